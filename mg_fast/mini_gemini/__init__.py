@@ -1,0 +1,1 @@
+"""Mini-Gemini: configuration, checkpoints, pictures and prompts in, the model."""

@@ -1,0 +1,212 @@
+"""MiniGeminiConfig: the flat config.json of published checkpoints, with the language model's part built from it."""
+
+import copy
+import dataclasses
+from typing import Any
+
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
+
+from ..errors import CheckpointError
+
+# `model_type` as published (the March-2024 uploads said mini_gemini*), and the bare base models that a folder may still name
+TEXT_MODEL_TYPES = {
+    "mgm": "llama",
+    "mgm_gemma": "gemma",
+    "mgm_mixtral": "mixtral",
+    "mgm_mistral": "mistral",
+    "mini_gemini": "llama",
+    "mini_gemini_gemma": "gemma",
+    "mini_gemini_mixtral": "mixtral",
+    "mini_gemini_mistral": "mistral",
+    "llama": "llama",
+    "gemma": "gemma",
+    "mixtral": "mixtral",
+    "mistral": "mistral",
+}
+PUBLISHED_MODEL_TYPES = {"llama": "mgm", "gemma": "mgm_gemma", "mixtral": "mgm_mixtral", "mistral": "mgm_mistral"}
+PUBLISHED_ARCHITECTURES = {
+    "llama": "MGMLlamaForCausalLM",
+    "gemma": "MGMGemmaForCausalLM",
+    "mixtral": "MGMMixtralForCausalLM",
+    "mistral": "MGMMistralForCausalLM",
+}
+
+# The towers of every published checkpoint: what a configuration means that has no other word on them
+CLIP_VIT_L_14_336 = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "image_size": 336,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+CONVNEXT_LARGE = {"dims": [192, 384, 768, 1536], "depths": [3, 3, 27, 3], "norm_eps": 1e-6}
+
+# keys that belong to transformers' own machinery rather than to the language model
+_HUB_KEYS = ("name_or_path", "_name_or_path", "_commit_hash", "attn_implementation", "experts_implementation", "output_attentions")
+
+
+class MiniGeminiConfig(PreTrainedConfig):
+    """Configuration of a Mini-Gemini model, read from and written as the flat config.json of published checkpoints.
+
+    The language model's keys (`hidden_size`, `rope_theta`, ...) lie flat beside the `mm_*` and `image_*` keys; `text_config` is
+    built from them. Two keys are this project's additions, written on save so that a round trip loses nothing that the tensor shapes
+    do not tell: `vision_config` (CLIP) and `vision_config_aux` (ConvNeXt: `dims`, `depths`, `norm_eps`). Without them both
+    towers are those of the published models until `from_pretrained` reads the checkpoint's own shapes.
+
+    Attributes (config.json's names; spec of the original):
+        text_config: LlamaConfig, GemmaConfig, MixtralConfig or MistralConfig.
+        image_size_aux: side of the high-resolution picture in pixels.
+        image_grid: LR tiles per side; 2 in HD models.
+        image_global: whether a global LR view joins the tiles.
+        image_aspect_ratio: `pad` squares by padding, anything else by a centre crop.
+        tokenizer_model_max_length: trained context length in tokens, or None.
+        conversation_template: prompt template saved with the checkpoint, or None to decide from the tokenizer.
+    """
+
+    model_type = "mgm"
+    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
+
+    text_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | PreTrainedConfig | None = None
+    vision_config_aux: dict | None = None
+    mm_vision_tower: str | None = "openai/clip-vit-large-patch14-336"
+    mm_vision_tower_aux: str | None = "openclip-convnext-large-d-320-laion2B-s29B-b131K-ft-soup"
+    mm_hidden_size: int = 1024
+    mm_hidden_size_aux: int = 2880
+    mm_projector_type: str = "mlp2x_gelu"
+    mm_vision_select_layer: int = -2
+    mm_vision_select_feature: str = "patch"
+    mm_use_im_start_end: bool = False
+    image_size_aux: int = 768
+    image_grid: int = 1
+    image_global: bool = False
+    image_aspect_ratio: str | None = "pad"
+    tokenizer_model_max_length: int | None = 2048
+    conversation_template: str | None = None
+    tie_word_embeddings: bool | None = None
+
+    def __post_init__(self, **kwargs):
+        model_type = kwargs.pop("published_model_type", None) or kwargs.pop("model_type", "mgm")
+        kwargs.pop("model_type", None)
+        if model_type not in TEXT_MODEL_TYPES:
+            raise CheckpointError(f"model_type {model_type!r} is not a Mini-Gemini one: expected one of {', '.join(TEXT_MODEL_TYPES)}")
+        kwargs.pop("transformers_version", None)
+        hub = {key: kwargs.pop(key) for key in _HUB_KEYS if key in kwargs}
+        dtype = kwargs.pop("torch_dtype", None)
+        if self.dtype is None:
+            self.dtype = dtype
+
+        # everything else is the language model's, or a leftover that a round trip hands back untouched
+        self.flat = kwargs
+        text = TEXT_MODEL_TYPES[model_type]
+        if self.text_config is None:
+            rest = copy.deepcopy(kwargs)
+            if self.tie_word_embeddings is not None:
+                # where config.json is silent the family's class default holds (Gemma ties)
+                rest["tie_word_embeddings"] = self.tie_word_embeddings
+            self.text_config = CONFIG_MAPPING[text](**rest, dtype=self.dtype)
+        elif isinstance(self.text_config, dict):
+            text = self.text_config.get("model_type", text)
+            self.text_config = CONFIG_MAPPING[text](**self.text_config)
+        self.tie_word_embeddings = self.text_config.tie_word_embeddings
+
+        # what config.json said itself outranks a tower folder's word; tensor shapes outrank the defaults below
+        self.towers_given = self.vision_config is not None and self.vision_config_aux is not None
+        if self.vision_config is None:
+            self.vision_config = clip_config(**CLIP_VIT_L_14_336)
+        elif isinstance(self.vision_config, dict):
+            self.vision_config = clip_config(**self.vision_config)
+        if self.vision_config_aux is None:
+            self.vision_config_aux = dict(CONVNEXT_LARGE)
+        self._check()
+        super().__post_init__(**hub)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if "model_type" in config_dict:
+            # one class serves every spelling; transformers would warn about each but its own
+            config_dict["published_model_type"] = config_dict["model_type"]
+            config_dict["model_type"] = cls.model_type
+        return config_dict, kwargs
+
+    def _check(self) -> None:
+        """Refuses what the published layout can say but no published checkpoint uses, rather than computing something else."""
+        if self.image_global and self.image_grid < 2:
+            raise CheckpointError(f"image_global needs image_grid >= 2, got image_grid={self.image_grid}")
+        if self.mm_vision_select_feature != "patch":
+            raise CheckpointError(f"mm_vision_select_feature: expected 'patch', got {self.mm_vision_select_feature!r}")
+        if self.mm_use_im_start_end:
+            raise CheckpointError("mm_use_im_start_end=true is not supported: no published checkpoint adds these tokens")
+        tower = (self.mm_vision_tower or "").lower()
+        if "eva" in tower or "lavis" in tower:
+            raise CheckpointError(f"mm_vision_tower {self.mm_vision_tower!r}: the EVA tower is not supported, only CLIP is")
+
+    @property
+    def views(self) -> int:
+        """Low-resolution views per picture."""
+        return self.image_grid**2 + int(self.image_global)
+
+    @property
+    def tokens_per_view(self) -> int:
+        """Image tokens per view: the number of CLIP patches."""
+        return (self.vision_config.image_size // self.vision_config.patch_size) ** 2
+
+    @property
+    def tokens_per_picture(self) -> int:
+        """Image tokens per picture: 576, or 2880 in HD, for the published towers."""
+        return self.views * self.tokens_per_view
+
+    def to_dict(self) -> dict[str, Any]:
+        """The flat dictionary that config.json holds, in the published spelling (`rope_theta`, `torch_dtype`)."""
+        text_type = self.text_config.model_type
+        out = copy.deepcopy(self.flat)
+        out.update(self._flat_text())
+        own = _field_names(MiniGeminiConfig) - _field_names(PreTrainedConfig)
+        for name in own - {"text_config", "vision_config", "vision_config_aux"}:
+            out[name] = getattr(self, name)
+        if out["conversation_template"] is None:
+            del out["conversation_template"]
+        out["vision_config"] = self.vision_config.to_diff_dict()
+        out["vision_config_aux"] = dict(self.vision_config_aux)
+        out["model_type"] = PUBLISHED_MODEL_TYPES[text_type]
+        out["architectures"] = [PUBLISHED_ARCHITECTURES[text_type]]
+        if self.dtype is not None:
+            out["torch_dtype"] = str(self.dtype).removeprefix("torch.")
+        quantization = getattr(self, "quantization_config", None)
+        if quantization is not None:
+            out["quantization_config"] = quantization if isinstance(quantization, dict) else quantization.to_dict()
+        return out
+
+    def _flat_text(self) -> dict[str, Any]:
+        text = self.text_config
+        names = _field_names(type(text)) - _field_names(PreTrainedConfig) - {"rope_parameters"}
+        out = {name: getattr(text, name) for name in names}
+        rope = dict(text.rope_parameters or {})
+        out["rope_theta"] = rope.pop("rope_theta", None)
+        if rope.get("rope_type", "default") != "default":
+            out["rope_scaling"] = rope
+        # null where the published file is silent would only be noise
+        return {key: value for key, value in out.items() if value is not None or key in self.flat}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+
+def clip_config(**kwargs) -> PreTrainedConfig:
+    """A CLIPVisionConfig. Looked up late: its module needs transformers' model tables, which may still be loading above this one."""
+    return CONFIG_MAPPING["clip_vision_model"](**kwargs)
+
+
+def _field_names(config_class: type) -> set[str]:
+    return {f.name for f in dataclasses.fields(config_class)}
+
+
+for _alias in TEXT_MODEL_TYPES:
+    # llama, gemma, ... stay transformers' own: such a folder loads through the MiniGemini* classes only
+    if _alias.startswith(("mgm", "mini_gemini")):
+        CONFIG_MAPPING.register(_alias, MiniGeminiConfig, exist_ok=True)

@@ -1,0 +1,448 @@
+"""MiniGeminiForConditionalGeneration: towers, mining, projector and language model as one transformers model."""
+
+import contextlib
+import copy
+import logging
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForImageTextToText, CLIPVisionModel, GenerationMixin, PreTrainedModel
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, revert_weight_conversion
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.utils import logging as transformers_logging
+
+from .. import reference
+from ..conversation import get_template, stop_ids
+from ..errors import CheckpointError, PromptError
+from ..modules import ConvNeXtPyramid, PatchInfoMining
+from .checkpoint import Table, check_names, decide_template, load_tokenizer, open_checkpoint, read_tensors
+from .configuration import MiniGeminiConfig
+from .vision import build_projector, low_resolution_features
+
+logger = logging.getLogger(__name__)
+
+# inputs that only the first pass over a prompt takes
+_PICTURE_INPUTS = ("pixel_values", "pixel_values_hr", "image_tokens", "mm_token_type_ids")
+
+
+@dataclass
+class MiniGeminiOutput(CausalLMOutputWithPast):
+    """Language-model output; `image_hidden_states` are the unscaled image tokens [n_images, T, hidden] that were spliced in."""
+
+    image_hidden_states: torch.Tensor | None = None
+
+
+class MiniGeminiPreTrainedModel(PreTrainedModel):
+    config_class = MiniGeminiConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = [
+        "LlamaDecoderLayer",
+        "GemmaDecoderLayer",
+        "MixtralDecoderLayer",
+        "MistralDecoderLayer",
+        "CLIPEncoderLayer",
+        "CLIPVisionEmbeddings",
+        "ConvNeXtPyramid",
+        "PatchInfoMining",
+    ]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+
+class MiniGeminiModel(MiniGeminiPreTrainedModel):
+    """Everything but the language-model head."""
+
+    def __init__(self, config: MiniGeminiConfig):
+        super().__init__(config)
+        self.vision_tower = CLIPVisionModel._from_config(config.vision_config)
+        self.vision_tower_aux = ConvNeXtPyramid.from_dims(**config.vision_config_aux)
+        self.patch_mining = PatchInfoMining(config.mm_hidden_size, config.vision_config_aux["dims"])
+        self.mm_projector = build_projector(config.mm_projector_type, config.mm_hidden_size, config.text_config.hidden_size)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_image_features(self, pixel_values: torch.Tensor, pixel_values_hr: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """Image tokens of pictures.
+
+        Args:
+            pixel_values: [n_images, V, 3, LR, LR], V = 1, or in HD the tiles row by row and the global view last.
+            pixel_values_hr: [n_images, 3, HR, HR].
+
+        Returns:
+            `pooler_output`: image tokens [n_images, T, hidden], T = 576 or 2880, global view first, unscaled.
+            `last_hidden_state`: the same before the projector, [n_images, T, D].
+        """
+        self._check_pixels(pixel_values, pixel_values_hr)
+        config = self.config
+        cells = config.image_grid**2
+        # all tiles of all pictures, then the global views: the original's order, kept so that numbers match to the last bit
+        tiles = pixel_values[:, :cells].flatten(0, 1)
+        features = low_resolution_features(
+            self.vision_tower, torch.cat([tiles, pixel_values[:, cells:].flatten(0, 1)]), config.mm_vision_select_layer
+        )
+        local = features[: len(tiles)].unflatten(0, (-1, cells))
+        queries = torch.cat([local, features[len(tiles) :].unflatten(0, (len(pixel_values), -1))], dim=1)
+
+        pyramid = [stage.to(queries.device) for stage in self.vision_tower_aux(pixel_values_hr)]
+        mined = self.patch_mining(queries, pyramid, grid=config.image_grid)
+        tokens = reference.order_tokens(queries + mined, grid=config.image_grid)
+        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=self.mm_projector(tokens))
+
+    def _check_pixels(self, pixel_values: torch.Tensor, pixel_values_hr: torch.Tensor | None) -> None:
+        if pixel_values_hr is None:
+            raise ValueError("pixel_values came without pixel_values_hr: the processor returns both")
+        config, n = self.config, len(pixel_values)
+        low = (n, config.views, 3, config.vision_config.image_size, config.vision_config.image_size)
+        high = (n, 3, config.image_size_aux, config.image_size_aux)
+        for name, tensor, expected in (("pixel_values", pixel_values, low), ("pixel_values_hr", pixel_values_hr, high)):
+            if tuple(tensor.shape) != expected:
+                raise ValueError(f"{name}: expected {list(expected)} for {n} picture(s), got {list(tensor.shape)}")
+
+    def splice(self, inputs_embeds: torch.Tensor, image_tokens: torch.Tensor, mm_token_type_ids: torch.Tensor | None) -> torch.Tensor:
+        """Text embeddings with the picture positions replaced by image tokens, in order.
+
+        Args:
+            inputs_embeds: [B, L, hidden].
+            image_tokens: [n_images, T, hidden], unscaled.
+            mm_token_type_ids: [B, L], 1 where a picture stands.
+
+        Raises:
+            PromptError: the number of picture positions is not the number of image tokens.
+        """
+        if mm_token_type_ids is None:
+            raise PromptError("pictures came without mm_token_type_ids, which mark their places in input_ids: the processor returns both")
+        mask = mm_token_type_ids == 1
+        places, tokens = int(mask.sum()), image_tokens.shape[0] * image_tokens.shape[1]
+        if places != tokens:
+            raise PromptError(
+                f"the prompt has room for {places} image tokens, but {image_tokens.shape[0]} picture(s) of {image_tokens.shape[1]} came"
+            )
+        image_tokens = image_tokens.to(inputs_embeds.device, inputs_embeds.dtype)
+        if self.config.text_config.model_type == "gemma":
+            # Gemma scales in its embedding module, which image tokens do not pass; the factor is rounded to the model's dtype there too
+            image_tokens = image_tokens * torch.tensor(self.config.text_config.hidden_size**0.5, dtype=inputs_embeds.dtype)
+        return inputs_embeds.masked_scatter(mask.unsqueeze(-1).to(inputs_embeds.device), image_tokens)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_hr: torch.Tensor | None = None,
+        image_tokens: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs,
+    ) -> tuple[BaseModelOutputWithPast, torch.Tensor | None]:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("expected exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if pixel_values is not None:
+            if image_tokens is not None:
+                raise ValueError("expected pixel_values or image_tokens, got both")
+            image_tokens = self.get_image_features(pixel_values, pixel_values_hr).pooler_output
+        if image_tokens is not None:
+            inputs_embeds = self.splice(inputs_embeds, image_tokens, mm_token_type_ids)
+        elif mm_token_type_ids is not None and inputs_embeds.shape[1] > 1 and bool((mm_token_type_ids == 1).any()):
+            raise PromptError("the prompt marks places of pictures, but no pixel_values or image_tokens came")
+        outputs = self.language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
+        return outputs, image_tokens
+
+
+class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMixin):
+    """Mini-Gemini with its language-model head.
+
+    Loads published checkpoints by folder or hub id with `from_pretrained`, and writes them back with `save_pretrained`.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+
+    def __init__(self, config: MiniGeminiConfig):
+        super().__init__(config)
+        self.model = MiniGeminiModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.allow_long = False
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *model_args,
+        template: str | None = None,
+        base_model: str | os.PathLike | None = None,
+        allow_long: bool = False,
+        **kwargs,
+    ):
+        """Loads a checkpoint in the published layout, by folder or hub id; see transformers' method for the other arguments.
+
+        Args:
+            template: overrides the prompt template; saved by `save_pretrained`. It decides the stop ids in `generation_config`.
+            base_model: the base language model of a stage-1 adapter folder (`mm_projector.bin`).
+            allow_long: accept prompts longer than the model was trained on.
+
+        Raises:
+            CheckpointError: not a Mini-Gemini checkpoint, an unreadable file, or missing, unexpected or mis-shaped tensors, by name.
+        """
+        info_wanted = kwargs.pop("output_loading_info", False)
+        kwargs["weights_only"] = True
+        config = kwargs.pop("config", None)
+        config = copy.deepcopy(config) if isinstance(config, MiniGeminiConfig) else config
+        checkpoint = open_checkpoint(pretrained_model_name_or_path, base_model=base_model, config=config, **kwargs)
+        config = checkpoint.config
+        for key in [key for key in kwargs if hasattr(config, key) and key not in ("dtype", "quantization_config", "name_or_path")]:
+            setattr(config, key, kwargs.pop(key))
+        quantized = getattr(config, "quantization_config", None)
+        if quantized is None:
+            # a quantised save stores other tensors under other names; there the report after loading must do
+            check_names(cls.published_shapes(config), checkpoint.tensors, tied=config.tie_word_embeddings, where=checkpoint.weights_folder)
+        if kwargs.get("quantization_config") is not None:
+            _keep_vision_unquantized(kwargs["quantization_config"])
+
+        filled = {published_to_ours(name): name for name in checkpoint.extra}
+        with _quiet_report(bool(filled)):
+            model, info = super().from_pretrained(
+                checkpoint.weights_folder, *model_args, config=config, output_loading_info=True, **kwargs
+            )
+        missing = sorted(set(info["missing_keys"]) - filled.keys())
+        if missing or info["mismatched_keys"]:
+            raise CheckpointError(f"{checkpoint.weights_folder}: {len(missing)} tensors did not load: {', '.join(missing[:4])}")
+        model._fill(checkpoint.extra)
+        info["missing_keys"] = set(missing)
+
+        model.config.name_or_path = str(pretrained_model_name_or_path)
+        model.allow_long = allow_long
+        if template is not None:
+            get_template(template)
+            model.config.conversation_template = template
+        model._set_stop_ids(checkpoint.folder)
+        return (model, info) if info_wanted else model
+
+    @classmethod
+    def published_shapes(cls, config: MiniGeminiConfig) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor of a published checkpoint of this configuration. Allocates nothing."""
+        with torch.device("meta"):
+            model = cls(copy.deepcopy(config))
+        state = dict(model.state_dict())
+        if config.tie_word_embeddings:
+            del state["lm_head.weight"]
+        return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, state).items()}
+
+    def _fill(self, tensors: Table) -> None:
+        """Copies tensors that lie outside the weights folder into the model."""
+        parameters = dict(self.named_parameters())
+        for name, tensor in read_tensors(tensors):
+            ours = published_to_ours(name)
+            if ours not in parameters:
+                continue
+            if parameters[ours].is_meta:
+                raise CheckpointError(f"{name}: cannot be loaded into an offloaded module; use a device_map that keeps the towers")
+            with torch.no_grad():
+                parameters[ours].copy_(tensor)
+
+    def _set_stop_ids(self, folder) -> None:
+        """Writes the template's stop ids into generation_config, beside those it has: published ones miss the turn's end."""
+        try:
+            tokenizer = load_tokenizer(folder)
+        except CheckpointError as error:
+            logger.warning("%s; stop ids stay as generation_config has them", error)
+            return
+        ids = stop_ids(decide_template(self.config, tokenizer), tokenizer)
+        given = self.generation_config.eos_token_id
+        given = given if isinstance(given, list) else [] if given is None else [given]
+        self.generation_config.eos_token_id = given + [i for i in ids if i not in given]
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Writes the checkpoint back in the published layout: names, shapes, values and flat config keys."""
+        kwargs["save_original_format"] = True
+        super().save_pretrained(save_directory, **kwargs)
+
+    def get_image_features(self, pixel_values: torch.Tensor, pixel_values_hr: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """Image tokens [n_images, T, hidden] as `.pooler_output`; see `MiniGeminiModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values, pixel_values_hr)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_hr: torch.Tensor | None = None,
+        image_tokens: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        allow_long: bool | None = None,
+        **kwargs,
+    ) -> MiniGeminiOutput:
+        """One pass of the whole model.
+
+        Args:
+            input_ids: [B, L]; a picture stands as T copies of a filler id.
+            pixel_values, pixel_values_hr: pictures in the order of their places in the batch.
+            image_tokens: [n_images, T, hidden] from `get_image_features`, instead of the pixels.
+            mm_token_type_ids: [B, L], 1 at picture positions.
+            labels: [B, L], -100 where no loss is wanted.
+            logits_to_keep: only that many last positions (0: all) get logits.
+            allow_long: accept prompts beyond the trained length; None takes the model's `allow_long`.
+
+        Raises:
+            PromptError: a prompt longer than the model was trained for, or pictures that do not match their places.
+        """
+        length = (input_ids if input_ids is not None else inputs_embeds).shape[1]
+        if length > 1:
+            past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+            self._check_length(past + length, 0, allow_long)
+        outputs, image_tokens = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            pixel_values_hr=pixel_values_hr,
+            image_tokens=image_tokens,
+            mm_token_type_ids=mm_token_type_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size)
+        return MiniGeminiOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=image_tokens,
+        )
+
+    def _check_length(self, prompt: int, new: int, allow_long: bool | None) -> None:
+        limit = self.config.text_config.max_position_embeddings
+        trained = min(self.config.tokenizer_model_max_length or limit, limit)
+        if prompt + new > limit:
+            wanted = f"{prompt} prompt tokens" + (f" + max_new_tokens={new}" if new else "")
+            raise PromptError(f"{wanted} = {prompt + new} positions, the model has {limit} (max_position_embeddings)")
+        if prompt > trained:
+            message = f"the prompt has {prompt} tokens, the model was trained on at most {trained} (tokenizer_model_max_length)"
+            if not (self.allow_long if allow_long is None else allow_long):
+                raise PromptError(f"{message}; allow_long=True (--allow-long) runs it all the same, up to {limit}")
+            if prompt not in _warned_lengths:
+                _warned_lengths.add(prompt)
+                logger.warning("%s; running it because allow_long is set", message)
+
+    def generate(self, inputs: torch.Tensor | None = None, *, allow_long: bool | None = None, **kwargs):
+        """GenerationMixin's `generate`, after a check of the lengths.
+
+        Args:
+            allow_long: accept prompts between the trained length and max_position_embeddings, with one warning.
+
+        Raises:
+            PromptError: the prompt, or the prompt and `max_new_tokens` together, are too long. Nothing is ever cut.
+        """
+        ids = inputs if inputs is not None else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+        if ids is not None:
+            given = kwargs.get("generation_config") or self.generation_config
+            new = kwargs.get("max_new_tokens") or getattr(given, "max_new_tokens", None) or 0
+            self._check_length(ids.shape[1], new, allow_long)
+        if allow_long is not None:
+            kwargs["allow_long"] = allow_long
+        return super().generate(inputs, **kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
+        pictures = {name: kwargs.pop(name) for name in _PICTURE_INPUTS if name in kwargs}
+        model_inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        if is_first_iteration or not kwargs.get("use_cache", True):
+            model_inputs.update(pictures)
+            marks = pictures.get("mm_token_type_ids")
+            if marks is not None and model_inputs.get("input_ids") is not None:
+                # with a cache of an earlier turn, only the new positions are run
+                model_inputs["mm_token_type_ids"] = marks[:, -model_inputs["input_ids"].shape[1] :]
+        return model_inputs
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        """Beams: pictures are encoded once, and every row's image tokens are repeated as a block.
+
+        The stock version repeats pictures one by one, which hands the two pictures of a prompt to the wrong beams.
+        """
+        if expand_size > 1:
+            image_tokens = model_kwargs.pop("image_tokens", None)
+            pixels, pixels_hr = model_kwargs.pop("pixel_values", None), model_kwargs.pop("pixel_values_hr", None)
+            if pixels is not None:
+                image_tokens = self.get_image_features(pixels, pixels_hr).pooler_output
+            if image_tokens is not None:
+                marks = model_kwargs["mm_token_type_ids"]
+                per_row = (marks.sum(dim=1) // image_tokens.shape[1]).tolist()
+                blocks = image_tokens.split(per_row)
+                expanded = torch.cat([block for block in blocks for _ in range(expand_size)])
+                input_ids, model_kwargs = super()._expand_inputs_for_generation(
+                    expand_size, is_encoder_decoder, input_ids, **model_kwargs
+                )
+                return input_ids, {**model_kwargs, "image_tokens": expanded}
+        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+
+
+def published_to_ours(name: str) -> str:
+    """The parameter name in `MiniGeminiForConditionalGeneration` of a published tensor (Mixtral's experts aside)."""
+    for source, target in RENAMINGS:
+        prefix = source.removeprefix("^")
+        if name.startswith(prefix):
+            return target.removeprefix("^") + name.removeprefix(prefix)
+    return name
+
+
+def _keep_vision_unquantized(quantization_config) -> None:
+    """Towers, mining, projector and head keep their dtype, unless the caller's configuration says what to skip."""
+    skip = ["vision_tower", "vision_tower_aux", "patch_mining", "mm_projector", "lm_head"]
+    for attribute in ("llm_int8_skip_modules", "modules_to_not_convert"):
+        if getattr(quantization_config, attribute, skip) is None:
+            setattr(quantization_config, attribute, skip)
+
+
+@contextlib.contextmanager
+def _quiet_report(quiet: bool):
+    """Keeps transformers from reporting as missing what is filled in right after."""
+    level = transformers_logging.get_verbosity()
+    if quiet:
+        transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+_warned_lengths: set[int] = set()
+
+# published name -> ours; reversed on save. Mixtral's expert fusion is transformers' own, scoped to the language model.
+RENAMINGS = (
+    (r"^model.layers.", "^model.language_model.layers."),
+    (r"^model.embed_tokens.", "^model.language_model.embed_tokens."),
+    (r"^model.norm.", "^model.language_model.norm."),
+    (r"^model.vision_tower.vision_tower.vision_model.", "^model.vision_tower."),
+    (r"^model.vlm_uni_", "^model.patch_mining.vlm_uni_"),
+)
+register_checkpoint_conversion_mapping(
+    "MiniGeminiForConditionalGeneration",
+    [WeightRenaming(source.replace(".", r"\."), target.replace(".", r"\.")) for source, target in RENAMINGS],
+    overwrite=True,
+)
+AutoModelForImageTextToText.register(MiniGeminiConfig, MiniGeminiForConditionalGeneration, exist_ok=True)

@@ -1,0 +1,317 @@
+"""Pictures and prompts to the model's inputs."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoProcessor, BatchFeature
+from transformers.image_processing_base import ImageProcessingMixin
+from transformers.processing_utils import ProcessorMixin
+
+from .. import conversation
+from ..conversation import IMAGE_TAG, get_template
+from ..errors import CheckpointError, PictureError, PromptError
+from ..reference import low_resolution_views
+from .checkpoint import _HUB_ARGUMENTS, decide_template, geometry_config, load_tokenizer, resolve_folder
+from .configuration import MiniGeminiConfig
+from .pictures import MAX_CANVAS_PIXELS, open_picture
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+# int(255 * mean)
+PAD_COLOUR = (122, 116, 104)
+# what transformers' Auto classes and pipelines pass along and this processor has no use for
+_AUTO_ARGUMENTS = {"trust_remote_code", "_from_auto", "_from_pipeline", "code_revision", "use_fast", "subfolder", "proxies", "_commit_hash"}
+
+
+class MiniGeminiImageProcessor(ImageProcessingMixin):
+    """Pictures to normalised high- and low-resolution tensors, exactly as the original.
+
+    Args:
+        hr_size: side of the high-resolution picture in pixels.
+        lr_size: side of one low-resolution view in pixels.
+        grid: LR tiles per side.
+        global_view: append a global LR view.
+        pad: square by padding; False resizes the shortest side and crops the centre.
+        tokens_per_picture: how many image tokens the model makes of a picture.
+    """
+
+    model_input_names = ["pixel_values", "pixel_values_hr"]
+
+    def __init__(
+        self,
+        hr_size: int = 768,
+        lr_size: int = 336,
+        grid: int = 1,
+        global_view: bool = False,
+        pad: bool = True,
+        tokens_per_picture: int = 576,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.hr_size, self.lr_size, self.grid, self.global_view = hr_size, lr_size, grid, global_view
+        self.pad, self.tokens_per_picture = pad, tokens_per_picture
+
+    @classmethod
+    def from_config(cls, config: MiniGeminiConfig) -> "MiniGeminiImageProcessor":
+        return cls(
+            hr_size=config.image_size_aux,
+            lr_size=config.vision_config.image_size,
+            grid=config.image_grid,
+            global_view=config.image_global,
+            pad=config.image_aspect_ratio == "pad",
+            tokens_per_picture=config.tokens_per_picture,
+        )
+
+    def __call__(self, images, return_tensors: str | None = "pt", allow_urls: bool = False) -> BatchFeature:
+        """Pictures to tensors.
+
+        Args:
+            images: one picture or a list of them; see `open_picture`.
+            return_tensors: `pt` or `np`.
+            allow_urls: fetch pictures given as URLs.
+
+        Returns:
+            `pixel_values` [n, V, 3, lr_size, lr_size] (V = 1, or in HD the tiles row by row, the global view last) and
+            `pixel_values_hr` [n, 3, hr_size, hr_size], both float32.
+
+        Raises:
+            PictureError: with the picture's number, where several came.
+        """
+        images = list(images) if isinstance(images, (list, tuple)) else [images]
+        pixels = torch.stack([self._one(image, i, len(images), allow_urls) for i, image in enumerate(images)])
+        views = low_resolution_views(pixels, self.lr_size, grid=self.grid, global_view=self.global_view)
+        return BatchFeature({"pixel_values": views, "pixel_values_hr": pixels}, tensor_type=return_tensors)
+
+    def _one(self, source, index: int, count: int, allow_urls: bool) -> torch.Tensor:
+        try:
+            image = open_picture(source, allow_urls=allow_urls)
+            return normalise(self._resize(image))
+        except PictureError as error:
+            raise PictureError(f"picture {index + 1} of {count}: {error}" if count > 1 else str(error)) from error.__cause__
+
+    def _resize(self, image: Image.Image) -> Image.Image:
+        size, (w, h) = self.hr_size, image.size
+        long, short = max(w, h), min(w, h)
+        if not self.pad:
+            scaled = size if w == h else int(size * long / short)
+            if size * scaled > MAX_CANVAS_PIXELS:
+                raise PictureError(f"{w}x{h} pixels: too thin, its shortest side resized to {size} makes the other one {scaled}")
+            image = image.resize((scaled, size) if w > h else (size, scaled), Image.Resampling.BICUBIC)
+            left, top = (image.width - size) // 2, (image.height - size) // 2
+            return image.crop((left, top, left + size, top + size))
+        if short * size < long:
+            raise PictureError(f"{w}x{h} pixels: too thin, squared and resized to {size}x{size} its short side is under one pixel")
+        if long * long > MAX_CANVAS_PIXELS:
+            raise PictureError(f"{w}x{h} pixels: too large to square by padding, the longest side may be {math.isqrt(MAX_CANVAS_PIXELS)}")
+        if w != h:
+            canvas = Image.new("RGB", (long, long), PAD_COLOUR)
+            canvas.paste(image, ((long - w) // 2, (long - h) // 2))
+            image = canvas
+        return image.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def normalise(image: Image.Image) -> torch.Tensor:
+    """An RGB image as [3, H, W], float32: (u8 / 255 - mean) / std, each step rounded to float32 as the original's processor does."""
+    levels = (np.arange(256) / 255).astype(np.float32)
+    mean, std = np.array(CLIP_MEAN, np.float32), np.array(CLIP_STD, np.float32)
+    # one table of 256 values per channel gives every pixel bit for bit
+    tables = (levels[:, None] - mean) / std
+    pixels = np.asarray(image)
+    return torch.from_numpy(np.stack([np.take(tables[:, c], pixels[..., c]) for c in range(3)]))
+
+
+class MiniGeminiProcessor(ProcessorMixin):
+    """Prompts and pictures to model inputs.
+
+    Args:
+        image_processor: a `MiniGeminiImageProcessor`.
+        tokenizer: the checkpoint's tokenizer.
+        template: name of the prompt template (`mg_fast.conversation.TEMPLATES`).
+    """
+
+    def __init__(self, image_processor=None, tokenizer=None, template: str | None = None, chat_template=None):
+        get_template(template)
+        self.template = template
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or conversation.chat_template(template))
+        self.filler_id = _filler_id(tokenizer)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *, template: str | None = None, **kwargs) -> "MiniGeminiProcessor":
+        """The processor of a checkpoint, by folder or hub id; published folders need no preprocessor_config.json.
+
+        Args:
+            template: overrides the prompt template that is otherwise read or decided from the checkpoint.
+            **kwargs: hub arguments (`cache_dir`, `revision`, `token`, `local_files_only`, `force_download`).
+
+        Raises:
+            CheckpointError: no configuration or no tokenizer there.
+            PromptError: unknown template.
+        """
+        unknown = kwargs.keys() - set(_HUB_ARGUMENTS) - _AUTO_ARGUMENTS
+        if unknown:
+            raise TypeError(f"MiniGeminiProcessor.from_pretrained: unknown arguments {sorted(unknown)}")
+        hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if kwargs.get(key) is not None}
+        folder = resolve_folder(pretrained_model_name_or_path, weights=False, **hub)
+        stored_file = folder / "processor_config.json"
+        stored = json.loads(stored_file.read_text(encoding="utf-8")) if stored_file.is_file() else {}
+        tokenizer = None
+        if (folder / "config.json").is_file():
+            _, config = geometry_config(folder)
+            tokenizer = load_tokenizer(folder)
+            images = MiniGeminiImageProcessor.from_config(config)
+            template = decide_template(config, tokenizer, template or stored.get("template"))
+        elif stored:
+            # a processor saved on its own, apart from its model
+            tokenizer = load_tokenizer(folder)
+            images = MiniGeminiImageProcessor(**stored["image_processor"])
+            template = template or stored["template"]
+        else:
+            raise CheckpointError(f"{folder} has neither config.json nor processor_config.json: expected a Mini-Gemini checkpoint folder")
+        return cls(images, tokenizer, template=template)
+
+    def __call__(
+        self,
+        images=None,
+        text: str | Sequence[str] | None = None,
+        *,
+        return_tensors: str | None = None,
+        padding: bool | str | None = None,
+        add_special_tokens: bool = True,
+        allow_urls: bool = False,
+        **kwargs,
+    ) -> BatchFeature:
+        """Model inputs of one prompt or a batch.
+
+        Args:
+            images: pictures in the order of their tags: one, a flat list, or one list per text.
+            text: prompts; each holds one `<image>` per picture.
+            return_tensors: `pt`, `np` or None for lists.
+            padding: pad a batch on the left to its longest prompt; default: when there are several prompts.
+            add_special_tokens: let the tokenizer add its beginning-of-sequence token.
+            allow_urls: fetch pictures given as URLs.
+
+        Returns:
+            `input_ids`, `attention_mask`, `mm_token_type_ids` [B, L] (1 where a picture stands), and with pictures `pixel_values`
+            [n_images, V, 3, LR, LR] and `pixel_values_hr` [n_images, 3, HR, HR].
+
+        Raises:
+            PromptError: no text, an empty prompt, or another number of `<image>` than of pictures.
+            PictureError: a picture that cannot be read.
+        """
+        if kwargs.get("truncation"):
+            raise TypeError("MiniGeminiProcessor: truncation is not offered, a cut prompt would lose its question")
+        if unknown := kwargs.keys() - {"truncation"}:
+            raise TypeError(f"MiniGeminiProcessor: unknown arguments {sorted(unknown)}")
+        if text is None:
+            raise PromptError("expected text=, a prompt with one <image> per picture; pictures alone go to processor.image_processor")
+        texts = [text] if isinstance(text, str) else list(text)
+        for i, prompt in enumerate(texts):
+            if not isinstance(prompt, str) or not prompt.strip():
+                raise PromptError(f"prompt {i + 1} of {len(texts)} is empty: {prompt!r}")
+        flat = match_pictures(texts, images)
+        rows = [self._encode(prompt, add_special_tokens) for prompt in texts]
+
+        longest = max(len(ids) for ids, _ in rows)
+        pad = padding not in (False, "do_not_pad") if padding is not None else len(rows) > 1
+        pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.filler_id
+        data: dict = {"input_ids": [], "attention_mask": [], "mm_token_type_ids": []}
+        for ids, marks in rows:
+            gap = longest - len(ids) if pad else 0
+            data["input_ids"].append([pad_id] * gap + ids)
+            data["attention_mask"].append([0] * gap + [1] * len(ids))
+            data["mm_token_type_ids"].append([0] * gap + marks)
+        if not pad and return_tensors and len({len(ids) for ids, _ in rows}) > 1:
+            raise PromptError("prompts of different lengths cannot be one tensor: pass padding=True")
+        if flat:
+            data.update(self.image_processor(flat, return_tensors=return_tensors, allow_urls=allow_urls))
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def _encode(self, prompt: str, add_special_tokens: bool) -> tuple[list[int], list[int]]:
+        """Ids and picture marks of one prompt: every piece between tags is tokenised by itself, as the original does."""
+        pieces = [self.tokenizer(piece, add_special_tokens=add_special_tokens).input_ids for piece in prompt.split(IMAGE_TAG)]
+        bos = self.tokenizer.bos_token_id
+        has_bos = bool(pieces[0]) and bos is not None and pieces[0][0] == bos
+        ids, marks = list(pieces[0]), [0] * len(pieces[0])
+        for piece in pieces[1:]:
+            picture = self.image_processor.tokens_per_picture
+            piece = piece[1:] if has_bos else piece
+            ids += [self.filler_id] * picture + piece
+            marks += [1] * picture + [0] * len(piece)
+        return ids, marks
+
+    def apply_chat_template(self, messages, chat_template=None, **kwargs):
+        """Messages to a prompt or, with tokenize=True, to model inputs; see transformers' method of the same name.
+
+        Pictures are taken from the messages' content: {"type": "image", "image" | "path" | "url" | "base64": ...}. `url` may be a web
+        address: writing it there is asking for it.
+        """
+        batched = bool(messages) and not isinstance(messages[0], dict)
+        conversations = [_load_pictures(m, kwargs.get("tokenize", False)) for m in (messages if batched else [messages])]
+        return super().apply_chat_template(conversations if batched else conversations[0], chat_template, **kwargs)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "pixel_values_hr"]
+
+
+def match_pictures(texts: Sequence[str], images) -> list:
+    """The pictures of a batch as one flat list, after holding them against the prompts' tags."""
+    counts = [prompt.count(IMAGE_TAG) for prompt in texts]
+    if images is None:
+        groups = None
+        flat = []
+    elif isinstance(images, (list, tuple)):
+        nested = len(images) == len(texts) and all(isinstance(group, (list, tuple)) for group in images)
+        groups = [list(group) for group in images] if nested else None
+        flat = [image for group in groups for image in group] if groups is not None else list(images)
+    else:
+        groups, flat = None, [images]
+    if groups is not None:
+        for i, (count, group) in enumerate(zip(counts, groups)):
+            if count != len(group):
+                where = f"prompt {i + 1} of {len(texts)}" if len(texts) > 1 else "the prompt"
+                raise PromptError(f"{where} has {count} {IMAGE_TAG} tag(s), but {len(group)} picture(s) came")
+    if sum(counts) != len(flat):
+        raise PromptError(f"the prompt{'s have' if len(texts) > 1 else ' has'} {sum(counts)} {IMAGE_TAG} tag(s), but {len(flat)} picture(s) came")
+    return flat
+
+
+def _load_pictures(messages: Sequence[dict], opened: bool) -> list[dict]:
+    """A copy of the messages, with every picture opened where wanted; transformers writes into what it is given."""
+    out = []
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, (list, tuple)):
+            content = [_load_part(part) if opened else dict(part) for part in content]
+        out.append({**message, "content": content})
+    return out
+
+
+def _load_part(part: dict) -> dict:
+    if part.get("type") == "image_url":
+        url = part.get("image_url")
+        part = {"type": "image", "url": url.get("url") if isinstance(url, dict) else url}
+    if part.get("type") != "image":
+        return part
+    for key in ("image", "url", "path", "base64"):
+        if part.get(key) is not None:
+            value = f"data:image;base64,{part[key]}" if key == "base64" and not str(part[key]).startswith("data:") else part[key]
+            return {"type": "image", "image": open_picture(value, allow_urls=key in ("url", "base64"))}
+    raise PromptError(f"a message's picture needs one of image, path, url or base64, got {sorted(part)}")
+
+
+def _filler_id(tokenizer) -> int:
+    """The in-vocabulary id that marks a picture's places: unk, or Llama-3's reserved token; never eos."""
+    vocabulary = tokenizer.get_vocab()
+    for candidate in (tokenizer.unk_token_id, vocabulary.get("<|reserved_special_token_0|>"), tokenizer.pad_token_id):
+        if candidate is not None and candidate != tokenizer.eos_token_id:
+            return candidate
+    raise CheckpointError("the tokenizer has no unk, reserved or pad token that could mark a picture's places")
+
+
+AutoProcessor.register(MiniGeminiConfig, MiniGeminiProcessor, exist_ok=True)

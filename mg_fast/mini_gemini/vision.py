@@ -1,0 +1,48 @@
+"""The two towers of Mini-Gemini and what lies between them and the language model."""
+
+import torch
+from torch import nn
+from transformers import CLIPVisionModel
+
+from .. import backend as backends
+
+
+def low_resolution_features(tower: CLIPVisionModel, views: torch.Tensor, select_layer: int = -2) -> torch.Tensor:
+    """CLIP patch features of low-resolution views: a hidden state without its CLS token.
+
+    Args:
+        tower: the CLIP vision model.
+        views: [B, 3, LR, LR].
+        select_layer: index into the hidden states; -2 is the output of the last layer but one, before any final norm.
+
+    Returns:
+        [B, N, D] in the tower's dtype. The `reference` backend runs every layer, as the original does; others stop at the one wanted.
+    """
+    layers = tower.encoder.layers
+    wanted = select_layer if select_layer >= 0 else len(layers) + 1 + select_layer
+    run = len(layers) if backends.choose("low_resolution_tower", device=views.device) == "reference" else wanted
+    hidden = tower.pre_layrnorm(tower.embeddings(views))
+    selected = hidden
+    for i, layer in enumerate(layers[:run], 1):
+        hidden = layer(hidden, attention_mask=None)
+        if i == wanted:
+            selected = hidden
+    if run > wanted:
+        # the original finishes the tower and throws the rest away
+        tower.post_layernorm(hidden[:, 0])
+    return selected[:, 1:]
+
+
+def build_projector(kind: str, width: int, hidden: int) -> nn.Module:
+    """`mm_projector` of a config's `mm_projector_type`: `linear`, `identity` or `mlpNx_gelu` (exact GELU)."""
+    if kind == "linear":
+        return nn.Linear(width, hidden)
+    if kind == "identity":
+        return nn.Identity()
+    depth = kind.removeprefix("mlp").removesuffix("x_gelu")
+    if not (kind == f"mlp{depth}x_gelu" and depth.isdigit() and int(depth) > 0):
+        raise ValueError(f"mm_projector_type: expected linear, identity or mlpNx_gelu, got {kind!r}")
+    layers: list[nn.Module] = [nn.Linear(width, hidden)]
+    for _ in range(int(depth) - 1):
+        layers += [nn.GELU(), nn.Linear(hidden, hidden)]
+    return nn.Sequential(*layers)

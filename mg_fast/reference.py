@@ -1,0 +1,129 @@
+"""Every operation as the original Mini-Gemini does it: definition, oracle and baseline.
+
+The original's operations in the original's order and dtypes, its copies included, no more and no fewer, so that a speedup over
+this path is a speedup over the original. Evaluation mode only: the original's stochastic depth is left out.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+LAYER_NORM_EPS = 1e-5
+
+
+class Projection(NamedTuple):
+    """LayerNorm and Linear of one `vlm_uni_*_projector`: gain [C_in], bias [C_in], weight [C_out, C_in], bias [C_out]."""
+
+    norm_weight: torch.Tensor
+    norm_bias: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.layer_norm(x, self.norm_weight.shape, self.norm_weight, self.norm_bias, LAYER_NORM_EPS)
+        return F.linear(x, self.weight, self.bias)
+
+
+def low_resolution_views(pixels: torch.Tensor, side: int, *, grid: int = 1, global_view: bool = False) -> torch.Tensor:
+    """The LR views of high-resolution pictures: bilinear without antialiasing, from the normalised HR tensor.
+
+    Args:
+        pixels: [B, 3, HR, HR], float32, normalised.
+        side: side of one view in pixels.
+        grid: tiles per side of the LR canvas.
+        global_view: append the canvas shrunk to one view.
+
+    Returns:
+        [B, V, 3, side, side]; V = grid * grid tiles row by row, then the global view.
+    """
+    b = pixels.shape[0]
+    canvas = F.interpolate(pixels, size=(side * grid, side * grid), mode="bilinear", align_corners=False)
+    tiles = canvas.reshape(b, 3, grid, side, grid, side).permute(0, 2, 4, 1, 3, 5).reshape(b, grid * grid, 3, side, side)
+    if global_view:
+        whole = F.interpolate(canvas, size=(side, side), mode="bilinear", align_corners=False)
+        tiles = torch.cat([tiles, whole[:, None]], dim=1)
+    return tiles.contiguous()
+
+
+def merge_pyramid(stages: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Stage maps [B, C_s, n_s, n_s] as one channel-concatenated map [B, sum C_s, n_0, n_0].
+
+    Stages 1 and up are resized in float32 (bilinear, align_corners=False) and cast back.
+    """
+    size = stages[0].shape[-2:]
+    maps = [stages[0]]
+    for stage in stages[1:]:
+        resized = F.interpolate(stage.to(torch.float32), size=size, mode="bilinear", align_corners=False)
+        maps.append(resized.to(stage.dtype))
+    return torch.cat(maps, dim=1)
+
+
+def mine(queries: torch.Tensor, hr_map: torch.Tensor, query: Projection, key: Projection, value: Projection) -> torch.Tensor:
+    """Patch info mining of one square tile: each query attends to the window of the map under its own patch.
+
+    Args:
+        queries: [B, N, D], N a square number.
+        hr_map: [B, C, S, S], S a multiple of sqrt(N).
+        query, key, value: `vlm_uni_query_projector` (D -> D), `vlm_uni_aux_projector` (C -> D), `vlm_uni_val_projector` (C -> D).
+
+    Returns:
+        Mined features [B, N, D]; the residual is not added (paper, section 3.1; `unified_resampler` in the original code).
+    """
+    patches = int(queries.shape[1] ** 0.5)
+    side = hr_map.shape[-1] // patches
+    windows = hr_map.permute(0, 2, 3, 1)
+    windows = windows.reshape(len(windows), patches, side, patches, side, windows.shape[-1])
+    windows = windows.permute(0, 1, 3, 2, 4, 5)
+    windows = windows.reshape(len(windows), patches**2, side**2, windows.shape[-1]).contiguous()
+
+    q = query(queries)
+    k = key(windows)
+    v = value(windows)
+    scores = q[:, :, None] @ (k.transpose(-1, -2) / (k.shape[-1] ** 0.5))
+    scores = scores.nan_to_num()
+    return (scores.softmax(-1) @ v).mean(2)
+
+
+def patch_mining(
+    queries: torch.Tensor,
+    pyramid: Sequence[torch.Tensor],
+    query: Projection,
+    key: Projection,
+    value: Projection,
+    *,
+    grid: int = 1,
+) -> torch.Tensor:
+    """Patch info mining of every view of a picture, standard (grid 1) or HD.
+
+    Args:
+        queries: [B, V, N, D]; V = grid * grid cells row by row, then possibly the global view.
+        pyramid: stage maps [B, n_s, n_s, C_s], channels last.
+        query, key, value: the three projections.
+        grid: cells per side.
+
+    Returns:
+        Mined features of the queries' shape, residual not added.
+    """
+    b, views, n, d = queries.shape
+    cells = grid * grid
+    hr_map = merge_pyramid([stage.permute(0, 3, 1, 2) for stage in pyramid]).to(queries.dtype)
+
+    mined = []
+    if views > cells:
+        reduced = F.interpolate(hr_map.float(), scale_factor=1 / grid, mode="bilinear", align_corners=False)
+        mined.append(mine(queries[:, cells], reduced.to(hr_map.dtype), query, key, value)[:, None])
+    if grid > 1:
+        channels, size = hr_map.shape[1], hr_map.shape[-1] // grid
+        hr_map = hr_map.reshape(b, channels, grid, size, grid, size).permute(0, 2, 4, 1, 3, 5)
+        hr_map = hr_map.reshape(b * cells, channels, size, size).contiguous()
+    local = mine(queries[:, :cells].reshape(b * cells, n, d), hr_map, query, key, value)
+    return torch.cat([local.reshape(b, cells, n, d), *mined], dim=1)
+
+
+def order_tokens(features: torch.Tensor, *, grid: int) -> torch.Tensor:
+    """Features [B, V, N, D] in view order as the token sequence [B, V * N, D]: the global view first, then the cells row by row."""
+    cells = grid * grid
+    ordered = torch.cat([features[:, cells:], features[:, :cells]], dim=1)
+    return ordered.flatten(1, 2)
