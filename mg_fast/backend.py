@@ -51,13 +51,13 @@ def use_backend(backend: str):
 
 def why_not(operation: str, backend: str, device: torch.device | str = "cpu") -> str | None:
     """None where `backend` can run `operation` on tensors of `device`, else the reason as a sentence."""
+    if backend not in IMPLEMENTED[operation]:
+        return f"{operation} has no {backend} implementation in this version, only {', '.join(IMPLEMENTED[operation])}"
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed (it is published for Linux only)"
         if torch.device(device).type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             return f"triton runs on CUDA tensors, these are on {torch.device(device).type} (TRITON_INTERPRET=1 interprets on the CPU)"
-    if backend not in IMPLEMENTED[operation]:
-        return f"{operation} has no {backend} implementation in this version: {', '.join(IMPLEMENTED[operation])}"
     return None
 
 

@@ -34,9 +34,7 @@ class PatchInfoMining(nn.Module):
         self.vlm_uni_aux_projector = projector(sum(pyramid_dims))
         self.vlm_uni_val_projector = projector(sum(pyramid_dims))
 
-    def forward(
-        self, queries: torch.Tensor, pyramid: Sequence[torch.Tensor], *, grid: int = 1, backend: str | None = None
-    ) -> torch.Tensor:
+    def forward(self, queries: torch.Tensor, pyramid: Sequence[torch.Tensor], *, grid: int = 1, backend: str | None = None) -> torch.Tensor:
         """Mined features of the queries' shape, residual not added.
 
         Args:

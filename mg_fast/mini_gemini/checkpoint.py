@@ -29,12 +29,15 @@ logger = logging.getLogger(__name__)
 CLIP_PREFIX = "model.vision_tower.vision_tower.vision_model."
 CONVNEXT_PREFIX = "model.vision_tower_aux."
 # the towers of every published model (issue 51 of the original's tracker)
-CLIP_HUB_ID = "openai/clip-vit-large-patch14-336"
-CONVNEXT_HUB_ID = "laion/CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup"
+_TOWER_HUB_IDS = {
+    CLIP_PREFIX: "openai/clip-vit-large-patch14-336",
+    CONVNEXT_PREFIX: "laion/CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup",
+}
 ADAPTER_FILE = "mm_projector.bin"
 # buffers that older transformers wrote into checkpoints; they hold no weights
 _LEFTOVERS = re.compile(r"\.position_ids$|\.rotary_emb\.inv_freq$")
-_HUB_ARGUMENTS = ("cache_dir", "revision", "token", "local_files_only", "force_download")
+HUB_ARGUMENTS = ("cache_dir", "revision", "token", "local_files_only", "force_download")
+_TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "vocab.json")
 _SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 
 
@@ -81,7 +84,7 @@ def open_checkpoint(name_or_path: str | os.PathLike, *, base_model: str | os.Pat
     Raises:
         CheckpointError: nothing there, no config.json, an unreadable file, or no weights.
     """
-    hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if kwargs.get(key) is not None}
+    hub = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
     folder = resolve_folder(name_or_path, **hub)
     extra: Table = {}
     weights_folder, tensors = folder, read_table(folder)
@@ -102,7 +105,15 @@ def open_checkpoint(name_or_path: str | os.PathLike, *, base_model: str | os.Pat
     tensors = {**tensors, **extra}
     for prefix in (CLIP_PREFIX, CONVNEXT_PREFIX):
         if not any(name.startswith(prefix) for name in tensors):
-            extra |= _read_tower_weights(config, prefix, folder, hub)
+            tower = _tower_table(config, prefix, folder, hub)
+            if not tower:
+                wanted = config.mm_vision_tower if prefix == CLIP_PREFIX else config.mm_vision_tower_aux
+                raise CheckpointError(
+                    f"{weights_folder} has no {prefix}* tensors, and the tower's own weights were not found: looked for "
+                    f"{' or '.join(_TOWER_FILES[prefix])} in {wanted!r} beside {folder} and from the working directory, "
+                    f"then in the hub's {_TOWER_HUB_IDS[prefix]}"
+                )
+            extra |= tower
     tensors |= extra
     complete_config(config, tensors, folder)
     return Checkpoint(folder, weights_folder, config, tensors, extra)
@@ -125,20 +136,20 @@ def read_config(folder: Path, fallback: Path | None = None) -> MiniGeminiConfig:
     return MiniGeminiConfig.from_pretrained(source)
 
 
-def geometry_config(name_or_path: str | os.PathLike, **kwargs) -> tuple[Path, MiniGeminiConfig]:
-    """Folder and configuration of a checkpoint for its processor: no weight is downloaded for it.
+def geometry_config(folder: Path, base: Path | None = None) -> MiniGeminiConfig:
+    """Configuration of a local folder for its processor, from what lies there; `base` is the base model of a stage-1 adapter.
 
-    The views' side is read from the position embedding's shape where the file is at hand; else it is the published towers'.
+    The views' side is read from the position embedding's shape where that file is at hand; else it is the published towers'.
     """
-    hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if kwargs.get(key) is not None}
-    folder = resolve_folder(name_or_path, weights=False, **hub)
-    config = read_config(folder)
+    config = read_config(folder, fallback=base)
     tensors = read_table(folder, partial=True)
     adapter = folder / ADAPTER_FILE
     if not tensors and adapter.is_file():
         tensors = _read_file(adapter)
+    if not any(name.startswith(CLIP_PREFIX) for name in tensors):
+        tensors |= _tower_table(config, CLIP_PREFIX, folder)
     complete_config(config, tensors, folder)
-    return folder, config
+    return config
 
 
 def resolve_folder(name_or_path: str | os.PathLike, *, weights: bool = True, **hub) -> Path:
@@ -209,7 +220,8 @@ def _read_file(path: Path) -> Table:
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt") as f:
-                return {name: TensorInfo(path, name, tuple(f.get_slice(name).get_shape())) for name in f.keys()}
+                names = f.keys()
+                return {name: TensorInfo(path, name, tuple(f.get_slice(name).get_shape())) for name in names}
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} is corrupt or not a safetensors file: {error}") from None
     return {name: TensorInfo(path, name, tuple(tensor.shape)) for name, tensor in _load_bin(path).items()}
@@ -242,39 +254,46 @@ def _tower_folder(config: MiniGeminiConfig, prefix: str, folder: Path) -> Path |
     return next((c for c in candidates if c.is_dir()), None)
 
 
-def _read_tower_weights(config: MiniGeminiConfig, prefix: str, folder: Path, hub: dict) -> Table:
-    """The tensors of a tower that the checkpoint lacks, by their published names, from the tower's own folder or hub id."""
-    clip = prefix == CLIP_PREFIX
-    files = ("model.safetensors", "pytorch_model.bin") if clip else ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+_TOWER_FILES = {
+    CLIP_PREFIX: ("model.safetensors", "pytorch_model.bin"),
+    CONVNEXT_PREFIX: ("open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
+}
+# names in a tower's own file -> published names
+_TOWER_RENAMES = {
+    CLIP_PREFIX: (("vision_model.", CLIP_PREFIX),),
+    CONVNEXT_PREFIX: (
+        ("visual.trunk.stem.", CONVNEXT_PREFIX + "vision_stem."),
+        ("visual.trunk.stages.", CONVNEXT_PREFIX + "vision_stages."),
+    ),
+}
+
+
+def _tower_table(config: MiniGeminiConfig, prefix: str, folder: Path, hub: dict | None = None) -> Table:
+    """The tensors of a tower that the checkpoint lacks, by their published names; empty where they are not found.
+
+    Looks in the tower's own folder, then, with hub arguments, in the hub repository of the published models' tower.
+    """
     found = _tower_folder(config, prefix, folder)
-    path = next((found / f for f in files if (found / f).is_file()), None) if found else None
-    if path is None:
-        hub_id = CLIP_HUB_ID if clip else CONVNEXT_HUB_ID
+    path = next((found / f for f in _TOWER_FILES[prefix] if (found / f).is_file()), None) if found else None
+    if path is None and hub is not None:
         # the checkpoint's own revision means nothing in another repository
         hub = {key: value for key, value in hub.items() if key != "revision"}
-        for file in files:
+        for file in _TOWER_FILES[prefix]:
             try:
-                path = Path(hf_hub_download(hub_id, file, **hub))
+                path = Path(hf_hub_download(_TOWER_HUB_IDS[prefix], file, **hub))
                 break
             except EntryNotFoundError:
                 continue
-            except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
+            except (HfHubHTTPError, OSError):
                 break
-        if path is None:
-            wanted = config.mm_vision_tower if clip else config.mm_vision_tower_aux
-            raise CheckpointError(
-                f"the checkpoint has no {prefix}* tensors, and the tower's own weights were not found: "
-                f"looked for {' or '.join(files)} in {wanted!r} beside {folder} and from the working directory, then in the hub's {hub_id}"
-            )
-    logger.warning("%s* is not in the checkpoint; taking it from %s", prefix, path)
-    renames = (("vision_model.", CLIP_PREFIX),) if clip else (
-        ("visual.trunk.stem.", CONVNEXT_PREFIX + "vision_stem."),
-        ("visual.trunk.stages.", CONVNEXT_PREFIX + "vision_stages."),
-    )
+    if path is None:
+        return {}
+    if hub is not None:
+        logger.warning("%s* is not in the checkpoint; taking it from %s", prefix, path)
     return {
         target + name.removeprefix(source): info
         for name, info in _read_file(path).items()
-        for source, target in renames
+        for source, target in _TOWER_RENAMES[prefix]
         if name.startswith(source)
     }
 
@@ -389,12 +408,17 @@ def read_tensors(table: Table):
                 yield name, loaded[info.name]
 
 
-def load_tokenizer(folder: Path):
-    """The checkpoint's tokenizer, padding on the left as generation needs it."""
+def load_tokenizer(*folders: Path | None):
+    """The tokenizer of the first folder that has one, padding on the left as generation needs it."""
+    present = [folder for folder in folders if folder is not None]
+    holder = next((f for f in present if any((f / name).is_file() for name in _TOKENIZER_FILES)), None)
+    if holder is None:
+        raise CheckpointError(f"no tokenizer in {' or '.join(map(str, present))}: expected {' or '.join(_TOKENIZER_FILES)}")
     try:
-        return AutoTokenizer.from_pretrained(folder, padding_side="left")
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{folder} has no tokenizer that can be loaded: {str(error).strip().splitlines()[0]}") from error
+        return AutoTokenizer.from_pretrained(holder, padding_side="left")
+    except Exception as error:  # the tokenizer libraries raise bare Exceptions on broken files
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"the tokenizer in {holder} cannot be loaded: {reason}") from error
 
 
 def decide_template(config: MiniGeminiConfig, tokenizer, override: str | None = None) -> str:

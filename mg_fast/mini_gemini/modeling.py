@@ -89,20 +89,23 @@ class MiniGeminiModel(MiniGeminiPreTrainedModel):
             `last_hidden_state`: the same before the projector, [n_images, T, D].
         """
         self._check_pixels(pixel_values, pixel_values_hr)
-        config = self.config
-        cells = config.image_grid**2
-        # all tiles of all pictures, then the global views: the original's order, kept so that numbers match to the last bit
-        tiles = pixel_values[:, :cells].flatten(0, 1)
-        features = low_resolution_features(
-            self.vision_tower, torch.cat([tiles, pixel_values[:, cells:].flatten(0, 1)]), config.mm_vision_select_layer
-        )
-        local = features[: len(tiles)].unflatten(0, (-1, cells))
-        queries = torch.cat([local, features[len(tiles) :].unflatten(0, (len(pixel_values), -1))], dim=1)
-
+        queries = self.low_resolution_queries(pixel_values)
         pyramid = [stage.to(queries.device) for stage in self.vision_tower_aux(pixel_values_hr)]
-        mined = self.patch_mining(queries, pyramid, grid=config.image_grid)
-        tokens = reference.order_tokens(queries + mined, grid=config.image_grid)
+        tokens = self.merge(queries, self.patch_mining(queries, pyramid, grid=self.config.image_grid))
         return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=self.mm_projector(tokens))
+
+    def low_resolution_queries(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Low-resolution views [n_images, V, 3, LR, LR] to queries [n_images, V, N, D], in the same order of views."""
+        n, cells = len(pixel_values), self.config.image_grid**2
+        # all tiles of all pictures, then the global views: the original's batch, kept so that numbers match to the last bit
+        tiles = pixel_values[:, :cells].flatten(0, 1)
+        views = torch.cat([tiles, pixel_values[:, cells:].flatten(0, 1)])
+        features = low_resolution_features(self.vision_tower, views, self.config.mm_vision_select_layer)
+        return torch.cat([features[: len(tiles)].unflatten(0, (n, cells)), features[len(tiles) :].unflatten(0, (n, -1))], dim=1)
+
+    def merge(self, queries: torch.Tensor, mined: torch.Tensor) -> torch.Tensor:
+        """Queries and mined features [n_images, V, N, D] to the projector's input [n_images, V * N, D], global view first."""
+        return reference.order_tokens(queries + mined, grid=self.config.image_grid)
 
     def _check_pixels(self, pixel_values: torch.Tensor, pixel_values_hr: torch.Tensor | None) -> None:
         if pixel_values_hr is None:
@@ -218,9 +221,7 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
 
         filled = {published_to_ours(name): name for name in checkpoint.extra}
         with _quiet_report(bool(filled)):
-            model, info = super().from_pretrained(
-                checkpoint.weights_folder, *model_args, config=config, output_loading_info=True, **kwargs
-            )
+            model, info = super().from_pretrained(checkpoint.weights_folder, *model_args, config=config, output_loading_info=True, **kwargs)
         missing = sorted(set(info["missing_keys"]) - filled.keys())
         if missing or info["mismatched_keys"]:
             raise CheckpointError(f"{checkpoint.weights_folder}: {len(missing)} tensors did not load: {', '.join(missing[:4])}")
@@ -232,7 +233,7 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
         if template is not None:
             get_template(template)
             model.config.conversation_template = template
-        model._set_stop_ids(checkpoint.folder)
+        model._set_stop_ids(checkpoint.folder, checkpoint.weights_folder)
         return (model, info) if info_wanted else model
 
     @classmethod
@@ -257,10 +258,10 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
             with torch.no_grad():
                 parameters[ours].copy_(tensor)
 
-    def _set_stop_ids(self, folder) -> None:
+    def _set_stop_ids(self, *folders) -> None:
         """Writes the template's stop ids into generation_config, beside those it has: published ones miss the turn's end."""
         try:
-            tokenizer = load_tokenizer(folder)
+            tokenizer = load_tokenizer(*folders)
         except CheckpointError as error:
             logger.warning("%s; stop ids stay as generation_config has them", error)
             return
@@ -310,7 +311,7 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
         length = (input_ids if input_ids is not None else inputs_embeds).shape[1]
         if length > 1:
             past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-            self._check_length(past + length, 0, allow_long)
+            self.check_length(past + length, 0, allow_long)
         outputs, image_tokens = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -336,7 +337,8 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
             image_hidden_states=image_tokens,
         )
 
-    def _check_length(self, prompt: int, new: int, allow_long: bool | None) -> None:
+    def check_length(self, prompt: int, new: int = 0, allow_long: bool | None = None) -> None:
+        """Holds a prompt of so many tokens, and so many new ones, against the context; `PromptError` has the numbers."""
         limit = self.config.text_config.max_position_embeddings
         trained = min(self.config.tokenizer_model_max_length or limit, limit)
         if prompt + new > limit:
@@ -363,7 +365,7 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
         if ids is not None:
             given = kwargs.get("generation_config") or self.generation_config
             new = kwargs.get("max_new_tokens") or getattr(given, "max_new_tokens", None) or 0
-            self._check_length(ids.shape[1], new, allow_long)
+            self.check_length(ids.shape[1], new, allow_long)
         if allow_long is not None:
             kwargs["allow_long"] = allow_long
         return super().generate(inputs, **kwargs)
@@ -394,9 +396,7 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
                 per_row = (marks.sum(dim=1) // image_tokens.shape[1]).tolist()
                 blocks = image_tokens.split(per_row)
                 expanded = torch.cat([block for block in blocks for _ in range(expand_size)])
-                input_ids, model_kwargs = super()._expand_inputs_for_generation(
-                    expand_size, is_encoder_decoder, input_ids, **model_kwargs
-                )
+                input_ids, model_kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
                 return input_ids, {**model_kwargs, "image_tokens": expanded}
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
 

@@ -27,8 +27,8 @@ def open_picture(source, *, allow_urls: bool = False, label: str | None = None) 
         label: what error messages call the picture; default: its path or type.
 
     Returns:
-        Alpha is dropped, as the original does: transparent pixels show their hidden colour (a warning says so). 16-bit greys keep their high
-        byte. Of an animation the first frame is taken (a warning says so).
+        Alpha is dropped, as the original does: transparent pixels show their hidden colour (a warning says so). 16-bit greys keep
+        their high byte. Of an animation the first frame is taken (a warning says so).
 
     Raises:
         PictureError: not a picture, truncated, empty, too large, or of a pixel type whose range is unknown.
@@ -58,9 +58,8 @@ def open_picture(source, *, allow_urls: bool = False, label: str | None = None) 
         return _decode(io.BytesIO(source), label or f"picture of {len(source)} bytes")
     if hasattr(source, "read"):
         return _decode(source, label or getattr(source, "name", None) or "picture in a file object")
-    raise PictureError(
-        f"{label or 'picture'}: expected a Pillow image, a path, bytes, a binary file, or a uint8 array or tensor, got {type(source).__name__}"
-    )
+    expected = "a Pillow image, a path, bytes, a binary file, or a uint8 array or tensor"
+    raise PictureError(f"{label or 'picture'}: expected {expected}, got {type(source).__name__}")
 
 
 def _decode(file, label: str) -> Image.Image:

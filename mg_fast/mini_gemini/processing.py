@@ -2,8 +2,8 @@
 
 import json
 import math
+import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from .. import conversation
 from ..conversation import IMAGE_TAG, get_template
 from ..errors import CheckpointError, PictureError, PromptError
 from ..reference import low_resolution_views
-from .checkpoint import _HUB_ARGUMENTS, decide_template, geometry_config, load_tokenizer, resolve_folder
+from .checkpoint import HUB_ARGUMENTS, decide_template, geometry_config, load_tokenizer, resolve_folder
 from .configuration import MiniGeminiConfig
 from .pictures import MAX_CANVAS_PIXELS, open_picture
 
@@ -141,37 +141,37 @@ class MiniGeminiProcessor(ProcessorMixin):
         self.filler_id = _filler_id(tokenizer)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *, template: str | None = None, **kwargs) -> "MiniGeminiProcessor":
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *, template: str | None = None, base_model: str | os.PathLike | None = None, **kwargs
+    ) -> "MiniGeminiProcessor":
         """The processor of a checkpoint, by folder or hub id; published folders need no preprocessor_config.json.
 
         Args:
             template: overrides the prompt template that is otherwise read or decided from the checkpoint.
+            base_model: the base language model of a stage-1 adapter folder; its tokenizer and, if the folder has none, its config.json.
             **kwargs: hub arguments (`cache_dir`, `revision`, `token`, `local_files_only`, `force_download`).
 
         Raises:
             CheckpointError: no configuration or no tokenizer there.
             PromptError: unknown template.
         """
-        unknown = kwargs.keys() - set(_HUB_ARGUMENTS) - _AUTO_ARGUMENTS
+        unknown = kwargs.keys() - set(HUB_ARGUMENTS) - _AUTO_ARGUMENTS
         if unknown:
             raise TypeError(f"MiniGeminiProcessor.from_pretrained: unknown arguments {sorted(unknown)}")
-        hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if kwargs.get(key) is not None}
+        hub = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
         folder = resolve_folder(pretrained_model_name_or_path, weights=False, **hub)
+        base = resolve_folder(base_model, weights=False, **hub) if base_model is not None else None
         stored_file = folder / "processor_config.json"
         stored = json.loads(stored_file.read_text(encoding="utf-8")) if stored_file.is_file() else {}
-        tokenizer = None
-        if (folder / "config.json").is_file():
-            _, config = geometry_config(folder)
-            tokenizer = load_tokenizer(folder)
-            images = MiniGeminiImageProcessor.from_config(config)
-            template = decide_template(config, tokenizer, template or stored.get("template"))
-        elif stored:
+        if stored and not (folder / "config.json").is_file():
             # a processor saved on its own, apart from its model
-            tokenizer = load_tokenizer(folder)
-            images = MiniGeminiImageProcessor(**stored["image_processor"])
-            template = template or stored["template"]
-        else:
-            raise CheckpointError(f"{folder} has neither config.json nor processor_config.json: expected a Mini-Gemini checkpoint folder")
+            return cls(
+                MiniGeminiImageProcessor(**stored["image_processor"]), load_tokenizer(folder), template=template or stored["template"]
+            )
+        config = geometry_config(folder, base)
+        tokenizer = load_tokenizer(folder, base)
+        template = decide_template(config, tokenizer, template or stored.get("template"))
+        images = MiniGeminiImageProcessor.from_config(config)
         return cls(images, tokenizer, template=template)
 
     def __call__(
@@ -214,7 +214,7 @@ class MiniGeminiProcessor(ProcessorMixin):
             if not isinstance(prompt, str) or not prompt.strip():
                 raise PromptError(f"prompt {i + 1} of {len(texts)} is empty: {prompt!r}")
         flat = match_pictures(texts, images)
-        rows = [self._encode(prompt, add_special_tokens) for prompt in texts]
+        rows = [self.encode(prompt, add_special_tokens=add_special_tokens) for prompt in texts]
 
         longest = max(len(ids) for ids, _ in rows)
         pad = padding not in (False, "do_not_pad") if padding is not None else len(rows) > 1
@@ -231,8 +231,11 @@ class MiniGeminiProcessor(ProcessorMixin):
             data.update(self.image_processor(flat, return_tensors=return_tensors, allow_urls=allow_urls))
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def _encode(self, prompt: str, add_special_tokens: bool) -> tuple[list[int], list[int]]:
-        """Ids and picture marks of one prompt: every piece between tags is tokenised by itself, as the original does."""
+    def encode(self, prompt: str, *, add_special_tokens: bool = True) -> tuple[list[int], list[int]]:
+        """Ids and picture marks (1 at picture positions) of one prompt.
+
+        Every piece between `<image>` tags is tokenised by itself and one BOS is kept, as the original does.
+        """
         pieces = [self.tokenizer(piece, add_special_tokens=add_special_tokens).input_ids for piece in prompt.split(IMAGE_TAG)]
         bos = self.tokenizer.bos_token_id
         has_bos = bool(pieces[0]) and bos is not None and pieces[0][0] == bos
@@ -277,7 +280,9 @@ def match_pictures(texts: Sequence[str], images) -> list:
                 where = f"prompt {i + 1} of {len(texts)}" if len(texts) > 1 else "the prompt"
                 raise PromptError(f"{where} has {count} {IMAGE_TAG} tag(s), but {len(group)} picture(s) came")
     if sum(counts) != len(flat):
-        raise PromptError(f"the prompt{'s have' if len(texts) > 1 else ' has'} {sum(counts)} {IMAGE_TAG} tag(s), but {len(flat)} picture(s) came")
+        raise PromptError(
+            f"the prompt{'s have' if len(texts) > 1 else ' has'} {sum(counts)} {IMAGE_TAG} tag(s), but {len(flat)} picture(s) came"
+        )
     return flat
 
 

@@ -1,0 +1,32 @@
+# Two commands for a fresh machine with Python 3.10+, git and make: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint check aot clean
+demo: $(READY)
+	$(BIN)/python -m examples.demo
+
+test: lint check aot
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+check: $(READY)
+	$(BIN)/python -m pytest --ignore=tests/test_aot.py
+
+# a process of its own: what is compiled ahead of time must not have been interpreted before
+aot: $(READY)
+	$(BIN)/python -m pytest tests/test_aot.py
+
+$(READY): pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "mg_fast needs Python 3.10 or newer, this is $$($(PYTHON) --version)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

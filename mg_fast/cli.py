@@ -1,0 +1,261 @@
+"""mg-fast run | chat | doctor.
+
+Exit codes: 0 done; 1 unexpected; 2 wrong usage; 3 checkpoint; 4 picture; 5 prompt; 6 backend; 130 interrupted.
+Errors are one line on stderr; --debug shows the traceback.
+"""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+import platform
+import sys
+import time
+
+from . import __version__
+from .errors import BackendError, CheckpointError, MgFastError, PictureError, PromptError
+
+EXIT_CODES = ((CheckpointError, 3), (PictureError, 4), (PromptError, 5), (BackendError, 6))
+
+CHAT_HELP = """\
+/image FILE   show a picture with the next question (again for another one)
+/reset        forget the conversation
+/help         this list
+/quit         leave (also Ctrl-D)"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mg-fast", description="Mini-Gemini: questions about pictures, answered fast.")
+    parser.add_argument("--version", action="version", version=f"mg-fast {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="run | chat | doctor")
+
+    model = argparse.ArgumentParser(add_help=False)
+    model.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder or hub id")
+    model.add_argument("--model-base", metavar="DIR", help="base language model of a stage-1 adapter (mm_projector.bin)")
+    model.add_argument("--template", metavar="NAME", help="prompt template, where the checkpoint does not tell it")
+    model.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    model.add_argument("--device", help="cuda, cpu, ... or auto (default: a GPU if there is one)")
+    model.add_argument("--backend", choices=("auto", "reference", "torch", "triton"))
+    model.add_argument("--max-new-tokens", type=int, metavar="N", help="at most N tokens per answer (default 512)")
+    model.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy; above 0 samples")
+    model.add_argument("--seed", type=int, help="makes sampling repeatable")
+    model.add_argument("--allow-long", action="store_true", help="accept prompts longer than the model was trained on")
+    model.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
+
+    run = commands.add_parser("run", parents=[model], help="answer one question")
+    run.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be given several times")
+    run.add_argument("--prompt", required=True, metavar="TEXT", help="the question")
+    run.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    run.add_argument("--profile", action="store_true", help="show time and memory of every stage")
+    run.set_defaults(action=command_run)
+
+    chat = commands.add_parser("chat", parents=[model], help="talk about pictures in the terminal", epilog=CHAT_HELP)
+    chat.formatter_class = argparse.RawDescriptionHelpFormatter
+    chat.set_defaults(action=command_chat)
+
+    doctor = commands.add_parser("doctor", help="what is installed, and which backends can run here")
+    doctor.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
+    doctor.set_defaults(action=command_doctor)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    logging.basicConfig(format="mg-fast: %(levelname)s: %(message)s", level=logging.DEBUG if args.debug else logging.WARNING)
+    try:
+        return args.action(args)
+    except KeyboardInterrupt:
+        print("mg-fast: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # the reader of our output went away; nothing is left to say to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if args.debug:
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        kind = "" if isinstance(error, MgFastError) else f"{type(error).__name__}: "
+        print(f"mg-fast: error: {kind}{message}", file=sys.stderr)
+        return next((code for cls, code in EXIT_CODES if isinstance(error, cls)), 1)
+
+
+def _load(args):
+    # the imports take seconds, and usage errors should not wait for them
+    from .conversation import get_template
+
+    if args.template is not None:
+        get_template(args.template)
+    from transformers.utils import logging as transformers_logging
+
+    from .pipeline import load
+
+    if not args.debug:
+        transformers_logging.set_verbosity_error()
+    pipeline = load(
+        args.model,
+        dtype=args.dtype,
+        device=args.device,
+        backend=args.backend,
+        template=args.template,
+        base_model=args.model_base,
+        allow_long=args.allow_long,
+    )
+    print(f"loaded {args.model} on {pipeline.device} in {pipeline.load_seconds:.1f} s (template {pipeline.template})", file=sys.stderr)
+    return pipeline
+
+
+def _options(args) -> dict:
+    return {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "seed": args.seed}
+
+
+def command_run(args) -> int:
+    for file in args.image:
+        # before the model's gigabytes are read
+        if not os.path.isfile(os.path.expanduser(file)):
+            raise PictureError(f"{file}: no such file")
+    if not args.prompt.strip():
+        raise PromptError("--prompt is empty")
+    pipeline = _load(args)
+    began = time.perf_counter()
+    if args.json or args.profile:
+        answer = pipeline.chat(args.prompt, args.image, profile=args.profile, **_options(args))
+        seconds = time.perf_counter() - began
+    if args.json:
+        document = {
+            "text": answer.text,
+            "token_ids": answer.token_ids,
+            "finish_reason": answer.finish_reason,
+            "prompt_tokens": answer.prompt_tokens,
+            "image_tokens": answer.image_tokens,
+            "new_tokens": len(answer.token_ids),
+            "load_s": round(pipeline.load_seconds, 3),
+            "answer_s": round(seconds, 3),
+        }
+        if args.profile:
+            document["stages"] = [stage._asdict() for stage in answer.stages]
+        print(json.dumps(document))
+        return 0
+    if args.profile:
+        from .meter import format_stages
+
+        print(answer.text)
+        print(format_stages(answer.stages), file=sys.stderr)
+        return 0
+    _print_stream(pipeline.chat(args.prompt, args.image, stream=True, **_options(args)))
+    return 0
+
+
+def command_chat(args) -> int:
+    pipeline = _load(args)
+    if sys.stdin.isatty():
+        # line editing and history at the prompt, where Python has it
+        if importlib.util.find_spec("readline"):
+            import readline  # noqa: F401
+        print(CHAT_HELP)
+    images: list[str] = []
+    while True:
+        try:
+            line = input("you> ").strip()
+        except EOFError:
+            print()
+            return 0
+        command, _, rest = line.partition(" ")
+        try:
+            if not line:
+                continue
+            if command in ("/quit", "/exit"):
+                return 0
+            if command == "/help":
+                print(CHAT_HELP)
+            elif command == "/reset":
+                pipeline.reset()
+                images = []
+                print("(conversation forgotten)")
+            elif command == "/image":
+                images.append(_checked_picture(rest.strip()))
+                print(f"({len(images)} picture{'s' if len(images) > 1 else ''} with the next question)")
+            elif command.startswith("/"):
+                print(f"unknown command {command}\n{CHAT_HELP}")
+            else:
+                print("model> ", end="", flush=True)
+                _print_stream(pipeline.chat(line, images, stream=True, **_options(args)))
+                images = []
+        except KeyboardInterrupt:
+            # stops the answer, not the conversation
+            print("\n(interrupted; this turn is not kept)")
+        except (PictureError, PromptError) as error:
+            print(f"{error}")
+
+
+def _checked_picture(file: str) -> str:
+    from .mini_gemini.pictures import open_picture
+
+    if not file:
+        raise PictureError("/image needs a file: /image FILE")
+    open_picture(file)
+    return file
+
+
+def _print_stream(pieces) -> None:
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+def command_doctor(args) -> int:
+    import torch
+
+    from . import backend as backends
+
+    print(f"mg_fast {__version__}, Python {platform.python_version()}, {platform.platform()}")
+    print("\npackages")
+    for name, why in (
+        ("torch", ""),
+        ("torchvision", ""),
+        ("transformers", ""),
+        ("accelerate", ""),
+        ("timm", "high-resolution tower"),
+        ("open_clip_torch", ""),
+        ("safetensors", ""),
+        ("sentencepiece", "tokenizers"),
+        ("protobuf", "tokenizers"),
+        ("pillow", "pictures"),
+        ("triton", "kernels; Linux only"),
+        ("flash-attn", "extra `flash`"),
+        ("torchao", "extra `quant`"),
+        ("diffusers", "extra `gen`"),
+    ):
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            version = "not installed"
+        print(f"  {name:<16} {version}{f'  ({why})' if why else ''}")
+
+    print("\nhardware")
+    print(f"  CPU: {os.cpu_count()} logical cores, torch uses {torch.get_num_threads()} threads")
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices.append("cuda")
+        for i in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(i)
+            print(f"  GPU {i}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB, sm_{properties.major}{properties.minor}")
+    else:
+        built = f"this torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "this torch is built without CUDA"
+        print(f"  GPU: none that torch can use ({built})")
+
+    print("\nbackends (auto takes the first that can run, from the right)")
+    for operation in backends.IMPLEMENTED:
+        for device in devices:
+            chosen = backends.choose(operation, "auto", device)
+            print(f"  {operation} on {device}: auto runs {chosen}")
+            for name in backends.BACKENDS:
+                reason = backends.why_not(operation, name, device)
+                print(f"    {name:<10} {'can run' if reason is None else 'cannot: ' + reason}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,340 @@
+"""From a picture and a question to the answer: load -> see -> answer. Every stage can be called alone."""
+
+import contextlib
+import os
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from .backend import requested, use_backend
+from .conversation import IMAGE_TAG, render, with_picture_tags
+from .errors import PromptError
+from .meter import Meter, Stage
+from .mini_gemini.modeling import MiniGeminiForConditionalGeneration
+from .mini_gemini.processing import MiniGeminiProcessor
+from .streaming import PieceStream, decode_answer
+
+# what an answer may grow to when the caller does not say (the original's command line)
+DEFAULT_NEW_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back for one question.
+
+    Attributes:
+        text: the answer, special tokens left out, white space at both ends removed.
+        token_ids: the generated ids, the one that ended the answer included.
+        finish_reason: `stop` (the model ended it) or `length` (max_new_tokens did).
+        prompt_tokens: positions of the prompt, image tokens included.
+        image_tokens: how many of those were image tokens.
+        stages: time and memory by stage, where `profile=True` asked for it.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    prompt_tokens: int
+    image_tokens: int
+    stages: list[Stage] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Pipeline:
+    """A loaded model with its processor and one conversation of its own; `load` makes one.
+
+    Attributes:
+        model: the MiniGeminiForConditionalGeneration.
+        processor: its MiniGeminiProcessor.
+        template: name of the prompt template.
+        load_seconds: how long loading took, where `load` did it.
+    """
+
+    def __init__(self, model: MiniGeminiForConditionalGeneration, processor: MiniGeminiProcessor, *, backend: str | None = None):
+        if backend is not None:
+            requested(backend)
+        self.model, self.processor, self.backend = model, processor, backend
+        self.template = processor.template
+        self.load_seconds: float | None = None
+        self._own = Conversation(self)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    def chat(self, text: str, images: Sequence | None = None, **options) -> "Answer | Iterator[str]":
+        """Asks in the pipeline's own conversation; see `Conversation.chat`."""
+        return self._own.chat(text, images, **options)
+
+    def reset(self) -> None:
+        """Forgets the pipeline's own conversation."""
+        self._own.reset()
+
+    def conversation(self) -> "Conversation":
+        """Opens another conversation over the same model."""
+        return Conversation(self)
+
+    @torch.inference_mode()
+    def see(self, image, *, meter: Meter | None = None) -> torch.Tensor:
+        """Image tokens [T, hidden] of one picture (T 576, HD 2880; unscaled, global view first).
+
+        Args:
+            image: a Pillow image, path, bytes, or uint8 array or tensor.
+            meter: measures the stages.
+        """
+        stage = meter.stage if meter is not None else lambda name: contextlib.nullcontext()
+        core = self.model.model
+        with self._backend():
+            with stage("preprocess (CPU)"):
+                pixels = self.processor.image_processor(image)
+                low, high = pixels["pixel_values"].to(self.device), pixels["pixel_values_hr"].to(self.device)
+            with stage("LR tower"):
+                queries = core.low_resolution_queries(low)
+            with stage("HR tower"):
+                pyramid = [level.to(queries.device) for level in core.vision_tower_aux(high)]
+            with stage("patch info mining"):
+                tokens = core.merge(queries, core.patch_mining(queries, pyramid, grid=self.model.config.image_grid))
+            with stage("projector"):
+                return core.mm_projector(tokens)[0]
+
+    def _backend(self):
+        return use_backend(self.backend) if self.backend is not None else contextlib.nullcontext()
+
+
+class Conversation:
+    """Turns and pictures of one dialogue. Pictures are seen once and their image tokens kept until `reset` or `close`."""
+
+    def __init__(self, pipeline: Pipeline):
+        self.pipeline = pipeline
+        self.turns: list[tuple[str, str]] = []
+        self.image_tokens: list[torch.Tensor] = []
+
+    def reset(self) -> None:
+        """Forgets turns and pictures."""
+        self.turns, self.image_tokens = [], []
+
+    close = reset
+
+    def chat(
+        self,
+        text: str,
+        images: Sequence | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stream: bool = False,
+        allow_long: bool | None = None,
+        profile: bool = False,
+        **generate_options,
+    ) -> "Answer | Iterator[str]":
+        """Asks a question and keeps it, with its answer, in the conversation.
+
+        Args:
+            text: the question. `<image>` may mark where each picture stands; without it pictures go before the text.
+            images: new pictures of this turn: Pillow images, paths, bytes, uint8 arrays or tensors.
+            max_new_tokens: at most so many tokens; default 512, or what the context still holds.
+            temperature: 0 decodes greedily; above 0 samples.
+            top_p: nucleus of the sampling.
+            seed: makes sampling repeatable; the global random state stays as it is.
+            stream: yield pieces of text that join to the answer's text. A stream that is not read to its end leaves the
+                conversation as it was.
+            allow_long: accept a prompt longer than the model was trained on.
+            profile: measure time and memory of every stage into `Answer.stages`.
+            **generate_options: anything else `generate` takes.
+
+        Raises:
+            PromptError, PictureError: before anything is generated.
+        """
+        if temperature < 0:
+            raise PromptError(f"temperature: expected 0 or more, got {temperature}")
+        if isinstance(images, (str, bytes, os.PathLike)) or (images is not None and not isinstance(images, (list, tuple))):
+            images = [images]
+        images = list(images or [])
+        tags = text.count(IMAGE_TAG)
+        if tags not in (0, len(images)):
+            raise PromptError(f"the text has {tags} {IMAGE_TAG} tag(s), but {len(images)} picture(s) came")
+        question = with_picture_tags(text, len(images))
+        prompt = render(self.pipeline.template, [*self.turns, (question, None)])
+
+        meter = Meter(self.pipeline.device) if profile else None
+        seen = [*self.image_tokens, *(self.pipeline.see(image, meter=meter) for image in images)]
+        request = _Request(self.pipeline, prompt, seen, max_new_tokens, allow_long, meter)
+        if temperature > 0:
+            generate_options |= {"do_sample": True, "temperature": temperature, "top_p": 1.0 if top_p is None else top_p}
+        else:
+            generate_options = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, **generate_options}
+
+        def keep(answer: Answer) -> None:
+            # a tag that the model itself wrote is text, not the place of a picture
+            self.turns.append((question, answer.text.replace(IMAGE_TAG, "< image>")))
+            self.image_tokens = seen
+
+        if stream:
+            return _stream(request, generate_options, seed, keep)
+        answer = request.run(generate_options, seed)
+        keep(answer)
+        return answer
+
+
+class _Request:
+    """One prompt, encoded and checked, ready to be generated from."""
+
+    def __init__(self, pipeline: Pipeline, prompt: str, seen: list[torch.Tensor], max_new_tokens, allow_long, meter: Meter | None):
+        self.pipeline, self.meter, self.allow_long = pipeline, meter, allow_long
+        model, device = pipeline.model, pipeline.device
+        ids, marks = pipeline.processor.encode(prompt)
+        self.length, self.image_tokens = len(ids), sum(marks)
+        self.max_new_tokens = max_new_tokens
+        if max_new_tokens is None:
+            room = model.config.text_config.max_position_embeddings - self.length
+            self.max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, room))
+        elif max_new_tokens < 1:
+            raise PromptError(f"max_new_tokens: expected 1 or more, got {max_new_tokens}")
+        # an error here comes before a stream begins
+        model.check_length(self.length, self.max_new_tokens, allow_long)
+        self.inputs = {
+            "input_ids": torch.tensor([ids], device=device),
+            "attention_mask": torch.ones(1, len(ids), dtype=torch.long, device=device),
+        }
+        if seen:
+            self.inputs["mm_token_type_ids"] = torch.tensor([marks], device=device)
+            self.inputs["image_tokens"] = torch.stack(seen)
+
+    def run(self, options: dict, seed: int | None, emit=None, criteria: StoppingCriteriaList | None = None) -> Answer:
+        pipeline, meter = self.pipeline, self.meter
+        tokenizer = pipeline.processor.tokenizer
+        first = True
+
+        def on_token() -> None:
+            nonlocal first
+            if first and meter is not None:
+                meter.start("decode")
+            first = False
+
+        stream = PieceStream(tokenizer, emit, on_token)
+        if options.get("num_beams", 1) > 1:
+            if emit is not None:
+                raise PromptError("beams cannot be streamed: their text is not final before the end")
+            stream = None
+        if meter is not None:
+            meter.start("prefill to first token" if stream is not None else "prefill and decode")
+        with pipeline._backend(), _seeded(seed, pipeline.device), torch.inference_mode():
+            out = pipeline.model.generate(
+                **self.inputs,
+                max_new_tokens=self.max_new_tokens,
+                allow_long=self.allow_long,
+                streamer=stream,
+                stopping_criteria=criteria,
+                **options,
+            )
+        if meter is not None:
+            meter.stop()
+        ids = out[0, self.length :].tolist()
+        stops = pipeline.model.generation_config.eos_token_id or []
+        ended = bool(ids) and ids[-1] in (stops if isinstance(stops, list) else [stops])
+        return Answer(
+            text=decode_answer(tokenizer, ids),
+            token_ids=ids,
+            finish_reason="stop" if ended else "length",
+            prompt_tokens=self.length,
+            image_tokens=self.image_tokens,
+            stages=meter.stages if meter is not None else [],
+        )
+
+
+def _stream(request: _Request, options: dict, seed: int | None, keep) -> Iterator[str]:
+    """Pieces of text from a generation in a thread of its own; errors come out here."""
+    pieces: queue.SimpleQueue = queue.SimpleQueue()
+    abandoned = threading.Event()
+    # the choice of backend is per thread, so it is handed over
+    backend = requested()
+
+    class Abandoned(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.full((len(input_ids),), abandoned.is_set(), device=input_ids.device)
+
+    def work() -> None:
+        try:
+            with use_backend(backend):
+                pieces.put(request.run(options, seed, pieces.put, StoppingCriteriaList([Abandoned()])))
+        except BaseException as error:  # handed to the reader, whoever raised it
+            pieces.put(error)
+
+    def read() -> Iterator[str]:
+        thread = threading.Thread(target=work, name="mg_fast-stream", daemon=True)
+        thread.start()
+        try:
+            while isinstance(piece := pieces.get(), str):
+                yield piece
+            if isinstance(piece, BaseException):
+                raise piece
+            keep(piece)
+        finally:
+            abandoned.set()
+            thread.join()
+
+    return read()
+
+
+@contextlib.contextmanager
+def _seeded(seed: int | None, device: torch.device):
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def load(
+    path: str | os.PathLike,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    backend: str | None = None,
+    quantize=None,
+    template: str | None = None,
+    base_model: str | os.PathLike | None = None,
+    allow_long: bool = False,
+) -> Pipeline:
+    """Loads a Mini-Gemini checkpoint with everything around it.
+
+    Args:
+        path: folder or hub id of a checkpoint in the published layout.
+        dtype: weights' dtype; `auto` takes the stored one.
+        device: `cuda`, `cpu`, ..., or `auto` to spread over what is there; default: a GPU if there is one.
+        backend: `auto`, `reference`, `torch` or `triton`, for every call of this pipeline.
+        quantize: a transformers quantization configuration for the language model (towers and mining keep their dtype).
+        template: overrides the prompt template.
+        base_model: the base language model, for a stage-1 adapter.
+        allow_long: accept prompts longer than the model was trained on.
+
+    Raises:
+        CheckpointError, BackendError, PromptError (unknown template).
+    """
+    if backend is not None:
+        requested(backend)
+    if isinstance(quantize, str):
+        raise ValueError(f"quantize: expected a transformers quantization configuration (e.g. TorchAoConfig), got the string {quantize!r}")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    began = time.perf_counter()
+    adapter = {} if base_model is None else {"base_model": base_model}
+    # the processor first: it is quick, and most things that can be wrong with a folder are found there
+    processor = MiniGeminiProcessor.from_pretrained(path, template=template, **adapter)
+    quantized = {} if quantize is None else {"quantization_config": quantize}
+    model = MiniGeminiForConditionalGeneration.from_pretrained(
+        path, dtype=dtype, device_map=device, template=template, allow_long=allow_long, **quantized, **adapter
+    )
+    pipeline = Pipeline(model, processor, backend=backend)
+    pipeline.load_seconds = time.perf_counter() - began
+    return pipeline

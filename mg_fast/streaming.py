@@ -1,0 +1,54 @@
+"""Token ids to text while they come, such that the pieces join to the text of all of them."""
+
+import re
+from collections.abc import Callable
+
+from transformers.generation.streamers import BaseStreamer
+
+# sentencepiece's byte pieces: several make one character, and a run of them decodes as a whole
+_BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+
+
+def decode_answer(tokenizer, ids: list[int]) -> str:
+    """The text of an answer: special tokens left out, white space at both ends removed (as the original does)."""
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+
+
+class PieceStream(BaseStreamer):
+    """A streamer for `generate` that hands on text as it becomes final.
+
+    Text is held back while it may still change: a run of byte pieces, an incomplete character, trailing white space.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        emit: called with each piece of text.
+        on_token: called when each token comes, before its text is known.
+    """
+
+    def __init__(self, tokenizer, emit: Callable[[str], None] | None = None, on_token: Callable[[], None] | None = None):
+        self.tokenizer = tokenizer
+        self.emit = emit or (lambda piece: None)
+        self.on_token = on_token or (lambda: None)
+        self.ids: list[int] = []
+        self.sent = ""
+        self._prompt_seen = False
+
+    def put(self, value) -> None:
+        if not self._prompt_seen:
+            # generate() hands over the prompt first
+            self._prompt_seen = True
+            return
+        self.on_token()
+        self.ids.extend(value.flatten().tolist())
+        settled = len(self.ids)
+        while settled and _BYTE_PIECE.fullmatch(self.tokenizer.convert_ids_to_tokens(self.ids[settled - 1]) or ""):
+            settled -= 1
+        self._send(decode_answer(self.tokenizer, self.ids[:settled]).rstrip("\ufffd").rstrip())
+
+    def end(self) -> None:
+        self._send(decode_answer(self.tokenizer, self.ids))
+
+    def _send(self, text: str) -> None:
+        if len(text) > len(self.sent) and text.startswith(self.sent):
+            self.emit(text[len(self.sent) :])
+            self.sent = text

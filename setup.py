@@ -1,0 +1,8 @@
+"""The package mapping only: the top-level kernels/ folder installs as mg_fast.kernels (see mg_fast/kernels.py)."""
+
+from setuptools import setup
+
+setup(
+    packages=["mg_fast", "mg_fast.mini_gemini", "mg_fast.kernels"],
+    package_dir={"mg_fast": "mg_fast", "mg_fast.kernels": "kernels"},
+)
