@@ -61,9 +61,9 @@ def main() -> None:
     print("          (noise: the weights are RANDOM; a published Mini-Gemini checkpoint answers in earnest)\n")
     print(format_stages(answer.stages))
     print(
-        f"\n{answer.prompt_tokens} prompt tokens ({answer.image_tokens} of them image), {len(answer.token_ids)} new, {seconds:.2f} s in all; "
-        f"{config.dtype or torch.float32}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}"
+        f"\n{answer.prompt_tokens} prompt tokens ({answer.image_tokens} of them image), {len(answer.token_ids)} new, {seconds:.2f} s in all"
     )
+    print(f"{pipeline.model.dtype}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}")
 
 
 if __name__ == "__main__":

@@ -27,8 +27,17 @@ TINY_TOWERS = {
     "convnext": {"dims": [8, 16, 24, 32], "depths": [1, 1, 2, 1], "norm_eps": 1e-6},
 }
 LLM_7B = dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=11008)
-LLM_DEMO = dict(hidden_size=192, num_hidden_layers=4, num_attention_heads=6, intermediate_size=512, vocab_size=512)
-LLM_TINY = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96, vocab_size=400)
+# wider than usual an initial spread, or small random models say the same token over and over
+LLM_DEMO = dict(initializer_range=0.1, hidden_size=192, num_hidden_layers=4, num_attention_heads=6, intermediate_size=512, vocab_size=512)
+LLM_TINY = dict(
+    initializer_range=0.1,
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=96,
+    vocab_size=400,
+)
 # size -> (model_type, language model, towers)
 SIZES = {
     "tiny": ("mgm", LLM_TINY, TINY_TOWERS),

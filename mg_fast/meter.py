@@ -1,6 +1,7 @@
 """Time and peak memory of the stages of one answer."""
 
 import contextlib
+import ctypes
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -61,6 +62,7 @@ class Meter:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             return torch.cuda.memory_allocated() / 2**20
+        _release_freed()
         try:
             # "5" resets the peak resident size (proc(5)); the kernel forbids it in some containers
             _CLEAR_REFS.write_text("5")
@@ -70,6 +72,14 @@ class Meter:
 
     def _peak(self) -> float | None:
         return torch.cuda.max_memory_allocated() / 2**20 if self.cuda else _status_mib("VmHWM")
+
+
+def _release_freed() -> None:
+    """Hands freed heap back to the system, where glibc can: else a stage that reuses it would seem to take nothing."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        return
 
 
 def _status_mib(field: str) -> float | None:

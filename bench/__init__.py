@@ -1,0 +1,1 @@
+"""Measurements: latency and memory of mg_fast against the original's own steps."""
