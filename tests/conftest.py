@@ -1,0 +1,78 @@
+"""Fixtures: checkpoints to test on, and the folder of the original's own answers."""
+
+import os
+from pathlib import Path
+
+# nothing here may reach for the network
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from transformers.utils import logging as transformers_logging
+
+import mg_fast
+from tests.paths import OWN_GOLDEN, original_golden
+
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    folder = original_golden()
+    if folder is None:
+        pytest.skip("the original's outputs are not here: set MG_FAST_GOLDEN to their folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def standard() -> Path:
+    """A tiny standard checkpoint in the published layout, with a picture beside it."""
+    return OWN_GOLDEN / "standard"
+
+
+@pytest.fixture(scope="session")
+def hd() -> Path:
+    """A tiny HD checkpoint in the published layout."""
+    return OWN_GOLDEN / "hd"
+
+
+@pytest.fixture(scope="session")
+def photo() -> Path:
+    return OWN_GOLDEN / "photo.png"
+
+
+@pytest.fixture(scope="session")
+def drawing() -> Path:
+    return OWN_GOLDEN / "drawing.png"
+
+
+@pytest.fixture(scope="session")
+def model(standard):
+    return mg_fast.MiniGeminiForConditionalGeneration.from_pretrained(standard)
+
+
+@pytest.fixture(scope="session")
+def processor(standard):
+    return mg_fast.MiniGeminiProcessor.from_pretrained(standard)
+
+
+@pytest.fixture(scope="session")
+def hd_model(hd):
+    return mg_fast.MiniGeminiForConditionalGeneration.from_pretrained(hd)
+
+
+@pytest.fixture(scope="session")
+def hd_processor(hd):
+    return mg_fast.MiniGeminiProcessor.from_pretrained(hd)
+
+
+@pytest.fixture
+def pipeline(model, processor):
+    """A fresh pipeline over the shared model; it starts without a conversation."""
+    return mg_fast.Pipeline(model, processor)
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    torch.set_num_threads(2)
