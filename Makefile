@@ -26,6 +26,8 @@ $(READY): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	# Hugging Face's own `kernels`, off the path: a test puts it there to see that our folder of that name is no obstacle
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps --upgrade --target $(VENV)/hf-kernels kernels kernels-data
 	@touch $@
 
 clean:

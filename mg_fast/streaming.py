@@ -31,6 +31,7 @@ class PieceStream(BaseStreamer):
         self.on_token = on_token or (lambda: None)
         self.ids: list[int] = []
         self.sent = ""
+        self._special = set(tokenizer.all_special_ids)
         self._prompt_seen = False
 
     def put(self, value) -> None:
@@ -41,12 +42,16 @@ class PieceStream(BaseStreamer):
         self.on_token()
         self.ids.extend(value.flatten().tolist())
         settled = len(self.ids)
-        while settled and _BYTE_PIECE.fullmatch(self.tokenizer.convert_ids_to_tokens(self.ids[settled - 1]) or ""):
+        while settled and self._open_ended(self.ids[settled - 1]):
             settled -= 1
         self._send(decode_answer(self.tokenizer, self.ids[:settled]).rstrip("\ufffd").rstrip())
 
     def end(self) -> None:
         self._send(decode_answer(self.tokenizer, self.ids))
+
+    def _open_ended(self, token: int) -> bool:
+        """Whether what follows may still change how this token decodes; special tokens are left out, so a run of bytes spans them."""
+        return token in self._special or bool(_BYTE_PIECE.fullmatch(self.tokenizer.convert_ids_to_tokens(token) or ""))
 
     def _send(self, text: str) -> None:
         if len(text) > len(self.sent) and text.startswith(self.sent):

@@ -5,6 +5,7 @@ The published folder holds all weights. A CLIP or OpenCLIP folder serves only wh
 (`mm_projector.bin`) needs its base language model.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, CLIPVisionConfig
 
@@ -128,12 +129,26 @@ def read_config(folder: Path, fallback: Path | None = None) -> MiniGeminiConfig:
         given = json.loads((source / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{source / 'config.json'} is not valid JSON: {error}") from None
+    if not isinstance(given, dict):
+        raise CheckpointError(f"{source / 'config.json'}: expected a JSON object, got {type(given).__name__}")
     if source == folder and "image_size_aux" not in given:
         raise CheckpointError(
             f"{source / 'config.json'} (model_type {given.get('model_type')!r}) has no image_size_aux: "
             "expected a Mini-Gemini configuration with a high-resolution branch"
         )
-    return MiniGeminiConfig.from_pretrained(source)
+    with _blaming(source / "config.json"):
+        return MiniGeminiConfig.from_pretrained(source)
+
+
+@contextlib.contextmanager
+def _blaming(path: Path):
+    """Names the JSON file whose content made transformers, or us, stumble."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (StrictDataclassError, ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} holds something that cannot be: {' '.join(str(error).split())}") from error
 
 
 def geometry_config(folder: Path, base: Path | None = None) -> MiniGeminiConfig:
@@ -165,8 +180,7 @@ def resolve_folder(name_or_path: str | os.PathLike, *, weights: bool = True, **h
         if weights:
             _download_weights(name, folder, hub)
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{name} is neither a folder nor a hub id that can be loaded: {reason}") from error
+        raise CheckpointError(f"{name} is neither a folder nor a hub id that can be loaded: {_reason(error)}") from error
     return folder
 
 
@@ -186,9 +200,12 @@ def _download_weights(name: str, folder: Path, hub: dict) -> None:
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not a weight index: {error!r}") from None
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise CheckpointError(f"{path} is not a weight index: its weight_map does not map tensor names to files")
+    return files
 
 
 def read_table(folder: Path, *, partial: bool = False) -> Table:
@@ -236,13 +253,19 @@ def _load_bin(path: Path) -> dict[str, torch.Tensor]:
             # files written before torch 1.6 cannot be mapped
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{path} is refused: it holds something other than tensors, or is corrupt ({reason})") from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is corrupt or not a PyTorch file: {str(error).strip().splitlines()[0]}") from None
-    if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+        # torch's own message advises to load the file unsafely; only the name in it is of use
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        found = f"it calls for {named.group(1)}" if named else "it holds something else, or is corrupt"
+        raise CheckpointError(f"{path} is refused: expected tensors and nothing else, {found}") from None
+    except Exception as error:  # bytes that are no pickle can raise anything
+        raise CheckpointError(f"{path} is corrupt or not a PyTorch file: {_reason(error)}") from None
+    if not isinstance(loaded, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in loaded.items()):
         raise CheckpointError(f"{path}: expected a flat dictionary of tensors, got {type(loaded).__name__}")
     return loaded
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _tower_folder(config: MiniGeminiConfig, prefix: str, folder: Path) -> Path | None:
@@ -308,12 +331,17 @@ def complete_config(config: MiniGeminiConfig, tensors: Table, folder: Path) -> N
     if not config.towers_given:
         _complete_clip(config, shapes, _tower_folder(config, CLIP_PREFIX, folder))
         _complete_convnext(config, shapes, _tower_folder(config, CONVNEXT_PREFIX, folder))
-    for key, expected, source in (
-        ("mm_hidden_size", config.vision_config.hidden_size, "the CLIP tower's width"),
-        ("mm_hidden_size_aux", sum(config.vision_config_aux["dims"]), "the sum of the ConvNeXt stage widths"),
-    ):
+    clip = "the CLIP tower's width" if any(n.startswith(CLIP_PREFIX) for n in shapes) else "no CLIP tensor is at hand and the usual width"
+    widths = [("mm_hidden_size", config.vision_config.hidden_size, clip)]
+    if config.towers_given or any(name.startswith(CONVNEXT_PREFIX) for name in shapes):
+        # a processor may be made where no ConvNeXt tensor is at hand, and has no use for its widths
+        widths.append(("mm_hidden_size_aux", sum(config.vision_config_aux["dims"]), "the sum of the ConvNeXt stage widths"))
+    for key, expected, source in widths:
         if getattr(config, key) != expected:
             raise CheckpointError(f"{folder}: config.json says {key}={getattr(config, key)}, {source} is {expected}")
+    layers = config.vision_config.num_hidden_layers
+    if not -layers - 1 <= config.mm_vision_select_layer <= layers:
+        raise CheckpointError(f"{folder}: mm_vision_select_layer={config.mm_vision_select_layer}, the CLIP tower has {layers} layers")
     queries = config.image_grid * math.isqrt(config.tokens_per_view)
     if config.image_size_aux % 32 or (config.image_size_aux // 4) % queries:
         raise CheckpointError(
@@ -325,7 +353,8 @@ def complete_config(config: MiniGeminiConfig, tensors: Table, folder: Path) -> N
 def _complete_clip(config: MiniGeminiConfig, shapes: dict[str, tuple[int, ...]], tower: Path | None) -> None:
     known: dict = {}
     if tower is not None and (tower / "config.json").is_file():
-        stored = CLIPVisionConfig.from_pretrained(tower).to_dict()
+        with _blaming(tower / "config.json"):
+            stored = CLIPVisionConfig.from_pretrained(tower).to_dict()
         known = {key: stored[key] for key in ("num_attention_heads", "hidden_act", "layer_norm_eps")}
     positions = shapes.get(CLIP_PREFIX + "embeddings.position_embedding.weight")
     patches = shapes.get(CLIP_PREFIX + "embeddings.patch_embedding.weight")
@@ -354,8 +383,9 @@ def _complete_convnext(config: MiniGeminiConfig, shapes: dict[str, tuple[int, ..
     # timm's own default, which only convnext_xxlarge overrides
     norm_eps = 1e-5 if dims == [384, 768, 1536, 3072] else 1e-6
     if tower is not None and (tower / "open_clip_config.json").is_file():
-        vision = json.loads((tower / "open_clip_config.json").read_text(encoding="utf-8")).get("model_cfg", {}).get("vision_cfg", {})
-        norm_eps = vision.get("timm_model_kwargs", {}).get("norm_eps", norm_eps)
+        with _blaming(tower / "open_clip_config.json"):
+            vision = json.loads((tower / "open_clip_config.json").read_text(encoding="utf-8")).get("model_cfg", {}).get("vision_cfg", {})
+            norm_eps = vision.get("timm_model_kwargs", {}).get("norm_eps", norm_eps)
     config.vision_config_aux = {"dims": dims, "depths": depths, "norm_eps": norm_eps}
 
 
@@ -371,9 +401,9 @@ def check_names(expected: dict[str, tuple[int, ...]], tensors: Table, *, tied: b
         CheckpointError: names every kind of difference, a few tensors of each.
     """
     found = {name: info.shape for name, info in tensors.items() if not _LEFTOVERS.search(name)}
-    if tied:
+    if tied and found.get("lm_head.weight") == expected["model.embed_tokens.weight"]:
         # a tied head may be stored a second time; it is the embedding
-        found.pop("lm_head.weight", None)
+        del found["lm_head.weight"]
     missing = sorted(expected.keys() - found.keys())
     unexpected = sorted(found.keys() - expected.keys())
     wrong = sorted(n for n in expected.keys() & found.keys() if expected[n] != found[n])
@@ -410,15 +440,14 @@ def read_tensors(table: Table):
 
 def load_tokenizer(*folders: Path | None):
     """The tokenizer of the first folder that has one, padding on the left as generation needs it."""
-    present = [folder for folder in folders if folder is not None]
+    present = [folder for folder in dict.fromkeys(folders) if folder is not None]
     holder = next((f for f in present if any((f / name).is_file() for name in _TOKENIZER_FILES)), None)
     if holder is None:
         raise CheckpointError(f"no tokenizer in {' or '.join(map(str, present))}: expected {' or '.join(_TOKENIZER_FILES)}")
     try:
         return AutoTokenizer.from_pretrained(holder, padding_side="left")
     except Exception as error:  # the tokenizer libraries raise bare Exceptions on broken files
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"the tokenizer in {holder} cannot be loaded: {reason}") from error
+        raise CheckpointError(f"the tokenizer in {holder} cannot be loaded: {_reason(error)}") from error
 
 
 def decide_template(config: MiniGeminiConfig, tokenizer, override: str | None = None) -> str:

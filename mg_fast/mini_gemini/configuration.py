@@ -136,6 +136,9 @@ class MiniGeminiConfig(PreTrainedConfig):
 
     def _check(self) -> None:
         """Refuses what the published layout can say but no published checkpoint uses, rather than computing something else."""
+        for key in ("image_size_aux", "image_grid"):
+            if not isinstance(getattr(self, key), int) or getattr(self, key) < 1:
+                raise CheckpointError(f"{key}: expected a whole number above 0, got {getattr(self, key)!r}")
         if self.image_global and self.image_grid < 2:
             raise CheckpointError(f"image_global needs image_grid >= 2, got image_grid={self.image_grid}")
         if self.mm_vision_select_feature != "patch":
@@ -143,7 +146,8 @@ class MiniGeminiConfig(PreTrainedConfig):
         if self.mm_use_im_start_end:
             raise CheckpointError("mm_use_im_start_end=true is not supported: no published checkpoint adds these tokens")
         tower = (self.mm_vision_tower or "").lower()
-        if "eva" in tower or "lavis" in tower:
+        # the original looks for CLIP first, so that these may stand elsewhere in CLIP's path
+        if ("eva" in tower or "lavis" in tower) and "openai" not in tower and "sharegpt4v" not in tower:
             raise CheckpointError(f"mm_vision_tower {self.mm_vision_tower!r}: the EVA tower is not supported, only CLIP is")
 
     @property

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel, AutoModelForImageTextToText, CLIPVisionModel, GenerationMixin, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -204,13 +205,15 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
         Raises:
             CheckpointError: not a Mini-Gemini checkpoint, an unreadable file, or missing, unexpected or mis-shaped tensors, by name.
         """
+        if template is not None:
+            get_template(template)
         info_wanted = kwargs.pop("output_loading_info", False)
         kwargs["weights_only"] = True
         config = kwargs.pop("config", None)
         config = copy.deepcopy(config) if isinstance(config, MiniGeminiConfig) else config
         checkpoint = open_checkpoint(pretrained_model_name_or_path, base_model=base_model, config=config, **kwargs)
         config = checkpoint.config
-        for key in [key for key in kwargs if hasattr(config, key) and key not in ("dtype", "quantization_config", "name_or_path")]:
+        for key in [key for key in kwargs if hasattr(config, key) and key not in ("dtype", "torch_dtype", "quantization_config", "name_or_path")]:
             setattr(config, key, kwargs.pop(key))
         quantized = getattr(config, "quantization_config", None)
         if quantized is None:
@@ -231,7 +234,6 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
         model.config.name_or_path = str(pretrained_model_name_or_path)
         model.allow_long = allow_long
         if template is not None:
-            get_template(template)
             model.config.conversation_template = template
         model._set_stop_ids(checkpoint.folder, checkpoint.weights_folder)
         return (model, info) if info_wanted else model
@@ -239,8 +241,13 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
     @classmethod
     def published_shapes(cls, config: MiniGeminiConfig) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of a published checkpoint of this configuration. Allocates nothing."""
-        with torch.device("meta"):
-            model = cls(copy.deepcopy(config))
+        try:
+            with torch.device("meta"):
+                model = cls(copy.deepcopy(config))
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"config.json describes no model that can be built: {error!r}") from error
         state = dict(model.state_dict())
         if config.tie_word_embeddings:
             del state["lm_head.weight"]
@@ -308,10 +315,9 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
         Raises:
             PromptError: a prompt longer than the model was trained for, or pictures that do not match their places.
         """
-        length = (input_ids if input_ids is not None else inputs_embeds).shape[1]
-        if length > 1:
-            past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-            self.check_length(past + length, 0, allow_long)
+        if past_key_values is None or int(past_key_values.get_seq_length()) == 0:
+            # only prompts: an answer may grow past the trained length
+            self.check_length((input_ids if input_ids is not None else inputs_embeds).shape[1], 0, allow_long)
         outputs, image_tokens = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -341,9 +347,8 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
         """Holds a prompt of so many tokens, and so many new ones, against the context; `PromptError` has the numbers."""
         limit = self.config.text_config.max_position_embeddings
         trained = min(self.config.tokenizer_model_max_length or limit, limit)
-        if prompt + new > limit:
-            wanted = f"{prompt} prompt tokens" + (f" + max_new_tokens={new}" if new else "")
-            raise PromptError(f"{wanted} = {prompt + new} positions, the model has {limit} (max_position_embeddings)")
+        if prompt > limit:
+            raise PromptError(f"the prompt has {prompt} tokens, the model has {limit} positions (max_position_embeddings)")
         if prompt > trained:
             message = f"the prompt has {prompt} tokens, the model was trained on at most {trained} (tokenizer_model_max_length)"
             if not (self.allow_long if allow_long is None else allow_long):
@@ -351,6 +356,11 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
             if prompt not in _warned_lengths:
                 _warned_lengths.add(prompt)
                 logger.warning("%s; running it because allow_long is set", message)
+        if prompt + new > limit:
+            raise PromptError(
+                f"{prompt} prompt tokens and max_new_tokens={new} need {prompt + new} positions, the model has {limit} "
+                f"(max_position_embeddings): at most {limit - prompt} new tokens fit"
+            )
 
     def generate(self, inputs: torch.Tensor | None = None, *, allow_long: bool | None = None, **kwargs):
         """GenerationMixin's `generate`, after a check of the lengths.
@@ -370,15 +380,19 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
             kwargs["allow_long"] = allow_long
         return super().generate(inputs, **kwargs)
 
-    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, is_first_iteration=False, **kwargs):
         pictures = {name: kwargs.pop(name) for name in _PICTURE_INPUTS if name in kwargs}
-        model_inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
         if is_first_iteration or not kwargs.get("use_cache", True):
             model_inputs.update(pictures)
-            marks = pictures.get("mm_token_type_ids")
-            if marks is not None and model_inputs.get("input_ids") is not None:
+            marks, ids = pictures.get("mm_token_type_ids"), model_inputs.get("input_ids")
+            if marks is not None and ids is not None:
+                # prompt lookup appends guesses to the prompt, which are text
+                marks = F.pad(marks, (0, input_ids.shape[1] - marks.shape[1]))
                 # with a cache of an earlier turn, only the new positions are run
-                model_inputs["mm_token_type_ids"] = marks[:, -model_inputs["input_ids"].shape[1] :]
+                model_inputs["mm_token_type_ids"] = marks[:, -ids.shape[1] :]
         return model_inputs
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
@@ -412,7 +426,8 @@ def published_to_ours(name: str) -> str:
 
 def _keep_vision_unquantized(quantization_config) -> None:
     """Towers, mining, projector and head keep their dtype, unless the caller's configuration says what to skip."""
-    skip = ["vision_tower", "vision_tower_aux", "patch_mining", "mm_projector", "lm_head"]
+    # full paths: transformers holds these against the start of a parameter's name
+    skip = ["model.vision_tower", "model.vision_tower_aux", "model.patch_mining", "model.mm_projector", "lm_head"]
     for attribute in ("llm_int8_skip_modules", "modules_to_not_convert"):
         if getattr(quantization_config, attribute, skip) is None:
             setattr(quantization_config, attribute, skip)

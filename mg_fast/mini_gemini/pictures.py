@@ -1,5 +1,6 @@
 """Anything a caller may call a picture, as an upright RGB Pillow image; or an error that says what came."""
 
+import base64
 import io
 import logging
 import os
@@ -41,18 +42,11 @@ def open_picture(source, *, allow_urls: bool = False, label: str | None = None) 
         shown = label or (source if len(source) <= 80 else source[:77] + "...")
         if not allow_urls:
             raise PictureError(f"{shown}: URLs are fetched only when asked for (allow_urls=True, or a message's `url` key)")
-        from transformers.image_utils import load_image
-
-        try:
-            return _to_rgb(load_image(source), shown)
-        except PictureError:
-            raise
-        except Exception as error:  # whatever the transport or the decoder raises
-            raise PictureError(f"{shown}: cannot be fetched or read: {_first_line(error)}") from error
+        return _decode(io.BytesIO(_fetch(source, shown)), shown)
     if isinstance(source, (str, os.PathLike)):
         path = os.path.expanduser(os.fspath(source))
         if not os.path.isfile(path):
-            raise PictureError(f"{path}: no such file")
+            raise PictureError(f"{path}: {'a folder, expected a picture file' if os.path.isdir(path) else 'no such file'}")
         return _decode(path, label or path)
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _decode(io.BytesIO(source), label or f"picture of {len(source)} bytes")
@@ -60,6 +54,17 @@ def open_picture(source, *, allow_urls: bool = False, label: str | None = None) 
         return _decode(source, label or getattr(source, "name", None) or "picture in a file object")
     expected = "a Pillow image, a path, bytes, a binary file, or a uint8 array or tensor"
     raise PictureError(f"{label or 'picture'}: expected {expected}, got {type(source).__name__}")
+
+
+def _fetch(url: str, label: str) -> bytes:
+    try:
+        if url.startswith("data:"):
+            return base64.b64decode(url.partition(",")[2])
+        import httpx
+
+        return httpx.get(url, timeout=30, follow_redirects=True).raise_for_status().content
+    except Exception as error:  # whatever the transport raises
+        raise PictureError(f"{label}: cannot be fetched or decoded: {_first_line(error)}") from error
 
 
 def _decode(file, label: str) -> Image.Image:
@@ -77,10 +82,10 @@ def _decode(file, label: str) -> Image.Image:
 def _to_rgb(image: Image.Image, label: str) -> Image.Image:
     if 0 in image.size:
         raise PictureError(f"{label}: expected at least 1x1 pixels, got {image.width}x{image.height}")
-    if getattr(image, "is_animated", False):
-        logger.warning("%s: has %d frames, the first one is used", label, image.n_frames)
-        image.seek(0)
     try:
+        if getattr(image, "is_animated", False):
+            logger.warning("%s: has %d frames, the first one is used", label, image.n_frames)
+            image.seek(0)
         image.load()
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):

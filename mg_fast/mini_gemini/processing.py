@@ -25,7 +25,19 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # int(255 * mean)
 PAD_COLOUR = (122, 116, 104)
 # what transformers' Auto classes and pipelines pass along and this processor has no use for
-_AUTO_ARGUMENTS = {"trust_remote_code", "_from_auto", "_from_pipeline", "code_revision", "use_fast", "subfolder", "proxies", "_commit_hash"}
+_AUTO_ARGUMENTS = {
+    "dtype",
+    "torch_dtype",
+    "device_map",
+    "trust_remote_code",
+    "_from_auto",
+    "_from_pipeline",
+    "code_revision",
+    "use_fast",
+    "subfolder",
+    "proxies",
+    "_commit_hash",
+}
 
 
 class MiniGeminiImageProcessor(ImageProcessingMixin):
@@ -83,6 +95,8 @@ class MiniGeminiImageProcessor(ImageProcessingMixin):
             PictureError: with the picture's number, where several came.
         """
         images = list(images) if isinstance(images, (list, tuple)) else [images]
+        if not images:
+            raise PictureError("expected at least one picture, got none")
         pixels = torch.stack([self._one(image, i, len(images), allow_urls) for i, image in enumerate(images)])
         views = low_resolution_views(pixels, self.lr_size, grid=self.grid, global_view=self.global_view)
         return BatchFeature({"pixel_values": views, "pixel_values_hr": pixels}, tensor_type=return_tensors)
@@ -205,11 +219,15 @@ class MiniGeminiProcessor(ProcessorMixin):
         """
         if kwargs.get("truncation"):
             raise TypeError("MiniGeminiProcessor: truncation is not offered, a cut prompt would lose its question")
-        if unknown := kwargs.keys() - {"truncation"}:
+        # transformers' apply_chat_template names the modalities it found nothing of
+        unknown = {key for key, value in kwargs.items() if not (key in ("videos", "audio") and value is None)} - {"truncation"}
+        if unknown:
             raise TypeError(f"MiniGeminiProcessor: unknown arguments {sorted(unknown)}")
         if text is None:
             raise PromptError("expected text=, a prompt with one <image> per picture; pictures alone go to processor.image_processor")
         texts = [text] if isinstance(text, str) else list(text)
+        if not texts:
+            raise PromptError("expected at least one prompt, got none")
         for i, prompt in enumerate(texts):
             if not isinstance(prompt, str) or not prompt.strip():
                 raise PromptError(f"prompt {i + 1} of {len(texts)} is empty: {prompt!r}")

@@ -5,6 +5,7 @@ from torch import nn
 from transformers import CLIPVisionModel
 
 from .. import backend as backends
+from ..errors import CheckpointError
 
 
 def low_resolution_features(tower: CLIPVisionModel, views: torch.Tensor, select_layer: int = -2) -> torch.Tensor:
@@ -41,7 +42,7 @@ def build_projector(kind: str, width: int, hidden: int) -> nn.Module:
         return nn.Identity()
     depth = kind.removeprefix("mlp").removesuffix("x_gelu")
     if not (kind == f"mlp{depth}x_gelu" and depth.isdigit() and int(depth) > 0):
-        raise ValueError(f"mm_projector_type: expected linear, identity or mlpNx_gelu, got {kind!r}")
+        raise CheckpointError(f"mm_projector_type: expected linear, identity or mlpNx_gelu, got {kind!r}")
     layers: list[nn.Module] = [nn.Linear(width, hidden)]
     for _ in range(int(depth) - 1):
         layers += [nn.GELU(), nn.Linear(hidden, hidden)]

@@ -1,0 +1,109 @@
+"""Checkpoint folders made over: the same tensors in other files, or with something changed."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+# as a config.json value: no such key
+GONE = object()
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a folder's own weight files, read without mg_fast."""
+    tensors = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        tensors.update(load_file(path))
+    for path in sorted(folder.glob("pytorch_model*.bin")):
+        tensors.update(torch.load(path, weights_only=True))
+    return tensors
+
+
+def copy_small(source: Path, target: Path, **config) -> Path:
+    """Everything but the weights and the recorded answers; keyword arguments change config.json."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        if path.is_file() and path.suffix in (".json", ".model", ".txt") and "index" not in path.name and path.name != "expected.json":
+            shutil.copyfile(path, target / path.name)
+    if config:
+        edit_config(target, **config)
+    return target
+
+
+def edit_config(folder: Path, **changes) -> None:
+    written = json.loads((folder / "config.json").read_text())
+    written.update(changes)
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in written.items() if value is not GONE}))
+
+
+def split(tensors: dict, shards: int) -> list[dict]:
+    names = sorted(tensors)
+    return [{name: tensors[name] for name in names[i::shards]} for i in range(shards)]
+
+
+def write_safetensors(folder: Path, tensors: dict, shards: int = 1) -> Path:
+    return _write(folder, tensors, shards, "model", "safetensors", lambda part, path: save_file(part, path, metadata={"format": "pt"}))
+
+
+def write_bin(folder: Path, tensors: dict, shards: int = 1, *, legacy: bool = False) -> Path:
+    def save(part, path):
+        torch.save(part, path, _use_new_zipfile_serialization=not legacy)
+
+    return _write(folder, tensors, shards, "pytorch_model", "bin", save)
+
+
+def _write(folder, tensors, shards, stem, suffix, save):
+    if shards == 1:
+        save(tensors, folder / f"{stem}.{suffix}")
+        return folder
+    weight_map = {}
+    for i, part in enumerate(split(tensors, shards), 1):
+        file = f"{stem}-{i:05d}-of-{shards:05d}.{suffix}"
+        save(part, folder / file)
+        weight_map.update(dict.fromkeys(part, file))
+    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def remake(source: Path, target: Path, *, tensors: dict | None = None, **config) -> Path:
+    """A copy as one safetensors file, with other tensors or another config.json."""
+    copy_small(source, target, **config)
+    return write_safetensors(target, tensors_of(source) if tensors is None else tensors)
+
+
+def hub_cache(cache: Path, **repositories: Path) -> Path:
+    """A cache folder as huggingface_hub keeps it. Keyword: `owner__name` -> folder; or `owner__name__revision`."""
+    for key, folder in repositories.items():
+        owner, name, *revision = key.split("__")
+        repository = cache / f"models--{owner}--{name.replace('_', '-')}"
+        commit = f"{len(list(cache.glob('models--*/snapshots/*'))):040x}"
+        (repository / "refs").mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / (revision[0] if revision else "main")).write_text(commit)
+        for path in folder.rglob("*"):
+            if path.is_file():
+                link = repository / "snapshots" / commit / path.relative_to(folder)
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(path.resolve())
+    return cache
+
+
+@torch.inference_mode()
+def probe(model) -> tuple[torch.Tensor, torch.Tensor]:
+    """Image tokens and logits of a fixed random picture in a fixed prompt: two models with the same weights answer the same bits."""
+    config, device, dtype = model.config, model.get_input_embeddings().weight.device, model.dtype
+    generator = torch.Generator().manual_seed(0)
+    lr, hr = config.vision_config.image_size, config.image_size_aux
+    low = torch.randn(1, config.views, 3, lr, lr, generator=generator).to(device, dtype)
+    high = torch.randn(1, 3, hr, hr, generator=generator).to(device, dtype)
+    picture = config.tokens_per_picture
+    ids = torch.tensor([[1, 17, 42] + [5] * picture + [99, 7, 31, 250]], device=device)
+    marks = torch.tensor([[0] * 3 + [1] * picture + [0] * 4], device=device)
+    tokens = model.get_image_features(low, high).pooler_output
+    logits = model(input_ids=ids, image_tokens=tokens, mm_token_type_ids=marks).logits
+    return tokens.cpu(), logits.cpu()
+
+
+def same_answers(model, other) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(probe(model), probe(other)))

@@ -1,0 +1,67 @@
+"""Which backend runs, who decides, and what is said about those that cannot."""
+
+import threading
+
+import pytest
+import torch
+
+from mg_fast import BackendError, backend, use_backend
+
+
+def test_order_of_authority(monkeypatch):
+    monkeypatch.delenv("MG_FAST_BACKEND", raising=False)
+    assert backend.requested() == "auto"
+    monkeypatch.setenv("MG_FAST_BACKEND", "reference")
+    assert backend.requested() == "reference"
+    with use_backend("torch"):
+        assert backend.requested() == "torch"
+        assert backend.requested("auto") == "auto"
+        with use_backend("reference"):
+            assert backend.requested() == "reference"
+        assert backend.requested() == "torch"
+    assert backend.requested() == "reference"
+
+
+def test_choice_is_per_thread():
+    seen = []
+    with use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(backend.requested()))
+        thread.start()
+        thread.join()
+    assert seen == ["auto"]
+
+
+@pytest.mark.parametrize("name", ["cuda", "Triton"])
+def test_unknown_names_are_refused(monkeypatch, name):
+    with pytest.raises(BackendError, match=f"unknown backend '{name}': expected one of auto, reference, torch, triton"), use_backend(name):
+        pass
+    monkeypatch.setenv("MG_FAST_BACKEND", name)
+    with pytest.raises(BackendError, match="unknown backend"):
+        backend.requested()
+
+
+def test_asking_for_one_that_cannot_run_raises_the_reason(model, processor, photo):
+    inputs = processor.image_processor(photo)
+    with use_backend("triton"), pytest.raises(BackendError, match="low_resolution_tower has no triton implementation"):
+        model.get_image_features(**inputs)
+
+
+def test_reference_runs_everything():
+    for operation in backend.IMPLEMENTED:
+        assert backend.why_not(operation, "reference") is None
+        assert backend.choose(operation, "reference") == "reference"
+        assert backend.choose(operation, "auto") in backend.IMPLEMENTED[operation]
+
+
+def test_low_resolution_tower_gives_the_same_bits_on_both(model, processor, photo):
+    """The reference runs the last CLIP layer too, as the original does, and throws its output away."""
+    inputs = processor.image_processor(photo)
+    runs = []
+    model.model.vision_tower.encoder.layers[-1].register_forward_hook(lambda *_: runs.append(1))
+    results = {}
+    for name in ("reference", "auto"):
+        before = len(runs)
+        with use_backend(name), torch.inference_mode():
+            results[name] = model.model.low_resolution_queries(inputs["pixel_values"])
+        assert len(runs) - before == (1 if name == "reference" else 0)
+    assert torch.equal(results["reference"], results["auto"])

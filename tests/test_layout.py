@@ -1,0 +1,94 @@
+"""The kernels/ folder: importable as mg_fast.kernels from a checkout and from a wheel, never as `kernels`."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.paths import ROOT
+
+# run from the repository root, with it first on the path: the hardest case
+PROBE = """
+import importlib.util, sys
+spec = importlib.util.find_spec("kernels")
+assert spec is None or spec.origin is None or not spec.origin.startswith({root!r}), spec
+import mg_fast
+import mg_fast.kernels.configs
+assert "kernels" not in sys.modules, sys.modules["kernels"]
+"""
+TRANSFORMERS = """
+import transformers
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from transformers.integrations import hub_kernels
+small = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+CLIPVisionModel(CLIPVisionConfig(**small, image_size=28, patch_size=14))
+LlamaForCausalLM(LlamaConfig(**small, vocab_size=8))
+"""
+
+
+def run(code, *, cwd=ROOT, path=None):
+    environment = {"PATH": "/usr/bin:/bin", "HOME": "/nonexistent", "HF_HUB_OFFLINE": "1"}
+    if path is not None:
+        environment["PYTHONPATH"] = str(path)
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_no_regular_package():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    run(PROBE.format(root=str(ROOT)))
+
+
+def test_transformers_imports_from_the_root():
+    run(PROBE.format(root=str(ROOT)) + TRANSFORMERS)
+
+
+def test_transformers_imports_beside_hugging_faces_kernels():
+    """The PyPI package of that name, later on the path than our folder, is the one that transformers finds and uses."""
+    site = Path(sys.prefix) / "hf-kernels"
+    if not site.is_dir():
+        pytest.skip("Hugging Face's `kernels` is not here: `make` installs it into .venv/hf-kernels")
+    code = (
+        f"import sys; sys.path.append({str(site)!r})\n"
+        "import mg_fast.kernels.configs\n"
+        "import kernels\n"
+        f"assert kernels.__file__.startswith({str(site)!r}), kernels.__file__\n"
+        "from transformers.utils import is_kernels_available\n"
+        "assert is_kernels_available()\n"
+    )
+    run(code + TRANSFORMERS)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next(folder.glob("*.whl"))
+
+
+def test_wheel_holds_the_packages_and_nothing_else(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"mg_fast"}
+    for file in ("mg_fast/kernels/configs.py", "mg_fast/mini_gemini/modeling.py", "mg_fast/cli.py"):
+        assert file in names
+    assert "mg_fast/kernels/__init__.py" not in names
+    assert any(name.endswith("LICENSE") for name in names) and any(name.endswith("NOTICE") for name in names)
+
+
+def test_wheel_works_outside_the_checkout(wheel, tmp_path, standard, photo):
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    code = (
+        "import mg_fast, mg_fast.kernels, mg_fast.kernels.configs\n"
+        f"assert mg_fast.__file__.startswith({str(site)!r}), mg_fast.__file__\n"
+        f"assert list(mg_fast.kernels.__path__) == [{str(site / 'mg_fast' / 'kernels')!r}]\n"
+        f"answer = mg_fast.load({str(standard)!r}).chat('What?', [{str(photo)!r}], max_new_tokens=3)\n"
+        "assert len(answer.token_ids) == 3\n"
+    )
+    run(code, cwd=tmp_path, path=site)

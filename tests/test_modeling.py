@@ -1,0 +1,237 @@
+"""The model: batches, several pictures, beams, lengths, training, transformers' pipeline and PEFT."""
+
+import copy
+
+import pytest
+import torch
+
+import mg_fast
+from examples.random_checkpoint import build
+from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor, PromptError
+from mg_fast.conversation import render
+
+GREEDY = dict(do_sample=False, max_new_tokens=12)
+
+
+def prompt(question, pictures=1):
+    return render("vicuna_v1", [("<image>\n" * pictures + question, None)])
+
+
+def ids_of(model, inputs, **options):
+    out = model.generate(**inputs, **(GREEDY | options))
+    return out[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+def trimmed(row, stop=2):
+    return row[: row.index(stop) + 1] if stop in row else row
+
+
+@pytest.mark.parametrize("size", ["tiny", "tiny-gemma", "tiny-mixtral"])
+@pytest.mark.parametrize("hd", [False, True], ids=["standard", "hd"])
+def test_ragged_batch_answers_as_alone(tmp_path, photo, drawing, size, hd):
+    folder = build(tmp_path, size=size, hd=hd, seed=5)
+    processor = MiniGeminiProcessor.from_pretrained(folder, template="vicuna_v1")
+    model = MiniGeminiForConditionalGeneration.from_pretrained(folder)
+    requests = [
+        (prompt("What is written in the picture?"), [photo]),
+        (prompt("Hello, who are you and what can you do for me today?", 0), []),
+        (prompt("Compare the two.", 2), [drawing, photo]),
+        (prompt("And this one?"), [drawing]),
+    ]
+    batch = processor(text=[text for text, _ in requests], images=[images for _, images in requests], return_tensors="pt")
+    assert batch["attention_mask"].sum(1).unique().numel() == len(requests), "the batch is meant to be ragged"
+    stops = set(model.generation_config.eos_token_id)
+    for row, (text, images) in zip(ids_of(model, batch), requests):
+        alone = ids_of(model, processor(text=text, images=images or None, return_tensors="pt"))[0]
+        end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
+        assert row[:end] == alone
+
+
+def test_same_input_twice_is_bit_equal(model, processor, photo):
+    inputs = processor(text=prompt("What?"), images=photo, return_tensors="pt")
+    with torch.inference_mode():
+        assert torch.equal(model(**inputs).logits, model(**inputs).logits)
+
+
+def test_two_pictures_with_beams(model, processor, photo, drawing):
+    """Every beam sees both pictures in order: the same as when image tokens are encoded beforehand and repeated by hand."""
+    inputs = processor(text=prompt("Compare.", 2), images=[photo, drawing], return_tensors="pt")
+    swapped = processor(text=prompt("Compare.", 2), images=[drawing, photo], return_tensors="pt")
+    beams = dict(num_beams=3, num_return_sequences=3)
+    ours = ids_of(model, inputs, **beams)
+    with torch.inference_mode():
+        tokens = model.get_image_features(inputs["pixel_values"], inputs["pixel_values_hr"]).pooler_output
+        embeds = model.model.splice(model.get_input_embeddings()(inputs["input_ids"]), tokens, inputs["mm_token_type_ids"])
+    by_hand = model.generate(inputs_embeds=embeds, attention_mask=inputs["attention_mask"], **(GREEDY | beams)).tolist()
+    assert ours == by_hand
+    assert ours != ids_of(model, swapped, **beams)
+
+
+def test_beams_of_a_batch_with_uneven_pictures(model, processor, photo, drawing):
+    texts = [prompt("Compare.", 2), prompt("Hello there", 0), prompt("What?")]
+    pictures = [[photo, drawing], [], [drawing]]
+    batch = ids_of(model, processor(text=texts, images=pictures, return_tensors="pt"), num_beams=2)
+    for row, text, images in zip(batch, texts, pictures):
+        alone = ids_of(model, processor(text=text, images=images or None, return_tensors="pt"), num_beams=2)[0]
+        assert trimmed(row) == trimmed(alone)
+
+
+def test_num_return_sequences(model, processor, photo):
+    inputs = processor(text=prompt("What?"), images=photo, return_tensors="pt")
+    torch.manual_seed(0)
+    out = model.generate(**inputs, do_sample=True, temperature=2.0, num_return_sequences=3, max_new_tokens=6)
+    rows = {tuple(row) for row in out[:, inputs["input_ids"].shape[1] :].tolist()}
+    assert len(rows) == 3
+
+
+def test_image_tokens_instead_of_pixels(model, processor, photo):
+    inputs = processor(text=prompt("What?"), images=photo, return_tensors="pt")
+    tokens = model.get_image_features(inputs["pixel_values"], inputs["pixel_values_hr"]).pooler_output
+    seen = {k: v for k, v in inputs.items() if not k.startswith("pixel")} | {"image_tokens": tokens}
+    assert ids_of(model, seen) == ids_of(model, inputs)
+    with pytest.raises(ValueError, match="got both"):
+        model(**inputs, image_tokens=tokens)
+
+
+def test_static_cache_and_prompt_lookup_give_the_same_ids(model, processor, photo):
+    inputs = processor(text=prompt("What is in the picture?"), images=photo, return_tensors="pt")
+    expected = ids_of(model, inputs)
+    assert ids_of(model, inputs, prompt_lookup_num_tokens=3) == expected
+    assert ids_of(model, inputs, use_cache=False) == expected
+    assert ids_of(model, inputs, cache_implementation="static", disable_compile=True) == expected
+
+
+def test_a_cache_of_the_first_turn_can_be_continued(model, processor, photo):
+    """The second turn with the first one's cache equals the history sent fresh."""
+    first = processor(text=prompt("What?"), images=photo, return_tensors="pt")
+    out = model.generate(**first, **GREEDY, return_dict_in_generate=True)
+    extra = torch.tensor([processor.tokenizer(" USER: And now? ASSISTANT:", add_special_tokens=False).input_ids])
+    ids = torch.cat([out.sequences, extra], dim=1)
+    marks = torch.cat([first["mm_token_type_ids"], torch.zeros(1, ids.shape[1] - first["input_ids"].shape[1], dtype=torch.long)], dim=1)
+    request = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": marks}
+    fresh = model.generate(**request, pixel_values=first["pixel_values"], pixel_values_hr=first["pixel_values_hr"], **GREEDY)
+    continued = model.generate(**request, past_key_values=copy.deepcopy(out.past_key_values), **GREEDY)
+    assert continued.tolist() == fresh.tolist()
+
+
+def test_only_the_last_positions_logits_in_prefill(model, processor, photo):
+    inputs = processor(text=prompt("What?"), images=photo, return_tensors="pt")
+    shapes = []
+    hook = model.lm_head.register_forward_hook(lambda module, args, output: shapes.append(output.shape[1]))
+    try:
+        model.generate(**inputs, **GREEDY)
+    finally:
+        hook.remove()
+    assert set(shapes) == {1}
+
+
+def test_pictures_that_do_not_match_their_places(model, processor, photo):
+    inputs = processor(text=prompt("What?"), images=photo, return_tensors="pt")
+    n = processor.image_processor.tokens_per_picture
+    text_only = processor(text=prompt("What?", 0), return_tensors="pt")
+    pixels = {k: v for k, v in inputs.items() if k.startswith("pixel")}
+    with pytest.raises(PromptError, match=rf"room for 0 image tokens, but 1 picture\(s\) of {n} came"):
+        model.generate(**text_only, **pixels, **GREEDY)
+    with pytest.raises(PromptError, match=rf"room for {n} image tokens, but 2 picture\(s\) of {n} came"):
+        model.generate(**{**inputs, **{k: v.repeat(2, *[1] * (v.dim() - 1)) for k, v in pixels.items()}}, **GREEDY)
+    with pytest.raises(PromptError, match="marks places of pictures, but no pixel_values"):
+        model.generate(**{k: v for k, v in inputs.items() if not k.startswith("pixel")}, **GREEDY)
+    with pytest.raises(PromptError, match="without mm_token_type_ids"):
+        model.generate(**{k: v for k, v in inputs.items() if k != "mm_token_type_ids"}, **GREEDY)
+    with pytest.raises(ValueError, match=r"pixel_values: expected \[1, 1, 3, 70, 70\] for 1 picture\(s\), got \[1, 1, 3, 64, 64\]"):
+        model(**{**inputs, "pixel_values": inputs["pixel_values"][..., :64, :64]})
+    with pytest.raises(ValueError, match="without pixel_values_hr"):
+        model(**{k: v for k, v in inputs.items() if k != "pixel_values_hr"})
+
+
+@pytest.fixture
+def short(model, monkeypatch):
+    """The model with a trained length of 40 and 60 positions in all."""
+    monkeypatch.setattr(model.config, "tokenizer_model_max_length", 40)
+    monkeypatch.setattr(model.config.text_config, "max_position_embeddings", 60)
+    return model
+
+
+def tokens(n):
+    return {"input_ids": torch.full((1, n), 7), "attention_mask": torch.ones(1, n, dtype=torch.long)}
+
+
+def test_lengths(short, caplog):
+    assert len(ids_of(short, tokens(40))[0]) > 0
+    with pytest.raises(PromptError, match="the prompt has 41 tokens, the model was trained on at most 40.*allow_long=True"):
+        short.generate(**tokens(41), **GREEDY)
+    with pytest.raises(PromptError, match="the prompt has 41 tokens"):
+        short(**tokens(41))
+    with caplog.at_level("WARNING"):
+        for _ in range(2):
+            short.generate(**tokens(41), **GREEDY, allow_long=True)
+    assert sum("41 tokens" in record.message for record in caplog.records) == 1
+    with pytest.raises(PromptError, match="the prompt has 61 tokens, the model has 60 positions"):
+        short(**tokens(61), allow_long=True)
+    with pytest.raises(
+        PromptError, match="50 prompt tokens and max_new_tokens=12 need 62 positions, the model has 60 .*at most 10 new tokens fit"
+    ):
+        short.generate(**tokens(50), **GREEDY, allow_long=True)
+
+
+def test_decoding_may_pass_the_trained_length(short):
+    out = short.generate(**tokens(38), max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    assert out.shape[1] == 46
+
+
+def test_gradients_reach_every_trained_part(standard, processor, photo):
+    """Stage two trains mining, projector and language model; both towers are frozen there but can be trained."""
+    model = MiniGeminiForConditionalGeneration.from_pretrained(standard).train()
+    inputs = processor(text=prompt("What?"), images=photo, return_tensors="pt")
+    loss = model(**inputs, labels=inputs["input_ids"]).loss
+    loss.backward()
+    without = {name for name, p in model.named_parameters() if p.grad is None}
+    # what comes after the selected CLIP layer has no part in the answer
+    assert all(name.startswith(("model.vision_tower.encoder.layers.2.", "model.vision_tower.post_layernorm.")) for name in without), without
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_transformers_pipeline(standard, photo):
+    from transformers import pipeline as transformers_pipeline
+
+    pipe = transformers_pipeline("image-text-to-text", model=str(standard))
+    messages = [
+        {"role": "user", "content": [{"type": "image", "path": str(photo)}, {"type": "text", "text": "What is written in the picture?"}]}
+    ]
+    reply = pipe(text=messages, max_new_tokens=12, generate_kwargs={"do_sample": False}, return_full_text=False)[0]["generated_text"]
+    ours = mg_fast.load(standard).chat("What is written in the picture?", [photo], max_new_tokens=12).text
+    assert reply.strip() == ours
+
+
+def test_peft_lora_on_the_language_model(standard, processor, photo, tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    base = MiniGeminiForConditionalGeneration.from_pretrained(standard)
+    inputs = processor(text=prompt("What?"), images=photo, return_tensors="pt")
+    before = ids_of(base, inputs)
+    config = LoraConfig(r=4, target_modules=r".*language_model.*\.(q_proj|v_proj)", init_lora_weights=False)
+    tuned = get_peft_model(base, config).eval()
+    adapted = ids_of(tuned, inputs)
+    assert adapted != before, "a random adapter changes the answer"
+    tuned.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(MiniGeminiForConditionalGeneration.from_pretrained(standard), tmp_path).eval()
+    assert ids_of(again, inputs) == adapted
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(standard, processor, photo, dtype):
+    model = MiniGeminiForConditionalGeneration.from_pretrained(standard, dtype=dtype)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    logits = model(**processor(text=prompt("What?"), images=photo, return_tensors="pt")).logits
+    assert logits.dtype == dtype and logits.isfinite().all()
+
+
+def test_compiled_forward_gives_the_same(model, processor, photo):
+    inputs = processor(text=prompt("What?"), images=photo, return_tensors="pt")
+    core = model.model
+    with torch.inference_mode():
+        expected = core.get_image_features(inputs["pixel_values"], inputs["pixel_values_hr"]).pooler_output
+    compiled = torch.compile(lambda low, high: core.get_image_features(low, high).pooler_output, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        result = compiled(inputs["pixel_values"], inputs["pixel_values_hr"])
+    assert torch.allclose(result, expected, atol=1e-5)
