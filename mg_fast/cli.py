@@ -65,7 +65,10 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     logging.basicConfig(format="mg-fast: %(levelname)s: %(message)s", level=logging.DEBUG if args.debug else logging.WARNING)
     try:
-        return args.action(args)
+        code = args.action(args)
+        # here, where a reader that went away can be met, and not in the interpreter's own flush at its end
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         print("mg-fast: interrupted", file=sys.stderr)
         return 130
@@ -114,8 +117,9 @@ def _options(args) -> dict:
 def command_run(args) -> int:
     for file in args.image:
         # before the model's gigabytes are read
-        if not os.path.isfile(os.path.expanduser(file)):
-            raise PictureError(f"{file}: no such file")
+        path = os.path.expanduser(file)
+        if not os.path.isfile(path):
+            raise PictureError(f"{file}: {'a folder, expected a picture file' if os.path.isdir(path) else 'no such file'}")
     if not args.prompt.strip():
         raise PromptError("--prompt is empty")
     pipeline = _load(args)
@@ -175,7 +179,7 @@ def command_chat(args) -> int:
                 images = []
                 print("(conversation forgotten)")
             elif command == "/image":
-                images.append(_checked_picture(rest.strip()))
+                images.append(_checked_picture(pipeline, rest.strip()))
                 print(f"({len(images)} picture{'s' if len(images) > 1 else ''} with the next question)")
             elif command.startswith("/"):
                 print(f"unknown command {command}\n{CHAT_HELP}")
@@ -190,12 +194,11 @@ def command_chat(args) -> int:
             print(f"{error}")
 
 
-def _checked_picture(file: str) -> str:
-    from .mini_gemini.pictures import open_picture
-
+def _checked_picture(pipeline, file: str) -> str:
     if not file:
         raise PictureError("/image needs a file: /image FILE")
-    open_picture(file)
+    # all of its errors now: a picture that fails only with its question would fail with every later one
+    pipeline.processor.image_processor(file)
     return file
 
 

@@ -162,6 +162,8 @@ class Conversation:
         tags = text.count(IMAGE_TAG)
         if tags not in (0, len(images)):
             raise PromptError(f"the text has {tags} {IMAGE_TAG} tag(s), but {len(images)} picture(s) came")
+        if stream and generate_options.get("num_beams", 1) > 1:
+            raise PromptError("beams cannot be streamed: their text is not final before the end")
         question = with_picture_tags(text, len(images))
         prompt = render(self.pipeline.template, [*self.turns, (question, None)])
 
@@ -220,11 +222,8 @@ class _Request:
                 meter.start("decode")
             first = False
 
-        stream = PieceStream(tokenizer, emit, on_token)
-        if options.get("num_beams", 1) > 1:
-            if emit is not None:
-                raise PromptError("beams cannot be streamed: their text is not final before the end")
-            stream = None
+        # generate() takes no streamer with beams
+        stream = PieceStream(tokenizer, emit, on_token) if options.get("num_beams", 1) == 1 else None
         if meter is not None:
             meter.start("prefill to first token" if stream is not None else "prefill and decode")
         with pipeline._backend(), _seeded(seed, pipeline.device), torch.inference_mode():

@@ -4,8 +4,12 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from mg_fast import CheckpointError, MiniGeminiForConditionalGeneration
 
 # as a config.json value: no such key
 GONE = object()
@@ -73,14 +77,13 @@ def remake(source: Path, target: Path, *, tensors: dict | None = None, **config)
     return write_safetensors(target, tensors_of(source) if tensors is None else tensors)
 
 
-def hub_cache(cache: Path, **repositories: Path) -> Path:
-    """A cache folder as huggingface_hub keeps it. Keyword: `owner__name` -> folder; or `owner__name__revision`."""
-    for key, folder in repositories.items():
-        owner, name, *revision = key.split("__")
-        repository = cache / f"models--{owner}--{name.replace('_', '-')}"
-        commit = f"{len(list(cache.glob('models--*/snapshots/*'))):040x}"
+def hub_cache(cache: Path, repositories: dict[str, Path]) -> Path:
+    """A cache folder as huggingface_hub keeps it, of `owner/name` (or `owner/name@revision`) -> folder."""
+    for i, (key, folder) in enumerate(repositories.items()):
+        name, _, revision = key.partition("@")
+        repository, commit = cache / f"models--{name.replace('/', '--')}", f"{i:040x}"
         (repository / "refs").mkdir(parents=True, exist_ok=True)
-        (repository / "refs" / (revision[0] if revision else "main")).write_text(commit)
+        (repository / "refs" / (revision or "main")).write_text(commit)
         for path in folder.rglob("*"):
             if path.is_file():
                 link = repository / "snapshots" / commit / path.relative_to(folder)
@@ -107,3 +110,15 @@ def probe(model) -> tuple[torch.Tensor, torch.Tensor]:
 
 def same_answers(model, other) -> bool:
     return all(torch.equal(a, b) for a, b in zip(probe(model), probe(other)))
+
+
+def refused(folder, match: str, **arguments) -> str:
+    """Loading must end in a CheckpointError whose message matches, before any weight is read; returns the message."""
+
+    def load(*args, **kwargs):
+        raise AssertionError("went on to load the weights")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(CheckpointError, match=match) as caught:
+        patch.setattr(PreTrainedModel, "from_pretrained", load)
+        MiniGeminiForConditionalGeneration.from_pretrained(folder, **arguments)
+    return str(caught.value)

@@ -362,6 +362,8 @@ def _complete_clip(config: MiniGeminiConfig, shapes: dict[str, tuple[int, ...]],
     if positions is None or patches is None or ffn is None:
         return
     width = positions[1]
+    # what the caller chose before the shapes were known
+    attention = config.vision_config._attn_implementation
     defaults = {"num_attention_heads": max(1, width // 64), "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
     config.vision_config = CLIPVisionConfig(
         hidden_size=width,
@@ -369,6 +371,7 @@ def _complete_clip(config: MiniGeminiConfig, shapes: dict[str, tuple[int, ...]],
         num_hidden_layers=_count(shapes, CLIP_PREFIX + r"encoder.layers.(\d+)."),
         patch_size=patches[-1],
         image_size=math.isqrt(positions[0] - 1) * patches[-1],
+        attn_implementation=attention,
         **{**defaults, **known},
     )
 

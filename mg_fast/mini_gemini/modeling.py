@@ -106,7 +106,7 @@ class MiniGeminiModel(MiniGeminiPreTrainedModel):
 
     def merge(self, queries: torch.Tensor, mined: torch.Tensor) -> torch.Tensor:
         """Queries and mined features [n_images, V, N, D] to the projector's input [n_images, V * N, D], global view first."""
-        return reference.order_tokens(queries + mined, grid=self.config.image_grid)
+        return reference.order_tokens(queries + mined.to(queries.device), grid=self.config.image_grid)
 
     def _check_pixels(self, pixel_values: torch.Tensor, pixel_values_hr: torch.Tensor | None) -> None:
         if pixel_values_hr is None:
@@ -213,7 +213,9 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
         config = copy.deepcopy(config) if isinstance(config, MiniGeminiConfig) else config
         checkpoint = open_checkpoint(pretrained_model_name_or_path, base_model=base_model, config=config, **kwargs)
         config = checkpoint.config
-        for key in [key for key in kwargs if hasattr(config, key) and key not in ("dtype", "torch_dtype", "quantization_config", "name_or_path")]:
+        for key in [
+            key for key in kwargs if hasattr(config, key) and key not in ("dtype", "torch_dtype", "quantization_config", "name_or_path")
+        ]:
             setattr(config, key, kwargs.pop(key))
         quantized = getattr(config, "quantization_config", None)
         if quantized is None:
@@ -255,6 +257,9 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
 
     def _fill(self, tensors: Table) -> None:
         """Copies tensors that lie outside the weights folder into the model."""
+        if tensors:
+            # transformers remembers only the renamings that it needed itself; without them a save takes all that are registered
+            self._weight_conversions = None
         parameters = dict(self.named_parameters())
         for name, tensor in read_tensors(tensors):
             ours = published_to_ours(name)

@@ -260,7 +260,8 @@ class MiniGeminiProcessor(ProcessorMixin):
         ids, marks = list(pieces[0]), [0] * len(pieces[0])
         for piece in pieces[1:]:
             picture = self.image_processor.tokens_per_picture
-            piece = piece[1:] if has_bos else piece
+            # without special tokens only the first piece can have one, written out in the prompt
+            piece = piece[1:] if has_bos and piece[:1] == [bos] else piece
             ids += [self.filler_id] * picture + piece
             marks += [1] * picture + [0] * len(piece)
         return ids, marks

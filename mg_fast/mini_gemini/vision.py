@@ -22,6 +22,10 @@ def low_resolution_features(tower: CLIPVisionModel, views: torch.Tensor, select_
     layers = tower.encoder.layers
     wanted = select_layer if select_layer >= 0 else len(layers) + 1 + select_layer
     run = len(layers) if backends.choose("low_resolution_tower", device=views.device) == "reference" else wanted
+    weight = tower.pre_layrnorm.weight
+    if not weight.is_meta:
+        # layers are called one by one, past the hook that moves inputs where a device map has spread the model
+        views = views.to(weight.device)
     hidden = tower.pre_layrnorm(tower.embeddings(views))
     selected = hidden
     for i, layer in enumerate(layers[:run], 1):

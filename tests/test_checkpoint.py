@@ -1,0 +1,759 @@
+"""Where a checkpoint's tensors may lie, what is refused and in which words, and that saving loses nothing."""
+
+import json
+import logging
+import pickle
+import re
+import shutil
+import zipfile
+
+import huggingface_hub.constants
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoTokenizer, TorchAoConfig
+
+import mg_fast
+from examples import random_checkpoint
+from mg_fast import CheckpointError, MiniGeminiForConditionalGeneration, MiniGeminiProcessor, PromptError
+from mg_fast.mini_gemini.checkpoint import load_tokenizer
+from tests.checkpoints import (
+    GONE,
+    copy_small,
+    edit_config,
+    hub_cache,
+    probe,
+    refused,
+    remake,
+    same_answers,
+    tensors_of,
+    write_bin,
+    write_safetensors,
+)
+from tests.tolerances import relative_error
+
+GOLDEN = ["mgm-gemma", "mgm-llama", "mgm-llama-hd", "mgm-llama3", "mgm-mixtral", "mgm-yi-hd"]
+CLIP = "model.vision_tower.vision_tower.vision_model."
+CONVNEXT = "model.vision_tower_aux."
+
+
+def load(folder, **arguments):
+    return MiniGeminiForConditionalGeneration.from_pretrained(folder, **arguments)
+
+
+@pytest.fixture(scope="module")
+def built(standard, hd, tmp_path_factory):
+    """Tiny checkpoints by family."""
+    folder = tmp_path_factory.mktemp("built")
+    made = {kind: random_checkpoint.build(folder / kind, size=f"tiny-{kind}") for kind in ("gemma", "mixtral")}
+    bfloat16 = random_checkpoint.build(folder / "bfloat16", size="tiny", dtype=torch.bfloat16)
+    return {"llama": standard, "hd": hd, "bfloat16": bfloat16, **made}
+
+
+# --- the same weights in other files
+
+
+FILES = {
+    "sharded safetensors": lambda folder, tensors: write_safetensors(folder, tensors, 5),
+    "one .bin": write_bin,
+    "sharded .bin": lambda folder, tensors: write_bin(folder, tensors, 3),
+    "one .bin from before torch 1.6": lambda folder, tensors: write_bin(folder, tensors, legacy=True),
+    "sharded .bin from before torch 1.6": lambda folder, tensors: write_bin(folder, tensors, 2, legacy=True),
+}
+
+
+@pytest.mark.parametrize("files", FILES)
+def test_same_weights_in_every_kind_of_file(standard, model, tmp_path, files):
+    folder = FILES[files](copy_small(standard, tmp_path), tensors_of(standard))
+    assert not (folder / "model.safetensors").exists()
+    old = [path for path in folder.glob("*.bin") if not zipfile.is_zipfile(path)]
+    assert bool(old) == ("1.6" in files)
+    assert same_answers(load(folder), model)
+    assert MiniGeminiProcessor.from_pretrained(folder).image_processor.lr_size == 70
+
+
+def test_mixtral_and_gemma_as_bin(built, tmp_path):
+    """Mixtral's experts are fused while loading; Gemma's .bin files hold the tied head as well, in the embedding's storage."""
+    for kind in ("mixtral", "gemma"):
+        tensors = tensors_of(built[kind])
+        if kind == "gemma":
+            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+        folder = write_bin(copy_small(built[kind], tmp_path / kind), tensors)
+        assert same_answers(load(folder), load(built[kind]))
+
+
+def test_safetensors_come_before_bin(standard, model, tmp_path):
+    folder = remake(standard, tmp_path)
+    (folder / "pytorch_model.bin").write_bytes(b"never opened")
+    assert same_answers(load(folder), model)
+
+
+def test_leftovers_of_older_files_are_passed_over(standard, model, tmp_path):
+    old = {CLIP + "embeddings.position_ids": torch.arange(26)[None]}
+    old.update({f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.rand(8) for i in range(2)})
+    assert same_answers(load(remake(standard, tmp_path, tensors={**tensors_of(standard), **old})), model)
+
+
+def test_tied_head_stored_a_second_time(built, tmp_path):
+    tensors = tensors_of(built["gemma"])
+    assert "lm_head.weight" not in tensors
+    head = tensors["model.embed_tokens.weight"].clone()
+    model = load(remake(built["gemma"], tmp_path / "same", tensors={**tensors, "lm_head.weight": head}))
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert same_answers(model, load(built["gemma"]))
+    cut = remake(built["gemma"], tmp_path / "cut", tensors={**tensors, "lm_head.weight": head[:-1].clone()})
+    refused(cut, r"lm_head\.weight")
+
+
+# --- by hub id, without a network
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Fills the default cache of huggingface_hub, which is a new folder here."""
+    cache = tmp_path / "hub"
+    cache.mkdir()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    return lambda repositories: hub_cache(cache, repositories)
+
+
+def test_by_hub_id(standard, model, photo, tmp_path):
+    cache = hub_cache(tmp_path, {"YanweiLi/MGM-tiny": standard})
+    where = dict(cache_dir=cache, local_files_only=True)
+    loaded = load("YanweiLi/MGM-tiny", **where)
+    assert same_answers(loaded, model)
+    assert loaded.config.name_or_path == "YanweiLi/MGM-tiny"
+    processor = MiniGeminiProcessor.from_pretrained("YanweiLi/MGM-tiny", **where)
+    assert (processor.image_processor.lr_size, processor.image_processor.hr_size) == (70, 160)
+    inputs = processor(text="<image>\nWhat?", images=[photo], return_tensors="pt")
+    expected = MiniGeminiProcessor.from_pretrained(standard)(text="<image>\nWhat?", images=[photo], return_tensors="pt")
+    assert inputs.keys() == expected.keys() and all(torch.equal(inputs[key], expected[key]) for key in inputs)
+
+
+@pytest.mark.parametrize("files", ["sharded safetensors", "one .bin", "sharded .bin"])
+def test_other_files_by_hub_id(standard, model, tmp_path, hub, files):
+    folder = FILES[files](copy_small(standard, tmp_path / "source"), tensors_of(standard))
+    hub({"somebody/mgm": folder})
+    assert same_answers(load("somebody/mgm"), model)
+
+
+def test_load_by_hub_id(standard, photo, hub):
+    hub({"somebody/mgm": standard})
+    expected = mg_fast.load(standard).chat("What?", [photo], max_new_tokens=4)
+    assert mg_fast.load("somebody/mgm").chat("What?", [photo], max_new_tokens=4).token_ids == expected.token_ids
+
+
+def test_revision(standard, hd, hub):
+    hub({"somebody/mgm": standard, "somebody/mgm@hd": hd})
+    assert load("somebody/mgm").config.image_grid == 1
+    assert load("somebody/mgm", revision="hd").config.image_grid == 2
+    assert MiniGeminiProcessor.from_pretrained("somebody/mgm", revision="hd").image_processor.grid == 2
+
+
+def test_id_that_is_not_in_the_cache(standard, hub):
+    hub({"somebody/mgm": standard})
+    for call in (load, MiniGeminiProcessor.from_pretrained, mg_fast.load):
+        with pytest.raises(CheckpointError, match="^somebody/else is neither a folder nor a hub id that can be loaded: ") as caught:
+            call("somebody/else")
+        assert "\n" not in str(caught.value)
+
+
+def test_hub_repository_without_weights(standard, tmp_path, hub):
+    hub({"somebody/mgm": copy_small(standard, tmp_path / "source")})
+    refused("somebody/mgm", "holds no weights")
+
+
+def test_shard_that_is_not_in_the_cache(standard, tmp_path, hub):
+    folder = write_safetensors(copy_small(standard, tmp_path / "source"), tensors_of(standard), 3)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    hub({"somebody/mgm": folder})
+    refused("somebody/mgm", "^somebody/mgm is neither a folder nor a hub id that can be loaded")
+
+
+@pytest.mark.parametrize("name", ["/nowhere/at/all", "./nowhere", "a/b/c", "~/nowhere-at-all"])
+def test_folder_that_is_not_there(name):
+    refused(name, f"^{re.escape(name)} is not a folder: expected a checkpoint folder or a hub id")
+
+
+def test_a_file_is_no_folder(standard):
+    refused(standard / "model.safetensors", "is not a folder")
+
+
+# --- towers that the checkpoint lacks
+
+
+def towers_of(tensors, clip_folder, convnext_folder, *, extra=True):
+    """The tensors' towers as their makers publish them, beside things that nobody here wants."""
+    clip = {"vision_model." + name.removeprefix(CLIP): t for name, t in tensors.items() if name.startswith(CLIP)}
+    convnext = {}
+    for name, t in tensors.items():
+        if name.startswith(CONVNEXT):
+            convnext["visual.trunk." + name.removeprefix(CONVNEXT).removeprefix("vision_")] = t
+    if extra:
+        clip |= {"logit_scale": torch.ones(()), "text_model.final_layer_norm.weight": torch.rand(4)}
+        clip |= {"vision_model.embeddings.position_ids": torch.arange(26)[None], "visual_projection.weight": torch.rand(4, 4)}
+        convnext |= {"visual.trunk.head.norm.weight": torch.rand(32), "text.ln_final.weight": torch.rand(4), "logit_scale": torch.ones(())}
+    for folder in (clip_folder, convnext_folder):
+        folder.mkdir(parents=True)
+    torch.save(clip, clip_folder / "pytorch_model.bin")
+    save_file(convnext, convnext_folder / "open_clip_model.safetensors")
+
+
+def without_towers(source, target, *, prefixes=(CLIP, CONVNEXT), **config):
+    kept = {name: tensor for name, tensor in tensors_of(source).items() if not name.startswith(prefixes)}
+    return remake(source, target, tensors=kept, **config)
+
+
+def test_towers_from_the_shared_folders(golden, tmp_path):
+    source = golden / "mgm-llama"
+    folder = without_towers(source, tmp_path / "checkpoint")
+    for tower in ("openai", "openclip-convnext-large-d-320-tiny"):
+        shutil.copytree(source / tower, folder / tower)
+    model, full = load(folder), load(source)
+    for name, parameter in full.named_parameters():
+        assert torch.equal(model.get_parameter(name), parameter), name
+    assert same_answers(model, full)
+    assert MiniGeminiProcessor.from_pretrained(folder).image_processor.lr_size == 84
+
+
+@pytest.mark.parametrize("lacking", [(CLIP,), (CONVNEXT,), (CLIP, CONVNEXT)], ids=["CLIP", "ConvNeXt", "both"])
+def test_towers_from_folders(standard, model, tmp_path, lacking, caplog):
+    paths = dict(mm_vision_tower="zoo/clip", mm_vision_tower_aux="zoo/convnext")
+    folder = without_towers(standard, tmp_path / "checkpoint", prefixes=lacking, **paths)
+    towers_of(tensors_of(standard), folder / "zoo" / "clip", tmp_path / "convnext")
+    with caplog.at_level(logging.WARNING):
+        loaded = load(folder, device_map="cpu")
+    assert same_answers(loaded, model)
+    for prefix in (CLIP, CONVNEXT):
+        assert (f"{prefix}* is not in the checkpoint" in caplog.text) == (prefix in lacking)
+    assert {p.dtype for p in load(folder, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+    assert MiniGeminiProcessor.from_pretrained(folder).image_processor.lr_size == 70
+    # saved, the checkpoint is whole
+    loaded.save_pretrained(tmp_path / "saved")
+    assert tensors_of(tmp_path / "saved").keys() == tensors_of(standard).keys()
+
+
+def test_towers_of_a_checkpoint_that_has_them_are_not_opened(standard, model, tmp_path):
+    folder = remake(standard, tmp_path, mm_vision_tower="clip", mm_vision_tower_aux="convnext")
+    for file in ("clip/pytorch_model.bin", "convnext/open_clip_pytorch_model.bin"):
+        (folder / file).parent.mkdir()
+        (folder / file).write_bytes(b"never opened")
+    assert same_answers(load(folder), model)
+
+
+def test_towers_from_the_hub(standard, model, tmp_path, hub):
+    """By the ids of the published models' towers; the checkpoint's own revision means nothing there."""
+    folder = without_towers(standard, tmp_path / "checkpoint")
+    towers_of(tensors_of(standard), tmp_path / "clip", tmp_path / "convnext")
+    clip, convnext = "openai/clip-vit-large-patch14-336", "laion/CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup"
+    hub({clip: tmp_path / "clip", convnext: tmp_path / "convnext", "somebody/mgm@old": folder})
+    assert same_answers(load(folder), model)
+    assert same_answers(load("somebody/mgm", revision="old"), model)
+
+
+def test_towers_that_are_nowhere(standard, tmp_path, hub):
+    folder = without_towers(standard, tmp_path / "checkpoint", mm_vision_tower="zoo/clip", mm_vision_tower_aux="zoo/convnext")
+    message = refused(folder, re.escape(CLIP))
+    for part in ("model.safetensors or pytorch_model.bin", "'zoo/clip'", str(folder), "openai/clip-vit-large-patch14-336"):
+        assert part in message
+    towers_of(tensors_of(standard), folder / "zoo" / "clip", tmp_path / "elsewhere")
+    message = refused(folder, re.escape(CONVNEXT))
+    for part in ("open_clip_model.safetensors or open_clip_pytorch_model.bin", "'zoo/convnext'", "laion/CLIP-convnext_large_d_320"):
+        assert part in message
+
+
+def test_tower_of_another_size(standard, tmp_path):
+    """Half a tower in the folder: its missing tensors are named, not left as they were initialised."""
+    folder = without_towers(standard, tmp_path / "checkpoint", mm_vision_tower="clip", mm_vision_tower_aux="convnext")
+    tensors = tensors_of(standard)
+    del tensors[CLIP + "encoder.layers.1.mlp.fc2.bias"]
+    towers_of(tensors, folder / "clip", folder / "convnext")
+    refused(folder, re.escape("1 missing: " + CLIP + "encoder.layers.1.mlp.fc2.bias"))
+
+
+# --- stage-1 adapters
+
+
+def is_adapters(name):
+    return any(part in name for part in ("mm_projector", "vlm_uni", "vision_tower"))
+
+
+def make_adapter(source, adapter, base):
+    """A stage-1 release: everything but the language model in one file; the language model as its makers publish it."""
+    tensors = tensors_of(source)
+    copy_small(source, adapter)
+    for tokenizer in adapter.glob("tokenizer*"):
+        tokenizer.unlink()
+    (adapter / "generation_config.json").unlink()
+    torch.save({name: tensor for name, tensor in tensors.items() if is_adapters(name)}, adapter / "mm_projector.bin")
+    copy_small(source, base)
+    multimodal = [key for key in json.loads((base / "config.json").read_text()) if key.startswith(("mm_", "image_", "tokenizer_"))]
+    kind = json.loads((source / "config.json").read_text())["model_type"].removeprefix("mgm").removeprefix("_") or "llama"
+    edit_config(base, model_type=kind, architectures=[f"{kind.title()}ForCausalLM"], **dict.fromkeys(multimodal, GONE))
+    return adapter, write_safetensors(base, {name: tensor for name, tensor in tensors.items() if not is_adapters(name)}, 2)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma", "mixtral", "hd"])
+def test_adapter_over_its_base(built, tmp_path, kind):
+    source = built[kind]
+    adapter, base = make_adapter(source, tmp_path / "adapter", tmp_path / "base")
+    model, whole = load(adapter, base_model=base), load(source)
+    assert same_answers(model, whole)
+    assert model.generation_config.eos_token_id == whole.generation_config.eos_token_id
+    processor, expected = MiniGeminiProcessor.from_pretrained(adapter, base_model=base), MiniGeminiProcessor.from_pretrained(source)
+    assert processor.template == expected.template
+    assert processor.image_processor.to_dict() == expected.image_processor.to_dict()
+    # saved, it is a checkpoint like any other
+    model.save_pretrained(tmp_path / "saved")
+    assert same_tensors(tensors_of(tmp_path / "saved"), tensors_of(source))
+
+
+def test_adapter_through_load(standard, photo, tmp_path):
+    adapter, base = make_adapter(standard, tmp_path / "adapter", tmp_path / "base")
+    answer = mg_fast.load(adapter, base_model=base).chat("What?", [photo], max_new_tokens=6)
+    assert answer.token_ids == mg_fast.load(standard).chat("What?", [photo], max_new_tokens=6).token_ids
+
+
+def test_adapter_and_base_by_hub_id(standard, model, tmp_path, hub):
+    adapter, base = make_adapter(standard, tmp_path / "adapter", tmp_path / "base")
+    hub({"YanweiLi/MGM-Pretrain": adapter, "lmsys/vicuna": base})
+    assert same_answers(load("YanweiLi/MGM-Pretrain", base_model="lmsys/vicuna"), model)
+    assert MiniGeminiProcessor.from_pretrained("YanweiLi/MGM-Pretrain", base_model="lmsys/vicuna").image_processor.lr_size == 70
+
+
+def test_adapter_in_another_dtype(standard, tmp_path):
+    adapter, base = make_adapter(standard, tmp_path / "adapter", tmp_path / "base")
+    model = load(adapter, base_model=base, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    weight = tensors_of(standard)["model.mm_projector.0.weight"]
+    assert torch.equal(model.model.mm_projector[0].weight, weight.bfloat16())
+
+
+def test_adapter_without_its_base(standard, tmp_path):
+    adapter, base = make_adapter(standard, tmp_path / "adapter", tmp_path / "base")
+    refused(adapter, r"stage-1 adapter \(mm_projector\.bin\): name its base language model with base_model=")
+    refused(adapter, "not a folder", base_model=tmp_path / "nowhere")
+    refused(adapter, "holds no weights", base_model=copy_small(base, tmp_path / "empty"))
+
+
+def test_base_for_a_whole_checkpoint(standard, tmp_path):
+    _, base = make_adapter(standard, tmp_path / "adapter", tmp_path / "base")
+    refused(standard, "base_model= is for stage-1 adapters", base_model=base)
+
+
+def test_adapter_over_the_wrong_base(built, tmp_path):
+    adapter, _ = make_adapter(built["llama"], tmp_path / "adapter", tmp_path / "base")
+    _, base = make_adapter(built["mixtral"], tmp_path / "other", tmp_path / "wrong")
+    refused(adapter, r"missing: model\.layers\.0\.mlp\.down_proj\.weight", base_model=base)
+
+
+def test_adapter_that_lacks_a_tensor(standard, tmp_path):
+    adapter, base = make_adapter(standard, tmp_path / "adapter", tmp_path / "base")
+    tensors = torch.load(adapter / "mm_projector.bin")
+    del tensors["model.vlm_uni_val_projector.1.bias"]
+    torch.save(tensors, adapter / "mm_projector.bin")
+    refused(adapter, r"1 missing: model\.vlm_uni_val_projector\.1\.bias", base_model=base)
+
+
+# --- round trips
+
+
+def same_tensors(one, other):
+    differing = [name for name in one.keys() | other.keys() if not same_tensor(one.get(name), other.get(name))]
+    assert differing == []
+    return True
+
+
+def same_tensor(a, b):
+    return a is not None and b is not None and a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+
+
+def check_round_trip(source, target):
+    model = load(source)
+    model.save_pretrained(target)
+    assert same_tensors(tensors_of(target), tensors_of(source))
+    published = json.loads((source / "config.json").read_text())
+    written = json.loads((target / "config.json").read_text())
+    published.pop("transformers_version", None)
+    assert {key: written.get(key, "missing") for key in published} == published
+    assert {"rope_theta", "torch_dtype"} <= written.keys()
+    assert "dtype" not in written and "rope_parameters" not in written and "text_config" not in written
+    assert same_answers(load(target), model)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma", "mixtral", "hd", "bfloat16"])
+def test_round_trip(built, tmp_path, kind):
+    check_round_trip(built[kind], tmp_path)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_round_trip_of_the_original_layout(golden, tmp_path, name):
+    check_round_trip(golden / name, tmp_path)
+
+
+# what spec 5.1 allows a published file to hold
+PUBLISHED = re.compile(
+    r"model\.(embed_tokens|norm)\.weight|lm_head\.weight"
+    r"|model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj|input_layernorm|post_attention_layernorm)\.weight"
+    r"|model\.layers\.\d+\.block_sparse_moe\.(gate|experts\.\d+\.w[123])\.weight"
+    r"|model\.mm_projector\.[02]\.(weight|bias)|model\.vlm_uni_(query|aux|val)_projector\.[01]\.(weight|bias)"
+    r"|model\.vision_tower\.vision_tower\.vision_model\.(embeddings\.(class_embedding|(patch|position)_embedding\.weight)"
+    r"|(pre_layrnorm|post_layernorm)\.(weight|bias)"
+    r"|encoder\.layers\.\d+\.(layer_norm[12]|self_attn\.(q|k|v|out)_proj|mlp\.fc[12])\.(weight|bias))"
+    r"|model\.vision_tower_aux\.(vision_stem\.[01]\.(weight|bias)|vision_stages\.[1-3]\.downsample\.[01]\.(weight|bias)"
+    r"|vision_stages\.[0-3]\.blocks\.\d+\.(gamma|(conv_dw|norm|mlp\.fc[12])\.(weight|bias)))"
+)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma", "mixtral"])
+def test_saved_names_are_the_published_ones(built, kind):
+    names = tensors_of(built[kind])
+    assert [name for name in names if not PUBLISHED.fullmatch(name)] == []
+    assert any("block_sparse_moe.experts.3.w2" in name for name in names) == (kind == "mixtral")
+    assert ("lm_head.weight" in names) == (kind != "gemma")
+
+
+def test_sharded_save(built, tmp_path):
+    for kind in ("llama", "mixtral"):
+        model, folder = load(built[kind]), tmp_path / kind
+        model.save_pretrained(folder, max_shard_size="200KB")
+        index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+        assert len(set(index.values())) == len(list(folder.glob("*.safetensors"))) > 3
+        assert index.keys() == tensors_of(built[kind]).keys()
+        assert same_tensors(tensors_of(folder), tensors_of(built[kind]))
+        assert same_answers(load(folder), model)
+
+
+def test_template_is_saved(standard, tmp_path):
+    load(standard, template="llama_3").save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["conversation_template"] == "llama_3"
+    assert load(tmp_path).config.conversation_template == "llama_3"
+    MiniGeminiProcessor.from_pretrained(standard).tokenizer.save_pretrained(tmp_path)
+    assert MiniGeminiProcessor.from_pretrained(tmp_path).template == "llama_3"
+    assert mg_fast.load(tmp_path).template == "llama_3"
+    # another override outranks what was saved
+    assert mg_fast.load(tmp_path, template="gemma").template == "gemma"
+    load(standard).save_pretrained(tmp_path / "without")
+    assert "conversation_template" not in json.loads((tmp_path / "without" / "config.json").read_text())
+
+
+def test_unknown_template_is_refused_before_loading(standard, monkeypatch):
+    monkeypatch.setattr("mg_fast.mini_gemini.modeling.open_checkpoint", None)
+    with pytest.raises(PromptError, match="unknown template 'nope': expected one of vicuna_v1"):
+        load(standard, template="nope")
+
+
+# --- dtype, device_map, quantisation
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16", torch.float16])
+def test_dtype(standard, dtype):
+    wanted = torch.bfloat16 if dtype == "bfloat16" else dtype
+    model = load(standard, dtype=dtype)
+    assert {p.dtype for p in model.parameters()} == {wanted}
+    assert model.config.dtype == wanted
+    assert torch.equal(model.lm_head.weight, tensors_of(standard)["lm_head.weight"].to(wanted))
+
+
+def test_stored_dtype_is_kept(built, standard):
+    assert {p.dtype for p in load(built["bfloat16"]).parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in load(built["bfloat16"], dtype="auto").parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in load(standard, dtype="auto").parameters()} == {torch.float32}
+
+
+def test_device_map(standard, model):
+    assert same_answers(load(standard, device_map="cpu"), model)
+    spread = load(standard, device_map="auto")
+    tolerance = 0 if spread.device.type == "cpu" else 5e-3
+    assert all(relative_error(a, b) <= tolerance for a, b in zip(probe(spread), probe(model)))
+
+
+def int8():
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    try:
+        layer = torch.nn.Sequential(torch.nn.Linear(64, 64))
+        quantization.quantize_(layer, quantization.Int8WeightOnlyConfig())
+        layer(torch.ones(1, 64))
+    except Exception as error:
+        pytest.skip(f"torchao cannot run here: {error}")
+    return TorchAoConfig(quantization.Int8WeightOnlyConfig())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma", "hd"])
+def test_quantised_language_model(built, photo, kind):
+    model, plain = load(built[kind], quantization_config=int8()), load(built[kind])
+    for name, parameter in model.named_parameters():
+        linear = name.startswith("model.language_model.layers.") and parameter.dim() == 2
+        if linear:
+            assert type(parameter.data) is not torch.Tensor, f"{name} was not quantised"
+        else:
+            assert type(parameter.data) is torch.Tensor and torch.equal(parameter, plain.get_parameter(name)), f"{name} was touched"
+    (tokens, logits), (plain_tokens, plain_logits) = probe(model), probe(plain)
+    assert torch.equal(tokens, plain_tokens)
+    assert 0 < relative_error(logits, plain_logits) < 0.1
+    inputs = MiniGeminiProcessor.from_pretrained(built[kind])(text="<image>\nWhat?", images=[photo], return_tensors="pt")
+    generated = model.generate(**inputs, max_new_tokens=4, do_sample=False, eos_token_id=-1)
+    assert generated.shape[1] == inputs["input_ids"].shape[1] + 4
+
+
+def test_quantised_adapter_through_load(standard, photo, tmp_path):
+    adapter, base = make_adapter(standard, tmp_path / "adapter", tmp_path / "base")
+    pipeline = mg_fast.load(adapter, base_model=base, quantize=int8(), device="cpu")
+    assert type(pipeline.model.model.language_model.layers[0].mlp.up_proj.weight.data) is not torch.Tensor
+    assert torch.equal(pipeline.model.model.mm_projector[0].weight, tensors_of(standard)["model.mm_projector.0.weight"])
+    assert len(pipeline.chat("What?", [photo], max_new_tokens=3).token_ids) == 3
+
+
+# --- broken folders and files
+
+
+def test_no_config(standard, tmp_path):
+    folder = write_safetensors(tmp_path, tensors_of(standard))
+    refused(folder, "has no config.json: expected a Mini-Gemini checkpoint folder")
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+        MiniGeminiProcessor.from_pretrained(folder)
+
+
+def test_no_weights(standard, tmp_path):
+    refused(copy_small(standard, tmp_path), r"holds no weights: expected \*\.safetensors or pytorch_model\*\.bin")
+    (tmp_path / "nothing").mkdir()
+    refused(tmp_path / "nothing", "holds no weights")
+
+
+@pytest.mark.parametrize("write", [write_safetensors, write_bin])
+def test_index_names_an_absent_shard(standard, tmp_path, write):
+    folder = write(copy_small(standard, tmp_path), tensors_of(standard), 3)
+    gone = next(path for path in folder.iterdir() if "00002-of-00003" in path.name)
+    gone.unlink()
+    refused(folder, rf"index\.json names {re.escape(gone.name)}, which is not there")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"lm_head.weight": 1}}'])
+def test_broken_index(standard, tmp_path, text):
+    folder = copy_small(standard, tmp_path)
+    (folder / "model.safetensors.index.json").write_text(text)
+    refused(folder, r"model\.safetensors\.index\.json is not a weight index")
+
+
+@pytest.mark.parametrize("left", [0, 4, 100, 0.3, 0.999])
+def test_truncated_shard(standard, tmp_path, left):
+    folder = write_safetensors(copy_small(standard, tmp_path), tensors_of(standard), 3)
+    shard = folder / "model-00002-of-00003.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: left if isinstance(left, int) else int(left * len(whole))])
+    refused(folder, rf"{shard.name} is corrupt or not a safetensors file")
+
+
+def test_text_named_safetensors(standard, tmp_path):
+    folder = copy_small(standard, tmp_path)
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4\n")
+    refused(folder, r"model\.safetensors is corrupt or not a safetensors file")
+    with pytest.raises(CheckpointError, match="corrupt"):
+        MiniGeminiProcessor.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "before torch 1.6"])
+@pytest.mark.parametrize("left", [0, 1, 2, 20, 3000, 0.5, 0.999])
+def test_truncated_bin(standard, tmp_path, left, legacy):
+    folder = write_bin(copy_small(standard, tmp_path), tensors_of(standard), legacy=legacy)
+    whole = (folder / "pytorch_model.bin").read_bytes()
+    (folder / "pytorch_model.bin").write_bytes(whole[: left if isinstance(left, int) else int(left * len(whole))])
+    refused(folder, r"pytorch_model\.bin is (corrupt or not a PyTorch file|refused)")
+
+
+@pytest.mark.parametrize(
+    "content", [b"hello", b"<!DOCTYPE html>", b"version https://git-lfs.github.com/spec/v1\n", bytes(64), b"PK\x03\x04"]
+)
+def test_something_else_named_bin(standard, tmp_path, content):
+    folder = copy_small(standard, tmp_path)
+    (folder / "pytorch_model.bin").write_bytes(content)
+    message = refused(folder, r"pytorch_model\.bin is (corrupt or not a PyTorch file|refused)")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("content", [{"state_dict": {}}, [torch.ones(1)], {1: torch.ones(1)}, torch.ones(1), {"step": 7}])
+def test_bin_that_is_no_flat_dictionary(standard, tmp_path, content):
+    folder = copy_small(standard, tmp_path)
+    torch.save(content, folder / "pytorch_model.bin")
+    refused(folder, r"pytorch_model\.bin: expected a flat dictionary of tensors, got ")
+
+
+class Code:
+    """What a hostile file would hold: unpickling it writes a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def write_code(path, target, form):
+    content = {"lm_head.weight": torch.ones(2), "code": Code(target)}
+    if form == "bare pickle":
+        path.write_bytes(pickle.dumps(content, protocol=2))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
+    # it is live: read without care, it does write
+    torch.load(path, weights_only=False) if form != "bare pickle" else pickle.loads(path.read_bytes())
+    assert target.exists()
+    target.unlink()
+
+
+@pytest.mark.parametrize("form", ["zip", "before torch 1.6", "bare pickle"])
+def test_bin_holding_code(standard, tmp_path, form):
+    folder, target = copy_small(standard, tmp_path / "checkpoint"), tmp_path / "written"
+    write_code(folder / "pytorch_model.bin", target, form)
+    message = refused(folder, r"pytorch_model\.bin is refused: expected tensors and nothing else")
+    assert "weights_only" not in message, "advice to load it unsafely"
+    with pytest.raises(CheckpointError, match="refused"):
+        MiniGeminiProcessor.from_pretrained(folder)
+    assert not target.exists()
+
+
+def test_shard_holding_code(standard, tmp_path):
+    folder, target = write_bin(copy_small(standard, tmp_path / "checkpoint"), tensors_of(standard), 3), tmp_path / "written"
+    write_code(folder / "pytorch_model-00003-of-00003.bin", target, "zip")
+    refused(folder, "pytorch_model-00003-of-00003.bin is refused: .* it calls for io.open")
+    assert not target.exists()
+
+
+def test_adapter_holding_code(standard, tmp_path):
+    adapter, base = make_adapter(standard, tmp_path / "adapter", tmp_path / "base")
+    target = tmp_path / "written"
+    write_code(adapter / "mm_projector.bin", target, "zip")
+    refused(adapter, r"mm_projector\.bin is refused", base_model=base)
+    with pytest.raises(CheckpointError, match="refused"):
+        MiniGeminiProcessor.from_pretrained(adapter, base_model=base)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("file", ["clip/pytorch_model.bin", "convnext/open_clip_pytorch_model.bin"])
+def test_tower_holding_code(standard, tmp_path, file):
+    folder = without_towers(standard, tmp_path / "checkpoint", mm_vision_tower="clip", mm_vision_tower_aux="convnext")
+    towers_of(tensors_of(standard), folder / "clip", folder / "convnext")
+    (folder / "convnext" / "open_clip_model.safetensors").unlink()
+    write_code(folder / file, tmp_path / "written", "zip")
+    refused(folder, f"{file} is refused" if "clip/" in file else "is refused|not found")
+    assert not (tmp_path / "written").exists()
+
+
+# --- tensors that do not fit the configuration
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lm_head.weight",
+        "model.layers.1.self_attn.q_proj.weight",
+        "model.mm_projector.2.bias",
+        "model.vlm_uni_query_projector.0.weight",
+        CLIP + "encoder.layers.2.mlp.fc1.bias",
+        CLIP + "post_layernorm.weight",
+        CONVNEXT + "vision_stages.2.blocks.1.gamma",
+    ],
+)
+def test_missing_and_misshaped_tensors(standard, tmp_path, name):
+    tensors = tensors_of(standard)
+    tensor = tensors.pop(name)
+    refused(remake(standard, tmp_path / "missing", tensors=tensors), rf"config\.json calls for\. 1 missing: {re.escape(name)}$")
+    longer = torch.cat([tensor, tensor[:1]])
+    message = refused(remake(standard, tmp_path / "longer", tensors={**tensors, name: longer}), "1 mis-shaped")
+    assert message.endswith(f"1 mis-shaped: {name} {list(longer.shape)}, expected {list(tensor.shape)}")
+
+
+def test_misshaped_position_embedding(standard, tmp_path):
+    """One of the tensors that the geometry is read from: 30 positions are no square."""
+    name = CLIP + "embeddings.position_embedding.weight"
+    folder = remake(standard, tmp_path, tensors={**tensors_of(standard), name: torch.zeros(30, 64)})
+    refused(folder, rf"mis-shaped: {re.escape(name)} \[30, 64\], expected \[26, 64\]")
+
+
+def test_unexpected_tensors(standard, tmp_path):
+    more = {"model.layers.2.mlp.up_proj.weight": torch.ones(1), "model.vlm_uni_extra.weight": torch.ones(1)}
+    folder = remake(standard, tmp_path, tensors={**tensors_of(standard), **more})
+    refused(folder, r"2 unexpected: model\.layers\.2\.mlp\.up_proj\.weight, model\.vlm_uni_extra\.weight$")
+
+
+def test_long_lists_are_cut(standard, tmp_path):
+    tensors = {name: tensor for name, tensor in tensors_of(standard).items() if "model.layers.1." not in name}
+    tensors["x"] = torch.ones(1)
+    message = refused(remake(standard, tmp_path, tensors=tensors), "and [0-9]+ more; 1 unexpected: x$")
+    assert len(message) < 1000
+
+
+def test_another_familys_tensors(built, tmp_path):
+    mixtral = json.loads((built["mixtral"] / "config.json").read_text())
+    message = refused(
+        remake(built["llama"], tmp_path / "a", **mixtral), r"missing: model\.layers\.0\.block_sparse_moe\.experts\.0\.w1\.weight"
+    )
+    assert "unexpected: model.layers.0.mlp.down_proj.weight" in message
+    gemma = json.loads((built["gemma"] / "config.json").read_text())
+    refused(remake(built["mixtral"], tmp_path / "b", **gemma), r"missing: model\.layers\.0\.mlp.*unexpected: .*block_sparse_moe")
+    # Gemma's have Llama's names, all but the head
+    refused(remake(built["gemma"], tmp_path / "c", model_type="mgm", tie_word_embeddings=False), r"1 missing: lm_head\.weight$")
+
+
+def test_vocabulary_of_another_size(standard, tmp_path):
+    message = refused(remake(standard, tmp_path, vocab_size=32000), "2 mis-shaped")
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        assert f"{name} [400, 64], expected [32000, 64]" in message
+
+
+# --- stop ids
+
+
+STOPS = {
+    "mgm-gemma": ["<eos>", "<end_of_turn>"],
+    "mgm-llama": ["</s>"],
+    "mgm-llama-hd": ["</s>"],
+    "mgm-llama3": ["<|eot_id|>", "<|end_of_text|>"],
+    "mgm-mixtral": ["</s>"],
+    "mgm-yi-hd": ["</s>"],
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_stop_ids_of_the_original_families(golden, name):
+    ids = AutoTokenizer.from_pretrained(golden / name).convert_tokens_to_ids(STOPS[name])
+    assert None not in ids and sorted(load(golden / name).generation_config.eos_token_id) == sorted(ids)
+
+
+def test_template_decides_the_stop_ids(golden):
+    tokenizer = load_tokenizer(golden / "mgm-gemma")
+    assert load(golden / "mgm-gemma", template="vicuna_v1").generation_config.eos_token_id == [tokenizer.eos_token_id]
+    tokenizer = load_tokenizer(golden / "mgm-llama3")
+    assert load(golden / "mgm-llama3", template="vicuna_v1").generation_config.eos_token_id == [tokenizer.eos_token_id]
+    # a template whose marks this tokenizer has not adds nothing
+    assert load(golden / "mgm-llama", template="gemma").generation_config.eos_token_id == [2]
+
+
+def test_override_where_the_tokenizer_knows_the_strings(standard, built, tmp_path):
+    """A Llama with Gemma's tokenizer: <end_of_turn> stops it only under Gemma's template."""
+    folder = remake(standard, tmp_path)
+    for file in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copyfile(built["gemma"] / file, folder / file)
+    tokenizer = load_tokenizer(folder)
+    turn, eos = tokenizer.convert_tokens_to_ids("<end_of_turn>"), tokenizer.eos_token_id
+    assert tokenizer.unk_token_id not in (turn, eos)
+    assert set(load(folder).generation_config.eos_token_id) == {2, eos}
+    assert set(load(folder, template="gemma").generation_config.eos_token_id) == {2, eos, turn}
+
+
+def test_stop_ids_beside_what_generation_config_says(standard, tmp_path):
+    for i, (given, expected) in enumerate([({"eos_token_id": [7, 2]}, [7, 2]), ({"eos_token_id": 7}, [7, 2]), ({}, [2])]):
+        folder = remake(standard, tmp_path / str(i))
+        (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, **given}))
+        assert load(folder).generation_config.eos_token_id == expected
+    (folder / "generation_config.json").unlink()
+    assert load(folder).generation_config.eos_token_id == [2]
+
+
+def test_without_a_tokenizer_the_model_still_loads(standard, model, tmp_path, caplog):
+    folder = remake(standard, tmp_path)
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    assert same_answers(load(folder), model)
+    assert "no tokenizer in" in caplog.text and caplog.text.count(str(folder)) == 1
+    with pytest.raises(CheckpointError, match="no tokenizer in .*: expected tokenizer.model or tokenizer.json"):
+        MiniGeminiProcessor.from_pretrained(folder)
