@@ -329,6 +329,19 @@ def test_adapter_in_another_dtype(standard, tmp_path):
     assert torch.equal(model.model.mm_projector[0].weight, weight.bfloat16())
 
 
+def test_adapter_that_is_one_file(standard, model, tmp_path):
+    """The published stage-1 repositories hold mm_projector.bin and nothing else: a standard model of the shapes in it."""
+    adapter, base = make_adapter(standard, tmp_path / "adapter", tmp_path / "base")
+    for file in adapter.iterdir():
+        if file.name != "mm_projector.bin":
+            file.unlink()
+    loaded = load(adapter, base_model=base)
+    assert same_answers(loaded, model)
+    assert (loaded.config.image_size_aux, loaded.config.mm_hidden_size, loaded.config.mm_hidden_size_aux) == (160, 64, 80)
+    processor = MiniGeminiProcessor.from_pretrained(adapter, base_model=base)
+    assert processor.image_processor.to_dict() == MiniGeminiProcessor.from_pretrained(standard).image_processor.to_dict()
+
+
 def test_adapter_without_its_base(standard, tmp_path):
     adapter, base = make_adapter(standard, tmp_path / "adapter", tmp_path / "base")
     refused(adapter, r"stage-1 adapter \(mm_projector\.bin\): name its base language model with base_model=")

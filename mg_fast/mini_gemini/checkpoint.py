@@ -324,6 +324,8 @@ def _tower_table(config: MiniGeminiConfig, prefix: str, folder: Path, hub: dict 
 def complete_config(config: MiniGeminiConfig, tensors: Table, folder: Path) -> None:
     """Fills in both towers' geometry, in place: shapes from the tensors, the rest from config.json, the towers' folders or constants.
 
+    A stage-1 adapter without a config.json of its own is taken for a standard model: 8x8 high-resolution pixels to a query.
+
     Raises:
         CheckpointError: the shapes contradict config.json.
     """
@@ -331,6 +333,10 @@ def complete_config(config: MiniGeminiConfig, tensors: Table, folder: Path) -> N
     if not config.towers_given:
         _complete_clip(config, shapes, _tower_folder(config, CLIP_PREFIX, folder))
         _complete_convnext(config, shapes, _tower_folder(config, CONVNEXT_PREFIX, folder))
+    if not (folder / "config.json").is_file():
+        config.mm_hidden_size = config.vision_config.hidden_size
+        config.mm_hidden_size_aux = sum(config.vision_config_aux["dims"])
+        config.image_size_aux = 32 * math.isqrt(config.tokens_per_view)
     clip = "the CLIP tower's width" if any(n.startswith(CLIP_PREFIX) for n in shapes) else "no CLIP tensor is at hand and the usual width"
     widths = [("mm_hidden_size", config.vision_config.hidden_size, clip)]
     if config.towers_given or any(name.startswith(CONVNEXT_PREFIX) for name in shapes):
@@ -343,10 +349,10 @@ def complete_config(config: MiniGeminiConfig, tensors: Table, folder: Path) -> N
     if not -layers - 1 <= config.mm_vision_select_layer <= layers:
         raise CheckpointError(f"{folder}: mm_vision_select_layer={config.mm_vision_select_layer}, the CLIP tower has {layers} layers")
     queries = config.image_grid * math.isqrt(config.tokens_per_view)
-    if config.image_size_aux % 32 or (config.image_size_aux // 4) % queries:
+    if config.image_size_aux % (4 * queries):
         raise CheckpointError(
             f"{folder}: image_size_aux={config.image_size_aux} does not give every one of {queries}x{queries} queries a whole window "
-            f"(a multiple of 32 and of {4 * queries} is needed)"
+            f"(a multiple of {4 * queries} is needed)"
         )
 
 
