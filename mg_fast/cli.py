@@ -116,16 +116,19 @@ def _options(args) -> dict:
 
 def command_run(args) -> int:
     for file in args.image:
-        # before the model's gigabytes are read
-        path = os.path.expanduser(file)
-        if not os.path.isfile(path):
-            raise PictureError(f"{file}: {'a folder, expected a picture file' if os.path.isdir(path) else 'no such file'}")
+        # the commonest slip, told before anything is imported
+        if not os.path.exists(os.path.expanduser(file)):
+            raise PictureError(f"{file}: no such file")
     if not args.prompt.strip():
         raise PromptError("--prompt is empty")
+    from .mini_gemini.pictures import open_picture
+
+    # decoded before the model's gigabytes are read
+    pictures = [open_picture(file) for file in args.image]
     pipeline = _load(args)
     began = time.perf_counter()
     if args.json or args.profile:
-        answer = pipeline.chat(args.prompt, args.image, profile=args.profile, **_options(args))
+        answer = pipeline.chat(args.prompt, pictures, profile=args.profile, **_options(args))
         seconds = time.perf_counter() - began
     if args.json:
         document = {
@@ -148,7 +151,7 @@ def command_run(args) -> int:
         print(answer.text)
         print(format_stages(answer.stages), file=sys.stderr)
         return 0
-    _print_stream(pipeline.chat(args.prompt, args.image, stream=True, **_options(args)))
+    _print_stream(pipeline.chat(args.prompt, pictures, stream=True, **_options(args)))
     return 0
 
 

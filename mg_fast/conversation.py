@@ -177,6 +177,7 @@ def chat_template(template: str) -> str:
             "{%- endif %}",
             "{%- set ns.content = flat(message['content']) %}",
             "{%- if message['role'] == 'user' %}",
+            "{%- if not ns.content | trim %}{{ raise_exception('a user message is empty') }}{%- endif %}",
             f"{{%- set ns.body = {around(style.user, 'ns.content')} %}}",
             f"{{%- set ns.text = ns.text ~ ({_jinja(style.between)} if loop.index0 else '') ~ ns.body %}}",
             "{%- else %}",

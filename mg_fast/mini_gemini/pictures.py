@@ -45,8 +45,10 @@ def open_picture(source, *, allow_urls: bool = False, label: str | None = None) 
         return _decode(io.BytesIO(_fetch(source, shown)), shown)
     if isinstance(source, (str, os.PathLike)):
         path = os.path.expanduser(os.fspath(source))
-        if not os.path.isfile(path):
-            raise PictureError(f"{path}: {'a folder, expected a picture file' if os.path.isdir(path) else 'no such file'}")
+        if not path or os.path.isdir(path) or not os.path.exists(path):
+            raise PictureError(
+                f"{path or 'an empty path'}: {'a folder, expected a picture file' if os.path.isdir(path) else 'no such file'}"
+            )
         return _decode(path, label or path)
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _decode(io.BytesIO(source), label or f"picture of {len(source)} bytes")

@@ -223,6 +223,8 @@ class MiniGeminiProcessor(ProcessorMixin):
         unknown = {key for key, value in kwargs.items() if not (key in ("videos", "audio") and value is None)} - {"truncation"}
         if unknown:
             raise TypeError(f"MiniGeminiProcessor: unknown arguments {sorted(unknown)}")
+        if padding not in (None, True, False, "longest", "do_not_pad"):
+            raise TypeError(f"MiniGeminiProcessor: padding is True ('longest') or False ('do_not_pad'), got {padding!r}")
         if text is None:
             raise PromptError("expected text=, a prompt with one <image> per picture; pictures alone go to processor.image_processor")
         texts = [text] if isinstance(text, str) else list(text)
@@ -272,7 +274,9 @@ class MiniGeminiProcessor(ProcessorMixin):
         Pictures are taken from the messages' content: {"type": "image", "image" | "path" | "url" | "base64": ...}. `url` may be a web
         address: writing it there is asking for it.
         """
-        batched = bool(messages) and not isinstance(messages[0], dict)
+        if not messages:
+            raise PromptError("a conversation needs at least one message, got none")
+        batched = not isinstance(messages[0], dict)
         conversations = [_load_pictures(m, kwargs.get("tokenize", False)) for m in (messages if batched else [messages])]
         return super().apply_chat_template(conversations if batched else conversations[0], chat_template, **kwargs)
 
