@@ -96,6 +96,8 @@ def hub_cache(cache: Path, repositories: dict[str, Path]) -> Path:
 @torch.inference_mode()
 def probe(model) -> tuple[torch.Tensor, torch.Tensor]:
     """Image tokens and logits of a fixed random picture in a fixed prompt: two models with the same weights answer the same bits."""
+    # so small a model is slower on two threads, much slower where another program has one of the cores
+    torch.set_num_threads(1)
     config, device, dtype = model.config, model.get_input_embeddings().weight.device, model.dtype
     generator = torch.Generator().manual_seed(0)
     lr, hr = config.vision_config.image_size, config.image_size_aux

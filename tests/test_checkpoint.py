@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, TorchAoConfig
 import mg_fast
 from examples import random_checkpoint
 from mg_fast import CheckpointError, MiniGeminiForConditionalGeneration, MiniGeminiProcessor, PromptError
-from mg_fast.mini_gemini.checkpoint import load_tokenizer
+from mg_fast.mini_gemini.checkpoint import load_tokenizer, read_config
 from tests.checkpoints import (
     GONE,
     answers,
@@ -102,6 +102,9 @@ def test_tied_head_stored_a_second_time(built, tmp_path):
     model = load(remake(built["gemma"], tmp_path / "same", tensors={**tensors, "lm_head.weight": head}))
     assert model.lm_head.weight is model.get_input_embeddings().weight
     assert same_answers(model, built["gemma"])
+    other = {**tensors, "lm_head.weight": torch.zeros_like(head)}
+    model = load(remake(built["gemma"], tmp_path / "other", tensors=other))
+    assert model.lm_head.weight is model.get_input_embeddings().weight and model.lm_head.weight.any()
     cut = remake(built["gemma"], tmp_path / "cut", tensors={**tensors, "lm_head.weight": head[:-1].clone()})
     refused(cut, r"lm_head\.weight")
 
@@ -161,7 +164,7 @@ def test_id_that_is_not_in_the_cache(standard, hub):
 
 def test_hub_repository_without_weights(standard, tmp_path, hub):
     hub({"somebody/mgm": copy_small(standard, tmp_path / "source")})
-    refused("somebody/mgm", "holds no weights")
+    refused("somebody/mgm", "neither a folder nor a hub id that can be loaded: .*cannot find the requested files")
 
 
 def test_shard_that_is_not_in_the_cache(standard, tmp_path, hub):
@@ -341,6 +344,15 @@ def test_adapter_that_is_one_file(standard, tmp_path):
     assert (loaded.config.image_size_aux, loaded.config.mm_hidden_size, loaded.config.mm_hidden_size_aux) == (160, 64, 80)
     processor = MiniGeminiProcessor.from_pretrained(adapter, base_model=base)
     assert processor.image_processor.to_dict() == MiniGeminiProcessor.from_pretrained(standard).image_processor.to_dict()
+
+
+def test_a_config_given_for_an_adapter_is_kept(standard, tmp_path):
+    adapter, base = make_adapter(standard, tmp_path / "adapter", tmp_path / "base")
+    given = read_config(standard)
+    given.image_size_aux, given.image_grid, given.image_global = 320, 2, True
+    (adapter / "config.json").unlink()
+    config = load(adapter, base_model=base, config=given).config
+    assert (config.image_size_aux, config.image_grid, config.tokens_per_picture) == (320, 2, 125)
 
 
 def test_adapter_without_its_base(standard, tmp_path):

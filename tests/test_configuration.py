@@ -301,6 +301,7 @@ REFUSED = {
     "no size": (dict(image_size_aux=None), "image_size_aux: expected a whole number above 0, got None"),
     "negative size": (dict(image_size_aux=-160), "image_size_aux: .* got -160"),
     "size in words": (dict(image_size_aux="768"), "image_size_aux: .* got '768'"),
+    "unknown template": (dict(conversation_template="nope"), "conversation_template 'nope': expected one of vicuna_v1, gemma"),
     "no grid": (dict(image_grid=0), "image_grid: expected a whole number above 0, got 0"),
     "LLaVA": (dict(image_size_aux=GONE, model_type="llava_llama"), "'llava_llama'.* has no image_size_aux: expected a Mini-Gemini"),
     "another model": (dict(model_type="bert"), "'bert' is not a Mini-Gemini one: expected one of mgm"),

@@ -101,6 +101,7 @@ def open_checkpoint(name_or_path: str | os.PathLike, *, base_model: str | os.Pat
     if not tensors:
         raise CheckpointError(f"{weights_folder} holds no weights: expected *.safetensors or pytorch_model*.bin, with its index if sharded")
 
+    of_base = config is None and not (folder / "config.json").is_file()
     if config is None:
         config = read_config(folder, fallback=weights_folder)
     tensors = {**tensors, **extra}
@@ -116,7 +117,7 @@ def open_checkpoint(name_or_path: str | os.PathLike, *, base_model: str | os.Pat
                 )
             extra |= tower
     tensors |= extra
-    complete_config(config, tensors, folder)
+    complete_config(config, tensors, folder, of_base=of_base)
     return Checkpoint(folder, weights_folder, config, tensors, extra)
 
 
@@ -163,7 +164,7 @@ def geometry_config(folder: Path, base: Path | None = None) -> MiniGeminiConfig:
         tensors = _read_file(adapter)
     if not any(name.startswith(CLIP_PREFIX) for name in tensors):
         tensors |= _tower_table(config, CLIP_PREFIX, folder)
-    complete_config(config, tensors, folder)
+    complete_config(config, tensors, folder, of_base=not (folder / "config.json").is_file())
     return config
 
 
@@ -190,12 +191,18 @@ def _download_weights(name: str, folder: Path, hub: dict) -> None:
             for shard in sorted(set(_read_index(folder / index).values())):
                 hf_hub_download(name, shard, **hub)
             return
+    unreachable = None
     for single in ("model.safetensors", "pytorch_model.bin", ADAPTER_FILE):
         try:
             hf_hub_download(name, single, **hub)
             return
+        except LocalEntryNotFoundError as error:
+            # not in the cache, and the hub could not be asked: another of the files may be cached
+            unreachable = error
         except EntryNotFoundError:
             continue
+    if unreachable is not None:
+        raise unreachable
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -321,10 +328,12 @@ def _tower_table(config: MiniGeminiConfig, prefix: str, folder: Path, hub: dict 
     }
 
 
-def complete_config(config: MiniGeminiConfig, tensors: Table, folder: Path) -> None:
+def complete_config(config: MiniGeminiConfig, tensors: Table, folder: Path, *, of_base: bool = False) -> None:
     """Fills in both towers' geometry, in place: shapes from the tensors, the rest from config.json, the towers' folders or constants.
 
-    A stage-1 adapter without a config.json of its own is taken for a standard model: 8x8 high-resolution pixels to a query.
+    Args:
+        of_base: the configuration is only the base language model's. A stage-1 adapter without one of its own is taken for a standard
+            model: 8x8 high-resolution pixels to a query.
 
     Raises:
         CheckpointError: the shapes contradict config.json.
@@ -333,7 +342,7 @@ def complete_config(config: MiniGeminiConfig, tensors: Table, folder: Path) -> N
     if not config.towers_given:
         _complete_clip(config, shapes, _tower_folder(config, CLIP_PREFIX, folder))
         _complete_convnext(config, shapes, _tower_folder(config, CONVNEXT_PREFIX, folder))
-    if not (folder / "config.json").is_file():
+    if of_base:
         config.mm_hidden_size = config.vision_config.hidden_size
         config.mm_hidden_size_aux = sum(config.vision_config_aux["dims"])
         config.image_size_aux = 32 * math.isqrt(config.tokens_per_view)

@@ -7,6 +7,7 @@ from typing import Any
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 
+from ..conversation import TEMPLATES
 from ..errors import CheckpointError
 
 # `model_type` as published (the March-2024 uploads said mini_gemini*), and the bare base models that a folder may still name
@@ -139,6 +140,8 @@ class MiniGeminiConfig(PreTrainedConfig):
         for key in ("image_size_aux", "image_grid"):
             if not isinstance(getattr(self, key), int) or getattr(self, key) < 1:
                 raise CheckpointError(f"{key}: expected a whole number above 0, got {getattr(self, key)!r}")
+        if self.conversation_template not in (None, *TEMPLATES):
+            raise CheckpointError(f"conversation_template {self.conversation_template!r}: expected one of {', '.join(TEMPLATES)}")
         if self.image_global and self.image_grid < 2:
             raise CheckpointError(f"image_global needs image_grid >= 2, got image_grid={self.image_grid}")
         if self.mm_vision_select_feature != "patch":

@@ -233,6 +233,11 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
         model._fill(checkpoint.extra)
         info["missing_keys"] = set(missing)
 
+        embedding = model.get_input_embeddings()
+        if config.tie_word_embeddings and model.lm_head.weight is not embedding.weight and not embedding.weight.is_meta:
+            # a stored head that differs would be kept by transformers; a tied model's head is its embedding, as the original has it
+            logger.warning("%s stores an lm_head.weight beside tied embeddings; the embedding is used", checkpoint.weights_folder)
+            model.lm_head.weight = embedding.weight
         model.config.name_or_path = str(pretrained_model_name_or_path)
         model.allow_long = allow_long
         if template is not None:
