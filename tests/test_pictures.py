@@ -1,13 +1,14 @@
 """Pictures of every kind as upright RGB, the preprocessing bit for bit, and what is said about what is no picture."""
 
 import base64
+import http.server
 import io
 import logging
 import struct
+import threading
 import zlib
 from pathlib import Path
 
-import httpx
 import numpy as np
 import pytest
 import torch
@@ -565,23 +566,37 @@ def test_errors_do_not_repeat_a_whole_data_url(data, message):
     assert len(str(caught.value)) < 300
 
 
-def test_web_addresses(monkeypatch):
-    answers = {"a.png": (200, stored(picture(7, 5))), "page.html": (200, b"<html></html>")}
+@pytest.fixture
+def web():
+    """A web server of this machine's own."""
+    answers = {"/a.png": stored(picture(7, 5)), "/page.html": b"<html></html>"}
 
-    def get(url, **options):
-        name = url.rpartition("/")[2]
-        if name == "down.png":
-            raise httpx.ConnectError("nobody there")
-        status, content = answers.get(name, (404, b""))
-        return httpx.Response(status, content=content, request=httpx.Request("GET", url))
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            content = answers.get(self.path)
+            self.send_response(404 if content is None else 200)
+            self.end_headers()
+            self.wfile.write(content or b"")
 
-    monkeypatch.setattr(httpx, "get", get)
-    at = "https://example.invalid"
+        def log_message(self, *args):
+            return
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_web_addresses(web):
+    at = web
     assert np.array_equal(pixels(f"{at}/a.png", allow_urls=True), noise(7, 5))
     for name, message in (
         ("page.html", "not a picture"),
         ("none.png", "cannot be fetched or decoded: .*404"),
-        ("down.png", "nobody there"),
     ):
         with pytest.raises(PictureError, match=f"^{at}/{name}: .*{message}"):
             open_picture(f"{at}/{name}", allow_urls=True)
+    with pytest.raises(PictureError, match="^http://127.0.0.1:9/a.png: cannot be fetched or decoded: .*refused"):
+        open_picture("http://127.0.0.1:9/a.png", allow_urls=True)

@@ -4,6 +4,7 @@ import base64
 import io
 import logging
 import os
+import urllib.request
 import warnings
 
 import numpy as np
@@ -62,9 +63,8 @@ def _fetch(url: str, label: str) -> bytes:
     try:
         if url.startswith("data:"):
             return base64.b64decode(url.partition(",")[2])
-        import httpx
-
-        return httpx.get(url, timeout=30, follow_redirects=True).raise_for_status().content
+        with urllib.request.urlopen(url, timeout=30) as reply:
+            return reply.read()
     except Exception as error:  # whatever the transport raises
         raise PictureError(f"{label}: cannot be fetched or decoded: {_first_line(error)}") from error
 
