@@ -1,1 +1,1 @@
-"""Measurements: latency and memory of mg_fast against the original's own steps."""
+"""Measurements: latency and memory, with the conditions they were taken under."""

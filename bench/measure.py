@@ -31,6 +31,7 @@ def environment() -> dict:
 
 def write(name: str, document: dict) -> Path:
     """Keeps a document under bench/results."""
+    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return path
