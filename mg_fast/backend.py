@@ -61,6 +61,12 @@ def why_not(operation: str, backend: str, device: torch.device | str = "cpu") ->
     return None
 
 
+def check_everywhere(backend: str | None, device: torch.device | str) -> None:
+    """Raises `BackendError` with the reason where a backend was asked for, by any means, that some operation cannot run on."""
+    for operation in IMPLEMENTED:
+        choose(operation, backend, device)
+
+
 def choose(operation: str, backend: str | None = None, device: torch.device | str = "cpu") -> str:
     """The backend that runs `operation` on tensors of `device`; `BackendError` if the one asked for cannot."""
     choice = requested(backend)

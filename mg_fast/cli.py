@@ -9,6 +9,7 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
+import math
 import os
 import platform
 import sys
@@ -38,8 +39,8 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     model.add_argument("--device", help="cuda, cpu, ... or auto (default: a GPU if there is one)")
     model.add_argument("--backend", choices=("auto", "reference", "torch", "triton"))
-    model.add_argument("--max-new-tokens", type=int, metavar="N", help="at most N tokens per answer (default 512)")
-    model.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy; above 0 samples")
+    model.add_argument("--max-new-tokens", type=_positive, metavar="N", help="at most N tokens per answer (default 512)")
+    model.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="0 (default) is greedy; above 0 samples")
     model.add_argument("--seed", type=int, help="makes sampling repeatable")
     model.add_argument("--allow-long", action="store_true", help="accept prompts longer than the model was trained on")
     model.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
@@ -47,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", parents=[model], help="answer one question")
     run.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be given several times")
     run.add_argument("--prompt", required=True, metavar="TEXT", help="the question")
+    run.add_argument("--allow-urls", action="store_true", help="fetch pictures given as URLs")
     run.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     run.add_argument("--profile", action="store_true", help="show time and memory of every stage")
     run.set_defaults(action=command_run)
@@ -59,6 +61,22 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
     doctor.set_defaults(action=command_doctor)
     return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, got {text!r}")
+    return int(text)
+
+
+def _temperature(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or value < 0:
+        raise argparse.ArgumentTypeError(f"expected a number of 0 or more, got {text!r}")
+    return value
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -117,14 +135,19 @@ def _options(args) -> dict:
 def command_run(args) -> int:
     for file in args.image:
         # the commonest slip, told before anything is imported
-        if not os.path.exists(os.path.expanduser(file)):
+        if not (os.path.exists(os.path.expanduser(file)) or file.startswith(("http://", "https://", "data:"))):
             raise PictureError(f"{file}: no such file")
     if not args.prompt.strip():
         raise PromptError("--prompt is empty")
     from .mini_gemini.pictures import open_picture
 
     # decoded before the model's gigabytes are read
-    pictures = [open_picture(file) for file in args.image]
+    pictures = [open_picture(file, allow_urls=args.allow_urls) for file in args.image]
+    if pictures:
+        from .mini_gemini.processing import MiniGeminiProcessor
+
+        # and what this model can make of them, which its configuration tells
+        MiniGeminiProcessor.from_pretrained(args.model, template=args.template, base_model=args.model_base).image_processor(pictures)
     pipeline = _load(args)
     began = time.perf_counter()
     if args.json or args.profile:
@@ -162,7 +185,7 @@ def command_chat(args) -> int:
         if importlib.util.find_spec("readline"):
             import readline  # noqa: F401
         print(CHAT_HELP)
-    images: list[str] = []
+    images: list = []
     while True:
         try:
             line = input("you> ").strip()
@@ -197,12 +220,15 @@ def command_chat(args) -> int:
             print(f"{error}")
 
 
-def _checked_picture(pipeline, file: str) -> str:
+def _checked_picture(pipeline, file: str):
+    from .mini_gemini.pictures import open_picture
+
     if not file:
         raise PictureError("/image needs a file: /image FILE")
-    # all of its errors now: a picture that fails only with its question would fail with every later one
-    pipeline.processor.image_processor(file)
-    return file
+    # kept decoded, and all of its errors now: one that failed only with its question would fail with every later one
+    image = open_picture(file)
+    pipeline.processor.image_processor(image)
+    return image
 
 
 def _print_stream(pieces) -> None:
@@ -252,7 +278,7 @@ def command_doctor(args) -> int:
         built = f"this torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "this torch is built without CUDA"
         print(f"  GPU: none that torch can use ({built})")
 
-    print("\nbackends (auto takes the first that can run, from the right)")
+    print("\nbackends (auto takes the fastest that can run, the last of each list)")
     for operation in backends.IMPLEMENTED:
         for device in devices:
             chosen = backends.choose(operation, "auto", device)

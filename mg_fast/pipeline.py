@@ -1,6 +1,8 @@
 """From a picture and a question to the answer: load -> see -> answer. Every stage can be called alone."""
 
 import contextlib
+import logging
+import math
 import os
 import queue
 import threading
@@ -11,13 +13,15 @@ from dataclasses import dataclass, field
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from .backend import requested, use_backend
+from .backend import check_everywhere, requested, use_backend
 from .conversation import IMAGE_TAG, render, with_picture_tags
-from .errors import PromptError
+from .errors import BackendError, PromptError
 from .meter import Meter, Stage
 from .mini_gemini.modeling import MiniGeminiForConditionalGeneration
 from .mini_gemini.processing import MiniGeminiProcessor
 from .streaming import PieceStream, decode_answer
+
+logger = logging.getLogger(__name__)
 
 # what an answer may grow to when the caller does not say (the original's command line)
 DEFAULT_NEW_TOKENS = 512
@@ -30,7 +34,7 @@ class Answer:
     Attributes:
         text: the answer, special tokens left out, white space at both ends removed.
         token_ids: the generated ids, the one that ended the answer included.
-        finish_reason: `stop` (the model ended it) or `length` (max_new_tokens did).
+        finish_reason: `length` (max_new_tokens ended it) or `stop` (the model did, or another criterion that was asked for).
         prompt_tokens: positions of the prompt, image tokens included.
         image_tokens: how many of those were image tokens.
         stages: time and memory by stage, where `profile=True` asked for it.
@@ -58,8 +62,7 @@ class Pipeline:
     """
 
     def __init__(self, model: MiniGeminiForConditionalGeneration, processor: MiniGeminiProcessor, *, backend: str | None = None):
-        if backend is not None:
-            requested(backend)
+        check_everywhere(backend, model.device)
         self.model, self.processor, self.backend = model, processor, backend
         self.template = processor.template
         self.load_seconds: float | None = None
@@ -82,27 +85,18 @@ class Pipeline:
         return Conversation(self)
 
     @torch.inference_mode()
-    def see(self, image, *, meter: Meter | None = None) -> torch.Tensor:
+    def see(self, image, *, allow_urls: bool = False, meter: Meter | None = None) -> torch.Tensor:
         """Image tokens [T, hidden] of one picture (T 576, HD 2880; unscaled, global view first).
 
         Args:
-            image: a Pillow image, path, bytes, or uint8 array or tensor.
+            image: a Pillow image, path, bytes, or uint8 array or tensor; a URL where `allow_urls` is set.
             meter: measures the stages.
         """
-        stage = meter.stage if meter is not None else lambda name: contextlib.nullcontext()
-        core = self.model.model
+        stage = meter.stage if meter is not None else contextlib.nullcontext
         with self._backend():
             with stage("preprocess (CPU)"):
-                pixels = self.processor.image_processor(image)
-                low, high = pixels["pixel_values"].to(self.device), pixels["pixel_values_hr"].to(self.device)
-            with stage("LR tower"):
-                queries = core.low_resolution_queries(low)
-            with stage("HR tower"):
-                pyramid = [level.to(queries.device) for level in core.vision_tower_aux(high)]
-            with stage("patch info mining"):
-                tokens = core.merge(queries, core.patch_mining(queries, pyramid, grid=self.model.config.image_grid))
-            with stage("projector"):
-                return core.mm_projector(tokens)[0]
+                pixels = self.processor.image_processor(image, allow_urls=allow_urls).to(self.device)
+            return self.model.model.get_image_features(**pixels, stage=stage).pooler_output[0]
 
     def _backend(self):
         return use_backend(self.backend) if self.backend is not None else contextlib.nullcontext()
@@ -115,10 +109,13 @@ class Conversation:
         self.pipeline = pipeline
         self.turns: list[tuple[str, str]] = []
         self.image_tokens: list[torch.Tensor] = []
+        # a stream is kept only if the conversation is still the one it was asked in
+        self._version = 0
 
     def reset(self) -> None:
         """Forgets turns and pictures."""
         self.turns, self.image_tokens = [], []
+        self._version += 1
 
     close = reset
 
@@ -133,6 +130,7 @@ class Conversation:
         seed: int | None = None,
         stream: bool = False,
         allow_long: bool | None = None,
+        allow_urls: bool = False,
         profile: bool = False,
         **generate_options,
     ) -> "Answer | Iterator[str]":
@@ -143,32 +141,34 @@ class Conversation:
             images: new pictures of this turn: Pillow images, paths, bytes, uint8 arrays or tensors.
             max_new_tokens: at most so many tokens; default 512, or what the context still holds.
             temperature: 0 decodes greedily; above 0 samples.
-            top_p: nucleus of the sampling.
-            seed: makes sampling repeatable; the global random state stays as it is.
-            stream: yield pieces of text that join to the answer's text. A stream that is not read to its end leaves the
-                conversation as it was.
+            top_p: nucleus of the sampling, with a temperature above 0.
+            seed: makes sampling repeatable; the global random state stays as it is. A stream is repeatable as long as nothing else in the
+                process draws from torch's global generator while it runs.
+            stream: yield pieces of text that join to the answer's text. A stream that is not read to its end, or whose conversation went on
+                or was reset meanwhile, leaves the conversation as it was.
             allow_long: accept a prompt longer than the model was trained on.
-            profile: measure time and memory of every stage into `Answer.stages`.
-            **generate_options: anything else `generate` takes.
+            allow_urls: fetch pictures given as URLs.
+            profile: measure time and memory of every stage into `Answer.stages`; not with `stream`.
+            **generate_options: anything else `generate` takes for one answer.
 
         Raises:
             PromptError, PictureError: before anything is generated.
         """
-        if temperature < 0:
-            raise PromptError(f"temperature: expected 0 or more, got {temperature}")
+        _check_options(temperature, top_p, max_new_tokens, stream, profile, generate_options)
+        if not isinstance(text, str) or not text.strip():
+            raise PromptError(f"expected a user text, got {text!r}")
         if isinstance(images, (str, bytes, os.PathLike)) or (images is not None and not isinstance(images, (list, tuple))):
             images = [images]
         images = list(images or [])
         tags = text.count(IMAGE_TAG)
         if tags not in (0, len(images)):
             raise PromptError(f"the text has {tags} {IMAGE_TAG} tag(s), but {len(images)} picture(s) came")
-        if stream and generate_options.get("num_beams", 1) > 1:
-            raise PromptError("beams cannot be streamed: their text is not final before the end")
         question = with_picture_tags(text, len(images))
-        prompt = render(self.pipeline.template, [*self.turns, (question, None)])
+        turns, version = list(self.turns), self._version
+        prompt = render(self.pipeline.template, [*turns, (question, None)])
 
         meter = Meter(self.pipeline.device) if profile else None
-        seen = [*self.image_tokens, *(self.pipeline.see(image, meter=meter) for image in images)]
+        seen = [*self.image_tokens, *(self.pipeline.see(image, meter=meter, allow_urls=allow_urls) for image in images)]
         request = _Request(self.pipeline, prompt, seen, max_new_tokens, allow_long, meter)
         if temperature > 0:
             generate_options |= {"do_sample": True, "temperature": temperature, "top_p": 1.0 if top_p is None else top_p}
@@ -176,9 +176,13 @@ class Conversation:
             generate_options = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, **generate_options}
 
         def keep(answer: Answer) -> None:
+            if self._version != version:
+                logger.warning("the conversation went on or was reset while an answer was streamed; that answer is not kept")
+                return
             # a tag that the model itself wrote is text, not the place of a picture
-            self.turns.append((question, answer.text.replace(IMAGE_TAG, "< image>")))
+            self.turns = [*turns, (question, answer.text.replace(IMAGE_TAG, "< image>"))]
             self.image_tokens = seen
+            self._version += 1
 
         if stream:
             return _stream(request, generate_options, seed, keep)
@@ -199,8 +203,6 @@ class _Request:
         if max_new_tokens is None:
             room = model.config.text_config.max_position_embeddings - self.length
             self.max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, room))
-        elif max_new_tokens < 1:
-            raise PromptError(f"max_new_tokens: expected 1 or more, got {max_new_tokens}")
         # an error here comes before a stream begins
         model.check_length(self.length, self.max_new_tokens, allow_long)
         self.inputs = {
@@ -211,7 +213,7 @@ class _Request:
             self.inputs["mm_token_type_ids"] = torch.tensor([marks], device=device)
             self.inputs["image_tokens"] = torch.stack(seen)
 
-    def run(self, options: dict, seed: int | None, emit=None, criteria: StoppingCriteriaList | None = None) -> Answer:
+    def run(self, options: dict, seed: int | None, emit=None, criterion: StoppingCriteria | None = None) -> Answer:
         pipeline, meter = self.pipeline, self.meter
         tokenizer = pipeline.processor.tokenizer
         first = True
@@ -222,6 +224,9 @@ class _Request:
                 meter.start("decode")
             first = False
 
+        criteria = StoppingCriteriaList(options.get("stopping_criteria") or [])
+        if criterion is not None:
+            criteria.append(criterion)
         # generate() takes no streamer with beams
         stream = PieceStream(tokenizer, emit, on_token) if options.get("num_beams", 1) == 1 else None
         if meter is not None:
@@ -232,18 +237,17 @@ class _Request:
                 max_new_tokens=self.max_new_tokens,
                 allow_long=self.allow_long,
                 streamer=stream,
-                stopping_criteria=criteria,
-                **options,
+                **{**options, "stopping_criteria": criteria},
             )
         if meter is not None:
             meter.stop()
         ids = out[0, self.length :].tolist()
-        stops = pipeline.model.generation_config.eos_token_id or []
+        stops = options.get("eos_token_id", pipeline.model.generation_config.eos_token_id)
         ended = bool(ids) and ids[-1] in (stops if isinstance(stops, list) else [stops])
         return Answer(
             text=decode_answer(tokenizer, ids),
             token_ids=ids,
-            finish_reason="stop" if ended else "length",
+            finish_reason="length" if len(ids) >= self.max_new_tokens and not ended else "stop",
             prompt_tokens=self.length,
             image_tokens=self.image_tokens,
             stages=meter.stages if meter is not None else [],
@@ -264,7 +268,7 @@ def _stream(request: _Request, options: dict, seed: int | None, keep) -> Iterato
     def work() -> None:
         try:
             with use_backend(backend):
-                pieces.put(request.run(options, seed, pieces.put, StoppingCriteriaList([Abandoned()])))
+                pieces.put(request.run(options, seed, pieces.put, Abandoned()))
         except BaseException as error:  # handed to the reader, whoever raised it
             pieces.put(error)
 
@@ -284,6 +288,28 @@ def _stream(request: _Request, options: dict, seed: int | None, keep) -> Iterato
     return read()
 
 
+def _check_options(temperature, top_p, max_new_tokens, stream: bool, profile: bool, options: dict) -> None:
+    """Refuses what would be ignored or contradict itself."""
+    if not math.isfinite(temperature) or temperature < 0:
+        raise PromptError(f"temperature: expected a number of 0 or more, got {temperature}")
+    if top_p is not None and temperature == 0:
+        raise PromptError(f"top_p={top_p} is for sampling: give a temperature above 0 with it")
+    if max_new_tokens is not None and (not isinstance(max_new_tokens, int) or max_new_tokens < 1):
+        raise PromptError(f"max_new_tokens: expected a whole number of 1 or more, got {max_new_tokens}")
+    if stream and profile:
+        raise PromptError("profile=True measures whole answers: not with stream=True")
+    if stream and options.get("num_beams", 1) > 1:
+        raise PromptError("beams cannot be streamed: their text is not final before the end")
+    for name, instead in (
+        ("do_sample", "temperature decides"),
+        ("num_return_sequences", "a conversation goes on with one answer; use model.generate"),
+        ("streamer", "stream=True yields the text"),
+        ("return_dict_in_generate", "use model.generate"),
+    ):
+        if name in options:
+            raise PromptError(f"{name} is not an option of chat: {instead}")
+
+
 @contextlib.contextmanager
 def _seeded(seed: int | None, device: torch.device):
     if seed is None:
@@ -292,6 +318,17 @@ def _seeded(seed: int | None, device: torch.device):
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
+
+
+def _known_device(device: str | torch.device) -> torch.device:
+    """The device, if it is there; `BackendError` if not, before any weight is read."""
+    try:
+        known = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    except RuntimeError as error:
+        raise BackendError(f"unknown device {device!r}: {str(error).splitlines()[0]}") from None
+    if known.type == "cuda" and not torch.cuda.is_available():
+        raise BackendError(f"device {str(device)!r}: torch finds no CUDA device here (mg-fast doctor tells more)")
+    return known
 
 
 def load(
@@ -320,12 +357,11 @@ def load(
     Raises:
         CheckpointError, BackendError, PromptError (unknown template).
     """
-    if backend is not None:
-        requested(backend)
     if isinstance(quantize, str):
         raise ValueError(f"quantize: expected a transformers quantization configuration (e.g. TorchAoConfig), got the string {quantize!r}")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_everywhere(backend, _known_device(device))
     began = time.perf_counter()
     adapter = {} if base_model is None else {"base_model": base_model}
     # the processor first: it is quick, and most things that can be wrong with a folder are found there

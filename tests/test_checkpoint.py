@@ -783,3 +783,49 @@ def test_without_a_tokenizer_the_model_still_loads(standard, tmp_path, caplog):
     assert "no tokenizer in" in caplog.text and caplog.text.count(str(folder)) == 1
     with pytest.raises(CheckpointError, match="no tokenizer in .*: expected tokenizer.model or tokenizer.json"):
         MiniGeminiProcessor.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", [CLIP + "encoder.layers.2.", CONVNEXT + "vision_stages.2.blocks.1."])
+def test_the_last_layers_of_a_tower_are_missed(standard, tmp_path, name):
+    """A tower is as deep as its index, its folder or its published size says, not as its tensors happen to be."""
+    kept = {key: tensor for key, tensor in tensors_of(standard).items() if not key.startswith(name)}
+    folder = copy_small(standard, tmp_path / "sharded")
+    write_safetensors(folder, kept, 3)
+    index = folder / "model.safetensors.index.json"
+    document = json.loads(index.read_text())
+    document["weight_map"] |= {key: next(iter(document["weight_map"].values())) for key in tensors_of(standard) if key.startswith(name)}
+    index.write_text(json.dumps(document))
+    refused(folder, "tensors that no shard holds: " + re.escape(name))
+
+
+def test_a_tower_folder_tells_how_deep_its_tower_is(golden, tmp_path):
+    source = golden / "mgm-gemma"
+    name = CLIP + "encoder.layers.2."
+    folder = remake(source, tmp_path / "x", tensors={key: t for key, t in tensors_of(source).items() if not key.startswith(name)})
+    for tower in ("openai", "openclip-convnext-large-d-320-tiny"):
+        shutil.copytree(source / tower, folder / tower, dirs_exist_ok=True)
+    refused(folder, "16 missing: " + re.escape(name))
+
+
+def test_published_widths_tell_the_depth():
+    from mg_fast.mini_gemini.checkpoint import TensorInfo, complete_config
+
+    config = random_checkpoint.make_config("7b")
+    config.towers_given = False
+    shapes = {key: s for key, s in MiniGeminiForConditionalGeneration.published_shapes(config).items() if "layers.23." not in key}
+    shapes = {key: s for key, s in shapes.items() if "vision_stages.2.blocks.26." not in key}
+    complete_config(config, {key: TensorInfo(None, key, shape) for key, shape in shapes.items()}, random_checkpoint.Path("nowhere"))
+    assert config.vision_config.num_hidden_layers == 24 and config.vision_config_aux["depths"] == [3, 3, 27, 3]
+
+
+def test_subfolders_are_refused(standard):
+    refused(standard, "subfolder='x' is not supported", subfolder="x")
+    with pytest.raises(TypeError, match="subfolder"):
+        MiniGeminiProcessor.from_pretrained(standard, subfolder="x")
+
+
+def test_config_by_path_and_overrides_that_do_not_fit(standard, model):
+    assert same_answers(load(standard, config=str(standard)), model)
+    assert load(standard, use_cache=False).config.text_config.use_cache is False
+    refused(standard, "image_size_aux=110", image_size_aux=110)
+    refused(standard, "whole window", image_grid=3)

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from examples import random_checkpoint
 from mg_fast import CheckpointError, MiniGeminiConfig, MiniGeminiForConditionalGeneration, MiniGeminiProcessor
-from mg_fast.mini_gemini.checkpoint import TensorInfo, complete_config, open_checkpoint
+from mg_fast.mini_gemini.checkpoint import TensorInfo, complete_config, open_checkpoint, read_config
 from tests.checkpoints import GONE, answers, copy_small, edit_config, probe, refused, remake, same_answers, tensors_of, write_safetensors
 from tests.paths import ROOT
 
@@ -277,12 +277,6 @@ def test_rope_scaling_survives(tmp_path):
     assert MiniGeminiConfig.from_pretrained(tmp_path).text_config.rope_parameters == {**scaling, "rope_theta": 5e5}
 
 
-def test_old_spellings_are_written_as_the_newest():
-    config = MiniGeminiConfig(model_type="mini_gemini_gemma", architectures=["MiniGeminiGemmaForCausalLM"])
-    written = config.to_dict()
-    assert (written["model_type"], written["architectures"]) == ("mgm_gemma", ["MGMGemmaForCausalLM"])
-
-
 def test_only_gemma_ties_unless_told():
     assert MiniGeminiConfig(model_type="mgm_gemma").tie_word_embeddings is True
     assert MiniGeminiConfig(model_type="mgm_gemma", tie_word_embeddings=False).text_config.tie_word_embeddings is False
@@ -365,3 +359,37 @@ def test_other_projectors(standard, tmp_path, kind, layers):
         hidden = torch.nn.functional.gelu(hidden) if i else hidden
         hidden = hidden @ tensors[f"model.mm_projector.{name}weight"].T + tensors[f"model.mm_projector.{name}bias"]
     torch.testing.assert_close(projector(features), hidden)
+
+
+def test_absent_keys_mean_what_the_original_takes_them_for(standard, tmp_path):
+    folder = remake(standard, tmp_path, image_aspect_ratio=GONE, tokenizer_model_max_length=GONE)
+    config = read_config(folder)
+    assert config.image_aspect_ratio is None and config.tokenizer_model_max_length is None
+    assert MiniGeminiProcessor.from_pretrained(folder).image_processor.pad is False
+    refused(remake(standard, tmp_path / "projector", mm_projector_type=GONE), r"missing: model\.mm_projector\.bias")
+    refused(remake(standard, tmp_path / "layer", mm_vision_select_layer=GONE), "has no mm_vision_select_layer")
+
+
+@pytest.mark.parametrize(
+    "keys,text",
+    [
+        (dict(model_type=None, architectures=["MGMGemmaForCausalLM"]), "gemma"),
+        (dict(model_type="mgm", architectures=["MGMMixtralForCausalLM"]), "mixtral"),
+        (dict(model_type="mini_gemini", architectures=["MiniGeminiGemmaForCausalLM"]), "gemma"),
+        (dict(model_type="mgm", architectures=["MGMLlamaForCausalLM"]), "llama"),
+        (dict(model_type="mgm_gemma", architectures=None), "gemma"),
+    ],
+)
+def test_architectures_speak_where_model_type_is_silent_or_general(keys, text):
+    config = MiniGeminiConfig(**keys)
+    assert config.text_config.model_type == text
+
+
+def test_neither_model_type_nor_known_architectures():
+    with pytest.raises(CheckpointError, match="no model_type"):
+        MiniGeminiConfig(architectures=["BertModel"])
+
+
+def test_spellings_come_back_as_they_were():
+    given = dict(model_type="mini_gemini_gemma", architectures=["MiniGeminiGemmaForCausalLM"])
+    assert MiniGeminiConfig(**given).to_dict().items() >= given.items()

@@ -235,3 +235,44 @@ def test_compiled_forward_gives_the_same(model, processor, photo):
     with torch.no_grad():
         result = compiled(inputs["pixel_values"], inputs["pixel_values_hr"])
     assert torch.allclose(result, expected, atol=1e-5)
+
+
+def test_chunked_prefill_is_refused_with_pictures(model, processor, photo):
+    """transformers cuts the prompt without regard to where its pictures stand."""
+    inputs = processor(text=prompt("What?"), images=photo, return_tensors="pt")
+    with pytest.raises(PromptError, match="not with pictures"):
+        model.generate(**inputs, **GREEDY, prefill_chunk_size=8)
+    text = processor(text=prompt("Hello there", 0), return_tensors="pt")
+    assert ids_of(model, text, prefill_chunk_size=8) == ids_of(model, text)
+
+
+def test_beams_tell_of_missing_places_as_greedy_does(model, processor, photo):
+    inputs = dict(processor(text=prompt("What?"), images=photo, return_tensors="pt"))
+    with pytest.raises(PromptError, match="without mm_token_type_ids"):
+        model.generate(**{k: v for k, v in inputs.items() if k != "mm_token_type_ids"}, **GREEDY, num_beams=2)
+    twice = {k: v.repeat(2, *[1] * (v.dim() - 1)) for k, v in inputs.items() if k.startswith("pixel")}
+    with pytest.raises(PromptError, match=r"room for 25 image tokens, but 2 picture\(s\)"):
+        model.generate(**{**inputs, **twice}, **GREEDY, num_beams=2)
+
+
+def test_max_length_counts_too(short):
+    with pytest.raises(PromptError, match="need 90 positions, the model has 60"):
+        short.generate(**tokens(30), max_length=90, do_sample=False)
+
+
+def test_tuples_where_asked_for(model, processor, photo):
+    inputs = processor(text=prompt("What?"), images=photo, return_tensors="pt")
+    with torch.inference_mode():
+        assert torch.equal(model(**inputs, return_dict=False)[0], model(**inputs).logits)
+
+
+def test_image_features_take_a_backend_and_nothing_unknown(model, processor, photo):
+    inputs = processor.image_processor(photo)
+    with torch.inference_mode():
+        assert torch.equal(
+            model.get_image_features(**inputs, backend="reference").pooler_output, model.get_image_features(**inputs).pooler_output
+        )
+    with pytest.raises(mg_fast.BackendError, match="triton"):
+        model.get_image_features(**inputs, backend="triton")
+    with pytest.raises(TypeError, match="nonsense"):
+        model.get_image_features(**inputs, nonsense=1)

@@ -190,8 +190,8 @@ def test_a_tag_the_model_writes_is_not_a_picture(pipeline, photo, monkeypatch):
     [
         (dict(text=""), "expected a user text"),
         (dict(text="   "), "expected a user text"),
-        (dict(text="hi", temperature=-1), "temperature: expected 0 or more, got -1"),
-        (dict(text="hi", max_new_tokens=0), "max_new_tokens: expected 1 or more, got 0"),
+        (dict(text="hi", temperature=-1), "temperature: expected a number of 0 or more, got -1"),
+        (dict(text="hi", max_new_tokens=0), "max_new_tokens: expected a whole number of 1 or more, got 0"),
         (dict(text="hi", max_new_tokens=10**6), "positions, the model has 4096.*new tokens fit"),
         (dict(text="word " * 700), "tokens, the model was trained on at most 2048"),
     ],
@@ -239,3 +239,87 @@ def test_finish_reason_stop(pipeline, model, photo, monkeypatch):
     monkeypatch.setattr(model.generation_config, "eos_token_id", [free.token_ids[2]])
     answer = pipeline.chat(QUESTION, [photo], max_new_tokens=6)
     assert answer.finish_reason == "stop" and answer.token_ids == free.token_ids[: free.token_ids.index(free.token_ids[2]) + 1]
+
+
+def test_an_empty_question_with_a_picture(pipeline, photo):
+    with pytest.raises(PromptError, match="expected a user text, got '  '"):
+        pipeline.chat("  ", [photo])
+
+
+def test_interleaved_streams_keep_the_one_that_ends_first(pipeline, photo, caplog):
+    first = pipeline.chat(QUESTION, [photo], max_new_tokens=3, stream=True)
+    second = pipeline.chat("And this?", max_new_tokens=3, stream=True)
+    list(first)
+    with caplog.at_level("WARNING"):
+        list(second)
+    assert "not kept" in caplog.text
+    assert len(pipeline._own.turns) == len(pipeline._own.image_tokens) == 1
+    assert pipeline.chat("And?", max_new_tokens=2).image_tokens == 25
+
+
+def test_reset_while_a_stream_is_read(pipeline, photo):
+    stream = pipeline.chat(QUESTION, [photo], max_new_tokens=20, stream=True)
+    next(stream)
+    pipeline.reset()
+    list(stream)
+    assert pipeline._own.turns == [] and pipeline._own.image_tokens == []
+    assert pipeline.chat("Hello?", max_new_tokens=2).image_tokens == 0
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        (dict(top_p=0.5), "top_p=0.5 is for sampling"),
+        (dict(temperature=float("nan")), "temperature: expected a number of 0 or more"),
+        (dict(temperature=float("inf")), "temperature: expected a number of 0 or more"),
+        (dict(max_new_tokens=2.5), "max_new_tokens: expected a whole number"),
+        (dict(profile=True, stream=True), "not with stream=True"),
+        (dict(num_return_sequences=3), "num_return_sequences is not an option of chat"),
+        (dict(do_sample=True), "do_sample is not an option of chat: temperature decides"),
+        (dict(prefill_chunk_size=8), "prefill_chunk_size cuts a prompt"),
+    ],
+)
+def test_options_that_would_be_ignored(pipeline, photo, options, message):
+    with pytest.raises(PromptError, match=message):
+        pipeline.chat(QUESTION, [photo], **options)
+
+
+def test_other_criteria_end_an_answer_too(pipeline, photo):
+    free = pipeline.chat(QUESTION, [photo], max_new_tokens=8)
+    pipeline.reset()
+    answer = pipeline.chat(QUESTION, [photo], max_new_tokens=8, eos_token_id=free.token_ids[3])
+    assert answer.finish_reason == "stop" and answer.token_ids == free.token_ids[: free.token_ids.index(free.token_ids[3]) + 1]
+    pipeline.reset()
+    answer = pipeline.chat(QUESTION, [photo], max_new_tokens=8, stopping_criteria=[lambda ids, scores, **_: torch.tensor([True])])
+    assert answer.finish_reason == "stop" and len(answer.token_ids) == 1
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        (dict(backend="triton"), "backend 'triton' cannot run low_resolution_tower"),
+        (dict(device="warp"), "unknown device 'warp'"),
+        (dict(device="cuda"), "torch finds no CUDA device here"),
+    ],
+)
+def test_what_cannot_run_is_told_before_anything_is_read(tmp_path, options, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(mg_fast.BackendError, match=message):
+        mg_fast.load(tmp_path / "not read", **options)
+
+
+def test_urls_where_asked_for(pipeline, photo):
+    import base64
+
+    url = "data:image/png;base64," + base64.b64encode(photo.read_bytes()).decode()
+    assert torch.equal(pipeline.see(url, allow_urls=True), pipeline.see(photo))
+    with pytest.raises(PictureError, match="allow_urls=True"):
+        pipeline.chat(QUESTION, [url])
+    assert pipeline.chat(QUESTION, [url], allow_urls=True, max_new_tokens=2).image_tokens == 25
+
+
+def test_thin_pictures_are_named(pipeline, photo, tmp_path):
+    thin = tmp_path / "thin.png"
+    Image.new("RGB", (1, 2000)).save(thin)
+    with pytest.raises(PictureError, match=rf"^{thin}: 1x2000 pixels: too thin"):
+        pipeline.chat(QUESTION, [photo, thin])

@@ -1,6 +1,7 @@
 """Where a checkpoint's tensors are, whether they are the right ones, and what their shapes say about the towers.
 
-Everything is decided from files' headers before any weight is read: a missing, unexpected or mis-shaped tensor is named at once.
+Everything is decided from files' headers before any weight is read: a missing, unexpected or mis-shaped tensor is named at once (quantised
+saves store other tensors; there transformers' report after loading must do).
 The published folder holds all weights. A CLIP or OpenCLIP folder serves only where it lacks a tower; a stage-1 adapter
 (`mm_projector.bin`) needs its base language model.
 """
@@ -85,6 +86,8 @@ def open_checkpoint(name_or_path: str | os.PathLike, *, base_model: str | os.Pat
     Raises:
         CheckpointError: nothing there, no config.json, an unreadable file, or no weights.
     """
+    if kwargs.get("subfolder"):
+        raise CheckpointError(f"subfolder={kwargs['subfolder']!r} is not supported: name the folder itself")
     hub = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
     folder = resolve_folder(name_or_path, **hub)
     extra: Table = {}
@@ -132,11 +135,13 @@ def read_config(folder: Path, fallback: Path | None = None) -> MiniGeminiConfig:
         raise CheckpointError(f"{source / 'config.json'} is not valid JSON: {error}") from None
     if not isinstance(given, dict):
         raise CheckpointError(f"{source / 'config.json'}: expected a JSON object, got {type(given).__name__}")
-    if source == folder and "image_size_aux" not in given:
-        raise CheckpointError(
-            f"{source / 'config.json'} (model_type {given.get('model_type')!r}) has no image_size_aux: "
-            "expected a Mini-Gemini configuration with a high-resolution branch"
-        )
+    if source == folder:
+        for key in ("image_size_aux", "mm_vision_select_layer"):
+            if key not in given:
+                raise CheckpointError(
+                    f"{source / 'config.json'} (model_type {given.get('model_type')!r}) has no {key}: "
+                    "expected a Mini-Gemini configuration with a high-resolution branch"
+                )
     with _blaming(source / "config.json"):
         return MiniGeminiConfig.from_pretrained(source)
 
@@ -230,11 +235,14 @@ def read_table(folder: Path, *, partial: bool = False) -> Table:
         index = folder / f"{kind}.index.json"
         if index.is_file():
             table: Table = {}
-            for shard in sorted(set(_read_index(index).values())):
+            named = _read_index(index)
+            for shard in sorted(set(named.values())):
                 if (folder / shard).is_file():
                     table |= _read_file(folder / shard)
                 elif not partial:
                     raise CheckpointError(f"{index} names {shard}, which is not there")
+            if absent := sorted(named.keys() - table.keys()) if not partial else []:
+                raise CheckpointError(f"{index} names {len(absent)} tensors that no shard holds: {_some(absent)}")
             return table
     return {}
 
@@ -354,6 +362,12 @@ def complete_config(config: MiniGeminiConfig, tensors: Table, folder: Path, *, o
     for key, expected, source in widths:
         if getattr(config, key) != expected:
             raise CheckpointError(f"{folder}: config.json says {key}={getattr(config, key)}, {source} is {expected}")
+    check_geometry(config, folder)
+
+
+def check_geometry(config: MiniGeminiConfig, folder: Path) -> None:
+    """Refuses a configuration whose parts do not fit each other."""
+    config.check()
     layers = config.vision_config.num_hidden_layers
     if not -layers - 1 <= config.mm_vision_select_layer <= layers:
         raise CheckpointError(f"{folder}: mm_vision_select_layer={config.mm_vision_select_layer}, the CLIP tower has {layers} layers")
@@ -367,10 +381,14 @@ def complete_config(config: MiniGeminiConfig, tensors: Table, folder: Path, *, o
 
 def _complete_clip(config: MiniGeminiConfig, shapes: dict[str, tuple[int, ...]], tower: Path | None) -> None:
     known: dict = {}
+    least = 0
     if tower is not None and (tower / "config.json").is_file():
         with _blaming(tower / "config.json"):
             stored = CLIPVisionConfig.from_pretrained(tower).to_dict()
+            written = json.loads((tower / "config.json").read_text(encoding="utf-8"))
         known = {key: stored[key] for key in ("num_attention_heads", "hidden_act", "layer_norm_eps")}
+        # only what is written: a default would say nothing of this tower
+        least = written.get("vision_config", written).get("num_hidden_layers", 0)
     positions = shapes.get(CLIP_PREFIX + "embeddings.position_embedding.weight")
     patches = shapes.get(CLIP_PREFIX + "embeddings.patch_embedding.weight")
     ffn = shapes.get(CLIP_PREFIX + "encoder.layers.0.mlp.fc1.weight")
@@ -383,7 +401,8 @@ def _complete_clip(config: MiniGeminiConfig, shapes: dict[str, tuple[int, ...]],
     config.vision_config = CLIPVisionConfig(
         hidden_size=width,
         intermediate_size=ffn[0],
-        num_hidden_layers=_count(shapes, CLIP_PREFIX + r"encoder.layers.(\d+)."),
+        # a tower that lacks its last layers must not pass for a shallower one
+        num_hidden_layers=max(_count(shapes, CLIP_PREFIX + r"encoder.layers.(\d+)."), least, 24 if (width, ffn[0]) == (1024, 4096) else 0),
         patch_size=patches[-1],
         image_size=math.isqrt(positions[0] - 1) * patches[-1],
         attn_implementation=attention,
@@ -398,17 +417,28 @@ def _complete_convnext(config: MiniGeminiConfig, shapes: dict[str, tuple[int, ..
     at = CONVNEXT_PREFIX + "vision_stages."
     dims = [shapes.get(f"{at}{s}.blocks.0.conv_dw.weight", (0,))[0] for s in range(stages)]
     depths = [_count(shapes, rf"{at}{s}.blocks.(\d+).") for s in range(stages)]
+    depths = _at_least(depths, _CONVNEXT_DEPTHS.get(tuple(dims)))
     # timm's own default, which only convnext_xxlarge overrides
     norm_eps = 1e-5 if dims == [384, 768, 1536, 3072] else 1e-6
     if tower is not None and (tower / "open_clip_config.json").is_file():
         with _blaming(tower / "open_clip_config.json"):
             vision = json.loads((tower / "open_clip_config.json").read_text(encoding="utf-8")).get("model_cfg", {}).get("vision_cfg", {})
             norm_eps = vision.get("timm_model_kwargs", {}).get("norm_eps", norm_eps)
+        depths = _at_least(depths, vision.get("timm_model_kwargs", {}).get("depths"))
     config.vision_config_aux = {"dims": dims, "depths": depths, "norm_eps": norm_eps}
 
 
+# open_clip's convnext_base_w, convnext_large_d and convnext_xxlarge
+_CONVNEXT_DEPTHS = {(128, 256, 512, 1024): (3, 3, 27, 3), (192, 384, 768, 1536): (3, 3, 27, 3), (384, 768, 1536, 3072): (3, 4, 30, 3)}
+
+
+def _at_least(depths: list[int], known) -> list[int]:
+    """Stage depths as counted, or as known where that is more: a stage that lacks its last blocks is then told as such."""
+    return [max(pair) for pair in zip(depths, known)] if known and len(known) == len(depths) else depths
+
+
 def _count(names, pattern: str) -> int:
-    found = re.compile(pattern.replace(".", r"\.").replace(r"(\d+)", r"(\d+)"))
+    found = re.compile(pattern.replace(".", r"\."))
     return len({m.group(1) for m in map(found.match, names) if m})
 
 
@@ -477,8 +507,8 @@ def decide_template(config: MiniGeminiConfig, tokenizer, override: str | None = 
         get_template(config.conversation_template)
         return config.conversation_template
     name, certain = detect_template(config.text_config.model_type, tokenizer)
-    if not certain and name not in _said:
-        _said.add(name)
+    if not certain and tokenizer.name_or_path not in _said:
+        _said.add(tokenizer.name_or_path)
         logger.warning("nothing in this checkpoint tells its prompt template: using %s; template= (--template) overrides it", name)
     return name
 

@@ -46,8 +46,11 @@ CLIP_VIT_L_14_336 = {
 }
 CONVNEXT_LARGE = {"dims": [192, 384, 768, 1536], "depths": [3, 3, 27, 3], "norm_eps": 1e-6}
 
+# what the original takes an absent key of a published config.json to mean
+_ABSENT = {"image_aspect_ratio": None, "mm_projector_type": "linear", "tokenizer_model_max_length": None}
+
 # keys that belong to transformers' own machinery rather than to the language model
-_HUB_KEYS = ("name_or_path", "_name_or_path", "_commit_hash", "attn_implementation", "experts_implementation", "output_attentions")
+_OWN_KEYS = ("name_or_path", "_name_or_path", "_commit_hash", "attn_implementation", "experts_implementation", "output_attentions")
 
 
 class MiniGeminiConfig(PreTrainedConfig):
@@ -91,19 +94,18 @@ class MiniGeminiConfig(PreTrainedConfig):
     tie_word_embeddings: bool | None = None
 
     def __post_init__(self, **kwargs):
-        model_type = kwargs.pop("published_model_type", None) or kwargs.pop("model_type", "mgm")
-        kwargs.pop("model_type", None)
-        if model_type not in TEXT_MODEL_TYPES:
-            raise CheckpointError(f"model_type {model_type!r} is not a Mini-Gemini one: expected one of {', '.join(TEXT_MODEL_TYPES)}")
+        model_type = kwargs.pop("published_model_type", kwargs.pop("model_type", None))
+        text = _text_model_type(model_type, self.architectures)
+        # written back as they came, where they are Mini-Gemini's
+        self.spelled = (model_type, self.architectures)
         kwargs.pop("transformers_version", None)
-        hub = {key: kwargs.pop(key) for key in _HUB_KEYS if key in kwargs}
+        hub = {key: kwargs.pop(key) for key in _OWN_KEYS if key in kwargs}
         dtype = kwargs.pop("torch_dtype", None)
         if self.dtype is None:
             self.dtype = dtype
 
         # everything else is the language model's, or a leftover that a round trip hands back untouched
         self.flat = kwargs
-        text = TEXT_MODEL_TYPES[model_type]
         if self.text_config is None:
             rest = copy.deepcopy(kwargs)
             if self.tie_word_embeddings is not None:
@@ -111,8 +113,7 @@ class MiniGeminiConfig(PreTrainedConfig):
                 rest["tie_word_embeddings"] = self.tie_word_embeddings
             self.text_config = CONFIG_MAPPING[text](**rest, dtype=self.dtype)
         elif isinstance(self.text_config, dict):
-            text = self.text_config.get("model_type", text)
-            self.text_config = CONFIG_MAPPING[text](**self.text_config)
+            self.text_config = CONFIG_MAPPING[self.text_config.get("model_type", text)](**self.text_config)
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
 
         # what config.json said itself outranks a tower folder's word; tensor shapes outrank the defaults below
@@ -123,19 +124,26 @@ class MiniGeminiConfig(PreTrainedConfig):
             self.vision_config = clip_config(**self.vision_config)
         if self.vision_config_aux is None:
             self.vision_config_aux = dict(CONVNEXT_LARGE)
-        self._check()
+        self.check()
         super().__post_init__(**hub)
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        if "image_size_aux" in config_dict:
+            # a published file: where it is silent the original's defaults hold, not those of a configuration made from nothing
+            config_dict = {**_ABSENT, **config_dict}
+        return super().from_dict(config_dict, **kwargs)
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if "model_type" in config_dict:
+        if config_dict:
             # one class serves every spelling; transformers would warn about each but its own
-            config_dict["published_model_type"] = config_dict["model_type"]
+            config_dict["published_model_type"] = config_dict.get("model_type")
             config_dict["model_type"] = cls.model_type
         return config_dict, kwargs
 
-    def _check(self) -> None:
+    def check(self) -> None:
         """Refuses what the published layout can say but no published checkpoint uses, rather than computing something else."""
         for key in ("image_size_aux", "image_grid"):
             if not isinstance(getattr(self, key), int) or getattr(self, key) < 1:
@@ -180,8 +188,10 @@ class MiniGeminiConfig(PreTrainedConfig):
             del out["conversation_template"]
         out["vision_config"] = self.vision_config.to_diff_dict()
         out["vision_config_aux"] = dict(self.vision_config_aux)
-        out["model_type"] = PUBLISHED_MODEL_TYPES[text_type]
-        out["architectures"] = [PUBLISHED_ARCHITECTURES[text_type]]
+        model_type, architectures = self.spelled
+        bare = model_type is None or not model_type.startswith(("mgm", "mini_gemini"))
+        out["model_type"] = PUBLISHED_MODEL_TYPES[text_type] if bare else model_type
+        out["architectures"] = [PUBLISHED_ARCHITECTURES[text_type]] if bare or not architectures else architectures
         if self.dtype is not None:
             out["torch_dtype"] = str(self.dtype).removeprefix("torch.")
         quantization = getattr(self, "quantization_config", None)
@@ -202,6 +212,20 @@ class MiniGeminiConfig(PreTrainedConfig):
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
+
+
+def _text_model_type(model_type: str | None, architectures: list[str] | None) -> str:
+    """The language model's class, from `model_type` and, where that is silent or general, from `architectures`."""
+    if model_type is not None and model_type not in TEXT_MODEL_TYPES:
+        raise CheckpointError(f"model_type {model_type!r} is not a Mini-Gemini one: expected one of {', '.join(TEXT_MODEL_TYPES)}")
+    named = next((t for t in PUBLISHED_MODEL_TYPES for a in architectures or [] if t in a.lower()), None)
+    if model_type is None:
+        if named is None and architectures:
+            raise CheckpointError(f"config.json has no model_type, and architectures {architectures} names no known language model")
+        return named or "llama"
+    text = TEXT_MODEL_TYPES[model_type]
+    # the plain spellings were every family's ancestor's before they were Llama's
+    return named if named is not None and text == "llama" else text
 
 
 def clip_config(**kwargs) -> PreTrainedConfig:

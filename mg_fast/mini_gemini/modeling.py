@@ -4,6 +4,7 @@ import contextlib
 import copy
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ from .. import reference
 from ..conversation import get_template, stop_ids
 from ..errors import CheckpointError, PromptError
 from ..modules import ConvNeXtPyramid, PatchInfoMining
-from .checkpoint import Table, check_names, decide_template, load_tokenizer, open_checkpoint, read_tensors
+from .checkpoint import Table, check_geometry, check_names, decide_template, load_tokenizer, open_checkpoint, read_tensors
 from .configuration import MiniGeminiConfig
 from .vision import build_projector, low_resolution_features
 
@@ -78,35 +79,46 @@ class MiniGeminiModel(MiniGeminiPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
 
-    def get_image_features(self, pixel_values: torch.Tensor, pixel_values_hr: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        pixel_values_hr: torch.Tensor,
+        *,
+        backend: str | None = None,
+        stage: Callable = contextlib.nullcontext,
+    ) -> BaseModelOutputWithPooling:
         """Image tokens of pictures.
 
         Args:
             pixel_values: [n_images, V, 3, LR, LR], V = 1, or in HD the tiles row by row and the global view last.
             pixel_values_hr: [n_images, 3, HR, HR].
+            backend: overrides the choice in force.
+            stage: called with the name of every stage, gives the context it runs in (`Meter.stage` measures them).
 
         Returns:
             `pooler_output`: image tokens [n_images, T, hidden], T = 576 or 2880, global view first, unscaled.
             `last_hidden_state`: the same before the projector, [n_images, T, D].
         """
         self._check_pixels(pixel_values, pixel_values_hr)
-        queries = self.low_resolution_queries(pixel_values)
-        pyramid = [stage.to(queries.device) for stage in self.vision_tower_aux(pixel_values_hr)]
-        tokens = self.merge(queries, self.patch_mining(queries, pyramid, grid=self.config.image_grid))
-        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=self.mm_projector(tokens))
+        with stage("LR tower"):
+            queries = self.low_resolution_queries(pixel_values, backend=backend)
+        with stage("HR tower"):
+            pyramid = [level.to(queries.device) for level in self.vision_tower_aux(pixel_values_hr, backend=backend)]
+        with stage("patch info mining"):
+            mined = self.patch_mining(queries, pyramid, grid=self.config.image_grid, backend=backend)
+            tokens = reference.order_tokens(queries + mined.to(queries.device), grid=self.config.image_grid)
+        with stage("projector"):
+            image_tokens = self.mm_projector(tokens)
+        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=image_tokens)
 
-    def low_resolution_queries(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def low_resolution_queries(self, pixel_values: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
         """Low-resolution views [n_images, V, 3, LR, LR] to queries [n_images, V, N, D], in the same order of views."""
         n, cells = len(pixel_values), self.config.image_grid**2
         # all tiles of all pictures, then the global views: the original's batch, kept so that numbers match to the last bit
         tiles = pixel_values[:, :cells].flatten(0, 1)
         views = torch.cat([tiles, pixel_values[:, cells:].flatten(0, 1)])
-        features = low_resolution_features(self.vision_tower, views, self.config.mm_vision_select_layer)
+        features = low_resolution_features(self.vision_tower, views, self.config.mm_vision_select_layer, backend=backend)
         return torch.cat([features[: len(tiles)].unflatten(0, (n, cells)), features[len(tiles) :].unflatten(0, (n, -1))], dim=1)
-
-    def merge(self, queries: torch.Tensor, mined: torch.Tensor) -> torch.Tensor:
-        """Queries and mined features [n_images, V, N, D] to the projector's input [n_images, V * N, D], global view first."""
-        return reference.order_tokens(queries + mined.to(queries.device), grid=self.config.image_grid)
 
     def _check_pixels(self, pixel_values: torch.Tensor, pixel_values_hr: torch.Tensor | None) -> None:
         if pixel_values_hr is None:
@@ -129,14 +141,8 @@ class MiniGeminiModel(MiniGeminiPreTrainedModel):
         Raises:
             PromptError: the number of picture positions is not the number of image tokens.
         """
-        if mm_token_type_ids is None:
-            raise PromptError("pictures came without mm_token_type_ids, which mark their places in input_ids: the processor returns both")
+        check_places(mm_token_type_ids, image_tokens)
         mask = mm_token_type_ids == 1
-        places, tokens = int(mask.sum()), image_tokens.shape[0] * image_tokens.shape[1]
-        if places != tokens:
-            raise PromptError(
-                f"the prompt has room for {places} image tokens, but {image_tokens.shape[0]} picture(s) of {image_tokens.shape[1]} came"
-            )
         image_tokens = image_tokens.to(inputs_embeds.device, inputs_embeds.dtype)
         if self.config.text_config.model_type == "gemma":
             # Gemma scales in its embedding module, which image tokens do not pass; the factor is rounded to the model's dtype there too
@@ -183,6 +189,7 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
         self.model = MiniGeminiModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.allow_long = False
+        self._long_said = False
         self.post_init()
 
     @classmethod
@@ -210,13 +217,12 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
         info_wanted = kwargs.pop("output_loading_info", False)
         kwargs["weights_only"] = True
         config = kwargs.pop("config", None)
-        config = copy.deepcopy(config) if isinstance(config, MiniGeminiConfig) else config
+        if config is not None:
+            config = copy.deepcopy(config) if isinstance(config, MiniGeminiConfig) else MiniGeminiConfig.from_pretrained(config)
         checkpoint = open_checkpoint(pretrained_model_name_or_path, base_model=base_model, config=config, **kwargs)
         config = checkpoint.config
-        for key in [
-            key for key in kwargs if hasattr(config, key) and key not in ("dtype", "torch_dtype", "quantization_config", "name_or_path")
-        ]:
-            setattr(config, key, kwargs.pop(key))
+        _override(config, kwargs)
+        check_geometry(config, checkpoint.folder)
         quantized = getattr(config, "quantization_config", None)
         if quantized is None:
             # a quantised save stores other tensors under other names; there the report after loading must do
@@ -292,9 +298,11 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
         kwargs["save_original_format"] = True
         super().save_pretrained(save_directory, **kwargs)
 
-    def get_image_features(self, pixel_values: torch.Tensor, pixel_values_hr: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+    def get_image_features(
+        self, pixel_values: torch.Tensor, pixel_values_hr: torch.Tensor, *, backend: str | None = None
+    ) -> BaseModelOutputWithPooling:
         """Image tokens [n_images, T, hidden] as `.pooler_output`; see `MiniGeminiModel.get_image_features`."""
-        return self.model.get_image_features(pixel_values, pixel_values_hr)
+        return self.model.get_image_features(pixel_values, pixel_values_hr, backend=backend)
 
     def forward(
         self,
@@ -309,8 +317,9 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
         labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         allow_long: bool | None = None,
+        return_dict: bool | None = None,
         **kwargs,
-    ) -> MiniGeminiOutput:
+    ) -> MiniGeminiOutput | tuple:
         """One pass of the whole model.
 
         Args:
@@ -321,6 +330,7 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
             labels: [B, L], -100 where no loss is wanted.
             logits_to_keep: only that many last positions (0: all) get logits.
             allow_long: accept prompts beyond the trained length; None takes the model's `allow_long`.
+            return_dict: False returns a tuple.
 
         Raises:
             PromptError: a prompt longer than the model was trained for, or pictures that do not match their places.
@@ -344,7 +354,7 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size)
-        return MiniGeminiOutput(
+        output = MiniGeminiOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
@@ -352,6 +362,7 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
             attentions=outputs.attentions,
             image_hidden_states=image_tokens,
         )
+        return output.to_tuple() if return_dict is False else output
 
     def check_length(self, prompt: int, new: int = 0, allow_long: bool | None = None) -> None:
         """Holds a prompt of so many tokens, and so many new ones, against the context; `PromptError` has the numbers."""
@@ -363,8 +374,8 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
             message = f"the prompt has {prompt} tokens, the model was trained on at most {trained} (tokenizer_model_max_length)"
             if not (self.allow_long if allow_long is None else allow_long):
                 raise PromptError(f"{message}; allow_long=True (--allow-long) runs it all the same, up to {limit}")
-            if prompt not in _warned_lengths:
-                _warned_lengths.add(prompt)
+            if not self._long_said:
+                self._long_said = True
                 logger.warning("%s; running it because allow_long is set", message)
         if prompt + new > limit:
             raise PromptError(
@@ -384,8 +395,13 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
         ids = inputs if inputs is not None else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
         if ids is not None:
             given = kwargs.get("generation_config") or self.generation_config
-            new = kwargs.get("max_new_tokens") or getattr(given, "max_new_tokens", None) or 0
+            new = kwargs.get("max_new_tokens") or getattr(given, "max_new_tokens", None)
+            if new is None:
+                new = max(0, (kwargs.get("max_length") or given.max_length or 0) - ids.shape[1])
             self.check_length(ids.shape[1], new, allow_long)
+            pictures = kwargs.get("pixel_values") is not None or kwargs.get("image_tokens") is not None
+            if pictures and (kwargs.get("prefill_chunk_size") or given.prefill_chunk_size):
+                raise PromptError("prefill_chunk_size cuts a prompt without regard to its pictures: not with pictures")
         if allow_long is not None:
             kwargs["allow_long"] = allow_long
         return super().generate(inputs, **kwargs)
@@ -416,13 +432,24 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
             if pixels is not None:
                 image_tokens = self.get_image_features(pixels, pixels_hr).pooler_output
             if image_tokens is not None:
-                marks = model_kwargs["mm_token_type_ids"]
+                marks = model_kwargs.get("mm_token_type_ids")
+                check_places(marks, image_tokens)
                 per_row = (marks.sum(dim=1) // image_tokens.shape[1]).tolist()
                 blocks = image_tokens.split(per_row)
                 expanded = torch.cat([block for block in blocks for _ in range(expand_size)])
                 input_ids, model_kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
                 return input_ids, {**model_kwargs, "image_tokens": expanded}
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+
+
+def check_places(mm_token_type_ids: torch.Tensor | None, image_tokens: torch.Tensor) -> None:
+    """Holds the marked places [B, L] of a batch against its image tokens [n_images, T, hidden]; `PromptError` has the numbers."""
+    if mm_token_type_ids is None:
+        raise PromptError("pictures came without mm_token_type_ids, which mark their places in input_ids: the processor returns both")
+    pictures, tokens = image_tokens.shape[:2]
+    places = int((mm_token_type_ids == 1).sum())
+    if places != pictures * tokens:
+        raise PromptError(f"the prompt has room for {places} image tokens, but {pictures} picture(s) of {tokens} came")
 
 
 def published_to_ours(name: str) -> str:
@@ -432,6 +459,15 @@ def published_to_ours(name: str) -> str:
         if name.startswith(prefix):
             return target.removeprefix("^") + name.removeprefix(prefix)
     return name
+
+
+def _override(config: MiniGeminiConfig, kwargs: dict) -> None:
+    """Moves those keyword arguments that are configuration keys into the configuration, as transformers does."""
+    for key in kwargs.keys() - {"dtype", "torch_dtype", "quantization_config", "name_or_path"}:
+        for part in (config, config.text_config):
+            if hasattr(part, key):
+                setattr(part, key, kwargs.pop(key))
+                break
 
 
 def _keep_vision_unquantized(quantization_config) -> None:
@@ -454,8 +490,6 @@ def _quiet_report(quiet: bool):
     finally:
         transformers_logging.set_verbosity(level)
 
-
-_warned_lengths: set[int] = set()
 
 # published name -> ours; reversed on save. Mixtral's expert fusion is transformers' own, scoped to the language model.
 RENAMINGS = (

@@ -42,7 +42,7 @@ def open_picture(source, *, allow_urls: bool = False, label: str | None = None) 
     if isinstance(source, str) and source.startswith(("http://", "https://", "data:")):
         shown = label or (source if len(source) <= 80 else source[:77] + "...")
         if not allow_urls:
-            raise PictureError(f"{shown}: URLs are fetched only when asked for (allow_urls=True, or a message's `url` key)")
+            raise PictureError(f"{shown}: URLs are fetched only when asked for (allow_urls=True, --allow-urls, or a message's `url` key)")
         return _decode(io.BytesIO(_fetch(source, shown)), shown)
     if isinstance(source, (str, os.PathLike)):
         path = os.path.expanduser(os.fspath(source))
@@ -50,7 +50,10 @@ def open_picture(source, *, allow_urls: bool = False, label: str | None = None) 
             raise PictureError(
                 f"{path or 'an empty path'}: {'a folder, expected a picture file' if os.path.isdir(path) else 'no such file'}"
             )
-        return _decode(path, label or path)
+        image = _decode(path, label or path)
+        # as Pillow's own files carry it, for what is said of the picture later
+        image.filename = path
+        return image
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _decode(io.BytesIO(source), label or f"picture of {len(source)} bytes")
     if hasattr(source, "read"):
@@ -86,8 +89,10 @@ def _to_rgb(image: Image.Image, label: str) -> Image.Image:
         raise PictureError(f"{label}: expected at least 1x1 pixels, got {image.width}x{image.height}")
     try:
         if getattr(image, "is_animated", False):
-            logger.warning("%s: has %d frames, the first one is used", label, image.n_frames)
-            image.seek(0)
+            # a file just opened stands at its first frame; where a caller has moved on, that was meant
+            logger.warning(
+                "%s: has %d frames, %s is used", label, image.n_frames, f"number {n}" if (n := image.tell() + 1) > 1 else "the first one"
+            )
         image.load()
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):

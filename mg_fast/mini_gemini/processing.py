@@ -33,9 +33,6 @@ _AUTO_ARGUMENTS = {
     "_from_auto",
     "_from_pipeline",
     "code_revision",
-    "use_fast",
-    "subfolder",
-    "proxies",
     "_commit_hash",
 }
 
@@ -104,7 +101,11 @@ class MiniGeminiImageProcessor(ImageProcessingMixin):
     def _one(self, source, index: int, count: int, allow_urls: bool) -> torch.Tensor:
         try:
             image = open_picture(source, allow_urls=allow_urls)
-            return normalise(self._resize(image))
+            try:
+                return normalise(self._resize(image))
+            except PictureError as error:
+                name = getattr(source, "filename", None) or getattr(image, "filename", None)
+                raise PictureError(f"{name}: {error}" if name else str(error)) from None
         except PictureError as error:
             raise PictureError(f"picture {index + 1} of {count}: {error}" if count > 1 else str(error)) from error.__cause__
 
@@ -152,6 +153,8 @@ class MiniGeminiProcessor(ProcessorMixin):
         get_template(template)
         self.template = template
         super().__init__(image_processor, tokenizer, chat_template=chat_template or conversation.chat_template(template))
+        # whoever goes through the tokenizer alone must not meet a base model's own template
+        tokenizer.chat_template = self.chat_template
         self.filler_id = _filler_id(tokenizer)
 
     @classmethod
@@ -169,9 +172,11 @@ class MiniGeminiProcessor(ProcessorMixin):
             CheckpointError: no configuration or no tokenizer there.
             PromptError: unknown template.
         """
-        unknown = kwargs.keys() - set(HUB_ARGUMENTS) - _AUTO_ARGUMENTS
+        unknown = {key for key, value in kwargs.items() if value not in (None, "")} - set(HUB_ARGUMENTS) - _AUTO_ARGUMENTS
         if unknown:
             raise TypeError(f"MiniGeminiProcessor.from_pretrained: unknown arguments {sorted(unknown)}")
+        if template is not None:
+            get_template(template)
         hub = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
         folder = resolve_folder(pretrained_model_name_or_path, weights=False, **hub)
         base = resolve_folder(base_model, weights=False, **hub) if base_model is not None else None
@@ -184,9 +189,12 @@ class MiniGeminiProcessor(ProcessorMixin):
             )
         config = geometry_config(folder, base)
         tokenizer = load_tokenizer(folder, base)
+        saved = folder / "chat_template.jinja"
+        # only a file of our own saving: a base model's template is not what these checkpoints were trained with
+        own = saved.read_text(encoding="utf-8") if stored and template is None and saved.is_file() else None
         template = decide_template(config, tokenizer, template or stored.get("template"))
         images = MiniGeminiImageProcessor.from_config(config)
-        return cls(images, tokenizer, template=template)
+        return cls(images, tokenizer, template=template, chat_template=own)
 
     def __call__(
         self,

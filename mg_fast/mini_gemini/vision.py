@@ -8,20 +8,23 @@ from .. import backend as backends
 from ..errors import CheckpointError
 
 
-def low_resolution_features(tower: CLIPVisionModel, views: torch.Tensor, select_layer: int = -2) -> torch.Tensor:
+def low_resolution_features(
+    tower: CLIPVisionModel, views: torch.Tensor, select_layer: int = -2, *, backend: str | None = None
+) -> torch.Tensor:
     """CLIP patch features of low-resolution views: a hidden state without its CLS token.
 
     Args:
         tower: the CLIP vision model.
         views: [B, 3, LR, LR].
         select_layer: index into the hidden states; -2 is the output of the last layer but one, before any final norm.
+        backend: overrides the choice in force.
 
     Returns:
         [B, N, D] in the tower's dtype. The `reference` backend runs every layer, as the original does; others stop at the one wanted.
     """
     layers = tower.encoder.layers
     wanted = select_layer if select_layer >= 0 else len(layers) + 1 + select_layer
-    run = len(layers) if backends.choose("low_resolution_tower", device=views.device) == "reference" else wanted
+    run = len(layers) if backends.choose("low_resolution_tower", backend, views.device) == "reference" else wanted
     weight = tower.pre_layrnorm.weight
     if not weight.is_meta:
         # layers are called one by one, past the hook that moves inputs where a device map has spread the model
