@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel, AutoModelForImageTextToText, CLIPVisionModel, GenerationMixin, PreTrainedModel
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, revert_weight_conversion
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.utils import logging as transformers_logging
 
@@ -20,8 +19,11 @@ from .. import reference
 from ..conversation import get_template, stop_ids
 from ..errors import CheckpointError, PromptError
 from ..modules import ConvNeXtPyramid, PatchInfoMining
-from .checkpoint import Table, check_geometry, check_names, decide_template, load_tokenizer, open_checkpoint, read_tensors
+from .checkpoint import check_names, decide_template, load_tokenizer, open_checkpoint
 from .configuration import MiniGeminiConfig
+from .geometry import check_geometry
+from .naming import published_to_ours
+from .tensor_files import Table, read_tensors
 from .vision import build_projector, low_resolution_features
 
 logger = logging.getLogger(__name__)
@@ -452,15 +454,6 @@ def check_places(mm_token_type_ids: torch.Tensor | None, image_tokens: torch.Ten
         raise PromptError(f"the prompt has room for {places} image tokens, but {pictures} picture(s) of {tokens} came")
 
 
-def published_to_ours(name: str) -> str:
-    """The parameter name in `MiniGeminiForConditionalGeneration` of a published tensor (Mixtral's experts aside)."""
-    for source, target in RENAMINGS:
-        prefix = source.removeprefix("^")
-        if name.startswith(prefix):
-            return target.removeprefix("^") + name.removeprefix(prefix)
-    return name
-
-
 def _override(config: MiniGeminiConfig, kwargs: dict) -> None:
     """Moves those keyword arguments that are configuration keys into the configuration, as transformers does."""
     for key in kwargs.keys() - {"dtype", "torch_dtype", "quantization_config", "name_or_path"}:
@@ -491,17 +484,4 @@ def _quiet_report(quiet: bool):
         transformers_logging.set_verbosity(level)
 
 
-# published name -> ours; reversed on save. Mixtral's expert fusion is transformers' own, scoped to the language model.
-RENAMINGS = (
-    (r"^model.layers.", "^model.language_model.layers."),
-    (r"^model.embed_tokens.", "^model.language_model.embed_tokens."),
-    (r"^model.norm.", "^model.language_model.norm."),
-    (r"^model.vision_tower.vision_tower.vision_model.", "^model.vision_tower."),
-    (r"^model.vlm_uni_", "^model.patch_mining.vlm_uni_"),
-)
-register_checkpoint_conversion_mapping(
-    "MiniGeminiForConditionalGeneration",
-    [WeightRenaming(source.replace(".", r"\."), target.replace(".", r"\.")) for source, target in RENAMINGS],
-    overwrite=True,
-)
 AutoModelForImageTextToText.register(MiniGeminiConfig, MiniGeminiForConditionalGeneration, exist_ok=True)

@@ -16,9 +16,10 @@ from .. import conversation
 from ..conversation import IMAGE_TAG, get_template
 from ..errors import CheckpointError, PictureError, PromptError
 from ..reference import low_resolution_views
-from .checkpoint import HUB_ARGUMENTS, decide_template, geometry_config, load_tokenizer, resolve_folder
+from .checkpoint import decide_template, geometry_config, load_tokenizer
 from .configuration import MiniGeminiConfig
 from .pictures import MAX_CANVAS_PIXELS, open_picture
+from .tensor_files import HUB_ARGUMENTS, resolve_folder
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

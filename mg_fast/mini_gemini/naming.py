@@ -1,0 +1,27 @@
+"""Published tensor names and ours."""
+
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+
+# published name -> ours; reversed on save. Mixtral's expert fusion is transformers' own, scoped to the language model.
+RENAMINGS = (
+    (r"^model.layers.", "^model.language_model.layers."),
+    (r"^model.embed_tokens.", "^model.language_model.embed_tokens."),
+    (r"^model.norm.", "^model.language_model.norm."),
+    (r"^model.vision_tower.vision_tower.vision_model.", "^model.vision_tower."),
+    (r"^model.vlm_uni_", "^model.patch_mining.vlm_uni_"),
+)
+register_checkpoint_conversion_mapping(
+    "MiniGeminiForConditionalGeneration",
+    [WeightRenaming(source.replace(".", r"\."), target.replace(".", r"\.")) for source, target in RENAMINGS],
+    overwrite=True,
+)
+
+
+def published_to_ours(name: str) -> str:
+    """The parameter name in `MiniGeminiForConditionalGeneration` of a published tensor (Mixtral's experts aside)."""
+    for source, target in RENAMINGS:
+        prefix = source.removeprefix("^")
+        if name.startswith(prefix):
+            return target.removeprefix("^") + name.removeprefix(prefix)
+    return name

@@ -1,0 +1,161 @@
+"""The files of a checkpoint: found by folder or hub id, their tensors listed from the headers, nothing executed."""
+
+import dataclasses
+import json
+import os
+import pickle
+import re
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+
+from ..errors import CheckpointError
+
+ADAPTER_FILE = "mm_projector.bin"
+HUB_ARGUMENTS = ("cache_dir", "revision", "token", "local_files_only", "force_download")
+_SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """One stored tensor: the file it lies in, its name there and its shape."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+
+
+Table = dict[str, TensorInfo]
+
+
+def resolve_folder(name_or_path: str | os.PathLike, *, weights: bool = True, **hub) -> Path:
+    """The local folder of a checkpoint; a hub id is downloaded, or found in the cache, file by file as needed."""
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    name = str(name_or_path)
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise CheckpointError(f"{name} is not a folder: expected a checkpoint folder or a hub id (owner/name)")
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=_SMALL_FILES, **hub))
+        if weights:
+            _download_weights(name, folder, hub)
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(f"{name} is neither a folder nor a hub id that can be loaded: {first_line(error)}") from error
+    return folder
+
+
+def _download_weights(name: str, folder: Path, hub: dict) -> None:
+    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        if (folder / index).is_file():
+            for shard in sorted(set(_read_index(folder / index).values())):
+                hf_hub_download(name, shard, **hub)
+            return
+    unreachable = None
+    for single in ("model.safetensors", "pytorch_model.bin", ADAPTER_FILE):
+        try:
+            hf_hub_download(name, single, **hub)
+            return
+        except LocalEntryNotFoundError as error:
+            # not in the cache, and the hub could not be asked: another of the files may be cached
+            unreachable = error
+        except EntryNotFoundError:
+            continue
+    if unreachable is not None:
+        raise unreachable
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is not a weight index: {error!r}") from None
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise CheckpointError(f"{path} is not a weight index: its weight_map does not map tensor names to files")
+    return files
+
+
+def read_table(folder: Path, *, partial: bool = False) -> Table:
+    """Every tensor of a folder's weights by its published name, from the files' headers. Empty where there are no weights.
+
+    Looks where transformers does: safetensors before .bin, single file before sharded.
+
+    Args:
+        folder: a local folder.
+        partial: pass over shards that are not there.
+    """
+    for kind in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / kind).is_file():
+            return read_file(folder / kind)
+        index = folder / f"{kind}.index.json"
+        if index.is_file():
+            table: Table = {}
+            named = _read_index(index)
+            for shard in sorted(set(named.values())):
+                if (folder / shard).is_file():
+                    table |= read_file(folder / shard)
+                elif not partial:
+                    raise CheckpointError(f"{index} names {shard}, which is not there")
+            if absent := sorted(named.keys() - table.keys()) if not partial else []:
+                raise CheckpointError(f"{index} names {len(absent)} tensors that no shard holds: {some_names(absent)}")
+            return table
+    return {}
+
+
+def read_file(path: Path) -> Table:
+    """Names and shapes of the tensors of one file; its weights stay on disk."""
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt") as f:
+                names = f.keys()
+                return {name: TensorInfo(path, name, tuple(f.get_slice(name).get_shape())) for name in names}
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is corrupt or not a safetensors file: {error}") from None
+    return {name: TensorInfo(path, name, tuple(tensor.shape)) for name, tensor in _load_bin(path).items()}
+
+
+def _load_bin(path: Path) -> dict[str, torch.Tensor]:
+    """A .bin file's tensors, memory-mapped. Only tensors are unpickled, never code."""
+    try:
+        try:
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:
+            # files written before torch 1.6 cannot be mapped
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch's own message advises to load the file unsafely; only the name in it is of use
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        found = f"it calls for {named.group(1)}" if named else "it holds something else, or is corrupt"
+        raise CheckpointError(f"{path} is refused: expected tensors and nothing else, {found}") from None
+    except Exception as error:  # bytes that are no pickle can raise anything
+        raise CheckpointError(f"{path} is corrupt or not a PyTorch file: {first_line(error)}") from None
+    if not isinstance(loaded, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in loaded.items()):
+        raise CheckpointError(f"{path}: expected a flat dictionary of tensors, got {type(loaded).__name__}")
+    return loaded
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def read_tensors(table: Table):
+    """Yields (published name, tensor) of a table, opening each file once."""
+    by_file: dict[Path, list[tuple[str, TensorInfo]]] = {}
+    for name, info in table.items():
+        by_file.setdefault(info.file, []).append((name, info))
+    for path, entries in by_file.items():
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as f:
+                for name, info in entries:
+                    yield name, f.get_tensor(info.name)
+        else:
+            loaded = _load_bin(path)
+            for name, info in entries:
+                yield name, loaded[info.name]
+
+
+def some_names(names: list[str], most: int = 4) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
