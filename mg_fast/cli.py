@@ -205,7 +205,7 @@ def command_chat(args) -> int:
                 images = []
                 print("(conversation forgotten)")
             elif command == "/image":
-                images.append(_checked_picture(pipeline, rest.strip()))
+                images.append(_checked_picture(pipeline, rest.strip().strip("'\"")))
                 print(f"({len(images)} picture{'s' if len(images) > 1 else ''} with the next question)")
             elif command.startswith("/"):
                 print(f"unknown command {command}\n{CHAT_HELP}")

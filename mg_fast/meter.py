@@ -23,6 +23,7 @@ class Stage(NamedTuple):
 class Meter:
     """Measures stages one after another.
 
+    Measuring costs a little time of its own: freed memory is handed back before every stage and has to be taken anew.
     On CUDA the device is synchronised at both ends and the allocator's peak is read; on Linux CPUs the process's peak resident memory.
     """
 

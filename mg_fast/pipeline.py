@@ -19,6 +19,7 @@ from .errors import BackendError, PromptError
 from .meter import Meter, Stage
 from .mini_gemini.modeling import MiniGeminiForConditionalGeneration
 from .mini_gemini.processing import MiniGeminiProcessor
+from .mini_gemini.tensor_files import resolve_folder
 from .streaming import PieceStream, decode_answer
 
 logger = logging.getLogger(__name__)
@@ -364,6 +365,8 @@ def load(
     check_everywhere(backend, _known_device(device))
     began = time.perf_counter()
     adapter = {} if base_model is None else {"base_model": base_model}
+    # a hub id is fetched whole before anything is made of it: the views' size is read from a tensor's shape
+    resolve_folder(path)
     # the processor first: it is quick, and most things that can be wrong with a folder are found there
     processor = MiniGeminiProcessor.from_pretrained(path, template=template, **adapter)
     quantized = {} if quantize is None else {"quantization_config": quantize}

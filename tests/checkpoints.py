@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 
 from mg_fast import CheckpointError, MiniGeminiForConditionalGeneration
 
+CLIP = "model.vision_tower.vision_tower.vision_model."
+CONVNEXT = "model.vision_tower_aux."
 # as a config.json value: no such key
 GONE = object()
 
@@ -132,3 +134,48 @@ def refused(folder, match: str, **arguments) -> str:
         patch.setattr(PreTrainedModel, "from_pretrained", load)
         MiniGeminiForConditionalGeneration.from_pretrained(folder, **arguments)
     return str(caught.value)
+
+
+def load(folder, **arguments):
+    return MiniGeminiForConditionalGeneration.from_pretrained(folder, **arguments)
+
+
+def towers_of(tensors, clip_folder, convnext_folder, *, extra=True):
+    """The tensors' towers as their makers publish them, beside things that nobody here wants."""
+    clip = {"vision_model." + name.removeprefix(CLIP): t for name, t in tensors.items() if name.startswith(CLIP)}
+    convnext = {}
+    for name, t in tensors.items():
+        if name.startswith(CONVNEXT):
+            convnext["visual.trunk." + name.removeprefix(CONVNEXT).removeprefix("vision_")] = t
+    if extra:
+        clip |= {"logit_scale": torch.ones(()), "text_model.final_layer_norm.weight": torch.rand(4)}
+        clip |= {"vision_model.embeddings.position_ids": torch.arange(26)[None], "visual_projection.weight": torch.rand(4, 4)}
+        convnext |= {"visual.trunk.head.norm.weight": torch.rand(32), "text.ln_final.weight": torch.rand(4), "logit_scale": torch.ones(())}
+    for folder in (clip_folder, convnext_folder):
+        folder.mkdir(parents=True)
+    torch.save(clip, clip_folder / "pytorch_model.bin")
+    save_file(convnext, convnext_folder / "open_clip_model.safetensors")
+
+
+def without_towers(source, target, *, prefixes=(CLIP, CONVNEXT), **config):
+    kept = {name: tensor for name, tensor in tensors_of(source).items() if not name.startswith(prefixes)}
+    return remake(source, target, tensors=kept, **config)
+
+
+def is_adapters(name):
+    return any(part in name for part in ("mm_projector", "vlm_uni", "vision_tower"))
+
+
+def make_adapter(source, adapter, base):
+    """A stage-1 release: everything but the language model in one file; the language model as its makers publish it."""
+    tensors = tensors_of(source)
+    copy_small(source, adapter)
+    for tokenizer in adapter.glob("tokenizer*"):
+        tokenizer.unlink()
+    (adapter / "generation_config.json").unlink()
+    torch.save({name: tensor for name, tensor in tensors.items() if is_adapters(name)}, adapter / "mm_projector.bin")
+    copy_small(source, base)
+    multimodal = [key for key in json.loads((base / "config.json").read_text()) if key.startswith(("mm_", "image_", "tokenizer_"))]
+    kind = json.loads((source / "config.json").read_text())["model_type"].removeprefix("mgm").removeprefix("_") or "llama"
+    edit_config(base, model_type=kind, architectures=[f"{kind.title()}ForCausalLM"], **dict.fromkeys(multimodal, GONE))
+    return adapter, write_safetensors(base, {name: tensor for name, tensor in tensors.items() if not is_adapters(name)}, 2)

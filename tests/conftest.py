@@ -11,6 +11,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 import mg_fast
+from examples import random_checkpoint
 from tests.paths import OWN_GOLDEN, original_golden
 
 transformers_logging.set_verbosity_error()
@@ -35,6 +36,15 @@ def standard() -> Path:
 def hd() -> Path:
     """A tiny HD checkpoint in the published layout."""
     return OWN_GOLDEN / "hd"
+
+
+@pytest.fixture(scope="session")
+def built(standard, hd, tmp_path_factory):
+    """Tiny checkpoints by family."""
+    folder = tmp_path_factory.mktemp("built")
+    made = {kind: random_checkpoint.build(folder / kind, size=f"tiny-{kind}") for kind in ("gemma", "mixtral")}
+    bfloat16 = random_checkpoint.build(folder / "bfloat16", size="tiny", dtype=torch.bfloat16)
+    return {"llama": standard, "hd": hd, "bfloat16": bfloat16, **made}
 
 
 @pytest.fixture(scope="session")
