@@ -20,7 +20,7 @@ CHOICES = ("auto", *BACKENDS)
 IMPLEMENTED = {
     "low_resolution_tower": ("reference", "torch"),
     "high_resolution_tower": ("reference",),
-    "patch_mining": ("reference",),
+    "patch_mining": ("reference", "torch"),
 }
 
 _local = threading.local()

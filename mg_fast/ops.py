@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import torch
 
+from . import absorbed, reference
 from . import backend as backends
-from . import reference
 from .reference import Projection
 
 
@@ -39,9 +39,9 @@ def patch_mining(
     """
     views = queries[:, None] if queries.dim() == 3 else queries
     _check_mining(views, pyramid, key, grid)
-    # the reference is the only backend so far; the choice still speaks up for the others
-    backends.choose("patch_mining", backend, queries.device)
-    return reference.patch_mining(views, pyramid, query, key, value, grid=grid).reshape(queries.shape)
+    implementation = {"reference": reference.patch_mining, "torch": absorbed.patch_mining}
+    chosen = implementation[backends.choose("patch_mining", backend, queries.device)]
+    return chosen(views, pyramid, query, key, value, grid=grid).reshape(queries.shape)
 
 
 def _check_mining(queries: torch.Tensor, pyramid: Sequence[torch.Tensor], key: Projection, grid: int) -> None:
