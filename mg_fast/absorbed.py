@@ -72,17 +72,17 @@ def _reduce(level: torch.Tensor, fine: int, grid: int) -> torch.Tensor:
 
 def _bilinear(out: int, size: int) -> torch.Tensor:
     """The matrix [out, size], float64, of F.interpolate's bilinear resizing (align_corners=False) along one axis."""
-    position = ((torch.arange(out, dtype=torch.float64) + 0.5) * (size / out) - 0.5).clamp(min=0)
+    position = ((torch.arange(out, dtype=torch.float64, device="cpu") + 0.5) * (size / out) - 0.5).clamp(min=0)
     low = position.floor().long().clamp(max=size - 1)
     high = (low + 1).clamp(max=size - 1)
-    matrix = torch.zeros(out, size, dtype=torch.float64)
-    rows = torch.arange(out)
+    matrix = torch.zeros(out, size, dtype=torch.float64, device="cpu")
+    rows = torch.arange(out, device="cpu")
     matrix[rows, low] += 1 - (position - low)
     matrix[rows, high] += position - low
     return matrix
 
 
-# Tables depend on sizes alone; under torch.compile they are constants of the graph.
+# Tables depend on sizes alone and are kept on the CPU, whatever the default device is; under torch.compile they are constants of the graph.
 
 
 @torch.compiler.assume_constant_result
