@@ -9,8 +9,8 @@ Exact, not an approximation. With one query to a window the key and value projec
   and squared norms are computed on the coarse pixels and interpolated as scalars (norms through the Gram matrix of the window's
   coarse pixels), and no upsampled or concatenated map exists.
 
-435 GFLOP become 8 for a picture of 768 pixels, and the pyramid is read once. Under torch.compile sizes must be static (dynamic=False):
-the tables of the windows are made from them.
+By count of the products, 435 GFLOP become 8 for a picture of 768 pixels. Windows share their borders, so coarse pixels are read
+more than once. Under torch.compile sizes must be static (dynamic=False): the tables of the windows are made from them.
 """
 
 import functools
@@ -148,12 +148,15 @@ def _pool_windows(absorbed: torch.Tensor, pyramid: Sequence[torch.Tensor]) -> to
     # what is not finite in one window stays in that window
     offset = offset.nan_to_num(0.0, 0.0, 0.0)
 
+    # to the device once, not once a row
+    tables = [_level_tables(level, g, fine, dtype) for level in pyramid]
+
     rows = []
     for r in range(g):
         scores = sums = squares = 0
         windows = []
-        for level, part in zip(pyramid, parts):
-            x, weights = _row_of_windows(level, r, g, fine, offset, dtype)
+        for level, part, table in zip(pyramid, parts, tables):
+            x, weights = _row_of_windows(level, r, g, fine, offset, table)
             # one product for the query's and the channel sum's share
             both = torch.matmul(x, torch.stack([part[:, r], torch.ones_like(part[:, r])], dim=-1))
             if weights is None:
@@ -175,22 +178,32 @@ def _pool_windows(absorbed: torch.Tensor, pyramid: Sequence[torch.Tensor]) -> to
     return torch.stack(rows, dim=1)
 
 
-def _row_of_windows(level: torch.Tensor, r: int, g: int, fine: int, offset: torch.Tensor, dtype: torch.dtype):
+def _level_tables(level: torch.Tensor, g: int, fine: int, dtype: torch.dtype):
+    """First rows, columns [G * K] and weights [G, M, K] of a level's windows; None where the level is the fine map itself."""
+    n = level.shape[1]
+    if n == fine:
+        return None
+    starts, weights = _starts(fine, fine, n, g), _weights(fine, fine, n, g).to(level.device, dtype)
+    columns = torch.tensor([s + i for s in starts for i in range(weights.shape[-1])], device=level.device)
+    return starts, columns, weights
+
+
+def _row_of_windows(level: torch.Tensor, r: int, g: int, fine: int, offset: torch.Tensor, tables):
     """The pixels of one level under the r-th row of windows.
 
     Returns:
         x [B, G, K * K, C], less the offset, and the weights [G, M * M, K * K] that make the window's fine pixels of them (None where the
         level is the fine map itself).
     """
-    b, n, _, c = level.shape
-    if n == fine:
+    b, _, _, c = level.shape
+    dtype = offset.dtype
+    if tables is None:
         side = fine // g
         x = level[:, r * side : (r + 1) * side].reshape(b, side, g, side, c).transpose(1, 2).to(dtype) - offset[:, None, None, None, None]
         return x.reshape(b, g, side * side, c), None
-    starts, table = _starts(fine, fine, n, g), _weights(fine, fine, n, g).to(level.device, dtype)
+    starts, columns, table = tables
     k = table.shape[-1]
     strip = level[:, starts[r] : starts[r] + k].to(dtype) - offset[:, None, None, None]
-    columns = torch.tensor([s + i for s in starts for i in range(k)], device=level.device)
     x = strip.index_select(2, columns).reshape(b, k, g, k, c).transpose(1, 2).reshape(b, g, k * k, c)
     weights = torch.einsum("ia,gjb->gijab", table[r], table).reshape(g, -1, k * k)
     return x, weights
