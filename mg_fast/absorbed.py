@@ -1,73 +1,208 @@
-"""Patch info mining by another algebra, in PyTorch: the `torch` backend, for any device.
+"""Patch info mining by another algebra, in PyTorch: the `torch` backend, for any device, and the algebra around the kernels.
 
 Exact, not an approximation. With one query to a window the key and value projections move off the pixels:
 
 - scores: q . (W_k (g x̂ + b) + c) = (g * W_k^T q) . x̂ + constant, and a constant cancels in the softmax; so the QUERY is projected
   to the pyramid's channels, once, instead of every pixel to the queries' width;
 - values: the weights sum to 1, so the normalised pixels are pooled first and projected once;
-- upsampling is linear: a window of the fine map is a fixed small matrix R times the coarse pixels under it, so scores, channel sums
-  and squared norms are computed on the coarse pixels and interpolated as scalars (norms through the Gram matrix of the window's
-  coarse pixels), and no upsampled or concatenated map exists.
+- resizing is linear: a window needs the scores of the coarse pixels under it only, resized as scalars by a small matrix of bilinear
+  weights, and the weights of the softmax go back through the same matrix; so no upsampled, reduced or concatenated map exists;
+- LayerNorm's mean is linear too, its variance a quadratic form of the inner products of neighbouring coarse pixels.
 
-By count of the products, 435 GFLOP become 8 for a picture of 768 pixels. Windows share their borders, so coarse pixels are read
-more than once. Under torch.compile sizes must be static (dynamic=False): the tables of the windows are made from them.
+By count of the products, 435 GFLOP become 8 for a picture of 768 pixels. Windows share their borders, so coarse pixels are read more
+than once. Something that is not finite makes its whole picture so. Under torch.compile sizes must be static (dynamic=False): the
+tables are made from them.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 
 from .reference import LAYER_NORM_EPS, Projection
 
+# rows of a map whose inner products are taken together, so that they stay in a CPU's cache
+ROWS = 8
+
 
 def patch_mining(
-    queries: torch.Tensor, pyramid: Sequence[torch.Tensor], query: Projection, key: Projection, value: Projection, *, grid: int = 1
+    queries: torch.Tensor,
+    pyramid: Sequence[torch.Tensor],
+    query: Projection,
+    key: Projection,
+    value: Projection,
+    *,
+    grid: int = 1,
+    pool: Callable[..., torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Same arguments and result as `reference.patch_mining`. Accumulates in float32 (float64 for float64 inputs)."""
-    b, views, n, d = queries.shape
-    channels, side = key.weight.shape[1], int(n**0.5)
-    cells = grid * grid
-    # gains of the key's LayerNorm and the scale of the scores go to the query; its bias and the key's cancel in the softmax
-    # float16 alone could overflow in this product
-    wide = torch.float32 if queries.dtype == torch.float16 else queries.dtype
-    absorbed = F.linear(query(queries).to(wide), key.weight.t().to(wide)) * (key.norm_weight * d**-0.5)
-
-    # the cells lie side by side on one raster, so that a window at a cut sees the neighbouring cell's pixels as the upsampled map does
-    raster = absorbed[:, :cells].reshape(b, grid, grid, side, side, channels).transpose(2, 3).reshape(b, grid * side, grid * side, channels)
-    pooled = _pool_windows(raster, pyramid)
-    pooled = pooled.reshape(b, grid, side, grid, side, channels).transpose(2, 3).reshape(b, cells, n, channels)
-    if views > cells:
-        whole = _pool_windows(
-            absorbed[:, cells].reshape(b, side, side, channels), [_reduce(level, pyramid[0].shape[1], grid) for level in pyramid]
-        )
-        pooled = torch.cat([pooled, whole.reshape(b, 1, n, channels)], dim=1)
+    """Same arguments and result as `reference.patch_mining`; `pool` takes the place of `pool_windows`."""
+    absorbed = _absorb(queries, query, key)
+    pooled = (pool or pool_windows)(absorbed, pyramid, grid)
     if torch.is_grad_enabled():
         # the key's biases have a gradient of zero, not none: optimisers and data-parallel wrappers look for it
         pooled = pooled + 0.0 * (key.norm_bias.sum() + key.bias.sum())
-    pooled = (pooled * value.norm_weight + value.norm_bias).to(queries.dtype)
-    return F.linear(pooled, value.weight, value.bias)
+    return _linear((pooled * value.norm_weight + value.norm_bias).to(queries.dtype), value.weight, value.bias)
 
 
-def _reduce(level: torch.Tensor, fine: int, grid: int) -> torch.Tensor:
-    """A level of the pyramid as the global view sees it: of the map upsampled to `fine` and then reduced by `grid`.
+def _absorb(queries: torch.Tensor, query: Projection, key: Projection) -> torch.Tensor:
+    """The queries projected to the pyramid's channels: gains of the key's LayerNorm and the scale of the scores included."""
+    d = queries.shape[-1]
+    projected = F.layer_norm(queries, query.norm_weight.shape, query.norm_weight, query.norm_bias, LAYER_NORM_EPS)
+    projected = _linear(projected, query.weight, query.bias)
+    if queries.dtype != torch.float16:
+        return _linear(projected, key.weight.t()) * (key.norm_weight * d**-0.5)
+    # float16 could overflow in this product: a power of two per query, which is exact, keeps it small
+    scale = projected.abs().amax(-1, keepdim=True).float().clamp(min=2.0**-14).log2().ceil().exp2()
+    return _linear((projected / scale).half(), key.weight.t()).float() * (key.norm_weight.float() * (scale * d**-0.5))
 
-    Levels from which upsampling to the reduced size at once is the same linear map are left as they are.
 
-    level: [B, n, n, C] -> itself, or [B, fine / grid, fine / grid, C] in the accumulator's dtype.
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """F.linear, by the library that is faster: on CPUs in float32, from some size on, oneDNN's 1x1 convolution (measured: 1.2 times)."""
+    rows = x.numel() // max(x.shape[-1], 1)
+    if x.device.type != "cpu" or x.dtype != torch.float32 or rows < 512 or weight.numel() < 2**18:
+        return F.linear(x, weight, bias)
+    pixels = x.reshape(1, rows, 1, x.shape[-1]).permute(0, 3, 1, 2)
+    return F.conv2d(pixels, weight[:, :, None, None], bias).permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def pool_windows(absorbed: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int) -> torch.Tensor:
+    """Softmax-weighted mean of the normalised pixels of every query's window.
+
+    Args:
+        absorbed: [B, V, N, C], queries projected to C = sum(C_s) channels; V = grid * grid cells row by row, then possibly the global view.
+        pyramid: [B, n_s, n_s, C_s], finest first.
+        grid: cells per side.
+
+    Returns:
+        [B, V, N, C] in float32 (float64 for a pyramid of float64), the accumulator's dtype.
     """
-    n, target = level.shape[1], fine // grid
-    if _is_plain(fine, n, grid):
-        return level
-    out = level.to(_accumulator(level.dtype))
-    starts, weights = _starts(target, fine, n, target), _weights(target, fine, n, target)
-    weights = weights.to(out.device, out.dtype)[:, 0]
-    for axis in (1, 2):
-        taps = weights.reshape([-1 if d == axis else 1 for d in range(4)] + [weights.shape[1]])
-        index = torch.tensor(starts, device=out.device)
-        out = sum(out.index_select(axis, index + k) * taps[..., k] for k in range(weights.shape[1]))
+    b, views, n, channels = absorbed.shape
+    cells, side = grid * grid, int(n**0.5)
+    # the cells lie side by side on one raster, so that a window at a cut sees the neighbouring cell's pixels as the upsampled map does
+    raster = absorbed[:, :cells].reshape(b, grid, grid, side, side, channels).transpose(2, 3).reshape(b, grid * side, grid * side, channels)
+    pooled = _pool_raster(raster, pyramid, 1)
+    pooled = pooled.reshape(b, grid, side, grid, side, channels).transpose(2, 3).reshape(b, cells, n, channels)
+    if views > cells:
+        whole = _pool_raster(absorbed[:, cells].reshape(b, side, side, channels), pyramid, grid)
+        pooled = torch.cat([pooled, whole.reshape(b, 1, n, channels)], dim=1)
+    return pooled
+
+
+def _pool_raster(absorbed: torch.Tensor, pyramid: Sequence[torch.Tensor], reduction: int) -> torch.Tensor:
+    """Queries [B, G, G, C] over the G x G windows of the map upsampled to the finest level and reduced by `reduction` -> [B, G, G, C]."""
+    dtype = torch.float64 if pyramid[0].dtype == torch.float64 else torch.float32
+    absorbed = absorbed.to(dtype)
+    b, g = absorbed.shape[:2]
+    fine = pyramid[0].shape[1]
+    side = fine // reduction // g
+    centres = [level.mean(-1, dtype=dtype) for level in pyramid]
+    # of every window's pixels: [B, row of windows, window, pixel row, pixel column]
+    deviations, inverse = _statistics(pyramid, centres, reduction)
+    *deviations, inverse = (t.reshape(b, g, side, g, side).transpose(2, 3) for t in (*deviations, inverse))
+    levels = [
+        (level.flatten(1, 2), centre.flatten(1), *_tables(fine, level.shape[1], reduction, g, centre), queries, deviation)
+        for level, centre, queries, deviation in zip(pyramid, centres, absorbed.split([p.shape[-1] for p in pyramid], dim=-1), deviations)
+    ]
+    # a CPU is best kept in its cache, a GPU busy
+    at_once = 1 if absorbed.device.type == "cpu" else g
+
+    rows = []
+    for top in range(0, g, at_once):
+        r = slice(top, top + at_once)
+        scores, windows = 0, []
+        for pixels, centre, index, resize, queries, deviation in levels:
+            index, k = index[r].flatten(), resize.shape[-1]
+            # less their own mean over the level's channels, so that nothing cancels where features have a large common offset
+            x = pixels.index_select(1, index).to(dtype).sub_(centre.index_select(1, index)[..., None]).unflatten(1, (-1, g, k * k))
+            coarse = torch.matmul(queries[:, r, :, None], x.mT).squeeze(3).unflatten(-1, (k, k))
+            scores = scores + torch.matmul(resize[r, None], torch.matmul(coarse, resize.mT))
+            scores = scores + queries[:, r].sum(-1)[..., None, None] * deviation[:, r]
+            windows.append(x)
+        scores = scores * inverse[:, r]
+        weights = scores.flatten(3).softmax(-1).view_as(scores) * inverse[:, r]
+        pooled = []
+        for x, (_, _, _, resize, _, deviation) in zip(windows, levels):
+            coarse = torch.matmul(resize[r, None].mT, torch.matmul(weights, resize))
+            level = torch.matmul(coarse.flatten(3)[:, :, :, None], x).squeeze(3)
+            pooled.append(level + (weights * deviation[:, r]).sum((3, 4))[..., None])
+        rows.append(torch.cat(pooled, dim=-1))
+    return torch.cat(rows, dim=1)
+
+
+def _statistics(
+    pyramid: Sequence[torch.Tensor], centres: Sequence[torch.Tensor], reduction: int
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """LayerNorm's statistics of the resized levels taken together, [B, n, n] with n = n_0 / reduction.
+
+    Args:
+        pyramid: [B, n_s, n_s, C_s].
+        centres: their means over their channels, [B, n_s, n_s].
+        reduction: of the fine map.
+
+    Returns:
+        For every level how far the mean over its channels is from the mean over all; the inverse standard deviation over all.
+    """
+    fine = pyramid[0].shape[1]
+    widths = [level.shape[-1] for level in pyramid]
+    channels = sum(widths)
+    # one number less everywhere in a picture, so that a large one does not drown the differences
+    offset = sum(centre.mean((1, 2), keepdim=True) * c for centre, c in zip(centres, widths)) / channels
+    means, squares = [], []
+    for level, centre in zip(pyramid, centres):
+        resize = _matrix(fine, level.shape[1], reduction).to(centre)
+        # how many neighbouring coarse pixels one pixel is made of, at most
+        _, span = _windows(fine, level.shape[1], reduction, fine // reduction)
+        means.append(resize @ (centre - offset) @ resize.mT)
+        squares.append(_squared_deviations(level, centre, resize, span))
+    mean = sum(m * c for m, c in zip(means, widths)) / channels
+    deviations = [m - mean for m in means]
+    variance = sum(s + c * d.square() for s, d, c in zip(squares, deviations, widths)) / channels
+    return deviations, torch.rsqrt(variance.clamp(min=0) + LAYER_NORM_EPS)
+
+
+def _squared_deviations(level: torch.Tensor, centre: torch.Tensor, resize: torch.Tensor, span: int) -> torch.Tensor:
+    """Sum over one level's channels of (pixel - its mean)^2 for every pixel of the resized level.
+
+    A pixel of the resized level is a weighted sum of up to span x span neighbours, so its square is one of their inner products.
+
+    Args:
+        level: [B, n, n, C].
+        centre: [B, n, n], its mean over the channels.
+        resize: [m, n], the same for rows and columns.
+        span: width of its rows.
+    """
+    n = level.shape[1]
+    step = ROWS if level.device.type == "cpu" else n
+    products = {(down, across): [] for down in range(span) for across in range(span)}
+    for top in range(0, n, step):
+        rows = slice(top, top + step + span - 1)
+        x = level[:, rows].to(resize.dtype) - centre[:, rows, :, None]
+        for down, across in products:
+            count = min(step, n - top - down)
+            if count <= 0:
+                continue
+            here, there = x[:, :count], x[:, down : down + count]
+            product = (here[:, :, : n - across] * there[:, :, across:]).sum(-1)
+            if down and across:
+                product = product + (here[:, :, across:] * there[:, :, : n - across]).sum(-1)
+            products[down, across].append(product)
+    out = 0
+    for (down, across), rows in products.items():
+        if rows:
+            term = (resize[:, : n - down] * resize[:, down:]) @ torch.cat(rows, dim=1) @ (resize[:, : n - across] * resize[:, across:]).mT
+            out = out + (2 * term if down or across else term)
     return out
+
+
+# Tables depend on sizes alone and are made on the CPU, whatever the default device is; under torch.compile they are constants of the graph.
+
+
+@functools.lru_cache(maxsize=64)
+def _resize(fine: int, size: int, reduction: int) -> torch.Tensor:
+    """The matrix [fine / reduction, size], float64, that upsamples `size` pixels to `fine` and then reduces them, as F.interpolate does."""
+    matrix = _bilinear(fine, size)
+    return matrix if reduction == 1 else _bilinear(fine // reduction, fine) @ matrix
 
 
 def _bilinear(out: int, size: int) -> torch.Tensor:
@@ -82,128 +217,40 @@ def _bilinear(out: int, size: int) -> torch.Tensor:
     return matrix
 
 
-# Tables depend on sizes alone and are kept on the CPU, whatever the default device is; under torch.compile they are constants of the graph.
+def _used(matrix: torch.Tensor) -> tuple[int, int]:
+    """First and last + 1 column that a part of a matrix uses."""
+    used = matrix.any(0).nonzero().flatten()
+    return int(used[0]), int(used[-1]) + 1
 
 
 @torch.compiler.assume_constant_result
-def _is_plain(fine: int, size: int, grid: int) -> bool:
-    """Whether upsampling to `fine` and reducing by `grid` equals upsampling to the reduced size, which is larger, at once."""
-    return _plain(fine, size, fine // grid)
+def _matrix(fine: int, size: int, reduction: int) -> torch.Tensor:
+    return _resize(fine, size, reduction)
 
 
-@functools.lru_cache(maxsize=64)
-def _plain(fine: int, size: int, target: int) -> bool:
-    return size < target and torch.equal(_bilinear(target, fine) @ _bilinear(fine, size), _bilinear(target, size))
-
-
-@functools.lru_cache(maxsize=64)
-def _table(out: int, fine: int, size: int, regions: int) -> tuple[tuple[int, ...], torch.Tensor]:
-    """Which of `size` coarse pixels each region of an `out` map depends on along one axis, and with which weights.
-
-    The map is upsampled to `fine` and, where `out` is smaller, reduced. Windows at the end are moved inwards, so that all are equally wide.
-    """
-    matrix = _bilinear(fine, size) if out == fine else _bilinear(out, fine) @ _bilinear(fine, size)
-    side = out // regions
-    used = [matrix[r * side : (r + 1) * side].any(0).nonzero().flatten() for r in range(regions)]
-    width = max(int(u[-1] - u[0]) + 1 for u in used)
-    starts = tuple(min(int(u[0]), size - width) for u in used)
-    return starts, torch.stack([matrix[r * side : (r + 1) * side, s : s + width] for r, s in enumerate(starts)])
+@functools.lru_cache(maxsize=256)
+def _regions(fine: int, size: int, reduction: int, regions: int) -> tuple[tuple[int, ...], int]:
+    used = [_used(part) for part in _resize(fine, size, reduction).chunk(regions)]
+    width = max(end - start for start, end in used)
+    return tuple(min(start, size - width) for start, _ in used), width
 
 
 @torch.compiler.assume_constant_result
-def _starts(out: int, fine: int, size: int, regions: int) -> tuple[int, ...]:
-    """First coarse pixel of every region's window."""
-    return _table(out, fine, size, regions)[0]
+def _windows(fine: int, size: int, reduction: int, regions: int) -> tuple[tuple[int, ...], int]:
+    """First coarse pixel of each region along one axis, and how many it spans; at the end moved inwards, so that all are equally wide."""
+    return _regions(fine, size, reduction, regions)
 
 
-@torch.compiler.assume_constant_result
-def _weights(out: int, fine: int, size: int, regions: int) -> torch.Tensor:
-    """Weights [regions, out / regions, K], float64, that make a region's pixels of its window's K."""
-    return _table(out, fine, size, regions)[1]
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _pool_windows(absorbed: torch.Tensor, pyramid: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Softmax-weighted mean of every window's normalised pixels.
-
-    Args:
-        absorbed: [B, G, G, C], the projected queries on their raster.
-        pyramid: [B, n_s, n_s, C_s]; the first level is the fine map, whose G x G windows the queries look at.
+def _tables(fine: int, size: int, reduction: int, regions: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which of size x size coarse pixels the windows need, and with which weights, on the device and in the dtype of `like`.
 
     Returns:
-        [B, G, G, C] in the accumulator's dtype.
+        index [G, G * K * K] of the pixels of each row of windows, window by window; weights [G, M, K] that make a window's M rows of
+        pixels of its K coarse ones, and its columns likewise.
     """
-    dtype = _accumulator(pyramid[0].dtype)
-    absorbed = absorbed.to(dtype)
-    b, g, _, channels = absorbed.shape
-    fine = pyramid[0].shape[1]
-    parts = absorbed.split([level.shape[-1] for level in pyramid], dim=-1)
-    total = absorbed.sum(-1)
-    # the result does not change when one number is taken off every channel of every pixel, but the variance of features with a large
-    # common offset would drown in rounding
-    offset = sum(level.sum((1, 2, 3), dtype=dtype) / level.shape[1] ** 2 for level in pyramid) / channels
-    # what is not finite in one window stays in that window
-    offset = offset.nan_to_num(0.0, 0.0, 0.0)
-
-    # to the device once, not once a row
-    tables = [_level_tables(level, g, fine, dtype) for level in pyramid]
-
-    rows = []
-    for r in range(g):
-        scores = sums = squares = 0
-        windows = []
-        for level, part, table in zip(pyramid, parts, tables):
-            x, weights = _row_of_windows(level, r, g, fine, offset, table)
-            # one product for the query's and the channel sum's share
-            both = torch.matmul(x, torch.stack([part[:, r], torch.ones_like(part[:, r])], dim=-1))
-            if weights is None:
-                norm = x.square().sum(-1)
-            else:
-                gram = torch.matmul(x, x.transpose(-1, -2))
-                norm = (torch.matmul(weights, gram) * weights).sum(-1)
-                both = torch.matmul(weights, both)
-            scores, sums, squares = scores + both[..., 0], sums + both[..., 1], squares + norm
-            windows.append((x, weights))
-        mean = sums / channels
-        inverse = torch.rsqrt((squares / channels - mean.square()).clamp(min=0) + LAYER_NORM_EPS)
-        attention = ((scores - mean * total[:, r, :, None]) * inverse).softmax(-1) * inverse
-        pooled = [
-            torch.matmul(attention[..., None, :] if weights is None else torch.matmul(attention[..., None, :], weights), x).squeeze(-2)
-            for x, weights in windows
-        ]
-        rows.append(torch.cat(pooled, dim=-1) - (attention * mean).sum(-1, keepdim=True))
-    return torch.stack(rows, dim=1)
-
-
-def _level_tables(level: torch.Tensor, g: int, fine: int, dtype: torch.dtype):
-    """First rows, columns [G * K] and weights [G, M, K] of a level's windows; None where the level is the fine map itself."""
-    n = level.shape[1]
-    if n == fine:
-        return None
-    starts, weights = _starts(fine, fine, n, g), _weights(fine, fine, n, g).to(level.device, dtype)
-    columns = torch.tensor([s + i for s in starts for i in range(weights.shape[-1])], device=level.device)
-    return starts, columns, weights
-
-
-def _row_of_windows(level: torch.Tensor, r: int, g: int, fine: int, offset: torch.Tensor, tables):
-    """The pixels of one level under the r-th row of windows.
-
-    Returns:
-        x [B, G, K * K, C], less the offset, and the weights [G, M * M, K * K] that make the window's fine pixels of them (None where the
-        level is the fine map itself).
-    """
-    b, _, _, c = level.shape
-    dtype = offset.dtype
-    if tables is None:
-        side = fine // g
-        x = level[:, r * side : (r + 1) * side].reshape(b, side, g, side, c).transpose(1, 2).to(dtype) - offset[:, None, None, None, None]
-        return x.reshape(b, g, side * side, c), None
-    starts, columns, table = tables
-    k = table.shape[-1]
-    strip = level[:, starts[r] : starts[r] + k].to(dtype) - offset[:, None, None, None]
-    x = strip.index_select(2, columns).reshape(b, k, g, k, c).transpose(1, 2).reshape(b, g, k * k, c)
-    weights = torch.einsum("ia,gjb->gijab", table[r], table).reshape(g, -1, k * k)
-    return x, weights
+    starts, k = _windows(fine, size, reduction, regions)
+    taps = torch.tensor(starts, device="cpu")[:, None] + torch.arange(k, device="cpu")
+    index = taps[:, None, :, None] * size + taps[None, :, None, :]
+    matrix = _matrix(fine, size, reduction).unflatten(0, (regions, -1))
+    weights = matrix.gather(2, taps[:, None].expand(-1, matrix.shape[1], -1))
+    return index.flatten(1).to(like.device), weights.to(like)
