@@ -14,13 +14,14 @@ _PUBLIC = {
     "Pipeline": ".pipeline",
     "load": ".pipeline",
     "use_backend": ".backend",
+    "accelerate": ".swap",
     "MgFastError": ".errors",
     "CheckpointError": ".errors",
     "PictureError": ".errors",
     "PromptError": ".errors",
     "BackendError": ".errors",
 }
-_MODULES = ("backend", "conversation", "kernels", "mini_gemini", "modules", "ops", "pipeline", "reference")
+_MODULES = ("backend", "conversation", "kernels", "mini_gemini", "modules", "ops", "pipeline", "reference", "swap")
 
 __all__ = ["__version__", *_PUBLIC, *_MODULES]
 

@@ -34,15 +34,17 @@ def patch_mining(
     value: Projection,
     *,
     grid: int = 1,
-    pool: Callable[..., torch.Tensor] | None = None,
+    pool: Callable[[torch.Tensor, Sequence[torch.Tensor], int], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Same arguments and result as `reference.patch_mining`; `pool` takes the place of `pool_windows`."""
+    pool = pool or pool_windows
     absorbed = _absorb(queries, query, key)
-    pooled = (pool or pool_windows)(absorbed, pyramid, grid)
+    pooled = pool(absorbed, pyramid, grid)
     if torch.is_grad_enabled():
         # the key's biases have a gradient of zero, not none: optimisers and data-parallel wrappers look for it
         pooled = pooled + 0.0 * (key.norm_bias.sum() + key.bias.sum())
-    return _linear((pooled * value.norm_weight + value.norm_bias).to(queries.dtype), value.weight, value.bias)
+    pooled = torch.addcmul(value.norm_bias, pooled, value.norm_weight)
+    return _linear(pooled.to(queries.dtype), value.weight, value.bias)
 
 
 def _absorb(queries: torch.Tensor, query: Projection, key: Projection) -> torch.Tensor:
@@ -50,7 +52,8 @@ def _absorb(queries: torch.Tensor, query: Projection, key: Projection) -> torch.
     d = queries.shape[-1]
     projected = F.layer_norm(queries, query.norm_weight.shape, query.norm_weight, query.norm_bias, LAYER_NORM_EPS)
     projected = _linear(projected, query.weight, query.bias)
-    if queries.dtype != torch.float16:
+    # of the projected ones: under autocast the queries' own says nothing
+    if projected.dtype != torch.float16:
         return _linear(projected, key.weight.t()) * (key.norm_weight * d**-0.5)
     # float16 could overflow in this product: a power of two per query, which is exact, keeps it small
     scale = projected.abs().amax(-1, keepdim=True).float().clamp(min=2.0**-14).log2().ceil().exp2()
@@ -77,6 +80,11 @@ def pool_windows(absorbed: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: 
     Returns:
         [B, V, N, C] in float32 (float64 for a pyramid of float64), the accumulator's dtype.
     """
+    device = absorbed.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        # which would round the products of the statistics, in float16 to infinity
+        with torch.autocast(device, enabled=False):
+            return pool_windows(absorbed, pyramid, grid)
     b, views, n, channels = absorbed.shape
     cells, side = grid * grid, int(n**0.5)
     # the cells lie side by side on one raster, so that a window at a cut sees the neighbouring cell's pixels as the upsampled map does

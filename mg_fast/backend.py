@@ -1,13 +1,16 @@
 """Which implementation of an operation runs, and the sentence that says why another cannot.
 
 Order of authority: the `backend=` of a call, `use_backend(...)`, the environment variable MG_FAST_BACKEND, `auto`.
-`auto` takes the fastest backend that is right for the operation; naming one that cannot run raises `BackendError` with the reason.
+`auto` takes the fastest backend that is right for the operation and its input; naming one that cannot run here raises `BackendError`
+with the reason. An operation that has no form of its own for the backend named runs the next simpler one, so that a whole model can be
+asked to use the kernels where there are some.
 """
 
 import contextlib
 import importlib.util
 import os
 import threading
+from collections.abc import Mapping
 
 import torch
 
@@ -20,10 +23,11 @@ CHOICES = ("auto", *BACKENDS)
 IMPLEMENTED = {
     "low_resolution_tower": ("reference", "torch"),
     "high_resolution_tower": ("reference",),
-    "patch_mining": ("reference", "torch"),
+    "patch_mining": ("reference", "torch", "triton"),
 }
 
 _local = threading.local()
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def requested(backend: str | None = None) -> str:
@@ -54,11 +58,15 @@ def why_not(operation: str, backend: str, device: torch.device | str = "cpu") ->
     if backend not in IMPLEMENTED[operation]:
         return f"{operation} has no {backend} implementation in this version, only {', '.join(IMPLEMENTED[operation])}"
     if backend == "triton":
-        if importlib.util.find_spec("triton") is None:
+        if not _HAS_TRITON:
             return "triton is not installed (it is published for Linux only)"
-        if torch.device(device).type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        if torch.device(device).type != "cuda" and not _interpreted():
             return f"triton runs on CUDA tensors, these are on {torch.device(device).type} (TRITON_INTERPRET=1 interprets on the CPU)"
     return None
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def check_everywhere(backend: str | None, device: torch.device | str) -> None:
@@ -67,12 +75,29 @@ def check_everywhere(backend: str | None, device: torch.device | str) -> None:
         choose(operation, backend, device)
 
 
-def choose(operation: str, backend: str | None = None, device: torch.device | str = "cpu") -> str:
-    """The backend that runs `operation` on tensors of `device`; `BackendError` if the one asked for cannot."""
+def choose(
+    operation: str, backend: str | None = None, device: torch.device | str = "cpu", unsuited: Mapping[str, str | None] | None = None
+) -> str:
+    """The backend that runs `operation` on tensors of `device`.
+
+    Args:
+        operation: a key of IMPLEMENTED.
+        backend: overrides the choice in force.
+        device: of the tensors.
+        unsuited: for a backend the sentence that says why it does not take these tensors, from their shapes and dtypes.
+
+    Raises:
+        BackendError: the one asked for cannot run.
+    """
     choice = requested(backend)
+    reasons = {b: why_not(operation, b, device) or (unsuited or {}).get(b) for b in IMPLEMENTED[operation]}
     if choice != "auto":
-        if reason := why_not(operation, choice, device):
-            raise BackendError(f"backend {choice!r} cannot run {operation}: {reason}")
+        # the reference is always there, so the search always ends
+        choice = next(b for b in reversed(BACKENDS[: BACKENDS.index(choice) + 1]) if b in reasons)
+        if reasons[choice]:
+            raise BackendError(f"backend {choice!r} cannot run {operation}: {reasons[choice]}")
         return choice
-    # the reference runs everywhere, so the search always ends
-    return next(b for b in reversed(IMPLEMENTED[operation]) if why_not(operation, b, device) is None)
+    if torch.device(device).type != "cuda":
+        # interpreting is for tests, and never the fastest
+        reasons.pop("triton", None)
+    return next(b for b in reversed(list(reasons)) if reasons[b] is None)

@@ -1,5 +1,6 @@
-"""The functional API: checks the inputs, chooses the backend, calls it."""
+"""The functional API: checks the inputs, chooses the backend, calls it; and the kernels as operators of torch."""
 
+import contextlib
 import math
 from collections.abc import Sequence
 
@@ -8,6 +9,9 @@ import torch
 from . import absorbed, reference
 from . import backend as backends
 from .reference import Projection
+
+# pixels along a side of the largest window that the kernel's registers hold
+MAX_WINDOW = 16
 
 
 def patch_mining(
@@ -39,8 +43,8 @@ def patch_mining(
     """
     views = queries[:, None] if queries.dim() == 3 else queries
     _check_mining(views, pyramid, key, grid)
-    implementation = {"reference": reference.patch_mining, "torch": absorbed.patch_mining}
-    chosen = implementation[backends.choose("patch_mining", backend, queries.device)]
+    unsuited = {"triton": _mining_unsuited(views, pyramid, grid)}
+    chosen = _PATCH_MINING[backends.choose("patch_mining", backend, queries.device, unsuited)]
     return chosen(views, pyramid, query, key, value, grid=grid).reshape(queries.shape)
 
 
@@ -69,3 +73,107 @@ def _check_mining(queries: torch.Tensor, pyramid: Sequence[torch.Tensor], key: P
             f"patch_mining: the finest map of {n0}x{n0} must be a multiple of the {grid * side}x{grid * side} query grid "
             f"(grid {grid}, {side}x{side} queries per view)"
         )
+
+
+def _mining_unsuited(queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int) -> str | None:
+    """Why the Triton kernel does not take these tensors; None where it does."""
+    for tensor in (queries, *pyramid):
+        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            return f"the kernel takes float16, bfloat16 and float32, got {tensor.dtype}"
+    side = pyramid[0].shape[1] // (grid * math.isqrt(queries.shape[2]))
+    if side > MAX_WINDOW:
+        return f"the kernel holds windows of up to {MAX_WINDOW}x{MAX_WINDOW} pixels, these have {side}x{side}"
+    return None
+
+
+def _mine_by_kernel(queries, pyramid, query, key, value, *, grid: int) -> torch.Tensor:
+    def pool(absorbed: torch.Tensor, levels: Sequence[torch.Tensor], grid: int) -> torch.Tensor:
+        return pool_windows(absorbed, list(levels), grid)[0]
+
+    return absorbed.patch_mining(queries, pyramid, query, key, value, grid=grid, pool=pool)
+
+
+_PATCH_MINING = {"reference": reference.patch_mining, "torch": absorbed.patch_mining, "triton": _mine_by_kernel}
+
+
+# The kernels as operators of torch: one node of a graph each, with fakes for tracing. What they launch is documented with the launchers.
+
+
+def _on(tensor: torch.Tensor):
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+@torch.library.custom_op("mg_fast::pool_windows", mutates_args=())
+def pool_windows(queries: torch.Tensor, pyramid: list[torch.Tensor], grid: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`kernels.patch_mining.pool_windows_fwd`; the gradient to the pyramid, where one is asked for, recomputes by `absorbed`."""
+    from .kernels.patch_mining import pool_windows_fwd
+
+    with _on(queries):
+        return pool_windows_fwd(queries, pyramid, grid)
+
+
+@pool_windows.register_fake
+def _(queries, pyramid, grid):
+    side = pyramid[0].shape[1] // (grid * math.isqrt(queries.shape[2]))
+    statistics = queries.new_empty(*queries.shape[:3], 3, side * side, dtype=torch.float32)
+    return queries.new_empty(queries.shape, dtype=pyramid[0].dtype), statistics
+
+
+@torch.library.custom_op("mg_fast::pool_windows_backward", mutates_args=())
+def pool_windows_backward(
+    grad: torch.Tensor, queries: torch.Tensor, pyramid: list[torch.Tensor], statistics: torch.Tensor, grid: int
+) -> torch.Tensor:
+    """`kernels.patch_mining.pool_windows_bwd`."""
+    from .kernels.patch_mining import pool_windows_bwd
+
+    with _on(queries):
+        return pool_windows_bwd(grad, queries, pyramid, statistics, grid)
+
+
+@pool_windows_backward.register_fake
+def _(grad, queries, pyramid, statistics, grid):
+    return queries.new_empty(queries.shape)
+
+
+@torch.library.custom_op("mg_fast::pool_windows_backward_pyramid", mutates_args=())
+def pool_windows_backward_pyramid(
+    grad: torch.Tensor, queries: torch.Tensor, pyramid: list[torch.Tensor], wanted: list[bool], grid: int
+) -> list[torch.Tensor]:
+    """Gradients to the levels of the pyramid that are wanted, by way of the PyTorch form; an operator, so that graphs need not trace it."""
+    with _recording(), torch.enable_grad():
+        levels = [level.detach().requires_grad_(want) for level, want in zip(pyramid, wanted)]
+        pooled = absorbed.pool_windows(queries.detach(), levels, grid)
+        return list(torch.autograd.grad(pooled, [level for level in levels if level.requires_grad], grad.to(pooled.dtype)))
+
+
+@contextlib.contextmanager
+def _recording():
+    """Lets autograd see the operations within an operator, whose body runs with autograd's dispatch keys masked."""
+    masked = torch._C._dispatch_tls_local_exclude_set()
+    for device in ("CPU", "CUDA"):
+        masked = masked.remove(getattr(torch._C.DispatchKey, f"Autograd{device}"))
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), masked):
+        yield
+
+
+@pool_windows_backward_pyramid.register_fake
+def _(grad, queries, pyramid, wanted, grid):
+    return [level.new_empty(level.shape) for level, want in zip(pyramid, wanted) if want]
+
+
+def _pool_windows_context(ctx, inputs, output):
+    queries, pyramid, ctx.grid = inputs
+    ctx.levels = len(pyramid)
+    ctx.save_for_backward(queries, output[1], *pyramid)
+
+
+def _pool_windows_gradients(ctx, grad, _):
+    queries, statistics, *pyramid = ctx.saved_tensors
+    grad_queries = pool_windows_backward(grad, queries, pyramid, statistics, ctx.grid) if ctx.needs_input_grad[0] else None
+    wanted = [level.requires_grad for level in pyramid]
+    gradients = iter(pool_windows_backward_pyramid(grad, queries, pyramid, wanted, ctx.grid) if any(wanted) else ())
+    return grad_queries, [next(gradients) if want else None for want in wanted], None
+
+
+torch.library.register_autograd("mg_fast::pool_windows", _pool_windows_gradients, setup_context=_pool_windows_context)

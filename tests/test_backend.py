@@ -42,8 +42,26 @@ def test_unknown_names_are_refused(monkeypatch, name):
 
 def test_asking_for_one_that_cannot_run_raises_the_reason(model, processor, photo):
     inputs = processor.image_processor(photo)
-    with use_backend("triton"), pytest.raises(BackendError, match="low_resolution_tower has no triton implementation"):
+    with use_backend("triton"), pytest.raises(BackendError, match="cannot run patch_mining: triton runs on CUDA tensors, these are on cpu"):
         model.get_image_features(**inputs)
+
+
+def test_an_operation_without_the_backend_named_runs_the_next_simpler_one():
+    assert backend.choose("low_resolution_tower", "triton") == "torch"
+    assert backend.choose("high_resolution_tower", "triton") == "reference"
+
+
+def test_tensors_that_a_backend_does_not_take():
+    unsuited = {"torch": "it is Monday"}
+    assert backend.choose("patch_mining", "auto", unsuited=unsuited) == "reference"
+    with pytest.raises(BackendError, match="backend 'torch' cannot run patch_mining: it is Monday"):
+        backend.choose("patch_mining", "torch", unsuited=unsuited)
+
+
+def test_auto_never_interprets(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert backend.why_not("patch_mining", "triton") is None
+    assert backend.choose("patch_mining", "auto") == "torch"
 
 
 def test_reference_runs_everything():
