@@ -44,7 +44,10 @@ def compile_only(architecture: int) -> Iterator[list]:
     def mock(value):
         if isinstance(value, torch.Tensor):
             return MockTensor(value.dtype)
-        return tuple(mock(v) for v in value) if isinstance(value, tuple) else value
+        if isinstance(value, tuple):
+            values = [mock(v) for v in value]
+            return type(value)(*values) if hasattr(value, "_fields") else tuple(values)
+        return value
 
     def run(self, *args, grid, warmup, **kwargs):
         compiled.append(launch(self, *map(mock, args), grid=grid, warmup=True, **{k: mock(v) for k, v in kwargs.items()}))
