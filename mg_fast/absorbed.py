@@ -17,6 +17,7 @@ tables are made from them.
 import functools
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -109,11 +110,10 @@ def _pool_raster(absorbed: torch.Tensor, pyramid: Sequence[torch.Tensor], reduct
     deviations, inverse = _statistics(pyramid, centres, reduction)
     *deviations, inverse = (t.reshape(b, g, side, g, side).transpose(2, 3) for t in (*deviations, inverse))
     levels = [
-        (level.flatten(1, 2), centre.flatten(1), *_tables(fine, level.shape[1], reduction, g, centre), queries, deviation)
+        (level.flatten(1, 2), centre.flatten(1), *_tables(fine, level.shape[1], reduction, g, centre.device, dtype), queries, deviation)
         for level, centre, queries, deviation in zip(pyramid, centres, absorbed.split([p.shape[-1] for p in pyramid], dim=-1), deviations)
     ]
-    # a CPU is best kept in its cache, a GPU busy
-    at_once = 1 if absorbed.device.type == "cpu" else g
+    at_once = 1 if _by_rows(absorbed) else g
 
     rows = []
     for top in range(0, g, at_once):
@@ -138,6 +138,11 @@ def _pool_raster(absorbed: torch.Tensor, pyramid: Sequence[torch.Tensor], reduct
     return torch.cat(rows, dim=1)
 
 
+def _by_rows(tensor: torch.Tensor) -> bool:
+    """A CPU is best kept in its cache, a GPU busy, a compiler's graph small."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def _statistics(
     pyramid: Sequence[torch.Tensor], centres: Sequence[torch.Tensor], reduction: int
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -158,11 +163,9 @@ def _statistics(
     offset = sum(centre.mean((1, 2), keepdim=True) * c for centre, c in zip(centres, widths)) / channels
     means, squares = [], []
     for level, centre in zip(pyramid, centres):
-        resize = _matrix(fine, level.shape[1], reduction).to(centre)
-        # how many neighbouring coarse pixels one pixel is made of, at most
-        _, span = _windows(fine, level.shape[1], reduction, fine // reduction)
+        resize = _resize(fine, level.shape[1], reduction, centre.device, centre.dtype)
         means.append(resize @ (centre - offset) @ resize.mT)
-        squares.append(_squared_deviations(level, centre, resize, span))
+        squares.append(_squared_deviations(level, centre, resize, _span(fine, level.shape[1], reduction)))
     mean = sum(m * c for m, c in zip(means, widths)) / channels
     deviations = [m - mean for m in means]
     variance = sum(s + c * d.square() for s, d, c in zip(squares, deviations, widths)) / channels
@@ -181,7 +184,7 @@ def _squared_deviations(level: torch.Tensor, centre: torch.Tensor, resize: torch
         span: width of its rows.
     """
     n = level.shape[1]
-    step = ROWS if level.device.type == "cpu" else n
+    step = ROWS if _by_rows(level) else n
     products = {(down, across): [] for down in range(span) for across in range(span)}
     for top in range(0, n, step):
         rows = slice(top, top + step + span - 1)
@@ -203,62 +206,71 @@ def _squared_deviations(level: torch.Tensor, centre: torch.Tensor, resize: torch
     return out
 
 
-# Tables depend on sizes alone and are made on the CPU, whatever the default device is; under torch.compile they are constants of the graph.
+# Tables depend on sizes alone. They are made once on each device, not copied to it in every call; under torch.compile they are constants.
 
 
-@functools.lru_cache(maxsize=64)
-def _resize(fine: int, size: int, reduction: int) -> torch.Tensor:
-    """The matrix [fine / reduction, size], float64, that upsamples `size` pixels to `fine` and then reduces them, as F.interpolate does."""
-    matrix = _bilinear(fine, size)
-    return matrix if reduction == 1 else _bilinear(fine // reduction, fine) @ matrix
+def _constant(make: Callable) -> Callable:
+    """Keeps the tensors that `make` returns, by its arguments; but for fake ones, which belong to the trace that they were made in."""
+    kept = functools.lru_cache(maxsize=256)(make)
+
+    def get(*arguments):
+        if type(torch.empty(0, device="cpu")) is not torch.Tensor:
+            return make(*arguments)
+        # what is made in inference mode could not be used for training later
+        with torch.inference_mode(False):
+            return kept(*arguments)
+
+    return torch.compiler.assume_constant_result(functools.update_wrapper(get, make))
 
 
-def _bilinear(out: int, size: int) -> torch.Tensor:
-    """The matrix [out, size], float64, of F.interpolate's bilinear resizing (align_corners=False) along one axis."""
-    position = ((torch.arange(out, dtype=torch.float64, device="cpu") + 0.5) * (size / out) - 0.5).clamp(min=0)
-    low = position.floor().long().clamp(max=size - 1)
-    high = (low + 1).clamp(max=size - 1)
-    matrix = torch.zeros(out, size, dtype=torch.float64, device="cpu")
-    rows = torch.arange(out, device="cpu")
-    matrix[rows, low] += 1 - (position - low)
-    matrix[rows, high] += position - low
-    return matrix
+@_constant
+def _resize(fine: int, size: int, reduction: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """The matrix [fine / reduction, size] that upsamples `size` pixels to `fine` and then reduces them."""
+    return torch.tensor(_matrix(fine, size, reduction), device=device, dtype=dtype)
 
 
-def _used(matrix: torch.Tensor) -> tuple[int, int]:
-    """First and last + 1 column that a part of a matrix uses."""
-    used = matrix.any(0).nonzero().flatten()
-    return int(used[0]), int(used[-1]) + 1
-
-
-@torch.compiler.assume_constant_result
-def _matrix(fine: int, size: int, reduction: int) -> torch.Tensor:
-    return _resize(fine, size, reduction)
-
-
-@functools.lru_cache(maxsize=256)
-def _regions(fine: int, size: int, reduction: int, regions: int) -> tuple[tuple[int, ...], int]:
-    used = [_used(part) for part in _resize(fine, size, reduction).chunk(regions)]
-    width = max(end - start for start, end in used)
-    return tuple(min(start, size - width) for start, _ in used), width
-
-
-@torch.compiler.assume_constant_result
-def _windows(fine: int, size: int, reduction: int, regions: int) -> tuple[tuple[int, ...], int]:
-    """First coarse pixel of each region along one axis, and how many it spans; at the end moved inwards, so that all are equally wide."""
-    return _regions(fine, size, reduction, regions)
-
-
-def _tables(fine: int, size: int, reduction: int, regions: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which of size x size coarse pixels the windows need, and with which weights, on the device and in the dtype of `like`.
+@_constant
+def _tables(fine: int, size: int, reduction: int, regions: int, device: torch.device, dtype: torch.dtype):
+    """Which of size x size coarse pixels the windows need, and with which weights.
 
     Returns:
         index [G, G * K * K] of the pixels of each row of windows, window by window; weights [G, M, K] that make a window's M rows of
         pixels of its K coarse ones, and its columns likewise.
     """
     starts, k = _windows(fine, size, reduction, regions)
-    taps = torch.tensor(starts, device="cpu")[:, None] + torch.arange(k, device="cpu")
+    taps = np.array(starts)[:, None] + np.arange(k)
     index = taps[:, None, :, None] * size + taps[None, :, None, :]
-    matrix = _matrix(fine, size, reduction).unflatten(0, (regions, -1))
-    weights = matrix.gather(2, taps[:, None].expand(-1, matrix.shape[1], -1))
-    return index.flatten(1).to(like.device), weights.to(like)
+    matrix = _matrix(fine, size, reduction).reshape(regions, -1, size)
+    weights = np.stack([part[:, columns] for part, columns in zip(matrix, taps)])
+    return torch.tensor(index.reshape(regions, -1), device=device), torch.tensor(weights, device=device, dtype=dtype)
+
+
+@torch.compiler.assume_constant_result
+def _span(fine: int, size: int, reduction: int) -> int:
+    """How many neighbouring coarse pixels one pixel is made of, at most."""
+    return _windows(fine, size, reduction, fine // reduction)[1]
+
+
+@functools.lru_cache(maxsize=256)
+def _windows(fine: int, size: int, reduction: int, regions: int) -> tuple[tuple[int, ...], int]:
+    """First coarse pixel of each region along one axis, and how many it spans; at the end moved inwards, so that all are equally wide."""
+    used = [part.any(0).nonzero()[0] for part in np.split(_matrix(fine, size, reduction), regions)]
+    width = int(max(u[-1] - u[0] for u in used)) + 1
+    return tuple(min(int(u[0]), size - width) for u in used), width
+
+
+@functools.lru_cache(maxsize=64)
+def _matrix(fine: int, size: int, reduction: int) -> np.ndarray:
+    matrix = _bilinear(fine, size)
+    return matrix if reduction == 1 else _bilinear(fine // reduction, fine) @ matrix
+
+
+def _bilinear(out: int, size: int) -> np.ndarray:
+    """The matrix [out, size], float64, of F.interpolate's bilinear resizing (align_corners=False) along one axis."""
+    position = np.maximum((np.arange(out) + 0.5) * (size / out) - 0.5, 0)
+    low = np.minimum(np.floor(position).astype(int), size - 1)
+    high = np.minimum(low + 1, size - 1)
+    matrix, rows = np.zeros((out, size)), np.arange(out)
+    matrix[rows, low] += 1 - (position - low)
+    matrix[rows, high] += position - low
+    return matrix
