@@ -17,7 +17,6 @@ tables are made from them.
 import functools
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -206,30 +205,32 @@ def _squared_deviations(level: torch.Tensor, centre: torch.Tensor, resize: torch
     return out
 
 
-# Tables depend on sizes alone. They are made once on each device, not copied to it in every call; under torch.compile they are constants.
+# Tables depend on sizes alone. They are kept on each device, not made or copied there in every call.
 
 
-def _constant(make: Callable) -> Callable:
-    """Keeps the tensors that `make` returns, by its arguments; but for fake ones, which belong to the trace that they were made in."""
+def _kept(make: Callable) -> Callable:
+    """Keeps the tensors that `make` returns, by its arguments; but for those of a trace, which belong to it alone."""
     kept = functools.lru_cache(maxsize=256)(make)
 
+    @functools.wraps(make)
     def get(*arguments):
-        if type(torch.empty(0, device="cpu")) is not torch.Tensor:
+        if torch.compiler.is_compiling() or type(torch.empty(0, device="cpu")) is not torch.Tensor:
             return make(*arguments)
         # what is made in inference mode could not be used for training later
         with torch.inference_mode(False):
             return kept(*arguments)
 
-    return torch.compiler.assume_constant_result(functools.update_wrapper(get, make))
+    return get
 
 
-@_constant
+@_kept
 def _resize(fine: int, size: int, reduction: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """The matrix [fine / reduction, size] that upsamples `size` pixels to `fine` and then reduces them."""
-    return torch.tensor(_matrix(fine, size, reduction), device=device, dtype=dtype)
+    pixels, taps = torch.arange(fine // reduction, device=device), torch.arange(size, device=device)
+    return _weights(pixels[:, None], taps, fine, size, reduction, dtype)
 
 
-@_constant
+@_kept
 def _tables(fine: int, size: int, reduction: int, regions: int, device: torch.device, dtype: torch.dtype):
     """Which of size x size coarse pixels the windows need, and with which weights.
 
@@ -238,39 +239,41 @@ def _tables(fine: int, size: int, reduction: int, regions: int, device: torch.de
         pixels of its K coarse ones, and its columns likewise.
     """
     starts, k = _windows(fine, size, reduction, regions)
-    taps = np.array(starts)[:, None] + np.arange(k)
+    taps = torch.tensor(starts, device=device)[:, None] + torch.arange(k, device=device)
     index = taps[:, None, :, None] * size + taps[None, :, None, :]
-    matrix = _matrix(fine, size, reduction).reshape(regions, -1, size)
-    weights = np.stack([part[:, columns] for part, columns in zip(matrix, taps)])
-    return torch.tensor(index.reshape(regions, -1), device=device), torch.tensor(weights, device=device, dtype=dtype)
+    pixels = torch.arange(fine // reduction, device=device).reshape(regions, -1, 1)
+    return index.flatten(1), _weights(pixels, taps[:, None], fine, size, reduction, dtype)
 
 
-@torch.compiler.assume_constant_result
+def _weights(pixels: torch.Tensor, taps: torch.Tensor, fine: int, size: int, reduction: int, dtype: torch.dtype) -> torch.Tensor:
+    """How much of each coarse pixel is in each pixel of the resized map: F.interpolate's bilinear (align_corners=False), up, then down."""
+    weights = 0
+    # the middle of what is reduced: one fine pixel, or between two
+    for middle in ((reduction - 1) // 2, reduction // 2):
+        pixel = pixels * reduction + middle
+        # whole numbers, in units of 1 / (2 * fine) coarse pixels
+        position = ((2 * pixel + 1) * size - fine).clamp(0, 2 * fine * (size - 1))
+        weights = weights + (1 - (position - 2 * fine * taps).abs().to(dtype) / (2 * fine)).clamp(min=0) / 2
+    return weights
+
+
 def _span(fine: int, size: int, reduction: int) -> int:
     """How many neighbouring coarse pixels one pixel is made of, at most."""
     return _windows(fine, size, reduction, fine // reduction)[1]
 
 
-@functools.lru_cache(maxsize=256)
+@torch.compiler.assume_constant_result
 def _windows(fine: int, size: int, reduction: int, regions: int) -> tuple[tuple[int, ...], int]:
     """First coarse pixel of each region along one axis, and how many it spans; at the end moved inwards, so that all are equally wide."""
-    used = [part.any(0).nonzero()[0] for part in np.split(_matrix(fine, size, reduction), regions)]
-    width = int(max(u[-1] - u[0] for u in used)) + 1
-    return tuple(min(int(u[0]), size - width) for u in used), width
+    return _regions(fine, size, reduction, regions)
 
 
-@functools.lru_cache(maxsize=64)
-def _matrix(fine: int, size: int, reduction: int) -> np.ndarray:
-    matrix = _bilinear(fine, size)
-    return matrix if reduction == 1 else _bilinear(fine // reduction, fine) @ matrix
-
-
-def _bilinear(out: int, size: int) -> np.ndarray:
-    """The matrix [out, size], float64, of F.interpolate's bilinear resizing (align_corners=False) along one axis."""
-    position = np.maximum((np.arange(out) + 0.5) * (size / out) - 0.5, 0)
-    low = np.minimum(np.floor(position).astype(int), size - 1)
-    high = np.minimum(low + 1, size - 1)
-    matrix, rows = np.zeros((out, size)), np.arange(out)
-    matrix[rows, low] += 1 - (position - low)
-    matrix[rows, high] += position - low
-    return matrix
+@functools.lru_cache(maxsize=256)
+def _regions(fine: int, size: int, reduction: int, regions: int) -> tuple[tuple[int, ...], int]:
+    side = fine // reduction // regions
+    first = [(r * side) * reduction + (reduction - 1) // 2 for r in range(regions)]
+    last = [(r * side + side - 1) * reduction + reduction // 2 for r in range(regions)]
+    starts = [min(max((2 * f + 1) * size - fine, 0) // (2 * fine), size - 1) for f in first]
+    ends = [min(-(-max((2 * f + 1) * size - fine, 0) // (2 * fine)), size - 1) for f in last]
+    width = max(end - start for start, end in zip(starts, ends)) + 1
+    return tuple(min(start, size - width) for start in starts), width

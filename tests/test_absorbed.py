@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from mg_fast import absorbed, reference
 from mg_fast.modules import PatchInfoMining
@@ -122,6 +123,37 @@ def test_one_graph_under_compile(grid):
     with torch.no_grad():
         expected = absorbed.patch_mining(queries, pyramid, *projections, grid=grid)
         assert torch.allclose(compiled(queries, *pyramid), expected, atol=1e-6)
+
+
+def test_a_trace_on_fake_tensors_leaves_nothing_behind():
+    queries, pyramid, projections, grid = make(2, window=6, grid=2, dims=(3, 5))
+    with FakeTensorMode() as mode, torch.no_grad():
+        fake = [reference.Projection(*(mode.from_tensor(t) for t in p)) for p in projections]
+        out = absorbed.patch_mining(mode.from_tensor(queries), [mode.from_tensor(level) for level in pyramid], *fake, grid=grid)
+    assert out.shape == queries.shape
+    assert type(absorbed.patch_mining(queries, pyramid, *projections, grid=grid)) is torch.Tensor
+
+
+def test_tables_made_in_inference_mode_serve_training():
+    queries, pyramid, projections, grid = make(2, window=10, grid=2, dims=(3, 5))
+    with torch.inference_mode():
+        absorbed.patch_mining(queries, pyramid, *projections, grid=grid)
+    queries.requires_grad_()
+    absorbed.patch_mining(queries, pyramid, *projections, grid=grid).sum().backward()
+    assert queries.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_rounds_the_projections_only(dtype):
+    """As the plain form does; squares of features of this size are beyond float16."""
+    queries, pyramid, projections, grid = inputs = make(2, grid=2, offset=300.0)
+    with torch.no_grad():
+        exact = oracle(*inputs)
+        with torch.autocast("cpu", dtype=dtype):
+            ours = absorbed.patch_mining(queries, pyramid, *projections, grid=grid)
+            plain = reference.patch_mining(queries, pyramid, *projections, grid=grid)
+        assert ours.dtype == plain.dtype == dtype
+        assert_accurate(ours, plain, exact)
 
 
 @pytest.mark.parametrize("seed", range(40))
