@@ -145,10 +145,11 @@ def test_tables_made_in_inference_mode_serve_training():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_rounds_the_projections_only(dtype):
-    """As the plain form does; squares of features of this size are beyond float16."""
-    queries, pyramid, projections, grid = inputs = make(2, grid=2, offset=300.0)
+    """As the plain form does; the sums of these features' squares are beyond float16."""
+    queries, pyramid, projections, grid = make(2, grid=2)
+    pyramid = [100 * level for level in pyramid]
     with torch.no_grad():
-        exact = oracle(*inputs)
+        exact = oracle(queries, pyramid, projections, grid)
         with torch.autocast("cpu", dtype=dtype):
             ours = absorbed.patch_mining(queries, pyramid, *projections, grid=grid)
             plain = reference.patch_mining(queries, pyramid, *projections, grid=grid)
