@@ -87,29 +87,53 @@ def pool_windows(absorbed: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: 
             return pool_windows(absorbed, pyramid, grid)
     b, views, n, channels = absorbed.shape
     cells, side = grid * grid, int(n**0.5)
+    dtype = torch.float64 if pyramid[0].dtype == torch.float64 else torch.float32
+    absorbed = absorbed.to(dtype)
+    centres = [level.mean(-1, dtype=dtype) for level in pyramid]
+    # for cells and global view together: it reads every level several times
+    fine, reductions = pyramid[0].shape[1], (1, grid) if views > cells else (1,)
+    spans = [max(_span(fine, level.shape[1], reduction) for reduction in reductions) for level in pyramid]
+    products = [_inner_products(*level) for level in zip(pyramid, centres, spans)]
     # the cells lie side by side on one raster, so that a window at a cut sees the neighbouring cell's pixels as the upsampled map does
     raster = absorbed[:, :cells].reshape(b, grid, grid, side, side, channels).transpose(2, 3).reshape(b, grid * side, grid * side, channels)
-    pooled = _pool_raster(raster, pyramid, 1)
+    pooled = _pool_raster(raster, pyramid, centres, products, 1)
     pooled = pooled.reshape(b, grid, side, grid, side, channels).transpose(2, 3).reshape(b, cells, n, channels)
     if views > cells:
-        whole = _pool_raster(absorbed[:, cells].reshape(b, side, side, channels), pyramid, grid)
+        whole = _pool_raster(absorbed[:, cells].reshape(b, side, side, channels), pyramid, centres, products, grid)
         pooled = torch.cat([pooled, whole.reshape(b, 1, n, channels)], dim=1)
     return pooled
 
 
-def _pool_raster(absorbed: torch.Tensor, pyramid: Sequence[torch.Tensor], reduction: int) -> torch.Tensor:
-    """Queries [B, G, G, C] over the G x G windows of the map upsampled to the finest level and reduced by `reduction` -> [B, G, G, C]."""
-    dtype = torch.float64 if pyramid[0].dtype == torch.float64 else torch.float32
-    absorbed = absorbed.to(dtype)
+def _pool_raster(
+    absorbed: torch.Tensor,
+    pyramid: Sequence[torch.Tensor],
+    centres: Sequence[torch.Tensor],
+    products: Sequence[dict[tuple[int, int], torch.Tensor]],
+    reduction: int,
+) -> torch.Tensor:
+    """Queries [B, G, G, C] over the G x G windows of the map upsampled to the finest level and reduced by `reduction` -> [B, G, G, C].
+
+    Args:
+        absorbed: in the accumulator's dtype, as `centres` and `products` are.
+        pyramid: [B, n_s, n_s, C_s].
+        centres: means of the levels' pixels over their channels, [B, n_s, n_s].
+        products: `_inner_products` of the levels.
+        reduction: 1, or the grid for the global view.
+    """
     b, g = absorbed.shape[:2]
     fine = pyramid[0].shape[1]
     side = fine // reduction // g
-    centres = [level.mean(-1, dtype=dtype) for level in pyramid]
     # of every window's pixels: [B, row of windows, window, pixel row, pixel column]
-    deviations, inverse = _statistics(pyramid, centres, reduction)
+    deviations, inverse = _statistics([level.shape[-1] for level in pyramid], centres, products, reduction)
     *deviations, inverse = (t.reshape(b, g, side, g, side).transpose(2, 3) for t in (*deviations, inverse))
     levels = [
-        (level.flatten(1, 2), centre.flatten(1), *_tables(fine, level.shape[1], reduction, g, centre.device, dtype), queries, deviation)
+        (
+            level.flatten(1, 2),
+            centre.flatten(1),
+            *_tables(fine, level.shape[1], reduction, g, centre.device, centre.dtype),
+            queries,
+            deviation,
+        )
         for level, centre, queries, deviation in zip(pyramid, centres, absorbed.split([p.shape[-1] for p in pyramid], dim=-1), deviations)
     ]
     at_once = 1 if _by_rows(absorbed) else g
@@ -121,7 +145,7 @@ def _pool_raster(absorbed: torch.Tensor, pyramid: Sequence[torch.Tensor], reduct
         for pixels, centre, index, resize, queries, deviation in levels:
             index, k = index[r].flatten(), resize.shape[-1]
             # less their own mean over the level's channels, so that nothing cancels where features have a large common offset
-            x = pixels.index_select(1, index).to(dtype).sub_(centre.index_select(1, index)[..., None]).unflatten(1, (-1, g, k * k))
+            x = pixels.index_select(1, index).to(centre.dtype).sub_(centre.index_select(1, index)[..., None]).unflatten(1, (-1, g, k * k))
             coarse = torch.matmul(queries[:, r, :, None], x.mT).squeeze(3).unflatten(-1, (k, k))
             scores = scores + torch.matmul(resize[r, None], torch.matmul(coarse, resize.mT))
             scores = scores + queries[:, r].sum(-1)[..., None, None] * deviation[:, r]
@@ -143,52 +167,55 @@ def _by_rows(tensor: torch.Tensor) -> bool:
 
 
 def _statistics(
-    pyramid: Sequence[torch.Tensor], centres: Sequence[torch.Tensor], reduction: int
+    widths: Sequence[int], centres: Sequence[torch.Tensor], products: Sequence[dict[tuple[int, int], torch.Tensor]], reduction: int
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """LayerNorm's statistics of the resized levels taken together, [B, n, n] with n = n_0 / reduction.
 
     Args:
-        pyramid: [B, n_s, n_s, C_s].
-        centres: their means over their channels, [B, n_s, n_s].
+        widths: channels of the levels.
+        centres: means of their pixels over their channels, [B, n_s, n_s].
+        products: their `_inner_products`: the square of a resized pixel is one of inner products of the pixels that it is made of.
         reduction: of the fine map.
 
     Returns:
         For every level how far the mean over its channels is from the mean over all; the inverse standard deviation over all.
     """
-    fine = pyramid[0].shape[1]
-    widths = [level.shape[-1] for level in pyramid]
-    channels = sum(widths)
+    fine, channels = centres[0].shape[1], sum(widths)
     # one number less everywhere in a picture, so that a large one does not drown the differences
     offset = sum(centre.mean((1, 2), keepdim=True) * c for centre, c in zip(centres, widths)) / channels
-    means, squares = [], []
-    for level, centre in zip(pyramid, centres):
-        resize = _resize(fine, level.shape[1], reduction, centre.device, centre.dtype)
+    means, squares = [], 0
+    for centre, inner in zip(centres, products):
+        n = centre.shape[1]
+        resize, span = _resize(fine, n, reduction, centre.device, centre.dtype), _span(fine, n, reduction)
         means.append(resize @ (centre - offset) @ resize.mT)
-        squares.append(_squared_deviations(level, centre, resize, _span(fine, level.shape[1], reduction)))
+        for (down, across), product in inner.items():
+            if max(down, across) < span:
+                pairs = (resize[:, : n - down] * resize[:, down:]) @ product @ (resize[:, : n - across] * resize[:, across:]).mT
+                squares = squares + (2 * pairs if down or across else pairs)
     mean = sum(m * c for m, c in zip(means, widths)) / channels
     deviations = [m - mean for m in means]
-    variance = sum(s + c * d.square() for s, d, c in zip(squares, deviations, widths)) / channels
+    variance = (squares + sum(c * d.square() for d, c in zip(deviations, widths))) / channels
     return deviations, torch.rsqrt(variance.clamp(min=0) + LAYER_NORM_EPS)
 
 
-def _squared_deviations(level: torch.Tensor, centre: torch.Tensor, resize: torch.Tensor, span: int) -> torch.Tensor:
-    """Sum over one level's channels of (pixel - its mean)^2 for every pixel of the resized level.
-
-    A pixel of the resized level is a weighted sum of up to span x span neighbours, so its square is one of their inner products.
+def _inner_products(level: torch.Tensor, centre: torch.Tensor, span: int) -> dict[tuple[int, int], torch.Tensor]:
+    """Inner products over the channels of every pixel of a level, less its mean, with its neighbours.
 
     Args:
         level: [B, n, n, C].
         centre: [B, n, n], its mean over the channels.
-        resize: [m, n], the same for rows and columns.
-        span: width of its rows.
+        span: neighbours are less than this many pixels away.
+
+    Returns:
+        For (down, across) the products [B, n - down, n - across] of pixels so far apart; along both diagonals together.
     """
     n = level.shape[1]
     step = ROWS if _by_rows(level) else n
-    products = {(down, across): [] for down in range(span) for across in range(span)}
+    products = {(down, across): [] for down in range(min(span, n)) for across in range(min(span, n))}
     for top in range(0, n, step):
         rows = slice(top, top + step + span - 1)
-        x = level[:, rows].to(resize.dtype) - centre[:, rows, :, None]
-        for down, across in products:
+        x = level[:, rows].to(centre.dtype) - centre[:, rows, :, None]
+        for (down, across), found in products.items():
             count = min(step, n - top - down)
             if count <= 0:
                 continue
@@ -196,13 +223,8 @@ def _squared_deviations(level: torch.Tensor, centre: torch.Tensor, resize: torch
             product = (here[:, :, : n - across] * there[:, :, across:]).sum(-1)
             if down and across:
                 product = product + (here[:, :, across:] * there[:, :, : n - across]).sum(-1)
-            products[down, across].append(product)
-    out = 0
-    for (down, across), rows in products.items():
-        if rows:
-            term = (resize[:, : n - down] * resize[:, down:]) @ torch.cat(rows, dim=1) @ (resize[:, : n - across] * resize[:, across:]).mT
-            out = out + (2 * term if down or across else term)
-    return out
+            found.append(product)
+    return {apart: torch.cat(found, dim=1) for apart, found in products.items()}
 
 
 # Tables depend on sizes alone. They are kept on each device, not made or copied there in every call.

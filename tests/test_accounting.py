@@ -1,0 +1,233 @@
+"""FLOP and bytes by formula against torch's FlopCounterMode, a counter at the dispatcher, and the kernel's own loads and stores."""
+
+import contextlib
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench import accounting
+from bench.accounting import CountBytes, Sizes
+from mg_fast import absorbed, ops, reference
+from tests.paths import ROOT
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HALVING = ((48, 6), (24, 10), (12, 14), (6, 18))
+SMALL = {
+    "standard": dict(side=3, dim=12, levels=((24, 6), (12, 10), (6, 14))),
+    "two pictures": dict(batch=2, side=3, dim=12, levels=((24, 6), (12, 10))),
+    "maps that do not halve": dict(side=3, dim=12, levels=((27, 6), (13, 10), (6, 14))),
+    "HD": dict(grid=2, views=5, side=3, dim=12, levels=HALVING),
+    "HD, two pictures": dict(batch=2, grid=2, views=5, side=3, dim=12, levels=HALVING),
+    "HD without the global view": dict(batch=2, grid=2, views=4, side=3, dim=12, levels=HALVING),
+    "three cells a side": dict(grid=3, views=10, side=2, dim=12, levels=((24, 6), (12, 10))),
+}
+published = pytest.mark.parametrize("make", [Sizes.standard, Sizes.hd], ids=["standard", "hd"])
+small = pytest.mark.parametrize("case", SMALL)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def inputs(sizes, device):
+    def empty(*shape):
+        return torch.zeros(shape, dtype=sizes.dtype, device=device)
+
+    def projection(width):
+        return reference.Projection(empty(width), empty(width), empty(sizes.dim, width), empty(sizes.dim))
+
+    queries = empty(sizes.batch, sizes.views, sizes.side**2, sizes.dim)
+    pyramid = [empty(sizes.batch, n, n, c) for n, c in sizes.levels]
+    return queries, pyramid, *(projection(width) for width in (sizes.dim, sizes.channels, sizes.channels))
+
+
+def count(function, sizes, device):
+    """FLOP and bytes on a device ("cuda": of fake tensors), the tables of the PyTorch form left out."""
+    with FakeTensorMode() if device == "cuda" else contextlib.nullcontext(), torch.no_grad():
+        given = inputs(sizes, device)
+        if device != "cuda":
+            # real tables are made on the first call; their products are no part of the second
+            function(*given, grid=sizes.grid)
+        with FlopCounterMode(display=False) as flop, CountBytes(device) as counter:
+            function(*given, grid=sizes.grid)
+    return flop.get_total_flops(), counter
+
+
+@dtypes
+@published
+def test_reference_at_the_published_sizes(make, dtype):
+    """Of fake tensors on a GPU."""
+    flop, counter = count(reference.patch_mining, make(dtype), "cuda")
+    assert accounting.reference_mining(make(dtype)) == replace(counter.total, flop=flop)
+
+
+@dtypes
+@small
+def test_reference_at_any_size(case, dtype):
+    sizes = Sizes(dtype, **SMALL[case])
+    flop, counter = count(reference.patch_mining, sizes, "meta")
+    assert accounting.reference_mining(sizes) == replace(counter.total, flop=flop)
+    # with numbers, on a CPU
+    assert count(reference.patch_mining, sizes, "cpu")[0] == flop
+
+
+def test_absorbed_on_a_cpu():
+    """Row by row and with 1x1 convolutions, a CPU makes the same products."""
+    sizes = Sizes(torch.float32, batch=16, side=6, dim=512, levels=((12, 128), (6, 128), (3, 256)))
+    assert count(absorbed.patch_mining, sizes, "cpu")[0] == accounting.torch_mining(sizes).flop
+
+
+@dtypes
+@published
+def test_absorbed_at_the_published_sizes(make, dtype):
+    flop, counter = count(absorbed.patch_mining, make(dtype), "meta")
+    cost = accounting.torch_mining(make(dtype))
+    assert cost.flop == flop
+    # numbers per pixel are left out
+    assert 0.96 * counter.total.bytes < cost.bytes <= counter.total.bytes
+
+
+@dtypes
+@small
+def test_absorbed_at_any_size(case, dtype):
+    """What is left out of the bytes does not grow with the channels: by how much they grow is exact."""
+    sizes = Sizes(dtype, **SMALL[case])
+    wide = replace(sizes, levels=tuple((n, 3 * c) for n, c in sizes.levels))
+    (flop, counter), (wide_flop, wide_counter) = (count(absorbed.patch_mining, s, "meta") for s in (sizes, wide))
+    cost, wide_cost = accounting.torch_mining(sizes), accounting.torch_mining(wide)
+    assert (cost.flop, wide_cost.flop) == (flop, wide_flop)
+    assert wide_cost.bytes_read - cost.bytes_read == wide_counter.total.bytes_read - counter.total.bytes_read
+    assert wide_cost.bytes_written - cost.bytes_written == wide_counter.total.bytes_written - counter.total.bytes_written
+
+
+@dtypes
+@published
+def test_triton_at_the_published_sizes(make, dtype):
+    """The kernel as one operator; the global view's launch reads the pyramid once more."""
+    pytest.importorskip("triton")
+    sizes = make(dtype)
+    gemms, counter = count(ops._mine_by_kernel, sizes, "meta")
+    cost = accounting.triton_mining(sizes)
+    again = sizes.pyramid * dtype.itemsize * (sizes.views > 1)
+    assert (cost.bytes_read, cost.bytes_written) == (counter.total.bytes_read + again, counter.total.bytes_written)
+    if make == Sizes.standard:
+        # of a window of 8 x 8: taps of the resizing matrix, or taps of one pixel
+        product = {192: 64 + 64, 384: 64 * 36 + 64 + 36, 768: 64 * 16 + 64 + 16, 1536: 64 * 9 + 64 + 9}
+        by_tap = {192: 64 + 64, 384: 64 + 64 * 4, 768: 64 + 64 * 4, 1536: 64 + 64 * 4}
+        work = by_tap if dtype == torch.float32 else product
+        assert cost.flop - gemms == 2 * 576 * sum(channels * each for channels, each in work.items())
+
+
+INTERPRETED = """
+import dataclasses, sys, torch
+from triton.runtime import interpreter
+from mg_fast.kernels.patch_mining import pool_windows_fwd
+from tests.test_accounting import ASKED, inputs
+
+builder = interpreter.interpreter_builder
+builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+load, store, moved = builder.create_masked_load, builder.create_masked_store, [0, 0]
+
+def count(which, pointers, mask):
+    moved[which] += int(mask.data.sum()) * pointers.dtype.scalar.element_ty.primitive_bitwidth // 8
+
+def counted_load(pointers, mask, *rest):
+    count(0, pointers, mask)
+    return load(pointers, mask, *rest)
+
+def counted_store(pointers, value, mask, *rest):
+    count(1, pointers, mask)
+    return store(pointers, value, mask, *rest)
+
+builder.create_masked_load, builder.create_masked_store = counted_load, counted_store
+for sizes in ASKED:
+    moved[:] = 0, 0
+    queries = torch.zeros(sizes.batch, sizes.views, sizes.side**2, sizes.channels, dtype=sizes.dtype)
+    pool_windows_fwd(queries, inputs(sizes, "cpu")[1], sizes.grid)
+    print(*moved)
+"""
+ASKED = [
+    Sizes(torch.float32, batch=2, side=3, dim=12, levels=((12, 7), (6, 20))),
+    Sizes(torch.bfloat16, side=3, dim=12, levels=((24, 70), (12, 6), (6, 10))),
+    Sizes(torch.bfloat16, grid=2, views=5, side=1, dim=12, levels=((16, 6), (8, 10), (4, 14))),
+]
+
+
+def test_what_the_programs_ask_for():
+    """Loads and stores of the kernel, interpreted, by their masks."""
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", INTERPRETED], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for sizes, line in zip(ASKED, done.stdout.splitlines(), strict=True):
+        counter = count(ops._mine_by_kernel, sizes, "meta")[1]
+        around = counter.total + counter.by_operator["mg_fast.pool_windows.default"] * -1
+        cost = accounting.triton_mining(sizes, cached=False)
+        assert f"{cost.bytes_read - around.bytes_read} {cost.bytes_written - around.bytes_written}" == line
+
+
+def test_known_figures():
+    """The projections of the original by hand; the bytes by another's estimate, of the large tensors alone."""
+    standard, hd = Sizes.standard(torch.bfloat16), Sizes.hd(torch.bfloat16)
+    pixels = 192 * 192
+    assert accounting.reference_mining(standard).flop == 2 * pixels * 2880 * 1024 * 2 + 2 * 576 * 1024 * 1024 + 2 * pixels * 1024 * 2
+    assert accounting.reference_mining(standard).bytes == pytest.approx(3.58e9, rel=0.03)
+    assert accounting.reference_mining(hd).flop == 5 * accounting.reference_mining(standard).flop
+    assert accounting.reference_mining(hd).bytes == pytest.approx(23.5e9, rel=0.03)
+    assert accounting.torch_mining(standard).flop == pytest.approx(8.2e9, rel=0.02)
+
+
+def test_floor():
+    """Every tensor that goes in or comes out, once; the key's biases change nothing."""
+    sizes = Sizes(torch.bfloat16, **SMALL["HD"])
+    queries, pyramid, query, key, value = inputs(sizes, "meta")
+    tensors = [queries, queries, *pyramid, *query, key.norm_weight, key.weight, *value]
+    assert accounting.floor_bytes(sizes) == sum(t.nbytes for t in tensors)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta", "cuda"])
+@pytest.mark.parametrize(
+    "call, read, written",
+    [
+        (lambda x, y: x + y, 80, 40),
+        (lambda x, y: x * x, 40, 40),
+        (lambda x, y: x[:5] * x[5:], 40, 20),
+        (lambda x, y: x.expand(7, 10) + 1, 40, 280),
+        (lambda x, y: x.view(2, 5).t()[1:].detach(), 0, 0),
+        (lambda x, y: torch.ops.aten._unsafe_view(x, [2, 5]), 0, 0),
+        (lambda x, y: x.half(), 40, 20),
+        (lambda x, y: x.sub_(y), 80, 40),
+        (lambda x, y: x.copy_(y), 40, 40),
+        (lambda x, y: x[:5].zero_(), 0, 20),
+        (lambda x, y: torch.add(x, 1, out=y), 40, 40),
+        (lambda x, y: torch.empty_like(x), 0, 0),
+        (lambda x, y: torch.zeros_like(x), 0, 40),
+        (lambda x, y: x.view(5, 2).index_select(0, torch.zeros_like(y[:3], dtype=torch.int64)), 24 + 24, 24 + 24),
+        (lambda x, y: torch.cat([x, y]).split(5), 80, 80),
+    ],
+)
+def test_counter(call, read, written, device):
+    with FakeTensorMode() if device == "cuda" else contextlib.nullcontext():
+        x, y = torch.ones(10, device=device), torch.ones(10, device=device)
+        with CountBytes() as counter:
+            call(x, y)
+    assert (counter.total.bytes_read, counter.total.bytes_written) == (read, written)
+
+
+@pytest.mark.parametrize("device, read, written", [("cuda", 80, 40), ("cpu", 4, 40), (None, 84, 80)])
+def test_counter_of_one_device(device, read, written):
+    with FakeTensorMode():
+        x, number = torch.ones(10, device="cuda"), torch.ones((), device="cpu")
+        with CountBytes(device) as counter:
+            x.cpu()
+            x.add_(number)
+    assert (counter.total.bytes_read, counter.total.bytes_written) == (read, written)
+
+
+def test_table(capsys):
+    pytest.importorskip("triton")
+    accounting.main()
+    assert "768 bfloat16        reference                  436.2   3655.9" in capsys.readouterr().out
