@@ -126,16 +126,11 @@ def _pool_raster(
     # of every window's pixels: [B, row of windows, window, pixel row, pixel column]
     deviations, inverse = _statistics([level.shape[-1] for level in pyramid], centres, products, reduction)
     *deviations, inverse = (t.reshape(b, g, side, g, side).transpose(2, 3) for t in (*deviations, inverse))
-    levels = [
-        (
-            level.flatten(1, 2),
-            centre.flatten(1),
-            *_tables(fine, level.shape[1], reduction, g, centre.device, centre.dtype),
-            queries,
-            deviation,
-        )
-        for level, centre, queries, deviation in zip(pyramid, centres, absorbed.split([p.shape[-1] for p in pyramid], dim=-1), deviations)
-    ]
+    parts = absorbed.split([level.shape[-1] for level in pyramid], dim=-1)
+    levels = []
+    for level, centre, queries, deviation in zip(pyramid, centres, parts, deviations):
+        index, resize = _tables(fine, level.shape[1], reduction, g, centre.device, centre.dtype)
+        levels.append((level.flatten(1, 2), centre.flatten(1), index, resize, queries, deviation))
     at_once = 1 if _by_rows(absorbed) else g
 
     rows = []
