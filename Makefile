@@ -4,18 +4,26 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint check aot clean
+.PHONY: demo test lint check interpreted fuzz aot clean
 demo: $(READY)
 	$(BIN)/python -m examples.demo
 
-test: lint check aot
+test: lint check interpreted aot
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 check: $(READY)
-	$(BIN)/python -m pytest --ignore=tests/test_aot.py
+	$(BIN)/python -m pytest --ignore=tests/test_aot.py --ignore=tests/interpreted
+
+# a process of its own: whether kernels are interpreted is settled when Triton is imported
+interpreted: $(READY)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted
+
+# ten times the random cases of `interpreted`, others every time; about half an hour
+fuzz: $(READY)
+	TRITON_INTERPRET=1 MG_FAST_FUZZ=fuzz $(BIN)/python -m pytest tests/interpreted/test_fuzz.py
 
 # a process of its own: what is compiled ahead of time must not have been interpreted before
 aot: $(READY)

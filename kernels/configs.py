@@ -3,6 +3,7 @@
 Data only: launches take their tiles from here, nothing is tuned at run time.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 # shared memory in bytes that one block may use, by compute capability (CUDA C++ Programming Guide, "Technical Specifications per Compute
@@ -25,22 +26,45 @@ class Tile(NamedTuple):
     stages: int
 
 
-# by compute capability (None: any other), then by bytes of an element of the maps and pixels of a window, rounded up to a power of two
+# by compute capability (None: any, where that has no entry of its own), then by bytes of an element of the maps, pixels of a window rounded
+# up to a power of two, and whether the levels' widths are such that pixels are loaded 16 bytes at once. Where they are not, every element
+# has an address of its own, and larger tiles run out of registers. `reduced`: for a global view, where it needs a tile of its own.
 PATCH_MINING = {
     None: {
-        (2, 16): Tile(64, 2, 2),
-        (2, 64): Tile(64, 4, 2),
-        (2, 128): Tile(32, 4, 2),
-        (2, 256): Tile(32, 8, 2),
-        (4, 16): Tile(64, 2, 2),
-        (4, 64): Tile(32, 4, 2),
-        (4, 128): Tile(32, 4, 2),
-        (4, 256): Tile(32, 8, 2),
+        (2, 16, True): Tile(64, 2, 2),
+        (2, 64, True): Tile(64, 4, 2),
+        (2, 128, True): Tile(32, 4, 2),
+        (2, 256, True): Tile(32, 8, 2),
+        (4, 16, True): Tile(64, 2, 2),
+        (4, 64, True): Tile(32, 4, 2),
+        (4, 128, True): Tile(32, 4, 2),
+        (4, 256, True): Tile(32, 8, 2),
+        (2, 16, False): Tile(16, 2, 2),
+        (2, 64, False): Tile(16, 4, 2),
+        (2, 128, False): Tile(8, 8, 1),
+        (2, 256, False): Tile(8, 16, 1),
+        (4, 16, False): Tile(16, 2, 2),
+        (4, 64, False): Tile(16, 4, 2),
+        (4, 128, False): Tile(8, 8, 1),
+        (4, 256, False): Tile(8, 16, 1),
+    },
+    # the default would spill: on sm_80 backward, for a map that is reduced
+    80: {(2, 64, True, "reduced"): Tile(64, 8, 2)},
+    120: {
+        (2, 64, True): Tile(32, 4, 2),
+        (4, 16, True): Tile(32, 2, 2),
     },
 }
 
 
-def patch_mining_tile(architecture: int | None, element_size: int, side: int) -> Tile:
-    """The tile for windows of side x side pixels on a GPU of this compute capability (90 for 9.0)."""
-    table = PATCH_MINING.get(architecture, PATCH_MINING[None])
-    return table[element_size, next(pixels for pixels in (16, 64, 128, 256) if side * side <= pixels)]
+def patch_mining_bucket(element_size: int, side: int, widths: Iterable[int]) -> tuple[int, int, bool]:
+    """The bucket of windows of side x side pixels of levels of these widths."""
+    # Triton knows of a stride whether it is a multiple of 16, and no more
+    return element_size, next(pixels for pixels in (16, 64, 128, 256) if side * side <= pixels), all(width % 16 == 0 for width in widths)
+
+
+def patch_mining_tile(architecture: int | None, element_size: int, side: int, widths: Iterable[int] = (), *, reduced: bool = False) -> Tile:
+    """The tile of their bucket on a GPU of this compute capability (90 for 9.0), for a map that is reduced or not."""
+    table = PATCH_MINING[None] | PATCH_MINING.get(architecture, {})
+    bucket = patch_mining_bucket(element_size, side, widths)
+    return reduced and table.get((*bucket, "reduced")) or table[bucket]

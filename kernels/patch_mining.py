@@ -202,10 +202,11 @@ def _launches(queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int)
     fine, query_side = pyramid[0].shape[1], math.isqrt(n)
     side = fine // (grid * query_side)
     architecture = triton.runtime.driver.active.get_current_target().arch if queries.is_cuda else None
-    tile = patch_mining_tile(architecture, pyramid[0].element_size(), side)
     levels = tuple(Level(level, *level.stride()[:3], level.shape[1]) for level in pyramid)
     offsets = [sum(level.shape[-1] for level in pyramid[:s]) for s in range(len(pyramid))]
     for first, cells, reduction in [(0, grid, 1), (grid * grid, 1, grid)][: 1 + (views > grid * grid)]:
+        widths = [level.shape[-1] for level in pyramid]
+        tile = patch_mining_tile(architecture, pyramid[0].element_size(), side, widths, reduced=reduction > 1)
         arguments = {
             "levels": levels,
             "GEOMETRIES": tuple(geometry(level, at, fine, reduction, side, tile.channels) for level, at in zip(pyramid, offsets)),

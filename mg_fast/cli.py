@@ -1,4 +1,4 @@
-"""mg-fast run | chat | doctor.
+"""mg-fast run | chat | doctor | warmup.
 
 Exit codes: 0 done; 1 unexpected; 2 wrong usage; 3 checkpoint; 4 picture; 5 prompt; 6 backend; 130 interrupted.
 Errors are one line on stderr; --debug shows the traceback.
@@ -30,7 +30,7 @@ CHAT_HELP = """\
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mg-fast", description="Mini-Gemini: questions about pictures, answered fast.")
     parser.add_argument("--version", action="version", version=f"mg-fast {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="run | chat | doctor")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="run | chat | doctor | warmup")
 
     model = argparse.ArgumentParser(add_help=False)
     model.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder or hub id")
@@ -60,6 +60,29 @@ def build_parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="what is installed, and which backends can run here")
     doctor.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
     doctor.set_defaults(action=command_doctor)
+
+    warmup = commands.add_parser(
+        "warmup",
+        help="compile the kernels ahead of time, for a GPU that need not be here",
+        description="Fills Triton's cache (TRITON_CACHE_DIR, or ~/.triton/cache) with the models' kernels, as when an image is built.",
+    )
+    warmup.add_argument(
+        "--arch",
+        action="append",
+        required=True,
+        type=_architecture,
+        metavar="sm_XX",
+        help="the GPU's, as sm_90; may be given several times",
+    )
+    warmup.add_argument(
+        "--model", metavar="DIR", help="checkpoint folder (its config.json will do) or hub id; default: the published sizes"
+    )
+    warmup.add_argument(
+        "--dtype", action="append", choices=("float32", "bfloat16", "float16"), help="may be given twice (default float16 and bfloat16)"
+    )
+    warmup.add_argument("--training", action="store_true", help="the backward pass too")
+    warmup.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
+    warmup.set_defaults(action=command_warmup)
     return parser
 
 
@@ -77,6 +100,15 @@ def _temperature(text: str) -> float:
     if not math.isfinite(value) or value < 0:
         raise argparse.ArgumentTypeError(f"expected a number of 0 or more, got {text!r}")
     return value
+
+
+def _architecture(text: str) -> int:
+    from .kernels.configs import SHARED_MEMORY_LIMITS
+
+    known = {f"sm_{number}": number for number in SHARED_MEMORY_LIMITS}
+    if text not in known:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(known)}, got {text!r}")
+    return known[text]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -286,6 +318,26 @@ def command_doctor(args) -> int:
             for name in backends.BACKENDS:
                 reason = backends.why_not(operation, name, device)
                 print(f"    {name:<10} {'can run' if reason is None else 'cannot: ' + reason}")
+    return 0
+
+
+def command_warmup(args) -> int:
+    from . import warmup
+
+    warmup.check()
+    import torch
+
+    dtypes = [getattr(torch, name) for name in dict.fromkeys(args.dtype or ("float16", "bfloat16"))]
+    configs = [warmup.model_config(args.model)] if args.model is not None else warmup.published_configs()
+    done = []
+    for kernel in warmup.warm_up(list(dict.fromkeys(args.arch)), dtypes, configs, training=args.training):
+        state = "cached" if kernel.seconds is None else f"{kernel.seconds:.1f} s"
+        dtype = str(kernel.dtype).removeprefix("torch.")
+        print(f"{kernel.name:<24} sm_{kernel.architecture:<4} {dtype:<9} {kernel.image_size:>5} pixels  {state}", flush=True)
+        done.append(kernel)
+    fresh = sum(kernel.seconds is not None for kernel in done)
+    print(f"{len(done)} kernels in {warmup.cache_folder()}: {fresh} compiled now, {len(done) - fresh} were there")
+    print("Triton's launchers in C are still built at the first launch on the machine with the GPU, by its C compiler, in about a second.")
     return 0
 
 

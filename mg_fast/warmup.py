@@ -6,10 +6,20 @@ library: the first launch on a machine still builds it, with the machine's C com
 """
 
 import contextlib
-from collections.abc import Iterator
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch._subclasses import FakeTensorMode
+
+from . import absorbed
+from .errors import BackendError, CheckpointError
+from .reference import Projection
+
+# kernels are kept in memory by device: with a number of its own every block asks the cache on disk
+_devices = itertools.count(-1, -1)
 
 
 class _Driver:
@@ -17,10 +27,10 @@ class _Driver:
 
     def __init__(self, architecture: int):
         self.architecture = architecture
+        self.device = next(_devices)
 
     def get_current_device(self) -> int:
-        # kernels are kept by device: one number for each architecture
-        return -self.architecture
+        return self.device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -35,6 +45,8 @@ class _Driver:
 def compile_only(architecture: int) -> Iterator[list]:
     """Within the block tensors are fake, and every Triton launch on CUDA tensors compiles for `architecture` (90: sm_90) instead.
 
+    Pointers are taken to be multiples of 16, as those of whole tensors are; Triton's cache has another entry for others.
+
     Yields:
         The compiled kernels, in the order of the launches.
     """
@@ -45,8 +57,8 @@ def compile_only(architecture: int) -> Iterator[list]:
         if isinstance(value, torch.Tensor):
             return MockTensor(value.dtype)
         if isinstance(value, tuple):
-            values = [mock(v) for v in value]
-            return type(value)(*values) if hasattr(value, "_fields") else tuple(values)
+            # kernels know the fields of a named one
+            return value._make(map(mock, value)) if hasattr(value, "_fields") else tuple(map(mock, value))
         return value
 
     def run(self, *args, grid, warmup, **kwargs):
@@ -61,3 +73,119 @@ def compile_only(architecture: int) -> Iterator[list]:
     finally:
         driver.set_active(active)
         JITFunction.run = launch
+
+
+class Compiled(NamedTuple):
+    """A kernel that is in Triton's cache now; `seconds` is None where it already was."""
+
+    name: str
+    architecture: int
+    dtype: torch.dtype
+    image_size: int
+    seconds: float | None
+
+
+def published_configs() -> list:
+    """Configurations of the published models, as far as kernels tell them apart: 768 pixels, and HD."""
+    from .mini_gemini.configuration import MiniGeminiConfig
+
+    return [MiniGeminiConfig(image_size_aux=768), MiniGeminiConfig(image_size_aux=1536, image_grid=2, image_global=True)]
+
+
+def model_config(name_or_path: str):
+    """The configuration of a checkpoint folder or hub id; weights are not needed.
+
+    Raises:
+        CheckpointError: there is none, or it does not tell the widths of the high-resolution tower.
+    """
+    from .mini_gemini.checkpoint import geometry_config
+    from .mini_gemini.tensor_files import resolve_folder
+
+    config = geometry_config(resolve_folder(name_or_path, weights=False))
+    dims = config.vision_config_aux["dims"]
+    if sum(dims) != config.mm_hidden_size_aux:
+        raise CheckpointError(
+            f"{name_or_path}: config.json says mm_hidden_size_aux={config.mm_hidden_size_aux} and not the widths that add up to it; "
+            f"without vision_config_aux or the tower's tensors they would be {dims}"
+        )
+    return config
+
+
+def cache_folder() -> str:
+    """Where Triton keeps what it compiled."""
+    from triton import knobs
+
+    return knobs.cache.dir
+
+
+def warm_up(
+    architectures: Sequence[int], dtypes: Sequence[torch.dtype], configs: Sequence | None = None, *, training: bool = False
+) -> Iterator[Compiled]:
+    """Fills Triton's cache (TRITON_CACHE_DIR) with the kernels that models of these configurations launch.
+
+    Args:
+        architectures: compute capabilities, 90 for sm_90.
+        dtypes: of the models' weights.
+        configs: MiniGeminiConfigs; by default those of the published models.
+        training: the kernels of the backward pass too.
+
+    Yields:
+        One `Compiled` a kernel, as it is done.
+
+    Raises:
+        BackendError: this process cannot compile kernels.
+    """
+    check()
+    from triton import knobs
+
+    def listener(src, metadata, metadata_group, times, cache_hit):
+        # of the times, in microseconds
+        events.append((src.name, None if cache_hit else times.total / 1e6))
+
+    for architecture, dtype, config in itertools.product(architectures, dtypes, published_configs() if configs is None else configs):
+        events: list = []
+        previous, knobs.compilation.listener = knobs.compilation.listener, listener
+        try:
+            with compile_only(architecture):
+                mine(config, dtype, training=training)
+        finally:
+            knobs.compilation.listener = previous
+        for name, seconds in events:
+            yield Compiled(name, architecture, dtype, config.image_size_aux, seconds)
+
+
+def check() -> None:
+    """Raises `BackendError` with the reason where kernels cannot be compiled here."""
+    from . import backend
+
+    reason = backend.why_not("patch_mining", "triton", "cuda")
+    if reason is None and os.environ.get("TRITON_INTERPRET") == "1":
+        reason = "TRITON_INTERPRET=1 is set, under which kernels are interpreted: unset it"
+    if reason:
+        raise BackendError(f"kernels cannot be compiled: {reason}")
+
+
+def mine(config, dtype: torch.dtype, *, batch: int = 1, training: bool = False) -> None:
+    """Patch info mining on CUDA tensors of a model's shapes and layouts, by the kernels; for use within `compile_only`."""
+    from .kernels.patch_mining import pool_windows_bwd, pool_windows_fwd
+
+    def pool(queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int) -> torch.Tensor:
+        pooled, statistics = pool_windows_fwd(queries, pyramid, grid)
+        if training:
+            pool_windows_bwd(pooled, queries, pyramid, statistics, grid)
+        return pooled
+
+    def projection(channels: int) -> Projection:
+        gain = torch.empty(channels, dtype=dtype, device="cuda")
+        weight = torch.empty(width, channels, dtype=dtype, device="cuda")
+        return Projection(gain, gain, weight, gain.new_empty(width))
+
+    width, dims = config.vision_config.hidden_size, config.vision_config_aux["dims"]
+    queries = torch.empty(batch, config.views, config.tokens_per_view, width, dtype=dtype, device="cuda")
+    # the stem divides by 4, every further stage by 2
+    sides = [config.image_size_aux // 4 // 2**level for level in range(len(dims))]
+    pyramid = [torch.empty(batch, n, n, c, dtype=dtype, device="cuda") for n, c in zip(sides, dims)]
+    with torch.no_grad():
+        absorbed.patch_mining(
+            queries, pyramid, projection(width), projection(sum(dims)), projection(sum(dims)), grid=config.image_grid, pool=pool
+        )

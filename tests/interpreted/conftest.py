@@ -1,0 +1,62 @@
+"""Kernels interpreted on the CPU: what they need of their process, how to interpret faster, and memory that shows what was not written."""
+
+import dataclasses
+import importlib.util
+import os
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
+
+
+def pytest_collect_file():
+    """The folder is skipped, visibly, where Triton is there for GPUs or not at all: it settles that when it is imported."""
+    if not INTERPRETED:
+        reason = "needs Triton and a process of its own: `make interpreted`, or TRITON_INTERPRET=1 python -m pytest tests/interpreted"
+        pytest.skip(reason, allow_module_level=True)
+
+
+if INTERPRETED:
+    import triton
+    from triton.runtime import interpreter
+
+    # every integer operation is done a second time in 64 bits to see whether it overflowed: half of the run time
+    interpreter.interpreter_builder.options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+    # a call of a jit function from a jit function patches all of triton.language again, most of the rest of it: the launch has done so, but
+    # for what Triton's own library sees as `core`, which stays patched
+    interpreter._patch_lang(triton.language.zeros.fn)
+    interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
+    # every shape is a tuple whose type is spelt out, for a compiler that is not there: a third of what is left
+    triton.language.core._type_for_tuple_values = lambda values, fields=None: None
+    # a table of all dtypes is built for every look-up in it
+    _numpy_dtype, _numpy_dtypes = interpreter._get_np_dtype, {}
+
+    def numpy_dtype(dtype):
+        name = str(dtype.scalar)
+        if name not in _numpy_dtypes:
+            _numpy_dtypes[name] = _numpy_dtype(dtype)
+        return _numpy_dtypes[name]
+
+    interpreter._get_np_dtype = numpy_dtype
+
+
+@pytest.fixture(autouse=True)
+def one_thread(two_threads):
+    """The tensors are tiny: a second thread only has to be woken up."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_unwritten(monkeypatch):
+    """Fresh memory is NaN, so that an element that a kernel does not write fails whatever looks at it."""
+
+    def filled(allocate):
+        def allocate_filled(*args, **kwargs):
+            tensor = allocate(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return allocate_filled
+
+    for owner, name in [(torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")]:
+        monkeypatch.setattr(owner, name, filled(getattr(owner, name)))
