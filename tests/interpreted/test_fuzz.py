@@ -157,8 +157,8 @@ def compare(case, inputs, ours, plain, exact):
         other = exact(*arguments)
         errors.append((plain(*arguments).double() - other) / other.abs().max().clamp(min=1e-30))
     worst = max(errors, key=lambda error: error.abs().max().item())
-    # and twice the floor for the same reason
-    assert_accurate(result, expected + worst * expected.abs().max(), expected, rows=4)
+    # and three times the floor for the same reason
+    assert_accurate(result, expected + worst * expected.abs().max(), expected, rows=9)
 
 
 def check(case):
