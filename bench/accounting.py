@@ -224,14 +224,17 @@ def triton_mining(sizes: Sizes, *, cached: bool = True) -> Cost:
     from mg_fast.kernels.patch_mining import _launches
 
     e, c, fine, pixels = sizes.dtype.itemsize, sizes.channels, sizes.levels[0][0], sizes.window**2
+    # in the widest dtype of what goes in
+    pooled = max(e, sizes.absorbed_itemsize)
     # absorbed queries in; pooled windows and statistics out
-    cost = _absorb(sizes) + Cost(0, sizes.queries * c * sizes.absorbed_itemsize, sizes.queries * (c * e + 3 * pixels * FLOAT32))
+    cost = _absorb(sizes) + Cost(0, sizes.queries * c * sizes.absorbed_itemsize, sizes.queries * (c * pooled + 3 * pixels * FLOAT32))
     queries = torch.empty(sizes.batch, sizes.views, sizes.side**2, c, device="meta")
     pyramid = [torch.empty(sizes.batch, n, n, channels, device="meta", dtype=sizes.dtype) for n, channels in sizes.levels]
     for (windows, reduction), (programs, launch) in zip(sizes.rasters, _launches(queries, pyramid, sizes.grid)):
         geometries = launch["GEOMETRIES"]
-        # of the finest level, for the mean that is taken off everything
-        asked = programs * min(geometries[0].block_channels, geometries[0].channels)
+        # some channels of the finest level, for the means that are taken off
+        asked = sizes.batch * min(geometries[0].block_channels, geometries[0].channels)
+        asked *= sum(_reach(fine, fine, reduction, fine // reduction)) ** 2
         for (n, channels), level in zip(sizes.levels, geometries):
             k = level.taps
             # pixels by a product of matrices, or tap by tap, which is none; scores; the sum over coarse pixels or over taps
@@ -239,7 +242,7 @@ def triton_mining(sizes: Sizes, *, cached: bool = True) -> Cost:
             # in both passes
             asked += 2 * sizes.batch * channels * sum(_reach(fine, n, reduction, windows if k else fine // reduction)) ** 2
         cost += Cost(0, (sizes.pyramid if cached else asked) * e)
-    return cost + _project(sizes, e)
+    return cost + _project(sizes, pooled)
 
 
 def _absorb(sizes: Sizes) -> Cost:

@@ -33,11 +33,11 @@ PATCH_MINING = {
     None: {
         (2, 16, True): Tile(64, 2, 2),
         (2, 64, True): Tile(64, 4, 2),
-        (2, 128, True): Tile(32, 4, 2),
+        (2, 128, True): Tile(32, 8, 2),
         (2, 256, True): Tile(32, 8, 2),
         (4, 16, True): Tile(64, 2, 2),
         (4, 64, True): Tile(32, 4, 2),
-        (4, 128, True): Tile(32, 4, 2),
+        (4, 128, True): Tile(32, 8, 2),
         (4, 256, True): Tile(32, 8, 2),
         (2, 16, False): Tile(16, 2, 2),
         (2, 64, False): Tile(16, 4, 2),
@@ -48,12 +48,11 @@ PATCH_MINING = {
         (4, 128, False): Tile(8, 8, 1),
         (4, 256, False): Tile(8, 16, 1),
     },
-    # the default would spill: on sm_80 backward, for a map that is reduced
-    80: {(2, 64, True, "reduced"): Tile(64, 8, 2)},
-    120: {
-        (2, 64, True): Tile(32, 4, 2),
-        (4, 16, True): Tile(32, 2, 2),
-    },
+    # where the default would spill
+    80: {(2, 64, True, "reduced"): Tile(64, 8, 2), (4, 64, True, "reduced"): Tile(16, 4, 2)},
+    86: {(2, 64, True): Tile(64, 8, 2), (4, 64, True, "reduced"): Tile(16, 4, 2)},
+    89: {(2, 64, True): Tile(64, 8, 2), (4, 64, True, "reduced"): Tile(16, 4, 2)},
+    120: {(2, 64, True): Tile(64, 8, 2), (4, 16, True): Tile(32, 2, 2)},
 }
 
 

@@ -9,6 +9,7 @@ Coarse pixels become window pixels by a matrix product where that is exact in TF
 A picture of few queries leaves most of a GPU idle, at under one program per multiprocessor: there the PyTorch form may be faster.
 """
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -17,30 +18,37 @@ import triton
 import triton.language as tl
 
 from .configs import patch_mining_tile
-from .windows import Level, first_tap, geometry, load_pixels, pixel_tap, window_taps
+from .windows import Level, geometry, load_pixels, pixel_tap, window_taps
 
 LAYER_NORM_EPS = 1e-5
 
 
 @triton.jit
-def _shift(level, i_b, row, column, GEOMETRIES: tl.constexpr, S: tl.constexpr):
-    """Mean of some channels of the window's first pixel: taken off everything, it keeps a large common offset from drowning the rest."""
-    C: tl.constexpr = GEOMETRIES[S].channels
-    SIDE: tl.constexpr = GEOMETRIES[S].side
-    BC: tl.constexpr = GEOMETRIES[S].block_channels
+def _shifts(level, i_b, row, column, GEOMETRIES: tl.constexpr):
+    """Mean of some channels of the first level at every pixel of the window [BJ].
+
+    Taken off all of the pixel's channels, it keeps an offset that is large beside their spread from drowning it.
+    """
+    C: tl.constexpr = GEOMETRIES[0].channels
+    SPAN: tl.constexpr = GEOMETRIES[0].span
+    BJ: tl.constexpr = GEOMETRIES[0].block_pixels
+    BC: tl.constexpr = GEOMETRIES[0].block_channels
+    COUNT: tl.constexpr = min(BC, C)
     o_c = tl.arange(0, BC)
     m_c = o_c < C
-    o_y = first_tap(row * SIDE, level.size, GEOMETRIES, S)
-    o_x = first_tap(column * SIDE, level.size, GEOMETRIES, S)
-    o_p = i_b * level.stride_b + o_y.to(tl.int64) * level.stride_y + o_x.to(tl.int64) * level.stride_x
-    b_x = tl.load(level.pixels + o_p + o_c, mask=m_c, other=0.0).to(tl.float32)
-    count: tl.constexpr = min(BC, C)
-    return tl.sum(b_x) / count
+    b_shift = tl.zeros([BJ], tl.float32)
+    for i_tap in range(SPAN * SPAN):
+        t_y, t_x, b_w = pixel_tap(i_tap, row, column, level.size, GEOMETRIES, 0)
+        b_shift += b_w * tl.sum(load_pixels(level, i_b, t_y, t_x, b_w > 0.0, o_c, m_c), axis=1)
+    return b_shift / COUNT
 
 
 @triton.jit
-def _scan(level, vector_ptr, i_b, row, column, shift, GEOMETRIES: tl.constexpr, S: tl.constexpr):
-    """One level's share of: the pixels' inner products with a vector, their sums, their sums of squares [BJ]; the vector's sum."""
+def _scan(level, vector_ptr, i_b, row, column, b_shift, GEOMETRIES: tl.constexpr, S: tl.constexpr):
+    """One level's share of: the pixels' inner products with a vector, their sums, their sums of squares [BJ]; the vector's sum.
+
+    Pixels less `b_shift` [BJ].
+    """
     C: tl.constexpr = GEOMETRIES[S].channels
     OFFSET: tl.constexpr = GEOMETRIES[S].offset
     K: tl.constexpr = GEOMETRIES[S].taps
@@ -50,7 +58,7 @@ def _scan(level, vector_ptr, i_b, row, column, shift, GEOMETRIES: tl.constexpr, 
     b_dot = tl.zeros([BJ], tl.float32)
     b_sum = tl.zeros([BJ], tl.float32)
     b_square = tl.zeros([BJ], tl.float32)
-    total = 0.0
+    b_total = tl.zeros([BC], tl.float32)
     if K > 0:
         o_y, o_x, m_k, b_r = window_taps(row, column, level.size, GEOMETRIES, S)
     for i_c in range(0, C, BC):
@@ -59,24 +67,24 @@ def _scan(level, vector_ptr, i_b, row, column, shift, GEOMETRIES: tl.constexpr, 
         b_u = tl.load(vector_ptr + OFFSET + o_c, mask=m_c, other=0.0).to(tl.float32)  # [BC]
         if K > 0:
             b_x = load_pixels(level, i_b, o_y, o_x, m_k, o_c, m_c)  # [BK, BC]
-            b_v = tl.dot(b_r, b_x, input_precision="tf32") - shift  # [BJ, BC]
+            b_v = tl.dot(b_r, b_x, input_precision="tf32") - b_shift[:, None]  # [BJ, BC]
         else:
             b_v = tl.zeros([BJ, BC], tl.float32)
             for i_tap in range(SPAN * SPAN):
                 t_y, t_x, b_w = pixel_tap(i_tap, row, column, level.size, GEOMETRIES, S)
-                b_v += b_w[:, None] * (load_pixels(level, i_b, t_y, t_x, b_w > 0.0, o_c, m_c) - shift)
+                b_v += b_w[:, None] * (load_pixels(level, i_b, t_y, t_x, b_w > 0.0, o_c, m_c) - b_shift[:, None])
         if C % BC != 0:
             b_v = tl.where(m_c[None, :], b_v, 0.0)
         b_dot += tl.sum(b_v * b_u[None, :], axis=1)
         b_sum += tl.sum(b_v, axis=1)
         b_square += tl.sum(b_v * b_v, axis=1)
-        total += tl.sum(b_u)
-    return b_dot, b_sum, b_square, total
+        b_total += b_u
+    return b_dot, b_sum, b_square, tl.sum(b_total)
 
 
 @triton.jit
 def _pool(level, out_ptr, b_weight, constant, i_b, row, column, shift, GEOMETRIES: tl.constexpr, S: tl.constexpr):
-    """Stores one level's share of the window pixels' sum with weights [BJ], less a constant."""
+    """Stores one level's share of the window pixels' sum with weights [BJ], each less `shift`, and less a constant."""
     C: tl.constexpr = GEOMETRIES[S].channels
     OFFSET: tl.constexpr = GEOMETRIES[S].offset
     K: tl.constexpr = GEOMETRIES[S].taps
@@ -130,13 +138,13 @@ def pool_windows_fwd_kernel(
     BJ: tl.constexpr = GEOMETRIES[0].block_pixels
     PIXELS: tl.constexpr = GEOMETRIES[0].side * GEOMETRIES[0].side
     i_b, i_query, row, column = _place(VIEWS, FIRST_VIEW, CELLS, QUERY_SIDE)
-    shift = _shift(levels[0], i_b, row, column, GEOMETRIES, 0)
+    b_shift = _shifts(levels[0], i_b, row, column, GEOMETRIES)
     b_dot = tl.zeros([BJ], tl.float32)
     b_sum = tl.zeros([BJ], tl.float32)
     b_square = tl.zeros([BJ], tl.float32)
     total = 0.0
     for s in tl.static_range(len(levels)):
-        d, m, q, t = _scan(levels[s], queries_ptr + i_query * C, i_b, row, column, shift, GEOMETRIES, s)
+        d, m, q, t = _scan(levels[s], queries_ptr + i_query * C, i_b, row, column, b_shift, GEOMETRIES, s)
         b_dot, b_sum, b_square, total = b_dot + d, b_sum + m, b_square + q, total + t
     b_mean = b_sum / C
     b_variance = b_square / C - b_mean * b_mean
@@ -154,7 +162,8 @@ def pool_windows_fwd_kernel(
     tl.store(p_statistics + 2 * PIXELS, b_rstd, mask=m_j)
 
     b_weight = b_a * b_rstd
-    constant = tl.sum(b_weight * b_mean, axis=0)
+    shift = tl.sum(b_a * b_shift, axis=0)
+    constant = tl.sum(b_weight * (b_mean + (b_shift - shift)), axis=0)
     for s in tl.static_range(len(levels)):
         _pool(levels[s], pooled_ptr + i_query * C, b_weight, constant, i_b, row, column, shift, GEOMETRIES, s)
 
@@ -176,11 +185,11 @@ def pool_windows_bwd_kernel(
     PIXELS: tl.constexpr = GEOMETRIES[0].side * GEOMETRIES[0].side
     i_b, i_query, row, column = _place(VIEWS, FIRST_VIEW, CELLS, QUERY_SIDE)
     # the same as in the forward pass: the means kept there lack it
-    shift = _shift(levels[0], i_b, row, column, GEOMETRIES, 0)
+    b_shift = _shifts(levels[0], i_b, row, column, GEOMETRIES)
     b_dot = tl.zeros([BJ], tl.float32)
     total = 0.0
     for s in tl.static_range(len(levels)):
-        d, _, _, t = _scan(levels[s], grad_ptr + i_query * C, i_b, row, column, shift, GEOMETRIES, s)
+        d, _, _, t = _scan(levels[s], grad_ptr + i_query * C, i_b, row, column, b_shift, GEOMETRIES, s)
         b_dot, total = b_dot + d, total + t
 
     o_j = tl.arange(0, BJ)
@@ -191,7 +200,8 @@ def pool_windows_bwd_kernel(
     b_rstd = tl.load(p_statistics + 2 * PIXELS, mask=m_j, other=0.0)
     b_da = (b_dot - b_mean * total) * b_rstd
     b_weight = b_a * (b_da - tl.sum(b_a * b_da, axis=0)) * b_rstd
-    constant = tl.sum(b_weight * b_mean, axis=0)
+    shift = tl.sum(b_a * b_shift, axis=0)
+    constant = tl.sum(b_weight * (b_mean + (b_shift - shift)), axis=0)
     for s in tl.static_range(len(levels)):
         _pool(levels[s], grad_queries_ptr + i_query * C, b_weight, constant, i_b, row, column, shift, GEOMETRIES, s)
 
@@ -203,10 +213,10 @@ def _launches(queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int)
     side = fine // (grid * query_side)
     architecture = triton.runtime.driver.active.get_current_target().arch if queries.is_cuda else None
     levels = tuple(Level(level, *level.stride()[:3], level.shape[1]) for level in pyramid)
-    offsets = [sum(level.shape[-1] for level in pyramid[:s]) for s in range(len(pyramid))]
+    widths, element_sizes = [level.shape[-1] for level in pyramid], [level.element_size() for level in pyramid]
+    offsets = [sum(widths[:s]) for s in range(len(pyramid))]
     for first, cells, reduction in [(0, grid, 1), (grid * grid, 1, grid)][: 1 + (views > grid * grid)]:
-        widths = [level.shape[-1] for level in pyramid]
-        tile = patch_mining_tile(architecture, pyramid[0].element_size(), side, widths, reduced=reduction > 1)
+        tile = patch_mining_tile(architecture, max(element_sizes), side, widths, reduced=reduction > 1)
         arguments = {
             "levels": levels,
             "GEOMETRIES": tuple(geometry(level, at, fine, reduction, side, tile.channels) for level, at in zip(pyramid, offsets)),
@@ -222,6 +232,10 @@ def _launches(queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int)
             yield b * cells * cells * n, arguments
 
 
+def pooled_dtype(queries: torch.Tensor, pyramid: Sequence[torch.Tensor]) -> torch.dtype:
+    return functools.reduce(torch.promote_types, (level.dtype for level in pyramid), queries.dtype)
+
+
 def _channels_last(pyramid: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [level if level.stride(-1) == 1 else level.contiguous() for level in pyramid]
 
@@ -232,16 +246,16 @@ def pool_windows_fwd(queries: torch.Tensor, pyramid: Sequence[torch.Tensor], gri
     Args:
         queries: [B, V, N, C], projected to C = sum(C_s) channels, fp16/bf16/fp32; V = grid * grid cells row by row, then possibly the
             global view, which sees the map reduced by `grid`.
-        pyramid: [B, n_s, n_s, C_s], finest first, one of fp16/bf16/fp32; read in place where the channels' stride is 1, else copied.
+        pyramid: [B, n_s, n_s, C_s], finest first, each fp16/bf16/fp32; read in place where the channels' stride is 1, else copied.
         grid: cells per side. The window's side M = n_0 / (grid * sqrt(N)).
 
     Returns:
-        pooled [B, V, N, C] in the pyramid's dtype; statistics [B, V, N, 3, M * M], fp32: the softmax's weights, the pixels' means less
-        a number per window, their inverse standard deviations.
+        pooled [B, V, N, C] in the widest dtype of queries and levels; statistics [B, V, N, 3, M * M], fp32: the softmax's weights, the
+        pixels' means less a number per pixel, their inverse standard deviations.
     """
     queries, pyramid = queries.contiguous(), _channels_last(pyramid)
     side = pyramid[0].shape[1] // (grid * math.isqrt(queries.shape[2]))
-    pooled = torch.empty_like(queries, dtype=pyramid[0].dtype)
+    pooled = torch.empty_like(queries, dtype=pooled_dtype(queries, pyramid))
     statistics = queries.new_empty(*queries.shape[:3], 3, side * side, dtype=torch.float32)
     for programs, arguments in _launches(queries, pyramid, grid):
         pool_windows_fwd_kernel[(programs,)](queries, pooled_ptr=pooled, statistics_ptr=statistics, EPS=LAYER_NORM_EPS, **arguments)

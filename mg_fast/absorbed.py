@@ -43,14 +43,14 @@ def patch_mining(
     pooled = pool(absorbed, pyramid, grid)
     if torch.is_grad_enabled():
         # the key's biases have a gradient of zero, not none: optimisers and data-parallel wrappers look for it
-        pooled = pooled + 0.0 * (key.norm_bias.sum() + key.bias.sum())
+        pooled = pooled + (0.0 * key.norm_bias).sum() + (0.0 * key.bias).sum()
     pooled = torch.addcmul(value.norm_bias, pooled, value.norm_weight)
     return _linear(pooled.to(queries.dtype), value.weight, value.bias)
 
 
 def _absorb(queries: torch.Tensor, query: Projection, key: Projection) -> torch.Tensor:
     """The queries projected to the pyramid's channels: gains of the key's LayerNorm and the scale of the scores included."""
-    d = queries.shape[-1]
+    d = key.weight.shape[0]
     projected = F.layer_norm(queries, query.norm_weight.shape, query.norm_weight, query.norm_bias, LAYER_NORM_EPS)
     projected = _linear(projected, query.weight, query.bias)
     # of the projected ones: under autocast the queries' own says nothing
@@ -227,16 +227,28 @@ def _inner_products(level: torch.Tensor, centre: torch.Tensor, span: int) -> dic
 
 
 def _kept(make: Callable) -> Callable:
-    """Keeps the tensors that `make` returns, by its arguments; but for those of a trace, which belong to it alone."""
-    kept = functools.lru_cache(maxsize=256)(make)
+    """Keeps the tensors that `make` returns, by its arguments, for good: a captured CUDA graph may read them at any time.
+
+    Those of a trace belong to it alone, and those of a capture hold nothing until it is replayed: they are made anew.
+    """
+    kept = {}
 
     @functools.wraps(make)
     def get(*arguments):
         if torch.compiler.is_compiling() or type(torch.empty(0, device="cpu")) is not torch.Tensor:
             return make(*arguments)
-        # what is made in inference mode could not be used for training later
-        with torch.inference_mode(False):
-            return kept(*arguments)
+        if arguments not in kept:
+            cuda = next(a for a in arguments if isinstance(a, torch.device)).type == "cuda"
+            if cuda and torch.cuda.is_current_stream_capturing():
+                return make(*arguments)
+            # what is made in inference mode could not be used for training later
+            with torch.inference_mode(False):
+                made = make(*arguments)
+            if cuda:
+                # other streams will read them
+                torch.cuda.current_stream().synchronize()
+            kept[arguments] = made
+        return kept[arguments]
 
     return get
 
@@ -256,8 +268,11 @@ def _tables(fine: int, size: int, reduction: int, regions: int, device: torch.de
         index [G, G * K * K] of the pixels of each row of windows, window by window; weights [G, M, K] that make a window's M rows of
         pixels of its K coarse ones, and its columns likewise.
     """
-    starts, k = _windows(fine, size, reduction, regions)
-    taps = torch.tensor(starts, device=device)[:, None] + torch.arange(k, device=device)
+    k = _reach(fine, size, reduction, regions)
+    # in the same whole numbers as the weights; at the end moved inwards, so that all windows are equally wide
+    first = torch.arange(regions, device=device) * (fine // regions) + (reduction - 1) // 2
+    first = ((2 * first + 1) * size - fine).clamp(min=0) // (2 * fine)
+    taps = first.clamp(max=size - k)[:, None] + torch.arange(k, device=device)
     index = taps[:, None, :, None] * size + taps[None, :, None, :]
     pixels = torch.arange(fine // reduction, device=device).reshape(regions, -1, 1)
     return index.flatten(1), _weights(pixels, taps[:, None], fine, size, reduction, dtype)
@@ -275,23 +290,23 @@ def _weights(pixels: torch.Tensor, taps: torch.Tensor, fine: int, size: int, red
     return weights
 
 
-def _span(fine: int, size: int, reduction: int) -> int:
-    """How many neighbouring coarse pixels one pixel is made of, at most."""
-    return _windows(fine, size, reduction, fine // reduction)[1]
-
-
 @torch.compiler.assume_constant_result
-def _windows(fine: int, size: int, reduction: int, regions: int) -> tuple[tuple[int, ...], int]:
-    """First coarse pixel of each region along one axis, and how many it spans; at the end moved inwards, so that all are equally wide."""
-    return _regions(fine, size, reduction, regions)
+def _reach(fine: int, size: int, reduction: int, regions: int) -> int:
+    """How many coarse pixels along one axis one of `regions` equal parts of the resized map is made of, at most."""
+    return _kept_reach(fine, size, reduction, regions)
 
 
 @functools.lru_cache(maxsize=256)
-def _regions(fine: int, size: int, reduction: int, regions: int) -> tuple[tuple[int, ...], int]:
-    side = fine // reduction // regions
-    first = [(r * side) * reduction + (reduction - 1) // 2 for r in range(regions)]
-    last = [(r * side + side - 1) * reduction + reduction // 2 for r in range(regions)]
-    starts = [min(max((2 * f + 1) * size - fine, 0) // (2 * fine), size - 1) for f in first]
-    ends = [min(-(-max((2 * f + 1) * size - fine, 0) // (2 * fine)), size - 1) for f in last]
-    width = max(end - start for start, end in zip(starts, ends)) + 1
-    return tuple(min(start, size - width) for start in starts), width
+def _kept_reach(fine: int, size: int, reduction: int, regions: int) -> int:
+    side, reach = fine // regions, 0
+    for region in range(regions):
+        first, last = region * side + (reduction - 1) // 2, (region + 1) * side - reduction + reduction // 2
+        start = max((2 * first + 1) * size - fine, 0) // (2 * fine)
+        end = min(-(-max((2 * last + 1) * size - fine, 0) // (2 * fine)), size - 1)
+        reach = max(reach, end - start + 1)
+    return reach
+
+
+def _span(fine: int, size: int, reduction: int) -> int:
+    """How many neighbouring coarse pixels one pixel is made of, at most."""
+    return _reach(fine, size, reduction, fine // reduction)

@@ -1,7 +1,9 @@
 """The functional API: checks the inputs, chooses the backend, calls it; and the kernels as operators of torch."""
 
 import contextlib
+import functools
 import math
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -41,17 +43,29 @@ def patch_mining(
         ValueError: shapes that do not fit; the message names expected and actual.
         BackendError: a backend was named that cannot run here.
     """
-    views = queries[:, None] if queries.dim() == 3 else queries
-    _check_mining(views, pyramid, key, grid)
+    views, pyramid = queries[:, None] if queries.dim() == 3 else queries, list(pyramid)
+    grid = operator.index(grid)
+    if torch.compiler.is_compiling():
+        views, *pyramid = (_with_constant_sizes(tensor) for tensor in (views, *pyramid))
+    _check_mining(views, pyramid, query, key, value, grid)
     unsuited = {"triton": _mining_unsuited(views, pyramid, grid)}
     chosen = _PATCH_MINING[backends.choose("patch_mining", backend, queries.device, unsuited)]
     return chosen(views, pyramid, query, key, value, grid=grid).reshape(queries.shape)
 
 
-def _check_mining(queries: torch.Tensor, pyramid: Sequence[torch.Tensor], key: Projection, grid: int) -> None:
+def _with_constant_sizes(tensor: torch.Tensor) -> torch.Tensor:
+    """In a trace all sizes but the batch are constants, at the price of a graph for each: tables and launches are made from them."""
+    return tensor.reshape(tensor.shape[0], *(operator.index(size) for size in tensor.shape[1:]))
+
+
+def _check_mining(
+    queries: torch.Tensor, pyramid: Sequence[torch.Tensor], query: Projection, key: Projection, value: Projection, grid: int
+) -> None:
     if queries.dim() != 4:
         raise ValueError(f"patch_mining: queries must be [B, N, D] or [B, V, N, D], got {list(queries.shape)}")
-    b, views, n, _ = queries.shape
+    if grid < 1:
+        raise ValueError(f"patch_mining: grid must be at least 1 cell a side, got {grid}")
+    b, views, n, d = queries.shape
     side = math.isqrt(n)
     if side * side != n or n == 0:
         raise ValueError(f"patch_mining: the number of queries per view must be a square, got {n}")
@@ -61,12 +75,27 @@ def _check_mining(queries: torch.Tensor, pyramid: Sequence[torch.Tensor], key: P
         )
     if views > grid * grid and grid == 1:
         raise ValueError("patch_mining: a global view needs grid >= 2, got grid=1 with 2 views")
+    if not pyramid:
+        raise ValueError("patch_mining: the pyramid must have at least one level, got none")
     for level, stage in enumerate(pyramid):
-        if stage.dim() != 4 or stage.shape[0] != b or stage.shape[1] != stage.shape[2]:
+        if stage.dim() != 4 or stage.shape[0] != b or stage.shape[1] != stage.shape[2] or 0 in stage.shape[1:]:
             raise ValueError(f"patch_mining: pyramid level {level} must be [{b}, n, n, C], got {list(stage.shape)}")
+        if stage.device != queries.device:
+            raise ValueError(f"patch_mining: pyramid level {level} is on {stage.device}, the queries are on {queries.device}")
+    for tensor in (queries, *pyramid):
+        if not tensor.is_floating_point():
+            raise ValueError(f"patch_mining: queries and pyramid must be floating point, got {tensor.dtype}")
+    if query.weight.shape[1] != d:
+        raise ValueError(f"patch_mining: the queries are {d} wide, the query projection takes {query.weight.shape[1]}")
     channels = sum(stage.shape[-1] for stage in pyramid)
-    if channels != key.weight.shape[1]:
-        raise ValueError(f"patch_mining: the pyramid has {channels} channels, the projections take {key.weight.shape[1]}")
+    for projection in (key, value):
+        if projection.weight.shape[1] != channels:
+            raise ValueError(f"patch_mining: the pyramid has {channels} channels, the projections take {projection.weight.shape[1]}")
+    if query.weight.shape[0] != key.weight.shape[0] or value.weight.shape[0] != d:
+        raise ValueError(
+            f"patch_mining: query and key must be projected to one width and values to the queries' {d}, "
+            f"got {query.weight.shape[0]}, {key.weight.shape[0]} and {value.weight.shape[0]}"
+        )
     n0 = pyramid[0].shape[1]
     if n0 % (grid * side):
         raise ValueError(
@@ -117,7 +146,8 @@ def pool_windows(queries: torch.Tensor, pyramid: list[torch.Tensor], grid: int) 
 def _(queries, pyramid, grid):
     side = pyramid[0].shape[1] // (grid * math.isqrt(queries.shape[2]))
     statistics = queries.new_empty(*queries.shape[:3], 3, side * side, dtype=torch.float32)
-    return queries.new_empty(queries.shape, dtype=pyramid[0].dtype), statistics
+    dtype = functools.reduce(torch.promote_types, (level.dtype for level in pyramid), queries.dtype)
+    return queries.new_empty(queries.shape, dtype=dtype), statistics
 
 
 @torch.library.custom_op("mg_fast::pool_windows_backward", mutates_args=())
@@ -165,6 +195,7 @@ def _(grad, queries, pyramid, wanted, grid):
 def _pool_windows_context(ctx, inputs, output):
     queries, pyramid, ctx.grid = inputs
     ctx.levels = len(pyramid)
+    ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(queries, output[1], *pyramid)
 
 

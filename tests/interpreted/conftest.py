@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -39,6 +40,10 @@ if INTERPRETED:
         return _numpy_dtypes[name]
 
     interpreter._get_np_dtype = numpy_dtype
+    # CPython maps memory for every 16 KiB of frames, and a call back and forth across that line does so each time: under pytest's frames
+    # the line lies in the innermost loop, half of the run time; a thread begins with an empty stack
+    _launch, _thread = interpreter.GridExecutor.__call__, ThreadPoolExecutor(1)
+    interpreter.GridExecutor.__call__ = lambda *args, **kwargs: _thread.submit(_launch, *args, **kwargs).result()
 
 
 @pytest.fixture(autouse=True)

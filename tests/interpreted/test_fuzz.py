@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from mg_fast import absorbed, ops, reference
@@ -16,9 +16,9 @@ from tests.tolerances import assert_accurate
 # an example takes as long as its windows are many, and every test's fixtures serve all of its examples
 COMMON = dict(deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
 PROFILES = {
-    # the same cases every time: what breaks a build is a change
-    "ci": settings(max_examples=500, derandomize=True, database=None, **COMMON),
-    "fuzz": settings(max_examples=5000, **COMMON),
+    # the same cases every time: what breaks a build is a change; not made smaller, which takes minutes
+    "ci": settings(max_examples=500, derandomize=True, database=None, phases=[Phase.generate], **COMMON),
+    "fuzz": settings(max_examples=5000, phases=[Phase.reuse, Phase.generate, Phase.shrink], **COMMON),
 }
 
 
