@@ -418,3 +418,35 @@ def test_recorded_outputs(kind, request, photo):
     with mg_fast.use_backend("triton"), torch.inference_mode():
         tokens = model.get_image_features(**inputs).pooler_output
     assert relative_error(tokens, load_file(OWN_GOLDEN / kind / "expected.safetensors")["case0.image_tokens"]) <= IMAGE_TOKENS
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("offset", [30.0, 1000.0])
+def test_one_pixel_far_from_the_others(dtype, offset):
+    """What is taken off one pixel must not be another's mean."""
+    queries, pyramid, projections, grid = make(1, dims=(40, 40), dim=16)
+    for level in pyramid:
+        level[:, 0, 0] += offset
+    queries, pyramid = queries.to(dtype), [level.to(dtype) for level in pyramid]
+    projections = [reference.Projection(*(t.to(dtype) for t in p)) for p in projections]
+    with torch.no_grad():
+        ours = ops.patch_mining(queries, pyramid, *projections, grid=grid, backend="triton")
+        plain = reference.patch_mining(queries, pyramid, *projections, grid=grid)
+        assert_accurate(ours, plain, oracle(queries, pyramid, projections, grid))
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.float16)])
+def test_levels_of_other_dtypes_than_the_queries(dtypes):
+    queries, pyramid, projections, grid = make(2, dims=(8, 16))
+    pyramid = [level.to(dtype) for level, dtype in zip(pyramid, dtypes)]
+    with torch.no_grad():
+        ours = ops.patch_mining(queries, pyramid, *projections, grid=grid, backend="triton")
+        plain = reference.patch_mining(queries, [level.float() for level in pyramid], *projections, grid=grid)
+        assert ours.dtype == torch.float32
+        assert_accurate(ours, plain, oracle(queries, pyramid, projections, grid))
+
+
+def test_statistics_are_not_differentiable():
+    queries, pyramid, _, grid = make(1, dims=(8,))
+    pooled, statistics = ops.pool_windows(torch.randn(*queries.shape[:3], 8, requires_grad=True), pyramid, grid)
+    assert pooled.requires_grad and not statistics.requires_grad
