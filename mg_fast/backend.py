@@ -62,7 +62,20 @@ def why_not(operation: str, backend: str, device: torch.device | str = "cpu") ->
             return "triton is not installed (it is published for Linux only)"
         if torch.device(device).type != "cuda" and not _interpreted():
             return f"triton runs on CUDA tensors, these are on {torch.device(device).type} (TRITON_INTERPRET=1 interprets on the CPU)"
+        if torch.device(device).type == "cuda":
+            return _gpu_unsuited(torch.device(device).index)
     return None
+
+
+@torch.compiler.assume_constant_result
+def _gpu_unsuited(index: int | None) -> str | None:
+    """Why the kernels do not run on this GPU; None where they do, and where there is none: they are compiled for one elsewhere."""
+    if not torch.cuda.is_available():
+        return None
+    if torch.version.hip:
+        return "the kernels are compiled and tested for NVIDIA GPUs only, this one is AMD's"
+    major, minor = torch.cuda.get_device_capability(index)
+    return None if major >= 8 else f"the kernels need a GPU of compute capability 8.0 or newer, this one has {major}.{minor}"
 
 
 def _interpreted() -> bool:

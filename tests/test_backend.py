@@ -58,6 +58,15 @@ def test_tensors_that_a_backend_does_not_take():
         backend.choose("patch_mining", "torch", unsuited=unsuited)
 
 
+def test_gpus_too_old_for_the_kernels(monkeypatch):
+    assert backend.choose("patch_mining", "auto", "cuda") == "triton"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    assert backend.choose("patch_mining", "auto", "cuda:0") == "torch"
+    with pytest.raises(BackendError, match="need a GPU of compute capability 8.0 or newer, this one has 7.5"):
+        backend.choose("patch_mining", "triton", "cuda:0")
+
+
 def test_auto_never_interprets(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert backend.why_not("patch_mining", "triton") is None
