@@ -21,7 +21,7 @@ check: $(READY)
 interpreted: $(READY)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted
 
-# ten times the random cases of `interpreted`, others every time; about half an hour
+# ten times the random cases of `interpreted`, others every time
 fuzz: $(READY)
 	TRITON_INTERPRET=1 MG_FAST_FUZZ=fuzz $(BIN)/python -m pytest tests/interpreted/test_fuzz.py
 

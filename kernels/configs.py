@@ -62,7 +62,7 @@ def patch_mining_bucket(element_size: int, side: int, widths: Iterable[int]) -> 
     return element_size, next(pixels for pixels in (16, 64, 128, 256) if side * side <= pixels), all(width % 16 == 0 for width in widths)
 
 
-def patch_mining_tile(architecture: int | None, element_size: int, side: int, widths: Iterable[int] = (), *, reduced: bool = False) -> Tile:
+def patch_mining_tile(architecture: int | None, element_size: int, side: int, widths: Iterable[int], *, reduced: bool) -> Tile:
     """The tile of their bucket on a GPU of this compute capability (90 for 9.0), for a map that is reduced or not."""
     table = PATCH_MINING[None] | PATCH_MINING.get(architecture, {})
     bucket = patch_mining_bucket(element_size, side, widths)

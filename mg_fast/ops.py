@@ -194,7 +194,6 @@ def _(grad, queries, pyramid, wanted, grid):
 
 def _pool_windows_context(ctx, inputs, output):
     queries, pyramid, ctx.grid = inputs
-    ctx.levels = len(pyramid)
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(queries, output[1], *pyramid)
 

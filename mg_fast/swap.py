@@ -176,7 +176,7 @@ def _restore_class(reference: weakref.ref) -> None:
 def _mine(images: torch.Tensor, images_aux: torch.Tensor, projections: list[Projection]) -> torch.Tensor:
     pixels = images_aux.permute(0, 2, 3, 1)
     if backends.choose("patch_mining", None, images.device) != "reference":
-        # the copy that the original makes too: the other forms read a pixel's channels together, and were seven times slower on the view
+        # the copy that the original makes too: the other forms read a pixel's channels together
         pixels = pixels.contiguous()
     return ops.patch_mining(images, [pixels], *projections)
 
