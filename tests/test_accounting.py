@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import accounting
 from bench.accounting import CountBytes, Sizes
-from mg_fast import absorbed, ops, reference
+from mg_fast import absorbed, reference
+from mg_fast.ops import mining
 from tests.paths import ROOT
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -109,7 +110,7 @@ def test_triton_at_the_published_sizes(make, dtype):
     """The kernel as one operator; the global view's launch reads the pyramid once more."""
     pytest.importorskip("triton")
     sizes = make(dtype)
-    gemms, counter = count(ops._mine_by_kernel, sizes, "meta")
+    gemms, counter = count(mining._mine_by_kernel, sizes, "meta")
     cost = accounting.triton_mining(sizes)
     again = sizes.pyramid * dtype.itemsize * (sizes.views > 1)
     assert (cost.bytes_read, cost.bytes_written) == (counter.total.bytes_read + again, counter.total.bytes_written)
@@ -163,7 +164,7 @@ def test_what_the_programs_ask_for():
     done = subprocess.run([sys.executable, "-c", INTERPRETED], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for sizes, line in zip(ASKED, done.stdout.splitlines(), strict=True):
-        counter = count(ops._mine_by_kernel, sizes, "meta")[1]
+        counter = count(mining._mine_by_kernel, sizes, "meta")[1]
         around = counter.total + counter.by_operator["mg_fast.pool_windows.default"] * -1
         cost = accounting.triton_mining(sizes, cached=False)
         assert f"{cost.bytes_read - around.bytes_read} {cost.bytes_written - around.bytes_written}" == line

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 import mg_fast
 from mg_fast import BackendError, MiniGeminiForConditionalGeneration, MiniGeminiProcessor, ops, reference, use_backend
+from mg_fast.ops import mining
 from mg_fast.reference import Projection
 from tests.paths import OWN_GOLDEN, original_golden
 from tests.test_absorbed import CASES, make, oracle, upcast
@@ -300,7 +301,7 @@ def counting(monkeypatch, name):
         calls.append(args)
         return operator(*args)
 
-    monkeypatch.setattr(ops, name, counted)
+    monkeypatch.setattr(mining, name, counted)
     return calls
 
 

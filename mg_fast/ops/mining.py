@@ -1,4 +1,4 @@
-"""The functional API: checks the inputs, chooses the backend, calls it; and the kernels as operators of torch."""
+"""Patch info mining: checks the inputs, chooses the backend, calls it; and its kernels as operators of torch."""
 
 import contextlib
 import functools
@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import torch
 
-from . import absorbed, reference
-from . import backend as backends
-from .reference import Projection
+from .. import absorbed, reference
+from .. import backend as backends
+from ..reference import Projection
 
 # pixels along a side of the largest window that the kernel's registers hold
 MAX_WINDOW = 16
@@ -136,7 +136,7 @@ def _on(tensor: torch.Tensor):
 @torch.library.custom_op("mg_fast::pool_windows", mutates_args=())
 def pool_windows(queries: torch.Tensor, pyramid: list[torch.Tensor], grid: int) -> tuple[torch.Tensor, torch.Tensor]:
     """`kernels.patch_mining.pool_windows_fwd`; the gradient to the pyramid, where one is asked for, recomputes by `absorbed`."""
-    from .kernels.patch_mining import pool_windows_fwd
+    from ..kernels.patch_mining import pool_windows_fwd
 
     with _on(queries):
         return pool_windows_fwd(queries, pyramid, grid)
@@ -155,7 +155,7 @@ def pool_windows_backward(
     grad: torch.Tensor, queries: torch.Tensor, pyramid: list[torch.Tensor], statistics: torch.Tensor, grid: int
 ) -> torch.Tensor:
     """`kernels.patch_mining.pool_windows_bwd`."""
-    from .kernels.patch_mining import pool_windows_bwd
+    from ..kernels.patch_mining import pool_windows_bwd
 
     with _on(queries):
         return pool_windows_bwd(grad, queries, pyramid, statistics, grid)

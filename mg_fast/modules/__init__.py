@@ -1,0 +1,6 @@
+"""Drop-in modules with the original's parameter names."""
+
+from .convnext import ConvNeXtPyramid
+from .patch_mining import PatchInfoMining
+
+__all__ = ["ConvNeXtPyramid", "PatchInfoMining"]

@@ -1,0 +1,11 @@
+"""The functional API: every operation checks its inputs, chooses a backend and calls it; kernels are operators of torch."""
+
+from .mining import (
+    MAX_WINDOW,
+    patch_mining,
+    pool_windows,
+    pool_windows_backward,
+    pool_windows_backward_pyramid,
+)
+
+__all__ = ["MAX_WINDOW", "patch_mining", "pool_windows", "pool_windows_backward", "pool_windows_backward_pyramid"]
