@@ -19,11 +19,11 @@ check: $(READY)
 
 # a process of its own: whether kernels are interpreted is settled when Triton is imported
 interpreted: $(READY)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/interpreted
 
 # ten times the random cases of `interpreted`, others every time
 fuzz: $(READY)
-	TRITON_INTERPRET=1 MG_FAST_FUZZ=fuzz $(BIN)/python -m pytest tests/interpreted/test_fuzz.py
+	TRITON_INTERPRET=1 MG_FAST_FUZZ=fuzz $(BIN)/python -m pytest -n 2 --dist worksteal tests/interpreted/test_fuzz.py
 
 # a process of its own: what is compiled ahead of time must not have been interpreted before
 aot: $(READY)

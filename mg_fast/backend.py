@@ -58,13 +58,18 @@ def why_not(operation: str, backend: str, device: torch.device | str = "cpu") ->
     if backend not in IMPLEMENTED[operation]:
         return f"{operation} has no {backend} implementation in this version, only {', '.join(IMPLEMENTED[operation])}"
     if backend == "triton":
-        if not _HAS_TRITON:
-            return "triton is not installed (it is published for Linux only)"
+        if reason := no_triton():
+            return reason
         if torch.device(device).type != "cuda" and not _interpreted():
             return f"triton runs on CUDA tensors, these are on {torch.device(device).type} (TRITON_INTERPRET=1 interprets on the CPU)"
         if torch.device(device).type == "cuda":
             return _gpu_unsuited(torch.device(device).index)
     return None
+
+
+def no_triton() -> str | None:
+    """Why there are no kernels at all here, even to be compiled for a GPU elsewhere; None where there are."""
+    return None if _HAS_TRITON else "triton is not installed (it is published for Linux only)"
 
 
 @torch.compiler.assume_constant_result

@@ -6,6 +6,7 @@ from torch._subclasses import FakeTensorMode
 
 from mg_fast import absorbed, reference
 from mg_fast.modules import PatchInfoMining
+from tests.draws import normal
 from tests.tolerances import assert_accurate
 
 CASES = {
@@ -28,11 +29,11 @@ def make(side, *, window=8, grid=1, batch=1, dims=(6, 10, 14, 18), dim=12, views
     generator = torch.Generator().manual_seed(seed)
     fine = grid * side * window
     views = views or grid * grid + (grid > 1)
-    queries = torch.randn(batch, views, side * side, dim, generator=generator).to(dtype)
-    pyramid = [(torch.randn(batch, fine >> s, fine >> s, c, generator=generator) + offset).to(dtype) for s, c in enumerate(dims)]
+    queries = normal(generator, batch, views, side * side, dim).to(dtype)
+    pyramid = [(normal(generator, batch, fine >> s, fine >> s, c) + offset).to(dtype) for s, c in enumerate(dims)]
     mining = PatchInfoMining(dim, dims)
     for name, p in mining.named_parameters():
-        p.data = torch.randn(p.shape, generator=generator) * 0.3 + (1.0 if name.endswith("0.weight") else 0.0)
+        p.data = normal(generator, *p.shape) * 0.3 + (1.0 if name.endswith("0.weight") else 0.0)
     projections = projections_of(mining.to(dtype))
     return queries, pyramid, projections, grid
 
@@ -85,7 +86,7 @@ def test_large_common_offset(grid):
 @pytest.mark.parametrize("grid", [1, 2])
 def test_gradients_reach_everything(grid):
     queries, pyramid, projections, grid = make(2, grid=grid)
-    upstream = torch.randn(queries.shape, generator=torch.Generator().manual_seed(1))
+    upstream = normal(1, *queries.shape)
 
     def gradients(function):
         leaves = [queries.clone().requires_grad_(), *(level.clone().requires_grad_() for level in pyramid)]

@@ -1,4 +1,4 @@
-"""Kernels interpreted on the CPU: what they need of their process, how to interpret faster, and memory that shows what was not written."""
+"""Kernels on a GPU, or interpreted on the CPU: where they run, how to interpret faster, and memory that shows what was not written."""
 
 import dataclasses
 import importlib.util
@@ -12,9 +12,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_
 
 
 def pytest_collect_file():
-    """The folder is skipped, visibly, where Triton is there for GPUs or not at all: it settles that when it is imported."""
-    if not INTERPRETED:
-        reason = "needs Triton and a process of its own: `make interpreted`, or TRITON_INTERPRET=1 python -m pytest tests/interpreted"
+    """The folder is skipped, visibly, where kernels can not run: whether they are interpreted is settled when Triton is imported."""
+    if not INTERPRETED and not (torch.cuda.is_available() and importlib.util.find_spec("triton")):
+        reason = (
+            "needs Triton and a GPU, or a process of its own: `make interpreted`, or TRITON_INTERPRET=1 python -m pytest tests/interpreted"
+        )
         pytest.skip(reason, allow_module_level=True)
 
 
@@ -44,6 +46,13 @@ if INTERPRETED:
     # the line lies in the innermost loop, half of the run time; a thread begins with an empty stack
     _launch, _thread = interpreter.GridExecutor.__call__, ThreadPoolExecutor(1)
     interpreter.GridExecutor.__call__ = lambda *args, **kwargs: _thread.submit(_launch, *args, **kwargs).result()
+
+
+@pytest.fixture(autouse=True)
+def on_the_device():
+    """What a test makes is there where the kernels run."""
+    with torch.device("cpu" if INTERPRETED else "cuda"):
+        yield
 
 
 @pytest.fixture(autouse=True)

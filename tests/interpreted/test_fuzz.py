@@ -1,5 +1,6 @@
 """Random shapes, layouts and values through the kernel, interpreted, held to the accuracy rule; `make fuzz` tries ten times as many."""
 
+import functools
 import os
 from typing import NamedTuple
 
@@ -10,16 +11,12 @@ from hypothesis import strategies as st
 
 from mg_fast import absorbed, ops, reference
 from mg_fast.modules import PatchInfoMining
+from tests import draws
 from tests.test_absorbed import oracle, projections_of
-from tests.tolerances import assert_accurate
+from tests.tolerances import assert_accurate, errors
 
 # an example takes as long as its windows are many, and every test's fixtures serve all of its examples
 COMMON = dict(deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
-PROFILES = {
-    # the same cases every time: what breaks a build is a change; not made smaller, which takes minutes
-    "ci": settings(max_examples=500, derandomize=True, database=None, phases=[Phase.generate], **COMMON),
-    "fuzz": settings(max_examples=5000, phases=[Phase.reuse, Phase.generate, Phase.shrink], **COMMON),
-}
 
 
 class Case(NamedTuple):
@@ -37,7 +34,6 @@ class Case(NamedTuple):
     dim: int
     scale: float
     offset: float
-    backward: bool
     seed: int
 
 
@@ -81,25 +77,19 @@ def cases(draw):
         batch=batch,
         window=window,
         sizes=tuple(sizes),
-        # the first level has a few channels, as the kernel takes their mean for the common offset: of one or two it is none, and float32
-        # loses up to two bits more than the plain form
-        widths=(draw(st.integers(8, 40)), *draw(st.lists(st.integers(1, 40), min_size=levels - 1, max_size=levels - 1))),
+        # of one or two channels LayerNorm leaves a sign or nothing: rounding, raised to the size of a feature
+        widths=tuple(draw(st.lists(st.integers(1, 40), min_size=levels, max_size=levels).filter(lambda widths: sum(widths) > 3))),
         layouts=tuple(draw(st.lists(st.sampled_from(list(LAYOUTS)), min_size=levels, max_size=levels))),
         # of a handful of numbers the largest error says little
         dim=draw(st.integers(16, 40)),
         scale=draw(st.sampled_from([1.0, 0.05, 20.0])),
         offset=draw(st.sampled_from([0.0, 1.0, -50.0])),
-        backward=draw(st.booleans()),
         seed=draw(st.integers(0, 2**16)),
     )
 
 
 def build(case):
-    generator = torch.Generator().manual_seed(case.seed)
-    dtype = getattr(torch, case.dtype)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator)
+    dtype, normal = getattr(torch, case.dtype), functools.partial(draws.normal, torch.Generator().manual_seed(case.seed))
 
     views = case.grid**2 + case.global_view
     queries = normal(case.batch, views, case.side**2, case.dim).to(dtype)
@@ -133,11 +123,11 @@ def gradient(pool, queries, pyramid, grid, upstream):
 def pooling(case):
     """Arguments of `gradient` that follow from a case."""
     queries, pyramid, _, grid = build(case)
-    generator = torch.Generator().manual_seed(case.seed + 1)
+    normal = functools.partial(draws.normal, torch.Generator().manual_seed(case.seed + 1))
     shape = (*queries.shape[:3], sum(case.widths))
     # scores of order one: one pixel must not take all of the weight, nor all the same
-    absorbed_queries = (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).to(queries.dtype)
-    return absorbed_queries, pyramid, grid, torch.randn(shape, generator=generator).to(queries.dtype)
+    absorbed_queries = (normal(*shape) * shape[-1] ** -0.5).to(queries.dtype)
+    return absorbed_queries, pyramid, grid, normal(*shape).to(queries.dtype)
 
 
 def exact_gradient(queries, pyramid, grid, upstream):
@@ -145,23 +135,30 @@ def exact_gradient(queries, pyramid, grid, upstream):
 
 
 def compare(case, inputs, ours, plain, exact):
-    """The accuracy rule, with the plain form at its worst of sixteen draws: the outcome of one window, chosen by a search, is luck."""
+    """The accuracy rule, with the plain form at its worst of eight draws: the outcome of one window, chosen by a search, is luck."""
     arguments = inputs(case)
     result, expected = ours(*arguments), exact(*arguments)
     assert result.dtype == arguments[0].dtype and result.shape == arguments[0].shape
     if expected.numel() == 0:
         return
-    errors = []
-    for draw in range(16):
+    found = []
+    for draw in range(8):
         arguments = inputs(case._replace(seed=case.seed + 10**5 * draw))
-        other = exact(*arguments)
-        errors.append((plain(*arguments).double() - other) / other.abs().max().clamp(min=1e-30))
-    worst = max(errors, key=lambda error: error.abs().max().item())
-    # and three times the floor for the same reason
-    assert_accurate(result, expected + worst * expected.abs().max(), expected, rows=9)
+        found.append(errors(plain(*arguments), exact(*arguments)))
+    assert_accurate(result, found, expected)
 
 
-def check(case):
+def fuzz(examples):
+    """Of that many cases in CI; ten times as many by `make fuzz`."""
+    if os.environ.get("MG_FAST_FUZZ") == "fuzz":
+        return settings(max_examples=10 * examples, phases=[Phase.reuse, Phase.generate, Phase.shrink], **COMMON)
+    # the same every time: what breaks a build is a change; not made smaller, which takes minutes
+    return settings(max_examples=examples, derandomize=True, database=None, phases=[Phase.generate], **COMMON)
+
+
+@fuzz(500)
+@given(cases())
+def test_forward(case):
     with torch.no_grad():
         compare(
             case,
@@ -170,17 +167,15 @@ def check(case):
             lambda queries, pyramid, projections, grid: reference.patch_mining(queries, pyramid, *projections, grid=grid),
             oracle,
         )
-    if case.backward:
-        compare(
-            case,
-            pooling,
-            lambda *arguments: gradient(lambda *inputs: ops.pool_windows(*inputs)[0], *arguments),
-            lambda *arguments: gradient(plain_pool, *arguments),
-            exact_gradient,
-        )
 
 
-@PROFILES[os.environ.get("MG_FAST_FUZZ", "ci")]
+@fuzz(250)
 @given(cases())
-def test_fuzz(case):
-    check(case)
+def test_backward(case):
+    compare(
+        case,
+        pooling,
+        lambda *arguments: gradient(lambda *inputs: ops.pool_windows(*inputs)[0], *arguments),
+        lambda *arguments: gradient(plain_pool, *arguments),
+        exact_gradient,
+    )

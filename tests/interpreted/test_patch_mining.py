@@ -11,6 +11,8 @@ import mg_fast
 from mg_fast import BackendError, MiniGeminiForConditionalGeneration, MiniGeminiProcessor, ops, reference, use_backend
 from mg_fast.ops import mining
 from mg_fast.reference import Projection
+from tests.draws import normal
+from tests.interpreted.conftest import INTERPRETED
 from tests.paths import OWN_GOLDEN, original_golden
 from tests.test_absorbed import CASES, make, oracle, upcast
 from tests.tolerances import IMAGE_TOKENS, assert_accurate, relative_error
@@ -170,7 +172,7 @@ def test_operators_take_strided_queries_and_gradients():
     queries, pyramid, _, grid = make(1, window=4, batch=2, dims=(6, 10), dim=16)
     pooled, statistics = ops.pool_windows(queries, pyramid, grid)
     assert torch.equal(ops.pool_windows(queries.transpose(0, 3).contiguous().transpose(0, 3), pyramid, grid)[0], pooled)
-    grad = torch.randn(queries.shape, generator=torch.Generator().manual_seed(1))
+    grad = normal(1, *queries.shape)
     expected = ops.pool_windows_backward(grad, queries, pyramid, statistics, grid)
     swapped = grad.transpose(0, 3).contiguous().transpose(0, 3)
     assert torch.equal(ops.pool_windows_backward(swapped, queries, pyramid, statistics, grid), expected)
@@ -267,7 +269,7 @@ GRADIENTS = {
 @pytest.mark.parametrize("case", GRADIENTS)
 def test_gradients(case, dtype):
     inputs = make(**GRADIENTS[case], dtype=dtype)
-    upstream = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    upstream = normal(1, *inputs[0].shape).to(dtype)
     ours, plain = gradients(kernel, inputs, upstream), gradients(plain_form, inputs, upstream)
     with double_throughout():
         exact = gradients(plain_form, upcast(*inputs), upstream)
@@ -346,7 +348,7 @@ def test_one_graph_under_compile(grid):
     inputs = make(1, grid=grid, window=4, dims=(6, 10))
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(kernel, backend=counter, fullgraph=True, dynamic=False)
-    upstream = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1))
+    upstream = normal(1, *inputs[0].shape)
     expected, ours = gradients(kernel, inputs, upstream), gradients(compiled, inputs, upstream)
     for name in expected:
         assert torch.allclose(ours[name], expected[name], rtol=1e-5, atol=1e-6), name
@@ -360,7 +362,7 @@ def test_one_graph_under_compile(grid):
 def test_autocast(grid):
     inputs = make(1, grid=grid, window=4, dims=(6, 10, 14))
     with torch.no_grad():
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(inputs[0].device.type, dtype=torch.bfloat16):
             ours, plain = kernel(*inputs), plain_form(*inputs)
         assert ours.dtype == plain.dtype == torch.bfloat16
         assert_accurate(ours, plain, oracle(*inputs))
@@ -398,27 +400,29 @@ def test_backward_remembers_the_backend(monkeypatch):
     assert len(calls) == 1 and queries.grad.isfinite().all()
 
 
+def image_tokens(folder, picture):
+    """Of a checkpoint, by the kernels."""
+    processor, model = MiniGeminiProcessor.from_pretrained(folder), MiniGeminiForConditionalGeneration.from_pretrained(folder)
+    device = torch.get_default_device()
+    inputs = processor.image_processor(picture).to(device)
+    with mg_fast.use_backend("triton"), torch.inference_mode():
+        return model.to(device).get_image_features(**inputs).pooler_output.cpu()
+
+
 @pytest.mark.parametrize("name", ["mgm-gemma", "mgm-llama-hd"])
 def test_original(golden, name):
     """The original's image tokens, for a standard checkpoint and one in HD."""
-    folder = golden / name
-    processor, model = MiniGeminiProcessor.from_pretrained(folder), MiniGeminiForConditionalGeneration.from_pretrained(folder)
-    inputs = processor.image_processor(folder / "image0.png")
-    with mg_fast.use_backend("triton"), torch.inference_mode():
-        tokens = model.get_image_features(**inputs).pooler_output
-    assert relative_error(tokens, load_file(folder / "expected.safetensors")["image0.image_tokens"]) <= IMAGE_TOKENS
+    expected = load_file(golden / name / "expected.safetensors")["image0.image_tokens"]
+    assert relative_error(image_tokens(golden / name, golden / name / "image0.png"), expected) <= IMAGE_TOKENS
 
 
 @pytest.mark.parametrize("kind", ["standard", "hd"])
-def test_recorded_outputs(kind, request, photo):
+def test_recorded_outputs(kind, photo):
     """The same for the project's own records, which every machine has; half a minute in HD."""
     if original_golden():
         pytest.skip("the original's own outputs are here")
-    model, processor = (request.getfixturevalue(f"hd_{part}" if kind == "hd" else part) for part in ("model", "processor"))
-    inputs = processor.image_processor(photo)
-    with mg_fast.use_backend("triton"), torch.inference_mode():
-        tokens = model.get_image_features(**inputs).pooler_output
-    assert relative_error(tokens, load_file(OWN_GOLDEN / kind / "expected.safetensors")["case0.image_tokens"]) <= IMAGE_TOKENS
+    expected = load_file(OWN_GOLDEN / kind / "expected.safetensors")["case0.image_tokens"]
+    assert relative_error(image_tokens(OWN_GOLDEN / kind, photo), expected) <= IMAGE_TOKENS
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -451,3 +455,28 @@ def test_statistics_are_not_differentiable():
     queries, pyramid, _, grid = make(1, dims=(8,))
     pooled, statistics = ops.pool_windows(torch.randn(*queries.shape[:3], 8, requires_grad=True), pyramid, grid)
     assert pooled.requires_grad and not statistics.requires_grad
+
+
+@pytest.mark.skipif(INTERPRETED, reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("case", [dict(side=3, batch=2), dict(side=2, grid=2)], ids=["standard", "HD"])
+def test_captured_in_a_cuda_graph(case, backend):
+    """Replayed on other numbers than it was captured with."""
+    queries, pyramid, projections, grid = make(**case)
+
+    def run():
+        return ops.patch_mining(queries, pyramid, *projections, grid=grid, backend=backend)
+
+    with torch.no_grad():
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = run()
+        for tensor in (queries, *pyramid):
+            tensor.copy_(torch.randn_like(tensor))
+        graph.replay()
+        assert torch.equal(captured, run())

@@ -1,0 +1,9 @@
+"""Random numbers that are the same on every device."""
+
+import torch
+
+
+def normal(generator: torch.Generator | int, *shape: int) -> torch.Tensor:
+    """Normal numbers [*shape], float32, drawn on the CPU by a generator or from a seed, on the default device."""
+    generator = torch.Generator().manual_seed(generator) if isinstance(generator, int) else generator
+    return torch.randn(shape, generator=generator, device="cpu").to(torch.get_default_device())
