@@ -67,3 +67,45 @@ def patch_mining_tile(architecture: int | None, element_size: int, side: int, wi
     table = PATCH_MINING[None] | PATCH_MINING.get(architecture, {})
     bucket = patch_mining_bucket(element_size, side, widths)
     return reduced and table.get((*bucket, "reduced")) or table[bucket]
+
+
+class ProductTile(NamedTuple):
+    """Rows, columns and depth of a program's share of a product, rows of tiles taken together, warps, stages of the pipeline."""
+
+    rows: int
+    columns: int
+    depth: int
+    group: int
+    warps: int
+    stages: int
+
+
+# by compute capability (None: as above), then by bytes of an element and by the product's size or layout, see `pointwise_bucket`. Not tuned
+# on a GPU: the largest that do not spill. Of 128 x 256, which one of 90 or 100 could feed, the epilogue does, with 8 warps and with 16.
+POINTWISE = {
+    None: {
+        (2, "few"): ProductTile(64, 64, 64, 8, 4, 4),
+        (2, "many"): ProductTile(128, 128, 32, 8, 8, 4),
+        (2, "narrow"): ProductTile(64, 64, 32, 8, 8, 3),
+        (4, "few"): ProductTile(64, 64, 16, 8, 8, 3),
+        (4, "many"): ProductTile(128, 64, 16, 8, 8, 3),
+        (4, "narrow"): ProductTile(64, 64, 16, 8, 8, 3),
+    },
+    # products of a whole warp group, and shared memory to feed them
+    90: {(2, "few"): ProductTile(64, 128, 64, 8, 4, 4), (2, "many"): ProductTile(128, 128, 64, 8, 8, 4)},
+    100: {(2, "few"): ProductTile(64, 128, 64, 8, 4, 4), (2, "many"): ProductTile(128, 128, 64, 8, 8, 4)},
+}
+
+
+def pointwise_bucket(element_size: int, m: int, n: int, strides: Iterable[int]) -> tuple[int, str]:
+    """The bucket of a product of m rows and n columns, of matrices whose rows are so many elements apart."""
+    if any(stride % 16 for stride in strides):
+        # no wide loads: every element has an address of its own
+        return element_size, "narrow"
+    # as many tiles of 128 x 128 keep half of a large GPU busy, or less
+    return element_size, "few" if -(-m // 128) * -(-n // 128) <= 64 else "many"
+
+
+def pointwise_tile(architecture: int | None, element_size: int, m: int, n: int, strides: Iterable[int]) -> ProductTile:
+    """The tile of its bucket on a GPU of this compute capability (90 for 9.0)."""
+    return (POINTWISE[None] | POINTWISE.get(architecture, {}))[pointwise_bucket(element_size, m, n, strides)]

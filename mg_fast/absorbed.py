@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
+from .linear import linear
 from .reference import LAYER_NORM_EPS, Projection
 
 # rows of a map whose inner products are taken together, so that they stay in a CPU's cache
@@ -53,22 +54,13 @@ def _absorb(queries: torch.Tensor, query: Projection, key: Projection) -> torch.
     """The queries projected to the pyramid's channels: gains of the key's LayerNorm and the scale of the scores included."""
     d = key.weight.shape[0]
     projected = F.layer_norm(queries, query.norm_weight.shape, query.norm_weight, query.norm_bias, LAYER_NORM_EPS)
-    projected = _linear(projected, query.weight, query.bias)
+    projected = linear(projected, query.weight, query.bias)
     # of the projected ones: under autocast the queries' own says nothing
     if projected.dtype != torch.float16:
-        return _linear(projected, key.weight.t()) * (key.norm_weight * d**-0.5)
+        return linear(projected, key.weight.t()) * (key.norm_weight * d**-0.5)
     # float16 could overflow in this product: a power of two per query, which is exact, keeps it small
     scale = projected.abs().amax(-1, keepdim=True).float().clamp(min=2.0**-14).log2().ceil().exp2()
-    return _linear((projected / scale).half(), key.weight.t()).float() * (key.norm_weight.float() * (scale * d**-0.5))
-
-
-def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """F.linear, by the library that is faster: on CPUs in float32 oneDNN's 1x1 convolution, from some size on."""
-    rows = x.numel() // max(x.shape[-1], 1)
-    if x.device.type != "cpu" or x.dtype != torch.float32 or rows < 512 or weight.numel() < 2**18:
-        return F.linear(x, weight, bias)
-    pixels = x.reshape(1, rows, 1, x.shape[-1]).permute(0, 3, 1, 2)
-    return F.conv2d(pixels, weight[:, :, None, None], bias).permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
+    return linear((projected / scale).half(), key.weight.t()).float() * (key.norm_weight.float() * (scale * d**-0.5))
 
 
 def pool_windows(absorbed: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int) -> torch.Tensor:

@@ -19,11 +19,14 @@ from .errors import BackendError
 BACKENDS = ("reference", "torch", "triton")
 CHOICES = ("auto", *BACKENDS)
 
-# what exists, fastest last; an operation that gains a backend gets its name here
+# what exists, fastest last, as `auto` takes the last that can run; an operation that gains a backend gets its name here
 IMPLEMENTED = {
     "low_resolution_tower": ("reference", "torch"),
     "high_resolution_tower": ("reference",),
     "patch_mining": ("reference", "torch", "triton"),
+    # the library's products until a GPU has measured ours: to have `auto` take the kernels, put them last
+    "linear_gelu": ("reference", "triton", "torch"),
+    "linear_residual": ("reference", "triton", "torch"),
 }
 
 _local = threading.local()

@@ -310,7 +310,7 @@ def command_doctor(args) -> int:
         built = f"this torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "this torch is built without CUDA"
         print(f"  GPU: none that torch can use ({built})")
 
-    print("\nbackends (auto takes the fastest that can run, the last of each list)")
+    print("\nbackends (auto takes the fastest that can run, as far as it has been measured)")
     for operation in backends.IMPLEMENTED:
         for device in devices:
             chosen = backends.choose(operation, "auto", device)

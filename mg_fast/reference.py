@@ -127,3 +127,13 @@ def order_tokens(features: torch.Tensor, *, grid: int) -> torch.Tensor:
     cells = grid * grid
     ordered = torch.cat([features[:, cells:], features[:, :cells]], dim=1)
     return ordered.flatten(1, 2)
+
+
+def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """First pointwise layer of a ConvNeXt block and its exact GELU: x [..., K], weight [N, K], bias [N] -> [..., N]."""
+    return F.gelu(F.linear(x, weight, bias))
+
+
+def linear_residual(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """Second pointwise layer of a ConvNeXt block, layer scale folded in, and its residual [..., N]; the rest as in `linear_gelu`."""
+    return residual + F.linear(x, weight, bias)

@@ -7,5 +7,14 @@ from .mining import (
     pool_windows_backward,
     pool_windows_backward_pyramid,
 )
+from .pointwise import linear_gelu, linear_residual
 
-__all__ = ["MAX_WINDOW", "patch_mining", "pool_windows", "pool_windows_backward", "pool_windows_backward_pyramid"]
+__all__ = [
+    "MAX_WINDOW",
+    "linear_gelu",
+    "linear_residual",
+    "patch_mining",
+    "pool_windows",
+    "pool_windows_backward",
+    "pool_windows_backward_pyramid",
+]

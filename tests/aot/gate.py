@@ -74,7 +74,7 @@ def resources(kernel) -> dict[str, int]:
             counts["global loads"] += 1
             counts["of 128 bits"] += "128" in rest
         counts["local"] += name in ("LDL", "STL")
-        counts["tensor core"] += name in TENSOR_CORES.values()
+        counts["tensor core"] += name == TENSOR_CORES[kernel.metadata.target.arch]
     return {
         "threads": 32 * kernel.metadata.num_warps,
         "registers": int(used["REG"]),

@@ -1,0 +1,173 @@
+"""The pointwise layers of a ConvNeXt block: checks the inputs, chooses the backend, calls it; and the kernels as operators of torch."""
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+
+from .. import backend as backends
+from .. import linear, reference
+
+
+def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
+    """gelu(x W^T + b), the exact (erf) GELU: the first pointwise layer of a ConvNeXt block.
+
+    Args:
+        x: [..., K]. Floating point, of one dtype with weight and bias; under autocast all three are cast as F.linear casts them.
+        weight: [N, K].
+        bias: [N].
+        backend: overrides the choice in force.
+
+    Returns:
+        [..., N] of x's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit; the message names expected and actual.
+        BackendError: a backend was named that cannot run here.
+    """
+    x, weight, bias = _autocast(x, weight, bias)
+    _check("linear_gelu", x, weight, bias)
+    chosen = backends.choose("linear_gelu", backend, x.device, {"triton": _unsuited(x)})
+    return _LINEAR_GELU[chosen](x, weight, bias)
+
+
+def linear_residual(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor, *, backend: str | None = None
+) -> torch.Tensor:
+    """r + x W^T + b: the second pointwise layer of a ConvNeXt block, layer scale folded into weight and bias by the caller.
+
+    Args:
+        x, weight, bias: as in `linear_gelu`.
+        residual: [..., N], floating point.
+        backend: overrides the choice in force.
+
+    Returns:
+        [..., N] in the wider dtype of x and residual.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit; the message names expected and actual.
+        BackendError: a backend was named that cannot run here.
+    """
+    x, weight, bias = _autocast(x, weight, bias)
+    _check("linear_residual", x, weight, bias, residual)
+    chosen = backends.choose("linear_residual", backend, x.device, {"triton": _unsuited(x, residual)})
+    return _LINEAR_RESIDUAL[chosen](x, weight, bias, residual)
+
+
+def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Cast as F.linear does under autocast, which does not see into the kernels' operators."""
+    device = tensors[0].device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+
+
+def _check(operation: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor | None = None) -> None:
+    if x.dim() == 0 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"{operation}: expected x [..., K] and weight [N, K], got {list(x.shape)} and {list(weight.shape)}")
+    n = weight.shape[0]
+    if bias.shape != (n,):
+        raise ValueError(f"{operation}: bias must be [{n}], got {list(bias.shape)}")
+    if residual is not None and residual.shape != (*x.shape[:-1], n):
+        raise ValueError(f"{operation}: residual must be {[*x.shape[:-1], n]}, got {list(residual.shape)}")
+    for name, tensor in {"x": x, "weight": weight, "bias": bias, "residual": residual}.items():
+        if tensor is None:
+            continue
+        if tensor.device != x.device:
+            raise ValueError(f"{operation}: {name} is on {tensor.device}, x is on {x.device}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{operation}: {name} must be floating point, got {tensor.dtype}")
+        if name != "residual" and tensor.dtype != x.dtype:
+            raise ValueError(f"{operation}: {name} must be {x.dtype} as x is, got {tensor.dtype}")
+
+
+def _unsuited(*tensors: torch.Tensor) -> str | None:
+    """Why the Triton kernels do not take these tensors; None where they do."""
+    for tensor in tensors:
+        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            return f"the kernel takes float16, bfloat16 and float32, got {tensor.dtype}"
+    return None
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """[..., K] as [M, K], in place where the rows are equally far apart."""
+    return x.flatten(0, -2) if x.dim() > 1 else x[None]
+
+
+def _linear_gelu_by_kernel(x, weight, bias) -> torch.Tensor:
+    return _linear_gelu_operator(_rows(x), weight, bias).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _linear_residual_by_kernel(x, weight, bias, residual) -> torch.Tensor:
+    return _linear_residual_operator(_rows(x), weight, bias, _rows(residual)).reshape(residual.shape)
+
+
+_LINEAR_GELU = {"reference": reference.linear_gelu, "torch": linear.linear_gelu, "triton": _linear_gelu_by_kernel}
+_LINEAR_RESIDUAL = {"reference": reference.linear_residual, "torch": linear.linear_residual, "triton": _linear_residual_by_kernel}
+
+
+# The kernels as operators of torch: one node of a graph each, with fakes for tracing. What they launch is documented with the launchers.
+
+
+def _on(tensor: torch.Tensor):
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+@torch.library.custom_op("mg_fast::linear_gelu", mutates_args=())
+def _linear_gelu_operator(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """`kernels.pointwise.linear_gelu_fwd`; its gradient recomputes the product by the library."""
+    from ..kernels.pointwise import linear_gelu_fwd
+
+    with _on(x):
+        return linear_gelu_fwd(x, weight, bias)
+
+
+@_linear_gelu_operator.register_fake
+def _(x, weight, bias):
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@torch.library.custom_op("mg_fast::linear_residual", mutates_args=())
+def _linear_residual_operator(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """`kernels.pointwise.linear_residual_fwd`; its gradient is the library's."""
+    from ..kernels.pointwise import linear_residual_fwd
+
+    with _on(x):
+        return linear_residual_fwd(x, weight, bias, residual)
+
+
+@_linear_residual_operator.register_fake
+def _(x, weight, bias, residual):
+    return x.new_empty(residual.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+
+
+def _linear_gradients(wanted, grad, x, weight) -> tuple[torch.Tensor | None, ...]:
+    """Of x W^T + b, to x, weight and bias, those that are wanted."""
+    return grad @ weight if wanted[0] else None, grad.T @ x if wanted[1] else None, grad.sum(0) if wanted[2] else None
+
+
+def _linear_gelu_gradients(ctx, grad):
+    x, weight, bias = ctx.saved_tensors
+    grad = torch.ops.aten.gelu_backward(grad, F.linear(x, weight, bias))
+    return _linear_gradients(ctx.needs_input_grad, grad, x, weight)
+
+
+def _linear_residual_gradients(ctx, grad):
+    x, weight = ctx.saved_tensors
+    to_residual = grad.to(ctx.residual_dtype) if ctx.needs_input_grad[3] else None
+    return *_linear_gradients(ctx.needs_input_grad, grad.to(x.dtype), x, weight), to_residual
+
+
+def _linear_gelu_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _linear_residual_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2])
+    ctx.residual_dtype = inputs[3].dtype
+
+
+torch.library.register_autograd("mg_fast::linear_gelu", _linear_gelu_gradients, setup_context=_linear_gelu_context)
+torch.library.register_autograd("mg_fast::linear_residual", _linear_residual_gradients, setup_context=_linear_residual_context)
