@@ -159,18 +159,22 @@ def linear_gelu_fwd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -
     return out
 
 
-def linear_residual_fwd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+def linear_residual_fwd(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """r + x W^T + b.
 
     Args:
         x, weight, bias: as in `linear_gelu_fwd`.
         residual: [M, N], fp16/bf16/fp32; rows of unit stride are read in place, others are copied.
+        out: [M, N], contiguous, fp16/bf16/fp32; may be the residual itself, whose every element is read and written by one program.
 
     Returns:
-        [M, N] in the wider dtype of x and residual, contiguous.
+        `out`, or without one [M, N] in the wider dtype of x and residual, contiguous.
     """
     x, weight, bias, residual = _rows_contiguous(x), weight.contiguous(), bias.contiguous(), _rows_contiguous(residual)
-    out = x.new_empty(residual.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+    if out is None:
+        out = x.new_empty(residual.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
     programs, arguments = _launch(x, weight, residual)
     if programs > 0:
         linear_residual_fwd_kernel[(programs,)](x, weight, bias, residual, out, stride_rm=residual.stride(0), **arguments)

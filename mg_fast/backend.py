@@ -22,7 +22,7 @@ CHOICES = ("auto", *BACKENDS)
 # what exists, fastest last, as `auto` takes the last that can run; an operation that gains a backend gets its name here
 IMPLEMENTED = {
     "low_resolution_tower": ("reference", "torch"),
-    "high_resolution_tower": ("reference",),
+    "high_resolution_tower": ("reference", "torch", "triton"),
     "patch_mining": ("reference", "torch", "triton"),
     # the library's products until a GPU has measured ours: to have `auto` take the kernels, put them last
     "linear_gelu": ("reference", "triton", "torch"),

@@ -27,3 +27,8 @@ def linear_residual(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, r
     """
     y = linear(x, weight, bias)
     return y.add_(residual) if y.dtype == torch.promote_types(y.dtype, residual.dtype) else y + residual
+
+
+def linear_residual_(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """The same into the residual."""
+    return residual.add_(linear(x, weight, bias))

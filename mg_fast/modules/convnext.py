@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from .. import backend as backends
+from .. import convnext
 
 
 class ConvNeXtPyramid(nn.Module):
@@ -24,17 +25,17 @@ class ConvNeXtPyramid(nn.Module):
         """Takes stem and stages of a timm ConvNeXt; its head, if any, is left behind.
 
         Raises:
-            ValueError: the trunk is not a timm ConvNeXt (first version), or has an active stochastic depth.
+            ValueError: the trunk is not a timm ConvNeXt of the first version; the message says what it has instead.
         """
         from timm.models.convnext import ConvNeXt
 
         if not isinstance(trunk, ConvNeXt):
             raise ValueError(f"ConvNeXtPyramid: expected a timm ConvNeXt, got {type(trunk).__name__}")
-        names = {type(m).__name__ for m in trunk.stages.modules()}
-        if "GlobalResponseNorm" in names:
-            raise ValueError("ConvNeXtPyramid: expected a ConvNeXt of the first version, got one with GlobalResponseNorm (V2)")
-        if "DropPath" in names:
-            raise ValueError("ConvNeXtPyramid: build the trunk with drop_path_rate=0: the tower is deterministic by definition")
+        if reason := unsuited_stem(trunk.stem):
+            raise ValueError(f"ConvNeXtPyramid: {reason}")
+        for i, stage in enumerate(trunk.stages):
+            if reason := unsuited_stage(stage):
+                raise ValueError(f"ConvNeXtPyramid: stages.{i}: {reason}")
         return cls(trunk.stem, trunk.stages)
 
     @classmethod
@@ -47,12 +48,75 @@ class ConvNeXtPyramid(nn.Module):
         )
 
     def forward(self, pixels: torch.Tensor, *, backend: str | None = None) -> list[torch.Tensor]:
-        """Pictures [B, 3, HR, HR] to stage maps [B, HR / 4 / 2**s, HR / 4 / 2**s, C_s], channels last, s = 0..3."""
-        backends.choose("high_resolution_tower", backend, pixels.device)
-        x = self.vision_stem(pixels.to(self.vision_stem[0].weight.dtype))
-        pyramid = []
+        """Pictures [B, 3, HR, HR] to stage maps [B, HR / 4 / 2**s, HR / 4 / 2**s, C_s], channels last, s = 0..3.
+
+        The `reference` backend runs timm's modules in NCHW, as the original does; others the same arithmetic on channels-last maps.
+        """
+        pixels = pixels.to(self.vision_stem[0].weight.dtype)
+        if backends.choose("high_resolution_tower", backend, pixels.device) == "reference":
+            return self._forward_by_modules(pixels)
+        return convnext.run_tower(*self.read(), pixels, backend)
+
+    def read(self) -> tuple[convnext.Entry, list[convnext.Stage]]:
+        """The tensors of the tower as they are now, layer scale folded in."""
+        return convnext.read_tower(self.vision_stem, self.vision_stages)
+
+    def _forward_by_modules(self, pixels: torch.Tensor) -> list[torch.Tensor]:
+        x, pyramid = self.vision_stem(pixels), []
         for stage in self.vision_stages:
             x = stage(x)
-            # timm computes in NCHW as the original does; this is a view
+            # a view
             pyramid.append(x.permute(0, 2, 3, 1))
         return pyramid
+
+
+def unsuited_stem(stem: nn.Module) -> str | None:
+    """Why a timm stem is not one of a ConvNeXt of the first version, as a sentence; None where it is."""
+    if [type(layer).__name__ for layer in stem] != ["Conv2d", "LayerNorm2d"]:
+        return f"expected a stem of one convolution and a LayerNorm, got {', '.join(type(layer).__name__ for layer in stem)}"
+    return _overlapping(stem[0])
+
+
+def unsuited_stage(stage: nn.Module) -> str | None:
+    """Why a timm stage is not one of a ConvNeXt of the first version that runs deterministically, as a sentence; None where it is."""
+    names = {type(m).__name__ for m in stage.modules()}
+    if "GlobalResponseNorm" in names:
+        return "expected a ConvNeXt of the first version, got one with GlobalResponseNorm (V2)"
+    if "DropPath" in names:
+        return "build the trunk with drop_path_rate=0: the tower is deterministic by definition"
+    if not isinstance(stage.downsample, nn.Identity):
+        norm, conv = stage.downsample
+        if reason := _no_layer_norm(norm) or _overlapping(conv):
+            return f"downsample: {reason}"
+    for i, block in enumerate(stage.blocks):
+        if reason := _unsuited_block(block):
+            return f"blocks.{i}: {reason}"
+    return None
+
+
+def _unsuited_block(block: nn.Module) -> str | None:
+    conv, activation = block.conv_dw, block.mlp.act
+    if (conv.kernel_size, conv.stride, conv.padding, conv.dilation) != ((7, 7), (1, 1), (3, 3), (1, 1)) or conv.groups != len(conv.weight):
+        return f"expected a 7x7 depthwise convolution with padding 3, got {conv}"
+    # timm's own GELU ignores its argument and is the exact one
+    exact = type(activation).__name__ == "GELU" and getattr(activation, "approximate", "none") == "none"
+    if not exact:
+        return f"expected the exact GELU, got {activation}"
+    if not isinstance(block.shortcut, nn.Identity):
+        return "expected a plain shortcut, got a downsampling one"
+    if not isinstance(block.mlp.norm, nn.Identity):
+        return f"expected no norm within the MLP, got {type(block.mlp.norm).__name__}"
+    if None in (conv.bias, block.mlp.fc1.bias, block.mlp.fc2.bias):
+        return "expected biases, the block has none"
+    return _no_layer_norm(block.norm)
+
+
+def _no_layer_norm(norm: nn.Module) -> str | None:
+    if type(norm).__name__ in ("LayerNorm", "LayerNorm2d") and norm.weight is not None and norm.bias is not None:
+        return None
+    return f"expected LayerNorm with weight and bias, got {norm}"
+
+
+def _overlapping(conv: nn.Module) -> str | None:
+    plain = (conv.kernel_size, conv.padding, conv.dilation, conv.groups) == (conv.stride, (0, 0), (1, 1), 1)
+    return None if plain and conv.bias is not None else f"expected a convolution of pixels that do not overlap, got {conv}"

@@ -7,12 +7,13 @@ from .mining import (
     pool_windows_backward,
     pool_windows_backward_pyramid,
 )
-from .pointwise import linear_gelu, linear_residual
+from .pointwise import linear_gelu, linear_residual, linear_residual_
 
 __all__ = [
     "MAX_WINDOW",
     "linear_gelu",
     "linear_residual",
+    "linear_residual_",
     "patch_mining",
     "pool_windows",
     "pool_windows_backward",

@@ -54,6 +54,32 @@ def linear_residual(
     return _LINEAR_RESIDUAL[chosen](x, weight, bias, residual)
 
 
+def linear_residual_(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor, *, backend: str | None = None
+) -> torch.Tensor:
+    """r += x W^T + b, for inference: `linear_residual` into the residual, which is returned.
+
+    Args:
+        x, weight, bias, backend: as in `linear_residual`.
+        residual: [..., N], contiguous, floating point; it keeps its dtype.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or a layout that do not fit; or a gradient is wanted, which needs what would be overwritten.
+        BackendError: a backend was named that cannot run here.
+    """
+    x, weight, bias = _autocast(x, weight, bias)
+    _check("linear_residual_", x, weight, bias, residual)
+    if not residual.is_contiguous():
+        raise ValueError(
+            f"linear_residual_: expected a contiguous residual, got strides {list(residual.stride())} for {list(residual.shape)}"
+        )
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weight, bias, residual)):
+        raise ValueError("linear_residual_: a gradient is wanted, which needs what this overwrites: use linear_residual")
+    chosen = backends.choose("linear_residual", backend, x.device, {"triton": _unsuited(x, residual)})
+    _LINEAR_RESIDUAL_[chosen](x, weight, bias, residual)
+    return residual
+
+
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Cast as F.linear does under autocast, which does not see into the kernels' operators."""
     device = tensors[0].device.type
@@ -103,8 +129,17 @@ def _linear_residual_by_kernel(x, weight, bias, residual) -> torch.Tensor:
     return _linear_residual_operator(_rows(x), weight, bias, _rows(residual)).reshape(residual.shape)
 
 
+def _linear_residual_by_kernel_(x, weight, bias, residual) -> None:
+    _linear_residual_operator_(_rows(x), weight, bias, _rows(residual))
+
+
 _LINEAR_GELU = {"reference": reference.linear_gelu, "torch": linear.linear_gelu, "triton": _linear_gelu_by_kernel}
 _LINEAR_RESIDUAL = {"reference": reference.linear_residual, "torch": linear.linear_residual, "triton": _linear_residual_by_kernel}
+_LINEAR_RESIDUAL_ = {
+    "reference": lambda x, weight, bias, residual: residual.copy_(reference.linear_residual(x, weight, bias, residual)),
+    "torch": linear.linear_residual_,
+    "triton": _linear_residual_by_kernel_,
+}
 
 
 # The kernels as operators of torch: one node of a graph each, with fakes for tracing. What they launch is documented with the launchers.
@@ -141,6 +176,20 @@ def _linear_residual_operator(x: torch.Tensor, weight: torch.Tensor, bias: torch
 @_linear_residual_operator.register_fake
 def _(x, weight, bias, residual):
     return x.new_empty(residual.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+
+
+@torch.library.custom_op("mg_fast::linear_residual_", mutates_args=("residual",))
+def _linear_residual_operator_(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -> None:
+    """`kernels.pointwise.linear_residual_fwd` into the residual."""
+    from ..kernels.pointwise import linear_residual_fwd
+
+    with _on(x):
+        linear_residual_fwd(x, weight, bias, residual, out=residual)
+
+
+@_linear_residual_operator_.register_fake
+def _(x, weight, bias, residual):
+    return None
 
 
 def _linear_gradients(wanted, grad, x, weight) -> tuple[torch.Tensor | None, ...]:

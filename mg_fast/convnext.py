@@ -1,0 +1,144 @@
+"""ConvNeXt on channels-last maps: the `torch` and `triton` backends of the high-resolution tower.
+
+A block is three steps: depthwise convolution and norm; expansion and GELU; contraction, with layer scale folded into its weight, and
+residual. Nothing is permuted and nothing copied between them. The expansion of a large map is made in chunks of rows, so that its four
+times wider map never exists as a whole; without gradients the blocks of a stage add to one map in place.
+Source: Liu et al., A ConvNet for the 2020s (2022), section 2; timm/models/convnext.py for the names of the parameters.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from . import ops
+
+# of a chunk's expansion, in bytes: on a CPU it stays in the cache, on a GPU it is more than enough to keep it busy
+CPU_EXPANSION = 2**24
+GPU_EXPANSION = 2**28
+
+
+class Block(NamedTuple):
+    """Tensors of one block. taps [49, C] are the convolution's, tap by tap; contract [C, 4 C] and its bias have layer scale folded in."""
+
+    taps: torch.Tensor
+    bias: torch.Tensor
+    norm_weight: torch.Tensor
+    norm_bias: torch.Tensor
+    eps: float
+    expand: torch.Tensor
+    expand_bias: torch.Tensor
+    contract: torch.Tensor
+    contract_bias: torch.Tensor
+
+
+class Entry(NamedTuple):
+    """How a stage's map is made: a convolution of `stride` x `stride` pixels that do not overlap, and a LayerNorm before or after it."""
+
+    norm_weight: torch.Tensor
+    norm_bias: torch.Tensor
+    eps: float
+    weight: torch.Tensor
+    bias: torch.Tensor
+    stride: int
+
+
+class Stage(NamedTuple):
+    """The stem or the downsampling before the blocks, None where the map is as it came; the blocks."""
+
+    entry: Entry | None
+    blocks: Sequence[Block]
+
+
+def read_tower(stem: nn.Module, stages: nn.Module) -> tuple[Entry, list[Stage]]:
+    """The tensors of a timm stem and its stages as they are now; gradients flow back to the parameters."""
+    return _entry(stem[1], stem[0]), [read_stage(stage) for stage in stages]
+
+
+def read_stage(stage: nn.Module) -> Stage:
+    downsample = stage.downsample
+    entry = None if isinstance(downsample, nn.Identity) else _entry(downsample[0], downsample[1])
+    return Stage(entry, [read_block(block) for block in stage.blocks])
+
+
+def read_block(block: nn.Module) -> Block:
+    """The tensors of a timm ConvNeXtBlock of the first version, its MLP of linear layers or of 1x1 convolutions."""
+    first, second = block.mlp.fc1, block.mlp.fc2
+    contract, contract_bias = second.weight.flatten(1), second.bias
+    if block.gamma is not None:
+        contract, contract_bias = contract * block.gamma[:, None], contract_bias * block.gamma
+    taps = block.conv_dw.weight.flatten(1).t().contiguous()
+    norm = (block.norm.weight, block.norm.bias, block.norm.eps)
+    return Block(taps, block.conv_dw.bias, *norm, first.weight.flatten(1), first.bias, contract, contract_bias)
+
+
+def _entry(norm: nn.Module, conv: nn.Module) -> Entry:
+    # as the library's convolution of a channels-last map wants it: it would convert it in every call
+    weight = conv.weight.contiguous(memory_format=torch.channels_last)
+    return Entry(norm.weight, norm.bias, norm.eps, weight, conv.bias, conv.stride[0])
+
+
+def run_tower(stem: Entry, stages: Sequence[Stage], pixels: torch.Tensor, backend: str | None = None) -> list[torch.Tensor]:
+    """Stage maps of pictures.
+
+    Args:
+        stem, stages: as `read_tower` returns them.
+        pixels: [B, 3, H, W], of the weights' dtype.
+        backend: of the operations.
+
+    Returns:
+        [B, H / 4 / 2**s, W / 4 / 2**s, C_s], contiguous.
+    """
+    x = _norm(_convolve(pixels.permute(0, 2, 3, 1), stem), stem)
+    pyramid = []
+    for stage in stages:
+        # blocks may add in place to a map that is their own; what was returned is not
+        x = run_stage(stage, x, backend, in_place=stage.entry is not None or not pyramid)
+        pyramid.append(x)
+    return pyramid
+
+
+def run_stage(stage: Stage, x: torch.Tensor, backend: str | None = None, *, in_place: bool = False) -> torch.Tensor:
+    """One stage on [B, H, W, C]; `in_place` where the map may be overwritten, if there is no downsampling to make one anew."""
+    if stage.entry is not None:
+        x, in_place = _convolve(_norm(x, stage.entry), stage.entry), True
+    for block in stage.blocks:
+        x = run_block(block, x, backend, in_place=in_place)
+        in_place = True
+    return x
+
+
+def run_block(block: Block, x: torch.Tensor, backend: str | None = None, *, in_place: bool = False) -> torch.Tensor:
+    """One block on [B, H, W, C], to a map of its own; or into `x` where `in_place` is set and no gradient is wanted."""
+    shape, hidden = x.shape, block.expand.shape[0]
+    normed = ops.dwconv_norm(x, block.taps, block.bias, block.norm_weight, block.norm_bias, block.eps, backend=backend)
+    normed, residual = normed.reshape(-1, shape[-1]), x.reshape(-1, shape[-1])
+    recording = torch.is_grad_enabled() and any(t.requires_grad for t in (normed, residual, block.expand, block.contract))
+    if recording:
+        expanded = ops.linear_gelu(normed, block.expand, block.expand_bias, backend=backend)
+        return ops.linear_residual(expanded, block.contract, block.contract_bias, residual, backend=backend).view(shape)
+    if not in_place:
+        residual = residual.clone()
+    for rows in _chunks(len(normed), hidden * normed.element_size(), normed.device.type):
+        expanded = ops.linear_gelu(normed[rows], block.expand, block.expand_bias, backend=backend)
+        ops.linear_residual_(expanded, block.contract, block.contract_bias, residual[rows], backend=backend)
+    return residual.view(shape)
+
+
+def _chunks(rows: int, bytes_per_row: int, device: str) -> Iterator[slice]:
+    """Equal parts of the rows, of a budget's size at most."""
+    budget = CPU_EXPANSION if device == "cpu" else GPU_EXPANSION
+    parts = -(-rows * bytes_per_row // budget)
+    step = -(-rows // max(parts, 1))
+    return (slice(start, start + step) for start in range(0, rows, max(step, 1)))
+
+
+def _convolve(x: torch.Tensor, entry: Entry) -> torch.Tensor:
+    out = F.conv2d(x.permute(0, 3, 1, 2), entry.weight, entry.bias, entry.stride)
+    return out.permute(0, 2, 3, 1).contiguous()
+
+
+def _norm(x: torch.Tensor, entry: Entry) -> torch.Tensor:
+    return F.layer_norm(x, entry.norm_weight.shape, entry.norm_weight, entry.norm_bias, entry.eps)

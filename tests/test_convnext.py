@@ -1,0 +1,153 @@
+"""The high-resolution tower on channels-last maps against timm's, by the accuracy rule; what it refuses; what it needs of memory."""
+
+import copy
+
+import pytest
+import torch
+from timm.models.convnext import ConvNeXt
+
+from mg_fast import convnext
+from mg_fast.modules import ConvNeXtPyramid
+from tests.tolerances import assert_accurate
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SMALL = dict(dims=(8, 12, 20, 36), depths=(2, 1, 3, 1), num_classes=0, global_pool="")
+TRUNKS = {
+    "linear": {},
+    "1x1 convolutions": dict(conv_mlp=True),
+    "eps of the xxlarge": dict(norm_eps=1e-5),
+    "no layer scale": dict(ls_init_value=None),
+    "three stages of odd widths": dict(dims=(7, 13, 29), depths=(1, 2, 1)),
+}
+
+
+def make(dtype=torch.float32, seed=0, **changes):
+    """A trunk whose every parameter matters: timm's own initialisation makes biases zero and layer scales one in a million."""
+    trunk = ConvNeXt(**(SMALL | changes)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in trunk.named_parameters():
+        scale = 0.5 if name.endswith(("gamma", "bias")) else 1.5 * p[0].numel() ** -0.5 if p.dim() > 1 else 0.2
+        p.data = torch.randn(p.shape, generator=generator) * scale + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
+    return ConvNeXtPyramid.from_timm(trunk.to(dtype))
+
+
+def pictures(side, batch=1, dtype=torch.float32, seed=1):
+    return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_tower_accurate(tower, pixels):
+    with torch.no_grad():
+        ours, plain = tower(pixels, backend="torch"), tower(pixels, backend="reference")
+        exact = copy.deepcopy(tower).double()(pixels.double(), backend="reference")
+    for s, (level, expected, oracle) in enumerate(zip(ours, plain, exact, strict=True)):
+        assert level.dtype == pixels.dtype and level.shape == expected.shape and level.is_contiguous(), s
+        assert_accurate(level, expected, oracle)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("trunk", TRUNKS)
+def test_accuracy(trunk, dtype):
+    assert_tower_accurate(make(dtype, **TRUNKS[trunk]), pictures(96, batch=2, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_real_widths(dtype):
+    """Of the large model, with a block or two a stage, at 192 pixels."""
+    assert_tower_accurate(make(dtype, dims=(192, 384, 768, 1536), depths=(1, 1, 2, 1)), pictures(192, dtype=dtype))
+
+
+@pytest.mark.parametrize("shape", [(64, 96), (100, 68), (33, 47), (32, 32)])
+def test_pictures_that_are_not_square_or_do_not_divide(shape):
+    tower, pixels = make(), torch.randn(1, 3, *shape, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        for ours, expected in zip(tower(pixels, backend="torch"), tower(pixels, backend="reference"), strict=True):
+            assert torch.allclose(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_no_picture():
+    assert [list(level.shape) for level in make()(pictures(64, batch=0), backend="torch")] == [
+        [0, 16, 16, 8],
+        [0, 8, 8, 12],
+        [0, 4, 4, 20],
+        [0, 2, 2, 36],
+    ]
+
+
+def test_a_stage_is_not_changed_by_the_next():
+    """Blocks add in place to maps that are their own."""
+    tower, pixels = make(), pictures(64)
+    with torch.no_grad():
+        alone = convnext.run_tower(*(part if i == 0 else part[:1] for i, part in enumerate(tower.read())), pixels)
+        assert torch.equal(tower(pixels, backend="torch")[0], alone[0])
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_block_overwrites_its_input_only_where_it_may(in_place):
+    block = make().vision_stages[0].blocks[0]
+    x = torch.randn(1, 9, 9, 8)
+    before = x.clone()
+    with torch.no_grad():
+        out = convnext.run_block(convnext.read_block(block), x, "torch", in_place=in_place)
+    assert torch.equal(x, before) != in_place
+    assert (out.data_ptr() == x.data_ptr()) == in_place
+
+
+def test_chunks_of_rows_are_the_whole(monkeypatch):
+    tower, pixels = make(), pictures(96, batch=2)
+    with torch.no_grad():
+        expected = tower(pixels, backend="torch")
+        # 4 * 8 channels of 4 bytes a row: chunks of 7 rows, the last of them shorter
+        monkeypatch.setattr(convnext, "CPU_EXPANSION", 7 * 4 * 8 * 4)
+        for ours, whole in zip(tower(pixels, backend="torch"), expected, strict=True):
+            assert torch.allclose(ours, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_reach_every_parameter_and_the_picture():
+    tower = make()
+
+    def gradients(backend):
+        pixels = pictures(64).requires_grad_()
+        loss = sum((level * torch.linspace(-1, 1, level.numel()).view_as(level)).sum() for level in tower(pixels, backend=backend))
+        return torch.autograd.grad(loss, [pixels, *tower.parameters()])
+
+    for (name, _), ours, expected in zip([("pixels", None), *tower.named_parameters()], gradients("torch"), gradients("reference")):
+        assert (ours - expected).abs().max() <= 1e-4 * expected.abs().max(), name
+
+
+def test_one_graph_under_compile():
+    tower, pixels = make(), pictures(64)
+    compiled = torch.compile(lambda x: tower(x, backend="torch"), backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        for ours, expected in zip(compiled(pixels), tower(pixels, backend="torch"), strict=True):
+            assert torch.allclose(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_names_are_the_published_ones():
+    names = set(make().state_dict())
+    assert {"vision_stem.0.weight", "vision_stem.1.bias", "vision_stages.1.downsample.0.weight", "vision_stages.0.blocks.1.gamma"} <= names
+    assert all(name.startswith(("vision_stem.", "vision_stages.")) for name in names)
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        (dict(use_grn=True), "stages.0: expected a ConvNeXt of the first version, got one with GlobalResponseNorm"),
+        (dict(drop_path_rate=0.1), "drop_path_rate=0"),
+        (dict(stem_type="overlap"), "expected a stem of one convolution and a LayerNorm, got Conv2d, Conv2d, LayerNorm2d"),
+        (dict(act_layer="gelu_tanh"), "blocks.0: expected the exact GELU, got GELUTanh"),
+        (dict(act_layer="silu"), "expected the exact GELU, got SiLU"),
+        (dict(kernel_sizes=5), "expected a 7x7 depthwise convolution with padding 3, got Conv2d"),
+        (dict(output_stride=16), "stages.3: downsample: expected a convolution of pixels that do not overlap"),
+        (dict(conv_bias=False), "expected"),
+        (dict(norm_layer="rmsnorm"), "expected a stem of one convolution and a LayerNorm, got Conv2d, RmsNorm2d"),
+    ],
+    ids=str,
+)
+def test_refused(changes, reason):
+    with pytest.raises(ValueError, match=f"ConvNeXtPyramid: .*{reason}"):
+        ConvNeXtPyramid.from_timm(ConvNeXt(**(SMALL | changes)))
+
+
+def test_not_a_convnext():
+    with pytest.raises(ValueError, match="expected a timm ConvNeXt, got Linear"):
+        ConvNeXtPyramid.from_timm(torch.nn.Linear(2, 2))
