@@ -1,5 +1,6 @@
 """The functional API: every operation checks its inputs, chooses a backend and calls it; kernels are operators of torch."""
 
+from .convnext import MAX_CHANNELS, dwconv_norm, dwconv_norm_backward, dwconv_norm_kernel
 from .mining import (
     MAX_WINDOW,
     patch_mining,
@@ -8,4 +9,14 @@ from .mining import (
     pool_windows_backward_pyramid,
 )
 
-__all__ = ["MAX_WINDOW", "patch_mining", "pool_windows", "pool_windows_backward", "pool_windows_backward_pyramid"]
+__all__ = [
+    "MAX_CHANNELS",
+    "MAX_WINDOW",
+    "dwconv_norm",
+    "dwconv_norm_backward",
+    "dwconv_norm_kernel",
+    "patch_mining",
+    "pool_windows",
+    "pool_windows_backward",
+    "pool_windows_backward_pyramid",
+]
