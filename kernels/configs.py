@@ -99,15 +99,13 @@ DWCONV_NORM = {
         (6144, False): ConvolutionTile(2, 1, 2048, 16),
     },
 }
-# of the widest bucket
-DWCONV_NORM_CHANNELS = 6144
 
 
 def dwconv_norm_bucket(channels: int, strides: Iterable[int]) -> tuple[int, bool]:
     """The bucket of a map of this many channels and these strides, in elements, of pictures, rows and columns."""
     # Triton knows of a stride whether it is a multiple of 16, and no more
     wide = all(number % 16 == 0 for number in (channels, *strides))
-    return next(most for most in (96, 192, 384, 768, 1536, 3072, DWCONV_NORM_CHANNELS) if channels <= most), wide
+    return next(most for most in (96, 192, 384, 768, 1536, 3072, 6144) if channels <= most), wide
 
 
 def dwconv_norm_tile(architecture: int | None, channels: int, strides: Iterable[int]) -> ConvolutionTile:

@@ -23,9 +23,7 @@ def _vector(p, zero, m):
 
 
 @triton.jit
-def _convolve(
-    p_x, p_weight, p_bias, i_y, o_x, m_c, H, W, stride_xh, stride_xw, C: tl.constexpr, ROWS: tl.constexpr
-):
+def _convolve(p_x, p_weight, p_bias, i_y, o_x, m_c, H, W, stride_xh, stride_xw, C: tl.constexpr, ROWS: tl.constexpr):
     """A chunk of channels of the convolution with its bias: a tuple of ROWS rows [BW, BC].
 
     `p_x` points at the chunk's channels [1, BC] of the picture, `p_weight` and `p_bias` at theirs; `i_y` and `o_x` [BW] are output pixels.

@@ -80,7 +80,8 @@ def _dwconv_norm_channels_last(x, weight, bias, norm_weight, norm_bias, eps: flo
 
 def _dwconv_norm_reference(x, weight, bias, norm_weight, norm_bias, eps: float) -> torch.Tensor:
     kernel = weight.t().reshape(-1, 1, 7, 7)
-    return reference.dwconv_norm(x.permute(0, 3, 1, 2), kernel, bias, norm_weight, norm_bias, eps)
+    # the original's maps are NCHW in memory
+    return reference.dwconv_norm(x.permute(0, 3, 1, 2).contiguous(), kernel, bias, norm_weight, norm_bias, eps)
 
 
 @torch.library.custom_op("mg_fast::dwconv_norm", mutates_args=())
