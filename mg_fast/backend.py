@@ -27,6 +27,7 @@ IMPLEMENTED = {
     # the library's products until a GPU has measured ours: to have `auto` take the kernels, put them last
     "linear_gelu": ("reference", "triton", "torch"),
     "linear_residual": ("reference", "triton", "torch"),
+    "dwconv_norm": ("reference", "torch", "triton"),
 }
 
 _local = threading.local()

@@ -47,6 +47,24 @@ def low_resolution_views(pixels: torch.Tensor, side: int, *, grid: int = 1, glob
     return tiles.contiguous()
 
 
+def dwconv_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, norm_weight: torch.Tensor, norm_bias: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """The first half of a ConvNeXt block in timm's steps.
+
+    Args:
+        x: [B, C, H, W].
+        weight: [C, 1, 7, 7], of the depthwise convolution.
+        bias, norm_weight, norm_bias: [C].
+        eps: of the LayerNorm.
+
+    Returns:
+        [B, H, W, C], as the block's MLP takes it.
+    """
+    x = F.conv2d(x, weight, bias, padding=3, groups=x.shape[1])
+    return F.layer_norm(x.permute(0, 2, 3, 1), norm_weight.shape, norm_weight, norm_bias, eps)
+
+
 def merge_pyramid(stages: Sequence[torch.Tensor]) -> torch.Tensor:
     """Stage maps [B, C_s, n_s, n_s] as one channel-concatenated map [B, sum C_s, n_0, n_0].
 

@@ -1,5 +1,6 @@
 """The functional API: every operation checks its inputs, chooses a backend and calls it; kernels are operators of torch."""
 
+from .convnext import MAX_CHANNELS, dwconv_norm, dwconv_norm_backward, dwconv_norm_kernel
 from .mining import (
     MAX_WINDOW,
     patch_mining,
@@ -10,7 +11,11 @@ from .mining import (
 from .pointwise import linear_gelu, linear_residual, linear_residual_
 
 __all__ = [
+    "MAX_CHANNELS",
     "MAX_WINDOW",
+    "dwconv_norm",
+    "dwconv_norm_backward",
+    "dwconv_norm_kernel",
     "linear_gelu",
     "linear_residual",
     "linear_residual_",

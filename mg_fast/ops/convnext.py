@@ -1,0 +1,131 @@
+"""Operations of the ConvNeXt towers, and their kernels as operators of torch."""
+
+import torch
+import torch.nn.functional as F
+
+from .. import backend as backends
+from .. import reference
+from .mining import _on, _recording
+
+# the widest map whose pixels the kernel's registers hold
+MAX_CHANNELS = 6144
+
+
+def dwconv_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    eps: float = 1e-6,
+    *,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """A ConvNeXt block's first half: 7x7 depthwise convolution (padding 3), bias, LayerNorm over channels.
+
+    Args:
+        x: [B, H, W, C], floating point, any strides; fastest with unit channel stride.
+        weight: [49, C], tap 7 * ky + kx of every channel. A published weight [C, 1, 7, 7] is `weight.reshape(C, 49).t()`, through which
+            gradients flow; made contiguous once, it saves the kernel a copy a call.
+        bias, norm_weight, norm_bias: [C]. All of x's dtype and device.
+        eps: added to the variance; 1e-6 in ConvNeXt, 1e-5 in the xxlarge of OpenCLIP.
+        backend: overrides the choice in force.
+
+    Returns:
+        [B, H, W, C] of x's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit; the message names expected and actual.
+        BackendError: a backend was named that cannot run here.
+    """
+    _check_dwconv_norm(x, weight, bias, norm_weight, norm_bias)
+    unsuited = {"triton": _dwconv_norm_unsuited(x)}
+    chosen = _DWCONV_NORM[backends.choose("dwconv_norm", backend, x.device, unsuited)]
+    return chosen(x, weight, bias, norm_weight, norm_bias, eps)
+
+
+def _check_dwconv_norm(x: torch.Tensor, weight: torch.Tensor, *vectors: torch.Tensor) -> None:
+    if x.dim() != 4 or 0 in x.shape[1:]:
+        raise ValueError(f"dwconv_norm: x must be [B, H, W, C] with at least one pixel and channel, got {list(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"dwconv_norm: x must be floating point, got {x.dtype}")
+    channels = x.shape[-1]
+    if weight.shape != (49, channels):
+        raise ValueError(f"dwconv_norm: weight must be [49, {channels}], taps by channels, got {list(weight.shape)}")
+    for name, vector in zip(("bias", "norm_weight", "norm_bias"), vectors):
+        if vector.shape != (channels,):
+            raise ValueError(f"dwconv_norm: {name} must be [{channels}], got {list(vector.shape)}")
+    for name, tensor in zip(("weight", "bias", "norm_weight", "norm_bias"), (weight, *vectors)):
+        if tensor.dtype != x.dtype or tensor.device != x.device:
+            raise ValueError(f"dwconv_norm: {name} must be {x.dtype} on {x.device} as x is, got {tensor.dtype} on {tensor.device}")
+
+
+def _dwconv_norm_unsuited(x: torch.Tensor) -> str | None:
+    """Why the Triton kernel does not take this map; None where it does."""
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"the kernel takes float16, bfloat16 and float32, got {x.dtype}"
+    if x.shape[-1] > MAX_CHANNELS:
+        return f"the kernel holds pixels of up to {MAX_CHANNELS} channels, these have {x.shape[-1]}"
+    return None
+
+
+def _dwconv_norm_channels_last(x, weight, bias, norm_weight, norm_bias, eps: float) -> torch.Tensor:
+    """The map as it is, seen as a channels-last NCHW tensor by the convolution."""
+    kernel = weight.t().reshape(-1, 1, 7, 7)
+    # an NHWC map is a channels-last NCHW one; other layouts would take the convolution the slow way
+    seen = x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+    convolved = F.conv2d(seen, kernel, bias, padding=3, groups=x.shape[-1]).permute(0, 2, 3, 1)
+    return F.layer_norm(convolved, norm_weight.shape, norm_weight, norm_bias, eps)
+
+
+def _dwconv_norm_reference(x, weight, bias, norm_weight, norm_bias, eps: float) -> torch.Tensor:
+    kernel = weight.t().reshape(-1, 1, 7, 7)
+    # the original's maps are NCHW in memory
+    return reference.dwconv_norm(x.permute(0, 3, 1, 2).contiguous(), kernel, bias, norm_weight, norm_bias, eps)
+
+
+@torch.library.custom_op("mg_fast::dwconv_norm", mutates_args=())
+def dwconv_norm_kernel(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, norm_weight: torch.Tensor, norm_bias: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """`kernels.dwconv_norm.dwconv_norm_fwd`; gradients recompute by the PyTorch form."""
+    from ..kernels.dwconv_norm import dwconv_norm_fwd
+
+    with _on(x):
+        return dwconv_norm_fwd(x, weight, bias, norm_weight, norm_bias, eps)
+
+
+@dwconv_norm_kernel.register_fake
+def _(x, weight, bias, norm_weight, norm_bias, eps):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("mg_fast::dwconv_norm_backward", mutates_args=())
+def dwconv_norm_backward(grad: torch.Tensor, inputs: list[torch.Tensor], wanted: list[bool], eps: float) -> list[torch.Tensor]:
+    """Gradients to those of (x, weight, bias, norm_weight, norm_bias) that are wanted; an operator, so that graphs need not trace it."""
+    with _recording(), torch.enable_grad():
+        leaves = [tensor.detach().requires_grad_(want) for tensor, want in zip(inputs, wanted)]
+        out = _dwconv_norm_channels_last(*leaves, eps)
+        gradients = torch.autograd.grad(out, [leaf for leaf in leaves if leaf.requires_grad], grad)
+        return [gradient.contiguous() for gradient in gradients]
+
+
+@dwconv_norm_backward.register_fake
+def _(grad, inputs, wanted, eps):
+    return [tensor.new_empty(tensor.shape) for tensor, want in zip(inputs, wanted) if want]
+
+
+def _dwconv_norm_context(ctx, inputs, output):
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _dwconv_norm_gradients(ctx, grad):
+    wanted = list(ctx.needs_input_grad[:5])
+    gradients = iter(dwconv_norm_backward(grad, list(ctx.saved_tensors), wanted, ctx.eps))
+    return *(next(gradients) if want else None for want in wanted), None
+
+
+torch.library.register_autograd("mg_fast::dwconv_norm", _dwconv_norm_gradients, setup_context=_dwconv_norm_context)
+
+_DWCONV_NORM = {"reference": _dwconv_norm_reference, "torch": _dwconv_norm_channels_last, "triton": dwconv_norm_kernel}
