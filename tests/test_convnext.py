@@ -17,7 +17,7 @@ TRUNKS = {
     "1x1 convolutions": dict(conv_mlp=True),
     "eps of the xxlarge": dict(norm_eps=1e-5),
     "no layer scale": dict(ls_init_value=None),
-    "three stages of odd widths": dict(dims=(7, 13, 29), depths=(1, 2, 1)),
+    "odd widths": dict(dims=(7, 13, 29, 5)),
 }
 
 
