@@ -7,20 +7,11 @@ elementwise work, gathers) counts as bytes. Bytes are those of operators run one
 gather what it gathers, and writes its outputs once; views are free. All of the forward pass, without autograd, on a GPU.
 """
 
-import math
-from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 FLOAT32 = 4
-ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
-# what they change in place they do not read
-OVERWRITES = ("copy_", "fill_", "zero_", "normal_", "uniform_")
-# they read as many elements of their first input as they write
-GATHERS = ("index_select", "index", "gather", "embedding")
 
 
 @dataclass(frozen=True)
@@ -302,67 +293,6 @@ def _reach(fine: int, n: int, reduction: int, windows: int) -> list[int]:
         first, last = (max((2 * pixel + 1) * n - fine, 0) for pixel in ends)
         counts.append(min(-(-last // (2 * fine)), n - 1) - first // (2 * fine) + 1)
     return counts
-
-
-class CountBytes(TorchDispatchMode):
-    """Counts the bytes that operators read and write, by this module's convention; of fake tensors and on the meta device too.
-
-    Args:
-        device: type of the only device whose tensors count, such as "cuda"; None: all.
-
-    Attributes:
-        by_operator: Cost, without FLOP, by the operator's name.
-    """
-
-    def __init__(self, device: str | None = None):
-        super().__init__()
-        self.device = device
-        self.by_operator = defaultdict(Cost)
-
-    @property
-    def total(self) -> Cost:
-        return sum(self.by_operator.values(), Cost())
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        self.by_operator[str(func)] += self._cost(func, args, kwargs, out)
-        return out
-
-    def _cost(self, func, args: tuple, kwargs: dict, out) -> Cost:
-        name = func._schema.name.split("::")[-1]
-        inputs, written = [], []
-        for i, argument in enumerate(func._schema.arguments):
-            tensors = _tensors(args[i] if i < len(args) else kwargs.get(argument.name))
-            changed = argument.alias_info is not None and argument.alias_info.is_write
-            written += tensors if changed else []
-            # `out=` is only written
-            inputs += [] if changed and (argument.kwarg_only or name in OVERWRITES) else tensors
-        storages = {_storage(t) for t in (*inputs, *written)}
-        if name.endswith("_like") or name.startswith("new_"):
-            # only the shape and the dtype are taken from them
-            inputs = []
-        created = [t for t in _tensors(out) if _storage(t) not in storages]
-        written += created
-        if name in ALLOCATIONS or not written:
-            return Cost()
-        if name in GATHERS and created:
-            return Cost(0, self._bytes(created) + self._bytes(inputs[1:]), self._bytes(written))
-        return Cost(0, self._bytes(inputs), self._bytes(written))
-
-    def _bytes(self, tensors: list[torch.Tensor]) -> int:
-        """Bytes of tensors on the device, what is the same counted once: a tensor given twice, an expanded dimension."""
-        on_device = [t for t in tensors if self.device is None or t.device.type == self.device]
-        views = {(_storage(t), t.storage_offset(), t.shape, t.stride()): t for t in on_device}
-        return sum(t.itemsize * math.prod(size for size, stride in zip(t.shape, t.stride()) if stride or not size) for t in views.values())
-
-
-def _tensors(tree) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
 
 
 def main() -> None:

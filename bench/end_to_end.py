@@ -48,7 +48,7 @@ def main() -> None:
             began = time.perf_counter()
             build(folder, size=args.size, hd=args.hd, dtype=getattr(torch, args.dtype))
             built_s = time.perf_counter() - began
-        pipeline = mg_fast.load(folder, device=args.device, backend=args.backend)
+        pipeline = mg_fast.load(folder, device=args.device, backend=args.backend, image_cache_bytes=0)
         document = run(pipeline, args)
     document["built_s"] = built_s
     print(f"{document['name']}: loaded in {document['load_s']:.1f} s, first answer {document['first_answer_s']:.1f} s", file=sys.stderr)

@@ -37,7 +37,7 @@ def main() -> None:
     # Grace Hopper, photographed by James S. Davis, US Navy: public domain, shipped with matplotlib
     photo = cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
     folder = checkpoint_folder()
-    pipeline = mg_fast.load(folder, template="vicuna_v1")
+    pipeline = mg_fast.load(folder, template="vicuna_v1", image_cache_bytes=0)
     config = pipeline.model.config
     parameters = sum(p.numel() for p in pipeline.model.parameters())
     print(f"loaded {parameters / 1e6:.1f} M random parameters in {pipeline.load_seconds:.1f} s on {pipeline.device}")

@@ -11,13 +11,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from PIL import Image
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from .backend import check_everywhere, requested, use_backend
+from .backend import IMPLEMENTED, check_everywhere, choose, requested, use_backend
 from .conversation import IMAGE_TAG, render, with_picture_tags
 from .errors import BackendError, PromptError
+from .image_cache import DEFAULT_BYTES, ImageCache, picture_digest
 from .meter import Meter, Stage
 from .mini_gemini.modeling import MiniGeminiForConditionalGeneration
+from .mini_gemini.pictures import open_picture
 from .mini_gemini.processing import MiniGeminiProcessor
 from .mini_gemini.tensor_files import resolve_folder
 from .streaming import PieceStream, decode_answer
@@ -55,6 +58,14 @@ class Answer:
 class Pipeline:
     """A loaded model with its processor and one conversation of its own; `load` makes one.
 
+    Image tokens are kept by picture content, for all conversations. Whoever changes the model's weights calls `clear_image_cache` then.
+
+    Args:
+        model: the MiniGeminiForConditionalGeneration.
+        processor: its MiniGeminiProcessor.
+        backend: for every call of this pipeline.
+        image_cache_bytes: most bytes of image tokens kept, on the model's device; 0 keeps none.
+
     Attributes:
         model: the MiniGeminiForConditionalGeneration.
         processor: its MiniGeminiProcessor.
@@ -62,8 +73,16 @@ class Pipeline:
         load_seconds: how long loading took, where `load` did it.
     """
 
-    def __init__(self, model: MiniGeminiForConditionalGeneration, processor: MiniGeminiProcessor, *, backend: str | None = None):
+    def __init__(
+        self,
+        model: MiniGeminiForConditionalGeneration,
+        processor: MiniGeminiProcessor,
+        *,
+        backend: str | None = None,
+        image_cache_bytes: int = DEFAULT_BYTES,
+    ):
         check_everywhere(backend, model.device)
+        self._image_cache = ImageCache(image_cache_bytes)
         self.model, self.processor, self.backend = model, processor, backend
         self.template = processor.template
         self.load_seconds: float | None = None
@@ -87,7 +106,9 @@ class Pipeline:
 
     @torch.inference_mode()
     def see(self, image, *, allow_urls: bool = False, meter: Meter | None = None) -> torch.Tensor:
-        """Image tokens [T, hidden] of one picture (T 576, HD 2880; unscaled, global view first).
+        """Image tokens [T, hidden] of one picture (T 576, HD 2880; unscaled, global view first); the caller's own to change.
+
+        A picture that was seen before, in whatever file or conversation, is decoded and found in the cache by its pixels.
 
         Args:
             image: a Pillow image, path, bytes, or uint8 array or tensor; a URL where `allow_urls` is set.
@@ -96,11 +117,44 @@ class Pipeline:
         stage = meter.stage if meter is not None else contextlib.nullcontext
         with self._backend():
             with stage("preprocess (CPU)"):
+                key = None
+                if self._image_cache.limit:
+                    image = _decoded(image, allow_urls)
+                    key = (picture_digest(image), *self._circumstances())
+                    if (tokens := self._image_cache.get(key)) is not None:
+                        return tokens
                 pixels = self.processor.image_processor(image, allow_urls=allow_urls).to(self.device)
-            return self.model.model.get_image_features(**pixels, stage=stage).pooler_output[0]
+            tokens = self.model.model.get_image_features(**pixels, stage=stage).pooler_output[0]
+            if key is not None:
+                self._image_cache.put(key, tokens)
+            return tokens
+
+    def clear_image_cache(self) -> None:
+        """Forgets the image tokens of pictures seen before; conversations keep those of their own pictures."""
+        self._image_cache.clear()
+
+    def _circumstances(self) -> tuple:
+        """What image tokens depend on beside the picture and the weights."""
+        device, config, images = self.device, self.model.config, self.processor.image_processor
+        backends = tuple(choose(operation, None, device) for operation in IMPLEMENTED)
+        autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        # what settles the arithmetic of float32 products
+        precision = (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
+        processing = (images.hr_size, images.lr_size, images.grid, images.global_view, images.pad)
+        return (str(device), self.model.dtype, backends, autocast, precision, processing, config.mm_vision_select_layer)
 
     def _backend(self):
         return use_backend(self.backend) if self.backend is not None else contextlib.nullcontext()
+
+
+def _decoded(image, allow_urls: bool) -> Image.Image:
+    """The picture in RGB, named as what it was read from."""
+    picture = open_picture(image, allow_urls=allow_urls)
+    # orientation and transparency are settled: nothing may apply them, or warn of them, again
+    picture.info = {}
+    if name := getattr(image, "filename", None):
+        picture.filename = name
+    return picture
 
 
 class Conversation:
@@ -342,6 +396,7 @@ def load(
     template: str | None = None,
     base_model: str | os.PathLike | None = None,
     allow_long: bool = False,
+    image_cache_bytes: int = DEFAULT_BYTES,
 ) -> Pipeline:
     """Loads a Mini-Gemini checkpoint with everything around it.
 
@@ -354,9 +409,10 @@ def load(
         template: overrides the prompt template.
         base_model: the base language model, for a stage-1 adapter.
         allow_long: accept prompts longer than the model was trained on.
+        image_cache_bytes: most bytes of image tokens kept, by picture content, on the model's device; 0 keeps none.
 
     Raises:
-        CheckpointError, BackendError, PromptError (unknown template).
+        CheckpointError, BackendError, PromptError (unknown template), ValueError (image_cache_bytes below 0).
     """
     if isinstance(quantize, str):
         raise ValueError(f"quantize: expected a transformers quantization configuration (e.g. TorchAoConfig), got the string {quantize!r}")
@@ -373,6 +429,6 @@ def load(
     model = MiniGeminiForConditionalGeneration.from_pretrained(
         path, dtype=dtype, device_map=device, template=template, allow_long=allow_long, **quantized, **adapter
     )
-    pipeline = Pipeline(model, processor, backend=backend)
+    pipeline = Pipeline(model, processor, backend=backend, image_cache_bytes=image_cache_bytes)
     pipeline.load_seconds = time.perf_counter() - began
     return pipeline

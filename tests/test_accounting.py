@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import accounting
-from bench.accounting import CountBytes, Sizes
+from bench.accounting import Sizes
+from bench.counting import CountBytes
 from mg_fast import absorbed, reference
 from mg_fast.ops import mining
 from tests.paths import ROOT
@@ -187,45 +188,6 @@ def test_floor():
     queries, pyramid, query, key, value = inputs(sizes, "meta")
     tensors = [queries, queries, *pyramid, *query, key.norm_weight, key.weight, *value]
     assert accounting.floor_bytes(sizes) == sum(t.nbytes for t in tensors)
-
-
-@pytest.mark.parametrize("device", ["cpu", "meta", "cuda"])
-@pytest.mark.parametrize(
-    "call, read, written",
-    [
-        (lambda x, y: x + y, 80, 40),
-        (lambda x, y: x * x, 40, 40),
-        (lambda x, y: x[:5] * x[5:], 40, 20),
-        (lambda x, y: x.expand(7, 10) + 1, 40, 280),
-        (lambda x, y: x.view(2, 5).t()[1:].detach(), 0, 0),
-        (lambda x, y: torch.ops.aten._unsafe_view(x, [2, 5]), 0, 0),
-        (lambda x, y: x.half(), 40, 20),
-        (lambda x, y: x.sub_(y), 80, 40),
-        (lambda x, y: x.copy_(y), 40, 40),
-        (lambda x, y: x[:5].zero_(), 0, 20),
-        (lambda x, y: torch.add(x, 1, out=y), 40, 40),
-        (lambda x, y: torch.empty_like(x), 0, 0),
-        (lambda x, y: torch.zeros_like(x), 0, 40),
-        (lambda x, y: x.view(5, 2).index_select(0, torch.zeros_like(y[:3], dtype=torch.int64)), 24 + 24, 24 + 24),
-        (lambda x, y: torch.cat([x, y]).split(5), 80, 80),
-    ],
-)
-def test_counter(call, read, written, device):
-    with FakeTensorMode() if device == "cuda" else contextlib.nullcontext():
-        x, y = torch.ones(10, device=device), torch.ones(10, device=device)
-        with CountBytes() as counter:
-            call(x, y)
-    assert (counter.total.bytes_read, counter.total.bytes_written) == (read, written)
-
-
-@pytest.mark.parametrize("device, read, written", [("cuda", 80, 40), ("cpu", 4, 40), (None, 84, 80)])
-def test_counter_of_one_device(device, read, written):
-    with FakeTensorMode():
-        x, number = torch.ones(10, device="cuda"), torch.ones((), device="cpu")
-        with CountBytes(device) as counter:
-            x.cpu()
-            x.add_(number)
-    assert (counter.total.bytes_read, counter.total.bytes_written) == (read, written)
 
 
 def test_table(capsys):

@@ -1,0 +1,199 @@
+"""CLIP's vision tower frozen for inference: fewer, larger steps, and no layer whose output nobody reads.
+
+Of every layer the projections of query, key and value are one product; quick GELU, x * sigmoid(1.702 x), is one pass: where y = 1.702 x
+comes out of the product before it, x * sigmoid(1.702 x) = silu(y) / 1.702, and the product after it divides. Both factors are applied to
+float32 sums, so no weight is rounded anew. Residuals are added in place, attention reads and writes [B, N, heads, d] without copies.
+In float16 pre-activations may grow to 38489, 1/1.702 of what the tower's own form allows; beyond, the result is not finite.
+"""
+
+import weakref
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import CLIPVisionModel
+from transformers.activations import QuickGELUActivation
+
+from ..absorbed import _linear
+
+# of quick GELU
+SLOPE = 1.702
+
+
+class _Layer(NamedTuple):
+    """Tensors of one encoder layer; q, k and v are one, and the first bias of the MLP is multiplied by SLOPE."""
+
+    norm1_weight: torch.Tensor
+    norm1_bias: torch.Tensor
+    qkv_weight: torch.Tensor
+    qkv_bias: torch.Tensor
+    out_weight: torch.Tensor
+    out_bias: torch.Tensor
+    norm2_weight: torch.Tensor
+    norm2_bias: torch.Tensor
+    fc1_weight: torch.Tensor
+    fc1_bias: torch.Tensor
+    fc2_weight: torch.Tensor
+    fc2_bias: torch.Tensor
+
+
+class PackedClip(nn.Module):
+    """A snapshot of a CLIP vision tower for inference; `from_tower` makes one.
+
+    A call takes views [B, 3, LR, LR] of any floating dtype to patch features [B, N, D] in the tower's: the hidden state that was selected,
+    without its class token, before any final norm. It has buffers and no parameters, an empty state_dict, and cannot be trained.
+
+    The projections of query, key and value are copied (3 D * D elements a layer); all else shares the tower's memory, so a call refuses
+    once any of the tower's weights was changed in place. Moving or converting the tower, or dropping it, changes nothing here.
+    """
+
+    def __init__(self, tower: CLIPVisionModel, select_layer: int):
+        super().__init__()
+        config, layers = tower.config, tower.encoder.layers
+        self.image_size, self.patch_size, self.heads = config.image_size, config.patch_size, config.num_attention_heads
+        self.eps = config.layer_norm_eps
+        self.depth = select_layer if select_layer >= 0 else len(layers) + 1 + select_layer
+        embeddings, norm = tower.embeddings, tower.pre_layrnorm
+        self._keep("patch_weight", embeddings.patch_embedding.weight)
+        self._keep("class_embedding", embeddings.class_embedding)
+        self._keep("position_embedding", embeddings.position_embedding.weight)
+        self._keep("norm_weight", norm.weight)
+        self._keep("norm_bias", norm.bias)
+        for i, layer in enumerate(layers[: self.depth]):
+            for name, tensor in _pack(layer)._asdict().items():
+                self._keep(f"layer{i}_{name}", tensor)
+        # what is read of the tower, and how often it had been changed in place by now
+        used = [tower.embeddings, tower.pre_layrnorm, *layers[: self.depth]]
+        parameters = [p for module in used for p in module.parameters() if not p.is_inference()]
+        self._watched = [(weakref.ref(p), p._version) for p in parameters]
+        self.training = False
+
+    @classmethod
+    def from_tower(cls, tower: CLIPVisionModel, select_layer: int = -2) -> "PackedClip":
+        """Packs a tower as it is now.
+
+        Args:
+            tower: a CLIP vision model of transformers, in one dtype on one device.
+            select_layer: index into the hidden states; -2 is the output of the last layer but one. Later layers are left out.
+
+        Raises:
+            ValueError: the tower computes something else than CLIP's layers, or has no such hidden state; the message says what.
+        """
+        if reason := unsuited(tower, select_layer):
+            raise ValueError(f"PackedClip: {reason}")
+        return cls(tower, select_layer)
+
+    @torch.no_grad()
+    def forward(self, views: torch.Tensor) -> torch.Tensor:
+        """Views [B, 3, LR, LR] to patch features [B, N, D].
+
+        Raises:
+            ValueError: views of another shape or device.
+            RuntimeError: a gradient to the views is wanted, or the tower's weights were changed since they were packed.
+        """
+        self._check(views)
+        hidden = self._embed(views.to(self.patch_weight.dtype))
+        for i in range(self.depth):
+            self._run_layer(hidden, _Layer(*(getattr(self, f"layer{i}_{name}") for name in _Layer._fields)))
+        return hidden[:, 1:]
+
+    def train(self, mode: bool = True) -> "PackedClip":
+        if mode:
+            raise RuntimeError("PackedClip is frozen: train the tower that it was made from, then pack that again")
+        return self
+
+    def extra_repr(self) -> str:
+        return f"image_size={self.image_size}, layers={self.depth}, width={len(self.class_embedding)}, dtype={self.patch_weight.dtype}"
+
+    def __getstate__(self):
+        # a copy or a pickle has memory of its own
+        return {**super().__getstate__(), "_watched": []}
+
+    def _keep(self, name: str, tensor: torch.Tensor) -> None:
+        self.register_buffer(name, tensor.detach(), persistent=False)
+
+    def _check(self, views: torch.Tensor) -> None:
+        expected = (3, self.image_size, self.image_size)
+        if views.dim() != 4 or tuple(views.shape[1:]) != expected or not views.is_floating_point():
+            raise ValueError(f"PackedClip: expected floating-point views {['B', *expected]}, got {list(views.shape)} of {views.dtype}")
+        if views.device != self.patch_weight.device:
+            raise ValueError(f"PackedClip: the views are on {views.device}, the weights on {self.patch_weight.device}")
+        if torch.compiler.is_compiling():
+            return
+        if views.requires_grad:
+            raise RuntimeError("PackedClip is frozen and gives no gradient to its views: use the tower, or views.detach()")
+        if any((p := reference()) is not None and p._version != version for reference, version in self._watched):
+            raise RuntimeError("PackedClip: the tower's weights were changed since it was packed: pack it again")
+
+    def _embed(self, views: torch.Tensor) -> torch.Tensor:
+        patches = F.conv2d(views, self.patch_weight, stride=self.patch_size).flatten(2).transpose(1, 2)
+        embedded = torch.cat([self.class_embedding.expand(len(views), 1, -1), patches], dim=1).add_(self.position_embedding)
+        return self._norm(embedded, self.norm_weight, self.norm_bias)
+
+    def _run_layer(self, hidden: torch.Tensor, layer: _Layer) -> None:
+        """One encoder layer on hidden states [B, N, D], in place."""
+        b, n, d = hidden.shape
+        qkv = _linear(self._norm(hidden, layer.norm1_weight, layer.norm1_bias), layer.qkv_weight, layer.qkv_bias)
+        query, key, value = qkv.view(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(b, n, d)
+        hidden.add_(_linear(mixed, layer.out_weight, layer.out_bias))
+        steep = _scaled_linear(self._norm(hidden, layer.norm2_weight, layer.norm2_bias), layer.fc1_weight, layer.fc1_bias, SLOPE)
+        hidden.add_(_scaled_linear(F.silu(steep, inplace=True), layer.fc2_weight, layer.fc2_bias, 1 / SLOPE))
+
+    def _norm(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(hidden, weight.shape, weight, bias, self.eps)
+
+
+def _scaled_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, scale: float) -> torch.Tensor:
+    """scale * (x @ weight^T) + bias."""
+    if x.device.type == "cpu" and x.dtype == torch.float32:
+        # the faster products there take no factor, and passes over what lies in the cache cost little
+        return _linear(x, weight, bias / scale).mul_(scale)
+    return torch.addmm(bias, x.flatten(0, -2), weight.t(), alpha=scale).view(*x.shape[:-1], len(weight))
+
+
+def _pack(layer: nn.Module) -> _Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    with torch.no_grad():
+        return _Layer(
+            layer.layer_norm1.weight,
+            layer.layer_norm1.bias,
+            torch.cat([p.weight for p in projections]),
+            torch.cat([p.bias for p in projections]),
+            attention.out_proj.weight,
+            attention.out_proj.bias,
+            layer.layer_norm2.weight,
+            layer.layer_norm2.bias,
+            mlp.fc1.weight,
+            mlp.fc1.bias * SLOPE,
+            mlp.fc2.weight,
+            mlp.fc2.bias,
+        )
+
+
+def unsuited(tower: nn.Module, select_layer: int = -2) -> str | None:
+    """Why a tower cannot be packed, as a sentence; None where it can."""
+    if not isinstance(tower, CLIPVisionModel):
+        return f"expected a CLIPVisionModel of transformers, got {type(tower).__name__}"
+    layers = tower.encoder.layers
+    if not -len(layers) - 1 <= select_layer <= len(layers):
+        return f"the tower has {len(layers) + 1} hidden states, select_layer={select_layer} is none of them"
+    activation = layers[0].mlp.activation_fn if len(layers) else QuickGELUActivation()
+    if type(activation) is not QuickGELUActivation:
+        return f"expected quick_gelu, the tower has {tower.config.hidden_act}"
+    expected = {nn.Linear, nn.LayerNorm, nn.Conv2d, nn.Embedding}
+    for name, module in tower.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return f"{name or 'the tower'} has hooks or a replaced forward, which only a call of the module runs"
+        # subclasses compute something else: low-rank adapters, quantised layers, parametrisations
+        if list(module.parameters(recurse=False)) and type(module) not in expected and module is not tower.embeddings:
+            return f"{name} is {type(module).__module__}.{type(module).__qualname__}, expected a plain layer"
+        for parameter, tensor in module.named_parameters(recurse=False):
+            if type(tensor) is not nn.Parameter:
+                return f"{name}.{parameter} is {type(tensor).__name__}, expected a plain parameter"
+    kinds = {(p.dtype, p.device) for p in tower.parameters()}
+    if len(kinds) > 1:
+        return f"expected one dtype and one device, got {', '.join(sorted(f'{dtype} on {device}' for dtype, device in kinds))}"
+    return None
