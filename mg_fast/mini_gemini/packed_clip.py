@@ -15,7 +15,7 @@ from torch import nn
 from transformers import CLIPVisionModel
 from transformers.activations import QuickGELUActivation
 
-from ..absorbed import _linear
+from ..linear import linear
 
 # of quick GELU
 SLOPE = 1.702
@@ -134,10 +134,10 @@ class PackedClip(nn.Module):
     def _run_layer(self, hidden: torch.Tensor, layer: _Layer) -> None:
         """One encoder layer on hidden states [B, N, D], in place."""
         b, n, d = hidden.shape
-        qkv = _linear(self._norm(hidden, layer.norm1_weight, layer.norm1_bias), layer.qkv_weight, layer.qkv_bias)
+        qkv = linear(self._norm(hidden, layer.norm1_weight, layer.norm1_bias), layer.qkv_weight, layer.qkv_bias)
         query, key, value = qkv.view(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(b, n, d)
-        hidden.add_(_linear(mixed, layer.out_weight, layer.out_bias))
+        hidden.add_(linear(mixed, layer.out_weight, layer.out_bias))
         steep = _scaled_linear(self._norm(hidden, layer.norm2_weight, layer.norm2_bias), layer.fc1_weight, layer.fc1_bias, SLOPE)
         hidden.add_(_scaled_linear(F.silu(steep, inplace=True), layer.fc2_weight, layer.fc2_bias, 1 / SLOPE))
 
@@ -149,7 +149,7 @@ def _scaled_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, sc
     """scale * (x @ weight^T) + bias."""
     if x.device.type == "cpu" and x.dtype == torch.float32:
         # the faster products there take no factor, and passes over what lies in the cache cost little
-        return _linear(x, weight, bias / scale).mul_(scale)
+        return linear(x, weight, bias / scale).mul_(scale)
     return torch.addmm(bias, x.flatten(0, -2), weight.t(), alpha=scale).view(*x.shape[:-1], len(weight))
 
 
