@@ -6,7 +6,7 @@ W [N, K] is contiguous. Any M, N, K; where K, N or a stride is no multiple of 16
 
 The one exception to "float32 from the load on": 16-bit operands go to the tensor cores as they are, which sum their exact products in
 float32. Triton's interpreter computes garbage from bfloat16, so there, and only there, operands are widened: that is exact. float32 is
-multiplied as IEEE float32 without tensor cores, where the library's product is faster; elsewhere nothing has been measured yet.
+multiplied as IEEE float32, without tensor cores. Where PyTorch's form, the library's product and a pass, is faster has not been measured.
 """
 
 import torch

@@ -18,10 +18,11 @@ triton = pytest.importorskip("triton", reason="triton is published for Linux onl
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiling ahead of time needs a process without TRITON_INTERPRET", allow_module_level=True)
 
-from mg_fast.kernels.configs import Tile
+from mg_fast.kernels.configs import ProductTile, Tile
 from tests.aot import dwconv_norm, patch_mining, pointwise
 from tests.aot.gate import ARCHITECTURES, compiling, faults, read_table, write_table
 from tests.aot.patch_mining import Mining
+from tests.aot.pointwise import Pointwise
 
 # one a file of kernels/
 FAMILIES = {"dwconv_norm": dwconv_norm, "patch_mining": patch_mining, "pointwise": pointwise}
@@ -86,6 +87,8 @@ def test_every_configuration_is_compiled(family):
         pytest.param(
             Mining("pool_windows_fwd", 86, "bf16", "768"), Tile(64, 8, 14), "bytes of shared memory, sm_86 has 101376", id="shared"
         ),
+        # why products on an H100 are no wider: configs.py says so
+        pytest.param(Pointwise("linear_gelu_fwd", 90, "bf16", "stage2"), ProductTile(128, 256, 64, 8, 8, 3), "spills", id="wide products"),
     ],
 )
 def test_the_gate_can_fail(put_off, case, tile, fault):

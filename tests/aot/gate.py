@@ -18,7 +18,7 @@ import triton
 from mg_fast.kernels.configs import SHARED_MEMORY_LIMITS
 from mg_fast.warmup import compile_only
 
-# what multiplies matrices, in the machine's own instructions
+# what multiplies matrices best, in the machine's own instructions; products too small for it use HMMA there too, and count as none
 TENSOR_CORES = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 ARCHITECTURES = tuple(SHARED_MEMORY_LIMITS)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
