@@ -122,7 +122,7 @@ class ConvolutionTile(NamedTuple):
 
 # by compute capability as above, then by the most channels, and whether pixels are loaded 16 bytes at once. A thread holds its rows of 8
 # channels (2 where loads are narrow, each with an address of its own) of up to three chunks, the width of every published ConvNeXt being
-# 2^k or 3 * 2^k; 4 rows are as many as fit the registers. Made to compile without spills; which is fastest has not been measured.
+# 2^k or 3 * 2^k; 4 rows are as many as fit the registers. Which is fastest has not been measured.
 DWCONV_NORM = {
     None: {
         (96, True): ConvolutionTile(4, 16, 32, 2),
