@@ -42,7 +42,8 @@ def test_unknown_names_are_refused(monkeypatch, name):
 
 def test_asking_for_one_that_cannot_run_raises_the_reason(model, processor, photo):
     inputs = processor.image_processor(photo)
-    with use_backend("triton"), pytest.raises(BackendError, match="cannot run high_resolution_tower: triton runs on CUDA tensors, these are on cpu"):
+    reason = "cannot run high_resolution_tower: triton runs on CUDA tensors, these are on cpu"
+    with use_backend("triton"), pytest.raises(BackendError, match=reason):
         model.get_image_features(**inputs)
 
 
