@@ -67,3 +67,20 @@ def patch_mining_tile(architecture: int | None, element_size: int, side: int, wi
     table = PATCH_MINING[None] | PATCH_MINING.get(architecture, {})
     bucket = patch_mining_bucket(element_size, side, widths)
     return reduced and table.get((*bucket, "reduced")) or table[bucket]
+
+
+class ResizeTile(NamedTuple):
+    """Rows and columns that a program makes, its warps."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+# by compute capability (None: any, where that has no entry of its own), then by pass: of a picture's columns, then of its rows
+DUAL_RESIZE = {None: {"columns": ResizeTile(4, 128, 4), "rows": ResizeTile(4, 128, 4)}}
+
+
+def dual_resize_tile(architecture: int | None, stage: str) -> ResizeTile:
+    """The tile of a pass on a GPU of this compute capability (90 for 9.0)."""
+    return (DUAL_RESIZE[None] | DUAL_RESIZE.get(architecture, {}))[stage]

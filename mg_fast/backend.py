@@ -24,6 +24,7 @@ IMPLEMENTED = {
     "low_resolution_tower": ("reference", "torch"),
     "high_resolution_tower": ("reference",),
     "patch_mining": ("reference", "torch", "triton"),
+    "dual_resize": ("reference", "torch", "triton"),
 }
 
 _local = threading.local()

@@ -15,9 +15,6 @@ from ..errors import PictureError
 
 logger = logging.getLogger(__name__)
 
-# a canvas of 18,918 pixels a side, about 1 GiB: beyond it, squaring by padding would take the machine's memory for nothing
-MAX_CANVAS_PIXELS = 4 * 89_478_485
-
 
 def open_picture(source, *, allow_urls: bool = False, label: str | None = None) -> Image.Image:
     """A picture in mode RGB, its EXIF orientation applied.

@@ -1,11 +1,9 @@
 """Pictures and prompts to the model's inputs."""
 
 import json
-import math
 import os
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoProcessor, BatchFeature
@@ -16,15 +14,12 @@ from .. import conversation
 from ..conversation import IMAGE_TAG, get_template
 from ..errors import CheckpointError, PictureError, PromptError
 from ..reference import low_resolution_views
+from ..resizing import normalise, square
 from .checkpoint import decide_template, geometry_config, load_tokenizer
 from .configuration import MiniGeminiConfig
-from .pictures import MAX_CANVAS_PIXELS, open_picture
+from .pictures import open_picture
 from .tensor_files import HUB_ARGUMENTS, resolve_folder
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-# int(255 * mean)
-PAD_COLOUR = (122, 116, 104)
 # what transformers' Auto classes and pipelines pass along and this processor has no use for
 _AUTO_ARGUMENTS = {
     "dtype",
@@ -103,42 +98,12 @@ class MiniGeminiImageProcessor(ImageProcessingMixin):
         try:
             image = open_picture(source, allow_urls=allow_urls)
             try:
-                return normalise(self._resize(image))
+                return normalise(square(image, self.hr_size, self.pad))
             except PictureError as error:
                 name = getattr(source, "filename", None) or getattr(image, "filename", None)
                 raise PictureError(f"{name}: {error}" if name else str(error)) from None
         except PictureError as error:
             raise PictureError(f"picture {index + 1} of {count}: {error}" if count > 1 else str(error)) from error.__cause__
-
-    def _resize(self, image: Image.Image) -> Image.Image:
-        size, (w, h) = self.hr_size, image.size
-        long, short = max(w, h), min(w, h)
-        if not self.pad:
-            scaled = size if w == h else int(size * long / short)
-            if size * scaled > MAX_CANVAS_PIXELS:
-                raise PictureError(f"{w}x{h} pixels: too thin, its shortest side resized to {size} makes the other one {scaled}")
-            image = image.resize((scaled, size) if w > h else (size, scaled), Image.Resampling.BICUBIC)
-            left, top = (image.width - size) // 2, (image.height - size) // 2
-            return image.crop((left, top, left + size, top + size))
-        if short * size < long:
-            raise PictureError(f"{w}x{h} pixels: too thin, squared and resized to {size}x{size} its short side is under one pixel")
-        if long * long > MAX_CANVAS_PIXELS:
-            raise PictureError(f"{w}x{h} pixels: too large to square by padding, the longest side may be {math.isqrt(MAX_CANVAS_PIXELS)}")
-        if w != h:
-            canvas = Image.new("RGB", (long, long), PAD_COLOUR)
-            canvas.paste(image, ((long - w) // 2, (long - h) // 2))
-            image = canvas
-        return image.resize((size, size), Image.Resampling.BICUBIC)
-
-
-def normalise(image: Image.Image) -> torch.Tensor:
-    """An RGB image as [3, H, W], float32: (u8 / 255 - mean) / std, each step rounded to float32 as the original's processor does."""
-    levels = (np.arange(256) / 255).astype(np.float32)
-    mean, std = np.array(CLIP_MEAN, np.float32), np.array(CLIP_STD, np.float32)
-    # one table of 256 values per channel gives every pixel bit for bit
-    tables = (levels[:, None] - mean) / std
-    pixels = np.asarray(image)
-    return torch.from_numpy(np.stack([np.take(tables[:, c], pixels[..., c]) for c in range(3)]))
 
 
 class MiniGeminiProcessor(ProcessorMixin):

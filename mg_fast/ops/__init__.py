@@ -7,5 +7,6 @@ from .mining import (
     pool_windows_backward,
     pool_windows_backward_pyramid,
 )
+from .resize import dual_resize
 
-__all__ = ["MAX_WINDOW", "patch_mining", "pool_windows", "pool_windows_backward", "pool_windows_backward_pyramid"]
+__all__ = ["MAX_WINDOW", "dual_resize", "patch_mining", "pool_windows", "pool_windows_backward", "pool_windows_backward_pyramid"]
