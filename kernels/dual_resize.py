@@ -17,7 +17,6 @@ import triton.language as tl
 
 from .configs import dual_resize_tile
 
-FRACTION_BITS: tl.constexpr = tl.constexpr(22)
 SIZES = ["stride_y", "stride_x", "stride_c", "low", "height", "width", "size", "taps"]
 
 
@@ -31,7 +30,9 @@ class Taps(NamedTuple):
 @triton.jit
 def _rounded(b_sum):
     """Fixed point to 8 bits, as int32."""
-    return tl.minimum(tl.maximum((b_sum + (1 << (FRACTION_BITS - 1))) >> FRACTION_BITS, 0), 255)
+    BITS: tl.constexpr = 22
+    HALF: tl.constexpr = 1 << 21
+    return tl.minimum(tl.maximum((b_sum + HALF) >> BITS, 0), 255)
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -57,9 +57,7 @@ def place(width: int, height: int, size: int, pad: bool) -> tuple[Side, Side]:
     long, short = max(width, height), min(width, height)
     if pad:
         if short * size < long:
-            raise PictureError(
-                f"{width}x{height} pixels: too thin, squared and resized to {size}x{size} its short side is under one pixel"
-            )
+            raise PictureError(f"{width}x{height} pixels: too thin, squared and resized to {size}x{size} its short side is under one pixel")
         if long * long > MAX_CANVAS_PIXELS:
             limit = math.isqrt(MAX_CANVAS_PIXELS)
             raise PictureError(f"{width}x{height} pixels: too large to square by padding, the longest side may be {limit}")
@@ -67,9 +65,7 @@ def place(width: int, height: int, size: int, pad: bool) -> tuple[Side, Side]:
         return horizontal, vertical
     scaled = size if width == height else int(size * long / short)
     if size * scaled > MAX_CANVAS_PIXELS:
-        raise PictureError(
-            f"{width}x{height} pixels: too thin, its shortest side resized to {size} makes the other one {scaled}"
-        )
+        raise PictureError(f"{width}x{height} pixels: too thin, its shortest side resized to {size} makes the other one {scaled}")
     wide, high = (scaled, size) if width > height else (size, scaled)
     return Side(width, 0, width, wide, (wide - size) // 2, size), Side(height, 0, height, high, (high - size) // 2, size)
 
@@ -85,10 +81,11 @@ def square(image: Image.Image, size: int, pad: bool) -> Image.Image:
         canvas = Image.new("RGB", (x.canvas, y.canvas), PAD_COLOUR)
         canvas.paste(image, (x.offset, y.offset))
         image = canvas
-    image = image.resize((x.resized, y.resized), Image.Resampling.BICUBIC)
-    if image.size != (size, size):
-        image = image.crop((x.begin, y.begin, x.begin + size, y.begin + size))
-    return image
+    if pad:
+        return image.resize((size, size), Image.Resampling.BICUBIC)
+    # columns first, as Pillow always did: for tall pictures Pillow 13 changes the order, and with it the rounding between
+    image = image.resize((x.resized, image.height), Image.Resampling.BICUBIC).resize((x.resized, y.resized), Image.Resampling.BICUBIC)
+    return image.crop((x.begin, y.begin, x.begin + size, y.begin + size))
 
 
 @functools.lru_cache(maxsize=1)

@@ -19,12 +19,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiling ahead of time needs a process without TRITON_INTERPRET", allow_module_level=True)
 
 from mg_fast.kernels.configs import Tile
-from tests.aot import patch_mining
+from tests.aot import dual_resize, patch_mining
 from tests.aot.gate import ARCHITECTURES, compiling, faults, read_table, write_table
 from tests.aot.patch_mining import Mining
 
 # one a file of kernels/
-FAMILIES = {"patch_mining": patch_mining}
+FAMILIES = {"dual_resize": dual_resize, "patch_mining": patch_mining}
 REWRITE = "python -m tests.test_aot --write"
 
 
