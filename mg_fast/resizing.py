@@ -1,4 +1,4 @@
-"""Pictures to the two resolutions: squared, resized bicubically bit for bit as Pillow does it, normalised, and seen again at low resolution.
+"""Pictures to the two resolutions: squared, resized bicubically with Pillow's own bits, normalised, and seen again at low resolution.
 
 Pillow resizes 8-bit pictures in whole numbers: the filter's weights are rounded to multiples of 2**-22, columns are resized before rows,
 and what lies between the two passes is rounded to 8 bits. All sums stay below 2**53, so float64 holds them exactly, in any order.

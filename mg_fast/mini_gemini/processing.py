@@ -218,8 +218,8 @@ class MiniGeminiProcessor(ProcessorMixin):
             padding: pad a batch on the left to its longest prompt; default: when there are several prompts.
             add_special_tokens: let the tokenizer add its beginning-of-sequence token.
             allow_urls: fetch pictures given as URLs.
-            device, decoder: where pictures are resized, and by what they are decoded, see `MiniGeminiImageProcessor`; the rest of the result
-                stays on the CPU.
+            device, decoder: where pictures are resized, and by what they are decoded, see `MiniGeminiImageProcessor`; ids and marks stay
+                on the CPU.
 
         Returns:
             `input_ids`, `attention_mask`, `mm_token_type_ids` [B, L] (1 where a picture stands), and with pictures `pixel_values`

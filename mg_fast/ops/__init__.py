@@ -7,6 +7,14 @@ from .mining import (
     pool_windows_backward,
     pool_windows_backward_pyramid,
 )
-from .resize import dual_resize
+from .resize import dual_resize, resize_picture
 
-__all__ = ["MAX_WINDOW", "dual_resize", "patch_mining", "pool_windows", "pool_windows_backward", "pool_windows_backward_pyramid"]
+__all__ = [
+    "MAX_WINDOW",
+    "dual_resize",
+    "patch_mining",
+    "pool_windows",
+    "pool_windows_backward",
+    "pool_windows_backward_pyramid",
+    "resize_picture",
+]
