@@ -23,7 +23,7 @@ interpreted: $(READY)
 
 # ten times the random cases of `interpreted`, others every time
 fuzz: $(READY)
-	TRITON_INTERPRET=1 MG_FAST_FUZZ=fuzz $(BIN)/python -m pytest tests/interpreted/test_fuzz.py
+	TRITON_INTERPRET=1 MG_FAST_FUZZ=fuzz $(BIN)/python -m pytest tests/interpreted/test_fuzz.py tests/interpreted/test_fuzz_resize.py
 
 # a process of its own: what is compiled ahead of time must not have been interpreted before
 aot: $(READY)

@@ -35,6 +35,13 @@ def _rounded(b_sum):
     return tl.minimum(tl.maximum((b_sum + HALF) >> BITS, 0), 255)
 
 
+@triton.jit
+def _pixels(pointers, mask, COLOUR: tl.constexpr, C: tl.constexpr):
+    """One channel of the picture, of the padding's colour outside, as int32."""
+    PADDING: tl.constexpr = COLOUR[C]
+    return tl.load(pointers, mask=mask, other=PADDING).to(tl.int32)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def resize_columns_fwd_kernel(
     picture_ptr,
@@ -60,15 +67,14 @@ def resize_columns_fwd_kernel(
     m_y = o_y < height
     b_first = tl.load(first_ptr + o_x, mask=m_x, other=0)
     for i_c in tl.static_range(3):
-        PADDING: tl.constexpr = COLOUR[i_c]
         p_row = picture_ptr + (o_y + low) * stride_y + i_c * stride_c
         b_sum = tl.zeros([BY, BX], tl.int32)
         for i_k in range(taps):
             b_weight = tl.load(weights_ptr + i_k * size + o_x, mask=m_x, other=0)  # [BX]
             o_t = b_first + i_k
             m_t = m_y[:, None] & (m_x & (o_t >= 0) & (o_t < width))[None, :]
-            b_x = tl.load(p_row[:, None] + (o_t.to(tl.int64) * stride_x)[None, :], mask=m_t, other=PADDING)  # [BY, BX]
-            b_sum += b_weight[None, :] * b_x.to(tl.int32)
+            b_x = _pixels(p_row[:, None] + (o_t.to(tl.int64) * stride_x)[None, :], m_t, COLOUR, i_c)  # [BY, BX]
+            b_sum += b_weight[None, :] * b_x
         p_out = between_ptr + (o_y[:, None] * 3 + i_c) * size + o_x[None, :]
         tl.store(p_out, _rounded(b_sum).to(tl.uint8), mask=(o_y <= height)[:, None] & m_x[None, :])
 
@@ -78,7 +84,7 @@ def _levels(between_ptr, first_ptr, weights_ptr, o_y, m_y, o_x, m_x, i_c, low, h
     """8-bit levels of pixels (o_y, o_x) of the squared picture, as int32."""
     b_first = tl.load(first_ptr + o_y, mask=m_y, other=0) - low
     p_column = between_ptr + i_c * size + o_x
-    b_sum = m_y[:, None].to(tl.int32) * m_x[None, :].to(tl.int32) * 0
+    b_sum = tl.zeros([o_y.shape[0], o_x.shape[0]], tl.int32)
     for i_k in range(taps):
         b_weight = tl.load(weights_ptr + i_k * size + o_y, mask=m_y, other=0)
         o_t = b_first + i_k
@@ -129,14 +135,14 @@ def resize_rows_fwd_kernel(
     m_y, m_x = o_y < n, o_x < n
     b_out = tl.zeros([BY, BX], tl.float32)
     for i_y in range(count):
-        o_entry = i_y * entries + entry + o_y
-        b_py = tl.load(positions_ptr + o_entry, mask=m_y, other=0)
-        b_wy = tl.load(shares_ptr + o_entry, mask=m_y, other=0.0)
+        o_row = i_y * entries + entry + o_y
+        b_py = tl.load(positions_ptr + o_row, mask=m_y, other=0)
+        b_wy = tl.load(shares_ptr + o_row, mask=m_y, other=0.0)
         b_row = tl.zeros([BY, BX], tl.float32)
         for i_x in range(count):
-            o_entry = i_x * entries + entry + o_x
-            b_px = tl.load(positions_ptr + o_entry, mask=m_x, other=0)
-            b_wx = tl.load(shares_ptr + o_entry, mask=m_x, other=0.0)
+            o_column = i_x * entries + entry + o_x
+            b_px = tl.load(positions_ptr + o_column, mask=m_x, other=0)
+            b_wx = tl.load(shares_ptr + o_column, mask=m_x, other=0.0)
             b_level = _levels(between_ptr, first_ptr, weights_ptr, b_py, m_y, b_px, m_x, i_c, low, height, size, taps)
             b_row += b_wx[None, :] * tl.load(table_ptr + i_c * 256 + b_level, mask=m_y[:, None] & m_x[None, :], other=0.0)
         b_out += b_wy[:, None] * b_row
@@ -167,8 +173,8 @@ def dual_resize_fwd(
         columns, rows: what the pixels along the result's sides are made of; of rows of the picture none before `low`, none from `high`.
         low, high: rows of the picture that are resized; taps outside of [low, high) have the padding's colour.
         table: [3, 256] fp32, the normalised pixel of every channel and level.
-        positions, shares: [4, HR + grid * LR + LR], int32 and fp32: the HR pixels along a side that make a pixel and their weights, of the HR
-            picture (itself), the canvas of tiles (2 taps) and, with `global_view`, the global view (4 taps; otherwise these columns lack).
+        positions, shares: [4, HR + grid * LR + LR], int32 and fp32: the HR pixels along a side that make a pixel, and their weights: for
+            the HR picture (itself), the canvas of tiles (2 taps) and, with `global_view` only, the global view (4 taps).
         colour: of the padding.
         lr_size: side of an LR view in pixels.
         grid: tiles along a side of the LR canvas.

@@ -239,7 +239,7 @@ def test_orientation_of_what_nvjpeg_decodes(orientation, tmp_path):
     exif[pictures.ORIENTATION] = orientation
     path = tmp_path / "turned.jpg"
     image.save(path, exif=exif)
-    expected = np.asarray(ImageOps.exif_transpose(Image.open(path)))
+    expected = np.array(ImageOps.exif_transpose(Image.open(path)))
     assert torch.equal(pictures.upright(torch.from_numpy(np.array(Image.open(path))), orientation), torch.from_numpy(expected))
     for source in (path, path.read_bytes()):
         assert pictures.decode_on_device(source, "cpu").shape == expected.shape

@@ -93,8 +93,8 @@ class MiniGeminiImageProcessor(ImageProcessingMixin):
                 Pillow's; whatever else comes is still decoded by Pillow.
 
         Returns:
-            On `device`, or for `np` in memory: `pixel_values` [n, V, 3, lr_size, lr_size] (V = 1, or in HD the tiles row by row, the global view last) and
-            `pixel_values_hr` [n, 3, hr_size, hr_size], both float32.
+            `pixel_values` [n, V, 3, lr_size, lr_size] (V = 1, or in HD the tiles row by row, the global view last) and
+            `pixel_values_hr` [n, 3, hr_size, hr_size], both float32, on `device` (as NumPy arrays in memory).
 
         Raises:
             PictureError: with the picture's number, where several came.

@@ -3,10 +3,13 @@
 import os
 from typing import NamedTuple
 
+import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from mg_fast.kernels import dual_resize as kernels
+from mg_fast.kernels.configs import ResizeTile
 from tests.interpreted.test_fuzz import PROFILES
 from tests.test_resizing import assert_as_pillow, noise
 
@@ -29,20 +32,31 @@ class Case(NamedTuple):
     grid: int
     pad: bool
     layout: str
+    tile: ResizeTile
     seed: int
 
 
+# one program is fastest, where several are they end within the picture
+TILES = [ResizeTile(32, 32, 4)] * 7 + [ResizeTile(8, 16, 4)]
+# of the views of several tiles the global one takes as long as three others
+GRIDS = [1] * 14 + [2, 3]
 CASES = st.builds(
     Case,
-    width=st.integers(1, 40),
-    height=st.integers(1, 40),
-    hr_size=st.integers(1, 24),
+    width=st.integers(1, 32),
+    height=st.integers(1, 32),
+    hr_size=st.integers(5, 24),
     lr_size=st.integers(1, 10),
-    grid=st.sampled_from([1, 1, 1, 2, 3]),
+    grid=st.sampled_from(GRIDS),
     pad=st.booleans(),
     layout=st.sampled_from(list(LAYOUTS)),
+    tile=st.sampled_from(TILES),
     seed=st.integers(0, 2**16),
 )
+
+
+@pytest.fixture(autouse=True)
+def tiles_of_configs_again(monkeypatch):
+    monkeypatch.setattr(kernels, "dual_resize_tile", kernels.dual_resize_tile)
 
 
 @PROFILES[os.environ.get("MG_FAST_FUZZ", "ci")]
@@ -52,4 +66,5 @@ def test_fuzz(case):
     # thinner ones are refused
     assume(not case.pad or short * case.hr_size >= long)
     picture = LAYOUTS[case.layout](noise(case.width, case.height, case.seed))
+    kernels.dual_resize_tile = lambda *_: case.tile
     assert_as_pillow(picture, case.hr_size, case.lr_size, case.grid, case.pad, backend="triton")
