@@ -225,7 +225,7 @@ def bilinear_taps(before: int, after: int) -> tuple[np.ndarray, np.ndarray]:
 
     Asked of it, not computed: its positions are float32, and whether a product and a sum are rounded once or twice is its compiler's.
     """
-    probe = F.interpolate(torch.eye(before)[None, None], size=(after, before), mode="bilinear", align_corners=False)[0, 0]
+    probe = F.interpolate(torch.eye(before, device="cpu")[None, None], size=(after, before), mode="bilinear", align_corners=False)[0, 0]
     low = (probe != 0).int().argmax(1, keepdim=True)
     high = (low + 1).clamp(max=before - 1)
     weight = torch.where(high > low, probe.gather(1, high), 0.0)

@@ -57,6 +57,8 @@ def assert_as_pillow(picture, hr_size, lr_size, grid=1, pad=True, backend="torch
 @pytest.mark.parametrize("pad", [True, False], ids=["pad", "crop"])
 def test_pillows_bits_at_random_sizes(pad, grid):
     """With the other cases of this test 320 sizes, up and down, most of them to sizes that nothing divides."""
+    # a second thread only has to be woken up
+    torch.set_num_threads(1)
     generator = np.random.default_rng(7 + 2 * grid + pad)
     for i in range(80):
         width, height = (int(n) for n in np.exp(generator.uniform(0, np.log(400), 2)))

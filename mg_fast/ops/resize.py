@@ -108,6 +108,8 @@ def resize_picture(
     picture: torch.Tensor, hr_size: int, lr_size: int, grid: int, global_view: bool, pad: bool, form: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`dual_resize` by a backend: one node of a graph whichever it is, since tables are made from the picture's size."""
+    # what is refused is refused before anything is copied
+    resizing.place(picture.shape[1], picture.shape[0], hr_size, pad)
     return _FORMS[form](picture, hr_size, lr_size, grid=grid, global_view=global_view, pad=pad)
 
 
