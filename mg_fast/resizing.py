@@ -25,7 +25,7 @@ MAX_CANVAS_PIXELS = 4 * 89_478_485
 # of a weight in fixed point: Pillow's PRECISION_BITS
 FRACTION_BITS = 22
 # outputs that are made by one matrix product, and values of the picture that are held in float64 at once
-BLOCK, CHUNK = 16, 2**21
+BLOCK, CHUNK = 32, 2**19
 
 
 class Side(NamedTuple):
