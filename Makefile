@@ -23,7 +23,7 @@ interpreted: $(READY)
 
 # ten times the random cases of `interpreted`, others every time
 fuzz: $(READY)
-	TRITON_INTERPRET=1 MG_FAST_FUZZ=fuzz $(BIN)/python -m pytest -n 2 --dist worksteal tests/interpreted/test_fuzz.py
+	TRITON_INTERPRET=1 MG_FAST_FUZZ=fuzz $(BIN)/python -m pytest -n 2 --dist worksteal -k fuzz tests/interpreted
 
 # a process of its own: what is compiled ahead of time must not have been interpreted before
 aot: $(READY)

@@ -154,3 +154,20 @@ def dwconv_norm_tile(architecture: int | None, channels: int, strides: Iterable[
     """The tile of their bucket on a GPU of this compute capability."""
     table = DWCONV_NORM[None] | DWCONV_NORM.get(architecture, {})
     return table[dwconv_norm_bucket(channels, strides)]
+
+
+class ResizeTile(NamedTuple):
+    """Rows and columns that a program makes, its warps."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+# by compute capability (None: any, where that has no entry of its own), then by pass: of a picture's columns, then of its rows
+DUAL_RESIZE = {None: {"columns": ResizeTile(4, 128, 4), "rows": ResizeTile(4, 128, 4)}}
+
+
+def dual_resize_tile(architecture: int | None, stage: str) -> ResizeTile:
+    """The tile of a pass on a GPU of this compute capability (90 for 9.0)."""
+    return (DUAL_RESIZE[None] | DUAL_RESIZE.get(architecture, {}))[stage]

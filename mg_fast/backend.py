@@ -28,6 +28,7 @@ IMPLEMENTED = {
     "linear_gelu": ("reference", "triton", "torch"),
     "linear_residual": ("reference", "triton", "torch"),
     "dwconv_norm": ("reference", "torch", "triton"),
+    "dual_resize": ("reference", "torch", "triton"),
 }
 
 _local = threading.local()

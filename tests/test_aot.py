@@ -19,13 +19,13 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiling ahead of time needs a process without TRITON_INTERPRET", allow_module_level=True)
 
 from mg_fast.kernels.configs import ProductTile, Tile
-from tests.aot import dwconv_norm, patch_mining, pointwise
+from tests.aot import dual_resize, dwconv_norm, patch_mining, pointwise
 from tests.aot.gate import ARCHITECTURES, compiling, faults, read_table, write_table
 from tests.aot.patch_mining import Mining
 from tests.aot.pointwise import Pointwise
 
 # one a file of kernels/
-FAMILIES = {"dwconv_norm": dwconv_norm, "patch_mining": patch_mining, "pointwise": pointwise}
+FAMILIES = {"dual_resize": dual_resize, "dwconv_norm": dwconv_norm, "patch_mining": patch_mining, "pointwise": pointwise}
 REWRITE = "python -m tests.test_aot --write"
 
 

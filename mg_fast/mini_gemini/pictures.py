@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ..errors import PictureError
+from ..errors import BackendError, PictureError
 
 logger = logging.getLogger(__name__)
 
-# a canvas of 18,918 pixels a side, about 1 GiB: beyond it, squaring by padding would take the machine's memory for nothing
-MAX_CANVAS_PIXELS = 4 * 89_478_485
+# of EXIF's tags
+ORIENTATION = 0x0112
 
 
 def open_picture(source, *, allow_urls: bool = False, label: str | None = None) -> Image.Image:
@@ -60,6 +60,45 @@ def open_picture(source, *, allow_urls: bool = False, label: str | None = None) 
         return _decode(source, label or getattr(source, "name", None) or "picture in a file object")
     expected = "a Pillow image, a path, bytes, a binary file, or a uint8 array or tensor"
     raise PictureError(f"{label or 'picture'}: expected {expected}, got {type(source).__name__}")
+
+
+def check_decoder(decoder: str, device: torch.device | str | None) -> None:
+    """Raises ValueError for a decoder that is not known, BackendError with the reason for one that cannot run."""
+    if decoder not in ("pillow", "nvjpeg"):
+        raise ValueError(f"unknown decoder {decoder!r}: expected pillow or nvjpeg")
+    if decoder == "nvjpeg" and (device is None or torch.device(device).type != "cuda"):
+        raise BackendError(f"decoder 'nvjpeg' needs a CUDA device, got device={None if device is None else str(device)!r}")
+    if decoder == "nvjpeg" and not torch.cuda.is_available():
+        raise BackendError("decoder 'nvjpeg' needs a CUDA device, torch finds none here")
+
+
+def decode_on_device(source, device: torch.device | str) -> torch.Tensor | None:
+    """A JPEG file or bytes as an upright RGB tensor [H, W, 3] uint8 on a CUDA device, by nvJPEG; None for anything else."""
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    try:
+        if isinstance(source, (str, os.PathLike)):
+            with open(os.path.expanduser(os.fspath(source)), "rb") as file:
+                source = file.read()
+        if not isinstance(source, (bytes, bytearray, memoryview)) or bytes(source[:3]) != b"\xff\xd8\xff":
+            return None
+    except OSError:
+        # Pillow's way has the words for it
+        return None
+    data = bytes(source)
+    try:
+        orientation = Image.open(io.BytesIO(data)).getexif().get(ORIENTATION, 1)
+        picture = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB, device)
+    except Exception as error:  # decoders raise anything on broken data
+        raise PictureError(f"picture of {len(data)} bytes: nvJPEG cannot decode it: {_first_line(error)}") from None
+    return upright(picture.permute(1, 2, 0), orientation)
+
+
+def upright(picture: torch.Tensor, orientation: int) -> torch.Tensor:
+    """[H, W, C] turned as EXIF says, without a copy for turns that strides can tell; values but 1 to 8 turn nothing, as in Pillow."""
+    turned = picture.transpose(0, 1) if orientation in (5, 6, 7, 8) else picture
+    flipped = {2: [1], 3: [0, 1], 4: [0], 6: [1], 7: [0, 1], 8: [0]}.get(orientation, [])
+    return turned.flip(flipped) if flipped else turned
 
 
 def _fetch(url: str, label: str) -> bytes:

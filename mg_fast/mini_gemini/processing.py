@@ -1,7 +1,6 @@
 """Pictures and prompts to the model's inputs."""
 
 import json
-import math
 import os
 from collections.abc import Sequence
 
@@ -12,19 +11,16 @@ from transformers import AutoProcessor, BatchFeature
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.processing_utils import ProcessorMixin
 
-from .. import conversation
+from .. import conversation, ops
 from ..conversation import IMAGE_TAG, get_template
 from ..errors import CheckpointError, PictureError, PromptError
 from ..reference import low_resolution_views
+from ..resizing import normalise, place, square
 from .checkpoint import decide_template, geometry_config, load_tokenizer
 from .configuration import MiniGeminiConfig
-from .pictures import MAX_CANVAS_PIXELS, open_picture
+from .pictures import check_decoder, decode_on_device, open_picture
 from .tensor_files import HUB_ARGUMENTS, resolve_folder
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-# int(255 * mean)
-PAD_COLOUR = (122, 116, 104)
 # what transformers' Auto classes and pipelines pass along and this processor has no use for
 _AUTO_ARGUMENTS = {
     "dtype",
@@ -77,68 +73,71 @@ class MiniGeminiImageProcessor(ImageProcessingMixin):
             tokens_per_picture=config.tokens_per_picture,
         )
 
-    def __call__(self, images, return_tensors: str | None = "pt", allow_urls: bool = False) -> BatchFeature:
+    def __call__(
+        self,
+        images,
+        return_tensors: str | None = "pt",
+        allow_urls: bool = False,
+        device: torch.device | str | None = None,
+        decoder: str = "pillow",
+    ) -> BatchFeature:
         """Pictures to tensors.
 
         Args:
             images: one picture or a list of them; see `open_picture`.
             return_tensors: `pt` or `np`.
             allow_urls: fetch pictures given as URLs.
+            device: resize the decoded pictures there (`mg_fast.ops.dual_resize`): pixels of the same bits, views within 1e-6. None: by
+                Pillow, on the CPU.
+            decoder: `pillow`, or `nvjpeg`: JPEG files and bytes are decoded on the CUDA `device` by torchvision, to other pixels than
+                Pillow's; whatever else comes is still decoded by Pillow.
 
         Returns:
             `pixel_values` [n, V, 3, lr_size, lr_size] (V = 1, or in HD the tiles row by row, the global view last) and
-            `pixel_values_hr` [n, 3, hr_size, hr_size], both float32.
+            `pixel_values_hr` [n, 3, hr_size, hr_size], both float32, on `device` (as NumPy arrays in memory).
 
         Raises:
             PictureError: with the picture's number, where several came.
+            BackendError: `nvjpeg` without a CUDA device.
         """
+        check_decoder(decoder, device)
         images = list(images) if isinstance(images, (list, tuple)) else [images]
         if not images:
             raise PictureError("expected at least one picture, got none")
-        pixels = torch.stack([self._one(image, i, len(images), allow_urls) for i, image in enumerate(images)])
-        views = low_resolution_views(pixels, self.lr_size, grid=self.grid, global_view=self.global_view)
+        pairs = [self._one(image, i, len(images), allow_urls, device, decoder) for i, image in enumerate(images)]
+        pixels = torch.stack([hr for hr, _ in pairs])
+        if device is None:
+            views = low_resolution_views(pixels, self.lr_size, grid=self.grid, global_view=self.global_view)
+        else:
+            views = torch.stack([views for _, views in pairs])
+        if return_tensors == "np":
+            pixels, views = pixels.cpu(), views.cpu()
         return BatchFeature({"pixel_values": views, "pixel_values_hr": pixels}, tensor_type=return_tensors)
 
-    def _one(self, source, index: int, count: int, allow_urls: bool) -> torch.Tensor:
+    def _one(self, source, index: int, count: int, allow_urls: bool, device, decoder: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The HR picture and, where a device makes them, its LR views."""
         try:
-            image = open_picture(source, allow_urls=allow_urls)
+            image = decode_on_device(source, device) if decoder == "nvjpeg" else None
+            if image is None:
+                image = open_picture(source, allow_urls=allow_urls)
             try:
-                return normalise(self._resize(image))
+                return self._resized(image, device)
             except PictureError as error:
                 name = getattr(source, "filename", None) or getattr(image, "filename", None)
                 raise PictureError(f"{name}: {error}" if name else str(error)) from None
         except PictureError as error:
             raise PictureError(f"picture {index + 1} of {count}: {error}" if count > 1 else str(error)) from error.__cause__
 
-    def _resize(self, image: Image.Image) -> Image.Image:
-        size, (w, h) = self.hr_size, image.size
-        long, short = max(w, h), min(w, h)
-        if not self.pad:
-            scaled = size if w == h else int(size * long / short)
-            if size * scaled > MAX_CANVAS_PIXELS:
-                raise PictureError(f"{w}x{h} pixels: too thin, its shortest side resized to {size} makes the other one {scaled}")
-            image = image.resize((scaled, size) if w > h else (size, scaled), Image.Resampling.BICUBIC)
-            left, top = (image.width - size) // 2, (image.height - size) // 2
-            return image.crop((left, top, left + size, top + size))
-        if short * size < long:
-            raise PictureError(f"{w}x{h} pixels: too thin, squared and resized to {size}x{size} its short side is under one pixel")
-        if long * long > MAX_CANVAS_PIXELS:
-            raise PictureError(f"{w}x{h} pixels: too large to square by padding, the longest side may be {math.isqrt(MAX_CANVAS_PIXELS)}")
-        if w != h:
-            canvas = Image.new("RGB", (long, long), PAD_COLOUR)
-            canvas.paste(image, ((long - w) // 2, (long - h) // 2))
-            image = canvas
-        return image.resize((size, size), Image.Resampling.BICUBIC)
-
-
-def normalise(image: Image.Image) -> torch.Tensor:
-    """An RGB image as [3, H, W], float32: (u8 / 255 - mean) / std, each step rounded to float32 as the original's processor does."""
-    levels = (np.arange(256) / 255).astype(np.float32)
-    mean, std = np.array(CLIP_MEAN, np.float32), np.array(CLIP_STD, np.float32)
-    # one table of 256 values per channel gives every pixel bit for bit
-    tables = (levels[:, None] - mean) / std
-    pixels = np.asarray(image)
-    return torch.from_numpy(np.stack([np.take(tables[:, c], pixels[..., c]) for c in range(3)]))
+    def _resized(self, image: Image.Image | torch.Tensor, device) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if device is None:
+            return normalise(square(image, self.hr_size, self.pad)), None
+        # before anything that is too large for it goes to the device
+        height, width = image.shape[:2] if isinstance(image, torch.Tensor) else (image.height, image.width)
+        place(width, height, self.hr_size, self.pad)
+        if not isinstance(image, torch.Tensor):
+            # a copy: torch has no tensors that must not be written to
+            image = torch.from_numpy(np.array(image)).to(device)
+        return ops.dual_resize(image, self.hr_size, self.lr_size, grid=self.grid, global_view=self.global_view, pad=self.pad)
 
 
 class MiniGeminiProcessor(ProcessorMixin):
@@ -206,6 +205,8 @@ class MiniGeminiProcessor(ProcessorMixin):
         padding: bool | str | None = None,
         add_special_tokens: bool = True,
         allow_urls: bool = False,
+        device: torch.device | str | None = None,
+        decoder: str = "pillow",
         **kwargs,
     ) -> BatchFeature:
         """Model inputs of one prompt or a batch.
@@ -217,6 +218,8 @@ class MiniGeminiProcessor(ProcessorMixin):
             padding: pad a batch on the left to its longest prompt; default: when there are several prompts.
             add_special_tokens: let the tokenizer add its beginning-of-sequence token.
             allow_urls: fetch pictures given as URLs.
+            device, decoder: where pictures are resized, and by what they are decoded, see `MiniGeminiImageProcessor`; ids and marks stay
+                on the CPU.
 
         Returns:
             `input_ids`, `attention_mask`, `mm_token_type_ids` [B, L] (1 where a picture stands), and with pictures `pixel_values`
@@ -257,7 +260,8 @@ class MiniGeminiProcessor(ProcessorMixin):
         if not pad and return_tensors and len({len(ids) for ids, _ in rows}) > 1:
             raise PromptError("prompts of different lengths cannot be one tensor: pass padding=True")
         if flat:
-            data.update(self.image_processor(flat, return_tensors=return_tensors, allow_urls=allow_urls))
+            options = {"allow_urls": allow_urls, "device": device, "decoder": decoder}
+            data.update(self.image_processor(flat, return_tensors=return_tensors, **options))
         return BatchFeature(data, tensor_type=return_tensors)
 
     def encode(self, prompt: str, *, add_special_tokens: bool = True) -> tuple[list[int], list[int]]:
@@ -281,7 +285,7 @@ class MiniGeminiProcessor(ProcessorMixin):
         """Messages to a prompt or, with tokenize=True, to model inputs; see transformers' method of the same name.
 
         Pictures are taken from the messages' content: {"type": "image", "image" | "path" | "url" | "base64": ...}. `url` may be a web
-        address: writing it there is asking for it.
+        address: writing it there is asking for it. `processor_kwargs` ({"device": "cuda"}) go to the processor.
         """
         if not messages:
             raise PromptError("a conversation needs at least one message, got none")

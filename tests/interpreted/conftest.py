@@ -53,6 +53,14 @@ if INTERPRETED:
         return _convert_float(values, source, target, rounding)
 
     interpreter._convert_float = convert_float
+    # a loop to a number that is not constant asks NumPy for an index of an array of one element, which it no longer gives
+    _patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_tensor(tensor, scope):
+        _patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_tensor
     # CPython maps memory for every 16 KiB of frames, and a call back and forth across that line does so each time: under pytest's frames
     # the line lies in the innermost loop, half of the run time; a thread begins with an empty stack
     _launch, _thread = interpreter.GridExecutor.__call__, ThreadPoolExecutor(1)

@@ -1,0 +1,119 @@
+"""Pictures resized to both resolutions: checks the input, chooses the backend, calls it, as an operator of torch."""
+
+import contextlib
+import functools
+import operator
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .. import backend as backends
+from .. import resizing
+
+
+def dual_resize(
+    picture: torch.Tensor,
+    hr_size: int,
+    lr_size: int,
+    *,
+    grid: int = 1,
+    global_view: bool = False,
+    pad: bool = True,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A decoded picture, squared, resized bicubically with Pillow's own bits, and normalised; and its low-resolution views.
+
+    Args:
+        picture: [H, W, 3] uint8, RGB, upright, any strides, on any device. Whole numbers have no gradient, and none is given.
+        hr_size: side of the high-resolution picture in pixels.
+        lr_size: side of one low-resolution view in pixels.
+        grid: LR tiles per side.
+        global_view: append the LR view of the whole picture.
+        pad: square by padding; False resizes the shortest side and crops the centre.
+        backend: overrides the choice in force; `reference` is Pillow, on the CPU.
+
+    Returns:
+        [3, HR, HR], the same bits on every backend, and [V, 3, LR, LR], V = grid * grid tiles row by row, then the global view, within
+        1e-6; both float32, normalised, on the picture's device.
+
+    Raises:
+        ValueError: not such a picture; PictureError where it is too thin, or too large, to be squared.
+        BackendError: a backend was named that cannot run here.
+    """
+    hr_size, lr_size, grid = operator.index(hr_size), operator.index(lr_size), operator.index(grid)
+    if picture.dtype != torch.uint8:
+        gradient = ": whole numbers, so that there is no gradient to the picture" if picture.requires_grad else ""
+        raise ValueError(f"dual_resize: the picture must be uint8, got {picture.dtype}{gradient}")
+    if picture.dim() != 3 or picture.shape[2] != 3 or 0 in picture.shape:
+        raise ValueError(f"dual_resize: the picture must be [H, W, 3] and have pixels, got {list(picture.shape)}")
+    if min(hr_size, lr_size, grid) < 1:
+        raise ValueError(f"dual_resize: sizes and grid must be at least 1, got hr_size={hr_size}, lr_size={lr_size}, grid={grid}")
+    form = backends.choose("dual_resize", backend, picture.device)
+    return resize_picture(picture, hr_size, lr_size, grid, bool(global_view), bool(pad), form)
+
+
+def _by_pillow(picture: torch.Tensor, hr_size: int, lr_size: int, *, grid: int, global_view: bool, pad: bool):
+    image = Image.fromarray(np.ascontiguousarray(picture.cpu().numpy()))
+    hr = resizing.normalise(resizing.square(image, hr_size, pad))
+    views = resizing.views_of(hr, lr_size, grid=grid, global_view=global_view)
+    return hr.to(picture.device), views.to(picture.device)
+
+
+@functools.lru_cache(maxsize=64)
+def _taps(side: resizing.Side, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    first, weights = resizing.bicubic_taps(side)
+    return torch.from_numpy(first).to(device), torch.from_numpy(np.ascontiguousarray(weights.T)).to(device)
+
+
+@functools.lru_cache(maxsize=8)
+def _tables(
+    hr_size: int, lr_size: int, grid: int, global_view: bool, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the kernel's second launch looks up, see `kernels.dual_resize.dual_resize_fwd`."""
+    itself = np.arange(hr_size)[None], np.ones((1, hr_size), np.float32)
+    taps = [itself, *resizing.view_taps(hr_size, lr_size, grid, global_view)]
+    positions, shares = (
+        np.concatenate([np.pad(part[kind], ((0, 4 - len(part[kind])), (0, 0))) for part in taps], axis=1) for kind in (0, 1)
+    )
+    arrays = resizing.level_tables(), positions.astype(np.int32), shares
+    return tuple(torch.from_numpy(array).to(device) for array in arrays)
+
+
+def _by_kernel(picture: torch.Tensor, hr_size: int, lr_size: int, *, grid: int, global_view: bool, pad: bool):
+    from ..kernels.dual_resize import Taps, dual_resize_fwd
+
+    device = picture.device
+    x, y = resizing.place(picture.shape[1], picture.shape[0], hr_size, pad)
+    # Triton launches on the current device, which need not be the picture's
+    with torch.cuda.device(device) if picture.is_cuda else contextlib.nullcontext():
+        return dual_resize_fwd(
+            picture,
+            Taps(*_taps(x, device)),
+            Taps(*_taps(y, device)),
+            *resizing.span(y),
+            *_tables(hr_size, lr_size, grid, global_view, device),
+            colour=resizing.PAD_COLOUR,
+            lr_size=lr_size,
+            grid=grid,
+            global_view=global_view,
+        )
+
+
+_FORMS = {"reference": _by_pillow, "torch": resizing.dual_resize, "triton": _by_kernel}
+
+
+@torch.library.custom_op("mg_fast::dual_resize", mutates_args=())
+def resize_picture(
+    picture: torch.Tensor, hr_size: int, lr_size: int, grid: int, global_view: bool, pad: bool, form: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`dual_resize` by a backend: one node of a graph whichever it is, since tables are made from the picture's size."""
+    # what is refused is refused before anything is copied
+    resizing.place(picture.shape[1], picture.shape[0], hr_size, pad)
+    return _FORMS[form](picture, hr_size, lr_size, grid=grid, global_view=global_view, pad=pad)
+
+
+@resize_picture.register_fake
+def _(picture, hr_size, lr_size, grid, global_view, pad, form):
+    hr = picture.new_empty(3, hr_size, hr_size, dtype=torch.float32)
+    return hr, picture.new_empty(grid * grid + global_view, 3, lr_size, lr_size, dtype=torch.float32)
