@@ -1,20 +1,18 @@
 """Random shapes, layouts and values through dwconv_norm's kernel, interpreted, held to the accuracy rule."""
 
-import os
-
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mg_fast import ops
-from tests.interpreted.test_fuzz import PROFILES
+from tests.fuzzing import fuzz
 from tests.test_dwconv_norm import exact, layouts, make, plain
 from tests.tolerances import assert_accurate
 
 NAMES = ["contiguous", *layouts(torch.zeros(1, 1, 1, 1))]
 
 
-@PROFILES[os.environ.get("MG_FAST_FUZZ", "ci")]
+@fuzz(500)
 @given(
     # channels from 8 on: of a handful of numbers, which LayerNorm may all but cancel, the largest error says little
     shape=st.tuples(st.sampled_from([1, 1, 1, 2, 0]), st.integers(1, 10), st.integers(1, 18), st.integers(8, 40)),

@@ -1,6 +1,5 @@
 """Random shapes, layouts, values and tiles through the pointwise kernels, interpreted, held to the accuracy rule."""
 
-import os
 from typing import NamedTuple
 
 import pytest
@@ -11,7 +10,7 @@ from hypothesis import strategies as st
 from mg_fast import ops
 from mg_fast.kernels import pointwise
 from mg_fast.kernels.configs import POINTWISE, ProductTile
-from tests.interpreted.test_fuzz import PROFILES
+from tests.fuzzing import fuzz
 from tests.interpreted.test_pointwise import within
 from tests.test_pointwise import OPERATIONS, make, oracle, plain
 from tests.tolerances import assert_accurate
@@ -75,7 +74,7 @@ def build(case):
     return inputs
 
 
-@PROFILES[os.environ.get("MG_FAST_FUZZ", "ci")]
+@fuzz(500)
 @given(cases())
 def test_fuzz(case):
     inputs = build(case)

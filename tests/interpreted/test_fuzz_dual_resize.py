@@ -1,6 +1,5 @@
 """Random pictures through the resizing kernel, interpreted, held to Pillow's own bits."""
 
-import os
 from typing import NamedTuple
 
 import pytest
@@ -10,7 +9,7 @@ from hypothesis import strategies as st
 
 from mg_fast.kernels import dual_resize as kernels
 from mg_fast.kernels.configs import ResizeTile
-from tests.interpreted.test_fuzz import PROFILES
+from tests.fuzzing import fuzz
 from tests.test_resizing import assert_as_pillow, noise
 
 LAYOUTS = {
@@ -59,7 +58,7 @@ def tiles_of_configs_again(monkeypatch):
     monkeypatch.setattr(kernels, "dual_resize_tile", kernels.dual_resize_tile)
 
 
-@PROFILES[os.environ.get("MG_FAST_FUZZ", "ci")]
+@fuzz(500)
 @given(CASES)
 def test_fuzz(case):
     long, short = max(case.width, case.height), min(case.width, case.height)

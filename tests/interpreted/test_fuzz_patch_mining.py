@@ -1,22 +1,19 @@
 """Random shapes, layouts and values through the kernel, interpreted, held to the accuracy rule; `make fuzz` tries ten times as many."""
 
 import functools
-import os
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mg_fast import absorbed, ops, reference
 from mg_fast.modules import PatchInfoMining
 from tests import draws
+from tests.fuzzing import fuzz
 from tests.test_absorbed import oracle, projections_of
 from tests.tolerances import assert_accurate, errors
-
-# an example takes as long as its windows are many, and every test's fixtures serve all of its examples
-COMMON = dict(deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
 
 
 class Case(NamedTuple):
@@ -146,14 +143,6 @@ def compare(case, inputs, ours, plain, exact):
         arguments = inputs(case._replace(seed=case.seed + 10**5 * draw))
         found.append(errors(plain(*arguments), exact(*arguments)))
     assert_accurate(result, found, expected)
-
-
-def fuzz(examples):
-    """Of that many cases in CI; ten times as many by `make fuzz`."""
-    if os.environ.get("MG_FAST_FUZZ") == "fuzz":
-        return settings(max_examples=10 * examples, phases=[Phase.reuse, Phase.generate, Phase.shrink], **COMMON)
-    # the same every time: what breaks a build is a change; not made smaller, which takes minutes
-    return settings(max_examples=examples, derandomize=True, database=None, phases=[Phase.generate], **COMMON)
 
 
 @fuzz(500)
