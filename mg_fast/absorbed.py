@@ -15,7 +15,6 @@ float32, 24 x 24 in bfloat16, milliseconds either way). Something that is not fi
 sizes must be static (dynamic=False): the tables are made from them.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 
 from .linear import linear
 from .reference import LAYER_NORM_EPS, Projection
+from .resize_tables import neighbours, resize_matrix, strip_tables, window_tables
 
 # rows of a map whose inner products are taken together, so that they stay in a CPU's cache
 ROWS = 8
@@ -79,6 +79,9 @@ def pool_windows(absorbed: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: 
         # which would round the products of the statistics, in float16 to infinity
         with torch.autocast(device, enabled=False):
             return pool_windows(absorbed, pyramid, grid)
+    if _in_steps(absorbed) and len(absorbed) > 1:
+        pictures = ([level[i : i + 1] for level in pyramid] for i in range(len(absorbed)))
+        return torch.cat([pool_windows(queries[None], picture, grid) for queries, picture in zip(absorbed, pictures)])
     b, views, n, channels = absorbed.shape
     cells, side = grid * grid, int(n**0.5)
     dtype = torch.float64 if pyramid[0].dtype == torch.float64 else torch.float32
@@ -86,7 +89,7 @@ def pool_windows(absorbed: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: 
     centres = [level.mean(-1, dtype=dtype) for level in pyramid]
     # for cells and global view together: it reads every level several times
     fine, reductions = pyramid[0].shape[1], (1, grid) if views > cells else (1,)
-    spans = [max(_span(fine, level.shape[1], reduction) for reduction in reductions) for level in pyramid]
+    spans = [max(neighbours(fine, level.shape[1], reduction) for reduction in reductions) for level in pyramid]
     products = [_inner_products(*level) for level in zip(pyramid, centres, spans)]
     # the cells lie side by side on one raster, so that a window at a cut sees the neighbouring cell's pixels as the upsampled map does
     raster = absorbed[:, :cells].reshape(b, grid, grid, side, side, channels).transpose(2, 3).reshape(b, grid * side, grid * side, channels)
@@ -115,43 +118,76 @@ def _pool_raster(
         reduction: 1, or the grid for the global view.
     """
     b, g = absorbed.shape[:2]
-    fine = pyramid[0].shape[1]
+    fine, widths = pyramid[0].shape[1], [level.shape[-1] for level in pyramid]
     side = fine // reduction // g
-    # of every window's pixels: [B, row of windows, window, pixel row, pixel column]
-    deviations, inverse = _statistics([level.shape[-1] for level in pyramid], centres, products, reduction)
-    *deviations, inverse = (t.reshape(b, g, side, g, side).transpose(2, 3) for t in (*deviations, inverse))
-    parts = absorbed.split([level.shape[-1] for level in pyramid], dim=-1)
-    levels = []
-    for level, centre, queries, deviation in zip(pyramid, centres, parts, deviations):
-        index, resize = _tables(fine, level.shape[1], reduction, g, centre.device, centre.dtype)
-        levels.append((level.flatten(1, 2), centre.flatten(1), index, resize, queries, deviation))
-    at_once = 1 if _by_rows(absorbed) else g
+    # of every window's pixels: [B, column of windows, window, pixel row, pixel column]
+    deviations, inverse = _statistics(widths, centres, products, reduction)
+    *deviations, inverse = (t.reshape(b, g, side, g, side).permute(0, 3, 1, 2, 4) for t in (*deviations, inverse))
+    parts = absorbed.transpose(1, 2).split(widths, dim=-1)
+    readers = [_reader(level, centre, fine, reduction, g) for level, centre in zip(pyramid, centres)]
+    at_once = 1 if _in_steps(absorbed) else g
 
-    rows = []
-    for top in range(0, g, at_once):
-        r = slice(top, top + at_once)
+    columns = []
+    for left in range(0, g, at_once):
+        c = slice(left, left + at_once)
         scores, windows = 0, []
-        for pixels, centre, index, resize, queries, deviation in levels:
-            index, k = index[r].flatten(), resize.shape[-1]
-            # less their own mean over the level's channels, so that nothing cancels where features have a large common offset
-            x = pixels.index_select(1, index).to(centre.dtype).sub_(centre.index_select(1, index)[..., None]).unflatten(1, (-1, g, k * k))
-            coarse = torch.matmul(queries[:, r, :, None], x.mT).squeeze(3).unflatten(-1, (k, k))
-            scores = scores + torch.matmul(resize[r, None], torch.matmul(coarse, resize.mT))
-            scores = scores + queries[:, r].sum(-1)[..., None, None] * deviation[:, r]
+        for (read, resize), queries, deviation in zip(readers, parts, deviations):
+            x, k = read(c), resize.shape[-1]
+            coarse = torch.matmul(queries[:, c, :, None], x.mT).squeeze(3).unflatten(-1, (k, k))
+            scores = scores + torch.matmul(resize, torch.matmul(coarse, resize[c, None].mT))
+            scores = scores + queries[:, c].sum(-1)[..., None, None] * deviation[:, c]
             windows.append(x)
-        scores = scores * inverse[:, r]
-        weights = scores.flatten(3).softmax(-1).view_as(scores) * inverse[:, r]
+        scores = scores * inverse[:, c]
+        weights = scores.flatten(3).softmax(-1).view_as(scores) * inverse[:, c]
         pooled = []
-        for x, (_, _, _, resize, _, deviation) in zip(windows, levels):
-            coarse = torch.matmul(resize[r, None].mT, torch.matmul(weights, resize))
+        for x, (_, resize), deviation in zip(windows, readers, deviations):
+            coarse = torch.matmul(resize.mT, torch.matmul(weights, resize[c, None]))
             level = torch.matmul(coarse.flatten(3)[:, :, :, None], x).squeeze(3)
-            pooled.append(level + (weights * deviation[:, r]).sum((3, 4))[..., None])
-        rows.append(torch.cat(pooled, dim=-1))
-    return torch.cat(rows, dim=1)
+            pooled.append(level + (weights * deviation[:, c]).sum((3, 4))[..., None])
+        columns.append(torch.cat(pooled, dim=-1))
+    return torch.cat(columns, dim=1).transpose(1, 2)
 
 
-def _by_rows(tensor: torch.Tensor) -> bool:
-    """A CPU is best kept in its cache, a GPU busy, a compiler's graph small."""
+def _reader(level: torch.Tensor, centre: torch.Tensor, fine: int, reduction: int, g: int) -> tuple[Callable, torch.Tensor]:
+    """A function that reads columns of windows, and the weights [G, M, K] that make their pixels of the coarse ones.
+
+    The function takes a slice of the columns to coarse pixels [B, columns, G, K * K, C], less their own means over the level's channels,
+    so that nothing cancels where features have a large common offset.
+    """
+    b, n, _, channels = level.shape
+    sizes = (fine, n, reduction, g, centre.device, centre.dtype)
+    # gradients need every window as it was
+    if not _in_steps(level) or torch.is_grad_enabled() or b != 1 or fine // g * n % fine:
+        index, resize = window_tables(*sizes)
+        pixels, means, k = level.flatten(1, 2), centre.flatten(1), resize.shape[-1]
+
+        def gather(columns: slice) -> torch.Tensor:
+            wanted = index[columns].flatten()
+            x = pixels.index_select(1, wanted).to(means.dtype).sub_(means.index_select(1, wanted)[..., None])
+            return x.unflatten(1, (-1, g, k * k))
+
+        return gather, resize
+
+    # faster by a third on a CPU: the windows of a column overlap in one strip of the level, of which they are views
+    first, step, resize = strip_tables(*sizes)
+    k = resize.shape[-1]
+    strip = centre.new_zeros((g - 1) * step + k, k, channels)
+    windows = strip.as_strided((1, 1, g, k * k, channels), (0, 0, step * k * channels, channels, 1))
+    top, bottom = max(first, 0), min(first + len(strip), n)
+
+    def cut(columns: slice) -> torch.Tensor:
+        left = first + columns.start * step
+        # what lies beyond the map has no weight
+        across = slice(max(left, 0), min(left + k, n))
+        within = strip[top - first : bottom - first, across.start - left : across.stop - left]
+        torch.sub(level[0, top:bottom, across], centre[0, top:bottom, across, None], out=within)
+        return windows
+
+    return cut, resize
+
+
+def _in_steps(tensor: torch.Tensor) -> bool:
+    """Whether a few windows are taken at a time: a CPU is best kept in its cache, a GPU busy, a compiler's graph small."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -175,7 +211,7 @@ def _statistics(
     means, squares = [], 0
     for centre, inner in zip(centres, products):
         n = centre.shape[1]
-        resize, span = _resize(fine, n, reduction, centre.device, centre.dtype), _span(fine, n, reduction)
+        resize, span = resize_matrix(fine, n, reduction, centre.device, centre.dtype), neighbours(fine, n, reduction)
         means.append(resize @ (centre - offset) @ resize.mT)
         for (down, across), product in inner.items():
             if max(down, across) < span:
@@ -199,7 +235,7 @@ def _inner_products(level: torch.Tensor, centre: torch.Tensor, span: int) -> dic
         For (down, across) the products [B, n - down, n - across] of pixels so far apart; along both diagonals together.
     """
     n = level.shape[1]
-    step = ROWS if _by_rows(level) else n
+    step = ROWS if _in_steps(level) else n
     products = {(down, across): [] for down in range(min(span, n)) for across in range(min(span, n))}
     for top in range(0, n, step):
         rows = slice(top, top + step + span - 1)
@@ -209,97 +245,12 @@ def _inner_products(level: torch.Tensor, centre: torch.Tensor, span: int) -> dic
             if count <= 0:
                 continue
             here, there = x[:, :count], x[:, down : down + count]
+            if not (down or across):
+                # one pass less
+                found.append(torch.linalg.vector_norm(here, dim=-1).square())
+                continue
             product = (here[:, :, : n - across] * there[:, :, across:]).sum(-1)
             if down and across:
                 product = product + (here[:, :, across:] * there[:, :, : n - across]).sum(-1)
             found.append(product)
     return {apart: torch.cat(found, dim=1) for apart, found in products.items()}
-
-
-# Tables depend on sizes alone. They are kept on each device, not made or copied there in every call.
-
-
-def _kept(make: Callable) -> Callable:
-    """Keeps the tensors that `make` returns, by its arguments, for good: a captured CUDA graph may read them at any time.
-
-    Those of a trace belong to it alone, and those of a capture hold nothing until it is replayed: they are made anew.
-    """
-    kept = {}
-
-    @functools.wraps(make)
-    def get(*arguments):
-        if torch.compiler.is_compiling() or type(torch.empty(0, device="cpu")) is not torch.Tensor:
-            return make(*arguments)
-        if arguments not in kept:
-            cuda = next(a for a in arguments if isinstance(a, torch.device)).type == "cuda"
-            if cuda and torch.cuda.is_current_stream_capturing():
-                return make(*arguments)
-            # what is made in inference mode could not be used for training later
-            with torch.inference_mode(False):
-                made = make(*arguments)
-            if cuda:
-                # other streams will read them
-                torch.cuda.current_stream().synchronize()
-            kept[arguments] = made
-        return kept[arguments]
-
-    return get
-
-
-@_kept
-def _resize(fine: int, size: int, reduction: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """The matrix [fine / reduction, size] that upsamples `size` pixels to `fine` and then reduces them."""
-    pixels, taps = torch.arange(fine // reduction, device=device), torch.arange(size, device=device)
-    return _weights(pixels[:, None], taps, fine, size, reduction, dtype)
-
-
-@_kept
-def _tables(fine: int, size: int, reduction: int, regions: int, device: torch.device, dtype: torch.dtype):
-    """Which of size x size coarse pixels the windows need, and with which weights.
-
-    Returns:
-        index [G, G * K * K] of the pixels of each row of windows, window by window; weights [G, M, K] that make a window's M rows of
-        pixels of its K coarse ones, and its columns likewise.
-    """
-    k = _reach(fine, size, reduction, regions)
-    # in the same whole numbers as the weights; at the end moved inwards, so that all windows are equally wide
-    first = torch.arange(regions, device=device) * (fine // regions) + (reduction - 1) // 2
-    first = ((2 * first + 1) * size - fine).clamp(min=0) // (2 * fine)
-    taps = first.clamp(max=size - k)[:, None] + torch.arange(k, device=device)
-    index = taps[:, None, :, None] * size + taps[None, :, None, :]
-    pixels = torch.arange(fine // reduction, device=device).reshape(regions, -1, 1)
-    return index.flatten(1), _weights(pixels, taps[:, None], fine, size, reduction, dtype)
-
-
-def _weights(pixels: torch.Tensor, taps: torch.Tensor, fine: int, size: int, reduction: int, dtype: torch.dtype) -> torch.Tensor:
-    """How much of each coarse pixel is in each pixel of the resized map: F.interpolate's bilinear (align_corners=False), up, then down."""
-    weights = 0
-    # the middle of what is reduced: one fine pixel, or between two
-    for middle in ((reduction - 1) // 2, reduction // 2):
-        pixel = pixels * reduction + middle
-        # whole numbers, in units of 1 / (2 * fine) coarse pixels
-        position = ((2 * pixel + 1) * size - fine).clamp(0, 2 * fine * (size - 1))
-        weights = weights + (1 - (position - 2 * fine * taps).abs().to(dtype) / (2 * fine)).clamp(min=0) / 2
-    return weights
-
-
-@torch.compiler.assume_constant_result
-def _reach(fine: int, size: int, reduction: int, regions: int) -> int:
-    """How many coarse pixels along one axis one of `regions` equal parts of the resized map is made of, at most."""
-    return _kept_reach(fine, size, reduction, regions)
-
-
-@functools.lru_cache(maxsize=256)
-def _kept_reach(fine: int, size: int, reduction: int, regions: int) -> int:
-    side, reach = fine // regions, 0
-    for region in range(regions):
-        first, last = region * side + (reduction - 1) // 2, (region + 1) * side - reduction + reduction // 2
-        start = max((2 * first + 1) * size - fine, 0) // (2 * fine)
-        end = min(-(-max((2 * last + 1) * size - fine, 0) // (2 * fine)), size - 1)
-        reach = max(reach, end - start + 1)
-    return reach
-
-
-def _span(fine: int, size: int, reduction: int) -> int:
-    """How many neighbouring coarse pixels one pixel is made of, at most."""
-    return _reach(fine, size, reduction, fine // reduction)

@@ -1,0 +1,112 @@
+"""Bilinear resizing as tables: which coarse pixels a window of a resized map is made of, and with which weights.
+
+The map of `size` x `size` pixels is upsampled to `fine` and then, for a global view, reduced by `reduction`, both as F.interpolate does
+it (bilinear, align_corners=False). Tables depend on sizes alone. They are kept on each device, not made or copied there in every call.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+
+def _kept(make: Callable) -> Callable:
+    """Keeps the tensors that `make` returns, by its arguments, for good: a captured CUDA graph may read them at any time.
+
+    Those of a trace belong to it alone, and those of a capture hold nothing until it is replayed: they are made anew.
+    """
+    kept = {}
+
+    @functools.wraps(make)
+    def get(*arguments):
+        if torch.compiler.is_compiling() or type(torch.empty(0, device="cpu")) is not torch.Tensor:
+            return make(*arguments)
+        if arguments not in kept:
+            cuda = next(a for a in arguments if isinstance(a, torch.device)).type == "cuda"
+            if cuda and torch.cuda.is_current_stream_capturing():
+                return make(*arguments)
+            # what is made in inference mode could not be used for training later
+            with torch.inference_mode(False):
+                made = make(*arguments)
+            if cuda:
+                # other streams will read them
+                torch.cuda.current_stream().synchronize()
+            kept[arguments] = made
+        return kept[arguments]
+
+    return get
+
+
+@_kept
+def resize_matrix(fine: int, size: int, reduction: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """The matrix [fine / reduction, size] that upsamples `size` pixels to `fine` and then reduces them."""
+    pixels, taps = torch.arange(fine // reduction, device=device), torch.arange(size, device=device)
+    return _weights(pixels[:, None], taps, fine, size, reduction, dtype)
+
+
+@_kept
+def window_tables(fine: int, size: int, reduction: int, regions: int, device: torch.device, dtype: torch.dtype):
+    """Which of size x size coarse pixels the windows need, and with which weights.
+
+    Returns:
+        index [G, G * K * K] of the pixels of each column of windows, window by window from the top; weights [G, M, K] that make a
+        window's M rows of pixels of its K coarse ones, and its columns likewise.
+    """
+    k = reach(fine, size, reduction, regions)
+    # in the same whole numbers as the weights; at the end moved inwards, so that all windows are equally wide
+    first = torch.arange(regions, device=device) * (fine // regions) + (reduction - 1) // 2
+    first = ((2 * first + 1) * size - fine).clamp(min=0) // (2 * fine)
+    taps = first.clamp(max=size - k)[:, None] + torch.arange(k, device=device)
+    index = taps[None, :, :, None] * size + taps[:, None, None, :]
+    pixels = torch.arange(fine // reduction, device=device).reshape(regions, -1, 1)
+    return index.flatten(1), _weights(pixels, taps[:, None], fine, size, reduction, dtype)
+
+
+def _weights(pixels: torch.Tensor, taps: torch.Tensor, fine: int, size: int, reduction: int, dtype: torch.dtype) -> torch.Tensor:
+    """How much of each coarse pixel is in each pixel of the resized map: F.interpolate's bilinear (align_corners=False), up, then down."""
+    weights = 0
+    # the middle of what is reduced: one fine pixel, or between two
+    for middle in ((reduction - 1) // 2, reduction // 2):
+        pixel = pixels * reduction + middle
+        # whole numbers, in units of 1 / (2 * fine) coarse pixels
+        position = ((2 * pixel + 1) * size - fine).clamp(0, 2 * fine * (size - 1))
+        weights = weights + (1 - (position - 2 * fine * taps).abs().to(dtype) / (2 * fine)).clamp(min=0) / 2
+    return weights
+
+
+@_kept
+def strip_tables(fine: int, size: int, reduction: int, regions: int, device: torch.device, dtype: torch.dtype):
+    """As `window_tables`, for windows that are all equally far apart and may begin before the map and end after it.
+
+    Returns:
+        The first coarse pixel of the first window; how many there are from one window to the next, a whole number; weights [G, M, K].
+    """
+    side = fine // regions
+    begin, end = (reduction - 1) // 2, side - reduction + reduction // 2
+    first, last = ((2 * begin + 1) * size - fine) // (2 * fine), -((fine - (2 * end + 1) * size) // (2 * fine))
+    step = side * size // fine
+    taps = first + torch.arange(regions, device=device)[:, None] * step + torch.arange(last - first + 1, device=device)
+    pixels = torch.arange(fine // reduction, device=device).reshape(regions, -1, 1)
+    return first, step, _weights(pixels, taps[:, None], fine, size, reduction, dtype)
+
+
+@torch.compiler.assume_constant_result
+def reach(fine: int, size: int, reduction: int, regions: int) -> int:
+    """How many coarse pixels along one axis one of `regions` equal parts of the resized map is made of, at most."""
+    return _kept_reach(fine, size, reduction, regions)
+
+
+@functools.lru_cache(maxsize=256)
+def _kept_reach(fine: int, size: int, reduction: int, regions: int) -> int:
+    side, reach = fine // regions, 0
+    for region in range(regions):
+        first, last = region * side + (reduction - 1) // 2, (region + 1) * side - reduction + reduction // 2
+        start = max((2 * first + 1) * size - fine, 0) // (2 * fine)
+        end = min(-(-max((2 * last + 1) * size - fine, 0) // (2 * fine)), size - 1)
+        reach = max(reach, end - start + 1)
+    return reach
+
+
+def neighbours(fine: int, size: int, reduction: int) -> int:
+    """How many neighbouring coarse pixels one pixel is made of, at most."""
+    return reach(fine, size, reduction, fine // reduction)
