@@ -101,28 +101,54 @@ class MiniGeminiModel(MiniGeminiPreTrainedModel):
             `pooler_output`: image tokens [n_images, T, hidden], T = 576 or 2880, global view first, unscaled.
             `last_hidden_state`: the same before the projector, [n_images, T, D].
         """
-        self._check_pixels(pixel_values, pixel_values_hr)
+        self.check_pixels(pixel_values, pixel_values_hr)
         with stage("LR tower"):
             queries = self.low_resolution_queries(pixel_values, backend=backend)
         with stage("HR tower"):
             pyramid = [level.to(queries.device) for level in self.vision_tower_aux(pixel_values_hr, backend=backend)]
+        image_tokens, tokens = self.mine_and_project(queries, pyramid, backend=backend, stage=stage)
+        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=image_tokens)
+
+    def mine_and_project(
+        self,
+        queries: torch.Tensor,
+        pyramid: list[torch.Tensor],
+        *,
+        backend: str | None = None,
+        stage: Callable = contextlib.nullcontext,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The towers' features to image tokens.
+
+        Args:
+            queries: [n_images, V, N, D], views in the order of pixel_values.
+            pyramid: stage maps of the pictures, channels last.
+            backend, stage: as of `get_image_features`.
+
+        Returns:
+            Image tokens [n_images, T, hidden], global view first, unscaled; the same before the projector, [n_images, T, D].
+        """
         with stage("patch info mining"):
             mined = self.patch_mining(queries, pyramid, grid=self.config.image_grid, backend=backend)
             tokens = reference.order_tokens(queries + mined.to(queries.device), grid=self.config.image_grid)
         with stage("projector"):
-            image_tokens = self.mm_projector(tokens)
-        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=image_tokens)
+            return self.mm_projector(tokens), tokens
 
-    def low_resolution_queries(self, pixel_values: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
-        """Low-resolution views [n_images, V, 3, LR, LR] to queries [n_images, V, N, D], in the same order of views."""
+    def low_resolution_queries(
+        self, pixel_values: torch.Tensor, *, backend: str | None = None, tower: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Low-resolution views [n_images, V, 3, LR, LR] to queries [n_images, V, N, D], in the same order of views; `tower` for CLIP's."""
         n, cells = len(pixel_values), self.config.image_grid**2
         # all tiles of all pictures, then the global views: the original's batch, kept so that numbers match to the last bit
         tiles = pixel_values[:, :cells].flatten(0, 1)
         views = torch.cat([tiles, pixel_values[:, cells:].flatten(0, 1)])
-        features = low_resolution_features(self.vision_tower, views, self.config.mm_vision_select_layer, backend=backend)
+        if tower is None:
+            features = low_resolution_features(self.vision_tower, views, self.config.mm_vision_select_layer, backend=backend)
+        else:
+            features = tower(views)
         return torch.cat([features[: len(tiles)].unflatten(0, (n, cells)), features[len(tiles) :].unflatten(0, (n, -1))], dim=1)
 
-    def _check_pixels(self, pixel_values: torch.Tensor, pixel_values_hr: torch.Tensor | None) -> None:
+    def check_pixels(self, pixel_values: torch.Tensor, pixel_values_hr: torch.Tensor | None) -> None:
+        """Raises ValueError for pixels of other shapes than the model takes."""
         if pixel_values_hr is None:
             raise ValueError("pixel_values came without pixel_values_hr: the processor returns both")
         config, n = self.config, len(pixel_values)

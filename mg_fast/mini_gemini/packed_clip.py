@@ -6,7 +6,6 @@ float32 sums, so no weight is rounded anew. Residuals are added in place, attent
 In float16 pre-activations may grow to 38489, 1/1.702 of what the tower's own form allows; beyond, the result is not finite.
 """
 
-import weakref
 from typing import NamedTuple
 
 import torch
@@ -15,6 +14,8 @@ from torch import nn
 from transformers import CLIPVisionModel
 from transformers.activations import QuickGELUActivation
 
+from .. import ops
+from ..frozen import Watch, uncommon
 from ..linear import linear
 
 # of quick GELU
@@ -65,8 +66,7 @@ class PackedClip(nn.Module):
                 self._keep(f"layer{i}_{name}", tensor)
         # what is read of the tower, and how often it had been changed in place by now
         used = [tower.embeddings, tower.pre_layrnorm, *layers[: self.depth]]
-        parameters = [p for module in used for p in module.parameters() if not p.is_inference()]
-        self._watched = [(weakref.ref(p), p._version) for p in parameters]
+        self._watch = Watch(p for module in used for p in module.parameters())
         self.training = False
 
     @classmethod
@@ -85,8 +85,8 @@ class PackedClip(nn.Module):
         return cls(tower, select_layer)
 
     @torch.no_grad()
-    def forward(self, views: torch.Tensor) -> torch.Tensor:
-        """Views [B, 3, LR, LR] to patch features [B, N, D].
+    def forward(self, views: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
+        """Views [B, 3, LR, LR] to patch features [B, N, D]. `backend` overrides the choice in force for the products with a residual.
 
         Raises:
             ValueError: views of another shape or device.
@@ -95,8 +95,13 @@ class PackedClip(nn.Module):
         self._check(views)
         hidden = self._embed(views.to(self.patch_weight.dtype))
         for i in range(self.depth):
-            self._run_layer(hidden, _Layer(*(getattr(self, f"layer{i}_{name}") for name in _Layer._fields)))
+            self._run_layer(hidden, _Layer(*(getattr(self, f"layer{i}_{name}") for name in _Layer._fields)), backend)
         return hidden[:, 1:]
+
+    def check_unchanged(self) -> None:
+        """Raises RuntimeError where the tower's weights were changed since they were packed."""
+        if self._watch.changed():
+            raise RuntimeError("PackedClip: the tower's weights were changed since it was packed: pack it again")
 
     def train(self, mode: bool = True) -> "PackedClip":
         if mode:
@@ -105,10 +110,6 @@ class PackedClip(nn.Module):
 
     def extra_repr(self) -> str:
         return f"image_size={self.image_size}, layers={self.depth}, width={len(self.class_embedding)}, dtype={self.patch_weight.dtype}"
-
-    def __getstate__(self):
-        # a copy or a pickle has memory of its own
-        return {**super().__getstate__(), "_watched": []}
 
     def _keep(self, name: str, tensor: torch.Tensor) -> None:
         self.register_buffer(name, tensor.detach(), persistent=False)
@@ -123,21 +124,20 @@ class PackedClip(nn.Module):
             return
         if views.requires_grad:
             raise RuntimeError("PackedClip is frozen and gives no gradient to its views: use the tower, or views.detach()")
-        if any((p := reference()) is not None and p._version != version for reference, version in self._watched):
-            raise RuntimeError("PackedClip: the tower's weights were changed since it was packed: pack it again")
+        self.check_unchanged()
 
     def _embed(self, views: torch.Tensor) -> torch.Tensor:
         patches = F.conv2d(views, self.patch_weight, stride=self.patch_size).flatten(2).transpose(1, 2)
         embedded = torch.cat([self.class_embedding.expand(len(views), 1, -1), patches], dim=1).add_(self.position_embedding)
         return self._norm(embedded, self.norm_weight, self.norm_bias)
 
-    def _run_layer(self, hidden: torch.Tensor, layer: _Layer) -> None:
+    def _run_layer(self, hidden: torch.Tensor, layer: _Layer, backend: str | None) -> None:
         """One encoder layer on hidden states [B, N, D], in place."""
         b, n, d = hidden.shape
         qkv = linear(self._norm(hidden, layer.norm1_weight, layer.norm1_bias), layer.qkv_weight, layer.qkv_bias)
         query, key, value = qkv.view(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(b, n, d)
-        hidden.add_(linear(mixed, layer.out_weight, layer.out_bias))
+        ops.linear_residual_(mixed, layer.out_weight, layer.out_bias, hidden, backend=backend)
         steep = _scaled_linear(self._norm(hidden, layer.norm2_weight, layer.norm2_bias), layer.fc1_weight, layer.fc1_bias, SLOPE)
         hidden.add_(_scaled_linear(F.silu(steep, inplace=True), layer.fc2_weight, layer.fc2_bias, 1 / SLOPE))
 
@@ -183,17 +183,4 @@ def unsuited(tower: nn.Module, select_layer: int = -2) -> str | None:
     activation = layers[0].mlp.activation_fn if len(layers) else QuickGELUActivation()
     if type(activation) is not QuickGELUActivation:
         return f"expected quick_gelu, the tower has {tower.config.hidden_act}"
-    expected = {nn.Linear, nn.LayerNorm, nn.Conv2d, nn.Embedding}
-    for name, module in tower.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-            return f"{name or 'the tower'} has hooks or a replaced forward, which only a call of the module runs"
-        # subclasses compute something else: low-rank adapters, quantised layers, parametrisations
-        if list(module.parameters(recurse=False)) and type(module) not in expected and module is not tower.embeddings:
-            return f"{name} is {type(module).__module__}.{type(module).__qualname__}, expected a plain layer"
-        for parameter, tensor in module.named_parameters(recurse=False):
-            if type(tensor) is not nn.Parameter:
-                return f"{name}.{parameter} is {type(tensor).__name__}, expected a plain parameter"
-    kinds = {(p.dtype, p.device) for p in tower.parameters()}
-    if len(kinds) > 1:
-        return f"expected one dtype and one device, got {', '.join(sorted(f'{dtype} on {device}' for dtype, device in kinds))}"
-    return None
+    return uncommon(tower, {nn.Linear, nn.LayerNorm, nn.Conv2d, nn.Embedding, type(tower.embeddings)})

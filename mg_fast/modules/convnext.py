@@ -7,6 +7,7 @@ from torch import nn
 
 from .. import backend as backends
 from .. import convnext
+from ..frozen import Watch, uncommon
 
 
 class ConvNeXtPyramid(nn.Module):
@@ -57,6 +58,14 @@ class ConvNeXtPyramid(nn.Module):
             return self._forward_by_modules(pixels)
         return convnext.run_tower(*self.read(), pixels, backend)
 
+    def pack(self) -> "PackedPyramid":
+        """A frozen copy for inference: layer scale folded once, convolutions as the kernels read them.
+
+        Raises:
+            ValueError: the tower computes something else than its weights say; the message says what.
+        """
+        return PackedPyramid(self)
+
     def read(self) -> tuple[convnext.Entry, list[convnext.Stage]]:
         """The tensors of the tower as they are now, layer scale folded in."""
         return convnext.read_tower(self.vision_stem, self.vision_stages)
@@ -68,6 +77,40 @@ class ConvNeXtPyramid(nn.Module):
             # a view
             pyramid.append(x.permute(0, 2, 3, 1))
         return pyramid
+
+
+class PackedPyramid:
+    """A snapshot of a ConvNeXtPyramid for inference; `ConvNeXtPyramid.pack` makes one.
+
+    Called as the tower is. The contractions and the convolutions' weights are copies, half of the tower's memory; all else is shared with
+    the tower, so a call refuses once any of its weights was changed in place.
+    """
+
+    def __init__(self, tower: ConvNeXtPyramid):
+        from timm.layers import LayerNorm, LayerNorm2d
+        from timm.models.convnext import ConvNeXtBlock
+
+        if reason := uncommon(tower, {nn.Conv2d, nn.Linear, LayerNorm, LayerNorm2d, ConvNeXtBlock}):
+            raise ValueError(f"PackedPyramid: {reason}")
+        with torch.no_grad():
+            self._stem, self._stages = tower.read()
+        self._watch = Watch(tower.parameters())
+
+    @torch.no_grad()
+    def __call__(self, pixels: torch.Tensor, *, backend: str | None = None) -> list[torch.Tensor]:
+        """Pictures [B, 3, HR, HR] to stage maps, as `ConvNeXtPyramid`; without gradients.
+
+        Raises:
+            RuntimeError: the tower's weights were changed since they were packed.
+        """
+        if not torch.compiler.is_compiling():
+            self.check_unchanged()
+        return convnext.run_tower(self._stem, self._stages, pixels.to(self._stem.weight.dtype), backend)
+
+    def check_unchanged(self) -> None:
+        """Raises RuntimeError where the tower's weights were changed since they were packed."""
+        if self._watch.changed():
+            raise RuntimeError("PackedPyramid: the tower's weights were changed since it was packed: pack it again")
 
 
 def unsuited_stem(stem: nn.Module) -> str | None:

@@ -1,0 +1,46 @@
+"""What packed copies of a module's weights need: modules that compute what their weights say, and notice of weights that change."""
+
+import weakref
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+
+class Watch:
+    """Notices that tensors were changed in place. It does not keep them, and says nothing of inference tensors, which count no changes.
+
+    A copy or a pickle of it watches nothing: what it comes with has memory of its own.
+    """
+
+    def __init__(self, tensors: Iterable[torch.Tensor] = ()):
+        self._seen = [(weakref.ref(t), t._version) for t in tensors if not t.is_inference()]
+
+    def changed(self) -> bool:
+        return any((tensor := seen()) is not None and tensor._version != version for seen, version in self._seen)
+
+    def __reduce__(self):
+        return Watch, ()
+
+
+def uncommon(module: nn.Module, plain: set[type]) -> str | None:
+    """Why a module's weights do not say what it computes, as a sentence; None where they do.
+
+    Args:
+        module: with all that is in it.
+        plain: types of the modules that may have parameters of their own.
+    """
+    for name, part in module.named_modules():
+        if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):
+            return f"{name or 'it'} has hooks or a replaced forward, which only a call of the module runs"
+        parameters = dict(part.named_parameters(recurse=False))
+        # subclasses compute something else: low-rank adapters, quantised layers, parametrisations
+        if parameters and type(part) not in plain:
+            return f"{name} is {type(part).__module__}.{type(part).__qualname__}, expected a plain layer"
+        for parameter, tensor in parameters.items():
+            if type(tensor) is not nn.Parameter:
+                return f"{name}.{parameter} is {type(tensor).__name__}, expected a plain parameter"
+    kinds = {(p.dtype, p.device) for p in module.parameters()}
+    if len(kinds) > 1:
+        return f"expected one dtype and one device, got {', '.join(sorted(f'{dtype} on {device}' for dtype, device in kinds))}"
+    return None

@@ -1,0 +1,105 @@
+"""The packed picture encoder: the model's own image tokens, and what it refuses."""
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor
+from mg_fast.meter import Meter
+from mg_fast.mini_gemini.encoder import PictureEncoder
+from mg_fast.modules import ConvNeXtPyramid
+from tests.tolerances import IMAGE_TOKENS, assert_accurate, relative_error
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="two streams and CUDA graphs need a GPU")
+
+
+@pytest.fixture(params=["standard", "hd"])
+def loaded(request):
+    folder = request.getfixturevalue(request.param)
+    return MiniGeminiForConditionalGeneration.from_pretrained(folder), MiniGeminiProcessor.from_pretrained(folder)
+
+
+def test_image_tokens_are_the_models(loaded, photo, drawing):
+    model, processor = loaded
+    inputs = processor.image_processor([photo, drawing])
+    tokens = PictureEncoder(model.model)(**inputs)
+    with torch.no_grad():
+        assert relative_error(tokens, model.get_image_features(**inputs, backend="reference").pooler_output) <= IMAGE_TOKENS
+
+
+@pytest.mark.parametrize("name", ["mgm-gemma", "mgm-llama-hd"])
+def test_original(golden, name):
+    folder = golden / name
+    model, processor = MiniGeminiForConditionalGeneration.from_pretrained(folder), MiniGeminiProcessor.from_pretrained(folder)
+    tokens = PictureEncoder(model.model)(**processor.image_processor(folder / "image0.png"))
+    assert relative_error(tokens, load_file(folder / "expected.safetensors")["image0.image_tokens"]) <= IMAGE_TOKENS
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(loaded, photo, dtype):
+    model, processor = loaded
+    inputs = processor.image_processor(photo)
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double().get_image_features(**inputs.to(torch.float64), backend="reference").pooler_output
+        model = model.to(dtype)
+        plain = model.get_image_features(**inputs.to(torch.float32), backend="reference").pooler_output
+    assert_accurate(PictureEncoder(model.model)(**inputs), plain, exact)
+
+
+def test_stages_are_measured_one_after_the_other(loaded, photo):
+    model, processor = loaded
+    meter = Meter(torch.device("cpu"))
+    PictureEncoder(model.model)(**processor.image_processor(photo), stage=meter.stage)
+    assert [stage.name for stage in meter.stages] == ["LR tower", "HR tower", "patch info mining", "projector"]
+
+
+@pytest.mark.parametrize("part", ["vision_tower", "vision_tower_aux"])
+def test_changed_weights_are_noticed(loaded, photo, part):
+    model, processor = loaded
+    inputs, encoder = processor.image_processor(photo), PictureEncoder(model.model)
+    with torch.no_grad():
+        next(getattr(model.model, part).parameters()).mul_(2)
+    with pytest.raises(RuntimeError, match="weights were changed since it was packed: pack it again"):
+        encoder(**inputs)
+    PictureEncoder(model.model)(**inputs)
+
+
+def test_pixels_of_another_shape(loaded, photo):
+    model, processor = loaded
+    inputs = processor.image_processor(photo)
+    with pytest.raises(ValueError, match="pixel_values_hr: expected"):
+        PictureEncoder(model.model)(inputs["pixel_values"], inputs["pixel_values_hr"][..., 1:])
+
+
+def test_a_tower_that_is_more_than_its_weights(loaded):
+    model, _ = loaded
+    handle = model.model.vision_tower_aux.vision_stages[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="PackedPyramid: vision_stages.0 has hooks"):
+        PictureEncoder(model.model)
+    handle.remove()
+    PictureEncoder(model.model)
+
+
+def test_packing_does_not_touch_the_tower():
+    tower = ConvNeXtPyramid.from_dims((8, 16, 24, 32), (1, 1, 1, 1))
+    before = {name: tensor.clone() for name, tensor in tower.state_dict().items()}
+    packed = tower.pack()
+    maps = packed(torch.randn(1, 3, 64, 64))
+    assert not any(level.requires_grad for level in maps)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tower.state_dict().items())
+
+
+@needs_gpu
+@pytest.mark.parametrize("graphs", [True, False])
+def test_on_a_gpu(loaded, photo, drawing, graphs):
+    """At once on two streams and, captured, replayed on other pictures."""
+    model, processor = loaded
+    model = model.cuda()
+    encoder = PictureEncoder(model.model, graphs=graphs)
+    for picture in (photo, drawing, photo):
+        inputs = processor.image_processor(picture).to("cuda")
+        with torch.no_grad():
+            expected = model.get_image_features(**inputs, backend="torch").pooler_output
+        assert relative_error(encoder(**inputs), expected) <= 1e-4
