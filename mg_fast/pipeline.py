@@ -19,6 +19,7 @@ from .conversation import IMAGE_TAG, render, with_picture_tags
 from .errors import BackendError, PromptError
 from .image_cache import DEFAULT_BYTES, ImageCache, picture_digest
 from .meter import Meter, Stage
+from .mini_gemini.encoder import PictureEncoder
 from .mini_gemini.modeling import MiniGeminiForConditionalGeneration
 from .mini_gemini.pictures import open_picture
 from .mini_gemini.processing import MiniGeminiProcessor
@@ -58,7 +59,9 @@ class Answer:
 class Pipeline:
     """A loaded model with its processor and one conversation of its own; `load` makes one.
 
-    Image tokens are kept by picture content, for all conversations. Whoever changes the model's weights calls `clear_image_cache` then.
+    Pictures go through packed copies of the towers (`PictureEncoder`), made at the first picture and of half their size; by the `reference`
+    backend through the model's own modules. Image tokens are kept by picture content, for all conversations: whoever changes the model's
+    weights calls `clear_image_cache` then.
 
     Args:
         model: the MiniGeminiForConditionalGeneration.
@@ -83,6 +86,7 @@ class Pipeline:
     ):
         check_everywhere(backend, model.device)
         self._image_cache = ImageCache(image_cache_bytes)
+        self._encoder: PictureEncoder | None = None
         self.model, self.processor, self.backend = model, processor, backend
         self.template = processor.template
         self.load_seconds: float | None = None
@@ -124,10 +128,31 @@ class Pipeline:
                     if (tokens := self._image_cache.get(key)) is not None:
                         return tokens
                 pixels = self.processor.image_processor(image, allow_urls=allow_urls).to(self.device)
-            tokens = self.model.model.get_image_features(**pixels, stage=stage).pooler_output[0]
+            tokens = self._encode(pixels, meter)
             if key is not None:
                 self._image_cache.put(key, tokens)
             return tokens
+
+    def _encode(self, pixels, meter: Meter | None) -> torch.Tensor:
+        """Image tokens of one picture, by the packed towers where these can be packed."""
+        model, stage = self.model.model, meter.stage if meter is not None else None
+        if requested() != "reference" and (encoder := self._packed_encoder()) is not None:
+            return encoder(**pixels, stage=stage)[0]
+        return model.get_image_features(**pixels, **({"stage": stage} if stage else {})).pooler_output[0]
+
+    def _packed_encoder(self) -> PictureEncoder | None:
+        """The one at hand, or another where the model has been changed, moved or converted since; None where the model cannot be packed."""
+        if self._encoder is not None and self._encoder.is_current():
+            return self._encoder
+        # the memory of the old one is free before the new one is made
+        self._encoder = None
+        try:
+            # its weights must not be inference tensors, which count no changes
+            with torch.inference_mode(False):
+                self._encoder = PictureEncoder(self.model.model)
+        except ValueError as error:
+            logger.info("pictures go through the model's own modules: %s", error)
+        return self._encoder
 
     def clear_image_cache(self) -> None:
         """Forgets the image tokens of pictures seen before; conversations keep those of their own pictures."""

@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor
+import mg_fast
+from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor, pipeline
 from mg_fast.meter import Meter
 from mg_fast.mini_gemini.encoder import PictureEncoder
 from mg_fast.modules import ConvNeXtPyramid
@@ -103,3 +104,35 @@ def test_on_a_gpu(loaded, photo, drawing, graphs):
         with torch.no_grad():
             expected = model.get_image_features(**inputs, backend="torch").pooler_output
         assert relative_error(encoder(**inputs), expected) <= 1e-4
+
+
+def test_the_pipeline_packs_once_and_again_after_a_change(loaded, photo, drawing, monkeypatch):
+    made = []
+    monkeypatch.setattr(pipeline, "PictureEncoder", lambda model: made.append(PictureEncoder(model)) or made[-1])
+    model, processor = loaded
+    piped = pipeline.Pipeline(model, processor, image_cache_bytes=0)
+    piped.see(photo), piped.see(drawing)
+    assert len(made) == 1
+    with torch.no_grad():
+        next(model.model.vision_tower_aux.parameters()).mul_(2)
+        changed = piped.see(photo)
+        assert len(made) == 2
+        inputs = processor.image_processor(photo)
+        assert relative_error(changed, model.get_image_features(**inputs, backend="reference").pooler_output[0]) <= IMAGE_TOKENS
+    model.to(torch.bfloat16)
+    assert piped.see(photo).dtype == torch.bfloat16 and len(made) == 3
+    with mg_fast.use_backend("reference"):
+        piped.see(photo)
+    assert len(made) == 3
+
+
+def test_the_pipeline_goes_through_the_modules_where_they_cannot_be_packed(loaded, photo, caplog):
+    model, processor = loaded
+    calls = []
+    model.model.vision_tower_aux.vision_stages[0].register_forward_hook(lambda *_: calls.append(1))
+    with caplog.at_level("INFO", logger="mg_fast.pipeline"):
+        tokens = pipeline.Pipeline(model, processor).see(photo)
+    with torch.no_grad():
+        expected = model.get_image_features(**processor.image_processor(photo), backend="reference").pooler_output[0]
+    assert relative_error(tokens, expected) <= IMAGE_TOKENS
+    assert "through the model's own modules: PackedPyramid: vision_stages.0 has hooks" in caplog.text

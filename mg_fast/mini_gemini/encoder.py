@@ -3,9 +3,10 @@
 import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
+from torch import nn
 
 from .. import backend as backends
 from .modeling import MiniGeminiModel
@@ -39,10 +40,26 @@ class PictureEncoder:
         if len(devices) > 1:
             raise ValueError(f"PictureEncoder: expected the picture side on one device, got {', '.join(sorted(map(str, devices)))}")
         [self.device] = devices
+        self._storages = _storages(parts)
         self._graphs: OrderedDict | None = OrderedDict() if graphs and self.device.type == "cuda" else None
         self._side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         # a graph's inputs and outputs are the same memory in every call
         self._lock = threading.Lock()
+
+    def is_current(self) -> bool:
+        """Whether the model is as it was packed: not changed, moved or converted since."""
+        model = self._model
+        if _storages((model.vision_tower, model.vision_tower_aux, model.patch_mining, model.mm_projector)) != self._storages:
+            return False
+        try:
+            self._check_unchanged()
+        except RuntimeError:
+            return False
+        return True
+
+    def _check_unchanged(self) -> None:
+        self._clip.check_unchanged()
+        self._tower.check_unchanged()
 
     @torch.inference_mode()
     def __call__(
@@ -103,8 +120,7 @@ class PictureEncoder:
                 self._graphs.popitem(last=False)
         self._graphs.move_to_end(key)
         graph, inputs, tokens = self._graphs[key]
-        self._clip.check_unchanged()
-        self._tower.check_unchanged()
+        self._check_unchanged()
         for kept, tensor in zip(inputs, pixels):
             kept.copy_(tensor)
         graph.replay()
@@ -123,3 +139,8 @@ class PictureEncoder:
         with torch.cuda.graph(graph):
             tokens = self._encode_at_once(*inputs, backend)
         return graph, inputs, tokens
+
+
+def _storages(parts: Iterable[nn.Module]) -> list[int]:
+    """Where the parameters lie: elsewhere after they were moved, converted or replaced."""
+    return [p.data_ptr() for part in parts for p in part.parameters()]
