@@ -169,9 +169,9 @@ def _inner_products(sizes: Sizes, n: int, channels: int) -> Cost:
     cost = Cost(0, level * e) + _cast(level, e, FLOAT32) + _copy(level * FLOAT32)
     span = min(n, max(_span(sizes, n, reduction) for _, reduction in sizes.rasters))
     for down, across in ((y, x) for y in range(span) for x in range(span)):
-        # of neighbours, of a pixel with itself, along both diagonals: multiplied, then summed
+        # of a pixel with itself: one pass; of neighbours, along both diagonals: multiplied, then summed
         product = b * (n - down) * (n - across) * channels * FLOAT32
-        cost += Cost(0, product * (3 if down or across else 2), product) * (2 if down and across else 1)
+        cost += Cost(0, product * 3, product) * (2 if down and across else 1) if down or across else Cost(0, product)
     return cost
 
 

@@ -120,39 +120,39 @@ def _pool_raster(
     b, g = absorbed.shape[:2]
     fine, widths = pyramid[0].shape[1], [level.shape[-1] for level in pyramid]
     side = fine // reduction // g
-    # of every window's pixels: [B, column of windows, window, pixel row, pixel column]
+    # of every window's pixels: [B, row of windows, window, pixel row, pixel column]
     deviations, inverse = _statistics(widths, centres, products, reduction)
-    *deviations, inverse = (t.reshape(b, g, side, g, side).permute(0, 3, 1, 2, 4) for t in (*deviations, inverse))
-    parts = absorbed.transpose(1, 2).split(widths, dim=-1)
+    *deviations, inverse = (t.reshape(b, g, side, g, side).transpose(2, 3) for t in (*deviations, inverse))
+    parts = absorbed.split(widths, dim=-1)
     readers = [_reader(level, centre, fine, reduction, g) for level, centre in zip(pyramid, centres)]
     at_once = 1 if _in_steps(absorbed) else g
 
-    columns = []
-    for left in range(0, g, at_once):
-        c = slice(left, left + at_once)
+    rows = []
+    for top in range(0, g, at_once):
+        r = slice(top, top + at_once)
         scores, windows = 0, []
         for (read, resize), queries, deviation in zip(readers, parts, deviations):
-            x, k = read(c), resize.shape[-1]
-            coarse = torch.matmul(queries[:, c, :, None], x.mT).squeeze(3).unflatten(-1, (k, k))
-            scores = scores + torch.matmul(resize, torch.matmul(coarse, resize[c, None].mT))
-            scores = scores + queries[:, c].sum(-1)[..., None, None] * deviation[:, c]
+            x, k = read(r), resize.shape[-1]
+            coarse = torch.matmul(queries[:, r, :, None], x.mT).squeeze(3).unflatten(-1, (k, k)).mT
+            scores = scores + torch.matmul(resize[r, None], torch.matmul(coarse, resize.mT))
+            scores = scores + queries[:, r].sum(-1)[..., None, None] * deviation[:, r]
             windows.append(x)
-        scores = scores * inverse[:, c]
-        weights = scores.flatten(3).softmax(-1).view_as(scores) * inverse[:, c]
+        scores = scores * inverse[:, r]
+        weights = scores.flatten(3).softmax(-1).view_as(scores) * inverse[:, r]
         pooled = []
         for x, (_, resize), deviation in zip(windows, readers, deviations):
-            coarse = torch.matmul(resize.mT, torch.matmul(weights, resize[c, None]))
+            coarse = torch.matmul(resize[r, None].mT, torch.matmul(weights, resize)).mT
             level = torch.matmul(coarse.flatten(3)[:, :, :, None], x).squeeze(3)
-            pooled.append(level + (weights * deviation[:, c]).sum((3, 4))[..., None])
-        columns.append(torch.cat(pooled, dim=-1))
-    return torch.cat(columns, dim=1).transpose(1, 2)
+            pooled.append(level + (weights * deviation[:, r]).sum((3, 4))[..., None])
+        rows.append(torch.cat(pooled, dim=-1))
+    return torch.cat(rows, dim=1)
 
 
 def _reader(level: torch.Tensor, centre: torch.Tensor, fine: int, reduction: int, g: int) -> tuple[Callable, torch.Tensor]:
-    """A function that reads columns of windows, and the weights [G, M, K] that make their pixels of the coarse ones.
+    """A function that reads rows of windows, and the weights [G, M, K] that make their pixels of the coarse ones.
 
-    The function takes a slice of the columns to coarse pixels [B, columns, G, K * K, C], less their own means over the level's channels,
-    so that nothing cancels where features have a large common offset.
+    The function takes a slice of the rows to coarse pixels [B, rows, G, K * K, C], column by column, less their own means over the level's
+    channels, so that nothing cancels where features have a large common offset.
     """
     b, n, _, channels = level.shape
     sizes = (fine, n, reduction, g, centre.device, centre.dtype)
@@ -161,26 +161,26 @@ def _reader(level: torch.Tensor, centre: torch.Tensor, fine: int, reduction: int
         index, resize = window_tables(*sizes)
         pixels, means, k = level.flatten(1, 2), centre.flatten(1), resize.shape[-1]
 
-        def gather(columns: slice) -> torch.Tensor:
-            wanted = index[columns].flatten()
+        def gather(rows: slice) -> torch.Tensor:
+            wanted = index[rows].flatten()
             x = pixels.index_select(1, wanted).to(means.dtype).sub_(means.index_select(1, wanted)[..., None])
             return x.unflatten(1, (-1, g, k * k))
 
         return gather, resize
 
-    # faster by a third on a CPU: the windows of a column overlap in one strip of the level, of which they are views
+    # faster on a CPU: the windows of a row overlap in one strip of the level, column by column, of which they are views
     first, step, resize = strip_tables(*sizes)
     k = resize.shape[-1]
     strip = centre.new_zeros((g - 1) * step + k, k, channels)
     windows = strip.as_strided((1, 1, g, k * k, channels), (0, 0, step * k * channels, channels, 1))
-    top, bottom = max(first, 0), min(first + len(strip), n)
+    # what lies beyond the map has no weight
+    across = slice(max(first, 0), min(first + len(strip), n))
 
-    def cut(columns: slice) -> torch.Tensor:
-        left = first + columns.start * step
-        # what lies beyond the map has no weight
-        across = slice(max(left, 0), min(left + k, n))
-        within = strip[top - first : bottom - first, across.start - left : across.stop - left]
-        torch.sub(level[0, top:bottom, across], centre[0, top:bottom, across, None], out=within)
+    def cut(rows: slice) -> torch.Tensor:
+        top = first + rows.start * step
+        down = slice(max(top, 0), min(top + k, n))
+        within = strip[across.start - first : across.stop - first, down.start - top : down.stop - top]
+        torch.sub(level[0, down, across].transpose(0, 1), centre[0, down, across].T[..., None], out=within)
         return windows
 
     return cut, resize

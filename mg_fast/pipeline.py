@@ -120,14 +120,16 @@ class Pipeline:
         """
         stage = meter.stage if meter is not None else contextlib.nullcontext
         with self._backend():
-            with stage("preprocess (CPU)"):
+            with stage("preprocess"):
                 key = None
                 if self._image_cache.limit:
                     image = _decoded(image, allow_urls)
                     key = (picture_digest(image), *self._circumstances())
                     if (tokens := self._image_cache.get(key)) is not None:
                         return tokens
-                pixels = self.processor.image_processor(image, allow_urls=allow_urls).to(self.device)
+                # the same pixels to the last bit, made where they are wanted
+                device = None if requested() == "reference" else self.device
+                pixels = self.processor.image_processor(image, allow_urls=allow_urls, device=device).to(self.device)
             tokens = self._encode(pixels, meter)
             if key is not None:
                 self._image_cache.put(key, tokens)

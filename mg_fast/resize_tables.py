@@ -49,7 +49,7 @@ def window_tables(fine: int, size: int, reduction: int, regions: int, device: to
     """Which of size x size coarse pixels the windows need, and with which weights.
 
     Returns:
-        index [G, G * K * K] of the pixels of each column of windows, window by window from the top; weights [G, M, K] that make a
+        index [G, G * K * K] of the pixels of each row of windows, window by window, column by column; weights [G, M, K] that make a
         window's M rows of pixels of its K coarse ones, and its columns likewise.
     """
     k = reach(fine, size, reduction, regions)
@@ -57,7 +57,7 @@ def window_tables(fine: int, size: int, reduction: int, regions: int, device: to
     first = torch.arange(regions, device=device) * (fine // regions) + (reduction - 1) // 2
     first = ((2 * first + 1) * size - fine).clamp(min=0) // (2 * fine)
     taps = first.clamp(max=size - k)[:, None] + torch.arange(k, device=device)
-    index = taps[None, :, :, None] * size + taps[:, None, None, :]
+    index = taps[:, None, None, :] * size + taps[None, :, :, None]
     pixels = torch.arange(fine // reduction, device=device).reshape(regions, -1, 1)
     return index.flatten(1), _weights(pixels, taps[:, None], fine, size, reduction, dtype)
 

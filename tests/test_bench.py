@@ -23,7 +23,7 @@ def test_end_to_end_at_toy_size():
     assert document["name"] == "tiny-float32-reference"
     assert {"cpu", "threads", "torch", "triton", "commit", "load_s", "first_answer_s", "answer_s", "stages"} <= document.keys()
     assert [stage["name"] for stage in document["stages"]][:5] == [
-        "preprocess (CPU)",
+        "preprocess",
         "LR tower",
         "HR tower",
         "patch info mining",

@@ -14,7 +14,7 @@ import mg_fast
 from mg_fast import CheckpointError, backend, cli
 from tests.paths import ROOT
 
-STAGES = ["preprocess (CPU)", "LR tower", "HR tower", "patch info mining", "projector", "prefill to first token", "decode"]
+STAGES = ["preprocess", "LR tower", "HR tower", "patch info mining", "projector", "prefill to first token", "decode"]
 KEYS = {"text", "token_ids", "finish_reason", "prompt_tokens", "image_tokens", "new_tokens", "load_s", "answer_s"}
 
 

@@ -224,7 +224,7 @@ def test_unknown_options_are_not_swallowed(pipeline):
 def test_profile(pipeline, photo):
     answer = pipeline.chat(QUESTION, [photo], max_new_tokens=4, profile=True)
     names = [stage.name for stage in answer.stages]
-    assert names == ["preprocess (CPU)", "LR tower", "HR tower", "patch info mining", "projector", "prefill to first token", "decode"]
+    assert names == ["preprocess", "LR tower", "HR tower", "patch info mining", "projector", "prefill to first token", "decode"]
     assert all(stage.seconds > 0 for stage in answer.stages)
     table = mg_fast.meter.format_stages(answer.stages)
     assert all(name in table for name in names)
