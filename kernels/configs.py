@@ -120,25 +120,20 @@ class ConvolutionTile(NamedTuple):
     warps: int
 
 
-# by compute capability as above, then by the most channels, and whether pixels are loaded 16 bytes at once. A thread holds its rows of 8
-# channels (2 where loads are narrow, each with an address of its own) of up to three chunks, the width of every published ConvNeXt being
-# 2^k or 3 * 2^k; 4 rows are as many as fit the registers. Which is fastest has not been measured.
+# by compute capability as above, then by the most channels, and whether pixels are loaded several channels at once. A thread holds its rows
+# of 4 channels (2 where loads are narrow, each with an address of its own) of up to three chunks, the width of every published ConvNeXt
+# being 2^k or 3 * 2^k. Not tuned on a GPU: 6 rows divide the maps of 768 pixels. 8 would take a fifteenth fewer instructions, at as many
+# warps a multiprocessor, but too few programs of one picture for an H100, and spill float32.
 DWCONV_NORM = {
     None: {
-        (96, True): ConvolutionTile(4, 16, 32, 2),
-        (192, True): ConvolutionTile(4, 8, 64, 2),
-        (384, True): ConvolutionTile(4, 4, 128, 2),
-        (768, True): ConvolutionTile(4, 2, 256, 2),
-        (1536, True): ConvolutionTile(4, 1, 512, 2),
-        (3072, True): ConvolutionTile(4, 1, 1024, 4),
-        (6144, True): ConvolutionTile(4, 1, 2048, 8),
-        (96, False): ConvolutionTile(4, 8, 32, 4),
-        (192, False): ConvolutionTile(4, 4, 64, 4),
-        (384, False): ConvolutionTile(4, 2, 128, 4),
-        (768, False): ConvolutionTile(4, 1, 256, 4),
-        (1536, False): ConvolutionTile(4, 1, 512, 8),
-        (3072, False): ConvolutionTile(4, 1, 1024, 16),
-        (6144, False): ConvolutionTile(2, 1, 2048, 16),
+        (192, True): ConvolutionTile(6, 8, 64, 4),
+        (384, True): ConvolutionTile(6, 4, 128, 4),
+        (768, True): ConvolutionTile(6, 2, 256, 4),
+        (1536, True): ConvolutionTile(6, 1, 512, 4),
+        (3072, True): ConvolutionTile(6, 1, 1024, 8),
+        # no published model is as odd
+        (192, False): ConvolutionTile(2, 4, 64, 4),
+        (3072, False): ConvolutionTile(2, 1, 1024, 16),
     },
 }
 
@@ -147,7 +142,7 @@ def dwconv_norm_bucket(channels: int, strides: Iterable[int]) -> tuple[int, bool
     """The bucket of a map of this many channels and these strides, in elements, of pictures, rows and columns."""
     # Triton knows of a stride whether it is a multiple of 16, and no more
     wide = all(number % 16 == 0 for number in (channels, *strides))
-    return next(most for most in (96, 192, 384, 768, 1536, 3072, 6144) if channels <= most), wide
+    return next(most for most in ((192, 384, 768, 1536, 3072) if wide else (192, 3072)) if channels <= most), wide
 
 
 def dwconv_norm_tile(architecture: int | None, channels: int, strides: Iterable[int]) -> ConvolutionTile:

@@ -4,9 +4,10 @@ x_t is the map [B, H, W, C] shifted by tap t = 7 * ky + kx, zero outside; mean a
 read once, its halo from the caches, and written once: the convolution's result stays in registers, is not rounded before the norm, and
 nothing is copied to NCHW and back. All float32 from the load on; the variance is that of what the mean has been taken off.
 
-A program makes a few rows of a few columns, all channels, a chunk of them after the other. A pixel is loaded once for each kx and goes
-into every output row it is under: 7 * (rows + 6) / rows loads an output in place of 49. The backward pass recomputes through PyTorch.
-Maps of few pixels leave most of a GPU idle: there the PyTorch form may be faster.
+A program makes a few rows of a few columns, all channels. A pixel is loaded once for each kx and goes into every output row it is under:
+7 * (rows + 6) / rows loads an output in place of 49. Compiled for sm_90, bfloat16 in rows of 6 takes two instructions a multiply-add, all
+others counted in: half of the rest are conversions of pixels and weights. The backward pass recomputes through PyTorch. Maps of few pixels
+leave most of a GPU idle: there the PyTorch form may be faster.
 """
 
 import torch
@@ -17,40 +18,66 @@ from .configs import dwconv_norm_tile
 
 
 @triton.jit
-def _vector(p, zero, m):
-    """A vector over channels for every pixel of the tile [BW, BC]: in the tile's own layout, or it would go by way of shared memory."""
-    return tl.load(p + zero, mask=m, other=0.0).to(tl.float32)
+def _single(b):
+    """In float32; a bfloat16 by its bits, in one instruction: the compiler's own conversion of every other one takes two."""
+    if b.dtype == tl.bfloat16:
+        return (b.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return b.to(tl.float32)
 
 
 @triton.jit
-def _convolve(p_x, p_weight, p_bias, i_y, o_x, m_c, H, W, stride_xh, stride_xw, C: tl.constexpr, ROWS: tl.constexpr):
-    """A chunk of channels of the convolution with its bias: a tuple of ROWS rows [BW, BC].
+def _vector(p, zero, m):
+    """A vector over channels for every pixel of the tile [BW, BC]: in the tile's own layout, or it would go by way of shared memory."""
+    return _single(tl.load(p + zero, mask=m, other=0.0))
 
-    `p_x` points at the chunk's channels [1, BC] of the picture, `p_weight` and `p_bias` at theirs; `i_y` and `o_x` [BW] are output pixels.
+
+@triton.jit
+def _convolve(p_x, p_weight, p_bias, i_y, o_x, o_c, H, W, stride_xh, stride_xw, C: tl.constexpr, ROWS: tl.constexpr, BC: tl.constexpr):
+    """The convolution with its bias: a tuple of tiles [BW, BC], chunk by chunk the ROWS rows of it.
+
+    `p_x` points at the picture, `o_x` [BW] are output columns, `o_c` [1, BC] the first chunk's channels.
     """
+    CHUNKS: tl.constexpr = (C + BC - 1) // BC
     zero = tl.zeros_like(o_x)[:, None]
-    m_v = (zero == 0) & m_c
-    b_bias = _vector(p_bias, zero, m_v)
     b_z = ()
-    for _ in tl.static_range(ROWS):
-        b_z = b_z + (b_bias,)
+    for s in tl.static_range(CHUNKS):
+        b_bias = _vector(p_bias + s * BC + o_c, zero, (zero == 0) & (s * BC + o_c < C))
+        for _ in tl.static_range(ROWS):
+            b_z = b_z + (b_bias,)
+    p_x += (i_y - 3).to(tl.int64) * stride_xh + o_c
+    p_weight += o_c
     for i_kx in range(7):
         o_column = o_x + (i_kx - 3)
-        m_x = ((o_column >= 0) & (o_column < W))[:, None] & m_c
+        m_column = ((o_column >= 0) & (o_column < W))[:, None]
         p_column = p_x + o_column.to(tl.int64)[:, None] * stride_xw
-        b_w = ()
-        for i in tl.static_range(ROWS + 6):
-            if i < 7:
-                b_w = b_w + (_vector(p_weight + (i * 7 + i_kx) * C, zero, m_v),)
-            i_row = i_y + (i - 3)
-            b_x = tl.load(p_column + i_row.to(tl.int64) * stride_xh, mask=m_x & (i_row >= 0) & (i_row < H), other=0.0).to(tl.float32)
-            b_new = ()
+        b_new = ()
+        for s in tl.static_range(CHUNKS):
+            m_c = s * BC + o_c < C
+            b_chunk = ()
             for r in tl.static_range(ROWS):
-                b_row = b_z[r]
-                if r <= i and i - r < 7:
-                    b_row += b_x * b_w[i - r]
-                b_new = b_new + (b_row,)
-            b_z = b_new
+                b_chunk = b_chunk + (b_z[s * ROWS + r],)
+            b_w = ()
+            p_row = p_column + s * BC
+            for i in tl.static_range(ROWS + 6):
+                if i < 7:
+                    b_w = b_w + (_vector(p_weight + ((i * 7 + i_kx) * C + s * BC), zero, (zero == 0) & m_c),)
+                # i_y is a row of the map: those before it may be above the map, those after it below
+                m_x = m_column & m_c
+                if i < 3:
+                    m_x = m_x & (i_y >= 3 - i)
+                elif i > 3:
+                    m_x = m_x & (i - 3 < H - i_y)
+                b_x = _single(tl.load(p_row, mask=m_x, other=0.0))
+                p_row += stride_xh
+                b_rows = ()
+                for r in tl.static_range(ROWS):
+                    b_row = b_chunk[r]
+                    if r <= i and i - r < 7:
+                        b_row += b_x * b_w[i - r]
+                    b_rows = b_rows + (b_row,)
+                b_chunk = b_rows
+            b_new = b_new + b_chunk
+        b_z = b_new
     return b_z
 
 
@@ -82,34 +109,33 @@ def dwconv_norm_fwd_kernel(
     o_x = (i % across * BW).to(tl.int32) + tl.arange(0, BW)
 
     o_c = tl.arange(0, BC)[None, :]
-    b_z = ()
-    for s in tl.static_range(CHUNKS):
-        o_s = s * BC + o_c
-        p_x = x_ptr + i_b * stride_xb + o_s
-        b_z = b_z + (_convolve(p_x, weight_ptr + o_s, bias_ptr + o_s, i_y, o_x, o_s < C, H, W, stride_xh, stride_xw, C, ROWS),)
+    b_z = _convolve(x_ptr + i_b * stride_xb, weight_ptr, bias_ptr, i_y, o_x, o_c, H, W, stride_xh, stride_xw, C, ROWS, BC)
 
-    zero = tl.zeros_like(o_x)[:, None]
+    b_means, b_rstds = (), ()
     for r in tl.static_range(ROWS):
         b_sum = tl.zeros([BW, BC], tl.float32)
         for s in tl.static_range(CHUNKS):
-            b_sum += b_z[s][r]
+            b_sum += b_z[s * ROWS + r]
         b_mean = (tl.sum(b_sum, axis=1) / C)[:, None]
         b_square = tl.zeros([BW, BC], tl.float32)
         for s in tl.static_range(CHUNKS):
-            b_d = b_z[s][r] - b_mean
+            b_d = b_z[s * ROWS + r] - b_mean
             if (s + 1) * BC > C:
                 b_d = tl.where(s * BC + o_c < C, b_d, 0.0)
             b_square += b_d * b_d
-        b_rstd = tl.rsqrt(tl.sum(b_square, axis=1) / C + eps)[:, None]
-        p_out = out_ptr + ((i_b * H + i_y + r) * W + o_x)[:, None] * C
-        m_out = ((o_x < W) & (i_y + r < H))[:, None]
-        for s in tl.static_range(CHUNKS):
-            o_s = s * BC + o_c
-            m_s = (zero == 0) & (o_s < C)
-            b_g = _vector(norm_weight_ptr + o_s, zero, m_s)
-            b_h = _vector(norm_bias_ptr + o_s, zero, m_s)
-            b_y = (b_z[s][r] - b_mean) * b_rstd * b_g + b_h
-            tl.store(p_out + o_s, b_y.to(out_ptr.dtype.element_ty), mask=m_out & m_s)
+        b_means = b_means + (b_mean,)
+        b_rstds = b_rstds + (tl.rsqrt(tl.sum(b_square, axis=1) / C + eps)[:, None],)
+
+    zero = tl.zeros_like(o_x)[:, None]
+    p_pixel = out_ptr + o_x[:, None] * C + o_c
+    for s in tl.static_range(CHUNKS):
+        m_s = (o_x < W)[:, None] & (s * BC + o_c < C)
+        b_g = _vector(norm_weight_ptr + s * BC + o_c, zero, m_s)
+        b_h = _vector(norm_bias_ptr + s * BC + o_c, zero, m_s)
+        for r in tl.static_range(ROWS):
+            b_y = (b_z[s * ROWS + r] - b_means[r]) * b_rstds[r] * b_g + b_h
+            p_out = p_pixel + ((i_b * H + i_y + r) * W * C + s * BC)
+            tl.store(p_out, b_y.to(out_ptr.dtype.element_ty), mask=m_s & (r < H - i_y))
 
 
 def dwconv_norm_fwd(

@@ -7,8 +7,8 @@ from .. import backend as backends
 from .. import reference
 from .mining import _on, _recording
 
-# the widest map whose pixels the kernel's registers hold
-MAX_CHANNELS = 6144
+# the widest map whose pixels the kernel's registers hold: xxlarge's last
+MAX_CHANNELS = 3072
 
 
 def dwconv_norm(
