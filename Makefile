@@ -15,7 +15,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 
 check: $(READY)
-	$(BIN)/python -m pytest --ignore=tests/test_aot.py --ignore=tests/interpreted
+	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore=tests/test_aot.py --ignore=tests/interpreted
 
 # a process of its own: whether kernels are interpreted is settled when Triton is imported
 interpreted: $(READY)

@@ -85,4 +85,5 @@ def pipeline(model, processor):
 
 @pytest.fixture(autouse=True)
 def two_threads():
-    torch.set_num_threads(2)
+    """Or one, where two processes share the tests."""
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
