@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 from mg_fast import BackendError, ops
 from tests.test_dwconv_norm import DTYPES, exact, gradients, layouts, make, plain
