@@ -149,6 +149,8 @@ def short(model, monkeypatch):
     """The model with a trained length of 40 and 60 positions in all."""
     monkeypatch.setattr(model.config, "tokenizer_model_max_length", 40)
     monkeypatch.setattr(model.config.text_config, "max_position_embeddings", 60)
+    # it says so once in its life, which other tests share
+    monkeypatch.setattr(model, "_long_said", False)
     return model
 
 

@@ -12,10 +12,10 @@ from tests.tolerances import assert_accurate
 NAMES = ["contiguous", *layouts(torch.zeros(1, 1, 1, 1))]
 
 
-@fuzz(150)
+@fuzz(500)
 @given(
     # channels from 8 on: of a handful of numbers, which LayerNorm may all but cancel, the largest error says little
-    shape=st.tuples(st.sampled_from([1, 1, 1, 2, 0]), st.integers(1, 10), st.integers(1, 12), st.integers(8, 40)),
+    shape=st.tuples(st.sampled_from([1, 1, 1, 1, 1, 2, 0]), st.integers(1, 8), st.integers(1, 5), st.integers(8, 40)),
     dtype=st.sampled_from(["float32", "float16", "bfloat16"]),
     layout=st.sampled_from(NAMES),
     offset=st.sampled_from([0.0, 1.0, -50.0]),
