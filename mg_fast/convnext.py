@@ -88,13 +88,15 @@ def empty_tower(dims: Sequence[int], depths: Sequence[int], **like) -> tuple[Ent
         **like: dtype and device; `requires_grad` for what autograd records.
     """
 
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, **like)
+
     def entry(norm: int, before: int, after: int, stride: int) -> Entry:
         weight = torch.empty(after, before, stride, stride, **like, memory_format=torch.channels_last)
-        return Entry(torch.empty(norm, **like), torch.empty(norm, **like), 1e-6, weight, torch.empty(after, **like), stride)
+        return Entry(empty(norm), empty(norm), 1e-6, weight, empty(after), stride)
 
     def block(c: int) -> Block:
-        vector, expand, contract = torch.empty(c, **like), torch.empty(4 * c, c, **like), torch.empty(c, 4 * c, **like)
-        return Block(torch.empty(49, c, **like), vector, vector, vector, 1e-6, expand, torch.empty(4 * c, **like), contract, vector)
+        return Block(empty(49, c), empty(c), empty(c), empty(c), 1e-6, empty(4 * c, c), empty(4 * c), empty(c, 4 * c), empty(c))
 
     # the stem's norm is after its convolution, those of downsamplings before
     entries = [None, *(entry(before, before, after, 2) for before, after in zip(dims, dims[1:]))]
