@@ -1,15 +1,19 @@
-"""FLOP and bytes of patch info mining by its sizes: the reference, the PyTorch form, the Triton kernel.
+"""FLOP and bytes by sizes: of patch info mining by the reference, the PyTorch form and the Triton kernel, and of the high-resolution
+tower by the PyTorch form and the kernels.
 
     python -m bench.accounting
 
-FLOP are those of torch's FlopCounterMode: 2 for a multiply-add, products of matrices only. The rest (LayerNorm, softmax, resizing,
-elementwise work, gathers) counts as bytes. Bytes are those of operators run one by one without a cache: each reads its inputs once, a
-gather what it gathers, and writes its outputs once; views are free. All of the forward pass, without autograd, on a GPU.
+FLOP are those of torch's FlopCounterMode: 2 for a multiply-add, products of matrices and convolutions only. The rest (LayerNorm, softmax,
+resizing, elementwise work, gathers) counts as bytes. Bytes are those of operators run one by one without a cache: each reads its inputs
+once, a gather what it gathers, and writes its outputs once; views are free. All of the forward pass, without autograd, on a GPU.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
+from mg_fast import convnext
 
 FLOAT32 = 4
 
@@ -260,6 +264,107 @@ def _project(sizes: Sizes, pooled: int) -> Cost:
     return gained + _cast(rows * c, pooled, e) + _linear(rows, c, sizes.dim, e)
 
 
+@dataclass(frozen=True)
+class Tower:
+    """Sizes of one call of the high-resolution tower; by default ConvNeXt-L, as published, at 768 pixels.
+
+    Args:
+        size: side of the picture in pixels.
+        dims, depths: of the stages.
+    """
+
+    dtype: torch.dtype
+    batch: int = 1
+    size: int = 768
+    dims: tuple[int, ...] = (192, 384, 768, 1536)
+    depths: tuple[int, ...] = (3, 3, 27, 3)
+
+    @classmethod
+    def standard(cls, dtype: torch.dtype, batch: int = 1) -> "Tower":
+        return cls(dtype, batch)
+
+    @classmethod
+    def hd(cls, dtype: torch.dtype, batch: int = 1) -> "Tower":
+        """The published HD models' pictures."""
+        return cls(dtype, batch, 1536)
+
+    @property
+    def rows(self) -> list[int]:
+        """Pixels of the stages' maps, of the whole batch."""
+        return [self.batch * (self.size // 4 >> s) ** 2 for s in range(len(self.dims))]
+
+    @property
+    def weights(self) -> int:
+        """Elements of the parameters, layer scale folded in."""
+        stem = self.dims[0] * (3 * 16 + 1 + 2)
+        between = sum(2 * before + 4 * before * after + after for before, after in zip(self.dims, self.dims[1:]))
+        return stem + between + sum(depth * (49 * c + 3 * c + 8 * c * c + 5 * c) for c, depth in zip(self.dims, self.depths))
+
+
+def tower_floor_bytes(tower: Tower) -> int:
+    """The picture, the weights and the stage maps once."""
+    maps = sum(rows * c for rows, c in zip(tower.rows, tower.dims))
+    return (3 * tower.batch * tower.size**2 + tower.weights + maps) * tower.dtype.itemsize
+
+
+def torch_tower(tower: Tower) -> Cost:
+    """`mg_fast.convnext.run_tower` by the library on a GPU."""
+    return _tower(tower, _library_convolution, _library_products)
+
+
+def auto_tower(tower: Tower) -> Cost:
+    """The same with the kernel for convolutions and norms, as `auto` runs it on a GPU."""
+    return _tower(tower, _kernel_convolution, _library_products)
+
+
+def triton_tower(tower: Tower) -> Cost:
+    """The same by kernels, but for the stem and the downsamplings."""
+    return _tower(tower, _kernel_convolution, _kernel_products)
+
+
+def _tower(tower: Tower, convolution: Callable[[int, int, int], Cost], products: Callable[[int, int, int], Cost]) -> Cost:
+    e, rows, dims = tower.dtype.itemsize, tower.rows, tower.dims
+    # the stem: a convolution, then a norm; downsamplings: a norm, then a convolution
+    cost = _merge(tower.batch * tower.size**2, 3, rows[0], dims[0], 4, e) + _norm(rows[0], dims[0], e)
+    for s in range(1, len(dims)):
+        cost += _norm(rows[s - 1], dims[s - 1], e) + _merge(rows[s - 1], dims[s - 1], rows[s], dims[s], 2, e)
+    for m, c, depth in zip(rows, dims, tower.depths):
+        cost += (convolution(m, c, e) + _chunked(products, m, c, e)) * depth
+    return cost
+
+
+def _chunked(products: Callable[[int, int, int], Cost], rows: int, c: int, e: int) -> Cost:
+    """A block's products, its rows in chunks, each of which reads the weights again."""
+    chunks = (len(range(*chunk.indices(rows))) for chunk in convnext._chunks(rows, 4 * c * e, "cuda"))
+    return sum((products(chunk, c, e) for chunk in chunks), Cost())
+
+
+def _library_convolution(rows: int, c: int, e: int) -> Cost:
+    """A 7x7 depthwise convolution, then a norm."""
+    return Cost(2 * 49 * rows * c, (rows + 49 + 1) * c * e, rows * c * e) + _norm(rows, c, e)
+
+
+def _kernel_convolution(rows: int, c: int, e: int) -> Cost:
+    """`dwconv_norm`."""
+    return Cost(2 * 49 * rows * c, (rows + 49 + 3) * c * e, rows * c * e)
+
+
+def _library_products(rows: int, c: int, e: int) -> Cost:
+    """Expansion, GELU in place, contraction, and its sum with the map."""
+    return _kernel_products(rows, c, e) + _copy(rows * 4 * c * e) + _copy(rows * c * e)
+
+
+def _kernel_products(rows: int, c: int, e: int) -> Cost:
+    """`linear_gelu` and `linear_residual_`, which reads the map too."""
+    return _linear(rows, c, 4 * c, e) + _linear(rows, 4 * c, c, e) + Cost(0, rows * c * e)
+
+
+def _merge(rows: int, channels: int, merged: int, out: int, stride: int, e: int) -> Cost:
+    """A convolution of stride x stride pixels that do not overlap."""
+    weight = stride**2 * channels * out
+    return Cost(2 * merged * weight, (rows * channels + weight + out) * e, merged * out * e)
+
+
 def _copy(size: int) -> Cost:
     """What reads so many bytes and writes as many."""
     return Cost(0, size, size)
@@ -301,11 +406,19 @@ def main() -> None:
         for dtype in (torch.bfloat16, torch.float32):
             sizes = make(dtype)
             costs = {"reference": reference_mining(sizes), "torch": torch_mining(sizes), "triton": triton_mining(sizes)}
-            costs |= {"triton, without cache": triton_mining(sizes, cached=False), "floor": Cost(0, floor_bytes(sizes))}
-            for form, cost in costs.items():
-                setting = f"{name} {str(dtype).removeprefix('torch.')}"
-                flop = f"{cost.flop / 1e9:.1f}" if cost.flop else "-"
-                print(f"{setting:20}{form:24}{flop:>8}{cost.bytes / 1e6:>9.1f}{cost.bytes / floor_bytes(sizes):>12.1f}")
+            costs |= {"triton, without cache": triton_mining(sizes, cached=False)}
+            _print_costs(f"{name} {str(dtype).removeprefix('torch.')}", costs, floor_bytes(sizes))
+    for name, make in {"768": Tower.standard, "1536": Tower.hd}.items():
+        for dtype in (torch.bfloat16, torch.float32):
+            tower = make(dtype)
+            costs = {"torch": torch_tower(tower), "auto": auto_tower(tower), "triton": triton_tower(tower)}
+            _print_costs(f"tower {name} {str(dtype).removeprefix('torch.')}", costs, tower_floor_bytes(tower))
+
+
+def _print_costs(setting: str, costs: dict[str, Cost], floor: int) -> None:
+    for form, cost in (costs | {"floor": Cost(0, floor)}).items():
+        flop = f"{cost.flop / 1e9:.1f}" if cost.flop else "-"
+        print(f"{setting:20}{form:24}{flop:>8}{cost.bytes / 1e6:>9.1f}{cost.bytes / floor:>12.1f}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -31,10 +32,28 @@ def _pool_windows_launches(queries: torch.Tensor, pyramid: list[torch.Tensor], g
     return 1 + (queries.shape[1] > grid * grid)
 
 
-# what mg_fast's operators launch, of their arguments
+def _one_launch(x: torch.Tensor, weight: torch.Tensor, *_) -> int:
+    """One, if there is anything to write."""
+    return int(len(x) > 0 and len(weight) > 0)
+
+
+def _dual_resize_launches(picture: torch.Tensor, hr_size: int, lr_size: int, grid: int, global_view: bool, pad: bool, form: str) -> int:
+    """One for the columns, one for the rows of both resolutions."""
+    if form != "triton":
+        raise ValueError(f"mg_fast::dual_resize declares the launches of its kernels, not those of the {form} backend within it")
+    return 2
+
+
+# what mg_fast's operators launch, of their arguments; not the copies that the launchers make of what they cannot read in place, which the
+# library launches where no counter sees them: a published tower's maps and weights, once packed, need none
 LAUNCHES: dict[str, Callable[..., int]] = {
     "mg_fast::pool_windows": _pool_windows_launches,
     "mg_fast::pool_windows_backward": lambda grad, queries, pyramid, statistics, grid: _pool_windows_launches(queries, pyramid, grid),
+    "mg_fast::dwconv_norm": _one_launch,
+    "mg_fast::linear_gelu": _one_launch,
+    "mg_fast::linear_residual": _one_launch,
+    "mg_fast::linear_residual_": _one_launch,
+    "mg_fast::dual_resize": _dual_resize_launches,
 }
 
 
@@ -103,6 +122,9 @@ class CountLaunches(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func.namespace == "prim":
+            # fake tensors ask for their device in this way, which the dispatcher does not know
+            return func(*args, **kwargs)
         if func._schema.name not in FUSED and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), COMPOSITE):
             # inference mode hands over operators that are made of others
             with self:
@@ -146,11 +168,22 @@ def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
+# of the parts of `picture_launches`
+SUMS = {
+    "by kernels": ("ConvNeXt-L, triton", "mining, triton", "residual, order", "projector"),
+    "by kernels, CLIP": ("CLIP, packed", "ConvNeXt-L, triton", "mining, triton", "residual, order", "projector"),
+}
+
+
 def picture_launches(*, hd: bool = False, dtype: torch.dtype = torch.bfloat16) -> dict[str, Counter]:
     """Launches of each part of one picture's way to image tokens of a published 7B model, by operator.
 
-    The towers run on a CPU, at their depths and in a form so narrow and small that no path is taken which only CPUs have: on the meta
-    device LayerNorm and attention return other strides than on devices, and copies are counted that nobody makes.
+    CLIP and timm's modules run on a CPU, at their depths and in a form so narrow and small that no path is taken which only CPUs have: on
+    the meta device LayerNorm and attention return other strides than on devices, and copies are counted that nobody makes. Our forms of
+    the high-resolution tower run on fake CUDA tensors at their real size, by which they are chunked; a torch that is built without cuDNN
+    takes its four convolutions to return other strides, and counts a copy after each.
+
+    "ConvNeXt-L, packing" is layer scale folded and weights transposed: of a call of the module, or once for a packed inference copy.
 
     Args:
         hd: 1536 pixels with four cells and the global view, else 768.
@@ -159,6 +192,7 @@ def picture_launches(*, hd: bool = False, dtype: torch.dtype = torch.bfloat16) -
     from timm.models.convnext import ConvNeXt
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
+    from mg_fast import convnext, ops, reference
     from mg_fast.mini_gemini.packed_clip import PackedClip
     from mg_fast.mini_gemini.vision import build_projector, low_resolution_features
     from mg_fast.modules import ConvNeXtPyramid, PatchInfoMining
@@ -177,25 +211,39 @@ def picture_launches(*, hd: bool = False, dtype: torch.dtype = torch.bfloat16) -
         projector = build_projector("mlp2x_gelu", 1024, 4096).to(dtype)
         queries = torch.empty(1, views, 576, 1024, dtype=dtype)
         pyramid = [torch.empty(1, size // 4 >> s, size // 4 >> s, c, dtype=dtype) for s, c in enumerate(dims)]
+    with FakeTensorMode():
+        # of bfloat16 torch asks the GPU, which is not here, whether its convolutions take it: the other 16-bit dtype launches the same
+        like = {"dtype": torch.float16 if dtype == torch.bfloat16 else dtype, "device": "cuda"}
+        tower, pixels = convnext.empty_tower(dims, (3, 3, 27, 3), **like), torch.empty(1, 3, size, size, **like)
+        photo = torch.empty(3000, 4000, 3, dtype=torch.uint8, device="cuda")
     projections = [
         Projection(p[0].weight, p[0].bias, p[1].weight, p[1].bias)
         for p in (mining.vlm_uni_query_projector, mining.vlm_uni_aux_projector, mining.vlm_uni_val_projector)
     ]
     parts = {
+        "resize, triton": lambda: ops.dual_resize(photo, size, 336, grid=grid, global_view=hd, backend="triton"),
         "CLIP, 24 layers": lambda: low_resolution_features(clip, low, backend="reference"),
         "CLIP, 23 layers": lambda: low_resolution_features(clip, low, backend="torch"),
         "CLIP, packed": lambda: packed(low),
-        "ConvNeXt-L, timm": lambda: pyramid_of(high),
+        "ConvNeXt-L, packing": pyramid_of.read,
+        "ConvNeXt-L, timm": lambda: pyramid_of(high, backend="reference"),
+        "ConvNeXt-L, torch": lambda: convnext.run_tower(*tower, pixels, "torch"),
+        "ConvNeXt-L, auto": lambda: convnext.run_tower(*tower, pixels, "auto"),
+        "ConvNeXt-L, triton": lambda: convnext.run_tower(*tower, pixels, "triton"),
         "mining, reference": lambda: mining(queries, pyramid, grid=grid, backend="reference"),
         "mining, torch": lambda: mining(queries, pyramid, grid=grid, backend="torch"),
         # past the choice of a backend: the meta device is none that Triton runs on
         "mining, triton": lambda: mining_ops._mine_by_kernel(queries, pyramid, *projections, grid=grid),
+        "residual, order": lambda: reference.order_tokens(queries + queries, grid=grid),
         "projector": lambda: projector(queries),
     }
     launches = {}
     for name, call in parts.items():
-        with torch.inference_mode(), CountLaunches() as counter:
+        with torch.inference_mode():
+            # tables are made once, in the first call
             call()
+            with CountLaunches() as counter:
+                call()
         launches[name] = counter.by_operator
     return launches
 
@@ -205,6 +253,8 @@ def main() -> None:
     print(f"{'part':20}{'768':>8}{'1536 HD':>10}")
     for name in standard:
         print(f"{name:20}{standard[name].total():>8}{hd[name].total():>10}")
+    for name, parts in SUMS.items():
+        print(f"{name:20}" + "".join(f"{sum(of[part].total() for part in parts):>{width}}" for of, width in ((standard, 8), (hd, 10))))
 
 
 if __name__ == "__main__":

@@ -44,6 +44,22 @@ def requested(backend: str | None = None) -> str:
 
 
 @contextlib.contextmanager
+def only_compiling():
+    """Within the block kernels are compiled for a GPU elsewhere: what this machine has, or has not, is not asked. Per thread."""
+    previous = only_compiled()
+    _local.only_compiling = True
+    try:
+        yield
+    finally:
+        _local.only_compiling = previous
+
+
+def only_compiled() -> bool:
+    """Whether kernels are compiled here and not run."""
+    return getattr(_local, "only_compiling", False)
+
+
+@contextlib.contextmanager
 def use_backend(backend: str):
     """Within the block, run every operation on this backend (`auto`, `reference`, `torch`, `triton`). Per thread.
 
@@ -67,7 +83,7 @@ def why_not(operation: str, backend: str, device: torch.device | str = "cpu") ->
             return reason
         if torch.device(device).type != "cuda" and not _interpreted():
             return f"triton runs on CUDA tensors, these are on {torch.device(device).type} (TRITON_INTERPRET=1 interprets on the CPU)"
-        if torch.device(device).type == "cuda":
+        if torch.device(device).type == "cuda" and not only_compiled():
             return _gpu_unsuited(torch.device(device).index)
     return None
 

@@ -80,6 +80,12 @@ def build_parser() -> argparse.ArgumentParser:
     warmup.add_argument(
         "--dtype", action="append", choices=("float32", "bfloat16", "float16"), help="may be given twice (default float16 and bfloat16)"
     )
+    warmup.add_argument(
+        "--backend",
+        choices=("auto", "triton"),
+        default="auto",
+        help="triton: those kernels too in whose place auto takes a library's (default auto)",
+    )
     warmup.add_argument("--training", action="store_true", help="the backward pass too")
     warmup.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
     warmup.set_defaults(action=command_warmup)
@@ -330,10 +336,10 @@ def command_warmup(args) -> int:
     dtypes = [getattr(torch, name) for name in dict.fromkeys(args.dtype or ("float16", "bfloat16"))]
     configs = [warmup.model_config(args.model)] if args.model is not None else warmup.published_configs()
     done = []
-    for kernel in warmup.warm_up(list(dict.fromkeys(args.arch)), dtypes, configs, training=args.training):
+    for kernel in warmup.warm_up(list(dict.fromkeys(args.arch)), dtypes, configs, training=args.training, backend=args.backend):
         state = "cached" if kernel.seconds is None else f"{kernel.seconds:.1f} s"
         dtype = str(kernel.dtype).removeprefix("torch.")
-        print(f"{kernel.name:<24} sm_{kernel.architecture:<4} {dtype:<9} {kernel.image_size:>5} pixels  {state}", flush=True)
+        print(f"{kernel.name:<26} sm_{kernel.architecture:<4} {dtype:<9} {kernel.image_size:>5} pixels  {state}", flush=True)
         done.append(kernel)
     fresh = sum(kernel.seconds is not None for kernel in done)
     print(f"{len(done)} kernels in {warmup.cache_folder()}: {fresh} compiled now, {len(done) - fresh} were there")

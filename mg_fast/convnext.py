@@ -80,6 +80,30 @@ def _entry(norm: nn.Module, conv: nn.Module) -> Entry:
     return Entry(norm.weight, norm.bias, norm.eps, weight, conv.bias, conv.stride[0])
 
 
+def empty_tower(dims: Sequence[int], depths: Sequence[int], **like) -> tuple[Entry, list[Stage]]:
+    """What `read_tower` returns of a tower of these widths and depths, without values: to compile for it, and to count.
+
+    Args:
+        dims, depths: of the stages.
+        **like: dtype and device; `requires_grad` for what autograd records.
+    """
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, **like)
+
+    def entry(norm: int, before: int, after: int, stride: int) -> Entry:
+        weight = torch.empty(after, before, stride, stride, **like, memory_format=torch.channels_last)
+        return Entry(empty(norm), empty(norm), 1e-6, weight, empty(after), stride)
+
+    def block(c: int) -> Block:
+        return Block(empty(49, c), empty(c), empty(c), empty(c), 1e-6, empty(4 * c, c), empty(4 * c), empty(c, 4 * c), empty(c))
+
+    # the stem's norm is after its convolution, those of downsamplings before
+    entries = [None, *(entry(before, before, after, 2) for before, after in zip(dims, dims[1:]))]
+    stages = [Stage(first, [block(c) for _ in range(depth)]) for first, c, depth in zip(entries, dims, depths)]
+    return entry(dims[0], 3, dims[0], 4), stages
+
+
 def run_tower(stem: Entry, stages: Sequence[Stage], pixels: torch.Tensor, backend: str | None = None) -> list[torch.Tensor]:
     """Stage maps of pictures.
 

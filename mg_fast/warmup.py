@@ -1,6 +1,6 @@
 """Compiling the Triton kernels for a GPU that is not here.
 
-The launchers themselves run, on fake tensors and under a driver that only names the architecture, so what is compiled, and the key it is
+The operations themselves run, on fake tensors and under a driver that only names the architecture, so what is compiled, and the key it is
 cached under, is what a launch on such a GPU asks for. Triton's small C launcher is not built here, because it links with the GPU's driver
 library: the first launch on a machine still builds it, with the machine's C compiler, in about a second.
 """
@@ -13,10 +13,15 @@ from typing import NamedTuple
 
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import absorbed, backend
+from . import convnext, ops, resizing
+from .backend import no_triton, only_compiling, use_backend
 from .errors import BackendError, CheckpointError
 from .reference import Projection
+
+# pictures at once: a product of few rows has other tiles than one of many, and of the second number no published model's has few
+BATCHES = (1, 64)
 
 # kernels are kept in memory by device: with a number of its own every block asks the cache on disk
 _devices = itertools.count(-1, -1)
@@ -41,11 +46,35 @@ class _Driver:
         return GPUTarget("cuda", self.architecture, 32)
 
 
+class _Launching(TorchDispatchMode):
+    """Runs mg_fast's operators, which launch, where fake tensors would have only their fakes run."""
+
+    def __init__(self, training: bool):
+        super().__init__()
+        self.training = training
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func._schema.name.startswith("mg_fast::"):
+            return func(*args, **(kwargs or {}))
+        # the key under which torch.library.custom_op registers what an operator does
+        out = func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **(kwargs or {}))
+        if self.training and func is torch.ops.mg_fast.pool_windows.default:
+            # the one gradient with a kernel of its own; autograd's engine does not run on CUDA tensors without a GPU
+            queries, pyramid, grid = args
+            with self:
+                ops.pool_windows_backward(out[0], queries, pyramid, out[1], grid)
+        return out
+
+
 @contextlib.contextmanager
-def compile_only(architecture: int) -> Iterator[list]:
+def compile_only(architecture: int, *, training: bool = False) -> Iterator[list]:
     """Within the block tensors are fake, and every Triton launch on CUDA tensors compiles for `architecture` (90: sm_90) instead.
 
     Pointers are taken to be multiples of 16, as those of whole tensors are; Triton's cache has another entry for others.
+
+    Args:
+        architecture: compute capability.
+        training: after an operator the kernels of its gradient too, if it has any of its own.
 
     Yields:
         The compiled kernels, in the order of the launches.
@@ -68,7 +97,7 @@ def compile_only(architecture: int) -> Iterator[list]:
     JITFunction.run = run
     driver.set_active(_Driver(architecture))
     try:
-        with FakeTensorMode():
+        with only_compiling(), FakeTensorMode(), _Launching(training):
             yield compiled
     finally:
         driver.set_active(active)
@@ -119,15 +148,21 @@ def cache_folder() -> str:
 
 
 def warm_up(
-    architectures: Sequence[int], dtypes: Sequence[torch.dtype], configs: Sequence | None = None, *, training: bool = False
+    architectures: Sequence[int],
+    dtypes: Sequence[torch.dtype],
+    configs: Sequence | None = None,
+    *,
+    training: bool = False,
+    backend: str = "auto",
 ) -> Iterator[Compiled]:
-    """Fills Triton's cache (TRITON_CACHE_DIR) with the kernels that models of these configurations launch.
+    """Fills Triton's cache (TRITON_CACHE_DIR) with the kernels that models of these configurations launch, for one picture or many.
 
     Args:
         architectures: compute capabilities, 90 for sm_90.
         dtypes: of the models' weights.
         configs: MiniGeminiConfigs; by default those of the published models.
         training: the kernels of the backward pass too.
+        backend: of the models: `auto`; or `triton` for those kernels too in whose place `auto` takes a library's.
 
     Yields:
         One `Compiled` a kernel, as it is done.
@@ -146,8 +181,10 @@ def warm_up(
         events: list = []
         previous, knobs.compilation.listener = knobs.compilation.listener, listener
         try:
-            with compile_only(architecture):
-                mine(config, dtype, training=training)
+            with compile_only(architecture, training=training), use_backend(backend):
+                resize(config)
+                for batch in BATCHES:
+                    see(config, dtype, batch=batch, training=training)
         finally:
             knobs.compilation.listener = previous
         for name, seconds in events:
@@ -157,34 +194,51 @@ def warm_up(
 def check() -> None:
     """Raises `BackendError` with the reason where kernels cannot be compiled here."""
     # not whether they run here: a GPU of this machine says nothing of the one that they are for
-    reason = backend.no_triton()
+    reason = no_triton()
     if reason is None and os.environ.get("TRITON_INTERPRET") == "1":
         reason = "TRITON_INTERPRET=1 is set, under which kernels are interpreted: unset it"
     if reason:
         raise BackendError(f"kernels cannot be compiled: {reason}")
 
 
-def mine(config, dtype: torch.dtype, *, batch: int = 1, training: bool = False) -> None:
-    """Patch info mining on CUDA tensors of a model's shapes and layouts, by the kernels; for use within `compile_only`."""
-    from .kernels.patch_mining import pool_windows_bwd, pool_windows_fwd
+def resize(config) -> None:
+    """Both resolutions of a decoded picture; for use within `compile_only`. The kernels are the same for every picture and model."""
+    from .kernels.dual_resize import Taps, dual_resize_fwd
 
-    def pool(queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int) -> torch.Tensor:
-        pooled, statistics = pool_windows_fwd(queries, pyramid, grid)
-        if training:
-            pool_windows_bwd(pooled, queries, pyramid, statistics, grid)
-        return pooled
+    def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="cuda")
+
+    # past the operator, which fills tables: fake ones would be kept for real pictures
+    size, lr_size, grid = config.image_size_aux, config.vision_config.image_size, config.image_grid
+    entries = size + lr_size * (grid + config.image_global)
+    taps = Taps(empty(size, dtype=torch.int32), empty(4, size, dtype=torch.int32))
+    tables = empty(3, 256, dtype=torch.float32), empty(4, entries, dtype=torch.int32), empty(4, entries, dtype=torch.float32)
+    dual_resize_fwd(
+        empty(size, size, 3, dtype=torch.uint8),
+        taps,
+        taps,
+        0,
+        size,
+        *tables,
+        colour=resizing.PAD_COLOUR,
+        lr_size=lr_size,
+        grid=grid,
+        global_view=config.image_global,
+    )
+
+
+def see(config, dtype: torch.dtype, *, batch: int = 1, training: bool = False) -> None:
+    """The high-resolution tower and patch info mining on CUDA tensors of a model's shapes and layouts; for use within `compile_only`."""
+    dims, like = config.vision_config_aux["dims"], {"dtype": dtype, "device": "cuda", "requires_grad": training}
+    width, size = config.vision_config.hidden_size, config.image_size_aux
 
     def projection(channels: int) -> Projection:
-        gain = torch.empty(channels, dtype=dtype, device="cuda")
-        weight = torch.empty(width, channels, dtype=dtype, device="cuda")
-        return Projection(gain, gain, weight, gain.new_empty(width))
+        vector = torch.empty(channels, **like)
+        return Projection(vector, vector, torch.empty(width, channels, **like), torch.empty(width, **like))
 
-    width, dims = config.vision_config.hidden_size, config.vision_config_aux["dims"]
-    queries = torch.empty(batch, config.views, config.tokens_per_view, width, dtype=dtype, device="cuda")
-    # the stem divides by 4, every further stage by 2
-    sides = [config.image_size_aux // 4 // 2**level for level in range(len(dims))]
-    pyramid = [torch.empty(batch, n, n, c, dtype=dtype, device="cuda") for n, c in zip(sides, dims)]
-    with torch.no_grad():
-        absorbed.patch_mining(
-            queries, pyramid, projection(width), projection(sum(dims)), projection(sum(dims)), grid=config.image_grid, pool=pool
-        )
+    queries = torch.empty(batch, config.views, config.tokens_per_view, width, **like)
+    pixels = torch.empty(batch, 3, size, size, dtype=dtype, device="cuda")
+    with torch.set_grad_enabled(training):
+        # the blocks of a stage are alike
+        pyramid = convnext.run_tower(*convnext.empty_tower(dims, [1] * len(dims), **like), pixels)
+        ops.patch_mining(queries, pyramid, projection(width), projection(sum(dims)), projection(sum(dims)), grid=config.image_grid)

@@ -9,12 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import accounting
-from bench.accounting import Sizes
+from bench.accounting import Sizes, Tower
 from bench.counting import CountBytes
-from mg_fast import absorbed, reference
+from mg_fast import absorbed, convnext, reference
+from mg_fast.modules import ConvNeXtPyramid
 from mg_fast.ops import mining
 from tests.paths import ROOT
 
@@ -171,6 +173,104 @@ def test_what_the_programs_ask_for():
         assert f"{cost.bytes_read - around.bytes_read} {cost.bytes_written - around.bytes_written}" == line
 
 
+# ---- the high-resolution tower
+
+TOWERS = {
+    "two pictures": dict(batch=2, size=64, dims=(8, 12, 20, 36), depths=(2, 1, 3, 1)),
+    "sides that do not halve": dict(size=100, dims=(7, 13, 29), depths=(1, 2, 1)),
+    "one stage": dict(size=32, dims=(8,), depths=(2,)),
+}
+towers = pytest.mark.parametrize("make", [Tower.standard, Tower.hd], ids=["768", "1536"])
+needs_cudnn = pytest.mark.skipif(not torch.backends.cudnn.is_available(), reason="takes a torch that is built for CUDA: no GPU")
+# of bfloat16 torch asks the GPU, which is not here, whether its convolutions take it
+sixteen = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+
+
+def count_tower(tower):
+    """FLOP and bytes of the PyTorch form, of fake tensors on a GPU: on the meta device convolutions return other strides."""
+    like = {"dtype": tower.dtype, "device": "cuda"}
+    with FakeTensorMode(), torch.no_grad():
+        stem, stages = convnext.empty_tower(tower.dims, tower.depths, **like)
+        pixels = torch.empty(tower.batch, 3, tower.size, tower.size, **like)
+        with FlopCounterMode(display=False) as flop, CountBytes("cuda") as counter:
+            convnext.run_tower(stem, stages, pixels, "torch")
+    return replace(counter.total, flop=flop.get_total_flops())
+
+
+@needs_cudnn
+@sixteen
+@towers
+def test_tower_at_the_published_sizes(make, dtype):
+    assert accounting.torch_tower(make(dtype)) == count_tower(make(dtype))
+
+
+@needs_cudnn
+@sixteen
+@pytest.mark.parametrize("case", TOWERS)
+def test_tower_at_any_size(case, dtype):
+    tower = Tower(dtype, **TOWERS[case])
+    assert accounting.torch_tower(tower) == count_tower(tower)
+
+
+@needs_cudnn
+@pytest.mark.parametrize("budget", [7 * 4 * 8 * 4, 1000, 2000])
+def test_tower_in_chunks(budget, monkeypatch):
+    """Of any size, the last of them shorter; each reads the weights again."""
+    tower = Tower(torch.float32, **TOWERS["two pictures"])
+    whole = accounting.torch_tower(tower)
+    monkeypatch.setattr(convnext, "GPU_EXPANSION", budget)
+    assert accounting.torch_tower(tower) == count_tower(tower) != whole
+
+
+@dtypes
+@pytest.mark.parametrize("form", ["torch", "auto", "triton"])
+@towers
+def test_blocks_by_kernels(make, form, dtype):
+    """Each kernel as one operator, on fake tensors of a GPU; beside the blocks all forms run the same."""
+    pytest.importorskip("triton")
+    tower = make(dtype)
+    with FakeTensorMode(), torch.no_grad():
+        _, stages = convnext.empty_tower(tower.dims, tower.depths, dtype=dtype, device="cuda")
+        maps = [torch.empty(1, int(rows**0.5), int(rows**0.5), c, dtype=dtype, device="cuda") for rows, c in zip(tower.rows, tower.dims)]
+        with CountBytes("cuda") as counter:
+            for stage, x in zip(stages, maps):
+                convnext.run_stage(convnext.Stage(None, stage.blocks), x, form, in_place=True)
+    cost = getattr(accounting, f"{form}_tower")(tower) + getattr(accounting, f"{form}_tower")(replace(tower, depths=(0, 0, 0, 0))) * -1
+    assert (cost.bytes_read, cost.bytes_written) == (counter.total.bytes_read, counter.total.bytes_written)
+    # the same arithmetic in every form
+    assert accounting.triton_tower(tower).flop == accounting.auto_tower(tower).flop == accounting.torch_tower(tower).flop
+
+
+@pytest.mark.parametrize("case", TOWERS)
+def test_floor_of_the_tower(case):
+    """The picture, every tensor that the tower is made of, and the maps it returns, once."""
+    tower = Tower(torch.bfloat16, **TOWERS[case])
+    stem, stages = convnext.empty_tower(tower.dims, tower.depths, dtype=tower.dtype, device="meta")
+    pixels = torch.empty(tower.batch, 3, tower.size, tower.size, dtype=tower.dtype, device="meta")
+    tensors = [t for t in tree_leaves([stem, stages]) if isinstance(t, torch.Tensor)]
+    with torch.no_grad():
+        maps = convnext.run_tower(stem, stages, pixels, "torch")
+    assert accounting.tower_floor_bytes(tower) == sum(t.nbytes for t in (pixels, *tensors, *maps))
+
+
+def test_an_empty_tower_is_made_of_the_tensors_of_a_real_one():
+    sizes = dict(dims=(8, 12, 20, 36), depths=(2, 1, 3, 1))
+    real, empty = ConvNeXtPyramid.from_dims(**sizes).read(), convnext.empty_tower(**sizes)
+    shapes, expected = (
+        tree_map(lambda leaf: (leaf.shape, leaf.stride()) if isinstance(leaf, torch.Tensor) else leaf, made) for made in (empty, real)
+    )
+    assert shapes == expected
+
+
+def test_known_figures_of_the_tower():
+    """FLOP as timm's tower has been counted; bytes by another's estimate: 13 maps moved a block, and the weights."""
+    standard, hd = Tower.standard(torch.bfloat16), Tower.hd(torch.bfloat16)
+    assert accounting.torch_tower(standard).flop == pytest.approx(0.808e12, rel=1e-3)
+    assert accounting.torch_tower(hd).flop == pytest.approx(3.231e12, rel=1e-3)
+    assert accounting.triton_tower(standard).bytes == pytest.approx(2.62e9, rel=0.03)
+    assert accounting.triton_tower(hd).bytes == pytest.approx(9.3e9, rel=0.03)
+
+
 def test_known_figures():
     """The projections of the original by hand; the bytes by another's estimate, of the large tensors alone."""
     standard, hd = Sizes.standard(torch.bfloat16), Sizes.hd(torch.bfloat16)
@@ -193,4 +293,6 @@ def test_floor():
 def test_table(capsys):
     pytest.importorskip("triton")
     accounting.main()
-    assert "768 bfloat16        reference                  436.2   3655.9" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "768 bfloat16        reference                  436.2   3655.9" in out
+    assert "tower 768 bfloat16  triton                     807.8   2665.1" in out

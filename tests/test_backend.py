@@ -65,6 +65,10 @@ def test_gpus_too_old_for_the_kernels(monkeypatch):
     assert backend.choose("patch_mining", "auto", "cuda:0") == "torch"
     with pytest.raises(BackendError, match="need a GPU of compute capability 8.0 or newer, this one has 7.5"):
         backend.choose("patch_mining", "triton", "cuda:0")
+    # which says nothing of the GPU elsewhere that kernels are compiled for
+    with backend.only_compiling():
+        assert backend.choose("patch_mining", "auto", "cuda:0") == "triton"
+    assert backend.choose("patch_mining", "auto", "cuda:0") == "torch"
 
 
 def test_auto_never_interprets(monkeypatch):

@@ -1,6 +1,8 @@
 """The counters at the dispatcher, on functions whose bytes and launches are known."""
 
 import contextlib
+import importlib
+import importlib.util
 from collections import Counter
 
 import pytest
@@ -10,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import counting
 from bench.counting import CountBytes, CountLaunches
+from mg_fast import convnext
 from mg_fast.ops import mining
 
 
@@ -95,20 +98,67 @@ def test_attention_is_one_launch(device):
     assert counter.by_operator == {"aten.scaled_dot_product_attention.default": 1}
 
 
-@pytest.mark.parametrize("grid, views, launches", [(1, 1, 1), (2, 4, 1), (2, 5, 2)])
-def test_what_our_operators_declare(grid, views, launches):
-    queries, pyramid = torch.empty(1, views, 1, 5, device="meta"), [torch.empty(1, 4, 4, 5, device="meta")]
+def meta(*shape, dtype=torch.float16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def mining_of(views):
+    return meta(1, views, 1, 5), [meta(1, 4, 4, 5)]
+
+
+# arguments of mg_fast's operators on the meta device, and what they launch
+OPERATORS = {
+    "standard": ("pool_windows", (*mining_of(1), 1), 1),
+    "HD": ("pool_windows", (*mining_of(5), 2), 2),
+    "cells alone": ("pool_windows", (*mining_of(4), 2), 1),
+    "backward": ("pool_windows_backward", (meta(1, 5, 1, 5), *mining_of(5), meta(1, 5, 1, 3, 4, dtype=torch.float32), 2), 2),
+    "dwconv_norm": ("dwconv_norm", (meta(1, 5, 6, 8), meta(49, 8), meta(8), meta(8), meta(8), 1e-6), 1),
+    "dwconv_norm of nothing": ("dwconv_norm", (meta(0, 5, 6, 8), meta(49, 8), meta(8), meta(8), meta(8), 1e-6), 0),
+    "linear_gelu": ("linear_gelu", (meta(7, 8), meta(9, 8), meta(9)), 1),
+    "linear_gelu of nothing": ("linear_gelu", (meta(0, 8), meta(9, 8), meta(9)), 0),
+    "linear_residual": ("linear_residual", (meta(7, 8), meta(9, 8), meta(9), meta(7, 9)), 1),
+    "linear_residual in place": ("linear_residual_", (meta(7, 8), meta(9, 8), meta(9), meta(7, 9)), 1),
+    "linear_residual in place, of nothing": ("linear_residual_", (meta(7, 8), meta(0, 8), meta(0), meta(7, 0)), 0),
+    "dual_resize": ("dual_resize", (meta(30, 40, 3, dtype=torch.uint8), 32, 14, 1, False, True, "triton"), 2),
+    "dual_resize, HD": ("dual_resize", (meta(30, 40, 3, dtype=torch.uint8), 32, 14, 2, True, True, "triton"), 2),
+}
+
+
+@pytest.mark.parametrize("case", OPERATORS)
+def test_what_is_declared_is_what_is_launched(case, monkeypatch):
+    """Counted where the launchers call their kernels."""
+    pytest.importorskip("triton")
+    name, arguments, expected = OPERATORS[case]
+    launches = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *_, **__: launches.append(grid)
+
+    for family in ("dual_resize", "dwconv_norm", "patch_mining", "pointwise"):
+        module = importlib.import_module(f"mg_fast.kernels.{family}")
+        kernels = [kernel for kernel in vars(module) if kernel.endswith("_kernel")]
+        assert kernels
+        for kernel in kernels:
+            monkeypatch.setattr(module, kernel, Kernel())
+    operator = getattr(torch.ops.mg_fast, name).default
     with torch.inference_mode(), CountLaunches() as counter:
-        mining.pool_windows(queries, pyramid, grid)
-    assert counter.by_operator == {"mg_fast.pool_windows.default": launches}
+        operator(*arguments)
+    assert not launches and counter.by_operator == Counter({str(operator): expected} if expected else {})
+    # what it does, where the meta device has its shapes alone
+    operator._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *arguments)
+    assert len(launches) == expected
 
 
-@pytest.mark.parametrize("grid, views", [(1, 1), (2, 4), (2, 5)])
-def test_what_is_declared_is_what_is_launched(grid, views):
-    launcher = pytest.importorskip("mg_fast.kernels.patch_mining", exc_type=ImportError)
-    queries, pyramid = torch.empty(1, views, 1, 5, device="meta"), [torch.empty(1, 4, 4, 5, device="meta")]
-    declared = counting.LAUNCHES["mg_fast::pool_windows"](queries, pyramid, grid)
-    assert declared == len(list(launcher._launches(queries, pyramid, grid)))
+def test_every_operator_with_a_kernel_declares_its_launches():
+    tested = {f"mg_fast::{name}" for name, _, _ in OPERATORS.values()}
+    assert tested == counting.LAUNCHES.keys()
+
+
+def test_resizing_without_kernels_is_refused():
+    picture = meta(30, 40, 3, dtype=torch.uint8)
+    with torch.inference_mode(), CountLaunches(), pytest.raises(ValueError, match="not those of the torch backend within it"):
+        torch.ops.mg_fast.dual_resize(picture, 32, 14, 1, False, True, "torch")
 
 
 def test_an_operator_that_declares_nothing_is_refused(monkeypatch):
@@ -134,7 +184,48 @@ def test_launches_of_timms_tower(picture):
     assert picture["ConvNeXt-L, timm"].total() == 40 + 40 + 36 * 5
 
 
+needs_cudnn = pytest.mark.skipif(
+    not (torch.backends.cudnn.is_available() and importlib.util.find_spec("triton")),
+    reason="takes a torch that is built for CUDA, and triton: no GPU",
+)
+
+
+@needs_cudnn
+def test_launches_of_our_towers(picture):
+    """Four convolutions and norms, and in each of 36 blocks three kernels; or, with a library's products, their GELU and sum apart."""
+    around = {"aten.convolution.default": 4, "aten.native_layer_norm.default": 4}
+    products = {"aten.addmm.default": 72, "aten.gelu_.default": 36, "aten.add_.Tensor": 36}
+    kernels = {f"mg_fast.{name}.default": 36 for name in ("dwconv_norm", "linear_gelu", "linear_residual_")}
+    assert picture["ConvNeXt-L, triton"] == around | kernels
+    assert picture["ConvNeXt-L, auto"] == around | products | {"mg_fast.dwconv_norm.default": 36}
+    convolved = {"aten.convolution.default": 4 + 36, "aten.native_layer_norm.default": 4 + 36}
+    assert picture["ConvNeXt-L, torch"] == convolved | products
+
+
+def test_launches_of_packing(picture):
+    """Of every block the taps laid out, and layer scale folded into a weight and a bias; of every convolution the weight laid out."""
+    assert picture["ConvNeXt-L, packing"] == {"aten.clone.default": 36 + 4, "aten.mul.Tensor": 36 * 2}
+
+
+@needs_cudnn
+def test_few_launches(picture):
+    """The high-resolution tower, mining and projector together: half of timm's tower alone."""
+    parts = ("ConvNeXt-L, triton", "mining, triton", "projector")
+    assert sum(picture[part].total() for part in parts) <= 130 == picture["ConvNeXt-L, timm"].total() // 2
+
+
+@needs_cudnn
+def test_chunks_are_counted(monkeypatch):
+    """Half of a stage's rows at a time: two products more in each of its three blocks."""
+    monkeypatch.setattr(convnext, "GPU_EXPANSION", 192 * 192 * 4 * 192 * 2 // 2)
+    assert counting.picture_launches()["ConvNeXt-L, triton"].total() == 116 + 3 * 2
+
+
 def test_table(capsys, monkeypatch):
-    monkeypatch.setattr(counting, "picture_launches", lambda hd=False: {"CLIP, packed": Counter(addmm=92 + hd)})
+    monkeypatch.setattr(
+        counting, "picture_launches", lambda hd=False: {"CLIP, packed": Counter(addmm=92 + hd), "projector": Counter(addmm=3)}
+    )
+    monkeypatch.setattr(counting, "SUMS", {"both": ("CLIP, packed", "projector")})
     counting.main()
-    assert capsys.readouterr().out.splitlines()[1].split() == ["CLIP,", "packed", "92", "93"]
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[1] == ["CLIP,", "packed", "92", "93"] and lines[3] == ["both", "95", "96"]

@@ -13,83 +13,105 @@ from tests.paths import OWN_GOLDEN, ROOT
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is published for Linux only")
 
-# A model as loaded, on a GPU that is not here: what its picture tower launches is looked up in Triton's cache, or compiled.
+# A model as loaded, on a GPU that is not here: what a picture's way launches is looked up in Triton's cache, or compiled. Case by case.
 LAUNCH = """
 import json, sys
 import timm.models.convnext
 import torch
 from triton import knobs
 import mg_fast
-from mg_fast import warmup
-from mg_fast.ops import mining
-from mg_fast.kernels.patch_mining import pool_windows_bwd, pool_windows_fwd
+from mg_fast import ops, resizing, warmup
+from mg_fast.ops import resize
 
-folder, architecture, dtype, batch, training = json.loads(sys.argv[1])
-dtype = getattr(torch, dtype)
-
-def launch(queries, pyramid, grid):
-    # the operator of torch would not launch for a fake tensor
-    pooled, statistics = pool_windows_fwd(queries, pyramid, grid)
-    if training:
-        pool_windows_bwd(torch.empty_like(pooled), queries, pyramid, statistics, grid)
-    return pooled, statistics
-
-mining.pool_windows = launch
+folder, *cases = json.loads(sys.argv[1])
 # reads numbers, which fake tensors have not
 timm.models.convnext.calculate_drop_path_rates = lambda rate, depths, **_: [[0.0] * depth for depth in depths]
-hits = []
-knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
+# or tables would be real, and of numbers that are asked of real tensors
+torch.from_numpy = lambda array: torch.empty(array.shape, dtype=getattr(torch, str(array.dtype)))
 config = warmup.model_config(folder)
-torch.set_default_dtype(dtype)
-with warmup.compile_only(architecture), torch.no_grad():
-    with torch.device("cuda"):
-        model = mg_fast.MiniGeminiForConditionalGeneration(config)
-    side, high = config.vision_config.image_size, config.image_size_aux
-    pixels = torch.empty(batch, config.views, 3, side, side, dtype=dtype, device="cuda")
-    with mg_fast.use_backend("triton"):
-        model.get_image_features(pixels, torch.empty(batch, 3, high, high, dtype=dtype, device="cuda"))
-print(json.dumps({"hits": hits.count(True), "misses": hits.count(False)}))
+side, high, grid = config.vision_config.image_size, config.image_size_aux, config.image_grid
+resizing.view_taps(high, side, grid, config.image_global)
+
+def launch(architecture, dtype, batch, training, backend):
+    dtype, hits = getattr(torch, dtype), []
+    torch.set_default_dtype(dtype)
+    knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
+    for tables in (resize._taps, resize._tables):
+        tables.cache_clear()
+    with warmup.compile_only(architecture, training=training), mg_fast.use_backend(backend), torch.set_grad_enabled(training):
+        with torch.device("cuda"):
+            model = mg_fast.MiniGeminiForConditionalGeneration(config)
+            picture = torch.empty(300, 401, 3, dtype=torch.uint8)
+        hr, views = ops.dual_resize(picture, high, side, grid=grid, global_view=config.image_global)
+        hr, views = (part[None].to(dtype).expand(batch, *part.shape) for part in (hr, views))
+        model.get_image_features(views, hr)
+    return {"hits": hits.count(True), "misses": hits.count(False)}
+
+print(json.dumps([launch(**case) for case in cases]))
 """
 
 
 def process(*command, cache):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache)}
+    # whatever an environment asks for, a warmup is of what it says
+    environment["MG_FAST_BACKEND"] = "torch"
     done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def launch(folder, cache, *, architecture=90, dtype="float16", batch=1, training=False):
-    out = process("-c", LAUNCH, json.dumps([str(folder), architecture, dtype, batch, training]), cache=cache)
-    return json.loads(out.splitlines()[-1])
+def launch(folder, cache, *cases):
+    """For each case, one after another, how many of the kernels it launches were there, and how many it had to compile."""
+    default = {"architecture": 90, "dtype": "float16", "batch": 1, "training": False, "backend": "auto"}
+    out = process("-c", LAUNCH, json.dumps([str(folder), *(default | case for case in cases)]), cache=cache)
+    found = json.loads(out.splitlines()[-1])
+    return [(counts["hits"], counts["misses"]) for counts in found]
+
+
+# in the order of a picture's way: a norm a stage of the tower, mining of the cells and of the global view
+HD_KERNELS = [
+    *("resize_columns_fwd_kernel", "resize_rows_fwd_kernel"),
+    *["dwconv_norm_fwd_kernel"] * 4,
+    *["pool_windows_fwd_kernel"] * 2,
+]
 
 
 @needs_triton
 def test_the_first_launch_compiles_nothing(tmp_path):
-    """In HD, whose two launches are of two kernels; for any batch; and not for what was not warmed up."""
+    """In HD, whose mining is of two kernels; for any batch; and not for what was not warmed up."""
     folder, arguments = (
         OWN_GOLDEN / "hd",
         ("-m", "mg_fast", "warmup", "--arch", "sm_90", "--dtype", "float16", "--model", OWN_GOLDEN / "hd"),
     )
-    lines = process(*arguments, cache=tmp_path).splitlines()
-    assert [line.split()[:5] for line in lines[:2]] == [["pool_windows_fwd_kernel", "sm_90", "float16", "320", "pixels"]] * 2
-    assert all(line.endswith(" s") for line in lines[:2])
-    assert lines[2] == f"2 kernels in {tmp_path}: 2 compiled now, 0 were there" and "launchers in C are still built" in lines[3]
-    for batch in (1, 8):
-        assert launch(folder, tmp_path, batch=batch) == {"hits": 2, "misses": 0}
-    # and a second warmup neither
-    assert all(line.endswith(" cached") for line in process(*arguments, cache=tmp_path).splitlines()[:2])
-    # each of these another key, or the counts above would mean nothing
-    assert launch(folder, tmp_path, dtype="bfloat16") == {"hits": 0, "misses": 2}
-    assert launch(folder, tmp_path, training=True) == {"hits": 2, "misses": 2}
+    *lines, count, note = process(*arguments, cache=tmp_path).splitlines()
+    assert [line.split()[:5] for line in lines] == [[name, "sm_90", "float16", "320", "pixels"] for name in HD_KERNELS]
+    assert all(line.endswith(" s") for line in lines)
+    assert count == f"8 kernels in {tmp_path}: 8 compiled now, 0 were there" and "launchers in C are still built" in note
+    # a second warmup neither
+    assert all(line.endswith(" cached") for line in process(*arguments, cache=tmp_path).splitlines()[:8])
+    # the last two need others, or the counts before would mean nothing; those of resizing are the same for all dtypes
+    cases = [{}, {"batch": 8}, {"dtype": "bfloat16"}, {"training": True}]
+    assert launch(folder, tmp_path, *cases) == [(8, 0), (8, 0), (2, 6), (8, 2)]
 
 
 @needs_triton
 def test_training_and_several_architectures(tmp_path):
     folder = OWN_GOLDEN / "standard"
     arguments = ("--arch", "sm_90", "--arch", "sm_80", "--dtype", "bfloat16", "--training", "--model", folder)
-    assert len(process("-m", "mg_fast", "warmup", *arguments, cache=tmp_path).splitlines()) == 2 * 2 + 2
-    assert launch(folder, tmp_path, architecture=80, dtype="bfloat16", training=True) == {"hits": 2, "misses": 0}
+    assert len(process("-m", "mg_fast", "warmup", *arguments, cache=tmp_path).splitlines()) == 2 * 8 + 2
+    assert launch(folder, tmp_path, {"architecture": 80, "dtype": "bfloat16", "training": True}) == [(8, 0)]
+
+
+@needs_triton
+def test_all_kernels(tmp_path):
+    """Those too that `auto` takes the library for: of few pictures, and of many, whose products have other tiles."""
+    folder = OWN_GOLDEN / "standard"
+    arguments = ("--arch", "sm_90", "--dtype", "float16", "--backend", "triton", "--model", folder)
+    lines = process("-m", "mg_fast", "warmup", *arguments, cache=tmp_path).splitlines()[:-2]
+    products = [line.split()[0] for line in lines if line.startswith("linear_")]
+    assert len(products) > 2 * 4 and set(products) == {"linear_gelu_fwd_kernel", "linear_residual_fwd_kernel"}
+    found = launch(folder, tmp_path, *({"backend": "triton", "batch": batch} for batch in (1, 8, 64)))
+    assert found == [(2 + 4 + 8 + 1, 0)] * 3
 
 
 @needs_triton

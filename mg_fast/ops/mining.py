@@ -130,7 +130,7 @@ _PATCH_MINING = {"reference": reference.patch_mining, "torch": absorbed.patch_mi
 
 def _on(tensor: torch.Tensor):
     """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    return torch.cuda.device(tensor.device) if tensor.is_cuda and not backends.only_compiled() else contextlib.nullcontext()
 
 
 @torch.library.custom_op("mg_fast::pool_windows", mutates_args=())

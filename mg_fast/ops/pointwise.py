@@ -1,12 +1,11 @@
 """The pointwise layers of a ConvNeXt block: checks the inputs, chooses the backend, calls it; and the kernels as operators of torch."""
 
-import contextlib
-
 import torch
 import torch.nn.functional as F
 
 from .. import backend as backends
 from .. import linear, reference
+from .mining import _on
 
 
 def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
@@ -143,11 +142,6 @@ _LINEAR_RESIDUAL_ = {
 
 
 # The kernels as operators of torch: one node of a graph each, with fakes for tracing. What they launch is documented with the launchers.
-
-
-def _on(tensor: torch.Tensor):
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 @torch.library.custom_op("mg_fast::linear_gelu", mutates_args=())

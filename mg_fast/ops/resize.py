@@ -1,6 +1,5 @@
 """Pictures resized to both resolutions: checks the input, chooses the backend, calls it, as an operator of torch."""
 
-import contextlib
 import functools
 import operator
 
@@ -10,6 +9,7 @@ from PIL import Image
 
 from .. import backend as backends
 from .. import resizing
+from .mining import _on
 
 
 def dual_resize(
@@ -85,8 +85,7 @@ def _by_kernel(picture: torch.Tensor, hr_size: int, lr_size: int, *, grid: int, 
 
     device = picture.device
     x, y = resizing.place(picture.shape[1], picture.shape[0], hr_size, pad)
-    # Triton launches on the current device, which need not be the picture's
-    with torch.cuda.device(device) if picture.is_cuda else contextlib.nullcontext():
+    with _on(picture):
         return dual_resize_fwd(
             picture,
             Taps(*_taps(x, device)),
