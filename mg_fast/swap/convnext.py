@@ -175,7 +175,7 @@ def _differs(stage: nn.Module) -> str | None:
     if like.is_meta:
         return "it is on the meta device and cannot be tried: accelerate the model when it is loaded"
     channels = len(block.norm.weight if isinstance(stage.downsample, nn.Identity) else stage.downsample[0].weight)
-    x = torch.randn(1, channels, 10, 6, generator=torch.Generator().manual_seed(0), device="cpu").to(like)
+    x = torch.randn(1, channels, 16, 10, generator=torch.Generator().manual_seed(0), device="cpu").to(like)
     tried = f"tried on a map of {list(x.shape)}, it"
     with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
         try:
