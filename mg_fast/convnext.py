@@ -139,7 +139,8 @@ def run_block(block: Block, x: torch.Tensor, backend: str | None = None, *, in_p
     shape, hidden = x.shape, block.expand.shape[0]
     normed = ops.dwconv_norm(x, block.taps, block.bias, block.norm_weight, block.norm_bias, block.eps, backend=backend)
     normed, residual = normed.reshape(-1, shape[-1]), x.reshape(-1, shape[-1])
-    recording = torch.is_grad_enabled() and any(t.requires_grad for t in (normed, residual, block.expand, block.contract))
+    entering = (normed, residual, block.expand, block.expand_bias, block.contract, block.contract_bias)
+    recording = torch.is_grad_enabled() and any(t.requires_grad for t in entering)
     if recording:
         expanded = ops.linear_gelu(normed, block.expand, block.expand_bias, backend=backend)
         return ops.linear_residual(expanded, block.contract, block.contract_bias, residual, backend=backend).view(shape)
@@ -161,7 +162,8 @@ def _chunks(rows: int, bytes_per_row: int, device: str) -> Iterator[slice]:
 
 def _convolve(x: torch.Tensor, entry: Entry) -> torch.Tensor:
     out = F.conv2d(x.permute(0, 3, 1, 2), entry.weight, entry.bias, entry.stride)
-    return out.permute(0, 2, 3, 1).contiguous()
+    # the blocks add to it: where autocast narrowed it, timm's sum with the scaled branch is as wide as the weights again
+    return out.permute(0, 2, 3, 1).to(torch.promote_types(out.dtype, entry.weight.dtype)).contiguous()
 
 
 def _norm(x: torch.Tensor, entry: Entry) -> torch.Tensor:

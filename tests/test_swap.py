@@ -1,4 +1,4 @@
-"""accelerate() on a stand-in of the original's model: the same attribute names and call protocol, written after the specification."""
+"""accelerate() on a stand-in of the original's model: its attribute names and call protocol, written after the specification."""
 
 import copy
 import pickle
@@ -280,7 +280,9 @@ def test_another_method_of_that_name_stays():
 def test_nothing_recognised():
     report = mg_fast.accelerate(nn.Linear(2, 2))
     assert (report.swapped, report.skipped) == ([], [])
-    assert re.search("nothing recognised in Linear.*Looked for:.*`unified_resampler`.*PatchInfoMining", str(report), re.DOTALL)
+    assert re.search(
+        "nothing recognised in Linear.*Looked for:.*`unified_resampler`.*ConvNeXtStage.*PatchInfoMining", str(report), re.DOTALL
+    )
     for wrong in ({}, Original, None):
         with pytest.raises(TypeError, match="expected a torch.nn.Module, got"):
             mg_fast.accelerate(wrong)
@@ -303,4 +305,7 @@ def test_our_own_model(model):
     before = state(model)
     report = mg_fast.accelerate(model)
     assert not report.swapped and state(model) == before
-    assert [(e.name, e.reason) for e in report.skipped] == [("model.patch_mining", "already mg_fast.modules.PatchInfoMining")]
+    assert [(e.name, e.reason) for e in report.skipped] == [
+        ("model.vision_tower_aux", "already mg_fast.modules.ConvNeXtPyramid"),
+        ("model.patch_mining", "already mg_fast.modules.PatchInfoMining"),
+    ]

@@ -35,7 +35,7 @@ class ConvNeXtPyramid(nn.Module):
         if reason := unsuited_stem(trunk.stem):
             raise ValueError(f"ConvNeXtPyramid: {reason}")
         for i, stage in enumerate(trunk.stages):
-            if reason := unsuited_stage(stage):
+            if reason := unsuited_stage(stage) or _stochastic(stage):
                 raise ValueError(f"ConvNeXtPyramid: stages.{i}: {reason}")
         return cls(trunk.stem, trunk.stages)
 
@@ -121,19 +121,24 @@ def unsuited_stem(stem: nn.Module) -> str | None:
 
 
 def unsuited_stage(stage: nn.Module) -> str | None:
-    """Why a timm stage is not one of a ConvNeXt of the first version that runs deterministically, as a sentence; None where it is."""
-    names = {type(m).__name__ for m in stage.modules()}
-    if "GlobalResponseNorm" in names:
+    """Why a timm stage is not one of a ConvNeXt of the first version, as a sentence; None where it is, or is one in eval mode."""
+    if any("grn" in block.mlp._modules for block in stage.blocks):
         return "expected a ConvNeXt of the first version, got one with GlobalResponseNorm (V2)"
-    if "DropPath" in names:
-        return "build the trunk with drop_path_rate=0: the tower is deterministic by definition"
     if not isinstance(stage.downsample, nn.Identity):
+        if len(stage.downsample) != 2:
+            return f"downsample: expected a LayerNorm and a convolution, got {len(stage.downsample)} layers"
         norm, conv = stage.downsample
         if reason := _no_layer_norm(norm) or _overlapping(conv):
             return f"downsample: {reason}"
     for i, block in enumerate(stage.blocks):
         if reason := _unsuited_block(block):
             return f"blocks.{i}: {reason}"
+    return None
+
+
+def _stochastic(stage: nn.Module) -> str | None:
+    if any(type(m).__name__ == "DropPath" for m in stage.modules()):
+        return "build the trunk with drop_path_rate=0: the tower is deterministic by definition"
     return None
 
 
@@ -149,7 +154,7 @@ def _unsuited_block(block: nn.Module) -> str | None:
         return "expected a plain shortcut, got a downsampling one"
     if not isinstance(block.mlp.norm, nn.Identity):
         return f"expected no norm within the MLP, got {type(block.mlp.norm).__name__}"
-    if None in (conv.bias, block.mlp.fc1.bias, block.mlp.fc2.bias):
+    if any(bias is None for bias in (conv.bias, block.mlp.fc1.bias, block.mlp.fc2.bias)):
         return "expected biases, the block has none"
     return _no_layer_norm(block.norm)
 

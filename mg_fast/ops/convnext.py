@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from .. import backend as backends
 from .. import reference
 from .mining import _on, _recording
+from .pointwise import _autocast
 
 # the widest map whose pixels the kernel's registers hold: xxlarge's last
 MAX_CHANNELS = 3072
@@ -27,17 +28,23 @@ def dwconv_norm(
         x: [B, H, W, C], floating point, any strides; fastest with unit channel stride.
         weight: [49, C], tap 7 * ky + kx of every channel. A published weight [C, 1, 7, 7] is `weight.reshape(C, 49).t()`, through which
             gradients flow; made contiguous once, it saves the kernel a copy a call.
-        bias, norm_weight, norm_bias: [C]. All of x's dtype and device.
+        bias, norm_weight, norm_bias: [C]. All of x's dtype and device; under autocast all five are cast as F.conv2d casts its own.
         eps: added to the variance; 1e-6 in ConvNeXt, 1e-5 in the xxlarge of OpenCLIP.
         backend: overrides the choice in force.
 
     Returns:
-        [B, H, W, C] of x's dtype.
+        [B, H, W, C] of x's dtype, autocast's where it is on.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; the message names expected and actual.
         BackendError: a backend was named that cannot run here.
     """
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        given = _autocast(x, weight, bias, norm_weight, norm_bias)
+        # which would widen the norm's result, a map that the next product narrows again
+        with torch.autocast(device, enabled=False):
+            return dwconv_norm(*given, eps, backend=backend)
     _check_dwconv_norm(x, weight, bias, norm_weight, norm_bias)
     unsuited = {"triton": _dwconv_norm_unsuited(x)}
     chosen = _DWCONV_NORM[backends.choose("dwconv_norm", backend, x.device, unsuited)]

@@ -1,0 +1,88 @@
+"""How a swap is made and undone.
+
+It exchanges the object's class for a subclass and sets nothing on the object: `self` stays whoever is called, in deep copies, pickles
+and the replicas of DataParallel too, and the object's own state is untouched.
+"""
+
+import functools
+import types
+import warnings
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from ..errors import MgFastError
+from .report import Entry
+
+# From the class of an object to the methods of its subclass, by name. A function of a module: pickles find it there.
+Methods = Callable[[type], dict[str, Callable]]
+
+
+def offer(name: str, what: str, module: nn.Module, methods: Methods, why_not: Callable[[nn.Module], str | None], becomes: str) -> Entry:
+    """The entry of a find: swapped already; left as it is, because of `why_not(module)`; or to be swapped."""
+    # weak: a report does not keep the model alive
+    reference = weakref.ref(module)
+    restore = functools.partial(_restore, reference)
+    if hasattr(type(module), "_mg_fast_original"):
+        return Entry(name, what, "already swapped by an earlier accelerate(); undo() of either report puts the original back", undo=restore)
+    if reason := why_not(module):
+        return Entry(name, what, reason)
+    return Entry(name, what, becomes, apply=functools.partial(_swap, reference, methods), undo=restore)
+
+
+def replaced_on_object(module: nn.Module, method: str) -> bool:
+    """Whether the object has something of its own in the place of its class's method."""
+    return method in vars(module) or method in module._modules
+
+
+def why_not_plain(name: str, layer: nn.Module) -> str | None:
+    """Why a call of a layer does more than its class says; None where only what is in its tensors and attributes counts.
+
+    Args:
+        name: of the layer, for the sentence.
+        layer: of a class whose arithmetic is known.
+    """
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        return f"{name} has hooks on its {type(layer).__name__}, which only a call of the module runs"
+    if "forward" in vars(layer):
+        return f"the forward of {name}'s {type(layer).__name__} was replaced"
+    return None
+
+
+def warn(message: str) -> None:
+    """A warning where the swapped method was called; Python shows it once, whatever number of objects and calls it comes from."""
+    # a graph cannot hold one
+    if not torch.compiler.is_compiling():
+        warnings.warn(f"mg_fast.accelerate: {message}", RuntimeWarning, stacklevel=3)
+
+
+@functools.cache
+def _exchanged(original: type, methods: Methods) -> type:
+    def __reduce_ex__(self, protocol):
+        # a pickle finds classes by name, and this one's name is the original's
+        make, (_, *arguments), *state = super(_exchanged(original, methods), self).__reduce_ex__(protocol)
+        return _remake, (original, methods, make, *arguments), *state
+
+    names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
+    own = methods(original) | {"__reduce_ex__": __reduce_ex__, "_mg_fast_original": original}
+    return types.new_class(original.__name__, (original,), exec_body=lambda namespace: namespace.update(names | own))
+
+
+def _remake(original: type, methods: Methods, make: Callable, *arguments):
+    return make(_exchanged(original, methods), *arguments)
+
+
+def _swap(reference: weakref.ref, methods: Methods) -> None:
+    module = reference()
+    module.__class__ = _exchanged(type(module), methods)
+
+
+def _restore(reference: weakref.ref) -> None:
+    module = reference()
+    if not hasattr(type(module), "_mg_fast_original"):
+        return
+    if "_mg_fast_original" not in vars(type(module)):
+        raise MgFastError(f"its class was exchanged again since, for {type(module).__name__}: undo that first")
+    module.__class__ = type(module)._mg_fast_original

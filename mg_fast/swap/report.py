@@ -1,0 +1,71 @@
+"""What `accelerate` did, for reading and for undoing."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ..errors import MgFastError
+
+
+@dataclass
+class Entry:
+    """One thing that `accelerate` recognised.
+
+    Attributes:
+        name: where it is, as a dotted name from the model that was handed over.
+        what: what was found there.
+        reason: what took its place, or why nothing did.
+    """
+
+    name: str
+    what: str
+    reason: str
+    apply: Callable[[], None] | None = field(default=None, repr=False, compare=False)
+    undo: Callable[[], None] | None = field(default=None, repr=False, compare=False)
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.what}): {self.reason}"
+
+
+@dataclass
+class Report:
+    """What `accelerate` did to a model, for reading (`print(report)`) and for undoing. It does not keep the model alive.
+
+    Attributes:
+        model: class of the model.
+        swapped: what was swapped.
+        skipped: what was recognised and left as it is.
+        looked_for: what every rule looks for, in words.
+    """
+
+    model: str
+    swapped: list[Entry]
+    skipped: list[Entry]
+    looked_for: list[str] = field(repr=False)
+
+    def undo(self) -> None:
+        """Puts the originals back, those included that an earlier call had swapped already. A second time it does nothing.
+
+        Raises:
+            MgFastError: something else has been put over a swap since; that one stays until this is called again.
+        """
+        stuck = []
+        for entry in self.swapped + self.skipped:
+            if entry.undo is None:
+                continue
+            try:
+                entry.undo()
+                # spent: a later call's swap is undone by its own report
+                entry.undo = None
+            except MgFastError as error:
+                stuck.append(f"{entry.name}: {error}")
+        if stuck:
+            raise MgFastError(f"not undone: {'; '.join(stuck)}")
+
+    def __str__(self) -> str:
+        if not self.swapped and not self.skipped:
+            nothing = f"mg_fast.accelerate: nothing recognised in {self.model}, and nothing changed. Looked for:"
+            return "\n".join([nothing, *(f"  {what}" for what in self.looked_for)])
+        lines = [f"mg_fast.accelerate: {self.model}, {len(self.swapped)} swapped, {len(self.skipped)} not swapped"]
+        lines += [f"  swapped      {entry}" for entry in self.swapped]
+        lines += [f"  not swapped  {entry}" for entry in self.skipped]
+        return "\n".join(lines)

@@ -1,0 +1,65 @@
+"""What is looked for in a model, and `accelerate` itself."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from torch import nn
+
+from ..modules import ConvNeXtPyramid, PatchInfoMining
+from . import convnext, mining
+from .report import Entry, Report
+
+
+def accelerate(model: nn.Module) -> Report:
+    """Swaps mg_fast's operations into a model, in place.
+
+    Wherever they sit in `model`, from then on these are computed by mg_fast, with the same arguments and results, from the model's own
+    tensors as they are at each call:
+
+    - patch info mining of the original Mini-Gemini, by `mg_fast.ops.patch_mining`;
+    - the stages of timm's ConvNeXt (first version), by `mg_fast.convnext` on channels-last maps: in a timm model or what extracts its
+      features, in OpenCLIP's `visual.trunk`, in the original's high-resolution tower. Their maps look as before, [B, C, H, W]. Stochastic
+      depth at work (training mode, in which the original leaves its tower) stays timm's to run: `eval()` the tower to have it swapped.
+
+    Parameters, state_dict, training, device moves, copies and pickles work as before; a pickle of the swapped model needs mg_fast to be
+    read. torch.jit.script and torch.fx read the source of a model: undo() before they do.
+
+    Args:
+        model: any module. The original's model itself, or something that holds it.
+
+    Returns:
+        What was swapped and what was not, with the reasons; `print` it. Its `undo()` puts the originals back.
+
+    Raises:
+        TypeError: `model` is not a torch.nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"accelerate: expected a torch.nn.Module, got {model!r:.80} of type {type(model).__name__}")
+    # everything is recognised before anything is changed: an error on the way leaves the model as it was
+    entries = [entry for rule in RULES for entry in rule.recognise(model)]
+    for entry in entries:
+        if entry.apply:
+            entry.apply()
+    swapped, skipped = [e for e in entries if e.apply], [e for e in entries if not e.apply]
+    return Report(type(model).__name__, swapped, skipped, [rule.looks_for for rule in RULES])
+
+
+def _ours(model: nn.Module) -> Iterator[Entry]:
+    for name, module in model.named_modules():
+        for kind, what in ((PatchInfoMining, "patch info mining"), (ConvNeXtPyramid, "high-resolution tower")):
+            if isinstance(module, kind):
+                yield Entry(name or "model", what, f"already mg_fast.modules.{kind.__name__}")
+
+
+class Rule(NamedTuple):
+    """One kind of thing: what it looks for, in words, and the finds in a model; a find with `apply` and `undo` can be swapped."""
+
+    looks_for: str
+    recognise: Callable[[nn.Module], Iterator[Entry]]
+
+
+RULES = (
+    Rule(mining.LOOKS_FOR, mining.recognise),
+    Rule(convnext.LOOKS_FOR, convnext.recognise),
+    Rule("mg_fast.modules.PatchInfoMining and mg_fast.modules.ConvNeXtPyramid, where nothing is left to do", _ours),
+)
