@@ -114,6 +114,29 @@ def test_gradients_reach_every_parameter_and_the_picture():
         assert (ours - expected).abs().max() <= 1e-4 * expected.abs().max(), name
 
 
+def test_a_bias_alone_is_trained():
+    """Of a block whose other tensors are frozen: nothing may be overwritten there."""
+    gradients = []
+    for backend in ("torch", "reference"):
+        tower = make().requires_grad_(False)
+        bias = tower.vision_stages[0].blocks[1].mlp.fc1.bias.requires_grad_()
+        tower(pictures(64), backend=backend)[0].square().sum().backward()
+        gradients.append(bias.grad)
+    assert (gradients[0] - gradients[1]).abs().max() <= 1e-4 * gradients[1].abs().max()
+
+
+def test_autocast():
+    """Weights in float32: from the first downsampling on the maps are narrower than they."""
+    tower = make()
+    with torch.no_grad():
+        exact = copy.deepcopy(tower).double()(pictures(96).double(), backend="reference")
+        with torch.autocast("cpu", torch.bfloat16):
+            ours, plain = tower(pictures(96), backend="torch"), tower(pictures(96), backend="reference")
+    for level, expected, oracle in zip(ours, plain, exact, strict=True):
+        assert level.dtype == expected.dtype
+        assert_accurate(level, expected, oracle)
+
+
 def test_one_graph_under_compile():
     tower, pixels = make(), pictures(64)
     compiled = torch.compile(lambda x: tower(x, backend="torch"), backend="aot_eager", fullgraph=True)

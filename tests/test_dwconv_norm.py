@@ -139,3 +139,15 @@ def test_the_kernel_is_refused_on_a_cpu(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(BackendError, match="cannot run dwconv_norm: triton "):
         ops.dwconv_norm(*make(), backend="triton")
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast(given, backend):
+    """As autocast has the convolution of the same tensors, and the linear layer after it would have the norm's result."""
+    x, *weights = make()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = ops.dwconv_norm(x.to(given), *weights, backend=backend)
+    assert ours.dtype == torch.bfloat16
+    cast = [tensor.bfloat16() for tensor in (x, *weights)]
+    assert_accurate(ours, plain(*cast), exact(*cast))

@@ -18,6 +18,7 @@ from torch import nn
 import mg_fast
 from mg_fast import convnext
 from mg_fast.errors import MgFastError
+from tests.test_swap import Original
 from tests.tolerances import assert_accurate, relative_error
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -130,6 +131,15 @@ def test_the_originals_tower(dtype):
     assert [e.name for e in report.swapped] == [f"vision_stages.{i}" for i in range(4)]
 
 
+def test_tower_and_mining_of_one_model():
+    model = Original()
+    model.vision_tower_aux = Tower()
+    report = mg_fast.accelerate(model)
+    assert [e.name for e in report.swapped] == ["unified_resampler", *(f"vision_tower_aux.vision_stages.{i}" for i in range(4))]
+    report.undo()
+    assert type(model) is Original and state(model.vision_tower_aux) == state(Tower())
+
+
 def test_stochastic_depth_at_work_is_timms():
     """In the training mode of the call, whatever it was at the swap."""
     model, plain = Tower(), Tower()
@@ -137,8 +147,8 @@ def test_stochastic_depth_at_work_is_timms():
     assert len(report.swapped) == 4 and "for now it runs as timm wrote it, because its stochastic depth is at work" in str(
         report.swapped[3]
     )
-    # the first block never drops
-    assert all(stage.training for stage in model.vision_stages)
+    # the trial, made with it off, put it back
+    assert all(layer.training for layer in model.modules())
     with torch.no_grad():
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("default")

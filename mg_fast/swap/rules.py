@@ -22,7 +22,7 @@ def accelerate(model: nn.Module) -> Report:
       depth at work (training mode, in which the original leaves its tower) stays timm's to run: `eval()` the tower to have it swapped.
 
     Parameters, state_dict, training, device moves, copies and pickles work as before; a pickle of the swapped model needs mg_fast to be
-    read. torch.jit.script and torch.fx read the source of a model: undo() before they do.
+    read. torch.jit.script and torch.fx.symbolic_trace cannot follow what is swapped: undo() before them.
 
     Args:
         model: any module. The original's model itself, or something that holds it.

@@ -162,6 +162,17 @@ def test_operators_keep_torchs_rules():
     torch.library.opcheck(torch.ops.mg_fast.dwconv_norm_backward.default, (grad, inputs, wanted, 1e-6))
 
 
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast(given):
+    """Which does not see into the operator: cast before it as for the convolution."""
+    x, *weights = make((1, 5, 6, 24))
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = kernel(x.to(given), *weights)
+    cast = [tensor.bfloat16() for tensor in (x, *weights)]
+    assert ours.dtype == torch.bfloat16
+    assert_accurate(ours, plain(*cast), exact(*cast))
+
+
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_one_graph_under_compile(backend):
     torch._dynamo.reset()
