@@ -1,14 +1,15 @@
 """What packed copies of a module's weights need: modules that compute what their weights say, and notice of weights that change."""
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 
 import torch
 from torch import nn
 
 
 class Watch:
-    """Notices that tensors were changed in place. It does not keep them, and says nothing of inference tensors, which count no changes.
+    """Notices that tensors were changed in place. It does not keep them. Inference tensors count no changes, and what is written through
+    `.data` is not counted: of these it says nothing.
 
     A copy or a pickle of it watches nothing: what it comes with has memory of its own.
     """
@@ -23,21 +24,20 @@ class Watch:
         return Watch, ()
 
 
-def uncommon(module: nn.Module, plain: set[type]) -> str | None:
+def uncommon(module: nn.Module, known: Set[type]) -> str | None:
     """Why a module's weights do not say what it computes, as a sentence; None where they do.
 
     Args:
         module: with all that is in it.
-        plain: types of the modules that may have parameters of their own.
+        known: types of all modules that may be in it; exactly those, as subclasses and wrappers compute something else: low-rank adapters,
+            quantised layers, parametrisations.
     """
     for name, part in module.named_modules():
         if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):
             return f"{name or 'it'} has hooks or a replaced forward, which only a call of the module runs"
-        parameters = dict(part.named_parameters(recurse=False))
-        # subclasses compute something else: low-rank adapters, quantised layers, parametrisations
-        if parameters and type(part) not in plain:
+        if part is not module and type(part) not in known:
             return f"{name} is {type(part).__module__}.{type(part).__qualname__}, expected a plain layer"
-        for parameter, tensor in parameters.items():
+        for parameter, tensor in part.named_parameters(recurse=False):
             if type(tensor) is not nn.Parameter:
                 return f"{name}.{parameter} is {type(tensor).__name__}, expected a plain parameter"
     kinds = {(p.dtype, p.device) for p in module.parameters()}

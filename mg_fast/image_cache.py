@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Hashable
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -16,7 +17,8 @@ DEFAULT_BYTES = 256 * 2**20
 def picture_digest(picture: Image.Image) -> bytes:
     """SHA-256 of a decoded picture's mode, size and pixels: files that decode to the same have the same."""
     digest = hashlib.sha256(f"{picture.mode} {picture.width}x{picture.height} ".encode())
-    digest.update(picture.tobytes())
+    # its rows one after the other, without a copy of them all as bytes
+    digest.update(np.ascontiguousarray(np.asarray(picture)))
     return digest.digest()
 
 

@@ -59,9 +59,10 @@ class Answer:
 class Pipeline:
     """A loaded model with its processor and one conversation of its own; `load` makes one.
 
-    Pictures go through packed copies of the towers (`PictureEncoder`), made at the first picture and of half their size; by the `reference`
-    backend through the model's own modules. Image tokens are kept by picture content, for all conversations: whoever changes the model's
-    weights calls `clear_image_cache` then.
+    Pictures go through packed copies of the towers (`PictureEncoder`), made at the first picture and of a third of their size; by the
+    `reference` backend, or where a tower is more than its weights, through the model's own modules. Image tokens are kept by picture
+    content, for all conversations. Both are made anew after the weights were changed in place or moved; whoever changes them through
+    `.data`, or adds hooks or adapters to a tower, calls `clear_image_cache`.
 
     Args:
         model: the MiniGeminiForConditionalGeneration.
@@ -87,6 +88,7 @@ class Pipeline:
         check_everywhere(backend, model.device)
         self._image_cache = ImageCache(image_cache_bytes)
         self._encoder: PictureEncoder | None = None
+        self._packing = threading.Lock()
         self.model, self.processor, self.backend = model, processor, backend
         self.template = processor.template
         self.load_seconds: float | None = None
@@ -121,44 +123,45 @@ class Pipeline:
         stage = meter.stage if meter is not None else contextlib.nullcontext
         with self._backend():
             with stage("preprocess"):
+                # first: what was seen with other weights is forgotten with their copies
+                encoder = self._packed_encoder() if requested() != "reference" else None
                 key = None
                 if self._image_cache.limit:
                     image = _decoded(image, allow_urls)
                     key = (picture_digest(image), *self._circumstances())
                     if (tokens := self._image_cache.get(key)) is not None:
                         return tokens
-                # the same pixels to the last bit, made where they are wanted
-                device = None if requested() == "reference" else self.device
+                # the same pixels to the last bit; on a CPU Pillow is the faster one
+                device = self.device if self.device.type == "cuda" and requested() != "reference" else None
                 pixels = self.processor.image_processor(image, allow_urls=allow_urls, device=device).to(self.device)
-            tokens = self._encode(pixels, meter)
+            measured = {"stage": meter.stage} if meter is not None else {}
+            if encoder is not None:
+                tokens = encoder(**pixels, **measured)[0]
+            else:
+                tokens = self.model.model.get_image_features(**pixels, **measured).pooler_output[0]
             if key is not None:
                 self._image_cache.put(key, tokens)
             return tokens
 
-    def _encode(self, pixels, meter: Meter | None) -> torch.Tensor:
-        """Image tokens of one picture, by the packed towers where these can be packed."""
-        model, stage = self.model.model, meter.stage if meter is not None else None
-        if requested() != "reference" and (encoder := self._packed_encoder()) is not None:
-            return encoder(**pixels, stage=stage)[0]
-        return model.get_image_features(**pixels, **({"stage": stage} if stage else {})).pooler_output[0]
-
     def _packed_encoder(self) -> PictureEncoder | None:
         """The one at hand, or another where the model has been changed, moved or converted since; None where the model cannot be packed."""
-        if self._encoder is not None and self._encoder.is_current():
+        with self._packing:
+            if self._encoder is not None:
+                if self._encoder.is_current():
+                    return self._encoder
+                self.clear_image_cache()
+            try:
+                # its weights must not be inference tensors, which count no changes
+                with torch.inference_mode(False):
+                    self._encoder = PictureEncoder(self.model.model)
+            except ValueError as error:
+                logger.info("pictures go through the model's own modules: %s", error)
             return self._encoder
-        # the memory of the old one is free before the new one is made
-        self._encoder = None
-        try:
-            # its weights must not be inference tensors, which count no changes
-            with torch.inference_mode(False):
-                self._encoder = PictureEncoder(self.model.model)
-        except ValueError as error:
-            logger.info("pictures go through the model's own modules: %s", error)
-        return self._encoder
 
     def clear_image_cache(self) -> None:
-        """Forgets the image tokens of pictures seen before; conversations keep those of their own pictures."""
+        """Forgets the image tokens of pictures seen before and the packed towers; conversations keep the tokens of their own pictures."""
         self._image_cache.clear()
+        self._encoder = None
 
     def _circumstances(self) -> tuple:
         """What image tokens depend on beside the picture and the weights."""
@@ -166,7 +169,8 @@ class Pipeline:
         backends = tuple(choose(operation, None, device) for operation in IMPLEMENTED)
         autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         # what settles the arithmetic of float32 products
-        precision = (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
+        settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)
+        precision = tuple(setting.fp32_precision for setting in settings)
         processing = (images.hr_size, images.lr_size, images.grid, images.global_view, images.pad)
         return (str(device), self.model.dtype, backends, autocast, precision, processing, config.mm_vision_select_layer)
 

@@ -22,7 +22,8 @@ def _kept(make: Callable) -> Callable:
         if torch.compiler.is_compiling() or type(torch.empty(0, device="cpu")) is not torch.Tensor:
             return make(*arguments)
         if arguments not in kept:
-            cuda = next(a for a in arguments if isinstance(a, torch.device)).type == "cuda"
+            device = next(a for a in arguments if isinstance(a, torch.device))
+            cuda = device.type == "cuda"
             if cuda and torch.cuda.is_current_stream_capturing():
                 return make(*arguments)
             # what is made in inference mode could not be used for training later
@@ -30,7 +31,7 @@ def _kept(make: Callable) -> Callable:
                 made = make(*arguments)
             if cuda:
                 # other streams will read them
-                torch.cuda.current_stream().synchronize()
+                torch.cuda.current_stream(device).synchronize()
             kept[arguments] = made
         return kept[arguments]
 

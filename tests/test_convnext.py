@@ -174,3 +174,44 @@ def test_refused(changes, reason):
 def test_not_a_convnext():
     with pytest.raises(ValueError, match="expected a timm ConvNeXt, got Linear"):
         ConvNeXtPyramid.from_timm(torch.nn.Linear(2, 2))
+
+
+def by_modules_only(tower):
+    """Whether every backend gives what the tower's own modules give, which its weights alone do not."""
+    pixels = pictures(64)
+    with torch.no_grad():
+        expected, ours = tower(pixels, backend="reference"), tower(pixels, backend="torch")
+        weights_alone = convnext.run_tower(*tower.read(), pixels, "torch")
+    assert not all(torch.allclose(level, other, rtol=1e-3, atol=1e-3) for level, other in zip(weights_alone, expected))
+    return all(torch.equal(level, other) for level, other in zip(ours, expected))
+
+
+def test_a_hook_within_is_run():
+    tower = make()
+    tower.vision_stages[1].blocks[0].mlp.fc1.register_forward_hook(lambda module, inputs, out: 2 * out)
+    assert by_modules_only(tower)
+
+
+def test_an_adapter_within_is_run_and_trained():
+    peft = pytest.importorskip("peft")
+    tower = make()
+    tower = peft.get_peft_model(tower, peft.LoraConfig(target_modules=["fc1"], init_lora_weights=False)).base_model.model
+    assert by_modules_only(tower)
+    sum(level.square().sum() for level in tower(pictures(64))).backward()
+    assert all(p.grad is not None for name, p in tower.named_parameters() if "lora" in name)
+
+
+def test_an_exchanged_activation_is_run():
+    tower = make()
+    for block in tower.vision_stages[0].blocks:
+        block.mlp.act = torch.nn.ReLU()
+    assert by_modules_only(tower)
+    with pytest.raises(ValueError, match="PackedPyramid: vision_stages.0.blocks.0.mlp.act is torch.nn.*ReLU, expected a plain layer"):
+        tower.pack()
+
+
+def test_other_padding_is_refused():
+    trunk = ConvNeXt(**SMALL)
+    trunk.stages[0].blocks[0].conv_dw.padding_mode = "reflect"
+    with pytest.raises(ValueError, match="expected a 7x7 depthwise convolution with padding 3"):
+        ConvNeXtPyramid.from_timm(trunk)

@@ -77,7 +77,7 @@ def test_pixels_of_another_shape(loaded, photo):
 def test_a_tower_that_is_more_than_its_weights(loaded):
     model, _ = loaded
     handle = model.model.vision_tower_aux.vision_stages[0].register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match="PackedPyramid: vision_stages.0 has hooks"):
+    with pytest.raises(ValueError, match="the high-resolution tower: vision_stages.0 has hooks"):
         PictureEncoder(model.model)
     handle.remove()
     PictureEncoder(model.model)
@@ -110,7 +110,7 @@ def test_the_pipeline_packs_once_and_again_after_a_change(loaded, photo, drawing
     made = []
     monkeypatch.setattr(pipeline, "PictureEncoder", lambda model: made.append(PictureEncoder(model)) or made[-1])
     model, processor = loaded
-    piped = pipeline.Pipeline(model, processor, image_cache_bytes=0)
+    piped = pipeline.Pipeline(model, processor)
     piped.see(photo), piped.see(drawing)
     assert len(made) == 1
     with torch.no_grad():
@@ -119,6 +119,10 @@ def test_the_pipeline_packs_once_and_again_after_a_change(loaded, photo, drawing
         assert len(made) == 2
         inputs = processor.image_processor(photo)
         assert relative_error(changed, model.get_image_features(**inputs, backend="reference").pooler_output[0]) <= IMAGE_TOKENS
+        model.config.mm_vision_select_layer = -3
+        deeper = model.get_image_features(**inputs, backend="reference").pooler_output[0]
+        assert relative_error(piped.see(photo), deeper) <= IMAGE_TOKENS and relative_error(changed, deeper) > 1e-3
+        made.pop()
     model.to(torch.bfloat16)
     assert piped.see(photo).dtype == torch.bfloat16 and len(made) == 3
     with mg_fast.use_backend("reference"):
@@ -135,4 +139,4 @@ def test_the_pipeline_goes_through_the_modules_where_they_cannot_be_packed(loade
     with torch.no_grad():
         expected = model.get_image_features(**processor.image_processor(photo), backend="reference").pooler_output[0]
     assert relative_error(tokens, expected) <= IMAGE_TOKENS
-    assert "through the model's own modules: PackedPyramid: vision_stages.0 has hooks" in caplog.text
+    assert "the model's own modules: PictureEncoder: the high-resolution tower: vision_stages.0 has hooks" in caplog.text and calls

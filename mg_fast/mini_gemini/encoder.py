@@ -1,9 +1,10 @@
 """From a picture's pixels to image tokens, frozen for inference: both towers packed and, on a GPU, at once and in one graph."""
 
 import contextlib
+import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -14,14 +15,18 @@ from .packed_clip import PackedClip
 
 # graphs kept, each with memory of its own for everything between the pixels and the tokens
 MAX_GRAPHS = 4
+# torch captures one graph at a time in a process
+_LOCK = threading.Lock()
+
+logger = logging.getLogger(__name__)
 
 
 class PictureEncoder:
     """Image tokens of pictures by packed copies of a model's towers.
 
-    What is packed is a snapshot; mining and projector are the model's own. A call refuses once a tower's weights were changed in place;
-    after the model was moved or converted, make another. On a GPU the towers run at once on two streams, and all of it is captured in a
-    CUDA graph for each shape: a call then is one launch.
+    What is packed is a snapshot; mining and projector are the model's own. A call refuses once a tower's weights were changed in place, or
+    the model was moved or converted: make another. Writes through `.data`, and hooks or adapters that come later, are not seen. On a GPU
+    the towers run at once on two streams, and all of it is captured in a CUDA graph for each shape: a call then is one launch.
 
     Args:
         model: the MiniGeminiModel, its picture side on one device.
@@ -33,31 +38,34 @@ class PictureEncoder:
 
     def __init__(self, model: MiniGeminiModel, *, graphs: bool = True):
         self._model = model
+        # before anything is copied
+        if reason := model.vision_tower_aux.uncommon():
+            raise ValueError(f"PictureEncoder: the high-resolution tower: {reason}")
+        self._select_layer = model.config.mm_vision_select_layer
         self._clip = PackedClip.from_tower(model.vision_tower, model.config.mm_vision_select_layer)
         self._tower = model.vision_tower_aux.pack()
-        parts = (model.vision_tower, model.vision_tower_aux, model.patch_mining, model.mm_projector)
-        devices = {p.device for part in parts for p in part.parameters()}
+        devices = {p.device for part in _parts(model) for p in part.parameters()}
         if len(devices) > 1:
             raise ValueError(f"PictureEncoder: expected the picture side on one device, got {', '.join(sorted(map(str, devices)))}")
         [self.device] = devices
-        self._storages = _storages(parts)
-        self._graphs: OrderedDict | None = OrderedDict() if graphs and self.device.type == "cuda" else None
-        self._side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        # a graph's inputs and outputs are the same memory in every call
-        self._lock = threading.Lock()
+        self._storages = _storages(model)
+        cuda = self.device.type == "cuda"
+        self._graphs: OrderedDict | None = OrderedDict() if graphs and cuda else None
+        self._side, self._capturing = (torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)) if cuda else (None, None)
+        # a graph's inputs and outputs are the same memory in every call: the next one waits until this one's tokens are copied
+        self._copied = torch.cuda.Event() if cuda else None
 
     def is_current(self) -> bool:
         """Whether the model is as it was packed: not changed, moved or converted since."""
-        model = self._model
-        if _storages((model.vision_tower, model.vision_tower_aux, model.patch_mining, model.mm_projector)) != self._storages:
-            return False
         try:
-            self._check_unchanged()
+            self._check_current()
         except RuntimeError:
             return False
         return True
 
-    def _check_unchanged(self) -> None:
+    def _check_current(self) -> None:
+        if self._model.config.mm_vision_select_layer != self._select_layer or _storages(self._model) != self._storages:
+            raise RuntimeError("PictureEncoder: the model was moved, converted or configured otherwise since it was packed: make another")
         self._clip.check_unchanged()
         self._tower.check_unchanged()
 
@@ -79,12 +87,13 @@ class PictureEncoder:
             stage: as of `get_image_features`; where it is given the stages run one after the other, to be measured.
         """
         self._model.check_pixels(pixel_values, pixel_values_hr)
+        self._check_current()
         pixels = pixel_values.to(self.device), pixel_values_hr.to(self.device)
         if stage is not None:
             return self._encode(*pixels, backend, stage)
         if self._graphs is None:
             return self._encode_at_once(*pixels, backend)
-        with self._lock, torch.cuda.device(self.device):
+        with _LOCK, torch.cuda.device(self.device):
             return self._replay(pixels, backend)
 
     def _encode(self, pixel_values, pixel_values_hr, backend: str | None, stage: Callable) -> torch.Tensor:
@@ -113,34 +122,50 @@ class PictureEncoder:
 
     def _replay(self, pixels: tuple[torch.Tensor, ...], backend: str | None) -> torch.Tensor:
         autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-        key = (*((t.shape, t.dtype) for t in pixels), backends.requested(backend), autocast)
+        # of float32 products: what a graph was captured with it keeps
+        precision = (torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision)
+        key = (*((t.shape, t.dtype) for t in pixels), backends.requested(backend), autocast, precision)
         if key not in self._graphs:
             self._graphs[key] = self._capture(pixels, backend)
             if len(self._graphs) > MAX_GRAPHS:
                 self._graphs.popitem(last=False)
         self._graphs.move_to_end(key)
+        if self._graphs[key] is None:
+            return self._encode_at_once(*pixels, backend)
         graph, inputs, tokens = self._graphs[key]
-        self._check_unchanged()
+        stream = torch.cuda.current_stream()
+        stream.wait_event(self._copied)
         for kept, tensor in zip(inputs, pixels):
             kept.copy_(tensor)
         graph.replay()
-        return tokens.clone()
+        tokens = tokens.clone()
+        self._copied.record(stream)
+        return tokens
 
     def _capture(self, pixels: tuple[torch.Tensor, ...], backend: str | None):
+        """A graph, its inputs and its tokens; None where something in it cannot be captured."""
         inputs = [t.clone() for t in pixels]
         # kernels are compiled, libraries make their workspaces, and tables are made before anything is captured
-        warm = torch.cuda.Stream(self.device)
-        warm.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(warm):
+        self._capturing.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._capturing):
             for _ in range(2):
                 self._encode_at_once(*inputs, backend)
-        torch.cuda.current_stream().wait_stream(warm)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            tokens = self._encode_at_once(*inputs, backend)
+        try:
+            # other threads may go on allocating meanwhile
+            with torch.cuda.graph(graph, stream=self._capturing, capture_error_mode="thread_local"):
+                tokens = self._encode_at_once(*inputs, backend)
+        except RuntimeError as error:
+            logger.warning("pictures of these shapes are encoded without a CUDA graph: %s", error)
+            return None
+        torch.cuda.current_stream().wait_stream(self._capturing)
         return graph, inputs, tokens
 
 
-def _storages(parts: Iterable[nn.Module]) -> list[int]:
+def _parts(model: MiniGeminiModel) -> tuple[nn.Module, ...]:
+    return model.vision_tower, model.vision_tower_aux, model.patch_mining, model.mm_projector
+
+
+def _storages(model: MiniGeminiModel) -> list[int]:
     """Where the parameters lie: elsewhere after they were moved, converted or replaced."""
-    return [p.data_ptr() for part in parts for p in part.parameters()]
+    return [p.data_ptr() for part in _parts(model) for p in part.parameters()]

@@ -183,4 +183,6 @@ def unsuited(tower: nn.Module, select_layer: int = -2) -> str | None:
     activation = layers[0].mlp.activation_fn if len(layers) else QuickGELUActivation()
     if type(activation) is not QuickGELUActivation:
         return f"expected quick_gelu, the tower has {tower.config.hidden_act}"
-    return uncommon(tower, {nn.Linear, nn.LayerNorm, nn.Conv2d, nn.Embedding, type(tower.embeddings)})
+    parts = {type(part) for part in (tower.embeddings, tower.encoder, layers)}
+    parts |= {type(part) for layer in layers[:1] for part in (layer, layer.self_attn, layer.mlp)}
+    return uncommon(tower, {nn.Linear, nn.LayerNorm, nn.Conv2d, nn.Embedding, QuickGELUActivation} | parts)

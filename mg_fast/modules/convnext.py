@@ -51,12 +51,27 @@ class ConvNeXtPyramid(nn.Module):
     def forward(self, pixels: torch.Tensor, *, backend: str | None = None) -> list[torch.Tensor]:
         """Pictures [B, 3, HR, HR] to stage maps [B, HR / 4 / 2**s, HR / 4 / 2**s, C_s], channels last, s = 0..3.
 
-        The `reference` backend runs timm's modules in NCHW, as the original does; others the same arithmetic on channels-last maps.
+        The `reference` backend runs timm's modules in NCHW, as the original does; others the same arithmetic on channels-last maps, where
+        the tower is no more than its weights (`uncommon`).
         """
         pixels = pixels.to(self.vision_stem[0].weight.dtype)
-        if backends.choose("high_resolution_tower", backend, pixels.device) == "reference":
+        if backends.choose("high_resolution_tower", backend, pixels.device) == "reference" or self.uncommon():
             return self._forward_by_modules(pixels)
         return convnext.run_tower(*self.read(), pixels, backend)
+
+    def uncommon(self) -> str | None:
+        """Why the tower computes something else than its weights say, as a sentence; None where it does not.
+
+        Low-rank adapters, hooks, exchanged or quantised layers, gradient checkpointing: then every backend runs the modules themselves.
+        """
+        if reason := uncommon(self, _known_layers()) or unsuited_stem(self.vision_stem):
+            return reason
+        for i, stage in enumerate(self.vision_stages):
+            if stage.grad_checkpointing:
+                return f"vision_stages.{i} has its gradient checkpointing on"
+            if reason := unsuited_stage(stage) or _stochastic(stage):
+                return f"vision_stages.{i}: {reason}"
+        return None
 
     def pack(self) -> "PackedPyramid":
         """A frozen copy for inference: layer scale folded once, convolutions as the kernels read them.
@@ -83,14 +98,12 @@ class PackedPyramid:
     """A snapshot of a ConvNeXtPyramid for inference; `ConvNeXtPyramid.pack` makes one.
 
     Called as the tower is. The contractions and the convolutions' weights are copies, half of the tower's memory; all else is shared with
-    the tower, so a call refuses once any of its weights was changed in place.
+    the tower, so a call refuses once any of its weights was changed in place. What is written through `.data` counts no change, and hooks
+    or adapters that come later are not seen: pack again.
     """
 
     def __init__(self, tower: ConvNeXtPyramid):
-        from timm.layers import LayerNorm, LayerNorm2d
-        from timm.models.convnext import ConvNeXtBlock
-
-        if reason := uncommon(tower, {nn.Conv2d, nn.Linear, LayerNorm, LayerNorm2d, ConvNeXtBlock}):
+        if reason := tower.uncommon():
             raise ValueError(f"PackedPyramid: {reason}")
         with torch.no_grad():
             self._stem, self._stages = tower.read()
@@ -111,6 +124,15 @@ class PackedPyramid:
         """Raises RuntimeError where the tower's weights were changed since they were packed."""
         if self._watch.changed():
             raise RuntimeError("PackedPyramid: the tower's weights were changed since it was packed: pack it again")
+
+
+def _known_layers() -> frozenset[type]:
+    from timm.layers import LayerNorm, LayerNorm2d, Mlp
+    from timm.layers.activations import GELU
+    from timm.models.convnext import ConvNeXtBlock, ConvNeXtStage
+
+    layers = {nn.Conv2d, nn.Linear, LayerNorm, LayerNorm2d, GELU, nn.GELU, nn.Dropout, nn.Identity}
+    return frozenset(layers | {nn.Sequential, ConvNeXtStage, ConvNeXtBlock, Mlp})
 
 
 def unsuited_stem(stem: nn.Module) -> str | None:
@@ -139,12 +161,16 @@ def unsuited_stage(stage: nn.Module) -> str | None:
 def _stochastic(stage: nn.Module) -> str | None:
     if any(type(m).__name__ == "DropPath" for m in stage.modules()):
         return "build the trunk with drop_path_rate=0: the tower is deterministic by definition"
+    if any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in stage.modules()):
+        return "it has an active Dropout: the tower is deterministic by definition"
     return None
 
 
 def _unsuited_block(block: nn.Module) -> str | None:
     conv, activation = block.conv_dw, block.mlp.act
-    if (conv.kernel_size, conv.stride, conv.padding, conv.dilation) != ((7, 7), (1, 1), (3, 3), (1, 1)) or conv.groups != len(conv.weight):
+    if (conv.kernel_size, conv.stride, conv.padding, conv.dilation) != ((7, 7), (1, 1), (3, 3), (1, 1)) or (
+        conv.groups != len(conv.weight) or conv.padding_mode != "zeros"
+    ):
         return f"expected a 7x7 depthwise convolution with padding 3, got {conv}"
     # timm's own GELU ignores its argument and is the exact one
     exact = type(activation).__name__ == "GELU" and getattr(activation, "approximate", "none") == "none"

@@ -72,6 +72,9 @@ def linear_residual_(
         raise ValueError(
             f"linear_residual_: expected a contiguous residual, got strides {list(residual.stride())} for {list(residual.shape)}"
         )
+    if not torch.compiler.is_compiling() and residual.untyped_storage()._cdata == x.untyped_storage()._cdata:
+        # a program would read what another has overwritten
+        raise ValueError("linear_residual_: x and residual lie in the same memory: hand over a copy of one, or use linear_residual")
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weight, bias, residual)):
         raise ValueError("linear_residual_: a gradient is wanted, which needs what this overwrites: use linear_residual")
     chosen = backends.choose("linear_residual", backend, x.device, {"triton": _unsuited(x, residual)})
