@@ -171,7 +171,6 @@ def _storage(tensor: torch.Tensor) -> int:
 # of the parts of `picture_launches`
 SUMS = {
     "by kernels": ("ConvNeXt-L, triton", "mining, triton", "residual, order", "projector"),
-    "by kernels, CLIP": ("CLIP, packed", "ConvNeXt-L, triton", "mining, triton", "residual, order", "projector"),
 }
 
 

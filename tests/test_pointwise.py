@@ -164,3 +164,32 @@ def test_what_the_kernels_do_not_take(operation):
     assert getattr(ops, operation)(*inputs).dtype == torch.float64
     with pytest.raises(BackendError, match=f"backend 'triton' cannot run {operation}: triton runs on CUDA tensors"):
         getattr(ops, operation)(*inputs, backend="triton")
+
+
+def test_in_place_where_a_gradient_is_wanted():
+    x, weight, bias, residual = make("linear_residual")
+    with pytest.raises(ValueError, match="linear_residual_: a gradient is wanted, which needs what this overwrites"):
+        ops.linear_residual_(x, weight.requires_grad_(), bias, residual)
+
+
+def test_in_place_on_its_own_input():
+    x, weight, bias, _ = make("linear_residual", m=4, n=7, k=7)
+    with pytest.raises(ValueError, match="x and residual lie in the same memory"):
+        ops.linear_residual_(x, weight, bias, x)
+
+
+def test_in_place_on_a_residual_that_is_not_contiguous():
+    x, weight, bias, residual = make("linear_residual")
+    with pytest.raises(ValueError, match="expected a contiguous residual, got strides"):
+        ops.linear_residual_(x, weight, bias, residual.t().contiguous().t())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [5, 600])
+def test_in_place(rows, dtype):
+    inputs = make("linear_residual", m=rows, dtype=dtype)
+    with torch.no_grad():
+        expected, exact = plain("linear_residual", *inputs), oracle("linear_residual", *inputs)
+        residual = inputs[3].clone()
+        assert ops.linear_residual_(*inputs[:3], residual, backend="torch") is residual
+        assert_accurate(residual, expected, exact)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from mg_fast import ops
 from tests.fuzzing import fuzz
 from tests.test_dwconv_norm import exact, layouts, make, plain
-from tests.tolerances import assert_accurate
+from tests.tolerances import assert_accurate, errors
 
 NAMES = ["contiguous", *layouts(torch.zeros(1, 1, 1, 1))]
 
@@ -28,5 +28,6 @@ def test_fuzz(shape, dtype, layout, offset, scale, eps, seed):
     seen = x if layout == "contiguous" else layouts(x)[layout]
     ours = ops.dwconv_norm(seen, *rest, eps, backend="triton")
     assert ours.dtype == x.dtype and ours.shape == x.shape
-    # three times the floor: the plain form's error on one small map is luck
-    assert_accurate(ours, plain(x, *rest, eps=eps), exact(x, *rest, eps=eps), rows=9)
+    # the plain form at its worst of eight draws: its error on one small map is luck
+    draws = [make(shape, getattr(torch, dtype), offset, scale, seed + 10**5 * draw) for draw in range(8)]
+    assert_accurate(ours, [errors(plain(*d, eps=eps), exact(*d, eps=eps)) for d in draws] if x.numel() else ours, exact(x, *rest, eps=eps))

@@ -284,3 +284,14 @@ def test_the_interpreter_needs_operands_widened(operation, monkeypatch, small_ti
 
     monkeypatch.setattr(pointwise, "_launch", unwidened)
     assert not torch.allclose(kernel(operation, *inputs).double(), exact, atol=0.1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_in_place(dtype, small_tiles):
+    """Many programs, each of which writes what it alone has read."""
+    inputs = make("linear_residual", 50, 40, 33, dtype=dtype)
+    with torch.no_grad():
+        exact, residual = oracle("linear_residual", *inputs), inputs[3].clone()
+        assert ops.linear_residual_(*inputs[:3], residual, backend="triton") is residual
+        assert_accurate(residual, plain("linear_residual", *inputs), exact)
+        assert torch.equal(residual, kernel("linear_residual", *inputs))
