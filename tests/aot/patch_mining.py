@@ -91,7 +91,7 @@ def cases() -> list[Mining]:
     add(both[:1], ARCHITECTURES, ["fp32"], ["HD"])
     add(both[:1], (80, 90), ["fp16"], ["768"])
     buckets = [name for name in SHAPES if name not in ("768", "HD")]
-    add(both, ARCHITECTURES, ["bf16"], buckets)
     # the rest is left to the forward pass, which as a rule needs more
-    add(both[:1], ARCHITECTURES, ["fp32"], buckets)
+    add(both[:1], ARCHITECTURES, ["bf16", "fp32"], buckets)
+    add(both[1:], (80, 90), ["bf16"], buckets)
     return found
