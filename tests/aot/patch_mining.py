@@ -31,6 +31,8 @@ SHAPES = {
     "HD": Shape(2, 24, 8, (192, 384, 768, 1536)),
     # every other bucket of configs.py
     **{f"side{side}": Shape(1, 4, side, (64, 96, 160)) for side in (4, 11, 16)},
+    # a level of 3 / 4 of the finest: pixels are made tap by tap, in the bucket of the published models
+    "uneven": Shape(1, 4, 8, (64, 96, 160), (32, 24, 12)),
     # with widths that no block divides and no wide load fits
     **{f"odd{side}": Shape(1, 4, side, (24, 37, 131)) for side in (4, 8, 11, 16)},
 }
@@ -89,8 +91,10 @@ def cases() -> list[Mining]:
     add(both, ARCHITECTURES, ["bf16"], ["768", "HD"])
     add(both, ARCHITECTURES, ["fp32"], ["768"])
     add(both[:1], ARCHITECTURES, ["fp32"], ["HD"])
+    add(both[1:], (80, 90), ["fp32"], ["HD"])
     add(both[:1], (80, 90), ["fp16"], ["768"])
-    buckets = [name for name in SHAPES if name not in ("768", "HD")]
+    add(both, (80, 90), ["bf16"], ["uneven"])
+    buckets = [name for name in SHAPES if name not in ("768", "HD", "uneven")]
     # the rest is left to the forward pass, which as a rule needs more
     add(both[:1], ARCHITECTURES, ["bf16", "fp32"], buckets)
     add(both[1:], (80, 90), ["bf16"], buckets)
