@@ -5,6 +5,7 @@ from collections.abc import Iterable, Set
 
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor
 
 
 class Watch:
@@ -38,7 +39,8 @@ def uncommon(module: nn.Module, known: Set[type]) -> str | None:
         if part is not module and type(part) not in known:
             return f"{name} is {type(part).__module__}.{type(part).__qualname__}, expected a plain layer"
         for parameter, tensor in part.named_parameters(recurse=False):
-            if type(tensor) is not nn.Parameter:
+            # a fake one is traced or compiled for
+            if type(tensor) not in (nn.Parameter, FakeTensor):
                 return f"{name}.{parameter} is {type(tensor).__name__}, expected a plain parameter"
     kinds = {(p.dtype, p.device) for p in module.parameters()}
     if len(kinds) > 1:
