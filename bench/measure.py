@@ -1,8 +1,10 @@
 """What a figure was measured on, and where it is kept."""
 
+import argparse
 import json
 import platform
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -35,6 +37,15 @@ def write(name: str, document: dict) -> Path:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def finish(document: dict, table: str, args: argparse.Namespace) -> None:
+    """Prints a table to stderr and the document as the last line of stdout; keeps it by the device's name where `args.save` asks for it."""
+    print(table, file=sys.stderr)
+    if args.save:
+        device = document["gpu"].lower().replace(" ", "-") if args.device == "cuda" else "cpu"
+        write(f"{document['name']}-{device}", document)
+    print(json.dumps(document))
 
 
 def _cpu() -> str:

@@ -9,7 +9,6 @@ stderr; the last line of stdout is one JSON document.
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 import time
@@ -40,11 +39,7 @@ def main() -> None:
     args = parser.parse_args()
 
     document = run(args)
-    print(_table(document), file=sys.stderr)
-    if args.save:
-        device = (document["gpu"] or "cpu").lower().replace(" ", "-") if args.device == "cuda" else "cpu"
-        measure.write(f"{document['name']}-{device}", document)
-    print(json.dumps(document))
+    measure.finish(document, _table(document), args)
 
 
 @torch.no_grad()

@@ -9,7 +9,6 @@ of them. The table goes to stderr; the last line of stdout is one JSON document.
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 import time
@@ -34,11 +33,7 @@ def main() -> None:
     args = parser.parse_args()
 
     document = run(args)
-    print(_table(document), file=sys.stderr)
-    if args.save:
-        device = (document["gpu"] or "cpu").lower().replace(" ", "-") if args.device == "cuda" else "cpu"
-        measure.write(f"{document['name']}-{device}", document)
-    print(json.dumps(document))
+    measure.finish(document, _table(document), args)
 
 
 @torch.no_grad()

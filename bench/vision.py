@@ -11,9 +11,7 @@ is one JSON document.
 import argparse
 import contextlib
 import copy
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 
@@ -44,11 +42,7 @@ def main() -> None:
     args = parser.parse_args()
 
     document = run(args)
-    print(_table(document), file=sys.stderr)
-    if args.save:
-        device = (document["gpu"] or "cpu").lower().replace(" ", "-") if args.device == "cuda" else "cpu"
-        measure.write(f"{document['name']}-{device}", document)
-    print(json.dumps(document))
+    measure.finish(document, _table(document), args)
 
 
 @torch.inference_mode()
@@ -136,7 +130,8 @@ def _reference(model: MiniGeminiModel, processor: MiniGeminiImageProcessor, pict
 def _ours(encoder: PictureEncoder, processor: MiniGeminiImageProcessor, picture: Image.Image, device: str) -> Callable:
     def call(stage: Callable | None = None) -> torch.Tensor:
         with _stage(stage, "preprocess"):
-            pixels = processor(picture, device=device)
+            # as the pipeline: on a CPU Pillow
+            pixels = processor(picture, device=device if device == "cuda" else None).to(device)
         return encoder(**pixels, stage=stage)
 
     return call

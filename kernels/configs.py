@@ -122,8 +122,8 @@ class ConvolutionTile(NamedTuple):
 
 # by compute capability as above, then by the most channels, and whether pixels are loaded several channels at once. A thread holds its rows
 # of 4 channels (2 where loads are narrow, each with an address of its own) of up to three chunks, the width of every published ConvNeXt
-# being 2^k or 3 * 2^k. Not tuned on a GPU: 6 rows divide the maps of 768 pixels. 8 would take a fifteenth fewer instructions, at as many
-# warps a multiprocessor, but too few programs of one picture for an H100, and spill float32.
+# being 2^k or 3 * 2^k. Not tuned on a GPU: 6 rows divide the maps of 768 pixels. 8 would take fewer
+# instructions, but leave too few programs of one picture for an H100, and spill float32.
 DWCONV_NORM = {
     None: {
         (192, True): ConvolutionTile(6, 8, 64, 4),

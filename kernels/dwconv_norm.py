@@ -5,8 +5,7 @@ read once, its halo from the caches, and written once: the convolution's result 
 nothing is copied to NCHW and back. All float32 from the load on; the variance is that of what the mean has been taken off.
 
 A program makes a few rows of a few columns, all channels. A pixel is loaded once for each kx and goes into every output row it is under:
-7 * (rows + 6) / rows loads an output in place of 49. Compiled for sm_90, bfloat16 in rows of 6 takes two instructions a multiply-add, all
-others counted in: half of the rest are conversions of pixels and weights. The backward pass recomputes through PyTorch. Maps of few pixels
+7 * (rows + 6) / rows loads an output in place of 49. The backward pass recomputes through PyTorch. Maps of few pixels
 leave most of a GPU idle: there the PyTorch form may be faster.
 """
 

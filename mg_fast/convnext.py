@@ -119,7 +119,7 @@ def run_tower(stem: Entry, stages: Sequence[Stage], pixels: torch.Tensor, backen
     pyramid = []
     for stage in stages:
         # blocks may add in place to a map that is their own; what was returned is not
-        x = run_stage(stage, x, backend, in_place=stage.entry is not None or not pyramid)
+        x = run_stage(stage, x, backend, in_place=not pyramid)
         pyramid.append(x)
     return pyramid
 

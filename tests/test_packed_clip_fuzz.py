@@ -1,13 +1,14 @@
 """Random small towers, packed and held against transformers' own: widths, depths, hidden states, batches that nobody would think of."""
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.fuzzing import fuzz
 from tests.test_packed_clip import DTYPES, check, make
 
 
-@settings(max_examples=500, derandomize=True, deadline=None, database=None)
+@fuzz(500)
 @given(
     seed=st.integers(0, 2**16),
     heads=st.integers(1, 3),

@@ -41,13 +41,13 @@ class PictureEncoder:
         # before anything is copied
         if reason := model.vision_tower_aux.uncommon():
             raise ValueError(f"PictureEncoder: the high-resolution tower: {reason}")
-        self._select_layer = model.config.mm_vision_select_layer
-        self._clip = PackedClip.from_tower(model.vision_tower, model.config.mm_vision_select_layer)
-        self._tower = model.vision_tower_aux.pack()
         devices = {p.device for part in _parts(model) for p in part.parameters()}
         if len(devices) > 1:
             raise ValueError(f"PictureEncoder: expected the picture side on one device, got {', '.join(sorted(map(str, devices)))}")
         [self.device] = devices
+        self._select_layer = model.config.mm_vision_select_layer
+        self._clip = PackedClip.from_tower(model.vision_tower, self._select_layer)
+        self._tower = model.vision_tower_aux.pack()
         self._storages = _storages(model)
         cuda = self.device.type == "cuda"
         self._graphs: OrderedDict | None = OrderedDict() if graphs and cuda else None

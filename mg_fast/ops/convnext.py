@@ -5,8 +5,7 @@ import torch.nn.functional as F
 
 from .. import backend as backends
 from .. import reference
-from .mining import _on, _recording
-from .pointwise import _autocast
+from .common import autocast, on_device, recording
 
 # the widest map whose pixels the kernel's registers hold: xxlarge's last
 MAX_CHANNELS = 3072
@@ -41,7 +40,7 @@ def dwconv_norm(
     """
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
-        given = _autocast(x, weight, bias, norm_weight, norm_bias)
+        given = autocast(x, weight, bias, norm_weight, norm_bias)
         # which would widen the norm's result, a map that the next product narrows again
         with torch.autocast(device, enabled=False):
             return dwconv_norm(*given, eps, backend=backend)
@@ -98,7 +97,7 @@ def dwconv_norm_kernel(
     """`kernels.dwconv_norm.dwconv_norm_fwd`; gradients recompute by the PyTorch form."""
     from ..kernels.dwconv_norm import dwconv_norm_fwd
 
-    with _on(x):
+    with on_device(x):
         return dwconv_norm_fwd(x, weight, bias, norm_weight, norm_bias, eps)
 
 
@@ -110,7 +109,7 @@ def _(x, weight, bias, norm_weight, norm_bias, eps):
 @torch.library.custom_op("mg_fast::dwconv_norm_backward", mutates_args=())
 def dwconv_norm_backward(grad: torch.Tensor, inputs: list[torch.Tensor], wanted: list[bool], eps: float) -> list[torch.Tensor]:
     """Gradients to those of (x, weight, bias, norm_weight, norm_bias) that are wanted; an operator, so that graphs need not trace it."""
-    with _recording(), torch.enable_grad():
+    with recording(), torch.enable_grad():
         leaves = [tensor.detach().requires_grad_(want) for tensor, want in zip(inputs, wanted)]
         out = _dwconv_norm_channels_last(*leaves, eps)
         gradients = torch.autograd.grad(out, [leaf for leaf in leaves if leaf.requires_grad], grad)

@@ -1,6 +1,5 @@
 """Patch info mining: checks the inputs, chooses the backend, calls it; and its kernels as operators of torch."""
 
-import contextlib
 import functools
 import math
 import operator
@@ -11,6 +10,7 @@ import torch
 from .. import absorbed, reference
 from .. import backend as backends
 from ..reference import Projection
+from .common import on_device, recording
 
 # pixels along a side of the largest window that the kernel's registers hold
 MAX_WINDOW = 16
@@ -128,17 +128,12 @@ _PATCH_MINING = {"reference": reference.patch_mining, "torch": absorbed.patch_mi
 # The kernels as operators of torch: one node of a graph each, with fakes for tracing. What they launch is documented with the launchers.
 
 
-def _on(tensor: torch.Tensor):
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda and not backends.only_compiled() else contextlib.nullcontext()
-
-
 @torch.library.custom_op("mg_fast::pool_windows", mutates_args=())
 def pool_windows(queries: torch.Tensor, pyramid: list[torch.Tensor], grid: int) -> tuple[torch.Tensor, torch.Tensor]:
     """`kernels.patch_mining.pool_windows_fwd`; the gradient to the pyramid, where one is asked for, recomputes by `absorbed`."""
     from ..kernels.patch_mining import pool_windows_fwd
 
-    with _on(queries):
+    with on_device(queries):
         return pool_windows_fwd(queries, pyramid, grid)
 
 
@@ -157,7 +152,7 @@ def pool_windows_backward(
     """`kernels.patch_mining.pool_windows_bwd`."""
     from ..kernels.patch_mining import pool_windows_bwd
 
-    with _on(queries):
+    with on_device(queries):
         return pool_windows_bwd(grad, queries, pyramid, statistics, grid)
 
 
@@ -171,20 +166,10 @@ def pool_windows_backward_pyramid(
     grad: torch.Tensor, queries: torch.Tensor, pyramid: list[torch.Tensor], wanted: list[bool], grid: int
 ) -> list[torch.Tensor]:
     """Gradients to the levels of the pyramid that are wanted, by way of the PyTorch form; an operator, so that graphs need not trace it."""
-    with _recording(), torch.enable_grad():
+    with recording(), torch.enable_grad():
         levels = [level.detach().requires_grad_(want) for level, want in zip(pyramid, wanted)]
         pooled = absorbed.pool_windows(queries.detach(), levels, grid)
         return list(torch.autograd.grad(pooled, [level for level in levels if level.requires_grad], grad.to(pooled.dtype)))
-
-
-@contextlib.contextmanager
-def _recording():
-    """Lets autograd see the operations within an operator, whose body runs with autograd's dispatch keys masked."""
-    masked = torch._C._dispatch_tls_local_exclude_set()
-    for device in ("CPU", "CUDA"):
-        masked = masked.remove(getattr(torch._C.DispatchKey, f"Autograd{device}"))
-    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), masked):
-        yield
 
 
 @pool_windows_backward_pyramid.register_fake

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from .. import backend as backends
 from .. import linear, reference
-from .mining import _on
+from .common import autocast, on_device
 
 
 def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
@@ -24,7 +24,7 @@ def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, ba
         ValueError: shapes, dtypes or devices that do not fit; the message names expected and actual.
         BackendError: a backend was named that cannot run here.
     """
-    x, weight, bias = _autocast(x, weight, bias)
+    x, weight, bias = autocast(x, weight, bias)
     _check("linear_gelu", x, weight, bias)
     chosen = backends.choose("linear_gelu", backend, x.device, {"triton": _unsuited(x)})
     return _LINEAR_GELU[chosen](x, weight, bias)
@@ -47,7 +47,7 @@ def linear_residual(
         ValueError: shapes, dtypes or devices that do not fit; the message names expected and actual.
         BackendError: a backend was named that cannot run here.
     """
-    x, weight, bias = _autocast(x, weight, bias)
+    x, weight, bias = autocast(x, weight, bias)
     _check("linear_residual", x, weight, bias, residual)
     chosen = backends.choose("linear_residual", backend, x.device, {"triton": _unsuited(x, residual)})
     return _LINEAR_RESIDUAL[chosen](x, weight, bias, residual)
@@ -66,7 +66,7 @@ def linear_residual_(
         ValueError: shapes, dtypes, devices or a layout that do not fit; or a gradient is wanted, which needs what would be overwritten.
         BackendError: a backend was named that cannot run here.
     """
-    x, weight, bias = _autocast(x, weight, bias)
+    x, weight, bias = autocast(x, weight, bias)
     _check("linear_residual_", x, weight, bias, residual)
     if not residual.is_contiguous():
         raise ValueError(
@@ -80,15 +80,6 @@ def linear_residual_(
     chosen = backends.choose("linear_residual", backend, x.device, {"triton": _unsuited(x, residual)})
     _LINEAR_RESIDUAL_[chosen](x, weight, bias, residual)
     return residual
-
-
-def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Cast as F.linear does under autocast, which does not see into the kernels' operators."""
-    device = tensors[0].device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
 
 
 def _check(operation: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor | None = None) -> None:
@@ -152,7 +143,7 @@ def _linear_gelu_operator(x: torch.Tensor, weight: torch.Tensor, bias: torch.Ten
     """`kernels.pointwise.linear_gelu_fwd`; its gradient recomputes the product by the library."""
     from ..kernels.pointwise import linear_gelu_fwd
 
-    with _on(x):
+    with on_device(x):
         return linear_gelu_fwd(x, weight, bias)
 
 
@@ -166,7 +157,7 @@ def _linear_residual_operator(x: torch.Tensor, weight: torch.Tensor, bias: torch
     """`kernels.pointwise.linear_residual_fwd`; its gradient is the library's."""
     from ..kernels.pointwise import linear_residual_fwd
 
-    with _on(x):
+    with on_device(x):
         return linear_residual_fwd(x, weight, bias, residual)
 
 
@@ -180,7 +171,7 @@ def _linear_residual_operator_(x: torch.Tensor, weight: torch.Tensor, bias: torc
     """`kernels.pointwise.linear_residual_fwd` into the residual."""
     from ..kernels.pointwise import linear_residual_fwd
 
-    with _on(x):
+    with on_device(x):
         linear_residual_fwd(x, weight, bias, residual, out=residual)
 
 

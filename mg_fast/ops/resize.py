@@ -9,7 +9,7 @@ from PIL import Image
 
 from .. import backend as backends
 from .. import resizing
-from .mining import _on
+from .common import on_device
 
 
 def dual_resize(
@@ -85,7 +85,7 @@ def _by_kernel(picture: torch.Tensor, hr_size: int, lr_size: int, *, grid: int, 
 
     device = picture.device
     x, y = resizing.place(picture.shape[1], picture.shape[0], hr_size, pad)
-    with _on(picture):
+    with on_device(picture):
         return dual_resize_fwd(
             picture,
             Taps(*_taps(x, device)),

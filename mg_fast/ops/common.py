@@ -1,0 +1,31 @@
+"""What the operators of torch share."""
+
+import contextlib
+
+import torch
+
+from .. import backend as backends
+
+
+def on_device(tensor: torch.Tensor):
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda and not backends.only_compiled() else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def recording():
+    """Lets autograd see the operations within an operator, whose body runs with autograd's dispatch keys masked."""
+    masked = torch._C._dispatch_tls_local_exclude_set()
+    for device in ("CPU", "CUDA"):
+        masked = masked.remove(getattr(torch._C.DispatchKey, f"Autograd{device}"))
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), masked):
+        yield
+
+
+def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Cast as F.linear does under autocast, which does not see into the kernels' operators."""
+    device = tensors[0].device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
