@@ -22,7 +22,7 @@ import mg_fast
 from examples.random_checkpoint import SIZES, build
 from mg_fast.meter import Stage, format_stages
 
-from . import measure
+from . import records
 
 QUESTION = "Describe the picture in detail: what is shown, what colours are there, and is anything written in it?"
 
@@ -55,7 +55,7 @@ def main() -> None:
     print(format_stages([Stage(**stage) for stage in document["stages"]]), file=sys.stderr)
     if args.save:
         device = (document["gpu"] or "cpu").lower().replace(" ", "-")
-        measure.write(f"end-to-end-{document['name']}-{device}", document)
+        records.write(records.RESULTS / f"end-to-end-{document['name']}-{device}.json", document)
     print(json.dumps(document))
 
 
@@ -75,7 +75,7 @@ def run(pipeline: mg_fast.Pipeline, args: argparse.Namespace) -> dict:
         stages.append({"name": stage.name, "seconds": statistics.median(a.stages[i].seconds for a in timed), "peak_mib": peak})
     return {
         "name": f"{args.size}{'-hd' if args.hd else ''}-{args.dtype}-{args.backend}",
-        **measure.environment(),
+        **records.environment(),
         "parameters": sum(p.numel() for p in pipeline.model.parameters()),
         "runs": args.runs,
         "load_s": pipeline.load_seconds,

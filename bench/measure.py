@@ -1,81 +1,240 @@
-"""What a figure was measured on, and where it is kept."""
+"""Clocks and memory, on a GPU and on a CPU.
 
-import argparse
-import json
-import platform
+On a CPU other work comes and goes, and the clock rate with it: calls to be compared are timed in turns, the ratio is taken within each
+turn, and the turns' first half is held against the second. On a GPU time is taken on the device, with the second-level cache flushed.
+"""
+
+import contextlib
+import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import transformers
 
-RESULTS = Path(__file__).parent / "results"
+from mg_fast.meter import Meter
 
+from .registry import Call, Ceilings
 
-def environment() -> dict:
-    """The machine and the stack: gpu, driver, cpu, threads, memory, versions, commit."""
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "driver": _command("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if torch.cuda.is_available() else None,
-        "cpu": _cpu(),
-        "threads": torch.get_num_threads(),
-        "memory_gib": _memory_gib(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "transformers": transformers.__version__,
-        "commit": _command("git", "describe", "--always", "--dirty", "--abbrev=12"),
-    }
+# two halves of a comparison that differ by more than this are reported
+STEADY = 0.10
+# a sample on a CPU is at least as long: shorter calls are repeated within it
+SHORTEST_SAMPLE_S = 0.02
+# larger than the second-level cache of any GPU
+FLUSHED_BYTES = 2**28
 
 
-def write(name: str, document: dict) -> Path:
-    """Keeps a document under bench/results."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    return path
+@dataclass
+class Timing:
+    """Of one provider, in milliseconds.
+
+    Attributes:
+        samples: of a call each; on a GPU with the cache flushed.
+        warm_ms: median without flushing; None on a CPU.
+        graphed_ms: median of a CUDA graph's replay, flushed; None where there is none.
+        ratios: the baseline's sample over ours, turn by turn; empty on a GPU, where the clocks are steady.
+    """
+
+    samples: list[float] = field(default_factory=list)
+    warm_ms: float | None = None
+    graphed_ms: float | None = None
+    ratios: list[float] = field(default_factory=list)
 
 
-def finish(document: dict, table: str, args: argparse.Namespace) -> None:
-    """Prints a table to stderr and the document as the last line of stdout; keeps it by the device's name where `args.save` asks for it."""
-    print(table, file=sys.stderr)
-    if args.save:
-        device = document["gpu"].lower().replace(" ", "-") if args.device == "cuda" else "cpu"
-        write(f"{document['name']}-{device}", document)
-    print(json.dumps(document))
+def quantile(values: list[float], fraction: float) -> float:
+    """The value at a fraction of the sorted ones, by linear interpolation."""
+    ordered = sorted(values)
+    position = fraction * (len(ordered) - 1)
+    below = int(position)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (position - below) * (ordered[above] - ordered[below])
 
 
-def _cpu() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor()
-    lines = text.splitlines()
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), [])
-    return " ".join([model, *(f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags)])
-
-
-def _memory_gib() -> float | None:
-    try:
-        line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal"))
-    except (OSError, StopIteration):
+def halves_differ(ratios: list[float]) -> float | None:
+    """By how much the median ratio of the first half of the turns and that of the second differ; None for fewer than 4 turns."""
+    if len(ratios) < 4:
         return None
-    return round(int(line.split()[1]) / 2**20, 1)
+    first, second = statistics.median(ratios[: len(ratios) // 2]), statistics.median(ratios[len(ratios) // 2 :])
+    return max(first, second) / min(first, second) - 1
 
 
-def _version(package: str) -> str | None:
+def time_in_turns(
+    calls: Mapping[str, Call],
+    baseline: str,
+    seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
+    least_turns: int = 3,
+    most_turns: int = 40,
+) -> dict[str, Timing]:
+    """Times warm calls on a CPU in turns, every other turn in reverse, until the time is spent.
+
+    Where the halves still disagree by then, it goes on for as long again.
+    """
+    timings = {name: Timing() for name in calls}
+    repeats = {name: _repeats(call, clock) for name, call in calls.items()}
+    began = clock()
+    for turn in range(most_turns):
+        spent = clock() - began
+        if turn >= least_turns and spent >= seconds:
+            differences = [halves_differ(timing.ratios) for name, timing in timings.items() if name != baseline]
+            if spent >= 2 * seconds or all(difference is not None and difference <= STEADY for difference in differences):
+                break
+        for name in list(calls)[:: -1 if turn % 2 else 1]:
+            start = clock()
+            for _ in range(repeats[name]):
+                calls[name]()
+            timings[name].samples.append(1e3 * (clock() - start) / repeats[name])
+        for timing in timings.values():
+            if baseline in timings:
+                timing.ratios.append(timings[baseline].samples[-1] / timing.samples[-1])
+    return timings
+
+
+def _repeats(call: Call, clock: Callable[[], float]) -> int:
+    began = clock()
+    call()
+    return max(1, round(SHORTEST_SAMPLE_S / max(clock() - began, 1e-6)))
+
+
+def time_on_gpu(call: Call, seconds: float, *, graph: bool) -> Timing:
+    """Times a warm call by CUDA events.
+
+    Args:
+        seconds: of device time, about.
+        graph: also capture it and time its replay. One that cannot be captured has none.
+    """
+    timing = Timing(samples=_event_times(call, seconds / 3, flush=True))
+    timing.warm_ms = statistics.median(_event_times(call, seconds / 3, flush=False))
+    replay = _capture(call) if graph else None
+    if replay is not None:
+        timing.graphed_ms = statistics.median(_event_times(replay, seconds / 3, flush=True))
+    return timing
+
+
+def _event_times(call: Call, seconds: float, *, flush: bool) -> list[float]:
+    cache = torch.empty(FLUSHED_BYTES if flush else 0, dtype=torch.int8, device="cuda")
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    count = max(5, min(200, int(seconds / max(time.perf_counter() - began, 1e-5))))
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
+    for start, end in events:
+        if flush:
+            cache.zero_()
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in events]
+
+
+def _capture(call: Call) -> Call | None:
+    graph = torch.cuda.CUDAGraph()
     try:
-        return __import__(package).__version__
-    except ImportError:
+        # what is made in a first call on another stream must not be made within the graph
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            call()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError:
+        # it synchronises, or is itself a graph
+        torch.cuda.synchronize()
         return None
+    return graph.replay
 
 
-def _command(*words: str) -> str | None:
+def first_call(call: Call, device: str) -> tuple[object, float]:
+    """What a call returns, and how many milliseconds it took: with what is compiled, tabled or packed on the way."""
+    began = time.perf_counter()
+    out = call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return out, 1e3 * (time.perf_counter() - began)
+
+
+def peak_mib(call: Call, device: str) -> float | None:
+    """MiB that a warm call's peak rises above what is held before it: inputs, weights, what was packed."""
+    meter = Meter(device)
+    with meter.stage("call"):
+        out = call()
+    del out
+    return meter.stages[0].peak_mib
+
+
+def peak_in_child(case: str, provider: str, timeout_s: float = 600) -> float | None:
+    """The same of a provider on the CPU, in a process of its own, whose heap no other provider has stretched; None where it failed."""
+    words = [sys.executable, "-m", "bench", "peak", case, provider]
     try:
-        return subprocess.run(words, capture_output=True, text=True, check=True, cwd=Path(__file__).parent).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+        done = subprocess.run(words, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=timeout_s)
+    except subprocess.TimeoutExpired:
         return None
+    lines = done.stdout.strip().splitlines()
+    return float(lines[-1]) if done.returncode == 0 and lines and lines[-1] != "unknown" else None
+
+
+def measure_ceilings(device: str) -> Ceilings:
+    """What a copy and a large matrix product reach here, in about two seconds."""
+    if device == "cuda":
+        elements, side, dtypes = 2**30, 8192, (torch.float32, torch.bfloat16, torch.float16)
+    else:
+        # float16 products take a path of their own on CPUs that do not have them, tens of times slower: nobody's ceiling
+        elements, side, dtypes = 2**27, 1536, (torch.float32, torch.bfloat16)
+    source = torch.ones(elements, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    copy = 2 * elements / _best_seconds(lambda: target.copy_(source), device) / 1e9
+    products = {}
+    for dtype in dtypes:
+        a = torch.randn(side, side, device=device).to(dtype)
+        products[str(dtype).removeprefix("torch.")] = 2 * side**3 / _best_seconds(lambda a=a: a @ a, device) / 1e12
+    return Ceilings(round(copy, 2), {dtype: round(value, 4) for dtype, value in products.items()})
+
+
+def _best_seconds(call: Callable[[], object], device: str) -> float:
+    """The best of several: a ceiling is what the machine can, not what it does on average."""
+    call()
+    if device == "cuda":
+        return min(_event_times(call, 0.2, flush=False)) / 1e3
+    times = []
+    for _ in range(7):
+        began = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+@contextlib.contextmanager
+def memory_within_reach(device: str):
+    """On Linux CPUs an allocation beyond what is free fails within the block, as on a GPU, and does not have the process killed."""
+    try:
+        import resource
+
+        free = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+        held = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData"))
+    except (ImportError, OSError, StopIteration):
+        yield
+        return
+    if device == "cuda":
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    most = (int(free.split()[1]) + int(held.split()[1])) * 1024
+    resource.setrlimit(resource.RLIMIT_DATA, (most if before[1] == resource.RLIM_INFINITY else min(most, before[1]), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether that is what an error says."""
+    words = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )

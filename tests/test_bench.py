@@ -5,8 +5,6 @@ import os
 import subprocess
 import sys
 
-import pytest
-
 from tests.paths import ROOT
 
 
@@ -30,15 +28,6 @@ def test_end_to_end_at_toy_size():
         "projector",
     ]
     assert all(stage["seconds"] > 0 for stage in document["stages"])
-
-
-@pytest.mark.parametrize("hd", [False, True])
-def test_mining_at_toy_size(hd):
-    document = json.loads(run("bench.mining", "--patches", "1", "--runs", "3", *["--hd"] * hd).splitlines()[-1])
-    assert document["queries"] == ([1, 5, 1, 1024] if hd else [1, 1, 1, 1024])
-    assert [case["provider"] for case in document["cases"]] == ["reference", "torch"]
-    for case in document["cases"]:
-        assert case["ok"] and case["p20_ms"] <= case["median_ms"] <= case["p80_ms"] and case["relative_error"] < 1e-5
 
 
 def test_demo(tmp_path):

@@ -1,0 +1,129 @@
+"""python -m bench list | run | compare | ...: what can be measured, measured, and held against what was measured before."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+def main(words: list[str] | None = None) -> int:
+    args = _parser().parse_args(words)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        # what a user can mend is one line; all else is ours, and shows where it happened
+        if type(error).__name__ not in ("UnknownCase", "NoDevice", "BadRecord"):
+            raise
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Latency and memory of mg_fast against the plain PyTorch path.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("list", help="the cases and their providers")
+    _choose(command)
+    command.set_defaults(run=_list)
+
+    command = commands.add_parser("run", help="measure cases; the last line of stdout is one JSON document")
+    _choose(command)
+    command.add_argument("--quick", action="store_true", help="patch info mining at its real size, in two minutes on two cores")
+    command.add_argument("--providers", nargs="+", metavar="NAME", help="only these, and the baseline; shell patterns")
+    command.add_argument("--seconds", type=float, default=20, help="for the timing of one case (on a GPU ten cases); default 20")
+    command.add_argument("--no-memory", action="store_true", help="leave out peak memory (on a CPU a process per provider)")
+    command.add_argument("--out", type=Path, help="keep the document here, as it grows")
+    command.add_argument("--save", action="store_true", help="keep every case under bench/results, by device")
+    command.set_defaults(run=_run)
+
+    command = commands.add_parser("compare", help="two documents, or folders of them: do their ratios agree?")
+    command.add_argument("before", type=Path)
+    command.add_argument("after", type=Path)
+    command.add_argument("--within", type=float, default=0.10, help="how far ratios may differ; exit status 1 beyond; default 0.10")
+    command.set_defaults(run=_compare)
+
+    # for `run`, whose providers' memory is measured in processes of their own
+    command = commands.add_parser("peak")
+    command.add_argument("case")
+    command.add_argument("provider")
+    command.set_defaults(run=_peak)
+    return parser
+
+
+def _choose(command: argparse.ArgumentParser) -> None:
+    command.add_argument("cases", nargs="*", help="names, shell patterns or groups; default: those made for the device")
+    command.add_argument("--device", help="cpu or cuda; default: a GPU where there is one")
+
+
+def _device(args: argparse.Namespace) -> str:
+    import torch
+
+    from .run import check_device
+
+    return check_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _list(args: argparse.Namespace) -> int:
+    from .cases import all_cases
+    from .registry import choose
+
+    # what is there on either device, unless one is asked for
+    cases = choose(all_cases(), args.cases or ([] if args.device else ["*"]), args.device or "cpu")
+    for case in cases:
+        print(f"{case.name:<36} {'quick' if case.quick else '':<6} {'/'.join(case.devices):<9} {'; '.join(case.providers)}")
+    return 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    from . import records
+    from .cases import all_cases
+    from .registry import choose
+    from .run import run
+
+    device = _device(args)
+    cases = choose(all_cases(), args.cases, device, quick=args.quick)
+    patterns = args.providers
+    if args.quick and not patterns:
+        # compiling takes longer than everything else together
+        patterns = ["reference", "torch", "triton"]
+    cases = [case.only(patterns) for case in cases] if patterns else cases
+    document = run(cases, device, seconds=args.seconds, memory=not args.no_memory, out=args.out)
+    document["command"] = " ".join(["python -m bench", *sys.argv[1:]])
+    if args.save:
+        for path in records.save(document):
+            print(f"kept {path}", file=sys.stderr)
+    print(json.dumps(document))
+    if not document["complete"]:
+        return 130
+    return int(any(row["ok"] is False for row in document["cases"]))
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from . import records
+    from .compare import compare
+
+    table, agree = compare(records.read(args.before), records.read(args.after), args.within)
+    print(table)
+    return 0 if agree else 1
+
+
+def _peak(args: argparse.Namespace) -> int:
+    import torch
+
+    from . import measure
+    from .cases import all_cases
+
+    case = all_cases()[args.case]
+    with measure.memory_within_reach("cpu"), torch.no_grad():
+        call = case.providers[args.provider](case.make("cpu"))
+        # warm: what is made once is not a call's
+        call()
+        peak = measure.peak_mib(call, "cpu")
+    print("unknown" if peak is None else peak)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,12 @@
+"""The registry: what users run first, stress shapes last."""
+
+from ..registry import Case
+
+
+def all_cases() -> dict[str, Case]:
+    """Every case by name, in the order in which they are run."""
+    from . import kernels, mining, picture, stress, towers
+
+    cases = [*mining.cases(), *towers.cases(), *picture.cases(), *kernels.cases(), *stress.cases()]
+    assert len({case.name for case in cases}) == len(cases)
+    return {case.name: case for case in cases}

@@ -1,0 +1,126 @@
+"""Patch info mining."""
+
+import copy
+import unittest.mock
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from mg_fast import reference
+from mg_fast.linear import linear
+from mg_fast.modules import PatchInfoMining
+
+from .. import accounting
+from ..registry import Call, Case, NotHere
+from .settings import COMBINATIONS, compiled, devices_of, require
+
+
+@dataclass
+class Inputs:
+    device: str
+    mining: PatchInfoMining
+    queries: torch.Tensor
+    pyramid: list[torch.Tensor]
+    grid: int
+
+    @property
+    def projections(self) -> list[reference.Projection]:
+        modules = (self.mining.vlm_uni_query_projector, self.mining.vlm_uni_aux_projector, self.mining.vlm_uni_val_projector)
+        return [reference.Projection(p[0].weight, p[0].bias, p[1].weight, p[1].bias) for p in modules]
+
+
+def cases() -> list[Case]:
+    found = []
+    for setting, batch, dtype in COMBINATIONS:
+        hd = setting.grid > 1
+        sizes = (accounting.Sizes.hd if hd else accounting.Sizes.standard)(getattr(torch, dtype), batch)
+        found.append(
+            mining_case(
+                f"mining/{setting.name}-b{batch}-{dtype}",
+                sizes,
+                devices=devices_of(setting, batch, dtype),
+                quick=(batch, dtype, hd) == (1, "float32", False),
+            )
+        )
+    return found
+
+
+def mining_case(name: str, sizes: accounting.Sizes, **options) -> Case:
+    """One call of mining of these sizes."""
+    work = {"reference": accounting.reference_mining(sizes), "torch": accounting.torch_mining(sizes)}
+    work |= {"triton": accounting.triton_mining(sizes)}
+    least = accounting.Cost(min(cost.flop for cost in work.values()), accounting.floor_bytes(sizes))
+    own = {"reference": _by_backend("reference"), "torch": _by_backend("torch"), "triton": _by_backend("triton")}
+    providers = {
+        "reference": own["reference"],
+        "reference, SDPA": _with_sdpa,
+        "reference, oneDNN": _by_one_dnn,
+        **compiled(own["reference"], "reference"),
+        "torch": own["torch"],
+        **compiled(own["torch"], "torch"),
+        "triton": own["triton"],
+    }
+    return Case(name, lambda device: _make(sizes, device), providers, _exact, least=least, work=work, **options)
+
+
+def _make(sizes: accounting.Sizes, device: str) -> Inputs:
+    torch.manual_seed(0)
+    like = {"dtype": sizes.dtype, "device": device}
+    mining = PatchInfoMining(sizes.dim, [c for _, c in sizes.levels], **like)
+    queries = torch.randn(sizes.batch, sizes.views, sizes.side**2, sizes.dim, **like)
+    pyramid = [torch.randn(sizes.batch, n, n, c, **like) for n, c in sizes.levels]
+    return Inputs(device, mining, queries, pyramid, sizes.grid)
+
+
+def _exact(inputs: Inputs) -> torch.Tensor:
+    """The original's steps in float64, picture by picture: several at once would not fit."""
+    mining = copy.deepcopy(inputs.mining).double()
+    pictures = []
+    for i in range(len(inputs.queries)):
+        pyramid = [level[i : i + 1].double() for level in inputs.pyramid]
+        pictures.append(mining(inputs.queries[i : i + 1].double(), pyramid, grid=inputs.grid, backend="reference"))
+    return torch.cat(pictures)
+
+
+def _by_backend(backend: str) -> Callable[[Inputs], Call]:
+    def make(inputs: Inputs) -> Call:
+        require("patch_mining", backend, inputs.device)
+        return lambda: inputs.mining(inputs.queries, inputs.pyramid, grid=inputs.grid, backend=backend)
+
+    return make
+
+
+def _with_sdpa(inputs: Inputs) -> Call:
+    """The original's steps, its attention by torch's fused operator."""
+
+    def call() -> torch.Tensor:
+        with unittest.mock.patch.object(reference, "mine", _mine_by_sdpa):
+            return reference.patch_mining(inputs.queries, inputs.pyramid, *inputs.projections, grid=inputs.grid)
+
+    return call
+
+
+def _mine_by_sdpa(queries, hr_map, query, key, value) -> torch.Tensor:
+    patches = int(queries.shape[1] ** 0.5)
+    side = hr_map.shape[-1] // patches
+    windows = hr_map.permute(0, 2, 3, 1).unflatten(2, (patches, side)).unflatten(1, (patches, side)).transpose(2, 3)
+    windows = windows.reshape(len(queries), patches**2, side**2, hr_map.shape[1])
+    return F.scaled_dot_product_attention(query(queries)[:, :, None], key(windows), value(windows))[:, :, 0]
+
+
+class _OneDnnProjection(reference.Projection):
+    """The same by oneDNN's convolution where that is faster: the strongest plain form on a CPU."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(
+            F.layer_norm(x, self.norm_weight.shape, self.norm_weight, self.norm_bias, reference.LAYER_NORM_EPS), self.weight, self.bias
+        )
+
+
+def _by_one_dnn(inputs: Inputs) -> Call:
+    if inputs.device != "cpu":
+        raise NotHere("for CPUs")
+    projections = [_OneDnnProjection(*projection) for projection in inputs.projections]
+    return lambda: reference.patch_mining(inputs.queries, inputs.pyramid, *projections, grid=inputs.grid)

@@ -1,0 +1,19 @@
+"""Shapes that no published model has, for what breaks first: where the kernels are slow, it should be known."""
+
+import torch
+
+from ..accounting import Sizes
+from ..registry import Case
+from .mining import mining_case
+
+
+def cases() -> list[Case]:
+    sizes = {
+        # 16x16 pixels to a window, the most there is a kernel for
+        "window16-b1": Sizes(torch.bfloat16, levels=((384, 192), (192, 384), (96, 768), (48, 1536))),
+        # widths whose rows are no multiple of 16 bytes: narrow loads
+        "unaligned-b1": Sizes(torch.bfloat16, levels=((192, 100), (96, 202), (48, 404), (24, 806))),
+        # many pictures at once
+        "768-b32": Sizes(torch.bfloat16, batch=32),
+    }
+    return [mining_case(f"stress/mining-{name}-bfloat16", size, devices=("cuda",)) for name, size in sizes.items()]

@@ -1,0 +1,38 @@
+"""Two documents side by side: whether the same comparisons came to the same ratios."""
+
+
+def compare(before: dict, after: dict, within: float) -> tuple[str, bool]:
+    """A table of what both documents have, and whether all their ratios to the baseline agree.
+
+    Ratios, not times: two runs on one machine differ in its clock and its other work, two machines in everything.
+
+    Args:
+        within: by what part ratios may differ.
+    """
+    rows = {(row["name"], row["provider"]): row for row in before["cases"]}
+    lines = [f"before: {_conditions(before)}", f"after:  {_conditions(after)}"]
+    lines.append(f"{'case':<34} {'provider':<24} {'ms before':>10} {'after':>10} {'ratio before':>13} {'after':>8} {'differ':>7}")
+    agree, common = True, 0
+    for row in after["cases"]:
+        other = rows.get((row["name"], row["provider"]))
+        if other is None or other["median_ms"] is None or row["median_ms"] is None:
+            continue
+        common += 1
+        times = f"{other['median_ms']:>10.3g} {row['median_ms']:>10.3g}"
+        ratios = other.get("speedup"), row.get("speedup")
+        shown = f"{'-':>13} {'-':>8} {'-':>7}"
+        if None not in ratios:
+            differ = max(ratios) / min(ratios) - 1
+            agree &= differ <= within
+            shown = f"{ratios[0]:>12.2f}x {ratios[1]:>7.2f}x {differ:>7.1%}" + " <<<" * (differ > within)
+        lines.append(f"{row['name']:<34} {row['provider']:<24} {times} {shown}")
+    if not common:
+        return "\n".join([*lines[:2], "nothing was measured in both"]), False
+    lines.append(f"ratios {'agree' if agree else 'DO NOT agree'} within {within:.0%}")
+    return "\n".join(lines), agree
+
+
+def _conditions(document: dict) -> str:
+    """One line of where and when."""
+    where = document["gpu"] if document["device"] == "cuda" else f"{document['cpu']}, {document['threads']} threads"
+    return f"{where}, torch {document['torch']}, commit {document['commit']}, {document['date']}, load {document.get('load')}"

@@ -1,0 +1,120 @@
+"""What a figure was measured on, and documents of figures: written as they grow, read and checked."""
+
+import json
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+RESULTS = Path(__file__).parent / "results"
+# what every row of a document has; the rest is there where it was measured
+ROW = ("name", "provider", "ok", "why", "median_ms", "p20_ms", "p80_ms", "peak_mib", "first_call_ms")
+
+
+class BadRecord(ValueError):
+    """A file is no document of this benchmark; the message says what is wrong."""
+
+
+def environment() -> dict:
+    """The machine and the stack: gpu, driver, clocks, cpu, threads, memory, load, versions, commit."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    clocks = "clocks.sm,clocks.mem,clocks.max.sm,power.limit"
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "gpu": gpu,
+        "driver": gpu and _command("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "clocks": gpu and _command("nvidia-smi", f"--query-gpu={clocks}", "--format=csv,noheader"),
+        "cpu": _cpu(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": _memory_gib(),
+        # processes that ran on average in the last minute: what else kept the machine busy
+        "load": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "transformers": transformers.__version__,
+        "commit": _command("git", "describe", "--always", "--dirty", "--abbrev=12"),
+    }
+
+
+def device_name(document: dict) -> str:
+    """The folder under bench/results: `cpu`, or the GPU's name as in `nvidia-h200`."""
+    return (document["gpu"] or "cpu").lower().replace(" ", "-") if document["device"] == "cuda" else "cpu"
+
+
+def write(path: Path, document: dict) -> None:
+    """Puts a document in the place of a file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def save(document: dict) -> list[Path]:
+    """Keeps every case of a document under bench/results, in a file of its own by device and name."""
+    paths = []
+    for name in dict.fromkeys(row["name"] for row in document["cases"]):
+        path = RESULTS / device_name(document) / f"{name.replace('/', '-')}.json"
+        write(path, document | {"cases": [row for row in document["cases"] if row["name"] == name]})
+        paths.append(path)
+    return paths
+
+
+def read(path: Path) -> dict:
+    """A document, or one of all the documents in a folder and its folders, the conditions being those of the first.
+
+    Raises:
+        BadRecord: the file is missing, no JSON, or no document of this benchmark.
+    """
+    if path.is_dir():
+        documents = [read(file) for file in sorted(path.rglob("*.json"))]
+        if not documents:
+            raise BadRecord(f"{path} holds no .json file: expected a file that `python -m bench run --out` wrote, or a folder of such")
+        return documents[0] | {"cases": [row for document in documents for row in document["cases"]]}
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadRecord(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise BadRecord(f"{path} is no JSON: {error}") from None
+    rows = document.get("cases") if isinstance(document, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and set(ROW) <= row.keys() for row in rows):
+        raise BadRecord(f"{path} is no document of this benchmark: expected an object with `cases`, each of which has {', '.join(ROW)}")
+    return document
+
+
+def _cpu() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor()
+    lines = text.splitlines()
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), [])
+    return " ".join([model, *(f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags)])
+
+
+def _memory_gib() -> float | None:
+    try:
+        line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal"))
+    except (OSError, StopIteration):
+        return None
+    return round(int(line.split()[1]) / 2**20, 1)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return __import__(package).__version__
+    except ImportError:
+        return None
+
+
+def _command(*words: str) -> str | None:
+    try:
+        return subprocess.run(words, capture_output=True, text=True, check=True, cwd=Path(__file__).parent).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,112 @@
+"""What a case of the benchmark is, and how the names on a command line choose some.
+
+A case is one operation at one size in one dtype; its providers are the ways to compute it, all over the same inputs. Names are
+`group/setting-batch-dtype`, as in `mining/768-b1-float32`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .accounting import Cost
+
+# what a provider returns: a tensor or several, compared by the tests' accuracy rule
+Outputs = torch.Tensor | Sequence[torch.Tensor]
+Call = Callable[[], Outputs]
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class NotHere(Exception):
+    """A provider cannot run on this machine; the message says why."""
+
+
+class UnknownCase(ValueError):
+    """A name or pattern chooses no case; the message lists what there is."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation at one size.
+
+    Args:
+        name: `group/setting`, unique.
+        make: builds inputs and weights on a device of this type ("cpu", "cuda"); what it returns every provider is given.
+        providers: by name, from the inputs to a call without arguments. Building may convert or pack weights, and raises NotHere with
+            the reason where the provider cannot run.
+        exact: the outputs in a wider dtype, from the inputs; what accuracy is measured against. None: nothing to compare.
+        baseline: the provider that the others are compared with.
+        least: FLOP and bytes that no form can do without: the floor.
+        work: FLOP and bytes of a provider's own steps, where they were accounted; the least where not.
+        devices: types of devices on which the case is run where no case is named: what would take minutes on a CPU is left out.
+        quick: one of those that `--quick` runs.
+        stages: per provider, from the inputs to the times of its stages, where it has some.
+    """
+
+    name: str
+    make: Callable[[str], Any]
+    providers: Mapping[str, Callable[[Any], Call]]
+    exact: Callable[[Any], Outputs] | None
+    baseline: str = "reference"
+    least: Cost = Cost()
+    work: Mapping[str, Cost] | None = None
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    quick: bool = False
+
+    @property
+    def group(self) -> str:
+        return self.name.split("/")[0]
+
+    @property
+    def dtype(self) -> str:
+        return next((dtype for dtype in DTYPES if self.name.endswith(dtype)), "float32")
+
+    def only(self, patterns: Sequence[str]) -> Case:
+        """The same with its baseline and the providers that shell patterns name."""
+        kept = {n: p for n, p in self.providers.items() if n == self.baseline or any(fnmatch.fnmatch(n, pattern) for pattern in patterns)}
+        return dataclasses.replace(self, providers=kept)
+
+    def cost(self, provider: str) -> Cost:
+        """What a provider reads, writes and computes; zero where nothing is known."""
+        return (self.work or {}).get(provider, self.least)
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this machine reaches: GB/s of a copy (bytes read and written), TFLOP/s of a large matrix product by dtype."""
+
+    copy_gbps: float
+    matmul_tflops: Mapping[str, float]
+
+    def floor_ms(self, least: Cost, dtype: str) -> float | None:
+        """The time that the least work takes at least; None where nothing is known of it."""
+        seconds = max(least.flop / (self.matmul_tflops.get(dtype, math.inf) * 1e12), least.bytes / (self.copy_gbps * 1e9))
+        return 1e3 * seconds or None
+
+
+def choose(cases: Mapping[str, Case], patterns: Sequence[str], device: str, *, quick: bool = False) -> list[Case]:
+    """The cases that patterns name, in the registry's order; without patterns those made for the device.
+
+    Args:
+        patterns: names, shell patterns, or groups: `mining/768-b1-float32`, `mining/*`, `mining`.
+
+    Raises:
+        UnknownCase: a pattern names none.
+    """
+    if not patterns:
+        return [case for case in cases.values() if device in case.devices and (case.quick or not quick)]
+    chosen = set()
+    for pattern in patterns:
+        found = [name for name in cases if fnmatch.fnmatch(name, pattern) or name.split("/")[0] == pattern]
+        if not found:
+            groups = ", ".join(dict.fromkeys(case.group for case in cases.values()))
+            raise UnknownCase(f"no case is called {pattern!r}: `python -m bench list` prints them all; groups are {groups}")
+        chosen.update(found)
+    return [case for name, case in cases.items() if name in chosen]

@@ -1,0 +1,204 @@
+"""Runs cases: accuracy first, then time, then memory. A document grows case by case, and is kept as it grows."""
+
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from tests.tolerances import assert_accurate, errors
+
+from . import measure, records
+from .registry import Call, Case, Ceilings, NotHere, Outputs
+
+
+class NoDevice(RuntimeError):
+    """A device was asked for that is not here; the message says so."""
+
+
+def check_device(device: str) -> str:
+    """The device's type.
+
+    Raises:
+        NoDevice: a GPU where torch sees none.
+    """
+    if device not in ("cpu", "cuda"):
+        raise NoDevice(f"unknown device {device!r}: expected cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise NoDevice(
+            "a GPU was asked for (--device cuda) and torch sees none here; without one: --device cpu, or `python -m bench memory`"
+        )
+    return device
+
+
+def run(cases: Sequence[Case], device: str, *, seconds: float = 20, memory: bool = True, out: Path | None = None) -> dict:
+    """Measures cases on a device.
+
+    Args:
+        seconds: for the turns of one case, or of one provider on a GPU; at least three turns are taken.
+        memory: also measure peak memory, on a CPU in a process per provider.
+        out: where the document is kept as it grows.
+
+    Returns:
+        The document; `complete` is false where it was interrupted.
+    """
+    ceilings = measure.measure_ceilings(device)
+    document = {
+        **records.environment(),
+        "device": device,
+        "ceilings": {"copy_gbps": ceilings.copy_gbps, "matmul_tflops": dict(ceilings.matmul_tflops)},
+        "complete": False,
+        "cases": [],
+    }
+    try:
+        for case in cases:
+            print(f"{case.name} ...", file=sys.stderr, flush=True)
+            rows = run_case(case, device, ceilings, seconds=seconds, memory=memory)
+            document["cases"] += rows
+            print(format_rows(rows), file=sys.stderr, flush=True)
+            if out is not None:
+                records.write(out, document)
+        document["complete"] = True
+    except KeyboardInterrupt:
+        print("interrupted: what was measured so far is kept", file=sys.stderr)
+    if out is not None:
+        records.write(out, document)
+    return document
+
+
+def run_case(case: Case, device: str, ceilings: Ceilings, *, seconds: float, memory: bool) -> list[dict]:
+    """A row for each provider of a case."""
+    rows = {name: _row(case, name) for name in case.providers}
+    with measure.memory_within_reach(device), torch.no_grad():
+        try:
+            inputs = case.make(device)
+        except (RuntimeError, MemoryError) as error:
+            why = _why(error)
+            return [row | {"ok": False, "why": f"inputs: {why}"} for row in rows.values()]
+        calls = _check(case, inputs, device, rows)
+        if device == "cuda":
+            timings = {name: measure.time_on_gpu(call, seconds / 10, graph="-b1-" in case.name) for name, call in calls.items()}
+        else:
+            timings = measure.time_in_turns(calls, case.baseline, seconds)
+        for name, timing in timings.items():
+            _fill(rows[name], case, timing, ceilings)
+        if device == "cuda" and memory:
+            for name, call in calls.items():
+                rows[name]["peak_mib"] = measure.peak_mib(call, device)
+        del calls, inputs
+    if device == "cpu" and memory:
+        for name in timings:
+            rows[name]["peak_mib"] = measure.peak_in_child(case.name, name)
+    baseline = rows[case.baseline]
+    for row in rows.values():
+        if device == "cuda" and row["ok"] and baseline["ok"]:
+            row["speedup"] = baseline["median_ms"] / row["median_ms"]
+    return list(rows.values())
+
+
+def _row(case: Case, provider: str) -> dict:
+    unmeasured = ("median_ms", "p20_ms", "p80_ms", "warm_ms", "graphed_ms", "first_call_ms", "peak_mib", "speedup", "relative_error")
+    return {"name": case.name, "provider": provider, "baseline": case.baseline, "ok": None, "why": None} | dict.fromkeys(unmeasured)
+
+
+def _check(case: Case, inputs: object, device: str, rows: dict[str, dict]) -> dict[str, Call]:
+    """Calls each provider once and holds what it returns against the exact result; the calls that are right are returned, warm."""
+    calls, plain = {}, None
+    exact, unknown = None, None
+    try:
+        exact = case.exact(inputs) if case.exact else None
+    except (RuntimeError, MemoryError) as error:
+        unknown = f"accuracy unknown: the exact result: {_why(error)}"
+    # the baseline's own error is what the others' is measured by
+    for name in sorted(case.providers, key=lambda name: name != case.baseline):
+        row = rows[name]
+        try:
+            call = case.providers[name](inputs)
+            outputs, row["first_call_ms"] = measure.first_call(call, device)
+            if name == case.baseline:
+                plain = _several(outputs)
+            if exact is None:
+                row["why"] = unknown
+            elif plain is None:
+                row["why"] = f"accuracy unknown: {case.baseline} gave no result to compare with"
+            else:
+                row["relative_error"] = max(errors(ours, truth)[0] for ours, truth in zip(_several(outputs), _several(exact), strict=True))
+                for ours, theirs, truth in zip(_several(outputs), plain, _several(exact), strict=True):
+                    assert_accurate(ours, theirs, truth)
+                row["ok"] = True
+            calls[name] = call
+            del outputs
+        except NotHere as reason:
+            row["why"] = f"not here: {reason}"
+        except AssertionError as error:
+            row["ok"], row["why"] = False, f"wrong result: {error}"
+        except Exception as error:
+            # an opponent that breaks is reported, and the run goes on
+            row["ok"], row["why"] = False, _why(error)
+            if device == "cuda":
+                torch.cuda.empty_cache()
+    return calls
+
+
+def _several(outputs: Outputs) -> list[torch.Tensor]:
+    return [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+
+
+def _why(error: BaseException) -> str:
+    text = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return f"out of memory: {text}" if measure.out_of_memory(error) else f"{type(error).__name__}: {text}"
+
+
+def _fill(row: dict, case: Case, timing: measure.Timing, ceilings: Ceilings) -> None:
+    row["median_ms"] = median = statistics.median(timing.samples)
+    row["p20_ms"], row["p80_ms"] = measure.quantile(timing.samples, 0.2), measure.quantile(timing.samples, 0.8)
+    row["warm_ms"], row["graphed_ms"], row["samples"] = timing.warm_ms, timing.graphed_ms, len(timing.samples)
+    if timing.ratios:
+        row["speedup"] = statistics.median(timing.ratios)
+        row["speedup_p20"], row["speedup_p80"] = measure.quantile(timing.ratios, 0.2), measure.quantile(timing.ratios, 0.8)
+        row["halves_differ"] = measure.halves_differ(timing.ratios)
+    cost = case.cost(row["provider"])
+    if cost.bytes:
+        row["tflops"], row["gbps"] = cost.flop / median / 1e9, cost.bytes / median / 1e6
+    floor = ceilings.floor_ms(case.least, case.dtype)
+    if floor:
+        row["floor_ms"], row["of_floor"] = floor, floor / median
+
+
+def format_rows(rows: Sequence[dict]) -> str:
+    """A table of one case."""
+    titles = (("median ms", 10), ("p20..p80", 18), ("speedup", 9), ("warm", 9), ("graph", 9), ("first", 9), ("MiB", 8), ("GB/s", 7))
+    titles += (("TFLOP/s", 9), ("floor", 7), ("error", 9))
+    head = f"  {'provider':<26}" + "".join(f"{title:>{width}}" for title, width in titles)
+    lines = [head]
+    for row in rows:
+        if row["median_ms"] is None:
+            lines.append(f"  {row['provider']:<26}{'FAIL' if row['ok'] is False else '-':>10}  {row['why']}")
+            continue
+        spread = f"{_short(row['p20_ms'])}..{_short(row['p80_ms'])}"
+        columns = [f"{_short(row['median_ms']):>10}{spread:>18}", f"{_ratio(row):>9}"]
+        columns += [f"{_short(row.get(key)):>9}" for key in ("warm_ms", "graphed_ms", "first_call_ms")]
+        columns += [f"{_short(row['peak_mib']):>8}{_short(row.get('gbps')):>7}{_short(row.get('tflops')):>9}"]
+        columns += [f"{row['of_floor']:>7.0%}" if row.get("of_floor") else f"{'-':>7}"]
+        columns += [f"{row['relative_error']:>9.0e}" if row["relative_error"] is not None else f"{'-':>9}"]
+        lines.append(f"  {row['provider']:<26}" + "".join(columns))
+        if row["why"]:
+            lines.append(f"    {row['why']}")
+    unsteady = [f"{row['provider']} {row['halves_differ']:.0%}" for row in rows if (row.get("halves_differ") or 0) > measure.STEADY]
+    if unsteady:
+        lines.append(
+            f"  UNSTEADY: the first and second half of the turns differ in the ratio to {rows[0]['baseline']}: {', '.join(unsteady)}"
+        )
+    return "\n".join(lines)
+
+
+def _ratio(row: dict) -> str:
+    return f"{row['speedup']:.2f}x" if row["speedup"] and row["ok"] else "-"
+
+
+def _short(value: float | None) -> str:
+    """Three digits, of small numbers and of large ones."""
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
