@@ -100,6 +100,38 @@ def test_pillows_bits_of_photographs(path):
     assert_as_pillow(picture, 1536, 336, grid=2)
 
 
+@pytest.fixture(scope="module")
+def camera_files(tmp_path_factory):
+    """Photographs as cameras write them: 12 megapixels in landscape, tiled so that every pixel is of the small photograph as it was taken;
+    24 megapixels in portrait, enlarged, its rows stored as columns."""
+    cbook = pytest.importorskip("matplotlib.cbook")
+    with Image.open(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)) as image:
+        small = np.array(image.convert("RGB"))
+    folder = tmp_path_factory.mktemp("camera")
+    Image.fromarray(np.tile(small, (6, 8, 1))[:3024, :4032]).save(folder / "landscape.jpg", quality=95)
+    upright = Image.fromarray(small[:, 56:456]).resize((4000, 6000), Image.Resampling.LANCZOS)
+    exif = Image.Exif()
+    exif[pictures.ORIENTATION] = 6
+    upright.transpose(Image.Transpose.ROTATE_90).save(folder / "portrait.jpg", quality=95, exif=exif)
+    return {"landscape": (folder / "landscape.jpg", (4032, 3024)), "portrait": (folder / "portrait.jpg", (4000, 6000))}
+
+
+@pytest.mark.parametrize("pad", [True, False], ids=["pad", "crop"])
+@pytest.mark.parametrize("grid", [1, 2], ids=["768", "1536"])
+@pytest.mark.parametrize("name", ["landscape", "portrait"])
+def test_pillows_bits_of_camera_files(camera_files, name, grid, pad):
+    """From the file on, by both ways of the processor."""
+    path, size = camera_files[name]
+    with Image.open(path) as image:
+        upright = ImageOps.exif_transpose(image)
+    assert upright.size == size
+    expected = by_pillow(torch.from_numpy(np.array(upright)), 768 * grid, 336, grid, pad)
+    processor = MiniGeminiImageProcessor(768 * grid, 336, grid, grid > 1, pad)
+    for device in (None, "cpu"):
+        ours = processor(path, device=device)
+        assert_same((ours["pixel_values_hr"][0], ours["pixel_values"][0]), expected)
+
+
 @pytest.mark.parametrize("layout", ["CHW", "turned", "within", "flipped"])
 def test_strides(layout):
     picture = noise(31, 22)
