@@ -301,3 +301,23 @@ def test_taps_add_up():
         first, weights = resizing.bicubic_taps(resizing.Side(canvas, 0, canvas, resized, 0, resized))
         assert (np.abs(weights.sum(1) - 2**22) <= weights.shape[1]).all()
         assert (first >= 0).all() and (first < canvas).all()
+
+
+def test_tables_of_many_sizes_are_forgotten(monkeypatch):
+    """What is held on the device is bounded, in bytes, whatever pictures come; the last size is found again."""
+    store = resizing._blocks.store
+    made = []
+    monkeypatch.setattr(store, "_make", lambda *arguments, make=store._make: made.append(arguments) or make(*arguments))
+    monkeypatch.setattr(store, "_limit", 2**20)
+    picture = torch.zeros(1, 1, 3, dtype=torch.uint8)
+    for height in range(300, 420):
+        ops.dual_resize(picture.expand(height, 300, 3), 96, 14, backend="torch")
+        assert store.held_bytes <= 2**20
+    assert len(store) < len(made)
+    before = len(made)
+    expected = ops.dual_resize(picture.expand(419, 300, 3), 96, 14, backend="torch")
+    assert len(made) == before
+    monkeypatch.setattr(store, "_limit", 0)
+    store._entries.clear()
+    for ours, other in zip(ops.dual_resize(picture.expand(419, 300, 3), 96, 14, backend="torch"), expected):
+        assert torch.equal(ours, other)

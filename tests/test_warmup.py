@@ -20,24 +20,18 @@ import timm.models.convnext
 import torch
 from triton import knobs
 import mg_fast
-from mg_fast import ops, resizing, warmup
-from mg_fast.ops import resize
+from mg_fast import ops, warmup
 
 folder, *cases = json.loads(sys.argv[1])
 # reads numbers, which fake tensors have not
 timm.models.convnext.calculate_drop_path_rates = lambda rate, depths, **_: [[0.0] * depth for depth in depths]
-# or tables would be real, and of numbers that are asked of real tensors
-torch.from_numpy = lambda array: torch.empty(array.shape, dtype=getattr(torch, str(array.dtype)))
 config = warmup.model_config(folder)
 side, high, grid = config.vision_config.image_size, config.image_size_aux, config.image_grid
-resizing.view_taps(high, side, grid, config.image_global)
 
 def launch(architecture, dtype, batch, training, backend):
     dtype, hits = getattr(torch, dtype), []
     torch.set_default_dtype(dtype)
     knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
-    for tables in (resize._taps, resize._tables):
-        tables.cache_clear()
     with warmup.compile_only(architecture, training=training), mg_fast.use_backend(backend), torch.set_grad_enabled(training):
         with torch.device("cuda"):
             model = mg_fast.MiniGeminiForConditionalGeneration(config)
