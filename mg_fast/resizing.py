@@ -231,7 +231,9 @@ def bilinear_taps(before: int, after: int) -> tuple[np.ndarray, np.ndarray]:
     """
     # its values are wanted, whoever only compiles
     with unset_fake_temporarily():
-        probe = F.interpolate(torch.eye(before, device="cpu")[None, None], size=(after, before), mode="bilinear", align_corners=False)[0, 0]
+        probe = F.interpolate(
+            torch.eye(before, dtype=torch.float32, device="cpu")[None, None], size=(after, before), mode="bilinear", align_corners=False
+        )[0, 0]
         low = (probe != 0).int().argmax(1, keepdim=True)
         high = (low + 1).clamp(max=before - 1)
         weight = torch.where(high > low, probe.gather(1, high), 0.0)
