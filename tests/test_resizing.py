@@ -321,3 +321,16 @@ def test_tables_of_many_sizes_are_forgotten(monkeypatch):
     store._entries.clear()
     for ours, other in zip(ops.dual_resize(picture.expand(419, 300, 3), 96, 14, backend="torch"), expected):
         assert torch.equal(ours, other)
+
+
+def test_tables_are_of_float32_whatever_the_default_is():
+    expected = resizing.bilinear_taps(48, 21)
+    resizing.bilinear_taps.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert all(
+            np.array_equal(ours, other) and ours.dtype == other.dtype for ours, other in zip(resizing.bilinear_taps(48, 21), expected)
+        )
+    finally:
+        torch.set_default_dtype(torch.float32)
+        resizing.bilinear_taps.cache_clear()
