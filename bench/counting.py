@@ -7,6 +7,7 @@
 counts fake tensors on a GPU that need not be there. Formulas by sizes are in bench.accounting, tables of the models in bench.memory.
 """
 
+import functools
 import math
 import weakref
 from collections import Counter, defaultdict
@@ -31,8 +32,8 @@ GATHERS = ("index_select", "index", "gather", "embedding")
 FUSED = ("aten::scaled_dot_product_attention",)
 # the key under which operators that are made of others are registered
 COMPOSITE = "CompositeImplicitAutograd"
-# of CUDA's caching allocator, whose blocks are multiples of it; it gives a rest of up to 1 MiB with a block from 1 MiB on where it would not
-# split it, which depends on what was allocated before and is not counted
+# blocks of CUDA's caching allocator are multiples of it; the rest of up to 1 MiB that it does not split from a large one depends on what was
+# allocated before, and is not counted
 BLOCK = 512
 
 
@@ -98,6 +99,12 @@ WORKSPACES: dict[str, Callable[..., list[int]]] = {
 }
 
 
+# what a launch after the first reads once more, of the operators' arguments
+READ_AGAIN: dict[str, Callable[..., list[torch.Tensor]]] = {
+    "mg_fast::pool_windows": lambda queries, pyramid, grid: pyramid * (_pool_windows_launches(queries, pyramid, grid) - 1),
+}
+
+
 def _linear_flop(x: torch.Tensor, weight: torch.Tensor, *_) -> int:
     return 2 * len(x) * weight.numel()
 
@@ -125,9 +132,8 @@ class Count(TorchDispatchMode):
     beneath it launches, or what mg_fast's operators declare in LAUNCHES; views and allocations launch nothing. Enter it within
     torch.inference_mode(): only there an operator of FUSED arrives whole.
 
-    Memory is what was allocated since it was entered and is not free again, by storage: results, and the workspaces that mg_fast's operators
-    declare. Of a GPU each in blocks of the caching allocator. What libraries allocate of their own is not seen, but for the little
-    that torch's own operators make of fake tensors' inputs (`_as_on_a_gpu`).
+    Memory is what was allocated since it was entered and is not free again, by storage: results, and the workspaces that operators of
+    mg_fast declare; on a GPU each in blocks of the caching allocator. What libraries allocate for themselves is not seen.
 
     Args:
         device: type of the only device whose tensors count, such as "cuda"; None: all.
@@ -157,17 +163,18 @@ class Count(TorchDispatchMode):
             # fake tensors ask for their device in this way, which the dispatcher does not know
             return func(*args, **kwargs)
         name = func._schema.name
-        if name not in FUSED and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), COMPOSITE):
+        if name not in FUSED and _is_composite(func):
             # inference mode hands over operators that are made of others
             with self:
                 return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
         out, workspaces = _as_on_a_gpu(func, args, kwargs)
         inputs, changed, created = _tensors_of(func, args, kwargs, out)
-        on_device = self._on_device(changed + created)
-        if not on_device:
+        if not (changed or created) or not self._on_device(inputs + changed + created):
+            # a view, or on another device
             return out
         if cost := self._cost(func, inputs, changed, created):
-            self.costs[str(func)] += cost + Cost(_flop(func, args, kwargs, out))
+            again = READ_AGAIN[name](*args, **kwargs) if name in READ_AGAIN else []
+            self.costs[str(func)] += cost + Cost(_flop(func, args, kwargs, out), _distinct_bytes(self._on_device(again)))
         if launches := self._launches(func, args, kwargs):
             self.launches[str(func)] += launches
         if name in WORKSPACES:
@@ -216,6 +223,11 @@ class Count(TorchDispatchMode):
     @staticmethod
     def _blocks(size: int, device: str | None) -> int:
         return -(-size // BLOCK) * BLOCK if device == "cuda" else size
+
+
+@functools.cache
+def _is_composite(func) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), COMPOSITE)
 
 
 def _as_on_a_gpu(func, args: tuple, kwargs: dict) -> tuple[object, list[int]]:

@@ -7,6 +7,7 @@ runs the reference and our forms at their real sizes on fake CUDA tensors, which
 """
 
 import functools
+import json
 import unittest.mock
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -95,7 +96,7 @@ def predict(patterns: Sequence[str] = ()) -> Predictions:
     Raises:
         UnknownCase: a pattern names no case.
     """
-    chosen, found = choose_names(names(), patterns), {}
+    chosen, found = choose_names(names(), patterns, "memory"), {}
     for model in MODELS:
         # one model at a time: modules of fake tensors are made in seconds
         providers = {name: provider for name, provider in _cases(model).items() if name in chosen}
@@ -307,7 +308,7 @@ def _prefill(of: _Picture, tokens: torch.Tensor) -> tuple[torch.Tensor, DynamicC
     language_model, length = of.inner.language_model, tokens.shape[1] + TEXT_TOKENS
     embedded = language_model.get_input_embeddings()(_empty(1, length, dtype=torch.int64))
     # which counts places, as fake numbers cannot be
-    with unittest.mock.patch.object(modeling, "check_places"):
+    with unittest.mock.patch.object(modeling, "check_places", lambda *_: None):
         embedded = of.inner.splice(embedded, tokens, _empty(1, length, dtype=torch.int64))
     cache = DynamicCache(config=of.model.config.text_config)
     return language_model(inputs_embeds=embedded, past_key_values=cache, use_cache=True).last_hidden_state, cache
@@ -327,11 +328,27 @@ def versions() -> dict[str, str | None]:
     return {package: environment[package] for package in ("torch", "triton", "transformers")}
 
 
+def recorded() -> dict[str, dict[str, dict[str, int]]]:
+    """Figures by case and provider as `record` keeps them.
+
+    Raises:
+        BadRecord: they were made by other versions of what they depend on.
+    """
+    document = json.loads(PREDICTED.read_text(encoding="utf-8"))
+    if document["versions"] != versions():
+        raise records.BadRecord(f"{PREDICTED.name} was recorded with {_named(document['versions'])}, here are {_named(versions())}")
+    return document["cases"]
+
+
+def _named(versions: Mapping[str, str | None]) -> str:
+    return ", ".join(f"{package} {version}" for package, version in versions.items())
+
+
 def differences(recorded: Mapping, predictions: Predictions) -> Iterator[str]:
     """A sentence for every figure that is not as recorded.
 
     Args:
-        recorded: `cases` of `record`.
+        recorded: as `recorded` returns them.
         predictions: of some of the same cases.
     """
     for name, providers in predictions.items():
@@ -364,7 +381,7 @@ def table(predictions: Predictions) -> str:
         for name, providers in predictions.items()
         for provider, p in providers.items()
     ]
-    return _columns([head, *rows], left=2)
+    return _columns([head, *rows])
 
 
 def fit_table(predictions: Predictions) -> str:
@@ -375,11 +392,37 @@ def fit_table(predictions: Predictions) -> str:
         if name.startswith("end-to-end/")
         for provider, p in providers.items()
     ]
-    return _columns([("would it fit?", "provider", "GB", *(f"{gb} GB" for gb in CARDS_GB)), *rows], left=2) if rows else ""
+    return _columns([("would it fit?", "provider", "GB", *(f"{gb} GB" for gb in CARDS_GB)), *rows]) if rows else ""
 
 
-def _columns(rows: list[tuple[str, ...]], left: int) -> str:
+def _columns(rows: list[tuple[str, ...]]) -> str:
+    """Rows of cells as text, all but the first two columns flush right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(f"{cell:<{width}}" if i < left else f"{cell:>{width}}" for i, (cell, width) in enumerate(zip(row, widths))) for row in rows
-    )
+    return "\n".join("  ".join(f"{cell:{'<' if i < 2 else '>'}{widths[i]}}" for i, cell in enumerate(row)) for row in rows)
+
+
+def main(patterns: Sequence[str] = (), *, hd: bool = False, check: bool = False, save: bool = False) -> int:
+    """Prints predictions; returns the exit status.
+
+    Args:
+        patterns: as of `predict`.
+        hd: only those of the HD models.
+        check: hold them against what is recorded.
+        save: record them.
+
+    Raises:
+        BadRecord: what is recorded was made by other versions, or only a part is to be recorded.
+    """
+    if save and (patterns or hd):
+        raise records.BadRecord("--save records the predictions of all cases: name none, and leave out --hd")
+    chosen = choose_names(names(), patterns, "memory")
+    chosen = [name for name in chosen if "-hd-" in name or name.endswith("-hd")] if hd else chosen
+    predictions = predict(chosen) if chosen else {}
+    print("\n\n".join(part for part in (table(predictions), fit_table(predictions), LIBRARIES) if part))
+    if save:
+        records.write(PREDICTED, record(predictions))
+    if not check:
+        return 0
+    found = list(differences(recorded(), predictions))
+    print("\n" + ("\n".join(found) or "as recorded"))
+    return int(bool(found))

@@ -1,8 +1,7 @@
-"""The counters at the dispatcher, on functions whose bytes and launches are known."""
+"""The count at the dispatcher: bytes and launches of functions that are known, FLOP against torch's, memory against what was allocated."""
 
 import contextlib
 import importlib
-import importlib.util
 from collections import Counter
 
 import pytest
@@ -11,8 +10,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import counting
-from bench.counting import CountBytes, CountLaunches
-from mg_fast import convnext
+from bench.counting import Count
 from mg_fast.ops import mining
 
 
@@ -40,7 +38,7 @@ from mg_fast.ops import mining
 def test_counter(call, read, written, device):
     with FakeTensorMode() if device == "cuda" else contextlib.nullcontext():
         x, y = torch.ones(10, device=device), torch.ones(10, device=device)
-        with CountBytes() as counter:
+        with Count() as counter:
             call(x, y)
     assert (counter.total.bytes_read, counter.total.bytes_written) == (read, written)
 
@@ -49,7 +47,7 @@ def test_counter(call, read, written, device):
 def test_counter_of_one_device(device, read, written):
     with FakeTensorMode():
         x, number = torch.ones(10, device="cuda"), torch.ones((), device="cpu")
-        with CountBytes(device) as counter:
+        with Count(device) as counter:
             x.cpu()
             x.add_(number)
     assert (counter.total.bytes_read, counter.total.bytes_written) == (read, written)
@@ -84,18 +82,18 @@ def test_counter_of_one_device(device, read, written):
 def test_launches(call, launches, device, inference):
     with torch.inference_mode(inference):
         x = torch.ones(4, 4, device=device)
-        with CountLaunches() as counter:
+        with Count() as counter:
             call(x)
-    assert counter.total == launches
+    assert counter.launches.total() == launches
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_attention_is_one_launch(device):
     with torch.inference_mode():
         q = torch.ones(1, 2, 3, 4, device=device)
-        with CountLaunches() as counter:
+        with Count() as counter:
             F.scaled_dot_product_attention(q, q, q)
-    assert counter.by_operator == {"aten.scaled_dot_product_attention.default": 1}
+    assert counter.launches == {"aten.scaled_dot_product_attention.default": 1}
 
 
 def meta(*shape, dtype=torch.float16):
@@ -142,9 +140,9 @@ def test_what_is_declared_is_what_is_launched(case, monkeypatch):
         for kernel in kernels:
             monkeypatch.setattr(module, kernel, Kernel())
     operator = getattr(torch.ops.mg_fast, name).default
-    with torch.inference_mode(), CountLaunches() as counter:
+    with torch.inference_mode(), Count() as counter:
         operator(*arguments)
-    assert not launches and counter.by_operator == Counter({str(operator): expected} if expected else {})
+    assert not launches and counter.launches == Counter({str(operator): expected} if expected else {})
     # what it does, where the meta device has its shapes alone
     operator._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *arguments)
     assert len(launches) == expected
@@ -157,74 +155,12 @@ def test_every_operator_with_a_kernel_declares_its_launches():
 
 def test_resizing_without_kernels_is_refused():
     picture = meta(30, 40, 3, dtype=torch.uint8)
-    with torch.inference_mode(), CountLaunches(), pytest.raises(ValueError, match="not those of the torch backend within it"):
+    with torch.inference_mode(), Count(), pytest.raises(ValueError, match="not what the torch backend does within it"):
         torch.ops.mg_fast.dual_resize(picture, 32, 14, 1, False, True, "torch")
 
 
 def test_an_operator_that_declares_nothing_is_refused(monkeypatch):
     monkeypatch.delitem(counting.LAUNCHES, "mg_fast::pool_windows")
     queries, pyramid = torch.empty(1, 1, 1, 5, device="meta"), [torch.empty(1, 4, 4, 5, device="meta")]
-    with torch.inference_mode(), CountLaunches(), pytest.raises(KeyError, match="mg_fast::pool_windows declares no launches"):
+    with torch.inference_mode(), Count(), pytest.raises(KeyError, match="mg_fast::pool_windows declares no launches"):
         mining.pool_windows(queries, pyramid, 1)
-
-
-@pytest.fixture(scope="module", params=[False, True], ids=["768", "1536 HD"])
-def picture(request):
-    return counting.picture_launches(hd=request.param)
-
-
-def test_launches_of_a_packed_tower(picture):
-    """A layer: two norms, four products, attention, SiLU, two residuals; before the layers: patches, class token, positions, norm."""
-    assert picture["CLIP, packed"].total() == 23 * 10 + 4
-    assert picture["CLIP, packed"]["aten.addmm.default"] == 23 * 4
-
-
-def test_launches_of_timms_tower(picture):
-    """40 convolutions, 40 norms, and in each of 36 blocks two products, GELU, gamma and the residual."""
-    assert picture["ConvNeXt-L, timm"].total() == 40 + 40 + 36 * 5
-
-
-needs_cudnn = pytest.mark.skipif(
-    not (torch.backends.cudnn.is_available() and importlib.util.find_spec("triton")),
-    reason="takes a torch that is built for CUDA, and triton: no GPU",
-)
-
-
-@needs_cudnn
-def test_launches_of_our_towers(picture):
-    """Four convolutions and norms, and in each of 36 blocks three kernels; or, with a library's products, their GELU and sum apart."""
-    around = {"aten.convolution.default": 4, "aten.native_layer_norm.default": 4}
-    products = {"aten.addmm.default": 72, "aten.gelu_.default": 36, "aten.add_.Tensor": 36}
-    kernels = {f"mg_fast.{name}.default": 36 for name in ("dwconv_norm", "linear_gelu", "linear_residual_")}
-    assert picture["ConvNeXt-L, triton"] == around | kernels
-    assert picture["ConvNeXt-L, auto"] == around | products | {"mg_fast.dwconv_norm.default": 36}
-    convolved = {"aten.convolution.default": 4 + 36, "aten.native_layer_norm.default": 4 + 36}
-    assert picture["ConvNeXt-L, torch"] == convolved | products
-
-
-def test_launches_of_packing(picture):
-    """Of every block the taps laid out, and layer scale folded into a weight and a bias; of every convolution the weight laid out."""
-    assert picture["ConvNeXt-L, packing"] == {"aten.clone.default": 36 + 4, "aten.mul.Tensor": 36 * 2}
-
-
-@needs_cudnn
-def test_few_launches(picture):
-    """The high-resolution tower, mining and projector together, with all that lies between: half of timm's tower alone."""
-    assert sum(picture[part].total() for part in counting.SUMS["by kernels"]) <= 130 == picture["ConvNeXt-L, timm"].total() // 2
-
-
-@needs_cudnn
-def test_chunks_are_counted(monkeypatch):
-    """Half of a stage's rows at a time: two products more in each of its three blocks."""
-    monkeypatch.setattr(convnext, "GPU_EXPANSION", 192 * 192 * 4 * 192 * 2 // 2)
-    assert counting.picture_launches()["ConvNeXt-L, triton"].total() == 116 + 3 * 2
-
-
-def test_table(capsys, monkeypatch):
-    monkeypatch.setattr(
-        counting, "picture_launches", lambda hd=False: {"CLIP, packed": Counter(addmm=92 + hd), "projector": Counter(addmm=3)}
-    )
-    monkeypatch.setattr(counting, "SUMS", {"both": ("CLIP, packed", "projector")})
-    counting.main()
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines[1] == ["CLIP,", "packed", "92", "93"] and lines[3] == ["both", "95", "96"]
