@@ -32,8 +32,8 @@ GATHERS = ("index_select", "index", "gather", "embedding")
 FUSED = ("aten::scaled_dot_product_attention",)
 # the key under which operators that are made of others are registered
 COMPOSITE = "CompositeImplicitAutograd"
-# blocks of CUDA's caching allocator are multiples of it; the rest of up to 1 MiB that it does not split from a large one depends on what was
-# allocated before, and is not counted
+# of CUDA's caching allocator, whose blocks are multiples of it; what it gives beyond, up to 1 MiB of a large block that it does not split,
+# depends on what was allocated before and is not counted
 BLOCK = 512
 
 

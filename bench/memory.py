@@ -71,7 +71,7 @@ class Prediction:
 
 
 # what must not grow
-FIGURES = ("peak", "moved", "launches", "flop", "weights")
+FIGURES = ("peak", "held", "moved", "launches", "flop", "weights")
 Predictions = dict[str, dict[str, Prediction]]
 # without arguments; the weights' bytes and the call
 Provider = Callable[[], tuple[int, Callable[[], object]]]
@@ -332,8 +332,10 @@ def recorded() -> dict[str, dict[str, dict[str, int]]]:
     """Figures by case and provider as `record` keeps them.
 
     Raises:
-        BadRecord: they were made by other versions of what they depend on.
+        BadRecord: there is nothing, or it was made by other versions of what it depends on.
     """
+    if not PREDICTED.exists():
+        raise records.BadRecord(f"{PREDICTED} is missing: `python -m bench memory --save` writes it")
     document = json.loads(PREDICTED.read_text(encoding="utf-8"))
     if document["versions"] != versions():
         raise records.BadRecord(f"{PREDICTED.name} was recorded with {_named(document['versions'])}, here are {_named(versions())}")

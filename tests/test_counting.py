@@ -1,17 +1,25 @@
 """The count at the dispatcher: bytes and launches of functions that are known, FLOP against torch's, memory against what was allocated."""
 
 import contextlib
+import functools
 import importlib
+import itertools
 from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench import counting
+from bench.accounting import Sizes
 from bench.counting import Count
+from mg_fast import absorbed, reference
+from mg_fast.modules import ConvNeXtPyramid
 from mg_fast.ops import mining
+from tests.test_accounting import inputs
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta", "cuda"])
@@ -104,6 +112,11 @@ def mining_of(views):
     return meta(1, views, 1, 5), [meta(1, 4, 4, 5)]
 
 
+def slanted(*shape, dtype=torch.float16):
+    """Not contiguous, nor of unit stride along the last dimension."""
+    return meta(*shape[::-1], dtype=dtype).permute(*reversed(range(len(shape))))
+
+
 # arguments of mg_fast's operators on the meta device, and what they launch
 OPERATORS = {
     "standard": ("pool_windows", (*mining_of(1), 1), 1),
@@ -122,16 +135,15 @@ OPERATORS = {
 }
 
 
-@pytest.mark.parametrize("case", OPERATORS)
-def test_what_is_declared_is_what_is_launched(case, monkeypatch):
-    """Counted where the launchers call their kernels."""
+@pytest.fixture
+def launches(monkeypatch):
+    """Grids of the kernels that launchers call, which do not run."""
     pytest.importorskip("triton")
-    name, arguments, expected = OPERATORS[case]
-    launches = []
+    launched = []
 
     class Kernel:
         def __getitem__(self, grid):
-            return lambda *_, **__: launches.append(grid)
+            return lambda *_, **__: launched.append(grid)
 
     for family in ("dual_resize", "dwconv_norm", "patch_mining", "pointwise"):
         module = importlib.import_module(f"mg_fast.kernels.{family}")
@@ -139,18 +151,67 @@ def test_what_is_declared_is_what_is_launched(case, monkeypatch):
         assert kernels
         for kernel in kernels:
             monkeypatch.setattr(module, kernel, Kernel())
+    return launched
+
+
+def run_body(operator, arguments):
+    """What it does, where the meta device has its shapes alone."""
+    return operator._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *arguments)
+
+
+@pytest.mark.parametrize("case", OPERATORS)
+def test_what_is_declared_is_what_is_launched(case, launches):
+    """Counted where the launchers call their kernels."""
+    name, arguments, expected = OPERATORS[case]
     operator = getattr(torch.ops.mg_fast, name).default
     with torch.inference_mode(), Count() as counter:
         operator(*arguments)
     assert not launches and counter.launches == Counter({str(operator): expected} if expected else {})
-    # what it does, where the meta device has its shapes alone
-    operator._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *arguments)
+    run_body(operator, arguments)
     assert len(launches) == expected
 
 
-def test_every_operator_with_a_kernel_declares_its_launches():
+# beside OPERATORS: arguments that the launchers cannot read in place, and bytes of the copies that they make
+COPIED = {
+    "pool_windows": ("pool_windows", (slanted(1, 1, 4, 5), [slanted(1, 4, 4, 5)], 1), 2 * (4 * 5 + 16 * 5)),
+    "rows apart": ("pool_windows", (meta(1, 1, 1, 5), [meta(1, 4, 4, 10)[..., :5]], 1), 0),
+    "backward": (
+        "pool_windows_backward",
+        (slanted(1, 5, 1, 5), meta(1, 5, 1, 5), [slanted(1, 4, 4, 5)], meta(1, 5, 1, 3, 4), 2),
+        2 * (5 * 5 + 16 * 5),
+    ),
+    "dwconv_norm": ("dwconv_norm", (slanted(1, 5, 6, 8), slanted(49, 8), meta(8), meta(16)[::2], meta(8), 1e-6), 2 * (240 + 392 + 8)),
+    "linear_gelu": ("linear_gelu", (slanted(7, 8), slanted(9, 8), meta(18)[::2]), 2 * (56 + 72 + 9)),
+    "linear_residual": ("linear_residual", (slanted(7, 8), slanted(9, 8), meta(9), slanted(7, 9)), 2 * (56 + 72 + 63)),
+    "in place": ("linear_residual_", (slanted(7, 8), slanted(9, 8), meta(9), meta(7, 9)), 2 * (56 + 72)),
+    "dual_resize": ("dual_resize", (meta(30, 40, 3, dtype=torch.uint8), 32, 14, 2, True, True, "triton"), 31 * 3 * 32),
+}
+
+
+@pytest.mark.parametrize("case", [*OPERATORS, *COPIED])
+def test_what_is_declared_is_what_is_allocated(case, launches):
+    """Counted where the launchers allocate: results, workspaces and copies."""
+    name, arguments, expected = (COPIED.get(case) or OPERATORS[case])[:3]
+    operator = getattr(torch.ops.mg_fast, name).default
+    with torch.inference_mode():
+        # tables are made once
+        run_body(operator, arguments)
+        with Count() as declared:
+            out = operator(*arguments)
+            held = declared.live
+        with Count() as allocated:
+            kept = run_body(operator, arguments)
+            assert allocated.live == held
+    assert declared.peak == allocated.peak
+    if case in COPIED:
+        assert declared.peak - held == expected
+    del out, kept
+    assert declared.live == allocated.live == 0
+
+
+def test_every_operator_with_a_kernel_is_declared():
     tested = {f"mg_fast::{name}" for name, _, _ in OPERATORS.values()}
-    assert tested == counting.LAUNCHES.keys()
+    assert tested == counting.LAUNCHES.keys() == counting.WORKSPACES.keys()
 
 
 def test_resizing_without_kernels_is_refused():
@@ -164,3 +225,142 @@ def test_an_operator_that_declares_nothing_is_refused(monkeypatch):
     queries, pyramid = torch.empty(1, 1, 1, 5, device="meta"), [torch.empty(1, 4, 4, 5, device="meta")]
     with torch.inference_mode(), Count(), pytest.raises(KeyError, match="mg_fast::pool_windows declares no launches"):
         mining.pool_windows(queries, pyramid, 1)
+
+
+@pytest.mark.parametrize("device, block", [("cpu", 1), ("cuda", 512)])
+def test_memory_of_steps(device, block):
+    """Of what was made before nothing counts, of a view nothing, of what is freed nothing from then on."""
+
+    def blocks(size):
+        return -(-size // block) * block
+
+    with FakeTensorMode():
+        x = torch.empty(1000, device=device)
+        with Count(device) as count:
+            y = x + 1
+            assert count.live == count.peak == blocks(4000)
+            z = y[:10].view(5, 2)
+            y.add_(x)
+            torch.empty(300, device="meta")
+            assert count.live == count.peak == blocks(4000)
+            y = torch.cat([y, y])
+            # kept by its view
+            assert count.live == count.peak == blocks(4000) + blocks(8000)
+            del z
+            assert count.live == blocks(8000)
+            w = torch.empty(1, device=device)
+            assert (count.live, count.peak) == (blocks(8000) + blocks(4), blocks(4000) + blocks(8000))
+    del y, w
+    assert count.live == 0
+
+
+def test_what_a_gpu_makes_of_fake_tensors():
+    """bfloat16 convolutions; norms of what is not contiguous, and attention, with the results' strides and what they allocate beside."""
+    with FakeTensorMode(), torch.inference_mode(), Count("cuda") as count:
+        x = torch.empty(1, 64, 32, 32, dtype=torch.bfloat16, device="cuda")
+        out = F.conv2d(x, torch.empty(64, 1, 7, 7, dtype=torch.bfloat16, device="cuda"), padding=3, groups=64)
+        assert (out.dtype, out.shape) == (torch.bfloat16, x.shape)
+        assert count.total.flop == 2 * 49 * x.numel()
+        before = count.live
+        normed = F.layer_norm(x.permute(0, 2, 3, 1), (64,))
+        # the map and its statistics in float32; for the moment a copy
+        assert normed.is_contiguous() and count.live == before + x.nbytes
+        assert count.peak == before + 2 * x.nbytes + 2 * 4 * 32 * 32
+        q = torch.empty(1, 2, 256, 64, dtype=torch.bfloat16, device="cuda")
+        before, count.peak = count.live, 0
+        mixed = F.scaled_dot_product_attention(q, q, q)
+        assert mixed.shape == q.shape and mixed.transpose(1, 2).is_contiguous()
+        assert count.live == before + q.nbytes and count.peak == count.live + 4 * 2 * 256
+        scalar = torch.tensor(1.0, device="cuda")
+        assert scalar.device.type == "cuda" and count.launches["aten._to_copy.default"] == 1
+
+
+def small_tower(dtype=torch.float32):
+    torch.manual_seed(0)
+    return ConvNeXtPyramid.from_dims((24, 48, 64, 96), (2, 1, 1, 1)).eval().to(dtype)
+
+
+SMALL = {
+    "standard": Sizes(torch.float32, side=12, dim=256, levels=((96, 64), (48, 128), (24, 256))),
+    "HD": Sizes(torch.float32, grid=2, views=5, side=6, dim=256, levels=((96, 64), (48, 128), (24, 256))),
+}
+
+
+def calls_on(device):
+    """Calls whose memory is measured, by name."""
+    found = {}
+    for name, sizes in SMALL.items():
+        for form in (reference.patch_mining, absorbed.patch_mining):
+            tensors = inputs(sizes, device)
+            found[f"mining, {form.__module__.split('.')[-1]}, {name}"] = functools.partial(form, *tensors, grid=sizes.grid)
+    tower = small_tower().to(device)
+    pixels = torch.randn(1, 3, 128, 128, device=device)
+    return found | {
+        "tower, timm": functools.partial(tower, pixels, backend="reference"),
+        "tower, packed": functools.partial(tower.pack(), pixels, backend="torch"),
+    }
+
+
+def allocated_on_cpu(call):
+    """Bytes that torch's allocator gave out, at most and in the end."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        out = call()
+    events = [(e.start_ns(), i, e.nbytes()) for i, e in enumerate(profiled.profiler.kineto_results.events()) if e.name() == "[memory]"]
+    live = list(itertools.accumulate(size for *_, size in sorted(events)))
+    del out
+    return max(live), live[-1]
+
+
+@pytest.mark.parametrize("name", calls_on("meta"))
+def test_memory_is_what_was_allocated_on_a_cpu(name):
+    """By torch's profiler. Without the tables, which are made once; oneDNN may keep memory of its own."""
+    call = calls_on("cpu")[name]
+    with torch.inference_mode():
+        call()
+        with Count("cpu") as count:
+            out = call()
+            held = count.live
+        del out
+        peak, left = allocated_on_cpu(call)
+    assert count.peak == pytest.approx(peak, rel=0.03)
+    assert held == left
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="measures a GPU's allocator: no GPU")
+@pytest.mark.parametrize("name", calls_on("meta"))
+def test_memory_is_what_was_allocated_on_a_gpu(name):
+    """By its caching allocator, which may give up to 1 MiB more with each of the few blocks that are live at the peak."""
+    call = calls_on("cuda")[name]
+    with torch.inference_mode():
+        # with tables, and the libraries' workspaces
+        call()
+        with Count("cuda") as count:
+            call()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+    assert count.peak == pytest.approx(peak, rel=0.05, abs=4 * 2**20)
+
+
+@pytest.mark.parametrize("name", calls_on("meta"))
+def test_flop_are_torchs(name):
+    call = calls_on("cpu")[name]
+    with torch.inference_mode():
+        call()
+        with FlopCounterMode(display=False) as flop:
+            call()
+        with Count("cpu") as count:
+            call()
+    assert count.total.flop == flop.get_total_flops() > 0
+
+
+def test_flop_of_attention():
+    """Of grouped queries too, as the language models have them."""
+    with torch.inference_mode():
+        q, kv = torch.ones(2, 6, 5, 8), torch.ones(2, 2, 7, 8)
+        with Count() as count:
+            F.scaled_dot_product_attention(q, kv, kv, enable_gqa=True)
+    assert count.total.flop == 2 * 2 * (2 * 6 * 5 * 7 * 8)
