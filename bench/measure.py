@@ -1,10 +1,13 @@
 """Clocks and memory, on a GPU and on a CPU.
 
-On a CPU other work comes and goes, and the clock rate with it: calls to be compared are timed in turns, the ratio is taken within each
-turn, and the turns' first half is held against the second. On a GPU time is taken on the device, with the second-level cache flushed.
+On a CPU other work comes and goes, and the clock rate with it: calls to be compared are timed in turns and the ratio is taken within each
+turn, so that drift hits both; turns in which other processes took much of the machine are left out, as threads that wait for each other
+suffer from it many times over, and more where there are more of them; and the turns' first half is held against the second. On a GPU
+time is taken on the device, with the second-level cache flushed.
 """
 
 import contextlib
+import os
 import statistics
 import subprocess
 import sys
@@ -21,8 +24,10 @@ from .registry import Call, Ceilings
 
 # two halves of a comparison that differ by more than this are reported
 STEADY = 0.10
-# a sample on a CPU is at least as long: shorter calls are repeated within it
-SHORTEST_SAMPLE_S = 0.02
+# a turn in which other processes took a larger part of the machine's CPU time is left out
+BUSY = 0.10
+# of all calls of a turn together: shorter ones are repeated, as the system counts CPU time in hundredths of a second
+SHORTEST_TURN_S = 0.3
 # larger than the second-level cache of any GPU
 FLUSHED_BYTES = 2**28
 
@@ -32,16 +37,44 @@ class Timing:
     """Of one provider, in milliseconds.
 
     Attributes:
-        samples: of a call each; on a GPU with the cache flushed.
+        samples: of a call each, on a CPU a mean over one turn; on a GPU with the cache flushed.
         warm_ms: median without flushing; None on a CPU.
         graphed_ms: median of a CUDA graph's replay, flushed; None where there is none.
         ratios: the baseline's sample over ours, turn by turn; empty on a GPU, where the clocks are steady.
+        left_out: turns that were disturbed, and are not among the samples.
+        others: the part of the machine's CPU time that other processes took, median of the samples' turns; None where it is not known.
     """
 
     samples: list[float] = field(default_factory=list)
     warm_ms: float | None = None
     graphed_ms: float | None = None
     ratios: list[float] = field(default_factory=list)
+    left_out: int = 0
+    others: float | None = None
+
+
+class Others:
+    """What part of the machine's CPU time other processes take, from one call to the next; None where the system does not tell."""
+
+    def __init__(self):
+        self._before = self._read()
+
+    def share(self) -> float | None:
+        before, self._before = self._before, self._read()
+        if before is None or self._before is None:
+            return None
+        busy, own, idle = (after - earlier for after, earlier in zip(self._before, before))
+        return max(0.0, busy - own) / max(busy + idle, 1e-9)
+
+    @staticmethod
+    def _read() -> tuple[float, float, float] | None:
+        """Seconds of CPU time since the machine began: of all processes and of other machines on it; of this process; of nobody."""
+        try:
+            fields = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        except (OSError, ValueError):
+            return None
+        user, nice, system, idle, waiting, interrupts, soft_interrupts, stolen = (ticks / os.sysconf("SC_CLK_TCK") for ticks in fields)
+        return user + nice + system + interrupts + soft_interrupts + stolen, time.process_time(), idle + waiting
 
 
 def quantile(values: list[float], fraction: float) -> float:
@@ -65,38 +98,66 @@ def time_in_turns(
     calls: Mapping[str, Call],
     baseline: str,
     seconds: float,
+    *,
     clock: Callable[[], float] = time.perf_counter,
+    others: Callable[[], float | None] | None = None,
     least_turns: int = 3,
     most_turns: int = 40,
 ) -> dict[str, Timing]:
-    """Times warm calls on a CPU in turns, every other turn in reverse, until the time is spent.
+    """Times warm calls on a CPU in turns, every other turn in reverse.
 
-    Where the halves still disagree by then, it goes on for as long again.
+    It ends when the time is spent, `least_turns` were undisturbed and the halves agree; or when twice the time is spent, or `most_turns`
+    are taken. Where fewer than two were undisturbed, all of them count.
+
+    Args:
+        clock: seconds.
+        others: as `Others.share`; the default is that.
     """
-    timings = {name: Timing() for name in calls}
-    repeats = {name: _repeats(call, clock) for name, call in calls.items()}
+    if not calls:
+        return {}
+    others = others or Others().share
+    repeats = {name: _repeats(call, SHORTEST_TURN_S / len(calls), clock) for name, call in calls.items()}
+    turns: list[dict[str, float]] = []
+    shares: list[float | None] = []
+    others()
     began = clock()
     for turn in range(most_turns):
-        spent = clock() - began
-        if turn >= least_turns and spent >= seconds:
-            differences = [halves_differ(timing.ratios) for name, timing in timings.items() if name != baseline]
-            if spent >= 2 * seconds or all(difference is not None and difference <= STEADY for difference in differences):
-                break
+        samples = {}
         for name in list(calls)[:: -1 if turn % 2 else 1]:
             start = clock()
             for _ in range(repeats[name]):
                 calls[name]()
-            timings[name].samples.append(1e3 * (clock() - start) / repeats[name])
-        for timing in timings.values():
-            if baseline in timings:
-                timing.ratios.append(timings[baseline].samples[-1] / timing.samples[-1])
+            samples[name] = 1e3 * (clock() - start) / repeats[name]
+        turns.append(samples)
+        shares.append(others())
+        spent = clock() - began
+        timings = _timings(turns, shares, baseline)
+        if len(turns) >= least_turns and spent >= 2 * seconds:
+            break
+        if spent >= seconds and all(len(timing.samples) >= least_turns and (timing.others or 0) <= BUSY for timing in timings.values()):
+            differences = [halves_differ(timing.ratios) for name, timing in timings.items() if name != baseline]
+            if all(difference is None or difference <= STEADY for difference in differences):
+                break
     return timings
 
 
-def _repeats(call: Call, clock: Callable[[], float]) -> int:
+def _timings(turns: list[dict[str, float]], shares: list[float | None], baseline: str) -> dict[str, Timing]:
+    undisturbed = [i for i, share in enumerate(shares) if share is None or share <= BUSY]
+    kept = undisturbed if len(undisturbed) > 1 else list(range(len(turns)))
+    known = [shares[i] for i in kept if shares[i] is not None]
+    timings = {}
+    for name in turns[0]:
+        samples = [turns[i][name] for i in kept]
+        ratios = [turns[i][baseline] / turns[i][name] for i in kept] if baseline in turns[0] else []
+        others = statistics.median(known) if known else None
+        timings[name] = Timing(samples, ratios=ratios, left_out=len(turns) - len(kept), others=others)
+    return timings
+
+
+def _repeats(call: Call, seconds: float, clock: Callable[[], float]) -> int:
     began = clock()
     call()
-    return max(1, round(SHORTEST_SAMPLE_S / max(clock() - began, 1e-6)))
+    return max(1, round(seconds / max(clock() - began, 1e-6)))
 
 
 def time_on_gpu(call: Call, seconds: float, *, graph: bool) -> Timing:

@@ -70,6 +70,8 @@ def run(cases: Sequence[Case], device: str, *, seconds: float = 20, memory: bool
 def run_case(case: Case, device: str, ceilings: Ceilings, *, seconds: float, memory: bool) -> list[dict]:
     """A row for each provider of a case."""
     rows = {name: _row(case, name) for name in case.providers}
+    # cases share their code: after eight shapes torch.compile would give up and run it eagerly
+    torch._dynamo.reset()
     with measure.memory_within_reach(device), torch.no_grad():
         try:
             inputs = case.make(device)
@@ -158,6 +160,7 @@ def _fill(row: dict, case: Case, timing: measure.Timing, ceilings: Ceilings) -> 
         row["speedup"] = statistics.median(timing.ratios)
         row["speedup_p20"], row["speedup_p80"] = measure.quantile(timing.ratios, 0.2), measure.quantile(timing.ratios, 0.8)
         row["halves_differ"] = measure.halves_differ(timing.ratios)
+        row["left_out"], row["others"] = timing.left_out, timing.others
     cost = case.cost(row["provider"])
     if cost.bytes:
         row["tflops"], row["gbps"] = cost.flop / median / 1e9, cost.bytes / median / 1e6
@@ -190,6 +193,9 @@ def format_rows(rows: Sequence[dict]) -> str:
         lines.append(
             f"  UNSTEADY: the first and second half of the turns differ in the ratio to {rows[0]['baseline']}: {', '.join(unsteady)}"
         )
+    busy = max((row.get("others") or 0 for row in rows), default=0)
+    if busy > measure.BUSY:
+        lines.append(f"  BUSY: other processes took {busy:.0%} of the machine in every turn: neither times nor ratios hold for a quiet one")
     return "\n".join(lines)
 
 
