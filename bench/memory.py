@@ -3,7 +3,7 @@
     python -m bench memory [--hd] [NAMES]
 
 runs the reference and our forms at their real sizes on fake CUDA tensors, which have shapes and no values, and counts at torch's dispatcher
-(bench.counting). What a forward pass allocates is known to the byte; what libraries allocate for themselves is not seen (`LIBRARIES`).
+(bench.counting). What torch allocates is counted; what libraries allocate for themselves is not seen (`LIBRARIES`).
 """
 
 import functools
