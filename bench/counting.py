@@ -172,7 +172,7 @@ class Count(TorchDispatchMode):
         if not (changed or created) or not self._on_device(inputs + changed + created):
             # a view, or on another device
             return out
-        if cost := self._cost(func, inputs, changed, created):
+        if (cost := self._cost(func, inputs, changed, created)) is not None:
             again = READ_AGAIN[name](*args, **kwargs) if name in READ_AGAIN else []
             self.costs[str(func)] += cost + Cost(_flop(func, args, kwargs, out), _distinct_bytes(self._on_device(again)))
         if launches := self._launches(func, args, kwargs):

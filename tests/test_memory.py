@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import memory, records
 from bench.__main__ import main
+from bench.cases import all_cases
 from bench.counting import Count
 from bench.memory import Prediction
 from mg_fast import convnext
@@ -96,6 +97,24 @@ def test_few_launches(predictions):
         few = by["tower"]["triton"].launches + by["mining"]["triton"].launches + by["projector"]["reference"].launches + 2
         assert few <= 130 == by["tower"]["reference"].launches // 2
         assert few + by["clip"]["triton"].launches <= 350
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="measures a GPU's allocator: no GPU")
+@pytest.mark.parametrize("name, provider", [("mining", "reference"), ("mining", "torch"), ("mining", "triton"), ("tower", "auto")])
+def test_predicted_is_what_a_gpu_allocates(predictions, name, provider):
+    """HD at its real size; what the allocator gives beyond its blocks and cuDNN's workspaces are within the tolerance."""
+    case = all_cases()[f"{name}/1536-hd-b1-bfloat16"]
+    with torch.inference_mode():
+        call = case.providers[provider](case.make("cuda"))
+        # with tables, and the libraries' workspaces
+        call()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+    assert predictions[case.name][provider].peak == pytest.approx(peak, rel=0.05, abs=8 * 2**20)
 
 
 @pytest.fixture(scope="module")
