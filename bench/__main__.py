@@ -44,6 +44,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--within", type=float, default=0.10, help="how far ratios may differ; exit status 1 beyond; default 0.10")
     command.set_defaults(run=_compare)
 
+    command = commands.add_parser("memory", help="memory, bytes, launches and FLOP of the published models, predicted without a GPU")
+    command.add_argument("cases", nargs="*", help="names, shell patterns or groups; default: all")
+    command.add_argument("--hd", action="store_true", help="only those of the HD models")
+    command.add_argument("--check", action="store_true", help="hold them against what is recorded; exit status 1 where they differ")
+    command.add_argument("--save", action="store_true", help="record them, all, in bench/results/predicted.json")
+    command.set_defaults(run=_memory)
+
     # for `run`, whose providers' memory is measured in processes of their own
     command = commands.add_parser("peak")
     command.add_argument("case")
@@ -107,6 +114,12 @@ def _compare(args: argparse.Namespace) -> int:
     table, agree = compare(records.read(args.before), records.read(args.after), args.within)
     print(table)
     return 0 if agree else 1
+
+
+def _memory(args: argparse.Namespace) -> int:
+    from . import memory
+
+    return memory.main(args.cases, hd=args.hd, check=args.check, save=args.save)
 
 
 def _peak(args: argparse.Namespace) -> int:
