@@ -14,7 +14,7 @@ def main(words: list[str] | None = None) -> int:
         return 130
     except Exception as error:
         # what a user can mend is one line; all else is ours, and shows where it happened
-        if type(error).__name__ not in ("UnknownCase", "NoDevice", "BadRecord"):
+        if type(error).__name__ not in ("UnknownCase", "UnknownName", "NoDevice", "BadRecord"):
             raise
         print(f"bench: {error}", file=sys.stderr)
         return 2
@@ -43,6 +43,16 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("after", type=Path)
     command.add_argument("--within", type=float, default=0.10, help="how far ratios may differ; exit status 1 beyond; default 0.10")
     command.set_defaults(run=_compare)
+
+    command = commands.add_parser("roofline", help="from shapes alone: FLOP, bytes and the least time of an answer's stages on a GPU")
+    command.add_argument("--gpu", default="h200", help="a100-40, a100-80, h100, h200, b200, l40s or 4090; default h200")
+    command.add_argument("--model", default="7b", help="2b, 7b, 8b, 13b, 8x7b or 34b, each also as 7b-hd; default 7b")
+    command.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32; default bfloat16")
+    command.add_argument("--text-tokens", type=int, default=64, help="of the prompt, beside the picture's; default 64")
+    command.add_argument("--new-tokens", type=int, default=128, help="of the answer; default 128")
+    command.add_argument("--batch", type=int, default=1, help="answers at once, a picture each; default 1")
+    command.add_argument("--measured", type=Path, help="a document measured on a GPU, or a folder of such: its rates and times beside")
+    command.set_defaults(run=_roofline)
 
     # for `run`, whose providers' memory is measured in processes of their own
     command = commands.add_parser("peak")
@@ -107,6 +117,13 @@ def _compare(args: argparse.Namespace) -> int:
     table, agree = compare(records.read(args.before), records.read(args.after), args.within)
     print(table)
     return 0 if agree else 1
+
+
+def _roofline(args: argparse.Namespace) -> int:
+    from .roofline import Answer, table
+
+    print(table(args.gpu, Answer(args.model, args.dtype, args.batch, args.text_tokens, args.new_tokens), args.measured))
+    return 0
 
 
 def _peak(args: argparse.Namespace) -> int:
