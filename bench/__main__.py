@@ -36,6 +36,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--no-memory", action="store_true", help="leave out peak memory (on a CPU a process per provider)")
     command.add_argument("--out", type=Path, help="keep the document here, as it grows")
     command.add_argument("--save", action="store_true", help="keep every case under bench/results, by device")
+    command.add_argument(
+        "--trace", type=Path, help="measure nothing: run every provider once under torch.profiler, and write a trace for Perfetto here"
+    )
     command.set_defaults(run=_run)
 
     command = commands.add_parser("compare", help="two documents, or folders of them: do their ratios agree?")
@@ -99,6 +102,11 @@ def _run(args: argparse.Namespace) -> int:
         # compiling takes longer than everything else together
         patterns = ["reference", "torch", "triton"]
     cases = [case.only(patterns) for case in cases] if patterns else cases
+    if args.trace:
+        from .trace import trace
+
+        print(json.dumps({**records.environment(), "device": device, "trace": str(args.trace), "cases": trace(cases, device, args.trace)}))
+        return 0
     document = run(cases, device, seconds=args.seconds, memory=not args.no_memory, out=args.out)
     document["command"] = " ".join(["python -m bench", *sys.argv[1:]])
     if args.save:
