@@ -57,6 +57,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--measured", type=Path, help="a document measured on a GPU, or a folder of such: its rates and times beside")
     command.set_defaults(run=_roofline)
 
+    command = commands.add_parser("report", help="tables and a page from bench/results; without an option the tables are printed")
+    command.add_argument("--readme", action="store_true", help="put the tables between the markers of README.md")
+    command.add_argument("--html", type=Path, metavar="FILE", help="write one self-contained page of pictures")
+    command.add_argument("--check", action="store_true", help="write nothing; exit status 1 where README.md is not what the records give")
+    command.set_defaults(run=_report)
+
     # for `run`, whose providers' memory is measured in processes of their own
     command = commands.add_parser("peak")
     command.add_argument("case")
@@ -132,6 +138,14 @@ def _roofline(args: argparse.Namespace) -> int:
 
     print(table(args.gpu, Answer(args.model, args.dtype, args.batch, args.text_tokens, args.new_tokens), args.measured))
     return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from .report import report
+
+    told = report(readme=args.readme, check=args.check, html=args.html)
+    print("\n".join(told), file=sys.stderr if args.check else sys.stdout, end="\n" if told else "")
+    return int(args.check and bool(told))
 
 
 def _peak(args: argparse.Namespace) -> int:
