@@ -1,6 +1,7 @@
 """Tables of the README and a page of pictures, from what is kept under bench/results."""
 
 import re
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def picture_table(found: Kept) -> str:
     notes = (
         "Medians; stages from a run of their own; memory is the peak above inputs and weights; random weights, whose values change no work."
     )
-    return "\n".join([*lines, "", notes + _gpu_note(found), *conditions(found, used)])
+    return "\n".join([*lines, "", _wrapped(notes + _gpu_note(found)), *conditions(found, used)])
 
 
 def mining_table(found: Kept) -> str:
@@ -97,7 +98,7 @@ def mining_table(found: Kept) -> str:
         name = {"reference": "`reference`: the original's steps", "torch": "`torch` backend"}.get(provider, provider)
         lines.append(f"| {name} | " + " | ".join(figure(row_of(found, device, case, provider)) for device, case in columns) + " |")
     notes = "Medians; the ratio is to the original's steps, its median over the turns; memory is the peak above inputs and weights."
-    return "\n".join([*lines, "", notes + _gpu_note(found), *conditions(found, columns)])
+    return "\n".join([*lines, "", _wrapped(notes + _gpu_note(found)), *conditions(found, columns)])
 
 
 TABLES = {"picture": picture_table, "mining": mining_table}
@@ -123,15 +124,21 @@ def figure(row: Mapping | None) -> str:
     parts = [duration(row["median_ms"])]
     if row["peak_mib"] is not None:
         parts.append(f"{row['peak_mib']:.0f} MiB")
-    text = ", ".join(parts)
-    remarks = []
-    if row["provider"] != row.get("baseline", "reference") and row.get("speedup"):
-        remarks.append(ratio(row["speedup"]))
+    notes = [ratio(row["speedup"])] if row["provider"] != row.get("baseline", "reference") and row.get("speedup") else []
+    notes += [_cell(remark) for remark in remarks(row)]
+    return ", ".join(parts) + (f" ({'; '.join(notes)})" if notes else "")
+
+
+def remarks(row: Mapping) -> list[str]:
+    """What a figure must not be read without."""
+    told = []
     if row["ok"] is None:
-        remarks.append(_cell(row["why"] or "accuracy unknown"))
+        told.append(row["why"] or "accuracy unknown")
     if (row.get("halves_differ") or 0) > measure.STEADY:
-        remarks.append(f"unsteady: halves of the turns differ by {row['halves_differ']:.0%}")
-    return text + (f" ({'; '.join(remarks)})" if remarks else "")
+        told.append(f"unsteady: halves of the turns differ by {row['halves_differ']:.0%}")
+    if (row.get("others") or 0) > measure.BUSY:
+        told.append(f"busy: other processes took {row['others']:.0%} of the machine")
+    return told
 
 
 def ratio(speedup: float) -> str:
@@ -154,6 +161,10 @@ def _cell(text: str) -> str:
     return text.replace("|", "/").replace("\n", " ")
 
 
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 140, subsequent_indent="  " * text.startswith("- "), break_long_words=False, break_on_hyphens=False)
+
+
 def _gpu_note(found: Kept) -> str:
     return "" if gpus(found) else f" On a GPU: {NOT_YET}."
 
@@ -164,7 +175,7 @@ def conditions(found: Kept, used: list[tuple[str, str]]) -> list[str]:
     for device, case in used:
         if document := found.get(device, {}).get(case):
             lines.setdefault(condition(document), []).append(case)
-    return ["", *(f"- `{'`, `'.join(cases)}`: {line}" for line, cases in lines.items())] if lines else []
+    return ["", *(_wrapped(f"- `{'`, `'.join(cases)}`: {line}") for line, cases in lines.items())] if lines else []
 
 
 def condition(document: Mapping) -> str:
@@ -178,6 +189,8 @@ def condition(document: Mapping) -> str:
     if turns:
         several = f" to {turns[-1]}" if len(turns) > 1 else ""
         told.append(f"{turns[0]}{several} {'samples' if document.get('device') == 'cuda' else 'turns'}")
+    if left_out := max((row.get("left_out") or 0 for row in document["cases"]), default=0):
+        told.append(f"{left_out} disturbed ones left out")
     told += [f"load {document['load']}" if document.get("load") is not None else None]
     told += [f"`{document['command']}`" if document.get("command") else None]
     return ", ".join(part for part in told if part) + "."

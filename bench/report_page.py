@@ -13,15 +13,17 @@ from pathlib import Path
 
 import torch
 
-from . import accounting, measure, memory_curve, roofline
+from . import accounting, memory_curve, roofline
 from .registry import Ceilings
-from .report import NOT_YET, Kept, condition, duration, gpus, is_measured, shown
+from .report import NOT_YET, Kept, condition, duration, gpus, is_measured, remarks, shown
 from .roofline import GPUS, Answer
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 # what rooflines and waterfalls are drawn for where nothing was measured
 MODELS = ("7b", "7b-hd")
 WATERFALL_GPU = "h200"
+# cases of a whole stage or more; the others are single kernels and stress shapes
+STAGE_GROUPS = ("mining", "tower", "clip", "preprocess", "projector", "picture", "end-to-end")
 # the last stage before the answer begins, as the meter calls it
 FIRST_TOKEN = "prefill to first token"
 # sizes of cards, 1e9 bytes
@@ -123,7 +125,7 @@ def _settings(documents: Iterable[Mapping]) -> list[str]:
 
 
 def _speedups(found: Kept) -> str:
-    if not any(is_measured(row) for cases in found.values() for document in cases.values() for row in document["cases"]):
+    if not any(shown(row) for cases in found.values() for document in cases.values() for row in document["cases"]):
         return f'<p class="empty">Speedups are {NOT_YET}: <code>python -m bench run --save</code> keeps what it measures.</p>'
     keys = _bar_key("b-ours", "mg_fast") + _bar_key("b-plain", "other forms") + _bar_key("b-slower", "slower than the original's steps")
     parts = [
@@ -134,8 +136,11 @@ def _speedups(found: Kept) -> str:
         parts.append(f"<h3>{escape(_device(device))}</h3>")
         ratios = [row["speedup"] for document in cases.values() for row in document["cases"] if is_measured(row) and row["speedup"]]
         axis = Axis(min(0.5, *(0.9 * r for r in ratios)), max(2.0, *(1.1 * r for r in ratios))) if ratios else Axis(0.5, 2)
-        for name, document in cases.items():
-            parts.append(_case(name, document, axis))
+        for group in dict.fromkeys(name.split("/")[0] for name in cases):
+            drawn = [_case(name, document, axis) for name, document in cases.items() if name.split("/")[0] == group]
+            # single kernels and stress shapes are many, and not what is asked for first
+            opened = " open" if group in STAGE_GROUPS else ""
+            parts.append(f"<details{opened}><summary>{escape(group)}</summary>{''.join(drawn)}</details>")
     return "\n".join(parts)
 
 
@@ -177,12 +182,8 @@ def _bar(row: Mapping, axis: Axis, grid: str) -> str:
     if row.get("speedup_p20") and not base:
         bar += _line("spread", axis(row["speedup_p20"]), 50, axis(row["speedup_p80"]), 50)
     text = "" if base else f"<b>{speedup:.2f}x</b> " if speedup >= 0.995 else f'<b class="slower">{speedup:.2f}x slower</b> '
-    remarks = []
-    if row["ok"] is None:
-        remarks.append(row["why"] or "accuracy unknown")
-    if (row.get("halves_differ") or 0) > measure.STEADY:
-        remarks.append(f"unsteady by {row['halves_differ']:.0%}")
-    remark = f'<br><span class="quiet">{escape("; ".join(remarks))}</span>' if remarks else ""
+    notes = remarks(row)
+    remark = f'<br><span class="quiet">{escape("; ".join(notes))}</span>' if notes else ""
     title = f"<title>{escape(row['provider'])}: {speedup:.2f}x, {escape(', '.join(told))}</title>"
     return (
         f'<div class="row">{name}<svg role="img">{title}{grid}{bar}</svg>'
@@ -215,7 +216,14 @@ def _rooflines(found: Kept) -> str:
             continue
         ceilings = roofline.recorded_ceilings(document)
         drawn.add(device)
-        points = [point for case in cases.values() for point in _points(case["cases"])]
+        # one dtype and one picture, or there would be more points than a reader can tell apart
+        ending = "-b1-float32" if device == "cpu" else "-b1-bfloat16"
+        points = [
+            p
+            for name, case in cases.items()
+            if name.endswith(ending) and name.split("/")[0] in STAGE_GROUPS
+            for p in _points(case["cases"])
+        ]
         plots.append(_roofline(_device(device), ceilings, "ceilings measured with the cases", points))
     for gpu in GPUS.values():
         if gpu.name.lower().replace(" ", "-") in drawn:
