@@ -136,8 +136,6 @@ def remarks(row: Mapping) -> list[str]:
         told.append(row["why"] or "accuracy unknown")
     if (row.get("halves_differ") or 0) > measure.STEADY:
         told.append(f"unsteady: halves of the turns differ by {row['halves_differ']:.0%}")
-    if (row.get("others") or 0) > measure.BUSY:
-        told.append(f"busy: other processes took {row['others']:.0%} of the machine")
     return told
 
 
@@ -178,6 +176,12 @@ def conditions(found: Kept, used: list[tuple[str, str]]) -> list[str]:
     return ["", *(_wrapped(f"- `{'`, `'.join(cases)}`: {line}") for line, cases in lines.items())] if lines else []
 
 
+def busy(document: Mapping) -> str | None:
+    """A sentence where other processes took part in every turn."""
+    share = max((row.get("others") or 0 for row in document["cases"]), default=0)
+    return f"BUSY: other processes took {share:.0%} of the machine in every turn" if share > measure.BUSY else None
+
+
 def condition(document: Mapping) -> str:
     """Machine, stack, date, load and the command of a document, in one line."""
     if document.get("device") == "cuda":
@@ -191,6 +195,8 @@ def condition(document: Mapping) -> str:
         told.append(f"{turns[0]}{several} {'samples' if document.get('device') == 'cuda' else 'turns'}")
     if left_out := max((row.get("left_out") or 0 for row in document["cases"]), default=0):
         told.append(f"{left_out} disturbed ones left out")
+    if disturbed := busy(document):
+        told.append(disturbed)
     told += [f"load {document['load']}" if document.get("load") is not None else None]
     told += [f"`{document['command']}`" if document.get("command") else None]
     return ", ".join(part for part in told if part) + "."

@@ -15,7 +15,7 @@ import torch
 
 from . import accounting, memory_curve, roofline
 from .registry import Ceilings
-from .report import NOT_YET, Kept, condition, duration, gpus, is_measured, remarks, shown
+from .report import NOT_YET, Kept, busy, condition, duration, gpus, is_measured, remarks, shown
 from .roofline import GPUS, Answer
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -134,7 +134,8 @@ def _speedups(found: Kept) -> str:
     ]
     for device, cases in found.items():
         parts.append(f"<h3>{escape(_device(device))}</h3>")
-        ratios = [row["speedup"] for document in cases.values() for row in document["cases"] if is_measured(row) and row["speedup"]]
+        compared = [row for document in cases.values() for row in document["cases"] if is_measured(row) and row["speedup"]]
+        ratios = [row.get(key) or row["speedup"] for row in compared for key in ("speedup", "speedup_p20", "speedup_p80")]
         axis = Axis(min(0.5, *(0.9 * r for r in ratios)), max(2.0, *(1.1 * r for r in ratios))) if ratios else Axis(0.5, 2)
         for group in dict.fromkeys(name.split("/")[0] for name in cases):
             drawn = [_case(name, document, axis) for name, document in cases.items() if name.split("/")[0] == group]
@@ -150,6 +151,8 @@ def _case(name: str, document: Mapping, axis: Axis) -> str:
     grid = "".join(_line("one" if tick == 1 else "grid", axis(tick), 0, axis(tick), 100) for tick in ticks)
     labels = "".join(_text(axis(tick), 100, f"{tick:g}x", dy=-4, anchor=_anchor(axis(tick))) for tick in ticks)
     lines = [f"<h4>{escape(name)}</h4>"]
+    if disturbed := busy(document):
+        lines.append(f'<p class="quiet">{escape(disturbed)}: neither times nor ratios hold for a quiet one.</p>')
     if rows:
         lines.append(
             f'<div class="row axis"><span class="name"></span><svg aria-hidden="true">{labels}</svg><span class="value"></span></div>'
