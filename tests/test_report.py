@@ -115,13 +115,16 @@ def test_nothing_recorded():
 
 
 def test_what_a_figure_must_not_be_read_without():
-    row = bench_documents.row(
-        "mining/x", "torch", None, "accuracy unknown: out of memory", 1500.0, None, 3.0, halves_differ=0.3, others=0.4
-    )
-    assert report.figure(row) == (
-        "1.50 s (3.0 times; accuracy unknown: out of memory; unsteady: halves of the turns differ by 30%; "
-        "busy: other processes took 40% of the machine)"
-    )
+    row = bench_documents.row("mining/x", "torch", None, "accuracy unknown: out of memory", 1500.0, None, 3.0, halves_differ=0.3)
+    assert report.figure(row) == "1.50 s (3.0 times; accuracy unknown: out of memory; unsteady: halves of the turns differ by 30%)"
+
+
+def test_a_busy_machine_is_told():
+    document = bench_documents.document([bench_documents.row("mining/768-b1-float32", "reference", others=0.4, left_out=2)])
+    found = {"cpu": {"mining/768-b1-float32": document}}
+    told = " ".join(report.mining_table(found).split())
+    assert "7 turns, 2 disturbed ones left out, BUSY: other processes took 40% of the machine in every turn" in told
+    assert "BUSY: other processes took 40%" in page(found)
 
 
 def test_a_record_of_no_benchmark(results):
