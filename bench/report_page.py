@@ -6,14 +6,14 @@ knows light and dark.
 
 import math
 import string
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
 import torch
 
-from . import accounting, memory_curve, roofline
+from . import memory_curve, roofline
 from .registry import Ceilings
 from .report import NOT_YET, Kept, busy, condition, duration, gpus, is_measured, remarks, shown
 from .roofline import GPUS, Answer
@@ -327,22 +327,17 @@ def _drawn(parts: Sequence[str]) -> str:
 def _memory(found: Kept) -> str:
     keys = _line_key("l-plain", "the original's steps, by formula") + _line_key("l-ours", "mg_fast by its kernel, by formula")
     dots = _dot_key("b-plain", "measured, the original's steps") + _dot_key("b-ours", "measured, mg_fast")
-    weights = Answer(MODELS[0]).weight_bytes
+    weights, packed = Answer(MODELS[0]).weight_bytes, memory_curve.packed_bytes(torch.bfloat16)
     plots = []
     for batch in (1, 8):
-        title = f"A 7B model in bfloat16 while it mines {'one picture' if batch == 1 else f'{batch} pictures at once'}"
-
-        def total(peak: Callable[[accounting.Sizes], int], side: int, batch: int = batch) -> float:
-            sizes = memory_curve.sizes_at(side, torch.bfloat16, batch)
-            return (weights + memory_curve.map_bytes(sizes) + peak(sizes)) / 1e9
-
+        title = f"A 7B model in bfloat16 with {'one picture' if batch == 1 else f'{batch} pictures at once'}"
+        sizes = {side: memory_curve.sizes_at(side, torch.bfloat16, batch) for side in memory_curve.SIDES}
         series = {
-            "l-plain": [(side, total(memory_curve.reference_peak, side)) for side in memory_curve.SIDES],
-            "l-ours": [(side, total(memory_curve.kernel_peak, side)) for side in memory_curve.SIDES],
+            "l-plain": [(side, (weights + memory_curve.reference_picture_peak(of)) / 1e9) for side, of in sizes.items()],
+            "l-ours": [(side, (weights + packed + memory_curve.kernel_picture_peak(of)) / 1e9) for side, of in sizes.items()],
         }
-        plots.append(
-            _size_plot(title, "weights, stage maps and the peak of mining; no KV cache", series, [], Axis(0, 1, False), _fits(series))
-        )
+        note = "weights, packed copies, and the peak on the pictures' way to tokens; no KV cache"
+        plots.append(_size_plot(title, note, series, [], Axis(0, 1, False), _fits(series)))
     for device, dtype in [("cpu", torch.float32), *((device, torch.bfloat16) for device in gpus(found))]:
         points = _peaks(found, device, str(dtype).removeprefix("torch."))
         series = {
@@ -358,7 +353,8 @@ def _memory(found: Kept) -> str:
         plots.append(_size_plot(title, note, series, points, Axis(0.01, 60), ""))
     lead = (
         "Side of the picture in pixels. Up to 768 one view; beyond it cells of at most 768 pixels and the global view, as in HD. "
-        "Where the line of the original's steps crosses that of a card, it no longer fits there."
+        "Where a line crosses that of a card, it no longer fits there; "
+        "what the driver and libraries take for themselves comes on top."
     )
     return f'<p>{keys}{dots}</p><p class="quiet">{lead}</p><div class="plots">{"".join(plots)}</div>'
 
