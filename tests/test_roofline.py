@@ -165,6 +165,8 @@ def test_beside_measurements(tmp_path, capsys):
         row | {"name": "mining/1536-hd-b1-bfloat16", "provider": name, "ok": ok, "median_ms": ms}
         for name, ok, ms in (("reference", True, 9.0), ("torch", True, 0.5), ("triton", False, 0.1))
     ]
+    answer = {"name": "end-to-end/7b-hd-first-token-b1-bfloat16", "provider": "auto", "ok": True, "median_ms": 80.0}
+    rows.append(row | answer | {"stages": [{"name": "HR tower", "ms": 5.0}, {"name": "prefill to first token", "ms": 71.5}]})
     document = {"device": "cuda", "gpu": "NVIDIA H200", "ceilings": {"copy_gbps": 4000, "matmul_tflops": {"bfloat16": 700}}, "cases": rows}
     (tmp_path / "all.json").write_text(json.dumps(document))
     assert main(["roofline", "--model", "7b-hd", "--measured", str(tmp_path)]) == 0
@@ -172,6 +174,8 @@ def test_beside_measurements(tmp_path, capsys):
     assert "measured on NVIDIA H200: 4.00 TB/s, 700 TFLOP/s" in out
     # the fastest of the right ones
     assert "0.500 torch" in out and "triton" not in out
+    # what has no case of its own, from a whole answer
+    assert "71.500 auto" in out and "5.000" not in out
     assert main(["roofline", "--dtype", "float32", "--measured", str(tmp_path)]) == 2
     (tmp_path / "all.json").write_text(json.dumps(document | {"device": "cpu"}))
     assert main(["roofline", "--measured", str(tmp_path)]) == 2
