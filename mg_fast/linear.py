@@ -1,4 +1,8 @@
-"""Linear layers by the library that is faster, and those of a ConvNeXt block: the `torch` backend of `ops.pointwise`."""
+"""Linear layers by the library that is faster, and those of a ConvNeXt block: the `torch` backend of `ops.pointwise`.
+
+On CPUs oneDNN's float32 products are faster than those of F.linear, and their rounding errors larger: each sums over all of its terms one
+after the other, or in few blocks. They are used as far as the accuracy rule allows.
+"""
 
 import math
 
@@ -7,33 +11,62 @@ import torch.nn.functional as F
 
 # from which the convolution is faster; in float16 it has not been seen to be
 _FEWEST_ROWS = {torch.float32: 512, torch.bfloat16: 1024}
+_FEWEST_WEIGHTS = 2**17
+# that a float32 convolution, and a float32 product with GELU, may sum up. In bfloat16 the result's own rounding is far larger
+_MOST_TERMS = {"convolution": 512, "gelu": 1024}
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """F.linear, by the library that is faster: on CPUs, from some size on, oneDNN's 1x1 convolution."""
+    """F.linear, by the library that is faster: on CPUs, from some size on, oneDNN's 1x1 convolution, in float32 over few terms at once."""
     rows = x.numel() // max(x.shape[-1], 1)
-    if x.device.type != "cpu" or weight.numel() < 2**17 or rows < _FEWEST_ROWS.get(x.dtype, math.inf):
+    if x.device.type != "cpu" or weight.numel() < _FEWEST_WEIGHTS or rows < _FEWEST_ROWS.get(x.dtype, math.inf):
         return F.linear(x, weight, bias)
     pixels = x.reshape(1, rows, 1, x.shape[-1]).permute(0, 3, 1, 2)
-    return F.conv2d(pixels, weight[:, :, None, None], bias).permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
+    parts = -(-x.shape[-1] // _MOST_TERMS["convolution"]) if x.dtype == torch.float32 else 1
+    out = None
+    for part, taken in zip(pixels.chunk(parts, 1), weight[:, :, None, None].chunk(parts, 1)):
+        out = F.conv2d(part, taken, bias) if out is None else out.add_(F.conv2d(part, taken))
+    return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
 
 
 def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """gelu(x W^T + b): the library's product with its bias, and one pass in place."""
+    """gelu(x W^T + b): on CPUs oneDNN's product with both, else the library's with its bias, and one pass in place."""
+    if _has_epilogue(x, weight, bias) and x.shape[-1] <= _MOST_TERMS["gelu"]:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "none")
     y = linear(x, weight, bias)
     # whose gradient needs what it would overwrite
     return F.gelu(y) if y.requires_grad else torch.ops.aten.gelu_(y)
 
 
 def linear_residual(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """r + x W^T + b: the library's product with its bias, and one pass in place.
+    """r + x W^T + b: on CPUs oneDNN's product with both, else the library's with its bias, and one pass in place.
 
     addmm with the residual in the bias's place would copy it first, and leaves the bias to a pass of its own.
     """
+    if _has_epilogue(x, weight, bias, residual):
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
     y = linear(x, weight, bias)
     return y.add_(residual) if y.dtype == torch.promote_types(y.dtype, residual.dtype) else y + residual
 
 
 def linear_residual_(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     """The same into the residual."""
+    if _has_epilogue(x, weight, bias, residual):
+        return residual.copy_(torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add"))
     return residual.add_(linear(x, weight, bias))
+
+
+def _has_epilogue(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor) -> bool:
+    """Whether oneDNN's products that end in more than a bias take these. They are what torch.compile calls, and have no gradients."""
+    if torch.compiler.is_compiling():
+        return False
+    tensors = (x, weight, *others)
+    return (
+        torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+        and x.dim() > 1
+        and x.numel() > 0
+        and weight.numel() >= _FEWEST_WEIGHTS
+        and all(t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+    )

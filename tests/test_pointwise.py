@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from mg_fast import BackendError, backend, ops, reference
+from mg_fast.linear import linear
 from tests.tolerances import assert_accurate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -56,6 +57,25 @@ def test_accuracy(operation, shape, dtype):
         exact = oracle(operation, *inputs)
         assert ours.dtype == dtype and ours.shape == exact.shape
         assert_accurate(ours, plain(operation, *inputs), exact)
+
+
+@pytest.mark.parametrize("channels", [192, 384, 768, 1536])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_accuracy_of_the_published_sizes(operation, channels):
+    """With two threads, as with one torch does not take oneDNN's convolutions, whose errors grow with the number of terms."""
+    outputs, terms = (4 * channels, channels) if operation == "linear_gelu" else (channels, 4 * channels)
+    inputs = make(operation, 600, outputs, terms)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with torch.no_grad():
+            exact, simple = oracle(operation, *inputs), plain(operation, *inputs)
+            assert_accurate(getattr(ops, operation)(*inputs, backend="torch"), simple, exact)
+            assert_accurate(linear(*inputs[:3]), F.linear(*inputs[:3]), F.linear(*(t.double() for t in inputs[:3])))
+            if operation == "linear_residual":
+                assert_accurate(ops.linear_residual_(*inputs[:3], inputs[3].clone(), backend="torch"), simple, exact)
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
