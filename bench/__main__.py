@@ -44,6 +44,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--within", type=float, default=0.10, help="how far ratios may differ; exit status 1 beyond; default 0.10")
     command.set_defaults(run=_compare)
 
+    command = commands.add_parser("tune", help="times tiles of the kernels on the GPU at hand; prints entries of configs.py to review")
+    command.add_argument("kernels", nargs="*", metavar="KERNEL", help="patch_mining, dwconv_norm, pointwise, dual_resize; default: all")
+    command.add_argument("--seconds", type=float, default=60, help="for all of it; default 60")
+    command.add_argument("--best", type=int, default=3, help="how many tiles of each entry to print; default 3")
+    command.set_defaults(run=_tune)
+
     # for `run`, whose providers' memory is measured in processes of their own
     command = commands.add_parser("peak")
     command.add_argument("case")
@@ -79,15 +85,14 @@ def _list(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> int:
     from . import records
     from .cases import all_cases
-    from .registry import choose
+    from .registry import QUICK_PROVIDERS, choose
     from .run import run
 
     device = _device(args)
     cases = choose(all_cases(), args.cases, device, quick=args.quick)
     patterns = args.providers
     if args.quick and not patterns:
-        # compiling takes longer than everything else together
-        patterns = ["reference", "torch", "triton"]
+        patterns = QUICK_PROVIDERS
     cases = [case.only(patterns) for case in cases] if patterns else cases
     document = run(cases, device, seconds=args.seconds, memory=not args.no_memory, out=args.out)
     document["command"] = " ".join(["python -m bench", *sys.argv[1:]])
@@ -107,6 +112,13 @@ def _compare(args: argparse.Namespace) -> int:
     table, agree = compare(records.read(args.before), records.read(args.after), args.within)
     print(table)
     return 0 if agree else 1
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from .tune import tune
+
+    print(tune(args.kernels, args.seconds, best=args.best))
+    return 0
 
 
 def _peak(args: argparse.Namespace) -> int:

@@ -23,6 +23,8 @@ Outputs = torch.Tensor | Sequence[torch.Tensor]
 Call = Callable[[], Outputs]
 
 DTYPES = ("float32", "bfloat16", "float16")
+# of a quick run: compiling takes longer than everything else together
+QUICK_PROVIDERS = ("reference", "torch", "triton")
 
 
 class NotHere(Exception):

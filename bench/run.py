@@ -74,7 +74,7 @@ def run(cases: Sequence[Case], device: str, *, seconds: float = 20, memory: bool
 
 def run_case(case: Case, device: str, ceilings: Ceilings, *, seconds: float, memory: bool) -> list[dict]:
     """A row for each provider of a case."""
-    rows = {name: _row(case, name) for name in case.providers}
+    rows = {name: empty_row(case, name) for name in case.providers}
     # cases share their code: after eight shapes torch.compile would give up and run it eagerly
     torch._dynamo.reset()
     with measure.memory_within_reach(device), torch.no_grad():
@@ -83,7 +83,7 @@ def run_case(case: Case, device: str, ceilings: Ceilings, *, seconds: float, mem
         except (RuntimeError, MemoryError) as error:
             why = _why(error)
             return [row | {"ok": False, "why": f"inputs: {why}"} for row in rows.values()]
-        calls = _check(case, inputs, device, rows)
+        calls = check(case, inputs, device, rows)
         if case.clocked:
             timings = measure.time_in_turns(calls, case.baseline, seconds / 10 * len(calls) if device == "cuda" else seconds, clocked=True)
         elif device == "cuda":
@@ -109,13 +109,18 @@ def run_case(case: Case, device: str, ceilings: Ceilings, *, seconds: float, mem
     return list(rows.values())
 
 
-def _row(case: Case, provider: str) -> dict:
+def empty_row(case: Case, provider: str) -> dict:
+    """A provider's row before anything was measured."""
     unmeasured = ("median_ms", "p20_ms", "p80_ms", "warm_ms", "graphed_ms", "first_call_ms", "peak_mib", "speedup", "relative_error")
     return {"name": case.name, "provider": provider, "baseline": case.baseline, "ok": None, "why": None} | dict.fromkeys(unmeasured)
 
 
-def _check(case: Case, inputs: object, device: str, rows: dict[str, dict]) -> dict[str, Call]:
-    """Calls each provider once and holds what it returns against the exact result; the calls that are right are returned, warm."""
+def check(case: Case, inputs: object, device: str, rows: dict[str, dict]) -> dict[str, Call]:
+    """Calls each provider once and holds what it returns against the exact result; the calls that are right are returned, warm.
+
+    Args:
+        rows: by provider, as of `empty_row`; filled with what was found.
+    """
     calls, plain = {}, None
     exact, unknown = None, None
     try:

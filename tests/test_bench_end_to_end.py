@@ -4,17 +4,29 @@ import math
 
 import pytest
 import torch
+from PIL import Image
 
 from bench import measure, run
 from bench.cases import all_cases, end_to_end
 from bench.registry import Ceilings, NotHere
+from tests.paths import OWN_GOLDEN
 
 TINY = next(size for size in end_to_end.SIZES if size.size == "tiny")
 CEILINGS = Ceilings(1.0, {})
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    """A small picture, short answers, few of them."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(end_to_end, "picture", lambda: Image.open(OWN_GOLDEN / "photo.png").convert("RGB"))
+        patched.setattr(end_to_end, "ANSWER", 6)
+        patched.setattr(end_to_end, "SERVED", 1)
+        yield
+
+
 @pytest.fixture(scope="module")
-def shared():
+def shared(small):
     yield end_to_end.session(TINY, "cpu")
     end_to_end.release()
 
