@@ -50,6 +50,19 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--best", type=int, default=3, help="how many tiles of each entry to print; default 3")
     command.set_defaults(run=_tune)
 
+    command = commands.add_parser("gpu", help="everything that a borrowed GPU should tell, within a time, into at most 8 files")
+    command.add_argument("--out", type=Path, help="the folder")
+    command.add_argument("--minutes", type=float, default=9, help="for all of it; default 9")
+    command.add_argument("--device", default="cuda", help="cpu or cuda; default cuda")
+    command.add_argument("--plan", choices=("full", "tiny"), default="full", help="tiny: half a minute on a CPU, to try it out")
+    command.add_argument("--dry-run", action="store_true", help="print the steps and their limits, and run none")
+    command.set_defaults(run=_gpu, parser=command)
+
+    command = commands.add_parser("ceilings", help="the machine, and what a copy and large matrix products reach on it")
+    command.add_argument("--device", help="cpu or cuda; default: a GPU where there is one")
+    command.add_argument("--out", type=Path, help="keep the document here")
+    command.set_defaults(run=_ceilings)
+
     # for `run`, whose providers' memory is measured in processes of their own
     command = commands.add_parser("peak")
     command.add_argument("case")
@@ -118,6 +131,21 @@ def _tune(args: argparse.Namespace) -> int:
     from .tune import tune
 
     print(tune(args.kernels, args.seconds, best=args.best))
+    return 0
+
+
+def _gpu(args: argparse.Namespace) -> int:
+    from .gpu import gpu
+
+    if args.out is None and not args.dry_run:
+        args.parser.error("expected --out DIR, or --dry-run")
+    return gpu(args.out, args.minutes, device=args.device, plan=args.plan, dry=args.dry_run)
+
+
+def _ceilings(args: argparse.Namespace) -> int:
+    from .run import run
+
+    print(json.dumps(run([], _device(args), out=args.out)))
     return 0
 
 
