@@ -422,16 +422,18 @@ def tune(kernels: Sequence[str], seconds: float, *, best: int = 3, device: str =
     began = time.monotonic()
     major, minor = torch.cuda.get_device_capability()
     architecture = 10 * major + minor
-    compiled = compile_candidates(chosen, architecture, COMPILING * seconds)
-    results = []
-    for i, (kernel, key) in enumerate(chosen):
-        left = seconds - (time.monotonic() - began)
-        share = max(0.0, left) / (len(chosen) - i)
-        print(f"{kernel} {key!r}: {len(compiled[kernel, key])} candidates compiled, {share:.1f} s ...", file=sys.stderr, flush=True)
-        tiles = list(dict.fromkeys([tile_of(kernel, architecture, key), *compiled[kernel, key]]))
-        with torch.no_grad():
-            results.append(tune_entry(kernel, key, tiles, architecture, share, device=device, time_call=_milliseconds))
-        torch.cuda.empty_cache()
+    results: list[Result] = []
+    try:
+        compiled = compile_candidates(chosen, architecture, COMPILING * seconds)
+        for i, (kernel, key) in enumerate(chosen):
+            share = max(0.0, seconds - (time.monotonic() - began)) / (len(chosen) - i)
+            print(f"{kernel} {key!r}: {len(compiled[kernel, key])} candidates compiled, {share:.1f} s ...", file=sys.stderr, flush=True)
+            tiles = list(dict.fromkeys([tile_of(kernel, architecture, key), *compiled[kernel, key]]))
+            with torch.no_grad():
+                results.append(tune_entry(kernel, key, tiles, architecture, share, device=device, time_call=_milliseconds))
+            torch.cuda.empty_cache()
+    except KeyboardInterrupt:
+        print("interrupted: what was found so far is printed", file=sys.stderr)
     where = records.environment()
     head = [
         f"# {where['gpu']} (sm_{architecture}), {where['date']}, commit {where['commit']}",

@@ -159,3 +159,11 @@ def test_a_queue_is_that_of_the_formula():
 def test_arrivals_are_the_same_for_all():
     assert end_to_end.first_tokens([(0.1, 0.5)], 1.0, 20) == end_to_end.first_tokens([(0.1, 0.5)], 1.0, 20)
     assert min(end_to_end.first_tokens([(0.1, 2.0)], 1.0, 200)[-20:]) > 10, "more than can be served piles up"
+
+
+def test_clocked_calls_give_their_own_times():
+    """A turn's ratio is that of its medians, and every sample counts."""
+    calls = {"reference": lambda: (None, [2.0, 9.0, 3.0]), "ours": lambda: (None, [1.0])}
+    timings = measure.time_in_turns(calls, "reference", 0.0, least_turns=3, most_turns=3, clocked=True)
+    assert timings["ours"].ratios == [3.0] * 3 and timings["reference"].ratios == [1.0] * 3
+    assert timings["reference"].samples == [2.0, 9.0, 3.0] * 3

@@ -134,6 +134,26 @@ def test_no_time_to_compile():
     assert tune.compile_candidates([entry], 90, seconds=0) == {entry: []}
 
 
+def test_an_interrupt_prints_what_was_found(monkeypatch):
+    """On a GPU that is pretended: the second entry is interrupted."""
+    first = tune_fake(lambda x: 2 * x, [TODAY, FASTER])
+    answers = iter([first])
+
+    def tune_entry(*_, **__):
+        try:
+            return next(answers)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr(tune, "tune_entry", tune_entry)
+    monkeypatch.setattr(tune, "check_device", lambda device: device)
+    monkeypatch.setattr(tune, "compile_candidates", lambda chosen, *_: {entry: [] for entry in chosen})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    found: dict = {}
+    exec(tune.tune(["dual_resize"], 1.0), vars(configs) | {}, found)
+    assert found == {"DUAL_RESIZE": {90: {"columns": FASTER}}}
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_bad_input_is_one_line(capsys):
     for words, said in ((["tune"], "a GPU was asked for"), (["tune", "nonsense"], "no kernel is called 'nonsense'")):
