@@ -1,6 +1,7 @@
 """The benchmark's end-to-end cases, at toy size: what is measured, that it is checked, and that one model serves all cases of a size."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -167,3 +168,13 @@ def test_clocked_calls_give_their_own_times():
     timings = measure.time_in_turns(calls, "reference", 0.0, least_turns=3, most_turns=3, clocked=True)
     assert timings["ours"].ratios == [3.0] * 3 and timings["reference"].ratios == [1.0] * 3
     assert timings["reference"].samples == [2.0, 9.0, 3.0] * 3
+
+
+def test_a_size_is_freed_before_the_next_one(small):
+    """Beside a model of 34B there is no room for another."""
+    end_to_end.release()
+    model = weakref.ref(end_to_end.session(TINY, "cpu").model)
+    all_cases()["end-to-end/tiny-first-token-b1-float32"].providers["auto"](end_to_end.session(TINY, "cpu"))()
+    assert model() is not None
+    end_to_end.release()
+    assert model() is None

@@ -11,6 +11,7 @@ tokens, whose logits are held against those of the same weights in a wider dtype
 
 import contextlib
 import copy
+import gc
 import random
 import statistics
 import tempfile
@@ -192,6 +193,8 @@ _kept: dict[tuple, Session | tempfile.TemporaryDirectory] = {}
 def release() -> None:
     """Frees what was shared by the cases of one size."""
     _kept.clear()
+    # a pipeline and its own conversation hold each other
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
