@@ -91,7 +91,7 @@ def _list(args: argparse.Namespace) -> int:
     # what is there on either device, unless one is asked for
     cases = choose(all_cases(), args.cases or ([] if args.device else ["*"]), args.device or "cpu")
     for case in cases:
-        print(f"{case.name:<36} {'quick' if case.quick else '':<6} {'/'.join(case.devices):<9} {'; '.join(case.providers)}")
+        print(f"{case.name:<44} {'quick' if case.quick else '':<6} {'/'.join(case.devices):<9} {'; '.join(case.providers)}")
     return 0
 
 
