@@ -14,7 +14,7 @@ def main(words: list[str] | None = None) -> int:
         return 130
     except Exception as error:
         # what a user can mend is one line; all else is ours, and shows where it happened
-        if type(error).__name__ not in ("UnknownCase", "NoDevice", "BadRecord"):
+        if type(error).__name__ not in ("UnknownCase", "UnknownName", "NoDevice", "BadRecord"):
             raise
         print(f"bench: {error}", file=sys.stderr)
         return 2
@@ -36,6 +36,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--no-memory", action="store_true", help="leave out peak memory (on a CPU a process per provider)")
     command.add_argument("--out", type=Path, help="keep the document here, as it grows")
     command.add_argument("--save", action="store_true", help="keep every case under bench/results, by device")
+    command.add_argument(
+        "--trace", type=Path, help="measure nothing: run every provider once under torch.profiler, and write a trace for Perfetto here"
+    )
     command.set_defaults(run=_run)
 
     command = commands.add_parser("compare", help="two documents, or folders of them: do their ratios agree?")
@@ -62,6 +65,29 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--device", help="cpu or cuda; default: a GPU where there is one")
     command.add_argument("--out", type=Path, help="keep the document here")
     command.set_defaults(run=_ceilings)
+
+    command = commands.add_parser("memory", help="memory, bytes, launches and FLOP of the published models, predicted without a GPU")
+    command.add_argument("cases", nargs="*", help="names, shell patterns or groups; default: all")
+    command.add_argument("--hd", action="store_true", help="only those of the HD models")
+    command.add_argument("--check", action="store_true", help="hold them against what is recorded; exit status 1 where they differ")
+    command.add_argument("--save", action="store_true", help="record them, all, in bench/results/predicted.json")
+    command.set_defaults(run=_memory)
+
+    command = commands.add_parser("roofline", help="from shapes alone: FLOP, bytes and the least time of an answer's stages on a GPU")
+    command.add_argument("--gpu", default="h200", help="a100-40, a100-80, h100, h200, b200, l40s or 4090; default h200")
+    command.add_argument("--model", default="7b", help="2b, 7b, 8b, 13b, 8x7b or 34b, each also as 7b-hd; default 7b")
+    command.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32; default bfloat16")
+    command.add_argument("--text-tokens", type=int, default=64, help="of the prompt, beside the picture's; default 64")
+    command.add_argument("--new-tokens", type=int, default=128, help="of the answer; default 128")
+    command.add_argument("--batch", type=int, default=1, help="answers at once, a picture each; default 1")
+    command.add_argument("--measured", type=Path, help="a document measured on a GPU, or a folder of such: its rates and times beside")
+    command.set_defaults(run=_roofline)
+
+    command = commands.add_parser("report", help="tables and a page from bench/results; without an option the tables are printed")
+    command.add_argument("--readme", action="store_true", help="put the tables between the markers of README.md")
+    command.add_argument("--html", type=Path, metavar="FILE", help="write one self-contained page of pictures")
+    command.add_argument("--check", action="store_true", help="write nothing; exit status 1 where README.md is not what the records give")
+    command.set_defaults(run=_report)
 
     # for `run`, whose providers' memory is measured in processes of their own
     command = commands.add_parser("peak")
@@ -107,6 +133,11 @@ def _run(args: argparse.Namespace) -> int:
     if args.quick and not patterns:
         patterns = QUICK_PROVIDERS
     cases = [case.only(patterns) for case in cases] if patterns else cases
+    if args.trace:
+        from .trace import trace
+
+        print(json.dumps({**records.environment(), "device": device, "trace": str(args.trace), "cases": trace(cases, device, args.trace)}))
+        return 0
     document = run(cases, device, seconds=args.seconds, memory=not args.no_memory, out=args.out)
     document["command"] = " ".join(["python -m bench", *sys.argv[1:]])
     if args.save:
@@ -147,6 +178,27 @@ def _ceilings(args: argparse.Namespace) -> int:
 
     print(json.dumps(run([], _device(args), out=args.out)))
     return 0
+
+
+def _memory(args: argparse.Namespace) -> int:
+    from . import memory
+
+    return memory.main(args.cases, hd=args.hd, check=args.check, save=args.save)
+
+
+def _roofline(args: argparse.Namespace) -> int:
+    from .roofline import Answer, table
+
+    print(table(args.gpu, Answer(args.model, args.dtype, args.batch, args.text_tokens, args.new_tokens), args.measured))
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from .report import report
+
+    told = report(readme=args.readme, check=args.check, html=args.html)
+    print("\n".join(told), file=sys.stderr if args.check else sys.stdout, end="\n" if told else "")
+    return int(args.check and bool(told))
 
 
 def _peak(args: argparse.Namespace) -> int:

@@ -8,7 +8,8 @@ resizing, elementwise work, gathers) counts as bytes. Bytes are those of operato
 once, a gather what it gathers, and writes its outputs once; views are free. All of the forward pass, without autograd, on a GPU.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -216,28 +217,43 @@ def triton_mining(sizes: Sizes, *, cached: bool = True) -> Cost:
         cached: count what the kernel must exchange with memory, the pyramid once per launch (one for the cells, one for the global view);
             else all that its programs ask for, most of which a cache serves: what windows share, and the second pass.
     """
-    from mg_fast.kernels.patch_mining import _launches
-
     e, c, fine, pixels = sizes.dtype.itemsize, sizes.channels, sizes.levels[0][0], sizes.window**2
     # in the widest dtype of what goes in
     pooled = max(e, sizes.absorbed_itemsize)
-    # absorbed queries in; pooled windows and statistics out
-    cost = _absorb(sizes) + Cost(0, sizes.queries * c * sizes.absorbed_itemsize, sizes.queries * (c * pooled + 3 * pixels * FLOAT32))
     queries = torch.empty(sizes.batch, sizes.views, sizes.side**2, c, device="meta")
     pyramid = [torch.empty(sizes.batch, n, n, channels, device="meta", dtype=sizes.dtype) for n, channels in sizes.levels]
-    for (windows, reduction), (programs, launch) in zip(sizes.rasters, _launches(queries, pyramid, sizes.grid)):
-        geometries = launch["GEOMETRIES"]
+    # absorbed queries in; pooled windows and statistics out
+    moved = Cost(0, sizes.queries * c * sizes.absorbed_itemsize, sizes.queries * (c * pooled + 3 * pixels * FLOAT32))
+    cost = _absorb(sizes) + Cost(pool_windows_flop(queries, pyramid, sizes.grid)) + moved
+    for (windows, reduction), (_, geometries) in zip(sizes.rasters, _geometries(queries, pyramid, sizes.grid)):
         # some channels of the finest level, for the means that are taken off
         asked = sizes.batch * min(geometries[0].block_channels, geometries[0].channels)
         asked *= sum(_reach(fine, fine, reduction, fine // reduction)) ** 2
         for (n, channels), level in zip(sizes.levels, geometries):
-            k = level.taps
-            # pixels by a product of matrices, or tap by tap, which is none; scores; the sum over coarse pixels or over taps
-            cost += Cost(2 * programs * channels * (pixels * k * k + pixels + (k * k or pixels * level.span**2)))
             # in both passes
-            asked += 2 * sizes.batch * channels * sum(_reach(fine, n, reduction, windows if k else fine // reduction)) ** 2
+            asked += 2 * sizes.batch * channels * sum(_reach(fine, n, reduction, windows if level.taps else fine // reduction)) ** 2
         cost += Cost(0, (sizes.pyramid if cached else asked) * e)
     return cost + _project(sizes, pooled)
+
+
+def pool_windows_flop(queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int) -> int:
+    """FLOP of the Triton kernel: queries [B, V, N, C] and maps [B, n_s, n_s, C_s], whose shapes and dtypes alone are read."""
+    pixels, flop = (pyramid[0].shape[1] // (grid * math.isqrt(queries.shape[2]))) ** 2, 0
+    for programs, geometries in _geometries(queries, pyramid, grid):
+        for level, channels in zip(geometries, (map.shape[-1] for map in pyramid)):
+            k = level.taps
+            # pixels by a product of matrices, or tap by tap, which is none; scores; the sum over coarse pixels or over taps
+            flop += 2 * programs * channels * (pixels * k * k + pixels + (k * k or pixels * level.span**2))
+    return flop
+
+
+def _geometries(queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int) -> list[tuple[int, tuple]]:
+    """Programs of every launch of the kernel, and what it knows of the levels."""
+    from mg_fast.kernels.patch_mining import _launches
+
+    # not of the GPU that tensors say they are on: it need not be there
+    queries, *pyramid = (torch.empty(t.shape, dtype=t.dtype, device="meta") for t in (queries, *pyramid))
+    return [(programs, launch["GEOMETRIES"]) for programs, launch in _launches(queries, pyramid, grid)]
 
 
 def _absorb(sizes: Sizes) -> Cost:

@@ -1,20 +1,27 @@
-"""Counting at torch's dispatcher, without a GPU: bytes that operators move, and launches.
+"""Counting at torch's dispatcher, with or without a GPU: bytes that operators move, FLOP, launches, and memory that is live.
 
-    python -m bench.counting
+    with FakeTensorMode(), torch.inference_mode(), Count("cuda") as count:
+        model(pixels)
+    count.peak, count.total, count.launches
 
-prints the launches of every part of a picture's way to image tokens, of the published models.
+counts fake tensors on a GPU that need not be there. Formulas by sizes are in bench.accounting, tables of the models in bench.memory.
 """
 
+import functools
 import math
+import weakref
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
-from .accounting import Cost
+from mg_fast import resizing
+
+from .accounting import Cost, pool_windows_flop
 
 ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 # what they change in place they do not read
@@ -25,6 +32,9 @@ GATHERS = ("index_select", "index", "gather", "embedding")
 FUSED = ("aten::scaled_dot_product_attention",)
 # the key under which operators that are made of others are registered
 COMPOSITE = "CompositeImplicitAutograd"
+# of CUDA's caching allocator, whose blocks are multiples of it; what it gives beyond, up to 1 MiB of a large block that it does not split,
+# depends on what was allocated before and is not counted
+BLOCK = 512
 
 
 def _pool_windows_launches(queries: torch.Tensor, pyramid: list[torch.Tensor], grid: int) -> int:
@@ -37,10 +47,14 @@ def _one_launch(x: torch.Tensor, weight: torch.Tensor, *_) -> int:
     return int(len(x) > 0 and len(weight) > 0)
 
 
+def _only_kernels(form: str) -> None:
+    if form != "triton":
+        raise ValueError(f"mg_fast::dual_resize declares what its kernels do, not what the {form} backend does within it")
+
+
 def _dual_resize_launches(picture: torch.Tensor, hr_size: int, lr_size: int, grid: int, global_view: bool, pad: bool, form: str) -> int:
     """One for the columns, one for the rows of both resolutions."""
-    if form != "triton":
-        raise ValueError(f"mg_fast::dual_resize declares the launches of its kernels, not those of the {form} backend within it")
+    _only_kernels(form)
     return 2
 
 
@@ -57,90 +71,203 @@ LAUNCHES: dict[str, Callable[..., int]] = {
 }
 
 
-class CountBytes(TorchDispatchMode):
-    """Counts the bytes that operators read and write, by the convention of bench.accounting; of fake tensors and on the meta device too.
+def _copies(*tensors: torch.Tensor) -> list[int]:
+    return [_bytes_of(t) for t in tensors if not t.is_contiguous()]
+
+
+def _row_copies(*tensors: torch.Tensor) -> list[int]:
+    """Of what is read in place where its last stride is 1."""
+    return [_bytes_of(t) for t in tensors if t.stride(-1) != 1]
+
+
+def _dual_resize_workspaces(picture, hr_size: int, lr_size: int, grid: int, global_view: bool, pad: bool, form: str) -> list[int]:
+    """The picture with its columns resized, and a row of padding."""
+    _only_kernels(form)
+    low, high = resizing.span(resizing.place(picture.shape[1], picture.shape[0], hr_size, pad)[1])
+    return [(high - low + 1) * 3 * hr_size]
+
+
+# bytes that the launchers of mg_fast's operators allocate beside what they return, of the operators' arguments
+WORKSPACES: dict[str, Callable[..., list[int]]] = {
+    "mg_fast::pool_windows": lambda queries, pyramid, grid: _copies(queries) + _row_copies(*pyramid),
+    "mg_fast::pool_windows_backward": lambda grad, queries, pyramid, statistics, grid: _copies(grad) + _row_copies(*pyramid),
+    "mg_fast::dwconv_norm": lambda x, *weights: _row_copies(x) + _copies(*weights[:4]),
+    "mg_fast::linear_gelu": lambda x, *weights: _row_copies(x) + _copies(*weights),
+    "mg_fast::linear_residual": lambda x, weight, bias, residual: _row_copies(x, residual) + _copies(weight, bias),
+    "mg_fast::linear_residual_": lambda x, weight, bias, residual: _row_copies(x, residual) + _copies(weight, bias),
+    "mg_fast::dual_resize": _dual_resize_workspaces,
+}
+
+
+# what a launch after the first reads once more, of the operators' arguments
+READ_AGAIN: dict[str, Callable[..., list[torch.Tensor]]] = {
+    "mg_fast::pool_windows": lambda queries, pyramid, grid: pyramid * (_pool_windows_launches(queries, pyramid, grid) - 1),
+}
+
+
+def _linear_flop(x: torch.Tensor, weight: torch.Tensor, *_) -> int:
+    return 2 * len(x) * weight.numel()
+
+
+def _attention_flop(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_, **__) -> int:
+    """Of all pairs, masked or not, as torch counts them."""
+    return 2 * query[..., 0].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+
+
+# of what torch has no formula for; resizing is whole numbers, and no product
+FLOP: dict[str, Callable[..., int]] = {
+    "mg_fast::pool_windows": pool_windows_flop,
+    "mg_fast::dwconv_norm": lambda x, *_: 2 * 49 * x.numel(),
+    "mg_fast::linear_gelu": _linear_flop,
+    "mg_fast::linear_residual": _linear_flop,
+    "mg_fast::linear_residual_": _linear_flop,
+    "aten::scaled_dot_product_attention": _attention_flop,
+}
+
+
+class Count(TorchDispatchMode):
+    """Counts what operators do, of real tensors, of fake ones and on the meta device.
+
+    Bytes are by the convention of bench.accounting, and so are FLOP. A launch is an ATen operator that writes memory, whatever the library
+    beneath it launches, or what mg_fast's operators declare in LAUNCHES; views and allocations launch nothing. Enter it within
+    torch.inference_mode(): only there an operator of FUSED arrives whole.
+
+    Memory is what was allocated since it was entered and is not free again, by storage: results, and the workspaces that operators of
+    mg_fast declare; on a GPU each in blocks of the caching allocator. What libraries allocate for themselves is not seen.
 
     Args:
         device: type of the only device whose tensors count, such as "cuda"; None: all.
 
     Attributes:
-        by_operator: Cost, without FLOP, by the operator's name.
+        costs: Cost by the operator's name.
+        launches: by the operator's name.
+        live: bytes that are allocated.
+        peak: the most they have been.
     """
 
     def __init__(self, device: str | None = None):
         super().__init__()
         self.device = device
-        self.by_operator = defaultdict(Cost)
+        self.costs = defaultdict(Cost)
+        self.launches = Counter()
+        self.live = self.peak = 0
+        self._storages: dict[int, int] = {}
 
     @property
     def total(self) -> Cost:
-        return sum(self.by_operator.values(), Cost())
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        self.by_operator[str(func)] += self._cost(func, args, kwargs, out)
-        return out
-
-    def _cost(self, func, args: tuple, kwargs: dict, out) -> Cost:
-        name = _name(func)
-        inputs, changed, created = _tensors_of(func, args, kwargs, out)
-        written = changed + created
-        if name in ALLOCATIONS or not written:
-            return Cost()
-        if name.endswith("_like") or name.startswith("new_"):
-            # only the shape and the dtype are taken from them
-            inputs = []
-        if name in GATHERS and created:
-            return Cost(0, self._bytes(created) + self._bytes(inputs[1:]), self._bytes(written))
-        return Cost(0, self._bytes(inputs), self._bytes(written))
-
-    def _bytes(self, tensors: list[torch.Tensor]) -> int:
-        """Bytes of tensors on the device, what is the same counted once: a tensor given twice, an expanded dimension."""
-        on_device = [t for t in tensors if self.device is None or t.device.type == self.device]
-        views = {(_storage(t), t.storage_offset(), t.shape, t.stride()): t for t in on_device}
-        return sum(t.itemsize * math.prod(size for size, stride in zip(t.shape, t.stride()) if stride or not size) for t in views.values())
-
-
-class CountLaunches(TorchDispatchMode):
-    """Counts launches: ATen operators that write memory, one each, and those that mg_fast's operators declare in LAUNCHES.
-
-    Views and allocations launch nothing. An operator counts once, whatever the library beneath it launches, and what it copies inside
-    is not seen. Enter it within torch.inference_mode(): only there an operator of FUSED arrives whole.
-
-    Attributes:
-        by_operator: launches by the operator's name.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.by_operator = Counter()
-
-    @property
-    def total(self) -> int:
-        return self.by_operator.total()
+        return sum(self.costs.values(), Cost())
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func.namespace == "prim":
             # fake tensors ask for their device in this way, which the dispatcher does not know
             return func(*args, **kwargs)
-        if func._schema.name not in FUSED and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), COMPOSITE):
+        name = func._schema.name
+        if name not in FUSED and _is_composite(func):
             # inference mode hands over operators that are made of others
             with self:
                 return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
-        out = func(*args, **kwargs)
-        if launches := self._launches(func, args, kwargs, out):
-            self.by_operator[str(func)] += launches
+        out, workspaces = _as_on_a_gpu(func, args, kwargs)
+        inputs, changed, created = _tensors_of(func, args, kwargs, out)
+        if not (changed or created) or not self._on_device(inputs + changed + created):
+            # a view, or on another device
+            return out
+        if (cost := self._cost(func, inputs, changed, created)) is not None:
+            again = READ_AGAIN[name](*args, **kwargs) if name in READ_AGAIN else []
+            self.costs[str(func)] += cost + Cost(_flop(func, args, kwargs, out), _distinct_bytes(self._on_device(again)))
+        if launches := self._launches(func, args, kwargs):
+            self.launches[str(func)] += launches
+        if name in WORKSPACES:
+            workspaces = WORKSPACES[name](*args, **kwargs)
+        self.allocate(self._on_device(created), workspaces)
         return out
 
-    def _launches(self, func, args: tuple, kwargs: dict, out) -> int:
-        _, changed, created = _tensors_of(func, args, kwargs, out)
-        if not func._schema.name.startswith("mg_fast::"):
-            return int(bool(changed or created) and _name(func) not in ALLOCATIONS)
-        if func._schema.name not in LAUNCHES:
-            raise KeyError(f"{func._schema.name} declares no launches: bench.counting.LAUNCHES has {', '.join(LAUNCHES)}")
-        return LAUNCHES[func._schema.name](*args, **kwargs)
+    def _on_device(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [t for t in tensors if self.device is None or t.device.type == self.device]
+
+    def _cost(self, func, inputs: list[torch.Tensor], changed: list[torch.Tensor], created: list[torch.Tensor]) -> Cost | None:
+        name = _name(func)
+        if name in ALLOCATIONS:
+            return None
+        if name.endswith("_like") or name.startswith("new_"):
+            # only the shape and the dtype are taken from them
+            inputs = []
+        inputs, written = self._on_device(inputs), self._on_device(changed + created)
+        if name in GATHERS and created:
+            return Cost(0, _distinct_bytes(self._on_device(created)) + _distinct_bytes(inputs[1:]), _distinct_bytes(written))
+        return Cost(0, _distinct_bytes(inputs), _distinct_bytes(written))
+
+    def _launches(self, func, args: tuple, kwargs: dict) -> int:
+        name = func._schema.name
+        if not name.startswith("mg_fast::"):
+            return int(_name(func) not in ALLOCATIONS)
+        if name not in LAUNCHES:
+            raise KeyError(f"{name} declares no launches: bench.counting.LAUNCHES has {', '.join(LAUNCHES)}")
+        return LAUNCHES[name](*args, **kwargs)
+
+    def allocate(self, created: list[torch.Tensor], workspaces: Sequence[int] = ()) -> None:
+        """Counts the memory of tensors until it is freed, and of workspaces for the moment."""
+        for tensor in created:
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key not in self._storages:
+                self._storages[key] = self._blocks(storage.nbytes(), tensor.device.type)
+                self.live += self._storages[key]
+                weakref.finalize(storage, self._free, key).atexit = False
+        device = created[0].device.type if created else self.device
+        self.peak = max(self.peak, self.live + sum(self._blocks(size, device) for size in workspaces))
+
+    def _free(self, key: int) -> None:
+        self.live -= self._storages.pop(key)
+
+    @staticmethod
+    def _blocks(size: int, device: str | None) -> int:
+        return -(-size // BLOCK) * BLOCK if device == "cuda" else size
+
+
+@functools.cache
+def _is_composite(func) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), COMPOSITE)
+
+
+def _as_on_a_gpu(func, args: tuple, kwargs: dict) -> tuple[object, list[int]]:
+    """What an operator returns, and bytes that it allocates beside, where fake tensors on a GPU would tell otherwise than the GPU does."""
+    first, name = args[0] if args else None, func._schema.name
+    if name == "aten::_to_copy" and isinstance(first, FakeTensor) and first.constant is not None:
+        # of torch.tensor(1.0, device="cuda"), which would be made indeed
+        return func(torch.empty_like(first), **kwargs), []
+    if not (isinstance(first, FakeTensor) and first.device.type == "cuda"):
+        return func(*args, **kwargs), []
+    if name == "aten::convolution" and first.dtype == torch.bfloat16:
+        # of bfloat16 torch asks the GPU, which is not here, whether its convolutions take it: the other 16-bit dtype does the same
+        narrow = (a.to(torch.float16) if isinstance(a, torch.Tensor) else a for a in args)
+        return func(*narrow, **kwargs).to(torch.bfloat16), []
+    if name == "aten::native_layer_norm" and not first.is_contiguous():
+        # which copies its input, and returns it contiguous
+        return func(first.contiguous(), *args[1:], **kwargs), [_bytes_of(first)]
+    if name == "aten::scaled_dot_product_attention":
+        # flash attention: [B, N, heads, d] in memory, and a logarithm per row
+        value = args[2]
+        out = first.new_empty(len(first), first.shape[2], first.shape[1], value.shape[-1]).transpose(1, 2)
+        return out, [4 * first[..., 0].numel()]
+    return func(*args, **kwargs), []
+
+
+def _flop(func, args: tuple, kwargs: dict, out) -> int:
+    if formula := FLOP.get(func._schema.name):
+        return formula(*args, **kwargs)
+    formula = flop_registry.get(func._overloadpacket)
+    return formula(*args, **kwargs, out_val=out) if formula else 0
+
+
+def _bytes_of(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.itemsize
+
+
+def _distinct_bytes(tensors: list[torch.Tensor]) -> int:
+    """Bytes of tensors, what is the same counted once: a tensor given twice, an expanded dimension."""
+    views = {(_storage(t), t.storage_offset(), t.shape, t.stride()): t for t in tensors}
+    return sum(t.itemsize * math.prod(size for size, stride in zip(t.shape, t.stride()) if stride or not size) for t in views.values())
 
 
 def _name(func) -> str:
@@ -166,95 +293,3 @@ def _tensors(tree) -> list[torch.Tensor]:
 
 def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
-
-
-# of the parts of `picture_launches`
-SUMS = {
-    "by kernels": ("ConvNeXt-L, triton", "mining, triton", "residual, order", "projector"),
-}
-
-
-def picture_launches(*, hd: bool = False, dtype: torch.dtype = torch.bfloat16) -> dict[str, Counter]:
-    """Launches of each part of one picture's way to image tokens of a published 7B model, by operator.
-
-    CLIP and timm's modules run on a CPU, at their depths and in a form so narrow and small that no path is taken which only CPUs have: on
-    the meta device LayerNorm and attention return other strides than on devices, and copies are counted that nobody makes. Our forms of
-    the high-resolution tower run on fake CUDA tensors at their real size, by which they are chunked; a torch that is built without cuDNN
-    takes its four convolutions to return other strides, and counts a copy after each.
-
-    "ConvNeXt-L, packing" is layer scale folded and weights transposed: of a call of the module, or once for a packed inference copy.
-
-    Args:
-        hd: 1536 pixels with four cells and the global view, else 768.
-        dtype: of the weights.
-    """
-    from timm.models.convnext import ConvNeXt
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-
-    from mg_fast import convnext, ops, reference
-    from mg_fast.mini_gemini.packed_clip import PackedClip
-    from mg_fast.mini_gemini.vision import build_projector, low_resolution_features
-    from mg_fast.modules import ConvNeXtPyramid, PatchInfoMining
-    from mg_fast.ops import mining as mining_ops
-    from mg_fast.reference import Projection
-
-    dims, views, grid, size = (192, 384, 768, 1536), 5 if hd else 1, 2 if hd else 1, 1536 if hd else 768
-    vit = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=24, num_attention_heads=2, image_size=28, patch_size=14)
-    clip = CLIPVisionModel(CLIPVisionConfig(**vit)).eval().to(dtype)
-    packed = PackedClip.from_tower(clip)
-    low, high = torch.zeros(views, 3, 28, 28, dtype=dtype), torch.zeros(1, 3, 64, 64, dtype=dtype)
-    trunk = ConvNeXt(dims=(8, 16, 24, 32), depths=(3, 3, 27, 3), num_classes=0, global_pool="").eval().to(dtype)
-    pyramid_of = ConvNeXtPyramid.from_timm(trunk)
-    with torch.device("meta"):
-        mining = PatchInfoMining(1024, dims, dtype=dtype)
-        projector = build_projector("mlp2x_gelu", 1024, 4096).to(dtype)
-        queries = torch.empty(1, views, 576, 1024, dtype=dtype)
-        pyramid = [torch.empty(1, size // 4 >> s, size // 4 >> s, c, dtype=dtype) for s, c in enumerate(dims)]
-    with FakeTensorMode():
-        # of bfloat16 torch asks the GPU, which is not here, whether its convolutions take it: the other 16-bit dtype launches the same
-        like = {"dtype": torch.float16 if dtype == torch.bfloat16 else dtype, "device": "cuda"}
-        tower, pixels = convnext.empty_tower(dims, (3, 3, 27, 3), **like), torch.empty(1, 3, size, size, **like)
-        photo = torch.empty(3000, 4000, 3, dtype=torch.uint8, device="cuda")
-    projections = [
-        Projection(p[0].weight, p[0].bias, p[1].weight, p[1].bias)
-        for p in (mining.vlm_uni_query_projector, mining.vlm_uni_aux_projector, mining.vlm_uni_val_projector)
-    ]
-    parts = {
-        "resize, triton": lambda: ops.dual_resize(photo, size, 336, grid=grid, global_view=hd, backend="triton"),
-        "CLIP, 24 layers": lambda: low_resolution_features(clip, low, backend="reference"),
-        "CLIP, 23 layers": lambda: low_resolution_features(clip, low, backend="torch"),
-        "CLIP, packed": lambda: packed(low),
-        "ConvNeXt-L, packing": pyramid_of.read,
-        "ConvNeXt-L, timm": lambda: pyramid_of(high, backend="reference"),
-        "ConvNeXt-L, torch": lambda: convnext.run_tower(*tower, pixels, "torch"),
-        "ConvNeXt-L, auto": lambda: convnext.run_tower(*tower, pixels, "auto"),
-        "ConvNeXt-L, triton": lambda: convnext.run_tower(*tower, pixels, "triton"),
-        "mining, reference": lambda: mining(queries, pyramid, grid=grid, backend="reference"),
-        "mining, torch": lambda: mining(queries, pyramid, grid=grid, backend="torch"),
-        # past the choice of a backend: the meta device is none that Triton runs on
-        "mining, triton": lambda: mining_ops._mine_by_kernel(queries, pyramid, *projections, grid=grid),
-        "residual, order": lambda: reference.order_tokens(queries + queries, grid=grid),
-        "projector": lambda: projector(queries),
-    }
-    launches = {}
-    for name, call in parts.items():
-        with torch.inference_mode():
-            # tables are made once, in the first call
-            call()
-            with CountLaunches() as counter:
-                call()
-        launches[name] = counter.by_operator
-    return launches
-
-
-def main() -> None:
-    standard, hd = picture_launches(), picture_launches(hd=True)
-    print(f"{'part':20}{'768':>8}{'1536 HD':>10}")
-    for name in standard:
-        print(f"{name:20}{standard[name].total():>8}{hd[name].total():>10}")
-    for name, parts in SUMS.items():
-        print(f"{name:20}" + "".join(f"{sum(of[part].total() for part in parts):>{width}}" for of, width in ((standard, 8), (hd, 10))))
-
-
-if __name__ == "__main__":
-    main()

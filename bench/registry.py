@@ -113,11 +113,21 @@ def choose(cases: Mapping[str, Case], patterns: Sequence[str], device: str, *, q
     """
     if not patterns:
         return [case for case in cases.values() if device in case.devices and (case.quick or not quick)]
-    chosen = set()
-    for pattern in patterns:
-        found = [name for name in cases if fnmatch.fnmatch(name, pattern) or name.split("/")[0] == pattern]
-        if not found:
-            groups = ", ".join(dict.fromkeys(case.group for case in cases.values()))
-            raise UnknownCase(f"no case is called {pattern!r}: `python -m bench list` prints them all; groups are {groups}")
-        chosen.update(found)
+    chosen = set(choose_names(list(cases), patterns))
     return [case for name, case in cases.items() if name in chosen]
+
+
+def choose_names(names: Sequence[str], patterns: Sequence[str], command: str = "list") -> list[str]:
+    """The names that patterns choose, in order; without patterns all. Raises UnknownCase where a pattern chooses none.
+
+    Args:
+        command: of `python -m bench`, that prints the names.
+    """
+    chosen = set() if patterns else set(names)
+    for pattern in patterns:
+        found = [name for name in names if fnmatch.fnmatch(name, pattern) or name.split("/")[0] == pattern]
+        if not found:
+            groups = ", ".join(dict.fromkeys(name.split("/")[0] for name in names))
+            raise UnknownCase(f"no case is called {pattern!r}: `python -m bench {command}` prints them all; groups are {groups}")
+        chosen.update(found)
+    return [name for name in names if name in chosen]

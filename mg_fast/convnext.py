@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import ops
+from .ops.common import autocast
 
 # of a chunk's expansion, in bytes: on a CPU it stays in the cache, on a GPU it is more than enough to keep it busy
 CPU_EXPANSION = 2**24
@@ -146,9 +147,11 @@ def run_block(block: Block, x: torch.Tensor, backend: str | None = None, *, in_p
         return ops.linear_residual(expanded, block.contract, block.contract_bias, residual, backend=backend).view(shape)
     if not in_place:
         residual = residual.clone()
+    # once a block, where every chunk would
+    expand, expand_bias, contract, contract_bias = autocast(block.expand, block.expand_bias, block.contract, block.contract_bias)
     for rows in _chunks(len(normed), hidden * normed.element_size(), normed.device.type):
-        expanded = ops.linear_gelu(normed[rows], block.expand, block.expand_bias, backend=backend)
-        ops.linear_residual_(expanded, block.contract, block.contract_bias, residual[rows], backend=backend)
+        expanded = ops.linear_gelu(normed[rows], expand, expand_bias, backend=backend)
+        ops.linear_residual_(expanded, contract, contract_bias, residual[rows], backend=backend)
     return residual.view(shape)
 
 

@@ -136,7 +136,7 @@ class Pipeline:
                 pixels = self.processor.image_processor(image, allow_urls=allow_urls, device=device).to(self.device)
             measured = {"stage": meter.stage} if meter is not None else {}
             if encoder is not None:
-                tokens = encoder(**pixels, **measured)[0]
+                tokens = encoder.encode(**pixels, **measured)[0]
             else:
                 tokens = self.model.model.get_image_features(**pixels, **measured).pooler_output[0]
             if key is not None:

@@ -1,51 +1,24 @@
 """Bilinear resizing as tables: which coarse pixels a window of a resized map is made of, and with which weights.
 
 The map of `size` x `size` pixels is upsampled to `fine` and then, for a global view, reduced by `reduction`, both as F.interpolate does
-it (bilinear, align_corners=False). Tables depend on sizes alone. They are kept on each device, not made or copied there in every call.
+it (bilinear, align_corners=False).
 """
 
 import functools
-from collections.abc import Callable
 
 import torch
 
-
-def _kept(make: Callable) -> Callable:
-    """Keeps the tensors that `make` returns, by its arguments, for good: a captured CUDA graph may read them at any time.
-
-    Those of a trace belong to it alone, and those of a capture hold nothing until it is replayed: they are made anew.
-    """
-    kept = {}
-
-    @functools.wraps(make)
-    def get(*arguments):
-        if torch.compiler.is_compiling() or type(torch.empty(0, device="cpu")) is not torch.Tensor:
-            return make(*arguments)
-        if arguments not in kept:
-            device = next(a for a in arguments if isinstance(a, torch.device))
-            cuda = device.type == "cuda"
-            if cuda and torch.cuda.is_current_stream_capturing():
-                return make(*arguments)
-            # what is made in inference mode could not be used for training later
-            with torch.inference_mode(False):
-                made = make(*arguments)
-            if cuda:
-                # other streams will read them
-                torch.cuda.current_stream(device).synchronize()
-            kept[arguments] = made
-        return kept[arguments]
-
-    return get
+from .kept import kept
 
 
-@_kept
+@kept()
 def resize_matrix(fine: int, size: int, reduction: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """The matrix [fine / reduction, size] that upsamples `size` pixels to `fine` and then reduces them."""
     pixels, taps = torch.arange(fine // reduction, device=device), torch.arange(size, device=device)
     return _weights(pixels[:, None], taps, fine, size, reduction, dtype)
 
 
-@_kept
+@kept()
 def window_tables(fine: int, size: int, reduction: int, regions: int, device: torch.device, dtype: torch.dtype):
     """Which of size x size coarse pixels the windows need, and with which weights.
 
@@ -75,7 +48,7 @@ def _weights(pixels: torch.Tensor, taps: torch.Tensor, fine: int, size: int, red
     return weights
 
 
-@_kept
+@kept()
 def strip_tables(fine: int, size: int, reduction: int, regions: int, device: torch.device, dtype: torch.dtype):
     """As `window_tables`, for windows that are all equally far apart and may begin before the map and end after it.
 

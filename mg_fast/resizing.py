@@ -12,8 +12,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from .errors import PictureError
+from .kept import kept, upload
 from .reference import low_resolution_views
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -26,6 +28,8 @@ MAX_CANVAS_PIXELS = 4 * 89_478_485
 FRACTION_BITS = 22
 # outputs that are made by one matrix product, and values of the picture that are held in float64 at once
 BLOCK, CHUNK = 32, 2**19
+# of the tables of one kind that are kept on devices: those of 8 camera pictures in HD, or more
+TABLE_BYTES = 2**25
 
 
 class Side(NamedTuple):
@@ -156,7 +160,7 @@ class Block(NamedTuple):
     padded: bool
 
 
-@functools.lru_cache(maxsize=64)
+@kept(TABLE_BYTES)
 def _blocks(side: Side, device: torch.device) -> list[Block]:
     first, fixed = bicubic_taps(side)
     positions = first[:, None] + np.arange(fixed.shape[1])
@@ -172,7 +176,7 @@ def _blocks(side: Side, device: torch.device) -> list[Block]:
         weights = np.zeros((high - low, rows.stop - begin))
         weights[inside - low, np.nonzero(used[rows])[0]] = scaled[rows][used[rows]]
         padding = np.where(used[rows], 0.0, scaled[rows]).sum(1)
-        tensors = (torch.from_numpy(array).to(device) for array in (weights, padding))
+        tensors = (upload(array, device) for array in (weights, padding))
         blocks.append(Block(begin, rows.stop, low, high, *tensors, bool(padding.any())))
     return blocks
 
@@ -225,11 +229,15 @@ def bilinear_taps(before: int, after: int) -> tuple[np.ndarray, np.ndarray]:
 
     Asked of it, not computed: its positions are float32, and whether a product and a sum are rounded once or twice is its compiler's.
     """
-    probe = F.interpolate(torch.eye(before, device="cpu")[None, None], size=(after, before), mode="bilinear", align_corners=False)[0, 0]
-    low = (probe != 0).int().argmax(1, keepdim=True)
-    high = (low + 1).clamp(max=before - 1)
-    weight = torch.where(high > low, probe.gather(1, high), 0.0)
-    return torch.cat([low, high], 1).T.numpy(), torch.cat([1 - weight, weight], 1).T.numpy()
+    # its values are wanted, whoever only compiles
+    with unset_fake_temporarily():
+        probe = F.interpolate(
+            torch.eye(before, dtype=torch.float32, device="cpu")[None, None], size=(after, before), mode="bilinear", align_corners=False
+        )[0, 0]
+        low = (probe != 0).int().argmax(1, keepdim=True)
+        high = (low + 1).clamp(max=before - 1)
+        weight = torch.where(high > low, probe.gather(1, high), 0.0)
+        return torch.cat([low, high], 1).T.numpy(), torch.cat([1 - weight, weight], 1).T.numpy()
 
 
 def view_taps(hr_size: int, lr_size: int, grid: int, global_view: bool) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -15,7 +15,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import convnext, ops, resizing
+from . import convnext, ops
 from .backend import no_triton, only_compiling, use_backend
 from .errors import BackendError, CheckpointError
 from .reference import Projection
@@ -203,27 +203,9 @@ def check() -> None:
 
 def resize(config) -> None:
     """Both resolutions of a decoded picture; for use within `compile_only`. The kernels are the same for every picture and model."""
-    from .kernels.dual_resize import Taps, dual_resize_fwd
-
-    def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="cuda")
-
-    # past the operator, which fills tables: fake ones would be kept for real pictures
-    size, lr_size, grid = config.image_size_aux, config.vision_config.image_size, config.image_grid
-    entries = size + lr_size * (grid + config.image_global)
-    taps = Taps(empty(size, dtype=torch.int32), empty(4, size, dtype=torch.int32))
-    tables = empty(3, 256, dtype=torch.float32), empty(4, entries, dtype=torch.int32), empty(4, entries, dtype=torch.float32)
-    dual_resize_fwd(
-        empty(size, size, 3, dtype=torch.uint8),
-        taps,
-        taps,
-        0,
-        size,
-        *tables,
-        colour=resizing.PAD_COLOUR,
-        lr_size=lr_size,
-        grid=grid,
-        global_view=config.image_global,
+    picture = torch.empty(480, 640, 3, dtype=torch.uint8, device="cuda")
+    ops.dual_resize(
+        picture, config.image_size_aux, config.vision_config.image_size, grid=config.image_grid, global_view=config.image_global
     )
 
 

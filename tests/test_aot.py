@@ -20,7 +20,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from mg_fast.kernels.configs import ProductTile, Tile
 from tests.aot import dual_resize, dwconv_norm, patch_mining, pointwise
-from tests.aot.gate import ARCHITECTURES, compiling, faults, read_table, write_table
+from tests.aot.gate import ARCHITECTURES, TWINS, compiling, faults, read_table, write_table
 from tests.aot.patch_mining import Mining
 from tests.aot.pointwise import Pointwise
 
@@ -70,10 +70,24 @@ def test_resources_are_those_recorded(jobs, family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_configuration_is_compiled(family):
-    """For the architecture it is keyed by, the defaults for all."""
+    """For the architecture it is keyed by, the defaults for all, or for their twins."""
     compiled = {(case.architecture, bucket) for case in FAMILIES[family].cases() for bucket in case.buckets()}
+    assert {architecture for architecture, _ in compiled} == set(ARCHITECTURES)
+    compiled |= {(twin, bucket) for architecture, bucket in compiled for twin, other in TWINS.items() if architecture == other}
     for architecture, table in FAMILIES[family].TABLE.items():
         assert {(a, bucket) for bucket in table for a in ([architecture] if architecture else ARCHITECTURES)} <= compiled
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_twins_need_the_same(family):
+    """As recorded, which what is compiled is held against; their tiles too are the same, or it would mean nothing."""
+    recorded, table = read_table(family)["kernels"], FAMILIES[family].TABLE
+    for twin, other in TWINS.items():
+        assert table.get(twin) == table.get(other)
+        names = [name for name in recorded if f"-sm_{twin}-" in name]
+        assert names
+        for name in names:
+            assert recorded[name] == recorded[name.replace(f"-sm_{twin}-", f"-sm_{other}-")], name
 
 
 # ---- that the gate can fail

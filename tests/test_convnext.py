@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from timm.models.convnext import ConvNeXt
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mg_fast import convnext
 from mg_fast.modules import ConvNeXtPyramid
@@ -58,10 +59,7 @@ def test_real_widths(dtype):
 
 @pytest.mark.parametrize("shape", [(64, 96), (100, 68), (33, 47), (32, 32)])
 def test_pictures_that_are_not_square_or_do_not_divide(shape):
-    tower, pixels = make(), torch.randn(1, 3, *shape, generator=torch.Generator().manual_seed(2))
-    with torch.no_grad():
-        for ours, expected in zip(tower(pixels, backend="torch"), tower(pixels, backend="reference"), strict=True):
-            assert torch.allclose(ours, expected, rtol=1e-4, atol=1e-4)
+    assert_tower_accurate(make(), torch.randn(1, 3, *shape, generator=torch.Generator().manual_seed(2)))
 
 
 def test_no_picture():
@@ -92,14 +90,27 @@ def test_a_block_overwrites_its_input_only_where_it_may(in_place):
     assert (out.data_ptr() == x.data_ptr()) == in_place
 
 
-def test_chunks_of_rows_are_the_whole(monkeypatch):
-    tower, pixels = make(), pictures(96, batch=2)
-    with torch.no_grad():
-        expected = tower(pixels, backend="torch")
-        # 4 * 8 channels of 4 bytes a row: chunks of 7 rows, the last of them shorter
-        monkeypatch.setattr(convnext, "CPU_EXPANSION", 7 * 4 * 8 * 4)
-        for ours, whole in zip(tower(pixels, backend="torch"), expected, strict=True):
-            assert torch.allclose(ours, whole, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_chunks_of_rows(monkeypatch, dtype):
+    # 4 * 8 channels a row: chunks of 7 rows, the last of them shorter
+    monkeypatch.setattr(convnext, "CPU_EXPANSION", 7 * 4 * 8 * dtype.itemsize)
+    assert_tower_accurate(make(dtype), pictures(96, batch=2, dtype=dtype))
+
+
+def test_autocast_casts_weights_once_a_block(monkeypatch):
+    """However many chunks there are."""
+    block, casts = convnext.read_block(make().vision_stages[0].blocks[0]), []
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._to_copy.default:
+                casts.append(tuple(args[0].shape))
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(convnext, "CPU_EXPANSION", 7 * 4 * 8 * 2)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), Casts():
+        convnext.run_block(block, torch.randn(1, 9, 9, 8), "torch")
+    assert casts.count((32, 8)) == casts.count((8, 32)) == 1
 
 
 def test_gradients_reach_every_parameter_and_the_picture():

@@ -1,19 +1,25 @@
-"""The counters at the dispatcher, on functions whose bytes and launches are known."""
+"""The count at the dispatcher: bytes and launches of functions that are known, FLOP against torch's, memory against what was allocated."""
 
 import contextlib
+import functools
 import importlib
-import importlib.util
+import itertools
 from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench import counting
-from bench.counting import CountBytes, CountLaunches
-from mg_fast import convnext
+from bench.accounting import Sizes
+from bench.counting import Count
+from mg_fast import absorbed, reference
+from mg_fast.modules import ConvNeXtPyramid
 from mg_fast.ops import mining
+from tests.test_accounting import inputs
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta", "cuda"])
@@ -40,7 +46,7 @@ from mg_fast.ops import mining
 def test_counter(call, read, written, device):
     with FakeTensorMode() if device == "cuda" else contextlib.nullcontext():
         x, y = torch.ones(10, device=device), torch.ones(10, device=device)
-        with CountBytes() as counter:
+        with Count() as counter:
             call(x, y)
     assert (counter.total.bytes_read, counter.total.bytes_written) == (read, written)
 
@@ -49,7 +55,7 @@ def test_counter(call, read, written, device):
 def test_counter_of_one_device(device, read, written):
     with FakeTensorMode():
         x, number = torch.ones(10, device="cuda"), torch.ones((), device="cpu")
-        with CountBytes(device) as counter:
+        with Count(device) as counter:
             x.cpu()
             x.add_(number)
     assert (counter.total.bytes_read, counter.total.bytes_written) == (read, written)
@@ -84,18 +90,18 @@ def test_counter_of_one_device(device, read, written):
 def test_launches(call, launches, device, inference):
     with torch.inference_mode(inference):
         x = torch.ones(4, 4, device=device)
-        with CountLaunches() as counter:
+        with Count() as counter:
             call(x)
-    assert counter.total == launches
+    assert counter.launches.total() == launches
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_attention_is_one_launch(device):
     with torch.inference_mode():
         q = torch.ones(1, 2, 3, 4, device=device)
-        with CountLaunches() as counter:
+        with Count() as counter:
             F.scaled_dot_product_attention(q, q, q)
-    assert counter.by_operator == {"aten.scaled_dot_product_attention.default": 1}
+    assert counter.launches == {"aten.scaled_dot_product_attention.default": 1}
 
 
 def meta(*shape, dtype=torch.float16):
@@ -104,6 +110,11 @@ def meta(*shape, dtype=torch.float16):
 
 def mining_of(views):
     return meta(1, views, 1, 5), [meta(1, 4, 4, 5)]
+
+
+def slanted(*shape, dtype=torch.float16):
+    """Not contiguous, nor of unit stride along the last dimension."""
+    return meta(*shape[::-1], dtype=dtype).permute(*reversed(range(len(shape))))
 
 
 # arguments of mg_fast's operators on the meta device, and what they launch
@@ -124,16 +135,15 @@ OPERATORS = {
 }
 
 
-@pytest.mark.parametrize("case", OPERATORS)
-def test_what_is_declared_is_what_is_launched(case, monkeypatch):
-    """Counted where the launchers call their kernels."""
+@pytest.fixture
+def launches(monkeypatch):
+    """Grids of the kernels that launchers call, which do not run."""
     pytest.importorskip("triton")
-    name, arguments, expected = OPERATORS[case]
-    launches = []
+    launched = []
 
     class Kernel:
         def __getitem__(self, grid):
-            return lambda *_, **__: launches.append(grid)
+            return lambda *_, **__: launched.append(grid)
 
     for family in ("dual_resize", "dwconv_norm", "patch_mining", "pointwise"):
         module = importlib.import_module(f"mg_fast.kernels.{family}")
@@ -141,90 +151,216 @@ def test_what_is_declared_is_what_is_launched(case, monkeypatch):
         assert kernels
         for kernel in kernels:
             monkeypatch.setattr(module, kernel, Kernel())
+    return launched
+
+
+def run_body(operator, arguments):
+    """What it does, where the meta device has its shapes alone."""
+    return operator._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *arguments)
+
+
+@pytest.mark.parametrize("case", OPERATORS)
+def test_what_is_declared_is_what_is_launched(case, launches):
+    """Counted where the launchers call their kernels."""
+    name, arguments, expected = OPERATORS[case]
     operator = getattr(torch.ops.mg_fast, name).default
-    with torch.inference_mode(), CountLaunches() as counter:
+    with torch.inference_mode(), Count() as counter:
         operator(*arguments)
-    assert not launches and counter.by_operator == Counter({str(operator): expected} if expected else {})
-    # what it does, where the meta device has its shapes alone
-    operator._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *arguments)
+    assert not launches and counter.launches == Counter({str(operator): expected} if expected else {})
+    run_body(operator, arguments)
     assert len(launches) == expected
 
 
-def test_every_operator_with_a_kernel_declares_its_launches():
+# beside OPERATORS: arguments that the launchers cannot read in place, and bytes of the copies that they make
+COPIED = {
+    "pool_windows": ("pool_windows", (slanted(1, 1, 4, 5), [slanted(1, 4, 4, 5)], 1), 2 * (4 * 5 + 16 * 5)),
+    "rows apart": ("pool_windows", (meta(1, 1, 1, 5), [meta(1, 4, 4, 10)[..., :5]], 1), 0),
+    "backward": (
+        "pool_windows_backward",
+        (slanted(1, 5, 1, 5), meta(1, 5, 1, 5), [slanted(1, 4, 4, 5)], meta(1, 5, 1, 3, 4), 2),
+        2 * (5 * 5 + 16 * 5),
+    ),
+    "dwconv_norm": ("dwconv_norm", (slanted(1, 5, 6, 8), slanted(49, 8), meta(8), meta(16)[::2], meta(8), 1e-6), 2 * (240 + 392 + 8)),
+    "linear_gelu": ("linear_gelu", (slanted(7, 8), slanted(9, 8), meta(18)[::2]), 2 * (56 + 72 + 9)),
+    "linear_residual": ("linear_residual", (slanted(7, 8), slanted(9, 8), meta(9), slanted(7, 9)), 2 * (56 + 72 + 63)),
+    "in place": ("linear_residual_", (slanted(7, 8), slanted(9, 8), meta(9), meta(7, 9)), 2 * (56 + 72)),
+    "dual_resize": ("dual_resize", (meta(30, 40, 3, dtype=torch.uint8), 32, 14, 2, True, True, "triton"), 31 * 3 * 32),
+}
+
+
+@pytest.mark.parametrize("case", [*OPERATORS, *COPIED])
+def test_what_is_declared_is_what_is_allocated(case, launches):
+    """Counted where the launchers allocate: results, workspaces and copies."""
+    name, arguments, expected = (COPIED.get(case) or OPERATORS[case])[:3]
+    operator = getattr(torch.ops.mg_fast, name).default
+    with torch.inference_mode():
+        # tables are made once
+        run_body(operator, arguments)
+        with Count() as declared:
+            out = operator(*arguments)
+            held = declared.live
+        with Count() as allocated:
+            kept = run_body(operator, arguments)
+            assert allocated.live == held
+    assert declared.peak == allocated.peak
+    if case in COPIED:
+        assert declared.peak - held == expected
+    del out, kept
+    assert declared.live == allocated.live == 0
+
+
+def test_every_operator_with_a_kernel_is_declared():
     tested = {f"mg_fast::{name}" for name, _, _ in OPERATORS.values()}
-    assert tested == counting.LAUNCHES.keys()
+    assert tested == counting.LAUNCHES.keys() == counting.WORKSPACES.keys()
 
 
 def test_resizing_without_kernels_is_refused():
     picture = meta(30, 40, 3, dtype=torch.uint8)
-    with torch.inference_mode(), CountLaunches(), pytest.raises(ValueError, match="not those of the torch backend within it"):
+    with torch.inference_mode(), Count(), pytest.raises(ValueError, match="not what the torch backend does within it"):
         torch.ops.mg_fast.dual_resize(picture, 32, 14, 1, False, True, "torch")
 
 
 def test_an_operator_that_declares_nothing_is_refused(monkeypatch):
     monkeypatch.delitem(counting.LAUNCHES, "mg_fast::pool_windows")
     queries, pyramid = torch.empty(1, 1, 1, 5, device="meta"), [torch.empty(1, 4, 4, 5, device="meta")]
-    with torch.inference_mode(), CountLaunches(), pytest.raises(KeyError, match="mg_fast::pool_windows declares no launches"):
+    with torch.inference_mode(), Count(), pytest.raises(KeyError, match="mg_fast::pool_windows declares no launches"):
         mining.pool_windows(queries, pyramid, 1)
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["768", "1536 HD"])
-def picture(request):
-    return counting.picture_launches(hd=request.param)
+@pytest.mark.parametrize("device, block", [("cpu", 1), ("cuda", 512)])
+def test_memory_of_steps(device, block):
+    """Of what was made before nothing counts, of a view nothing, of what is freed nothing from then on."""
+
+    def blocks(size):
+        return -(-size // block) * block
+
+    with FakeTensorMode():
+        x = torch.empty(1000, device=device)
+        with Count(device) as count:
+            y = x + 1
+            assert count.live == count.peak == blocks(4000)
+            z = y[:10].view(5, 2)
+            y.add_(x)
+            torch.empty(300, device="meta")
+            assert count.live == count.peak == blocks(4000)
+            y = torch.cat([y, y])
+            # kept by its view
+            assert count.live == count.peak == blocks(4000) + blocks(8000)
+            del z
+            assert count.live == blocks(8000)
+            w = torch.empty(1, device=device)
+            assert (count.live, count.peak) == (blocks(8000) + blocks(4), blocks(4000) + blocks(8000))
+    del y, w
+    assert count.live == 0
 
 
-def test_launches_of_a_packed_tower(picture):
-    """A layer: two norms, four products, attention, SiLU, two residuals; before the layers: patches, class token, positions, norm."""
-    assert picture["CLIP, packed"].total() == 23 * 10 + 4
-    assert picture["CLIP, packed"]["aten.addmm.default"] == 23 * 4
+def test_what_a_gpu_makes_of_fake_tensors():
+    """bfloat16 convolutions; norms of what is not contiguous, and attention, with the results' strides and what they allocate beside."""
+    with FakeTensorMode(), torch.inference_mode(), Count("cuda") as count:
+        x = torch.empty(1, 64, 32, 32, dtype=torch.bfloat16, device="cuda")
+        out = F.conv2d(x, torch.empty(64, 1, 7, 7, dtype=torch.bfloat16, device="cuda"), padding=3, groups=64)
+        assert (out.dtype, out.shape) == (torch.bfloat16, x.shape)
+        assert count.total.flop == 2 * 49 * x.numel()
+        before = count.live
+        normed = F.layer_norm(x.permute(0, 2, 3, 1), (64,))
+        # the map and its statistics in float32; for the moment a copy
+        assert normed.is_contiguous() and count.live == before + x.nbytes
+        assert count.peak == before + 2 * x.nbytes + 2 * 4 * 32 * 32
+        q = torch.empty(1, 2, 256, 64, dtype=torch.bfloat16, device="cuda")
+        before, count.peak = count.live, 0
+        mixed = F.scaled_dot_product_attention(q, q, q)
+        assert mixed.shape == q.shape and mixed.transpose(1, 2).is_contiguous()
+        assert count.live == before + q.nbytes and count.peak == count.live + 4 * 2 * 256
+        scalar = torch.tensor(1.0, device="cuda")
+        assert scalar.device.type == "cuda" and count.launches["aten._to_copy.default"] == 1
 
 
-def test_launches_of_timms_tower(picture):
-    """40 convolutions, 40 norms, and in each of 36 blocks two products, GELU, gamma and the residual."""
-    assert picture["ConvNeXt-L, timm"].total() == 40 + 40 + 36 * 5
+def small_tower(dtype=torch.float32):
+    torch.manual_seed(0)
+    return ConvNeXtPyramid.from_dims((24, 48, 64, 96), (2, 1, 1, 1)).eval().to(dtype)
 
 
-needs_cudnn = pytest.mark.skipif(
-    not (torch.backends.cudnn.is_available() and importlib.util.find_spec("triton")),
-    reason="takes a torch that is built for CUDA, and triton: no GPU",
-)
+SMALL = {
+    "standard": Sizes(torch.float32, side=6, dim=256, levels=((48, 64), (24, 128), (12, 256))),
+    "HD": Sizes(torch.float32, grid=2, views=5, side=3, dim=256, levels=((48, 64), (24, 128), (12, 256))),
+}
 
 
-@needs_cudnn
-def test_launches_of_our_towers(picture):
-    """Four convolutions and norms, and in each of 36 blocks three kernels; or, with a library's products, their GELU and sum apart."""
-    around = {"aten.convolution.default": 4, "aten.native_layer_norm.default": 4}
-    products = {"aten.addmm.default": 72, "aten.gelu_.default": 36, "aten.add_.Tensor": 36}
-    kernels = {f"mg_fast.{name}.default": 36 for name in ("dwconv_norm", "linear_gelu", "linear_residual_")}
-    assert picture["ConvNeXt-L, triton"] == around | kernels
-    assert picture["ConvNeXt-L, auto"] == around | products | {"mg_fast.dwconv_norm.default": 36}
-    convolved = {"aten.convolution.default": 4 + 36, "aten.native_layer_norm.default": 4 + 36}
-    assert picture["ConvNeXt-L, torch"] == convolved | products
+def calls_on(device):
+    """Calls whose memory is measured, by name."""
+    found = {}
+    for name, sizes in SMALL.items():
+        for form in (reference.patch_mining, absorbed.patch_mining):
+            tensors = inputs(sizes, device)
+            found[f"mining, {form.__module__.split('.')[-1]}, {name}"] = functools.partial(form, *tensors, grid=sizes.grid)
+    tower = small_tower().to(device)
+    pixels = torch.randn(1, 3, 128, 128, device=device)
+    return found | {
+        "tower, timm": functools.partial(tower, pixels, backend="reference"),
+        "tower, packed": functools.partial(tower.pack(), pixels, backend="torch"),
+    }
 
 
-def test_launches_of_packing(picture):
-    """Of every block the taps laid out, and layer scale folded into a weight and a bias; of every convolution the weight laid out."""
-    assert picture["ConvNeXt-L, packing"] == {"aten.clone.default": 36 + 4, "aten.mul.Tensor": 36 * 2}
+def allocated_on_cpu(call):
+    """Bytes that torch's allocator gave out, at most and in the end."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        out = call()
+    events = [(e.start_ns(), i, e.nbytes()) for i, e in enumerate(profiled.profiler.kineto_results.events()) if e.name() == "[memory]"]
+    live = list(itertools.accumulate(size for *_, size in sorted(events)))
+    del out
+    return max(live), live[-1]
 
 
-@needs_cudnn
-def test_few_launches(picture):
-    """The high-resolution tower, mining and projector together, with all that lies between: half of timm's tower alone."""
-    assert sum(picture[part].total() for part in counting.SUMS["by kernels"]) <= 130 == picture["ConvNeXt-L, timm"].total() // 2
+@pytest.mark.parametrize("name", calls_on("meta"))
+def test_memory_is_what_was_allocated_on_a_cpu(name):
+    """By torch's profiler. Without the tables, which are made once; oneDNN may keep memory of its own."""
+    call = calls_on("cpu")[name]
+    with torch.inference_mode():
+        call()
+        with Count("cpu") as count:
+            out = call()
+            held = count.live
+        del out
+        peak, left = allocated_on_cpu(call)
+    assert count.peak == pytest.approx(peak, rel=0.03)
+    assert held == left
 
 
-@needs_cudnn
-def test_chunks_are_counted(monkeypatch):
-    """Half of a stage's rows at a time: two products more in each of its three blocks."""
-    monkeypatch.setattr(convnext, "GPU_EXPANSION", 192 * 192 * 4 * 192 * 2 // 2)
-    assert counting.picture_launches()["ConvNeXt-L, triton"].total() == 116 + 3 * 2
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="measures a GPU's allocator: no GPU")
+@pytest.mark.parametrize("name", calls_on("meta"))
+def test_memory_is_what_was_allocated_on_a_gpu(name):
+    """By its caching allocator, which may give up to 1 MiB more with each of the few blocks that are live at the peak."""
+    call = calls_on("cuda")[name]
+    with torch.inference_mode():
+        # with tables, and the libraries' workspaces
+        call()
+        with Count("cuda") as count:
+            call()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+    assert count.peak == pytest.approx(peak, rel=0.05, abs=4 * 2**20)
 
 
-def test_table(capsys, monkeypatch):
-    monkeypatch.setattr(
-        counting, "picture_launches", lambda hd=False: {"CLIP, packed": Counter(addmm=92 + hd), "projector": Counter(addmm=3)}
-    )
-    monkeypatch.setattr(counting, "SUMS", {"both": ("CLIP, packed", "projector")})
-    counting.main()
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines[1] == ["CLIP,", "packed", "92", "93"] and lines[3] == ["both", "95", "96"]
+@pytest.mark.parametrize("name", calls_on("meta"))
+def test_flop_are_torchs(name):
+    call = calls_on("meta")[name]
+    with torch.inference_mode():
+        call()
+        with FlopCounterMode(display=False) as flop:
+            call()
+        with Count("meta") as count:
+            call()
+    assert count.total.flop == flop.get_total_flops() > 0
+
+
+def test_flop_of_attention():
+    """Of grouped queries too, as the language models have them."""
+    with torch.inference_mode():
+        q, kv = torch.ones(2, 6, 5, 8), torch.ones(2, 2, 7, 8)
+        with Count() as count:
+            F.scaled_dot_product_attention(q, kv, kv, enable_gqa=True)
+    assert count.total.flop == 2 * 2 * (2 * 6 * 5 * 7 * 8)

@@ -1,5 +1,6 @@
 """The packed picture encoder: the model's own image tokens, and what it refuses."""
 
+import contextlib
 import copy
 
 import pytest
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 import mg_fast
 from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor, pipeline
 from mg_fast.meter import Meter
+from mg_fast.mini_gemini import encoder as encoder_module
 from mg_fast.mini_gemini.encoder import PictureEncoder
 from mg_fast.modules import ConvNeXtPyramid
 from tests.tolerances import IMAGE_TOKENS, assert_accurate, relative_error
@@ -83,6 +85,25 @@ def test_a_tower_that_is_more_than_its_weights(loaded):
     PictureEncoder(model.model)
 
 
+@pytest.mark.parametrize("part", ["patch_mining", "mm_projector", "mm_projector.0"])
+def test_hooks_on_mining_or_projector_keep_graphs_away(loaded, photo, monkeypatch, part):
+    """As a replay would not run them."""
+    model, processor = loaded
+    inputs, encoder, replayed, called = processor.image_processor(photo), PictureEncoder(model.model), [], []
+    expected = encoder(**inputs)
+    # as on a GPU, up to the graphs themselves
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(encoder, "_replay", lambda pixels, backend: replayed.append(1))
+    monkeypatch.setattr(encoder, "_graphs", {})
+    encoder(**inputs)
+    assert replayed
+    handle = model.model.get_submodule(part).register_forward_hook(lambda *_: called.append(1))
+    assert torch.equal(encoder(**inputs), expected) and called and len(replayed) == 1
+    handle.remove()
+    encoder(**inputs)
+    assert len(replayed) == 2
+
+
 def test_packing_does_not_touch_the_tower():
     tower = ConvNeXtPyramid.from_dims((8, 16, 24, 32), (1, 1, 1, 1))
     before = {name: tensor.clone() for name, tensor in tower.state_dict().items()}
@@ -128,6 +149,16 @@ def test_the_pipeline_packs_once_and_again_after_a_change(loaded, photo, drawing
     with mg_fast.use_backend("reference"):
         piped.see(photo)
     assert len(made) == 3
+
+
+def test_the_pipeline_looks_at_all_parameters_once_a_picture(loaded, photo, drawing, monkeypatch):
+    model, processor = loaded
+    piped = pipeline.Pipeline(model, processor)
+    piped.see(photo)
+    walks = []
+    monkeypatch.setattr(encoder_module, "_storages", lambda model, walk=encoder_module._storages: walks.append(1) or walk(model))
+    piped.see(drawing)
+    assert len(walks) == 1
 
 
 def test_the_pipeline_goes_through_the_modules_where_they_cannot_be_packed(loaded, photo, caplog):

@@ -10,6 +10,9 @@ from PIL import Image
 import mg_fast
 from mg_fast import Pipeline
 from mg_fast.image_cache import ImageCache, picture_digest
+from mg_fast.mini_gemini import modeling
+from mg_fast.mini_gemini.packed_clip import PackedClip
+from mg_fast.modules.convnext import ConvNeXtPyramid, PackedPyramid
 
 QUESTION = "What is written in the picture?"
 # image tokens of one picture of the tiny checkpoint, float32
@@ -17,19 +20,25 @@ BYTES = 25 * 64 * 4
 
 
 @pytest.fixture
-def runs(model):
-    """One entry for every run of a tower."""
+def runs(monkeypatch):
+    """One entry for every run of a tower, packed or by its modules. Counted by their classes: hooks would keep the towers from being
+    packed."""
     runs = []
-    hooks = [tower.register_forward_hook(lambda *_: runs.append("HR")) for tower in [model.model.vision_tower_aux]]
-    hooks.append(model.model.vision_tower.pre_layrnorm.register_forward_hook(lambda *_: runs.append("LR")))
-    yield runs
-    for hook in hooks:
-        hook.remove()
+
+    def count(owner, method, entry):
+        run = getattr(owner, method)
+        monkeypatch.setattr(owner, method, lambda *args, **kwargs: runs.append(entry) or run(*args, **kwargs))
+
+    count(PackedPyramid, "__call__", "packed HR")
+    count(PackedClip, "forward", "packed LR")
+    count(ConvNeXtPyramid, "forward", "HR")
+    count(modeling, "low_resolution_features", "LR")
+    return runs
 
 
 def test_a_hit_runs_no_tower_and_is_the_same(pipeline, model, processor, photo, runs):
     first = pipeline.see(photo)
-    assert sorted(runs) == ["HR", "LR"]
+    assert sorted(runs) == ["packed HR", "packed LR"]
     again = pipeline.see(photo)
     assert len(runs) == 2
     uncached = Pipeline(model, processor, image_cache_bytes=0).see(photo)
@@ -96,7 +105,17 @@ def test_backends_have_tokens_of_their_own(pipeline, photo, runs):
     assert len(runs) == 2
     with mg_fast.use_backend("reference"):
         pipeline.see(photo)
-    assert len(runs) == 4
+    assert sorted(runs) == ["HR", "LR", "packed HR", "packed LR"]
+
+
+def test_towers_that_cannot_be_packed(pipeline, model, photo, runs):
+    """Their tokens are kept as well."""
+    handle = model.model.vision_tower_aux.vision_stages[0].register_forward_hook(lambda *_: None)
+    try:
+        first = pipeline.see(photo)
+        assert torch.equal(pipeline.see(photo), first) and sorted(runs) == ["HR", "LR"]
+    finally:
+        handle.remove()
 
 
 @pytest.mark.parametrize("setting, value", [("pad", False), ("hr_size", None)])

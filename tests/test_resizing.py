@@ -100,6 +100,40 @@ def test_pillows_bits_of_photographs(path):
     assert_as_pillow(picture, 1536, 336, grid=2)
 
 
+@pytest.fixture(scope="module")
+def camera_files(tmp_path_factory):
+    """Photographs as cameras write them: 12 megapixels in landscape, tiled so that every pixel is of the small photograph as it was taken;
+    24 megapixels in portrait, enlarged, its rows stored as columns."""
+    cbook = pytest.importorskip("matplotlib.cbook")
+    with Image.open(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)) as image:
+        small = np.array(image.convert("RGB"))
+    folder = tmp_path_factory.mktemp("camera")
+    Image.fromarray(np.tile(small, (6, 8, 1))[:3024, :4032]).save(folder / "landscape.jpg", quality=95)
+    upright = Image.fromarray(small[:, 56:456]).resize((4000, 6000), Image.Resampling.LANCZOS)
+    exif = Image.Exif()
+    exif[pictures.ORIENTATION] = 6
+    upright.transpose(Image.Transpose.ROTATE_90).save(folder / "portrait.jpg", quality=95, exif=exif)
+    return {"landscape": (folder / "landscape.jpg", (4032, 3024)), "portrait": (folder / "portrait.jpg", (4000, 6000))}
+
+
+@pytest.mark.parametrize("pad", [True, False], ids=["pad", "crop"])
+@pytest.mark.parametrize("grid", [1, 2], ids=["768", "1536"])
+@pytest.mark.parametrize("name", ["landscape", "portrait"])
+def test_pillows_bits_of_camera_files(camera_files, name, grid, pad):
+    """From the file on, by both ways of the processor."""
+    # as many small products as there are make a second thread spin
+    torch.set_num_threads(1)
+    path, size = camera_files[name]
+    with Image.open(path) as image:
+        upright = ImageOps.exif_transpose(image)
+    assert upright.size == size
+    expected = by_pillow(torch.from_numpy(np.array(upright)), 768 * grid, 336, grid, pad)
+    processor = MiniGeminiImageProcessor(768 * grid, 336, grid, grid > 1, pad)
+    for device in (None, "cpu"):
+        ours = processor(path, device=device)
+        assert_same((ours["pixel_values_hr"][0], ours["pixel_values"][0]), expected)
+
+
 @pytest.mark.parametrize("layout", ["CHW", "turned", "within", "flipped"])
 def test_strides(layout):
     picture = noise(31, 22)
@@ -267,3 +301,36 @@ def test_taps_add_up():
         first, weights = resizing.bicubic_taps(resizing.Side(canvas, 0, canvas, resized, 0, resized))
         assert (np.abs(weights.sum(1) - 2**22) <= weights.shape[1]).all()
         assert (first >= 0).all() and (first < canvas).all()
+
+
+def test_tables_of_many_sizes_are_forgotten(monkeypatch):
+    """What is held on the device is bounded, in bytes, whatever pictures come; the last size is found again."""
+    store = resizing._blocks.store
+    made = []
+    monkeypatch.setattr(store, "_make", lambda *arguments, make=store._make: made.append(arguments) or make(*arguments))
+    monkeypatch.setattr(store, "_limit", 2**20)
+    picture = torch.zeros(1, 1, 3, dtype=torch.uint8)
+    for height in range(300, 420):
+        ops.dual_resize(picture.expand(height, 300, 3), 96, 14, backend="torch")
+        assert store.held_bytes <= 2**20
+    assert len(store) < len(made)
+    before = len(made)
+    expected = ops.dual_resize(picture.expand(419, 300, 3), 96, 14, backend="torch")
+    assert len(made) == before
+    monkeypatch.setattr(store, "_limit", 0)
+    store._entries.clear()
+    for ours, other in zip(ops.dual_resize(picture.expand(419, 300, 3), 96, 14, backend="torch"), expected):
+        assert torch.equal(ours, other)
+
+
+def test_tables_are_of_float32_whatever_the_default_is():
+    expected = resizing.bilinear_taps(48, 21)
+    resizing.bilinear_taps.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert all(
+            np.array_equal(ours, other) and ours.dtype == other.dtype for ours, other in zip(resizing.bilinear_taps(48, 21), expected)
+        )
+    finally:
+        torch.set_default_dtype(torch.float32)
+        resizing.bilinear_taps.cache_clear()

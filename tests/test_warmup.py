@@ -20,24 +20,18 @@ import timm.models.convnext
 import torch
 from triton import knobs
 import mg_fast
-from mg_fast import ops, resizing, warmup
-from mg_fast.ops import resize
+from mg_fast import ops, warmup
 
 folder, *cases = json.loads(sys.argv[1])
 # reads numbers, which fake tensors have not
 timm.models.convnext.calculate_drop_path_rates = lambda rate, depths, **_: [[0.0] * depth for depth in depths]
-# or tables would be real, and of numbers that are asked of real tensors
-torch.from_numpy = lambda array: torch.empty(array.shape, dtype=getattr(torch, str(array.dtype)))
 config = warmup.model_config(folder)
 side, high, grid = config.vision_config.image_size, config.image_size_aux, config.image_grid
-resizing.view_taps(high, side, grid, config.image_global)
 
 def launch(architecture, dtype, batch, training, backend):
     dtype, hits = getattr(torch, dtype), []
     torch.set_default_dtype(dtype)
     knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
-    for tables in (resize._taps, resize._tables):
-        tables.cache_clear()
     with warmup.compile_only(architecture, training=training), mg_fast.use_backend(backend), torch.set_grad_enabled(training):
         with torch.device("cuda"):
             model = mg_fast.MiniGeminiForConditionalGeneration(config)
@@ -108,8 +102,21 @@ def test_all_kernels(tmp_path):
     folder = OWN_GOLDEN / "standard"
     arguments = ("--arch", "sm_90", "--dtype", "float16", "--backend", "triton", "--model", folder)
     lines = process("-m", "mg_fast", "warmup", *arguments, cache=tmp_path).splitlines()[:-2]
-    products = [line.split()[0] for line in lines if line.startswith("linear_")]
-    assert len(products) > 2 * 4 and set(products) == {"linear_gelu_fwd_kernel", "linear_residual_fwd_kernel"}
+    assert all(line.split()[1:4] == ["sm_90", "float16", "160"] for line in lines)
+    # the folder holds what is said to have been compiled, for that architecture, and nothing else
+    compiled = sorted(line.split()[0] for line in lines if line.endswith(" s"))
+    assert sorted(path.stem for path in tmp_path.rglob("*.cubin")) == compiled
+    assert {name: compiled.count(name) for name in compiled} == {
+        "dwconv_norm_fwd_kernel": 4,
+        # more than the four stages of one picture: products of few rows have other tiles
+        "linear_gelu_fwd_kernel": 5,
+        "linear_residual_fwd_kernel": 5,
+        "pool_windows_fwd_kernel": 1,
+        "resize_columns_fwd_kernel": 1,
+        "resize_rows_fwd_kernel": 1,
+    }
+    made = [json.loads(path.read_text()) for path in tmp_path.rglob("*.json") if not path.name.startswith("__grp__")]
+    assert sorted(entry["name"] for entry in made) == compiled and {entry["target"]["arch"] for entry in made} == {90}
     found = launch(folder, tmp_path, *({"backend": "triton", "batch": batch} for batch in (1, 8, 64)))
     assert found == [(2 + 4 + 8 + 1, 0)] * 3
 

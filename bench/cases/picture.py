@@ -1,6 +1,8 @@
 """A picture's way to image tokens: its preprocessing alone, and the whole."""
 
+import contextlib
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,10 +118,11 @@ def _by_model(backend: str):
     """The model's own modules, as transformers runs them."""
 
     def build(inputs: Model) -> Call:
-        def call() -> torch.Tensor:
+        def call(stage: Callable = contextlib.nullcontext) -> torch.Tensor:
             with use_backend(backend):
-                pixels = inputs.processor(inputs.picture).to(inputs.device)
-                return inputs.model.get_image_features(**pixels).pooler_output
+                with stage("preprocess"):
+                    pixels = inputs.processor(inputs.picture).to(inputs.device)
+                return inputs.model.get_image_features(**pixels, stage=stage).pooler_output
 
         return call
 
@@ -136,9 +139,12 @@ def _by_encoder_with(backend: str):
             encoder = PictureEncoder(inputs.model)
         device = inputs.device if inputs.device == "cuda" else None
 
-        def call() -> torch.Tensor:
+        def call(stage: Callable | None = None) -> torch.Tensor:
             with use_backend(backend):
-                return encoder(**inputs.processor(inputs.picture, device=device).to(inputs.device))
+                with (stage or contextlib.nullcontext)("preprocess"):
+                    pixels = inputs.processor(inputs.picture, device=device).to(inputs.device)
+                # without a context for them the stages are one graph on a GPU
+                return encoder(**pixels, stage=stage)
 
         return call
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .. import backend as backends
+from ..frozen import uncommon
 from .modeling import MiniGeminiModel
 from .packed_clip import PackedClip
 
@@ -25,8 +26,9 @@ class PictureEncoder:
     """Image tokens of pictures by packed copies of a model's towers.
 
     What is packed is a snapshot; mining and projector are the model's own. A call refuses once a tower's weights were changed in place, or
-    the model was moved or converted: make another. Writes through `.data`, and hooks or adapters that come later, are not seen. On a GPU
-    the towers run at once on two streams, and all of it is captured in a CUDA graph for each shape: a call then is one launch.
+    the model was moved or converted: make another. Writes through `.data`, and hooks or adapters that come later to a tower, are not seen.
+    On a GPU the towers run at once on two streams, and all of it is captured in a CUDA graph for each shape: a call then is one launch.
+    While mining or projector compute something else than their weights say (hooks, adapters), calls go without graphs.
 
     Args:
         model: the MiniGeminiModel, its picture side on one device.
@@ -86,12 +88,24 @@ class PictureEncoder:
             backend: overrides the choice in force.
             stage: as of `get_image_features`; where it is given the stages run one after the other, to be measured.
         """
-        self._model.check_pixels(pixel_values, pixel_values_hr)
         self._check_current()
+        return self.encode(pixel_values, pixel_values_hr, backend=backend, stage=stage)
+
+    @torch.inference_mode()
+    def encode(
+        self,
+        pixel_values: torch.Tensor,
+        pixel_values_hr: torch.Tensor,
+        *,
+        backend: str | None = None,
+        stage: Callable | None = None,
+    ) -> torch.Tensor:
+        """The same, for a caller who has just asked `is_current()`, which walks all parameters."""
+        self._model.check_pixels(pixel_values, pixel_values_hr)
         pixels = pixel_values.to(self.device), pixel_values_hr.to(self.device)
         if stage is not None:
             return self._encode(*pixels, backend, stage)
-        if self._graphs is None:
+        if self._graphs is None or not self._graphs_show_all():
             return self._encode_at_once(*pixels, backend)
         with _LOCK, torch.cuda.device(self.device):
             return self._replay(pixels, backend)
@@ -116,6 +130,11 @@ class PictureEncoder:
         for tensor, stream in ((pixel_values, self._side), (queries, main)):
             tensor.record_stream(stream)
         return self._model.mine_and_project(queries, pyramid, backend=backend)[0]
+
+    def _graphs_show_all(self) -> bool:
+        """Whether a replay does what a call would: hooks on mining or projector would run at the capture alone."""
+        parts = self._model.patch_mining, self._model.mm_projector
+        return not any(uncommon(part, {nn.Sequential, nn.LayerNorm, nn.Linear, nn.GELU, nn.Identity}) for part in parts)
 
     def _queries(self, pixel_values: torch.Tensor, backend: str | None) -> torch.Tensor:
         return self._model.low_resolution_queries(pixel_values, tower=lambda views: self._clip(views, backend=backend))

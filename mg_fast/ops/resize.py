@@ -1,6 +1,5 @@
 """Pictures resized to both resolutions: checks the input, chooses the backend, calls it, as an operator of torch."""
 
-import functools
 import operator
 
 import numpy as np
@@ -9,6 +8,7 @@ from PIL import Image
 
 from .. import backend as backends
 from .. import resizing
+from ..kept import kept, upload
 from .common import on_device
 
 
@@ -60,13 +60,13 @@ def _by_pillow(picture: torch.Tensor, hr_size: int, lr_size: int, *, grid: int, 
     return hr.to(picture.device), views.to(picture.device)
 
 
-@functools.lru_cache(maxsize=64)
+@kept(resizing.TABLE_BYTES)
 def _taps(side: resizing.Side, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     first, weights = resizing.bicubic_taps(side)
-    return torch.from_numpy(first).to(device), torch.from_numpy(np.ascontiguousarray(weights.T)).to(device)
+    return upload(first, device), upload(np.ascontiguousarray(weights.T), device)
 
 
-@functools.lru_cache(maxsize=8)
+@kept(resizing.TABLE_BYTES)
 def _tables(
     hr_size: int, lr_size: int, grid: int, global_view: bool, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -77,7 +77,7 @@ def _tables(
         np.concatenate([np.pad(part[kind], ((0, 4 - len(part[kind])), (0, 0))) for part in taps], axis=1) for kind in (0, 1)
     )
     arrays = resizing.level_tables(), positions.astype(np.int32), shares
-    return tuple(torch.from_numpy(array).to(device) for array in arrays)
+    return tuple(upload(array, device) for array in arrays)
 
 
 def _by_kernel(picture: torch.Tensor, hr_size: int, lr_size: int, *, grid: int, global_view: bool, pad: bool):

@@ -7,7 +7,7 @@ import torch
 from mg_fast.kernels import dwconv_norm
 from mg_fast.kernels.configs import DWCONV_NORM, dwconv_norm_bucket, dwconv_norm_tile
 
-from .gate import ARCHITECTURES, DTYPES, Case
+from .gate import DISTINCT, DTYPES, TWINS, Case
 
 TABLE = DWCONV_NORM
 
@@ -55,7 +55,8 @@ BUCKETS = [(24, 3072), (9, 131), (9, 3071)]
 
 
 def cases() -> list[Convolution]:
-    found = [Convolution(a, "bf16", *shape) for a in ARCHITECTURES for shape in [*LARGE, *BUCKETS]]
+    found = [Convolution(a, "bf16", *shape) for a in DISTINCT for shape in [*LARGE, *BUCKETS]]
+    found += [Convolution(a, "bf16", 48, 768) for a in TWINS]
     # base's first stage, in two chunks in place of three; other dtypes
     found.append(Convolution(90, "bf16", 192, 128))
     return found + [Convolution(a, dtype, 24, 1536) for a, dtype in ((80, "fp32"), (90, "fp32"), (90, "fp16"))]

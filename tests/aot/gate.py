@@ -21,6 +21,10 @@ from mg_fast.warmup import compile_only
 # what multiplies matrices best, in the machine's own instructions; products too small for it use HMMA there too, and count as none
 TENSOR_CORES = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 ARCHITECTURES = tuple(SHARED_MEMORY_LIMITS)
+# sm_89 has the tiles of sm_86 and needs what it needs, to the instruction: a test holds the cases compiled for both against each other, and
+# the rest is compiled for the other one
+TWINS = {89: 86}
+DISTINCT = tuple(a for a in ARCHITECTURES if a not in TWINS)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 

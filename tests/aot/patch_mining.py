@@ -7,7 +7,7 @@ import torch
 from mg_fast.kernels import patch_mining
 from mg_fast.kernels.configs import PATCH_MINING, patch_mining_bucket
 
-from .gate import ARCHITECTURES, DTYPES, Case
+from .gate import ARCHITECTURES, DISTINCT, DTYPES, Case
 
 TABLE = PATCH_MINING
 LEVELS = 4
@@ -88,14 +88,16 @@ def cases() -> list[Mining]:
 
     found: list[Mining] = []
     both = ("pool_windows_fwd", "pool_windows_bwd")
-    add(both, ARCHITECTURES, ["bf16"], ["768", "HD"])
-    add(both, ARCHITECTURES, ["fp32"], ["768"])
+    # the cells of HD are the one view of 768 in all but their number
+    add(both, ARCHITECTURES, ["bf16"], ["HD"])
     add(both[:1], ARCHITECTURES, ["fp32"], ["HD"])
+    add(both, (80, 90), ["bf16"], ["768"])
     add(both[1:], (80, 90), ["fp32"], ["HD"])
+    add(both[1:], (86, 100, 120), ["fp32"], ["768"])
     add(both[:1], (80, 90), ["fp16"], ["768"])
     add(both, (80, 90), ["bf16"], ["uneven"])
     buckets = [name for name in SHAPES if name not in ("768", "HD", "uneven")]
     # the rest is left to the forward pass, which as a rule needs more
-    add(both[:1], ARCHITECTURES, ["bf16", "fp32"], buckets)
+    add(both[:1], DISTINCT, ["bf16", "fp32"], buckets)
     add(both[1:], (80, 90), ["bf16"], buckets)
     return found

@@ -7,7 +7,7 @@ import torch
 from mg_fast.kernels import pointwise
 from mg_fast.kernels.configs import POINTWISE, pointwise_bucket
 
-from .gate import ARCHITECTURES, DTYPES, Case
+from .gate import ARCHITECTURES, DISTINCT, DTYPES, Case
 
 TABLE = POINTWISE
 # most loads by one thread that are not of 128 bits: of the bias
@@ -77,9 +77,10 @@ def cases() -> list[Pointwise]:
 
     found: list[Pointwise] = []
     launchers = ("linear_gelu_fwd", "linear_residual_fwd")
-    add(["bf16"], ARCHITECTURES, ["stage0", "stage2", "stage3", "base_stage3", "odd"])
+    add(["bf16"], ARCHITECTURES, ["stage2"])
+    add(["bf16"], DISTINCT, ["base_stage3", "odd"])
     # what is kept apart from the above by nothing but K is left to one architecture
-    add(["bf16"], [90], ["HD_stage3", "xxlarge_stage3"])
-    add(["fp32"], ARCHITECTURES, ["stage2", "base_stage3", "odd"])
-    add(["fp16"], ARCHITECTURES, ["stage2"])
+    add(["bf16"], [90], ["stage0", "stage3", "HD_stage3", "xxlarge_stage3"])
+    add(["fp32"], DISTINCT, ["stage2", "base_stage3", "odd"])
+    add(["fp16"], DISTINCT, ["stage2"])
     return found

@@ -60,7 +60,7 @@ VIEWS += [(1, False, 1, 0), (2, True, 2, 0)]
 @st.composite
 def cases(draw):
     grid, global_view, side, batch = draw(st.sampled_from(VIEWS))
-    window = draw(st.integers(1, 10 if grid * side == 1 else 5))
+    window = draw(st.integers(1, 10 if grid * side == 1 else 4))
     fine = grid * side * window
     halved = st.just([max(fine >> s, 1) for s in range(5)])
     levels = draw(st.integers(1, 5))
@@ -74,8 +74,8 @@ def cases(draw):
         batch=batch,
         window=window,
         sizes=tuple(sizes),
-        # of one or two channels LayerNorm leaves a sign or nothing: rounding, raised to the size of a feature
-        widths=tuple(draw(st.lists(st.integers(1, 40), min_size=levels, max_size=levels).filter(lambda widths: sum(widths) > 3))),
+        # up to two blocks of channels; of one or two channels LayerNorm leaves a sign or nothing: rounding, raised to the size of a feature
+        widths=tuple(draw(st.lists(st.integers(1, 24), min_size=levels, max_size=levels).filter(lambda widths: sum(widths) > 3))),
         layouts=tuple(draw(st.lists(st.sampled_from(list(LAYOUTS)), min_size=levels, max_size=levels))),
         # of a handful of numbers the largest error says little
         dim=draw(st.integers(16, 40)),

@@ -1,10 +1,10 @@
-"""Launches of CLIP by the kernels, counted at the dispatcher; those of the other parts are counted in tests/test_counting.py."""
+"""Launches of CLIP by the kernels, counted at the dispatcher; those of the other parts are counted in tests/test_memory.py."""
 
 import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from bench import counting
+from bench.counting import Count
 from mg_fast.mini_gemini.packed_clip import PackedClip
 
 
@@ -15,6 +15,6 @@ def test_launches_of_clip(views):
     # in float32 a CPU's products take no factor, and need passes that a GPU's do not
     clip = PackedClip.from_tower(CLIPVisionModel(CLIPVisionConfig(**vit)).eval().to(torch.bfloat16))
     pixels = torch.zeros(views, 3, 28, 28, dtype=torch.bfloat16)
-    with torch.inference_mode(), counting.CountLaunches() as counter:
+    with torch.inference_mode(), Count() as counter:
         clip(pixels, backend="triton")
-    assert counter.total == 23 * 9 + 4 <= 350 - 130
+    assert counter.launches.total() == 23 * 9 + 4 <= 350 - 130

@@ -1,0 +1,109 @@
+"""Tables that depend on sizes alone, kept on each device instead of made, or copied there, in every call."""
+
+import functools
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+
+
+def kept(limit: int | None = None) -> Callable:
+    """Keeps the tensors that a function returns, alone or in tuples and lists, by its arguments, one of which is a torch.device.
+
+    Those of a trace belong to it alone, and those of a capture hold nothing until it is replayed: they are made anew.
+
+    Args:
+        limit: most bytes of one function's tensors; what was used longest ago goes first, and what is larger is not kept. Whatever a CUDA
+            graph was captured with stays beyond it, as a replay may read it at any time. None: all is kept for good.
+    """
+
+    def decorate(make: Callable) -> Callable:
+        store = Store(make, limit)
+
+        @functools.wraps(make)
+        def get(*arguments):
+            if torch.compiler.is_compiling() or tensors_are_fake():
+                return make(*arguments)
+            return store.get(*arguments)
+
+        get.store = store
+        return get
+
+    return decorate
+
+
+class Store:
+    """What is kept of one function, see `kept`.
+
+    Attributes:
+        held_bytes: bytes of the tensors held now, those of captured graphs apart.
+    """
+
+    def __init__(self, make: Callable, limit: int | None):
+        self._make, self._limit, self.held_bytes = make, limit, 0
+        self._entries, self._captured, self._lock = OrderedDict(), {}, threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, *arguments):
+        """The function's result for these arguments."""
+        device = next(a for a in arguments if isinstance(a, torch.device))
+        cuda = device.type == "cuda"
+        capturing = cuda and torch.cuda.is_current_stream_capturing()
+        with self._lock:
+            made = self._captured[arguments] if arguments in self._captured else self._entries.get(arguments)
+            if made is not None:
+                if capturing:
+                    self._captured[arguments] = made
+                if arguments in self._entries:
+                    self._entries.move_to_end(arguments)
+        if made is None:
+            if capturing:
+                return self._make(*arguments)
+            # what is made in inference mode could not be used for training later
+            with torch.inference_mode(False):
+                made = self._make(*arguments)
+            if cuda:
+                # other streams will read them
+                torch.cuda.current_stream(device).synchronize()
+            self._keep(arguments, made)
+        if cuda and self._limit is not None and not capturing:
+            # they may be dropped before this stream has read them
+            for tensor in _tensors(made):
+                tensor.record_stream(torch.cuda.current_stream(device))
+        return made
+
+    def _keep(self, arguments: tuple, made) -> None:
+        with self._lock:
+            if arguments in self._entries or self._limit is not None and _bytes(made) > self._limit:
+                return
+            self._entries[arguments] = made
+            self.held_bytes += _bytes(made)
+            while self._limit is not None and self.held_bytes > self._limit:
+                self.held_bytes -= _bytes(self._entries.popitem(last=False)[1])
+
+
+def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """An array on a device; where tensors are fake, without its values."""
+    tensor = torch.from_numpy(array)
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=device) if tensors_are_fake() else tensor.to(device)
+
+
+def tensors_are_fake() -> bool:
+    """Whether new tensors have no values here: something is traced, or compiled for."""
+    return type(torch.empty(0, device="cpu")) is not torch.Tensor
+
+
+def _tensors(made) -> Iterator[torch.Tensor]:
+    if isinstance(made, torch.Tensor):
+        yield made
+    elif isinstance(made, (tuple, list)):
+        for part in made:
+            yield from _tensors(part)
+
+
+def _bytes(made) -> int:
+    return sum(tensor.nbytes for tensor in _tensors(made))
