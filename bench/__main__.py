@@ -47,6 +47,25 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--within", type=float, default=0.10, help="how far ratios may differ; exit status 1 beyond; default 0.10")
     command.set_defaults(run=_compare)
 
+    command = commands.add_parser("tune", help="times tiles of the kernels on the GPU at hand; prints entries of configs.py to review")
+    command.add_argument("kernels", nargs="*", metavar="KERNEL", help="patch_mining, dwconv_norm, pointwise, dual_resize; default: all")
+    command.add_argument("--seconds", type=float, default=60, help="for all of it; default 60")
+    command.add_argument("--best", type=int, default=3, help="how many tiles of each entry to print; default 3")
+    command.set_defaults(run=_tune)
+
+    command = commands.add_parser("gpu", help="everything that a borrowed GPU should tell, within a time, into at most 8 files")
+    command.add_argument("--out", type=Path, help="the folder")
+    command.add_argument("--minutes", type=float, default=9, help="for all of it; default 9")
+    command.add_argument("--device", default="cuda", help="cpu or cuda; default cuda")
+    command.add_argument("--plan", choices=("full", "tiny"), default="full", help="tiny: half a minute on a CPU, to try it out")
+    command.add_argument("--dry-run", action="store_true", help="print the steps and their limits, and run none")
+    command.set_defaults(run=_gpu, parser=command)
+
+    command = commands.add_parser("ceilings", help="the machine, and what a copy and large matrix products reach on it")
+    command.add_argument("--device", help="cpu or cuda; default: a GPU where there is one")
+    command.add_argument("--out", type=Path, help="keep the document here")
+    command.set_defaults(run=_ceilings)
+
     command = commands.add_parser("memory", help="memory, bytes, launches and FLOP of the published models, predicted without a GPU")
     command.add_argument("cases", nargs="*", help="names, shell patterns or groups; default: all")
     command.add_argument("--hd", action="store_true", help="only those of the HD models")
@@ -98,22 +117,21 @@ def _list(args: argparse.Namespace) -> int:
     # what is there on either device, unless one is asked for
     cases = choose(all_cases(), args.cases or ([] if args.device else ["*"]), args.device or "cpu")
     for case in cases:
-        print(f"{case.name:<36} {'quick' if case.quick else '':<6} {'/'.join(case.devices):<9} {'; '.join(case.providers)}")
+        print(f"{case.name:<44} {'quick' if case.quick else '':<6} {'/'.join(case.devices):<9} {'; '.join(case.providers)}")
     return 0
 
 
 def _run(args: argparse.Namespace) -> int:
     from . import records
     from .cases import all_cases
-    from .registry import choose
+    from .registry import QUICK_PROVIDERS, choose
     from .run import run
 
     device = _device(args)
     cases = choose(all_cases(), args.cases, device, quick=args.quick)
     patterns = args.providers
     if args.quick and not patterns:
-        # compiling takes longer than everything else together
-        patterns = ["reference", "torch", "triton"]
+        patterns = QUICK_PROVIDERS
     cases = [case.only(patterns) for case in cases] if patterns else cases
     if args.trace:
         from .trace import trace
@@ -138,6 +156,28 @@ def _compare(args: argparse.Namespace) -> int:
     table, agree = compare(records.read(args.before), records.read(args.after), args.within)
     print(table)
     return 0 if agree else 1
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from .tune import tune
+
+    print(tune(args.kernels, args.seconds, best=args.best))
+    return 0
+
+
+def _gpu(args: argparse.Namespace) -> int:
+    from .gpu import gpu
+
+    if args.out is None and not args.dry_run:
+        args.parser.error("expected --out DIR, or --dry-run")
+    return gpu(args.out, args.minutes, device=args.device, plan=args.plan, dry=args.dry_run)
+
+
+def _ceilings(args: argparse.Namespace) -> int:
+    from .run import run
+
+    print(json.dumps(run([], _device(args), out=args.out)))
+    return 0
 
 
 def _memory(args: argparse.Namespace) -> int:

@@ -37,7 +37,7 @@ class Timing:
     """Of one provider, in milliseconds.
 
     Attributes:
-        samples: of a call each, on a CPU a mean over one turn; on a GPU with the cache flushed.
+        samples: of a call each, on a CPU a mean over one turn (clocked: all that the turns' calls gave); on a GPU with the cache flushed.
         warm_ms: median without flushing; None on a CPU.
         graphed_ms: median of a CUDA graph's replay, flushed; None where there is none.
         ratios: the baseline's sample over ours, turn by turn; empty on a GPU, where the clocks are steady.
@@ -103,6 +103,7 @@ def time_in_turns(
     others: Callable[[], float | None] | None = None,
     least_turns: int = 3,
     most_turns: int = 40,
+    clocked: bool = False,
 ) -> dict[str, Timing]:
     """Times warm calls on a CPU in turns, every other turn in reverse.
 
@@ -112,43 +113,49 @@ def time_in_turns(
     Args:
         clock: seconds.
         others: as `Others.share`; the default is that.
+        clocked: calls return their own milliseconds beside their outputs, see `Case`; a turn's ratio is that of its medians.
     """
     if not calls:
         return {}
     others = others or Others().share
-    repeats = {name: _repeats(call, SHORTEST_TURN_S / len(calls), clock) for name, call in calls.items()}
-    turns: list[dict[str, float]] = []
+    repeats = {} if clocked else {name: _repeats(call, SHORTEST_TURN_S / len(calls), clock) for name, call in calls.items()}
+    turns: list[dict[str, list[float]]] = []
     shares: list[float | None] = []
     others()
     began = clock()
     for turn in range(most_turns):
         samples = {}
         for name in list(calls)[:: -1 if turn % 2 else 1]:
-            start = clock()
-            for _ in range(repeats[name]):
-                calls[name]()
-            samples[name] = 1e3 * (clock() - start) / repeats[name]
+            samples[name] = calls[name]()[1] if clocked else [_mean_ms(calls[name], repeats[name], clock)]
         turns.append(samples)
         shares.append(others())
         spent = clock() - began
         timings = _timings(turns, shares, baseline)
         if len(turns) >= least_turns and spent >= 2 * seconds:
             break
-        if spent >= seconds and all(len(timing.samples) >= least_turns and (timing.others or 0) <= BUSY for timing in timings.values()):
+        counted = [len(turns) - timing.left_out >= least_turns and (timing.others or 0) <= BUSY for timing in timings.values()]
+        if spent >= seconds and all(counted):
             differences = [halves_differ(timing.ratios) for name, timing in timings.items() if name != baseline]
             if all(difference is None or difference <= STEADY for difference in differences):
                 break
     return timings
 
 
-def _timings(turns: list[dict[str, float]], shares: list[float | None], baseline: str) -> dict[str, Timing]:
+def _mean_ms(call: Call, repeats: int, clock: Callable[[], float]) -> float:
+    start = clock()
+    for _ in range(repeats):
+        call()
+    return 1e3 * (clock() - start) / repeats
+
+
+def _timings(turns: list[dict[str, list[float]]], shares: list[float | None], baseline: str) -> dict[str, Timing]:
     undisturbed = [i for i, share in enumerate(shares) if share is None or share <= BUSY]
     kept = undisturbed if len(undisturbed) > 1 else list(range(len(turns)))
     known = [shares[i] for i in kept if shares[i] is not None]
     timings = {}
     for name in turns[0]:
-        samples = [turns[i][name] for i in kept]
-        ratios = [turns[i][baseline] / turns[i][name] for i in kept] if baseline in turns[0] else []
+        samples = [sample for i in kept for sample in turns[i][name]]
+        ratios = [statistics.median(turns[i][baseline]) / statistics.median(turns[i][name]) for i in kept] if baseline in turns[0] else []
         others = statistics.median(known) if known else None
         timings[name] = Timing(samples, ratios=ratios, left_out=len(turns) - len(kept), others=others)
     return timings

@@ -19,9 +19,12 @@ from .accounting import Cost
 
 # what a provider returns: a tensor or several, compared by the tests' accuracy rule
 Outputs = torch.Tensor | Sequence[torch.Tensor]
+# of a clocked case: Callable[[], tuple[Outputs, list[float]]]
 Call = Callable[[], Outputs]
 
 DTYPES = ("float32", "bfloat16", "float16")
+# of a quick run: compiling takes longer than everything else together
+QUICK_PROVIDERS = ("reference", "torch", "triton")
 
 
 class NotHere(Exception):
@@ -47,7 +50,11 @@ class Case:
         work: FLOP and bytes of a provider's own steps, where they were accounted; the least where not.
         devices: types of devices on which the case is run where no case is named: what would take minutes on a CPU is left out.
         quick: one of those that `--quick` runs.
-        stages: per provider, from the inputs to the times of its stages, where it has some.
+        stages: per provider, from the inputs to its stages, each a mapping of name, ms and peak_mib, where it has some.
+        clocked: calls return their outputs and a list of the milliseconds that count, taken by themselves and with the device synchronised:
+            for what is a part of a call, or many requests in one.
+        tokens: that a sample's time gives, where it is a step of decoding.
+        release: called after the last of the cases in a row that share it: frees what `make` keeps from one to the next.
     """
 
     name: str
@@ -59,6 +66,10 @@ class Case:
     work: Mapping[str, Cost] | None = None
     devices: tuple[str, ...] = ("cpu", "cuda")
     quick: bool = False
+    stages: Mapping[str, Callable[[Any], list[dict]]] | None = None
+    clocked: bool = False
+    tokens: int | None = None
+    release: Callable[[], None] | None = None
 
     @property
     def group(self) -> str:

@@ -12,6 +12,9 @@ from tests.tolerances import assert_accurate, errors
 from . import measure, records
 from .registry import Call, Case, Ceilings, NotHere, Outputs
 
+# samples from which on the slowest hundredth is told
+TAIL = 200
+
 
 class NoDevice(RuntimeError):
     """A device was asked for that is not here; the message says so."""
@@ -52,13 +55,15 @@ def run(cases: Sequence[Case], device: str, *, seconds: float = 20, memory: bool
         "cases": [],
     }
     try:
-        for case in cases:
+        for case, following in zip(cases, [*cases[1:], None]):
             print(f"{case.name} ...", file=sys.stderr, flush=True)
             rows = run_case(case, device, ceilings, seconds=seconds, memory=memory)
             document["cases"] += rows
             print(format_rows(rows), file=sys.stderr, flush=True)
             if out is not None:
                 records.write(out, document)
+            if case.release is not None and (following is None or following.release is not case.release):
+                case.release()
         document["complete"] = True
     except KeyboardInterrupt:
         print("interrupted: what was measured so far is kept", file=sys.stderr)
@@ -69,7 +74,7 @@ def run(cases: Sequence[Case], device: str, *, seconds: float = 20, memory: bool
 
 def run_case(case: Case, device: str, ceilings: Ceilings, *, seconds: float, memory: bool) -> list[dict]:
     """A row for each provider of a case."""
-    rows = {name: _row(case, name) for name in case.providers}
+    rows = {name: empty_row(case, name) for name in case.providers}
     # cases share their code: after eight shapes torch.compile would give up and run it eagerly
     torch._dynamo.reset()
     with measure.memory_within_reach(device), torch.no_grad():
@@ -78,8 +83,10 @@ def run_case(case: Case, device: str, ceilings: Ceilings, *, seconds: float, mem
         except (RuntimeError, MemoryError) as error:
             why = _why(error)
             return [row | {"ok": False, "why": f"inputs: {why}"} for row in rows.values()]
-        calls = _check(case, inputs, device, rows)
-        if device == "cuda":
+        calls = check(case, inputs, device, rows)
+        if case.clocked:
+            timings = measure.time_in_turns(calls, case.baseline, seconds / 10 * len(calls) if device == "cuda" else seconds, clocked=True)
+        elif device == "cuda":
             timings = {name: measure.time_on_gpu(call, seconds / 10, graph="-b1-" in case.name) for name, call in calls.items()}
         else:
             timings = measure.time_in_turns(calls, case.baseline, seconds)
@@ -88,6 +95,9 @@ def run_case(case: Case, device: str, ceilings: Ceilings, *, seconds: float, mem
         if device == "cuda" and memory:
             for name, call in calls.items():
                 rows[name]["peak_mib"] = measure.peak_mib(call, device)
+        for name in timings:
+            if name in (case.stages or {}):
+                rows[name]["stages"] = case.stages[name](inputs)
         del calls, inputs
     if device == "cpu" and memory:
         for name in timings:
@@ -99,13 +109,18 @@ def run_case(case: Case, device: str, ceilings: Ceilings, *, seconds: float, mem
     return list(rows.values())
 
 
-def _row(case: Case, provider: str) -> dict:
+def empty_row(case: Case, provider: str) -> dict:
+    """A provider's row before anything was measured."""
     unmeasured = ("median_ms", "p20_ms", "p80_ms", "warm_ms", "graphed_ms", "first_call_ms", "peak_mib", "speedup", "relative_error")
     return {"name": case.name, "provider": provider, "baseline": case.baseline, "ok": None, "why": None} | dict.fromkeys(unmeasured)
 
 
-def _check(case: Case, inputs: object, device: str, rows: dict[str, dict]) -> dict[str, Call]:
-    """Calls each provider once and holds what it returns against the exact result; the calls that are right are returned, warm."""
+def check(case: Case, inputs: object, device: str, rows: dict[str, dict]) -> dict[str, Call]:
+    """Calls each provider once and holds what it returns against the exact result; the calls that are right are returned, warm.
+
+    Args:
+        rows: by provider, as of `empty_row`; filled with what was found.
+    """
     calls, plain = {}, None
     exact, unknown = None, None
     try:
@@ -118,6 +133,7 @@ def _check(case: Case, inputs: object, device: str, rows: dict[str, dict]) -> di
         try:
             call = case.providers[name](inputs)
             outputs, row["first_call_ms"] = measure.first_call(call, device)
+            outputs = outputs[0] if case.clocked else outputs
             if name == case.baseline:
                 plain = _several(outputs)
             if exact is None:
@@ -161,6 +177,10 @@ def _fill(row: dict, case: Case, timing: measure.Timing, ceilings: Ceilings) -> 
         row["speedup_p20"], row["speedup_p80"] = measure.quantile(timing.ratios, 0.2), measure.quantile(timing.ratios, 0.8)
         row["halves_differ"] = measure.halves_differ(timing.ratios)
         row["left_out"], row["others"] = timing.left_out, timing.others
+    if case.clocked and len(timing.samples) >= TAIL:
+        row["p99_ms"] = measure.quantile(timing.samples, 0.99)
+    if case.tokens:
+        row["tokens_per_s"] = 1e3 * case.tokens / median
     cost = case.cost(row["provider"])
     if cost.bytes:
         row["tflops"], row["gbps"] = cost.flop / median / 1e9, cost.bytes / median / 1e6

@@ -167,16 +167,21 @@ def make_tokenizer(folder: Path, vocab_size: int, template: str) -> None:
 
 def build(folder: str | Path, *, size: str = "demo", hd: bool = False, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
     """Writes a random checkpoint as the original would have published it; returns its folder."""
+    return save(make_model(make_config(size, hd=hd), seed=seed, dtype=dtype), folder)
+
+
+def save(model: MiniGeminiForConditionalGeneration, folder: str | Path) -> Path:
+    """Writes a model as the original would have published it, with a small tokenizer; returns the folder."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = make_config(size, hd=hd)
-    make_model(config, seed=seed, dtype=dtype).save_pretrained(folder)
+    model.save_pretrained(folder)
     written = json.loads((folder / "config.json").read_text())
     for ours in ("vision_config", "vision_config_aux"):
         # published checkpoints have no such keys: the towers' shapes are read from the tensors
         del written[ours]
     (folder / "config.json").write_text(json.dumps(written, indent=1, sort_keys=True))
-    make_tokenizer(folder, config.text_config.vocab_size, "gemma" if config.text_config.model_type == "gemma" else "vicuna_v1")
+    text = model.config.text_config
+    make_tokenizer(folder, text.vocab_size, "gemma" if text.model_type == "gemma" else "vicuna_v1")
     return folder
 
 

@@ -1,0 +1,162 @@
+"""Tuning without a GPU: which tiles are tried, how one is put in force, what is rejected, and that what is printed can be pasted."""
+
+import pytest
+import torch
+
+from bench import tune
+from bench.__main__ import main
+from mg_fast.kernels import configs
+
+ENTRIES = tune.entries([])
+
+
+def test_every_kernel_and_bucket_that_a_published_model_runs_in():
+    found = {kernel: {key for name, key in ENTRIES if name == kernel} for kernel in tune.KERNELS}
+    assert found["patch_mining"] == {(2, 64, True), (2, 64, True, "reduced"), (4, 64, True), (4, 64, True, "reduced")}
+    assert found["dwconv_norm"] == {(channels, True) for channels in (192, 384, 768, 1536)}
+    assert found["pointwise"] == {(size, bucket) for size in (2, 4) for bucket in ("few", "many")}
+    assert found["dual_resize"] == {"columns", "rows"}
+    # where time runs out, none has been left out
+    assert [kernel for kernel, _ in ENTRIES[:4]] == list(tune.KERNELS)
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 120])
+@pytest.mark.parametrize(("kernel", "key"), ENTRIES, ids=str)
+def test_candidates(kernel, key, architecture):
+    today, *others = tune.candidates(kernel, architecture, key)
+    assert today == tune.tile_of(kernel, architecture, key)
+    assert len(others) >= 20 and len({today, *others}) == len(others) + 1
+    assert all(type(tile) is type(today) for tile in others)
+    assert all(tune.KERNELS[kernel].fits(key, tile, configs.SHARED_MEMORY_LIMITS[architecture]) for tile in others)
+    # nearest first: one number doubled, halved or gone a step up
+    assert sum(before != now for before, now in zip(today, others[0])) == 1
+
+
+def test_what_does_not_fit_shared_memory_is_no_candidate():
+    wide = configs.ProductTile(256, 128, 64, 8, 8, 4)
+    assert wide.rows * wide.columns == 32 * 8 * tune.MOST_REGISTERS
+    for architecture, fits in ((90, True), (89, False)):
+        assert tune.KERNELS["pointwise"].fits((2, "many"), wide, configs.SHARED_MEMORY_LIMITS[architecture]) is fits
+
+
+def test_a_tile_in_force_is_what_launches_take():
+    before = configs.pointwise_tile(90, 2, 576, 1536, [6144])
+    tile = configs.ProductTile(32, 32, 32, 4, 4, 2)
+    with tune.tile_in_force("pointwise", 90, (2, "few"), tile):
+        assert configs.pointwise_tile(90, 2, 576, 1536, [6144]) == tile
+        assert configs.pointwise_tile(80, 2, 576, 1536, [6144]) != tile
+        assert configs.pointwise_tile(90, 2, 9216, 1536, [6144]) != tile
+    assert configs.pointwise_tile(90, 2, 576, 1536, [6144]) == before
+    reduced = configs.Tile(16, 2, 1)
+    with tune.tile_in_force("patch_mining", 90, (2, 64, True, "reduced"), reduced):
+        assert configs.patch_mining_tile(90, 2, 8, [192, 384], reduced=True) == reduced
+        assert configs.patch_mining_tile(90, 2, 8, [192, 384], reduced=False) != reduced
+    # an architecture without a table of its own has none afterwards
+    assert 90 not in configs.PATCH_MINING
+
+
+def fake_problem(name, key, kernel):
+    x = torch.arange(1.0, 5.0)
+    return tune.Problem(name, key, lambda device: tune.Task(lambda: kernel(x), lambda: 2 * x, lambda: 2 * x.double()))
+
+
+def tune_fake(kernel, tiles, seconds=1e9, clock=lambda: 0.0):
+    """Tiles of dual_resize's columns at two shapes, at which one of twice the rows is twice as fast."""
+
+    def time_call(call):
+        return 8.0 / configs.dual_resize_tile(None, "columns").rows
+
+    options = {"problems": [fake_problem(name, "columns", kernel) for name in ("first", "second")], "time_call": time_call}
+    return tune.tune_entry("dual_resize", "columns", tiles, None, seconds, device="cpu", clock=clock, **options)
+
+
+TODAY, FASTER, SLOWER = configs.ResizeTile(4, 128, 4), configs.ResizeTile(8, 128, 4), configs.ResizeTile(2, 128, 4)
+
+
+def test_gains_are_over_todays_tile():
+    result = tune_fake(lambda x: 2 * x, [TODAY, FASTER, SLOWER])
+    assert result.tiles == pytest.approx({TODAY: 1.0, FASTER: 2.0, SLOWER: 0.5})
+    assert result.times[FASTER] == {"first": 1.0, "second": 1.0} and not result.rejected and result.left == 0
+
+
+def test_wrong_and_broken_tiles_are_rejected_before_they_are_timed():
+    def kernel(x):
+        rows = configs.dual_resize_tile(None, "columns").rows
+        if rows == 2:
+            raise RuntimeError("out of resource: shared memory\nand more")
+        return 2 * x + (0.01 if rows == 8 else 0.0)
+
+    result = tune_fake(kernel, [TODAY, FASTER, SLOWER])
+    assert list(result.tiles) == [TODAY] and list(result.times) == [TODAY]
+    assert "bound" in result.rejected[FASTER] and result.rejected[SLOWER].startswith("RuntimeError: out of resource")
+
+
+def test_time_is_kept_but_todays_tile_is_timed():
+    ticks = iter(range(100))
+    result = tune_fake(lambda x: 2 * x, [TODAY, FASTER, SLOWER], seconds=1.5, clock=lambda: float(next(ticks)))
+    assert list(result.tiles) == [TODAY, FASTER] and result.left == 1
+
+
+def test_printed_entries_are_those_of_a_table():
+    """What is printed, evaluated, is a part of a table of configs.py with the fastest tiles in it."""
+    product = configs.ProductTile(64, 128, 64, 8, 4, 4)
+    faster = product._replace(stages=3)
+    results = [
+        tune_fake(lambda x: 2 * x, [TODAY, FASTER, SLOWER]),
+        tune.Result("pointwise", (2, "few"), {product: 1.0, faster: 1.25}, {product: {"a": 1.0}, faster: {"a": 0.8}}, {"a": 1.6}),
+        tune.Result("pointwise", (4, "few"), rejected={product: "ValueError: nothing"}, left=3),
+    ]
+    text = tune.report(results, 90, best=2)
+    found: dict = {}
+    exec(text, vars(configs) | {}, found)
+    assert found == {"DUAL_RESIZE": {90: {"columns": FASTER}}, "POINTWISE": {90: {(2, "few"): faster}}}
+    assert "1.25 times today's, 2.00 times the library" in text and "# or ProductTile(64, 128, 64, 8, 4, 4): 1.00 times" in text
+    assert "ResizeTile(2, 128, 4)" not in text, "only so many as were asked for"
+    assert "1 rejected, the first for ValueError: nothing, 3 left for want of time" in text
+
+
+def test_compiled_without_a_gpu(tmp_path, monkeypatch):
+    """Candidates are in Triton's cache afterwards; one that does not compile is left out."""
+    pytest.importorskip("triton")
+    # a block of 3 is no power of two
+    wrong = configs.ResizeTile(3, 128, 4)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(tune, "candidates", lambda *_: [TODAY, wrong, FASTER])
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    entry = ("dual_resize", "columns")
+    assert tune.compile_candidates([entry], 90, seconds=300) == {entry: [TODAY, FASTER]}
+    assert len(list(tmp_path.rglob("resize_columns_fwd_kernel.cubin"))) == 2
+
+
+def test_no_time_to_compile():
+    entry = ("dual_resize", "columns")
+    assert tune.compile_candidates([entry], 90, seconds=0) == {entry: []}
+
+
+def test_an_interrupt_prints_what_was_found(monkeypatch):
+    """On a GPU that is pretended: the second entry is interrupted."""
+    first = tune_fake(lambda x: 2 * x, [TODAY, FASTER])
+    answers = iter([first])
+
+    def tune_entry(*_, **__):
+        try:
+            return next(answers)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr(tune, "tune_entry", tune_entry)
+    monkeypatch.setattr(tune, "check_device", lambda device: device)
+    monkeypatch.setattr(tune, "compile_candidates", lambda chosen, *_: {entry: [] for entry in chosen})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    found: dict = {}
+    exec(tune.tune(["dual_resize"], 1.0), vars(configs) | {}, found)
+    assert found == {"DUAL_RESIZE": {90: {"columns": FASTER}}}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_bad_input_is_one_line(capsys):
+    for words, said in ((["tune"], "a GPU was asked for"), (["tune", "nonsense"], "no kernel is called 'nonsense'")):
+        assert main(words) == 2
+        out = capsys.readouterr()
+        assert said in out.err and out.err.count("\n") == 1 and not out.out
