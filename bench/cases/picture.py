@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ import torch
 from PIL import Image
 
 from mg_fast import ops, use_backend
+from mg_fast.meter import Meter
 from mg_fast.mini_gemini.configuration import MiniGeminiConfig
 from mg_fast.mini_gemini.encoder import PictureEncoder
 from mg_fast.mini_gemini.modeling import MiniGeminiModel
@@ -111,7 +114,25 @@ def _picture_to_tokens(name: str, setting: Setting, dtype: str, devices: tuple[s
         "auto": _by_encoder,
         "triton": _by_encoder_with("triton"),
     }
-    return Case(name, make, providers, exact, devices=devices)
+    stages = {provider: _stages(providers[provider]) for provider in ("reference", "auto")}
+    return Case(name, make, providers, exact, devices=devices, stages=stages)
+
+
+def _stages(build: Callable[[Model], Call]) -> Callable[[Model], list[dict]]:
+    """Medians of three calls, or as many as are made in half a minute; memory of the first."""
+
+    def measured(inputs: Model) -> list[dict]:
+        call, calls, began = build(inputs), [], time.perf_counter()
+        while len(calls) < 3 and (not calls or time.perf_counter() - began < 30):
+            meter = Meter(inputs.device)
+            call(stage=meter.stage)
+            calls.append(meter.stages)
+        return [
+            {"name": same[0].name, "ms": 1e3 * statistics.median(stage.seconds for stage in same), "peak_mib": same[0].peak_mib}
+            for same in zip(*calls)
+        ]
+
+    return measured
 
 
 def _by_model(backend: str):
