@@ -85,8 +85,9 @@ class Case:
         return dataclasses.replace(self, providers=kept)
 
     def cost(self, provider: str) -> Cost:
-        """What a provider reads, writes and computes; zero where nothing is known."""
-        return (self.work or {}).get(provider, self.least)
+        """What a provider reads, writes and computes; a variant (`reference, compiled`) as its plain form. The least where it is not known."""
+        work = self.work or {}
+        return work.get(provider, work.get(provider.split(", ")[0], self.least))
 
 
 @dataclass(frozen=True)

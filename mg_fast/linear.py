@@ -16,13 +16,17 @@ _FEWEST_WEIGHTS = 2**17
 _MOST_TERMS = {"convolution": 512, "gelu": 1024}
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """F.linear, by the library that is faster: on CPUs, from some size on, oneDNN's 1x1 convolution, in float32 over few terms at once."""
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, precise: bool = False) -> torch.Tensor:
+    """F.linear, by the library that is faster: on CPUs, from some size on, oneDNN's 1x1 convolution.
+
+    `precise` where the product is itself a result, which the accuracy rule is held against; else one step among several, whose error is
+    lost among theirs, and in float32 up to four times that of F.linear.
+    """
     rows = x.numel() // max(x.shape[-1], 1)
     if x.device.type != "cpu" or weight.numel() < _FEWEST_WEIGHTS or rows < _FEWEST_ROWS.get(x.dtype, math.inf):
         return F.linear(x, weight, bias)
     pixels = x.reshape(1, rows, 1, x.shape[-1]).permute(0, 3, 1, 2)
-    parts = -(-x.shape[-1] // _MOST_TERMS["convolution"]) if x.dtype == torch.float32 else 1
+    parts = -(-x.shape[-1] // _MOST_TERMS["convolution"]) if precise and x.dtype == torch.float32 else 1
     out = None
     for part, taken in zip(pixels.chunk(parts, 1), weight[:, :, None, None].chunk(parts, 1)):
         out = F.conv2d(part, taken, bias) if out is None else out.add_(F.conv2d(part, taken))
@@ -33,7 +37,7 @@ def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> to
     """gelu(x W^T + b): on CPUs oneDNN's product with both, else the library's with its bias, and one pass in place."""
     if _has_epilogue(x, weight, bias) and x.shape[-1] <= _MOST_TERMS["gelu"]:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "none")
-    y = linear(x, weight, bias)
+    y = linear(x, weight, bias, precise=True)
     # whose gradient needs what it would overwrite
     return F.gelu(y) if y.requires_grad else torch.ops.aten.gelu_(y)
 
@@ -45,7 +49,7 @@ def linear_residual(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, r
     """
     if _has_epilogue(x, weight, bias, residual):
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
-    y = linear(x, weight, bias)
+    y = linear(x, weight, bias, precise=True)
     return y.add_(residual) if y.dtype == torch.promote_types(y.dtype, residual.dtype) else y + residual
 
 
@@ -53,7 +57,7 @@ def linear_residual_(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, 
     """The same into the residual."""
     if _has_epilogue(x, weight, bias, residual):
         return residual.copy_(torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add"))
-    return residual.add_(linear(x, weight, bias))
+    return residual.add_(linear(x, weight, bias, precise=True))
 
 
 def _has_epilogue(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor) -> bool:
