@@ -85,7 +85,7 @@ class Case:
         return dataclasses.replace(self, providers=kept)
 
     def cost(self, provider: str) -> Cost:
-        """What a provider reads, writes and computes; a variant (`reference, compiled`) as its plain form. The least where it is not known."""
+        """What a provider reads, writes and computes; a variant (`torch, compiled`) as its plain form; else the least."""
         work = self.work or {}
         return work.get(provider, work.get(provider.split(", ")[0], self.least))
 

@@ -81,8 +81,8 @@ def picture_table(found: Kept) -> str:
     for stage, shown in STAGES.items():
         lines.append(f"| {shown} | " + " | ".join(_stage(row, stage) for row in rows) + " |")
     lines.append("| **all of it** | " + " | ".join(f"**{figure(row)}**" if is_measured(row) else figure(row) for row in rows) + " |")
-    notes = "Pictures of 768 pixels, and HD's of 1536 in five views; on a CPU where no device is named. Medians; stages from runs of their own;"
-    notes += " memory is the peak above inputs and weights; random weights, whose values change no work."
+    notes = "Pictures of 768 pixels, and HD's of 1536 in five views; on a CPU where no device is named. Medians; stages from runs of their"
+    notes += " own; memory is the peak above inputs and weights; random weights, whose values change no work."
     return "\n".join([*lines, "", _wrapped(notes + _gpu_note(found)), *conditions(found, pairs)])
 
 
@@ -113,8 +113,8 @@ def predicted_table(_: Kept) -> str:
             # where no form is called auto, it is the kernel
             cells = [_counted(rows.get(form) or rows["triton"]) for form in forms]
             lines.append(f"| {shown}, {setting} | " + " | ".join(cells) + " |")
-    notes = "bfloat16, one picture. GFLOP of products, MB that operators read and write one by one, launches, and the most allocated at once"
-    notes += " above weights and inputs; counted on tensors without values (`python -m bench memory`), no library's own workspace among them."
+    notes = "bfloat16, one picture. GFLOP of products, MB that operators read and write one by one, launches, and the most allocated at"
+    notes += " once above weights and inputs; counted on tensors without values (`python -m bench memory`), without what libraries take."
     return "\n".join([*lines, "", _wrapped(notes)])
 
 
