@@ -2,12 +2,16 @@
 
 import argparse
 import json
+import shlex
+import signal
 import sys
 from pathlib import Path
 
 
 def main(words: list[str] | None = None) -> int:
     args = _parser().parse_args(words)
+    # a job that a script started in the background inherits that it is ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return args.run(args)
     except KeyboardInterrupt:
@@ -31,8 +35,8 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("run", help="measure cases; the last line of stdout is one JSON document")
     _choose(command)
     command.add_argument("--quick", action="store_true", help="patch info mining at its real size, in two minutes on two cores")
-    command.add_argument("--providers", nargs="+", metavar="NAME", help="only these, and the baseline; shell patterns")
-    command.add_argument("--seconds", type=float, default=20, help="for the timing of one case (on a GPU ten cases); default 20")
+    command.add_argument("--provider", action="append", default=[], metavar="NAME", help="only this one and the baseline; may be repeated")
+    command.add_argument("--seconds", type=float, default=20, help="for one case, on a GPU a tenth of it for each provider; default 20")
     command.add_argument("--no-memory", action="store_true", help="leave out peak memory (on a CPU a process per provider)")
     command.add_argument("--out", type=Path, help="keep the document here, as it grows")
     command.add_argument("--save", action="store_true", help="keep every case under bench/results, by device")
@@ -113,7 +117,11 @@ def _device(args: argparse.Namespace) -> str:
 def _list(args: argparse.Namespace) -> int:
     from .cases import all_cases
     from .registry import choose
+    from .run import NoDevice
 
+    if args.device not in (None, "cpu", "cuda"):
+        # `list` needs no GPU to tell what there is for one
+        raise NoDevice(f"unknown device {args.device!r}: expected cpu or cuda")
     # what is there on either device, unless one is asked for
     cases = choose(all_cases(), args.cases or ([] if args.device else ["*"]), args.device or "cpu")
     for case in cases:
@@ -124,29 +132,26 @@ def _list(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> int:
     from . import records
     from .cases import all_cases
-    from .registry import QUICK_PROVIDERS, choose
+    from .registry import QUICK_PROVIDERS, choose, choose_providers
     from .run import run
 
     device = _device(args)
     cases = choose(all_cases(), args.cases, device, quick=args.quick)
-    patterns = args.providers
-    if args.quick and not patterns:
-        patterns = QUICK_PROVIDERS
-    cases = [case.only(patterns) for case in cases] if patterns else cases
+    cases = choose_providers(cases, args.provider or (QUICK_PROVIDERS if args.quick else ()))
     if args.trace:
         from .trace import trace
 
         print(json.dumps({**records.environment(), "device": device, "trace": str(args.trace), "cases": trace(cases, device, args.trace)}))
         return 0
-    document = run(cases, device, seconds=args.seconds, memory=not args.no_memory, out=args.out)
-    document["command"] = " ".join(["python -m bench", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", "bench", *sys.argv[1:]])
+    document = run(cases, device, seconds=args.seconds, memory=not args.no_memory, out=args.out, command=command)
     if args.save:
         for path in records.save(document):
             print(f"kept {path}", file=sys.stderr)
     print(json.dumps(document))
-    if not document["complete"]:
+    if document["ended"] == "interrupted":
         return 130
-    return int(any(row["ok"] is False for row in document["cases"]))
+    return int(not document["complete"] or any(row["ok"] is False for row in document["cases"]))
 
 
 def _compare(args: argparse.Namespace) -> int:

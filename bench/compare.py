@@ -10,12 +10,19 @@ def compare(before: dict, after: dict, within: float) -> tuple[str, bool]:
         within: by what part ratios may differ.
     """
     rows = {(row["name"], row["provider"]): row for row in before["cases"]}
+    broken = []
     lines = [f"before: {_conditions(before)}", f"after:  {_conditions(after)}"]
     lines.append(f"{'case':<34} {'provider':<24} {'ms before':>10} {'after':>10} {'ratio before':>13} {'after':>8} {'differ':>7}")
     agree, common = True, 0
     for row in after["cases"]:
         other = rows.get((row["name"], row["provider"]))
-        if other is None or other["median_ms"] is None or row["median_ms"] is None:
+        if other is None:
+            continue
+        if (other["median_ms"] is None) != (row["median_ms"] is None) or (other["ok"] is False) != (row["ok"] is False):
+            told = [f"{when}: {of['why'] or 'measured'}" for when, of in (("before", other), ("after", row))]
+            broken.append(f"{row['name']:<34} {row['provider']:<24} {'; '.join(told)} <<<")
+            continue
+        if row["median_ms"] is None:
             continue
         common += 1
         times = f"{other['median_ms']:>10.3g} {row['median_ms']:>10.3g}"
@@ -26,8 +33,13 @@ def compare(before: dict, after: dict, within: float) -> tuple[str, bool]:
             agree &= differ <= within
             shown = f"{ratios[0]:>12.2f}x {ratios[1]:>7.2f}x {differ:>7.1%}" + " <<<" * (differ > within)
         lines.append(f"{row['name']:<34} {row['provider']:<24} {times} {shown}")
-    if not common:
+    lines += broken
+    agree &= not broken
+    if not common and not broken:
         return "\n".join([*lines[:2], "nothing was measured in both"]), False
+    after_only = {(row["name"], row["provider"]) for row in after["cases"]}
+    if missing := [key for key in rows if key not in after_only]:
+        lines.append(f"measured before and not after: {'; '.join(', '.join(key) for key in missing)}")
     lines.append(f"ratios {'agree' if agree else 'DO NOT agree'} within {within:.0%}")
     return "\n".join(lines), agree
 

@@ -32,6 +32,11 @@ SHORTEST_TURN_S = 0.3
 FLUSHED_BYTES = 2**28
 
 
+class GpuLost(RuntimeError):
+    """After this the process can do no more on its GPU: its context is broken; or a capture failed, within which torch's random generator
+    and allocator then stay."""
+
+
 @dataclass
 class Timing:
     """Of one provider, in milliseconds.
@@ -40,7 +45,7 @@ class Timing:
         samples: of a call each, on a CPU a mean over one turn (clocked: all that the turns' calls gave); on a GPU with the cache flushed.
         warm_ms: median without flushing; None on a CPU.
         graphed_ms: median of a CUDA graph's replay, flushed; None where there is none.
-        ratios: the baseline's sample over ours, turn by turn; empty on a GPU, where the clocks are steady.
+        ratios: the baseline's sample over ours, turn by turn; on a GPU of medians, pass by pass.
         left_out: turns that were disturbed, and are not among the samples.
         others: the part of the machine's CPU time that other processes took, median of the samples' turns; None where it is not known.
     """
@@ -86,9 +91,9 @@ def quantile(values: list[float], fraction: float) -> float:
     return ordered[below] + (position - below) * (ordered[above] - ordered[below])
 
 
-def halves_differ(ratios: list[float]) -> float | None:
-    """By how much the median ratio of the first half of the turns and that of the second differ; None for fewer than 4 turns."""
-    if len(ratios) < 4:
+def halves_differ(ratios: list[float], least: int = 4) -> float | None:
+    """By how much the median ratio of the first half of the turns and that of the second differ; None for fewer turns than `least`."""
+    if len(ratios) < least:
         return None
     first, second = statistics.median(ratios[: len(ratios) // 2]), statistics.median(ratios[len(ratios) // 2 :])
     return max(first, second) / min(first, second) - 1
@@ -101,7 +106,7 @@ def time_in_turns(
     *,
     clock: Callable[[], float] = time.perf_counter,
     others: Callable[[], float | None] | None = None,
-    least_turns: int = 3,
+    least_turns: int = 4,
     most_turns: int = 40,
     clocked: bool = False,
 ) -> dict[str, Timing]:
@@ -167,19 +172,64 @@ def _repeats(call: Call, seconds: float, clock: Callable[[], float]) -> int:
     return max(1, round(seconds / max(clock() - began, 1e-6)))
 
 
-def time_on_gpu(call: Call, seconds: float, *, graph: bool) -> Timing:
-    """Times a warm call by CUDA events.
+def time_in_passes(calls: Mapping[str, Call], baseline: str, seconds: float) -> dict[str, Timing]:
+    """Times warm calls on a GPU in two passes, the second in reverse, so that a drift of its clocks shows.
+
+    Args:
+        seconds: of device time for each call, about.
+    """
+    passes = []
+    for names in (list(calls), list(calls)[::-1]):
+        passes.append({name: time_on_gpu(calls[name], seconds / 2) for name in names})
+    merged = {}
+    for name in calls:
+        first, second = (timings[name] for timings in passes)
+        ratios = []
+        if baseline in calls:
+            ratios = [statistics.median(timings[baseline].samples) / statistics.median(timings[name].samples) for timings in passes]
+        merged[name] = Timing(first.samples + second.samples, warm_ms=(first.warm_ms + second.warm_ms) / 2, ratios=ratios)
+    return merged
+
+
+def time_on_gpu(call: Call, seconds: float, *, graph: bool = False) -> Timing:
+    """Times a call by CUDA events, with what the host takes to launch it: of a short one that is all there is to see.
 
     Args:
         seconds: of device time, about.
-        graph: also capture it and time its replay. One that cannot be captured has none.
+        graph: also capture it and time its replay, in which the host has no part.
+
+    Raises:
+        GpuLost: it could not be captured.
     """
-    timing = Timing(samples=_event_times(call, seconds / 3, flush=True))
-    timing.warm_ms = statistics.median(_event_times(call, seconds / 3, flush=False))
-    replay = _capture(call) if graph else None
-    if replay is not None:
-        timing.graphed_ms = statistics.median(_event_times(replay, seconds / 3, flush=True))
+    # what is compiled, tabled or recorded on the way is so by the third call
+    for _ in range(3):
+        call()
+    timing = Timing(samples=_event_times(call, seconds / 2, flush=True))
+    timing.warm_ms = statistics.median(_event_times(call, seconds / 2, flush=False))
+    if graph:
+        timing.graphed_ms = time_graph(call, seconds / 2)
     return timing
+
+
+def time_graph(call: Call, seconds: float) -> float:
+    """Median of a warm call's replay as a CUDA graph, in milliseconds, the cache flushed.
+
+    Raises:
+        GpuLost: it could not be captured.
+    """
+    graph = torch.cuda.CUDAGraph()
+    try:
+        # what is made in a first call on another stream must not be made within the graph
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            call()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph):
+            call()
+    except Exception as error:
+        raise GpuLost(f"it cannot be captured: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+    return statistics.median(_event_times(graph.replay, seconds, flush=True))
 
 
 def _event_times(call: Call, seconds: float, *, flush: bool) -> list[float]:
@@ -200,31 +250,20 @@ def _event_times(call: Call, seconds: float, *, flush: bool) -> list[float]:
     return [start.elapsed_time(end) for start, end in events]
 
 
-def _capture(call: Call) -> Call | None:
-    graph = torch.cuda.CUDAGraph()
-    try:
-        # what is made in a first call on another stream must not be made within the graph
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            call()
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph):
-            call()
-    except RuntimeError:
-        # it synchronises, or is itself a graph
-        torch.cuda.synchronize()
-        return None
-    return graph.replay
+def ieee_float32() -> None:
+    """float32 is float32 in this process: cuDNN's convolutions would round their inputs to 10 bits, the baseline's among them."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
-def first_call(call: Call, device: str) -> tuple[object, float]:
-    """What a call returns, and how many milliseconds it took: with what is compiled, tabled or packed on the way."""
+def first_call(build: Callable[[], Call], device: str) -> tuple[Call, object, float]:
+    """A call, what it returns first, and how many milliseconds building and calling it took: with what is compiled, tabled or packed."""
     began = time.perf_counter()
+    call = build()
     out = call()
     if device == "cuda":
         torch.cuda.synchronize()
-    return out, 1e3 * (time.perf_counter() - began)
+    return call, out, 1e3 * (time.perf_counter() - began)
 
 
 def peak_mib(call: Call, device: str) -> float | None:

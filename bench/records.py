@@ -1,9 +1,11 @@
 """What a figure was measured on, and documents of figures: written as they grow, read and checked."""
 
+import contextlib
 import json
 import os
 import platform
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -11,6 +13,9 @@ import torch
 import transformers
 
 RESULTS = Path(__file__).parent / "results"
+# what every document has, and what is the same where two can be one
+CONDITIONS = ("date", "device", "gpu", "cpu", "threads", "torch", "commit")
+SAME = ("gpu", "driver", "cpu", "threads", "torch", "triton", "transformers", "commit")
 # what every row of a document has; the rest is there where it was measured
 ROW = ("name", "provider", "ok", "why", "median_ms", "p20_ms", "p80_ms", "peak_mib", "first_call_ms")
 
@@ -54,26 +59,49 @@ def write(path: Path, document: dict) -> None:
     part.replace(path)
 
 
+def check_writable(path: Path) -> None:
+    """Raises BadRecord where a document could not be kept there."""
+    if path.is_dir():
+        raise BadRecord(f"{path} is a folder: expected the name of a file for the document")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise BadRecord(f"{path} cannot be written: {error.strerror}") from None
+
+
 def save(document: dict) -> list[Path]:
-    """Keeps every case of a document under bench/results, in a file of its own by device and name."""
+    """Keeps every case of a document under bench/results, in a file of its own by device and name.
+
+    Providers that were not measured this time stay, where they were under the same conditions: on this commit and machine.
+    """
     paths = []
     for name in dict.fromkeys(row["name"] for row in document["cases"]):
         path = RESULTS / device_name(document) / f"{name.replace('/', '-')}.json"
-        write(path, document | {"cases": [row for row in document["cases"] if row["name"] == name]})
+        rows = {row["provider"]: row for row in document["cases"] if row["name"] == name}
+        before = read(path) if path.exists() else None
+        if before and all(before.get(key) == document.get(key) for key in SAME):
+            rows = {row["provider"]: row for row in before["cases"]} | rows
+        write(path, document | {"cases": list(rows.values())})
         paths.append(path)
     return paths
 
 
 def read(path: Path) -> dict:
-    """A document, or one of all the documents in a folder and its folders, the conditions being those of the first.
+    """A document; or one of all the documents in a folder and its folders, the conditions being those of the first.
 
     Raises:
-        BadRecord: the file is missing, no JSON, or no document of this benchmark.
+        BadRecord: the file is missing, no JSON, or no document of this benchmark; the folder holds none.
     """
     if path.is_dir():
-        documents = [read(file) for file in sorted(path.rglob("*.json"))]
+        documents = []
+        for file in sorted(path.rglob("*.json")):
+            # what else is kept beside: predictions, steps
+            with contextlib.suppress(BadRecord):
+                documents.append(read(file))
         if not documents:
-            raise BadRecord(f"{path} holds no .json file: expected a file that `python -m bench run --out` wrote, or a folder of such")
+            raise BadRecord(f"{path} holds no document: expected a file that `python -m bench run --out` wrote, or a folder of such")
         return documents[0] | {"cases": [row for document in documents for row in document["cases"]]}
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -84,6 +112,8 @@ def read(path: Path) -> dict:
     rows = document.get("cases") if isinstance(document, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) and set(ROW) <= row.keys() for row in rows):
         raise BadRecord(f"{path} is no document of this benchmark: expected an object with `cases`, each of which has {', '.join(ROW)}")
+    if missing := [key for key in CONDITIONS if key not in document]:
+        raise BadRecord(f"{path} does not say what it was measured on: {', '.join(missing)} missing")
     return document
 
 

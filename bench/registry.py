@@ -47,10 +47,13 @@ class Case:
         exact: the outputs in a wider dtype, from the inputs; what accuracy is measured against. None: nothing to compare.
         baseline: the provider that the others are compared with.
         least: FLOP and bytes that no form can do without: the floor.
-        work: FLOP and bytes of a provider's own steps, where they were accounted; the least where not.
+        work: FLOP and bytes of a provider's own steps, where they were accounted.
         devices: types of devices on which the case is run where no case is named: what would take minutes on a CPU is left out.
         quick: one of those that `--quick` runs.
         stages: per provider, from the inputs to its stages, each a mapping of name, ms and peak_mib, where it has some.
+        capturable: on a GPU the providers can be captured in a CUDA graph, timed too. One that cannot ends the process's use of it.
+        own_graphs: providers that replay CUDA graphs of their own: not captured, and their memory is not seen.
+        memory: of those, builds that do the same without a graph, for their memory.
         clocked: calls return their outputs and a list of the milliseconds that count, taken by themselves and with the device synchronised:
             for what is a part of a call, or many requests in one.
         tokens: that a sample's time gives, where it is a step of decoding.
@@ -67,6 +70,9 @@ class Case:
     devices: tuple[str, ...] = ("cpu", "cuda")
     quick: bool = False
     stages: Mapping[str, Callable[[Any], list[dict]]] | None = None
+    capturable: bool = False
+    own_graphs: frozenset[str] = frozenset()
+    memory: Mapping[str, Callable[[Any], Call]] | None = None
     clocked: bool = False
     tokens: int | None = None
     release: Callable[[], None] | None = None
@@ -83,11 +89,6 @@ class Case:
         """The same with its baseline and the providers that shell patterns name."""
         kept = {n: p for n, p in self.providers.items() if n == self.baseline or any(fnmatch.fnmatch(n, pattern) for pattern in patterns)}
         return dataclasses.replace(self, providers=kept)
-
-    def cost(self, provider: str) -> Cost:
-        """What a provider reads, writes and computes; a variant (`torch, compiled`) as its plain form; else the least."""
-        work = self.work or {}
-        return work.get(provider, work.get(provider.split(", ")[0], self.least))
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,19 @@ def choose(cases: Mapping[str, Case], patterns: Sequence[str], device: str, *, q
         return [case for case in cases.values() if device in case.devices and (case.quick or not quick)]
     chosen = set(choose_names(list(cases), patterns))
     return [case for name, case in cases.items() if name in chosen]
+
+
+def choose_providers(cases: Sequence[Case], patterns: Sequence[str]) -> list[Case]:
+    """The cases with their baselines and the providers that patterns name; without patterns with all.
+
+    Raises:
+        UnknownCase: a pattern names none.
+    """
+    names = list(dict.fromkeys(name for case in cases for name in case.providers))
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise UnknownCase(f"no provider is called {pattern!r}: these cases have {'; '.join(names)}")
+    return [case.only(patterns) for case in cases] if patterns else list(cases)
 
 
 def choose_names(names: Sequence[str], patterns: Sequence[str], command: str = "list") -> list[str]:

@@ -146,6 +146,9 @@ def figure(row: Mapping | None) -> str:
     if row["peak_mib"] is not None:
         parts.append(f"{row['peak_mib']:.0f} MiB")
     notes = [ratio(row["speedup"])] if row["provider"] != row.get("baseline", "reference") and row.get("speedup") else []
+    if row.get("graphed_ms"):
+        # without it a gain at batch 1 may be launches only
+        notes.append(f"as CUDA graphs {duration(row['graphed_ms'])}" + (f", {ratio(row['speedup_graphed'])}" if notes else ""))
     notes += [_cell(remark) for remark in remarks(row)]
     return ", ".join(parts) + (f" ({'; '.join(notes)})" if notes else "")
 

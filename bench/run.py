@@ -1,8 +1,9 @@
 """Runs cases: accuracy first, then time, then memory. A document grows case by case, and is kept as it grows."""
 
+import math
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -35,83 +36,185 @@ def check_device(device: str) -> str:
     return device
 
 
-def run(cases: Sequence[Case], device: str, *, seconds: float = 20, memory: bool = True, out: Path | None = None) -> dict:
+def run(
+    cases: Sequence[Case], device: str, *, seconds: float = 20, memory: bool = True, out: Path | None = None, command: str = ""
+) -> dict:
     """Measures cases on a device.
 
     Args:
-        seconds: for the turns of one case, or of one provider on a GPU; at least three turns are taken.
+        seconds: for the turns of one case, of which at least four are taken; on a GPU a tenth of it for each provider.
         memory: also measure peak memory, on a CPU in a process per provider.
         out: where the document is kept as it grows.
+        command: that it was asked for by.
 
     Returns:
-        The document; `complete` is false where it was interrupted.
+        The document. `complete` is false where it was interrupted, or the GPU lost; `ended` says which.
+
+    Raises:
+        BadRecord: `out` cannot be written; before anything is measured.
     """
+    if out is not None:
+        records.check_writable(out)
+    measure.ieee_float32()
     ceilings = measure.measure_ceilings(device)
     document = {
         **records.environment(),
         "device": device,
         "ceilings": {"copy_gbps": ceilings.copy_gbps, "matmul_tflops": dict(ceilings.matmul_tflops)},
+        "command": command,
         "complete": False,
+        "ended": None,
         "cases": [],
     }
     try:
         for case, following in zip(cases, [*cases[1:], None]):
             print(f"{case.name} ...", file=sys.stderr, flush=True)
-            rows = run_case(case, device, ceilings, seconds=seconds, memory=memory)
-            document["cases"] += rows
-            print(format_rows(rows), file=sys.stderr, flush=True)
-            if out is not None:
-                records.write(out, document)
+            rows = {name: empty_row(case, name) for name in case.providers}
+            try:
+                run_case(case, device, ceilings, seconds=seconds, memory=memory, rows=rows)
+            finally:
+                measured = [row for row in rows.values() if row["median_ms"] is not None or row["why"]]
+                document["cases"] += measured
+                print(format_rows(measured), file=sys.stderr, flush=True)
+                if out is not None:
+                    records.write(out, document)
             if case.release is not None and (following is None or following.release is not case.release):
                 case.release()
         document["complete"] = True
     except KeyboardInterrupt:
-        print("interrupted: what was measured so far is kept", file=sys.stderr)
+        document["ended"] = "interrupted"
+    except measure.GpuLost as error:
+        document["ended"] = f"the GPU is lost to this process, run the rest anew: {error}"
+    if document["ended"]:
+        print(f"{document['ended']}; what was measured so far is kept", file=sys.stderr)
     if out is not None:
         records.write(out, document)
     return document
 
 
-def run_case(case: Case, device: str, ceilings: Ceilings, *, seconds: float, memory: bool) -> list[dict]:
-    """A row for each provider of a case."""
-    rows = {name: empty_row(case, name) for name in case.providers}
+def run_case(
+    case: Case, device: str, ceilings: Ceilings, *, seconds: float, memory: bool, rows: dict[str, dict] | None = None
+) -> list[dict]:
+    """Measures a case's providers; a row for each is returned.
+
+    Args:
+        rows: the same by provider, as of `empty_row`, filled as it goes on: what there is when it is interrupted.
+
+    Raises:
+        GpuLost: the process can do no more on the GPU.
+    """
+    rows = {name: empty_row(case, name) for name in case.providers} if rows is None else rows
     # cases share their code: after eight shapes torch.compile would give up and run it eagerly
     torch._dynamo.reset()
     with measure.memory_within_reach(device), torch.no_grad():
         try:
             inputs = case.make(device)
-        except (RuntimeError, MemoryError) as error:
-            why = _why(error)
-            return [row | {"ok": False, "why": f"inputs: {why}"} for row in rows.values()]
-        calls = check(case, inputs, device, rows)
-        if case.clocked:
-            timings = measure.time_in_turns(calls, case.baseline, seconds / 10 * len(calls) if device == "cuda" else seconds, clocked=True)
-        elif device == "cuda":
-            timings = {name: measure.time_on_gpu(call, seconds / 10, graph="-b1-" in case.name) for name, call in calls.items()}
-        else:
-            timings = measure.time_in_turns(calls, case.baseline, seconds)
-        for name, timing in timings.items():
-            _fill(rows[name], case, timing, ceilings)
-        if device == "cuda" and memory:
-            for name, call in calls.items():
-                rows[name]["peak_mib"] = measure.peak_mib(call, device)
-        for name in timings:
-            if name in (case.stages or {}):
-                rows[name]["stages"] = case.stages[name](inputs)
-        del calls, inputs
+        except Exception as error:
+            for row in rows.values():
+                row["ok"], row["why"] = False, f"inputs: {_why(error)}"
+            _check_gpu(device)
+            return list(rows.values())
+        timed = _measure(case, inputs, device, ceilings, rows, seconds, memory)
+        del inputs
     if device == "cpu" and memory:
-        for name in timings:
+        for name in timed:
             rows[name]["peak_mib"] = measure.peak_in_child(case.name, name)
-    baseline = rows[case.baseline]
-    for row in rows.values():
-        if device == "cuda" and row["ok"] and baseline["ok"]:
-            row["speedup"] = baseline["median_ms"] / row["median_ms"]
     return list(rows.values())
+
+
+def _measure(case: Case, inputs: object, device: str, ceilings: Ceilings, rows: dict[str, dict], seconds: float, memory: bool) -> list[str]:
+    """Accuracy, time, and on a GPU memory and graphs; the providers that were timed are returned."""
+    calls = {name: _named(name, call) for name, call in check(case, inputs, device, rows).items()}
+    timings = {}
+    while calls:
+        try:
+            if case.clocked:
+                timings = measure.time_in_turns(
+                    calls, case.baseline, seconds / 10 * len(calls) if device == "cuda" else seconds, clocked=True
+                )
+            elif device == "cuda":
+                timings = measure.time_in_passes(calls, case.baseline, seconds / 10)
+            else:
+                timings = measure.time_in_turns(calls, case.baseline, seconds)
+            break
+        except _CallFailed as error:
+            # it had come through once; the others are timed without it
+            rows[error.name]["ok"], rows[error.name]["why"] = False, f"while it was timed: {_why(error.__cause__)}"
+            del calls[error.name]
+            _check_gpu(device)
+    for name in calls:
+        _fill(rows[name], case, timings[name], ceilings, device)
+        if name in (case.stages or {}):
+            _try(rows[name], "stages", lambda name=name: case.stages[name](inputs), device)
+    if device == "cuda":
+        _on_the_gpu(case, calls, inputs, rows, seconds, memory)
+    return list(calls)
+
+
+def _on_the_gpu(case: Case, calls: dict[str, Call], inputs: object, rows: dict[str, dict], seconds: float, memory: bool) -> None:
+    """Memory; and last, as a capture that fails ends it all, CUDA graphs."""
+    for name, call in calls.items() if memory else ():
+        if name in case.own_graphs:
+            # a replay allocates nothing
+            if name not in (case.memory or {}):
+                continue
+            call = case.memory[name](inputs)
+        _try(rows[name], "peak_mib", lambda call=call: (call(), measure.peak_mib(call, "cuda"))[1], "cuda")
+    baseline = rows[case.baseline]
+    for name, call in calls.items() if case.capturable else ():
+        if name in case.own_graphs:
+            continue
+        try:
+            rows[name]["graphed_ms"] = measure.time_graph(call, seconds / 20)
+        except measure.GpuLost as error:
+            rows[name]["why"] = f"as a graph: {error}"
+            raise
+        if rows[name]["ok"] and baseline["ok"] and baseline["graphed_ms"]:
+            rows[name]["speedup_graphed"] = baseline["graphed_ms"] / rows[name]["graphed_ms"]
+
+
+class _CallFailed(Exception):
+    """A call that had come through before did not; `name` is the provider's, the cause what happened."""
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.name = name
+
+
+def _named(name: str, call: Call) -> Call:
+    def named(*args, **kwargs):
+        try:
+            return call(*args, **kwargs)
+        except Exception as error:
+            raise _CallFailed(name) from error
+
+    return named
+
+
+def _try(row: dict, key: str, measured: Callable[[], object], device: str) -> None:
+    """Fills a column, or says beside the row's figures why it cannot be."""
+    try:
+        row[key] = measured()
+    except Exception as error:
+        row["why"] = f"{key}: {_why(error.__cause__ or error)}"
+        _check_gpu(device)
+
+
+def _check_gpu(device: str) -> None:
+    """After an error: frees what it held, and raises GpuLost where the GPU's context is broken, as all that follows would fail with it."""
+    if device != "cuda":
+        return
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except Exception as error:
+        raise measure.GpuLost(_why(error)) from error
 
 
 def empty_row(case: Case, provider: str) -> dict:
     """A provider's row before anything was measured."""
-    unmeasured = ("median_ms", "p20_ms", "p80_ms", "warm_ms", "graphed_ms", "first_call_ms", "peak_mib", "speedup", "relative_error")
+    unmeasured = ("median_ms", "p20_ms", "p80_ms", "warm_ms", "graphed_ms", "first_call_ms", "peak_mib", "relative_error")
+    unmeasured += ("speedup", "speedup_graphed")
     return {"name": case.name, "provider": provider, "baseline": case.baseline, "ok": None, "why": None} | dict.fromkeys(unmeasured)
 
 
@@ -131,22 +234,17 @@ def check(case: Case, inputs: object, device: str, rows: dict[str, dict]) -> dic
     for name in sorted(case.providers, key=lambda name: name != case.baseline):
         row = rows[name]
         try:
-            call = case.providers[name](inputs)
-            outputs, row["first_call_ms"] = measure.first_call(call, device)
-            outputs = outputs[0] if case.clocked else outputs
+            call, outputs, row["first_call_ms"] = measure.first_call(lambda name=name: case.providers[name](inputs), device)
+            outputs = _several(outputs[0] if case.clocked else outputs)
             if name == case.baseline:
-                plain = _several(outputs)
+                plain = outputs
             if exact is None:
                 row["why"] = unknown
             elif plain is None:
                 row["why"] = f"accuracy unknown: {case.baseline} gave no result to compare with"
             else:
-                row["relative_error"] = max(errors(ours, truth)[0] for ours, truth in zip(_several(outputs), _several(exact), strict=True))
-                for ours, theirs, truth in zip(_several(outputs), plain, _several(exact), strict=True):
-                    assert_accurate(ours, theirs, truth)
-                row["ok"] = True
+                _compare(outputs, plain, _several(exact), row)
             calls[name] = call
-            del outputs
         except NotHere as reason:
             row["why"] = f"not here: {reason}"
         except AssertionError as error:
@@ -154,9 +252,22 @@ def check(case: Case, inputs: object, device: str, rows: dict[str, dict]) -> dic
         except Exception as error:
             # an opponent that breaks is reported, and the run goes on
             row["ok"], row["why"] = False, _why(error)
-            if device == "cuda":
-                torch.cuda.empty_cache()
+        if row["ok"] is False:
+            outputs = None
+            _check_gpu(device)
     return calls
+
+
+def _compare(outputs: list[torch.Tensor], plain: list[torch.Tensor], exact: list[torch.Tensor], row: dict) -> None:
+    """Holds outputs against the exact ones by the tests' rule; raises AssertionError where they break it."""
+    shapes, expected = [list(out.shape) for out in outputs], [list(out.shape) for out in exact]
+    assert shapes == expected, f"shapes {shapes}, expected {expected}"
+    error = max(errors(ours, truth)[0] for ours, truth in zip(outputs, exact))
+    assert math.isfinite(error), "not a number, or infinite"
+    row["relative_error"] = error
+    for ours, theirs, truth in zip(outputs, plain, exact):
+        assert_accurate(ours, theirs, truth)
+    row["ok"] = True
 
 
 def _several(outputs: Outputs) -> list[torch.Tensor]:
@@ -168,21 +279,22 @@ def _why(error: BaseException) -> str:
     return f"out of memory: {text}" if measure.out_of_memory(error) else f"{type(error).__name__}: {text}"
 
 
-def _fill(row: dict, case: Case, timing: measure.Timing, ceilings: Ceilings) -> None:
+def _fill(row: dict, case: Case, timing: measure.Timing, ceilings: Ceilings, device: str) -> None:
     row["median_ms"] = median = statistics.median(timing.samples)
     row["p20_ms"], row["p80_ms"] = measure.quantile(timing.samples, 0.2), measure.quantile(timing.samples, 0.8)
-    row["warm_ms"], row["graphed_ms"], row["samples"] = timing.warm_ms, timing.graphed_ms, len(timing.samples)
+    row["warm_ms"], row["samples"] = timing.warm_ms, len(timing.samples)
     if timing.ratios:
         row["speedup"] = statistics.median(timing.ratios)
         row["speedup_p20"], row["speedup_p80"] = measure.quantile(timing.ratios, 0.2), measure.quantile(timing.ratios, 0.8)
-        row["halves_differ"] = measure.halves_differ(timing.ratios)
+        row["halves_differ"] = measure.halves_differ(timing.ratios, least=2 if device == "cuda" else 4)
         row["left_out"], row["others"] = timing.left_out, timing.others
     if case.clocked and len(timing.samples) >= TAIL:
         row["p99_ms"] = measure.quantile(timing.samples, 0.99)
     if case.tokens:
         row["tokens_per_s"] = 1e3 * case.tokens / median
-    cost = case.cost(row["provider"])
-    if cost.bytes:
+    # on a CPU our forms take other steps than those that were accounted
+    cost = (case.work or {}).get(row["provider"])
+    if cost and (device == "cuda" or row["provider"] == case.baseline):
         row["tflops"], row["gbps"] = cost.flop / median / 1e9, cost.bytes / median / 1e6
     floor = ceilings.floor_ms(case.least, case.dtype)
     if floor:

@@ -101,17 +101,30 @@ def test_mining_table(results):
 
 def test_picture_table(results):
     table = report.picture_table(report.kept(results))
-    assert cells(table, "preprocess") == ["75.4 ms", "106 ms", *["not measured yet"] * 4]
+    # 768 in float32; HD; 768 in bfloat16; a GPU's 768 and HD
+    assert cells(table, "preprocess") == ["75.4 ms", "106 ms", *["not measured yet"] * 8]
     assert cells(table, "**patch info mining**")[:2] == ["5.59 s", "180 ms"]
     assert cells(table, "**all of it**")[:3] == ["**16.7 s, 1742 MiB**", "**8.05 s, 239 MiB (2.1 times)**", "not measured yet"]
 
 
 def test_nothing_recorded():
-    for table in report.TABLES.values():
+    for table in (report.picture_table, report.mining_table):
         made = table({})
         rows = [line for line in made.splitlines()[2:] if line.startswith("|")]
         assert rows and all({cell.strip() for cell in line.strip("|").split("|")[1:]} == {"not measured yet"} for line in rows)
         assert "On a GPU: not measured yet." in " ".join(made.split())
+
+
+def test_predictions():
+    table = report.predicted_table({})
+    mining = cells(table, "patch info mining, 1536-hd")
+    assert mining[0].startswith("2,181 GFLOP, 23,768 MB, 41 launches, 3,417 MiB") and mining[1] == mining[2]
+    assert len(cells(table, "picture to tokens, 768")) == 3
+
+
+def test_a_graph_is_told_beside_the_eager_time():
+    row = bench_documents.row("mining/x", "torch", True, None, 1.5, 20.0, 3.0, graphed_ms=0.5, speedup_graphed=2.0)
+    assert report.figure(row) == "1.50 ms, 20 MiB (3.0 times; as CUDA graphs 0.50 ms, 2.0 times)"
 
 
 def test_what_a_figure_must_not_be_read_without():

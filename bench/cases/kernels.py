@@ -9,7 +9,7 @@ from mg_fast import ops
 
 from ..accounting import Cost
 from ..registry import DTYPES, Call, Case
-from .settings import DIMS, SETTINGS, compiled, require
+from .settings import DIMS, SETTINGS, compiled, own_graphs, require
 
 
 @dataclass
@@ -75,4 +75,7 @@ def _case(name: str, operation: Callable, registered: str, shapes: list, dtype: 
 
     providers = {"reference": provider("reference"), **compiled(provider("torch"), "torch")}
     providers |= {"torch": provider("torch"), "triton": provider("triton")}
-    return Case(name, make, providers, exact, least=least, devices=devices)
+    work = {"triton": least}
+    return Case(
+        name, make, providers, exact, least=least, work=work, devices=devices, capturable="-b1-" in name, own_graphs=own_graphs(providers)
+    )

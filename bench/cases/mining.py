@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mg_fast import reference
 from mg_fast.linear import linear
@@ -14,7 +15,7 @@ from mg_fast.modules import PatchInfoMining
 
 from .. import accounting
 from ..registry import Call, Case, NotHere
-from .settings import COMBINATIONS, compiled, devices_of, require
+from .settings import COMBINATIONS, compiled, devices_of, own_graphs, require
 
 
 @dataclass
@@ -56,12 +57,14 @@ def mining_case(name: str, sizes: accounting.Sizes, **options) -> Case:
     providers = {
         "reference": own["reference"],
         "reference, SDPA": _with_sdpa,
+        "reference, SDPA math": _with_sdpa_math,
         "reference, oneDNN": _by_one_dnn,
         **compiled(own["reference"], "reference"),
         "torch": own["torch"],
         **compiled(own["torch"], "torch"),
         "triton": own["triton"],
     }
+    options |= {"capturable": sizes.batch == 1, "own_graphs": own_graphs(providers)}
     return Case(name, lambda device: _make(sizes, device), providers, _exact, least=least, work=work, **options)
 
 
@@ -100,6 +103,17 @@ def _with_sdpa(inputs: Inputs) -> Call:
             return reference.patch_mining(inputs.queries, inputs.pyramid, *inputs.projections, grid=inputs.grid)
 
     return call
+
+
+def _with_sdpa_math(inputs: Inputs) -> Call:
+    """The same by its plain form. Of the fused ones no other than the memory-efficient takes heads as wide."""
+    call = _with_sdpa(inputs)
+
+    def plain() -> torch.Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            return call()
+
+    return plain
 
 
 def _mine_by_sdpa(queries, hr_map, query, key, value) -> torch.Tensor:

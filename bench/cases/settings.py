@@ -1,6 +1,6 @@
 """Sizes of the published models that several cases share, and opponents that any module has."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,11 @@ def compiled(build: Callable[[Any], Call], name: str) -> dict[str, Callable[[Any
         return make
 
     return {f"{name}, compiled" + (f" {mode}" if mode else ""): under(mode) for mode in COMPILE_MODES}
+
+
+def own_graphs(providers: Iterable[str]) -> frozenset[str]:
+    """Those that torch.compile replays as CUDA graphs."""
+    return frozenset(name for name in providers if name.endswith(("reduce-overhead", "max-autotune")))
 
 
 def _clone(outputs):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from mg_fast.mini_gemini.packed_clip import PackedClip
@@ -15,10 +16,17 @@ from mg_fast.modules import ConvNeXtPyramid
 from .. import accounting
 from ..accounting import Cost
 from ..registry import Call, Case, NotHere
-from .settings import COMBINATIONS, DEPTHS, DIMS, PATCHES, WIDTH, Setting, compiled, devices_of, require
+from .settings import COMBINATIONS, DEPTHS, DIMS, PATCHES, WIDTH, Setting, compiled, devices_of, own_graphs, require
 
 # CLIP ViT-L/14-336: tokens of a view, layers of which the last but one is read, width of the MLP
 TOKENS, LAYERS, MLP = PATCHES**2 + 1, 24, 4096
+# of torch's scaled_dot_product_attention; what it takes by itself is `reference`
+SDPA = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
 # of the 7B model
 HIDDEN = 4096
 
@@ -47,10 +55,11 @@ def _tower(name: str, setting: Setting, batch: int, dtype: torch.dtype, options:
         return Inputs(device, tower, torch.randn(batch, 3, setting.side, setting.side, device=device).to(dtype))
 
     sizes = accounting.Tower(dtype, batch, setting.side)
-    work = {"torch": accounting.torch_tower(sizes), "triton": accounting.triton_tower(sizes)}
+    work = {"torch": accounting.torch_tower(sizes), "auto": accounting.auto_tower(sizes), "triton": accounting.triton_tower(sizes)}
     providers = {
         "reference": _as_modules,
         "reference, channels last": _channels_last,
+        **compiled(_channels_last, "reference, channels last"),
         "reference, native depthwise": _native_depthwise,
         **compiled(_as_modules, "reference"),
         "torch": _packed_tower("torch"),
@@ -60,6 +69,7 @@ def _tower(name: str, setting: Setting, batch: int, dtype: torch.dtype, options:
         "triton": _packed_tower("triton"),
     }
     least = Cost(work["triton"].flop, accounting.tower_floor_bytes(sizes))
+    options = options | {"capturable": batch == 1, "own_graphs": own_graphs(providers)}
     return Case(name, make, providers, _exact_tower, least=least, work=work, **options)
 
 
@@ -98,7 +108,7 @@ def _native_depthwise(inputs: Inputs) -> Call:
         raise NotHere(f"torch {torch.__version__} has no torch.backends.cudnn.depthwise_kernel")
 
     def call() -> list[torch.Tensor]:
-        with torch.backends.cudnn.flags(depthwise_kernel="native"):
+        with torch.backends.cudnn.flags(enabled=True, depthwise_kernel="native"):
             return inputs.module(inputs.x, backend="reference")
 
     return call
@@ -133,12 +143,14 @@ def _clip(name: str, setting: Setting, batch: int, dtype: torch.dtype, options: 
         "reference": _layers("reference"),
         "reference, eager attention": _attention("eager"),
         "reference, flash attention": _attention("flash_attention_2"),
+        **{f"reference, SDPA {name}": _sdpa(backend) for name, backend in SDPA.items()},
         **compiled(_layers("reference"), "reference"),
         # the modules, without the last layer
         "23 layers": _layers("torch"),
         "packed": _packed_clip,
         **compiled(_packed_clip, "packed"),
     }
+    options = options | {"capturable": batch == 1, "own_graphs": own_graphs(providers)}
     return Case(name, make, providers, _exact_clip, least=least, **options)
 
 
@@ -163,6 +175,20 @@ def _attention(implementation: str) -> Callable[[Inputs], Call]:
     return make
 
 
+def _sdpa(backend: SDPBackend) -> Callable[[Inputs], Call]:
+    def make(inputs: Inputs) -> Call:
+        if inputs.device != "cuda":
+            raise NotHere("for GPUs")
+
+        def call() -> torch.Tensor:
+            with sdpa_kernel(backend):
+                return low_resolution_features(inputs.module, inputs.x, backend="reference")
+
+        return call
+
+    return make
+
+
 def _packed_clip(inputs: Inputs) -> Call:
     packed = PackedClip.from_tower(inputs.module)
     return lambda: packed(inputs.x)
@@ -179,6 +205,7 @@ def _projector(name: str, setting: Setting, batch: int, dtype: torch.dtype, opti
     weights = WIDTH * HIDDEN + HIDDEN * HIDDEN
     least = Cost(2 * rows * weights, (weights + rows * (WIDTH + HIDDEN)) * dtype.itemsize)
     providers = {"reference": _call, **compiled(_call, "reference")}
+    options = options | {"capturable": batch == 1, "own_graphs": own_graphs(providers)}
     return Case(name, make, providers, lambda inputs: copy.deepcopy(inputs.module).double()(inputs.x.double()), least=least, **options)
 
 
