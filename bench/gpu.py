@@ -372,7 +372,7 @@ def _table(rows: Sequence[dict]) -> list[str]:
 
 
 def gpu(out: Path | None, minutes: float, *, device: str = "cuda", plan: str = "full", dry: bool = False) -> int:
-    """`python -m bench gpu`: the exit status, 1 where a step failed or the kernels were not found to be right, 2 where `out` cannot be used.
+    """`python -m bench gpu`: the exit status, 1 where a step failed or the kernels were not found right, 2 where `out` cannot be used.
 
     Raises:
         NoDevice: the device is not here.

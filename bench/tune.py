@@ -487,7 +487,8 @@ def tune(kernels: Sequence[str], seconds: float, *, best: int = 3, device: str =
             with torch.no_grad():
                 result = tune_entry(kernel, key, tiles, architecture, share, device=device, time_call=_milliseconds)
             results.append(result)
-            print("\n".join([f"# {KERNELS[kernel].table}[{architecture}]", *(f"#     {line}" for line in _entry(result, best))]), flush=True)
+            lines = [f"# {KERNELS[kernel].table}[{architecture}]", *(f"#     {line}" for line in _entry(result, best))]
+            print("\n".join(lines), flush=True)
             if result.lost:
                 ended = f"\n# ended at {kernel} {key!r}, which lost the GPU: {len(chosen) - len(results)} entries not tried"
                 break

@@ -188,7 +188,7 @@ def _by(take: Callable[..., Call], backend: str, *, graphs: bool = True, **optio
 
     Args:
         take: from the session, a pipeline and options of `generate` to the call.
-        graphs: encode pictures as it is done; else, for the memory alone, without the CUDA graph, whose pool the allocator's peak leaves out.
+        graphs: encode pictures as is done; without, for the memory alone: what lies in a CUDA graph's pool the allocator's peak leaves out.
     """
 
     def build(shared: Session) -> Call:
