@@ -2,8 +2,9 @@
 
 Candidates are the tiles around today's, nearest first, that fit a program's registers and the architecture's shared memory. All are
 compiled first, side by side and without the GPU, as far as half of the time allows; then each has its result held against the float64
-result by the tests' accuracy rule, and is timed, at every published shape of its bucket. The backward pass of mining takes the forward
-pass's tiles and has none of its own.
+result by the tests' accuracy rule, and is timed, at every published shape of its bucket: as the replay of a CUDA graph, since the host
+takes longer to launch most of these kernels than the GPU to run them. The backward pass of mining takes the forward pass's tiles and has
+none of its own.
 """
 
 import contextlib
@@ -74,12 +75,14 @@ class Kernel:
         space: by field of its tile, the values that may be tried.
         fits: whether a tile can run, by its key and the bytes of shared memory of a block.
         problems: at the published shapes, what most run in first.
+        library_graphed: whether the library's form can be captured in a CUDA graph; else its time has the host's launches in it.
     """
 
     table: str
     space: dict[str, tuple[int, ...]]
     fits: Callable[[object, NamedTuple, int], bool]
     problems: Callable[[], list[Problem]]
+    library_graphed: bool = True
 
 
 @dataclass
@@ -91,7 +94,9 @@ class Result:
         times: by tile and shape in milliseconds.
         library_ms: by shape.
         rejected: tiles that do not run or are wrong, and why.
-        left: candidates that there was no time for.
+        left: candidates that were not come to.
+        error: what went wrong beside the tiles: with the inputs, the exact result or the library's form.
+        lost: the GPU can be used no more in this process.
     """
 
     kernel: str
@@ -101,6 +106,8 @@ class Result:
     library_ms: dict[str, float] = field(default_factory=dict)
     rejected: dict[NamedTuple, str] = field(default_factory=dict)
     left: int = 0
+    error: str | None = None
+    lost: bool = False
 
 
 def _mining_problems() -> list[Problem]:
@@ -235,7 +242,12 @@ KERNELS = {
         _pointwise_problems,
     ),
     "dual_resize": Kernel(
-        "DUAL_RESIZE", {"rows": POWERS[:5], "columns": POWERS[5:10], "warps": POWERS[:4]}, _resize_fits, _resize_problems
+        "DUAL_RESIZE",
+        {"rows": POWERS[:5], "columns": POWERS[5:10], "warps": POWERS[:4]},
+        _resize_fits,
+        _resize_problems,
+        # it brings its tables to the GPU in every call
+        library_graphed=False,
     ),
 }
 
@@ -339,24 +351,29 @@ def tune_entry(
     seconds: float,
     *,
     device: str = "cuda",
-    time_call: Callable[[Callable], float],
+    time_call: Callable[[Callable, bool], float],
     problems: Sequence[Problem] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Result:
-    """Checks and times tiles of an entry until its time is spent, but today's, the first, in any case.
+    """Checks and times tiles of an entry until its time is spent, but today's, the first, in any case; then the library's form.
+
+    Errors are told in what is returned, with what was found before them.
 
     Args:
-        time_call: milliseconds of a call.
+        time_call: milliseconds of a call, and whether as the replay of a graph.
         problems: the shapes; default: those published.
     """
     deadline, result = clock() + seconds, Result(kernel, key)
     tasks, library, exact = {}, {}, {}
-    for problem in problems_of(kernel, key) if problems is None else problems:
-        task = problem.make(device)
-        tasks[problem.name], library[problem.name], exact[problem.name] = task, task.library(), task.exact()
-        result.library_ms[problem.name] = time_call(task.library)
+    try:
+        for problem in problems_of(kernel, key) if problems is None else problems:
+            task = problem.make(device)
+            tasks[problem.name], library[problem.name], exact[problem.name] = task, task.library(), task.exact()
+    except Exception as error:
+        result.error, result.lost, result.left = _told(error), _lost(error, device), len(tiles)
+        return result
     for i, tile in enumerate(tiles):
-        if i and clock() > deadline:
+        if result.lost or (i and clock() > deadline):
             result.left = len(tiles) - i
             break
         try:
@@ -364,17 +381,39 @@ def tune_entry(
             with tile_in_force(kernel, architecture, key, tile):
                 for name, task in tasks.items():
                     assert_accurate(task.kernel(), library[name], exact[name])
-                    times[name] = time_call(task.kernel)
+                    times[name] = time_call(task.kernel, True)
         except Exception as error:
             # whatever is wrong with a candidate, the next one may be right
-            result.rejected[tile] = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+            result.rejected[tile], result.lost = _told(error), _lost(error, device)
             continue
         result.times[tile] = times
     today = result.times.get(tiles[0])
     for tile, times in result.times.items():
         if today is not None:
             result.tiles[tile] = math.exp(statistics.fmean(math.log(today[name] / ms) for name, ms in times.items()))
+    try:
+        for name, task in () if result.lost else tasks.items():
+            result.library_ms[name] = time_call(task.library, KERNELS[kernel].library_graphed)
+    except Exception as error:
+        result.error, result.lost = f"the library's form: {_told(error)}", _lost(error, device)
     return result
+
+
+def _told(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:160]
+
+
+def _lost(error: Exception, device: str) -> bool:
+    """Whether the GPU can be used no more in this process after an error: an illegal access, as an example, comes back from every call."""
+    if isinstance(error, measure.GpuLost):
+        return True
+    if device != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def report(results: Sequence[Result], architecture: int | None, best: int) -> str:
@@ -393,16 +432,23 @@ def _entry(result: Result, best: int) -> list[str]:
     lines = []
     if ranked:
         fastest, gain = ranked[0]
-        library = statistics.fmean(math.log(result.library_ms[name] / ms) for name, ms in result.times[fastest].items())
-        today = next(iter(result.tiles))
+        today, launches = next(iter(result.tiles)), "" if KERNELS[result.kernel].library_graphed else " with its launches"
+        gains = [f"{gain:.2f} times today's"]
         for name, ms in result.times[fastest].items():
-            lines.append(f"# {name}: {ms:.4f} ms, today's {result.times[today][name]:.4f}, the library {result.library_ms[name]:.4f}")
-        lines.append(f"{result.key!r}: {_tile(fastest)},  # {gain:.2f} times today's, {math.exp(library):.2f} times the library")
+            library = f", the library {result.library_ms[name]:.4f}{launches}" if name in result.library_ms else ""
+            lines.append(f"# {name}: {ms:.4f} ms, today's {result.times[today][name]:.4f}{library}")
+        if result.library_ms.keys() == result.times[fastest].keys():
+            ratios = [math.log(result.library_ms[name] / ms) for name, ms in result.times[fastest].items()]
+            gains.append(f"{math.exp(statistics.fmean(ratios)):.2f} times the library{launches}")
+        lines.append(f"{result.key!r}: {_tile(fastest)},  # {', '.join(gains)}")
         lines += [f"# or {_tile(tile)}: {gain:.2f} times today's" for tile, gain in ranked[1:]]
-    else:
+    elif result.error is None:
         lines.append(f"# {result.key!r}: today's tile gave no result")
+    if result.error is not None:
+        lines.append(f"# {result.key!r}: {result.error}")
     wrong = f", {len(result.rejected)} rejected, the first for {next(iter(result.rejected.values()))}" if result.rejected else ""
-    lines.append(f"# {len(result.tiles)} tried{wrong}, {result.left} left for want of time")
+    left = "not tried" if result.lost or result.error else "left for want of time"
+    lines.append(f"# {len(result.tiles)} tried{wrong}, {result.left} {left}")
     return lines
 
 
@@ -411,7 +457,10 @@ def _tile(tile: NamedTuple) -> str:
 
 
 def tune(kernels: Sequence[str], seconds: float, *, best: int = 3, device: str = "cuda") -> str:
-    """Tunes kernels on the GPU at hand; the text that is printed.
+    """Tunes kernels on the GPU at hand; the tables, to be printed.
+
+    Before that, on stdout: what it is measured on, and each entry as soon as it is done, as comments. So a process that is killed has said
+    what it found. After an error that loses the GPU no further entry is tried.
 
     Raises:
         NoDevice: there is no GPU.
@@ -419,10 +468,16 @@ def tune(kernels: Sequence[str], seconds: float, *, best: int = 3, device: str =
     """
     chosen = entries(kernels)
     check_device(device)
+    measure.ieee_float32()
     began = time.monotonic()
     major, minor = torch.cuda.get_device_capability()
     architecture = 10 * major + minor
+    where = records.environment()
+    print(f"# {where['gpu']} (sm_{architecture}), {where['date']}, commit {where['commit']}")
+    print(f"# torch {where['torch']}, triton {where['triton']}")
+    print("# to review: an entry serves its whole bucket, not these shapes alone", flush=True)
     results: list[Result] = []
+    ended = ""
     try:
         compiled = compile_candidates(chosen, architecture, COMPILING * seconds)
         for i, (kernel, key) in enumerate(chosen):
@@ -430,19 +485,21 @@ def tune(kernels: Sequence[str], seconds: float, *, best: int = 3, device: str =
             print(f"{kernel} {key!r}: {len(compiled[kernel, key])} candidates compiled, {share:.1f} s ...", file=sys.stderr, flush=True)
             tiles = list(dict.fromkeys([tile_of(kernel, architecture, key), *compiled[kernel, key]]))
             with torch.no_grad():
-                results.append(tune_entry(kernel, key, tiles, architecture, share, device=device, time_call=_milliseconds))
+                result = tune_entry(kernel, key, tiles, architecture, share, device=device, time_call=_milliseconds)
+            results.append(result)
+            lines = [f"# {KERNELS[kernel].table}[{architecture}]", *(f"#     {line}" for line in _entry(result, best))]
+            print("\n".join(lines), flush=True)
+            if result.lost:
+                ended = f"\n# ended at {kernel} {key!r}, which lost the GPU: {len(chosen) - len(results)} entries not tried"
+                break
             torch.cuda.empty_cache()
     except KeyboardInterrupt:
         print("interrupted: what was found so far is printed", file=sys.stderr)
-    where = records.environment()
-    head = [
-        f"# {where['gpu']} (sm_{architecture}), {where['date']}, commit {where['commit']}",
-        f"# torch {where['torch']}, triton {where['triton']}",
-        "# to review: an entry serves its whole bucket, not these shapes alone",
-    ]
-    return "\n".join([*head, report(results, architecture, best)])
+    return report(results, architecture, best) + ended
 
 
-def _milliseconds(call: Callable) -> float:
-    """Of a warm call, the second-level cache flushed; in a thirtieth of a second."""
-    return statistics.median(measure.time_on_gpu(call, 0.03, graph=False).samples)
+def _milliseconds(call: Callable, graph: bool) -> float:
+    """Of a call, the second-level cache flushed, in some hundredths of a second: as the replay of a graph, or with its launches."""
+    if graph:
+        return measure.time_graph(call, 0.015)
+    return statistics.median(measure.time_on_gpu(call, 0.03).samples)

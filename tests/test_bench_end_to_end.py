@@ -70,6 +70,44 @@ def test_loading():
     end_to_end.release()
 
 
+def test_a_checkpoint_is_drawn_on_the_device_and_not_kept(monkeypatch):
+    """Beside what is loaded from it there is no second model."""
+    made, make_model = [], end_to_end.make_model
+
+    def make(size, device):
+        model = make_model(size, "cpu")
+        made.append((device, weakref.ref(model)))
+        return model
+
+    monkeypatch.setattr(end_to_end, "make_model", make)
+    folder, _ = end_to_end.checkpoint(TINY, "cuda")
+    [(device, model)] = made
+    assert device == "cuda" and model() is None and (folder / "config.json").exists()
+    end_to_end.release()
+
+
+def test_memory_is_that_without_graphs(shared):
+    """A graph's memory is none that a call allocates: what replays one has a build without it, which computes the same."""
+    for case in all_cases().values():
+        if case.name.startswith("end-to-end/") and "load" not in case.name and "ready" not in case.name:
+            seen = {"auto"} if "decode" not in case.name else set()
+            assert case.own_graphs == case.memory.keys() == seen | ({"auto, static cache"} & case.providers.keys())
+    case = all_cases()["end-to-end/tiny-first-token-b1-float32"]
+    before = shared.pipeline("auto")
+    encoder = before._encoder
+    logits, _ = case.memory["auto"](shared)()
+    torch.testing.assert_close(logits, case.providers["auto"](shared)()[0], rtol=0, atol=0)
+    assert shared.pipeline("auto") is before and (encoder is None or before._encoder is encoder)
+
+
+def test_the_encoder_of_the_memory_figure_has_no_graphs(shared, monkeypatch):
+    asked, make = [], end_to_end.PictureEncoder
+    monkeypatch.setattr(end_to_end, "PictureEncoder", lambda model, **options: asked.append(options) or make(model, **options))
+    monkeypatch.setattr("mg_fast.pipeline.PictureEncoder", lambda *_, **__: pytest.fail("another one is packed"))
+    all_cases()["end-to-end/tiny-first-token-b1-float32"].memory["auto"](shared)()
+    assert asked == [{"graphs": False}]
+
+
 def test_wrong_logits_are_no_speedup(shared, monkeypatch):
     """A provider whose weights differ a little is told apart before anything is timed."""
     pipeline = shared.pipeline("auto")

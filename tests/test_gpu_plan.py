@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from bench import gpu, records
 from bench.__main__ import _parser, main
 from bench.cases import all_cases
 from bench.gpu import Step
-from bench.registry import choose
+from bench.registry import choose, choose_providers
 
 ROW = {"provider": "reference", "ok": True, "why": None, "p20_ms": 1, "p80_ms": 1, "peak_mib": 0, "first_call_ms": 2, "speedup": 1.0}
 DOCUMENT = {"gpu": None, "device": "cpu", "complete": True}
@@ -32,6 +33,8 @@ time.sleep(600)
 """,
     "crash": "import os, sys; print('crashes', file=sys.stderr, flush=True); os.kill(os.getpid(), 11)",
     "write": "import os, sys; open(sys.argv[-1], 'w').write(os.environ['DOCUMENT'])",
+    # as `bench run` where a provider failed
+    "fail": "import os, sys; open(sys.argv[-1], 'w').write(os.environ['DOCUMENT']); sys.exit(1)",
     "say": "print('x' * 100)",
 }
 
@@ -48,11 +51,19 @@ def modules(tmp_path):
 @pytest.fixture
 def step(modules):
     def make(name, module, seconds, into, *cases):
-        rows = [ROW | {"name": case, "median_ms": ms} for case, ms in cases]
+        rows = [case if isinstance(case, dict) else ROW | {"name": case[0], "median_ms": case[1]} for case in cases]
         document = json.dumps(DOCUMENT | {"cases": rows})
         return Step(name, (f"{module}_step",), seconds, into, {"PYTHONPATH": str(modules), "DOCUMENT": document})
 
     return make
+
+
+@pytest.fixture
+def ended_by_a_signal():
+    """The command takes over what ends a process; the tests have it back."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 def commands(steps, program):
@@ -67,13 +78,25 @@ def test_steps_name_cases_and_providers_that_there_are(plan):
     assert found
     for step, args in found:
         chosen = choose(cases, args.cases, args.device)
-        kept = {name for case in chosen for name in case.only(args.providers).providers}
+        assert args.provider, step.name
+        # each pattern names some
+        kept = choose_providers(chosen, args.provider)
         # more than the baselines, which are there in any case
-        assert any(len(case.only(args.providers).providers) > 1 for case in chosen) or kept == {"auto"}, step.name
-        for pattern in args.providers:
-            everywhere = [name for case in cases.values() for name in case.only([pattern]).providers if name != case.baseline]
-            assert everywhere or pattern == "reference", pattern
+        assert any(len(case.providers) > 1 for case in kept) or all([*case.providers] == ["auto"] for case in kept), step.name
     assert {step.into for step in plan} <= set(gpu.FILES)
+
+
+def test_a_slow_case_is_a_process_of_its_own():
+    """Where a provider takes minutes to compile, a step that is stopped loses no other case."""
+    steps = [(step, args) for step, args in commands(gpu.full_plan(), "run") if any("max-autotune" in name for name in args.provider)]
+    assert len(steps) == 2
+    assert all(len(choose(all_cases(), args.cases, "cuda")) == 1 for _, args in steps)
+
+
+def test_our_own_providers_are_told_from_opponents():
+    """Every provider is a plain form of ours, or named after what it is a variant of."""
+    plain = {name for case in all_cases().values() for name in case.providers if ", " not in name}
+    assert plain == {"reference", *gpu.OURS}
 
 
 def test_a_checkpoint_is_written_last():
@@ -106,6 +129,54 @@ def test_bad_input_is_one_line(capsys, tmp_path):
     with pytest.raises(SystemExit):
         main(["gpu"])
     assert "expected --out DIR" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [gpu.STEPS, gpu.CASES, gpu.TUNING])
+def test_what_an_earlier_run_left_is_not_replaced(name, capsys, tmp_path):
+    (tmp_path / "notes.txt").write_text("somebody's")
+    (tmp_path / name).write_text("measured for minutes")
+    assert main(["gpu", "--out", str(tmp_path), "--device", "cpu", "--plan", "tiny"]) == 2
+    out = capsys.readouterr()
+    assert f"holds {name} of an earlier run" in out.err and out.err.count("\n") == 1 and not out.out
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"notes.txt": "somebody's", name: "measured for minutes"}
+
+
+def test_a_file_is_no_folder(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert main(["gpu", "--out", str(tmp_path / "file"), "--device", "cpu", "--plan", "tiny"]) == 2
+    out = capsys.readouterr()
+    assert "expected a folder to write to" in out.err and out.err.count("\n") == 1
+
+
+def failed(provider, **other):
+    return ROW | {"name": "a/x", "provider": provider, "median_ms": None, "ok": False, "why": "out of memory"} | other
+
+
+@pytest.mark.parametrize(
+    ("module", "rows", "state", "status"),
+    [
+        ("fail", [("a/x", 1.0), failed("reference, compiled")], "done, with failures", 0),
+        ("fail", [failed("reference"), failed("torch, compiled max-autotune")], "done, with failures", 0),
+        ("fail", [("a/x", 1.0), failed("triton")], "failed", 1),
+        # nothing of what is kept explains the status
+        ("fail", [("a/x", 1.0)], "failed", 1),
+        ("crash", [failed("reference, compiled")], "failed", 1),
+        ("write", [("a/x", 1.0)], "done", 0),
+        # what is slow is no fault of ours
+        ("hang", [("a/x", 1.0)], "stopped", 0),
+    ],
+)
+def test_what_fails_the_whole(module, rows, state, status, step, tmp_path, monkeypatch, ended_by_a_signal):
+    monkeypatch.setitem(gpu.PLANS, "tiny", lambda device: [step("the step", module, 1 if module == "hang" else 60, gpu.CASES, *rows)])
+    assert gpu.gpu(tmp_path / "out", 2, device="cpu", plan="tiny") == status
+    assert [entry["state"] for entry in json.loads((tmp_path / "out" / gpu.STEPS).read_text())] == [state]
+    assert f"| the step | {state}" in (tmp_path / "out" / gpu.SUMMARY).read_text()
+
+
+@pytest.mark.parametrize(("module", "seconds"), [("crash", 60), ("hang", 1)])
+def test_kernels_that_were_not_found_right_fail_the_whole(module, seconds, step, tmp_path, monkeypatch, ended_by_a_signal):
+    monkeypatch.setitem(gpu.PLANS, "tiny", lambda device: [step("the kernels", module, seconds, gpu.CORRECTNESS)])
+    assert gpu.gpu(tmp_path / "out", 2, device="cpu", plan="tiny") == 1
 
 
 def assert_kept_within_limits(out: Path):

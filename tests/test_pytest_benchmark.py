@@ -4,9 +4,12 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
+from bench.cases.end_to_end import ANSWER
+from bench.test_cases import ROUNDS, OwnClock
 from tests.paths import ROOT
 
 pytest.importorskip("pytest_benchmark")
@@ -32,6 +35,24 @@ def test_right_providers_are_timed_and_kept(tmp_path):
     for result in timed.values():
         assert result["group"] == "dwconv_norm/768-stage3-b1-float32" and result["stats"]["median"] > 0
         assert result["extra_info"]["ok"] is True and result["extra_info"]["relative_error"] < 1e-5
+
+
+def test_a_case_that_takes_its_time_itself_is_timed_by_that(tmp_path):
+    """One more token is a small part of the call, which answers whole."""
+    kept = tmp_path / "kept.json"
+    began = time.perf_counter()
+    done = bench("--cases", "end-to-end/tiny-decode-b1-float32", "-k", "reference", f"--benchmark-json={kept}")
+    spent = time.perf_counter() - began
+    assert done.returncode == 0, done.stdout + done.stderr
+    [result] = json.loads(kept.read_text())["benchmarks"]
+    assert result["stats"]["rounds"] == ROUNDS and 0 < result["stats"]["median"] < spent / (ROUNDS * (ANSWER - 1))
+
+
+def test_the_clock_goes_on_by_what_calls_say():
+    clock = OwnClock()
+    clock.advance(lambda: (None, [7.0]))
+    clock.advance(lambda: (None, [1.0, 500.0, 3.0]))
+    assert clock() == pytest.approx(0.010)
 
 
 def test_unknown_case():

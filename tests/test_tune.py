@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench import tune
+from bench import measure, tune
 from bench.__main__ import main
 from mg_fast.kernels import configs
 
@@ -60,14 +60,15 @@ def fake_problem(name, key, kernel):
     return tune.Problem(name, key, lambda device: tune.Task(lambda: kernel(x), lambda: 2 * x, lambda: 2 * x.double()))
 
 
-def tune_fake(kernel, tiles, seconds=1e9, clock=lambda: 0.0):
-    """Tiles of dual_resize's columns at two shapes, at which one of twice the rows is twice as fast."""
+def rows_of_tile(call, graph):
+    """Milliseconds, half of them in a graph for twice the rows."""
+    return (8.0 if graph else 80.0) / configs.dual_resize_tile(None, "columns").rows
 
-    def time_call(call):
-        return 8.0 / configs.dual_resize_tile(None, "columns").rows
 
-    options = {"problems": [fake_problem(name, "columns", kernel) for name in ("first", "second")], "time_call": time_call}
-    return tune.tune_entry("dual_resize", "columns", tiles, None, seconds, device="cpu", clock=clock, **options)
+def tune_fake(kernel, tiles, seconds=1e9, clock=lambda: 0.0, time_call=rows_of_tile, **options):
+    """Tiles of dual_resize's columns at two shapes."""
+    options = {"problems": [fake_problem(name, "columns", kernel) for name in ("first", "second")]} | options
+    return tune.tune_entry("dual_resize", "columns", tiles, None, seconds, device="cpu", clock=clock, time_call=time_call, **options)
 
 
 TODAY, FASTER, SLOWER = configs.ResizeTile(4, 128, 4), configs.ResizeTile(8, 128, 4), configs.ResizeTile(2, 128, 4)
@@ -77,6 +78,9 @@ def test_gains_are_over_todays_tile():
     result = tune_fake(lambda x: 2 * x, [TODAY, FASTER, SLOWER])
     assert result.tiles == pytest.approx({TODAY: 1.0, FASTER: 2.0, SLOWER: 0.5})
     assert result.times[FASTER] == {"first": 1.0, "second": 1.0} and not result.rejected and result.left == 0
+    # what cannot be captured is timed with its launches
+    today = configs.dual_resize_tile(None, "columns").rows
+    assert result.library_ms == {"first": 80.0 / today, "second": 80.0 / today}
 
 
 def test_wrong_and_broken_tiles_are_rejected_before_they_are_timed():
@@ -95,6 +99,57 @@ def test_time_is_kept_but_todays_tile_is_timed():
     ticks = iter(range(100))
     result = tune_fake(lambda x: 2 * x, [TODAY, FASTER, SLOWER], seconds=1.5, clock=lambda: float(next(ticks)))
     assert list(result.tiles) == [TODAY, FASTER] and result.left == 1
+
+
+def test_a_lost_gpu_ends_an_entry_with_what_was_found():
+    def time_call(call, graph):
+        if configs.dual_resize_tile(None, "columns") == FASTER:
+            raise measure.GpuLost("capture failed")
+        return 1.0
+
+    result = tune_fake(lambda x: 2 * x, [TODAY, FASTER, SLOWER], time_call=time_call)
+    assert result.lost and list(result.tiles) == [TODAY] and result.left == 1 and result.library_ms == {}
+    assert result.rejected[FASTER] == "GpuLost: capture failed"
+
+
+def test_an_error_that_comes_back_is_a_lost_gpu(monkeypatch):
+    """An illegal access is told by the call that made it, and by every one after it."""
+
+    def broken():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert not tune._lost(ValueError("a tile that does not run"), "cuda")
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    assert tune._lost(ValueError("a tile that does not run"), "cuda") and not tune._lost(ValueError("on a CPU"), "cpu")
+
+
+def test_inputs_that_do_not_fit_are_told():
+    def make(device):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    result = tune_fake(None, [TODAY, FASTER], problems=[tune.Problem("large", "columns", make)])
+    assert result.error.startswith("OutOfMemoryError: CUDA out of memory") and result.left == 2 and not result.lost
+    assert "# 'columns': OutOfMemoryError" in tune.report([result], 90, best=1)
+
+
+def test_a_library_that_breaks_loses_no_tile():
+    def time_call(call, graph):
+        if not graph:
+            raise RuntimeError("the library's own")
+        return rows_of_tile(call, graph)
+
+    result = tune_fake(lambda x: 2 * x, [TODAY, FASTER], time_call=time_call)
+    assert result.tiles == {TODAY: 1.0, FASTER: 2.0} and result.error == "the library's form: RuntimeError: the library's own"
+    text = tune.report([result], 90, best=1)
+    assert "ResizeTile(8, 128, 4),  # 2.00 times today's\n" in text and "times the library" not in text
+
+
+def test_tiles_are_told_apart_by_a_graphs_replay(monkeypatch):
+    """Their launches take the host longer than they take the GPU."""
+    monkeypatch.setattr(measure, "time_graph", lambda call, seconds: 0.01)
+    monkeypatch.setattr(measure, "time_on_gpu", lambda call, seconds: measure.Timing([0.1, 0.2, 0.3]))
+    assert tune._milliseconds(lambda: None, True) == 0.01 and tune._milliseconds(lambda: None, False) == 0.2
 
 
 def test_printed_entries_are_those_of_a_table():
@@ -134,24 +189,51 @@ def test_no_time_to_compile():
     assert tune.compile_candidates([entry], 90, seconds=0) == {entry: []}
 
 
-def test_an_interrupt_prints_what_was_found(monkeypatch):
-    """On a GPU that is pretended: the second entry is interrupted."""
-    first = tune_fake(lambda x: 2 * x, [TODAY, FASTER])
-    answers = iter([first])
+@pytest.fixture
+def pretended(monkeypatch):
+    """A GPU, on which an entry is given this result, or ends with this error."""
 
-    def tune_entry(*_, **__):
-        try:
-            return next(answers)
-        except StopIteration:
-            raise KeyboardInterrupt from None
+    def give(*answers):
+        left = iter(answers)
 
-    monkeypatch.setattr(tune, "tune_entry", tune_entry)
+        def tune_entry(*_, **__):
+            if isinstance(answer := next(left), BaseException):
+                raise answer
+            return answer
+
+        monkeypatch.setattr(tune, "tune_entry", tune_entry)
+
     monkeypatch.setattr(tune, "check_device", lambda device: device)
     monkeypatch.setattr(tune, "compile_candidates", lambda chosen, *_: {entry: [] for entry in chosen})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(measure, "ieee_float32", lambda: None)
+    return give
+
+
+def test_an_interrupt_prints_what_was_found(pretended):
+    """The second entry is interrupted."""
+    pretended(tune_fake(lambda x: 2 * x, [TODAY, FASTER]), KeyboardInterrupt())
     found: dict = {}
     exec(tune.tune(["dual_resize"], 1.0), vars(configs) | {}, found)
     assert found == {"DUAL_RESIZE": {90: {"columns": FASTER}}}
+
+
+def test_an_entry_is_printed_when_it_is_done(pretended, capsys):
+    """A process that is killed in the second has said what it found in the first, and on what."""
+    pretended(tune_fake(lambda x: 2 * x, [TODAY, FASTER]), SystemExit())
+    with pytest.raises(SystemExit):
+        tune.tune(["dual_resize"], 1.0)
+    out = capsys.readouterr().out
+    assert "(sm_90)" in out and "# DUAL_RESIZE[90]\n" in out and "#     'columns': ResizeTile(8, 128, 4),  # 2.00 times today's" in out
+    assert all(line.startswith("#") for line in out.splitlines()), "the tables that follow can be pasted"
+
+
+def test_after_a_lost_gpu_nothing_is_tried(pretended):
+    first, never = tune_fake(lambda x: 2 * x, [TODAY, FASTER]), AssertionError("tried")
+    first.lost = True
+    pretended(first, never)
+    text = tune.tune(["dual_resize"], 1.0)
+    assert "'columns': ResizeTile(8, 128, 4)" in text and "ended at dual_resize 'columns', which lost the GPU: 1 entries not tried" in text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -32,6 +32,7 @@ from examples import random_checkpoint
 from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor, use_backend
 from mg_fast.conversation import render, stop_ids, with_picture_tags
 from mg_fast.mini_gemini.checkpoint import decide_template, load_tokenizer
+from mg_fast.mini_gemini.encoder import PictureEncoder
 from mg_fast.mini_gemini.processing import MiniGeminiImageProcessor
 
 from ..registry import Call, Case, NotHere
@@ -88,10 +89,14 @@ class Session:
     request_s: float | None = None
 
     def pipeline(self, backend: str) -> mg_fast.Pipeline:
-        """By a backend, without a cache of image tokens: every picture is encoded."""
+        """By a backend, the same for all cases."""
         if backend not in self.pipelines:
-            self.pipelines[backend] = mg_fast.Pipeline(self.model, self.processor, backend=backend, image_cache_bytes=0)
+            self.pipelines[backend] = self.new_pipeline(backend)
         return self.pipelines[backend]
+
+    def new_pipeline(self, backend: str) -> mg_fast.Pipeline:
+        """Without a cache of image tokens: every picture is encoded."""
+        return mg_fast.Pipeline(self.model, self.processor, backend=backend, image_cache_bytes=0)
 
     def watch(self, tokens: int) -> "Watch":
         return Watch(self.answer[:tokens], self.model.dtype)
@@ -130,11 +135,14 @@ def cases() -> list[Case]:
 
 
 def _of_size(size: Size) -> list[Case]:
-    def case(measure: str, take: Callable, batch: int = 1, *, static: bool = False, **options) -> Case:
+    def case(measure: str, take: Callable, batch: int = 1, *, static: bool = False, sees: bool = True, **options) -> Case:
         providers = {"reference": _by(take, "reference"), "auto": _by(take, "auto")}
+        # where a call encodes a picture, the encoder replays a graph
+        memory = {"auto": _by(take, "auto", graphs=False)} if sees else {}
         if static:
-            # transformers' own: a cache of fixed size, its step compiled
+            # transformers' own: a cache of fixed size, its step compiled, on a GPU a graph
             providers["auto, static cache"] = _by(take, "auto", cache_implementation="static")
+            memory["auto, static cache"] = _by(take, "auto", graphs=False, cache_implementation="static", disable_compile=True)
         return Case(
             f"end-to-end/{size.name}-{measure}-b{batch}-{size.dtype}",
             lambda device: session(size, device),
@@ -142,6 +150,8 @@ def _of_size(size: Size) -> list[Case]:
             devices=size.devices,
             clocked=True,
             release=release,
+            own_graphs=frozenset(memory),
+            memory=memory,
             **options,
         )
 
@@ -151,7 +161,9 @@ def _of_size(size: Size) -> list[Case]:
     stages = {backend: _stages(backend) for backend in ("reference", "auto")}
     found = [case("first-token", _first_token, static=True, exact=first(1), stages=stages)]
     if not size.hd:
-        decode = {batch: case("decode", _decoding(batch), batch, static=True, exact=first(COMPARED), tokens=batch) for batch in BATCHES}
+        # its picture is encoded before
+        options = {"static": True, "sees": False, "exact": first(COMPARED)}
+        decode = {batch: case("decode", _decoding(batch), batch, tokens=batch, **options) for batch in BATCHES}
         found += [decode[1], case("second-turn", _second_turn, exact=_exact_second_turn), *(decode[batch] for batch in BATCHES[1:])]
         found += [case(f"arrivals{load}", _arrivals(load), exact=first(COMPARED)) for load in LOADS]
         # by name only: they write a checkpoint of the model's size
@@ -171,11 +183,24 @@ def _of_size(size: Size) -> list[Case]:
     return found
 
 
-def _by(take: Callable[..., Call], backend: str, **options) -> Callable[[Session], Call]:
+def _by(take: Callable[..., Call], backend: str, *, graphs: bool = True, **options) -> Callable[[Session], Call]:
+    """A measure of a backend.
+
+    Args:
+        take: from the session, a pipeline and options of `generate` to the call.
+        graphs: encode pictures as is done; without, for the memory alone: what lies in a CUDA graph's pool the allocator's peak leaves out.
+    """
+
     def build(shared: Session) -> Call:
         if options and shared.device == "cpu":
             raise NotHere("transformers compiles a static cache's step on GPUs only")
-        return take(shared, shared.pipeline(backend), **options)
+        if graphs:
+            return take(shared, shared.pipeline(backend), **options)
+        pipeline = shared.new_pipeline(backend)
+        with torch.enable_grad():
+            # in the place of the one that it would pack
+            pipeline._encoder = PictureEncoder(shared.model.model, graphs=False)
+        return take(shared, pipeline, **options)
 
     return build
 
@@ -193,6 +218,11 @@ _kept: dict[tuple, Session | tempfile.TemporaryDirectory] = {}
 def release() -> None:
     """Frees what was shared by the cases of one size."""
     _kept.clear()
+    _free()
+
+
+def _free() -> None:
+    """Hands back what nothing needs any more."""
     # a pipeline and its own conversation hold each other
     gc.collect()
     if torch.cuda.is_available():
@@ -368,7 +398,9 @@ def checkpoint(size: Size, device: str) -> tuple[Path, str]:
         release()
         transformers_logging.disable_progress_bar()
         _kept[key] = tempfile.TemporaryDirectory(prefix="mg_fast_bench_")
-        random_checkpoint.save(make_model(size, "cpu"), _kept[key].name)
+        # drawn on the device: billions of random numbers take a CPU minutes
+        random_checkpoint.save(make_model(size, device), _kept[key].name)
+        _free()
     return Path(_kept[key].name), device
 
 
