@@ -143,7 +143,9 @@ def _run(args: argparse.Namespace) -> int:
 
         print(json.dumps({**records.environment(), "device": device, "trace": str(args.trace), "cases": trace(cases, device, args.trace)}))
         return 0
-    command = shlex.join(["python", "-m", "bench", *sys.argv[1:]])
+    # where it is kept says nothing of how it was measured
+    words = [word for i, word in enumerate(sys.argv[1:]) if word != "--out" and sys.argv[i] != "--out"]
+    command = shlex.join(["python", "-m", "bench", *words])
     document = run(cases, device, seconds=args.seconds, memory=not args.no_memory, out=args.out, command=command)
     if args.save:
         for path in records.save(document):
