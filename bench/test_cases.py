@@ -18,7 +18,6 @@ from .cases import all_cases
 from .registry import QUICK_PROVIDERS, Call, Case, UnknownCase, choose
 from .run import NoDevice, check, check_device, empty_row
 
-
 # of a case that takes its time itself: the plug-in cannot find out how many there should be
 ROUNDS = 5
 
