@@ -17,7 +17,7 @@ from bench.gpu import Step
 from bench.registry import choose, choose_providers
 
 ROW = {"provider": "reference", "ok": True, "why": None, "p20_ms": 1, "p80_ms": 1, "peak_mib": 0, "first_call_ms": 2, "speedup": 1.0}
-DOCUMENT = {"gpu": None, "device": "cpu", "complete": True}
+DOCUMENT = dict.fromkeys(("gpu", "date", "cpu", "threads", "torch", "commit")) | {"device": "cpu", "complete": True}
 
 MODULES = {
     # writes a case at once, then hangs, and will not be interrupted; so does what it has started
