@@ -88,11 +88,15 @@ def test_low_resolution_tower_gives_the_same_bits_on_both(model, processor, phot
     """The reference runs the last CLIP layer too, as the original does, and throws its output away."""
     inputs = processor.image_processor(photo)
     runs = []
-    model.model.vision_tower.encoder.layers[-1].register_forward_hook(lambda *_: runs.append(1))
+    # the model is shared: with a hook its tower would not be packed any more
+    hook = model.model.vision_tower.encoder.layers[-1].register_forward_hook(lambda *_: runs.append(1))
     results = {}
-    for name in ("reference", "auto"):
-        before = len(runs)
-        with use_backend(name), torch.inference_mode():
-            results[name] = model.model.low_resolution_queries(inputs["pixel_values"])
-        assert len(runs) - before == (1 if name == "reference" else 0)
+    try:
+        for name in ("reference", "auto"):
+            before = len(runs)
+            with use_backend(name), torch.inference_mode():
+                results[name] = model.model.low_resolution_queries(inputs["pixel_values"])
+            assert len(runs) - before == (1 if name == "reference" else 0)
+    finally:
+        hook.remove()
     assert torch.equal(results["reference"], results["auto"])

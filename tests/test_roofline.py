@@ -167,7 +167,8 @@ def test_beside_measurements(tmp_path, capsys):
     ]
     answer = {"name": "end-to-end/7b-hd-first-token-b1-bfloat16", "provider": "auto", "ok": True, "median_ms": 80.0}
     rows.append(row | answer | {"stages": [{"name": "HR tower", "ms": 5.0}, {"name": "prefill to first token", "ms": 71.5}]})
-    document = {"device": "cuda", "gpu": "NVIDIA H200", "ceilings": {"copy_gbps": 4000, "matmul_tflops": {"bfloat16": 700}}, "cases": rows}
+    document = dict.fromkeys(("date", "cpu", "threads", "torch", "commit")) | {"device": "cuda", "gpu": "NVIDIA H200"}
+    document |= {"ceilings": {"copy_gbps": 4000, "matmul_tflops": {"bfloat16": 700}}, "cases": rows}
     (tmp_path / "all.json").write_text(json.dumps(document))
     assert main(["roofline", "--model", "7b-hd", "--measured", str(tmp_path)]) == 0
     out = capsys.readouterr().out
