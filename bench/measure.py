@@ -44,7 +44,6 @@ class Timing:
     Attributes:
         samples: of a call each, on a CPU a mean over one turn (clocked: all that the turns' calls gave); on a GPU with the cache flushed.
         warm_ms: median without flushing; None on a CPU.
-        graphed_ms: median of a CUDA graph's replay, flushed; None where there is none.
         ratios: the baseline's sample over ours, turn by turn; on a GPU of medians, pass by pass.
         left_out: turns that were disturbed, and are not among the samples.
         others: the part of the machine's CPU time that other processes took, median of the samples' turns; None where it is not known.
@@ -52,7 +51,6 @@ class Timing:
 
     samples: list[float] = field(default_factory=list)
     warm_ms: float | None = None
-    graphed_ms: float | None = None
     ratios: list[float] = field(default_factory=list)
     left_out: int = 0
     others: float | None = None
@@ -191,28 +189,22 @@ def time_in_passes(calls: Mapping[str, Call], baseline: str, seconds: float) -> 
     return merged
 
 
-def time_on_gpu(call: Call, seconds: float, *, graph: bool = False) -> Timing:
+def time_on_gpu(call: Call, seconds: float) -> Timing:
     """Times a call by CUDA events, with what the host takes to launch it: of a short one that is all there is to see.
 
     Args:
         seconds: of device time, about.
-        graph: also capture it and time its replay, in which the host has no part.
-
-    Raises:
-        GpuLost: it could not be captured.
     """
     # what is compiled, tabled or recorded on the way is so by the third call
     for _ in range(3):
         call()
     timing = Timing(samples=_event_times(call, seconds / 2, flush=True))
     timing.warm_ms = statistics.median(_event_times(call, seconds / 2, flush=False))
-    if graph:
-        timing.graphed_ms = time_graph(call, seconds / 2)
     return timing
 
 
 def time_graph(call: Call, seconds: float) -> float:
-    """Median of a warm call's replay as a CUDA graph, in milliseconds, the cache flushed.
+    """Median of a warm call's replay as a CUDA graph, in milliseconds, the cache flushed; the host has no part in it.
 
     Raises:
         GpuLost: it could not be captured.
