@@ -29,7 +29,7 @@ from .vision import build_projector, low_resolution_features
 logger = logging.getLogger(__name__)
 
 # inputs that only the first pass over a prompt takes
-_PICTURE_INPUTS = ("pixel_values", "pixel_values_hr", "image_tokens", "mm_token_type_ids")
+PICTURE_INPUTS = ("pixel_values", "pixel_values_hr", "image_tokens", "mm_token_type_ids")
 
 
 @dataclass
@@ -177,6 +177,28 @@ class MiniGeminiModel(MiniGeminiPreTrainedModel):
             image_tokens = image_tokens * torch.tensor(self.config.text_config.hidden_size**0.5, dtype=inputs_embeds.dtype)
         return inputs_embeds.masked_scatter(mask.unsqueeze(-1).to(inputs_embeds.device), image_tokens)
 
+    def embed(self, input_ids: torch.Tensor, **pictures: torch.Tensor | None) -> torch.Tensor:
+        """Embeddings [B, L, hidden] of a prompt [B, L], with its pictures, named as `PICTURE_INPUTS`, in their places."""
+        return self._with_pictures(self.get_input_embeddings()(input_ids), **pictures)[0]
+
+    def _with_pictures(
+        self,
+        inputs_embeds: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_hr: torch.Tensor | None = None,
+        image_tokens: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if pixel_values is not None:
+            if image_tokens is not None:
+                raise ValueError("expected pixel_values or image_tokens, got both")
+            image_tokens = self.get_image_features(pixel_values, pixel_values_hr).pooler_output
+        if image_tokens is not None:
+            inputs_embeds = self.splice(inputs_embeds, image_tokens, mm_token_type_ids)
+        elif mm_token_type_ids is not None and inputs_embeds.shape[1] > 1 and bool((mm_token_type_ids == 1).any()):
+            raise PromptError("the prompt marks places of pictures, but no pixel_values or image_tokens came")
+        return inputs_embeds, image_tokens
+
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -192,14 +214,7 @@ class MiniGeminiModel(MiniGeminiPreTrainedModel):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        if pixel_values is not None:
-            if image_tokens is not None:
-                raise ValueError("expected pixel_values or image_tokens, got both")
-            image_tokens = self.get_image_features(pixel_values, pixel_values_hr).pooler_output
-        if image_tokens is not None:
-            inputs_embeds = self.splice(inputs_embeds, image_tokens, mm_token_type_ids)
-        elif mm_token_type_ids is not None and inputs_embeds.shape[1] > 1 and bool((mm_token_type_ids == 1).any()):
-            raise PromptError("the prompt marks places of pictures, but no pixel_values or image_tokens came")
+        inputs_embeds, image_tokens = self._with_pictures(inputs_embeds, pixel_values, pixel_values_hr, image_tokens, mm_token_type_ids)
         outputs = self.language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
         return outputs, image_tokens
 
@@ -435,7 +450,7 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
         return super().generate(inputs, **kwargs)
 
     def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, is_first_iteration=False, **kwargs):
-        pictures = {name: kwargs.pop(name) for name in _PICTURE_INPUTS if name in kwargs}
+        pictures = {name: kwargs.pop(name) for name in PICTURE_INPUTS if name in kwargs}
         model_inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )

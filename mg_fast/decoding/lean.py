@@ -1,0 +1,262 @@
+"""A decode loop for `generate(custom_generate=...)`: one fixed cache, nothing computed twice, no wait for the device between tokens."""
+
+import copy
+import logging
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.streamers import BaseStreamer
+
+from ..errors import PromptError
+from ..mini_gemini.modeling import PICTURE_INPUTS
+from .finite import explain
+from .prefixes import DEFAULT_BYTES, PrefixStore
+from .steps import Sequences, Steps, fixed_positions
+
+logger = logging.getLogger(__name__)
+
+# settings, as they must be, under which `generate` needs nothing that this loop does not have
+_PLAIN = {
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "output_scores": False,
+    "output_logits": False,
+    "return_dict_in_generate": False,
+    "cache_implementation": None,
+    "use_cache": True,
+    "prefill_chunk_size": None,
+    "token_healing": False,
+    # `generate` does not hand its tokenizer on to other loops
+    "stop_strings": None,
+}
+# arguments of `generate` that are no settings, and that this loop does not take
+_FOREIGN = ("past_key_values", "assistant_model", "synced_gpus", "custom_generate", "negative_prompt_ids", "inputs_embeds")
+
+
+class LeanDecoder:
+    """Decodes with a model, and remembers the keys and values of what it has read, for prompts that begin alike.
+
+    Threads may share it: every request has a cache of its own, of which one is kept for the next.
+
+    Args:
+        model: the MiniGeminiForConditionalGeneration.
+        kv_cache_bytes: most bytes of keys and values remembered, on the model's devices; 0 remembers nothing.
+        compiled: as of `Steps`.
+    """
+
+    def __init__(self, model: nn.Module, *, kv_cache_bytes: int = DEFAULT_BYTES, compiled: bool = False):
+        self.model = model
+        self.prefixes = PrefixStore(kv_cache_bytes)
+        self.steps = Steps(model, compiled=compiled)
+        self._idle: Sequences | None = None
+        self._state: tuple | None = None
+        self._lock = threading.Lock()
+        self._said: set[str] = set()
+
+    def refuses(self, options: dict) -> str | None:
+        """Why `generate` with these options must decode by itself, as the end of a sentence; None where this can. Each is said once."""
+        config = copy.deepcopy(options.get("generation_config") or self.model.generation_config)
+        config.update(**{name: value for name, value in options.items() if name != "generation_config"})
+        foreign = next((name for name in _FOREIGN if options.get(name) is not None), None)
+        reason = f"{foreign} came" if foreign else _refusal(config, options.get("assistant_model"))
+        if reason is not None and reason not in self._said:
+            self._said.add(reason)
+            logger.warning("transformers' own loop decodes under these options, and keeps no keys and values: %s", reason)
+        return reason
+
+    def request(self, pictures: Sequence[bytes] | None = None, streamer: BaseStreamer | None = None) -> "LeanRequest":
+        """What `custom_generate` takes, for one call.
+
+        Args:
+            pictures: for each picture, in order, 16 bytes or more that only the same image tokens have; without them a prompt with
+                pictures is neither looked up nor remembered.
+            streamer: gets the ids; here, as `generate` hands none on to other loops.
+        """
+        return LeanRequest(self, pictures, streamer)
+
+    def forget(self) -> None:
+        """Drops all keys and values and captured graphs."""
+        self.prefixes.clear()
+        with self._lock:
+            self._idle = self._state = None
+
+    def _take(self, batch: int, positions: int, state: tuple) -> Sequences:
+        """The idle cache, where it is of that batch and large enough, or another."""
+        with self._lock:
+            if state != self._state:
+                # the weights are not those that keys, values and graphs were made with
+                self.prefixes.clear()
+                self._idle, self._state = None, state
+            idle, self._idle = self._idle, None
+        if idle is not None and idle.cache.batch == batch and idle.cache.capacity >= positions:
+            return idle
+        del idle
+        return self.steps.sequences(batch, positions)
+
+    def _give_back(self, sequences: Sequences, state: tuple) -> None:
+        with self._lock:
+            if state == self._state:
+                self._idle = sequences
+
+
+class LeanRequest:
+    """One call of `generate(custom_generate=...)`; made by `LeanDecoder.request`.
+
+    Attributes:
+        reused: positions of the prompt whose keys and values were at hand.
+    """
+
+    def __init__(self, decoder: LeanDecoder, pictures: Sequence[bytes] | None, streamer: BaseStreamer | None):
+        self.decoder, self.pictures, self.streamer = decoder, pictures, streamer
+        self.reused = 0
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        model: nn.Module,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_inputs,
+    ) -> torch.Tensor:
+        """As GenerationMixin's own loops: ids [B, L] to [B, L + new].
+
+        Raises:
+            FloatingPointError: logits are not finite; the message names the layers where that begins.
+        """
+        if reason := _refusal(generation_config):
+            raise PromptError(f"this loop decodes greedily or samples, and returns ids: {reason}")
+        decoder, steps, state = self.decoder, self.decoder.steps, _state(model)
+        length, limit = input_ids.shape[1], stopping_criteria.max_length
+        sequences = decoder._take(len(input_ids), limit, state)
+        sequences.fill(model_inputs.get("attention_mask"))
+        embeddings = model.model.embed(input_ids, **{name: model_inputs.get(name) for name in PICTURE_INPUTS})
+        keys = self._keys(input_ids, model_inputs) if sequences.mask is None else None
+        # held to the end: another thread may drop them while they are copied
+        known = []
+        if keys is not None:
+            # the last position is run in any case, for its logits
+            self.reused, known = decoder.prefixes.longest(keys[:-1])
+            sequences.cache.write(known)
+        logits = steps.prefill(sequences, embeddings[:, self.reused :])
+        del embeddings
+
+        ids = input_ids.new_zeros(len(input_ids), limit)
+        ids[:, :length] = input_ids
+        choice = _Choice(ids, generation_config, logits_processor, stopping_criteria)
+        if self.streamer is not None:
+            # as `generate` does; streamers pass over it
+            self.streamer.put(input_ids.cpu())
+        # a GPU runs the next pass while the host reads this token; a CPU would only work on what may not be needed
+        ahead = ids.is_cuda
+        while True:
+            record = choice(logits, length)
+            length += 1
+            if ahead and length < limit:
+                logits = steps.step(sequences, ids[:, length - 1])
+            tokens, done, finite = record.read()
+            if not finite:
+                raise FloatingPointError(explain(model, ids[:, : length - 1], model_inputs))
+            if self.streamer is not None:
+                self.streamer.put(tokens)
+            if done or length == limit:
+                break
+            if not ahead:
+                logits = steps.step(sequences, ids[:, length - 1])
+        if self.streamer is not None:
+            self.streamer.end()
+        if keys is not None:
+            # of the last token there are none: nothing was asked after it
+            decoder.prefixes.put(keys + ids[0, len(keys) : length - 1].tolist(), sequences.cache.read)
+        known.clear()
+        decoder._give_back(sequences, state)
+        return ids[:, :length]
+
+    def _keys(self, input_ids: torch.Tensor, model_inputs: dict) -> list[int] | None:
+        """A number for every position, by which the prompt is looked up; None where it cannot be."""
+        if len(input_ids) > 1 or not self.decoder.prefixes.limit or not fixed_positions(self.decoder.steps.config):
+            return None
+        keys = input_ids[0].tolist()
+        marks = model_inputs.get("mm_token_type_ids")
+        places = [] if marks is None else (marks[0] == 1).nonzero().flatten().tolist()
+        if places and not self.pictures:
+            return None
+        for i, place in enumerate(places):
+            picture, position = divmod(i, len(places) // len(self.pictures))
+            # below all ids, and far apart
+            keys[place] = -1 - position - (int.from_bytes(self.pictures[picture][:16], "big") << 16)
+        return keys
+
+
+class _Choice:
+    """Chooses tokens as GenerationMixin does, on the device."""
+
+    def __init__(self, ids: torch.Tensor, config: GenerationConfig, processors: LogitsProcessorList, criteria: StoppingCriteriaList):
+        self.ids, self.processors, self.criteria = ids, processors, criteria
+        self.sampled = config.do_sample
+        self.finished = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        # rows that ended are filled up while others go on
+        ends = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+        self.filling = config._pad_token_tensor.to(ids.device) if ends else None
+
+    def __call__(self, logits: torch.Tensor, length: int) -> "_Record":
+        """The token at `length` of every row, written into the ids."""
+        logits = logits.to(self.ids.device, torch.float32)
+        finite = logits.amax(dim=-1).isfinite().all()
+        scores = self.processors(self.ids[:, :length], logits)
+        chosen = torch.multinomial(scores.softmax(dim=-1), num_samples=1)[:, 0] if self.sampled else scores.argmax(dim=-1)
+        if self.filling is not None:
+            chosen = torch.where(self.finished, self.filling, chosen)
+        self.ids[:, length] = chosen
+        self.finished = self.finished | self.criteria(self.ids[:, : length + 1], None)
+        return _Record(chosen, self.finished.all(), finite)
+
+
+class _Record:
+    """What the host must know of a token, on its way there while the device goes on."""
+
+    def __init__(self, chosen: torch.Tensor, done: torch.Tensor, finite: torch.Tensor):
+        # on a GPU such a copy lands in pinned memory and does not wait
+        self._host = torch.cat([chosen, done[None], finite[None]]).to("cpu", non_blocking=True)
+        self._copied = torch.cuda.current_stream(chosen.device).record_event() if chosen.is_cuda else None
+
+    def read(self) -> tuple[torch.Tensor, bool, bool]:
+        """The tokens [B]; whether all rows have ended; whether their logits were finite."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._host[:-2], bool(self._host[-2]), bool(self._host[-1])
+
+
+def _refusal(config: GenerationConfig, assistant_model: object = None) -> str | None:
+    """What the settings ask for that is not here; None where all is."""
+    mode = config.get_generation_mode(assistant_model)
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        return f"they ask for {mode.value.replace('_', ' ')}"
+    for name, plain in _PLAIN.items():
+        if (value := getattr(config, name, plain)) not in (plain, None):
+            return f"they set {name}={value!r}"
+    return None
+
+
+def _state(model: nn.Module) -> tuple:
+    """What keys, values and graphs depend on beside the tokens: another one means that they are of no use any more."""
+    language = model.model.language_model
+    parts = [*language.modules(), model.lm_head]
+    weights = tuple(
+        # some layouts of quantised weights have no address of their own
+        (id(p), p.data_ptr() if type(p) is nn.Parameter else 0, None if p.is_inference() else p._version)
+        for p in [*language.parameters(), *model.lm_head.parameters()]
+    )
+    hooks = tuple(hook for part in parts for hooks in (part._forward_pre_hooks, part._forward_hooks) for hook in hooks)
+    # low-rank adapters are switched, and merged through `.data`, which weights do not count
+    tuned = [part for part in parts if hasattr(part, "merged_adapters")]
+    adapters = tuple((tuple(part.active_adapters), part.disable_adapters, tuple(part.merged_adapters)) for part in tuned)
+    device = model.lm_head.weight.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    precision = torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+    return weights, hooks, adapters, autocast, precision, model.config.text_config._attn_implementation

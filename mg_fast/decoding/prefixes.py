@@ -1,0 +1,142 @@
+"""Keys and values of prompts seen before, by their tokens: a new prompt is computed only from where it differs."""
+
+import itertools
+import operator
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+# 2,000 tokens of a 7B model in half precision, 8,000 of one with 8 key heads
+DEFAULT_BYTES = 2**30
+
+# a copy of the keys and values between two positions: [2, heads, n, d] for every layer
+Segment = list[torch.Tensor]
+
+
+@dataclass(eq=False)
+class _Node:
+    """A run of tokens after those of its parents, with their keys and values."""
+
+    tokens: tuple[int, ...] = ()
+    segment: Segment = field(default_factory=list)
+    parent: "_Node | None" = None
+    children: dict[int, "_Node"] = field(default_factory=dict)
+    used: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.segment)
+
+
+class PrefixStore:
+    """A tree of token runs, bounded in bytes: what prompts have in common is kept once; the ends used longest ago go first.
+
+    Threads may share it. It keeps copies, and what it hands out nobody writes into.
+
+    Args:
+        limit: most bytes of keys and values held; 0 keeps nothing.
+
+    Attributes:
+        held_bytes: bytes held now, on whatever devices they are.
+    """
+
+    def __init__(self, limit: int = DEFAULT_BYTES):
+        self.limit = operator.index(limit)
+        if self.limit < 0:
+            raise ValueError(f"kv_cache_bytes: expected 0 or more bytes, got {limit}")
+        self.held_bytes = 0
+        self._root = _Node()
+        self._clock = itertools.count(1)
+        self._lock = threading.Lock()
+
+    def longest(self, tokens: Sequence[int]) -> tuple[int, list[Segment]]:
+        """How many of the first tokens are known, and their segments in order.
+
+        Args:
+            tokens: one whole number for every position; a picture's positions have numbers that only the same picture has.
+        """
+        with self._lock:
+            return self._walk(tuple(tokens))[1:]
+
+    def put(self, tokens: Sequence[int], read: Callable[[int, int], Segment]) -> None:
+        """Keeps a prompt; what is known of it already is not copied again.
+
+        Args:
+            tokens: as of `longest`.
+            read: copies the keys and values between two positions.
+        """
+        tokens = tuple(tokens)
+        with self._lock:
+            node, known, _ = self._walk(tokens)
+            if known == len(tokens) or not self.limit:
+                return
+            segment = read(known, len(tokens))
+            for device in {tensor.device for tensor in segment if tensor.is_cuda}:
+                # whoever finds it may be on another stream
+                torch.cuda.current_stream(device).synchronize()
+            if sum(tensor.nbytes for tensor in segment) > self.limit:
+                return
+            if known < (end := self._depth(node)):
+                node = self._split(node, len(node.tokens) - (end - known))
+            child = _Node(tokens[known:], segment, node, used=next(self._clock))
+            node.children[tokens[known]] = child
+            self.held_bytes += child.nbytes
+            self._make_room(child)
+
+    def clear(self) -> None:
+        with self._lock:
+            self._root = _Node()
+            self.held_bytes = 0
+
+    def _walk(self, tokens: tuple[int, ...]) -> tuple[_Node, int, list[Segment]]:
+        """The last node that shares anything with the tokens, how many are shared, and their segments."""
+        node, known, segments = self._root, 0, []
+        while known < len(tokens) and (child := node.children.get(tokens[known])) is not None:
+            shared = _common(child.tokens, tokens[known:])
+            child.used = next(self._clock)
+            segments.append(child.segment if shared == len(child.tokens) else [tensor[:, :, :shared] for tensor in child.segment])
+            node, known = child, known + shared
+            if shared < len(child.tokens):
+                break
+        return node, known, segments
+
+    @staticmethod
+    def _depth(node: _Node | None) -> int:
+        """Tokens from the root to the node's end."""
+        depth = 0
+        while node is not None:
+            depth, node = depth + len(node.tokens), node.parent
+        return depth
+
+    def _split(self, node: _Node, at: int) -> _Node:
+        """Cuts a node in two, and gives the first. Both get memory of their own: one may leave without the other."""
+        first = _Node(node.tokens[:at], [t[:, :, :at].clone() for t in node.segment], node.parent, {node.tokens[at]: node}, node.used)
+        node.parent.children[node.tokens[0]] = first
+        node.tokens, node.segment, node.parent = node.tokens[at:], [t[:, :, at:].clone() for t in node.segment], first
+        return first
+
+    def _make_room(self, newest: _Node) -> None:
+        while self.held_bytes > self.limit:
+            # ends only: without its beginning a run is worth nothing
+            ends = [node for node in self._nodes() if not node.children]
+            # a prompt whose own beginning had to leave is of no use either
+            node = min((end for end in ends if end is not newest), key=lambda end: end.used, default=newest)
+            del node.parent.children[node.tokens[0]]
+            self.held_bytes -= node.nbytes
+
+    def _nodes(self):
+        stack = list(self._root.children.values())
+        while stack:
+            node = stack.pop()
+            stack.extend(node.children.values())
+            yield node
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many first elements are equal."""
+    length = min(len(first), len(second))
+    if first[:length] == second[:length]:
+        return length
+    return next(i for i, (a, b) in enumerate(zip(first, second)) if a != b)

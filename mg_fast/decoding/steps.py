@@ -1,0 +1,248 @@
+"""Passes of a language model over a KVCache: a prompt in chunks, then a token at a time; on a GPU as graphs."""
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from .kv_cache import KVCache
+
+logger = logging.getLogger(__name__)
+
+# positions of a prompt in one pass: enough to keep every product busy, and what lies between the layers stays small in HD
+PREFILL_CHUNK = 1024
+# a cache's capacity and a graph's window are multiples of it, so that graphs serve many lengths
+WINDOW = 512
+# widths of prompts' graphs: a prompt is filled up to the next
+WIDTHS = (64, 128, 192, 256, 384, 512, 640, 768, 896, 1024)
+# graphs kept for a cache, the one used longest ago goes first
+MAX_GRAPHS = 16
+# torch captures one graph at a time in a process
+_CAPTURING = threading.Lock()
+
+
+@dataclass
+class Sequences:
+    """`B` sequences that are decoded side by side, and what passes over them share.
+
+    Attributes:
+        cache: their keys and values; position j of all rows lies at j.
+        by_graph: whether passes are captured.
+        pads: int64 [B], how many positions at the beginning of each row are filling; None where there is none.
+        mask: int64 [B, capacity], 0 at the filling; None as `pads`.
+        graphs: captured passes over this cache, by (tokens or embeddings, width, window).
+        pool: memory that the graphs share, as one of them runs at a time.
+    """
+
+    cache: KVCache
+    by_graph: bool
+    pads: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    graphs: "OrderedDict[tuple, _Graph]" = field(default_factory=OrderedDict)
+    pool: tuple | None = None
+
+    def fill(self, attention_mask: torch.Tensor | None) -> None:
+        """An empty cache, and the filling of an attention mask [B, L], 0 at positions on the left that are none."""
+        self.cache.length = 0
+        padded = attention_mask is not None and not bool(attention_mask.all())
+        if not padded:
+            if self.mask is not None:
+                self.graphs.clear()
+            self.pads = self.mask = None
+            return
+        mask = attention_mask.new_ones(self.cache.batch, self.cache.capacity, dtype=torch.long)
+        mask[:, : attention_mask.shape[1]] = attention_mask
+        if self.mask is None:
+            self.graphs.clear()
+            self.mask, self.pads = mask, (mask == 0).sum(dim=1)
+        else:
+            # where graphs read them
+            self.mask.copy_(mask)
+            self.pads.copy_((mask == 0).sum(dim=1))
+
+
+class Steps:
+    """Runs the language model of a MiniGemini.
+
+    On a GPU a pass of a width and window that was met before is captured in a CUDA graph and replayed: a launch instead of a thousand. It
+    then attends to a whole window under a mask. Elsewhere, and where `graphs_refused` has a reason, passes see exactly the positions that
+    are there, by the model's own attention implementation.
+
+    Args:
+        model: the MiniGeminiForConditionalGeneration.
+        compiled: a token's pass goes through torch.compile before it is captured: seconds to a minute at first use, then fewer, larger
+            kernels. Its window is the cache's whole capacity.
+    """
+
+    def __init__(self, model: nn.Module, *, compiled: bool = False):
+        self.language_model, self.head = model.model.language_model, model.lm_head
+        self.config = model.config.text_config
+        self._compiled = torch.compile(self._pass, fullgraph=True, dynamic=False) if compiled else None
+        self.begun: dict[str, float] = {}
+
+    def sequences(self, batch: int, positions: int) -> Sequences:
+        """Room for so many sequences of at least so many positions."""
+        capacity = -(-positions // WINDOW) * WINDOW
+        by_graph = self.graphs_refused(capacity) is None
+        return Sequences(KVCache(self.config.num_hidden_layers, batch, capacity, masked=by_graph), by_graph)
+
+    def graphs_refused(self, capacity: int) -> str | None:
+        """Why passes are not captured, as the end of a sentence; None where they are."""
+        language, head = self.language_model, self.head
+        devices = {p.device for part in (language, head) for p in part.parameters()}
+        if len(devices) > 1 or next(iter(devices)).type != "cuda":
+            return "the language model is not on one GPU"
+        if self.config._attn_implementation != "sdpa":
+            return f"attention is {self.config._attn_implementation}: only sdpa takes a mask over a fixed window"
+        window = getattr(self.config, "sliding_window", None)
+        if window is not None and window < capacity:
+            return f"attention slides over {window} positions"
+        if self.config._experts_implementation == "eager" and hasattr(self.config, "num_local_experts"):
+            return "its experts are chosen on the host (experts_implementation eager)"
+        if not fixed_positions(self.config):
+            return "its rotary positions depend on the length of the sequence"
+        if any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in [*language.modules(), head]):
+            return "hooks on the language model would run at the capture alone"
+        return None
+
+    def prefill(self, sequences: Sequences, embeddings: torch.Tensor) -> torch.Tensor:
+        """New positions of all sequences; logits [B, vocabulary] of the last.
+
+        Args:
+            embeddings: [B, L, hidden].
+        """
+        for chunk in embeddings.split(PREFILL_CHUNK, dim=1):
+            width = chunk.shape[1]
+            # filling lies in the cache until what comes next overwrites it
+            filled = next(w for w in WIDTHS if w >= width)
+            if sequences.by_graph and sequences.cache.length + filled <= sequences.cache.capacity:
+                logits = self._by_graph(sequences, chunk, width, filled)
+            else:
+                logits = self._run(sequences, chunk)
+            sequences.cache.length += width
+        return logits
+
+    def step(self, sequences: Sequences, tokens: torch.Tensor) -> torch.Tensor:
+        """One more token int64 [B] of every sequence; logits [B, vocabulary] of what follows. Nothing waits for the device."""
+        if sequences.by_graph:
+            logits = self._by_graph(sequences, tokens[:, None], 1, 1)
+        else:
+            logits = self._run(sequences, self.language_model.get_input_embeddings()(tokens[:, None]))
+        sequences.cache.length += 1
+        return logits
+
+    def _run(self, sequences: Sequences, embeddings: torch.Tensor) -> torch.Tensor:
+        """Over exactly the positions that there are."""
+        cache = sequences.cache
+        stop = cache.length + embeddings.shape[1]
+        positions = torch.arange(cache.length, stop, device=embeddings.device)[None]
+        mask = None
+        if sequences.mask is not None:
+            mask = sequences.mask[:, :stop]
+            positions = (positions - sequences.pads[:, None]).clamp(min=0)
+        hidden = self.language_model(
+            inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        ).last_hidden_state
+        return self.head(hidden[:, -1:])[:, -1]
+
+    def _by_graph(self, sequences: Sequences, inputs: torch.Tensor, width: int, filled: int) -> torch.Tensor:
+        """Tokens [B, 1] or embeddings [B, width, hidden] through a graph of a width of `filled`, captured when it is met again."""
+        cache = sequences.cache
+        compiled = filled == 1 and self._compiled is not None
+        window = cache.capacity if compiled else min(cache.capacity, -(-(cache.length + filled) // WINDOW) * WINDOW)
+        autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+        key = (inputs.dtype, filled, window, autocast, torch.backends.cuda.matmul.fp32_precision)
+        if (graph := sequences.graphs.get(key)) is None:
+            shape = (inputs.shape[0], filled, *inputs.shape[2:])
+            graph = sequences.graphs[key] = _Graph(self, sequences, inputs.new_zeros(shape), window, compiled)
+            while len(sequences.graphs) > MAX_GRAPHS:
+                sequences.graphs.popitem(last=False)
+        sequences.graphs.move_to_end(key)
+        return graph(inputs, cache.length, width)
+
+    def _pass(self, sequences: Sequences, inputs: torch.Tensor, start: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        """What a graph holds: of fixed shapes, without a word from the host.
+
+        Args:
+            inputs: tokens int64 [B, Q] or embeddings [B, Q, hidden].
+            start: int64 [1], the first position.
+            last: int64 [1], which of the Q gets logits.
+        """
+        cache = sequences.cache
+        embeddings = inputs if inputs.is_floating_point() else self.language_model.get_input_embeddings()(inputs)
+        positions = start + torch.arange(inputs.shape[1], device=inputs.device)
+        cache.positions = positions
+        mask = (torch.arange(cache.window, device=inputs.device) <= positions[:, None])[None, None]
+        ids = positions[None]
+        if sequences.mask is not None:
+            mask = mask & (sequences.mask[:, None, None, : cache.window] != 0)
+            ids = (ids - sequences.pads[:, None]).clamp(min=0)
+        hidden = self.language_model(
+            inputs_embeds=embeddings, attention_mask=mask, position_ids=ids, past_key_values=cache, use_cache=True
+        ).last_hidden_state
+        return self.head(hidden.index_select(1, last))[:, 0]
+
+
+class _Graph:
+    """A pass of one width over one window: run as it is when first met, then captured, then replayed."""
+
+    def __init__(self, steps: Steps, sequences: Sequences, inputs: torch.Tensor, window: int, compiled: bool):
+        self.steps, self.sequences, self.window = steps, sequences, window
+        self.inputs = inputs
+        self.start, self.last = (torch.zeros(1, dtype=torch.long, device=inputs.device) for _ in range(2))
+        self.run = steps._compiled if compiled else steps._pass
+        self.met = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.logits: torch.Tensor | None = None
+
+    def __call__(self, inputs: torch.Tensor, start: int, width: int) -> torch.Tensor:
+        self.inputs[:, :width].copy_(inputs)
+        self.start.fill_(start)
+        self.last.fill_(width - 1)
+        self.met += 1
+        # once is luck: most widths never come again
+        if self.graph is None and self.met == 2:
+            self._capture()
+        if self.graph is None:
+            return self._pass()
+        self.graph.replay()
+        # the next replay writes over them
+        return self.logits.clone()
+
+    def _pass(self) -> torch.Tensor:
+        cache = self.sequences.cache
+        cache.window = self.window
+        try:
+            return self.run(self.sequences, self.inputs, self.start, self.last)
+        finally:
+            cache.positions = None
+
+    def _capture(self) -> None:
+        began, graph = time.perf_counter(), torch.cuda.CUDAGraph()
+        if self.sequences.pool is None:
+            self.sequences.pool = torch.cuda.graph_pool_handle()
+        try:
+            # other threads may go on allocating meanwhile
+            with (
+                _CAPTURING,
+                torch.cuda.device(self.inputs.device),
+                torch.cuda.graph(graph, pool=self.sequences.pool, capture_error_mode="thread_local"),
+            ):
+                self.logits = self._pass()
+        except RuntimeError as error:
+            logger.warning("passes of this width go without a CUDA graph: %s", error)
+            return
+        self.graph = graph
+        name = f"CUDA graph of {self.inputs.shape[0]} x {self.inputs.shape[1]} positions over {self.window}"
+        self.steps.begun[name] = time.perf_counter() - began
+        logger.info("%s: captured in %.2f s", name, self.steps.begun[name])
+
+
+def fixed_positions(config) -> bool:
+    """Whether a token's keys depend on its own position alone, and not on how long the sequence becomes."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return parameters.get("rope_type", "default") not in ("dynamic", "longrope")
