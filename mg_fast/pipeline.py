@@ -1,59 +1,40 @@
 """From a picture and a question to the answer: load -> see -> answer. Every stage can be called alone."""
 
 import contextlib
+import hashlib
 import logging
-import math
 import os
-import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from PIL import Image
-from transformers import StoppingCriteria, StoppingCriteriaList
 
+from . import decoding
 from .backend import IMPLEMENTED, check_everywhere, choose, requested, use_backend
-from .conversation import IMAGE_TAG, render, with_picture_tags
-from .errors import BackendError, PromptError
+from .batch import chat_batch
+from .chat import Conversation
+from .errors import BackendError
 from .image_cache import DEFAULT_BYTES, ImageCache, picture_digest
-from .meter import Meter, Stage
+from .meter import Meter
 from .mini_gemini.encoder import PictureEncoder
 from .mini_gemini.modeling import MiniGeminiForConditionalGeneration
 from .mini_gemini.pictures import open_picture
 from .mini_gemini.processing import MiniGeminiProcessor
 from .mini_gemini.tensor_files import resolve_folder
-from .streaming import PieceStream, decode_answer
+from .requests import Answer
 
 logger = logging.getLogger(__name__)
 
-# what an answer may grow to when the caller does not say (the original's command line)
-DEFAULT_NEW_TOKENS = 512
-
 
 @dataclass(frozen=True)
-class Answer:
-    """What came back for one question.
+class SeenPicture:
+    """A picture as the language model gets it: image tokens [T, hidden], and a digest that only the same tokens have."""
 
-    Attributes:
-        text: the answer, special tokens left out, white space at both ends removed.
-        token_ids: the generated ids, the one that ended the answer included.
-        finish_reason: `length` (max_new_tokens ended it) or `stop` (the model did, or another criterion that was asked for).
-        prompt_tokens: positions of the prompt, image tokens included.
-        image_tokens: how many of those were image tokens.
-        stages: time and memory by stage, where `profile=True` asked for it.
-    """
-
-    text: str
-    token_ids: list[int]
-    finish_reason: str
-    prompt_tokens: int
-    image_tokens: int
-    stages: list[Stage] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        return self.text
+    tokens: torch.Tensor
+    digest: bytes
 
 
 class Pipeline:
@@ -69,10 +50,13 @@ class Pipeline:
         processor: its MiniGeminiProcessor.
         backend: for every call of this pipeline.
         image_cache_bytes: most bytes of image tokens kept, on the model's device; 0 keeps none.
+        kv_cache_bytes: most bytes of keys and values kept of prompts and answers, on the model's devices; 0 keeps none.
+        compiled: on a GPU, decode through torch.compile: seconds to a minute at the first answer.
 
     Attributes:
         model: the MiniGeminiForConditionalGeneration.
         processor: its MiniGeminiProcessor.
+        decoder: the LeanDecoder, by which all backends but `reference` decode.
         template: name of the prompt template.
         load_seconds: how long loading took, where `load` did it.
     """
@@ -84,11 +68,16 @@ class Pipeline:
         *,
         backend: str | None = None,
         image_cache_bytes: int = DEFAULT_BYTES,
+        kv_cache_bytes: int = decoding.DEFAULT_BYTES,
+        compiled: bool = False,
     ):
         check_everywhere(backend, model.device)
+        self.decoder = decoding.LeanDecoder(model, kv_cache_bytes=kv_cache_bytes, compiled=compiled)
         self._image_cache = ImageCache(image_cache_bytes)
         self._encoder: PictureEncoder | None = None
         self._packing = threading.Lock()
+        # towers are packed anew after a change, and the tokens of one picture are others then
+        self._packing_number = 0
         self.model, self.processor, self.backend = model, processor, backend
         self.template = processor.template
         self.load_seconds: float | None = None
@@ -110,7 +99,26 @@ class Pipeline:
         """Opens another conversation over the same model."""
         return Conversation(self)
 
-    @torch.inference_mode()
+    def chat_batch(self, questions: Sequence, **options) -> list[Answer]:
+        """Answers many questions, each by itself, several at once; in their order.
+
+        Prompts of like length go together, filled up on the left. A picture that several ask about is encoded once. What cannot be answered
+        (a broken picture, a prompt too long, numbers that are not finite) stands in its place as an Answer with `finish_reason="error"`
+        and the exception in `error`; the rest goes on. Where memory is short a batch is halved.
+
+        Args:
+            questions: each a text, (text, images) or {"text": ..., "images": [...]}; pictures as of `Conversation.chat`.
+            batch_size: most questions at once, default 16.
+            max_new_tokens, temperature, top_p, allow_long, allow_urls: as of `Conversation.chat`, for each.
+            seed: makes sampling repeatable, for the same questions in the same order and batches.
+            progress: show a progress bar on stderr; default True.
+            **generate_options: anything else `generate` takes for one answer.
+
+        Raises:
+            PromptError: options that would be ignored; before anything is generated.
+        """
+        return chat_batch(self, questions, **options)
+
     def see(self, image, *, allow_urls: bool = False, meter: Meter | None = None) -> torch.Tensor:
         """Image tokens [T, hidden] of one picture (T 576, HD 2880; unscaled, global view first); the caller's own to change.
 
@@ -120,17 +128,26 @@ class Pipeline:
             image: a Pillow image, path, bytes, or uint8 array or tensor; a URL where `allow_urls` is set.
             meter: measures the stages.
         """
+        return self._see(image, allow_urls=allow_urls, meter=meter).tokens
+
+    @torch.inference_mode()
+    def _see(
+        self, image, *, allow_urls: bool = False, meter: Meter | None = None, seen: Iterable[SeenPicture] | None = None
+    ) -> SeenPicture:
+        """`see`, with a digest where anything is kept by it; `seen` are pictures at hand, which are not encoded again."""
         stage = meter.stage if meter is not None else contextlib.nullcontext
         with self._backend():
             with stage("preprocess"):
                 # first: what was seen with other weights is forgotten with their copies
                 encoder = self._packed_encoder() if requested() != "reference" else None
-                key = None
-                if self._image_cache.limit:
+                digest = b""
+                if self._image_cache.limit or seen is not None or (encoder is not None and self.decoder.prefixes.limit):
                     image = _decoded(image, allow_urls)
-                    key = (picture_digest(image), *self._circumstances())
-                    if (tokens := self._image_cache.get(key)) is not None:
-                        return tokens
+                    digest = hashlib.sha256(repr((picture_digest(image), *self._circumstances())).encode()).digest()
+                    if (known := next((picture for picture in seen or () if picture.digest == digest), None)) is not None:
+                        return known
+                    if (tokens := self._image_cache.get(digest)) is not None:
+                        return SeenPicture(tokens, digest)
                 # the same pixels to the last bit; on a CPU Pillow is the faster one
                 device = self.device if self.device.type == "cuda" and requested() != "reference" else None
                 pixels = self.processor.image_processor(image, allow_urls=allow_urls, device=device).to(self.device)
@@ -139,9 +156,17 @@ class Pipeline:
                 tokens = encoder.encode(**pixels, **measured)[0]
             else:
                 tokens = self.model.model.get_image_features(**pixels, **measured).pooler_output[0]
-            if key is not None:
-                self._image_cache.put(key, tokens)
-            return tokens
+            if digest:
+                self._image_cache.put(digest, tokens)
+            return SeenPicture(tokens, digest)
+
+    def _see_all(self, images: Sequence, before: Iterable[Sequence[SeenPicture]], *, allow_urls: bool) -> list[SeenPicture]:
+        """Pictures of one question of a batch, with those of the questions `before` at hand."""
+        seen = [picture for pictures in before for picture in pictures]
+        own: list[SeenPicture] = []
+        for image in images:
+            own.append(self._see(image, allow_urls=allow_urls, seen=[*seen, *own]))
+        return own
 
     def _packed_encoder(self) -> PictureEncoder | None:
         """The one at hand, or another where the model has been changed, moved or converted since; None where the model cannot be packed."""
@@ -162,6 +187,11 @@ class Pipeline:
         """Forgets the image tokens of pictures seen before and the packed towers; conversations keep the tokens of their own pictures."""
         self._image_cache.clear()
         self._encoder = None
+        self._packing_number += 1
+
+    def clear_kv_cache(self) -> None:
+        """Forgets keys and values of prompts and answers; conversations go on, their history is computed once more."""
+        self.decoder.forget()
 
     def _circumstances(self) -> tuple:
         """What image tokens depend on beside the picture and the weights."""
@@ -172,7 +202,16 @@ class Pipeline:
         settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)
         precision = tuple(setting.fp32_precision for setting in settings)
         processing = (images.hr_size, images.lr_size, images.grid, images.global_view, images.pad)
-        return (str(device), self.model.dtype, backends, autocast, precision, processing, config.mm_vision_select_layer)
+        return (
+            self._packing_number,
+            str(device),
+            self.model.dtype,
+            backends,
+            autocast,
+            precision,
+            processing,
+            config.mm_vision_select_layer,
+        )
 
     def _backend(self):
         return use_backend(self.backend) if self.backend is not None else contextlib.nullcontext()
@@ -186,224 +225,6 @@ def _decoded(image, allow_urls: bool) -> Image.Image:
     if name := getattr(image, "filename", None):
         picture.filename = name
     return picture
-
-
-class Conversation:
-    """Turns and pictures of one dialogue. Pictures are seen once and their image tokens kept until `reset` or `close`."""
-
-    def __init__(self, pipeline: Pipeline):
-        self.pipeline = pipeline
-        self.turns: list[tuple[str, str]] = []
-        self.image_tokens: list[torch.Tensor] = []
-        # a stream is kept only if the conversation is still the one it was asked in
-        self._version = 0
-
-    def reset(self) -> None:
-        """Forgets turns and pictures."""
-        self.turns, self.image_tokens = [], []
-        self._version += 1
-
-    close = reset
-
-    def chat(
-        self,
-        text: str,
-        images: Sequence | None = None,
-        *,
-        max_new_tokens: int | None = None,
-        temperature: float = 0.0,
-        top_p: float | None = None,
-        seed: int | None = None,
-        stream: bool = False,
-        allow_long: bool | None = None,
-        allow_urls: bool = False,
-        profile: bool = False,
-        **generate_options,
-    ) -> "Answer | Iterator[str]":
-        """Asks a question and keeps it, with its answer, in the conversation.
-
-        Args:
-            text: the question. `<image>` may mark where each picture stands; without it pictures go before the text.
-            images: new pictures of this turn: Pillow images, paths, bytes, uint8 arrays or tensors.
-            max_new_tokens: at most so many tokens; default 512, or what the context still holds.
-            temperature: 0 decodes greedily; above 0 samples.
-            top_p: nucleus of the sampling, with a temperature above 0.
-            seed: makes sampling repeatable; the global random state stays as it is. A stream is repeatable as long as nothing else in the
-                process draws from torch's global generator while it runs.
-            stream: yield pieces of text that join to the answer's text. A stream that is not read to its end, or whose conversation went on
-                or was reset meanwhile, leaves the conversation as it was.
-            allow_long: accept a prompt longer than the model was trained on.
-            allow_urls: fetch pictures given as URLs.
-            profile: measure time and memory of every stage into `Answer.stages`; not with `stream`.
-            **generate_options: anything else `generate` takes for one answer.
-
-        Raises:
-            PromptError, PictureError: before anything is generated.
-        """
-        _check_options(temperature, top_p, max_new_tokens, stream, profile, generate_options)
-        if not isinstance(text, str) or not text.strip():
-            raise PromptError(f"expected a user text, got {text!r}")
-        if isinstance(images, (str, bytes, os.PathLike)) or (images is not None and not isinstance(images, (list, tuple))):
-            images = [images]
-        images = list(images or [])
-        tags = text.count(IMAGE_TAG)
-        if tags not in (0, len(images)):
-            raise PromptError(f"the text has {tags} {IMAGE_TAG} tag(s), but {len(images)} picture(s) came")
-        question = with_picture_tags(text, len(images))
-        turns, version = list(self.turns), self._version
-        prompt = render(self.pipeline.template, [*turns, (question, None)])
-
-        meter = Meter(self.pipeline.device) if profile else None
-        seen = [*self.image_tokens, *(self.pipeline.see(image, meter=meter, allow_urls=allow_urls) for image in images)]
-        request = _Request(self.pipeline, prompt, seen, max_new_tokens, allow_long, meter)
-        if temperature > 0:
-            generate_options |= {"do_sample": True, "temperature": temperature, "top_p": 1.0 if top_p is None else top_p}
-        else:
-            generate_options = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, **generate_options}
-
-        def keep(answer: Answer) -> None:
-            if self._version != version:
-                logger.warning("the conversation went on or was reset while an answer was streamed; that answer is not kept")
-                return
-            # a tag that the model itself wrote is text, not the place of a picture
-            self.turns = [*turns, (question, answer.text.replace(IMAGE_TAG, "< image>"))]
-            self.image_tokens = seen
-            self._version += 1
-
-        if stream:
-            return _stream(request, generate_options, seed, keep)
-        answer = request.run(generate_options, seed)
-        keep(answer)
-        return answer
-
-
-class _Request:
-    """One prompt, encoded and checked, ready to be generated from."""
-
-    def __init__(self, pipeline: Pipeline, prompt: str, seen: list[torch.Tensor], max_new_tokens, allow_long, meter: Meter | None):
-        self.pipeline, self.meter, self.allow_long = pipeline, meter, allow_long
-        model, device = pipeline.model, pipeline.device
-        ids, marks = pipeline.processor.encode(prompt)
-        self.length, self.image_tokens = len(ids), sum(marks)
-        self.max_new_tokens = max_new_tokens
-        if max_new_tokens is None:
-            room = model.config.text_config.max_position_embeddings - self.length
-            self.max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, room))
-        # an error here comes before a stream begins
-        model.check_length(self.length, self.max_new_tokens, allow_long)
-        self.inputs = {
-            "input_ids": torch.tensor([ids], device=device),
-            "attention_mask": torch.ones(1, len(ids), dtype=torch.long, device=device),
-        }
-        if seen:
-            self.inputs["mm_token_type_ids"] = torch.tensor([marks], device=device)
-            self.inputs["image_tokens"] = torch.stack(seen)
-
-    def run(self, options: dict, seed: int | None, emit=None, criterion: StoppingCriteria | None = None) -> Answer:
-        pipeline, meter = self.pipeline, self.meter
-        tokenizer = pipeline.processor.tokenizer
-        first = True
-
-        def on_token() -> None:
-            nonlocal first
-            if first and meter is not None:
-                meter.start("decode")
-            first = False
-
-        criteria = StoppingCriteriaList(options.get("stopping_criteria") or [])
-        if criterion is not None:
-            criteria.append(criterion)
-        # generate() takes no streamer with beams
-        stream = PieceStream(tokenizer, emit, on_token) if options.get("num_beams", 1) == 1 else None
-        if meter is not None:
-            meter.start("prefill to first token" if stream is not None else "prefill and decode")
-        with pipeline._backend(), _seeded(seed, pipeline.device), torch.inference_mode():
-            out = pipeline.model.generate(
-                **self.inputs,
-                max_new_tokens=self.max_new_tokens,
-                allow_long=self.allow_long,
-                streamer=stream,
-                **{**options, "stopping_criteria": criteria},
-            )
-        if meter is not None:
-            meter.stop()
-        ids = out[0, self.length :].tolist()
-        stops = options.get("eos_token_id", pipeline.model.generation_config.eos_token_id)
-        ended = bool(ids) and ids[-1] in (stops if isinstance(stops, list) else [stops])
-        return Answer(
-            text=decode_answer(tokenizer, ids),
-            token_ids=ids,
-            finish_reason="length" if len(ids) >= self.max_new_tokens and not ended else "stop",
-            prompt_tokens=self.length,
-            image_tokens=self.image_tokens,
-            stages=meter.stages if meter is not None else [],
-        )
-
-
-def _stream(request: _Request, options: dict, seed: int | None, keep) -> Iterator[str]:
-    """Pieces of text from a generation in a thread of its own; errors come out here."""
-    pieces: queue.SimpleQueue = queue.SimpleQueue()
-    abandoned = threading.Event()
-    # the choice of backend is per thread, so it is handed over
-    backend = requested()
-
-    class Abandoned(StoppingCriteria):
-        def __call__(self, input_ids, scores, **kwargs):
-            return torch.full((len(input_ids),), abandoned.is_set(), device=input_ids.device)
-
-    def work() -> None:
-        try:
-            with use_backend(backend):
-                pieces.put(request.run(options, seed, pieces.put, Abandoned()))
-        except BaseException as error:  # handed to the reader, whoever raised it
-            pieces.put(error)
-
-    def read() -> Iterator[str]:
-        thread = threading.Thread(target=work, name="mg_fast-stream", daemon=True)
-        thread.start()
-        try:
-            while isinstance(piece := pieces.get(), str):
-                yield piece
-            if isinstance(piece, BaseException):
-                raise piece
-            keep(piece)
-        finally:
-            abandoned.set()
-            thread.join()
-
-    return read()
-
-
-def _check_options(temperature, top_p, max_new_tokens, stream: bool, profile: bool, options: dict) -> None:
-    """Refuses what would be ignored or contradict itself."""
-    if not math.isfinite(temperature) or temperature < 0:
-        raise PromptError(f"temperature: expected a number of 0 or more, got {temperature}")
-    if top_p is not None and temperature == 0:
-        raise PromptError(f"top_p={top_p} is for sampling: give a temperature above 0 with it")
-    if max_new_tokens is not None and (not isinstance(max_new_tokens, int) or max_new_tokens < 1):
-        raise PromptError(f"max_new_tokens: expected a whole number of 1 or more, got {max_new_tokens}")
-    if stream and profile:
-        raise PromptError("profile=True measures whole answers: not with stream=True")
-    if stream and options.get("num_beams", 1) > 1:
-        raise PromptError("beams cannot be streamed: their text is not final before the end")
-    for name, instead in (
-        ("do_sample", "temperature decides"),
-        ("num_return_sequences", "a conversation goes on with one answer; use model.generate"),
-        ("streamer", "stream=True yields the text"),
-        ("return_dict_in_generate", "use model.generate"),
-    ):
-        if name in options:
-            raise PromptError(f"{name} is not an option of chat: {instead}")
-
-
-@contextlib.contextmanager
-def _seeded(seed: int | None, device: torch.device):
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 def _known_device(device: str | torch.device) -> torch.device:
@@ -428,6 +249,8 @@ def load(
     base_model: str | os.PathLike | None = None,
     allow_long: bool = False,
     image_cache_bytes: int = DEFAULT_BYTES,
+    kv_cache_bytes: int = decoding.DEFAULT_BYTES,
+    compiled: bool = False,
 ) -> Pipeline:
     """Loads a Mini-Gemini checkpoint with everything around it.
 
@@ -441,9 +264,11 @@ def load(
         base_model: the base language model, for a stage-1 adapter.
         allow_long: accept prompts longer than the model was trained on.
         image_cache_bytes: most bytes of image tokens kept, by picture content, on the model's device; 0 keeps none.
+        kv_cache_bytes: most bytes of keys and values kept of prompts and answers, on the model's devices; 0 keeps none.
+        compiled: on a GPU, decode through torch.compile: seconds to a minute at the first answer.
 
     Raises:
-        CheckpointError, BackendError, PromptError (unknown template), ValueError (image_cache_bytes below 0).
+        CheckpointError, BackendError, PromptError (unknown template), ValueError (a cache's bytes below 0).
     """
     if isinstance(quantize, str):
         raise ValueError(f"quantize: expected a transformers quantization configuration (e.g. TorchAoConfig), got the string {quantize!r}")
@@ -460,6 +285,7 @@ def load(
     model = MiniGeminiForConditionalGeneration.from_pretrained(
         path, dtype=dtype, device_map=device, template=template, allow_long=allow_long, **quantized, **adapter
     )
-    pipeline = Pipeline(model, processor, backend=backend, image_cache_bytes=image_cache_bytes)
+    caches = {"image_cache_bytes": image_cache_bytes, "kv_cache_bytes": kv_cache_bytes}
+    pipeline = Pipeline(model, processor, backend=backend, compiled=compiled, **caches)
     pipeline.load_seconds = time.perf_counter() - began
     return pipeline

@@ -60,7 +60,7 @@ def test_reset_and_separate_conversations(pipeline, photo, drawing):
     pipeline.reset()
     assert pipeline.chat(QUESTION, [photo], max_new_tokens=8) == alone
     other.close()
-    assert other.turns == [] and other.image_tokens == []
+    assert other.turns == [] and other.pictures == []
 
 
 @pytest.mark.parametrize("prefix", ["", "hd_"], ids=["standard", "hd"])
@@ -115,8 +115,8 @@ def test_abandoned_stream_stops_and_leaves_no_trace(pipeline, model, photo):
 
 
 def test_errors_in_a_stream_come_before_it_begins(pipeline, photo):
-    with pytest.raises(PromptError, match="positions"):
-        pipeline.chat(QUESTION, [photo], max_new_tokens=10**6, stream=True)
+    with pytest.raises(PromptError, match="trained on at most 2048"):
+        pipeline.chat("word " * 700, [photo], stream=True)
     with pytest.raises(PictureError, match="no such file"):
         pipeline.chat(QUESTION, ["/no/such/file.png"], stream=True)
 
@@ -182,7 +182,7 @@ def test_where_the_pictures_stand(pipeline, photo, drawing):
 
 
 def test_a_tag_the_model_writes_is_not_a_picture(pipeline, photo, monkeypatch):
-    monkeypatch.setattr("mg_fast.pipeline.decode_answer", lambda tokenizer, ids: "see <image> there")
+    monkeypatch.setattr("mg_fast.requests.decode_answer", lambda tokenizer, ids: "see <image> there")
     pipeline.chat(QUESTION, [photo], max_new_tokens=2)
     assert pipeline.chat("And?", max_new_tokens=2).image_tokens == 25
 
@@ -194,7 +194,7 @@ def test_a_tag_the_model_writes_is_not_a_picture(pipeline, photo, monkeypatch):
         (dict(text="   "), "expected a user text"),
         (dict(text="hi", temperature=-1), "temperature: expected a number of 0 or more, got -1"),
         (dict(text="hi", max_new_tokens=0), "max_new_tokens: expected a whole number of 1 or more, got 0"),
-        (dict(text="hi", max_new_tokens=10**6), "positions, the model has 4096.*new tokens fit"),
+        (dict(text="word " * 2000, allow_long=True), "tokens, the model has 4096 positions"),
         (dict(text="word " * 700), "tokens, the model was trained on at most 2048"),
     ],
 )
@@ -255,7 +255,7 @@ def test_interleaved_streams_keep_the_one_that_ends_first(pipeline, photo, caplo
     with caplog.at_level("WARNING"):
         list(second)
     assert "not kept" in caplog.text
-    assert len(pipeline._own.turns) == len(pipeline._own.image_tokens) == 1
+    assert len(pipeline._own.turns) == len(pipeline._own.pictures) == 1
     assert pipeline.chat("And?", max_new_tokens=2).image_tokens == 25
 
 
@@ -264,7 +264,7 @@ def test_reset_while_a_stream_is_read(pipeline, photo):
     next(stream)
     pipeline.reset()
     list(stream)
-    assert pipeline._own.turns == [] and pipeline._own.image_tokens == []
+    assert pipeline._own.turns == [] and pipeline._own.pictures == []
     assert pipeline.chat("Hello?", max_new_tokens=2).image_tokens == 0
 
 
@@ -276,8 +276,8 @@ def test_reset_while_a_stream_is_read(pipeline, photo):
         (dict(temperature=float("inf")), "temperature: expected a number of 0 or more"),
         (dict(max_new_tokens=2.5), "max_new_tokens: expected a whole number"),
         (dict(profile=True, stream=True), "not with stream=True"),
-        (dict(num_return_sequences=3), "num_return_sequences is not an option of chat"),
-        (dict(do_sample=True), "do_sample is not an option of chat: temperature decides"),
+        (dict(num_return_sequences=3), "num_return_sequences is not an option here"),
+        (dict(do_sample=True), "do_sample is not an option here: temperature decides"),
         (dict(prefill_chunk_size=8), "prefill_chunk_size cuts a prompt"),
     ],
 )

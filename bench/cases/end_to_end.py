@@ -31,6 +31,7 @@ import mg_fast
 from examples import random_checkpoint
 from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor, use_backend
 from mg_fast.conversation import render, stop_ids, with_picture_tags
+from mg_fast.decoding import DEFAULT_BYTES
 from mg_fast.mini_gemini.checkpoint import decide_template, load_tokenizer
 from mg_fast.mini_gemini.encoder import PictureEncoder
 from mg_fast.mini_gemini.processing import MiniGeminiImageProcessor
@@ -89,14 +90,13 @@ class Session:
     request_s: float | None = None
 
     def pipeline(self, backend: str) -> mg_fast.Pipeline:
-        """By a backend, the same for all cases."""
+        """By a backend, the same for all cases. It keeps nothing: every picture is encoded, every prompt computed."""
         if backend not in self.pipelines:
             self.pipelines[backend] = self.new_pipeline(backend)
         return self.pipelines[backend]
 
-    def new_pipeline(self, backend: str) -> mg_fast.Pipeline:
-        """Without a cache of image tokens: every picture is encoded."""
-        return mg_fast.Pipeline(self.model, self.processor, backend=backend, image_cache_bytes=0)
+    def new_pipeline(self, backend: str, **kept) -> mg_fast.Pipeline:
+        return mg_fast.Pipeline(self.model, self.processor, backend=backend, **{"image_cache_bytes": 0, "kv_cache_bytes": 0, **kept})
 
     def watch(self, tokens: int) -> "Watch":
         return Watch(self.answer[:tokens], self.model.dtype)
@@ -287,7 +287,7 @@ def _first_token(shared: Session, pipeline: mg_fast.Pipeline, **options) -> Call
     return call
 
 
-def _ask(conversation, question: str, pictures: list, watch: Watch, **options) -> mg_fast.pipeline.Answer:
+def _ask(conversation, question: str, pictures: list, watch: Watch, **options) -> mg_fast.requests.Answer:
     return conversation.chat(question, pictures, max_new_tokens=len(watch.answer), logits_processor=LogitsProcessorList([watch]), **options)
 
 
@@ -301,7 +301,11 @@ def _stages(backend: str) -> Callable[[Session], list[dict]]:
 
 
 def _second_turn(shared: Session, pipeline: mg_fast.Pipeline) -> Call:
+    pipeline = shared.new_pipeline(pipeline.backend, kv_cache_bytes=DEFAULT_BYTES)
+
     def call():
+        # the last call's second turn is none of this one's history
+        pipeline.clear_kv_cache()
         conversation = _after_first_turn(shared, pipeline)
         watch, began = shared.watch(1), _now(shared.device)
         _ask(conversation, SECOND, [], watch)

@@ -1,0 +1,119 @@
+"""Many questions at once, for work that nobody waits for."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from tqdm.auto import tqdm
+
+from .chat import as_question
+from .conversation import render
+from .errors import MgFastError, PromptError
+from .requests import Answer, Request, answer, check_options, sampling
+
+if TYPE_CHECKING:
+    from .pipeline import Pipeline
+
+logger = logging.getLogger(__name__)
+
+# of a 7B model, keys and values of so many prompts with a picture are about 5 GiB
+DEFAULT_BATCH = 16
+
+
+def chat_batch(
+    pipeline: "Pipeline",
+    questions: Sequence,
+    *,
+    batch_size: int = DEFAULT_BATCH,
+    max_new_tokens: int | None = None,
+    temperature: float = 0.0,
+    top_p: float | None = None,
+    seed: int | None = None,
+    allow_long: bool | None = None,
+    allow_urls: bool = False,
+    progress: bool = True,
+    **generate_options,
+) -> list[Answer]:
+    """See `Pipeline.chat_batch`."""
+    if isinstance(questions, (str, Mapping)):
+        raise PromptError(f"expected a list of questions, got one {type(questions).__name__}: chat answers one")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise PromptError(f"batch_size: expected a whole number of 1 or more, got {batch_size}")
+    check_options(temperature, top_p, max_new_tokens, generate_options)
+    options = sampling(temperature, top_p, generate_options)
+
+    answers: dict[int, Answer] = {}
+    requests: dict[int, tuple[Request, list]] = {}
+    for i, item in enumerate(questions):
+        try:
+            question, images = as_question(*_parts(item))
+            prompt = render(pipeline.template, [(question, None)])
+            requests[i] = Request.encode(pipeline, prompt, max_new_tokens, allow_long), images
+        except MgFastError as error:
+            answers[i] = failed(error)
+
+    def run(numbers: list[int]) -> None:
+        """Answers some of the requests at once; where one spoils it for all, or memory is short, in two halves."""
+        rows = [(requests[i][0], seen[i]) for i in numbers]
+        try:
+            given = answer(pipeline, rows, options, seed=seed, allow_long=allow_long)
+        except (FloatingPointError, torch.OutOfMemoryError) as error:
+            if len(numbers) == 1:
+                given = [failed(error, requests[numbers[0]][0])]
+            else:
+                logger.warning("%d questions at once are tried in two halves: %s", len(numbers), error)
+                # the frames of the error would hold their memory
+                error.__traceback__ = None
+                for half in (numbers[: len(numbers) // 2], numbers[len(numbers) // 2 :]):
+                    run(half)
+                return
+        answers.update(zip(numbers, given))
+
+    with tqdm(total=len(questions), initial=len(answers), desc="questions", disable=not progress) as bar:
+        for batch in _batches(requests, batch_size, pipeline.model.config.text_config.max_position_embeddings):
+            seen = {}
+            for i in batch:
+                try:
+                    seen[i] = pipeline._see_all(requests[i][1], seen.values(), allow_urls=allow_urls)
+                except MgFastError as error:
+                    answers[i] = failed(error, requests[i][0])
+            if seen:
+                run(list(seen))
+            bar.update(len(batch))
+    return [answers[i] for i in range(len(questions))]
+
+
+def failed(error: Exception, request: Request | None = None) -> Answer:
+    """The place of an answer that there is not."""
+    tokens, images = (len(request.ids), sum(request.marks)) if request is not None else (0, 0)
+    return Answer("", [], "error", tokens, images, error=error)
+
+
+def _parts(item) -> tuple:
+    """Text and pictures of one item of a batch."""
+    if isinstance(item, str):
+        return item, None
+    if isinstance(item, Mapping) and "text" in item and not item.keys() - {"text", "images"}:
+        return item["text"], item.get("images")
+    if isinstance(item, (tuple, list)) and len(item) == 2:
+        return tuple(item)
+    raise PromptError(f"expected a text, (text, images) or {{'text': ..., 'images': [...]}}, got {item!r:.200}")
+
+
+def _batches(requests: Mapping[int, tuple[Request, list]], size: int, positions: int) -> list[list[int]]:
+    """Numbers of requests that are answered together: the longest first, where too little memory shows at once.
+
+    A shorter prompt is filled up to the longest of its batch, and the longest answer must still fit: what does not goes into another.
+    """
+    batches: list[list[int]] = []
+    width = new = 0
+    for i in sorted(requests, key=lambda i: -len(requests[i][0].ids)):
+        request = requests[i][0]
+        if batches and len(batches[-1]) < size and width + max(new, request.max_new_tokens) <= positions:
+            batches[-1].append(i)
+            new = max(new, request.max_new_tokens)
+        else:
+            batches.append([i])
+            width, new = len(request.ids), request.max_new_tokens
+    return batches

@@ -1,0 +1,170 @@
+"""Conversations: turns and pictures that are kept, answers whole or piece by piece."""
+
+import logging
+import os
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import StoppingCriteria
+
+from .backend import requested, use_backend
+from .conversation import IMAGE_TAG, render, with_picture_tags
+from .errors import PromptError
+from .meter import Meter
+from .requests import Answer, Request, answer, check_options, sampling
+
+if TYPE_CHECKING:
+    from .pipeline import Pipeline, SeenPicture
+
+logger = logging.getLogger(__name__)
+
+
+class Conversation:
+    """Turns and pictures of one dialogue. Pictures are seen once and their image tokens kept until `reset` or `close`.
+
+    The history is sent whole in every turn, as the original does; what of it the pipeline still has keys and values for is not computed
+    again. Threads may share a conversation: whole answers are given one after another, in the order in which they were asked for.
+
+    Attributes:
+        turns: questions and answers so far.
+        pictures: image tokens [T, hidden] of its pictures so far, each with its digest.
+    """
+
+    def __init__(self, pipeline: "Pipeline"):
+        self.pipeline = pipeline
+        self.turns: list[tuple[str, str]] = []
+        self.pictures: list[SeenPicture] = []
+        # an answer is kept only if the conversation is still the one it was asked in
+        self._version = 0
+        self._answering = threading.RLock()
+
+    def reset(self) -> None:
+        """Forgets turns and pictures."""
+        self.turns, self.pictures = [], []
+        self._version += 1
+
+    close = reset
+
+    def chat(
+        self,
+        text: str,
+        images: Sequence | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stream: bool = False,
+        allow_long: bool | None = None,
+        allow_urls: bool = False,
+        profile: bool = False,
+        **generate_options,
+    ) -> "Answer | Iterator[str]":
+        """Asks a question and keeps it, with its answer, in the conversation.
+
+        Args:
+            text: the question. `<image>` may mark where each picture stands; without it pictures go before the text.
+            images: new pictures of this turn: Pillow images, paths, bytes, uint8 arrays or tensors.
+            max_new_tokens: at most so many tokens, default 512; where the context holds fewer, the answer ends with it.
+            temperature: 0 decodes greedily; above 0 samples.
+            top_p: nucleus of the sampling, with a temperature above 0.
+            seed: makes sampling repeatable; the global random state stays as it is. A stream is repeatable as long as nothing else in the
+                process draws from torch's global generator while it runs.
+            stream: yield pieces of text that join to the answer's text. A stream that is not read to its end, or whose conversation went on
+                or was reset meanwhile, leaves the conversation as it was.
+            allow_long: accept a prompt longer than the model was trained on.
+            allow_urls: fetch pictures given as URLs.
+            profile: measure time and memory of every stage into `Answer.stages`; not with `stream`.
+            **generate_options: anything else `generate` takes for one answer.
+
+        Raises:
+            PromptError, PictureError: before anything is generated.
+            FloatingPointError: the model's numbers are not finite; the message says from which layer on.
+        """
+        check_options(temperature, top_p, max_new_tokens, generate_options)
+        if stream and profile:
+            raise PromptError("profile=True measures whole answers: not with stream=True")
+        if stream and generate_options.get("num_beams", 1) > 1:
+            raise PromptError("beams cannot be streamed: their text is not final before the end")
+        options = sampling(temperature, top_p, generate_options)
+        question, images = as_question(text, images)
+
+        def ask(version: int):
+            """What is asked, and what an answer changes."""
+            turns = list(self.turns)
+            meter = Meter(self.pipeline.device) if profile else None
+            seen = [*self.pictures, *(self.pipeline._see(image, meter=meter, allow_urls=allow_urls) for image in images)]
+            prompt = render(self.pipeline.template, [*turns, (question, None)])
+            request = Request.encode(self.pipeline, prompt, max_new_tokens, allow_long)
+
+            def run(**streamed) -> Answer:
+                return answer(self.pipeline, [(request, seen)], options, seed=seed, allow_long=allow_long, meter=meter, **streamed)[0]
+
+            def keep(answer: Answer) -> None:
+                if self._version != version:
+                    logger.warning("the conversation went on or was reset while it was answered; that answer is not kept")
+                    return
+                # a tag that the model itself wrote is text, not the place of a picture
+                self.turns = [*turns, (question, answer.text.replace(IMAGE_TAG, "< image>"))]
+                self.pictures = seen
+                self._version += 1
+
+            return run, keep
+
+        if stream:
+            return _stream(*ask(self._version))
+        with self._answering:
+            run, keep = ask(self._version)
+            given = run()
+            keep(given)
+        return given
+
+
+def as_question(text: str, images: Sequence | None) -> tuple[str, list]:
+    """A user's text with a tag for every picture, and the pictures as a list; `PromptError` where they do not fit."""
+    if not isinstance(text, str) or not text.strip():
+        raise PromptError(f"expected a user text, got {text!r}")
+    if isinstance(images, (str, bytes, os.PathLike)) or (images is not None and not isinstance(images, (list, tuple))):
+        images = [images]
+    images = list(images or [])
+    tags = text.count(IMAGE_TAG)
+    if tags not in (0, len(images)):
+        raise PromptError(f"the text has {tags} {IMAGE_TAG} tag(s), but {len(images)} picture(s) came")
+    return with_picture_tags(text, len(images)), images
+
+
+def _stream(run, keep) -> Iterator[str]:
+    """Pieces of text from a generation in a thread of its own; errors come out here."""
+    pieces: queue.SimpleQueue = queue.SimpleQueue()
+    abandoned = threading.Event()
+    # the choice of backend is per thread, so it is handed over
+    backend = requested()
+
+    class Abandoned(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.full((len(input_ids),), abandoned.is_set(), device=input_ids.device)
+
+    def work() -> None:
+        try:
+            with use_backend(backend):
+                pieces.put(run(emit=pieces.put, criterion=Abandoned()))
+        except BaseException as error:  # handed to the reader, whoever raised it
+            pieces.put(error)
+
+    def read() -> Iterator[str]:
+        thread = threading.Thread(target=work, name="mg_fast-stream", daemon=True)
+        thread.start()
+        try:
+            while isinstance(piece := pieces.get(), str):
+                yield piece
+            if isinstance(piece, BaseException):
+                raise piece
+            keep(piece)
+        finally:
+            abandoned.set()
+            thread.join()
+
+    return read()

@@ -1,0 +1,204 @@
+"""One question, or several at once, with what belongs to them: encoded, checked, decoded, answered."""
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from .backend import requested
+from .errors import PromptError
+from .meter import Meter, Stage
+from .streaming import PieceStream, decode_answer
+
+if TYPE_CHECKING:
+    from .pipeline import Pipeline, SeenPicture
+
+# what an answer may grow to when the caller does not say (the original's command line)
+DEFAULT_NEW_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back for one question.
+
+    Attributes:
+        text: the answer, special tokens left out, white space at both ends removed.
+        token_ids: the generated ids, the one that ended the answer included.
+        finish_reason: `length` (max_new_tokens or the end of the context ended it), `stop` (the model did, or another criterion that was
+            asked for), or `error` (in a batch).
+        prompt_tokens: positions of the prompt, image tokens included.
+        image_tokens: how many of those were image tokens.
+        cached_tokens: how many of the prompt's positions were not computed: their keys and values were at hand.
+        stages: time and memory by stage, where `profile=True` asked for it.
+        error: in a batch, what kept this question from an answer.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    prompt_tokens: int
+    image_tokens: int
+    cached_tokens: int = field(default=0, compare=False)
+    stages: list[Stage] = field(default_factory=list, compare=False)
+    error: Exception | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Request:
+    """An encoded prompt that fits the model.
+
+    Attributes:
+        ids: of the prompt.
+        marks: 1 where a picture stands, as long as ids.
+        max_new_tokens: at most so many tokens of answer; as many fit.
+    """
+
+    ids: list[int]
+    marks: list[int]
+    max_new_tokens: int
+
+    @classmethod
+    def encode(cls, pipeline: "Pipeline", prompt: str, max_new_tokens: int | None, allow_long: bool | None) -> "Request":
+        """A prompt, checked against the model's context; `PromptError` where it is too long, or leaves no room for an answer."""
+        ids, marks = pipeline.processor.encode(prompt)
+        room = pipeline.model.config.text_config.max_position_embeddings - len(ids)
+        wanted = min(DEFAULT_NEW_TOKENS if max_new_tokens is None else max_new_tokens, max(1, room))
+        pipeline.model.check_length(len(ids), wanted, allow_long)
+        return cls(ids, marks, wanted)
+
+
+def check_options(temperature: float, top_p: float | None, max_new_tokens: int | None, options: dict) -> None:
+    """Refuses what would be ignored or contradict itself."""
+    if not math.isfinite(temperature) or temperature < 0:
+        raise PromptError(f"temperature: expected a number of 0 or more, got {temperature}")
+    if top_p is not None and temperature == 0:
+        raise PromptError(f"top_p={top_p} is for sampling: give a temperature above 0 with it")
+    if max_new_tokens is not None and (not isinstance(max_new_tokens, int) or max_new_tokens < 1):
+        raise PromptError(f"max_new_tokens: expected a whole number of 1 or more, got {max_new_tokens}")
+    for name, instead in (
+        ("do_sample", "temperature decides"),
+        ("num_return_sequences", "a question has one answer; use model.generate"),
+        ("streamer", "stream=True of chat yields the text"),
+        ("return_dict_in_generate", "use model.generate"),
+    ):
+        if name in options:
+            raise PromptError(f"{name} is not an option here: {instead}")
+
+
+def sampling(temperature: float, top_p: float | None, options: dict) -> dict:
+    """Options of `generate` for a temperature, 0 for greedy."""
+    if temperature > 0:
+        return {**options, "do_sample": True, "temperature": temperature, "top_p": 1.0 if top_p is None else top_p}
+    return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, **options}
+
+
+def answer(
+    pipeline: "Pipeline",
+    rows: Sequence[tuple[Request, Sequence["SeenPicture"]]],
+    options: dict,
+    *,
+    seed: int | None = None,
+    allow_long: bool | None = None,
+    meter: Meter | None = None,
+    emit: Callable[[str], None] | None = None,
+    criterion: StoppingCriteria | None = None,
+) -> list[Answer]:
+    """Answers requests side by side.
+
+    Args:
+        rows: each request with its pictures; the longest one's prompt and the largest max_new_tokens fit the context together.
+        options: of `generate`.
+        seed: makes sampling repeatable; the global random state stays as it is.
+        allow_long: accept prompts longer than the model was trained on.
+        meter: measures the stages, of one request.
+        emit: called with pieces of text as they become final, of one request.
+        criterion: ends all answers.
+    """
+    tokenizer, model = pipeline.processor.tokenizer, pipeline.model
+    inputs = _inputs(pipeline, rows)
+    width = inputs["input_ids"].shape[1]
+    criteria = StoppingCriteriaList(options.get("stopping_criteria") or [])
+    if criterion is not None:
+        criteria.append(criterion)
+    # a request that asks for less than its neighbours is cut below; generate() takes no streamer with beams
+    alone = len(rows) == 1 and options.get("num_beams", 1) == 1
+    first = True
+
+    def on_token() -> None:
+        nonlocal first
+        if first and meter is not None:
+            meter.start("decode")
+        first = False
+
+    stream = PieceStream(tokenizer, emit, on_token) if alone else None
+    if meter is not None:
+        meter.start("prefill to first token" if stream is not None else "prefill and decode")
+    with pipeline._backend(), _seeded(seed, pipeline.device), torch.inference_mode():
+        lean = None
+        if requested() != "reference" and pipeline.decoder.refuses(options) is None:
+            digests = [picture.digest for _, pictures in rows for picture in pictures]
+            lean = pipeline.decoder.request(digests if all(digests) else None, stream)
+        out = model.generate(
+            **inputs,
+            max_new_tokens=max(request.max_new_tokens for request, _ in rows),
+            allow_long=allow_long,
+            **({"streamer": stream} if lean is None else {"custom_generate": lean}),
+            **{**options, "stopping_criteria": criteria},
+        )
+    if meter is not None:
+        meter.stop()
+    stops = options.get("eos_token_id", model.generation_config.eos_token_id)
+    stops = set(stops if isinstance(stops, list) else [stops])
+    answers = []
+    for (request, _), row in zip(rows, out[:, width:].tolist()):
+        # what follows the end is filling, up to the longest answer
+        end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
+        ids = row[: min(end, request.max_new_tokens)]
+        answers.append(
+            Answer(
+                text=decode_answer(tokenizer, ids),
+                token_ids=ids,
+                finish_reason="length" if len(ids) >= request.max_new_tokens and ids[-1] not in stops else "stop",
+                prompt_tokens=len(request.ids),
+                image_tokens=sum(request.marks),
+                cached_tokens=lean.reused if lean is not None else 0,
+                stages=meter.stages if meter is not None else [],
+            )
+        )
+    return answers
+
+
+def _inputs(pipeline: "Pipeline", rows: Sequence[tuple[Request, Sequence["SeenPicture"]]]) -> dict:
+    """What `generate` takes: prompts filled up on the left to the longest, and the pictures of all."""
+    device, filler = pipeline.device, pipeline.processor.filler_id
+    width = max(len(request.ids) for request, _ in rows)
+    pads = [width - len(request.ids) for request, _ in rows]
+
+    def padded(values: Sequence[list[int]], filling: int) -> torch.Tensor:
+        return torch.tensor([[filling] * pad + value for pad, value in zip(pads, values)], device=device)
+
+    inputs = {
+        "input_ids": padded([request.ids for request, _ in rows], filler),
+        "attention_mask": padded([[1] * len(request.ids) for request, _ in rows], 0),
+    }
+    if pictures := [picture.tokens for _, pictures in rows for picture in pictures]:
+        inputs["mm_token_type_ids"] = padded([request.marks for request, _ in rows], 0)
+        inputs["image_tokens"] = torch.stack(pictures)
+    return inputs
+
+
+@contextlib.contextmanager
+def _seeded(seed: int | None, device: torch.device):
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
