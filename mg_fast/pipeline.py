@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import logging
 import os
 import threading
@@ -86,6 +87,29 @@ class Pipeline:
     @property
     def device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device
+
+    @property
+    def first_use(self) -> dict[str, float]:
+        """Seconds spent so far on what is done once: packing towers, compiling, capturing graphs."""
+        return {**(self._encoder.first_use if self._encoder is not None else {}), **self.decoder.steps.first_use}
+
+    def warm_up(self) -> dict[str, float]:
+        """Answers two questions about a picture of noise, twice, so that what is done at first use is done: the next answer is a fast one.
+
+        Returns:
+            Seconds of each part, and `all` of them; conversations and the image tokens at hand stay as they are.
+        """
+        began = time.perf_counter()
+        noise = Image.effect_noise((64, 64), 64).convert("RGB")
+        # passes are captured when their shape comes again
+        for _ in range(2):
+            # and all of the prompt is to be computed both times
+            self.decoder.prefixes.clear()
+            conversation = Conversation(self)
+            for question, images in (("What is shown here?", [noise]), ("And what else?", None)):
+                conversation.chat(question, images, stopping_criteria=[_after(4)])
+        self.decoder.prefixes.clear()
+        return {**self.first_use, "all": time.perf_counter() - began}
 
     def chat(self, text: str, images: Sequence | None = None, **options) -> "Answer | Iterator[str]":
         """Asks in the pipeline's own conversation; see `Conversation.chat`."""
@@ -215,6 +239,12 @@ class Pipeline:
 
     def _backend(self):
         return use_backend(self.backend) if self.backend is not None else contextlib.nullcontext()
+
+
+def _after(tokens: int):
+    """A stopping criterion: so many new tokens."""
+    calls = itertools.count(1)
+    return lambda ids, scores, **_: torch.full((len(ids),), next(calls) >= tokens, device=ids.device)
 
 
 def _decoded(image, allow_urls: bool) -> Image.Image:
