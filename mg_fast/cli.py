@@ -218,8 +218,8 @@ def command_run(args) -> int:
         from .meter import format_stages
 
         print(answer.text)
-        print(format_stages(answer.stages), file=sys.stderr)
         print(_first_use(pipeline.first_use), file=sys.stderr)
+        print(format_stages(answer.stages), file=sys.stderr)
         return 0
     _print_stream(pipeline.chat(args.prompt, pictures, stream=True, **_options(args)))
     return 0

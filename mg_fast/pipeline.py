@@ -277,6 +277,7 @@ def load(
     quantize=None,
     template: str | None = None,
     base_model: str | os.PathLike | None = None,
+    attn_implementation: str | None = None,
     allow_long: bool = False,
     image_cache_bytes: int = DEFAULT_BYTES,
     kv_cache_bytes: int = decoding.DEFAULT_BYTES,
@@ -292,6 +293,8 @@ def load(
         quantize: a transformers quantization configuration for the language model (towers and mining keep their dtype).
         template: overrides the prompt template.
         base_model: the base language model, for a stage-1 adapter.
+        attn_implementation: as of transformers: `sdpa` (the default, torch's own choice of kernels, and the only one that is captured in
+            CUDA graphs), `flash_attention_2`, `eager`.
         allow_long: accept prompts longer than the model was trained on.
         image_cache_bytes: most bytes of image tokens kept, by picture content, on the model's device; 0 keeps none.
         kv_cache_bytes: most bytes of keys and values kept of prompts and answers, on the model's devices; 0 keeps none.
@@ -311,9 +314,10 @@ def load(
     resolve_folder(path)
     # the processor first: it is quick, and most things that can be wrong with a folder are found there
     processor = MiniGeminiProcessor.from_pretrained(path, template=template, **adapter)
-    quantized = {} if quantize is None else {"quantization_config": quantize}
+    optional = {"quantization_config": quantize, "attn_implementation": attn_implementation}
+    optional = {name: value for name, value in optional.items() if value is not None}
     model = MiniGeminiForConditionalGeneration.from_pretrained(
-        path, dtype=dtype, device_map=device, template=template, allow_long=allow_long, **quantized, **adapter
+        path, dtype=dtype, device_map=device, template=template, allow_long=allow_long, **optional, **adapter
     )
     caches = {"image_cache_bytes": image_cache_bytes, "kv_cache_bytes": kv_cache_bytes}
     pipeline = Pipeline(model, processor, backend=backend, compiled=compiled, **caches)
