@@ -24,6 +24,7 @@ from .mini_gemini.modeling import MiniGeminiForConditionalGeneration
 from .mini_gemini.pictures import open_picture
 from .mini_gemini.processing import MiniGeminiProcessor
 from .mini_gemini.tensor_files import resolve_folder
+from .quantization import WeightBytes, check_cache, weight_bytes
 from .streaming import PieceStream, decode_answer
 
 logger = logging.getLogger(__name__)
@@ -97,6 +98,11 @@ class Pipeline:
     @property
     def device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device
+
+    @property
+    def weights(self) -> WeightBytes:
+        """Bytes of the language model and of the vision part, as they are stored now."""
+        return weight_bytes(self.model)
 
     def chat(self, text: str, images: Sequence | None = None, **options) -> "Answer | Iterator[str]":
         """Asks in the pipeline's own conversation; see `Conversation.chat`."""
@@ -386,6 +392,7 @@ def _check_options(temperature, top_p, max_new_tokens, stream: bool, profile: bo
         raise PromptError("profile=True measures whole answers: not with stream=True")
     if stream and options.get("num_beams", 1) > 1:
         raise PromptError("beams cannot be streamed: their text is not final before the end")
+    check_cache(options)
     for name, instead in (
         ("do_sample", "temperature decides"),
         ("num_return_sequences", "a conversation goes on with one answer; use model.generate"),
@@ -436,7 +443,8 @@ def load(
         dtype: weights' dtype; `auto` takes the stored one.
         device: `cuda`, `cpu`, ..., or `auto` to spread over what is there; default: a GPU if there is one.
         backend: `auto`, `reference`, `torch` or `triton`, for every call of this pipeline.
-        quantize: a transformers quantization configuration for the language model (towers and mining keep their dtype).
+        quantize: `int8`, `int4` or `fp8` (torchao's weight-only ones), or a transformers quantization configuration, for the language
+            model's layers; towers, mining, projector and head keep their dtype.
         template: overrides the prompt template.
         base_model: the base language model, for a stage-1 adapter.
         allow_long: accept prompts longer than the model was trained on.
@@ -445,8 +453,6 @@ def load(
     Raises:
         CheckpointError, BackendError, PromptError (unknown template), ValueError (image_cache_bytes below 0).
     """
-    if isinstance(quantize, str):
-        raise ValueError(f"quantize: expected a transformers quantization configuration (e.g. TorchAoConfig), got the string {quantize!r}")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     check_everywhere(backend, _known_device(device))
