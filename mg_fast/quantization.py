@@ -48,15 +48,16 @@ def named_config(name: str, text_config, device_map, dtype: torch.dtype | None) 
     if name not in NAMES:
         raise BackendError(f"quantize: expected {', '.join(NAMES)} or a transformers quantization configuration, got {name!r}")
     _need("torchao", f"quantize={name!r}", "pip install 'mg_fast[quant]'")
-    device = _one_kind(name, device_map)
-    _check_device(name, device, dtype)
+    places = _places(name, device_map)
+    for place in places:
+        _check_device(name, place, dtype)
     experts = getattr(text_config, "num_local_experts", None) is not None
     if name == "int4" and experts:
         raise BackendError("int4 is not offered for fused experts (Mixtral), which torchao packs for no CPU: use int8 or fp8")
     try:
-        config = _torchao_config(name, text_config, device)
+        config = _torchao_config(name, text_config, places[0].type)
     except ImportError as error:
-        raise BackendError(f"quantize={name!r} needs torchao 0.18, got {importlib.metadata.version('torchao')}: {error}") from None
+        raise BackendError(f"quantize={name!r} needs torchao 0.18 or newer, got {importlib.metadata.version('torchao')}: {error}") from None
     if experts:
         from torchao.quantization import FqnToConfig
 
@@ -68,8 +69,10 @@ def check_config(config: QuantizationConfigMixin) -> None:
     """Completes a caller's configuration: the vision parts and the head keep their dtype, unless it says itself what to skip.
 
     Raises:
-        BackendError: the package that it needs is not installed.
+        BackendError: it is none, or the package that it needs is not installed.
     """
+    if not isinstance(config, QuantizationConfigMixin):
+        raise BackendError(f"quantize: expected {', '.join(NAMES)} or a transformers quantization configuration, got {config!r}")
     method = str(getattr(getattr(config, "quant_method", None), "value", ""))
     if method.startswith("bitsandbytes"):
         _need("bitsandbytes", "a BitsAndBytesConfig", "pip install bitsandbytes")
@@ -92,25 +95,24 @@ def _need(module: str, what: str, remedy: str, package: str | None = None) -> No
         raise BackendError(f"{what} needs {package or module}, which is not installed: {remedy}")
 
 
-def _one_kind(name: str, device_map) -> str:
-    """The kind of device that all layers go to."""
+def _places(name: str, device_map) -> list[torch.device]:
+    """Where the layers go: to devices of one kind."""
     places = set(device_map.values()) if isinstance(device_map, dict) else {"cpu" if device_map is None else device_map}
     if places & {"auto", "balanced", "balanced_low_0", "sequential"}:
-        places = {"cuda" if torch.cuda.is_available() else "cpu"}
-    kinds = {"cuda" if isinstance(place, int) else "disk" if place == "disk" else torch.device(place).type for place in places}
-    if len(kinds) > 1 or not kinds <= {"cuda", "cpu"}:
-        raise BackendError(f"quantize={name!r} packs weights for one kind of device, CUDA or CPU; the device map names {sorted(kinds)}")
-    return kinds.pop()
+        places = set(range(torch.cuda.device_count())) or {"cpu"}
+    found = [torch.device("cuda", p) if isinstance(p, int) else torch.device("meta" if p == "disk" else p) for p in places]
+    if len(kinds := {device.type for device in found}) > 1 or not kinds <= {"cuda", "cpu"}:
+        raise BackendError(f"quantize={name!r} takes one kind of device, CUDA or CPU; the layers would go to {sorted(map(str, found))}")
+    return found
 
 
-def _check_device(name: str, device: str, dtype: torch.dtype | None) -> None:
-    if device != "cuda":
+def _check_device(name: str, device: torch.device, dtype: torch.dtype | None) -> None:
+    if device.type != "cuda":
         return
-    needed = _CUDA_ARCHITECTURE.get(name, (0, 0))
-    for index in range(torch.cuda.device_count()):
-        if (found := torch.cuda.get_device_capability(index)) < needed:
-            needed, found = "sm_{}{}".format(*needed), "sm_{}{}".format(*found)
-            raise BackendError(f"{name} needs a GPU of {needed} or newer; GPU {index} ({torch.cuda.get_device_name(index)}) is {found}")
+    needed, found = _CUDA_ARCHITECTURE.get(name, (0, 0)), torch.cuda.get_device_capability(device)
+    if found < needed:
+        needed, found = "sm_{}{}".format(*needed), "sm_{}{}".format(*found)
+        raise BackendError(f"{name} needs a GPU of {needed} or newer; {torch.cuda.get_device_name(device)} is {found}")
     if name == "int4" and dtype != torch.bfloat16:
         raise BackendError(f"int4 on a GPU needs bfloat16 weights, these are {dtype}: load them with dtype='bfloat16' (--dtype bfloat16)")
 
@@ -118,17 +120,19 @@ def _check_device(name: str, device: str, dtype: torch.dtype | None) -> None:
 def _torchao_config(name: str, text_config, device: str):
     from torchao import quantization
 
+    # torchao would else change torch.compile's settings for the whole process
+    quiet = {"set_inductor_config": False}
     if name == "int8":
-        return quantization.Int8WeightOnlyConfig()
+        return quantization.Int8WeightOnlyConfig(**quiet)
     if name == "fp8":
-        return quantization.Float8WeightOnlyConfig()
+        return quantization.Float8WeightOnlyConfig(**quiet)
     group = _group_size(text_config, device)
     if device == "cpu":
         from torchao.prototype.quantization.int4.inference_workflow import PrototypeInt4WeightOnlyConfig
 
-        return PrototypeInt4WeightOnlyConfig(group_size=group)
+        return PrototypeInt4WeightOnlyConfig(group_size=group, **quiet)
     # the form that torch's own kernels take; the others need the package mslk
-    return quantization.Int4WeightOnlyConfig(group_size=group, int4_packing_format="tile_packed_to_4d")
+    return quantization.Int4WeightOnlyConfig(group_size=group, int4_packing_format="tile_packed_to_4d", **quiet)
 
 
 def _group_size(text_config, device: str) -> int:
@@ -145,6 +149,12 @@ def _group_size(text_config, device: str) -> int:
     if device == "cpu" and (odd := [width for width in (hidden, heads, pairs, inner) if width % 16]):
         raise BackendError(f"int4 on a CPU takes outputs in multiples of 16; this model has layers of {odd[0]} outputs")
     return group
+
+
+def check_savable(model: nn.Module) -> None:
+    """Raises `BackendError` for weights that torchao has no file format for."""
+    if any(type(parameter.data).__name__ == "Int4OpaqueTensor" for parameter in model.parameters()):
+        raise BackendError("int4 weights packed for a CPU cannot be saved, torchao has no file format for them: int8 and fp8 can")
 
 
 # --- what is stored how

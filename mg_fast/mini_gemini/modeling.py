@@ -19,7 +19,7 @@ from .. import reference
 from ..conversation import get_template, stop_ids
 from ..errors import CheckpointError, PromptError
 from ..modules import ConvNeXtPyramid, PatchInfoMining
-from ..quantization import check_config, finish, named_config
+from ..quantization import check_config, check_savable, finish, named_config
 from .checkpoint import Checkpoint, check_names, decide_template, load_tokenizer, open_checkpoint
 from .configuration import MiniGeminiConfig
 from .geometry import check_geometry
@@ -336,7 +336,11 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
         self.generation_config.eos_token_id = given + [i for i in ids if i not in given]
 
     def save_pretrained(self, save_directory, **kwargs):
-        """Writes the checkpoint back in the published layout: names, shapes, values and flat config keys."""
+        """Writes the checkpoint back in the published layout: names, shapes, values and flat config keys.
+
+        Quantised weights are written as they are stored, and load again without a `quantization_config`; int4 packed for a CPU cannot be.
+        """
+        check_savable(self)
         kwargs["save_original_format"] = True
         super().save_pretrained(save_directory, **kwargs)
 
