@@ -98,7 +98,7 @@ def test_it_is_the_plain_model_with_rounded_weights(quantized, built, kind, name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kind, name", CASES)
+@pytest.mark.parametrize("kind, name", [case for case in CASES if case[0] != "hd"])
 def test_greedy_answers(built, photo, kind, name, dtype):
     pipeline = mg_fast.load(built[kind], quantize=name, dtype=dtype, device="cpu", template="vicuna_v1")
     for question, pictures in (("What?", [photo]), ("And?", [])):
@@ -335,12 +335,8 @@ def test_the_stored_dtype_counts_where_config_json_is_silent(refuse, built, stan
 
 def test_mixed_devices(refuse, standard, monkeypatch):
     gpus(monkeypatch, (9, 0))
-    refuse(
-        standard,
-        "int8",
-        r"one kind of device, CUDA or CPU; the layers would go to \['0', 'cpu'\]",
-        device_map={"model": 0, "lm_head": "cpu"},
-    )
+    mixed = {"model": 0, "lm_head": "cpu"}
+    refuse(standard, "int8", r"one kind of device, CUDA or CPU; the layers would go to \['cpu', 'cuda:0'\]", device_map=mixed)
     refuse(standard, "int8", "one kind of device", device_map="meta")
 
 
