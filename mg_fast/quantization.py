@@ -107,7 +107,10 @@ def _places(name: str, device_map) -> list[torch.device]:
 
 
 def _check_device(name: str, device: torch.device, dtype: torch.dtype | None) -> None:
-    if device.type != "cuda":
+    if device.type == "cpu":
+        if name == "fp8" or dtype != torch.bfloat16:
+            better = "int8 and int4 in bfloat16 have kernels (dtype='bfloat16', --dtype bfloat16)"
+            logger.warning("%s with %s on a CPU saves memory and costs time, %s", name, str(dtype).removeprefix("torch."), better)
         return
     needed, found = _CUDA_ARCHITECTURE.get(name, (0, 0)), torch.cuda.get_device_capability(device)
     if found < needed:

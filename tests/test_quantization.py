@@ -185,6 +185,15 @@ def test_what_a_configuration_leaves_is_said(built, caplog):
     assert "are not quantised" not in caplog.text
 
 
+@pytest.mark.parametrize("kind", ["llama", "bfloat16"])
+def test_what_is_slow_on_a_cpu_is_said(built, caplog, kind):
+    for name in quantization.NAMES:
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "mg_fast"):
+            load(built[kind], quantization_config=name)
+        assert ("on a CPU saves memory and costs time" in caplog.text) == (kind == "llama" or name == "fp8")
+
+
 # --- saved and loaded
 
 
