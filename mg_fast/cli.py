@@ -39,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     model.add_argument("--device", help="cuda, cpu, ... or auto (default: a GPU if there is one)")
     model.add_argument("--backend", choices=("auto", "reference", "torch", "triton"))
+    model.add_argument("--quantize", choices=("int8", "int4", "fp8"), help="the language model's weights (extra `quant`)")
     model.add_argument("--max-new-tokens", type=_positive, metavar="N", help="at most N tokens per answer (default 512)")
     model.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="0 (default) is greedy; above 0 samples")
     model.add_argument("--seed", type=int, help="makes sampling repeatable")
@@ -163,12 +164,14 @@ def _load(args):
         dtype=args.dtype,
         device=args.device,
         backend=args.backend,
+        quantize=args.quantize,
         template=args.template,
         base_model=args.model_base,
         allow_long=args.allow_long,
         compiled=args.compile,
     )
     print(f"loaded {args.model} on {pipeline.device} in {pipeline.load_seconds:.1f} s (template {pipeline.template})", file=sys.stderr)
+    print(f"weights: {pipeline.weights}", file=sys.stderr)
     return pipeline
 
 
@@ -206,6 +209,7 @@ def command_run(args) -> int:
             "image_tokens": answer.image_tokens,
             "cached_tokens": answer.cached_tokens,
             "new_tokens": len(answer.token_ids),
+            "weight_bytes": {"language_model": pipeline.weights.language_model, "vision": pipeline.weights.vision},
             "load_s": round(pipeline.load_seconds, 3),
             "answer_s": round(seconds, 3),
         }

@@ -25,6 +25,7 @@ from .mini_gemini.modeling import MiniGeminiForConditionalGeneration
 from .mini_gemini.pictures import open_picture
 from .mini_gemini.processing import MiniGeminiProcessor
 from .mini_gemini.tensor_files import resolve_folder
+from .quantization import WeightBytes, weight_bytes
 from .requests import Answer
 
 logger = logging.getLogger(__name__)
@@ -87,6 +88,11 @@ class Pipeline:
     @property
     def device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device
+
+    @property
+    def weights(self) -> WeightBytes:
+        """Bytes of the language model and of the vision part, as they are stored now."""
+        return weight_bytes(self.model)
 
     @property
     def first_use(self) -> dict[str, float]:
@@ -290,7 +296,8 @@ def load(
         dtype: weights' dtype; `auto` takes the stored one.
         device: `cuda`, `cpu`, ..., or `auto` to spread over what is there; default: a GPU if there is one.
         backend: `auto`, `reference`, `torch` or `triton`, for every call of this pipeline.
-        quantize: a transformers quantization configuration for the language model (towers and mining keep their dtype).
+        quantize: `int8`, `int4` or `fp8` (torchao's weight-only ones), or a transformers quantization configuration, for the language
+            model's layers; towers, mining, projector and head keep their dtype.
         template: overrides the prompt template.
         base_model: the base language model, for a stage-1 adapter.
         attn_implementation: as of transformers: `sdpa` (the default, torch's own choice of kernels, and the only one that is captured in
@@ -303,8 +310,6 @@ def load(
     Raises:
         CheckpointError, BackendError, PromptError (unknown template), ValueError (a cache's bytes below 0).
     """
-    if isinstance(quantize, str):
-        raise ValueError(f"quantize: expected a transformers quantization configuration (e.g. TorchAoConfig), got the string {quantize!r}")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     check_everywhere(backend, _known_device(device))

@@ -16,7 +16,8 @@ from mg_fast import CheckpointError, backend, cli
 from tests.paths import ROOT
 
 STAGES = ["preprocess", "LR tower", "HR tower", "patch info mining", "projector", "prefill to first token", "decode"]
-KEYS = {"text", "token_ids", "finish_reason", "prompt_tokens", "image_tokens", "cached_tokens", "new_tokens", "load_s", "answer_s"}
+KEYS = {"text", "token_ids", "finish_reason", "prompt_tokens", "image_tokens", "cached_tokens", "new_tokens", "weight_bytes"}
+KEYS |= {"load_s", "answer_s"}
 
 
 @pytest.fixture
@@ -157,7 +158,7 @@ def named(tmp_path):
 
 def only_error(err):
     """The error's line, after what is said of loading; there must be no other."""
-    [line] = [line for line in err.splitlines() if not line.startswith(("loaded ", "mg-fast: WARNING: "))]
+    [line] = [line for line in err.splitlines() if not line.startswith(("loaded ", "weights: ", "mg-fast: WARNING: "))]
     assert line.startswith("mg-fast: error: ")
     return line.removeprefix("mg-fast: error: ")
 

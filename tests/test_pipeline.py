@@ -230,11 +230,6 @@ def test_profile(pipeline, photo):
     assert all(name in table for name in names)
 
 
-def test_quantize_takes_a_configuration(standard):
-    with pytest.raises(ValueError, match="expected a transformers quantization configuration.*'int8'"):
-        mg_fast.load(standard, quantize="int8")
-
-
 def test_finish_reason_stop(pipeline, model, photo, monkeypatch):
     free = pipeline.chat(QUESTION, [photo], max_new_tokens=6)
     pipeline.reset()
