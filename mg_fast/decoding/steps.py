@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from ..linear import by_onednn, take_onednn
 from .kv_cache import KVCache
 
 logger = logging.getLogger(__name__)
@@ -86,6 +87,8 @@ class Steps:
     def __init__(self, model: nn.Module, *, compiled: bool = False):
         self.language_model, self.head = model.model.language_model, model.lm_head
         self.config = model.config.text_config
+        take_onednn(self.language_model)
+        take_onednn(self.head)
         self._compiled = torch.compile(self._pass, fullgraph=True, dynamic=False) if compiled else None
         self.first_use: dict[str, float] = {}
 
@@ -155,10 +158,11 @@ class Steps:
         if sequences.mask is not None:
             mask = sequences.mask[:, :stop]
             positions = (positions - sequences.pads[:, None]).clamp(min=0)
-        hidden = self.language_model(
-            inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-        ).last_hidden_state
-        return self.head(hidden[:, -1:])[:, -1]
+        with by_onednn():
+            hidden = self.language_model(
+                inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            ).last_hidden_state
+            return self.head(hidden[:, -1:])[:, -1]
 
     def _by_graph(self, sequences: Sequences, inputs: torch.Tensor, width: int, filled: int) -> torch.Tensor:
         """Tokens [B, 1] or embeddings [B, width, hidden] through a graph of a width of `filled`, captured when it is met again."""
