@@ -116,6 +116,7 @@ def full_plan(device: str = "cuda") -> list[Step]:
         Step("tuning", ("bench", "tune", "--seconds", "60"), 90, TUNING),
         *one_by_one("compiled", 40, ("mining", "tower", "clip"), COMPILED),
         cases("decoding, transformers' static cache", 60, ["end-to-end/7b-decode-b1-*"], ("*static*",), END_TO_END),
+        cases("decoding, compiled", 60, ["end-to-end/7b-decode-b1-*"], ("auto, compiled",), END_TO_END),
         *one_by_one("autotuned", 60, ("mining", "tower"), ("*max-autotune",)),
         end_to_end("end to end, 7B in HD", 40, "7b-hd", ["first-token"]),
         end_to_end("end to end, 34B", 60, "34b", ["first-token", "decode-b1"]),

@@ -31,7 +31,7 @@ import mg_fast
 from examples import random_checkpoint
 from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor, use_backend
 from mg_fast.conversation import render, stop_ids, with_picture_tags
-from mg_fast.decoding import DEFAULT_BYTES
+from mg_fast.decoding import DEFAULT_BYTES, LeanDecoder
 from mg_fast.mini_gemini.checkpoint import decide_template, load_tokenizer
 from mg_fast.mini_gemini.encoder import PictureEncoder
 from mg_fast.mini_gemini.processing import MiniGeminiImageProcessor
@@ -88,17 +88,26 @@ class Session:
     photo: Image.Image
     # tokens of an answer that every provider is made to give
     answer: list[int]
-    pipelines: dict[str, mg_fast.Pipeline] = field(default_factory=dict)
+    pipelines: dict[tuple, mg_fast.Pipeline] = field(default_factory=dict)
     request_s: float | None = None
 
-    def pipeline(self, backend: str) -> mg_fast.Pipeline:
-        """By a backend, the same for all cases. It keeps nothing: every picture is encoded, every prompt computed."""
-        if backend not in self.pipelines:
-            self.pipelines[backend] = self.new_pipeline(backend)
-        return self.pipelines[backend]
+    def pipeline(self, backend: str, *, graphs: bool = True, **options) -> mg_fast.Pipeline:
+        """One for all cases that ask alike. Unless options say so it keeps nothing: every picture is encoded, every prompt computed.
 
-    def new_pipeline(self, backend: str, **kept) -> mg_fast.Pipeline:
-        return mg_fast.Pipeline(self.model, self.processor, backend=backend, **{"image_cache_bytes": 0, "kv_cache_bytes": 0, **kept})
+        Args:
+            graphs: capture CUDA graphs; without, for the memory alone: what lies in a graph's pool the allocator's peak leaves out.
+            options: of Pipeline.
+        """
+        key = (backend, graphs, *options.items())
+        if key not in self.pipelines:
+            options = {"image_cache_bytes": 0, "kv_cache_bytes": 0, **options}
+            pipeline = self.pipelines[key] = mg_fast.Pipeline(self.model, self.processor, backend=backend, **options)
+            if not graphs:
+                pipeline.decoder = LeanDecoder(self.model, kv_cache_bytes=options["kv_cache_bytes"], graphs=False)
+                with torch.enable_grad():
+                    # in the place of the one that it would pack
+                    pipeline._encoder = PictureEncoder(self.model.model, graphs=False)
+        return self.pipelines[key]
 
     def watch(self, tokens: int) -> "Watch":
         return Watch(self.answer[:tokens], self.model.dtype)
@@ -137,14 +146,16 @@ def cases() -> list[Case]:
 
 
 def _of_size(size: Size) -> list[Case]:
-    def case(measure: str, take: Callable, batch: int = 1, *, static: bool = False, sees: bool = True, **options) -> Case:
-        providers = {"reference": _by(take, "reference"), "auto": _by(take, "auto")}
-        # where a call encodes a picture, the encoder replays a graph
-        memory = {"auto": _by(take, "auto", graphs=False)} if sees else {}
-        if static:
+    def case(measure: str, take: Callable, batch: int = 1, *, decodes: bool = False, kept: int = 0, **options) -> Case:
+        pipeline = {"kv_cache_bytes": kept}
+        providers = {"reference": _by(take, "reference"), "auto": _by(take, "auto", pipeline)}
+        memory = {"auto": _by(take, "auto", pipeline, graphs=False)}
+        if decodes:
             # transformers' own: a cache of fixed size, its step compiled, on a GPU a graph
             providers["auto, static cache"] = _by(take, "auto", cache_implementation="static")
             memory["auto, static cache"] = _by(take, "auto", graphs=False, cache_implementation="static", disable_compile=True)
+            # its memory is that of auto, and what torch.compile's kernels save of it
+            providers["auto, compiled"] = _by(take, "auto", {**pipeline, "compiled": True})
         return Case(
             f"end-to-end/{size.name}-{measure}-b{batch}-{size.dtype}",
             lambda device: session(size, device),
@@ -152,7 +163,7 @@ def _of_size(size: Size) -> list[Case]:
             devices=size.devices,
             clocked=True,
             release=release,
-            own_graphs=frozenset(memory),
+            own_graphs=frozenset(providers.keys() - {"reference"}),
             memory=memory,
             **options,
         )
@@ -161,12 +172,16 @@ def _of_size(size: Size) -> list[Case]:
         return lambda shared: exact_logits(shared, count)
 
     stages = {backend: _stages(backend) for backend in ("reference", "auto")}
-    found = [case("first-token", _first_token, static=True, exact=first(1), stages=stages)]
+    found = [case("first-token", _first_token, decodes=True, exact=first(1), stages=stages)]
     if not size.hd:
         # its picture is encoded before
-        options = {"static": True, "sees": False, "exact": first(COMPARED)}
+        options = {"decodes": True, "exact": first(COMPARED)}
         decode = {batch: case("decode", _decoding(batch), batch, tokens=batch, **options) for batch in BATCHES}
-        found += [decode[1], case("second-turn", _second_turn, exact=_exact_second_turn), *(decode[batch] for batch in BATCHES[1:])]
+        found += [
+            decode[1],
+            case("second-turn", _second_turn, kept=DEFAULT_BYTES, exact=_exact_second_turn),
+            *(decode[batch] for batch in BATCHES[1:]),
+        ]
         found += [case(f"arrivals{load}", _arrivals(load), exact=first(COMPARED)) for load in LOADS]
         # by name only: they write a checkpoint of the model's size
         found += [
@@ -185,24 +200,20 @@ def _of_size(size: Size) -> list[Case]:
     return found
 
 
-def _by(take: Callable[..., Call], backend: str, *, graphs: bool = True, **options) -> Callable[[Session], Call]:
+def _by(take: Callable[..., Call], backend: str, pipeline: dict | None = None, *, graphs: bool = True, **options) -> Callable:
     """A measure of a backend.
 
     Args:
         take: from the session, a pipeline and options of `generate` to the call.
-        graphs: encode pictures as is done; without, for the memory alone: what lies in a CUDA graph's pool the allocator's peak leaves out.
+        pipeline: options of the pipeline.
+        graphs: as of `Session.pipeline`.
+        options: of `generate`, by which it decodes by transformers' own loop.
     """
 
     def build(shared: Session) -> Call:
-        if options and shared.device == "cpu":
-            raise NotHere("transformers compiles a static cache's step on GPUs only")
-        if graphs:
-            return take(shared, shared.pipeline(backend), **options)
-        pipeline = shared.new_pipeline(backend)
-        with torch.enable_grad():
-            # in the place of the one that it would pack
-            pipeline._encoder = PictureEncoder(shared.model.model, graphs=False)
-        return take(shared, pipeline, **options)
+        if shared.device == "cpu" and (options or (pipeline or {}).get("compiled")):
+            raise NotHere("a decode step is compiled on GPUs only")
+        return take(shared, shared.pipeline(backend, graphs=graphs, **(pipeline or {})), **options)
 
     return build
 
@@ -303,8 +314,6 @@ def _stages(backend: str) -> Callable[[Session], list[dict]]:
 
 
 def _second_turn(shared: Session, pipeline: mg_fast.Pipeline) -> Call:
-    pipeline = shared.new_pipeline(pipeline.backend, kv_cache_bytes=DEFAULT_BYTES)
-
     def call():
         # the last call's second turn is none of this one's history
         pipeline.clear_kv_cache()

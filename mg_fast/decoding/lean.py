@@ -45,13 +45,13 @@ class LeanDecoder:
     Args:
         model: the MiniGeminiForConditionalGeneration.
         kv_cache_bytes: most bytes of keys and values remembered, on the model's devices; 0 remembers nothing.
-        compiled: as of `Steps`.
+        graphs, compiled: as of `Steps`.
     """
 
-    def __init__(self, model: nn.Module, *, kv_cache_bytes: int = DEFAULT_BYTES, compiled: bool = False):
+    def __init__(self, model: nn.Module, *, kv_cache_bytes: int = DEFAULT_BYTES, graphs: bool = True, compiled: bool = False):
         self.model = model
         self.prefixes = PrefixStore(kv_cache_bytes)
-        self.steps = Steps(model, compiled=compiled)
+        self.steps = Steps(model, graphs=graphs, compiled=compiled)
         self._idle: Sequences | None = None
         self._state: tuple | None = None
         self._lock = threading.Lock()

@@ -77,6 +77,7 @@ class Steps:
 
     Args:
         model: the MiniGeminiForConditionalGeneration.
+        graphs: capture passes in CUDA graphs; without, less memory is taken.
         compiled: a token's pass goes through torch.compile before it is captured: seconds to a minute at first use, then fewer, larger
             kernels. Its window is the cache's whole capacity.
 
@@ -84,11 +85,12 @@ class Steps:
         first_use: seconds that were spent once: on compiling, and on every capture.
     """
 
-    def __init__(self, model: nn.Module, *, compiled: bool = False):
+    def __init__(self, model: nn.Module, *, graphs: bool = True, compiled: bool = False):
         self.language_model, self.head = model.model.language_model, model.lm_head
         self.config = model.config.text_config
         take_onednn(self.language_model)
         take_onednn(self.head)
+        self._graphs = graphs
         self._compiled = torch.compile(self._pass, fullgraph=True, dynamic=False) if compiled else None
         self.first_use: dict[str, float] = {}
 
@@ -101,6 +103,8 @@ class Steps:
 
     def graphs_refused(self, capacity: int) -> str | None:
         """Why passes are not captured, as the end of a sentence; None where they are."""
+        if not self._graphs:
+            return "nobody wants them"
         language, head = self.language_model, self.head
         devices = {p.device for part in (language, head) for p in part.parameters()}
         if len(devices) > 1 or next(iter(devices)).type != "cuda":
