@@ -2,18 +2,16 @@
 
 import copy
 import gc
-import threading
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from mg_fast import Pipeline, PromptError
 from mg_fast.conversation import render
 from mg_fast.decoding import LeanDecoder
 from mg_fast.decoding.kv_cache import KVCache
-from tests.families import ORIGINAL, OWN, family, plain
+from tests.families import ORIGINAL, OWN, family
 
 FAMILIES = [*OWN, *ORIGINAL]
 QUESTIONS = ("What is written in the picture?", "And what colour is it? Say it in a few words.", "Why?")
@@ -75,8 +73,7 @@ def test_turns_equal_the_history_sent_fresh(each, kv_cache_bytes):
     """Three conversations in turn, of two and three turns, with a picture in the first or a later turn."""
     pipeline = each.pipeline(kv_cache_bytes=kv_cache_bytes)
     first, second = each.pictures
-    told = [[], [], []]
-    seen = [[], [], []]
+    told, seen, previous = [[], [], []], [[], [], []], {}
     conversations = [pipeline.conversation() for _ in told]
     for turn, question in enumerate(QUESTIONS):
         for i, conversation in enumerate(conversations):
@@ -92,7 +89,6 @@ def test_turns_equal_the_history_sent_fresh(each, kv_cache_bytes):
                 assert answer.cached_tokens >= previous[i]
             if not kv_cache_bytes:
                 assert answer.cached_tokens == 0
-            previous = previous if turn or i else {}
             previous[i] = answer.prompt_tokens - 1
         assert pipeline.decoder.prefixes.held_bytes <= kv_cache_bytes
 
