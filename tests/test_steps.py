@@ -158,22 +158,18 @@ def test_a_pass_is_traced_whole(name, padded, by_graph):
 
 def test_a_pass_needs_no_values(own, by_graph):
     """Fake tensors have none: whoever asked one for a number would be told."""
-    model = copy.deepcopy(own.model)
-    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
-        for part in model.modules():
-            for name, parameter in list(part._parameters.items()):
-                if parameter is not None:
-                    part._parameters[name] = torch.nn.Parameter(mode.from_tensor(parameter.detach()))
-            for name, buffer in list(part._buffers.items()):
-                if buffer is not None:
-                    part._buffers[name] = mode.from_tensor(buffer)
+    model, mode = copy.deepcopy(own.model), FakeTensorMode()
+    for part in model.modules():
+        part._parameters = {
+            name: None if p is None else torch.nn.Parameter(mode.from_tensor(p.detach())) for name, p in part._parameters.items()
+        }
+        part._buffers = {name: None if b is None else mode.from_tensor(b) for name, b in part._buffers.items()}
+    with mode, torch.no_grad():
         passes = steps.Steps(model)
         sequences = steps.Sequences(KVCache(model.config.text_config.num_hidden_layers, 2, 64, masked=True), True)
         sequences.cache.window = 64
-        with torch.no_grad():
-            out = passes._pass(
-                sequences, torch.empty(2, 1, dtype=torch.long), torch.empty(1, dtype=torch.long), torch.empty(1, dtype=torch.long)
-            )
+        ids, start, last = (torch.empty(shape, dtype=torch.long) for shape in ((2, 1), (1,), (1,)))
+        out = passes._pass(sequences, ids, start, last)
     assert out.shape == (2, 400)
 
 
