@@ -207,14 +207,19 @@ class _Choice:
     def __call__(self, logits: torch.Tensor, length: int) -> "_Record":
         """The token at `length` of every row, written into the ids."""
         logits = logits.to(self.ids.device, torch.float32)
-        finite = logits.amax(dim=-1).isfinite().all()
+        finite = logits.amax(dim=-1).isfinite()
         scores = self.processors(self.ids[:, :length], logits)
-        chosen = torch.multinomial(scores.softmax(dim=-1), num_samples=1)[:, 0] if self.sampled else scores.argmax(dim=-1)
+        if self.sampled:
+            # of a row that is not finite anything may be drawn, as it is refused below; on a GPU multinomial would end the process' context
+            shares = torch.where(finite[:, None], scores.softmax(dim=-1), 1.0)
+            chosen = torch.multinomial(shares, num_samples=1)[:, 0]
+        else:
+            chosen = scores.argmax(dim=-1)
         if self.filling is not None:
             chosen = torch.where(self.finished, self.filling, chosen)
         self.ids[:, length] = chosen
         self.finished = self.finished | self.criteria(self.ids[:, : length + 1], None)
-        return _Record(chosen, self.finished.all(), finite)
+        return _Record(chosen, self.finished.all(), finite.all())
 
 
 class _Record:
