@@ -79,10 +79,19 @@ class Steps:
     """
 
     def __init__(self, model: nn.Module, *, compiled: bool = False):
-        self.language_model, self.head = model.model.language_model, model.lm_head
+        self.model = model
         self.config = model.config.text_config
         self._compiled = torch.compile(self._pass, fullgraph=True, dynamic=False) if compiled else None
         self.begun: dict[str, float] = {}
+
+    @property
+    def language_model(self) -> nn.Module:
+        # looked up: resizing, adapters and loading put other modules in their places
+        return self.model.model.language_model
+
+    @property
+    def head(self) -> nn.Module:
+        return self.model.lm_head
 
     def sequences(self, batch: int, positions: int) -> Sequences:
         """Room for so many sequences of at least so many positions."""
