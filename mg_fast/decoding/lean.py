@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
@@ -253,15 +254,19 @@ def _state(model: nn.Module) -> tuple:
     language = model.model.language_model
     parts = [*language.modules(), model.lm_head]
     weights = tuple(
-        # some layouts of quantised weights have no address of their own
-        (id(p), p.data_ptr() if type(p) is nn.Parameter else 0, None if p.is_inference() else p._version)
+        # some layouts of quantised weights have no address of their own; while it is referred to, a storage's place is not another's
+        (id(p), (StorageWeakRef(p.untyped_storage()), p.data_ptr()) if type(p) is nn.Parameter else 0, None if p.is_inference() else p._version)
         for p in [*language.parameters(), *model.lm_head.parameters()]
     )
     hooks = tuple(hook for part in parts for hooks in (part._forward_pre_hooks, part._forward_hooks) for hook in hooks)
-    # low-rank adapters are switched, and merged through `.data`, which weights do not count
+    patched = tuple(vars(part)["forward"] for part in parts if "forward" in vars(part))
+    # low-rank adapters are switched and scaled, and merged through `.data`, which weights do not count
     tuned = [part for part in parts if hasattr(part, "merged_adapters")]
-    adapters = tuple((tuple(part.active_adapters), part.disable_adapters, tuple(part.merged_adapters)) for part in tuned)
+    adapters = tuple(
+        (tuple(part.active_adapters), part.disable_adapters, tuple(part.merged_adapters), tuple(getattr(part, "scaling", {}).items()))
+        for part in tuned
+    )
     device = model.lm_head.weight.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     precision = torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
-    return weights, hooks, adapters, autocast, precision, model.config.text_config._attn_implementation
+    return weights, hooks, patched, adapters, autocast, precision, model.config.text_config._attn_implementation
