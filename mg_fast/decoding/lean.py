@@ -85,23 +85,29 @@ class LeanDecoder:
         with self._lock:
             self._idle = self._state = None
 
-    def _take(self, batch: int, positions: int, state: tuple) -> Sequences:
-        """The idle cache, where it is of that batch and large enough, or another."""
+    def _take(self, batch: int, positions: int) -> tuple[Sequences, tuple]:
+        """The idle cache, where it is of that batch and large enough, or another; and the model's state, to give it back with."""
+        state = _state(self.model)
         with self._lock:
             if state != self._state:
                 # the weights are not those that keys, values and graphs were made with
                 self.prefixes.clear()
                 self._idle, self._state = None, state
-            idle, self._idle = self._idle, None
+            state, idle, self._idle = self._state, self._idle, None
         if idle is not None and idle.cache.batch == batch and idle.cache.capacity >= positions:
-            return idle
+            return idle, state
         del idle
-        return self.steps.sequences(batch, positions)
+        return self.steps.sequences(batch, positions), state
 
-    def _give_back(self, sequences: Sequences, state: tuple) -> None:
+    def _give_back(self, sequences: Sequences, state: tuple, keys: list[int] | None) -> None:
+        """Keeps the cache for the next request and, by their keys, what is in it."""
         with self._lock:
-            if state == self._state:
-                self._idle = sequences
+            # not if all was forgotten meanwhile, though another request of the same state came since
+            if state is not self._state:
+                return
+            if keys is not None:
+                self.prefixes.put(keys, sequences.cache.read)
+            self._idle = sequences
 
 
 class LeanRequest:
@@ -132,9 +138,9 @@ class LeanRequest:
         """
         if reason := _refusal(generation_config):
             raise PromptError(f"this loop decodes greedily or samples, and returns ids: {reason}")
-        decoder, steps, state = self.decoder, self.decoder.steps, _state(model)
+        decoder, steps = self.decoder, self.decoder.steps
         length, limit = input_ids.shape[1], stopping_criteria.max_length
-        sequences = decoder._take(len(input_ids), limit, state)
+        sequences, state = decoder._take(len(input_ids), limit)
         sequences.fill(model_inputs.get("attention_mask"))
         embeddings = model.model.embed(input_ids, **{name: model_inputs.get(name) for name in PICTURE_INPUTS})
         keys = self._keys(input_ids, model_inputs) if sequences.mask is None else None
@@ -173,9 +179,9 @@ class LeanRequest:
             self.streamer.end()
         if keys is not None:
             # of the last token there are none: nothing was asked after it
-            decoder.prefixes.put(keys + ids[0, len(keys) : length - 1].tolist(), sequences.cache.read)
+            keys += ids[0, len(keys) : length - 1].tolist()
         known.clear()
-        decoder._give_back(sequences, state)
+        decoder._give_back(sequences, state, keys)
         return ids[:, :length]
 
     def _keys(self, input_ids: torch.Tensor, model_inputs: dict) -> list[int] | None:
@@ -255,7 +261,11 @@ def _state(model: nn.Module) -> tuple:
     parts = [*language.modules(), model.lm_head]
     weights = tuple(
         # some layouts of quantised weights have no address of their own; while it is referred to, a storage's place is not another's
-        (id(p), (StorageWeakRef(p.untyped_storage()), p.data_ptr()) if type(p) is nn.Parameter else 0, None if p.is_inference() else p._version)
+        (
+            id(p),
+            (StorageWeakRef(p.untyped_storage()), p.data_ptr()) if type(p) is nn.Parameter else 0,
+            None if p.is_inference() else p._version,
+        )
         for p in [*language.parameters(), *model.lm_head.parameters()]
     )
     hooks = tuple(hook for part in parts for hooks in (part._forward_pre_hooks, part._forward_hooks) for hook in hooks)
