@@ -15,6 +15,7 @@ from .meter import Meter, Stage
 from .streaming import PieceStream, decode_answer
 
 if TYPE_CHECKING:
+    from .mini_gemini.modeling import MiniGeminiForConditionalGeneration
     from .pipeline import Pipeline, SeenPicture
 
 # what an answer may grow to when the caller does not say (the original's command line)
@@ -128,7 +129,9 @@ def answer(
     if criterion is not None:
         criteria.append(criterion)
     # a request that asks for less than its neighbours is cut below; generate() takes no streamer with beams
-    alone = len(rows) == 1 and options.get("num_beams", 1) == 1
+    alone = len(rows) == 1 and _setting(model, options, "num_beams") in (None, 1)
+    if _setting(model, options, "stop_strings"):
+        options = {"tokenizer": tokenizer, **options}
     first = True
 
     def on_token() -> None:
@@ -154,7 +157,7 @@ def answer(
         )
     if meter is not None:
         meter.stop()
-    stops = options.get("eos_token_id", model.generation_config.eos_token_id)
+    stops = _setting(model, options, "eos_token_id")
     stops = set(stops if isinstance(stops, list) else [stops])
     answers = []
     for (request, _), row in zip(rows, out[:, width:].tolist()):
@@ -173,6 +176,14 @@ def answer(
             )
         )
     return answers
+
+
+def _setting(model: "MiniGeminiForConditionalGeneration", options: dict, name: str):
+    """What `generate` takes for a setting: from its options, a generation_config among them, or the model's own."""
+    if name in options:
+        return options[name]
+    given = getattr(options.get("generation_config"), name, None)
+    return getattr(model.generation_config, name) if given is None else given
 
 
 def _inputs(pipeline: "Pipeline", rows: Sequence[tuple[Request, Sequence["SeenPicture"]]]) -> dict:
