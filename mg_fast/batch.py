@@ -40,6 +40,7 @@ def chat_batch(
         raise PromptError(f"expected a list of questions, got one {type(questions).__name__}: chat answers one")
     if not isinstance(batch_size, int) or batch_size < 1:
         raise PromptError(f"batch_size: expected a whole number of 1 or more, got {batch_size}")
+    questions = list(questions)
     check_options(temperature, top_p, max_new_tokens, generate_options)
     options = sampling(temperature, top_p, generate_options)
 
