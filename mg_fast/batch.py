@@ -77,7 +77,7 @@ def chat_batch(
             for i in batch:
                 try:
                     seen[i] = pipeline._see_all(requests[i][1], seen.values(), allow_urls=allow_urls)
-                except MgFastError as error:
+                except (MgFastError, torch.OutOfMemoryError) as error:
                     answers[i] = failed(error, requests[i][0])
             if seen:
                 run(list(seen))
@@ -88,7 +88,8 @@ def chat_batch(
 def failed(error: Exception, request: Request | None = None) -> Answer:
     """The place of an answer that there is not."""
     tokens, images = (len(request.ids), sum(request.marks)) if request is not None else (0, 0)
-    return Answer("", [], "error", tokens, images, error=error)
+    # the frames of the error would hold their memory for as long as the answers live
+    return Answer("", [], "error", tokens, images, error=error.with_traceback(None))
 
 
 def _parts(item) -> tuple:
