@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from .chat import as_question
 from .conversation import render
 from .errors import MgFastError, PromptError
-from .requests import Answer, Request, answer, check_options, sampling
+from .requests import Answer, Request, answer, check_options, sampling, seeded
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
@@ -58,7 +58,7 @@ def chat_batch(
         """Answers some of the requests at once; where one spoils it for all, or memory is short, in two halves."""
         rows = [(requests[i][0], seen[i]) for i in numbers]
         try:
-            given = answer(pipeline, rows, options, seed=seed, allow_long=allow_long)
+            given = answer(pipeline, rows, options, allow_long=allow_long)
         except (FloatingPointError, torch.OutOfMemoryError) as error:
             if len(numbers) == 1:
                 given = [failed(error, requests[numbers[0]][0])]
@@ -71,7 +71,9 @@ def chat_batch(
                 return
         answers.update(zip(numbers, given))
 
-    with tqdm(total=len(questions), initial=len(answers), desc="questions", disable=not progress) as bar:
+    bar = tqdm(total=len(questions), initial=len(answers), desc="questions", disable=not progress)
+    # once for all batches: seeded anew, each would draw the same numbers
+    with bar, seeded(seed, pipeline.device):
         for batch in _batches(requests, batch_size, pipeline.model.config.text_config.max_position_embeddings):
             seen = {}
             for i in batch:

@@ -143,7 +143,7 @@ def answer(
     stream = PieceStream(tokenizer, emit, on_token) if alone else None
     if meter is not None:
         meter.start("prefill to first token" if stream is not None else "prefill and decode")
-    with pipeline._backend(), _seeded(seed, pipeline.device), torch.inference_mode():
+    with pipeline._backend(), seeded(seed, pipeline.device), torch.inference_mode():
         lean = None
         if requested() != "reference" and pipeline.decoder.refuses(options) is None:
             digests = [picture.digest for _, pictures in rows for picture in pictures]
@@ -206,7 +206,8 @@ def _inputs(pipeline: "Pipeline", rows: Sequence[tuple[Request, Sequence["SeenPi
 
 
 @contextlib.contextmanager
-def _seeded(seed: int | None, device: torch.device):
+def seeded(seed: int | None, device: torch.device):
+    """Sampling from a seed, unless it is None; the global random state stays as it is."""
     if seed is None:
         yield
         return
