@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
 from .backend import requested
 from .errors import PromptError
@@ -130,8 +130,10 @@ def answer(
         criteria.append(criterion)
     # a request that asks for less than its neighbours is cut below; generate() takes no streamer with beams
     alone = len(rows) == 1 and _setting(model, options, "num_beams") in (None, 1)
-    if _setting(model, options, "stop_strings"):
-        options = {"tokenizer": tokenizer, **options}
+    if strings := options.get("stop_strings"):
+        # as `generate` does, which would have to be given the tokenizer, and does not hand it on
+        criteria.append(StopStringCriteria(tokenizer, strings))
+        options = {name: value for name, value in options.items() if name != "stop_strings"}
     first = True
 
     def on_token() -> None:
@@ -160,9 +162,9 @@ def answer(
     stops = _setting(model, options, "eos_token_id")
     stops = set(stops if isinstance(stops, list) else [stops])
     answers = []
-    for (request, _), row in zip(rows, out[:, width:].tolist()):
+    for i, ((request, _), row) in enumerate(zip(rows, out[:, width:].tolist())):
         # what follows the end is filling, up to the longest answer
-        end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
+        end = lean.lengths[i] if lean is not None else next((j + 1 for j, token in enumerate(row) if token in stops), len(row))
         ids = row[: min(end, request.max_new_tokens)]
         answers.append(
             Answer(

@@ -115,11 +115,13 @@ class LeanRequest:
 
     Attributes:
         reused: positions of the prompt whose keys and values were at hand.
+        lengths: new tokens of each row up to its end; what follows is filling.
     """
 
     def __init__(self, decoder: LeanDecoder, pictures: Sequence[bytes] | None, streamer: BaseStreamer | None):
         self.decoder, self.pictures, self.streamer = decoder, pictures, streamer
         self.reused = 0
+        self.lengths: list[int] = []
 
     @torch.inference_mode()
     def __call__(
@@ -181,6 +183,7 @@ class LeanRequest:
             # of the last token there are none: nothing was asked after it
             keys += ids[0, len(keys) : length - 1].tolist()
         known.clear()
+        self.lengths = choice.lengths.tolist()
         decoder._give_back(sequences, state, keys)
         return ids[:, :length]
 
@@ -207,6 +210,7 @@ class _Choice:
         self.ids, self.processors, self.criteria = ids, processors, criteria
         self.sampled = config.do_sample
         self.finished = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        self.lengths = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
         # rows that ended are filled up while others go on
         ends = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         self.filling = config._pad_token_tensor.to(ids.device) if ends else None
@@ -225,6 +229,7 @@ class _Choice:
         if self.filling is not None:
             chosen = torch.where(self.finished, self.filling, chosen)
         self.ids[:, length] = chosen
+        self.lengths += ~self.finished
         self.finished = self.finished | self.criteria(self.ids[:, : length + 1], None)
         return _Record(chosen, self.finished.all(), finite.all())
 
