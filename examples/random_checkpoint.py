@@ -44,6 +44,12 @@ SIZES = {
     "tiny-gemma": ("mgm_gemma", LLM_TINY | {"head_dim": 16}, TINY_TOWERS),
     "tiny-mixtral": ("mgm_mixtral", LLM_TINY | {"num_local_experts": 4}, TINY_TOWERS),
     "demo": ("mgm", LLM_DEMO, NARROW_TOWERS),
+    "0.5b": (
+        "mgm",
+        dict(hidden_size=1280, num_hidden_layers=24, num_attention_heads=20, intermediate_size=3456, vocab_size=32000)
+        | {"initializer_range": 0.1},
+        NARROW_TOWERS,
+    ),
     "2b": (
         "mgm_gemma",
         dict(

@@ -39,9 +39,11 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     model.add_argument("--device", help="cuda, cpu, ... or auto (default: a GPU if there is one)")
     model.add_argument("--backend", choices=("auto", "reference", "torch", "triton"))
+    model.add_argument("--quantize", choices=("int8", "int4", "fp8"), help="the language model's weights (extra `quant`)")
     model.add_argument("--max-new-tokens", type=_positive, metavar="N", help="at most N tokens per answer (default 512)")
     model.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="0 (default) is greedy; above 0 samples")
     model.add_argument("--seed", type=int, help="makes sampling repeatable")
+    model.add_argument("--compile", action="store_true", help="on a GPU: decode through torch.compile, slow at first, then faster")
     model.add_argument("--allow-long", action="store_true", help="accept prompts longer than the model was trained on")
     model.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
 
@@ -64,12 +66,15 @@ def build_parser() -> argparse.ArgumentParser:
     warmup = commands.add_parser(
         "warmup",
         help="compile the kernels ahead of time, for a GPU that need not be here",
-        description="Fills Triton's cache (TRITON_CACHE_DIR, or ~/.triton/cache) with the models' kernels, as when an image is built.",
+        description="Fills Triton's cache (TRITON_CACHE_DIR, or ~/.triton/cache) with the models' kernels, as when an image is built. "
+        "With --here it loads the model on this machine's GPU or CPU and answers, and shows what is done at first use and how long it "
+        "takes; torch.compile's results stay in its cache too (TORCHINDUCTOR_CACHE_DIR).",
     )
-    warmup.add_argument(
+    where = warmup.add_mutually_exclusive_group(required=True)
+    where.add_argument("--here", action="store_true", help="run the model of --model on this machine")
+    where.add_argument(
         "--arch",
         action="append",
-        required=True,
         type=_architecture,
         metavar="sm_XX",
         help="the GPU's, as sm_90; may be given several times",
@@ -87,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="triton: those kernels too in whose place auto takes a library's (default auto)",
     )
     warmup.add_argument("--training", action="store_true", help="the backward pass too")
+    warmup.add_argument("--compile", action="store_true", help="with --here: torch.compile's part too")
     warmup.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
     warmup.set_defaults(action=command_warmup)
     return parser
@@ -158,11 +164,14 @@ def _load(args):
         dtype=args.dtype,
         device=args.device,
         backend=args.backend,
+        quantize=args.quantize,
         template=args.template,
         base_model=args.model_base,
         allow_long=args.allow_long,
+        compiled=args.compile,
     )
     print(f"loaded {args.model} on {pipeline.device} in {pipeline.load_seconds:.1f} s (template {pipeline.template})", file=sys.stderr)
+    print(f"weights: {pipeline.weights}", file=sys.stderr)
     return pipeline
 
 
@@ -198,22 +207,31 @@ def command_run(args) -> int:
             "finish_reason": answer.finish_reason,
             "prompt_tokens": answer.prompt_tokens,
             "image_tokens": answer.image_tokens,
+            "cached_tokens": answer.cached_tokens,
             "new_tokens": len(answer.token_ids),
+            "weight_bytes": {"language_model": pipeline.weights.language_model, "vision": pipeline.weights.vision},
             "load_s": round(pipeline.load_seconds, 3),
             "answer_s": round(seconds, 3),
         }
         if args.profile:
             document["stages"] = [stage._asdict() for stage in answer.stages]
+            document["first_use_s"] = {what: round(s, 3) for what, s in pipeline.first_use.items()}
         print(json.dumps(document))
         return 0
     if args.profile:
         from .meter import format_stages
 
         print(answer.text)
+        print(_first_use(pipeline.first_use), file=sys.stderr)
         print(format_stages(answer.stages), file=sys.stderr)
         return 0
     _print_stream(pipeline.chat(args.prompt, pictures, stream=True, **_options(args)))
     return 0
+
+
+def _first_use(seconds: dict[str, float]) -> str:
+    """What is done once, and what it took."""
+    return "\n".join(f"at first use: {what}: {s:.2f} s" for what, s in seconds.items())
 
 
 def command_chat(args) -> int:
@@ -330,6 +348,10 @@ def command_doctor(args) -> int:
 def command_warmup(args) -> int:
     from . import warmup
 
+    if args.here:
+        return _warm_up_here(args)
+    if args.compile:
+        raise BackendError("--compile needs --here: torch.compile looks at the GPU that it compiles for")
     warmup.check()
     import torch
 
@@ -344,6 +366,20 @@ def command_warmup(args) -> int:
     fresh = sum(kernel.seconds is not None for kernel in done)
     print(f"{len(done)} kernels in {warmup.cache_folder()}: {fresh} compiled now, {len(done) - fresh} were there")
     print("Triton's launchers in C are still built at the first launch on the machine with the GPU, by its C compiler, in about a second.")
+    return 0
+
+
+def _warm_up_here(args) -> int:
+    from .pipeline import load
+
+    if args.model is None:
+        raise CheckpointError("--here needs --model: what is compiled depends on the weights' shapes")
+    if args.training:
+        raise BackendError("--training compiles kernels ahead of time: with --arch")
+    for dtype in dict.fromkeys(args.dtype or ("auto",)):
+        pipeline = load(args.model, dtype=dtype, backend=args.backend, compiled=args.compile)
+        print(f"loaded {args.model} on {pipeline.device}: {pipeline.load_seconds:.1f} s")
+        print(_first_use(pipeline.warm_up()), flush=True)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import logging
 import os
 import threading
@@ -24,6 +25,7 @@ from .mini_gemini.modeling import MiniGeminiForConditionalGeneration
 from .mini_gemini.pictures import open_picture
 from .mini_gemini.processing import MiniGeminiProcessor
 from .mini_gemini.tensor_files import resolve_folder
+from .quantization import WeightBytes, weight_bytes
 from .requests import Answer
 
 logger = logging.getLogger(__name__)
@@ -86,6 +88,34 @@ class Pipeline:
     @property
     def device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device
+
+    @property
+    def weights(self) -> WeightBytes:
+        """Bytes of the language model and of the vision part, as they are stored now."""
+        return weight_bytes(self.model)
+
+    @property
+    def first_use(self) -> dict[str, float]:
+        """Seconds spent so far on what is done once: packing towers, compiling, capturing graphs."""
+        return {**(self._encoder.first_use if self._encoder is not None else {}), **self.decoder.steps.first_use}
+
+    def warm_up(self) -> dict[str, float]:
+        """Answers two questions about a picture of noise, twice, so that what is done at first use is done: the next answer is a fast one.
+
+        Returns:
+            Seconds of each part, and `all` of them; conversations and the image tokens at hand stay as they are.
+        """
+        began = time.perf_counter()
+        noise = Image.effect_noise((64, 64), 64).convert("RGB")
+        # passes are captured when their shape comes again
+        for _ in range(2):
+            # and all of the prompt is to be computed both times
+            self.decoder.prefixes.clear()
+            conversation = Conversation(self)
+            for question, images in (("What is shown here?", [noise]), ("And what else?", None)):
+                conversation.chat(question, images, stopping_criteria=[_after(4)])
+        self.decoder.prefixes.clear()
+        return {**self.first_use, "all": time.perf_counter() - began}
 
     def chat(self, text: str, images: Sequence | None = None, **options) -> "Answer | Iterator[str]":
         """Asks in the pipeline's own conversation; see `Conversation.chat`."""
@@ -217,6 +247,12 @@ class Pipeline:
         return use_backend(self.backend) if self.backend is not None else contextlib.nullcontext()
 
 
+def _after(tokens: int):
+    """A stopping criterion: so many new tokens."""
+    calls = itertools.count(1)
+    return lambda ids, scores, **_: torch.full((len(ids),), next(calls) >= tokens, device=ids.device)
+
+
 def _decoded(image, allow_urls: bool) -> Image.Image:
     """The picture in RGB, named as what it was read from."""
     picture = open_picture(image, allow_urls=allow_urls)
@@ -247,6 +283,7 @@ def load(
     quantize=None,
     template: str | None = None,
     base_model: str | os.PathLike | None = None,
+    attn_implementation: str | None = None,
     allow_long: bool = False,
     image_cache_bytes: int = DEFAULT_BYTES,
     kv_cache_bytes: int = decoding.DEFAULT_BYTES,
@@ -259,9 +296,12 @@ def load(
         dtype: weights' dtype; `auto` takes the stored one.
         device: `cuda`, `cpu`, ..., or `auto` to spread over what is there; default: a GPU if there is one.
         backend: `auto`, `reference`, `torch` or `triton`, for every call of this pipeline.
-        quantize: a transformers quantization configuration for the language model (towers and mining keep their dtype).
+        quantize: `int8`, `int4` or `fp8` (torchao's weight-only ones), or a transformers quantization configuration, for the language
+            model's layers; towers, mining, projector and head keep their dtype.
         template: overrides the prompt template.
         base_model: the base language model, for a stage-1 adapter.
+        attn_implementation: as of transformers: `sdpa` (the default, torch's own choice of kernels, and the only one that is captured in
+            CUDA graphs), `flash_attention_2`, `eager`.
         allow_long: accept prompts longer than the model was trained on.
         image_cache_bytes: most bytes of image tokens kept, by picture content, on the model's device; 0 keeps none.
         kv_cache_bytes: most bytes of keys and values kept of prompts and answers, on the model's devices; 0 keeps none.
@@ -270,8 +310,6 @@ def load(
     Raises:
         CheckpointError, BackendError, PromptError (unknown template), ValueError (a cache's bytes below 0).
     """
-    if isinstance(quantize, str):
-        raise ValueError(f"quantize: expected a transformers quantization configuration (e.g. TorchAoConfig), got the string {quantize!r}")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     check_everywhere(backend, _known_device(device))
@@ -281,9 +319,10 @@ def load(
     resolve_folder(path)
     # the processor first: it is quick, and most things that can be wrong with a folder are found there
     processor = MiniGeminiProcessor.from_pretrained(path, template=template, **adapter)
-    quantized = {} if quantize is None else {"quantization_config": quantize}
+    optional = {"quantization_config": quantize, "attn_implementation": attn_implementation}
+    optional = {name: value for name, value in optional.items() if value is not None}
     model = MiniGeminiForConditionalGeneration.from_pretrained(
-        path, dtype=dtype, device_map=device, template=template, allow_long=allow_long, **quantized, **adapter
+        path, dtype=dtype, device_map=device, template=template, allow_long=allow_long, **optional, **adapter
     )
     caches = {"image_cache_bytes": image_cache_bytes, "kv_cache_bytes": kv_cache_bytes}
     pipeline = Pipeline(model, processor, backend=backend, compiled=compiled, **caches)

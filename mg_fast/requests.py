@@ -12,6 +12,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, StopStringCrite
 from .backend import requested
 from .errors import PromptError
 from .meter import Meter, Stage
+from .quantization import check_cache
 from .streaming import PieceStream, decode_answer
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ def check_options(temperature: float, top_p: float | None, max_new_tokens: int |
         raise PromptError(f"top_p={top_p} is for sampling: give a temperature above 0 with it")
     if max_new_tokens is not None and (not isinstance(max_new_tokens, int) or max_new_tokens < 1):
         raise PromptError(f"max_new_tokens: expected a whole number of 1 or more, got {max_new_tokens}")
+    check_cache(options)
     for name, instead in (
         ("do_sample", "temperature decides"),
         ("num_return_sequences", "a question has one answer; use model.generate"),

@@ -4,6 +4,7 @@ import importlib.metadata
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -15,7 +16,8 @@ from mg_fast import CheckpointError, backend, cli
 from tests.paths import ROOT
 
 STAGES = ["preprocess", "LR tower", "HR tower", "patch info mining", "projector", "prefill to first token", "decode"]
-KEYS = {"text", "token_ids", "finish_reason", "prompt_tokens", "image_tokens", "new_tokens", "load_s", "answer_s"}
+KEYS = {"text", "token_ids", "finish_reason", "prompt_tokens", "image_tokens", "cached_tokens", "new_tokens", "weight_bytes"}
+KEYS |= {"load_s", "answer_s"}
 
 
 @pytest.fixture
@@ -88,9 +90,33 @@ def test_profile(run, pipeline, photo):
     for line, stage in zip(table[2:], STAGES, strict=True):
         assert line.startswith(stage) and " ms" in line
     document = json.loads(run(*arguments, "--json")[1])
-    assert document.keys() == KEYS | {"stages"}
+    assert document.keys() == KEYS | {"stages", "first_use_s"}
     assert [stage["name"] for stage in document["stages"]] == STAGES
     assert all(stage.keys() == {"name", "seconds", "peak_mib"} and stage["seconds"] > 0 for stage in document["stages"])
+
+
+def test_first_use_is_shown(run, photo, standard, capsys):
+    question = ("--image", photo, "--prompt", "What is it?", "--max-new-tokens", 4, "--profile")
+    code, out, err = run(*question)
+    assert code == 0 and re.search(r"^at first use: towers packed: \d+\.\d\d s$", err, re.M)
+    code, out, err = run(*question, "--json")
+    assert json.loads(out)["first_use_s"]["towers packed"] > 0
+    assert cli.main(["warmup", "--here", "--model", str(standard)]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].startswith(f"loaded {standard} on ") and shown[-1].startswith("at first use: all: ")
+
+
+@pytest.mark.parametrize(
+    "arguments,code,message",
+    [
+        (["--here"], 3, "--here needs --model"),
+        (["--here", "--model", "x", "--training"], 6, "--training compiles kernels ahead of time: with --arch"),
+        (["--arch", "sm_90", "--compile"], 6, "--compile needs --here"),
+    ],
+)
+def test_warmup_that_does_not_fit_together(capsys, arguments, code, message):
+    assert cli.main(["warmup", *arguments]) == code
+    assert message in capsys.readouterr().err
 
 
 def test_long_prompts_on_demand(run):
@@ -132,7 +158,7 @@ def named(tmp_path):
 
 def only_error(err):
     """The error's line, after what is said of loading; there must be no other."""
-    [line] = [line for line in err.splitlines() if not line.startswith(("loaded ", "mg-fast: WARNING: "))]
+    [line] = [line for line in err.splitlines() if not line.startswith(("loaded ", "weights: ", "mg-fast: WARNING: "))]
     assert line.startswith("mg-fast: error: ")
     return line.removeprefix("mg-fast: error: ")
 

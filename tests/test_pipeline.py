@@ -230,11 +230,6 @@ def test_profile(pipeline, photo):
     assert all(name in table for name in names)
 
 
-def test_quantize_takes_a_configuration(standard):
-    with pytest.raises(ValueError, match="expected a transformers quantization configuration.*'int8'"):
-        mg_fast.load(standard, quantize="int8")
-
-
 def test_finish_reason_stop(pipeline, model, photo, monkeypatch):
     free = pipeline.chat(QUESTION, [photo], max_new_tokens=6)
     pipeline.reset()
@@ -325,3 +320,21 @@ def test_thin_pictures_are_named(pipeline, photo, tmp_path):
     Image.new("RGB", (1, 2000)).save(thin)
     with pytest.raises(PictureError, match=rf"^{thin}: 1x2000 pixels: too thin"):
         pipeline.chat(QUESTION, [photo, thin])
+
+
+def test_attention_is_the_one_asked_for(standard, photo):
+    answers = []
+    for attention in ("sdpa", "eager"):
+        pipeline = mg_fast.load(standard, device="cpu", template="vicuna_v1", attn_implementation=attention)
+        assert pipeline.model.config.text_config._attn_implementation == attention
+        answers.append((pipeline.chat(QUESTION, [photo], max_new_tokens=8), pipeline.chat("And?", max_new_tokens=8)))
+    assert answers[0] == answers[1]
+
+
+def test_warm_up_leaves_conversations_alone(pipeline, photo):
+    pipeline.chat(QUESTION, [photo], max_new_tokens=4)
+    turns = list(pipeline._own.turns)
+    seconds = pipeline.warm_up()
+    assert seconds["all"] > seconds["towers packed"] > 0
+    assert pipeline._own.turns == turns
+    assert pipeline.chat("And?", max_new_tokens=4).image_tokens == 25

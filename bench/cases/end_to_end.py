@@ -71,6 +71,8 @@ SIZES = (
     Size("7b", True, "bfloat16", ("cuda",)),
     Size("13b", False, "bfloat16", ("cuda",)),
     Size("34b", False, "bfloat16", ("cuda",)),
+    # a language model large enough to time on a CPU, behind narrow towers
+    Size("0.5b", False, "float32", ()),
     Size("tiny", False, "float32", ()),
 )
 
@@ -321,7 +323,7 @@ def _after_first_turn(shared: Session, pipeline: mg_fast.Pipeline):
 
 
 def _decoding(batch: int) -> Callable[..., Call]:
-    """`generate` on so many like prompts."""
+    """So many like prompts, by the pipeline's loop; by `generate` where options ask for it, and for the reference."""
 
     def take(shared: Session, pipeline: mg_fast.Pipeline, **options) -> Call:
         ids, marks = shared.processor.encode(_prompt(shared))
@@ -335,8 +337,11 @@ def _decoding(batch: int) -> Callable[..., Call]:
 
         def call():
             watch = shared.watch(ANSWER)
+            loop = dict(options)
+            if pipeline.backend != "reference" and not options:
+                loop["custom_generate"] = pipeline.decoder.request()
             with use_backend(pipeline.backend), torch.inference_mode():
-                shared.model.generate(**inputs, max_new_tokens=ANSWER, logits_processor=LogitsProcessorList([watch]), **greedy, **options)
+                shared.model.generate(**inputs, max_new_tokens=ANSWER, logits_processor=LogitsProcessorList([watch]), **greedy, **loop)
             first, last = watch.times
             return torch.stack(watch.logits), [1e3 * (last - first) / (ANSWER - 1)]
 

@@ -9,14 +9,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from ..linear import by_onednn, take_onednn
 from .kv_cache import KVCache
 
 logger = logging.getLogger(__name__)
 
 # positions of a prompt in one pass: enough to keep every product busy, and what lies between the layers stays small in HD
 PREFILL_CHUNK = 1024
-# a cache's capacity and a graph's window are multiples of it, so that graphs serve many lengths
+# a graph's window is a multiple of it, so that graphs serve many lengths; so is a cache's capacity
 WINDOW = 512
+# a cache of one sequence is a multiple of it: a conversation outgrows its cache, and with it all graphs, seldom
+ONE_SEQUENCE = 2048
 # widths of prompts' graphs: a prompt is filled up to the next
 WIDTHS = (64, 128, 192, 256, 384, 512, 640, 768, 896, 1024)
 # graphs kept for a cache, the one used longest ago goes first
@@ -76,13 +79,18 @@ class Steps:
         model: the MiniGeminiForConditionalGeneration.
         compiled: a token's pass goes through torch.compile before it is captured: seconds to a minute at first use, then fewer, larger
             kernels. Its window is the cache's whole capacity.
+
+    Attributes:
+        first_use: seconds that were spent once: on compiling, and on every capture.
     """
 
     def __init__(self, model: nn.Module, *, compiled: bool = False):
         self.model = model
         self.config = model.config.text_config
+        take_onednn(self.language_model)
+        take_onednn(self.head)
         self._compiled = torch.compile(self._pass, fullgraph=True, dynamic=False) if compiled else None
-        self.begun: dict[str, float] = {}
+        self.first_use: dict[str, float] = {}
 
     @property
     def language_model(self) -> nn.Module:
@@ -95,7 +103,8 @@ class Steps:
 
     def sequences(self, batch: int, positions: int) -> Sequences:
         """Room for so many sequences of at least so many positions."""
-        capacity = -(-positions // WINDOW) * WINDOW
+        unit = ONE_SEQUENCE if batch == 1 else WINDOW
+        capacity = -(-positions // unit) * unit
         by_graph = self.graphs_refused(capacity) is None
         return Sequences(KVCache(self.config.num_hidden_layers, batch, capacity, masked=by_graph), by_graph)
 
@@ -117,6 +126,11 @@ class Steps:
         if any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in [*language.modules(), head]):
             return "hooks on the language model would run at the capture alone"
         return None
+
+    def noted(self, what: str, began: float) -> None:
+        """Keeps, and logs, what something took that is done once."""
+        self.first_use[what] = time.perf_counter() - began
+        logger.info("%s: %.2f s", what, self.first_use[what])
 
     def prefill(self, sequences: Sequences, embeddings: torch.Tensor) -> torch.Tensor:
         """New positions of all sequences; logits [B, vocabulary] of the last.
@@ -153,10 +167,11 @@ class Steps:
         if sequences.mask is not None:
             mask = sequences.mask[:, :stop]
             positions = (positions - sequences.pads[:, None]).clamp(min=0)
-        hidden = self.language_model(
-            inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-        ).last_hidden_state
-        return self.head(hidden[:, -1:])[:, -1]
+        with by_onednn():
+            hidden = self.language_model(
+                inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            ).last_hidden_state
+            return self.head(hidden[:, -1:])[:, -1]
 
     def _by_graph(self, sequences: Sequences, inputs: torch.Tensor, width: int, filled: int) -> torch.Tensor:
         """Tokens [B, 1] or embeddings [B, width, hidden] through a graph of a width of `filled`, captured when it is met again."""
@@ -203,7 +218,7 @@ class _Graph:
         self.steps, self.sequences, self.window = steps, sequences, window
         self.inputs = inputs
         self.start, self.last = (torch.zeros(1, dtype=torch.long, device=inputs.device) for _ in range(2))
-        self.run = steps._compiled if compiled else steps._pass
+        self.compiled, self.run = compiled, steps._compiled if compiled else steps._pass
         self.met = 0
         self.graph: torch.cuda.CUDAGraph | None = None
         self.logits: torch.Tensor | None = None
@@ -217,7 +232,11 @@ class _Graph:
         if self.graph is None and self.met == 2:
             self._capture()
         if self.graph is None:
-            return self._pass()
+            began = time.perf_counter()
+            logits = self._pass()
+            if self.compiled and self.met == 1:
+                self.steps.noted(f"decode step of {len(inputs)} sequence(s) over {self.window} positions, compiled", began)
+            return logits
         self.graph.replay()
         # the next replay writes over them
         return self.logits.clone()
@@ -246,9 +265,7 @@ class _Graph:
             logger.warning("passes of this width go without a CUDA graph: %s", error)
             return
         self.graph = graph
-        name = f"CUDA graph of {self.inputs.shape[0]} x {self.inputs.shape[1]} positions over {self.window}"
-        self.steps.begun[name] = time.perf_counter() - began
-        logger.info("%s: captured in %.2f s", name, self.steps.begun[name])
+        self.steps.noted(f"CUDA graph of {self.inputs.shape[0]} x {self.inputs.shape[1]} positions over {self.window}", began)
 
 
 def fixed_positions(config) -> bool:

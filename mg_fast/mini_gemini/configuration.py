@@ -104,6 +104,10 @@ class MiniGeminiConfig(PreTrainedConfig):
         if self.dtype is None:
             self.dtype = dtype
 
+        if kwargs.get("quantization_config"):
+            # of a quantised save: transformers and `from_pretrained` look for it here
+            self.quantization_config = kwargs.pop("quantization_config")
+
         # everything else is the language model's, or a leftover that a round trip hands back untouched
         self.flat = kwargs
         if self.text_config is None:

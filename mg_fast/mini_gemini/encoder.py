@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -34,11 +35,15 @@ class PictureEncoder:
         model: the MiniGeminiModel, its picture side on one device.
         graphs: capture CUDA graphs.
 
+    Attributes:
+        first_use: seconds that were spent once: on packing, and on every capture.
+
     Raises:
         ValueError: a tower computes something else than its weights say; the message says what.
     """
 
     def __init__(self, model: MiniGeminiModel, *, graphs: bool = True):
+        began = time.perf_counter()
         self._model = model
         # before anything is copied
         if reason := model.vision_tower_aux.uncommon():
@@ -56,6 +61,7 @@ class PictureEncoder:
         self._side, self._capturing = (torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)) if cuda else (None, None)
         # a graph's inputs and outputs are the same memory in every call: the next one waits until this one's tokens are copied
         self._copied = torch.cuda.Event() if cuda else None
+        self.first_use = {"towers packed": time.perf_counter() - began}
 
     def is_current(self) -> bool:
         """Whether the model is as it was packed: not changed, moved or converted since."""
@@ -163,6 +169,7 @@ class PictureEncoder:
 
     def _capture(self, pixels: tuple[torch.Tensor, ...], backend: str | None):
         """A graph, its inputs and its tokens; None where something in it cannot be captured."""
+        began = time.perf_counter()
         inputs = [t.clone() for t in pixels]
         # kernels are compiled, libraries make their workspaces, and tables are made before anything is captured
         self._capturing.wait_stream(torch.cuda.current_stream())
@@ -178,6 +185,9 @@ class PictureEncoder:
             logger.warning("pictures of these shapes are encoded without a CUDA graph: %s", error)
             return None
         torch.cuda.current_stream().wait_stream(self._capturing)
+        what = f"kernels and CUDA graph of {len(pixels[0])} picture(s)"
+        self.first_use[what] = time.perf_counter() - began
+        logger.info("%s: %.2f s", what, self.first_use[what])
         return graph, inputs, tokens
 
 

@@ -19,7 +19,8 @@ from .. import reference
 from ..conversation import get_template, stop_ids
 from ..errors import CheckpointError, PromptError
 from ..modules import ConvNeXtPyramid, PatchInfoMining
-from .checkpoint import check_names, decide_template, load_tokenizer, open_checkpoint
+from ..quantization import check_config, check_savable, finish, named_config
+from .checkpoint import Checkpoint, check_names, decide_template, load_tokenizer, open_checkpoint
 from .configuration import MiniGeminiConfig
 from .geometry import check_geometry
 from .naming import published_to_ours
@@ -251,8 +252,11 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
             template: overrides the prompt template; saved by `save_pretrained`. It decides the stop ids in `generation_config`.
             base_model: the base language model of a stage-1 adapter folder (`mm_projector.bin`).
             allow_long: accept prompts longer than the model was trained on.
+            quantization_config: `int8`, `int4` or `fp8` (torchao's weight-only ones), or a transformers quantization configuration, for the
+                language model's layers; everything else keeps its dtype.
 
         Raises:
+            BackendError: a quantisation that cannot run here.
             CheckpointError: not a Mini-Gemini checkpoint, an unreadable file, or missing, unexpected or mis-shaped tensors, by name.
         """
         if template is not None:
@@ -270,8 +274,16 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
         if quantized is None:
             # a quantised save stores other tensors under other names; there the report after loading must do
             check_names(cls.published_shapes(config), checkpoint.tensors, tied=config.tie_word_embeddings, where=checkpoint.weights_folder)
-        if kwargs.get("quantization_config") is not None:
-            _keep_vision_unquantized(kwargs["quantization_config"])
+        quantization = kwargs.get("quantization_config")
+        if isinstance(quantization, str):
+            if quantized is not None:
+                raise CheckpointError(
+                    f"{checkpoint.folder} is quantised already (quantization_config in its config.json): not by {quantization!r} again"
+                )
+            dtype = _weights_dtype(kwargs, checkpoint)
+            kwargs["quantization_config"] = named_config(quantization, config.text_config, kwargs.get("device_map"), dtype)
+        elif quantization is not None:
+            check_config(quantization)
 
         filled = {published_to_ours(name): name for name in checkpoint.extra}
         with _quiet_report(bool(filled)):
@@ -280,6 +292,8 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
         if missing or info["mismatched_keys"]:
             raise CheckpointError(f"{checkpoint.weights_folder}: {len(missing)} tensors did not load: {', '.join(missing[:4])}")
         model._fill(checkpoint.extra)
+        if quantized is not None or quantization is not None:
+            finish(model)
         info["missing_keys"] = set(missing)
 
         embedding = model.get_input_embeddings()
@@ -337,7 +351,11 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
         self.generation_config.eos_token_id = given + [i for i in ids if i not in given]
 
     def save_pretrained(self, save_directory, **kwargs):
-        """Writes the checkpoint back in the published layout: names, shapes, values and flat config keys."""
+        """Writes the checkpoint back in the published layout: names, shapes, values and flat config keys.
+
+        Quantised weights are written as they are stored, and load again without a `quantization_config`; int4 packed for a CPU cannot be.
+        """
+        check_savable(self)
         kwargs["save_original_format"] = True
         super().save_pretrained(save_directory, **kwargs)
 
@@ -504,13 +522,15 @@ def _override(config: MiniGeminiConfig, kwargs: dict) -> None:
                 break
 
 
-def _keep_vision_unquantized(quantization_config) -> None:
-    """Towers, mining, projector and head keep their dtype, unless the caller's configuration says what to skip."""
-    # full paths: transformers holds these against the start of a parameter's name
-    skip = ["model.vision_tower", "model.vision_tower_aux", "model.patch_mining", "model.mm_projector", "lm_head"]
-    for attribute in ("llm_int8_skip_modules", "modules_to_not_convert"):
-        if getattr(quantization_config, attribute, skip) is None:
-            setattr(quantization_config, attribute, skip)
+def _weights_dtype(kwargs: dict, checkpoint: Checkpoint) -> torch.dtype | None:
+    """The dtype that transformers will load the weights in: the one asked for, that of config.json, the stored one."""
+    dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+    if dtype in (None, "auto"):
+        dtype = checkpoint.config.dtype
+    if dtype is None:
+        name = "model.norm.weight"
+        dtype = next(tensor.dtype for _, tensor in read_tensors({name: checkpoint.tensors[name]}))
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
 @contextlib.contextmanager
