@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from .chat import as_question
 from .conversation import render
 from .errors import MgFastError, PromptError
-from .requests import Answer, Request, answer, check_options, sampling
+from .requests import Answer, Request, answer, check_options, sampling, seeded
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
@@ -40,6 +40,7 @@ def chat_batch(
         raise PromptError(f"expected a list of questions, got one {type(questions).__name__}: chat answers one")
     if not isinstance(batch_size, int) or batch_size < 1:
         raise PromptError(f"batch_size: expected a whole number of 1 or more, got {batch_size}")
+    questions = list(questions)
     check_options(temperature, top_p, max_new_tokens, generate_options)
     options = sampling(temperature, top_p, generate_options)
 
@@ -57,7 +58,7 @@ def chat_batch(
         """Answers some of the requests at once; where one spoils it for all, or memory is short, in two halves."""
         rows = [(requests[i][0], seen[i]) for i in numbers]
         try:
-            given = answer(pipeline, rows, options, seed=seed, allow_long=allow_long)
+            given = answer(pipeline, rows, options, allow_long=allow_long)
         except (FloatingPointError, torch.OutOfMemoryError) as error:
             if len(numbers) == 1:
                 given = [failed(error, requests[numbers[0]][0])]
@@ -70,13 +71,15 @@ def chat_batch(
                 return
         answers.update(zip(numbers, given))
 
-    with tqdm(total=len(questions), initial=len(answers), desc="questions", disable=not progress) as bar:
+    bar = tqdm(total=len(questions), initial=len(answers), desc="questions", disable=not progress)
+    # once for all batches: seeded anew, each would draw the same numbers
+    with bar, seeded(seed, pipeline.device):
         for batch in _batches(requests, batch_size, pipeline.model.config.text_config.max_position_embeddings):
             seen = {}
             for i in batch:
                 try:
                     seen[i] = pipeline._see_all(requests[i][1], seen.values(), allow_urls=allow_urls)
-                except MgFastError as error:
+                except (MgFastError, torch.OutOfMemoryError) as error:
                     answers[i] = failed(error, requests[i][0])
             if seen:
                 run(list(seen))
@@ -87,7 +90,8 @@ def chat_batch(
 def failed(error: Exception, request: Request | None = None) -> Answer:
     """The place of an answer that there is not."""
     tokens, images = (len(request.ids), sum(request.marks)) if request is not None else (0, 0)
-    return Answer("", [], "error", tokens, images, error=error)
+    # the frames of the error would hold their memory for as long as the answers live
+    return Answer("", [], "error", tokens, images, error=error.with_traceback(None))
 
 
 def _parts(item) -> tuple:

@@ -40,11 +40,14 @@ class Conversation:
         # an answer is kept only if the conversation is still the one it was asked in
         self._version = 0
         self._answering = threading.RLock()
+        # held for moments, while turns, pictures and version are read or written together
+        self._changing = threading.Lock()
 
     def reset(self) -> None:
         """Forgets turns and pictures."""
-        self.turns, self.pictures = [], []
-        self._version += 1
+        with self._changing:
+            self.turns, self.pictures = [], []
+            self._version += 1
 
     close = reset
 
@@ -92,11 +95,12 @@ class Conversation:
         options = sampling(temperature, top_p, generate_options)
         question, images = as_question(text, images)
 
-        def ask(version: int):
+        def ask():
             """What is asked, and what an answer changes."""
-            turns = list(self.turns)
+            with self._changing:
+                turns, pictures, version = list(self.turns), list(self.pictures), self._version
             meter = Meter(self.pipeline.device) if profile else None
-            seen = [*self.pictures, *(self.pipeline._see(image, meter=meter, allow_urls=allow_urls) for image in images)]
+            seen = [*pictures, *(self.pipeline._see(image, meter=meter, allow_urls=allow_urls) for image in images)]
             prompt = render(self.pipeline.template, [*turns, (question, None)])
             request = Request.encode(self.pipeline, prompt, max_new_tokens, allow_long)
 
@@ -104,20 +108,21 @@ class Conversation:
                 return answer(self.pipeline, [(request, seen)], options, seed=seed, allow_long=allow_long, meter=meter, **streamed)[0]
 
             def keep(answer: Answer) -> None:
-                if self._version != version:
-                    logger.warning("the conversation went on or was reset while it was answered; that answer is not kept")
-                    return
-                # a tag that the model itself wrote is text, not the place of a picture
-                self.turns = [*turns, (question, answer.text.replace(IMAGE_TAG, "< image>"))]
-                self.pictures = seen
-                self._version += 1
+                with self._changing:
+                    if self._version == version:
+                        # a tag that the model itself wrote is text, not the place of a picture
+                        self.turns = [*turns, (question, answer.text.replace(IMAGE_TAG, "< image>"))]
+                        self.pictures = seen
+                        self._version += 1
+                        return
+                logger.warning("the conversation went on or was reset while it was answered; that answer is not kept")
 
             return run, keep
 
         if stream:
-            return _stream(*ask(self._version))
+            return _stream(*ask())
         with self._answering:
-            run, keep = ask(self._version)
+            run, keep = ask()
             given = run()
             keep(given)
         return given

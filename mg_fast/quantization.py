@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.integrations.moe import ALLEXPERTS_FUNCTIONS
 from transformers.utils.quantization_config import QuantizationConfigMixin, TorchAoConfig
 
 from .errors import BackendError
@@ -30,7 +30,8 @@ _INT4_GROUPS = (128, 64, 32)
 _CUDA_ARCHITECTURE = {"int4": (8, 0), "fp8": (8, 9)}
 # for torch's int8 kernel on a CPU; from 8 rows on a bfloat16 product has been faster
 _PACKED_ROWS = 4
-_EXPERTS_FUNCTION = "mg_fast_quantized"
+# as transformers knows it; of a prompt's tokens, unlike of a decoded one's, it asks the host which experts they go to
+EXPERTS_FUNCTION = "mg_fast_quantized"
 
 
 def named_config(name: str, text_config, device_map, dtype: torch.dtype | None) -> TorchAoConfig:
@@ -255,7 +256,7 @@ def finish(model: nn.Module) -> None:
                 _check_experts(f"layers.{name}.{parameter_name}", parameter)
                 experts = True
     if experts:
-        language_model.set_experts_implementation(_EXPERTS_FUNCTION)
+        language_model.set_experts_implementation(EXPERTS_FUNCTION)
     if 2 * left > total:
         logger.warning(
             "%s of the language model's layers, of %s as loaded, are not quantised: the quantization configuration does not reach them. "
@@ -354,4 +355,4 @@ def _product(rows: torch.Tensor, weight: torch.Tensor, expert: int) -> torch.Ten
     return F.linear(rows, values) * scale.squeeze(-1)
 
 
-ALL_EXPERTS_FUNCTIONS.register(_EXPERTS_FUNCTION, quantized_experts)
+ALLEXPERTS_FUNCTIONS.register(EXPERTS_FUNCTION, quantized_experts)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
 from .backend import requested
 from .errors import PromptError
@@ -16,6 +16,7 @@ from .quantization import check_cache
 from .streaming import PieceStream, decode_answer
 
 if TYPE_CHECKING:
+    from .mini_gemini.modeling import MiniGeminiForConditionalGeneration
     from .pipeline import Pipeline, SeenPicture
 
 # what an answer may grow to when the caller does not say (the original's command line)
@@ -130,7 +131,11 @@ def answer(
     if criterion is not None:
         criteria.append(criterion)
     # a request that asks for less than its neighbours is cut below; generate() takes no streamer with beams
-    alone = len(rows) == 1 and options.get("num_beams", 1) == 1
+    alone = len(rows) == 1 and _setting(model, options, "num_beams") in (None, 1)
+    if strings := options.get("stop_strings"):
+        # as `generate` does, which would have to be given the tokenizer, and does not hand it on
+        criteria.append(StopStringCriteria(tokenizer, strings))
+        options = {name: value for name, value in options.items() if name != "stop_strings"}
     first = True
 
     def on_token() -> None:
@@ -142,7 +147,7 @@ def answer(
     stream = PieceStream(tokenizer, emit, on_token) if alone else None
     if meter is not None:
         meter.start("prefill to first token" if stream is not None else "prefill and decode")
-    with pipeline._backend(), _seeded(seed, pipeline.device), torch.inference_mode():
+    with pipeline._backend(), seeded(seed, pipeline.device), torch.inference_mode():
         lean = None
         if requested() != "reference" and pipeline.decoder.refuses(options) is None:
             digests = [picture.digest for _, pictures in rows for picture in pictures]
@@ -156,12 +161,12 @@ def answer(
         )
     if meter is not None:
         meter.stop()
-    stops = options.get("eos_token_id", model.generation_config.eos_token_id)
+    stops = _setting(model, options, "eos_token_id")
     stops = set(stops if isinstance(stops, list) else [stops])
     answers = []
-    for (request, _), row in zip(rows, out[:, width:].tolist()):
+    for i, ((request, _), row) in enumerate(zip(rows, out[:, width:].tolist())):
         # what follows the end is filling, up to the longest answer
-        end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
+        end = lean.lengths[i] if lean is not None else next((j + 1 for j, token in enumerate(row) if token in stops), len(row))
         ids = row[: min(end, request.max_new_tokens)]
         answers.append(
             Answer(
@@ -175,6 +180,14 @@ def answer(
             )
         )
     return answers
+
+
+def _setting(model: "MiniGeminiForConditionalGeneration", options: dict, name: str):
+    """What `generate` takes for a setting: from its options, a generation_config among them, or the model's own."""
+    if name in options:
+        return options[name]
+    given = getattr(options.get("generation_config"), name, None)
+    return getattr(model.generation_config, name) if given is None else given
 
 
 def _inputs(pipeline: "Pipeline", rows: Sequence[tuple[Request, Sequence["SeenPicture"]]]) -> dict:
@@ -197,7 +210,8 @@ def _inputs(pipeline: "Pipeline", rows: Sequence[tuple[Request, Sequence["SeenPi
 
 
 @contextlib.contextmanager
-def _seeded(seed: int | None, device: torch.device):
+def seeded(seed: int | None, device: torch.device):
+    """Sampling from a seed, unless it is None; the global random state stays as it is."""
     if seed is None:
         yield
         return

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
@@ -84,23 +85,29 @@ class LeanDecoder:
         with self._lock:
             self._idle = self._state = None
 
-    def _take(self, batch: int, positions: int, state: tuple) -> Sequences:
-        """The idle cache, where it is of that batch and large enough, or another."""
+    def _take(self, batch: int, positions: int) -> tuple[Sequences, tuple]:
+        """The idle cache, where it is of that batch and large enough, or another; and the model's state, to give it back with."""
+        state = _state(self.model)
         with self._lock:
             if state != self._state:
                 # the weights are not those that keys, values and graphs were made with
                 self.prefixes.clear()
                 self._idle, self._state = None, state
-            idle, self._idle = self._idle, None
+            state, idle, self._idle = self._state, self._idle, None
         if idle is not None and idle.cache.batch == batch and idle.cache.capacity >= positions:
-            return idle
+            return idle, state
         del idle
-        return self.steps.sequences(batch, positions)
+        return self.steps.sequences(batch, positions), state
 
-    def _give_back(self, sequences: Sequences, state: tuple) -> None:
+    def _give_back(self, sequences: Sequences, state: tuple, keys: list[int] | None) -> None:
+        """Keeps the cache for the next request and, by their keys, what is in it."""
         with self._lock:
-            if state == self._state:
-                self._idle = sequences
+            # not if all was forgotten meanwhile, though another request of the same state came since
+            if state is not self._state:
+                return
+            if keys is not None:
+                self.prefixes.put(keys, sequences.cache.read)
+            self._idle = sequences
 
 
 class LeanRequest:
@@ -108,11 +115,13 @@ class LeanRequest:
 
     Attributes:
         reused: positions of the prompt whose keys and values were at hand.
+        lengths: new tokens of each row up to its end; what follows is filling.
     """
 
     def __init__(self, decoder: LeanDecoder, pictures: Sequence[bytes] | None, streamer: BaseStreamer | None):
         self.decoder, self.pictures, self.streamer = decoder, pictures, streamer
         self.reused = 0
+        self.lengths: list[int] = []
 
     @torch.inference_mode()
     def __call__(
@@ -131,9 +140,9 @@ class LeanRequest:
         """
         if reason := _refusal(generation_config):
             raise PromptError(f"this loop decodes greedily or samples, and returns ids: {reason}")
-        decoder, steps, state = self.decoder, self.decoder.steps, _state(model)
+        decoder, steps = self.decoder, self.decoder.steps
         length, limit = input_ids.shape[1], stopping_criteria.max_length
-        sequences = decoder._take(len(input_ids), limit, state)
+        sequences, state = decoder._take(len(input_ids), limit)
         sequences.fill(model_inputs.get("attention_mask"))
         embeddings = model.model.embed(input_ids, **{name: model_inputs.get(name) for name in PICTURE_INPUTS})
         keys = self._keys(input_ids, model_inputs) if sequences.mask is None else None
@@ -172,9 +181,10 @@ class LeanRequest:
             self.streamer.end()
         if keys is not None:
             # of the last token there are none: nothing was asked after it
-            decoder.prefixes.put(keys + ids[0, len(keys) : length - 1].tolist(), sequences.cache.read)
+            keys += ids[0, len(keys) : length - 1].tolist()
         known.clear()
-        decoder._give_back(sequences, state)
+        self.lengths = choice.lengths.tolist()
+        decoder._give_back(sequences, state, keys)
         return ids[:, :length]
 
     def _keys(self, input_ids: torch.Tensor, model_inputs: dict) -> list[int] | None:
@@ -200,6 +210,7 @@ class _Choice:
         self.ids, self.processors, self.criteria = ids, processors, criteria
         self.sampled = config.do_sample
         self.finished = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        self.lengths = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
         # rows that ended are filled up while others go on
         ends = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         self.filling = config._pad_token_tensor.to(ids.device) if ends else None
@@ -207,14 +218,20 @@ class _Choice:
     def __call__(self, logits: torch.Tensor, length: int) -> "_Record":
         """The token at `length` of every row, written into the ids."""
         logits = logits.to(self.ids.device, torch.float32)
-        finite = logits.amax(dim=-1).isfinite().all()
+        finite = logits.amax(dim=-1).isfinite()
         scores = self.processors(self.ids[:, :length], logits)
-        chosen = torch.multinomial(scores.softmax(dim=-1), num_samples=1)[:, 0] if self.sampled else scores.argmax(dim=-1)
+        if self.sampled:
+            # of a row that is not finite anything may be drawn, as it is refused below; on a GPU multinomial would end the process' context
+            shares = torch.where(finite[:, None], scores.softmax(dim=-1), 1.0)
+            chosen = torch.multinomial(shares, num_samples=1)[:, 0]
+        else:
+            chosen = scores.argmax(dim=-1)
         if self.filling is not None:
             chosen = torch.where(self.finished, self.filling, chosen)
         self.ids[:, length] = chosen
+        self.lengths += ~self.finished
         self.finished = self.finished | self.criteria(self.ids[:, : length + 1], None)
-        return _Record(chosen, self.finished.all(), finite)
+        return _Record(chosen, self.finished.all(), finite.all())
 
 
 class _Record:
@@ -248,15 +265,23 @@ def _state(model: nn.Module) -> tuple:
     language = model.model.language_model
     parts = [*language.modules(), model.lm_head]
     weights = tuple(
-        # some layouts of quantised weights have no address of their own
-        (id(p), p.data_ptr() if type(p) is nn.Parameter else 0, None if p.is_inference() else p._version)
+        # some layouts of quantised weights have no address of their own; while it is referred to, a storage's place is not another's
+        (
+            id(p),
+            (StorageWeakRef(p.untyped_storage()), p.data_ptr()) if type(p) is nn.Parameter else 0,
+            None if p.is_inference() else p._version,
+        )
         for p in [*language.parameters(), *model.lm_head.parameters()]
     )
     hooks = tuple(hook for part in parts for hooks in (part._forward_pre_hooks, part._forward_hooks) for hook in hooks)
-    # low-rank adapters are switched, and merged through `.data`, which weights do not count
+    patched = tuple(vars(part)["forward"] for part in parts if "forward" in vars(part))
+    # low-rank adapters are switched and scaled, and merged through `.data`, which weights do not count
     tuned = [part for part in parts if hasattr(part, "merged_adapters")]
-    adapters = tuple((tuple(part.active_adapters), part.disable_adapters, tuple(part.merged_adapters)) for part in tuned)
+    adapters = tuple(
+        (tuple(part.active_adapters), part.disable_adapters, tuple(part.merged_adapters), tuple(getattr(part, "scaling", {}).items()))
+        for part in tuned
+    )
     device = model.lm_head.weight.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     precision = torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
-    return weights, hooks, adapters, autocast, precision, model.config.text_config._attn_implementation
+    return weights, hooks, patched, adapters, autocast, precision, model.config.text_config._attn_implementation

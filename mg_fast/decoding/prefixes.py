@@ -64,19 +64,20 @@ class PrefixStore:
         """Keeps a prompt; what is known of it already is not copied again.
 
         Args:
-            tokens: as of `longest`.
+            tokens: as of `longest`; a prompt that is by itself above the limit is not kept.
             read: copies the keys and values between two positions.
         """
         tokens = tuple(tokens)
         with self._lock:
-            node, known, _ = self._walk(tokens)
+            node, known, segments = self._walk(tokens)
             if known == len(tokens) or not self.limit:
                 return
             segment = read(known, len(tokens))
             for device in {tensor.device for tensor in segment if tensor.is_cuda}:
                 # whoever finds it may be on another stream
                 torch.cuda.current_stream(device).synchronize()
-            if sum(tensor.nbytes for tensor in segment) > self.limit:
+            # with what it begins with: everything else would leave for it, and then itself
+            if sum(tensor.nbytes for run in [*segments, segment] for tensor in run) > self.limit:
                 return
             if known < (end := self._depth(node)):
                 node = self._split(node, len(node.tokens) - (end - known))
@@ -121,8 +122,7 @@ class PrefixStore:
         while self.held_bytes > self.limit:
             # ends only: without its beginning a run is worth nothing
             ends = [node for node in self._nodes() if not node.children]
-            # a prompt whose own beginning had to leave is of no use either
-            node = min((end for end in ends if end is not newest), key=lambda end: end.used, default=newest)
+            node = min((end for end in ends if end is not newest), key=lambda end: end.used)
             del node.parent.children[node.tokens[0]]
             self.held_bytes -= node.nbytes
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..linear import by_onednn, take_onednn
+from ..quantization import EXPERTS_FUNCTION
 from .kv_cache import KVCache
 
 logger = logging.getLogger(__name__)
@@ -86,13 +87,22 @@ class Steps:
     """
 
     def __init__(self, model: nn.Module, *, graphs: bool = True, compiled: bool = False):
-        self.language_model, self.head = model.model.language_model, model.lm_head
+        self.model = model
         self.config = model.config.text_config
         take_onednn(self.language_model)
         take_onednn(self.head)
         self._graphs = graphs
         self._compiled = torch.compile(self._pass, fullgraph=True, dynamic=False) if compiled else None
         self.first_use: dict[str, float] = {}
+
+    @property
+    def language_model(self) -> nn.Module:
+        # looked up: resizing, adapters and loading put other modules in their places
+        return self.model.model.language_model
+
+    @property
+    def head(self) -> nn.Module:
+        return self.model.lm_head
 
     def sequences(self, batch: int, positions: int) -> Sequences:
         """Room for so many sequences of at least so many positions."""
@@ -133,11 +143,12 @@ class Steps:
         Args:
             embeddings: [B, L, hidden].
         """
+        by_graph = sequences.by_graph and self.config._experts_implementation != EXPERTS_FUNCTION
         for chunk in embeddings.split(PREFILL_CHUNK, dim=1):
             width = chunk.shape[1]
             # filling lies in the cache until what comes next overwrites it
             filled = next(w for w in WIDTHS if w >= width)
-            if sequences.by_graph and sequences.cache.length + filled <= sequences.cache.capacity:
+            if by_graph and sequences.cache.length + filled <= sequences.cache.capacity:
                 logits = self._by_graph(sequences, chunk, width, filled)
             else:
                 logits = self._run(sequences, chunk)

@@ -1,0 +1,284 @@
+"""The lean loop against transformers' own: the same ids, in every order in which prompts can come; nothing grows; nothing is stale."""
+
+import copy
+import gc
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from mg_fast.conversation import render
+from mg_fast.decoding import LeanDecoder
+from mg_fast.decoding.kv_cache import KVCache
+from tests.families import ORIGINAL, OWN, family
+
+FAMILIES = [*OWN, *ORIGINAL]
+QUESTIONS = ("What is written in the picture?", "And what colour is it? Say it in a few words.", "Why?")
+
+
+@pytest.fixture(autouse=True)
+def one_thread(two_threads):
+    # models so small are slower on two
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(params=FAMILIES)
+def each(request):
+    return family(request.param)
+
+
+@pytest.fixture
+def own():
+    return family("standard")
+
+
+@pytest.fixture
+def changeable(own):
+    """A model that a test may change."""
+    return copy.deepcopy(own.model)
+
+
+def lean(model, processor, prompts, pictures=None, max_new_tokens=8, decoder=None, **options):
+    """New ids by the lean loop, of prompts filled up on the left to the longest; and how many were reused."""
+    decoder = decoder or LeanDecoder(model)
+    inputs = processor(text=prompts, images=pictures, return_tensors="pt", padding=True)
+    request = decoder.request()
+    out = model.generate(**inputs, max_new_tokens=max_new_tokens, custom_generate=request, **{"do_sample": False, **options})
+    return out[:, inputs["input_ids"].shape[1] :], request.reused
+
+
+# --- greedy ids ---
+
+
+def test_what_the_original_answered(each):
+    if each.name in OWN:
+        pytest.skip("the original has not answered these")
+    pipeline = each.pipeline()
+    for streamed in (False, True):
+        for question, pictures, ids in each.recorded():
+            conversation = pipeline.conversation()
+            if streamed:
+                # all but the first token is known by now
+                pieces = list(conversation.chat(question, pictures, max_new_tokens=16, stream=True))
+                assert "".join(pieces) == pipeline.conversation().chat(question, pictures, max_new_tokens=16).text
+            else:
+                assert conversation.chat(question, pictures, max_new_tokens=16).token_ids == ids
+    batch = pipeline.chat_batch([(question, pictures) for question, pictures, _ in each.recorded()], max_new_tokens=16, progress=False)
+    assert [answer.token_ids for answer in batch] == [ids for *_, ids in each.recorded()]
+
+
+@pytest.mark.parametrize("kv_cache_bytes", [2**30, 150_000, 0], ids=["all kept", "one kept", "none kept"])
+def test_turns_equal_the_history_sent_fresh(each, kv_cache_bytes):
+    """Three conversations in turn, of two and three turns, with a picture in the first or a later turn."""
+    pipeline = each.pipeline(kv_cache_bytes=kv_cache_bytes)
+    first, second = each.pictures
+    told, seen, previous = [[], [], []], [[], [], []], {}
+    conversations = [pipeline.conversation() for _ in told]
+    for turn, question in enumerate(QUESTIONS):
+        for i, conversation in enumerate(conversations):
+            new = [[first], [first, second] if turn == 0 else [], [] if turn != 1 else [second]][i] if turn != 2 or i == 2 else []
+            new = new if not (i == 0 and turn > 0) else []
+            answer = conversation.chat(question, new, max_new_tokens=5)
+            seen[i] += new
+            tagged = "<image>\n" * len(new) + question
+            assert answer.token_ids == each.plain([*told[i], (tagged, None)], seen[i], 5), (i, turn)
+            told[i].append((tagged, answer.text.replace("<image>", "< image>")))
+            if kv_cache_bytes == 2**30 and turn:
+                # all of the last prompt, and of its answer what is tokenised alike within the history
+                assert answer.cached_tokens >= previous[i]
+            if not kv_cache_bytes:
+                assert answer.cached_tokens == 0
+            previous[i] = answer.prompt_tokens - 1
+        assert pipeline.decoder.prefixes.held_bytes <= kv_cache_bytes
+
+
+def test_a_shared_beginning_is_computed_once(each):
+    pipeline = each.pipeline()
+    first = pipeline.conversation().chat("What is it?", [each.pictures[0]], max_new_tokens=4)
+    assert first.cached_tokens == 0
+    second = pipeline.conversation().chat("Who made it?", [each.pictures[0]], max_new_tokens=4)
+    # the template's beginning and the whole picture
+    assert second.cached_tokens > second.image_tokens > 0
+    assert second.token_ids == each.plain([("<image>\nWho made it?", None)], [each.pictures[0]], 4)
+    # another picture in the same words has no position in common from where it stands
+    third = pipeline.conversation().chat("What is it?", [each.pictures[1]], max_new_tokens=4)
+    assert third.cached_tokens < second.cached_tokens - second.image_tokens + 1
+    assert third.token_ids == each.plain([("<image>\nWhat is it?", None)], [each.pictures[1]], 4)
+    # the very same request: all but the last position, whose logits are wanted
+    again = pipeline.conversation().chat("What is it?", [each.pictures[0]], max_new_tokens=4)
+    assert again.cached_tokens == again.prompt_tokens - 1 and again.token_ids == first.token_ids
+
+
+def test_ragged_batches(each):
+    """Filled up on the left, pictures in some rows; rows end at different tokens."""
+    texts = ["<image>\n" + QUESTIONS[0], "Hi.", "<image>\n<image>\nCompare these two, please, and be brief about it."]
+    prompts = [render(each.processor.template, [(text, None)]) for text in texts]
+    pictures = [each.pictures[0], *each.pictures]
+    alone = [each.plain([(text, None)], pictures[:1] if i == 0 else [] if i == 1 else each.pictures, 10) for i, text in enumerate(texts)]
+    eos = alone[0][3]
+    for options in ({}, {"eos_token_id": [eos, alone[2][6]], "pad_token_id": 0}):
+        inputs = each.processor(text=prompts, images=pictures, return_tensors="pt", padding=True)
+        width = inputs["input_ids"].shape[1]
+        expected = each.model.generate(**inputs, max_new_tokens=10, do_sample=False, **options)[:, width:]
+        assert torch.equal(lean(each.model, each.processor, prompts, pictures, 10, **options)[0], expected)
+        if not options:
+            # filling follows where a row ended
+            assert [row[: len(ids)] for row, ids in zip(expected.tolist(), alone)] == alone
+
+
+# --- sampling ---
+
+
+class Only(LogitsProcessor):
+    """Leaves a few tokens, evenly spread enough that all of them are drawn."""
+
+    def __init__(self, tokens):
+        self.tokens = tokens
+
+    def __call__(self, input_ids, scores):
+        kept = torch.full_like(scores, -torch.inf)
+        kept[:, self.tokens] = scores[:, self.tokens]
+        return kept
+
+
+SAMPLING = [
+    dict(temperature=1.0),
+    dict(temperature=0.6),
+    dict(temperature=1.7, top_p=0.8),
+    dict(temperature=1.2, top_k=5),
+    dict(temperature=1.0, repetition_penalty=1.5, top_k=7),
+]
+
+
+@pytest.mark.parametrize("options", SAMPLING, ids=str)
+def test_the_distribution_of_samples(own, options):
+    """The second new token of 4,000 rows against its exact probabilities.
+
+    Chi-square of at most 11 degrees of freedom: above 40 with probability 4e-5 at most, were the seeds not fixed.
+    """
+    tokens, rows = list(range(60, 84, 2)), 4000
+    ids = own.processor(text="What is it? What", return_tensors="pt")["input_ids"]
+    ids = torch.cat([ids, torch.tensor([[60, 64]])], dim=1)
+    settings = {"do_sample": True, "top_k": 0, "top_p": 1.0, **options, "logits_processor": LogitsProcessorList([Only(tokens)])}
+    torch.manual_seed(5)
+    drawn = []
+    for _ in range(4):
+        batch = ids.expand(rows // 4, -1)
+        out = own.model.generate(
+            input_ids=batch,
+            attention_mask=torch.ones_like(batch),
+            max_new_tokens=2,
+            custom_generate=LeanDecoder(own.model).request(),
+            eos_token_id=None,
+            pad_token_id=0,
+            **settings,
+        )
+        drawn.append(out[:, ids.shape[1] :])
+    drawn = torch.cat(drawn)
+    # by hand, in double precision, from one plain pass over every first token
+    first = probabilities(own.model, ids, options, tokens)
+    exact = torch.zeros(len(first), dtype=torch.float64)
+    for token in first.nonzero().flatten().tolist():
+        exact += first[token] * probabilities(own.model, torch.cat([ids, torch.tensor([[token]])], dim=1), options, tokens)
+    for position, expected in ((0, first), (1, exact)):
+        counts = torch.bincount(drawn[:, position], minlength=len(expected)).double()
+        possible = expected > 0
+        assert counts[~possible].sum() == 0
+        # cells so small that the approximation fails go together
+        large = expected * rows >= 5
+        cells = [(counts[large], expected[large] * rows), (counts[~large].sum()[None], expected[~large].sum()[None] * rows)]
+        chi = sum(((seen - wanted) ** 2 / wanted.clamp(min=1)).sum().item() for seen, wanted in cells)
+        assert chi < 40, (position, chi)
+
+
+@torch.inference_mode()
+def probabilities(model, ids, options, tokens):
+    """[vocabulary], float64, by the definitions of the options in the order in which transformers applies them."""
+    scores = model(input_ids=ids).logits[0, -1].double()
+    if penalty := options.get("repetition_penalty"):
+        seen = ids[0].unique()
+        scores[seen] = torch.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
+    only = torch.full_like(scores, -torch.inf)
+    only[tokens] = scores[tokens]
+    scores = only / options["temperature"]
+    if top_k := options.get("top_k"):
+        scores[scores < scores.topk(top_k).values[-1]] = -torch.inf
+    if top_p := options.get("top_p"):
+        ordered, order = scores.softmax(-1).sort(descending=True)
+        scores[order[ordered.cumsum(-1) - ordered >= top_p]] = -torch.inf
+    return scores.softmax(-1)
+
+
+@pytest.mark.parametrize("options", SAMPLING, ids=str)
+def test_the_same_seed_draws_the_same(own, options):
+    prompts = [render(own.processor.template, [(text, None)]) for text in ("Hello there.", "Hi.", "Who are you, and why are you here?")]
+    inputs = own.processor(text=prompts, return_tensors="pt", padding=True)
+    drawn = []
+    for custom in ({}, {"custom_generate": LeanDecoder(own.model).request()}):
+        torch.manual_seed(11)
+        drawn.append(own.model.generate(**inputs, max_new_tokens=20, do_sample=True, **{"top_k": 0, **options}, **custom))
+    assert torch.equal(*drawn)
+
+
+# --- memory, and the host ---
+
+
+def live(kind):
+    """All objects of a class that Python can reach. By type: asking an object for its class can run code of its own."""
+    gc.collect()
+    return [x for x in gc.get_objects() if issubclass(type(x), kind)]
+
+
+def live_bytes():
+    """Bytes of all tensors, each storage once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in live(torch.Tensor) if t.device.type == "cpu"}
+    return sum(storages.values())
+
+
+def test_a_thousand_tokens_take_no_more_memory(own):
+    pipeline = own.pipeline(kv_cache_bytes=500_000)
+    sizes, taken = [], []
+
+    def watch(ids, scores):
+        if ids.shape[1] % 300 == 0:
+            sizes.append(live_bytes())
+            taken.extend(cache.nbytes for cache in live(KVCache) if cache.length)
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    options = dict(max_new_tokens=1000, min_new_tokens=1000, stopping_criteria=[watch])
+    pipeline.chat("Hello?", **options)
+    assert len(sizes) == 3 and max(sizes) - min(sizes) < 20_000
+    # one cache, of one size
+    assert len(set(taken)) == 1 and len(taken) == 3
+    pipeline.reset()
+    before = live_bytes()
+    for _ in range(2):
+        pipeline.chat("Hello?", max_new_tokens=200, min_new_tokens=200)
+        pipeline.reset()
+    assert live_bytes() - before <= 500_000 and pipeline.decoder.prefixes.held_bytes <= 500_000
+
+
+class Asked(TorchDispatchMode):
+    """Counts what a GPU would have to be waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default):
+            self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, *(dict(do_sample=True, **kind) for kind in SAMPLING)], ids=str)
+def test_the_host_asks_twice_a_token(own, options):
+    """Whether all is done, and whether all is finite; on a GPU both lie in pinned memory by then."""
+    prompt = render(own.processor.template, [("Hello?", None)])
+    counts = []
+    for new in (4, 14):
+        with Asked() as asked:
+            lean(own.model, own.processor, [prompt], max_new_tokens=new, **{"min_new_tokens": new, **options})
+        counts.append(len(asked.names))
+    assert counts[1] - counts[0] <= 2 * 10

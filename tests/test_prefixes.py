@@ -1,0 +1,169 @@
+"""PrefixStore: what is found is what was kept, the bytes are counted, the ends used longest ago go first."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mg_fast.decoding import PrefixStore
+from tests.fuzzing import fuzz
+
+# bytes of one position: two layers of keys and values, of other heads and sizes each
+SHAPES = ((1, 2), (2, 3))
+POSITION = sum(2 * heads * d * 4 for heads, d in SHAPES)
+
+
+def reader(tokens):
+    """What a cache holds after these tokens: a position's keys depend on all tokens up to it."""
+    rolling, seen = [], 7
+    for token in tokens:
+        seen = (seen * 31 + token) % 1_000_003
+        rolling.append(float(seen))
+    kept = torch.tensor(rolling)
+
+    def read(start, stop):
+        return [kept[start:stop, None].expand(2, heads, stop - start, d).clone() for heads, d in SHAPES]
+
+    return read
+
+
+def joined(segments, layer):
+    return torch.cat([segment[layer] for segment in segments], dim=2)
+
+
+tokens_strategy = st.lists(st.integers(-2, 2), max_size=9).map(tuple)
+steps_strategy = st.lists(st.tuples(st.sampled_from(["put", "longest", "clear"]), tokens_strategy), max_size=40)
+
+
+@fuzz(300)
+@given(steps_strategy, st.integers(0, 20))
+def test_against_sets_of_prefixes(steps, positions):
+    store = PrefixStore(positions * POSITION)
+    everything: set[tuple] = set()
+    for action, tokens in steps:
+        if action == "clear":
+            store.clear()
+            everything.clear()
+        elif action == "put":
+            before = kept(store)
+            store.put(tokens, reader(tokens))
+            everything |= {tokens[: i + 1] for i in range(len(tokens))}
+            now = kept(store)
+            # nothing comes from nowhere, and nothing leaves without need
+            assert now <= before | {tokens[: i + 1] for i in range(len(tokens))}
+            if len(before | {tokens[: i + 1] for i in range(len(tokens))}) <= positions:
+                assert before <= now and all(tokens[: i + 1] in now for i in range(len(tokens)))
+        held = kept(store)
+        assert held <= everything
+        # every prefix of what is kept is kept
+        assert all(entry[:-1] in held for entry in held if len(entry) > 1)
+        assert store.held_bytes == len(held) * POSITION <= store.limit
+        known, segments = store.longest(tokens)
+        assert known == next((i for i in range(len(tokens), 0, -1) if tokens[:i] in held), 0)
+        assert bool(segments) == bool(known)
+        for layer, expected in enumerate(reader(tokens)(0, known)):
+            assert not known or torch.equal(joined(segments, layer), expected)
+
+
+def kept(store) -> set[tuple]:
+    """All prefixes of what the tree holds; and that each node owns its memory."""
+    found = set()
+
+    def walk(node, before):
+        for first, child in node.children.items():
+            assert child.tokens[0] == first and child.parent is node
+            for tensor in child.segment:
+                assert tensor.shape[2] == len(child.tokens)
+                assert tensor.untyped_storage().nbytes() == tensor.nbytes
+            found.update(before + child.tokens[: i + 1] for i in range(len(child.tokens)))
+            walk(child, before + child.tokens)
+
+    walk(store._root, ())
+    return found
+
+
+def put(store, *prompts):
+    for tokens in prompts:
+        store.put(tokens, reader(tokens))
+
+
+def known(store, tokens):
+    return store.longest(tokens)[0]
+
+
+def test_the_ends_used_longest_ago_leave_first():
+    store = PrefixStore(9 * POSITION)
+    a, b, c = (1, 1, 1), (2, 2, 2), (3, 3, 3)
+    put(store, a, b, c)
+    # asked for again: now b is the oldest
+    store.longest(a)
+    put(store, (4, 4, 4))
+    assert [known(store, tokens) for tokens in (b, c, a, (4, 4, 4))] == [0, 3, 3, 3]
+    # of those, c was asked for first: it leaves, and with its place two tokens come
+    put(store, (5, 5))
+    assert [known(store, tokens) for tokens in (c, a, (4, 4, 4), (5, 5))] == [0, 3, 3, 2]
+
+
+def test_a_common_beginning_outlives_its_ends():
+    store = PrefixStore(8 * POSITION)
+    put(store, (1, 1, 1, 2, 2), (1, 1, 1, 3, 3))
+    assert store.held_bytes == 7 * POSITION
+    put(store, (9, 9))
+    # the end used longest ago left; what both began with is still the other's
+    assert known(store, (1, 1, 1, 2, 2)) == 3 and known(store, (1, 1, 1, 3, 3)) == 5
+    assert store.held_bytes == 7 * POSITION
+
+
+def test_half_of_a_split_run_frees_its_bytes():
+    store = PrefixStore(6 * POSITION)
+    put(store, (1, 1, 1, 2, 2))
+    whole = [weakref.ref(tensor) for node in store._nodes() for tensor in node.segment]
+    put(store, (1, 1, 1, 3))
+    gc.collect()
+    # the tensors of the whole run are gone, and with them their memory
+    assert not any(reference() is not None for reference in whole)
+    store.longest((1, 1, 1, 3))
+    put(store, (9, 9))
+    assert kept(store) == {(1,), (1, 1), (1, 1, 1), (1, 1, 1, 3), (9,), (9, 9)}
+    assert store.held_bytes == 6 * POSITION
+
+
+def test_what_cannot_be_kept_throws_nothing_out():
+    store = PrefixStore(6 * POSITION)
+    put(store, (1, 1, 1), (2, 2))
+    # too long by itself, and with what is known of it
+    put(store, (3,) * 7, (1, 1, 1, 4, 4, 4, 4))
+    assert known(store, (1, 1, 1)) == 3 and known(store, (2, 2)) == 2
+
+
+def test_known_tokens_are_not_read_again():
+    store = PrefixStore(100 * POSITION)
+    read = []
+    store.put((1, 2, 3), lambda start, stop: read.append((start, stop)) or reader((1, 2, 3))(start, stop))
+    store.put((1, 2, 3, 4), lambda start, stop: read.append((start, stop)) or reader((1, 2, 3, 4))(start, stop))
+    store.put((1, 2), lambda start, stop: read.append((start, stop)))
+    assert read == [(0, 3), (3, 4)]
+
+
+def test_what_was_handed_out_stays_when_it_leaves():
+    store = PrefixStore(3 * POSITION)
+    put(store, (1, 2, 3))
+    length, segments = store.longest((1, 2, 9))
+    put(store, (1, 7), (4, 4, 4))
+    store.clear()
+    assert length == 2 and torch.equal(joined(segments, 1), reader((1, 2))(0, 2)[1])
+
+
+@pytest.mark.parametrize("limit", [-1, 0.5, "1"])
+def test_limits_that_are_none(limit):
+    with pytest.raises((ValueError, TypeError)):
+        PrefixStore(limit)
+
+
+def test_a_store_of_nothing():
+    store = PrefixStore(0)
+    store.put((1, 2), lambda start, stop: pytest.fail("read for nothing"))
+    assert store.longest((1, 2)) == (0, []) and store.held_bytes == 0

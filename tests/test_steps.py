@@ -1,0 +1,193 @@
+"""Passes as a GPU captures them, over fixed windows under a mask: run on the CPU they give the ids of transformers' own loop.
+
+Here nothing is captured, so what a graph would hold is run anew each time; that a pass asks the host for nothing, and reads nothing but
+tensors, is shown by tracing it.
+"""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mg_fast.decoding import LeanDecoder, steps
+from mg_fast.decoding.kv_cache import KVCache
+from tests.families import ORIGINAL, OWN, family
+
+FAMILIES = [*OWN, *ORIGINAL]
+
+
+@pytest.fixture(autouse=True)
+def one_thread(two_threads):
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(params=FAMILIES)
+def each(request):
+    return family(request.param)
+
+
+@pytest.fixture
+def own():
+    return family("standard")
+
+
+@pytest.fixture
+def by_graph(monkeypatch):
+    """As on a GPU, but never captured; with small chunks and windows, which prompts cross at odd places."""
+    monkeypatch.setattr(steps.Steps, "graphs_refused", lambda self, capacity: None)
+    monkeypatch.setattr(steps._Graph, "_capture", lambda self: None)
+    monkeypatch.setattr(steps, "PREFILL_CHUNK", 24)
+    monkeypatch.setattr(steps, "WINDOW", 32)
+    monkeypatch.setattr(steps, "WIDTHS", (7, 16, 24))
+    run = []
+    whole = steps._Graph.__call__
+
+    def counted(self, inputs, start, width):
+        run.append((inputs.shape[1], self.inputs.shape[1], self.window, start))
+        return whole(self, inputs, start, width)
+
+    monkeypatch.setattr(steps._Graph, "__call__", counted)
+    return run
+
+
+def test_turns(each, by_graph):
+    pipeline = each.pipeline()
+    history, answers = [], []
+    for question, pictures in (
+        ("What is it?", [each.pictures[0]]),
+        ("And what else do you see in it?", []),
+        ("Now this.", [each.pictures[1]]),
+    ):
+        answer = pipeline.chat(question, pictures, max_new_tokens=7)
+        history.append(("<image>\n" * len(pictures) + question, None))
+        assert answer.token_ids == each.plain(history, each.pictures[: 1 + (len(history) == 3)], 7)
+        history[-1] = (history[-1][0], answer.text)
+        answers.append(answer)
+    assert all(answer.cached_tokens for answer in answers[1:])
+    # prompts were filled up, windows grew, and passes began in the middle of both
+    assert any(width < filled for width, filled, *_ in by_graph) and len({window for *_, window, _ in by_graph}) > 2
+    assert all(start + filled <= window for _, filled, window, start in by_graph)
+
+
+def test_ragged_batch(each, by_graph):
+    questions = [("What is it?", [each.pictures[0]]), ("Hi.", []), ("Compare these two, and be brief.", list(each.pictures))]
+    answers = each.pipeline().chat_batch(questions, max_new_tokens=7, progress=False)
+    for (text, pictures), answer in zip(questions, answers):
+        assert answer.error is None
+        assert answer.token_ids == each.plain([("<image>\n" * len(pictures) + text, None)], pictures, 7)
+    assert by_graph
+
+
+@pytest.mark.parametrize("length", [*range(1, 9), 15, 16, 17, 23, 24, 25, 31, 32, 33, 47, 48, 49, 63, 64, 65])
+def test_lengths_around_every_border(own, by_graph, length):
+    ids = torch.randint(3, 400, (1, length), generator=torch.Generator().manual_seed(length))
+    options = dict(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, eos_token_id=None)
+    expected = own.model.generate(**options)
+    decoder = LeanDecoder(own.model)
+    for _ in range(2):
+        assert torch.equal(own.model.generate(**options, custom_generate=decoder.request()), expected)
+
+
+def test_one_cache_for_prompts_with_and_without_filling(own, by_graph):
+    """Filling and what earlier requests left behind are masked, whatever came before on the same cache."""
+    decoder = LeanDecoder(own.model, kv_cache_bytes=0)
+    generator = torch.Generator().manual_seed(3)
+    for pads in ((0, 9), (0, 0), (14, 3), (2, 0), (0, 0)):
+        ids, mask = torch.randint(3, 400, (2, 20), generator=generator), torch.ones(2, 20, dtype=torch.long)
+        for row, pad in enumerate(pads):
+            ids[row, :pad], mask[row, :pad] = 0, 0
+        options = dict(input_ids=ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
+        assert torch.equal(own.model.generate(**options, custom_generate=decoder.request()), own.model.generate(**options)), pads
+
+
+def test_graphs_are_bounded(own, by_graph, monkeypatch):
+    monkeypatch.setattr(steps, "MAX_GRAPHS", 5)
+    pipeline = own.pipeline()
+    for i in range(6):
+        pipeline.chat("Word " * (7 * i + 1), max_new_tokens=30, min_new_tokens=30)
+    sequences = pipeline.decoder._idle
+    assert 0 < len(sequences.graphs) <= 5
+    assert len({(filled, window) for _, filled, window, _ in by_graph}) > 5
+
+
+def test_a_graph_is_captured_once_and_where_it_comes_again(own, by_graph, monkeypatch):
+    captured = []
+    monkeypatch.setattr(steps._Graph, "_capture", lambda self: captured.append((self.inputs.shape[1], self.window)))
+    pipeline = own.pipeline()
+    pipeline.chat("Hello?", max_new_tokens=40, min_new_tokens=40)
+    assert captured and len(captured) == len(set(captured))
+    assert {width for width, _ in captured} <= {1, 24}
+
+
+def prepared(own, rows, padded):
+    """Sequences with a prompt in them, as before the next token."""
+    decoder = LeanDecoder(own.model)
+    sequences = decoder.steps.sequences(rows, 40)
+    mask = torch.ones(rows, 20, dtype=torch.long)
+    if padded:
+        mask[0, :6] = 0
+    sequences.fill(mask)
+    with torch.inference_mode(False), torch.no_grad():
+        embeddings = own.model.get_input_embeddings()(torch.randint(3, 400, (rows, 20), generator=torch.Generator().manual_seed(0)))
+        decoder.steps.prefill(sequences, embeddings)
+    return decoder.steps, sequences
+
+
+@pytest.mark.parametrize("name,padded", [("standard", True), ("mgm-gemma", False), ("mgm-llama3", False), ("mgm-mixtral", True)])
+def test_a_pass_is_traced_whole(name, padded, by_graph):
+    """Whatever would ask the host, or depends on a number, breaks a full graph."""
+    own = family(name)
+    with torch.no_grad():
+        passes, sequences = prepared(own, 2, padded)
+        start, last = torch.tensor([sequences.cache.length]), torch.tensor([0])
+        inputs = torch.tensor([[5], [6]])
+        sequences.cache.window = 64
+        expected = passes._pass(sequences, inputs, start, last)
+        torch._dynamo.reset()
+        traced = torch.compile(passes._pass, fullgraph=True, backend="eager", dynamic=False)
+        assert torch.allclose(traced(sequences, inputs, start, last), expected, atol=1e-5)
+        # at the next position the same graph serves
+        start += 1
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            sequences.cache.positions = None
+            traced(sequences, inputs, start, last)
+    sequences.cache.positions = None
+
+
+def test_a_pass_needs_no_values(own, by_graph):
+    """Fake tensors have none: whoever asked one for a number would be told."""
+    model, mode = copy.deepcopy(own.model), FakeTensorMode()
+    for part in model.modules():
+        part._parameters = {
+            name: None if p is None else torch.nn.Parameter(mode.from_tensor(p.detach())) for name, p in part._parameters.items()
+        }
+        part._buffers = {name: None if b is None else mode.from_tensor(b) for name, b in part._buffers.items()}
+    with mode, torch.no_grad():
+        passes = steps.Steps(model)
+        sequences = steps.Sequences(KVCache(model.config.text_config.num_hidden_layers, 2, 64, masked=True), True)
+        sequences.cache.window = 64
+        ids, start, last = (torch.empty(shape, dtype=torch.long) for shape in ((2, 1), (1,), (1,)))
+        out = passes._pass(sequences, ids, start, last)
+    assert out.shape == (2, 400)
+
+
+def test_what_graphs_are_refused_for(own):
+    passes = LeanDecoder(own.model).steps
+    assert passes.graphs_refused(512) == "the language model is not on one GPU"
+
+
+def test_a_stale_number_in_the_filling_stays_out(own, by_graph):
+    """A graph's input keeps what lay behind an earlier, longer prompt; also NaN in the cache of a request that failed must not last."""
+    pipeline = own.pipeline()
+    good = pipeline.chat("What is it?", [own.pictures[0]], max_new_tokens=4)
+    bad = pipeline.conversation()
+    broken = dataclasses.replace(pipeline._see(own.pictures[1]), tokens=torch.full((25, 64), torch.nan))
+    bad.pictures, bad.turns = [broken], [("<image>\nWhat?", "Nothing.")]
+    with pytest.raises(FloatingPointError, match="image tokens are not finite"):
+        bad.chat("And now?", max_new_tokens=4)
+    again = pipeline.conversation().chat("What is it?", [own.pictures[0]], max_new_tokens=4)
+    assert again.token_ids == good.token_ids
+    short = pipeline.conversation().chat("Hm?", max_new_tokens=4)
+    assert short.token_ids == own.plain([("Hm?", None)], [], 4)
