@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.integrations.moe import ALLEXPERTS_FUNCTIONS
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils.quantization_config import QuantizationConfigMixin, TorchAoConfig
 
 from .errors import BackendError
@@ -355,4 +355,4 @@ def _product(rows: torch.Tensor, weight: torch.Tensor, expert: int) -> torch.Ten
     return F.linear(rows, values) * scale.squeeze(-1)
 
 
-ALLEXPERTS_FUNCTIONS.register(EXPERTS_FUNCTION, quantized_experts)
+ALL_EXPERTS_FUNCTIONS.register(EXPERTS_FUNCTION, quantized_experts)
