@@ -588,14 +588,14 @@ THEIRS = [
 ]
 
 
-@pytest.mark.parametrize("options", OURS, ids=str)
+@pytest.mark.parametrize("options", OURS, ids="-".join)
 def test_options_of_this_loop(own, options, caplog):
     answer = own.pipeline().chat(QUESTION, [own.pictures[0]], max_new_tokens=12, **options)
     assert answer.token_ids == own.plain([("<image>\n" + QUESTION, None)], own.pictures[:1], 12, **options)
     assert "transformers' own loop" not in caplog.text
 
 
-@pytest.mark.parametrize("options,reason", THEIRS, ids=str)
+@pytest.mark.parametrize("options,reason", THEIRS)
 def test_options_of_theirs(own, options, reason, caplog):
     pipeline = own.pipeline()
     for _ in range(2):
