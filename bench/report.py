@@ -101,6 +101,39 @@ def mining_table(found: Kept) -> str:
     return "\n".join([*lines, "", _wrapped(notes + _gpu_note(found)), *conditions(found, columns)])
 
 
+def answers_table(found: Kept) -> str:
+    """The language model's part of an answer: transformers' own loop, and ours."""
+    columns = [("cpu", "0.5b", "float32")] + [(device, size, "bfloat16") for device in gpus(found) for size in ("7b", "7b-hd", "34b")]
+    forms = {
+        "reference": "`generate`",
+        "auto": "mg_fast",
+        "auto, compiled": "mg_fast, compiled",
+        "auto, static cache": "`generate`, static cache",
+    }
+    measures = {
+        "first-token-b1": "first token of a picture and a question",
+        "second-turn-b1": "first token of the second question",
+        "decode-b1": "one more token",
+        "decode-b8": "one more token of 8 sequences each",
+        "decode-b32": "one more token of 32 sequences each",
+    }
+    lines = ["| an answer's part | " + " | ".join(forms.values()) + " |", "|---" * (len(forms) + 1) + "|"]
+    pairs = [(device, f"end-to-end/{size}-{name}-{dtype}") for device, size, dtype in columns for name in measures]
+    for device, case in pairs:
+        rows = [row_of(found, device, case, form) for form in forms]
+        if not any(row is not None and shown(row) for row in rows):
+            continue
+        size, name = next((size, name) for _, size, _ in columns for name in measures if case.startswith(f"end-to-end/{size}-{name}-"))
+        title = f"{'CPU' if device == 'cpu' else device}, {size}: {measures[name]}"
+        cells = [figure(row) if row is None or shown(row) else "not on a CPU" for row in rows]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    notes = (
+        "Medians; random weights. `generate` is transformers' with its default cache, and towers and mining by the original's steps; it too"
+    )
+    notes += " keeps image tokens between questions. 0.5b: a Llama of 0.56 B parameters behind narrow towers, 576 image tokens."
+    return "\n".join([*lines, "", _wrapped(notes + _gpu_note(found)), *conditions(found, pairs)])
+
+
 def predicted_table(_: Kept) -> str:
     """What was counted of a GPU that is not here."""
     parts = {"patch info mining": "mining", "high-resolution tower": "tower", "picture to tokens": "picture"}
@@ -122,7 +155,7 @@ def _counted(row: Mapping) -> str:
     return f"{row['flop'] / 1e9:,.0f} GFLOP, {row['moved'] / 1e6:,.0f} MB, {row['launches']} launches, {row['peak'] / 2**20:,.0f} MiB"
 
 
-TABLES = {"picture": picture_table, "mining": mining_table, "predicted": predicted_table}
+TABLES = {"picture": picture_table, "mining": mining_table, "answers": answers_table, "predicted": predicted_table}
 
 
 def is_measured(row: Mapping | None) -> bool:
