@@ -220,7 +220,10 @@ class Pipeline:
         self._packing_number += 1
 
     def clear_kv_cache(self) -> None:
-        """Forgets keys and values of prompts and answers; conversations go on, their history is computed once more."""
+        """Forgets keys and values of prompts and answers; conversations go on, their history is computed once more.
+
+        Other weights, hooks and adapters are noticed; for whoever writes into the language model's weights through `.data`.
+        """
         self.decoder.forget()
 
     def _circumstances(self) -> tuple:

@@ -40,6 +40,7 @@ def by_graph(monkeypatch):
     monkeypatch.setattr(steps._Graph, "_capture", lambda self: None)
     monkeypatch.setattr(steps, "PREFILL_CHUNK", 24)
     monkeypatch.setattr(steps, "WINDOW", 32)
+    monkeypatch.setattr(steps, "ONE_SEQUENCE", 64)
     monkeypatch.setattr(steps, "WIDTHS", (7, 16, 24))
     run = []
     whole = steps._Graph.__call__
