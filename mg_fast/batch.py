@@ -72,18 +72,21 @@ def chat_batch(
         answers.update(zip(numbers, given))
 
     bar = tqdm(total=len(questions), initial=len(answers), desc="questions", disable=not progress)
-    # once for all batches: seeded anew, each would draw the same numbers
-    with bar, seeded(seed, pipeline.device):
-        for batch in _batches(requests, batch_size, pipeline.model.config.text_config.max_position_embeddings):
-            seen = {}
-            for i in batch:
-                try:
-                    seen[i] = pipeline._see_all(requests[i][1], seen.values(), allow_urls=allow_urls)
-                except (MgFastError, torch.OutOfMemoryError) as error:
-                    answers[i] = failed(error, requests[i][0])
-            if seen:
-                run(list(seen))
-            bar.update(len(batch))
+    try:
+        # once for all batches: seeded anew, each would draw the same numbers
+        with bar, seeded(seed, pipeline.device):
+            for batch in _batches(requests, batch_size, pipeline.model.config.text_config.max_position_embeddings):
+                seen = {}
+                for i in batch:
+                    try:
+                        seen[i] = pipeline._see_all(requests[i][1], seen.values(), allow_urls=allow_urls)
+                    except (MgFastError, torch.OutOfMemoryError) as error:
+                        answers[i] = failed(error, requests[i][0])
+                if seen:
+                    run(list(seen))
+                bar.update(len(batch))
+    finally:
+        pipeline.decoder.rest()
     return [answers[i] for i in range(len(questions))]
 
 

@@ -52,7 +52,8 @@ class Pipeline:
         processor: its MiniGeminiProcessor.
         backend: for every call of this pipeline.
         image_cache_bytes: most bytes of image tokens kept, on the model's device; 0 keeps none.
-        kv_cache_bytes: most bytes of keys and values kept of prompts and answers, on the model's devices; 0 keeps none.
+        kv_cache_bytes: most bytes of keys and values kept of prompts and answers, on the model's devices; 0 keeps none. Default: 1 GiB, or
+            as many as the longest conversation has that the model can hold.
         compiled: on a GPU, decode through torch.compile: seconds to a minute at the first answer.
 
     Attributes:
@@ -70,7 +71,7 @@ class Pipeline:
         *,
         backend: str | None = None,
         image_cache_bytes: int = DEFAULT_BYTES,
-        kv_cache_bytes: int = decoding.DEFAULT_BYTES,
+        kv_cache_bytes: int | None = None,
         compiled: bool = False,
     ):
         check_everywhere(backend, model.device)
@@ -158,7 +159,8 @@ class Pipeline:
             image: a Pillow image, path, bytes, or uint8 array or tensor; a URL where `allow_urls` is set.
             meter: measures the stages.
         """
-        return self._see(image, allow_urls=allow_urls, meter=meter).tokens
+        # outside of inference mode: a tensor that anything may be done with
+        return self._see(image, allow_urls=allow_urls, meter=meter).tokens.clone()
 
     @torch.inference_mode()
     def _see(
@@ -289,7 +291,7 @@ def load(
     attn_implementation: str | None = None,
     allow_long: bool = False,
     image_cache_bytes: int = DEFAULT_BYTES,
-    kv_cache_bytes: int = decoding.DEFAULT_BYTES,
+    kv_cache_bytes: int | None = None,
     compiled: bool = False,
 ) -> Pipeline:
     """Loads a Mini-Gemini checkpoint with everything around it.
@@ -307,7 +309,8 @@ def load(
             CUDA graphs), `flash_attention_2`, `eager`.
         allow_long: accept prompts longer than the model was trained on.
         image_cache_bytes: most bytes of image tokens kept, by picture content, on the model's device; 0 keeps none.
-        kv_cache_bytes: most bytes of keys and values kept of prompts and answers, on the model's devices; 0 keeps none.
+        kv_cache_bytes: most bytes of keys and values kept of prompts and answers, on the model's devices; 0 keeps none. Default: 1 GiB, or
+            as many as the longest conversation has that the model can hold.
         compiled: on a GPU, decode through torch.compile: seconds to a minute at the first answer.
 
     Raises:

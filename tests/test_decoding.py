@@ -309,3 +309,22 @@ def test_the_host_asks_twice_a_token(own, options):
             lean(own.model, own.processor, [prompt], max_new_tokens=new, **{"min_new_tokens": new, **options})
         counts.append(len(asked.names))
     assert counts[1] - counts[0] <= 2 * 10
+
+
+def test_as_much_is_kept_as_the_longest_conversation_has(own, monkeypatch):
+    text = own.model.config.text_config
+    assert LeanDecoder(own.model).prefixes.limit == 2**30
+    monkeypatch.setattr("mg_fast.decoding.lean.LEAST_BYTES", 1)
+    cache = own.pipeline()
+    cache.chat("How many?", max_new_tokens=4)
+    [segment] = cache.decoder.prefixes.longest(own.processor.encode(render(own.processor.template, [("How many?", None)]))[0])[1]
+    one = sum(tensor.nbytes for tensor in segment) // segment[0].shape[-2]
+    assert cache.decoder.prefixes.limit == one * text.max_position_embeddings
+
+
+def test_the_large_cache_of_a_batch_is_handed_back(own):
+    pipeline = own.pipeline()
+    pipeline.chat_batch(["How many?", "Where?"], max_new_tokens=2, progress=False)
+    assert pipeline.decoder._idle is None
+    pipeline.chat("How many?", max_new_tokens=2)
+    assert pipeline.decoder._idle.cache.batch == 1

@@ -338,3 +338,10 @@ def test_warm_up_leaves_conversations_alone(pipeline, photo):
     assert seconds["all"] > seconds["towers packed"] > 0
     assert pipeline._own.turns == turns
     assert pipeline.chat("And?", max_new_tokens=4).image_tokens == 25
+
+
+def test_image_tokens_are_the_callers_own(pipeline, photo):
+    tokens = pipeline.see(photo)
+    expected = tokens.clone()
+    tokens.mul_(2).requires_grad_()
+    assert torch.equal(pipeline.see(photo), expected)

@@ -31,7 +31,7 @@ import mg_fast
 from examples import random_checkpoint
 from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor, use_backend
 from mg_fast.conversation import render, stop_ids, with_picture_tags
-from mg_fast.decoding import DEFAULT_BYTES, LeanDecoder
+from mg_fast.decoding import LeanDecoder
 from mg_fast.mini_gemini.checkpoint import decide_template, load_tokenizer
 from mg_fast.mini_gemini.encoder import PictureEncoder
 from mg_fast.mini_gemini.processing import MiniGeminiImageProcessor
@@ -146,7 +146,7 @@ def cases() -> list[Case]:
 
 
 def _of_size(size: Size) -> list[Case]:
-    def case(measure: str, take: Callable, batch: int = 1, *, decodes: bool = False, kept: int = 0, **options) -> Case:
+    def case(measure: str, take: Callable, batch: int = 1, *, decodes: bool = False, kept: int | None = 0, **options) -> Case:
         pipeline = {"kv_cache_bytes": kept}
         providers = {"reference": _by(take, "reference"), "auto": _by(take, "auto", pipeline)}
         memory = {"auto": _by(take, "auto", pipeline, graphs=False)}
@@ -179,7 +179,7 @@ def _of_size(size: Size) -> list[Case]:
         decode = {batch: case("decode", _decoding(batch), batch, tokens=batch, **options) for batch in BATCHES}
         found += [
             decode[1],
-            case("second-turn", _second_turn, kept=DEFAULT_BYTES, exact=_exact_second_turn),
+            case("second-turn", _second_turn, kept=None, exact=_exact_second_turn),
             *(decode[batch] for batch in BATCHES[1:]),
         ]
         found += [case(f"arrivals{load}", _arrivals(load), exact=first(COMPARED)) for load in LOADS]

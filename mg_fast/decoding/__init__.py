@@ -1,6 +1,6 @@
 """Decoding: a token at a time over keys and values that are kept."""
 
 from .lean import LeanDecoder, LeanRequest
-from .prefixes import DEFAULT_BYTES, PrefixStore
+from .prefixes import PrefixStore
 
-__all__ = ["DEFAULT_BYTES", "LeanDecoder", "LeanRequest", "PrefixStore"]
+__all__ = ["LeanDecoder", "LeanRequest", "PrefixStore"]

@@ -6,6 +6,13 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 
+def position_bytes(config, dtype: torch.dtype) -> int:
+    """Bytes of the keys and values of one position, of a language model's configuration."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * width * dtype.itemsize
+
+
 class KVCache(Cache):
     """A cache of fixed capacity for `B` sequences of one length, which transformers' models write and read like their own.
 

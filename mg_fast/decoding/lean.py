@@ -15,11 +15,14 @@ from transformers.generation.streamers import BaseStreamer
 from ..errors import PromptError
 from ..mini_gemini.modeling import PICTURE_INPUTS
 from .finite import explain
-from .prefixes import DEFAULT_BYTES, PrefixStore
+from .kv_cache import position_bytes
+from .prefixes import PrefixStore
 from .steps import Sequences, Steps, fixed_positions
 
 logger = logging.getLogger(__name__)
 
+# of keys and values, where nobody says how many: several conversations of a small model
+LEAST_BYTES = 2**30
 # settings, as they must be, under which `generate` needs nothing that this loop does not have
 _PLAIN = {
     "output_attentions": False,
@@ -45,12 +48,16 @@ class LeanDecoder:
 
     Args:
         model: the MiniGeminiForConditionalGeneration.
-        kv_cache_bytes: most bytes of keys and values remembered, on the model's devices; 0 remembers nothing.
+        kv_cache_bytes: most bytes of keys and values remembered, on the model's devices; 0 remembers nothing. Default: those of the longest
+            conversation that the model can hold, but at least `LEAST_BYTES`.
         graphs, compiled: as of `Steps`.
     """
 
-    def __init__(self, model: nn.Module, *, kv_cache_bytes: int = DEFAULT_BYTES, graphs: bool = True, compiled: bool = False):
+    def __init__(self, model: nn.Module, *, kv_cache_bytes: int | None = None, graphs: bool = True, compiled: bool = False):
         self.model = model
+        if kv_cache_bytes is None:
+            text = model.config.text_config
+            kv_cache_bytes = max(LEAST_BYTES, text.max_position_embeddings * position_bytes(text, model.dtype))
         self.prefixes = PrefixStore(kv_cache_bytes)
         self.steps = Steps(model, graphs=graphs, compiled=compiled)
         self._idle: Sequences | None = None
@@ -84,6 +91,12 @@ class LeanDecoder:
         self.prefixes.clear()
         with self._lock:
             self._idle = self._state = None
+
+    def rest(self) -> None:
+        """Hands back the memory of a cache of several sequences, which is large; what is remembered stays."""
+        with self._lock:
+            if self._idle is not None and self._idle.cache.batch > 1:
+                self._idle = None
 
     def _take(self, batch: int, positions: int) -> tuple[Sequences, tuple]:
         """The idle cache, where it is of that batch and large enough, or another; and the model's state, to give it back with."""

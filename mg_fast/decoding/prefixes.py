@@ -8,9 +8,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-# 2,000 tokens of a 7B model in half precision, 8,000 of one with 8 key heads
-DEFAULT_BYTES = 2**30
-
 # a copy of the keys and values between two positions: [2, heads, n, d] for every layer
 Segment = list[torch.Tensor]
 
@@ -42,7 +39,7 @@ class PrefixStore:
         held_bytes: bytes held now, on whatever devices they are.
     """
 
-    def __init__(self, limit: int = DEFAULT_BYTES):
+    def __init__(self, limit: int):
         self.limit = operator.index(limit)
         if self.limit < 0:
             raise ValueError(f"kv_cache_bytes: expected 0 or more bytes, got {limit}")
