@@ -117,21 +117,21 @@ def answers_table(found: Kept) -> str:
         "decode-b8": "one more token of 8 sequences each",
         "decode-b32": "one more token of 32 sequences each",
     }
-    lines = ["| an answer's part | " + " | ".join(forms.values()) + " |", "|---" * (len(forms) + 1) + "|"]
-    pairs = [(device, f"end-to-end/{size}-{name}-{dtype}") for device, size, dtype in columns for name in measures]
-    for device, case in pairs:
-        rows = [row_of(found, device, case, form) for form in forms]
-        if not any(row is not None and shown(row) for row in rows):
-            continue
-        size, name = next((size, name) for _, size, _ in columns for name in measures if case.startswith(f"end-to-end/{size}-{name}-"))
-        title = f"{'CPU' if device == 'cpu' else device}, {size}: {measures[name]}"
-        cells = [figure(row) if row is None or shown(row) else "not on a CPU" for row in rows]
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    notes = (
-        "Medians; random weights. `generate` is transformers' with its default cache, and towers and mining by the original's steps; it too"
-    )
-    notes += " keeps image tokens between questions. 0.5b: a Llama of 0.56 B parameters behind narrow towers, 576 image tokens."
-    return "\n".join([*lines, "", _wrapped(notes + _gpu_note(found)), *conditions(found, pairs)])
+    cases = {
+        (device, f"end-to-end/{size}-{name}-{dtype}"): f"{'CPU' if device == 'cpu' else device}, {size}: {told}"
+        for device, size, dtype in columns
+        for name, told in measures.items()
+    }
+    rows = {pair: {form: row_of(found, *pair, form) for form in forms} for pair in cases}
+    measured = {form for row in rows.values() for form, cell in row.items() if cell is not None and shown(cell)}
+    titles = {form: title for form, title in forms.items() if form in measured | {"reference", "auto"}}
+    lines = ["| an answer's part | " + " | ".join(titles.values()) + " |", "|---" * (len(titles) + 1) + "|"]
+    for pair, title in cases.items():
+        if any(row is not None for row in rows[pair].values()):
+            lines.append(f"| {title} | " + " | ".join(figure(rows[pair][form]) for form in titles) + " |")
+    notes = "Medians; random weights. `generate` is transformers' with its default cache, towers and mining by the original's steps; it"
+    notes += " keeps image tokens between questions, too. 0.5b: a Llama of 0.56 B parameters behind narrow towers, 576 image tokens."
+    return "\n".join([*lines, "", _wrapped(notes + _gpu_note(found)), *conditions(found, list(cases))])
 
 
 def predicted_table(_: Kept) -> str:

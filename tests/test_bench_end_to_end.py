@@ -204,7 +204,7 @@ def test_arrivals_are_the_same_for_all():
 def test_clocked_calls_give_their_own_times():
     """A turn's ratio is that of its medians, and every sample counts."""
     calls = {"reference": lambda: (None, [2.0, 9.0, 3.0]), "ours": lambda: (None, [1.0])}
-    timings = measure.time_in_turns(calls, "reference", 0.0, least_turns=3, most_turns=3, clocked=True)
+    timings = measure.time_in_turns(calls, "reference", 0.0, least_turns=3, most_turns=3, clocked=True, others=lambda: 0.0)
     assert timings["ours"].ratios == [3.0] * 3 and timings["reference"].ratios == [1.0] * 3
     assert timings["reference"].samples == [2.0, 9.0, 3.0] * 3
 
