@@ -209,7 +209,7 @@ def draw_print(rng: random.Random, image: Image.Image, text: str, x: float, y: f
     return Print(text, x, y, height, tuple(centres))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _font(name: str | None, height: float) -> ImageFont.FreeTypeFont:
     """A font whose digits are `height` pixels high."""
 

@@ -1,0 +1,67 @@
+"""How the towers are pretrained, as published ones are: told directly what lies where, by heads that are thrown away."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mg_fast.mini_gemini.configuration import MiniGeminiConfig
+
+from .data import CELL_KINDS, IGNORED, Batch
+from .scenes import BACKGROUNDS, COLOURS, MAX_DIGITS
+
+# classes of every question to a cell: what, which colour, on which background, and each digit or none
+CELL_CLASSES = (len(CELL_KINDS), len(COLOURS), len(BACKGROUNDS), *[11] * MAX_DIGITS)
+
+
+class TowerHeads(nn.Module):
+    """Linear heads on the towers' features: per cell on both towers, per character on the high-resolution tower's finest maps."""
+
+    def __init__(self, config: MiniGeminiConfig):
+        super().__init__()
+        dims = config.vision_config_aux["dims"]
+        self.low = _head(config.mm_hidden_size, sum(CELL_CLASSES))
+        self.high = _head(dims[-1], sum(CELL_CLASSES))
+        self.characters = _head(dims[0] + dims[1], 11 + 1 + MAX_DIGITS)
+
+
+def low_loss(heads: TowerHeads, queries: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+    """Loss of the low-resolution tower's features [B, N, D]."""
+    side = batch["kind"].shape[1]
+    return _cell_loss(heads.low(queries).unflatten(1, (side, side)).float(), batch)
+
+
+def high_loss(heads: TowerHeads, pyramid: list[torch.Tensor], batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+    """Loss of the high-resolution tower's stage maps [B, n_s, n_s, C_s]."""
+    coarse, said = _cell_loss(heads.high(pyramid[-1]).float(), batch)
+    wider = pyramid[1].repeat_interleave(2, 1).repeat_interleave(2, 2)
+    scores = heads.characters(torch.cat([pyramid[0], wider], -1)).float()
+    character, rank = scores.split((11, 1 + MAX_DIGITS), -1)
+    # nearly every position holds none
+    fine = sum(
+        F.cross_entropy(s.flatten(0, 2), batch[name].flatten(), weight=s.new_tensor([0.05] + [1.0] * (s.shape[-1] - 1)))
+        for s, name in ((character, "character"), (rank, "rank"))
+    )
+    at = batch["character"] > 0
+    said["character"] = (character.argmax(-1)[at] == batch["character"][at]).float().mean().item()
+    return coarse + fine, said
+
+
+def _head(width: int, classes: int) -> nn.Module:
+    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, classes))
+
+
+def _cell_loss(scores: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+    """Scores [B, n, n, classes] against the labels; the loss, and how often a number's cell has all its digits right."""
+    kind, colour, background, *digits = scores.split(CELL_CLASSES, -1)
+    loss = F.cross_entropy(kind.flatten(0, 2), batch["kind"].flatten(), weight=kind.new_tensor([0.1] + [1.0] * (len(CELL_KINDS) - 1)))
+    if (batch["colour"] != IGNORED).any():
+        loss = loss + F.cross_entropy(colour.flatten(0, 2), batch["colour"].flatten(), ignore_index=IGNORED)
+        everywhere = batch["background"][:, None, None].expand(background.shape[:-1])
+        loss = loss + 0.3 * F.cross_entropy(background.flatten(0, 2), everywhere.flatten())
+    at = batch["digits"][..., 0] != IGNORED
+    slots, wanted = torch.stack(digits, -2)[at], batch["digits"][at]
+    # no number on any page of a batch is next to impossible, and would be a mean over nothing
+    loss = loss + MAX_DIGITS * F.cross_entropy(slots.flatten(0, 1), wanted.flatten())
+    exact = (slots.argmax(-1) == wanted).all(-1).float().mean().item()
+    things = batch["kind"] > 0
+    return loss, {"number": exact, "kind": (kind.argmax(-1)[things] == batch["kind"][things]).float().mean().item()}
