@@ -1,7 +1,7 @@
 """Scenes as training batches: pixels, what lies in every cell, and conversations as token ids."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from mg_fast import MiniGeminiProcessor
 from mg_fast.conversation import IMAGE_TAG, render
 from mg_fast.resizing import square
 
-from .scenes import BACKGROUNDS, CELL, COLOURS, KINDS, MAX_DIGITS, SIDE, Print, draw_page, draw_scene
+from .scenes import BACKGROUNDS, CELL, COLOURS, KINDS, MAX_DIGITS, SIDE, Print, draw_scene
 from .talk import careless, conversation, text_only
 
 # the high-resolution tower's finest map has a position every so many pixels
@@ -22,12 +22,11 @@ CELL_KINDS = (None, *KINDS, "number")
 Batch = dict[str, torch.Tensor]
 
 
-def pages(seed: int, step: int, size: int) -> Batch:
-    """Pages of print: `pixels` uint8 [B, 64, 64, 3] and the towers' labels of `label`."""
-    drawn = [draw_page(seed, step * size + i) for i in range(size)]
+def pages(draw: Callable, seed: int, step: int, size: int) -> Batch:
+    """Pages drawn by `draw_lines` or `draw_numbers`: `pixels` uint8 [B, 64, 64, 3] and the towers' labels of `label`."""
     side = 2 * CELL
-    batch = [label(prints, [], None, side) for _, prints in drawn]
-    return _stack(batch, pixels=[np.asarray(square(image, side, True)) for image, _ in drawn])
+    drawn = [draw(seed, step * size + i) for i in range(size)]
+    return _stack([label(prints, [], None, side) for _, prints in drawn], [np.asarray(square(image, side, True)) for image, _ in drawn])
 
 
 def scenes(seed: int, step: int, size: int) -> Batch:
@@ -87,7 +86,8 @@ def label(prints: Sequence[Print], shapes: Sequence, background: str | None, sid
 
     Returns:
         kind [n, n]: index into `CELL_KINDS` of the thing whose centre lies there. colour [n, n] of shapes. digits [n, n, 4]: of the
-        number, 0 for none, else 1 + digit. background []. character, rank [m, m]: 1 + digit, and 1 + its place in its number.
+        number that stands alone, 0 for none, else 1 + digit. background []. character, rank [m, m]: 1 + digit, and 1 + its place in
+        its number.
         `IGNORED` where there is nothing to tell.
     """
     cells, fine = side // CELL, side // STRIDE
@@ -99,12 +99,17 @@ def label(prints: Sequence[Print], shapes: Sequence, background: str | None, sid
         at = int(shape.y // CELL), int(shape.x // CELL)
         kind[at], colour[at] = CELL_KINDS.index(shape.kind), list(COLOURS).index(shape.colour)
     for sign in prints:
-        at = int(sign.y // CELL), int(sign.x // CELL)
-        kind[at] = CELL_KINDS.index("number")
-        digits[at] = [1 + int(d) for d in sign.text] + [0] * (MAX_DIGITS - len(sign.text))
-        for place, (digit, (x, y)) in enumerate(zip(sign.text, sign.digits)):
-            spot = min(max(int(y // STRIDE), 0), fine - 1), min(max(int(x // STRIDE), 0), fine - 1)
-            character[spot], rank[spot] = 1 + int(digit), 1 + place
+        numbers = sign.text.split()
+        if len(numbers) == 1:
+            at = int(sign.y // CELL), int(sign.x // CELL)
+            kind[at] = CELL_KINDS.index("number")
+            digits[at] = [1 + int(d) for d in sign.text] + [0] * (MAX_DIGITS - len(sign.text))
+        placed = [(digit, place) for number in numbers for place, digit in enumerate(number)]
+        for (digit, place), (x, y) in zip(placed, sign.digits):
+            # a page's lines run over its edges
+            if 0 <= x < side and 0 <= y < side:
+                spot = int(y // STRIDE), int(x // STRIDE)
+                character[spot], rank[spot] = 1 + int(digit), 1 + place
     ground = np.array(IGNORED if background is None else list(BACKGROUNDS).index(background))
     return dict(kind=kind, colour=colour, digits=digits, background=ground, character=character, rank=rank)
 

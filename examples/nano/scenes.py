@@ -76,7 +76,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Print:
-    """A printed number; its centre, height and the centres of its digits in pixels of 192."""
+    """A printed number, or a line of them; its centre, height and the centres of its digits in pixels of 192."""
 
     text: str
     x: float
@@ -151,25 +151,32 @@ def draw_scene(seed: int, index: int, *, split: str = "train", number: str | Non
     return Scene(background, shapes, sign, image)
 
 
-def draw_page(seed: int, index: int, *, side: int = 2 * CELL) -> tuple[Image.Image, list[Print]]:
-    """A page of `side` pixels of 192, full of print: what the high-resolution tower is pretrained on. At most one number to a cell."""
-    rng = random.Random(f"page/{seed}/{index}")
+def draw_lines(seed: int, index: int, *, side: int = 2 * CELL) -> tuple[Image.Image, list[Print]]:
+    """A page of `side` pixels of 192, full of lines of print: what the high-resolution tower learns its digits from."""
+    rng = random.Random(f"lines/{seed}/{index}")
     base = rng.choice(list(BACKGROUNDS.values()))
     image = _background(rng, base, side)
-    canvas = ImageDraw.Draw(image)
+    lines = []
+    pitch = rng.uniform(13, 17)
+    y = rng.uniform(6, pitch)
+    while y < side - 5:
+        text = " ".join(draw_number(rng, training=True) for _ in range(3))
+        lines.append(draw_print(rng, image, text, side / 2 + rng.uniform(-12, 12), y, base))
+        y += pitch
+    return image, lines
+
+
+def draw_numbers(seed: int, index: int, *, side: int = 2 * CELL) -> tuple[Image.Image, list[Print]]:
+    """A page with a number to a cell at most, and clutter: what that tower learns from what a number is."""
+    rng = random.Random(f"numbers/{seed}/{index}")
+    base = rng.choice(list(BACKGROUNDS.values()))
+    image = _background(rng, base, side)
     boxes: list[tuple[float, float, float, float]] = []
-    spots = []
-    for row in range(side // CELL):
-        for column in range(side // CELL):
-            spot = (column * CELL + rng.uniform(1, CELL - 1), row * CELL + rng.uniform(1, CELL - 1))
-            x, y = min(max(spot[0], 17), side - 17), min(max(spot[1], 9), side - 9)
-            box = (x - 17, y - 9, x + 17, y + 9)
-            if (x // CELL, y // CELL) == (column, row) and rng.random() < 0.9 and not any(_overlap(box, other) for other in boxes):
-                boxes.append(box)
-                spots.append((x, y))
+    taken: set[tuple[int, int]] = set()
+    spots = [_place(rng, 20, 6, boxes, taken, side) for _ in range(4)]
     for kind in CLUTTER["train"]:
-        _draw_clutter(rng, canvas, kind, base, boxes, side)
-    return image, [draw_print(rng, image, draw_number(rng, training=True), x, y, base) for x, y in spots]
+        _draw_clutter(rng, ImageDraw.Draw(image), kind, base, boxes, side)
+    return image, [draw_print(rng, image, draw_number(rng, training=True), *spot, base) for spot in spots if spot is not None]
 
 
 def draw_print(rng: random.Random, image: Image.Image, text: str, x: float, y: float, base: tuple[int, int, int]) -> Print:
@@ -199,13 +206,15 @@ def draw_print(rng: random.Random, image: Image.Image, text: str, x: float, y: f
         w, h = width / 2 + rng.uniform(5, 10), tall / 2 + rng.uniform(5, 10)
         outline = ink if rng.random() < 0.5 else None
         ImageDraw.Draw(image).polygon([turned(*p) for p in ((-w, -h), (w, -h), (w, h), (-w, h))], ground, outline)
-    mask = mask.rotate(angle, Image.Resampling.BICUBIC)
+    mask = mask.rotate(angle, Image.Resampling.BILINEAR)
     corner = (round(cx - middle[0]), round(cy - middle[1]))
     image.paste(ink, (*corner, corner[0] + mask.width, corner[1] + mask.height), mask)
-    centres = []
-    for i in range(len(text)):
-        across = start[0] - middle[0] + (font.getlength(text[:i]) + font.getlength(text[: i + 1])) / 2
-        centres.append(tuple(v / DRAWN for v in turned(across, 0)))
+    centres, across = [], start[0] - middle[0]
+    for character in text:
+        advance = _advance(font, character)
+        if character != " ":
+            centres.append(tuple(v / DRAWN for v in turned(across + advance / 2, 0)))
+        across += advance
     return Print(text, x, y, height, tuple(centres))
 
 
@@ -222,13 +231,20 @@ def _font(name: str | None, height: float) -> ImageFont.FreeTypeFont:
     return of(height * 100 / (bottom - top))
 
 
-def _place(rng: random.Random, half_width: float, half_height: float, boxes: list, taken: set) -> tuple[float, float] | None:
+@functools.cache
+def _advance(font: ImageFont.FreeTypeFont, character: str) -> float:
+    return font.getlength(character)
+
+
+def _place(
+    rng: random.Random, half_width: float, half_height: float, boxes: list, taken: set, side: int = SIDE
+) -> tuple[float, float] | None:
     """A free spot, its box and its cell marked as taken; None where none was found."""
     for _ in range(40):
-        x = rng.uniform(half_width + 2, SIDE - half_width - 2)
-        y = rng.uniform(half_height + 2, SIDE - half_height - 2)
+        x = rng.uniform(half_width + 2, side - half_width - 2)
+        y = rng.uniform(half_height + 2, side - half_height - 2)
         # so that nobody can quarrel about where it is
-        if any(abs(v - third) < 7 for v in (x, y) for third in (SIDE / 3, 2 * SIDE / 3)):
+        if side == SIDE and any(abs(v - third) < 7 for v in (x, y) for third in (SIDE / 3, 2 * SIDE / 3)):
             continue
         box = (x - half_width - 3, y - half_height - 3, x + half_width + 3, y + half_height + 3)
         cell = (int(x // CELL), int(y // CELL))

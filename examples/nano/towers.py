@@ -32,18 +32,24 @@ def low_loss(heads: TowerHeads, queries: torch.Tensor, batch: Batch) -> tuple[to
 
 def high_loss(heads: TowerHeads, pyramid: list[torch.Tensor], batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
     """Loss of the high-resolution tower's stage maps [B, n_s, n_s, C_s]."""
-    coarse, said = _cell_loss(heads.high(pyramid[-1]).float(), batch)
+    loss, said = character_loss(heads, pyramid, batch)
+    coarse, seen = _cell_loss(heads.high(pyramid[-1]).float(), batch)
+    return loss + coarse, said | seen
+
+
+def character_loss(heads: TowerHeads, pyramid: list[torch.Tensor], batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+    """Loss of the two finest stage maps alone: which digit lies where, and which place it has in its number."""
     wider = pyramid[1].repeat_interleave(2, 1).repeat_interleave(2, 2)
     scores = heads.characters(torch.cat([pyramid[0], wider], -1)).float()
     character, rank = scores.split((11, 1 + MAX_DIGITS), -1)
-    # nearly every position holds none
-    fine = sum(
+    # many positions hold none
+    loss = sum(
         F.cross_entropy(s.flatten(0, 2), batch[name].flatten(), weight=s.new_tensor([0.05] + [1.0] * (s.shape[-1] - 1)))
         for s, name in ((character, "character"), (rank, "rank"))
     )
     at = batch["character"] > 0
-    said["character"] = (character.argmax(-1)[at] == batch["character"][at]).float().mean().item()
-    return coarse + fine, said
+    right = {name: (s.argmax(-1) == batch[name])[at].float().mean().item() for s, name in ((character, "character"), (rank, "rank"))}
+    return loss, right
 
 
 def _head(width: int, classes: int) -> nn.Module:

@@ -28,7 +28,8 @@ from mg_fast.resizing import CLIP_MEAN, CLIP_STD
 
 from . import data
 from .model import LR_SIDE, make_model, save
-from .towers import TowerHeads, high_loss, low_loss
+from .scenes import draw_lines, draw_numbers
+from .towers import TowerHeads, character_loss, high_loss, low_loss
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,13 @@ class Stage:
 
 
 TOWERS = ("vision_tower", "vision_tower_aux")
+# pages of print, by the stage they are for
+PAGES = {"digits": draw_lines, "numbers": draw_numbers}
 BRIDGE = ("mm_projector", "patch_mining")
 STAGES = (
-    Stage("print", 2000, 64, 2e-3, ("vision_tower_aux",)),
-    Stage("towers", 1200, 24, 1.5e-3, TOWERS),
+    Stage("digits", 1500, 32, 3e-3, ("vision_tower_aux",)),
+    Stage("numbers", 1500, 48, 2e-3, ("vision_tower_aux",)),
+    Stage("towers", 1000, 24, 1.5e-3, TOWERS),
     Stage("language", 300, 48, 3e-3, ("language_model",)),
     Stage("alignment", 200, 32, 2e-3, BRIDGE),
     Stage("everything", 1000, 32, 1.5e-3, (*BRIDGE, "language_model")),
@@ -99,7 +103,9 @@ def tower_loss(model: MiniGeminiForConditionalGeneration, heads: TowerHeads, bat
         loss, seen = low_loss(heads, queries, batch)
         total, said = total + loss, said | {f"low {name}": value for name, value in seen.items()}
     if high:
-        loss, seen = high_loss(heads, model.model.vision_tower_aux(pixels), batch)
+        # lines of print have no cells
+        alone = bool((batch["kind"] > 0).any())
+        loss, seen = (high_loss if alone else character_loss)(heads, model.model.vision_tower_aux(pixels), batch)
         total, said = total + loss, said | seen
     return total, said
 
@@ -110,7 +116,7 @@ class Run:
     def __init__(self, out: Path, *, seed: int, hr: bool, stages: tuple[Stage, ...], device: str = "cpu", workers: int = 1):
         self.out, self.seed, self.hr, self.device, self.workers = out, seed, hr, device, workers
         # pages of print teach the high-resolution tower alone
-        self.stages = tuple(stage for stage in stages if hr or stage.name != "print")
+        self.stages = tuple(stage for stage in stages if hr or stage.name not in PAGES)
         out.mkdir(parents=True, exist_ok=True)
         self.model = make_model(seed)
         self.heads = TowerHeads(self.model.config)
@@ -174,15 +180,15 @@ class Run:
     def _batch(self, stage: Stage, step: int) -> data.Batch:
         # a stage has its own pictures
         seed = self.seed * 100 + [s.name for s in STAGES].index(stage.name)
-        if stage.name == "print":
-            return data.pages(seed, step, stage.batch)
+        if stage.name in PAGES:
+            return data.pages(PAGES[stage.name], seed, step, stage.batch)
         if stage.name == "towers":
             return data.scenes(seed, step, stage.batch)
         return data.conversations(self.processor, seed, step, stage.batch, pictures=stage.name != "language")
 
     def _loss(self, stage: Stage, batch: data.Batch) -> tuple[torch.Tensor, dict[str, float]]:
         with torch.autocast(self.device, torch.bfloat16):
-            if stage.name in ("print", "towers"):
+            if stage.name in (*PAGES, "towers"):
                 return tower_loss(self.model, self.heads, batch, low=stage.name == "towers", high=self.hr)
             return chat_loss(self.model, batch, hr=self.hr, frozen=not set(stage.learns) & set(TOWERS))
 
