@@ -36,7 +36,7 @@ def scenes(seed: int, step: int, size: int) -> Batch:
     return _stack(batch, pixels=[np.asarray(square(s.image, SIDE, True)) for s in drawn])
 
 
-def conversations(processor: MiniGeminiProcessor, seed: int, step: int, size: int, *, pictures: bool = True, turns: int = 6) -> Batch:
+def conversations(processor: MiniGeminiProcessor, seed: int, step: int, size: int, *, pictures: bool = True, turns: int = 4) -> Batch:
     """Conversations about scenes, one in sixteen without a picture.
 
     Returns:

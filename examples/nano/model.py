@@ -67,6 +67,13 @@ def make_model(seed: int) -> MiniGeminiForConditionalGeneration:
     return model
 
 
+@torch.no_grad()
+def forget_mined(model: MiniGeminiForConditionalGeneration) -> None:
+    """Sets the mined features to zero, for good: what is left sees the low-resolution picture alone."""
+    for parameter in model.model.patch_mining.vlm_uni_val_projector[1].parameters():
+        parameter.zero_()
+
+
 def make_tokenizer(folder: Path) -> None:
     """A sentencepiece tokenizer of the scenes' language, as the Llama family ships it: a digit is a token, what is unknown its bytes."""
     lines = [line for line in every_sentence() for _ in range(2)] + [TEMPLATES[TEMPLATE].system_text, "system", "user", "assistant"] * 20

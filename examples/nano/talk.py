@@ -148,7 +148,7 @@ def careless(question: str, rng: random.Random) -> str:
     return body + marker
 
 
-def conversation(scene: Scene, rng: random.Random, turns: int = 6) -> list[tuple[str, str]]:
+def conversation(scene: Scene, rng: random.Random, turns: int = 4) -> list[tuple[str, str]]:
     """A conversation about a scene: the number early or late, other questions in any order, none twice."""
     kinds = ["number", *rng.choices([*TYPES, "draw", "where", "colour", "count", "count", "describe"], k=turns - 1)]
     rng.shuffle(kinds)

@@ -27,7 +27,7 @@ from mg_fast.reference import low_resolution_views
 from mg_fast.resizing import CLIP_MEAN, CLIP_STD
 
 from . import data
-from .model import LR_SIDE, make_model, save
+from .model import LR_SIDE, forget_mined, make_model, save
 from .scenes import draw_lines, draw_numbers
 from .towers import TowerHeads, character_loss, high_loss, low_loss
 
@@ -49,11 +49,11 @@ PAGES = {"digits": draw_lines, "numbers": draw_numbers}
 BRIDGE = ("mm_projector", "patch_mining")
 STAGES = (
     Stage("digits", 1500, 32, 3e-3, ("vision_tower_aux",)),
-    Stage("numbers", 1500, 48, 2e-3, ("vision_tower_aux",)),
-    Stage("towers", 1000, 24, 1.5e-3, TOWERS),
-    Stage("language", 300, 48, 3e-3, ("language_model",)),
-    Stage("alignment", 200, 32, 2e-3, BRIDGE),
-    Stage("everything", 1000, 32, 1.5e-3, (*BRIDGE, "language_model")),
+    Stage("numbers", 1200, 48, 2e-3, ("vision_tower_aux",)),
+    Stage("towers", 600, 16, 1.5e-3, TOWERS),
+    Stage("language", 250, 16, 3e-3, ("language_model",)),
+    Stage("alignment", 150, 16, 2e-3, BRIDGE),
+    Stage("everything", 800, 16, 1.5e-3, (*BRIDGE, "language_model")),
 )
 
 
@@ -119,6 +119,8 @@ class Run:
         self.stages = tuple(stage for stage in stages if hr or stage.name not in PAGES)
         out.mkdir(parents=True, exist_ok=True)
         self.model = make_model(seed)
+        if not hr:
+            forget_mined(self.model)
         self.heads = TowerHeads(self.model.config)
         save(self.model, out / "model")
         self.processor = MiniGeminiProcessor.from_pretrained(out / "model")
