@@ -51,6 +51,8 @@ def evaluate(
         for kind in TYPES:
             turns = [ask(scene, kind, random.Random(f"{kind}/{seed}/{first + i}")) for i, scene in enumerate(scenes)]
             rows = [i for i, turn in enumerate(turns) if turn is not None]
+            if not rows:
+                continue
             kinds = [_kinds(kind, scenes[i]) for i in rows]
             for names in kinds:
                 for name in names:
