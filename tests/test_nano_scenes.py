@@ -172,7 +172,8 @@ def test_training_learns_and_goes_on_where_it_stopped(tmp_path):
     stages = (
         train.Stage("digits", 3, 2, 1e-3, ("vision_tower_aux",)),
         train.Stage("numbers", 2, 2, 1e-3, ("vision_tower_aux",)),
-        train.Stage("towers", 2, 2, 1e-3, train.TOWERS),
+        train.Stage("scenes", 2, 2, 1e-3, ("vision_tower_aux",)),
+        train.Stage("views", 2, 2, 1e-3, ("vision_tower",)),
         train.Stage("language", 20, 4, 5e-3, ("language_model",)),
         train.Stage("alignment", 2, 2, 1e-3, train.BRIDGE),
         train.Stage("everything", 2, 2, 1e-3, (*train.BRIDGE, "language_model")),

@@ -27,7 +27,8 @@ class TowerHeads(nn.Module):
 def low_loss(heads: TowerHeads, queries: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
     """Loss of the low-resolution tower's features [B, N, D]."""
     side = batch["kind"].shape[1]
-    return _cell_loss(heads.low(queries).unflatten(1, (side, side)).float(), batch)
+    # it is to try to read too, but not to drown in what it cannot
+    return _cell_loss(heads.low(queries).unflatten(1, (side, side)).float(), batch, reading=0.25)
 
 
 def high_loss(heads: TowerHeads, pyramid: list[torch.Tensor], batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
@@ -56,8 +57,8 @@ def _head(width: int, classes: int) -> nn.Module:
     return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, classes))
 
 
-def _cell_loss(scores: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
-    """Scores [B, n, n, classes] against the labels; the loss, and how often a number's cell has all its digits right."""
+def _cell_loss(scores: torch.Tensor, batch: Batch, reading: float = 1.0) -> tuple[torch.Tensor, dict[str, float]]:
+    """Scores [B, n, n, classes] against the labels, numbers weighted by `reading`; the loss, and how often things and numbers are right."""
     kind, colour, background, *digits = scores.split(CELL_CLASSES, -1)
     loss = F.cross_entropy(kind.flatten(0, 2), batch["kind"].flatten(), weight=kind.new_tensor([0.1] + [1.0] * (len(CELL_KINDS) - 1)))
     if (batch["colour"] != IGNORED).any():
@@ -67,7 +68,7 @@ def _cell_loss(scores: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[s
     at = batch["digits"][..., 0] != IGNORED
     slots, wanted = torch.stack(digits, -2)[at], batch["digits"][at]
     # no number on any page of a batch is next to impossible, and would be a mean over nothing
-    loss = loss + MAX_DIGITS * F.cross_entropy(slots.flatten(0, 1), wanted.flatten())
+    loss = loss + reading * MAX_DIGITS * F.cross_entropy(slots.flatten(0, 1), wanted.flatten())
     exact = (slots.argmax(-1) == wanted).all(-1).float().mean().item()
     things = batch["kind"] > 0
     return loss, {"number": exact, "kind": (kind.argmax(-1)[things] == batch["kind"][things]).float().mean().item()}

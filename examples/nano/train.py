@@ -50,7 +50,8 @@ BRIDGE = ("mm_projector", "patch_mining")
 STAGES = (
     Stage("digits", 1500, 32, 3e-3, ("vision_tower_aux",)),
     Stage("numbers", 1200, 48, 2e-3, ("vision_tower_aux",)),
-    Stage("towers", 600, 16, 1.5e-3, TOWERS),
+    Stage("scenes", 600, 16, 1.5e-3, ("vision_tower_aux",)),
+    Stage("views", 800, 64, 1e-3, ("vision_tower",)),
     Stage("language", 250, 16, 3e-3, ("language_model",)),
     Stage("alignment", 150, 16, 2e-3, BRIDGE),
     Stage("everything", 800, 16, 1.5e-3, (*BRIDGE, "language_model")),
@@ -95,19 +96,16 @@ def _mean(flags: torch.Tensor) -> float:
     return flags.float().mean().item() if len(flags) else float("nan")
 
 
-def tower_loss(model: MiniGeminiForConditionalGeneration, heads: TowerHeads, batch: data.Batch, *, low: bool, high: bool):
-    """Loss of the towers' features under the heads that are thrown away."""
-    pixels, total, said = normalise(batch["pixels"]), 0.0, {}
-    if low:
-        queries = model.model.low_resolution_queries(low_resolution_views(pixels, LR_SIDE))[:, 0]
-        loss, seen = low_loss(heads, queries, batch)
-        total, said = total + loss, said | {f"low {name}": value for name, value in seen.items()}
-    if high:
-        # lines of print have no cells
-        alone = bool((batch["kind"] > 0).any())
-        loss, seen = (high_loss if alone else character_loss)(heads, model.model.vision_tower_aux(pixels), batch)
-        total, said = total + loss, said | seen
-    return total, said
+def view_loss(model: MiniGeminiForConditionalGeneration, heads: TowerHeads, batch: data.Batch) -> tuple[torch.Tensor, dict[str, float]]:
+    """Loss of the low-resolution tower's features under the heads that are thrown away."""
+    views = low_resolution_views(normalise(batch["pixels"]), LR_SIDE)
+    return low_loss(heads, model.model.low_resolution_queries(views)[:, 0], batch)
+
+
+def map_loss(model: MiniGeminiForConditionalGeneration, heads: TowerHeads, batch: data.Batch) -> tuple[torch.Tensor, dict[str, float]]:
+    """Loss of the high-resolution tower's maps under the heads that are thrown away; lines of print have characters, but no cells."""
+    loss = high_loss if bool((batch["kind"] > 0).any()) else character_loss
+    return loss(heads, model.model.vision_tower_aux(normalise(batch["pixels"])), batch)
 
 
 class Run:
@@ -115,8 +113,7 @@ class Run:
 
     def __init__(self, out: Path, *, seed: int, hr: bool, stages: tuple[Stage, ...], device: str = "cpu", workers: int = 1):
         self.out, self.seed, self.hr, self.device, self.workers = out, seed, hr, device, workers
-        # pages of print teach the high-resolution tower alone
-        self.stages = tuple(stage for stage in stages if hr or stage.name not in PAGES)
+        self.stages = tuple(stage for stage in stages if hr or stage.learns != ("vision_tower_aux",))
         out.mkdir(parents=True, exist_ok=True)
         self.model = make_model(seed)
         if not hr:
@@ -146,7 +143,7 @@ class Run:
     def _stage(self, stage: Stage, end: float | None) -> bool:
         parts = [getattr(self.model.model, name) for name in stage.learns]
         if not self.hr:
-            parts = [part for part in parts if part not in (self.model.model.vision_tower_aux, self.model.model.patch_mining)]
+            parts = [part for part in parts if part is not self.model.model.patch_mining]
         learning = [p for part in (*parts, self.heads) for p in part.parameters()]
         self.model.requires_grad_(False)
         for parameter in learning:
@@ -184,14 +181,16 @@ class Run:
         seed = self.seed * 100 + [s.name for s in STAGES].index(stage.name)
         if stage.name in PAGES:
             return data.pages(PAGES[stage.name], seed, step, stage.batch)
-        if stage.name == "towers":
+        if stage.name in ("scenes", "views"):
             return data.scenes(seed, step, stage.batch)
         return data.conversations(self.processor, seed, step, stage.batch, pictures=stage.name != "language")
 
     def _loss(self, stage: Stage, batch: data.Batch) -> tuple[torch.Tensor, dict[str, float]]:
         with torch.autocast(self.device, torch.bfloat16):
-            if stage.name in (*PAGES, "towers"):
-                return tower_loss(self.model, self.heads, batch, low=stage.name == "towers", high=self.hr)
+            if stage.name == "views":
+                return view_loss(self.model, self.heads, batch)
+            if set(stage.learns) <= set(TOWERS):
+                return map_loss(self.model, self.heads, batch)
             return chat_loss(self.model, batch, hr=self.hr, frozen=not set(stage.learns) & set(TOWERS))
 
     def _keep(self, optimizer: torch.optim.Optimizer) -> None:
