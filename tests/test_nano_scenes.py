@@ -91,11 +91,11 @@ def test_what_is_drawn_is_what_the_scene_says(scene):
             assert np.ptp(around.mean(-1)) > 60
 
 
-def test_print_is_a_third_as_high_for_the_low_resolution_tower():
+def test_print_is_less_than_half_as_high_for_the_low_resolution_tower():
     config = make_model(0).config
     check_geometry(config, "nano")
     assert config.vision_config.image_size == LR_SIDE == 84
-    assert PRINT_HEIGHT[1] * LR_SIDE / SIDE < 4.5 < 7 < PRINT_HEIGHT[0]
+    assert PRINT_HEIGHT[1] * LR_SIDE / SIDE < 4.6 < 8 < PRINT_HEIGHT[0]
 
 
 @pytest.mark.parametrize("scene", SCENES)

@@ -19,7 +19,7 @@ STRIDE = 4
 IGNORED = -100
 CELL_KINDS = (None, *KINDS, "number")
 
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, "torch.Tensor | Batch"]
 
 
 def pages(draw: Callable, seed: int, step: int, size: int) -> Batch:
@@ -117,6 +117,11 @@ def label(prints: Sequence[Print], shapes: Sequence, background: str | None, sid
 def _stack(labels: Sequence[dict[str, np.ndarray]], pixels: Sequence[np.ndarray]) -> Batch:
     out = {name: torch.from_numpy(np.stack([row[name] for row in labels])) for name in labels[0]}
     return {**out, "pixels": torch.from_numpy(np.stack(pixels))}
+
+
+def to_device(batch: Batch, device: torch.device | str) -> Batch:
+    """The batch, and one that goes along with it, on a device."""
+    return {name: to_device(value, device) if isinstance(value, dict) else value.to(device) for name, value in batch.items()}
 
 
 class Steps(Dataset):

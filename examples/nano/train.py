@@ -50,7 +50,7 @@ BRIDGE = ("mm_projector", "patch_mining")
 STAGES = (
     Stage("digits", 1500, 32, 3e-3, ("vision_tower_aux",)),
     Stage("numbers", 1200, 48, 2e-3, ("vision_tower_aux",)),
-    Stage("scenes", 600, 16, 1.5e-3, ("vision_tower_aux",)),
+    Stage("scenes", 700, 12, 1.5e-3, ("vision_tower_aux",)),
     Stage("views", 800, 64, 1e-3, ("vision_tower",)),
     Stage("language", 250, 16, 3e-3, ("language_model",)),
     Stage("alignment", 150, 16, 2e-3, BRIDGE),
@@ -104,8 +104,12 @@ def view_loss(model: MiniGeminiForConditionalGeneration, heads: TowerHeads, batc
 
 def map_loss(model: MiniGeminiForConditionalGeneration, heads: TowerHeads, batch: data.Batch) -> tuple[torch.Tensor, dict[str, float]]:
     """Loss of the high-resolution tower's maps under the heads that are thrown away; lines of print have characters, but no cells."""
-    loss = high_loss if bool((batch["kind"] > 0).any()) else character_loss
-    return loss(heads, model.model.vision_tower_aux(normalise(batch["pixels"])), batch)
+    compute = high_loss if bool((batch["kind"] > 0).any()) else character_loss
+    loss, said = compute(heads, model.model.vision_tower_aux(normalise(batch["pixels"])), batch)
+    if "page" not in batch:
+        return loss, said
+    print_loss, read = map_loss(model, heads, batch["page"])
+    return loss + print_loss, said | {f"page {name}": value for name, value in read.items()}
 
 
 class Run:
@@ -157,7 +161,7 @@ class Run:
                 began = time.perf_counter()
                 for group in optimizer.param_groups:
                     group["lr"] = stage.rate * _cosine(self.step, stage.steps)
-                loss, said = self._loss(stage, {name: tensor.to(self.device) for name, tensor in batch.items()})
+                loss, said = self._loss(stage, data.to_device(batch, self.device))
                 optimizer.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_([p for p in learning if p.grad is not None], 1.0)
@@ -181,8 +185,11 @@ class Run:
         seed = self.seed * 100 + [s.name for s in STAGES].index(stage.name)
         if stage.name in PAGES:
             return data.pages(PAGES[stage.name], seed, step, stage.batch)
-        if stage.name in ("scenes", "views"):
+        if stage.name == "views":
             return data.scenes(seed, step, stage.batch)
+        if stage.name == "scenes":
+            # few of them hold print, so pages go along
+            return data.scenes(seed, step, stage.batch) | {"page": data.pages(draw_numbers, seed, step, 4 * stage.batch)}
         return data.conversations(self.processor, seed, step, stage.batch, pictures=stage.name != "language")
 
     def _loss(self, stage: Stage, batch: data.Batch) -> tuple[torch.Tensor, dict[str, float]]:
