@@ -74,9 +74,9 @@ def image_tokens(model: MiniGeminiForConditionalGeneration, pixels: torch.Tensor
 
 
 def chat_loss(
-    model: MiniGeminiForConditionalGeneration, batch: data.Batch, *, hr: bool, frozen: bool
+    model: MiniGeminiForConditionalGeneration, batch: data.Batch, digit_ids: torch.Tensor, *, hr: bool, frozen: bool
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """Loss on the answers' tokens alone, and how often a digit is right."""
+    """Loss on the answers' tokens alone, and how often a token and a digit are right; `frozen` towers get no gradient."""
     inner = model.model
     embeds = inner.get_input_embeddings()(batch["ids"])
     if "pixels" in batch:
@@ -85,11 +85,7 @@ def chat_loss(
     said = batch["answers"][:, 1:] == 1
     scores, wanted = model.lm_head(hidden[:, :-1][said]).float(), batch["ids"][:, 1:][said]
     right = scores.argmax(-1) == wanted
-    return F.cross_entropy(scores, wanted), {"token": right.float().mean().item(), "digit": _mean(right[_is_digit(wanted, model)])}
-
-
-def _is_digit(ids: torch.Tensor, model: nn.Module) -> torch.Tensor:
-    return torch.isin(ids, model.digit_ids.to(ids.device))
+    return F.cross_entropy(scores, wanted), {"token": right.float().mean().item(), "digit": _mean(right[torch.isin(wanted, digit_ids)])}
 
 
 def _mean(flags: torch.Tensor) -> float:
@@ -126,7 +122,7 @@ class Run:
         save(self.model, out / "model")
         self.processor = MiniGeminiProcessor.from_pretrained(out / "model")
         ids = self.processor.tokenizer.convert_tokens_to_ids(list("0123456789"))
-        self.model.digit_ids = torch.tensor(ids)
+        self.digit_ids = torch.tensor(ids, device=device)
         self.model.to(device).train()
         self.heads.to(device)
         self.at, self.step, self.seconds = 0, 0, 0.0
@@ -198,7 +194,8 @@ class Run:
                 return view_loss(self.model, self.heads, batch)
             if set(stage.learns) <= set(TOWERS):
                 return map_loss(self.model, self.heads, batch)
-            return chat_loss(self.model, batch, hr=self.hr, frozen=not set(stage.learns) & set(TOWERS))
+            frozen = not set(stage.learns) & set(TOWERS)
+            return chat_loss(self.model, batch, self.digit_ids, hr=self.hr, frozen=frozen)
 
     def _keep(self, optimizer: torch.optim.Optimizer) -> None:
         state = {"model": self.model.state_dict(), "heads": self.heads.state_dict(), "optimizer": optimizer.state_dict()}
