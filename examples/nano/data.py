@@ -104,12 +104,14 @@ def label(prints: Sequence[Print], shapes: Sequence, background: str | None, sid
             at = int(sign.y // CELL), int(sign.x // CELL)
             kind[at] = CELL_KINDS.index("number")
             digits[at] = [1 + int(d) for d in sign.text] + [0] * (MAX_DIGITS - len(sign.text))
-        placed = [(digit, place) for number in numbers for place, digit in enumerate(number)]
-        for (digit, place), (x, y) in zip(placed, sign.digits):
-            # a page's lines run over its edges
-            if 0 <= x < side and 0 <= y < side:
-                spot = int(y // STRIDE), int(x // STRIDE)
-                character[spot], rank[spot] = 1 + int(digit), 1 + place
+        spots = iter((int(y // STRIDE), int(x // STRIDE)) for x, y in sign.digits)
+        for number in numbers:
+            at = [next(spots) for _ in number]
+            # of a number that runs over a page's edge nobody can tell which digit is the first
+            whole = all(0 <= v < fine for spot in at for v in spot)
+            for place, (digit, spot) in enumerate(zip(number, at)):
+                if min(spot) >= 0 and max(spot) < fine:
+                    character[spot], rank[spot] = 1 + int(digit), 1 + place if whole else IGNORED
     ground = np.array(IGNORED if background is None else list(BACKGROUNDS).index(background))
     return dict(kind=kind, colour=colour, digits=digits, background=ground, character=character, rank=rank)
 

@@ -155,11 +155,13 @@ def draw_lines(seed: int, index: int, *, side: int = 2 * CELL) -> tuple[Image.Im
     base = rng.choice(list(BACKGROUNDS.values()))
     image = _background(rng, base, side)
     lines = []
-    pitch = rng.uniform(13, 17)
+    # plates need more room, or they would hide what was printed before them
+    plates = rng.random() < 0.4
+    pitch = rng.uniform(21, 24) if plates else rng.uniform(13, 16)
     y = rng.uniform(6, pitch)
     while y < side - 5:
         text = " ".join(draw_number(rng, training=True) for _ in range(3))
-        lines.append(draw_print(rng, image, text, side / 2 + rng.uniform(-12, 12), y, base))
+        lines.append(draw_print(rng, image, text, side / 2 + rng.uniform(-12, 12), y, base, plated=plates))
         y += pitch
     return image, lines
 
@@ -177,12 +179,15 @@ def draw_numbers(seed: int, index: int, *, side: int = 2 * CELL) -> tuple[Image.
     return image, [draw_print(rng, image, draw_number(rng, training=True), *spot, base) for spot in spots if spot is not None]
 
 
-def draw_print(rng: random.Random, image: Image.Image, text: str, x: float, y: float, base: tuple[int, int, int]) -> Print:
-    """Prints a number on the picture, on a plate or on the ground as it is; returns where it and its digits lie."""
+def draw_print(
+    rng: random.Random, image: Image.Image, text: str, x: float, y: float, base: tuple[int, int, int], *, plated: bool | None = None
+) -> Print:
+    """Prints a number on the picture, on a plate or on the ground as it is (None: either); returns where it and its digits lie."""
     height = rng.uniform(*PRINT_HEIGHT)
     font = _font(rng.choice(FONTS), round(height * DRAWN * 2) / 2)
     angle = rng.gauss(0, 4)
-    plate = rng.choice([rgb for rgb in COLOURS.values() if _apart(rgb, base) > 60]) if rng.random() < 0.6 else None
+    plated = rng.random() < 0.6 if plated is None else plated
+    plate = rng.choice([rgb for rgb in COLOURS.values() if _apart(rgb, base) > 60]) if plated else None
     ground = _jitter(rng, plate or base)
     inks = [rgb for rgb in COLOURS.values() if abs(_luma(rgb) - _luma(ground)) > 105]
     ink = _jitter(rng, rng.choice(inks or [COLOURS["white"], COLOURS["black"]]))

@@ -43,14 +43,14 @@ def character_loss(heads: TowerHeads, pyramid: list[torch.Tensor], batch: Batch)
     wider = pyramid[1].repeat_interleave(2, 1).repeat_interleave(2, 2)
     scores = heads.characters(torch.cat([pyramid[0], wider], -1)).float()
     character, rank = scores.split((11, 1 + MAX_DIGITS), -1)
-    # many positions hold none
-    loss = sum(
-        F.cross_entropy(s.flatten(0, 2), batch[name].flatten(), weight=s.new_tensor([0.05] + [1.0] * (s.shape[-1] - 1)))
-        for s, name in ((character, "character"), (rank, "rank"))
-    )
-    at = batch["character"] > 0
-    right = {name: (s.argmax(-1) == batch[name])[at].float().mean().item() for s, name in ((character, "character"), (rank, "rank"))}
-    return loss, right
+    loss, said = 0.0, {}
+    for name, s in (("character", character), ("rank", rank)):
+        # many positions hold none
+        weight = s.new_tensor([0.05] + [1.0] * (s.shape[-1] - 1))
+        loss = loss + F.cross_entropy(s.flatten(0, 2), batch[name].flatten(), weight=weight, ignore_index=IGNORED)
+        at = batch[name] > 0
+        said[name] = (s.argmax(-1) == batch[name])[at].float().mean().item()
+    return loss, said
 
 
 def _head(width: int, classes: int) -> nn.Module:

@@ -44,13 +44,11 @@ class Stage:
 
 
 TOWERS = ("vision_tower", "vision_tower_aux")
-# pages of print, by the stage they are for
-PAGES = {"digits": draw_lines, "numbers": draw_numbers}
 BRIDGE = ("mm_projector", "patch_mining")
 STAGES = (
-    Stage("digits", 1500, 32, 3e-3, ("vision_tower_aux",)),
-    Stage("numbers", 1200, 48, 2e-3, ("vision_tower_aux",)),
-    Stage("scenes", 700, 12, 1.5e-3, ("vision_tower_aux",)),
+    Stage("digits", 3500, 32, 3e-3, ("vision_tower_aux",)),
+    Stage("numbers", 1800, 40, 2e-3, ("vision_tower_aux",)),
+    Stage("scenes", 600, 12, 1e-3, ("vision_tower_aux",)),
     Stage("views", 800, 64, 1e-3, ("vision_tower",)),
     Stage("language", 250, 16, 3e-3, ("language_model",)),
     Stage("alignment", 150, 16, 2e-3, BRIDGE),
@@ -179,8 +177,10 @@ class Run:
     def _batch(self, stage: Stage, step: int) -> data.Batch:
         # a stage has its own pictures
         seed = self.seed * 100 + [s.name for s in STAGES].index(stage.name)
-        if stage.name in PAGES:
-            return data.pages(PAGES[stage.name], seed, step, stage.batch)
+        if stage.name == "digits":
+            return data.pages(draw_lines, seed, step, stage.batch)
+        if stage.name == "numbers":
+            return data.pages(draw_numbers, seed, step, stage.batch) | {"page": data.pages(draw_lines, seed, step, stage.batch // 2)}
         if stage.name == "views":
             return data.scenes(seed, step, stage.batch)
         if stage.name == "scenes":
