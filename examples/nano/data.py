@@ -11,7 +11,7 @@ from mg_fast import MiniGeminiProcessor
 from mg_fast.conversation import IMAGE_TAG, render
 from mg_fast.resizing import square
 
-from .scenes import BACKGROUNDS, CELL, COLOURS, KINDS, MAX_DIGITS, SIDE, Print, draw_scene
+from .scenes import BACKGROUNDS, CELL, COLOURS, KINDS, MAX_DIGITS, SIDE, Print, Scene, draw_scene
 from .talk import careless, conversation, text_only
 
 # the high-resolution tower's finest map has a position every so many pixels
@@ -31,39 +31,38 @@ def pages(draw: Callable, seed: int, step: int, size: int) -> Batch:
 
 def scenes(seed: int, step: int, size: int) -> Batch:
     """Scenes: `pixels` uint8 [B, 192, 192, 3] and the towers' labels of `label`."""
-    drawn = [draw_scene(seed, step * size + i) for i in range(size)]
-    batch = [label([s.print] if s.print else [], s.shapes, s.background, SIDE) for s in drawn]
-    return _stack(batch, pixels=[np.asarray(square(s.image, SIDE, True)) for s in drawn])
+    return _of_scenes([draw_scene(seed, step * size + i) for i in range(size)])
 
 
-def conversations(processor: MiniGeminiProcessor, seed: int, step: int, size: int, *, pictures: bool = True, turns: int = 4) -> Batch:
+def _of_scenes(drawn: Sequence[Scene]) -> Batch:
+    labels = [label([s.print] if s.print else [], s.shapes, s.background, SIDE) for s in drawn]
+    return _stack(labels, [np.asarray(square(s.image, SIDE, True)) for s in drawn])
+
+
+def conversations(processor: MiniGeminiProcessor, seed: int, step: int, size: int, *, turns: int = 4) -> Batch:
     """Conversations about scenes, one in sixteen without a picture.
 
     Returns:
         `ids`, `marks` (1 where a picture stands), `answers` (1 where a token of an answer or its end is to be said), `mask`
-        [B, L], padded on the right; with pictures `pixels` uint8 [n, 192, 192, 3].
+        [B, L], padded on the right; of the pictures `pixels` uint8 [n, 192, 192, 3] and what `label` returns.
     """
-    rows, pixels = [], []
+    rows, pictures = [], []
     for i in range(step * size, (step + 1) * size):
         rng = random.Random(f"talk/{seed}/{i}")
-        scene = draw_scene(seed, i)
-        with_picture = i % 16 != 0
-        if with_picture:
-            turns_said = conversation(scene, rng, turns)
-            if pictures:
-                turns_said[0] = (f"{IMAGE_TAG}\n{turns_said[0][0]}", turns_said[0][1])
-                pixels.append(np.asarray(square(scene.image, SIDE, True)))
+        if i % 16:
+            scene = draw_scene(seed, i)
+            said = conversation(scene, rng, turns)
+            said[0] = (f"{IMAGE_TAG}\n{said[0][0]}", said[0][1])
+            pictures.append(scene)
         else:
-            turns_said = [(careless(question, rng), answer) for question, answer in (text_only(rng) for _ in range(3))]
-        rows.append(encode(processor, turns_said))
+            said = [(careless(question, rng), answer) for question, answer in (text_only(rng) for _ in range(3))]
+        rows.append(encode(processor, said))
     longest = max(len(ids) for ids, _, _ in rows)
     out = {name: torch.zeros(size, longest, dtype=torch.long) for name in ("ids", "marks", "answers", "mask")}
     for row, (ids, marks, answers) in enumerate(rows):
         for name, values in (("ids", ids), ("marks", marks), ("answers", answers), ("mask", [1] * len(ids))):
             out[name][row, : len(ids)] = torch.tensor(values)
-    if pixels:
-        out["pixels"] = torch.from_numpy(np.stack(pixels))
-    return out
+    return out | _of_scenes(pictures) if pictures else out
 
 
 def encode(processor: MiniGeminiProcessor, turns: Sequence[tuple[str, str]]) -> tuple[list[int], list[int], list[int]]:

@@ -24,6 +24,22 @@ class TowerHeads(nn.Module):
         self.characters = _head(dims[0] + dims[1], 11 + 1 + MAX_DIGITS)
 
 
+class Codes(nn.Module):
+    """A scene told to the language model in codes, a vector a cell, before there are image tokens; thrown away like the heads."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        # the last of each is for nothing to tell
+        self.tables = nn.ModuleList(nn.Embedding(classes + 1, width) for classes in CELL_CLASSES)
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Labels [B, n, n] of scenes to [B, n * n, width]."""
+        ground = batch["background"][:, None, None].expand_as(batch["kind"])
+        told = (batch["kind"], batch["colour"], ground, *batch["digits"].unbind(-1))
+        codes = (table(torch.where(t == IGNORED, table.num_embeddings - 1, t)) for table, t in zip(self.tables, told))
+        return sum(codes).flatten(1, 2)
+
+
 def low_loss(heads: TowerHeads, queries: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
     """Loss of the low-resolution tower's features [B, N, D]."""
     side = batch["kind"].shape[1]

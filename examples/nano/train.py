@@ -29,7 +29,7 @@ from mg_fast.resizing import CLIP_MEAN, CLIP_STD
 from . import data
 from .model import LR_SIDE, forget_mined, make_model, save
 from .scenes import draw_lines, draw_numbers
-from .towers import TowerHeads, character_loss, high_loss, low_loss
+from .towers import Codes, TowerHeads, character_loss, high_loss, low_loss
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ STAGES = (
     Stage("numbers", 1800, 40, 2e-3, ("vision_tower_aux",)),
     Stage("scenes", 600, 12, 1e-3, ("vision_tower_aux",)),
     Stage("views", 800, 64, 1e-3, ("vision_tower",)),
-    Stage("language", 250, 16, 3e-3, ("language_model",)),
-    Stage("alignment", 150, 16, 2e-3, BRIDGE),
-    Stage("everything", 800, 16, 1.5e-3, (*BRIDGE, "language_model")),
+    Stage("language", 800, 16, 2e-3, ("language_model",)),
+    Stage("alignment", 200, 16, 2e-3, BRIDGE),
+    Stage("everything", 600, 16, 1e-3, (*BRIDGE, "language_model")),
 )
 
 
@@ -62,23 +62,21 @@ def normalise(pixels: torch.Tensor) -> torch.Tensor:
     return (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
 
 
-def image_tokens(model: MiniGeminiForConditionalGeneration, pixels: torch.Tensor, *, hr: bool, frozen: bool = False) -> torch.Tensor:
-    """Normalised pictures [n, 3, 192, 192] to image tokens [n, 36, hidden]; without `hr` nothing is mined."""
+def image_tokens(model: MiniGeminiForConditionalGeneration, pixels: torch.Tensor, *, hr: bool) -> torch.Tensor:
+    """Normalised pictures [n, 3, 192, 192] to image tokens [n, 36, hidden], the towers frozen; without `hr` nothing is mined."""
     inner = model.model
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+    with torch.no_grad():
         queries = inner.low_resolution_queries(low_resolution_views(pixels, LR_SIDE))
         pyramid = inner.vision_tower_aux(pixels) if hr else None
     return inner.mine_and_project(queries, pyramid)[0] if hr else inner.mm_projector(queries.flatten(1, 2))
 
 
 def chat_loss(
-    model: MiniGeminiForConditionalGeneration, batch: data.Batch, digit_ids: torch.Tensor, *, hr: bool, frozen: bool
+    model: MiniGeminiForConditionalGeneration, batch: data.Batch, digit_ids: torch.Tensor, seen: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """Loss on the answers' tokens alone, and how often a token and a digit are right; `frozen` towers get no gradient."""
+    """Loss on the answers' tokens alone with pictures `seen` as image tokens, and how often a token and a digit are right."""
     inner = model.model
-    embeds = inner.get_input_embeddings()(batch["ids"])
-    if "pixels" in batch:
-        embeds = inner.splice(embeds, image_tokens(model, normalise(batch["pixels"]), hr=hr, frozen=frozen), batch["marks"])
+    embeds = inner.splice(inner.get_input_embeddings()(batch["ids"]), seen, batch["marks"])
     hidden = inner.language_model(inputs_embeds=embeds, attention_mask=batch["mask"], use_cache=False).last_hidden_state
     said = batch["answers"][:, 1:] == 1
     scores, wanted = model.lm_head(hidden[:, :-1][said]).float(), batch["ids"][:, 1:][said]
@@ -117,12 +115,13 @@ class Run:
         if not hr:
             forget_mined(self.model)
         self.heads = TowerHeads(self.model.config)
+        self.codes = Codes(self.model.config.text_config.hidden_size)
         save(self.model, out / "model")
         self.processor = MiniGeminiProcessor.from_pretrained(out / "model")
         ids = self.processor.tokenizer.convert_tokens_to_ids(list("0123456789"))
         self.digit_ids = torch.tensor(ids, device=device)
         self.model.to(device).train()
-        self.heads.to(device)
+        self.heads.to(device), self.codes.to(device)
         self.at, self.step, self.seconds = 0, 0, 0.0
         self.optimizer_state = None
         if (out / "last.pt").is_file():
@@ -142,7 +141,7 @@ class Run:
         parts = [getattr(self.model.model, name) for name in stage.learns]
         if not self.hr:
             parts = [part for part in parts if part is not self.model.model.patch_mining]
-        learning = [p for part in (*parts, self.heads) for p in part.parameters()]
+        learning = [p for part in (*parts, self.heads, self.codes) for p in part.parameters()]
         self.model.requires_grad_(False)
         for parameter in learning:
             parameter.requires_grad_(True)
@@ -186,7 +185,7 @@ class Run:
         if stage.name == "scenes":
             # few of them hold print, so pages go along
             return data.scenes(seed, step, stage.batch) | {"page": data.pages(draw_numbers, seed, step, 4 * stage.batch)}
-        return data.conversations(self.processor, seed, step, stage.batch, pictures=stage.name != "language")
+        return data.conversations(self.processor, seed, step, stage.batch)
 
     def _loss(self, stage: Stage, batch: data.Batch) -> tuple[torch.Tensor, dict[str, float]]:
         with torch.autocast(self.device, torch.bfloat16):
@@ -194,11 +193,13 @@ class Run:
                 return view_loss(self.model, self.heads, batch)
             if set(stage.learns) <= set(TOWERS):
                 return map_loss(self.model, self.heads, batch)
-            frozen = not set(stage.learns) & set(TOWERS)
-            return chat_loss(self.model, batch, self.digit_ids, hr=self.hr, frozen=frozen)
+            told = stage.name == "language"
+            seen = self.codes(batch) if told else image_tokens(self.model, normalise(batch["pixels"]), hr=self.hr)
+            return chat_loss(self.model, batch, self.digit_ids, seen)
 
     def _keep(self, optimizer: torch.optim.Optimizer) -> None:
-        state = {"model": self.model.state_dict(), "heads": self.heads.state_dict(), "optimizer": optimizer.state_dict()}
+        state = {"model": self.model.state_dict(), "heads": self.heads.state_dict(), "codes": self.codes.state_dict()}
+        state |= {"optimizer": optimizer.state_dict()}
         state |= {"at": self.at, "step": self.step, "seconds": self.seconds, "seed": self.seed, "hr": self.hr}
         # a run that is killed while it writes must not lose what it had
         torch.save(state, self.out / "next.pt")
@@ -210,6 +211,7 @@ class Run:
             raise SystemExit(f"{self.out} holds a run of seed {state['seed']}, hr {state['hr']}: give another folder")
         self.model.load_state_dict(state["model"])
         self.heads.load_state_dict(state["heads"])
+        self.codes.load_state_dict(state["codes"])
         self.at, self.step, self.seconds, self.optimizer_state = state["at"], state["step"], state["seconds"], state["optimizer"]
 
 
