@@ -141,7 +141,9 @@ class Run:
         parts = [getattr(self.model.model, name) for name in stage.learns]
         if not self.hr:
             parts = [part for part in parts if part is not self.model.model.patch_mining]
-        learning = [p for part in (*parts, self.heads, self.codes) for p in part.parameters()]
+        # what is thrown away learns with what it is for
+        parts += [self.heads] if set(stage.learns) <= set(TOWERS) else [self.codes] if stage.name == "language" else []
+        learning = [p for part in parts for p in part.parameters()]
         self.model.requires_grad_(False)
         for parameter in learning:
             parameter.requires_grad_(True)
