@@ -25,19 +25,37 @@ class TowerHeads(nn.Module):
 
 
 class Codes(nn.Module):
-    """A scene told to the language model in codes, a vector a cell, before there are image tokens; thrown away like the heads."""
+    """A scene told to the language model before there are image tokens: a cell is the sum of its words; thrown away like the heads.
 
-    def __init__(self, width: int):
+    The words are the language model's own embeddings, so that what is asked and what is there look alike. A digit's embedding is weighted
+    by its place in the number, or their order would be lost.
+
+    Args:
+        tokenizer: every word of `CELL_KINDS`, `COLOURS` and `BACKGROUNDS` becomes the mean of its tokens.
+        width: of the embeddings.
+    """
+
+    def __init__(self, tokenizer, width: int):
         super().__init__()
-        # the last of each is for nothing to tell
-        self.tables = nn.ModuleList(nn.Embedding(classes + 1, width) for classes in CELL_CLASSES)
+        self.digit_ids = tokenizer.convert_tokens_to_ids(list("0123456789"))
+        words = [[word or "" for word in CELL_KINDS], list(COLOURS), list(BACKGROUNDS)]
+        self.ids = [[tokenizer(" " + w, add_special_tokens=False).input_ids if w else [] for w in group] for group in words]
+        self.places = nn.Parameter(torch.randn(MAX_DIGITS, width).sign())
 
-    def forward(self, batch: Batch) -> torch.Tensor:
+    def forward(self, batch: Batch, embeddings: nn.Embedding) -> torch.Tensor:
         """Labels [B, n, n] of scenes to [B, n * n, width]."""
+        weight = embeddings.weight
+        nothing = weight.new_zeros(1, weight.shape[1])
+        told = 0.0
         ground = batch["background"][:, None, None].expand_as(batch["kind"])
-        told = (batch["kind"], batch["colour"], ground, *batch["digits"].unbind(-1))
-        codes = (table(torch.where(t == IGNORED, table.num_embeddings - 1, t)) for table, t in zip(self.tables, told))
-        return sum(codes).flatten(1, 2)
+        for group, labels in zip(self.ids, (batch["kind"], batch["colour"], ground)):
+            table = torch.cat([*(weight[ids].mean(0, keepdim=True) if ids else nothing for ids in group), nothing])
+            told = told + table[torch.where(labels == IGNORED, len(group), labels)]
+        # 0 and `IGNORED` both say that there is no digit
+        digits = torch.cat([nothing, weight[self.digit_ids]])
+        for place, labels in zip(self.places, batch["digits"].unbind(-1)):
+            told = told + digits[labels.clamp(min=0)] * place
+        return told.flatten(1, 2)
 
 
 def low_loss(heads: TowerHeads, queries: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:

@@ -115,9 +115,9 @@ class Run:
         if not hr:
             forget_mined(self.model)
         self.heads = TowerHeads(self.model.config)
-        self.codes = Codes(self.model.config.text_config.hidden_size)
         save(self.model, out / "model")
         self.processor = MiniGeminiProcessor.from_pretrained(out / "model")
+        self.codes = Codes(self.processor.tokenizer, self.model.config.text_config.hidden_size)
         ids = self.processor.tokenizer.convert_tokens_to_ids(list("0123456789"))
         self.digit_ids = torch.tensor(ids, device=device)
         self.model.to(device).train()
@@ -195,8 +195,10 @@ class Run:
                 return view_loss(self.model, self.heads, batch)
             if set(stage.learns) <= set(TOWERS):
                 return map_loss(self.model, self.heads, batch)
-            told = stage.name == "language"
-            seen = self.codes(batch) if told else image_tokens(self.model, normalise(batch["pixels"]), hr=self.hr)
+            if stage.name == "language":
+                seen = self.codes(batch, self.model.get_input_embeddings())
+            else:
+                seen = image_tokens(self.model, normalise(batch["pixels"]), hr=self.hr)
             return chat_loss(self.model, batch, self.digit_ids, seen)
 
     def _keep(self, optimizer: torch.optim.Optimizer) -> None:
