@@ -50,7 +50,7 @@ STAGES = (
     Stage("numbers", 1800, 40, 2e-3, ("vision_tower_aux",)),
     Stage("scenes", 600, 12, 1e-3, ("vision_tower_aux",)),
     Stage("views", 800, 64, 1e-3, ("vision_tower",)),
-    Stage("language", 800, 16, 2e-3, ("language_model",)),
+    Stage("language", 2000, 16, 2e-3, ("language_model",)),
     Stage("alignment", 200, 16, 2e-3, BRIDGE),
     Stage("everything", 600, 16, 1e-3, (*BRIDGE, "language_model")),
 )
