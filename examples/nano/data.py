@@ -1,0 +1,143 @@
+"""Scenes as training batches: pixels, what lies in every cell, and conversations as token ids."""
+
+import random
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from mg_fast import MiniGeminiProcessor
+from mg_fast.conversation import IMAGE_TAG, render
+from mg_fast.resizing import square
+
+from .scenes import BACKGROUNDS, CELL, COLOURS, KINDS, MAX_DIGITS, SIDE, Print, Scene, draw_scene
+from .talk import careless, conversation, text_only
+
+# the high-resolution tower's finest map has a position every so many pixels
+STRIDE = 4
+IGNORED = -100
+CELL_KINDS = (None, *KINDS, "number")
+
+Batch = dict[str, "torch.Tensor | Batch"]
+
+
+def pages(draw: Callable, seed: int, step: int, size: int) -> Batch:
+    """Pages drawn by `draw_lines` or `draw_numbers`: `pixels` uint8 [B, 64, 64, 3] and the towers' labels of `label`."""
+    side = 2 * CELL
+    drawn = [draw(seed, step * size + i) for i in range(size)]
+    return _stack([label(prints, [], None, side) for _, prints in drawn], [np.asarray(square(image, side, True)) for image, _ in drawn])
+
+
+def scenes(seed: int, step: int, size: int) -> Batch:
+    """Scenes: `pixels` uint8 [B, 192, 192, 3] and the towers' labels of `label`."""
+    return _of_scenes([draw_scene(seed, step * size + i) for i in range(size)])
+
+
+def _of_scenes(drawn: Sequence[Scene]) -> Batch:
+    labels = [label([s.print] if s.print else [], s.shapes, s.background, SIDE) for s in drawn]
+    return _stack(labels, [np.asarray(square(s.image, SIDE, True)) for s in drawn])
+
+
+def conversations(processor: MiniGeminiProcessor, seed: int, step: int, size: int, *, turns: int = 4) -> Batch:
+    """Conversations about scenes, one in sixteen without a picture.
+
+    Returns:
+        `ids`, `marks` (1 where a picture stands), `answers` (1 where a token of an answer or its end is to be said), `mask`
+        [B, L], padded on the right; of the pictures `pixels` uint8 [n, 192, 192, 3] and what `label` returns.
+    """
+    rows, pictures = [], []
+    for i in range(step * size, (step + 1) * size):
+        rng = random.Random(f"talk/{seed}/{i}")
+        if i % 16:
+            scene = draw_scene(seed, i)
+            said = conversation(scene, rng, turns)
+            said[0] = (f"{IMAGE_TAG}\n{said[0][0]}", said[0][1])
+            pictures.append(scene)
+        else:
+            said = [(careless(question, rng), answer) for question, answer in (text_only(rng) for _ in range(3))]
+        rows.append(encode(processor, said))
+    longest = max(len(ids) for ids, _, _ in rows)
+    out = {name: torch.zeros(size, longest, dtype=torch.long) for name in ("ids", "marks", "answers", "mask")}
+    for row, (ids, marks, answers) in enumerate(rows):
+        for name, values in (("ids", ids), ("marks", marks), ("answers", answers), ("mask", [1] * len(ids))):
+            out[name][row, : len(ids)] = torch.tensor(values)
+    return out | _of_scenes(pictures) if pictures else out
+
+
+def encode(processor: MiniGeminiProcessor, turns: Sequence[tuple[str, str]]) -> tuple[list[int], list[int], list[int]]:
+    """Ids of a conversation, marks of its pictures, and 1 at every token of an answer, its end included."""
+    ids, marks = processor.encode(render(processor.template, turns))
+    to_id = processor.tokenizer.convert_tokens_to_ids
+    opening = processor.tokenizer("<|im_start|>assistant\n", add_special_tokens=False).input_ids
+    answers, speaking = [0] * len(ids), False
+    for i in range(len(ids)):
+        answers[i] = int(speaking)
+        if ids[i] == to_id("<|im_end|>"):
+            speaking = False
+        elif ids[i + 1 - len(opening) : i + 1] == opening:
+            speaking = True
+    return ids, marks, answers
+
+
+def label(prints: Sequence[Print], shapes: Sequence, background: str | None, side: int) -> dict[str, np.ndarray]:
+    """What towers are pretrained to tell, with n = side / 32 cells and m = side / 4 positions along a side.
+
+    Returns:
+        kind [n, n]: index into `CELL_KINDS` of the thing whose centre lies there. colour [n, n] of shapes. digits [n, n, 4]: of the
+        number that stands alone, 0 for none, else 1 + digit. background []. character, rank [m, m]: 1 + digit, and 1 + its place in
+        its number.
+        `IGNORED` where there is nothing to tell.
+    """
+    cells, fine = side // CELL, side // STRIDE
+    kind = np.zeros((cells, cells), np.int64)
+    colour = np.full((cells, cells), IGNORED)
+    digits = np.full((cells, cells, MAX_DIGITS), IGNORED)
+    character, rank = np.zeros((fine, fine), np.int64), np.zeros((fine, fine), np.int64)
+    for shape in shapes:
+        at = int(shape.y // CELL), int(shape.x // CELL)
+        kind[at], colour[at] = CELL_KINDS.index(shape.kind), list(COLOURS).index(shape.colour)
+    for sign in prints:
+        numbers = sign.text.split()
+        if len(numbers) == 1:
+            at = int(sign.y // CELL), int(sign.x // CELL)
+            kind[at] = CELL_KINDS.index("number")
+            digits[at] = [1 + int(d) for d in sign.text] + [0] * (MAX_DIGITS - len(sign.text))
+        spots = iter((int(y // STRIDE), int(x // STRIDE)) for x, y in sign.digits)
+        for number in numbers:
+            at = [next(spots) for _ in number]
+            # of a number that runs over a page's edge nobody can tell which digit is the first
+            whole = all(0 <= v < fine for spot in at for v in spot)
+            for place, (digit, spot) in enumerate(zip(number, at)):
+                if min(spot) >= 0 and max(spot) < fine:
+                    character[spot], rank[spot] = 1 + int(digit), 1 + place if whole else IGNORED
+    ground = np.array(IGNORED if background is None else list(BACKGROUNDS).index(background))
+    return dict(kind=kind, colour=colour, digits=digits, background=ground, character=character, rank=rank)
+
+
+def _stack(labels: Sequence[dict[str, np.ndarray]], pixels: Sequence[np.ndarray]) -> Batch:
+    out = {name: torch.from_numpy(np.stack([row[name] for row in labels])) for name in labels[0]}
+    return {**out, "pixels": torch.from_numpy(np.stack(pixels))}
+
+
+def to_device(batch: Batch, device: torch.device | str) -> Batch:
+    """The batch, and one that goes along with it, on a device."""
+    return {name: to_device(value, device) if isinstance(value, dict) else value.to(device) for name, value in batch.items()}
+
+
+class Steps(Dataset):
+    """Batches by the number of their step, so that a resumed run sees what the first would have seen."""
+
+    def __init__(self, make, first: int, last: int):
+        self.make, self.first, self.last = make, first, last
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __getitem__(self, index: int):
+        return self.make(self.first + index)
+
+
+def loader(make, first: int, last: int, workers: int = 1) -> DataLoader:
+    """Batches of the steps from `first` up to `last`, drawn beside the training. `make` takes a step's number."""
+    return DataLoader(Steps(make, first, last), batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None)

@@ -1,0 +1,137 @@
+"""Exact answers about unseen scenes, by type of question: what the high-resolution branch is worth.
+
+python -m examples.nano.evaluate CHECKPOINT --without CHECKPOINT --out RESULT.json
+
+Every scene is asked one question of every type that it allows, each as the first of a conversation. Numbers are counted once more among
+those that no training scene ever showed.
+"""
+
+import argparse
+import copy
+import json
+import platform
+import random
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor
+from mg_fast.conversation import render, with_picture_tags
+
+from .model import forget_mined
+from .scenes import TYPES, Scene, draw_scene, held_out
+from .talk import ask
+
+CHUNK = 50
+
+
+def evaluate(
+    models: dict[str, MiniGeminiForConditionalGeneration], processor: MiniGeminiProcessor, *, seed: int, count: int
+) -> tuple[dict[str, dict[str, float]], list[dict]]:
+    """Share of exact answers.
+
+    Args:
+        models: by the name of what is compared.
+        seed, count: of the unseen scenes.
+
+    Returns:
+        Per model and type, with `number, never seen`, `asked` for how many there were of each; and every wrong answer.
+    """
+    right = {name: defaultdict(int) for name in models}
+    asked: dict[str, int] = defaultdict(int)
+    wrong = []
+    for first in range(0, count, CHUNK):
+        scenes = [draw_scene(seed, i, split="unseen") for i in range(first, min(first + CHUNK, count))]
+        pixels = processor.image_processor([scene.image for scene in scenes])
+        seen = {name: model.get_image_features(**pixels).pooler_output for name, model in models.items()}
+        for kind in TYPES:
+            turns = [ask(scene, kind, random.Random(f"{kind}/{seed}/{first + i}")) for i, scene in enumerate(scenes)]
+            rows = [i for i, turn in enumerate(turns) if turn is not None]
+            if not rows:
+                continue
+            kinds = [_kinds(kind, scenes[i]) for i in rows]
+            for names in kinds:
+                for name in names:
+                    asked[name] += 1
+            for model_name, model in models.items():
+                answers = answer(model, processor, [turns[i][0] for i in rows], seen[model_name][rows])
+                for i, names, said in zip(rows, kinds, answers):
+                    if said == turns[i][1]:
+                        for name in names:
+                            right[model_name][name] += 1
+                    else:
+                        wrong.append({"model": model_name, "scene": first + i, "asked": turns[i][0], "said": said, "right": turns[i][1]})
+    shares = {name: {kind: round(counts[kind] / asked[kind], 4) for kind in asked} for name, counts in right.items()}
+    return {**shares, "asked": dict(asked)}, wrong
+
+
+def _kinds(kind: str, scene: Scene) -> list[str]:
+    if kind != "number":
+        return [kind]
+    if scene.print is None:
+        return ["no number"]
+    return ["number", "number, never seen"] if held_out(scene.print.text) else ["number"]
+
+
+@torch.inference_mode()
+def answer(
+    model: MiniGeminiForConditionalGeneration, processor: MiniGeminiProcessor, questions: Sequence[str], image_tokens: torch.Tensor
+) -> list[str]:
+    """Greedy answers to first questions, one picture [n, T, hidden] each."""
+    rows = [processor.encode(render(processor.template, [(with_picture_tags(question, 1), None)])) for question in questions]
+    longest = max(len(ids) for ids, _ in rows)
+    padded = [([0] * (longest - len(ids)) + ids, [0] * (longest - len(ids)) + marks, len(ids)) for ids, marks in rows]
+    ids, marks = (torch.tensor([row[part] for row in padded]) for part in (0, 1))
+    mask = torch.tensor([[0] * (longest - length) + [1] * length for _, _, length in padded])
+    out = model.generate(
+        input_ids=ids, attention_mask=mask, mm_token_type_ids=marks, image_tokens=image_tokens, max_new_tokens=64, do_sample=False
+    )
+    return [text.strip() for text in processor.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="trained with the high-resolution branch")
+    parser.add_argument("--without", type=Path, help="trained without")
+    parser.add_argument("--seed", type=int, default=1000)
+    parser.add_argument("--count", type=int, default=500)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    transformers_logging.set_verbosity_error()
+    began = time.perf_counter()
+    processor = MiniGeminiProcessor.from_pretrained(args.checkpoint)
+    model = MiniGeminiForConditionalGeneration.from_pretrained(args.checkpoint, dtype=torch.float32).eval()
+    models = {"with mining": model, "mined features zero": copy.deepcopy(model)}
+    forget_mined(models["mined features zero"])
+    if args.without is not None:
+        models["trained without"] = MiniGeminiForConditionalGeneration.from_pretrained(args.without, dtype=torch.float32).eval()
+    shares, wrong = evaluate(models, processor, seed=args.seed, count=args.count)
+    kinds = list(shares["asked"])
+    print(f"{'':22}" + "".join(f"{name:>22}" for name in (*models, "asked")))
+    for kind in kinds:
+        print(f"{kind:22}" + "".join(f"{shares[name][kind]:22.1%}" for name in models) + f"{shares['asked'][kind]:22}")
+    result = {
+        "exact": shares,
+        "conditions": {
+            "scenes": args.count,
+            "seed": args.seed,
+            "split": "unseen",
+            "decoding": "greedy, float32",
+            "seconds": round(time.perf_counter() - began, 1),
+            "threads": torch.get_num_threads(),
+            "machine": platform.machine(),
+            "torch": torch.__version__,
+        },
+        "wrong, first 40": [row for row in wrong if row["model"] == "with mining"][:40],
+    }
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,347 @@
+"""Scenes drawn from a seed: coloured shapes, clutter and one small printed number, with questions about them and their answers.
+
+The print is 8.5 to 10.5 pixels high where the picture is seen at 192 pixels, and 4 where it is seen at 84: legible to the
+high-resolution branch alone.
+
+python -m examples.nano.scenes FOLDER        # writes a few scenes as PNG files, and what is asked about them
+"""
+
+import argparse
+import functools
+import json
+import math
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+from PIL import Image, ImageChops, ImageDraw, ImageFont
+
+# a scene is drawn at twice the size at which the high-resolution branch sees it; all measures below are in pixels of that branch
+SIDE = 192
+CELL = 32
+DRAWN = 2
+PRINT_HEIGHT = (8.5, 10.5)
+MAX_DIGITS = 4
+
+COLOURS = {
+    "red": (205, 30, 40),
+    "orange": (245, 130, 20),
+    "yellow": (245, 220, 40),
+    "green": (35, 150, 60),
+    "blue": (35, 75, 215),
+    "purple": (130, 50, 165),
+    "white": (250, 250, 250),
+    "black": (15, 15, 15),
+}
+BACKGROUNDS = {
+    "white": (240, 240, 238),
+    "gray": (130, 130, 132),
+    "black": (28, 28, 30),
+    "beige": (224, 202, 160),
+    "pink": (240, 165, 190),
+    "teal": (60, 160, 165),
+}
+KINDS = ("circle", "square", "star", "triangle")
+WORDS = ("no", "one", "two", "three", "four", "five")
+TYPES = ("number", "where", "colour", "count", "background", "describe")
+CLUTTER = {"train": ("lines", "dots", "blobs"), "unseen": ("arcs", "crosses", "dashes")}
+
+# font files of matplotlib; None is Pillow's own
+FONTS = (
+    None,
+    "DejaVuSans.ttf",
+    "DejaVuSans-Bold.ttf",
+    "DejaVuSans-Oblique.ttf",
+    "DejaVuSansMono.ttf",
+    "DejaVuSansMono-Bold.ttf",
+    "DejaVuSerif.ttf",
+    "DejaVuSerif-Bold.ttf",
+    "cmtt10.ttf",
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A shape of one of `KINDS` and `COLOURS`; centre and diameter in pixels of 192."""
+
+    kind: str
+    colour: str
+    x: float
+    y: float
+    size: float
+
+
+@dataclass(frozen=True)
+class Print:
+    """A printed number, or a line of them; its centre, height and the centres of its digits in pixels of 192."""
+
+    text: str
+    x: float
+    y: float
+    height: float
+    digits: tuple[tuple[float, float], ...] = ()
+
+
+@dataclass
+class Scene:
+    """What was drawn. `image` is an RGB picture of 384x384 pixels."""
+
+    background: str
+    shapes: list[Shape]
+    print: Print | None
+    image: Image.Image = field(repr=False)
+
+    def of(self, kind: str) -> list[Shape]:
+        return [shape for shape in self.shapes if shape.kind == kind]
+
+
+def held_out(number: str) -> bool:
+    """Whether a number is kept from training: one in seven is, so that an evaluation can tell reading from remembering."""
+    return int(number) % 7 == 3
+
+
+def draw_number(rng: random.Random, *, training: bool) -> str:
+    """2 to 4 digits, no leading zero; while training none that is held out."""
+    while True:
+        digits = rng.choice((2, 3, 3, 4, 4))
+        number = str(rng.randrange(10 ** (digits - 1), 10**digits))
+        if not (training and held_out(number)):
+            return number
+
+
+def draw_scene(seed: int, index: int, *, split: str = "train", number: str | None = None) -> Scene:
+    """The scene of a seed and an index; the same every time.
+
+    Args:
+        seed, index: together name the scene.
+        split: `train` or `unseen`, whose scenes differ for the same seed: unseen ones have other clutter, and any number.
+        number: printed in place of a random one.
+    """
+    rng = random.Random(f"{split}/{seed}/{index}")
+    background = rng.choice(list(BACKGROUNDS))
+    base = BACKGROUNDS[background]
+    # the sign is placed first, shapes around it
+    has_print = number is not None or rng.random() < 0.9
+    boxes: list[tuple[float, float, float, float]] = []
+    taken: set[tuple[int, int]] = set()
+    text = number or draw_number(rng, training=split == "train")
+    place = _place(rng, 20, 10, boxes, taken) if has_print else None
+    shapes = []
+    for _ in range(rng.choice((1, 2, 2, 3, 3, 4))):
+        size = rng.uniform(22, 40)
+        spot = _place(rng, size / 2, size / 2, boxes, taken)
+        if spot is not None:
+            # a kind that is there already comes back half of the time, or counts would rarely go beyond one
+            kind = rng.choice(shapes).kind if shapes and rng.random() < 0.5 else rng.choice(KINDS)
+            colour = rng.choice([name for name, rgb in COLOURS.items() if _apart(rgb, base) > 110])
+            shapes.append(Shape(kind, colour, *spot, size))
+
+    image = _background(rng, base)
+    canvas = ImageDraw.Draw(image)
+    for kind in CLUTTER[split]:
+        _draw_clutter(rng, canvas, kind, base, boxes)
+    for shape in shapes:
+        _draw_shape(rng, canvas, shape)
+    sign = None
+    if place is not None:
+        sign = draw_print(rng, image, text, *place, base)
+    return Scene(background, shapes, sign, image)
+
+
+def draw_lines(seed: int, index: int, *, side: int = 2 * CELL) -> tuple[Image.Image, list[Print]]:
+    """A page of `side` pixels of 192, full of lines of print: what the high-resolution tower learns its digits from."""
+    rng = random.Random(f"lines/{seed}/{index}")
+    base = rng.choice(list(BACKGROUNDS.values()))
+    image = _background(rng, base, side)
+    lines = []
+    # plates need more room, or they would hide what was printed before them
+    plates = rng.random() < 0.4
+    pitch = rng.uniform(21, 24) if plates else rng.uniform(13, 16)
+    y = rng.uniform(6, pitch)
+    while y < side - 5:
+        text = " ".join(draw_number(rng, training=True) for _ in range(3))
+        lines.append(draw_print(rng, image, text, side / 2 + rng.uniform(-12, 12), y, base, plated=plates))
+        y += pitch
+    return image, lines
+
+
+def draw_numbers(seed: int, index: int, *, side: int = 2 * CELL) -> tuple[Image.Image, list[Print]]:
+    """A page with a number to a cell at most, and clutter: what that tower learns from what a number is."""
+    rng = random.Random(f"numbers/{seed}/{index}")
+    base = rng.choice(list(BACKGROUNDS.values()))
+    image = _background(rng, base, side)
+    boxes: list[tuple[float, float, float, float]] = []
+    taken: set[tuple[int, int]] = set()
+    spots = [_place(rng, 20, 6, boxes, taken, side) for _ in range(4)]
+    for kind in CLUTTER["train"]:
+        _draw_clutter(rng, ImageDraw.Draw(image), kind, base, boxes, side)
+    return image, [draw_print(rng, image, draw_number(rng, training=True), *spot, base) for spot in spots if spot is not None]
+
+
+def draw_print(
+    rng: random.Random, image: Image.Image, text: str, x: float, y: float, base: tuple[int, int, int], *, plated: bool | None = None
+) -> Print:
+    """Prints a number on the picture, on a plate or on the ground as it is (None: either); returns where it and its digits lie."""
+    height = rng.uniform(*PRINT_HEIGHT)
+    font = _font(rng.choice(FONTS), round(height * DRAWN * 2) / 2)
+    angle = rng.gauss(0, 4)
+    plated = rng.random() < 0.6 if plated is None else plated
+    plate = rng.choice([rgb for rgb in COLOURS.values() if _apart(rgb, base) > 60]) if plated else None
+    ground = _jitter(rng, plate or base)
+    inks = [rgb for rgb in COLOURS.values() if abs(_luma(rgb) - _luma(ground)) > 105]
+    ink = _jitter(rng, rng.choice(inks or [COLOURS["white"], COLOURS["black"]]))
+
+    left, top, right, bottom = font.getbbox(text)
+    width, tall = right - left, bottom - top
+    mask = Image.new("L", (round(width) + 16, round(tall) + 16))
+    middle = (mask.width / 2, mask.height / 2)
+    start = (middle[0] - (left + right) / 2, middle[1] - (top + bottom) / 2)
+    ImageDraw.Draw(mask).text(start, text, 255, font)
+    cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+    cx, cy = x * DRAWN, y * DRAWN
+
+    def turned(dx: float, dy: float) -> tuple[float, float]:
+        # counter-clockwise, y downwards
+        return cx + dx * cos + dy * sin, cy - dx * sin + dy * cos
+
+    if plate is not None:
+        w, h = width / 2 + rng.uniform(5, 10), tall / 2 + rng.uniform(5, 10)
+        outline = ink if rng.random() < 0.5 else None
+        ImageDraw.Draw(image).polygon([turned(*p) for p in ((-w, -h), (w, -h), (w, h), (-w, h))], ground, outline)
+    mask = mask.rotate(angle, Image.Resampling.BILINEAR)
+    corner = (round(cx - middle[0]), round(cy - middle[1]))
+    image.paste(ink, (*corner, corner[0] + mask.width, corner[1] + mask.height), mask)
+    centres, across = [], start[0] - middle[0]
+    for character in text:
+        advance = _advance(font, character)
+        if character != " ":
+            centres.append(tuple(v / DRAWN for v in turned(across + advance / 2, 0)))
+        across += advance
+    return Print(text, x, y, height, tuple(centres))
+
+
+@functools.cache
+def _font(name: str | None, height: float) -> ImageFont.FreeTypeFont:
+    """A font whose digits are `height` pixels high."""
+
+    def of(size: float) -> ImageFont.FreeTypeFont:
+        if name is None:
+            return ImageFont.load_default(size)
+        return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
+
+    _, top, _, bottom = of(100).getbbox("0123456789")
+    return of(height * 100 / (bottom - top))
+
+
+@functools.cache
+def _advance(font: ImageFont.FreeTypeFont, character: str) -> float:
+    return font.getlength(character)
+
+
+def _place(
+    rng: random.Random, half_width: float, half_height: float, boxes: list, taken: set, side: int = SIDE
+) -> tuple[float, float] | None:
+    """A free spot, its box and its cell marked as taken; None where none was found."""
+    for _ in range(40):
+        x = rng.uniform(half_width + 2, side - half_width - 2)
+        y = rng.uniform(half_height + 2, side - half_height - 2)
+        # so that nobody can quarrel about where it is
+        if side == SIDE and any(abs(v - third) < 7 for v in (x, y) for third in (SIDE / 3, 2 * SIDE / 3)):
+            continue
+        box = (x - half_width - 3, y - half_height - 3, x + half_width + 3, y + half_height + 3)
+        cell = (int(x // CELL), int(y // CELL))
+        if cell not in taken and not any(_overlap(box, other) for other in boxes):
+            boxes.append(box)
+            taken.add(cell)
+            return x, y
+    return None
+
+
+def _overlap(a: tuple, b: tuple) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def _apart(a: tuple, b: tuple) -> float:
+    return math.dist(a, b)
+
+
+def _luma(rgb: tuple) -> float:
+    return 0.3 * rgb[0] + 0.59 * rgb[1] + 0.11 * rgb[2]
+
+
+def _jitter(rng: random.Random, rgb: tuple, by: int = 12) -> tuple[int, int, int]:
+    return tuple(min(255, max(0, v + rng.randint(-by, by))) for v in rgb)
+
+
+def _background(rng: random.Random, base: tuple, side: int = SIDE) -> Image.Image:
+    """One colour that grows a little lighter or darker in some direction."""
+    size = (side * DRAWN, side * DRAWN)
+    one, other = (_jitter(rng, base, 10) for _ in range(2))
+    mask = Image.linear_gradient("L").resize(size, Image.Resampling.NEAREST)
+    mask = mask if rng.random() < 0.5 else mask.transpose(Image.Transpose.ROTATE_90)
+    mask = mask if rng.random() < 0.5 else ImageChops.invert(mask)
+    return Image.composite(Image.new("RGB", size, one), Image.new("RGB", size, other), mask)
+
+
+def _draw_shape(rng: random.Random, canvas: ImageDraw.ImageDraw, shape: Shape) -> None:
+    x, y, r = shape.x * DRAWN, shape.y * DRAWN, shape.size / 2 * DRAWN
+    fill = _jitter(rng, COLOURS[shape.colour], 10)
+    if shape.kind == "circle":
+        canvas.ellipse((x - r, y - r, x + r, y + r), fill)
+        return
+    corners, inner, turn = {"square": (4, 1.0, 45), "star": (5, 0.42, -90), "triangle": (3, 1.0, -90)}[shape.kind]
+    turn += rng.uniform(-12, 12)
+    steps = corners if inner == 1.0 else 2 * corners
+    points = []
+    for i in range(steps):
+        radius = r if inner == 1.0 or i % 2 == 0 else r * inner
+        angle = math.radians(turn + 360 * i / steps)
+        points.append((x + radius * math.cos(angle), y + radius * math.sin(angle)))
+    canvas.polygon(points, fill)
+
+
+def _draw_clutter(rng: random.Random, canvas: ImageDraw.ImageDraw, kind: str, base: tuple, boxes: list, side: int = SIDE) -> None:
+    """Small things nobody asks about, clear of shapes and print."""
+    for _ in range(rng.randrange(0, 5 * side // SIDE + 1)):
+        x, y, reach = rng.uniform(4, side - 4), rng.uniform(4, side - 4), rng.uniform(2, 12 if kind in ("lines", "arcs", "dashes") else 3)
+        if any(_overlap((x - reach, y - reach, x + reach, y + reach), box) for box in boxes):
+            continue
+        colour = _jitter(rng, base, 70)
+        x, y, reach = x * DRAWN, y * DRAWN, reach * DRAWN
+        angle = rng.uniform(0, math.pi)
+        dx, dy = reach * math.cos(angle), reach * math.sin(angle)
+        width = rng.choice((1, 2, 3))
+        if kind == "lines":
+            canvas.line((x - dx, y - dy, x + dx, y + dy), colour, width)
+        elif kind == "dots":
+            canvas.ellipse((x - 2, y - 2, x + 2, y + 2), colour)
+        elif kind == "blobs":
+            canvas.rectangle((x - reach, y - reach / 2, x + reach, y + reach / 2), colour)
+        elif kind == "arcs":
+            canvas.arc((x - reach, y - reach, x + reach, y + reach), math.degrees(angle), math.degrees(angle) + 150, colour, width)
+        elif kind == "crosses":
+            canvas.line((x - dx, y - dy, x + dx, y + dy), colour, width)
+            canvas.line((x - dy, y + dx, x + dy, y - dx), colour, width)
+        else:
+            for at in (-0.8, 0.0, 0.8):
+                canvas.line((x + at * dx, y + at * dy, x + (at + 0.4) * dx, y + (at + 0.4) * dy), colour, width)
+
+
+if __name__ == "__main__":
+    from .talk import ask
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--count", type=int, default=6)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--split", choices=CLUTTER, default="unseen")
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    for i in range(args.count):
+        scene = draw_scene(args.seed, i, split=args.split)
+        scene.image.save(args.folder / f"scene-{i}.png")
+        asked = [ask(scene, kind, random.Random(i)) for kind in TYPES]
+        turns = [{"question": q, "answer": a} for q, a in filter(None, asked)]
+        (args.folder / f"scene-{i}.json").write_text(json.dumps(turns, indent=1))
+    print(f"{args.count} scenes in {args.folder}")

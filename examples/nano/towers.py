@@ -1,0 +1,108 @@
+"""How the towers are pretrained, as published ones are: told directly what lies where, by heads that are thrown away."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mg_fast.mini_gemini.configuration import MiniGeminiConfig
+
+from .data import CELL_KINDS, IGNORED, Batch
+from .scenes import BACKGROUNDS, COLOURS, MAX_DIGITS
+
+# classes of every question to a cell: what, which colour, on which background, and each digit or none
+CELL_CLASSES = (len(CELL_KINDS), len(COLOURS), len(BACKGROUNDS), *[11] * MAX_DIGITS)
+
+
+class TowerHeads(nn.Module):
+    """Linear heads on the towers' features: per cell on both towers, per character on the high-resolution tower's finest maps."""
+
+    def __init__(self, config: MiniGeminiConfig):
+        super().__init__()
+        dims = config.vision_config_aux["dims"]
+        self.low = _head(config.mm_hidden_size, sum(CELL_CLASSES))
+        self.high = _head(dims[-1], sum(CELL_CLASSES))
+        self.characters = _head(dims[0] + dims[1], 11 + 1 + MAX_DIGITS)
+
+
+class Codes(nn.Module):
+    """A scene told to the language model before there are image tokens: a cell is the sum of its words; thrown away like the heads.
+
+    The words are the language model's own embeddings, so that what is asked and what is there look alike. A digit's embedding is weighted
+    by its place in the number, or their order would be lost.
+
+    Args:
+        tokenizer: every word of `CELL_KINDS`, `COLOURS` and `BACKGROUNDS` becomes the mean of its tokens.
+        width: of the embeddings.
+    """
+
+    def __init__(self, tokenizer, width: int):
+        super().__init__()
+        self.digit_ids = tokenizer.convert_tokens_to_ids(list("0123456789"))
+        words = [[word or "" for word in CELL_KINDS], list(COLOURS), list(BACKGROUNDS)]
+        self.ids = [[tokenizer(" " + w, add_special_tokens=False).input_ids if w else [] for w in group] for group in words]
+        self.places = nn.Parameter(torch.randn(MAX_DIGITS, width).sign())
+
+    def forward(self, batch: Batch, embeddings: nn.Embedding) -> torch.Tensor:
+        """Labels [B, n, n] of scenes to [B, n * n, width]."""
+        weight = embeddings.weight
+        nothing = weight.new_zeros(1, weight.shape[1])
+        told = 0.0
+        ground = batch["background"][:, None, None].expand_as(batch["kind"])
+        for group, labels in zip(self.ids, (batch["kind"], batch["colour"], ground)):
+            table = torch.cat([*(weight[ids].mean(0, keepdim=True) if ids else nothing for ids in group), nothing])
+            told = told + table[torch.where(labels == IGNORED, len(group), labels)]
+        # 0 and `IGNORED` both say that there is no digit
+        digits = torch.cat([nothing, weight[self.digit_ids]])
+        for place, labels in zip(self.places, batch["digits"].unbind(-1)):
+            told = told + digits[labels.clamp(min=0)] * place
+        return told.flatten(1, 2)
+
+
+def low_loss(heads: TowerHeads, queries: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+    """Loss of the low-resolution tower's features [B, N, D]."""
+    side = batch["kind"].shape[1]
+    # it is to try to read too, but not to drown in what it cannot
+    return _cell_loss(heads.low(queries).unflatten(1, (side, side)).float(), batch, reading=0.25)
+
+
+def high_loss(heads: TowerHeads, pyramid: list[torch.Tensor], batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+    """Loss of the high-resolution tower's stage maps [B, n_s, n_s, C_s]."""
+    loss, said = character_loss(heads, pyramid, batch)
+    coarse, seen = _cell_loss(heads.high(pyramid[-1]).float(), batch)
+    return loss + coarse, said | seen
+
+
+def character_loss(heads: TowerHeads, pyramid: list[torch.Tensor], batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+    """Loss of the two finest stage maps alone: which digit lies where, and which place it has in its number."""
+    wider = pyramid[1].repeat_interleave(2, 1).repeat_interleave(2, 2)
+    scores = heads.characters(torch.cat([pyramid[0], wider], -1)).float()
+    character, rank = scores.split((11, 1 + MAX_DIGITS), -1)
+    loss, said = 0.0, {}
+    for name, s in (("character", character), ("rank", rank)):
+        # many positions hold none
+        weight = s.new_tensor([0.05] + [1.0] * (s.shape[-1] - 1))
+        loss = loss + F.cross_entropy(s.flatten(0, 2), batch[name].flatten(), weight=weight, ignore_index=IGNORED)
+        at = batch[name] > 0
+        said[name] = (s.argmax(-1) == batch[name])[at].float().mean().item()
+    return loss, said
+
+
+def _head(width: int, classes: int) -> nn.Module:
+    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, classes))
+
+
+def _cell_loss(scores: torch.Tensor, batch: Batch, reading: float = 1.0) -> tuple[torch.Tensor, dict[str, float]]:
+    """Scores [B, n, n, classes] against the labels, numbers weighted by `reading`; the loss, and how often things and numbers are right."""
+    kind, colour, background, *digits = scores.split(CELL_CLASSES, -1)
+    loss = F.cross_entropy(kind.flatten(0, 2), batch["kind"].flatten(), weight=kind.new_tensor([0.1] + [1.0] * (len(CELL_KINDS) - 1)))
+    if (batch["colour"] != IGNORED).any():
+        loss = loss + F.cross_entropy(colour.flatten(0, 2), batch["colour"].flatten(), ignore_index=IGNORED)
+        everywhere = batch["background"][:, None, None].expand(background.shape[:-1])
+        loss = loss + 0.3 * F.cross_entropy(background.flatten(0, 2), everywhere.flatten())
+    at = batch["digits"][..., 0] != IGNORED
+    slots, wanted = torch.stack(digits, -2)[at], batch["digits"][at]
+    # no number on any page of a batch is next to impossible, and would be a mean over nothing
+    loss = loss + reading * MAX_DIGITS * F.cross_entropy(slots.flatten(0, 1), wanted.flatten())
+    exact = (slots.argmax(-1) == wanted).all(-1).float().mean().item()
+    things = batch["kind"] > 0
+    return loss, {"number": exact, "kind": (kind.argmax(-1)[things] == batch["kind"][things]).float().mean().item()}

@@ -1,0 +1,263 @@
+"""Trains nano from nothing: towers and language model each by themselves, then the two stages of Mini-Gemini's recipe.
+
+python -m examples.nano.train OUT                 # with the high-resolution branch
+python -m examples.nano.train OUT --no-hr         # without: the mined features are never added
+python -m examples.nano.train OUT                 # again: goes on where it was stopped
+
+OUT/model is the checkpoint, OUT/log.jsonl and OUT/loss.png the losses.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor
+from mg_fast.reference import low_resolution_views
+from mg_fast.resizing import CLIP_MEAN, CLIP_STD
+
+from . import data
+from .model import LR_SIDE, forget_mined, make_model, save
+from .scenes import draw_lines, draw_numbers
+from .towers import Codes, TowerHeads, character_loss, high_loss, low_loss
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One part of the training: how long, how fast, and which of the model's modules learn."""
+
+    name: str
+    steps: int
+    batch: int
+    rate: float
+    learns: tuple[str, ...]
+
+
+TOWERS = ("vision_tower", "vision_tower_aux")
+BRIDGE = ("mm_projector", "patch_mining")
+STAGES = (
+    Stage("digits", 3500, 32, 3e-3, ("vision_tower_aux",)),
+    Stage("numbers", 1800, 40, 2e-3, ("vision_tower_aux",)),
+    Stage("scenes", 600, 12, 1e-3, ("vision_tower_aux",)),
+    Stage("views", 800, 64, 1e-3, ("vision_tower",)),
+    Stage("language", 2000, 16, 2e-3, ("language_model",)),
+    Stage("alignment", 200, 16, 2e-3, BRIDGE),
+    Stage("everything", 600, 16, 1e-3, (*BRIDGE, "language_model")),
+)
+
+
+def normalise(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 [B, H, W, 3] as the processor would have them: float32 [B, 3, H, W]."""
+    mean, std = (torch.tensor(v, device=pixels.device)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
+    return (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
+
+
+def image_tokens(model: MiniGeminiForConditionalGeneration, pixels: torch.Tensor, *, hr: bool) -> torch.Tensor:
+    """Normalised pictures [n, 3, 192, 192] to image tokens [n, 36, hidden], the towers frozen; without `hr` nothing is mined."""
+    inner = model.model
+    with torch.no_grad():
+        queries = inner.low_resolution_queries(low_resolution_views(pixels, LR_SIDE))
+        pyramid = inner.vision_tower_aux(pixels) if hr else None
+    return inner.mine_and_project(queries, pyramid)[0] if hr else inner.mm_projector(queries.flatten(1, 2))
+
+
+def chat_loss(
+    model: MiniGeminiForConditionalGeneration, batch: data.Batch, digit_ids: torch.Tensor, seen: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Loss on the answers' tokens alone with pictures `seen` as image tokens, and how often a token and a digit are right."""
+    inner = model.model
+    embeds = inner.splice(inner.get_input_embeddings()(batch["ids"]), seen, batch["marks"])
+    hidden = inner.language_model(inputs_embeds=embeds, attention_mask=batch["mask"], use_cache=False).last_hidden_state
+    said = batch["answers"][:, 1:] == 1
+    scores, wanted = model.lm_head(hidden[:, :-1][said]).float(), batch["ids"][:, 1:][said]
+    right = scores.argmax(-1) == wanted
+    return F.cross_entropy(scores, wanted), {"token": right.float().mean().item(), "digit": _mean(right[torch.isin(wanted, digit_ids)])}
+
+
+def _mean(flags: torch.Tensor) -> float:
+    return flags.float().mean().item() if len(flags) else float("nan")
+
+
+def view_loss(model: MiniGeminiForConditionalGeneration, heads: TowerHeads, batch: data.Batch) -> tuple[torch.Tensor, dict[str, float]]:
+    """Loss of the low-resolution tower's features under the heads that are thrown away."""
+    views = low_resolution_views(normalise(batch["pixels"]), LR_SIDE)
+    return low_loss(heads, model.model.low_resolution_queries(views)[:, 0], batch)
+
+
+def map_loss(model: MiniGeminiForConditionalGeneration, heads: TowerHeads, batch: data.Batch) -> tuple[torch.Tensor, dict[str, float]]:
+    """Loss of the high-resolution tower's maps under the heads that are thrown away; lines of print have characters, but no cells."""
+    compute = high_loss if bool((batch["kind"] > 0).any()) else character_loss
+    loss, said = compute(heads, model.model.vision_tower_aux(normalise(batch["pixels"])), batch)
+    if "page" not in batch:
+        return loss, said
+    print_loss, read = map_loss(model, heads, batch["page"])
+    return loss + print_loss, said | {f"page {name}": value for name, value in read.items()}
+
+
+class Run:
+    """A training run that can be stopped after any step and taken up again."""
+
+    def __init__(self, out: Path, *, seed: int, hr: bool, stages: tuple[Stage, ...], device: str = "cpu", workers: int = 1):
+        self.out, self.seed, self.hr, self.device, self.workers = out, seed, hr, device, workers
+        self.stages = tuple(stage for stage in stages if hr or stage.learns != ("vision_tower_aux",))
+        out.mkdir(parents=True, exist_ok=True)
+        self.model = make_model(seed)
+        if not hr:
+            forget_mined(self.model)
+        self.heads = TowerHeads(self.model.config)
+        save(self.model, out / "model")
+        self.processor = MiniGeminiProcessor.from_pretrained(out / "model")
+        self.codes = Codes(self.processor.tokenizer, self.model.config.text_config.hidden_size)
+        ids = self.processor.tokenizer.convert_tokens_to_ids(list("0123456789"))
+        self.digit_ids = torch.tensor(ids, device=device)
+        self.model.to(device).train()
+        self.heads.to(device), self.codes.to(device)
+        self.at, self.step, self.seconds = 0, 0, 0.0
+        self.optimizer_state = None
+        if (out / "last.pt").is_file():
+            self._resume()
+
+    def train(self, minutes: float | None = None) -> bool:
+        """Runs what is left, for so many minutes at most; whether all is done."""
+        end = None if minutes is None else time.perf_counter() + 60 * minutes
+        while self.at < len(self.stages):
+            if not self._stage(self.stages[self.at], end):
+                return False
+            self.at, self.step, self.optimizer_state = self.at + 1, 0, None
+        save(self.model, self.out / "model")
+        return True
+
+    def _stage(self, stage: Stage, end: float | None) -> bool:
+        parts = [getattr(self.model.model, name) for name in stage.learns]
+        if not self.hr:
+            parts = [part for part in parts if part is not self.model.model.patch_mining]
+        # what is thrown away learns with what it is for
+        parts += [self.heads] if set(stage.learns) <= set(TOWERS) else [self.codes] if stage.name == "language" else []
+        learning = [p for part in parts for p in part.parameters()]
+        self.model.requires_grad_(False)
+        for parameter in learning:
+            parameter.requires_grad_(True)
+        optimizer = torch.optim.AdamW(learning, lr=stage.rate, betas=(0.9, 0.98), weight_decay=0.01)
+        if self.optimizer_state is not None:
+            optimizer.load_state_dict(self.optimizer_state)
+        batches = data.loader(functools.partial(self._batch, stage), self.step, stage.steps, self.workers)
+        with tqdm(total=stage.steps, initial=self.step, desc=stage.name, smoothing=0.02) as bar, (self.out / "log.jsonl").open("a") as log:
+            for batch in batches:
+                began = time.perf_counter()
+                for group in optimizer.param_groups:
+                    group["lr"] = stage.rate * _cosine(self.step, stage.steps)
+                loss, said = self._loss(stage, data.to_device(batch, self.device))
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_([p for p in learning if p.grad is not None], 1.0)
+                optimizer.step()
+                self.step += 1
+                self.seconds += time.perf_counter() - began
+                row = {"stage": stage.name, "step": self.step, "loss": round(loss.item(), 4), "seconds": round(self.seconds, 1)}
+                log.write(json.dumps(row | {k: round(v, 4) for k, v in said.items() if not math.isnan(v)}) + "\n")
+                bar.update()
+                bar.set_postfix({"loss": f"{loss.item():.3f}", **{k: f"{v:.2f}" for k, v in said.items()}}, refresh=False)
+                stopped = end is not None and time.perf_counter() > end
+                if stopped or self.step % 100 == 0 or self.step == stage.steps:
+                    log.flush()
+                    self._keep(optimizer)
+                if stopped and self.step < stage.steps:
+                    return False
+        return True
+
+    def _batch(self, stage: Stage, step: int) -> data.Batch:
+        # a stage has its own pictures
+        seed = self.seed * 100 + [s.name for s in STAGES].index(stage.name)
+        if stage.name == "digits":
+            return data.pages(draw_lines, seed, step, stage.batch)
+        if stage.name == "numbers":
+            return data.pages(draw_numbers, seed, step, stage.batch) | {"page": data.pages(draw_lines, seed, step, stage.batch // 2)}
+        if stage.name == "views":
+            return data.scenes(seed, step, stage.batch)
+        if stage.name == "scenes":
+            # few of them hold print, so pages go along
+            return data.scenes(seed, step, stage.batch) | {"page": data.pages(draw_numbers, seed, step, 4 * stage.batch)}
+        return data.conversations(self.processor, seed, step, stage.batch)
+
+    def _loss(self, stage: Stage, batch: data.Batch) -> tuple[torch.Tensor, dict[str, float]]:
+        with torch.autocast(self.device, torch.bfloat16):
+            if stage.name == "views":
+                return view_loss(self.model, self.heads, batch)
+            if set(stage.learns) <= set(TOWERS):
+                return map_loss(self.model, self.heads, batch)
+            if stage.name == "language":
+                seen = self.codes(batch, self.model.get_input_embeddings())
+            else:
+                seen = image_tokens(self.model, normalise(batch["pixels"]), hr=self.hr)
+            return chat_loss(self.model, batch, self.digit_ids, seen)
+
+    def _keep(self, optimizer: torch.optim.Optimizer) -> None:
+        state = {"model": self.model.state_dict(), "heads": self.heads.state_dict(), "codes": self.codes.state_dict()}
+        state |= {"optimizer": optimizer.state_dict()}
+        state |= {"at": self.at, "step": self.step, "seconds": self.seconds, "seed": self.seed, "hr": self.hr}
+        # a run that is killed while it writes must not lose what it had
+        torch.save(state, self.out / "next.pt")
+        os.replace(self.out / "next.pt", self.out / "last.pt")
+
+    def _resume(self) -> None:
+        state = torch.load(self.out / "last.pt", map_location=self.device, weights_only=True)
+        if (state["seed"], state["hr"]) != (self.seed, self.hr):
+            raise SystemExit(f"{self.out} holds a run of seed {state['seed']}, hr {state['hr']}: give another folder")
+        self.model.load_state_dict(state["model"])
+        self.heads.load_state_dict(state["heads"])
+        self.codes.load_state_dict(state["codes"])
+        self.at, self.step, self.seconds, self.optimizer_state = state["at"], state["step"], state["seconds"], state["optimizer"]
+
+
+def _cosine(step: int, steps: int) -> float:
+    warm = max(1, round(0.03 * steps))
+    return (step + 1) / warm if step < warm else 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def draw_curve(log: Path, picture: Path) -> None:
+    """The losses of a run, stage by stage, as a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    figure, axes = pyplot.subplots(figsize=(9, 4))
+    first = 0
+    for name, group in itertools.groupby(rows, lambda row: row["stage"]):
+        losses = [row["loss"] for row in group]
+        smooth = torch.tensor(losses).unfold(0, min(20, len(losses)), 1).mean(-1)
+        axes.plot(range(first, first + len(smooth)), smooth, label=name)
+        first += len(losses)
+    axes.set(xlabel="step", ylabel="loss (each stage has its own)", yscale="log")
+    axes.legend()
+    figure.savefig(picture, dpi=80, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--no-hr", action="store_true", help="train without the high-resolution branch")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, help="stop after so many; the same command goes on from there")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    run = Run(args.out, seed=args.seed, hr=not args.no_hr, stages=STAGES, device=args.device)
+    done = run.train(args.minutes)
+    draw_curve(args.out / "log.jsonl", args.out / "loss.png")
+    print(f"{args.out / 'model'} after {run.seconds / 60:.1f} minutes of training" if done else "not done yet: run the same command again")
+
+
+if __name__ == "__main__":
+    main()

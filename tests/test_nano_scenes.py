@@ -1,0 +1,216 @@
+"""Nano's scenes, what is said about them, and that its training learns and can be taken up again."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from examples.nano import data, train
+from examples.nano.evaluate import evaluate
+from examples.nano.model import LR_SIDE, make_model, save
+from examples.nano.scenes import (
+    BACKGROUNDS,
+    CELL,
+    COLOURS,
+    DRAWN,
+    KINDS,
+    MAX_DIGITS,
+    PRINT_HEIGHT,
+    SIDE,
+    TYPES,
+    WORDS,
+    draw_lines,
+    draw_number,
+    draw_numbers,
+    draw_scene,
+    held_out,
+)
+from examples.nano.talk import GEN, ask, careless, conversation, describe, every_sentence, text_only
+from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor
+from mg_fast.mini_gemini.geometry import check_geometry
+
+SCENES = [draw_scene(5, i, split="unseen" if i % 2 else "train") for i in range(60)]
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("nano")
+    save(make_model(0), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def processor(untrained):
+    return MiniGeminiProcessor.from_pretrained(untrained)
+
+
+def test_a_seed_draws_the_same_scene_and_another_seed_another():
+    first, again, other = draw_scene(3, 7), draw_scene(3, 7), draw_scene(4, 7)
+    assert first.image.tobytes() == again.image.tobytes() and (first.shapes, first.print) == (again.shapes, again.print)
+    assert first.image.tobytes() != other.image.tobytes()
+
+
+def test_unseen_scenes_are_not_those_of_training():
+    train_scenes = {draw_scene(0, i).image.tobytes() for i in range(20)}
+    assert not train_scenes & {draw_scene(0, i, split="unseen").image.tobytes() for i in range(20)}
+
+
+def test_training_never_shows_a_number_that_is_held_out():
+    rng = random.Random(0)
+    trained = {draw_number(rng, training=True) for _ in range(3000)}
+    assert not any(map(held_out, trained))
+    assert {len(number) for number in trained} == {2, 3, 4}
+    pages = [draw(1, i)[1] for draw in (draw_lines, draw_numbers) for i in range(20)]
+    assert not any(held_out(number) for prints in pages for line in prints for number in line.text.split())
+    assert any(held_out(draw_number(rng, training=False)) for _ in range(100))
+
+
+def test_a_number_can_be_asked_for():
+    scene = draw_scene(0, 1, split="unseen", number="8052")
+    assert scene.print.text == "8052" and ask(scene, "number", random.Random(0))[1] == "The number is 8052."
+
+
+@pytest.mark.parametrize("scene", SCENES[:20])
+def test_what_is_drawn_is_what_the_scene_says(scene):
+    pixels = np.asarray(scene.image, np.float64)
+    assert pixels.shape == (SIDE * DRAWN, SIDE * DRAWN, 3)
+    for shape in scene.shapes:
+        seen = pixels[round(shape.y * DRAWN), round(shape.x * DRAWN)]
+        assert min(COLOURS, key=lambda name: np.abs(seen - COLOURS[name]).sum()) == shape.colour
+    corner = np.median(pixels[:6, :6].reshape(-1, 3), axis=0)
+    assert min(BACKGROUNDS, key=lambda name: np.abs(corner - BACKGROUNDS[name]).sum()) == scene.background
+    if scene.print is not None:
+        assert len(scene.print.digits) == len(scene.print.text)
+        xs = [x for x, _ in scene.print.digits]
+        assert xs == sorted(xs) and min(xs) > 0 and max(xs) < SIDE
+        for x, y in scene.print.digits:
+            # ink and ground both lie within half a digit of its centre
+            around = pixels[round(y * DRAWN) - 9 : round(y * DRAWN) + 9, round(x * DRAWN) - 6 : round(x * DRAWN) + 6]
+            assert np.ptp(around, axis=(0, 1)).max() > 60
+
+
+def test_print_is_less_than_half_as_high_for_the_low_resolution_tower():
+    config = make_model(0).config
+    check_geometry(config, "nano")
+    assert config.vision_config.image_size == LR_SIDE == 84
+    assert PRINT_HEIGHT[1] * LR_SIDE / SIDE < 4.6 < 8 < PRINT_HEIGHT[0]
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_answers_agree_with_what_was_drawn(scene):
+    for attempt in range(4):
+        rng = random.Random(attempt)
+        for kind in TYPES:
+            turn = ask(scene, kind, rng)
+            if turn is None:
+                continue
+            question, said = turn
+            if kind == "number":
+                assert said == (f"The number is {scene.print.text}." if scene.print else "There is no number.")
+            elif kind == "background":
+                assert said.split()[-1] == f"{scene.background}."
+            elif kind == "colour":
+                (shape,) = [s for s in scene.shapes if s.kind in question]
+                assert said == f"The {shape.kind} is {shape.colour}."
+            elif kind == "count":
+                thing = next(k for k in (*KINDS, "shape") if k + "s" in question)
+                there = sum(thing in (s.kind, "shape") for s in scene.shapes)
+                assert WORDS[there] in said.split() and thing in said
+            elif kind == "where":
+                found = scene.print if "number" in question else next(s for s in scene.shapes if s.kind in question)
+                assert ("left" in said) == (found.x < SIDE / 3) and ("right" in said) == (found.x > 2 * SIDE / 3)
+                assert ("top" in said) == (found.y < SIDE / 3) and ("bottom" in said) == (found.y > 2 * SIDE / 3)
+            else:
+                assert sum(said.count(k) for k in KINDS) == len({(s.kind, s.colour) for s in scene.shapes})
+                assert ("a number" in said) == (scene.print is not None) and scene.background in said
+
+
+def test_a_wish_for_a_drawing_is_answered_with_a_prompt():
+    question, said = ask(SCENES[0], "draw", random.Random(0))
+    assert question.endswith(GEN) and said.startswith(f"<h>{describe(SCENES[0])}") and said.endswith("</h>")
+
+
+def test_every_sentence_survives_the_tokenizer(processor):
+    tokenizer = processor.tokenizer
+    for sentence in every_sentence():
+        assert tokenizer.decode(tokenizer(sentence).input_ids, skip_special_tokens=True) == sentence
+    rng = random.Random(0)
+    for scene in SCENES:
+        for question, said in [*conversation(scene, rng, turns=8), text_only(rng)]:
+            for text in (careless(question, rng), said):
+                assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
+
+
+def test_a_digit_is_a_token(processor):
+    pieces = processor.tokenizer.tokenize("The number is 9041.")
+    assert [piece for piece in pieces if piece.isdigit()] == list("9041")
+    assert processor.template == "chatml_direct"
+
+
+def test_answers_and_their_ends_are_what_is_learned(processor):
+    turns = [("<image>\nWhat is the number?", "The number is 52."), ("Draw this again. <GEN>", "<h>a red circle</h>")]
+    ids, marks, answers = data.encode(processor, turns)
+    said = processor.tokenizer.decode([i for i, wanted in zip(ids, answers) if wanted])
+    assert said.replace(" ", "") == "".join(f"{answer}<|im_end|>" for _, answer in turns).replace(" ", "")
+    assert sum(marks) == processor.image_processor.tokens_per_picture == 36
+
+
+def test_labels_lie_where_things_lie():
+    scene = next(s for s in SCENES if s.print and len(s.print.text) == 3 and s.shapes)
+    labels = data.label([scene.print], scene.shapes, scene.background, SIDE)
+    cell = int(scene.print.y // CELL), int(scene.print.x // CELL)
+    assert data.CELL_KINDS[labels["kind"][cell]] == "number"
+    assert labels["digits"][cell].tolist() == [1 + int(d) for d in scene.print.text] + [0] * (MAX_DIGITS - 3)
+    assert (labels["kind"] > 0).sum() == 1 + len(scene.shapes)
+    assert sorted(labels["character"][labels["character"] > 0]) == sorted(1 + int(d) for d in scene.print.text)
+    assert sorted(labels["rank"][labels["rank"] > 0]) == [1, 2, 3]
+
+
+def test_training_learns_and_goes_on_where_it_stopped(tmp_path):
+    stages = (
+        train.Stage("digits", 3, 2, 1e-3, ("vision_tower_aux",)),
+        train.Stage("numbers", 2, 2, 1e-3, ("vision_tower_aux",)),
+        train.Stage("scenes", 2, 2, 1e-3, ("vision_tower_aux",)),
+        train.Stage("views", 2, 2, 1e-3, ("vision_tower",)),
+        train.Stage("language", 20, 4, 5e-3, ("language_model",)),
+        train.Stage("alignment", 2, 2, 1e-3, train.BRIDGE),
+        train.Stage("everything", 2, 2, 1e-3, (*train.BRIDGE, "language_model")),
+    )
+
+    def run() -> train.Run:
+        return train.Run(tmp_path / "run", seed=0, hr=True, stages=stages, workers=0)
+
+    assert not run().train(minutes=0)
+    resumed = run()
+    assert (resumed.at, resumed.step) == (0, 1)
+    before = {name: p.detach().clone() for name, p in resumed.model.named_parameters()}
+    assert resumed.train()
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [(row["stage"], row["step"]) for row in rows] == [(s.name, i + 1) for s in stages for i in range(s.steps)]
+    losses = [row["loss"] for row in rows if row["stage"] == "language"]
+    assert np.mean(losses[-4:]) < 0.8 * np.mean(losses[:4])
+    for part in ("vision_tower.", "vision_tower_aux.", "patch_mining.", "mm_projector.", "language_model."):
+        assert any(not torch.equal(p, before[name]) for name, p in resumed.model.named_parameters() if f".{part}" in name), part
+
+    loaded = MiniGeminiForConditionalGeneration.from_pretrained(tmp_path / "run" / "model", dtype=torch.float32).eval()
+    trained = dict(resumed.model.named_parameters())
+    for name, parameter in loaded.named_parameters():
+        torch.testing.assert_close(parameter, trained[name], atol=2e-3, rtol=1e-3)
+    shares, wrong = evaluate({"nano": loaded}, resumed.processor, seed=0, count=3)
+    assert shares["asked"]["describe"] == 3 and set(shares["nano"]) == set(shares["asked"])
+    assert len(wrong) == sum(n * (1 - shares["nano"][kind]) for kind, n in shares["asked"].items() if "never" not in kind)
+
+
+def test_without_the_high_resolution_branch_nothing_is_mined(tmp_path):
+    stages = (train.Stage("digits", 9, 2, 1e-3, ("vision_tower_aux",)), train.Stage("everything", 1, 2, 1e-3, train.BRIDGE))
+    run = train.Run(tmp_path, seed=0, hr=False, stages=stages, workers=0)
+    assert run.train()
+    # pages of print are for the tower that is not there
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1
+    model = MiniGeminiForConditionalGeneration.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    low, high = torch.randn(1, 1, 3, LR_SIDE, LR_SIDE), torch.randn(1, 3, SIDE, SIDE)
+    with torch.no_grad():
+        seen = [model.get_image_features(low, pixels).pooler_output for pixels in (high, torch.zeros_like(high))]
+    torch.testing.assert_close(*seen, rtol=0, atol=0)
