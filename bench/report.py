@@ -103,7 +103,8 @@ def mining_table(found: Kept) -> str:
 
 def answers_table(found: Kept) -> str:
     """The language model's part of an answer: transformers' own loop, and ours."""
-    columns = [("cpu", "0.5b", "float32")] + [(device, size, "bfloat16") for device in gpus(found) for size in ("7b", "7b-hd", "34b")]
+    columns = [("cpu", "0.5b", "float32"), ("cpu", "0.5b", "bfloat16"), ("cpu", "0.5b-int8", "bfloat16")]
+    columns += [(device, size, "bfloat16") for device in gpus(found) for size in ("7b", "7b-int8", "7b-hd", "34b")]
     forms = {
         "reference": "`generate`",
         "auto": "mg_fast",
@@ -118,7 +119,7 @@ def answers_table(found: Kept) -> str:
         "decode-b32": "one more token of 32 sequences each",
     }
     cases = {
-        (device, f"end-to-end/{size}-{name}-{dtype}"): f"{'CPU' if device == 'cpu' else device}, {size}: {told}"
+        (device, f"end-to-end/{size}-{name}-{dtype}"): f"{'CPU' if device == 'cpu' else device}, {size}, {dtype}: {told}"
         for device, size, dtype in columns
         for name, told in measures.items()
     }

@@ -150,6 +150,21 @@ def test_exact_logits_leave_the_weights_as_they_were(shared):
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in shared.model.modules())
 
 
+def test_quantised_weights_are_held_against_their_own_values(small):
+    """Rounding is no error of the loop's: the exact logits are those of the rounded weights."""
+    size = end_to_end.Size("tiny", False, "bfloat16", (), "int8")
+    assert size.name == "tiny-int8"
+    quantised = end_to_end.make_session(size, "cpu")
+    before = [(name, id(parameter)) for name, parameter in quantised.model.named_parameters()]
+    exact = end_to_end.exact_logits(quantised, 2)
+    assert [(name, id(parameter)) for name, parameter in quantised.model.named_parameters()] == before
+    assert exact.dtype == torch.float32 and quantised.pipeline("auto").weights.formats == ("int8",)
+    plain = end_to_end.exact_logits(end_to_end.make_session(end_to_end.Size("tiny", False, "bfloat16", ()), "cpu"), 2)
+    case = next(case for case in end_to_end._of_size(size) if "decode-b1" in case.name)
+    logits, _ = case.providers["auto"](quantised)()
+    assert (logits[:2] - exact).norm() < 0.7 * (logits[:2] - plain).norm()
+
+
 def test_one_model_for_a_size(shared):
     cases = [case for case in all_cases().values() if case.name.startswith("end-to-end/tiny-") and "load" not in case.name]
     made = [case.make("cpu") for case in cases if "ready" not in case.name]

@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 import mg_fast
 from examples import random_checkpoint
-from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor, use_backend
+from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor, quantization, use_backend
 from mg_fast.conversation import render, stop_ids, with_picture_tags
 from mg_fast.decoding import LeanDecoder
 from mg_fast.mini_gemini.checkpoint import decide_template, load_tokenizer
@@ -52,16 +52,17 @@ SERVED, ARRIVALS = 4, 1000
 
 @dataclass(frozen=True)
 class Size:
-    """One of `random_checkpoint.SIZES`, the dtype it is run in, and the devices on which it is run unasked."""
+    """One of `random_checkpoint.SIZES`, the dtype it is run in, the devices on which it is run unasked, and how its weights are rounded."""
 
     size: str
     hd: bool
     dtype: str
     devices: tuple[str, ...]
+    quantize: str | None = None
 
     @property
     def name(self) -> str:
-        return self.size + "-hd" * self.hd
+        return "-".join([self.size, *["hd"] * self.hd, *[self.quantize] * (self.quantize is not None)])
 
 
 SIZES = (
@@ -71,8 +72,11 @@ SIZES = (
     Size("7b", True, "bfloat16", ("cuda",)),
     Size("13b", False, "bfloat16", ("cuda",)),
     Size("34b", False, "bfloat16", ("cuda",)),
+    Size("7b", False, "bfloat16", ("cuda",), "int8"),
     # a language model large enough to time on a CPU, behind narrow towers
     Size("0.5b", False, "float32", ()),
+    Size("0.5b", False, "bfloat16", ()),
+    Size("0.5b", False, "bfloat16", (), "int8"),
     Size("tiny", False, "float32", ()),
 )
 
@@ -183,6 +187,7 @@ def _of_size(size: Size) -> list[Case]:
             *(decode[batch] for batch in BATCHES[1:]),
         ]
         found += [case(f"arrivals{load}", _arrivals(load), exact=first(COMPARED)) for load in LOADS]
+    if not size.hd and size.quantize is None:
         # by name only: they write a checkpoint of the model's size
         found += [
             Case(
@@ -288,6 +293,12 @@ def make_model(size: Size, device: str) -> MiniGeminiForConditionalGeneration:
             else:
                 # as wide as keeps the size of what goes in
                 parameter.normal_(0.0, 0.02 if parameter is embedding else parameter[0].numel() ** -0.5)
+    if size.quantize is not None:
+        from torchao.quantization import quantize_
+
+        named = quantization.named_config(size.quantize, config.text_config, {"": device}, model.dtype)
+        quantize_(model.model.language_model.layers, named.quant_type)
+        quantization.finish(model)
     return model
 
 
@@ -478,16 +489,20 @@ def exact_logits(shared: Session, count: int, turns: Sequence[tuple[str, str | N
 @contextlib.contextmanager
 def _widened(model: MiniGeminiForConditionalGeneration, dtype: torch.dtype) -> Iterator[None]:
     """Within the block each part of the language model has its weights in `dtype` while it runs."""
-    stored: dict[nn.Parameter, torch.Tensor] = {}
+    stored: list[tuple[nn.Module, str, nn.Parameter]] = []
 
     def widen(module: nn.Module, *_) -> None:
-        for parameter in module.parameters():
-            stored[parameter] = parameter.data
-            parameter.data = parameter.data.to(dtype)
+        for owner in module.modules():
+            for name, parameter in list(owner.named_parameters(recurse=False)):
+                stored.append((owner, name, parameter))
+                # what was rounded is rounded in the exact result, too
+                dense = parameter.dequantize() if hasattr(parameter, "__tensor_flatten__") else parameter
+                owner._parameters[name] = nn.Parameter(dense.to(dtype), requires_grad=False)
 
-    def restore(module: nn.Module, *_) -> None:
-        for parameter in module.parameters():
-            parameter.data = stored.pop(parameter)
+    def restore(*_) -> None:
+        while stored:
+            owner, name, parameter = stored.pop()
+            owner._parameters[name] = parameter
 
     language = model.model.language_model
     parts = [language.embed_tokens, *language.layers, language.norm, model.lm_head]
@@ -497,5 +512,4 @@ def _widened(model: MiniGeminiForConditionalGeneration, dtype: torch.dtype) -> I
     finally:
         for hook in hooks:
             hook.remove()
-        for parameter, data in stored.items():
-            parameter.data = data
+        restore()
