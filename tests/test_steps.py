@@ -266,6 +266,14 @@ def test_what_graphs_are_refused_for(own):
     assert passes.graphs_refused(512) == "the language model is not on one GPU"
 
 
+def test_compiling_that_is_not_done_is_said_once(own, caplog):
+    pipeline = own.pipeline(compiled=True)
+    for _ in range(2):
+        pipeline.chat("Hello?", max_new_tokens=2)
+        pipeline.clear_kv_cache()
+    assert caplog.text.count("nothing is compiled (compiled=True, --compile): the language model is not on one GPU") == 1
+
+
 def test_a_stale_number_in_the_filling_stays_out(own, by_graph):
     """A graph's input keeps what lay behind an earlier, longer prompt; also NaN in the cache of a request that failed must not last."""
     pipeline = own.pipeline()

@@ -163,7 +163,7 @@ def test_errors(capsys, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "the following arguments are required: --arch"),
+        ([], "one of the arguments --here --arch is required"),
         (["--arch", "sm_91"], "--arch: expected one of sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, got 'sm_91'"),
         (["--arch", "90"], "expected one of sm_80"),
         (["--arch", "sm_90", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),

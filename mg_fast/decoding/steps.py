@@ -97,6 +97,7 @@ class Steps:
         take_onednn(self.head)
         self._graphs = graphs
         self._compiled = torch.compile(self._pass, fullgraph=True, dynamic=False) if compiled else None
+        self._told = False
         self.captures = True
         self.first_use: dict[str, float] = {}
 
@@ -113,7 +114,11 @@ class Steps:
         """Room for so many sequences of at least so many positions."""
         unit = ONE_SEQUENCE if batch == 1 else WINDOW
         capacity = -(-positions // unit) * unit
-        by_graph = self.graphs_refused(capacity) is None
+        refused = self.graphs_refused(capacity)
+        if refused is not None and self._compiled is not None and not self._told:
+            self._told = True
+            logger.warning("nothing is compiled (compiled=True, --compile): %s", refused)
+        by_graph = refused is None
         return Sequences(KVCache(self.config.num_hidden_layers, batch, capacity, masked=by_graph), by_graph)
 
     def graphs_refused(self, capacity: int) -> str | None:
