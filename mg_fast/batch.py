@@ -1,7 +1,7 @@
 """Many questions at once, for work that nobody waits for."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,13 +36,15 @@ def chat_batch(
     **generate_options,
 ) -> list[Answer]:
     """See `Pipeline.chat_batch`."""
-    if isinstance(questions, (str, Mapping)):
-        raise PromptError(f"expected a list of questions, got one {type(questions).__name__}: chat answers one")
+    if isinstance(questions, (str, Mapping)) or not isinstance(questions, Iterable):
+        raise PromptError(f"expected a list of questions, got {type(questions).__name__}: chat answers one")
     if not isinstance(batch_size, int) or batch_size < 1:
         raise PromptError(f"batch_size: expected a whole number of 1 or more, got {batch_size}")
     questions = list(questions)
     check_options(temperature, top_p, max_new_tokens, generate_options)
     options = sampling(temperature, top_p, generate_options)
+    # one for all batches: seeded anew, each would draw the same numbers
+    generator = seeded(seed, pipeline.device)
 
     answers: dict[int, Answer] = {}
     requests: dict[int, tuple[Request, list]] = {}
@@ -58,7 +60,7 @@ def chat_batch(
         """Answers some of the requests at once; where one spoils it for all, or memory is short, in two halves."""
         rows = [(requests[i][0], seen[i]) for i in numbers]
         try:
-            given = answer(pipeline, rows, options, allow_long=allow_long)
+            given = answer(pipeline, rows, options, generator=generator, allow_long=allow_long)
         except (FloatingPointError, torch.OutOfMemoryError) as error:
             if len(numbers) == 1:
                 given = [failed(error, requests[numbers[0]][0])]
@@ -73,8 +75,7 @@ def chat_batch(
 
     bar = tqdm(total=len(questions), initial=len(answers), desc="questions", disable=not progress)
     try:
-        # once for all batches: seeded anew, each would draw the same numbers
-        with bar, seeded(seed, pipeline.device):
+        with bar:
             for batch in _batches(requests, batch_size, pipeline.model.config.text_config.max_position_embeddings):
                 seen = {}
                 for i in batch:

@@ -14,7 +14,7 @@ from .backend import requested, use_backend
 from .conversation import IMAGE_TAG, render, with_picture_tags
 from .errors import PromptError
 from .meter import Meter
-from .requests import Answer, Request, answer, check_options, sampling
+from .requests import Answer, Request, answer, check_options, sampling, seeded
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline, SeenPicture
@@ -74,8 +74,8 @@ class Conversation:
             max_new_tokens: at most so many tokens, default 512; where the context holds fewer, the answer ends with it.
             temperature: 0 decodes greedily; above 0 samples.
             top_p: nucleus of the sampling, with a temperature above 0.
-            seed: makes sampling repeatable; the global random state stays as it is. A stream is repeatable as long as nothing else in the
-                process draws from torch's global generator while it runs.
+            seed: makes sampling repeatable; the global random state stays as it is. Where transformers' own loop decodes, as long as
+                nothing else in the process draws from torch's global generator meanwhile.
             stream: yield pieces of text that join to the answer's text. A stream that is not read to its end, or whose conversation went on
                 or was reset meanwhile, leaves the conversation as it was.
             allow_long: accept a prompt longer than the model was trained on.
@@ -92,7 +92,7 @@ class Conversation:
             raise PromptError("profile=True measures whole answers: not with stream=True")
         if stream and generate_options.get("num_beams", 1) > 1:
             raise PromptError("beams cannot be streamed: their text is not final before the end")
-        options = sampling(temperature, top_p, generate_options)
+        options, generator = sampling(temperature, top_p, generate_options), seeded(seed, self.pipeline.device)
         question, images = as_question(text, images)
 
         def ask():
@@ -105,7 +105,9 @@ class Conversation:
             request = Request.encode(self.pipeline, prompt, max_new_tokens, allow_long)
 
             def run(**streamed) -> Answer:
-                return answer(self.pipeline, [(request, seen)], options, seed=seed, allow_long=allow_long, meter=meter, **streamed)[0]
+                return answer(
+                    self.pipeline, [(request, seen)], options, generator=generator, allow_long=allow_long, meter=meter, **streamed
+                )[0]
 
             def keep(answer: Answer) -> None:
                 with self._changing:

@@ -346,12 +346,12 @@ def command_doctor(args) -> int:
 
 
 def command_warmup(args) -> int:
-    from . import warmup
-
     if args.here:
         return _warm_up_here(args)
     if args.compile:
         raise BackendError("--compile needs --here: torch.compile looks at the GPU that it compiles for")
+    from . import warmup
+
     warmup.check()
     import torch
 
@@ -370,12 +370,12 @@ def command_warmup(args) -> int:
 
 
 def _warm_up_here(args) -> int:
-    from .pipeline import load
-
     if args.model is None:
         raise CheckpointError("--here needs --model: what is compiled depends on the weights' shapes")
     if args.training:
         raise BackendError("--training compiles kernels ahead of time: with --arch")
+    from .pipeline import load
+
     for dtype in dict.fromkeys(args.dtype or ("auto",)):
         pipeline = load(args.model, dtype=dtype, backend=args.backend, compiled=args.compile)
         print(f"loaded {args.model} on {pipeline.device}: {pipeline.load_seconds:.1f} s")

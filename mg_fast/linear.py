@@ -73,7 +73,9 @@ class OneDNNLinear(nn.Linear):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if getattr(_thread, "by_onednn", False) and _has_epilogue(x := x.contiguous(), self.weight):
+        # weights that were quantised since say that they are float32, too
+        plain = type(self.weight) is nn.Parameter
+        if plain and getattr(_thread, "by_onednn", False) and _has_epilogue(x := x.contiguous(), self.weight):
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return super().forward(x)
 
@@ -82,8 +84,7 @@ def take_onednn(module: nn.Module) -> None:
     """Makes the large plain Linears in a module `OneDNNLinear`s, where it is float32 on a CPU; what they compute stays theirs."""
     for part in module.modules():
         weight = getattr(part, "weight", None)
-        # quantised weights say that they are float32, too
-        if type(part) is nn.Linear and _has_epilogue(weight.detach(), weight.detach()) and not hasattr(weight, "__tensor_flatten__"):
+        if type(part) is nn.Linear and type(weight) is nn.Parameter and _has_epilogue(weight.detach(), weight.detach()):
             part.__class__ = OneDNNLinear
 
 

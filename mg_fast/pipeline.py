@@ -53,7 +53,8 @@ class Pipeline:
         backend: for every call of this pipeline.
         image_cache_bytes: most bytes of image tokens kept, on the model's device; 0 keeps none.
         kv_cache_bytes: most bytes of keys and values kept of prompts and answers, on the model's devices; 0 keeps none. Default: 1 GiB, or
-            as many as the longest conversation has that the model can hold.
+            as many as the longest conversation has that the model can hold. Not counted is the memory that the last answer was decoded in,
+            of its length rounded up to 2048 positions, which stays for the next one until `clear_kv_cache`.
         compiled: on a GPU, decode through torch.compile: seconds to a minute at the first answer.
 
     Attributes:

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -78,13 +78,17 @@ class Request:
 
 def check_options(temperature: float, top_p: float | None, max_new_tokens: int | None, options: dict) -> None:
     """Refuses what would be ignored or contradict itself."""
-    if not math.isfinite(temperature) or temperature < 0:
-        raise PromptError(f"temperature: expected a number of 0 or more, got {temperature}")
+    if not isinstance(temperature, (int, float)) or not math.isfinite(temperature) or temperature < 0:
+        raise PromptError(f"temperature: expected a number of 0 or more, got {temperature!r}")
+    if top_p is not None and (not isinstance(top_p, (int, float)) or not 0 <= top_p <= 1):
+        raise PromptError(f"top_p: expected a share from 0 to 1, got {top_p!r}")
     if top_p is not None and temperature == 0:
         raise PromptError(f"top_p={top_p} is for sampling: give a temperature above 0 with it")
     if max_new_tokens is not None and (not isinstance(max_new_tokens, int) or max_new_tokens < 1):
         raise PromptError(f"max_new_tokens: expected a whole number of 1 or more, got {max_new_tokens}")
     check_cache(options)
+    if callable(options.get("stopping_criteria")):
+        raise PromptError("stopping_criteria: expected a list of criteria, got one")
     for name, instead in (
         ("do_sample", "temperature decides"),
         ("num_return_sequences", "a question has one answer; use model.generate"),
@@ -107,7 +111,7 @@ def answer(
     rows: Sequence[tuple[Request, Sequence["SeenPicture"]]],
     options: dict,
     *,
-    seed: int | None = None,
+    generator: torch.Generator | None = None,
     allow_long: bool | None = None,
     meter: Meter | None = None,
     emit: Callable[[str], None] | None = None,
@@ -118,7 +122,7 @@ def answer(
     Args:
         rows: each request with its pictures; the longest one's prompt and the largest max_new_tokens fit the context together.
         options: of `generate`.
-        seed: makes sampling repeatable; the global random state stays as it is.
+        generator: what samples are drawn by, on the pipeline's device; the global random state stays as it is. Default: torch's own.
         allow_long: accept prompts longer than the model was trained on.
         meter: measures the stages, of one request.
         emit: called with pieces of text as they become final, of one request.
@@ -147,11 +151,13 @@ def answer(
     stream = PieceStream(tokenizer, emit, on_token) if alone else None
     if meter is not None:
         meter.start("prefill to first token" if stream is not None else "prefill and decode")
-    with pipeline._backend(), seeded(seed, pipeline.device), torch.inference_mode():
+    with pipeline._backend(), torch.inference_mode(), contextlib.ExitStack() as stack:
         lean = None
         if requested() != "reference" and pipeline.decoder.refuses(options) is None:
             digests = [picture.digest for _, pictures in rows for picture in pictures]
-            lean = pipeline.decoder.request(digests if all(digests) else None, stream)
+            lean = pipeline.decoder.request(digests if all(digests) else None, stream, generator)
+        elif generator is not None:
+            stack.enter_context(_as_global(generator))
         out = model.generate(
             **inputs,
             max_new_tokens=max(request.max_new_tokens for request, _ in rows),
@@ -209,12 +215,27 @@ def _inputs(pipeline: "Pipeline", rows: Sequence[tuple[Request, Sequence["SeenPi
     return inputs
 
 
-@contextlib.contextmanager
-def seeded(seed: int | None, device: torch.device):
-    """Sampling from a seed, unless it is None; the global random state stays as it is."""
+def seeded(seed: int | None, device: torch.device) -> torch.Generator | None:
+    """A generator on the device for `answer`; None where there is no seed. It draws what torch's own would after `manual_seed`.
+
+    Raises:
+        PromptError: no seed that torch takes.
+    """
     if seed is None:
-        yield
-        return
+        return None
+    if not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+        raise PromptError(f"seed: expected a whole number of at most 64 bits, got {seed!r}")
+    return torch.Generator(device).manual_seed(seed)
+
+
+@contextlib.contextmanager
+def _as_global(generator: torch.Generator) -> Iterator[None]:
+    """Torch's own generator of the device draws in the place of this one: `generate` takes none."""
+    device = generator.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
+        own = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
+        own.set_state(generator.get_state())
+        try:
+            yield
+        finally:
+            generator.set_state(own.get_state())

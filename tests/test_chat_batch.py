@@ -140,8 +140,9 @@ def test_bad_items_in_their_place(own, tmp_path):
 @pytest.mark.parametrize(
     "call,message",
     [
-        (dict(questions="Hello."), "expected a list of questions, got one str"),
-        (dict(questions={"text": "Hello."}), "expected a list of questions, got one dict"),
+        (dict(questions="Hello."), "expected a list of questions, got str"),
+        (dict(questions=None), "expected a list of questions, got NoneType"),
+        (dict(questions={"text": "Hello."}), "expected a list of questions, got dict"),
         (dict(questions=["a"], batch_size=0), "batch_size: expected a whole number"),
         (dict(questions=["a"], batch_size=2.0), "batch_size: expected a whole number"),
         (dict(questions=["a"], top_p=0.5), "top_p=0.5 is for sampling"),

@@ -8,9 +8,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, LogitsProcessor, LogitsProcessorList, MistralConfig
 
+from mg_fast import Pipeline
 from mg_fast.conversation import render
 from mg_fast.decoding import LeanDecoder
 from mg_fast.decoding.kv_cache import KVCache
+from mg_fast.linear import OneDNNLinear
 from tests.families import ORIGINAL, OWN, family
 
 FAMILIES = [*OWN, *ORIGINAL]
@@ -125,6 +127,18 @@ def test_ragged_batches(each):
         if not options:
             # filling follows where a row ended
             assert [row[: len(ids)] for row, ids in zip(expected.tolist(), alone)] == alone
+
+
+def test_products_by_onednn(each, monkeypatch):
+    """Which takes larger layers than these checkpoints have."""
+    monkeypatch.setattr("mg_fast.linear._FEWEST_WEIGHTS", 1)
+    pipeline = Pipeline(copy.deepcopy(each.model), each.processor)
+    assert any(type(part) is OneDNNLinear for part in pipeline.model.modules())
+    first = pipeline.chat("What is it?", [each.pictures[0]], max_new_tokens=8)
+    second = pipeline.chat("And now?", max_new_tokens=8)
+    asked = ("<image>\nWhat is it?", None)
+    assert first.token_ids == each.plain([asked], each.pictures[:1])
+    assert second.token_ids == each.plain([(asked[0], first.text), ("And now?", None)], each.pictures[:1])
 
 
 def test_attention_that_slides(own):

@@ -290,6 +290,69 @@ def test_not_finite_weights_are_named(changeable, own, name, value, message, str
     assert second.token_ids == own.plain(history, own.pictures[:1], 4)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [dict(temperature=1e-40), dict(temperature=1.0, logits_processor=[lambda ids, scores: torch.full_like(scores, -torch.inf)])],
+    ids=["temperature", "processor"],
+)
+def test_nothing_left_to_draw_from(own, options):
+    """On a GPU multinomial would end the process' context."""
+    pipeline = own.pipeline()
+    with pytest.raises(FloatingPointError, match="new token 1 cannot be drawn: temperature or logits processors"):
+        pipeline.chat(QUESTION, max_new_tokens=3, **options)
+    answers = pipeline.chat_batch([QUESTION, "And?"], max_new_tokens=3, progress=False, **options)
+    assert all(isinstance(answer.error, FloatingPointError) for answer in answers)
+    assert pipeline.chat(QUESTION, max_new_tokens=3).token_ids == own.plain([(QUESTION, None)], [], 3)
+
+
+def test_seeded_answers_in_threads_and_whatever_else_draws(own):
+    pipeline = own.pipeline()
+    options = dict(max_new_tokens=12, temperature=1.5)
+    expected = {seed: pipeline.conversation().chat(QUESTION, seed=seed, **options).token_ids for seed in range(4)}
+    assert len(set(map(tuple, expected.values()))) > 1
+    given = {}
+
+    def ask(seed):
+        given[seed] = [pipeline.conversation().chat(QUESTION, seed=seed, **options).token_ids for _ in range(5)]
+
+    together(*(lambda seed=seed: ask(seed) for seed in expected))
+    assert given == {seed: [ids] * 5 for seed, ids in expected.items()}
+    pieces = []
+    for piece in pipeline.conversation().chat(QUESTION, seed=1, stream=True, **options):
+        torch.rand(3)
+        pieces.append(piece)
+    assert "".join(pieces) == pipeline.conversation().chat(QUESTION, seed=1, **options).text
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_seed_by_their_loop_is_that_of_ours(own, beams):
+    """And the global state stays as it is."""
+    options = dict(max_new_tokens=12, temperature=1.5, seed=3)
+    theirs = dict(output_scores=True, num_beams=beams)
+    torch.manual_seed(4)
+    before = torch.random.get_rng_state()
+    first = own.pipeline().chat(QUESTION, **theirs, **options)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.rand(2)
+    assert own.pipeline().chat(QUESTION, **theirs, **options) == first
+    if beams == 1:
+        assert own.pipeline().chat(QUESTION, **options) == first
+
+
+def test_an_answer_is_not_lost_where_there_is_no_memory_to_keep_its_keys(own, monkeypatch, caplog):
+    def full(self, start, stop):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    pipeline = own.pipeline()
+    monkeypatch.setattr(KVCache, "read", full)
+    conversation = pipeline.conversation()
+    first = conversation.chat(QUESTION, max_new_tokens=4)
+    second = conversation.chat("And?", max_new_tokens=4)
+    assert second.cached_tokens == 0 and len(conversation.turns) == 2
+    assert second.token_ids == own.plain([(QUESTION, first.text), ("And?", None)], [], 4)
+    assert "are not kept: CUDA out of memory" in caplog.text
+
+
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "seed": 1}], ids=["greedy", "sampled"])
 def test_not_finite_image_tokens(own, sampling):
     pipeline = own.pipeline()

@@ -4,6 +4,7 @@ Here nothing is captured, so what a graph would hold is run anew each time; that
 tensors, is shown by tracing it.
 """
 
+import contextlib
 import copy
 import dataclasses
 
@@ -16,6 +17,7 @@ from mg_fast.decoding.kv_cache import KVCache
 from tests.families import ORIGINAL, OWN, family
 
 FAMILIES = [*OWN, *ORIGINAL]
+CAPTURE = steps._Graph._capture
 
 
 @pytest.fixture(autouse=True)
@@ -122,6 +124,91 @@ def test_a_graph_is_captured_once_and_where_it_comes_again(own, by_graph, monkey
     assert {width for width, _ in captured} <= {1, 24}
 
 
+def test_a_capture_that_failed_is_the_last(own, by_graph, monkeypatch, caplog):
+    @contextlib.contextmanager
+    def failing(*args):
+        tried.append(args)
+        raise RuntimeError("operation not permitted when stream is capturing")
+        yield
+
+    tried = []
+    monkeypatch.setattr(steps._Graph, "_capture", CAPTURE)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(steps, "capture_stream", lambda device: None)
+    monkeypatch.setattr(steps, "capture", failing)
+    pipeline = own.pipeline()
+    answer = pipeline.chat("Hello?", max_new_tokens=40, min_new_tokens=40)
+    assert answer.token_ids == own.pipeline(backend="reference").chat("Hello?", max_new_tokens=40, min_new_tokens=40).token_ids
+    assert len(tried) == 1 and "no more passes are captured" in caplog.text
+
+
+def test_graphs_that_left_take_their_pool_along(own):
+    sequences = LeanDecoder(own.model).steps.sequences(2, 40)
+    padded = torch.tensor([[0, 1], [1, 1]])
+    for mask in (padded, torch.ones_like(padded), padded):
+        sequences.pool = (0, 1)
+        sequences.graphs["one"] = None
+        sequences.fill(mask)
+        assert not sequences.graphs and sequences.pool is None
+    sequences.pool = (0, 2)
+    sequences.fill(padded)
+    assert sequences.pool == (0, 2)
+
+
+def test_every_row_of_a_pass_sees_something(own, by_graph, monkeypatch):
+    """Kernels may make NaN of a row that sees nothing, as filling in front of a prompt would."""
+    seen = []
+
+    def watch(module, args, kwargs):
+        seen.append(kwargs["attention_mask"])
+
+    decoder = LeanDecoder(own.model, kv_cache_bytes=0)
+    hook = own.model.model.language_model.register_forward_pre_hook(watch, with_kwargs=True)
+    try:
+        ids, mask = torch.randint(3, 400, (2, 20)), torch.ones(2, 20, dtype=torch.long)
+        mask[1, :9] = 0
+        own.model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=4, do_sample=False, eos_token_id=None, custom_generate=decoder.request()
+        )
+    finally:
+        hook.remove()
+    assert seen[0].shape == (2, 1, 24, 32) and all(mask.any(dim=-1).all() for mask in seen)
+    assert not seen[0][1, 0, 9:20, :9].any()
+
+
+def test_quantised_experts_of_many_tokens_are_not_captured(by_graph, monkeypatch):
+    """They ask the host which experts the tokens go to, beyond a few tokens."""
+    mixtral = family("mgm-mixtral")
+    passes = LeanDecoder(mixtral.model).steps
+    monkeypatch.setattr(passes.config, "_experts_implementation_internal", steps.EXPERTS_FUNCTION)
+    few = passes.config.num_local_experts // passes.config.num_experts_per_tok
+    for rows in (few, few + 1):
+        by_graph.clear()
+        sequences = passes.sequences(rows, 40)
+        with torch.inference_mode():
+            monkeypatch.setattr(passes, "_run", lambda sequences, embeddings: None)
+            sequences.fill(None)
+            if rows > few:
+                assert passes.step(sequences, torch.full((rows,), 5)) is None
+            assert passes.prefill(sequences, torch.zeros(rows, 20, passes.config.hidden_size)) is None
+            assert not by_graph
+
+
+def test_more_shapes_than_torch_compiles(own, by_graph, monkeypatch, caplog):
+    torch._dynamo.reset()
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiler(function, backend="eager", **options))
+    decoder = LeanDecoder(own.model, compiled=True, kv_cache_bytes=0)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for rows in (1, 2, 3, 4):
+            ids = torch.randint(3, 400, (rows, 20), generator=torch.Generator().manual_seed(rows))
+            options = dict(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+            assert torch.equal(own.model.generate(**options, custom_generate=decoder.request()), own.model.generate(**options))
+    assert len(decoder.steps.first_use) == 2
+    assert "4 sequence(s) over 32 positions: without torch.compile" in caplog.text
+
+
 def prepared(own, rows, padded):
     """Sequences with a prompt in them, as before the next token."""
     decoder = LeanDecoder(own.model)
@@ -177,6 +264,14 @@ def test_a_pass_needs_no_values(own, by_graph):
 def test_what_graphs_are_refused_for(own):
     passes = LeanDecoder(own.model).steps
     assert passes.graphs_refused(512) == "the language model is not on one GPU"
+
+
+def test_compiling_that_is_not_done_is_said_once(own, caplog):
+    pipeline = own.pipeline(compiled=True)
+    for _ in range(2):
+        pipeline.chat("Hello?", max_new_tokens=2)
+        pipeline.clear_kv_cache()
+    assert caplog.text.count("nothing is compiled (compiled=True, --compile): the language model is not on one GPU") == 1
 
 
 def test_a_stale_number_in_the_filling_stays_out(own, by_graph):

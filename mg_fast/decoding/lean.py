@@ -76,15 +76,22 @@ class LeanDecoder:
             logger.warning("transformers' own loop decodes under these options, and keeps no keys and values: %s", reason)
         return reason
 
-    def request(self, pictures: Sequence[bytes] | None = None, streamer: BaseStreamer | None = None) -> "LeanRequest":
+    def request(
+        self,
+        pictures: Sequence[bytes] | None = None,
+        streamer: BaseStreamer | None = None,
+        generator: torch.Generator | None = None,
+    ) -> "LeanRequest":
         """What `custom_generate` takes, for one call.
 
         Args:
             pictures: for each picture, in order, 16 bytes or more that only the same image tokens have; without them a prompt with
                 pictures is neither looked up nor remembered.
             streamer: gets the ids; here, as `generate` hands none on to other loops.
+            generator: what samples are drawn by, on the device of the ids. Default: torch's own; on a GPU one seeded by torch's own of the
+                CPU, as that of the GPU fails while another thread captures a graph.
         """
-        return LeanRequest(self, pictures, streamer)
+        return LeanRequest(self, pictures, streamer, generator)
 
     def forget(self) -> None:
         """Drops all keys and values and captured graphs."""
@@ -119,7 +126,11 @@ class LeanDecoder:
             if state is not self._state:
                 return
             if keys is not None:
-                self.prefixes.put(keys, sequences.cache.read)
+                try:
+                    self.prefixes.put(keys, sequences.cache.read)
+                except torch.OutOfMemoryError as error:
+                    # the answer is there: it is not lost over what the next one would save
+                    logger.warning("keys and values of an answer are not kept: %s", error)
             self._idle = sequences
 
 
@@ -131,8 +142,14 @@ class LeanRequest:
         lengths: new tokens of each row up to its end; what follows is filling.
     """
 
-    def __init__(self, decoder: LeanDecoder, pictures: Sequence[bytes] | None, streamer: BaseStreamer | None):
-        self.decoder, self.pictures, self.streamer = decoder, pictures, streamer
+    def __init__(
+        self,
+        decoder: LeanDecoder,
+        pictures: Sequence[bytes] | None,
+        streamer: BaseStreamer | None,
+        generator: torch.Generator | None,
+    ):
+        self.decoder, self.pictures, self.streamer, self.generator = decoder, pictures, streamer, generator
         self.reused = 0
         self.lengths: list[int] = []
 
@@ -170,7 +187,7 @@ class LeanRequest:
 
         ids = input_ids.new_zeros(len(input_ids), limit)
         ids[:, :length] = input_ids
-        choice = _Choice(ids, generation_config, logits_processor, stopping_criteria)
+        choice = _Choice(ids, generation_config, logits_processor, stopping_criteria, self.generator)
         if self.streamer is not None:
             # as `generate` does; streamers pass over it
             self.streamer.put(input_ids.cpu())
@@ -181,9 +198,12 @@ class LeanRequest:
             length += 1
             if ahead and length < limit:
                 logits = steps.step(sequences, ids[:, length - 1])
-            tokens, done, finite = record.read()
+            tokens, (done, finite, usable) = record.read()
             if not finite:
                 raise FloatingPointError(explain(model, ids[:, : length - 1], model_inputs))
+            if not usable:
+                new = length - input_ids.shape[1]
+                raise FloatingPointError(f"new token {new} cannot be drawn: temperature or logits processors left no finite probabilities")
             if self.streamer is not None:
                 self.streamer.put(tokens)
             if done or length == limit:
@@ -219,9 +239,19 @@ class LeanRequest:
 class _Choice:
     """Chooses tokens as GenerationMixin does, on the device."""
 
-    def __init__(self, ids: torch.Tensor, config: GenerationConfig, processors: LogitsProcessorList, criteria: StoppingCriteriaList):
+    def __init__(
+        self,
+        ids: torch.Tensor,
+        config: GenerationConfig,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        generator: torch.Generator | None,
+    ):
         self.ids, self.processors, self.criteria = ids, processors, criteria
         self.sampled = config.do_sample
+        if self.sampled and generator is None and ids.is_cuda:
+            generator = torch.Generator(ids.device).manual_seed(int(torch.empty((), dtype=torch.long).random_()))
+        self.generator = generator
         self.finished = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         self.lengths = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
         # rows that ended are filled up while others go on
@@ -234,32 +264,35 @@ class _Choice:
         finite = logits.amax(dim=-1).isfinite()
         scores = self.processors(self.ids[:, :length], logits)
         if self.sampled:
-            # of a row that is not finite anything may be drawn, as it is refused below; on a GPU multinomial would end the process' context
-            shares = torch.where(finite[:, None], scores.softmax(dim=-1), 1.0)
-            chosen = torch.multinomial(shares, num_samples=1)[:, 0]
+            # of a row that cannot be drawn anything is, as it is refused below; on a GPU multinomial would end the process' context
+            shares = scores.softmax(dim=-1)
+            usable = shares.amax(dim=-1).isfinite()
+            chosen = torch.multinomial(torch.where(usable[:, None], shares, 1.0), num_samples=1, generator=self.generator)[:, 0]
         else:
-            chosen = scores.argmax(dim=-1)
+            chosen, usable = scores.argmax(dim=-1), finite
         if self.filling is not None:
             chosen = torch.where(self.finished, self.filling, chosen)
         self.ids[:, length] = chosen
         self.lengths += ~self.finished
         self.finished = self.finished | self.criteria(self.ids[:, : length + 1], None)
-        return _Record(chosen, self.finished.all(), finite.all())
+        return _Record(chosen, self.finished.all(), finite.all(), usable.all())
 
 
 class _Record:
     """What the host must know of a token, on its way there while the device goes on."""
 
-    def __init__(self, chosen: torch.Tensor, done: torch.Tensor, finite: torch.Tensor):
+    def __init__(self, chosen: torch.Tensor, *flags: torch.Tensor):
         # on a GPU such a copy lands in pinned memory and does not wait
-        self._host = torch.cat([chosen, done[None], finite[None]]).to("cpu", non_blocking=True)
+        self._flags = len(flags)
+        self._host = torch.cat([chosen, torch.stack(flags)]).to("cpu", non_blocking=True)
         self._copied = torch.cuda.current_stream(chosen.device).record_event() if chosen.is_cuda else None
 
-    def read(self) -> tuple[torch.Tensor, bool, bool]:
-        """The tokens [B]; whether all rows have ended; whether their logits were finite."""
+    def read(self) -> tuple[torch.Tensor, list[bool]]:
+        """The tokens [B]; whether all rows have ended, their logits were finite, and their tokens could be drawn."""
         if self._copied is not None:
             self._copied.synchronize()
-        return self._host[:-2], bool(self._host[-2]), bool(self._host[-1])
+        tokens, flags = self._host.split([len(self._host) - self._flags, self._flags])
+        return tokens, [bool(flag) for flag in flags.tolist()]
 
 
 def _refusal(config: GenerationConfig, assistant_model: object = None) -> str | None:

@@ -70,9 +70,7 @@ class PrefixStore:
             if known == len(tokens) or not self.limit:
                 return
             segment = read(known, len(tokens))
-            for device in {tensor.device for tensor in segment if tensor.is_cuda}:
-                # whoever finds it may be on another stream
-                torch.cuda.current_stream(device).synchronize()
+            _wait(segment)
             # with what it begins with: everything else would leave for it, and then itself
             if sum(tensor.nbytes for run in [*segments, segment] for tensor in run) > self.limit:
                 return
@@ -110,9 +108,11 @@ class PrefixStore:
 
     def _split(self, node: _Node, at: int) -> _Node:
         """Cuts a node in two, and gives the first. Both get memory of their own: one may leave without the other."""
-        first = _Node(node.tokens[:at], [t[:, :, :at].clone() for t in node.segment], node.parent, {node.tokens[at]: node}, node.used)
+        head, tail = ([tensor[:, :, part].clone() for tensor in node.segment] for part in (slice(None, at), slice(at, None)))
+        _wait(head)
+        first = _Node(node.tokens[:at], head, node.parent, {node.tokens[at]: node}, node.used)
         node.parent.children[node.tokens[0]] = first
-        node.tokens, node.segment, node.parent = node.tokens[at:], [t[:, :, at:].clone() for t in node.segment], first
+        node.tokens, node.segment, node.parent = node.tokens[at:], tail, first
         return first
 
     def _make_room(self, newest: _Node) -> None:
@@ -129,6 +129,12 @@ class PrefixStore:
             node = stack.pop()
             stack.extend(node.children.values())
             yield node
+
+
+def _wait(segment: Segment) -> None:
+    """Until copies on a GPU are made: who finds them, or gets the memory that they were made of, may be on another stream."""
+    for device in {tensor.device for tensor in segment if tensor.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:

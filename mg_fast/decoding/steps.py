@@ -1,7 +1,6 @@
 """Passes of a language model over a KVCache: a prompt in chunks, then a token at a time; on a GPU as graphs."""
 
 import logging
-import threading
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -9,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from ..graphs import capture, capture_stream
 from ..linear import by_onednn, take_onednn
 from ..quantization import EXPERTS_FUNCTION
 from .kv_cache import KVCache
@@ -25,8 +25,6 @@ ONE_SEQUENCE = 2048
 WIDTHS = (64, 128, 192, 256, 384, 512, 640, 768, 896, 1024)
 # graphs kept for a cache, the one used longest ago goes first
 MAX_GRAPHS = 16
-# torch captures one graph at a time in a process
-_CAPTURING = threading.Lock()
 
 
 @dataclass
@@ -55,18 +53,23 @@ class Sequences:
         padded = attention_mask is not None and not bool(attention_mask.all())
         if not padded:
             if self.mask is not None:
-                self.graphs.clear()
+                self._drop_graphs()
             self.pads = self.mask = None
             return
         mask = attention_mask.new_ones(self.cache.batch, self.cache.capacity, dtype=torch.long)
         mask[:, : attention_mask.shape[1]] = attention_mask
         if self.mask is None:
-            self.graphs.clear()
+            self._drop_graphs()
             self.mask, self.pads = mask, (mask == 0).sum(dim=1)
         else:
             # where graphs read them
             self.mask.copy_(mask)
             self.pads.copy_((mask == 0).sum(dim=1))
+
+    def _drop_graphs(self) -> None:
+        self.graphs.clear()
+        # one that no graph is left of takes no other
+        self.pool = None
 
 
 class Steps:
@@ -84,6 +87,7 @@ class Steps:
 
     Attributes:
         first_use: seconds that were spent once: on compiling, and on every capture.
+        captures: False from when a capture failed: what it left of torch's state is not to be relied on for another.
     """
 
     def __init__(self, model: nn.Module, *, graphs: bool = True, compiled: bool = False):
@@ -93,6 +97,8 @@ class Steps:
         take_onednn(self.head)
         self._graphs = graphs
         self._compiled = torch.compile(self._pass, fullgraph=True, dynamic=False) if compiled else None
+        self._told = False
+        self.captures = True
         self.first_use: dict[str, float] = {}
 
     @property
@@ -108,7 +114,11 @@ class Steps:
         """Room for so many sequences of at least so many positions."""
         unit = ONE_SEQUENCE if batch == 1 else WINDOW
         capacity = -(-positions // unit) * unit
-        by_graph = self.graphs_refused(capacity) is None
+        refused = self.graphs_refused(capacity)
+        if refused is not None and self._compiled is not None and not self._told:
+            self._told = True
+            logger.warning("nothing is compiled (compiled=True, --compile): %s", refused)
+        by_graph = refused is None
         return Sequences(KVCache(self.config.num_hidden_layers, batch, capacity, masked=by_graph), by_graph)
 
     def graphs_refused(self, capacity: int) -> str | None:
@@ -128,9 +138,16 @@ class Steps:
             return "its experts are chosen on the host (experts_implementation eager)"
         if not fixed_positions(self.config):
             return "its rotary positions depend on the length of the sequence"
+        if torch.is_autocast_enabled("cuda"):
+            return "autocast drops its casts of the weights, which a graph would go on reading"
         if any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in [*language.modules(), head]):
             return "hooks on the language model would run at the capture alone"
         return None
+
+    def _asks_host(self, tokens: int) -> bool:
+        """Whether quantised experts ask the host where so many tokens go, which no graph can."""
+        config = self.config
+        return config._experts_implementation == EXPERTS_FUNCTION and tokens * config.num_experts_per_tok > config.num_local_experts
 
     def noted(self, what: str, began: float) -> None:
         """Keeps, and logs, what something took that is done once."""
@@ -143,12 +160,12 @@ class Steps:
         Args:
             embeddings: [B, L, hidden].
         """
-        by_graph = sequences.by_graph and self.config._experts_implementation != EXPERTS_FUNCTION
         for chunk in embeddings.split(PREFILL_CHUNK, dim=1):
             width = chunk.shape[1]
             # filling lies in the cache until what comes next overwrites it
             filled = next(w for w in WIDTHS if w >= width)
-            if by_graph and sequences.cache.length + filled <= sequences.cache.capacity:
+            fits = sequences.cache.length + filled <= sequences.cache.capacity
+            if sequences.by_graph and fits and not self._asks_host(len(chunk) * filled):
                 logits = self._by_graph(sequences, chunk, width, filled)
             else:
                 logits = self._run(sequences, chunk)
@@ -157,7 +174,7 @@ class Steps:
 
     def step(self, sequences: Sequences, tokens: torch.Tensor) -> torch.Tensor:
         """One more token int64 [B] of every sequence; logits [B, vocabulary] of what follows. Nothing waits for the device."""
-        if sequences.by_graph:
+        if sequences.by_graph and not self._asks_host(len(tokens)):
             logits = self._by_graph(sequences, tokens[:, None], 1, 1)
         else:
             logits = self._run(sequences, self.language_model.get_input_embeddings()(tokens[:, None]))
@@ -184,8 +201,7 @@ class Steps:
         cache = sequences.cache
         compiled = filled == 1 and self._compiled is not None
         window = cache.capacity if compiled else min(cache.capacity, -(-(cache.length + filled) // WINDOW) * WINDOW)
-        autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-        key = (inputs.dtype, filled, window, autocast, torch.backends.cuda.matmul.fp32_precision)
+        key = (inputs.dtype, filled, window, torch.backends.cuda.matmul.fp32_precision)
         if (graph := sequences.graphs.get(key)) is None:
             shape = (inputs.shape[0], filled, *inputs.shape[2:])
             graph = sequences.graphs[key] = _Graph(self, sequences, inputs.new_zeros(shape), window, compiled)
@@ -206,10 +222,12 @@ class Steps:
         embeddings = inputs if inputs.is_floating_point() else self.language_model.get_input_embeddings()(inputs)
         positions = start + torch.arange(inputs.shape[1], device=inputs.device)
         cache.positions = positions
-        mask = (torch.arange(cache.window, device=inputs.device) <= positions[:, None])[None, None]
+        places = torch.arange(cache.window, device=inputs.device)
+        mask = (places <= positions[:, None])[None, None]
         ids = positions[None]
         if sequences.mask is not None:
-            mask = mask & (sequences.mask[:, None, None, : cache.window] != 0)
+            # filling sees itself: where a row sees nothing kernels may write NaN, which no mask keeps out of what follows
+            mask = (mask & (sequences.mask[:, None, None, : cache.window] != 0)) | (places == positions[:, None])
             ids = (ids - sequences.pads[:, None]).clamp(min=0)
         hidden = self.language_model(
             inputs_embeds=embeddings, attention_mask=mask, position_ids=ids, past_key_values=cache, use_cache=True
@@ -224,7 +242,8 @@ class _Graph:
         self.steps, self.sequences, self.window = steps, sequences, window
         self.inputs = inputs
         self.start, self.last = (torch.zeros(1, dtype=torch.long, device=inputs.device) for _ in range(2))
-        self.compiled, self.run = compiled, steps._compiled if compiled else steps._pass
+        self.compiled = compiled
+        self.run = steps._compiled if compiled else steps._pass
         self.met = 0
         self.graph: torch.cuda.CUDAGraph | None = None
         self.logits: torch.Tensor | None = None
@@ -235,14 +254,10 @@ class _Graph:
         self.last.fill_(width - 1)
         self.met += 1
         # once is luck: most widths never come again
-        if self.graph is None and self.met == 2:
+        if self.graph is None and self.met == 2 and self.steps.captures:
             self._capture()
         if self.graph is None:
-            began = time.perf_counter()
-            logits = self._pass()
-            if self.compiled and self.met == 1:
-                self.steps.noted(f"decode step of {len(inputs)} sequence(s) over {self.window} positions, compiled", began)
-            return logits
+            return self._compile() if self.compiled and self.met == 1 else self._pass()
         self.graph.replay()
         # the next replay writes over them
         return self.logits.clone()
@@ -255,20 +270,33 @@ class _Graph:
         finally:
             cache.positions = None
 
+    def _compile(self) -> torch.Tensor:
+        from torch._dynamo import exc
+
+        began, what = time.perf_counter(), f"decode step of {len(self.inputs)} sequence(s) over {self.window} positions"
+        try:
+            logits = self._pass()
+        except (exc.TorchDynamoException, exc.FailOnRecompileLimitHit) as error:
+            # the latter comes where a process has met too many shapes
+            logger.warning("%s: without torch.compile: %s", what, error)
+            self.run = self.steps._pass
+            return self._pass()
+        self.steps.noted(f"{what}, compiled", began)
+        return logits
+
     def _capture(self) -> None:
         began, graph = time.perf_counter(), torch.cuda.CUDAGraph()
         if self.sequences.pool is None:
             self.sequences.pool = torch.cuda.graph_pool_handle()
         try:
-            # other threads may go on allocating meanwhile
-            with (
-                _CAPTURING,
-                torch.cuda.device(self.inputs.device),
-                torch.cuda.graph(graph, pool=self.sequences.pool, capture_error_mode="thread_local"),
-            ):
+            with capture(graph, capture_stream(self.inputs.device), self.sequences.pool):
                 self.logits = self._pass()
-        except RuntimeError as error:
+        except torch.OutOfMemoryError as error:
             logger.warning("passes of this width go without a CUDA graph: %s", error)
+            return
+        except RuntimeError as error:
+            self.steps.captures = False
+            logger.warning("no more passes are captured in CUDA graphs: %s", error)
             return
         self.graph = graph
         self.steps.noted(f"CUDA graph of {self.inputs.shape[0]} x {self.inputs.shape[1]} positions over {self.window}", began)

@@ -12,12 +12,13 @@ from torch import nn
 
 from .. import backend as backends
 from ..frozen import uncommon
+from ..graphs import capture
 from .modeling import MiniGeminiModel
 from .packed_clip import PackedClip
 
 # graphs kept, each with memory of its own for everything between the pixels and the tokens
 MAX_GRAPHS = 4
-# torch captures one graph at a time in a process
+# a graph's inputs and outputs are one request's at a time
 _LOCK = threading.Lock()
 
 logger = logging.getLogger(__name__)
@@ -178,8 +179,7 @@ class PictureEncoder:
                 self._encode_at_once(*inputs, backend)
         graph = torch.cuda.CUDAGraph()
         try:
-            # other threads may go on allocating meanwhile
-            with torch.cuda.graph(graph, stream=self._capturing, capture_error_mode="thread_local"):
+            with capture(graph, self._capturing):
                 tokens = self._encode_at_once(*inputs, backend)
         except RuntimeError as error:
             logger.warning("pictures of these shapes are encoded without a CUDA graph: %s", error)
