@@ -3,6 +3,15 @@
 from setuptools import setup
 
 setup(
-    packages=["mg_fast", "mg_fast.decoding", "mg_fast.mini_gemini", "mg_fast.modules", "mg_fast.ops", "mg_fast.swap", "mg_fast.kernels"],
+    packages=[
+        "mg_fast",
+        "mg_fast.decoding",
+        "mg_fast.mini_gemini",
+        "mg_fast.modules",
+        "mg_fast.ops",
+        "mg_fast.quantization",
+        "mg_fast.swap",
+        "mg_fast.kernels",
+    ],
     package_dir={"mg_fast": "mg_fast", "mg_fast.kernels": "kernels"},
 )

@@ -122,7 +122,7 @@ class Conversation:
             return run, keep
 
         if stream:
-            return _stream(*ask())
+            return _stream(*ask(), self.pipeline.device)
         with self._answering:
             run, keep = ask()
             given = run()
@@ -143,12 +143,14 @@ def as_question(text: str, images: Sequence | None) -> tuple[str, list]:
     return with_picture_tags(text, len(images)), images
 
 
-def _stream(run, keep) -> Iterator[str]:
+def _stream(run, keep, device: torch.device) -> Iterator[str]:
     """Pieces of text from a generation in a thread of its own; errors come out here."""
     pieces: queue.SimpleQueue = queue.SimpleQueue()
     abandoned = threading.Event()
-    # the choice of backend is per thread, so it is handed over
-    backend = requested()
+    # what is set per thread is handed over: the choice of backend, autocast, and the stream on which the pictures were seen
+    backend, kind = requested(), device.type
+    autocast = torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind))
+    stream = torch.cuda.current_stream(device) if kind == "cuda" else None
 
     class Abandoned(StoppingCriteria):
         def __call__(self, input_ids, scores, **kwargs):
@@ -156,7 +158,7 @@ def _stream(run, keep) -> Iterator[str]:
 
     def work() -> None:
         try:
-            with use_backend(backend):
+            with use_backend(backend), autocast, torch.cuda.stream(stream):
                 pieces.put(run(emit=pieces.put, criterion=Abandoned()))
         except BaseException as error:  # handed to the reader, whoever raised it
             pieces.put(error)

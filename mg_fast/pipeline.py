@@ -102,7 +102,9 @@ class Pipeline:
         return {**(self._encoder.first_use if self._encoder is not None else {}), **self.decoder.steps.first_use}
 
     def warm_up(self) -> dict[str, float]:
-        """Answers two questions about a picture of noise, twice, so that what is done at first use is done: the next answer is a fast one.
+        """Answers two questions about a picture of noise, twice, so that what is done at first use is done.
+
+        On a GPU, passes over longer conversations than these are still captured when an answer reaches them.
 
         Returns:
             Seconds of each part, and `all` of them; conversations and the image tokens at hand stay as they are.

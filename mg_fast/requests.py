@@ -12,6 +12,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, StopStringCrite
 from .backend import requested
 from .errors import PromptError
 from .meter import Meter, Stage
+from .mini_gemini.modeling import PICTURE_INPUTS
 from .quantization import check_cache
 from .streaming import PieceStream, decode_answer
 
@@ -94,6 +95,8 @@ def check_options(temperature: float, top_p: float | None, max_new_tokens: int |
         ("num_return_sequences", "a question has one answer; use model.generate"),
         ("streamer", "stream=True of chat yields the text"),
         ("return_dict_in_generate", "use model.generate"),
+        ("stream", "chat streams"),
+        *((name, "it is made of the text and its images; use model.generate") for name in ("input_ids", "attention_mask", *PICTURE_INPUTS)),
     ):
         if name in options:
             raise PromptError(f"{name} is not an option here: {instead}")

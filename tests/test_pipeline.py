@@ -138,6 +138,17 @@ def test_stream_keeps_the_callers_backend(pipeline, model, photo):
     assert layers == ["reference"]
 
 
+def test_stream_keeps_the_callers_autocast(pipeline, model, photo):
+    dtypes = []
+    hook = model.model.language_model.layers[0].self_attn.q_proj.register_forward_hook(lambda *a: dtypes.append(a[-1].dtype))
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            list(pipeline.chat(QUESTION, [photo], max_new_tokens=2, stream=True))
+    finally:
+        hook.remove()
+    assert set(dtypes) == {torch.bfloat16}
+
+
 def test_sampling_is_seeded_and_leaves_the_global_state(pipeline, photo):
     def ask(seed):
         pipeline.reset()
@@ -278,6 +289,7 @@ def test_reset_while_a_stream_is_read(pipeline, photo):
         (dict(profile=True, stream=True), "not with stream=True"),
         (dict(num_return_sequences=3), "num_return_sequences is not an option here"),
         (dict(do_sample=True), "do_sample is not an option here: temperature decides"),
+        (dict(attention_mask=1), "attention_mask is not an option here: it is made of the text and its images"),
         (dict(prefill_chunk_size=8), "prefill_chunk_size cuts a prompt"),
     ],
 )

@@ -386,7 +386,7 @@ def test_quantised_cache_reaches_transformers(pipeline, monkeypatch):
 
 
 def test_bitsandbytes_skips_what_is_not_the_language_models(built, monkeypatch):
-    monkeypatch.setattr(quantization, "_need", lambda *args: None)
+    monkeypatch.setattr(quantization.configuration, "_need", lambda *args: None)
     config = BitsAndBytesConfig(load_in_8bit=True)
     check_config(config)
     for kind in ("llama", "mixtral"):

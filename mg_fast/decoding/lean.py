@@ -125,7 +125,9 @@ class LeanDecoder:
             # not if all was forgotten meanwhile, though another request of the same state came since
             if state is not self._state:
                 return
-            if keys is not None:
+            cache = sequences.cache
+            # what is larger than all room is not even copied
+            if keys is not None and cache.nbytes * len(keys) <= self.prefixes.limit * cache.capacity:
                 try:
                     self.prefixes.put(keys, sequences.cache.read)
                 except torch.OutOfMemoryError as error:

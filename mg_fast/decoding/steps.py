@@ -118,6 +118,8 @@ class Steps:
         if refused is not None and self._compiled is not None and not self._told:
             self._told = True
             logger.warning("nothing is compiled (compiled=True, --compile): %s", refused)
+        if refused is not None:
+            logger.debug("passes are not captured: %s", refused)
         by_graph = refused is None
         return Sequences(KVCache(self.config.num_hidden_layers, batch, capacity, masked=by_graph), by_graph)
 

@@ -1,0 +1,80 @@
+"""What of a model's weights is stored how, in how many bytes."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+# full paths: transformers holds these against the start of a parameter's name
+UNQUANTIZED = ("model.vision_tower", "model.vision_tower_aux", "model.patch_mining", "model.mm_projector", "lm_head")
+
+
+@dataclass(frozen=True)
+class WeightBytes:
+    """Bytes of a model's parameters and buffers as they are stored, scales and zero points included, shared ones counted once.
+
+    Attributes:
+        language_model: of the language model and its head.
+        vision: of everything else: towers, mining and projector.
+        unquantized: what the language model would take in the dtype that it computes in.
+        formats: how its quantised weights are stored, as `("int8",)`; empty where none is.
+    """
+
+    language_model: int
+    vision: int
+    unquantized: int
+    formats: tuple[str, ...]
+
+    def __str__(self) -> str:
+        quantized = f" ({', '.join(self.formats)}; {readable(self.unquantized)} unquantised)" if self.formats else ""
+        return f"language model {readable(self.language_model)}{quantized}, vision {readable(self.vision)}"
+
+
+def weight_bytes(model: nn.Module) -> WeightBytes:
+    """Counts the weights of a MiniGeminiForConditionalGeneration; bitsandbytes' without their scales, which it keeps aside."""
+    language_model = vision = unquantized = 0
+    formats: dict[str, None] = {}
+    seen = set()
+    for name, module in model.named_modules():
+        of_vision = name.startswith(UNQUANTIZED[:-1])
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            stored = tensor_bytes(tensor)
+            if of_vision:
+                vision += stored
+                continue
+            language_model += stored
+            if (kind := weight_format(tensor)) is None:
+                unquantized += stored
+            else:
+                formats[kind] = None
+                # bitsandbytes' packed tensors have other shapes and dtypes than the weights that they stand for
+                shape = (module.out_features, module.in_features) if isinstance(module, nn.Linear) else tensor.shape
+                dtype = tensor.dtype if tensor.is_floating_point() else model.dtype
+                unquantized += torch.Size(shape).numel() * dtype.itemsize
+    return WeightBytes(language_model, vision, unquantized, tuple(formats))
+
+
+def tensor_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor; of a tensor subclass that wraps others, as torchao's, theirs."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        return sum(tensor_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.numel() * tensor.element_size()
+
+
+def weight_format(tensor: torch.Tensor) -> str | None:
+    """How a quantised weight is stored; None of any other tensor."""
+    kind = type(tensor) if type(tensor) is not nn.Parameter else type(tensor.data)
+    if kind in (torch.Tensor, nn.Parameter, nn.Buffer):
+        return None
+    if kind.__name__ == "Float8Tensor":
+        return "fp8"
+    if kind.__name__ in ("Int8Params", "Params4bit"):
+        return {"Int8Params": "bitsandbytes int8", "Params4bit": "bitsandbytes 4-bit"}[kind.__name__]
+    return next((name for name in ("int8", "int4") if kind.__name__.lower().startswith(name)), kind.__name__)
+
+
+def readable(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
