@@ -93,6 +93,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     warmup.add_argument("--training", action="store_true", help="the backward pass too")
     warmup.add_argument("--compile", action="store_true", help="with --here: torch.compile's part too")
+    warmup.add_argument("--device", help="with --here: cuda, cpu, ... or auto (default: a GPU if there is one)")
+    warmup.add_argument("--quantize", choices=("int8", "int4", "fp8"), help="with --here: as of run")
     warmup.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
     warmup.set_defaults(action=command_warmup)
     return parser
@@ -348,8 +350,9 @@ def command_doctor(args) -> int:
 def command_warmup(args) -> int:
     if args.here:
         return _warm_up_here(args)
-    if args.compile:
-        raise BackendError("--compile needs --here: torch.compile looks at the GPU that it compiles for")
+    for option in ("compile", "device", "quantize"):
+        if getattr(args, option):
+            raise BackendError(f"--{option} needs --here: ahead of time only our own kernels are compiled")
     from . import warmup
 
     warmup.check()
@@ -377,7 +380,7 @@ def _warm_up_here(args) -> int:
     from .pipeline import load
 
     for dtype in dict.fromkeys(args.dtype or ("auto",)):
-        pipeline = load(args.model, dtype=dtype, backend=args.backend, compiled=args.compile)
+        pipeline = load(args.model, dtype=dtype, device=args.device, backend=args.backend, quantize=args.quantize, compiled=args.compile)
         print(f"loaded {args.model} on {pipeline.device}: {pipeline.load_seconds:.1f} s")
         print(_first_use(pipeline.warm_up()), flush=True)
     return 0

@@ -112,6 +112,7 @@ def test_first_use_is_shown(run, photo, standard, capsys):
         (["--here"], 3, "--here needs --model"),
         (["--here", "--model", "x", "--training"], 6, "--training compiles kernels ahead of time: with --arch"),
         (["--arch", "sm_90", "--compile"], 6, "--compile needs --here"),
+        (["--arch", "sm_90", "--quantize", "int8"], 6, "--quantize needs --here"),
     ],
 )
 def test_warmup_that_does_not_fit_together(capsys, arguments, code, message):
