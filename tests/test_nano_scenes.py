@@ -170,9 +170,9 @@ def test_labels_lie_where_things_lie():
     assert sorted(labels["rank"][labels["rank"] > 0]) == [1, 2, 3]
 
 
-@pytest.mark.parametrize("cells", [8, 36])
-def test_a_scene_is_told_in_the_cells_that_hold_things(processor, cells):
-    batch = data.told(processor, 0, 1, 6, cells=cells, turns=4, short=True)
+@pytest.mark.parametrize(("cells", "answers_only"), [(8, True), (8, False), (36, False)])
+def test_a_scene_is_told_in_the_cells_that_hold_things(processor, cells, answers_only):
+    batch = data.told(processor, 0, 1, 6, cells=cells, turns=4, answers_only=answers_only)
     assert batch["marks"].sum(1).tolist() == [cells] * 6 == [len(set(row.tolist())) for row in batch["cells"]]
     for kind, standing in zip(batch["kind"].flatten(1), batch["cells"]):
         assert set(torch.nonzero(kind)[:, 0].tolist()) <= set(standing.tolist())
@@ -181,6 +181,14 @@ def test_a_scene_is_told_in_the_cells_that_hold_things(processor, cells):
     seen = codes(batch, words)
     whole = codes({name: value for name, value in batch.items() if name != "cells"}, words)
     assert seen.shape == (6, cells, 16) and torch.equal(seen[2, 3], whole[2, batch["cells"][2, 3]])
+
+
+def test_of_bare_answers_only_what_depends_on_the_scene_is_to_be_said(processor):
+    batch = data.told(processor, 0, 2, 4, cells=6, turns=20, answers_only=True)
+    said = processor.tokenizer.convert_ids_to_tokens(batch["ids"][batch["answers"] == 1].tolist())
+    assert {token.lstrip("▁") for token in said} <= {*data.CONTENT, *"0123456789"} and any(token.isdigit() for token in said)
+    phrasing = processor.tokenizer.convert_ids_to_tokens(batch["ids"][batch["answers"] == 0].tolist())
+    assert "▁background" in phrasing and not {"▁red", "▁teal", "▁middle", "4"} & set(phrasing)
 
 
 def test_the_code_of_a_number_tells_the_order_of_its_digits(processor):

@@ -1,5 +1,6 @@
 """Scenes as training batches: pixels, what lies in every cell, and conversations as token ids."""
 
+import functools
 import random
 from collections.abc import Callable, Sequence
 
@@ -11,12 +12,14 @@ from mg_fast import MiniGeminiProcessor
 from mg_fast.conversation import IMAGE_TAG, render
 from mg_fast.resizing import square
 
-from .scenes import BACKGROUNDS, CELL, COLOURS, KINDS, MAX_DIGITS, SIDE, Print, Scene, draw_scene
+from .scenes import BACKGROUNDS, CELL, COLOURS, KINDS, MAX_DIGITS, SIDE, WORDS, Print, Scene, draw_scene
 from .talk import careless, conversation, text_only
 
 # the high-resolution tower's finest map has a position every so many pixels
 STRIDE = 4
 IGNORED = -100
+# what of a short answer depends on the scene, besides digits
+CONTENT = (*COLOURS, *BACKGROUNDS, *WORDS, "top", "bottom", "left", "right", "middle")
 CELL_KINDS = (None, *KINDS, "number")
 
 Batch = dict[str, "torch.Tensor | Batch"]
@@ -43,16 +46,22 @@ def _labels(drawn: Sequence[Scene]) -> list[dict[str, np.ndarray]]:
     return [label([s.print] if s.print else [], s.shapes, s.background, SIDE) for s in drawn]
 
 
-def told(processor: MiniGeminiProcessor, seed: int, step: int, size: int, *, cells: int, turns: int, short: bool) -> Batch:
+def told(processor: MiniGeminiProcessor, seed: int, step: int, size: int, *, cells: int, turns: int, answers_only: bool) -> Batch:
     """Conversations about scenes that are told, not shown.
 
     Args:
         cells: so many of the 36 stand where image tokens will stand: those with a thing in them, and some without.
-        turns, short: of `talk.conversation`.
+        turns: of a conversation.
+        answers_only: short answers follow one another without questions, and only the words in them that depend on the scene are to be
+            said.
 
     Returns:
         As `conversations`, without `pixels`, and `cells` [n, cells]: the numbers of those that stand.
     """
+    tokens = functools.partial(processor.tokenizer, add_special_tokens=False)
+    content = {i for word in CONTENT for i in tokens(f" {word}").input_ids} | {
+        *processor.tokenizer.convert_tokens_to_ids(list("0123456789"))
+    }
     rows, labels, standing = [], [], []
     for i in range(step * size, (step + 1) * size):
         rng = random.Random(f"told/{seed}/{i}")
@@ -62,8 +71,14 @@ def told(processor: MiniGeminiProcessor, seed: int, step: int, size: int, *, cel
         bare = rng.sample(np.flatnonzero(~things).tolist(), cells - int(things.sum()))
         standing.append(sorted([*np.flatnonzero(things).tolist(), *bare]))
         labels.append(labelled)
-        said = conversation(scene, rng, turns, short=short)
-        ids, marks, answers = encode(processor, [(f"{IMAGE_TAG}\n{said[0][0]}", said[0][1]), *said[1:]])
+        said = conversation(scene, rng, turns, short=answers_only)
+        if answers_only:
+            words = [i for _, answer in said for i in tokens(answer).input_ids]
+            ids = [processor.tokenizer.bos_token_id, *[0] * things.size, *words]
+            marks = [0, *[1] * things.size, *[0] * len(words)]
+            answers = [0, *[0] * things.size, *[int(i in content) for i in words]]
+        else:
+            ids, marks, answers = encode(processor, [(f"{IMAGE_TAG}\n{said[0][0]}", said[0][1]), *said[1:]])
         first, dropped = marks.index(1), things.size - cells
         rows.append(tuple(values[:first] + values[first + dropped :] for values in (ids, marks, answers)))
     return _padded(rows) | _stack(labels) | {"cells": torch.tensor(standing)}

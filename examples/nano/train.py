@@ -50,14 +50,14 @@ STAGES = (
     Stage("numbers", 1800, 40, 2e-3, ("vision_tower_aux",)),
     Stage("scenes", 600, 12, 1e-3, ("vision_tower_aux",)),
     Stage("views", 800, 64, 1e-3, ("vision_tower",)),
-    Stage("lookup", 600, 16, 3e-3, ("language_model",)),
+    Stage("lookup", 800, 32, 3e-3, ("language_model",)),
     Stage("language", 700, 16, 3e-3, ("language_model",)),
     Stage("codes", 300, 12, 2e-3, BRIDGE),
     Stage("alignment", 200, 16, 2e-3, BRIDGE),
     Stage("everything", 600, 16, 1e-3, (*BRIDGE, "language_model")),
 )
 # what of a scene is told in them, and how much is asked
-TOLD = {"lookup": dict(cells=8, turns=4, short=True), "language": dict(cells=36, turns=6, short=False)}
+TOLD = {"lookup": dict(cells=6, turns=20, answers_only=True), "language": dict(cells=36, turns=6, answers_only=False)}
 
 
 def normalise(pixels: torch.Tensor) -> torch.Tensor:
