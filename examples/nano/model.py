@@ -35,7 +35,7 @@ def make_config() -> MiniGeminiConfig:
         vocab_size=VOCABULARY,
         max_position_embeddings=1024,
         rms_norm_eps=1e-5,
-        initializer_range=EMBEDDING_SPREAD,
+        initializer_range=0.05,
         tie_word_embeddings=True,
         bos_token_id=1,
         eos_token_id=2,
