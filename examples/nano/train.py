@@ -51,7 +51,7 @@ STAGES = (
     Stage("scenes", 600, 12, 1e-3, ("vision_tower_aux",)),
     Stage("views", 800, 64, 1e-3, ("vision_tower",)),
     Stage("lookup", 800, 32, 3e-3, ("language_model",)),
-    Stage("language", 700, 16, 3e-3, ("language_model",)),
+    Stage("language", 700, 16, 2e-3, ("language_model",)),
     Stage("codes", 300, 12, 2e-3, BRIDGE),
     Stage("alignment", 200, 16, 2e-3, BRIDGE),
     Stage("everything", 600, 16, 1e-3, (*BRIDGE, "language_model")),
@@ -162,7 +162,8 @@ class Run:
         self.model.requires_grad_(False)
         for parameter in learning:
             parameter.requires_grad_(True)
-        optimizer = torch.optim.AdamW(learning, lr=stage.rate, betas=(0.9, 0.98), weight_decay=0.01)
+        betas, decay = ((0.9, 0.95), 0.1) if stage.name in TOLD else ((0.9, 0.98), 0.01)
+        optimizer = torch.optim.AdamW(learning, lr=stage.rate, betas=betas, weight_decay=decay)
         if self.optimizer_state is not None:
             optimizer.load_state_dict(self.optimizer_state)
         batches = data.loader(functools.partial(self._batch, stage), self.step, stage.steps, self.workers)
