@@ -1,5 +1,6 @@
 """Nano's scenes, what is said about them, and that its training learns and can be taken up again."""
 
+import dataclasses
 import json
 import random
 
@@ -9,7 +10,7 @@ import torch
 
 from examples.nano import data, train
 from examples.nano.evaluate import evaluate
-from examples.nano.model import LR_SIDE, make_model, save
+from examples.nano.model import LR_SIDE, VOCABULARY, make_model, save
 from examples.nano.scenes import (
     BACKGROUNDS,
     CELL,
@@ -28,6 +29,7 @@ from examples.nano.scenes import (
     held_out,
 )
 from examples.nano.talk import GEN, ask, careless, conversation, describe, every_sentence, text_only
+from examples.nano.towers import Codes
 from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor
 from mg_fast.mini_gemini.geometry import check_geometry
 
@@ -168,13 +170,54 @@ def test_labels_lie_where_things_lie():
     assert sorted(labels["rank"][labels["rank"] > 0]) == [1, 2, 3]
 
 
+@pytest.mark.parametrize(("cells", "answers_only"), [(8, True), (8, False), (36, False)])
+def test_a_scene_is_told_in_the_cells_that_hold_things(processor, cells, answers_only):
+    batch = data.told(processor, 0, 1, 6, cells=cells, turns=4, answers_only=answers_only)
+    assert batch["marks"].sum(1).tolist() == [cells] * 6 == [len(set(row.tolist())) for row in batch["cells"]]
+    for kind, standing in zip(batch["kind"].flatten(1), batch["cells"]):
+        assert set(torch.nonzero(kind)[:, 0].tolist()) <= set(standing.tolist())
+    codes = Codes(processor.tokenizer, 16, 0.3)
+    words = torch.nn.Embedding(VOCABULARY, 16)
+    seen = codes(batch, words)
+    whole = codes({name: value for name, value in batch.items() if name != "cells"}, words)
+    assert seen.shape == (6, cells, 16) and torch.equal(seen[2, 3], whole[2, batch["cells"][2, 3]])
+
+
+def test_of_bare_answers_only_what_depends_on_the_scene_is_to_be_said(processor):
+    batch = data.told(processor, 0, 2, 4, cells=6, turns=20, answers_only=True)
+    said = processor.tokenizer.convert_ids_to_tokens(batch["ids"][batch["answers"] == 1].tolist())
+    assert {token.lstrip("▁") for token in said} <= {*data.CONTENT, *"0123456789"} and any(token.isdigit() for token in said)
+    phrasing = processor.tokenizer.convert_ids_to_tokens(batch["ids"][batch["answers"] == 0].tolist())
+    assert "▁background" in phrasing and not {"▁red", "▁teal", "▁middle", "4"} & set(phrasing)
+
+
+def test_the_code_of_a_number_tells_the_order_of_its_digits(processor):
+    codes, words = Codes(processor.tokenizer, 16, 0.3), torch.nn.Embedding(VOCABULARY, 16)
+    scene = draw_scene(0, 1, split="unseen", number="407")
+
+    def told(number: str) -> torch.Tensor:
+        labels = data.label([dataclasses.replace(scene.print, text=number)], [], scene.background, SIDE)
+        return codes({name: torch.from_numpy(value)[None] for name, value in labels.items()}, words)
+
+    assert (told("407") - told("470")).abs().max() > 0.1
+
+
+def test_questions_of_a_conversation_do_not_ask_for_what_was_said():
+    for i, scene in enumerate(SCENES):
+        said = conversation(scene, random.Random(i), turns=12, short=True)
+        answers = [answer for _, answer in said]
+        assert len(set(answers)) == len(answers) and not any(" on a " in answer for answer in answers)
+
+
 def test_training_learns_and_goes_on_where_it_stopped(tmp_path):
     stages = (
         train.Stage("digits", 3, 2, 1e-3, ("vision_tower_aux",)),
         train.Stage("numbers", 2, 2, 1e-3, ("vision_tower_aux",)),
         train.Stage("scenes", 2, 2, 1e-3, ("vision_tower_aux",)),
         train.Stage("views", 2, 2, 1e-3, ("vision_tower",)),
-        train.Stage("language", 20, 4, 5e-3, ("language_model",)),
+        train.Stage("lookup", 20, 4, 5e-3, ("language_model",)),
+        train.Stage("language", 2, 4, 1e-3, ("language_model",)),
+        train.Stage("codes", 12, 2, 2e-3, train.BRIDGE),
         train.Stage("alignment", 2, 2, 1e-3, train.BRIDGE),
         train.Stage("everything", 2, 2, 1e-3, (*train.BRIDGE, "language_model")),
     )
@@ -189,8 +232,9 @@ def test_training_learns_and_goes_on_where_it_stopped(tmp_path):
     assert resumed.train()
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [(row["stage"], row["step"]) for row in rows] == [(s.name, i + 1) for s in stages for i in range(s.steps)]
-    losses = [row["loss"] for row in rows if row["stage"] == "language"]
-    assert np.mean(losses[-4:]) < 0.8 * np.mean(losses[:4])
+    for name in ("lookup", "codes"):
+        losses = [row["loss"] for row in rows if row["stage"] == name]
+        assert np.mean(losses[-4:]) < 0.8 * np.mean(losses[:4]), name
     for part in ("vision_tower.", "vision_tower_aux.", "patch_mining.", "mm_projector.", "language_model."):
         assert any(not torch.equal(p, before[name]) for name, p in resumed.model.named_parameters() if f".{part}" in name), part
 

@@ -1,5 +1,6 @@
 """Scenes as training batches: pixels, what lies in every cell, and conversations as token ids."""
 
+import functools
 import random
 from collections.abc import Callable, Sequence
 
@@ -11,12 +12,14 @@ from mg_fast import MiniGeminiProcessor
 from mg_fast.conversation import IMAGE_TAG, render
 from mg_fast.resizing import square
 
-from .scenes import BACKGROUNDS, CELL, COLOURS, KINDS, MAX_DIGITS, SIDE, Print, Scene, draw_scene
+from .scenes import BACKGROUNDS, CELL, COLOURS, KINDS, MAX_DIGITS, SIDE, WORDS, Print, Scene, draw_scene
 from .talk import careless, conversation, text_only
 
 # the high-resolution tower's finest map has a position every so many pixels
 STRIDE = 4
 IGNORED = -100
+# what of a short answer depends on the scene, besides digits
+CONTENT = (*COLOURS, *BACKGROUNDS, *WORDS, "top", "bottom", "left", "right", "middle")
 CELL_KINDS = (None, *KINDS, "number")
 
 Batch = dict[str, "torch.Tensor | Batch"]
@@ -26,7 +29,8 @@ def pages(draw: Callable, seed: int, step: int, size: int) -> Batch:
     """Pages drawn by `draw_lines` or `draw_numbers`: `pixels` uint8 [B, 64, 64, 3] and the towers' labels of `label`."""
     side = 2 * CELL
     drawn = [draw(seed, step * size + i) for i in range(size)]
-    return _stack([label(prints, [], None, side) for _, prints in drawn], [np.asarray(square(image, side, True)) for image, _ in drawn])
+    labels = _stack([label(prints, [], None, side) for _, prints in drawn])
+    return labels | {"pixels": torch.from_numpy(np.stack([np.asarray(square(image, side, True)) for image, _ in drawn]))}
 
 
 def scenes(seed: int, step: int, size: int) -> Batch:
@@ -35,8 +39,49 @@ def scenes(seed: int, step: int, size: int) -> Batch:
 
 
 def _of_scenes(drawn: Sequence[Scene]) -> Batch:
-    labels = [label([s.print] if s.print else [], s.shapes, s.background, SIDE) for s in drawn]
-    return _stack(labels, [np.asarray(square(s.image, SIDE, True)) for s in drawn])
+    return _stack(_labels(drawn)) | {"pixels": torch.from_numpy(np.stack([np.asarray(square(s.image, SIDE, True)) for s in drawn]))}
+
+
+def _labels(drawn: Sequence[Scene]) -> list[dict[str, np.ndarray]]:
+    return [label([s.print] if s.print else [], s.shapes, s.background, SIDE) for s in drawn]
+
+
+def told(processor: MiniGeminiProcessor, seed: int, step: int, size: int, *, cells: int, turns: int, answers_only: bool) -> Batch:
+    """Conversations about scenes that are told, not shown.
+
+    Args:
+        cells: so many of the 36 stand where image tokens will stand: those with a thing in them, and some without.
+        turns: of a conversation.
+        answers_only: short answers follow one another without questions, and only the words in them that depend on the scene are to be
+            said.
+
+    Returns:
+        As `conversations`, without `pixels`, and `cells` [n, cells]: the numbers of those that stand.
+    """
+    tokens = functools.partial(processor.tokenizer, add_special_tokens=False)
+    content = {i for word in CONTENT for i in tokens(f" {word}").input_ids} | {
+        *processor.tokenizer.convert_tokens_to_ids(list("0123456789"))
+    }
+    rows, labels, standing = [], [], []
+    for i in range(step * size, (step + 1) * size):
+        rng = random.Random(f"told/{seed}/{i}")
+        scene = draw_scene(seed, i)
+        (labelled,) = _labels([scene])
+        things = labelled["kind"].flatten() > 0
+        bare = rng.sample(np.flatnonzero(~things).tolist(), cells - int(things.sum()))
+        standing.append(sorted([*np.flatnonzero(things).tolist(), *bare]))
+        labels.append(labelled)
+        said = conversation(scene, rng, turns, short=answers_only)
+        if answers_only:
+            words = [i for _, answer in said for i in tokens(answer).input_ids]
+            ids = [processor.tokenizer.bos_token_id, *[0] * things.size, *words]
+            marks = [0, *[1] * things.size, *[0] * len(words)]
+            answers = [0, *[0] * things.size, *[int(i in content) for i in words]]
+        else:
+            ids, marks, answers = encode(processor, [(f"{IMAGE_TAG}\n{said[0][0]}", said[0][1]), *said[1:]])
+        first, dropped = marks.index(1), things.size - cells
+        rows.append(tuple(values[:first] + values[first + dropped :] for values in (ids, marks, answers)))
+    return _padded(rows) | _stack(labels) | {"cells": torch.tensor(standing)}
 
 
 def conversations(processor: MiniGeminiProcessor, seed: int, step: int, size: int, *, turns: int = 4) -> Batch:
@@ -57,12 +102,16 @@ def conversations(processor: MiniGeminiProcessor, seed: int, step: int, size: in
         else:
             said = [(careless(question, rng), answer) for question, answer in (text_only(rng) for _ in range(3))]
         rows.append(encode(processor, said))
+    return _padded(rows) | _of_scenes(pictures) if pictures else _padded(rows)
+
+
+def _padded(rows: Sequence[tuple[list[int], list[int], list[int]]]) -> Batch:
     longest = max(len(ids) for ids, _, _ in rows)
-    out = {name: torch.zeros(size, longest, dtype=torch.long) for name in ("ids", "marks", "answers", "mask")}
+    out = {name: torch.zeros(len(rows), longest, dtype=torch.long) for name in ("ids", "marks", "answers", "mask")}
     for row, (ids, marks, answers) in enumerate(rows):
         for name, values in (("ids", ids), ("marks", marks), ("answers", answers), ("mask", [1] * len(ids))):
             out[name][row, : len(ids)] = torch.tensor(values)
-    return out | _of_scenes(pictures) if pictures else out
+    return out
 
 
 def encode(processor: MiniGeminiProcessor, turns: Sequence[tuple[str, str]]) -> tuple[list[int], list[int], list[int]]:
@@ -115,9 +164,8 @@ def label(prints: Sequence[Print], shapes: Sequence, background: str | None, sid
     return dict(kind=kind, colour=colour, digits=digits, background=ground, character=character, rank=rank)
 
 
-def _stack(labels: Sequence[dict[str, np.ndarray]], pixels: Sequence[np.ndarray]) -> Batch:
-    out = {name: torch.from_numpy(np.stack([row[name] for row in labels])) for name in labels[0]}
-    return {**out, "pixels": torch.from_numpy(np.stack(pixels))}
+def _stack(labels: Sequence[dict[str, np.ndarray]]) -> Batch:
+    return {name: torch.from_numpy(np.stack([row[name] for row in labels])) for name in labels[0]}
 
 
 def to_device(batch: Batch, device: torch.device | str) -> Batch:

@@ -17,6 +17,7 @@ from .talk import every_sentence
 
 TEMPLATE = "chatml_direct"
 VOCABULARY = 640
+EMBEDDING_SPREAD = 0.3
 LR_SIDE = 14 * (SIDE // CELL)
 # what an answer may hold whole: a digit or a tag is one token
 MARKS = ["<|im_start|>", "<|im_end|>", "<GEN>", "<h>", "</h>", "\n"]
@@ -64,6 +65,14 @@ def make_model(seed: int) -> MiniGeminiForConditionalGeneration:
         for parameter in model.model.patch_mining.parameters():
             if parameter.dim() > 1:
                 nn.init.trunc_normal_(parameter, std=math.sqrt(1 / parameter[0].numel()))
+        language_model = model.model.language_model
+        for name, parameter in language_model.named_parameters():
+            if parameter is language_model.embed_tokens.weight:
+                # smaller ones drown in what the first layers add to them
+                nn.init.normal_(parameter, std=EMBEDDING_SPREAD)
+            elif parameter.dim() > 1:
+                layers = 2 * len(language_model.layers) if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
+                nn.init.normal_(parameter, std=math.sqrt(1 / parameter.shape[1] / layers))
     return model
 
 

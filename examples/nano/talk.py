@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterator
 
-from .scenes import BACKGROUNDS, COLOURS, KINDS, SIDE, TYPES, WORDS, Scene
+from .scenes import BACKGROUNDS, COLOURS, KINDS, SIDE, WORDS, Scene
 
 GEN = " <GEN>"
 STYLE = "simple shapes, flat colours"
@@ -148,13 +148,18 @@ def careless(question: str, rng: random.Random) -> str:
     return body + marker
 
 
-def conversation(scene: Scene, rng: random.Random, turns: int = 4) -> list[tuple[str, str]]:
-    """A conversation about a scene: the number early or late, other questions in any order, none twice."""
-    kinds = ["number", *rng.choices([*TYPES, "draw", "where", "colour", "count", "count", "describe"], k=turns - 1)]
+def conversation(scene: Scene, rng: random.Random, turns: int = 4, *, short: bool = False) -> list[tuple[str, str]]:
+    """A conversation about a scene: the number early or late, other questions in any order, none with an answer that was given before.
+
+    Args:
+        turns: at most so many.
+        short: nothing is described or drawn, which would tell what later questions ask for.
+    """
+    others = ["number", "where", "where", "colour", "colour", "count", "count", "count", "background"]
+    kinds = ["number", *rng.choices(others if short else [*others, "describe", "describe", "draw"], k=turns - 1)]
     rng.shuffle(kinds)
-    asked = [ask(scene, kind, rng) for kind in kinds]
-    asked = list(dict.fromkeys(turn for turn in asked if turn is not None))
-    return [(careless(question, rng), answer) for question, answer in asked]
+    asked = {turn[1]: turn for turn in (ask(scene, kind, rng) for kind in kinds) if turn is not None}
+    return [(careless(question, rng), answer) for question, answer in asked.values()]
 
 
 def every_sentence() -> Iterator[str]:

@@ -7,7 +7,7 @@ from torch import nn
 from mg_fast.mini_gemini.configuration import MiniGeminiConfig
 
 from .data import CELL_KINDS, IGNORED, Batch
-from .scenes import BACKGROUNDS, COLOURS, MAX_DIGITS
+from .scenes import BACKGROUNDS, CELL, COLOURS, MAX_DIGITS, SIDE
 
 # classes of every question to a cell: what, which colour, on which background, and each digit or none
 CELL_CLASSES = (len(CELL_KINDS), len(COLOURS), len(BACKGROUNDS), *[11] * MAX_DIGITS)
@@ -27,23 +27,24 @@ class TowerHeads(nn.Module):
 class Codes(nn.Module):
     """A scene told to the language model before there are image tokens: a cell is the sum of its words; thrown away like the heads.
 
-    The words are the language model's own embeddings, so that what is asked and what is there look alike. A digit's embedding is weighted
-    by its place in the number, or their order would be lost.
+    The words are the language model's own embeddings, so that what is asked and what is there look alike. Every digit has an embedding for
+    every place in a number, or their order would be lost, and every cell one of its own, as the LR tower's positions have.
 
     Args:
         tokenizer: every word of `CELL_KINDS`, `COLOURS` and `BACKGROUNDS` becomes the mean of its tokens.
         width: of the embeddings.
+        spread: of the embeddings, which that of what is learned here must match.
     """
 
-    def __init__(self, tokenizer, width: int):
+    def __init__(self, tokenizer, width: int, spread: float):
         super().__init__()
-        self.digit_ids = tokenizer.convert_tokens_to_ids(list("0123456789"))
         words = [[word or "" for word in CELL_KINDS], list(COLOURS), list(BACKGROUNDS)]
         self.ids = [[tokenizer(" " + w, add_special_tokens=False).input_ids if w else [] for w in group] for group in words]
-        self.places = nn.Parameter(torch.randn(MAX_DIGITS, width).sign())
+        self.digits = nn.Parameter(spread * torch.randn(MAX_DIGITS, 10, width))
+        self.cells = nn.Parameter(spread * torch.randn((SIDE // CELL) ** 2, width))
 
     def forward(self, batch: Batch, embeddings: nn.Embedding) -> torch.Tensor:
-        """Labels [B, n, n] of scenes to [B, n * n, width]."""
+        """Labels [B, n, n] of scenes to [B, n * n, width], or of those `cells` [B, k] to [B, k, width] where the batch names them."""
         weight = embeddings.weight
         nothing = weight.new_zeros(1, weight.shape[1])
         told = 0.0
@@ -52,10 +53,12 @@ class Codes(nn.Module):
             table = torch.cat([*(weight[ids].mean(0, keepdim=True) if ids else nothing for ids in group), nothing])
             told = told + table[torch.where(labels == IGNORED, len(group), labels)]
         # 0 and `IGNORED` both say that there is no digit
-        digits = torch.cat([nothing, weight[self.digit_ids]])
-        for place, labels in zip(self.places, batch["digits"].unbind(-1)):
-            told = told + digits[labels.clamp(min=0)] * place
-        return told.flatten(1, 2)
+        for digits, labels in zip(self.digits, batch["digits"].unbind(-1)):
+            told = told + torch.cat([nothing, digits])[labels.clamp(min=0)]
+        told = told.flatten(1, 2) + self.cells
+        if "cells" in batch:
+            told = told.gather(1, batch["cells"][..., None].expand(-1, -1, told.shape[-1]))
+        return told
 
 
 def low_loss(heads: TowerHeads, queries: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:

@@ -27,7 +27,7 @@ from mg_fast.reference import low_resolution_views
 from mg_fast.resizing import CLIP_MEAN, CLIP_STD
 
 from . import data
-from .model import LR_SIDE, forget_mined, make_model, save
+from .model import EMBEDDING_SPREAD, LR_SIDE, forget_mined, make_model, save
 from .scenes import draw_lines, draw_numbers
 from .towers import Codes, TowerHeads, character_loss, high_loss, low_loss
 
@@ -50,10 +50,14 @@ STAGES = (
     Stage("numbers", 1800, 40, 2e-3, ("vision_tower_aux",)),
     Stage("scenes", 600, 12, 1e-3, ("vision_tower_aux",)),
     Stage("views", 800, 64, 1e-3, ("vision_tower",)),
-    Stage("language", 2000, 16, 2e-3, ("language_model",)),
+    Stage("lookup", 800, 32, 3e-3, ("language_model",)),
+    Stage("language", 700, 16, 2e-3, ("language_model",)),
+    Stage("codes", 300, 12, 2e-3, BRIDGE),
     Stage("alignment", 200, 16, 2e-3, BRIDGE),
     Stage("everything", 600, 16, 1e-3, (*BRIDGE, "language_model")),
 )
+# what of a scene is told in them, and how much is asked
+TOLD = {"lookup": dict(cells=6, turns=20, answers_only=True), "language": dict(cells=36, turns=6, answers_only=False)}
 
 
 def normalise(pixels: torch.Tensor) -> torch.Tensor:
@@ -82,6 +86,17 @@ def chat_loss(
     scores, wanted = model.lm_head(hidden[:, :-1][said]).float(), batch["ids"][:, 1:][said]
     right = scores.argmax(-1) == wanted
     return F.cross_entropy(scores, wanted), {"token": right.float().mean().item(), "digit": _mean(right[torch.isin(wanted, digit_ids)])}
+
+
+def code_loss(seen: torch.Tensor, wanted: torch.Tensor, things: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+    """Squared error of image tokens [B, T, hidden] against codes, and how much of the spread among cells with `things` [B, T] is explained.
+
+    Such cells are few: they weigh five times as much.
+    """
+    off = (seen.float() - wanted).square().mean(-1)
+    weight = 1.0 + 4.0 * things
+    spread = (wanted[things] - wanted[things].mean(0)).square().mean()
+    return (off * weight).sum() / weight.sum() / spread, {"explained": 1 - (off[things].mean() / spread).item()}
 
 
 def _mean(flags: torch.Tensor) -> float:
@@ -117,7 +132,7 @@ class Run:
         self.heads = TowerHeads(self.model.config)
         save(self.model, out / "model")
         self.processor = MiniGeminiProcessor.from_pretrained(out / "model")
-        self.codes = Codes(self.processor.tokenizer, self.model.config.text_config.hidden_size)
+        self.codes = Codes(self.processor.tokenizer, self.model.config.text_config.hidden_size, EMBEDDING_SPREAD)
         ids = self.processor.tokenizer.convert_tokens_to_ids(list("0123456789"))
         self.digit_ids = torch.tensor(ids, device=device)
         self.model.to(device).train()
@@ -142,12 +157,13 @@ class Run:
         if not self.hr:
             parts = [part for part in parts if part is not self.model.model.patch_mining]
         # what is thrown away learns with what it is for
-        parts += [self.heads] if set(stage.learns) <= set(TOWERS) else [self.codes] if stage.name == "language" else []
+        parts += [self.heads] if set(stage.learns) <= set(TOWERS) else [self.codes] if stage.name in TOLD else []
         learning = [p for part in parts for p in part.parameters()]
         self.model.requires_grad_(False)
         for parameter in learning:
             parameter.requires_grad_(True)
-        optimizer = torch.optim.AdamW(learning, lr=stage.rate, betas=(0.9, 0.98), weight_decay=0.01)
+        betas, decay = ((0.9, 0.95), 0.1) if stage.name in TOLD else ((0.9, 0.98), 0.01)
+        optimizer = torch.optim.AdamW(learning, lr=stage.rate, betas=betas, weight_decay=decay)
         if self.optimizer_state is not None:
             optimizer.load_state_dict(self.optimizer_state)
         batches = data.loader(functools.partial(self._batch, stage), self.step, stage.steps, self.workers)
@@ -182,8 +198,10 @@ class Run:
             return data.pages(draw_lines, seed, step, stage.batch)
         if stage.name == "numbers":
             return data.pages(draw_numbers, seed, step, stage.batch) | {"page": data.pages(draw_lines, seed, step, stage.batch // 2)}
-        if stage.name == "views":
+        if stage.name in ("views", "codes"):
             return data.scenes(seed, step, stage.batch)
+        if stage.name in TOLD:
+            return data.told(self.processor, seed, step, stage.batch, **TOLD[stage.name])
         if stage.name == "scenes":
             # few of them hold print, so pages go along
             return data.scenes(seed, step, stage.batch) | {"page": data.pages(draw_numbers, seed, step, 4 * stage.batch)}
@@ -195,10 +213,14 @@ class Run:
                 return view_loss(self.model, self.heads, batch)
             if set(stage.learns) <= set(TOWERS):
                 return map_loss(self.model, self.heads, batch)
-            if stage.name == "language":
+            if stage.name in TOLD:
                 seen = self.codes(batch, self.model.get_input_embeddings())
             else:
                 seen = image_tokens(self.model, normalise(batch["pixels"]), hr=self.hr)
+            if stage.name == "codes":
+                with torch.no_grad():
+                    wanted = self.codes(batch, self.model.get_input_embeddings())
+                return code_loss(seen, wanted, batch["kind"].flatten(1) > 0)
             return chat_loss(self.model, batch, self.digit_ids, seen)
 
     def _keep(self, optimizer: torch.optim.Optimizer) -> None:
