@@ -121,6 +121,9 @@ class Steps:
         if refused is not None:
             logger.debug("passes are not captured: %s", refused)
         by_graph = refused is None
+        if not by_graph:
+            # heads a power of two of bytes apart would share the sets of a CPU's caches
+            capacity += 32
         return Sequences(KVCache(self.config.num_hidden_layers, batch, capacity, masked=by_graph), by_graph)
 
     def graphs_refused(self, capacity: int) -> str | None:
