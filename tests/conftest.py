@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 import mg_fast
 from examples import random_checkpoint
+from tests.families import ORIGINAL, OWN, family
 from tests.paths import OWN_GOLDEN, original_golden
 
 transformers_logging.set_verbosity_error()
@@ -87,3 +88,21 @@ def pipeline(model, processor):
 def two_threads():
     """Or one, where two processes share the tests."""
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+
+@pytest.fixture
+def one_thread(two_threads):
+    """For models so small that they are slower on two."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def own():
+    """This project's own tiny checkpoint, loaded once."""
+    return family("standard")
+
+
+@pytest.fixture(params=[*OWN, *ORIGINAL])
+def each(request):
+    """Every tiny checkpoint, the original's as far as they are here."""
+    return family(request.param)

@@ -16,15 +16,7 @@ from tests.families import ORIGINAL, OWN, family
 TEXTS = ("What is it?", "Hello.", "Compare these two, please, and be brief about it.", "Who made it, and when, and why?")
 
 
-@pytest.fixture(autouse=True)
-def one_thread(two_threads):
-    # models so small are slower on two
-    torch.set_num_threads(1)
-
-
-@pytest.fixture
-def own():
-    return family("standard")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def mixed(own, count=9):

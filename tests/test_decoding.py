@@ -13,26 +13,12 @@ from mg_fast.conversation import render
 from mg_fast.decoding import LeanDecoder
 from mg_fast.decoding.kv_cache import KVCache
 from mg_fast.linear import OneDNNLinear
-from tests.families import ORIGINAL, OWN, family
+from tests.families import OWN
 
-FAMILIES = [*OWN, *ORIGINAL]
 QUESTIONS = ("What is written in the picture?", "And what colour is it? Say it in a few words.", "Why?")
 
 
-@pytest.fixture(autouse=True)
-def one_thread(two_threads):
-    # models so small are slower on two
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(params=FAMILIES)
-def each(request):
-    return family(request.param)
-
-
-@pytest.fixture
-def own():
-    return family("standard")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -12,20 +12,12 @@ from transformers import GenerationConfig
 from mg_fast import Pipeline, PromptError
 from mg_fast.conversation import render
 from mg_fast.decoding.kv_cache import KVCache
-from tests.families import family, plain
+from tests.families import plain
 
 QUESTION = "What is written in the picture?"
 
 
-@pytest.fixture(autouse=True)
-def one_thread(two_threads):
-    # models so small are slower on two
-    torch.set_num_threads(1)
-
-
-@pytest.fixture
-def own():
-    return family("standard")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -14,25 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mg_fast.decoding import LeanDecoder, steps
 from mg_fast.decoding.kv_cache import KVCache
-from tests.families import ORIGINAL, OWN, family
+from tests.families import family
 
-FAMILIES = [*OWN, *ORIGINAL]
 CAPTURE = steps._Graph._capture
 
 
-@pytest.fixture(autouse=True)
-def one_thread(two_threads):
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(params=FAMILIES)
-def each(request):
-    return family(request.param)
-
-
-@pytest.fixture
-def own():
-    return family("standard")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
