@@ -13,13 +13,13 @@ from mg_fast.conversation import IMAGE_TAG, render
 from mg_fast.resizing import square
 
 from .scenes import BACKGROUNDS, CELL, COLOURS, KINDS, MAX_DIGITS, SIDE, WORDS, Print, Scene, draw_scene
-from .talk import careless, conversation, text_only
+from .talk import bare, careless, conversation, text_only
 
 # the high-resolution tower's finest map has a position every so many pixels
 STRIDE = 4
 IGNORED = -100
 # what of a short answer depends on the scene, besides digits
-CONTENT = (*COLOURS, *BACKGROUNDS, *WORDS, "top", "bottom", "left", "right", "middle")
+CONTENT = {"colour": (*COLOURS, *BACKGROUNDS), "count": WORDS, "place": ("top", "bottom", "left", "right", "middle")}
 CELL_KINDS = (None, *KINDS, "number")
 
 Batch = dict[str, "torch.Tensor | Batch"]
@@ -52,28 +52,26 @@ def told(processor: MiniGeminiProcessor, seed: int, step: int, size: int, *, cel
     Args:
         cells: so many of the 36 stand where image tokens will stand: those with a thing in them, and some without.
         turns: of a conversation.
-        answers_only: short answers follow one another without questions, and only the words in them that depend on the scene are to be
-            said.
+        answers_only: short answers follow one another as `bare` leaves them, and only the words in them that depend on the scene are to
+            be said.
 
     Returns:
         As `conversations`, without `pixels`, and `cells` [n, cells]: the numbers of those that stand.
     """
     tokens = functools.partial(processor.tokenizer, add_special_tokens=False)
-    content = {i for word in CONTENT for i in tokens(f" {word}").input_ids} | {
-        *processor.tokenizer.convert_tokens_to_ids(list("0123456789"))
-    }
+    content = {i for ids in content_ids(processor).values() for i in ids}
     rows, labels, standing = [], [], []
     for i in range(step * size, (step + 1) * size):
         rng = random.Random(f"told/{seed}/{i}")
         scene = draw_scene(seed, i)
         (labelled,) = _labels([scene])
         things = labelled["kind"].flatten() > 0
-        bare = rng.sample(np.flatnonzero(~things).tolist(), cells - int(things.sum()))
-        standing.append(sorted([*np.flatnonzero(things).tolist(), *bare]))
+        empty = rng.sample(np.flatnonzero(~things).tolist(), cells - int(things.sum()))
+        standing.append(sorted([*np.flatnonzero(things).tolist(), *empty]))
         labels.append(labelled)
         said = conversation(scene, rng, turns, short=answers_only)
         if answers_only:
-            words = [i for _, answer in said for i in tokens(answer).input_ids]
+            words = [i for question, answer in said for i in tokens(bare(question, answer)).input_ids]
             ids = [processor.tokenizer.bos_token_id, *[0] * things.size, *words]
             marks = [0, *[1] * things.size, *[0] * len(words)]
             answers = [0, *[0] * things.size, *[int(i in content) for i in words]]
@@ -82,6 +80,13 @@ def told(processor: MiniGeminiProcessor, seed: int, step: int, size: int, *, cel
         first, dropped = marks.index(1), things.size - cells
         rows.append(tuple(values[:first] + values[first + dropped :] for values in (ids, marks, answers)))
     return _padded(rows) | _stack(labels) | {"cells": torch.tensor(standing)}
+
+
+def content_ids(processor: MiniGeminiProcessor) -> dict[str, list[int]]:
+    """Tokens of what depends on the scene: `digit`, and the words of `CONTENT`."""
+    tokenize = functools.partial(processor.tokenizer, add_special_tokens=False)
+    words = {name: [i for word in words for i in tokenize(f" {word}").input_ids] for name, words in CONTENT.items()}
+    return {"digit": processor.tokenizer.convert_tokens_to_ids(list("0123456789")), **words}
 
 
 def conversations(processor: MiniGeminiProcessor, seed: int, step: int, size: int, *, turns: int = 4) -> Batch:

@@ -24,7 +24,7 @@ MARKS = ["<|im_start|>", "<|im_end|>", "<GEN>", "<h>", "</h>", "\n"]
 
 
 def make_config() -> MiniGeminiConfig:
-    """36 queries, each over 8x8 positions of the pyramid as in the published models; 2.6 M parameters."""
+    """36 queries, each over 8x8 positions of the pyramid as in the published models; 3.0 M parameters."""
     dims = [32, 64, 128, 192]
     return MiniGeminiConfig(
         model_type="mgm",
@@ -43,7 +43,7 @@ def make_config() -> MiniGeminiConfig:
         vision_config=dict(
             hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=2, patch_size=14, image_size=LR_SIDE
         ),
-        vision_config_aux={"dims": dims, "depths": [2, 2, 3, 1], "norm_eps": 1e-6},
+        vision_config_aux={"dims": dims, "depths": [2, 2, 3, 2], "norm_eps": 1e-6},
         mm_hidden_size=128,
         mm_hidden_size_aux=sum(dims),
         image_size_aux=SIDE,

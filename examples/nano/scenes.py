@@ -1,6 +1,6 @@
 """Scenes drawn from a seed: coloured shapes, clutter and one small printed number, with questions about them and their answers.
 
-The print is 8.5 to 10.5 pixels high where the picture is seen at 192 pixels, and 4 where it is seen at 84: legible to the
+The print is 9 to 11 pixels high where the picture is seen at 192 pixels, and 4 to 5 where it is seen at 84: legible to the
 high-resolution branch alone.
 
 python -m examples.nano.scenes FOLDER        # writes a few scenes as PNG files, and what is asked about them
@@ -21,7 +21,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFont
 SIDE = 192
 CELL = 32
 DRAWN = 2
-PRINT_HEIGHT = (8.5, 10.5)
+PRINT_HEIGHT = (9.0, 11.0)
 MAX_DIGITS = 4
 
 COLOURS = {

@@ -162,6 +162,11 @@ def conversation(scene: Scene, rng: random.Random, turns: int = 4, *, short: boo
     return [(careless(question, rng), answer) for question, answer in asked.values()]
 
 
+def bare(question: str, answer: str) -> str:
+    """The answer alone where it says what it is about before what it says of it. A count does not: its question goes before it."""
+    return f"{question} {answer}" if answer.startswith("There ") and answer != NO_NUMBER else answer
+
+
 def every_sentence() -> Iterator[str]:
     """Sentences that hold every word and every phrasing of this language: what the tokenizer is made from."""
     for kind, phrases in PHRASINGS.items():

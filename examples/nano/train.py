@@ -76,16 +76,17 @@ def image_tokens(model: MiniGeminiForConditionalGeneration, pixels: torch.Tensor
 
 
 def chat_loss(
-    model: MiniGeminiForConditionalGeneration, batch: data.Batch, digit_ids: torch.Tensor, seen: torch.Tensor
+    model: MiniGeminiForConditionalGeneration, batch: data.Batch, content: dict[str, torch.Tensor], seen: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """Loss on the answers' tokens alone with pictures `seen` as image tokens, and how often a token and a digit are right."""
+    """Loss on the answers' tokens alone with pictures `seen` as image tokens, and how often a token is right, and one of each kind of content."""
     inner = model.model
     embeds = inner.splice(inner.get_input_embeddings()(batch["ids"]), seen, batch["marks"])
     hidden = inner.language_model(inputs_embeds=embeds, attention_mask=batch["mask"], use_cache=False).last_hidden_state
     said = batch["answers"][:, 1:] == 1
     scores, wanted = model.lm_head(hidden[:, :-1][said]).float(), batch["ids"][:, 1:][said]
     right = scores.argmax(-1) == wanted
-    return F.cross_entropy(scores, wanted), {"token": right.float().mean().item(), "digit": _mean(right[torch.isin(wanted, digit_ids)])}
+    shares = {name: _mean(right[torch.isin(wanted, ids)]) for name, ids in content.items()}
+    return F.cross_entropy(scores, wanted), {"token": _mean(right), **shares}
 
 
 def code_loss(seen: torch.Tensor, wanted: torch.Tensor, things: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
@@ -133,8 +134,7 @@ class Run:
         save(self.model, out / "model")
         self.processor = MiniGeminiProcessor.from_pretrained(out / "model")
         self.codes = Codes(self.processor.tokenizer, self.model.config.text_config.hidden_size, EMBEDDING_SPREAD)
-        ids = self.processor.tokenizer.convert_tokens_to_ids(list("0123456789"))
-        self.digit_ids = torch.tensor(ids, device=device)
+        self.content = {name: torch.tensor(ids, device=device) for name, ids in data.content_ids(self.processor).items()}
         self.model.to(device).train()
         self.heads.to(device), self.codes.to(device)
         self.at, self.step, self.seconds = 0, 0, 0.0
@@ -221,7 +221,7 @@ class Run:
                 with torch.no_grad():
                     wanted = self.codes(batch, self.model.get_input_embeddings())
                 return code_loss(seen, wanted, batch["kind"].flatten(1) > 0)
-            return chat_loss(self.model, batch, self.digit_ids, seen)
+            return chat_loss(self.model, batch, self.content, seen)
 
     def _keep(self, optimizer: torch.optim.Optimizer) -> None:
         state = {"model": self.model.state_dict(), "heads": self.heads.state_dict(), "codes": self.codes.state_dict()}
