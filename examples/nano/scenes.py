@@ -43,6 +43,8 @@ BACKGROUNDS = {
     "teal": (60, 160, 165),
 }
 KINDS = ("circle", "square", "star", "triangle")
+# words for where in the picture something is, down and across
+THIRDS = (("top", "middle", "bottom"), ("left", "middle", "right"))
 WORDS = ("no", "one", "two", "three", "four", "five")
 TYPES = ("number", "where", "colour", "count", "background", "describe")
 CLUTTER = {"train": ("lines", "dots", "blobs"), "unseen": ("arcs", "crosses", "dashes")}
@@ -246,8 +248,8 @@ def _place(
     for _ in range(40):
         x = rng.uniform(half_width + 2, side - half_width - 2)
         y = rng.uniform(half_height + 2, side - half_height - 2)
-        # so that nobody can quarrel about where it is
-        if side == SIDE and any(abs(v - third) < 7 for v in (x, y) for third in (SIDE / 3, 2 * SIDE / 3)):
+        # so that nobody can quarrel about where it is, nor two neighbouring queries about whose it is
+        if side == SIDE and any(abs(v - edge) < (7 if edge % (SIDE // 3) == 0 else 4) for v in (x, y) for edge in range(CELL, SIDE, CELL)):
             continue
         box = (x - half_width - 3, y - half_height - 3, x + half_width + 3, y + half_height + 3)
         cell = (int(x // CELL), int(y // CELL))

@@ -7,7 +7,7 @@ from torch import nn
 from mg_fast.mini_gemini.configuration import MiniGeminiConfig
 
 from .data import CELL_KINDS, IGNORED, Batch
-from .scenes import BACKGROUNDS, CELL, COLOURS, MAX_DIGITS, SIDE
+from .scenes import BACKGROUNDS, COLOURS, MAX_DIGITS, THIRDS
 
 # classes of every question to a cell: what, which colour, on which background, and each digit or none
 CELL_CLASSES = (len(CELL_KINDS), len(COLOURS), len(BACKGROUNDS), *[11] * MAX_DIGITS)
@@ -27,35 +27,38 @@ class TowerHeads(nn.Module):
 class Codes(nn.Module):
     """A scene told to the language model before there are image tokens: a cell is the sum of its words; thrown away like the heads.
 
-    The words are the language model's own embeddings, so that what is asked and what is there look alike. Every digit has an embedding for
-    every place in a number, or their order would be lost, and every cell one of its own, as the LR tower's positions have.
+    The words are the language model's own embeddings, so that what is asked and what is there look alike: of what is in a cell, and of the
+    third of the picture, across and down, in which the cell lies. Every digit has an embedding for every place in a number, or their order
+    would be lost.
 
     Args:
-        tokenizer: every word of `CELL_KINDS`, `COLOURS` and `BACKGROUNDS` becomes the mean of its tokens.
+        tokenizer: every word of `CELL_KINDS`, `COLOURS`, `BACKGROUNDS` and `THIRDS` becomes the mean of its tokens.
         width: of the embeddings.
         spread: of the embeddings, which that of what is learned here must match.
     """
 
     def __init__(self, tokenizer, width: int, spread: float):
         super().__init__()
-        words = [[word or "" for word in CELL_KINDS], list(COLOURS), list(BACKGROUNDS)]
+        words = [[word or "" for word in CELL_KINDS], list(COLOURS), list(BACKGROUNDS), *THIRDS]
         self.ids = [[tokenizer(" " + w, add_special_tokens=False).input_ids if w else [] for w in group] for group in words]
         self.digits = nn.Parameter(spread * torch.randn(MAX_DIGITS, 10, width))
-        self.cells = nn.Parameter(spread * torch.randn((SIDE // CELL) ** 2, width))
 
     def forward(self, batch: Batch, embeddings: nn.Embedding) -> torch.Tensor:
         """Labels [B, n, n] of scenes to [B, n * n, width], or of those `cells` [B, k] to [B, k, width] where the batch names them."""
         weight = embeddings.weight
         nothing = weight.new_zeros(1, weight.shape[1])
         told = 0.0
-        ground = batch["background"][:, None, None].expand_as(batch["kind"])
-        for group, labels in zip(self.ids, (batch["kind"], batch["colour"], ground)):
+        kind = batch["kind"]
+        ground = batch["background"][:, None, None].expand_as(kind)
+        third = torch.arange(kind.shape[1], device=kind.device) * 3 // kind.shape[1]
+        down, across = third[:, None].expand_as(kind), third.expand_as(kind)
+        for group, labels in zip(self.ids, (kind, batch["colour"], ground, down, across)):
             table = torch.cat([*(weight[ids].mean(0, keepdim=True) if ids else nothing for ids in group), nothing])
             told = told + table[torch.where(labels == IGNORED, len(group), labels)]
         # 0 and `IGNORED` both say that there is no digit
         for digits, labels in zip(self.digits, batch["digits"].unbind(-1)):
             told = told + torch.cat([nothing, digits])[labels.clamp(min=0)]
-        told = told.flatten(1, 2) + self.cells
+        told = told.flatten(1, 2)
         if "cells" in batch:
             told = told.gather(1, batch["cells"][..., None].expand(-1, -1, told.shape[-1]))
         return told

@@ -48,11 +48,10 @@ BRIDGE = ("mm_projector", "patch_mining")
 STAGES = (
     Stage("digits", 3500, 32, 3e-3, ("vision_tower_aux",)),
     Stage("numbers", 1800, 40, 2e-3, ("vision_tower_aux",)),
-    Stage("scenes", 600, 12, 1e-3, ("vision_tower_aux",)),
-    Stage("views", 800, 64, 1e-3, ("vision_tower",)),
     Stage("lookup", 800, 32, 3e-3, ("language_model",)),
     Stage("language", 700, 16, 2e-3, ("language_model",)),
-    Stage("codes", 300, 12, 2e-3, BRIDGE),
+    Stage("views", 800, 64, 2e-3, ("vision_tower",)),
+    Stage("scenes", 900, 12, 1e-3, (*TOWERS, *BRIDGE)),
     Stage("alignment", 200, 16, 2e-3, BRIDGE),
     Stage("everything", 600, 16, 1e-3, (*BRIDGE, "language_model")),
 )
@@ -66,19 +65,22 @@ def normalise(pixels: torch.Tensor) -> torch.Tensor:
     return (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
 
 
-def image_tokens(model: MiniGeminiForConditionalGeneration, pixels: torch.Tensor, *, hr: bool) -> torch.Tensor:
-    """Normalised pictures [n, 3, 192, 192] to image tokens [n, 36, hidden], the towers frozen; without `hr` nothing is mined."""
+def towers(model: MiniGeminiForConditionalGeneration, pixels: torch.Tensor, *, hr: bool) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
+    """Normalised pictures [n, 3, 192, 192] to queries [n, 1, 36, D] and, with `hr`, stage maps."""
+    queries = model.model.low_resolution_queries(low_resolution_views(pixels, LR_SIDE))
+    return queries, model.model.vision_tower_aux(pixels) if hr else None
+
+
+def bridge(model: MiniGeminiForConditionalGeneration, queries: torch.Tensor, pyramid: list[torch.Tensor] | None) -> torch.Tensor:
+    """What the towers saw to image tokens [n, 36, hidden]; without a pyramid nothing is mined."""
     inner = model.model
-    with torch.no_grad():
-        queries = inner.low_resolution_queries(low_resolution_views(pixels, LR_SIDE))
-        pyramid = inner.vision_tower_aux(pixels) if hr else None
-    return inner.mine_and_project(queries, pyramid)[0] if hr else inner.mm_projector(queries.flatten(1, 2))
+    return inner.mm_projector(queries.flatten(1, 2)) if pyramid is None else inner.mine_and_project(queries, pyramid)[0]
 
 
 def chat_loss(
     model: MiniGeminiForConditionalGeneration, batch: data.Batch, content: dict[str, torch.Tensor], seen: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """Loss on the answers' tokens alone with pictures `seen` as image tokens, and how often a token is right, and one of each kind of content."""
+    """Loss on the answers' tokens alone with pictures `seen` as image tokens; how often a token, and one of each content, is right."""
     inner = model.model
     embeds = inner.splice(inner.get_input_embeddings()(batch["ids"]), seen, batch["marks"])
     hidden = inner.language_model(inputs_embeds=embeds, attention_mask=batch["mask"], use_cache=False).last_hidden_state
@@ -104,20 +106,25 @@ def _mean(flags: torch.Tensor) -> float:
     return flags.float().mean().item() if len(flags) else float("nan")
 
 
-def view_loss(model: MiniGeminiForConditionalGeneration, heads: TowerHeads, batch: data.Batch) -> tuple[torch.Tensor, dict[str, float]]:
-    """Loss of the low-resolution tower's features under the heads that are thrown away."""
-    views = low_resolution_views(normalise(batch["pixels"]), LR_SIDE)
-    return low_loss(heads, model.model.low_resolution_queries(views)[:, 0], batch)
+def page_loss(model: MiniGeminiForConditionalGeneration, heads: TowerHeads, page: data.Batch) -> tuple[torch.Tensor, dict[str, float]]:
+    """Loss of the high-resolution tower on pages of print; lines of print have characters, but no cells."""
+    compute = high_loss if bool((page["kind"] > 0).any()) else character_loss
+    return compute(heads, model.model.vision_tower_aux(normalise(page["pixels"])), page)
 
 
-def map_loss(model: MiniGeminiForConditionalGeneration, heads: TowerHeads, batch: data.Batch) -> tuple[torch.Tensor, dict[str, float]]:
-    """Loss of the high-resolution tower's maps under the heads that are thrown away; lines of print have characters, but no cells."""
-    compute = high_loss if bool((batch["kind"] > 0).any()) else character_loss
-    loss, said = compute(heads, model.model.vision_tower_aux(normalise(batch["pixels"])), batch)
-    if "page" not in batch:
-        return loss, said
-    print_loss, read = map_loss(model, heads, batch["page"])
-    return loss + print_loss, said | {f"page {name}": value for name, value in read.items()}
+def sight_loss(
+    model: MiniGeminiForConditionalGeneration, heads: TowerHeads, batch: data.Batch, wanted: torch.Tensor, *, hr: bool
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Loss of all that sees, on scenes: of both towers under the heads that are thrown away, of image tokens against codes `wanted`."""
+    queries, pyramid = towers(model, normalise(batch["pixels"]), hr=hr)
+    loss, low = low_loss(heads, queries[:, 0], batch)
+    said = {f"low {name}": share for name, share in low.items()}
+    for other, shares in (
+        code_loss(bridge(model, queries, pyramid), wanted, batch["kind"].flatten(1) > 0),
+        high_loss(heads, pyramid, batch) if hr else (0.0, {}),
+    ):
+        loss, said = loss + other, said | shares
+    return loss, said
 
 
 class Run:
@@ -153,11 +160,10 @@ class Run:
         return True
 
     def _stage(self, stage: Stage, end: float | None) -> bool:
-        parts = [getattr(self.model.model, name) for name in stage.learns]
-        if not self.hr:
-            parts = [part for part in parts if part is not self.model.model.patch_mining]
+        idle = () if self.hr else ("patch_mining", "vision_tower_aux")
+        parts = [getattr(self.model.model, name) for name in stage.learns if name not in idle]
         # what is thrown away learns with what it is for
-        parts += [self.heads] if set(stage.learns) <= set(TOWERS) else [self.codes] if stage.name in TOLD else []
+        parts += [self.heads] if set(stage.learns) & set(TOWERS) else [self.codes] if stage.name in TOLD else []
         learning = [p for part in parts for p in part.parameters()]
         self.model.requires_grad_(False)
         for parameter in learning:
@@ -195,33 +201,42 @@ class Run:
         # a stage has its own pictures
         seed = self.seed * 100 + [s.name for s in STAGES].index(stage.name)
         if stage.name == "digits":
-            return data.pages(draw_lines, seed, step, stage.batch)
+            return {"page": data.pages(draw_lines, seed, step, stage.batch)}
         if stage.name == "numbers":
-            return data.pages(draw_numbers, seed, step, stage.batch) | {"page": data.pages(draw_lines, seed, step, stage.batch // 2)}
-        if stage.name in ("views", "codes"):
-            return data.scenes(seed, step, stage.batch)
+            pages = data.pages(draw_numbers, seed, step, stage.batch)
+            return {"page": pages, "lines": data.pages(draw_lines, seed, step, stage.batch // 2)}
         if stage.name in TOLD:
             return data.told(self.processor, seed, step, stage.batch, **TOLD[stage.name])
+        if stage.name == "views":
+            return data.scenes(seed, step, stage.batch)
         if stage.name == "scenes":
             # few of them hold print, so pages go along
-            return data.scenes(seed, step, stage.batch) | {"page": data.pages(draw_numbers, seed, step, 4 * stage.batch)}
+            pages = {"page": data.pages(draw_numbers, seed, step, 4 * stage.batch)} if self.hr else {}
+            return data.scenes(seed, step, stage.batch) | pages
         return data.conversations(self.processor, seed, step, stage.batch)
 
     def _loss(self, stage: Stage, batch: data.Batch) -> tuple[torch.Tensor, dict[str, float]]:
         with torch.autocast(self.device, torch.bfloat16):
-            if stage.name == "views":
-                return view_loss(self.model, self.heads, batch)
-            if set(stage.learns) <= set(TOWERS):
-                return map_loss(self.model, self.heads, batch)
-            if stage.name in TOLD:
-                seen = self.codes(batch, self.model.get_input_embeddings())
-            else:
-                seen = image_tokens(self.model, normalise(batch["pixels"]), hr=self.hr)
-            if stage.name == "codes":
-                with torch.no_grad():
-                    wanted = self.codes(batch, self.model.get_input_embeddings())
-                return code_loss(seen, wanted, batch["kind"].flatten(1) > 0)
-            return chat_loss(self.model, batch, self.content, seen)
+            pages = [(name, page_loss(self.model, self.heads, batch[name])) for name in ("page", "lines") if name in batch]
+            loss, said = self._main_loss(stage, batch) if "ids" in batch or "pixels" in batch else (0.0, {})
+            for name, (other, shares) in pages:
+                loss, said = loss + other, said | {f"{name} {key}": share for key, share in shares.items()}
+            return loss, said
+
+    def _main_loss(self, stage: Stage, batch: data.Batch) -> tuple[torch.Tensor, dict[str, float]]:
+        embeddings = self.model.get_input_embeddings()
+        if stage.name in TOLD:
+            return chat_loss(self.model, batch, self.content, self.codes(batch, embeddings))
+        if stage.name == "views":
+            queries, _ = towers(self.model, normalise(batch["pixels"]), hr=False)
+            return low_loss(self.heads, queries[:, 0], batch)
+        if stage.name == "scenes":
+            with torch.no_grad():
+                wanted = self.codes(batch, embeddings)
+            return sight_loss(self.model, self.heads, batch, wanted, hr=self.hr)
+        with torch.no_grad():
+            seen = towers(self.model, normalise(batch["pixels"]), hr=self.hr)
+        return chat_loss(self.model, batch, self.content, bridge(self.model, *seen))
 
     def _keep(self, optimizer: torch.optim.Optimizer) -> None:
         state = {"model": self.model.state_dict(), "heads": self.heads.state_dict(), "codes": self.codes.state_dict()}
