@@ -18,6 +18,7 @@ from .talk import bare, careless, conversation, text_only
 # the high-resolution tower's finest map has a position every so many pixels
 STRIDE = 4
 IGNORED = -100
+CROWD = 10
 # what of a short answer depends on the scene, besides digits
 CONTENT = {"colour": (*COLOURS, *BACKGROUNDS), "count": WORDS, "place": ("top", "bottom", "left", "right", "middle")}
 CELL_KINDS = (None, *KINDS, "number")
@@ -34,8 +35,8 @@ def pages(draw: Callable, seed: int, step: int, size: int) -> Batch:
 
 
 def scenes(seed: int, step: int, size: int) -> Batch:
-    """Scenes: `pixels` uint8 [B, 192, 192, 3] and the towers' labels of `label`."""
-    return _of_scenes([draw_scene(seed, step * size + i) for i in range(size)])
+    """Scenes: `pixels` uint8 [B, 192, 192, 3] and the towers' labels of `label`. Every second one is crowded, to show more shapes."""
+    return _of_scenes([draw_scene(seed, i, crowd=CROWD if i % 2 else None) for i in range(step * size, (step + 1) * size)])
 
 
 def _of_scenes(drawn: Sequence[Scene]) -> Batch:

@@ -112,13 +112,14 @@ def draw_number(rng: random.Random, *, training: bool) -> str:
             return number
 
 
-def draw_scene(seed: int, index: int, *, split: str = "train", number: str | None = None) -> Scene:
+def draw_scene(seed: int, index: int, *, split: str = "train", number: str | None = None, crowd: int | None = None) -> Scene:
     """The scene of a seed and an index; the same every time.
 
     Args:
         seed, index: together name the scene.
         split: `train` or `unseen`, whose scenes differ for the same seed: unseen ones have other clutter, and any number.
         number: printed in place of a random one.
+        crowd: so many shapes, where there is room for them, in place of one to four.
     """
     rng = random.Random(f"{split}/{seed}/{index}")
     background = rng.choice(list(BACKGROUNDS))
@@ -130,7 +131,7 @@ def draw_scene(seed: int, index: int, *, split: str = "train", number: str | Non
     text = number or draw_number(rng, training=split == "train")
     place = _place(rng, 20, 10, boxes, taken) if has_print else None
     shapes = []
-    for _ in range(rng.choice((1, 2, 2, 3, 3, 4))):
+    for _ in range(crowd or rng.choice((1, 2, 2, 3, 3, 4))):
         size = rng.uniform(22, 40)
         spot = _place(rng, size / 2, size / 2, boxes, taken)
         if spot is not None:

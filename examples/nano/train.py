@@ -48,15 +48,20 @@ BRIDGE = ("mm_projector", "patch_mining")
 STAGES = (
     Stage("digits", 3500, 32, 3e-3, ("vision_tower_aux",)),
     Stage("numbers", 1800, 40, 2e-3, ("vision_tower_aux",)),
-    Stage("lookup", 800, 32, 3e-3, ("language_model",)),
-    Stage("language", 700, 16, 2e-3, ("language_model",)),
+    Stage("lookup", 700, 32, 3e-3, ("language_model",)),
+    Stage("search", 250, 32, 2e-3, ("language_model",)),
+    Stage("language", 600, 16, 2e-3, ("language_model",)),
     Stage("views", 800, 64, 2e-3, ("vision_tower",)),
     Stage("scenes", 900, 12, 1e-3, (*TOWERS, *BRIDGE)),
     Stage("alignment", 200, 16, 2e-3, BRIDGE),
     Stage("everything", 600, 16, 1e-3, (*BRIDGE, "language_model")),
 )
 # what of a scene is told in them, and how much is asked
-TOLD = {"lookup": dict(cells=6, turns=20, answers_only=True), "language": dict(cells=36, turns=6, answers_only=False)}
+TOLD = {
+    "lookup": dict(cells=6, turns=20, answers_only=True),
+    "search": dict(cells=36, turns=20, answers_only=True),
+    "language": dict(cells=36, turns=6, answers_only=False),
+}
 
 
 def normalise(pixels: torch.Tensor) -> torch.Tensor:
