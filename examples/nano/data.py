@@ -47,24 +47,28 @@ def _labels(drawn: Sequence[Scene]) -> list[dict[str, np.ndarray]]:
     return [label([s.print] if s.print else [], s.shapes, s.background, SIDE) for s in drawn]
 
 
-def told(processor: MiniGeminiProcessor, seed: int, step: int, size: int, *, cells: int, turns: int, answers_only: bool) -> Batch:
-    """Conversations about scenes that are told, not shown.
+def told(
+    processor: MiniGeminiProcessor, seed: int, step: int, size: int, *, cells: int, turns: int, answers_only: bool, shown: bool = False
+) -> Batch:
+    """Conversations about scenes that are told in codes, or shown.
 
     Args:
         cells: so many of the 36 stand where image tokens will stand: those with a thing in them, and some without.
         turns: of a conversation.
         answers_only: short answers follow one another as `bare` leaves them, and only the words in them that depend on the scene are to
             be said.
+        shown: all cells stand, as a picture.
 
     Returns:
-        As `conversations`, without `pixels`, and `cells` [n, cells]: the numbers of those that stand.
+        As `conversations`, with `pixels` of scenes that are shown, and `cells` [n, cells]: the numbers of those that stand.
     """
     tokens = functools.partial(processor.tokenizer, add_special_tokens=False)
     content = {i for ids in content_ids(processor).values() for i in ids}
-    rows, labels, standing = [], [], []
+    rows, drawn, labels, standing = [], [], [], []
     for i in range(step * size, (step + 1) * size):
         rng = random.Random(f"told/{seed}/{i}")
         scene = draw_scene(seed, i)
+        drawn.append(scene)
         (labelled,) = _labels([scene])
         things = labelled["kind"].flatten() > 0
         empty = rng.sample(np.flatnonzero(~things).tolist(), cells - int(things.sum()))
@@ -80,7 +84,7 @@ def told(processor: MiniGeminiProcessor, seed: int, step: int, size: int, *, cel
             ids, marks, answers = encode(processor, [(f"{IMAGE_TAG}\n{said[0][0]}", said[0][1]), *said[1:]])
         first, dropped = marks.index(1), things.size - cells
         rows.append(tuple(values[:first] + values[first + dropped :] for values in (ids, marks, answers)))
-    return _padded(rows) | _stack(labels) | {"cells": torch.tensor(standing)}
+    return _padded(rows) | (_of_scenes(drawn) if shown else _stack(labels)) | {"cells": torch.tensor(standing)}
 
 
 def content_ids(processor: MiniGeminiProcessor) -> dict[str, list[int]]:
@@ -90,7 +94,7 @@ def content_ids(processor: MiniGeminiProcessor) -> dict[str, list[int]]:
     return {"digit": processor.tokenizer.convert_tokens_to_ids(list("0123456789")), **words}
 
 
-def conversations(processor: MiniGeminiProcessor, seed: int, step: int, size: int, *, turns: int = 4) -> Batch:
+def conversations(processor: MiniGeminiProcessor, seed: int, step: int, size: int, *, turns: int = 6) -> Batch:
     """Conversations about scenes, one in sixteen without a picture.
 
     Returns:

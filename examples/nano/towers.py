@@ -45,30 +45,40 @@ class Codes(nn.Module):
 
     def forward(self, batch: Batch, embeddings: nn.Embedding) -> torch.Tensor:
         """Labels [B, n, n] of scenes to [B, n * n, width], or of those `cells` [B, k] to [B, k, width] where the batch names them."""
-        weight = embeddings.weight
-        nothing = weight.new_zeros(1, weight.shape[1])
-        told = 0.0
         kind = batch["kind"]
         ground = batch["background"][:, None, None].expand_as(kind)
         third = torch.arange(kind.shape[1], device=kind.device) * 3 // kind.shape[1]
-        down, across = third[:, None].expand_as(kind), third.expand_as(kind)
-        for group, labels in zip(self.ids, (kind, batch["colour"], ground, down, across)):
-            table = torch.cat([*(weight[ids].mean(0, keepdim=True) if ids else nothing for ids in group), nothing])
-            told = told + table[torch.where(labels == IGNORED, len(group), labels)]
-        # 0 and `IGNORED` both say that there is no digit
-        for digits, labels in zip(self.digits, batch["digits"].unbind(-1)):
-            told = told + torch.cat([nothing, digits])[labels.clamp(min=0)]
+        labels = (kind, batch["colour"], ground, *batch["digits"].unbind(-1), third[:, None].expand_as(kind), third.expand_as(kind))
+        told = 0.0
+        for table, at in zip(self.tables(embeddings), labels):
+            nothing = table.new_zeros(1, table.shape[1])
+            told = told + torch.cat([table, nothing])[torch.where(at == IGNORED, len(table), at)]
         told = told.flatten(1, 2)
         if "cells" in batch:
             told = told.gather(1, batch["cells"][..., None].expand(-1, -1, told.shape[-1]))
         return told
 
+    def tables(self, embeddings: nn.Embedding) -> list[torch.Tensor]:
+        """[classes, width] for every question of `CELL_CLASSES`, then thirds down and across. No thing, and no digit, is zero."""
+        weight = embeddings.weight
+        nothing = weight.new_zeros(1, weight.shape[1])
+        kind, colour, ground, *thirds = [
+            torch.cat([weight[ids].mean(0, keepdim=True) if ids else nothing for ids in group]) for group in self.ids
+        ]
+        return [kind, colour, ground, *(torch.cat([nothing, digits]) for digits in self.digits), *thirds]
+
 
 def low_loss(heads: TowerHeads, queries: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
     """Loss of the low-resolution tower's features [B, N, D]."""
-    side = batch["kind"].shape[1]
     # it is to try to read too, but not to drown in what it cannot
-    return _cell_loss(heads.low(queries).unflatten(1, (side, side)).float(), batch, reading=0.25)
+    return _cell_loss(heads.low(queries).unflatten(1, batch["kind"].shape[1:]).float(), batch, reading=0.25)
+
+
+def token_loss(tables: list[torch.Tensor], seen: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+    """Loss of image tokens [B, N, width] by which of the codes in each of the `tables` is nearest."""
+    seen = seen.float().unflatten(1, batch["kind"].shape[1:])
+    nearness = [seen @ table.T - table.square().sum(-1) / 2 for table in tables[: len(CELL_CLASSES)]]
+    return _cell_loss(torch.cat(nearness, -1), batch)
 
 
 def high_loss(heads: TowerHeads, pyramid: list[torch.Tensor], batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:

@@ -29,7 +29,7 @@ from mg_fast.resizing import CLIP_MEAN, CLIP_STD
 from . import data
 from .model import EMBEDDING_SPREAD, LR_SIDE, forget_mined, make_model, save
 from .scenes import draw_lines, draw_numbers
-from .towers import Codes, TowerHeads, character_loss, high_loss, low_loss
+from .towers import Codes, TowerHeads, character_loss, high_loss, low_loss, token_loss
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ STAGES = (
     Stage("alignment", 200, 16, 2e-3, BRIDGE),
     Stage("everything", 600, 16, 1e-3, (*BRIDGE, "language_model")),
 )
-# what of a scene is told in them, and how much is asked
+# what of a scene is told in them in codes, and how much is asked
 TOLD = {
     "lookup": dict(cells=6, turns=20, answers_only=True),
     "search": dict(cells=36, turns=20, answers_only=True),
@@ -118,18 +118,22 @@ def page_loss(model: MiniGeminiForConditionalGeneration, heads: TowerHeads, page
 
 
 def sight_loss(
-    model: MiniGeminiForConditionalGeneration, heads: TowerHeads, batch: data.Batch, wanted: torch.Tensor, *, hr: bool
+    model: MiniGeminiForConditionalGeneration, heads: TowerHeads, codes: Codes, batch: data.Batch, *, hr: bool
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """Loss of all that sees, on scenes: of both towers under the heads that are thrown away, of image tokens against codes `wanted`."""
+    """Loss of all that sees, on scenes: of the towers under the heads that are thrown away, of image tokens against codes."""
+    embeddings = model.get_input_embeddings()
+    with torch.no_grad():
+        tables, wanted = codes.tables(embeddings), codes(batch, embeddings)
     queries, pyramid = towers(model, normalise(batch["pixels"]), hr=hr)
-    loss, low = low_loss(heads, queries[:, 0], batch)
-    said = {f"low {name}": share for name, share in low.items()}
-    for other, shares in (
-        code_loss(bridge(model, queries, pyramid), wanted, batch["kind"].flatten(1) > 0),
-        high_loss(heads, pyramid, batch) if hr else (0.0, {}),
-    ):
-        loss, said = loss + other, said | shares
-    return loss, said
+    seen = bridge(model, queries, pyramid)
+    # squared error alone would learn what is common, and no digit for long; nearness alone not how large a token is to be
+    far, near = code_loss(seen, wanted, batch["kind"].flatten(1) > 0), token_loss(tables, seen, batch)
+    parts = {"low": low_loss(heads, queries[:, 0], batch), "token": near, "code": (3 * far[0], far[1])}
+    if hr:
+        parts["high"] = high_loss(heads, pyramid, batch)
+    return sum(loss for loss, _ in parts.values()), {
+        f"{part} {name}": share for part, (_, shares) in parts.items() for name, share in shares.items()
+    }
 
 
 class Run:
@@ -166,15 +170,21 @@ class Run:
 
     def _stage(self, stage: Stage, end: float | None) -> bool:
         idle = () if self.hr else ("patch_mining", "vision_tower_aux")
-        parts = [getattr(self.model.model, name) for name in stage.learns if name not in idle]
+        parts = {name: getattr(self.model.model, name) for name in stage.learns if name not in idle}
         # what is thrown away learns with what it is for
-        parts += [self.heads] if set(stage.learns) & set(TOWERS) else [self.codes] if stage.name in TOLD else []
-        learning = [p for part in parts for p in part.parameters()]
+        if set(stage.learns) & set(TOWERS):
+            parts["heads"] = self.heads
+        elif stage.name in TOLD:
+            parts["codes"] = self.codes
         self.model.requires_grad_(False)
-        for parameter in learning:
-            parameter.requires_grad_(True)
+        for part in parts.values():
+            part.requires_grad_(True)
+        # where towers go on, what stands on them begins
+        faster = BRIDGE if stage.name == "scenes" else ()
+        groups = [{"params": list(part.parameters()), "faster": 3 if name in faster else 1} for name, part in parts.items()]
+        learning = [p for group in groups for p in group["params"]]
         betas, decay = ((0.9, 0.95), 0.1) if stage.name in TOLD else ((0.9, 0.98), 0.01)
-        optimizer = torch.optim.AdamW(learning, lr=stage.rate, betas=betas, weight_decay=decay)
+        optimizer = torch.optim.AdamW(groups, lr=stage.rate, betas=betas, weight_decay=decay)
         if self.optimizer_state is not None:
             optimizer.load_state_dict(self.optimizer_state)
         batches = data.loader(functools.partial(self._batch, stage), self.step, stage.steps, self.workers)
@@ -182,7 +192,7 @@ class Run:
             for batch in batches:
                 began = time.perf_counter()
                 for group in optimizer.param_groups:
-                    group["lr"] = stage.rate * _cosine(self.step, stage.steps)
+                    group["lr"] = stage.rate * group["faster"] * _cosine(self.step, stage.steps)
                 loss, said = self._loss(stage, data.to_device(batch, self.device))
                 optimizer.zero_grad()
                 loss.backward()
@@ -212,6 +222,9 @@ class Run:
             return {"page": pages, "lines": data.pages(draw_lines, seed, step, stage.batch // 2)}
         if stage.name in TOLD:
             return data.told(self.processor, seed, step, stage.batch, **TOLD[stage.name])
+        if stage.name == "alignment":
+            # as captions in the original: all that is to be said about a picture
+            return data.told(self.processor, seed, step, stage.batch, **TOLD["search"], shown=True)
         if stage.name == "views":
             return data.scenes(seed, step, stage.batch)
         if stage.name == "scenes":
@@ -236,9 +249,7 @@ class Run:
             queries, _ = towers(self.model, normalise(batch["pixels"]), hr=False)
             return low_loss(self.heads, queries[:, 0], batch)
         if stage.name == "scenes":
-            with torch.no_grad():
-                wanted = self.codes(batch, embeddings)
-            return sight_loss(self.model, self.heads, batch, wanted, hr=self.hr)
+            return sight_loss(self.model, self.heads, self.codes, batch, hr=self.hr)
         with torch.no_grad():
             seen = towers(self.model, normalise(batch["pixels"]), hr=self.hr)
         return chat_loss(self.model, batch, self.content, bridge(self.model, *seen))
