@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 _COLOURS = np.array([(0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164)], np.float32)
 # pixels a side, to which smaller pictures are enlarged by a whole factor before they are drawn on
 _DRAWN = 768
+# positions a side that can still be told apart by eye
+_SEEN = 96
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def explain(
     picture: Image.Image,
     question: str | None = None,
     *,
-    max_new_tokens: int | None = 64,
+    max_new_tokens: int | None = None,
     allow_long: bool | None = None,
     windows: bool = False,
 ) -> Explanation:
@@ -197,7 +199,8 @@ def compose(weights: torch.Tensor, relevance: torch.Tensor, grid: int) -> torch.
 def draw(picture: Image.Image, shares: torch.Tensor, *, windows: int = 0) -> Image.Image:
     """A picture in grey under a heat map, from purple over orange to light yellow, the more opaque the hotter.
 
-    A position that has no more than an even share has no colour; the hottest has the last, or one of at least twice an even share.
+    A position that has no more than an even share has no colour. The hottest 0.5 % have the last one, if that is from twice an even share
+    on. Of more than 96 positions along a side neighbours are averaged, or single ones could not be seen.
 
     Args:
         picture: square.
@@ -209,11 +212,14 @@ def draw(picture: Image.Image, shares: torch.Tensor, *, windows: int = 0) -> Ima
     """
     factor = max(1, _DRAWN // picture.width)
     size = (picture.width * factor, picture.height * factor)
-    over = shares.double() * shares.numel() / shares.sum().clamp(min=1e-30) - 1
-    heat = (over.clamp(min=0) / over.max().clamp(min=1)).sqrt().float()
+    seen = F.adaptive_avg_pool2d(shares[None].float(), min(len(shares), _SEEN))[0]
+    over = (seen / seen.mean().clamp(min=torch.finfo(torch.float32).tiny) - 1).clamp(min=0)
+    top = over.flatten().quantile(0.995).clamp(min=1)
+    heat = (over / top).clamp(max=1).sqrt()
     heat = np.asarray(Image.fromarray(heat.numpy()).resize(size, Image.Resampling.BILINEAR))[..., None]
     colours = [np.interp(heat, np.linspace(0, 1, len(_COLOURS)), channel) for channel in _COLOURS.T]
-    grey = np.asarray(picture.resize(size, Image.Resampling.BICUBIC).convert("L"), np.float32)[..., None]
+    # with less contrast: on black nothing but the hottest would show
+    grey = 40 + 0.75 * np.asarray(picture.resize(size, Image.Resampling.BICUBIC).convert("L"), np.float32)[..., None]
     drawn = Image.fromarray(((1 - 0.8 * heat) * grey + 0.8 * heat * np.concatenate(colours, -1)).round().astype(np.uint8))
     if windows:
         lines = ImageDraw.Draw(drawn, "RGBA")

@@ -160,7 +160,7 @@ class Pipeline:
         Args:
             image: as of `see`.
             question: `<image>` may mark where the picture stands.
-            max_new_tokens: at most so many tokens of answer, default 64.
+            max_new_tokens: as of `Conversation.chat`.
             allow_long: accept a prompt longer than the model was trained on.
             allow_urls: fetch a picture given as URL.
             windows: draw the borders of the windows, too.
