@@ -13,7 +13,7 @@ from .conversation import render
 from .errors import BackendError
 from .reference import LAYER_NORM_EPS, Projection
 from .requests import Answer, Request, SeenPicture, answer, sampling
-from .resize_tables import resize_matrix
+from .resize_tables import window_tables
 from .resizing import square
 
 if TYPE_CHECKING:
@@ -123,19 +123,18 @@ def mining_weights(queries: torch.Tensor, pyramid: list[torch.Tensor], query: Pr
 def _raster_weights(absorbed: torch.Tensor, pyramid: list[torch.Tensor], reduction: int) -> torch.Tensor:
     """Of queries [G, G, C] over the G x G windows of the map, upsampled to the finest level and reduced: [G, G, w, w]."""
     g, fine = len(absorbed), len(pyramid[0])
-    width = fine // reduction // g
-    resizes = [resize_matrix(fine, len(level), reduction, absorbed.device, torch.float32) for level in pyramid]
+    tables = [window_tables(fine, len(level), reduction, g, absorbed.device, torch.float32) for level in pyramid]
     rows = []
     for row, of_row in enumerate(absorbed):
         levels = []
-        for level, resize in zip(pyramid, resizes):
-            down = resize[row * width : (row + 1) * width]
-            taken = down.any(0)
-            strip = torch.tensordot(down[:, taken], level[taken].float(), 1)
-            levels.append(resize @ strip)
+        for level, (index, resize) in zip(pyramid, tables):
+            k = resize.shape[-1]
+            # the coarse pixels of every window, column by column, and the window's positions made of them: [G, w, w, C], likewise
+            x = level.flatten(0, 1)[index[row]].float().reshape(g, k, k * level.shape[-1])
+            levels.append(resize[row] @ (resize @ x).unflatten(2, (k, -1)))
         x = F.layer_norm(torch.cat(levels, -1), absorbed.shape[-1:], eps=LAYER_NORM_EPS)
-        x = x.unflatten(1, (g, width)).transpose(0, 1).flatten(1, 2)
-        rows.append((x @ of_row[..., None]).squeeze(-1).softmax(-1).unflatten(-1, (width, width)))
+        scores = (x.flatten(1, 2) @ of_row[..., None]).squeeze(-1)
+        rows.append(scores.softmax(-1).unflatten(-1, x.shape[1:3]).mT)
     return torch.stack(rows)
 
 
