@@ -13,6 +13,7 @@ _PUBLIC = {
     "MiniGeminiConfig": ".mini_gemini.configuration",
     "Pipeline": ".pipeline",
     "load": ".pipeline",
+    "Explanation": ".explain",
     "use_backend": ".backend",
     "accelerate": ".swap",
     "MgFastError": ".errors",

@@ -14,10 +14,10 @@ from .backend import requested, use_backend
 from .conversation import IMAGE_TAG, render, with_picture_tags
 from .errors import PromptError
 from .meter import Meter
-from .requests import Answer, Request, answer, check_options, sampling, seeded
+from .requests import Answer, Request, SeenPicture, answer, check_options, sampling, seeded
 
 if TYPE_CHECKING:
-    from .pipeline import Pipeline, SeenPicture
+    from .pipeline import Pipeline
 
 logger = logging.getLogger(__name__)
 

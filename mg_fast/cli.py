@@ -1,4 +1,4 @@
-"""mg-fast run | chat | doctor | warmup.
+"""mg-fast run | chat | explain | doctor | warmup.
 
 Exit codes: 0 done; 1 unexpected; 2 wrong usage; 3 checkpoint; 4 picture; 5 prompt; 6 backend; 130 interrupted.
 Errors are one line on stderr; --debug shows the traceback.
@@ -30,7 +30,7 @@ CHAT_HELP = """\
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mg-fast", description="Mini-Gemini: questions about pictures, answered fast.")
     parser.add_argument("--version", action="version", version=f"mg-fast {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="run | chat | doctor | warmup")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="run | chat | explain | doctor | warmup")
 
     model = argparse.ArgumentParser(add_help=False)
     model.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder or hub id")
@@ -41,13 +41,15 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--backend", choices=("auto", "reference", "torch", "triton"))
     model.add_argument("--quantize", choices=("int8", "int4", "fp8"), help="the language model's weights (extra `quant`)")
     model.add_argument("--max-new-tokens", type=_positive, metavar="N", help="at most N tokens per answer (default 512)")
-    model.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="0 (default) is greedy; above 0 samples")
-    model.add_argument("--seed", type=int, help="makes sampling repeatable")
     model.add_argument("--compile", action="store_true", help="on a GPU: decode through torch.compile, slow at first, then faster")
     model.add_argument("--allow-long", action="store_true", help="accept prompts longer than the model was trained on")
     model.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
 
-    run = commands.add_parser("run", parents=[model], help="answer one question")
+    sampled = argparse.ArgumentParser(add_help=False)
+    sampled.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="0 (default) is greedy; above 0 samples")
+    sampled.add_argument("--seed", type=int, help="makes sampling repeatable")
+
+    run = commands.add_parser("run", parents=[model, sampled], help="answer one question")
     run.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be given several times")
     run.add_argument("--prompt", required=True, metavar="TEXT", help="the question")
     run.add_argument("--allow-urls", action="store_true", help="fetch pictures given as URLs")
@@ -55,9 +57,17 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--profile", action="store_true", help="show time and memory of every stage")
     run.set_defaults(action=command_run)
 
-    chat = commands.add_parser("chat", parents=[model], help="talk about pictures in the terminal", epilog=CHAT_HELP)
+    chat = commands.add_parser("chat", parents=[model, sampled], help="talk about pictures in the terminal", epilog=CHAT_HELP)
     chat.formatter_class = argparse.RawDescriptionHelpFormatter
     chat.set_defaults(action=command_chat)
+
+    explain = commands.add_parser("explain", parents=[model], help="draw which pixels were mined over the picture")
+    explain.add_argument("question", nargs="?", help="show what its answer came from; without it all queries count alike")
+    explain.add_argument("--image", required=True, metavar="FILE", help="the picture")
+    explain.add_argument("--out", required=True, type=_picture_file, metavar="FILE", help="where to write: .png, .jpg or .webp")
+    explain.add_argument("--allow-urls", action="store_true", help="fetch a picture given as URL")
+    explain.add_argument("--windows", action="store_true", help="draw the borders of the queries' windows")
+    explain.set_defaults(action=command_explain)
 
     doctor = commands.add_parser("doctor", help="what is installed, and which backends can run here")
     doctor.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
@@ -114,6 +124,14 @@ def _temperature(text: str) -> float:
     if not math.isfinite(value) or value < 0:
         raise argparse.ArgumentTypeError(f"expected a number of 0 or more, got {text!r}")
     return value
+
+
+def _picture_file(text: str) -> str:
+    if not text.lower().endswith((".png", ".jpg", ".jpeg", ".webp")):
+        raise argparse.ArgumentTypeError(f"expected a file .png, .jpg or .webp, got {text!r}")
+    if os.path.isdir(text) or not os.path.isdir(os.path.dirname(text) or "."):
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder, or in a folder that does not exist")
+    return text
 
 
 def _architecture(text: str) -> int:
@@ -181,22 +199,27 @@ def _options(args) -> dict:
     return {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "seed": args.seed}
 
 
-def command_run(args) -> int:
-    for file in args.image:
+def _open_pictures(args, files: list[str]) -> list:
+    """The pictures of a command, as far as they can be wrong read and tried before the model's gigabytes are read."""
+    for file in files:
         # the commonest slip, told before anything is imported
         if not (os.path.exists(os.path.expanduser(file)) or file.startswith(("http://", "https://", "data:"))):
             raise PictureError(f"{file}: no such file")
-    if not args.prompt.strip():
-        raise PromptError("--prompt is empty")
     from .mini_gemini.pictures import open_picture
 
-    # decoded before the model's gigabytes are read
-    pictures = [open_picture(file, allow_urls=args.allow_urls) for file in args.image]
+    pictures = [open_picture(file, allow_urls=args.allow_urls) for file in files]
     if pictures:
         from .mini_gemini.processing import MiniGeminiProcessor
 
         # and what this model can make of them, which its configuration tells
         MiniGeminiProcessor.from_pretrained(args.model, template=args.template, base_model=args.model_base).image_processor(pictures)
+    return pictures
+
+
+def command_run(args) -> int:
+    if not args.prompt.strip():
+        raise PromptError("--prompt is empty")
+    pictures = _open_pictures(args, args.image)
     pipeline = _load(args)
     began = time.perf_counter()
     if args.json or args.profile:
@@ -228,6 +251,18 @@ def command_run(args) -> int:
         print(format_stages(answer.stages), file=sys.stderr)
         return 0
     _print_stream(pipeline.chat(args.prompt, pictures, stream=True, **_options(args)))
+    return 0
+
+
+def command_explain(args) -> int:
+    if args.question is not None and not args.question.strip():
+        raise PromptError("the question is empty: leave it out, and all queries count alike")
+    [picture] = _open_pictures(args, [args.image])
+    explanation = _load(args).explain(picture, args.question, max_new_tokens=args.max_new_tokens, windows=args.windows)
+    explanation.image.save(args.out)
+    if explanation.answer is not None:
+        print(explanation.answer.text)
+    print(f"drawn to {args.out}", file=sys.stderr)
     return 0
 
 

@@ -8,7 +8,6 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from PIL import Image
@@ -17,7 +16,8 @@ from . import decoding
 from .backend import IMPLEMENTED, check_everywhere, choose, requested, use_backend
 from .batch import chat_batch
 from .chat import Conversation
-from .errors import BackendError
+from .errors import BackendError, PictureError
+from .explain import Explanation, explain
 from .image_cache import DEFAULT_BYTES, ImageCache, picture_digest
 from .meter import Meter
 from .mini_gemini.encoder import PictureEncoder
@@ -26,17 +26,9 @@ from .mini_gemini.pictures import open_picture
 from .mini_gemini.processing import MiniGeminiProcessor
 from .mini_gemini.tensor_files import resolve_folder
 from .quantization import WeightBytes, weight_bytes
-from .requests import Answer
+from .requests import Answer, SeenPicture
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class SeenPicture:
-    """A picture as the language model gets it: image tokens [T, hidden], and a digest that only the same tokens have."""
-
-    tokens: torch.Tensor
-    digest: bytes
 
 
 class Pipeline:
@@ -152,6 +144,35 @@ class Pipeline:
             PromptError: options that would be ignored; before anything is generated.
         """
         return chat_batch(self, questions, **options)
+
+    def explain(self, image, question: str | None = None, *, allow_urls: bool = False, **options) -> Explanation:
+        """Shows which high-resolution pixels each query of a picture mined, and which of them the answer to a question came from.
+
+        Without a question every query counts alike. With one, each counts by how much the greedy answer depends on its image token: the
+        gradient, to the token, of by how much the answer's words beat the best other word in each place (the difference of the two
+        logits, summed over the whole answer in one pass, its end left out), times the token, as an absolute share. Words that the
+        picture has no say in ("The number is") weigh little that way, those read off it much; of the log probability instead, words that
+        the model is sure of would have next to no gradient. It is a first-order estimate: what would change if a token were not there.
+
+        Towers and language model run by themselves, apart from conversations and caches; the model stays as it is. With a question the
+        activations of one whole pass of the language model are held.
+
+        Args:
+            image: as of `see`.
+            question: `<image>` may mark where the picture stands.
+            max_new_tokens: as of `Conversation.chat`.
+            allow_long: accept a prompt longer than the model was trained on.
+            allow_urls: fetch a picture given as URL.
+            windows: draw the borders of the windows, too.
+
+        Raises:
+            PromptError, PictureError: before anything is computed.
+            BackendError: a question, and quantised weights without gradients (int4).
+            FloatingPointError: the model's numbers are not finite.
+        """
+        if image is None:
+            raise PictureError("explain: expected a picture, got None: a question alone mines no pixels")
+        return explain(self, _decoded(image, allow_urls), question, **options)
 
     def see(self, image, *, allow_urls: bool = False, meter: Meter | None = None) -> torch.Tensor:
         """Image tokens [T, hidden] of one picture (T 576, HD 2880; unscaled, global view first); the caller's own to change.

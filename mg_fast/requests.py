@@ -18,7 +18,7 @@ from .streaming import PieceStream, decode_answer
 
 if TYPE_CHECKING:
     from .mini_gemini.modeling import MiniGeminiForConditionalGeneration
-    from .pipeline import Pipeline, SeenPicture
+    from .pipeline import Pipeline
 
 # what an answer may grow to when the caller does not say (the original's command line)
 DEFAULT_NEW_TOKENS = 512
@@ -51,6 +51,14 @@ class Answer:
 
     def __str__(self) -> str:
         return self.text
+
+
+@dataclass(frozen=True)
+class SeenPicture:
+    """A picture as the language model gets it: image tokens [T, hidden], and a digest that only the same tokens have."""
+
+    tokens: torch.Tensor
+    digest: bytes
 
 
 @dataclass(frozen=True)
@@ -111,7 +119,7 @@ def sampling(temperature: float, top_p: float | None, options: dict) -> dict:
 
 def answer(
     pipeline: "Pipeline",
-    rows: Sequence[tuple[Request, Sequence["SeenPicture"]]],
+    rows: Sequence[tuple[Request, Sequence[SeenPicture]]],
     options: dict,
     *,
     generator: torch.Generator | None = None,
@@ -199,7 +207,7 @@ def _setting(model: "MiniGeminiForConditionalGeneration", options: dict, name: s
     return getattr(model.generation_config, name) if given is None else given
 
 
-def _inputs(pipeline: "Pipeline", rows: Sequence[tuple[Request, Sequence["SeenPicture"]]]) -> dict:
+def _inputs(pipeline: "Pipeline", rows: Sequence[tuple[Request, Sequence[SeenPicture]]]) -> dict:
     """What `generate` takes: prompts filled up on the left to the longest, and the pictures of all."""
     device, filler = pipeline.device, pipeline.processor.filler_id
     width = max(len(request.ids) for request, _ in rows)

@@ -42,11 +42,14 @@ class PatchInfoMining(nn.Module):
             grid: cells per side.
             backend: overrides the choice in force.
         """
-        projections = [
+        return ops.patch_mining(queries, pyramid, *self.projections(), grid=grid, backend=backend)
+
+    def projections(self) -> list[Projection]:
+        """Of queries, keys and values."""
+        return [
             Projection(p[0].weight, p[0].bias, p[1].weight, p[1].bias)
             for p in (self.vlm_uni_query_projector, self.vlm_uni_aux_projector, self.vlm_uni_val_projector)
         ]
-        return ops.patch_mining(queries, pyramid, *projections, grid=grid, backend=backend)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, pyramid_dims={self.pyramid_dims}"
