@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="run | chat | doctor | warmup")
 
     model = argparse.ArgumentParser(add_help=False)
-    model.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder or hub id")
+    model.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder, hub id, or `nano`, which is in the package")
     model.add_argument("--model-base", metavar="DIR", help="base language model of a stage-1 adapter (mm_projector.bin)")
     model.add_argument("--template", metavar="NAME", help="prompt template, where the checkpoint does not tell it")
     model.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
@@ -80,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="the GPU's, as sm_90; may be given several times",
     )
     warmup.add_argument(
-        "--model", metavar="DIR", help="checkpoint folder (its config.json will do) or hub id; default: the published sizes"
+        "--model", metavar="DIR", help="checkpoint folder (its config.json will do), hub id or nano; default: the published sizes"
     )
     warmup.add_argument(
         "--dtype", action="append", choices=("float32", "bfloat16", "float16"), help="may be given twice (default float16 and bfloat16)"
@@ -188,15 +188,17 @@ def command_run(args) -> int:
             raise PictureError(f"{file}: no such file")
     if not args.prompt.strip():
         raise PromptError("--prompt is empty")
+    from . import boxed
     from .mini_gemini.pictures import open_picture
 
+    model = boxed.resolve(args.model)
     # decoded before the model's gigabytes are read
     pictures = [open_picture(file, allow_urls=args.allow_urls) for file in args.image]
     if pictures:
         from .mini_gemini.processing import MiniGeminiProcessor
 
         # and what this model can make of them, which its configuration tells
-        MiniGeminiProcessor.from_pretrained(args.model, template=args.template, base_model=args.model_base).image_processor(pictures)
+        MiniGeminiProcessor.from_pretrained(model, template=args.template, base_model=args.model_base).image_processor(pictures)
     pipeline = _load(args)
     began = time.perf_counter()
     if args.json or args.profile:
