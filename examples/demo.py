@@ -92,7 +92,7 @@ def main() -> None:
     if args.photo is not None:
         file, turns = args.photo, [(question, None) for question in QUESTIONS]
         print(f"picture: {file}")
-        print("nano knows some 120 words, four shapes and printed numbers: of a photograph its answers say nothing")
+        print("nano knows 100 words, four shapes and printed numbers: of a photograph its answers say nothing")
     else:
         seed = random.SystemRandom().randrange(10**6) if args.seed is None else args.seed
         file, turns = draw(seed, Path(tempfile.gettempdir()))
