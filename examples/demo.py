@@ -87,6 +87,8 @@ def main() -> None:
     what.add_argument("--seed", type=int, help="of the scene (default: a random one, which is printed)")
     what.add_argument("--photo", type=Path, metavar="FILE", help="ask about this picture instead")
     args = parser.parse_args()
+    if args.photo is not None and not args.photo.is_file():
+        parser.error(f"{args.photo}: no such file")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     if args.photo is not None:
