@@ -1,4 +1,4 @@
-"""The package mapping only: the top-level kernels/ folder installs as mg_fast.kernels (see mg_fast/kernels.py)."""
+"""The package mapping only: the top-level kernels/ folder installs as mg_fast.kernels (see mg_fast/kernels.py), nano's weights as data."""
 
 from setuptools import setup
 
@@ -14,4 +14,5 @@ setup(
         "mg_fast.kernels",
     ],
     package_dir={"mg_fast": "mg_fast", "mg_fast.kernels": "kernels"},
+    package_data={"mg_fast": ["nano/*"]},
 )

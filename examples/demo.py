@@ -1,69 +1,116 @@
-"""The whole pipeline on a real photograph: `make demo`.
+"""Nano, the Mini-Gemini in the package, reads small print in a picture that nobody prepared: `make demo`.
 
-Builds (once, seeded, in the user's cache folder) a small random Mini-Gemini checkpoint in the published layout, shows it a photograph and
-prints what each stage costs. The weights are random, so the answer is noise: what is real is every step from the JPEG to the text.
+python -m examples.demo                    # a fresh scene with a random number
+python -m examples.demo --seed 7           # the scene of that seed again
+python -m examples.demo --photo FILE       # a picture of your own, of which nano understands nothing but print and simple shapes
 """
 
-import os
+import argparse
+import random
+import statistics
+import tempfile
 import time
 from pathlib import Path
 
 import torch
-from matplotlib import cbook
 from PIL import Image
 from transformers.utils import logging as transformers_logging
 
 import mg_fast
-from mg_fast.meter import format_stages
 
-from .random_checkpoint import build
+from .nano.scenes import draw_number, draw_scene
+from .nano.talk import ask
 
-# raise when what `build` writes changes, so that nobody runs yesterday's folder
-VERSION = 1
-QUESTION = "What is in the picture?"
+# of each backend, one after the other, so that both meet the same machine
+TURNS = 5
+# tokens; the longest answer that nano learned has fewer
+MOST = 64
+# asked about a picture whose answers nobody knows
+QUESTIONS = ("What does the sign say?", "Describe the picture.", "What colour is the background?")
 
 
-def checkpoint_folder() -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mg_fast" / f"demo-v{VERSION}"
-    if not (cache / "tokenizer_config.json").is_file():
-        print(f"building a small random checkpoint in {cache} (once)")
-        # written last by build(), so a broken-off build is never taken for a whole one
-        build(cache, size="demo", seed=0)
-    return cache
+def draw(seed: int, folder: Path) -> tuple[Path, list[tuple[str, str | None]]]:
+    """Draws and saves the scene of a seed; returns its file, and what to ask with the right answers."""
+    rng = random.Random(seed)
+    scene = draw_scene(seed, 0, split="unseen", number=draw_number(rng, training=False))
+    file = folder / f"mg_fast-demo-{seed}.png"
+    scene.image.save(file)
+    asked = [("What does the sign say?", f"The number is {scene.print.text}."), ask(scene, "colour", rng) or ask(scene, "count", rng)]
+    return file, [*asked, ask(scene, "where", rng)]
+
+
+def talk(pipeline: mg_fast.Pipeline, file: Path, turns: list[tuple[str, str | None]]) -> None:
+    """One conversation, its answers token by token, the right ones beside them."""
+    for i, (question, right) in enumerate(turns):
+        print(f"\nyou:    {question}\nnano:   ", end="", flush=True)
+        began, pieces = time.perf_counter(), []
+        for piece in pipeline.chat(question, [file] if i == 0 else None, max_new_tokens=MOST, stream=True):
+            pieces.append(piece)
+            print(piece, end="", flush=True)
+        seconds = time.perf_counter() - began
+        verdict = "" if right is None else "  (right)" if "".join(pieces) == right else f"  (WRONG: {right})"
+        print(f"{verdict}  [{seconds:.2f} s]")
+
+
+def compare(pipeline: mg_fast.Pipeline, file: Path) -> None:
+    """What the stages of one answer take by the original's own steps and by ours, in turns, both warm."""
+    model, processor, question = pipeline.model, pipeline.processor, "What does the sign say?"
+    names = {"reference": "the original's steps", "auto": "mg_fast"}
+    # nothing is kept, or the second answer would have no stages
+    pipelines = {name: mg_fast.Pipeline(model, processor, backend=name, image_cache_bytes=0, kv_cache_bytes=0) for name in names}
+    times: dict[str, dict[str, list[float]]] = {name: {} for name in names}
+    said = {}
+    for turn in range(-2, TURNS):
+        for name, one in pipelines.items():
+            answer = one.chat(question, [file], max_new_tokens=MOST, profile=True)
+            one.reset()
+            said[name] = answer.text
+            # the first ones make what is made once
+            if turn >= 0:
+                for stage in answer.stages:
+                    times[name].setdefault(stage.name, []).append(stage.seconds * 1e3)
+    print(f"\n{'one answer':<24}" + "".join(f"{title:>24}" for title in names.values()))
+    medians = {name: {stage: statistics.median(row) for stage, row in stages.items()} for name, stages in times.items()}
+    for stage in medians["auto"]:
+        print(f"{stage:<24}" + "".join(f"{medians[name][stage]:>21.1f} ms" for name in names))
+    print(f"{'all':<24}" + "".join(f"{sum(medians[name].values()):>21.1f} ms" for name in names))
+    same = "The words are the same." if len(set(said.values())) == 1 else f"THE WORDS DIFFER: {said}"
+    print(
+        f"Medians of {TURNS} turns, {pipeline.device}, {model.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}. {same}"
+    )
+    print("This says little about the published sizes: what was measured there is in the README's tables.")
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--seed", type=int, help="of the scene (default: a random one, which is printed)")
+    what.add_argument("--photo", type=Path, metavar="FILE", help="ask about this picture instead")
+    args = parser.parse_args()
+    if args.photo is not None and not args.photo.is_file():
+        parser.error(f"{args.photo}: no such file")
     transformers_logging.set_verbosity_error()
-    # Grace Hopper, photographed by James S. Davis, US Navy: public domain, shipped with matplotlib
-    photo = cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
-    folder = checkpoint_folder()
-    pipeline = mg_fast.load(folder, template="vicuna_v1", image_cache_bytes=0)
-    config = pipeline.model.config
-    parameters = sum(p.numel() for p in pipeline.model.parameters())
-    print(f"loaded {parameters / 1e6:.1f} M random parameters in {pipeline.load_seconds:.1f} s on {pipeline.device}")
+    transformers_logging.disable_progress_bar()
+    if args.photo is not None:
+        file, turns = args.photo, [(question, None) for question in QUESTIONS]
+        print(f"picture: {file}")
+        print("nano knows 100 words, four shapes and printed numbers: of a photograph its answers say nothing")
+    else:
+        seed = random.SystemRandom().randrange(10**6) if args.seed is None else args.seed
+        file, turns = draw(seed, Path(tempfile.gettempdir()))
+        print(f"picture: {file}  (seed {seed}; --seed {seed} draws it again)")
 
-    with Image.open(photo) as image:
+    pipeline = mg_fast.load("nano")
+    config, parameters = pipeline.model.config, sum(p.numel() for p in pipeline.model.parameters())
+    print(f"loaded nano, {parameters / 1e6:.1f} M parameters, in {pipeline.load_seconds:.1f} s on {pipeline.device}")
+    with Image.open(file) as image:
         size = f"{image.width}x{image.height}"
     grid = int(config.tokens_per_view**0.5)
-    print(f"photograph {Path(photo).name}, {size}")
-    print(f"  -> padded and resized to {config.image_size_aux}x{config.image_size_aux} for the high-resolution ConvNeXt")
-    print(f"  -> shrunk to {config.vision_config.image_size}x{config.vision_config.image_size} for the low-resolution CLIP")
-    print(f"  -> {grid}x{grid} queries, each mines its own 8x8 window of the pyramid -> {config.tokens_per_picture} image tokens")
-
-    pipeline.chat(QUESTION, [photo], max_new_tokens=2)  # first use of every operation, so that the table shows the second
-    pipeline.reset()
-    began = time.perf_counter()
-    answer = pipeline.chat(QUESTION, [photo], max_new_tokens=24, profile=True)
-    seconds = time.perf_counter() - began
-
-    print(f"\nquestion: {QUESTION}")
-    print(f"answer:   {answer.text!r}")
-    print("          (noise: the weights are RANDOM; a published Mini-Gemini checkpoint answers in earnest)\n")
-    print(format_stages(answer.stages))
-    print(
-        f"\n{answer.prompt_tokens} prompt tokens ({answer.image_tokens} of them image), {len(answer.token_ids)} new, {seconds:.2f} s in all"
-    )
-    print(f"{pipeline.model.dtype}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}")
+    lr, hr = config.vision_config.image_size, config.image_size_aux
+    print(f"{size} pixels -> {hr}x{hr} for the high-resolution tower, {lr}x{lr} for the low-resolution one")
+    print(f"{grid}x{grid} queries, each mines its own window of the high-resolution pyramid -> {config.tokens_per_picture} image tokens")
+    talk(pipeline, file, turns)
+    compare(pipeline, file)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Random Mini-Gemini checkpoints in the published layout, of any size: for the demo, tests and timing where real weights cannot be had.
+"""Random Mini-Gemini checkpoints in the published layout, of any size: for tests and timing where real weights cannot be had.
 
 python -m examples.random_checkpoint FOLDER --size demo
 python -m examples.random_checkpoint FOLDER --size 2b --dtype bfloat16     # 6 GB: MGM-2B at its real size

@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="run | chat | explain | doctor | warmup")
 
     model = argparse.ArgumentParser(add_help=False)
-    model.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder or hub id")
+    model.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder, hub id, or `nano`, which is in the package")
     model.add_argument("--model-base", metavar="DIR", help="base language model of a stage-1 adapter (mm_projector.bin)")
     model.add_argument("--template", metavar="NAME", help="prompt template, where the checkpoint does not tell it")
     model.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
@@ -90,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="the GPU's, as sm_90; may be given several times",
     )
     warmup.add_argument(
-        "--model", metavar="DIR", help="checkpoint folder (its config.json will do) or hub id; default: the published sizes"
+        "--model", metavar="DIR", help="checkpoint folder (its config.json will do), hub id or nano; default: the published sizes"
     )
     warmup.add_argument(
         "--dtype", action="append", choices=("float32", "bfloat16", "float16"), help="may be given twice (default float16 and bfloat16)"
@@ -205,14 +205,16 @@ def _open_pictures(args, files: list[str]) -> list:
         # the commonest slip, told before anything is imported
         if not (os.path.exists(os.path.expanduser(file)) or file.startswith(("http://", "https://", "data:"))):
             raise PictureError(f"{file}: no such file")
+    from . import boxed
     from .mini_gemini.pictures import open_picture
 
+    model = boxed.resolve(args.model)
     pictures = [open_picture(file, allow_urls=args.allow_urls) for file in files]
     if pictures:
         from .mini_gemini.processing import MiniGeminiProcessor
 
         # and what this model can make of them, which its configuration tells
-        MiniGeminiProcessor.from_pretrained(args.model, template=args.template, base_model=args.model_base).image_processor(pictures)
+        MiniGeminiProcessor.from_pretrained(model, template=args.template, base_model=args.model_base).image_processor(pictures)
     return pictures
 
 

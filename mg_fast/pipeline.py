@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from PIL import Image
 
-from . import decoding
+from . import boxed, decoding
 from .backend import IMPLEMENTED, check_everywhere, choose, requested, use_backend
 from .batch import chat_batch
 from .chat import Conversation
@@ -321,8 +321,8 @@ def load(
     """Loads a Mini-Gemini checkpoint with everything around it.
 
     Args:
-        path: folder or hub id of a checkpoint in the published layout.
-        dtype: weights' dtype; `auto` takes the stored one.
+        path: folder or hub id of a checkpoint in the published layout, or the name of one in the package (`nano`).
+        dtype: weights' dtype; `auto` takes the one that config.json names, else the stored one.
         device: `cuda`, `cpu`, ..., or `auto` to spread over what is there; default: a GPU if there is one.
         backend: `auto`, `reference`, `torch` or `triton`, for every call of this pipeline.
         quantize: `int8`, `int4` or `fp8` (torchao's weight-only ones), or a transformers quantization configuration, for the language
@@ -345,6 +345,7 @@ def load(
     check_everywhere(backend, _known_device(device))
     began = time.perf_counter()
     adapter = {} if base_model is None else {"base_model": base_model}
+    path = boxed.resolve(path)
     # a hub id is fetched whole before anything is made of it: the views' size is read from a tensor's shape
     resolve_folder(path)
     # the processor first: it is quick, and most things that can be wrong with a folder are found there

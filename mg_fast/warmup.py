@@ -15,7 +15,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import convnext, ops
+from . import boxed, convnext, ops
 from .backend import no_triton, only_compiling, use_backend
 from .errors import BackendError, CheckpointError
 from .reference import Projection
@@ -122,7 +122,7 @@ def published_configs() -> list:
 
 
 def model_config(name_or_path: str):
-    """The configuration of a checkpoint folder or hub id; weights are not needed.
+    """The configuration of a checkpoint folder, hub id or checkpoint of the package; weights are not needed.
 
     Raises:
         CheckpointError: there is none, or it does not tell the widths of the high-resolution tower.
@@ -130,7 +130,7 @@ def model_config(name_or_path: str):
     from .mini_gemini.checkpoint import geometry_config
     from .mini_gemini.tensor_files import resolve_folder
 
-    config = geometry_config(resolve_folder(name_or_path, weights=False))
+    config = geometry_config(resolve_folder(boxed.resolve(name_or_path), weights=False))
     dims = config.vision_config_aux["dims"]
     if sum(dims) != config.mm_hidden_size_aux:
         raise CheckpointError(

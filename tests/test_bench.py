@@ -336,10 +336,3 @@ def test_memory_of_a_provider_in_a_process_of_its_own():
     # 576 tokens of 4096 numbers, four times: of both products, the GELU between, and a copy
     assert 9 <= mib <= 45
     assert measure.peak_in_child("projector/768-b1-float32", "no such provider") is None
-
-
-def test_demo(tmp_path):
-    for first in (True, False):
-        out = out_of("examples.demo", XDG_CACHE_HOME=str(tmp_path))
-        assert ("building" in out) is first
-        assert "576 image tokens" in out and "the weights are RANDOM" in out and "patch info mining" in out

@@ -9,6 +9,9 @@ import pytest
 
 from tests.paths import ROOT
 
+# the checkpoint in the package
+NANO = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json")
+
 # run from the repository root, with it first on the path: the hardest case
 PROBE = """
 import importlib.util, sys
@@ -81,6 +84,8 @@ def test_wheel_holds_the_packages_and_nothing_else(wheel):
     sources |= {f"mg_fast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
     assert sources == {name for name in names if name.endswith(".py")}
     assert "mg_fast/kernels/__init__.py" not in names
+    nano = {f"mg_fast/nano/{file}" for file in NANO}
+    assert nano == {name for name in names if name.startswith("mg_fast/nano/")}
     assert any(name.endswith("LICENSE") for name in names) and any(name.endswith("NOTICE") for name in names)
 
 
@@ -93,5 +98,6 @@ def test_wheel_works_outside_the_checkout(wheel, tmp_path, standard, photo):
         f"assert list(mg_fast.kernels.__path__) == [{str(site / 'mg_fast' / 'kernels')!r}]\n"
         f"answer = mg_fast.load({str(standard)!r}).chat('What?', [{str(photo)!r}], max_new_tokens=3)\n"
         "assert len(answer.token_ids) == 3\n"
+        f"assert mg_fast.load('nano').chat('What?', [{str(photo)!r}], max_new_tokens=3).image_tokens == 36\n"
     )
     run(code, cwd=tmp_path, path=site)

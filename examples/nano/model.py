@@ -134,5 +134,7 @@ def save(model: MiniGeminiForConditionalGeneration, folder: Path) -> None:
     for ours in ("vision_config", "vision_config_aux"):
         # published checkpoints have no such keys: the towers' shapes are read from the tensors
         del written[ours]
+    # stored in half the bytes, run in float32, which CPUs are faster at
+    written["torch_dtype"] = "float32"
     (folder / "config.json").write_text(json.dumps(written, indent=1, sort_keys=True))
     make_tokenizer(folder)

@@ -1,0 +1,32 @@
+"""Checkpoints that ship with the package, by name: `mg_fast.load("nano")`."""
+
+import os
+import re
+from pathlib import Path
+
+from .errors import CheckpointError
+
+_PACKAGE = Path(__file__).parent
+# a bare word; hub ids have an owner
+_NAME = re.compile(r"[\w-][\w.-]*")
+
+
+def names() -> list[str]:
+    """The checkpoints in the package."""
+    return sorted(config.parent.name for config in _PACKAGE.glob("*/config.json"))
+
+
+def resolve(name_or_path: str | os.PathLike) -> str | os.PathLike:
+    """The package's folder where a checkpoint of the package is named; paths and hub ids as they came. A local folder of that name wins.
+
+    Raises:
+        CheckpointError: a bare word that names neither; hub ids have an owner.
+    """
+    name = os.fspath(name_or_path)
+    if not _NAME.fullmatch(name) or Path(name).is_dir():
+        return name_or_path
+    if name in names():
+        return _PACKAGE / name
+    raise CheckpointError(
+        f"{name!r} is neither a folder here nor a checkpoint of the package ({', '.join(names())}): a hub id reads owner/name"
+    )

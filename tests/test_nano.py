@@ -1,0 +1,279 @@
+"""Nano, the trained checkpoint in the package, from end to end: what it reads, says and refuses, by every way of asking."""
+
+import copy
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib import cbook
+from PIL import Image
+from safetensors import safe_open
+
+import mg_fast
+from examples.nano.model import forget_mined
+from examples.nano.scenes import draw_number, draw_scene
+from examples.nano.talk import ask
+from mg_fast import CheckpointError, MiniGeminiForConditionalGeneration, boxed, cli, warmup
+from tests.paths import ROOT
+
+QUESTION = "What does the sign say?"
+# tokens; the longest answer that nano learned has fewer
+MOST = 64
+# scenes that no training draws, nor the evaluation
+SCENES = [draw_scene(20, i, split="unseen", number=draw_number(random.Random(i), training=False)) for i in range(12)]
+
+
+@pytest.fixture(scope="module")
+def nano():
+    return mg_fast.load("nano", device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def forgotten(nano, one_thread):
+    """Every test begins its own conversation."""
+    nano.reset()
+
+
+def asked(kind: str) -> list[tuple[str, str, Image.Image]]:
+    """Questions of a type about all scenes that allow one, with the right answers."""
+    turns = [(ask(scene, kind, random.Random(i)), scene.image) for i, scene in enumerate(SCENES)]
+    return [(*turn, image) for turn, image in turns if turn is not None]
+
+
+def said(pipeline, questions, **options) -> list[str]:
+    """Answers to (text, images), each in a conversation of its own."""
+    answers = pipeline.chat_batch(questions, max_new_tokens=MOST, progress=False, **options)
+    assert [answer.error for answer in answers] == [None] * len(answers)
+    return [answer.text for answer in answers]
+
+
+def read(pipeline) -> int:
+    """How many of the scenes' numbers are said exactly."""
+    answers = said(pipeline, [(QUESTION, [scene.image]) for scene in SCENES])
+    return sum(answer == f"The number is {scene.print.text}." for answer, scene in zip(answers, SCENES))
+
+
+# ---- what it has learned
+
+
+def test_small_print_is_read(nano):
+    assert read(nano) >= 9
+
+
+def test_without_the_mined_features_it_is_not(nano):
+    model = copy.deepcopy(nano.model)
+    forget_mined(model)
+    assert read(mg_fast.Pipeline(model, nano.processor)) <= 3
+
+
+@pytest.mark.parametrize("kind", ["colour", "count", "where", "background", "describe"])
+def test_questions_about_what_there_is(nano, kind):
+    turns = asked(kind)
+    answers = said(nano, [(question, [image]) for question, _, image in turns])
+    wrong = [(question, answer, right) for (question, right, _), answer in zip(turns, answers) if answer != right]
+    assert len(turns) >= 8 and len(wrong) <= len(turns) // 4, wrong
+
+
+def test_later_questions_are_about_the_same_picture(nano):
+    right = []
+    for scene in SCENES[:6]:
+        conversation = nano.conversation()
+        turns = [ask(scene, kind, random.Random(0)) for kind in ("background", "number", "where")]
+        for i, (question, answer) in enumerate(turns):
+            given = conversation.chat(question, [scene.image] if i == 0 else None, max_new_tokens=MOST)
+            assert given.image_tokens == 36 and (i == 0 or given.cached_tokens > 36)
+            right.append(given.text == answer)
+    assert sum(right) >= 14, right
+
+
+def test_a_wish_for_a_drawing_is_answered_with_a_prompt(nano):
+    answer = nano.chat("Draw this again. <GEN>", [SCENES[0].image], max_new_tokens=MOST)
+    assert re.fullmatch(r"<h>[^<>]+ on a [a-z]+ background, [^<>]+</h>", answer.text), answer.text
+    assert answer.finish_reason == "stop"
+
+
+def test_without_a_picture(nano):
+    assert nano.chat("Hello.", max_new_tokens=MOST).text == "Hello! Show me a picture."
+
+
+# ---- the same words by every way of asking
+
+MIXED = [
+    ("What does the sign say?", [SCENES[0].image]),
+    ("Describe the picture.", [SCENES[1].image]),
+    "Who are you?",
+    ("How many shapes are there?", [SCENES[2].image]),
+    ("Where is the number?", [SCENES[0].image]),
+    ("Draw this again. <GEN>", [SCENES[3].image]),
+]
+
+
+@pytest.fixture(scope="module")
+def alone(nano):
+    """Whole answers to `MIXED`, one after the other."""
+    given = []
+    for question in MIXED:
+        text, images = (question, None) if isinstance(question, str) else question
+        given.append(nano.conversation().chat(text, images, max_new_tokens=MOST).text)
+    # or the comparisons would tell nothing
+    assert len(set(given)) >= 4
+    return given
+
+
+@pytest.mark.parametrize("batch_size", [2, 16])
+def test_in_a_batch(nano, alone, batch_size):
+    assert said(nano, MIXED, batch_size=batch_size) == alone
+
+
+def test_streamed(nano, alone):
+    for question, whole in zip(MIXED, alone):
+        text, images = (question, None) if isinstance(question, str) else question
+        pieces = list(nano.conversation().chat(text, images, max_new_tokens=MOST, stream=True))
+        assert "".join(pieces) == whole and len(pieces) > 2
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_by_backend(nano, alone, backend):
+    pipeline = mg_fast.Pipeline(nano.model, nano.processor, backend=backend)
+    assert said(pipeline, MIXED, batch_size=1) == alone
+
+
+def test_by_plain_generate(nano, alone):
+    """transformers' own loop over the ordinary classes, without a pipeline."""
+    folder = boxed.resolve("nano")
+    processor = mg_fast.MiniGeminiProcessor.from_pretrained(folder)
+    model = MiniGeminiForConditionalGeneration.from_pretrained(folder)
+    content = [{"type": "image", "image": SCENES[0].image}, {"type": "text", "text": MIXED[0][0]}]
+    options = dict(tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True)
+    inputs = processor.apply_chat_template([{"role": "user", "content": content}], **options)
+    with mg_fast.use_backend("reference"):
+        out = model.generate(**inputs, max_new_tokens=MOST, do_sample=False)
+    text = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
+    assert text.strip() == alone[0]
+
+
+def test_by_the_command_line(nano, alone, tmp_path):
+    SCENES[0].image.save(tmp_path / "scene.png")
+    command = ["run", "--model", "nano", "--device", "cpu", "--image", str(tmp_path / "scene.png"), "--prompt", MIXED[0][0]]
+    command += ["--max-new-tokens", str(MOST)]
+    done = subprocess.run([sys.executable, "-m", "mg_fast", *command], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, alone[0] + "\n"), done.stderr
+    assert re.search(r"^loaded nano on cpu in .* \(template chatml_direct\)$", done.stderr, re.M)
+
+
+# ---- pictures that it was not made for
+
+
+def strange(name: str) -> Image.Image:
+    photo = Image.open(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
+    return {
+        "photograph": lambda: photo,
+        "grayscale": lambda: photo.convert("L"),
+        "RGBA": lambda: photo.convert("RGBA"),
+        "palette": lambda: photo.convert("P"),
+        "black square": lambda: Image.new("RGB", (500, 500)),
+        "strip": lambda: Image.effect_noise((4000, 300), 80).convert("RGB"),
+        "tall strip": lambda: Image.effect_noise((300, 4000), 80).convert("RGB"),
+        "one pixel": lambda: Image.new("RGB", (1, 1), "red"),
+    }[name]()
+
+
+@pytest.mark.parametrize("name", ["photograph", "grayscale", "RGBA", "palette", "black square", "strip", "tall strip", "one pixel"])
+def test_any_picture_gets_an_answer(nano, name):
+    answer = nano.chat("What is in the picture?", [strange(name)], max_new_tokens=MOST)
+    assert answer.image_tokens == 36 and answer.text
+
+
+# ---- the package
+
+
+def test_the_box():
+    folder = boxed.resolve("nano")
+    assert folder == ROOT / "mg_fast" / "nano" and boxed.names() == ["nano"]
+    assert (folder / "model.safetensors").stat().st_size <= 8e6
+    with safe_open(folder / "model.safetensors", framework="pt") as weights:
+        assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"F16"}  # noqa: SIM118 it is no dictionary
+
+
+def test_what_load_makes_of_it(nano):
+    """By what the checkpoint's own files say."""
+    images = nano.processor.image_processor
+    assert (nano.template, images.lr_size, images.hr_size, images.tokens_per_picture) == ("chatml_direct", 84, 192, 36)
+    # stored in half precision, run in single: a CPU is slower in half
+    assert nano.model.dtype == torch.float32
+    assert nano.processor.tokenizer.convert_tokens_to_ids("<|im_end|>") in nano.model.generation_config.eos_token_id
+
+
+def test_a_local_folder_of_that_name_wins(tmp_path, monkeypatch):
+    (tmp_path / "nano").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert boxed.resolve("nano") == "nano" and boxed.resolve(Path("nano")) == Path("nano")
+    with pytest.raises(CheckpointError, match="^nano has no config.json"):
+        mg_fast.load("nano")
+
+
+def test_a_file_of_that_name_does_not(tmp_path, monkeypatch):
+    (tmp_path / "nano").touch()
+    monkeypatch.chdir(tmp_path)
+    assert boxed.resolve("nano") == ROOT / "mg_fast" / "nano"
+
+
+def test_unknown_names_are_told_what_there_is(capsys):
+    message = "'nono' is neither a folder here nor a checkpoint of the package (nano): a hub id reads owner/name"
+    with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
+        mg_fast.load("nono")
+    with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
+        warmup.model_config("nono")
+    for command in (["run", "--prompt", "What?"], ["chat"], ["warmup", "--here"]):
+        assert cli.main([*command, "--model", "nono"]) == 3
+        assert capsys.readouterr().err == f"mg-fast: error: {message}\n"
+
+
+@pytest.mark.parametrize("name", ["owner/nano", "./nano", "/nano", "~/nano", "..", "", Path("owner/nano")])
+def test_paths_and_hub_ids_are_left_alone(name):
+    assert boxed.resolve(name) == name
+
+
+def test_from_pretrained_stays_ordinary():
+    """Offline, as all tests: the name is a hub id there."""
+    with pytest.raises(CheckpointError, match="nano is neither a folder nor a hub id that can be loaded"):
+        MiniGeminiForConditionalGeneration.from_pretrained("nano")
+
+
+def test_kernels_are_compiled_for_it_too():
+    assert warmup.model_config("nano").tokens_per_picture == 36
+
+
+# ---- the demo
+
+
+def demo(*arguments, tmp_path):
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-m", "examples.demo", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_demo(tmp_path):
+    out = demo(tmp_path=tmp_path)
+    (picture,) = tmp_path.glob("mg_fast-demo-*.png")
+    seed = picture.stem.rpartition("-")[2]
+    assert f"picture: {picture}  (seed {seed}; " in out
+    assert out.count("\nyou:    ") == out.count("\nnano:   ") == out.count("(right)") + out.count("(WRONG: ") == 3
+    assert "patch info mining" in out and "The words are the same." in out
+    drawn = picture.read_bytes()
+    picture.unlink()
+    again = demo("--seed", seed, tmp_path=tmp_path)
+    assert picture.read_bytes() == drawn
+    answers = [re.findall(r"^nano:   (.*)  \[", text, re.M) for text in (out, again)]
+    assert answers[0] == answers[1] and len(answers[0]) == 3
+
+
+def test_demo_of_ones_own_picture(tmp_path, photo):
+    out = demo("--photo", str(photo), tmp_path=tmp_path)
+    assert f"picture: {photo}\n" in out and "(right)" not in out and "WRONG" not in out and out.count("\nnano:   ") == 3
