@@ -69,6 +69,20 @@ def evaluate(
     return {**shares, "asked": dict(asked)}, wrong
 
 
+def accuracy_table(recorded: dict, other: dict) -> str:
+    """The README's table of a recorded result, and of one with another seed."""
+    exact, again = recorded["exact"], other["exact"]
+    columns = ("with mining", "mined features zero", "trained without")
+    rows = [
+        f"| {' | '.join(['question', *columns, 'with mining, another seed', 'asked'])} |",
+        f"|{'---|' * (len(columns) + 3)}",
+    ]
+    for kind, asked in exact["asked"].items():
+        shares = [exact[column][kind] for column in columns] + [again["with mining"][kind]]
+        rows.append(f"| {' | '.join([kind, *(f'{share:.1%}' for share in shares), str(asked)])} |")
+    return "\n".join(rows) + "\n"
+
+
 def _kinds(kind: str, scene: Scene) -> list[str]:
     if kind != "number":
         return [kind]

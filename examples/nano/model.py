@@ -18,6 +18,7 @@ from .talk import every_sentence
 TEMPLATE = "chatml_direct"
 VOCABULARY = 640
 EMBEDDING_SPREAD = 0.3
+POSITION_SPREAD = 0.5
 LR_SIDE = 14 * (SIDE // CELL)
 # what an answer may hold whole: a digit or a tag is one token
 MARKS = ["<|im_start|>", "<|im_end|>", "<GEN>", "<h>", "</h>", "\n"]
@@ -56,6 +57,8 @@ def make_model(seed: int) -> MiniGeminiForConditionalGeneration:
     torch.manual_seed(seed)
     model = MiniGeminiForConditionalGeneration(make_config())
     with torch.no_grad():
+        # the library's own, thirty times smaller, is hardly seen beside the patches in so short a schedule
+        nn.init.normal_(model.model.vision_tower.embeddings.position_embedding.weight, std=POSITION_SPREAD)
         for name, parameter in model.model.vision_tower_aux.named_parameters():
             # timm's own start (spread 0.02, layer scale 1e-6) is meant for widths and schedules a hundred times these
             if name.endswith(".gamma"):

@@ -11,6 +11,8 @@ from .scenes import BACKGROUNDS, COLOURS, MAX_DIGITS, THIRDS
 
 # classes of every question to a cell: what, which colour, on which background, and each digit or none
 CELL_CLASSES = (len(CELL_KINDS), len(COLOURS), len(BACKGROUNDS), *[11] * MAX_DIGITS)
+# and in which third of the picture it lies, down and across
+SCENE_CLASSES = (sum(CELL_CLASSES), *map(len, THIRDS))
 
 
 class TowerHeads(nn.Module):
@@ -19,7 +21,7 @@ class TowerHeads(nn.Module):
     def __init__(self, config: MiniGeminiConfig):
         super().__init__()
         dims = config.vision_config_aux["dims"]
-        self.low = _head(config.mm_hidden_size, sum(CELL_CLASSES))
+        self.low = _head(config.mm_hidden_size, sum(SCENE_CLASSES))
         self.high = _head(dims[-1], sum(CELL_CLASSES))
         self.characters = _head(dims[0] + dims[1], 11 + 1 + MAX_DIGITS)
 
@@ -47,7 +49,7 @@ class Codes(nn.Module):
         """Labels [B, n, n] of scenes to [B, n * n, width], or of those `cells` [B, k] to [B, k, width] where the batch names them."""
         kind = batch["kind"]
         ground = batch["background"][:, None, None].expand_as(kind)
-        third = torch.arange(kind.shape[1], device=kind.device) * 3 // kind.shape[1]
+        third = thirds(kind.shape[1], kind.device)
         labels = (kind, batch["colour"], ground, *batch["digits"].unbind(-1), third[:, None].expand_as(kind), third.expand_as(kind))
         told = 0.0
         for table, at in zip(self.tables(embeddings), labels):
@@ -71,14 +73,18 @@ class Codes(nn.Module):
 def low_loss(heads: TowerHeads, queries: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
     """Loss of the low-resolution tower's features [B, N, D]."""
     # it is to try to read too, but not to drown in what it cannot
-    return _cell_loss(heads.low(queries).unflatten(1, batch["kind"].shape[1:]).float(), batch, reading=0.25)
+    return _scene_loss(heads.low(queries).unflatten(1, batch["kind"].shape[1:]).float(), batch, reading=0.25)
 
 
 def token_loss(tables: list[torch.Tensor], seen: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
     """Loss of image tokens [B, N, width] by which of the codes in each of the `tables` is nearest."""
     seen = seen.float().unflatten(1, batch["kind"].shape[1:])
-    nearness = [seen @ table.T - table.square().sum(-1) / 2 for table in tables[: len(CELL_CLASSES)]]
-    return _cell_loss(torch.cat(nearness, -1), batch)
+    return _scene_loss(torch.cat([seen @ table.T - table.square().sum(-1) / 2 for table in tables], -1), batch)
+
+
+def thirds(side: int, device: torch.device) -> torch.Tensor:
+    """In which third of the picture each of `side` rows or columns of cells lies."""
+    return torch.arange(side, device=device) * 3 // side
 
 
 def high_loss(heads: TowerHeads, pyramid: list[torch.Tensor], batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
@@ -105,6 +111,19 @@ def character_loss(heads: TowerHeads, pyramid: list[torch.Tensor], batch: Batch)
 
 def _head(width: int, classes: int) -> nn.Module:
     return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, classes))
+
+
+def _scene_loss(scores: torch.Tensor, batch: Batch, reading: float = 1.0) -> tuple[torch.Tensor, dict[str, float]]:
+    """`_cell_loss`, and that of where in the picture cells lie, for what sees the whole of it."""
+    things, down, across = scores.split(SCENE_CLASSES, -1)
+    loss, said = _cell_loss(things, batch, reading)
+    third = thirds(scores.shape[1], scores.device)
+    right = []
+    for where, labels in ((down, third[:, None]), (across, third)):
+        labels = labels.expand(where.shape[:3])
+        loss = loss + F.cross_entropy(where.flatten(0, 2), labels.flatten())
+        right.append((where.argmax(-1) == labels).float().mean())
+    return loss, said | {"place": torch.stack(right).mean().item()}
 
 
 def _cell_loss(scores: torch.Tensor, batch: Batch, reading: float = 1.0) -> tuple[torch.Tensor, dict[str, float]]:

@@ -46,15 +46,15 @@ class Stage:
 TOWERS = ("vision_tower", "vision_tower_aux")
 BRIDGE = ("mm_projector", "patch_mining")
 STAGES = (
-    Stage("digits", 3500, 32, 3e-3, ("vision_tower_aux",)),
+    Stage("digits", 3000, 32, 3e-3, ("vision_tower_aux",)),
     Stage("numbers", 1800, 40, 2e-3, ("vision_tower_aux",)),
-    Stage("lookup", 700, 32, 3e-3, ("language_model",)),
+    Stage("lookup", 600, 32, 3e-3, ("language_model",)),
     Stage("search", 250, 32, 2e-3, ("language_model",)),
-    Stage("language", 600, 16, 2e-3, ("language_model",)),
-    Stage("views", 800, 64, 2e-3, ("vision_tower",)),
-    Stage("scenes", 900, 12, 1e-3, (*TOWERS, *BRIDGE)),
-    Stage("alignment", 200, 16, 2e-3, BRIDGE),
-    Stage("everything", 600, 16, 1e-3, (*BRIDGE, "language_model")),
+    Stage("language", 600, 10, 2e-3, ("language_model",)),
+    Stage("views", 700, 64, 2e-3, ("vision_tower",)),
+    Stage("scenes", 800, 12, 1e-3, (*TOWERS, *BRIDGE)),
+    Stage("alignment", 200, 16, 1e-3, BRIDGE),
+    Stage("everything", 600, 10, 1e-3, (*BRIDGE, "language_model")),
 )
 # what of a scene is told in them in codes, and how much is asked
 TOLD = {
@@ -128,7 +128,7 @@ def sight_loss(
     seen = bridge(model, queries, pyramid)
     # squared error alone would learn what is common, and no digit for long; nearness alone not how large a token is to be
     far, near = code_loss(seen, wanted, batch["kind"].flatten(1) > 0), token_loss(tables, seen, batch)
-    parts = {"low": low_loss(heads, queries[:, 0], batch), "token": near, "code": (3 * far[0], far[1])}
+    parts = {"low": low_loss(heads, queries[:, 0], batch), "token": near, "code": (6 * far[0], far[1])}
     if hr:
         parts["high"] = high_loss(heads, pyramid, batch)
     return sum(loss for loss, _ in parts.values()), {
@@ -189,8 +189,8 @@ class Run:
             optimizer.load_state_dict(self.optimizer_state)
         batches = data.loader(functools.partial(self._batch, stage), self.step, stage.steps, self.workers)
         with tqdm(total=stage.steps, initial=self.step, desc=stage.name, smoothing=0.02) as bar, (self.out / "log.jsonl").open("a") as log:
+            began = time.perf_counter()
             for batch in batches:
-                began = time.perf_counter()
                 for group in optimizer.param_groups:
                     group["lr"] = stage.rate * group["faster"] * _cosine(self.step, stage.steps)
                 loss, said = self._loss(stage, data.to_device(batch, self.device))
@@ -199,7 +199,8 @@ class Run:
                 nn.utils.clip_grad_norm_([p for p in learning if p.grad is not None], 1.0)
                 optimizer.step()
                 self.step += 1
-                self.seconds += time.perf_counter() - began
+                now = time.perf_counter()
+                self.seconds, began = self.seconds + now - began, now
                 row = {"stage": stage.name, "step": self.step, "loss": round(loss.item(), 4), "seconds": round(self.seconds, 1)}
                 log.write(json.dumps(row | {k: round(v, 4) for k, v in said.items() if not math.isnan(v)}) + "\n")
                 bar.update()
@@ -220,24 +221,32 @@ class Run:
         if stage.name == "numbers":
             pages = data.pages(draw_numbers, seed, step, stage.batch)
             return {"page": pages, "lines": data.pages(draw_lines, seed, step, stage.batch // 2)}
+        told = functools.partial(data.told, self.processor, seed, step, stage.batch)
+        facts = functools.partial(data.told, self.processor, -1 - seed, step, stage.batch, **TOLD["search"])
+        if stage.name == "language":
+            # what bare answers taught is forgotten where they stop
+            return told(**TOLD["language"]) | {"facts": facts()}
         if stage.name in TOLD:
-            return data.told(self.processor, seed, step, stage.batch, **TOLD[stage.name])
+            return told(**TOLD[stage.name])
+        # as captions in the original: all that is to be said about a picture
         if stage.name == "alignment":
-            # as captions in the original: all that is to be said about a picture
-            return data.told(self.processor, seed, step, stage.batch, **TOLD["search"], shown=True)
+            return told(**TOLD["search"], shown=True)
+        if stage.name == "everything":
+            return data.conversations(self.processor, seed, step, stage.batch) | {"facts": facts(shown=True)}
         if stage.name == "views":
             return data.scenes(seed, step, stage.batch)
         if stage.name == "scenes":
             # few of them hold print, so pages go along
             pages = {"page": data.pages(draw_numbers, seed, step, 4 * stage.batch)} if self.hr else {}
             return data.scenes(seed, step, stage.batch) | pages
-        return data.conversations(self.processor, seed, step, stage.batch)
+        raise ValueError(f"no such stage: {stage.name!r}")
 
     def _loss(self, stage: Stage, batch: data.Batch) -> tuple[torch.Tensor, dict[str, float]]:
         with torch.autocast(self.device, torch.bfloat16):
-            pages = [(name, page_loss(self.model, self.heads, batch[name])) for name in ("page", "lines") if name in batch]
+            beside = [(name, page_loss(self.model, self.heads, batch[name])) for name in ("page", "lines") if name in batch]
+            beside += [(name, self._main_loss(stage, batch[name])) for name in ("facts",) if name in batch]
             loss, said = self._main_loss(stage, batch) if "ids" in batch or "pixels" in batch else (0.0, {})
-            for name, (other, shares) in pages:
+            for name, (other, shares) in beside:
                 loss, said = loss + other, said | {f"{name} {key}": share for key, share in shares.items()}
             return loss, said
 
