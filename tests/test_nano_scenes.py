@@ -195,6 +195,15 @@ def test_of_bare_answers_only_what_depends_on_the_scene_is_to_be_said(processor)
     assert counted and all("There" in text[5:] for text in counted)
 
 
+def test_some_scenes_are_described_instead(processor):
+    told = dict(cells=36, turns=20, answers_only=True, shown=True)
+    plain, described = (data.told(processor, 0, 3, 8, **told, described=share) for share in (0.0, 1.0))
+    assert torch.equal(plain["pixels"], described["pixels"]) and plain["pixels"].shape == (8, SIDE, SIDE, 3)
+    for row, scene in enumerate(draw_scene(0, i) for i in range(24, 32)):
+        said = processor.tokenizer.decode(described["ids"][row][described["answers"][row] == 1])
+        assert said.strip().lower() == f"{describe(scene)}."
+
+
 def test_the_code_of_a_number_tells_the_order_of_its_digits(processor):
     codes, words = Codes(processor.tokenizer, 16, 0.3), torch.nn.Embedding(VOCABULARY, 16)
     scene = draw_scene(0, 1, split="unseen", number="407")

@@ -13,7 +13,7 @@ from mg_fast.conversation import IMAGE_TAG, render
 from mg_fast.resizing import square
 
 from .scenes import BACKGROUNDS, CELL, COLOURS, KINDS, MAX_DIGITS, SIDE, WORDS, Print, Scene, draw_scene
-from .talk import bare, careless, conversation, text_only
+from .talk import ask, bare, careless, conversation, text_only
 
 # the high-resolution tower's finest map has a position every so many pixels
 STRIDE = 4
@@ -48,7 +48,16 @@ def _labels(drawn: Sequence[Scene]) -> list[dict[str, np.ndarray]]:
 
 
 def told(
-    processor: MiniGeminiProcessor, seed: int, step: int, size: int, *, cells: int, turns: int, answers_only: bool, shown: bool = False
+    processor: MiniGeminiProcessor,
+    seed: int,
+    step: int,
+    size: int,
+    *,
+    cells: int,
+    turns: int,
+    answers_only: bool,
+    shown: bool = False,
+    described: float = 0.0,
 ) -> Batch:
     """Conversations about scenes that are told in codes, or shown.
 
@@ -58,6 +67,7 @@ def told(
         answers_only: short answers follow one another as `bare` leaves them, and only the words in them that depend on the scene are to
             be said.
         shown: all cells stand, as a picture.
+        described: the share of the scenes about which nothing but a description is to be said, where there are answers only.
 
     Returns:
         As `conversations`, with `pixels` of scenes that are shown, and `cells` [n, cells]: the numbers of those that stand.
@@ -76,10 +86,15 @@ def told(
         labels.append(labelled)
         said = conversation(scene, rng, turns, short=answers_only)
         if answers_only:
-            words = [i for question, answer in said for i in tokens(bare(question, answer)).input_ids]
+            if described and rng.random() < described:
+                words = tokens(ask(scene, "describe", rng)[1]).input_ids
+                wanted = [1] * len(words)
+            else:
+                words = [i for question, answer in said for i in tokens(bare(question, answer)).input_ids]
+                wanted = [int(i in content) for i in words]
             ids = [processor.tokenizer.bos_token_id, *[0] * things.size, *words]
             marks = [0, *[1] * things.size, *[0] * len(words)]
-            answers = [0, *[0] * things.size, *[int(i in content) for i in words]]
+            answers = [0, *[0] * things.size, *wanted]
         else:
             ids, marks, answers = encode(processor, [(f"{IMAGE_TAG}\n{said[0][0]}", said[0][1]), *said[1:]])
         first, dropped = marks.index(1), things.size - cells

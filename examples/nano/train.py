@@ -232,7 +232,8 @@ class Run:
         if stage.name == "alignment":
             return told(**TOLD["search"], shown=True)
         if stage.name == "everything":
-            return data.conversations(self.processor, seed, step, stage.batch) | {"facts": facts(shown=True)}
+            beside = facts(shown=True, described=0.4)
+            return data.conversations(self.processor, seed, step, stage.batch) | {"facts": beside}
         if stage.name == "views":
             return data.scenes(seed, step, stage.batch)
         if stage.name == "scenes":
