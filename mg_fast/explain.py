@@ -139,7 +139,7 @@ def _raster_weights(absorbed: torch.Tensor, pyramid: list[torch.Tensor], reducti
 
 
 def answer_relevance(pipeline: "Pipeline", request: Request, tokens: torch.Tensor, given: Answer) -> torch.Tensor:
-    """How much an answer depends on every image token: |gradient . token|, as shares of their sum; `Pipeline.explain` says of what.
+    """How much an answer may depend on every image token, as shares of the sum; `Pipeline.explain` says how it is estimated.
 
     Args:
         request: the prompt, with one picture.
@@ -177,7 +177,8 @@ def answer_relevance(pipeline: "Pipeline", request: Request, tokens: torch.Tenso
             f"explain: a question needs gradients, which products with these weights ({formats}) do not have: "
             "load them unquantised, as int8 or as fp8, or explain the picture without a question"
         ) from error
-    relevance = (gradient.float() * tokens.detach().float()).sum(-1).abs()
+    tokens = tokens.detach().float()
+    relevance = gradient.float().norm(dim=-1) * (tokens - tokens.mean(0)).norm(dim=-1)
     if not relevance.isfinite().all():
         raise FloatingPointError(f"explain: the gradients of {int((~relevance.isfinite()).sum())} image tokens are not finite")
     return relevance / relevance.sum().clamp(min=torch.finfo(torch.float32).tiny)

@@ -148,11 +148,11 @@ class Pipeline:
     def explain(self, image, question: str | None = None, *, allow_urls: bool = False, **options) -> Explanation:
         """Shows which high-resolution pixels each query of a picture mined, and which of them the answer to a question came from.
 
-        Without a question every query counts alike. With one, each counts by how much the greedy answer depends on its image token: the
-        gradient, to the token, of by how much the answer's words beat the best other word in each place (the difference of the two
-        logits, summed over the whole answer in one pass, its end left out), times the token, as an absolute share. Words that the
-        picture has no say in ("The number is") weigh little that way, those read off it much; of the log probability instead, words that
-        the model is sure of would have next to no gradient. It is a first-order estimate: what would change if a token were not there.
+        Without a question every query counts alike. With one, each counts by how much the greedy answer may depend on its image token:
+        the length of the gradient, to the token, of by how much the answer's words beat the best other word in each place (the difference
+        of the two logits, summed over the whole answer in one pass, its end left out), times how far the token lies from the mean of the
+        picture's tokens. To first order the difference changes by no more where the token becomes like any other. Of the log probability
+        instead, words that the model is sure of would have next to no gradient. It is an estimate, not a proof.
 
         Towers and language model run by themselves, apart from conversations and caches; the model stays as it is. With a question the
         activations of one whole pass of the language model are held.

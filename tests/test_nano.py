@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 import mg_fast
 from examples.nano.model import forget_mined
-from examples.nano.scenes import draw_number, draw_scene
+from examples.nano.scenes import CELL, draw_number, draw_scene
 from examples.nano.talk import ask
 from mg_fast import CheckpointError, MiniGeminiForConditionalGeneration, boxed, cli, warmup
 from tests.paths import ROOT
@@ -99,6 +99,18 @@ def test_a_wish_for_a_drawing_is_answered_with_a_prompt(nano):
 
 def test_without_a_picture(nano):
     assert nano.chat("Hello.", max_new_tokens=MOST).text == "Hello! Show me a picture."
+
+
+def test_explain_shows_the_print(nano):
+    """Where the answer is a number, most of the relevance lies on the query in whose window its centre is, and most of the heat there."""
+    shown = []
+    for scene in SCENES[:6]:
+        explanation = nano.explain(scene.image, QUESTION, max_new_tokens=MOST)
+        row, column = int(scene.print.y // CELL), int(scene.print.x // CELL)
+        window = explanation.map[8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
+        torch.testing.assert_close(window.sum(), explanation.relevance[0, row, column])
+        shown.append(explanation.relevance.argmax() == 6 * row + column)
+    assert sum(shown) >= 5
 
 
 # ---- the same words by every way of asking
