@@ -17,6 +17,7 @@ from PIL import Image
 from transformers.utils import logging as transformers_logging
 
 import mg_fast
+from mg_fast.mini_gemini.pictures import open_picture
 
 from .nano.scenes import draw_number, draw_scene
 from .nano.talk import ask
@@ -87,12 +88,14 @@ def main() -> None:
     what.add_argument("--seed", type=int, help="of the scene (default: a random one, which is printed)")
     what.add_argument("--photo", type=Path, metavar="FILE", help="ask about this picture instead")
     args = parser.parse_args()
-    if args.photo is not None and not args.photo.is_file():
-        parser.error(f"{args.photo}: no such file")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     if args.photo is not None:
         file, turns = args.photo, [(question, None) for question in QUESTIONS]
+        try:
+            open_picture(file)
+        except mg_fast.MgFastError as error:
+            parser.error(str(error))
         print(f"picture: {file}")
         print("nano knows 100 words, four shapes and printed numbers: of a photograph its answers say nothing")
     else:

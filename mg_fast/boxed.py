@@ -17,16 +17,20 @@ def names() -> list[str]:
 
 
 def resolve(name_or_path: str | os.PathLike) -> str | os.PathLike:
-    """The package's folder where a checkpoint of the package is named; paths and hub ids as they came. A local folder of that name wins.
+    """The package's folder where a checkpoint of the package is named; paths and hub ids as they came.
+
+    A local checkpoint of that name wins.
 
     Raises:
         CheckpointError: a bare word that names neither; hub ids have an owner.
     """
     name = os.fspath(name_or_path)
-    if not _NAME.fullmatch(name) or Path(name).is_dir():
+    if not _NAME.fullmatch(name) or (Path(name) / "config.json").is_file():
         return name_or_path
     if name in names():
         return _PACKAGE / name
+    if Path(name).is_dir():
+        return name_or_path
     raise CheckpointError(
         f"{name!r} is neither a folder here nor a checkpoint of the package ({', '.join(names())}): a hub id reads owner/name"
     )

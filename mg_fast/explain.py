@@ -12,7 +12,7 @@ from .chat import as_question
 from .conversation import render
 from .errors import BackendError
 from .reference import LAYER_NORM_EPS, Projection
-from .requests import Answer, Request, SeenPicture, answer, sampling
+from .requests import Answer, Request, SeenPicture, answer, check_options, sampling
 from .resize_tables import window_tables
 from .resizing import square
 
@@ -65,6 +65,7 @@ def explain(
 ) -> Explanation:
     """What `Pipeline.explain` does, for an RGB picture."""
     request = None
+    check_options(0.0, None, max_new_tokens, {})
     if question is not None:
         prompt = render(pipeline.template, [(as_question(question, [picture])[0], None)])
         request = Request.encode(pipeline, prompt, max_new_tokens, allow_long)
@@ -199,8 +200,9 @@ def compose(weights: torch.Tensor, relevance: torch.Tensor, grid: int) -> torch.
 def draw(picture: Image.Image, shares: torch.Tensor, *, windows: int = 0) -> Image.Image:
     """A picture in grey under a heat map, from purple over orange to light yellow, the more opaque the hotter.
 
-    A position that has no more than an even share has no colour. The hottest 0.5 % have the last one, if that is from twice an even share
-    on. Of more than 96 positions along a side neighbours are averaged, or single ones could not be seen.
+    Shares are smoothed over 5 x 5 positions, since features see wider than a position, so that what is bright is where much of the whole
+    lies, not where single positions do. No colour is up to an even share; the last one is the highest, if that is twice an even share or
+    more. Of more than 96 positions along a side neighbours are averaged first, or single ones could not be seen.
 
     Args:
         picture: square.
@@ -212,10 +214,12 @@ def draw(picture: Image.Image, shares: torch.Tensor, *, windows: int = 0) -> Ima
     """
     factor = max(1, _DRAWN // picture.width)
     size = (picture.width * factor, picture.height * factor)
-    seen = F.adaptive_avg_pool2d(shares[None].float(), min(len(shares), _SEEN))[0]
+    seen = F.adaptive_avg_pool2d(shares[None].float(), min(len(shares), _SEEN))
+    for _ in range(2):
+        seen = F.avg_pool2d(seen, 3, 1, 1, count_include_pad=False)
+    seen = seen[0]
     over = (seen / seen.mean().clamp(min=torch.finfo(torch.float32).tiny) - 1).clamp(min=0)
-    top = over.flatten().quantile(0.995).clamp(min=1)
-    heat = (over / top).clamp(max=1).sqrt()
+    heat = over / over.max().clamp(min=1)
     heat = np.asarray(Image.fromarray(heat.numpy()).resize(size, Image.Resampling.BILINEAR))[..., None]
     colours = [np.interp(heat, np.linspace(0, 1, len(_COLOURS)), channel) for channel in _COLOURS.T]
     # with less contrast: on black nothing but the hottest would show

@@ -145,14 +145,24 @@ class Pipeline:
         """
         return chat_batch(self, questions, **options)
 
-    def explain(self, image, question: str | None = None, *, allow_urls: bool = False, **options) -> Explanation:
+    def explain(
+        self,
+        image,
+        question: str | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        allow_long: bool | None = None,
+        allow_urls: bool = False,
+        windows: bool = False,
+    ) -> Explanation:
         """Shows which high-resolution pixels each query of a picture mined, and which of them the answer to a question came from.
 
         Without a question every query counts alike. With one, each counts by how much the greedy answer may depend on its image token:
         the length of the gradient, to the token, of by how much the answer's words beat the best other word in each place (the difference
         of the two logits, summed over the whole answer in one pass, its end left out), times how far the token lies from the mean of the
         picture's tokens. To first order the difference changes by no more where the token becomes like any other. Of the log probability
-        instead, words that the model is sure of would have next to no gradient. It is an estimate, not a proof.
+        instead, words that the model is sure of would have next to no gradient. The form was chosen among a dozen by trial on the
+        package's small model; it is an estimate, not a proof.
 
         Towers and language model run by themselves, apart from conversations and caches; the model stays as it is. With a question the
         activations of one whole pass of the language model are held.
@@ -172,7 +182,8 @@ class Pipeline:
         """
         if image is None:
             raise PictureError("explain: expected a picture, got None: a question alone mines no pixels")
-        return explain(self, _decoded(image, allow_urls), question, **options)
+        picture = _decoded(image, allow_urls)
+        return explain(self, picture, question, max_new_tokens=max_new_tokens, allow_long=allow_long, windows=windows)
 
     def see(self, image, *, allow_urls: bool = False, meter: Meter | None = None) -> torch.Tensor:
         """Image tokens [T, hidden] of one picture (T 576, HD 2880; unscaled, global view first); the caller's own to change.

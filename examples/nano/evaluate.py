@@ -8,6 +8,7 @@ those that no training scene ever showed.
 
 import argparse
 import copy
+import itertools
 import json
 import platform
 import random
@@ -83,6 +84,16 @@ def accuracy_table(recorded: dict, other: dict) -> str:
     return "\n".join(rows) + "\n"
 
 
+def training(log: Path) -> dict[str, dict[str, float]]:
+    """Steps and minutes of every stage of a run, from its log."""
+    stages, before = {}, 0.0
+    for name, rows in itertools.groupby(map(json.loads, log.read_text().splitlines()), lambda row: row["stage"]):
+        last = list(rows)[-1]
+        stages[name] = {"steps": last["step"], "minutes": round((last["seconds"] - before) / 60, 2)}
+        before = last["seconds"]
+    return stages
+
+
 def _kinds(kind: str, scene: Scene) -> list[str]:
     if kind != "number":
         return [kind]
@@ -139,6 +150,11 @@ def main() -> None:
             "threads": torch.get_num_threads(),
             "machine": platform.machine(),
             "torch": torch.__version__,
+        },
+        "training": {
+            name: training(checkpoint.parent / "log.jsonl")
+            for name, checkpoint in {"with mining": args.checkpoint, "trained without": args.without}.items()
+            if checkpoint is not None and (checkpoint.parent / "log.jsonl").is_file()
         },
         "wrong, first 40": [row for row in wrong if row["model"] == "with mining"][:40],
     }

@@ -1,5 +1,6 @@
 """The published layout in miniature: configuration, first weights, tokenizer, and how a checkpoint is written."""
 
+import copy
 import io
 import json
 import math
@@ -57,7 +58,7 @@ def make_model(seed: int) -> MiniGeminiForConditionalGeneration:
     torch.manual_seed(seed)
     model = MiniGeminiForConditionalGeneration(make_config())
     with torch.no_grad():
-        # the library's own, thirty times smaller, is hardly seen beside the patches in so short a schedule
+        # the library's own, 25 times smaller, is hardly seen beside the patches in so short a schedule
         nn.init.normal_(model.model.vision_tower.embeddings.position_embedding.weight, std=POSITION_SPREAD)
         for name, parameter in model.model.vision_tower_aux.named_parameters():
             # timm's own start (spread 0.02, layer scale 1e-6) is meant for widths and schedules a hundred times these
@@ -130,9 +131,7 @@ def make_tokenizer(folder: Path) -> None:
 def save(model: MiniGeminiForConditionalGeneration, folder: Path) -> None:
     """Writes a checkpoint in the published layout, half precision, with its tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
-    trained = model.dtype
-    model.half().save_pretrained(folder)
-    model.to(trained)
+    copy.deepcopy(model).half().save_pretrained(folder)
     written = json.loads((folder / "config.json").read_text())
     for ours in ("vision_config", "vision_config_aux"):
         # published checkpoints have no such keys: the towers' shapes are read from the tensors

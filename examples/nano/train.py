@@ -8,13 +8,14 @@ OUT/model is the checkpoint, OUT/log.jsonl and OUT/loss.png the losses.
 """
 
 import argparse
+import dataclasses
 import functools
 import itertools
 import json
 import math
 import os
+import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ from .scenes import draw_lines, draw_numbers
 from .towers import Codes, TowerHeads, character_loss, high_loss, low_loss, token_loss
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Stage:
     """One part of the training: how long, how fast, and which of the model's modules learn."""
 
@@ -147,8 +148,10 @@ class Run:
         if not hr:
             forget_mined(self.model)
         self.heads = TowerHeads(self.model.config)
-        save(self.model, out / "model")
-        self.processor = MiniGeminiProcessor.from_pretrained(out / "model")
+        with tempfile.TemporaryDirectory() as folder:
+            # of the finished checkpoint, which is not written before it is finished
+            save(self.model, Path(folder))
+            self.processor = MiniGeminiProcessor.from_pretrained(folder)
         self.codes = Codes(self.processor.tokenizer, self.model.config.text_config.hidden_size, EMBEDDING_SPREAD)
         self.content = {name: torch.tensor(ids, device=device) for name, ids in data.content_ids(self.processor).items()}
         self.model.to(device).train()
@@ -157,6 +160,7 @@ class Run:
         self.optimizer_state = None
         if (out / "last.pt").is_file():
             self._resume()
+        self._cut_log()
 
     def train(self, minutes: float | None = None) -> bool:
         """Runs what is left, for so many minutes at most; whether all is done."""
@@ -236,11 +240,9 @@ class Run:
             return data.conversations(self.processor, seed, step, stage.batch) | {"facts": beside}
         if stage.name == "views":
             return data.scenes(seed, step, stage.batch)
-        if stage.name == "scenes":
-            # few of them hold print, so pages go along
-            pages = {"page": data.pages(draw_numbers, seed, step, 4 * stage.batch)} if self.hr else {}
-            return data.scenes(seed, step, stage.batch) | pages
-        raise ValueError(f"no such stage: {stage.name!r}")
+        # scenes; few of them hold print, so pages go along
+        pages = {"page": data.pages(draw_numbers, seed, step, 4 * stage.batch)} if self.hr else {}
+        return data.scenes(seed, step, stage.batch) | pages
 
     def _loss(self, stage: Stage, batch: data.Batch) -> tuple[torch.Tensor, dict[str, float]]:
         with torch.autocast(self.device, torch.bfloat16):
@@ -267,19 +269,31 @@ class Run:
     def _keep(self, optimizer: torch.optim.Optimizer) -> None:
         state = {"model": self.model.state_dict(), "heads": self.heads.state_dict(), "codes": self.codes.state_dict()}
         state |= {"optimizer": optimizer.state_dict()}
-        state |= {"at": self.at, "step": self.step, "seconds": self.seconds, "seed": self.seed, "hr": self.hr}
+        state |= {"at": self.at, "step": self.step, "seconds": self.seconds, "run": self._what()}
         # a run that is killed while it writes must not lose what it had
         torch.save(state, self.out / "next.pt")
         os.replace(self.out / "next.pt", self.out / "last.pt")
 
+    def _what(self) -> dict:
+        """What must be the same where a run goes on."""
+        return {"seed": self.seed, "hr": self.hr, "stages": [dataclasses.asdict(stage) for stage in self.stages]}
+
     def _resume(self) -> None:
         state = torch.load(self.out / "last.pt", map_location=self.device, weights_only=True)
-        if (state["seed"], state["hr"]) != (self.seed, self.hr):
-            raise SystemExit(f"{self.out} holds a run of seed {state['seed']}, hr {state['hr']}: give another folder")
+        for name, ours in self._what().items():
+            if (theirs := state["run"][name]) != ours:
+                raise SystemExit(f"{self.out} holds a run of other {name}: give another folder (there: {theirs}; asked for: {ours})")
         self.model.load_state_dict(state["model"])
         self.heads.load_state_dict(state["heads"])
         self.codes.load_state_dict(state["codes"])
         self.at, self.step, self.seconds, self.optimizer_state = state["at"], state["step"], state["seconds"], state["optimizer"]
+
+    def _cut_log(self) -> None:
+        """Leaves the rows up to where the run goes on: steps of a killed run beyond what it kept are made again."""
+        log = self.out / "log.jsonl"
+        done = sum(stage.steps for stage in self.stages[: self.at]) + self.step
+        rows = log.read_text().splitlines(keepends=True) if log.is_file() else []
+        log.write_text("".join(rows[:done]))
 
 
 def _cosine(step: int, steps: int) -> float:
