@@ -227,6 +227,7 @@ def test_training_learns_and_goes_on_where_it_stopped(tmp_path):
         train.Stage("digits", 3, 2, 1e-3, ("vision_tower_aux",)),
         train.Stage("numbers", 2, 2, 1e-3, ("vision_tower_aux",)),
         train.Stage("lookup", 20, 4, 5e-3, ("language_model",)),
+        train.Stage("search", 2, 4, 1e-3, ("language_model",)),
         train.Stage("language", 2, 4, 1e-3, ("language_model",)),
         train.Stage("views", 2, 2, 1e-3, ("vision_tower",)),
         train.Stage("scenes", 12, 2, 2e-3, (*train.TOWERS, *train.BRIDGE)),
@@ -238,6 +239,11 @@ def test_training_learns_and_goes_on_where_it_stopped(tmp_path):
         return train.Run(tmp_path / "run", seed=0, hr=True, stages=stages, workers=0)
 
     assert not run().train(minutes=0)
+    # nothing that could be taken for a trained checkpoint
+    assert not (tmp_path / "run" / "model").exists()
+    # a killed run's log goes beyond what it kept, to half a line
+    with (tmp_path / "run" / "log.jsonl").open("a") as log:
+        log.write('{"stage": "digits", "step": 2, "loss"')
     resumed = run()
     assert (resumed.at, resumed.step) == (0, 1)
     before = {name: p.detach().clone() for name, p in resumed.model.named_parameters()}
@@ -249,6 +255,12 @@ def test_training_learns_and_goes_on_where_it_stopped(tmp_path):
         assert np.mean(losses[-4:]) < 0.8 * np.mean(losses[:4]), name
     for part in ("vision_tower.", "vision_tower_aux.", "patch_mining.", "mm_projector.", "language_model."):
         assert any(not torch.equal(p, before[name]) for name, p in resumed.model.named_parameters() if f".{part}" in name), part
+
+    written = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
+    for other, name in (dict(seed=1), "seed"), (dict(hr=False), "hr"), (dict(stages=stages[:-1]), "stages"):
+        with pytest.raises(SystemExit, match=f"holds a run of other {name}"):
+            train.Run(tmp_path / "run", **{"seed": 0, "hr": True, "stages": stages, "workers": 0, **other})
+    assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == written
 
     loaded = MiniGeminiForConditionalGeneration.from_pretrained(tmp_path / "run" / "model", dtype=torch.float32).eval()
     trained = dict(resumed.model.named_parameters())

@@ -8,9 +8,8 @@ those that no training scene ever showed.
 
 import argparse
 import copy
-import itertools
+import hashlib
 import json
-import platform
 import random
 import time
 from collections import defaultdict
@@ -20,6 +19,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
+from bench.records import environment
 from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor
 from mg_fast.conversation import render, with_picture_tags
 
@@ -49,7 +49,7 @@ def evaluate(
         scenes = [draw_scene(seed, i, split="unseen") for i in range(first, min(first + CHUNK, count))]
         pixels = processor.image_processor([scene.image for scene in scenes])
         seen = {name: model.get_image_features(**pixels).pooler_output for name, model in models.items()}
-        for kind in TYPES:
+        for kind in (*TYPES, "draw"):
             turns = [ask(scene, kind, random.Random(f"{kind}/{seed}/{first + i}")) for i, scene in enumerate(scenes)]
             rows = [i for i, turn in enumerate(turns) if turn is not None]
             if not rows:
@@ -70,28 +70,19 @@ def evaluate(
     return {**shares, "asked": dict(asked)}, wrong
 
 
-def accuracy_table(recorded: dict, other: dict) -> str:
-    """The README's table of a recorded result, and of one with another seed."""
-    exact, again = recorded["exact"], other["exact"]
-    columns = ("with mining", "mined features zero", "trained without")
-    rows = [
-        f"| {' | '.join(['question', *columns, 'with mining, another seed', 'asked'])} |",
-        f"|{'---|' * (len(columns) + 3)}",
-    ]
-    for kind, asked in exact["asked"].items():
-        shares = [exact[column][kind] for column in columns] + [again["with mining"][kind]]
-        rows.append(f"| {' | '.join([kind, *(f'{share:.1%}' for share in shares), str(asked)])} |")
+def accuracy_table(recorded: dict, *others: dict) -> str:
+    """The README's table of a recorded result with a model trained without, and of ones with other seeds of training."""
+    columns = {name: recorded["exact"][name] for name in ("with mining", "mined features zero", "trained without")}
+    for number, other in enumerate(others, start=1):
+        columns[f"with mining, training seed {number}"] = other["exact"]["with mining"]
+    rows = [f"| {' | '.join(['question', *columns, 'asked'])} |", f"|{'---|' * (len(columns) + 2)}"]
+    for kind, asked in recorded["exact"]["asked"].items():
+        rows.append(f"| {' | '.join([kind, *(f'{shares[kind]:.1%}' for shares in columns.values()), str(asked)])} |")
     return "\n".join(rows) + "\n"
 
 
-def training(log: Path) -> dict[str, dict[str, float]]:
-    """Steps and minutes of every stage of a run, from its log."""
-    stages, before = {}, 0.0
-    for name, rows in itertools.groupby(map(json.loads, log.read_text().splitlines()), lambda row: row["stage"]):
-        last = list(rows)[-1]
-        stages[name] = {"steps": last["step"], "minutes": round((last["seconds"] - before) / 60, 2)}
-        before = last["seconds"]
-    return stages
+def _digest(folder: Path) -> str:
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:16]
 
 
 def _kinds(kind: str, scene: Scene) -> list[str]:
@@ -122,10 +113,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="trained with the high-resolution branch")
     parser.add_argument("--without", type=Path, help="trained without")
-    parser.add_argument("--seed", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=5000, help="of the unseen scenes")
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    folders = {"with mining": args.checkpoint} | ({} if args.without is None else {"trained without": args.without})
+    if len({(folder / "tokenizer.model").read_bytes() for folder in folders.values()}) > 1:
+        parser.error("the two checkpoints have different tokenizers")
     transformers_logging.set_verbosity_error()
     began = time.perf_counter()
     processor = MiniGeminiProcessor.from_pretrained(args.checkpoint)
@@ -147,14 +141,8 @@ def main() -> None:
             "split": "unseen",
             "decoding": "greedy, float32",
             "seconds": round(time.perf_counter() - began, 1),
-            "threads": torch.get_num_threads(),
-            "machine": platform.machine(),
-            "torch": torch.__version__,
-        },
-        "training": {
-            name: training(checkpoint.parent / "log.jsonl")
-            for name, checkpoint in {"with mining": args.checkpoint, "trained without": args.without}.items()
-            if checkpoint is not None and (checkpoint.parent / "log.jsonl").is_file()
+            "machine": environment(),
+            "sha256 of weights": {name: _digest(folder) for name, folder in folders.items()},
         },
         "wrong, first 40": [row for row in wrong if row["model"] == "with mining"][:40],
     }
