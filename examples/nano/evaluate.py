@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
+import mg_fast
 from bench.records import environment
 from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor
 from mg_fast.conversation import render, with_picture_tags
@@ -68,6 +69,17 @@ def evaluate(
                         wrong.append({"model": model_name, "scene": first + i, "asked": turns[i][0], "said": said, "right": turns[i][1]})
     shares = {name: {kind: round(counts[kind] / asked[kind], 4) for kind in asked} for name, counts in right.items()}
     return {**shares, "asked": dict(asked)}, wrong
+
+
+def answer_seconds(pipeline: mg_fast.Pipeline, seed: int, count: int = 5) -> list[float]:
+    """Seconds from a picture that was not seen before to the whole answer, the first of all first."""
+    seconds = []
+    for i in range(count):
+        image = draw_scene(seed, i, split="unseen").image
+        began = time.perf_counter()
+        pipeline.conversation().chat("What does the sign say?", [image], max_new_tokens=64)
+        seconds.append(time.perf_counter() - began)
+    return seconds
 
 
 def accuracy_table(recorded: dict, *others: dict) -> str:
@@ -122,8 +134,9 @@ def main() -> None:
         parser.error("the two checkpoints have different tokenizers")
     transformers_logging.set_verbosity_error()
     began = time.perf_counter()
-    processor = MiniGeminiProcessor.from_pretrained(args.checkpoint)
-    model = MiniGeminiForConditionalGeneration.from_pretrained(args.checkpoint, dtype=torch.float32).eval()
+    pipeline = mg_fast.load(args.checkpoint, dtype="float32")
+    model, processor = pipeline.model, pipeline.processor
+    seconds = answer_seconds(pipeline, args.seed)
     models = {"with mining": model, "mined features zero": copy.deepcopy(model)}
     forget_mined(models["mined features zero"])
     if args.without is not None:
@@ -144,6 +157,7 @@ def main() -> None:
             "machine": environment(),
             "sha256 of weights": {name: _digest(folder) for name, folder in folders.items()},
         },
+        "speed": {"load_s": round(pipeline.load_seconds, 2), "answer_s": [round(s, 3) for s in seconds]},
         "wrong, first 40": [row for row in wrong if row["model"] == "with mining"][:40],
     }
     if args.out is not None:
