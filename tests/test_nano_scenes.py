@@ -28,7 +28,7 @@ from examples.nano.scenes import (
     draw_scene,
     held_out,
 )
-from examples.nano.talk import GEN, ask, bare, careless, conversation, describe, every_sentence, text_only
+from examples.nano.talk import GEN, NO_NUMBER, ask, bare, careless, conversation, describe, every_sentence, text_only
 from examples.nano.towers import Codes
 from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor
 from mg_fast.mini_gemini.geometry import check_geometry
@@ -184,15 +184,33 @@ def test_a_scene_is_told_in_the_cells_that_hold_things(processor, cells, answers
 
 
 def test_of_bare_answers_only_what_depends_on_the_scene_is_to_be_said(processor):
-    batch = data.told(processor, 0, 2, 4, cells=6, turns=20, answers_only=True)
-    said = processor.tokenizer.convert_ids_to_tokens(batch["ids"][batch["answers"] == 1].tolist())
-    assert {token.lstrip("▁") for token in said} <= {word for words in data.CONTENT.values() for word in words} | set("0123456789")
-    assert any(token.isdigit() for token in said)
-    phrasing = processor.tokenizer.convert_ids_to_tokens(batch["ids"][batch["answers"] == 0].tolist())
-    assert "▁background" in phrasing and not {"▁red", "▁teal", "▁middle", "4"} & set(phrasing)
-    # what is counted is known before the count is to be said
-    counted = [bare(*turn) for turn in conversation(SCENES[0], random.Random(0), turns=20, short=True) if turn[1].startswith("There ")]
-    assert counted and all("There" in text[5:] for text in counted)
+    batch = data.told(processor, 0, 2, 8, cells=6, turns=20, answers_only=True)
+    said, given = (
+        {token.lstrip("▁") for token in processor.tokenizer.convert_ids_to_tokens(batch["ids"][batch["answers"] == flag].tolist())}
+        for flag in (1, 0)
+    )
+    # nothing says beforehand that the background's colour is asked for
+    assert "background" in given and "background" not in said
+    assert said & set("0123456789") and not given & {*"0123456789", "red", "teal"}
+    # counts and places are settled to the last word by their questions
+    assert {"There", "at", "many"} <= said | given and {"There", "at"} <= said and "many" not in said
+
+
+@pytest.mark.parametrize(
+    ("answer", "asks"),
+    [
+        ("There are two circles.", True),
+        ("The circle is at the top left.", True),
+        ("The number is in the middle.", True),
+        ("The star is on the right.", True),
+        ("The star is orange.", False),
+        ("The number is 4711.", False),
+        ("The background is pink.", False),
+        (NO_NUMBER, False),
+    ],
+)
+def test_a_bare_answer_has_its_question_where_it_does_not_say_it_itself(answer, asks):
+    assert bare("What?", answer) == ("What?" if asks else "", answer)
 
 
 def test_some_scenes_are_described_instead(processor):

@@ -1,6 +1,7 @@
 """Scenes as training batches: pixels, what lies in every cell, and conversations as token ids."""
 
 import functools
+import itertools
 import random
 from collections.abc import Callable, Sequence
 
@@ -64,8 +65,8 @@ def told(
     Args:
         cells: so many of the 36 stand where image tokens will stand: those with a thing in them, and some without.
         turns: of a conversation.
-        answers_only: short answers follow one another as `bare` leaves them, and only the words in them that depend on the scene are to
-            be said.
+        answers_only: short answers follow one another as `bare` leaves them. Of those without a question only the words that depend on the
+            scene are to be said.
         shown: all cells stand, as a picture.
         described: the share of the scenes about which nothing but a description is to be said, where there are answers only.
 
@@ -90,8 +91,12 @@ def told(
                 words = tokens(ask(scene, "describe", rng)[1]).input_ids
                 wanted = [1] * len(words)
             else:
-                words = [i for question, answer in said for i in tokens(bare(question, answer)).input_ids]
-                wanted = [int(i in content) for i in words]
+                words, wanted = [], []
+                for before, answer in itertools.starmap(bare, said):
+                    asked, given = (tokens(text).input_ids if text else [] for text in (before, answer))
+                    words += asked + given
+                    # with its question an answer is settled to the last word
+                    wanted += [0] * len(asked) + [1 if asked else int(i in content) for i in given]
             ids = [processor.tokenizer.bos_token_id, *[0] * things.size, *words]
             marks = [0, *[1] * things.size, *[0] * len(words)]
             answers = [0, *[0] * things.size, *wanted]

@@ -162,9 +162,14 @@ def conversation(scene: Scene, rng: random.Random, turns: int = 4, *, short: boo
     return [(careless(question, rng), answer) for question, answer in asked.values()]
 
 
-def bare(question: str, answer: str) -> str:
-    """The answer alone where it says what it is about before what it says of it. A count does not: its question goes before it."""
-    return f"{question} {answer}" if answer.startswith("There ") and answer != NO_NUMBER else answer
+def bare(question: str, answer: str) -> tuple[str, str]:
+    """What goes before an answer among answers alone, and the answer.
+
+    Nothing goes before answers that say what they are about before what they say of it. Counts and places do not ("There are two circles.";
+    "The circle is" may as well lead to a colour): their questions go before them.
+    """
+    asks = (answer.startswith("There ") and answer != NO_NUMBER) or any(f" is {at} the " in answer for at in ("at", "on", "in"))
+    return (question, answer) if asks else ("", answer)
 
 
 def every_sentence() -> Iterator[str]:
