@@ -247,7 +247,8 @@ class Run:
     def _loss(self, stage: Stage, batch: data.Batch) -> tuple[torch.Tensor, dict[str, float]]:
         with torch.autocast(self.device, torch.bfloat16):
             beside = [(name, page_loss(self.model, self.heads, batch[name])) for name in ("page", "lines") if name in batch]
-            beside += [(name, self._main_loss(stage, batch[name])) for name in ("facts",) if name in batch]
+            if "facts" in batch:
+                beside.append(("facts", self._main_loss(stage, batch["facts"])))
             loss, said = self._main_loss(stage, batch) if "ids" in batch or "pixels" in batch else (0.0, {})
             for name, (other, shares) in beside:
                 loss, said = loss + other, said | {f"{name} {key}": share for key, share in shares.items()}
