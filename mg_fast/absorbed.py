@@ -24,8 +24,10 @@ from .linear import linear
 from .reference import LAYER_NORM_EPS, Projection
 from .resize_tables import neighbours, resize_matrix, strip_tables, window_tables
 
-# rows of a map whose inner products are taken together, so that they stay in a CPU's cache
+# on a CPU: rows of a map whose inner products are taken together, so that they stay in its cache
 ROWS = 8
+# on a CPU: bytes of the pyramids taken together; of a larger one the windows of one row at a time
+CACHED = 8 * 2**20
 
 
 def patch_mining(
@@ -79,10 +81,13 @@ def pool_windows(absorbed: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: 
         # which would round the products of the statistics, in float16 to infinity
         with torch.autocast(device, enabled=False):
             return pool_windows(absorbed, pyramid, grid)
-    if _in_steps(absorbed) and len(absorbed) > 1:
-        pictures = ([level[i : i + 1] for level in pyramid] for i in range(len(absorbed)))
-        return torch.cat([pool_windows(queries[None], picture, grid) for queries, picture in zip(absorbed, pictures)])
+    cached = _cached_pictures(pyramid)
+    in_steps = cached < 1
     b, views, n, channels = absorbed.shape
+    if b > max(1, cached):
+        some = range(0, b, max(1, int(cached)))
+        pictures = ([level[i : i + some.step] for level in pyramid] for i in some)
+        return torch.cat([pool_windows(absorbed[i : i + some.step], picture, grid) for i, picture in zip(some, pictures)])
     cells, side = grid * grid, int(n**0.5)
     dtype = torch.float64 if pyramid[0].dtype == torch.float64 else torch.float32
     absorbed = absorbed.to(dtype)
@@ -90,13 +95,14 @@ def pool_windows(absorbed: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: 
     # for cells and global view together: it reads every level several times
     fine, reductions = pyramid[0].shape[1], (1, grid) if views > cells else (1,)
     spans = [max(neighbours(fine, level.shape[1], reduction) for reduction in reductions) for level in pyramid]
-    products = [_inner_products(*level) for level in zip(pyramid, centres, spans)]
+    products = [_inner_products(*level, in_steps=in_steps) for level in zip(pyramid, centres, spans)]
     # the cells lie side by side on one raster, so that a window at a cut sees the neighbouring cell's pixels as the upsampled map does
     raster = absorbed[:, :cells].reshape(b, grid, grid, side, side, channels).transpose(2, 3).reshape(b, grid * side, grid * side, channels)
-    pooled = _pool_raster(raster, pyramid, centres, products, 1)
+    pooled = _pool_raster(raster, pyramid, centres, products, 1, in_steps=in_steps)
     pooled = pooled.reshape(b, grid, side, grid, side, channels).transpose(2, 3).reshape(b, cells, n, channels)
     if views > cells:
-        whole = _pool_raster(absorbed[:, cells].reshape(b, side, side, channels), pyramid, centres, products, grid)
+        raster = absorbed[:, cells].reshape(b, side, side, channels)
+        whole = _pool_raster(raster, pyramid, centres, products, grid, in_steps=in_steps)
         pooled = torch.cat([pooled, whole.reshape(b, 1, n, channels)], dim=1)
     return pooled
 
@@ -107,6 +113,8 @@ def _pool_raster(
     centres: Sequence[torch.Tensor],
     products: Sequence[dict[tuple[int, int], torch.Tensor]],
     reduction: int,
+    *,
+    in_steps: bool,
 ) -> torch.Tensor:
     """Queries [B, G, G, C] over the G x G windows of the map upsampled to the finest level and reduced by `reduction` -> [B, G, G, C].
 
@@ -116,6 +124,7 @@ def _pool_raster(
         centres: means of the levels' pixels over their channels, [B, n_s, n_s].
         products: `_inner_products` of the levels.
         reduction: 1, or the grid for the global view.
+        in_steps: one row of windows at a time.
     """
     b, g = absorbed.shape[:2]
     fine, widths = pyramid[0].shape[1], [level.shape[-1] for level in pyramid]
@@ -124,8 +133,8 @@ def _pool_raster(
     deviations, inverse = _statistics(widths, centres, products, reduction)
     *deviations, inverse = (t.reshape(b, g, side, g, side).transpose(2, 3) for t in (*deviations, inverse))
     parts = absorbed.split(widths, dim=-1)
-    readers = [_reader(level, centre, fine, reduction, g) for level, centre in zip(pyramid, centres)]
-    at_once = 1 if _in_steps(absorbed) else g
+    readers = [_reader(level, centre, fine, reduction, g, in_steps=in_steps) for level, centre in zip(pyramid, centres)]
+    at_once = 1 if in_steps else g
 
     rows = []
     for top in range(0, g, at_once):
@@ -148,7 +157,9 @@ def _pool_raster(
     return torch.cat(rows, dim=1)
 
 
-def _reader(level: torch.Tensor, centre: torch.Tensor, fine: int, reduction: int, g: int) -> tuple[Callable, torch.Tensor]:
+def _reader(
+    level: torch.Tensor, centre: torch.Tensor, fine: int, reduction: int, g: int, *, in_steps: bool
+) -> tuple[Callable, torch.Tensor]:
     """A function that reads rows of windows, and the weights [G, M, K] that make their pixels of the coarse ones.
 
     The function takes a slice of the rows to coarse pixels [B, rows, G, K * K, C], column by column, less their own means over the level's
@@ -157,7 +168,7 @@ def _reader(level: torch.Tensor, centre: torch.Tensor, fine: int, reduction: int
     b, n, _, channels = level.shape
     sizes = (fine, n, reduction, g, centre.device, centre.dtype)
     # gradients need every window as it was
-    if not _in_steps(level) or torch.is_grad_enabled() or b != 1 or fine // g * n % fine:
+    if not in_steps or torch.is_grad_enabled() or b != 1 or fine // g * n % fine:
         index, resize = window_tables(*sizes)
         pixels, means, k = level.flatten(1, 2), centre.flatten(1), resize.shape[-1]
 
@@ -186,9 +197,11 @@ def _reader(level: torch.Tensor, centre: torch.Tensor, fine: int, reduction: int
     return cut, resize
 
 
-def _in_steps(tensor: torch.Tensor) -> bool:
-    """Whether a few windows are taken at a time: a CPU is best kept in its cache, a GPU busy, a compiler's graph small."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+def _cached_pictures(pyramid: Sequence[torch.Tensor]) -> float:
+    """How many pictures' pyramids to take at once: a CPU is best kept in its cache, a GPU busy, a compiler's graph small."""
+    if pyramid[0].device.type != "cpu" or torch.compiler.is_compiling():
+        return float("inf")
+    return CACHED / sum(4 * level.shape[1:].numel() for level in pyramid)
 
 
 def _statistics(
@@ -223,19 +236,20 @@ def _statistics(
     return deviations, torch.rsqrt(variance.clamp(min=0) + LAYER_NORM_EPS)
 
 
-def _inner_products(level: torch.Tensor, centre: torch.Tensor, span: int) -> dict[tuple[int, int], torch.Tensor]:
+def _inner_products(level: torch.Tensor, centre: torch.Tensor, span: int, *, in_steps: bool) -> dict[tuple[int, int], torch.Tensor]:
     """Inner products over the channels of every pixel of a level, less its mean, with its neighbours.
 
     Args:
         level: [B, n, n, C].
         centre: [B, n, n], its mean over the channels.
         span: neighbours are less than this many pixels away.
+        in_steps: `ROWS` rows at a time.
 
     Returns:
         For (down, across) the products [B, n - down, n - across] of pixels so far apart; along both diagonals together.
     """
     n = level.shape[1]
-    step = ROWS if _in_steps(level) else n
+    step = ROWS if in_steps else n
     products = {(down, across): [] for down in range(min(span, n)) for across in range(min(span, n))}
     for top in range(0, n, step):
         rows = slice(top, top + step + span - 1)

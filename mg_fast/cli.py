@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     chat.set_defaults(action=command_chat)
 
     explain = commands.add_parser("explain", parents=[model], help="draw which pixels were mined over the picture")
-    explain.add_argument("question", nargs="?", help="show what its answer came from; without it all queries count alike")
+    explain.add_argument("--prompt", metavar="TEXT", help="a question: show what its answer came from; without it all queries count alike")
     explain.add_argument("--image", required=True, metavar="FILE", help="the picture")
     explain.add_argument("--out", required=True, type=_picture_file, metavar="FILE", help="where to write: .png, .jpg or .webp")
     explain.add_argument("--allow-urls", action="store_true", help="fetch a picture given as URL")
@@ -257,10 +257,10 @@ def command_run(args) -> int:
 
 
 def command_explain(args) -> int:
-    if args.question is not None and not args.question.strip():
-        raise PromptError("the question is empty: leave it out, and all queries count alike")
+    if args.prompt is not None and not args.prompt.strip():
+        raise PromptError("--prompt is empty: leave it out, and all queries count alike")
     [picture] = _open_pictures(args, [args.image])
-    explanation = _load(args).explain(picture, args.question, max_new_tokens=args.max_new_tokens, windows=args.windows)
+    explanation = _load(args).explain(picture, args.prompt, max_new_tokens=args.max_new_tokens, windows=args.windows)
     explanation.image.save(args.out)
     if explanation.answer is not None:
         print(explanation.answer.text)

@@ -27,7 +27,7 @@ _DRAWN = 768
 _SEEN = 96
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Explanation:
     """What the queries of one picture mined.
 

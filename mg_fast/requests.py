@@ -53,7 +53,7 @@ class Answer:
         return self.text
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SeenPicture:
     """A picture as the language model gets it: image tokens [T, hidden], and a digest that only the same tokens have."""
 

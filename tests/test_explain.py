@@ -228,7 +228,7 @@ def test_what_is_refused(pipeline, photo):
 def test_command(standard, pipeline, photo, tmp_path, capsys):
     out = tmp_path / "explained.png"
     arguments = ["explain", "--model", str(standard), "--device", "cpu", "--image", str(photo), "--out", str(out)]
-    assert cli.main([*arguments, QUESTION, "--max-new-tokens", "3", "--windows"]) == 0
+    assert cli.main([*arguments, "--prompt", QUESTION, "--max-new-tokens", "3", "--windows"]) == 0
     expected = pipeline.explain(photo, QUESTION, max_new_tokens=3, windows=True)
     printed = capsys.readouterr()
     assert printed.out == expected.answer.text + "\n" and f"drawn to {out}" in printed.err
@@ -241,7 +241,7 @@ REFUSED = {
     "no such picture": (4, ["--image", "/nonexistent.png", "--out", "a.png"], "/nonexistent.png: no such file"),
     "no picture's name": (2, ["--image", "{photo}", "--out", "a.txt"], "expected a file .png, .jpg or .webp, got 'a.txt'"),
     "no such folder": (2, ["--image", "{photo}", "--out", "/nonexistent/a.png"], "a folder that does not exist"),
-    "empty question": (5, ["--image", "{photo}", "--out", "a.png", " "], "the question is empty"),
+    "empty question": (5, ["--image", "{photo}", "--out", "a.png", "--prompt", " "], "--prompt is empty"),
 }
 
 

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ CONTENT = {"colour": (*COLOURS, *BACKGROUNDS), "count": WORDS, "place": ("top", 
 CELL_KINDS = (None, *KINDS, "number")
 
 Batch = dict[str, "torch.Tensor | Batch"]
+# ids of a conversation, marks of its pictures, and 1 at every token that is to be said
+Row = tuple[list[int], list[int], list[int]]
 
 
 def pages(draw: Callable, seed: int, step: int, size: int) -> Batch:
@@ -73,7 +75,6 @@ def told(
     Returns:
         As `conversations`, with `pixels` of scenes that are shown, and `cells` [n, cells]: the numbers of those that stand.
     """
-    tokens = functools.partial(processor.tokenizer, add_special_tokens=False)
     content = {i for ids in content_ids(processor).values() for i in ids}
     rows, drawn, labels, standing = [], [], [], []
     for i in range(step * size, (step + 1) * size):
@@ -86,25 +87,28 @@ def told(
         standing.append(sorted([*np.flatnonzero(things).tolist(), *empty]))
         labels.append(labelled)
         said = conversation(scene, rng, turns, short=answers_only)
-        if answers_only:
-            if described and rng.random() < described:
-                words = tokens(ask(scene, "describe", rng)[1]).input_ids
-                wanted = [1] * len(words)
-            else:
-                words, wanted = [], []
-                for before, answer in itertools.starmap(bare, said):
-                    asked, given = (tokens(text).input_ids if text else [] for text in (before, answer))
-                    words += asked + given
-                    # with its question an answer is settled to the last word
-                    wanted += [0] * len(asked) + [1 if asked else int(i in content) for i in given]
-            ids = [processor.tokenizer.bos_token_id, *[0] * things.size, *words]
-            marks = [0, *[1] * things.size, *[0] * len(words)]
-            answers = [0, *[0] * things.size, *wanted]
+        if not answers_only:
+            row = encode(processor, [(f"{IMAGE_TAG}\n{said[0][0]}", said[0][1]), *said[1:]])
+        elif described and rng.random() < described:
+            row = _answers(processor, [("", ask(scene, "describe", rng)[1])], things.size, None)
         else:
-            ids, marks, answers = encode(processor, [(f"{IMAGE_TAG}\n{said[0][0]}", said[0][1]), *said[1:]])
-        first, dropped = marks.index(1), things.size - cells
-        rows.append(tuple(values[:first] + values[first + dropped :] for values in (ids, marks, answers)))
+            row = _answers(processor, itertools.starmap(bare, said), things.size, content)
+        first, dropped = row[1].index(1), things.size - cells
+        rows.append(tuple(values[:first] + values[first + dropped :] for values in row))
     return _padded(rows) | (_of_scenes(drawn) if shown else _stack(labels)) | {"cells": torch.tensor(standing)}
+
+
+def _answers(processor: MiniGeminiProcessor, said: Iterable[tuple[str, str]], cells: int, content: set[int] | None) -> Row:
+    """As `encode`, of answers that follow so many cells, each after its question or none; without one only `content` is to be said."""
+    tokens = functools.partial(processor.tokenizer, add_special_tokens=False)
+    words, wanted = [], []
+    for question, answer in said:
+        asked, given = (tokens(text).input_ids if text else [] for text in (question, answer))
+        words += asked + given
+        # with its question an answer is settled to the last word
+        wanted += [0] * len(asked) + [int(bool(asked) or content is None or i in content) for i in given]
+    ids = [processor.tokenizer.bos_token_id, *[0] * cells, *words]
+    return ids, [0, *[1] * cells, *[0] * len(words)], [0, *[0] * cells, *wanted]
 
 
 def content_ids(processor: MiniGeminiProcessor) -> dict[str, list[int]]:
@@ -135,7 +139,7 @@ def conversations(processor: MiniGeminiProcessor, seed: int, step: int, size: in
     return _padded(rows) | _of_scenes(pictures) if pictures else _padded(rows)
 
 
-def _padded(rows: Sequence[tuple[list[int], list[int], list[int]]]) -> Batch:
+def _padded(rows: Sequence[Row]) -> Batch:
     longest = max(len(ids) for ids, _, _ in rows)
     out = {name: torch.zeros(len(rows), longest, dtype=torch.long) for name in ("ids", "marks", "answers", "mask")}
     for row, (ids, marks, answers) in enumerate(rows):
@@ -144,7 +148,7 @@ def _padded(rows: Sequence[tuple[list[int], list[int], list[int]]]) -> Batch:
     return out
 
 
-def encode(processor: MiniGeminiProcessor, turns: Sequence[tuple[str, str]]) -> tuple[list[int], list[int], list[int]]:
+def encode(processor: MiniGeminiProcessor, turns: Sequence[tuple[str, str]]) -> Row:
     """Ids of a conversation, marks of its pictures, and 1 at every token of an answer, its end included."""
     ids, marks = processor.encode(render(processor.template, turns))
     to_id = processor.tokenizer.convert_tokens_to_ids

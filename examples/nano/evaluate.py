@@ -50,7 +50,7 @@ def evaluate(
         scenes = [draw_scene(seed, i, split="unseen") for i in range(first, min(first + CHUNK, count))]
         pixels = processor.image_processor([scene.image for scene in scenes])
         seen = {name: model.get_image_features(**pixels).pooler_output for name, model in models.items()}
-        for kind in (*TYPES, "draw"):
+        for kind in TYPES:
             turns = [ask(scene, kind, random.Random(f"{kind}/{seed}/{first + i}")) for i, scene in enumerate(scenes)]
             rows = [i for i, turn in enumerate(turns) if turn is not None]
             if not rows:

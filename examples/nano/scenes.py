@@ -46,7 +46,7 @@ KINDS = ("circle", "square", "star", "triangle")
 # words for where in the picture something is, down and across
 THIRDS = (("top", "middle", "bottom"), ("left", "middle", "right"))
 WORDS = ("no", "one", "two", "three", "four", "five")
-TYPES = ("number", "where", "colour", "count", "background", "describe")
+TYPES = ("number", "where", "colour", "count", "background", "describe", "draw")
 CLUTTER = {"train": ("lines", "dots", "blobs"), "unseen": ("arcs", "crosses", "dashes")}
 
 # font files of matplotlib; None is Pillow's own

@@ -72,7 +72,7 @@ TEXT_ONLY = (
 
 
 def ask(scene: Scene, kind: str, rng: random.Random) -> tuple[str, str] | None:
-    """A question of one of `TYPES`, or `draw`, and its answer; None where the scene allows none of that type."""
+    """A question of one of `TYPES`, and its answer; None where the scene allows none of that type."""
     phrase = rng.choice(PHRASINGS[kind])
     single = [k for k in KINDS if len(scene.of(k)) == 1]
     if kind == "number":

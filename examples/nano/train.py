@@ -35,34 +35,46 @@ from .towers import Codes, TowerHeads, character_loss, high_loss, low_loss, toke
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One part of the training: how long, how fast, and which of the model's modules learn."""
+    """One part of the training: how long, how fast, and which of the model's modules learn.
+
+    Args:
+        faster: those of them that learn at three times the rate.
+        told: scenes are told in codes in place of pictures: arguments of `data.told`.
+        noise: how far codes are off, beside a spread of 0.3 of every word in them; image tokens, which come in their place, never match
+            them quite.
+    """
 
     name: str
     steps: int
     batch: int
     rate: float
     learns: tuple[str, ...]
+    faster: tuple[str, ...] = ()
+    told: dict | None = None
+    noise: float = 0.0
 
 
 TOWERS = ("vision_tower", "vision_tower_aux")
 BRIDGE = ("mm_projector", "patch_mining")
+# answers alone, without the turns of a conversation around them: many to a scene
+FACTS = dict(cells=36, turns=20, answers_only=True)
+TALK = dict(cells=36, turns=6, answers_only=False)
 STAGES = (
     Stage("digits", 3000, 32, 3e-3, ("vision_tower_aux",)),
     Stage("numbers", 1800, 40, 2e-3, ("vision_tower_aux",)),
-    Stage("lookup", 600, 32, 3e-3, ("language_model",)),
-    Stage("search", 250, 32, 2e-3, ("language_model",)),
-    Stage("language", 600, 10, 2e-3, ("language_model",)),
-    Stage("views", 700, 64, 2e-3, ("vision_tower",)),
-    Stage("scenes", 800, 12, 1e-3, (*TOWERS, *BRIDGE)),
-    Stage("alignment", 200, 16, 1e-3, BRIDGE),
-    Stage("everything", 600, 10, 1e-3, (*BRIDGE, "language_model")),
+    Stage("lookup", 450, 32, 3e-3, ("language_model",), told=FACTS | {"cells": 6}),
+    Stage("search", 200, 32, 2e-3, ("language_model",), told=FACTS, noise=0.4),
+    Stage("language", 900, 10, 2e-3, ("language_model",), told=TALK, noise=0.4),
+    Stage("views", 500, 64, 2e-3, ("vision_tower",)),
+    # towers go on, what stands on them begins
+    Stage("scenes", 900, 12, 1e-3, (*TOWERS, *BRIDGE), faster=BRIDGE),
+    Stage("alignment", 150, 16, 1e-3, BRIDGE),
+    Stage("everything", 800, 10, 1e-3, (*BRIDGE, "language_model")),
 )
-# what of a scene is told in them in codes, and how much is asked
-TOLD = {
-    "lookup": dict(cells=6, turns=20, answers_only=True),
-    "search": dict(cells=36, turns=20, answers_only=True),
-    "language": dict(cells=36, turns=6, answers_only=False),
-}
+# Muon's rate, as many times AdamW's: it takes its steps by direction alone
+MUON = 3
+# all that attends and projects; the convolutional tower has too few matrices to gain much
+BY_MUON = ("vision_tower", *BRIDGE, "language_model")
 
 
 def normalise(pixels: torch.Tensor) -> torch.Tensor:
@@ -106,6 +118,13 @@ def code_loss(seen: torch.Tensor, wanted: torch.Tensor, things: torch.Tensor) ->
     weight = 1.0 + 4.0 * things
     spread = (wanted[things] - wanted[things].mean(0)).square().mean()
     return (off * weight).sum() / weight.sum() / spread, {"explained": 1 - (off[things].mean() / spread).item()}
+
+
+def blurred(codes: torch.Tensor, noise: float, generator: torch.Generator) -> torch.Tensor:
+    """Codes [B, N, width] as image tokens will be: most of them too weak, and each off by some noise."""
+    strength = torch.empty(*codes.shape[:2], 1).uniform_(0.7, 1.1, generator=generator)
+    off = noise * torch.randn(codes.shape, generator=generator)
+    return codes * strength.to(codes.device) + off.to(codes.device)
 
 
 def _mean(flags: torch.Tensor) -> float:
@@ -178,30 +197,28 @@ class Run:
         # what is thrown away learns with what it is for
         if set(stage.learns) & set(TOWERS):
             parts["heads"] = self.heads
-        elif stage.name in TOLD:
+        elif stage.told:
             parts["codes"] = self.codes
         self.model.requires_grad_(False)
         for part in parts.values():
             part.requires_grad_(True)
-        # where towers go on, what stands on them begins
-        faster = BRIDGE if stage.name == "scenes" else ()
-        groups = [{"params": list(part.parameters()), "faster": 3 if name in faster else 1} for name, part in parts.items()]
-        learning = [p for group in groups for p in group["params"]]
-        betas, decay = ((0.9, 0.95), 0.1) if stage.name in TOLD else ((0.9, 0.98), 0.01)
-        optimizer = torch.optim.AdamW(groups, lr=stage.rate, betas=betas, weight_decay=decay)
+        learning = [p for part in parts.values() for p in part.parameters()]
+        optimizers = _optimizers(stage, parts)
         if self.optimizer_state is not None:
-            optimizer.load_state_dict(self.optimizer_state)
+            for optimizer, state in zip(optimizers, self.optimizer_state, strict=True):
+                optimizer.load_state_dict(state)
         batches = data.loader(functools.partial(self._batch, stage), self.step, stage.steps, self.workers)
         with tqdm(total=stage.steps, initial=self.step, desc=stage.name, smoothing=0.02) as bar, (self.out / "log.jsonl").open("a") as log:
             began = time.perf_counter()
             for batch in batches:
-                for group in optimizer.param_groups:
-                    group["lr"] = stage.rate * group["faster"] * _cosine(self.step, stage.steps)
                 loss, said = self._loss(stage, data.to_device(batch, self.device))
-                optimizer.zero_grad()
+                self.model.zero_grad(), self.heads.zero_grad(), self.codes.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_([p for p in learning if p.grad is not None], 1.0)
-                optimizer.step()
+                for optimizer in optimizers:
+                    for group in optimizer.param_groups:
+                        group["lr"] = stage.rate * group["faster"] * _cosine(self.step, stage.steps)
+                    optimizer.step()
                 self.step += 1
                 now = time.perf_counter()
                 self.seconds, began = self.seconds + now - began, now
@@ -212,7 +229,7 @@ class Run:
                 stopped = end is not None and time.perf_counter() > end
                 if stopped or self.step % 100 == 0 or self.step == stage.steps:
                     log.flush()
-                    self._keep(optimizer)
+                    self._keep(optimizers)
                 if stopped and self.step < stage.steps:
                     return False
         return True
@@ -220,29 +237,32 @@ class Run:
     def _batch(self, stage: Stage, step: int) -> data.Batch:
         # a stage has its own pictures
         seed = self.seed * 100 + [s.name for s in STAGES].index(stage.name)
-        if stage.name == "digits":
-            return {"page": data.pages(draw_lines, seed, step, stage.batch)}
-        if stage.name == "numbers":
-            pages = data.pages(draw_numbers, seed, step, stage.batch)
-            return {"page": pages, "lines": data.pages(draw_lines, seed, step, stage.batch // 2)}
         told = functools.partial(data.told, self.processor, seed, step, stage.batch)
-        facts = functools.partial(data.told, self.processor, -1 - seed, step, stage.batch, **TOLD["search"])
-        if stage.name == "language":
-            # what bare answers taught is forgotten where they stop
-            return told(**TOLD["language"]) | {"facts": facts()}
-        if stage.name in TOLD:
-            return told(**TOLD[stage.name])
-        # as captions in the original: all that is to be said about a picture
-        if stage.name == "alignment":
-            return told(**TOLD["search"], shown=True)
-        if stage.name == "everything":
-            beside = facts(shown=True, described=0.4)
-            return data.conversations(self.processor, seed, step, stage.batch) | {"facts": beside}
-        if stage.name == "views":
-            return data.scenes(seed, step, stage.batch)
-        # scenes; few of them hold print, so pages go along
-        pages = {"page": data.pages(draw_numbers, seed, step, 4 * stage.batch)} if self.hr else {}
-        return data.scenes(seed, step, stage.batch) | pages
+        facts = functools.partial(data.told, self.processor, -1 - seed, step, stage.batch, **FACTS)
+        match stage.name:
+            case "digits":
+                return {"page": data.pages(draw_lines, seed, step, stage.batch)}
+            case "numbers":
+                pages = data.pages(draw_numbers, seed, step, stage.batch)
+                return {"page": pages, "lines": data.pages(draw_lines, seed, step, stage.batch // 2)}
+            case "lookup" | "search":
+                return told(**stage.told)
+            case "language":
+                # what answers alone taught is forgotten where they stop
+                return told(**stage.told) | {"facts": facts(described=0.3)}
+            case "views":
+                return data.scenes(seed, step, stage.batch)
+            case "scenes":
+                # few of them hold print, so pages go along
+                pages = {"page": data.pages(draw_numbers, seed, step, 4 * stage.batch)} if self.hr else {}
+                return data.scenes(seed, step, stage.batch) | pages
+            case "alignment":
+                # as captions in the original: all that is to be said about a picture
+                return told(**FACTS, shown=True)
+            case "everything":
+                beside = facts(shown=True, described=0.4)
+                return data.conversations(self.processor, seed, step, stage.batch) | {"facts": beside}
+        raise ValueError(f"no stage {stage.name!r}")
 
     def _loss(self, stage: Stage, batch: data.Batch) -> tuple[torch.Tensor, dict[str, float]]:
         with torch.autocast(self.device, torch.bfloat16):
@@ -256,8 +276,11 @@ class Run:
 
     def _main_loss(self, stage: Stage, batch: data.Batch) -> tuple[torch.Tensor, dict[str, float]]:
         embeddings = self.model.get_input_embeddings()
-        if stage.name in TOLD:
-            return chat_loss(self.model, batch, self.content, self.codes(batch, embeddings))
+        if stage.told:
+            codes = self.codes(batch, embeddings)
+            if stage.noise:
+                codes = blurred(codes, stage.noise, torch.Generator().manual_seed(self.seed * 10**6 + self.step))
+            return chat_loss(self.model, batch, self.content, codes)
         if stage.name == "views":
             queries, _ = towers(self.model, normalise(batch["pixels"]), hr=False)
             return low_loss(self.heads, queries[:, 0], batch)
@@ -267,9 +290,9 @@ class Run:
             seen = towers(self.model, normalise(batch["pixels"]), hr=self.hr)
         return chat_loss(self.model, batch, self.content, bridge(self.model, *seen))
 
-    def _keep(self, optimizer: torch.optim.Optimizer) -> None:
+    def _keep(self, optimizers: list[torch.optim.Optimizer]) -> None:
         state = {"model": self.model.state_dict(), "heads": self.heads.state_dict(), "codes": self.codes.state_dict()}
-        state |= {"optimizer": optimizer.state_dict()}
+        state |= {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}
         state |= {"at": self.at, "step": self.step, "seconds": self.seconds, "run": self._what()}
         # a run that is killed while it writes must not lose what it had
         torch.save(state, self.out / "next.pt")
@@ -287,7 +310,7 @@ class Run:
         self.model.load_state_dict(state["model"])
         self.heads.load_state_dict(state["heads"])
         self.codes.load_state_dict(state["codes"])
-        self.at, self.step, self.seconds, self.optimizer_state = state["at"], state["step"], state["seconds"], state["optimizer"]
+        self.at, self.step, self.seconds, self.optimizer_state = state["at"], state["step"], state["seconds"], state["optimizers"]
 
     def _cut_log(self) -> None:
         """Leaves the rows up to where the run goes on: steps of a killed run beyond what it kept are made again."""
@@ -295,6 +318,24 @@ class Run:
         done = sum(stage.steps for stage in self.stages[: self.at]) + self.step
         rows = log.read_text().splitlines(keepends=True) if log.is_file() else []
         log.write_text("".join(rows[:done]))
+
+
+def _optimizers(stage: Stage, parts: dict[str, nn.Module]) -> list[torch.optim.Optimizer]:
+    """AdamW, and Muon (Jordan et al. 2024) for the matrices of `BY_MUON`; every group's `faster` multiplies the stage's rate."""
+    betas, decay = ((0.9, 0.95), 0.1) if stage.told else ((0.9, 0.98), 0.01)
+    plain, matrices = [], []
+    for name, part in parts.items():
+        faster = 3 if name in stage.faster else 1
+        tables = {m.weight for m in part.modules() if isinstance(m, nn.Embedding)}
+        muon = [p for p in part.parameters() if name in BY_MUON and p.dim() == 2 and p not in tables]
+        ours = set(muon)
+        plain.append({"params": [p for p in part.parameters() if p not in ours], "faster": faster})
+        if muon:
+            matrices.append({"params": muon, "faster": MUON * faster})
+    optimizers = [torch.optim.AdamW(plain, lr=stage.rate, betas=betas, weight_decay=decay)]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, lr=stage.rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
 
 
 def _cosine(step: int, steps: int) -> float:
