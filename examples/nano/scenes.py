@@ -137,8 +137,11 @@ def draw_scene(seed: int, index: int, *, split: str = "train", number: str | Non
         if spot is not None:
             # a kind that is there already comes back half of the time, or counts would rarely go beyond one
             kind = rng.choice(shapes).kind if shapes and rng.random() < 0.5 else rng.choice(KINDS)
-            colour = rng.choice([name for name, rgb in COLOURS.items() if _apart(rgb, base) > 110])
-            shapes.append(Shape(kind, colour, *spot, size))
+            # no two shapes alike, so that each can be named
+            there = {shape.colour for shape in shapes if shape.kind == kind}
+            colours = [name for name, rgb in COLOURS.items() if _apart(rgb, base) > 110 and name not in there]
+            if colours:
+                shapes.append(Shape(kind, rng.choice(colours), *spot, size))
 
     image = _background(rng, base)
     canvas = ImageDraw.Draw(image)

@@ -1,9 +1,9 @@
 """What is asked about a scene, in several phrasings, and the one right answer to each."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from .scenes import BACKGROUNDS, COLOURS, KINDS, SIDE, WORDS, Scene
+from .scenes import BACKGROUNDS, COLOURS, KINDS, SIDE, WORDS, Scene, Shape
 
 GEN = " <GEN>"
 STYLE = "simple shapes, flat colours"
@@ -92,13 +92,11 @@ def ask(scene: Scene, kind: str, rng: random.Random) -> tuple[str, str] | None:
     if kind == "count":
         # one that is there, most of the time
         thing = rng.choice((*KINDS, "shape", *(shape.kind for shape in scene.shapes)))
-        number = len(scene.shapes) if thing == "shape" else len(scene.of(thing))
-        return phrase.format(thing + "s"), f"There {'is' if number == 1 else 'are'} {WORDS[number]} {thing}{'' if number == 1 else 's'}."
+        return phrase.format(thing + "s"), count(thing, scene.shapes if thing == "shape" else scene.of(thing))
     if kind == "background":
         return phrase, f"The background is {scene.background}."
     if kind == "describe":
-        said = describe(scene)
-        return phrase, said[0].upper() + said[1:] + "."
+        return phrase, _capital(describe(scene)) + "."
     return phrase + GEN, f"<h>{describe(scene)}, {STYLE}</h>"
 
 
@@ -112,6 +110,14 @@ def region(x: float, y: float) -> str:
     return f"at the {('top', '', 'bottom')[down]}{(' left', '', ' right')[across]}"
 
 
+def count(thing: str, shapes: Sequence[Shape]) -> str:
+    """How many shapes of one kind there are, each named before the number is said: a small model counts its own words, not pixels."""
+    if not shapes:
+        return f"There are {WORDS[0]} {thing}s."
+    named = _listed(_named([(shape.kind, shape.colour) for shape in shapes]))
+    return f"{_capital(named)}: {WORDS[len(shapes)]} {thing}{'' if len(shapes) == 1 else 's'}."
+
+
 def describe(scene: Scene) -> str:
     """All that is in a scene but the print's own digits, in one fixed order."""
     return wish([(shape.kind, shape.colour) for shape in scene.shapes], scene.background, scene.print is not None)
@@ -119,14 +125,25 @@ def describe(scene: Scene) -> str:
 
 def wish(shapes: list[tuple[str, str]], background: str, number: bool = False) -> str:
     """Shapes (kind, colour) on a background, in words."""
-    parts = []
+    parts = _named(shapes) + ["a number"] * number
+    return f"{_listed(parts) if parts else 'nothing'} on a {background} background"
+
+
+def _named(shapes: list[tuple[str, str]]) -> list[str]:
+    """Shapes (kind, colour) in words, in one fixed order; those that are alike together."""
+    named = []
     for kind, colour in sorted(set(shapes)):
-        count = shapes.count((kind, colour))
-        parts.append(f"a{'n' * (colour == 'orange')} {colour} {kind}" if count == 1 else f"{WORDS[count]} {colour} {kind}s")
-    if number:
-        parts.append("a number")
-    listed = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts) if parts else "nothing"
-    return f"{listed} on a {background} background"
+        number = shapes.count((kind, colour))
+        named.append(f"a{'n' * (colour == 'orange')} {colour} {kind}" if number == 1 else f"{WORDS[number]} {colour} {kind}s")
+    return named
+
+
+def _listed(parts: list[str]) -> str:
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
+def _capital(said: str) -> str:
+    return said[0].upper() + said[1:]
 
 
 def text_only(rng: random.Random) -> tuple[str, str]:
@@ -165,10 +182,11 @@ def conversation(scene: Scene, rng: random.Random, turns: int = 4, *, short: boo
 def bare(question: str, answer: str) -> tuple[str, str]:
     """What goes before an answer among answers alone, and the answer.
 
-    Nothing goes before answers that say what they are about before what they say of it. Counts and places do not ("There are two circles.";
-    "The circle is" may as well lead to a colour): their questions go before them.
+    Nothing goes before answers that say what they are about before what they say of it. Counts and places do not ("A red circle" may lead
+    to the count of circles or of shapes, "The circle is" to a colour): their questions go before them.
     """
-    asks = (answer.startswith("There ") and answer != NO_NUMBER) or any(f" is {at} the " in answer for at in ("at", "on", "in"))
+    counts = ": " in answer or answer.startswith(f"There are {WORDS[0]} ")
+    asks = counts or any(f" is {at} the " in answer for at in ("at", "on", "in"))
     return (question, answer) if asks else ("", answer)
 
 
@@ -195,6 +213,7 @@ def every_sentence() -> Iterator[str]:
             for y in (0, SIDE / 2, SIDE - 1):
                 yield f"The {thing} is {region(x, y)}."
     for thing in (*KINDS, "shape"):
-        for count, word in enumerate(WORDS):
-            yield f"There {'is' if count == 1 else 'are'} {word} {thing}{'' if count == 1 else 's'}."
+        for number in range(len(WORDS)):
+            some = rng.sample(list(COLOURS), number)
+            yield count(thing, [Shape(rng.choice(KINDS) if thing == "shape" else thing, colour, 0, 0, 0) for colour in some])
     yield from (NO_NUMBER, *(f"The number is {number}." for number in range(10, 100)))

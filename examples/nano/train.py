@@ -57,7 +57,7 @@ class Stage:
 TOWERS = ("vision_tower", "vision_tower_aux")
 BRIDGE = ("mm_projector", "patch_mining")
 # answers alone, without the turns of a conversation around them: many to a scene
-FACTS = dict(cells=36, turns=20, answers_only=True)
+FACTS = dict(cells=36, turns=16, answers_only=True)
 TALK = dict(cells=36, turns=6, answers_only=False)
 STAGES = (
     Stage("digits", 3000, 32, 3e-3, ("vision_tower_aux",)),
@@ -67,7 +67,7 @@ STAGES = (
     Stage("language", 900, 10, 2e-3, ("language_model",), told=TALK, noise=0.4),
     Stage("views", 500, 64, 2e-3, ("vision_tower",)),
     # towers go on, what stands on them begins
-    Stage("scenes", 900, 12, 1e-3, (*TOWERS, *BRIDGE), faster=BRIDGE),
+    Stage("scenes", 900, 12, 5e-4, (*TOWERS, *BRIDGE), faster=BRIDGE),
     Stage("alignment", 150, 16, 1e-3, BRIDGE),
     Stage("everything", 800, 10, 1e-3, (*BRIDGE, "language_model")),
 )
