@@ -30,7 +30,7 @@ from examples.nano.scenes import (
 )
 from examples.nano.talk import GEN, NO_NUMBER, ask, bare, careless, conversation, describe, every_sentence, text_only
 from examples.nano.towers import Codes
-from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor
+from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor, Pipeline
 from mg_fast.mini_gemini.geometry import check_geometry
 
 SCENES = [draw_scene(5, i, split="unseen" if i % 2 else "train") for i in range(60)]
@@ -286,7 +286,7 @@ def test_training_learns_and_goes_on_where_it_stopped(tmp_path):
     trained = dict(resumed.model.named_parameters())
     for name, parameter in loaded.named_parameters():
         torch.testing.assert_close(parameter, trained[name], atol=2e-3, rtol=1e-3)
-    shares, wrong = evaluate({"nano": loaded}, resumed.processor, seed=0, count=3)
+    shares, wrong = evaluate({"nano": Pipeline(loaded, resumed.processor)}, seed=0, count=3)
     assert shares["asked"]["describe"] == 3 and set(shares["nano"]) == set(shares["asked"])
     assert len(wrong) == sum(n * (1 - shares["nano"][kind]) for kind, n in shares["asked"].items() if "never" not in kind)
 

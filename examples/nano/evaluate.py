@@ -13,60 +13,58 @@ import json
 import random
 import time
 from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from transformers.utils import logging as transformers_logging
 
 import mg_fast
 from bench.records import environment
-from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor
-from mg_fast.conversation import render, with_picture_tags
 
 from .model import forget_mined
 from .scenes import TYPES, Scene, draw_scene, held_out
 from .talk import ask
 
+# scenes that are in memory together, questions that are answered together, tokens of an answer
 CHUNK = 50
+BATCH = 64
+MOST = 64
 
 
-def evaluate(
-    models: dict[str, MiniGeminiForConditionalGeneration], processor: MiniGeminiProcessor, *, seed: int, count: int
-) -> tuple[dict[str, dict[str, float]], list[dict]]:
+def evaluate(pipelines: dict[str, mg_fast.Pipeline], *, seed: int, count: int) -> tuple[dict[str, dict[str, float]], list[dict]]:
     """Share of exact answers.
 
     Args:
-        models: by the name of what is compared.
+        pipelines: by the name of what is compared.
         seed, count: of the unseen scenes.
 
     Returns:
-        Per model and type, with `number, never seen`, `asked` for how many there were of each; and every wrong answer.
+        Per pipeline and type, with `number, never seen`, `asked` for how many there were of each; and every wrong answer.
     """
-    right = {name: defaultdict(int) for name in models}
+    right = {name: defaultdict(int) for name in pipelines}
     asked: dict[str, int] = defaultdict(int)
     wrong = []
     for first in range(0, count, CHUNK):
-        scenes = [draw_scene(seed, i, split="unseen") for i in range(first, min(first + CHUNK, count))]
-        pixels = processor.image_processor([scene.image for scene in scenes])
-        seen = {name: model.get_image_features(**pixels).pooler_output for name, model in models.items()}
-        for kind in TYPES:
-            turns = [ask(scene, kind, random.Random(f"{kind}/{seed}/{first + i}")) for i, scene in enumerate(scenes)]
-            rows = [i for i, turn in enumerate(turns) if turn is not None]
-            if not rows:
-                continue
-            kinds = [_kinds(kind, scenes[i]) for i in rows]
-            for names in kinds:
-                for name in names:
-                    asked[name] += 1
-            for model_name, model in models.items():
-                answers = answer(model, processor, [turns[i][0] for i in rows], seen[model_name][rows])
-                for i, names, said in zip(rows, kinds, answers):
-                    if said == turns[i][1]:
-                        for name in names:
-                            right[model_name][name] += 1
-                    else:
-                        wrong.append({"model": model_name, "scene": first + i, "asked": turns[i][0], "said": said, "right": turns[i][1]})
+        turns = []
+        for i in range(first, min(first + CHUNK, count)):
+            scene = draw_scene(seed, i, split="unseen")
+            for kind in TYPES:
+                turn = ask(scene, kind, random.Random(f"{kind}/{seed}/{i}"))
+                if turn is not None:
+                    turns.append((i, scene, _kinds(kind, scene), *turn))
+        for _, _, kinds, _, _ in turns:
+            for kind in kinds:
+                asked[kind] += 1
+        for name, pipeline in pipelines.items():
+            questions = [(question, [scene.image]) for _, scene, _, question, _ in turns]
+            answers = pipeline.chat_batch(questions, max_new_tokens=MOST, batch_size=BATCH, progress=False)
+            for (i, _, kinds, question, wanted), answer in zip(turns, answers):
+                if answer.error is not None:
+                    raise answer.error
+                if answer.text == wanted:
+                    for kind in kinds:
+                        right[name][kind] += 1
+                else:
+                    wrong.append({"model": name, "scene": i, "asked": question, "said": answer.text, "right": wanted})
     shares = {name: {kind: round(counts[kind] / asked[kind], 4) for kind in asked} for name, counts in right.items()}
     return {**shares, "asked": dict(asked)}, wrong
 
@@ -77,7 +75,7 @@ def answer_seconds(pipeline: mg_fast.Pipeline, seed: int, count: int = 5) -> lis
     for i in range(count):
         image = draw_scene(seed, i, split="unseen").image
         began = time.perf_counter()
-        pipeline.conversation().chat("What does the sign say?", [image], max_new_tokens=64)
+        pipeline.conversation().chat("What does the sign say?", [image], max_new_tokens=MOST)
         seconds.append(time.perf_counter() - began)
     return seconds
 
@@ -105,22 +103,6 @@ def _kinds(kind: str, scene: Scene) -> list[str]:
     return ["number", "number, never seen"] if held_out(scene.print.text) else ["number"]
 
 
-@torch.inference_mode()
-def answer(
-    model: MiniGeminiForConditionalGeneration, processor: MiniGeminiProcessor, questions: Sequence[str], image_tokens: torch.Tensor
-) -> list[str]:
-    """Greedy answers to first questions, one picture [n, T, hidden] each."""
-    rows = [processor.encode(render(processor.template, [(with_picture_tags(question, 1), None)])) for question in questions]
-    longest = max(len(ids) for ids, _ in rows)
-    padded = [([0] * (longest - len(ids)) + ids, [0] * (longest - len(ids)) + marks, len(ids)) for ids, marks in rows]
-    ids, marks = (torch.tensor([row[part] for row in padded]) for part in (0, 1))
-    mask = torch.tensor([[0] * (longest - length) + [1] * length for _, _, length in padded])
-    out = model.generate(
-        input_ids=ids, attention_mask=mask, mm_token_type_ids=marks, image_tokens=image_tokens, max_new_tokens=64, do_sample=False
-    )
-    return [text.strip() for text in processor.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="trained with the high-resolution branch")
@@ -135,17 +117,17 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     began = time.perf_counter()
     pipeline = mg_fast.load(args.checkpoint, dtype="float32")
-    model, processor = pipeline.model, pipeline.processor
-    seconds = answer_seconds(pipeline, args.seed)
-    models = {"with mining": model, "mined features zero": copy.deepcopy(model)}
-    forget_mined(models["mined features zero"])
+    blind = copy.deepcopy(pipeline.model)
+    forget_mined(blind)
+    pipelines = {"with mining": pipeline, "mined features zero": mg_fast.Pipeline(blind, pipeline.processor)}
     if args.without is not None:
-        models["trained without"] = MiniGeminiForConditionalGeneration.from_pretrained(args.without, dtype=torch.float32).eval()
-    shares, wrong = evaluate(models, processor, seed=args.seed, count=args.count)
+        pipelines["trained without"] = mg_fast.load(args.without, dtype="float32")
+    seconds = answer_seconds(pipeline, args.seed)
+    shares, wrong = evaluate(pipelines, seed=args.seed, count=args.count)
     kinds = list(shares["asked"])
-    print(f"{'':22}" + "".join(f"{name:>22}" for name in (*models, "asked")))
+    print(f"{'':22}" + "".join(f"{name:>22}" for name in (*pipelines, "asked")))
     for kind in kinds:
-        print(f"{kind:22}" + "".join(f"{shares[name][kind]:22.1%}" for name in models) + f"{shares['asked'][kind]:22}")
+        print(f"{kind:22}" + "".join(f"{shares[name][kind]:22.1%}" for name in pipelines) + f"{shares['asked'][kind]:22}")
     result = {
         "exact": shares,
         "conditions": {
