@@ -26,8 +26,9 @@ from .resize_tables import neighbours, resize_matrix, strip_tables, window_table
 
 # on a CPU: rows of a map whose inner products are taken together, so that they stay in its cache
 ROWS = 8
-# on a CPU: bytes of the pyramids taken together; of a larger one the windows of one row at a time
-CACHED = 8 * 2**20
+# on a CPU: bytes of the pyramids, in the accumulator's dtype, that are taken together; their gathered windows take two to four times as
+# much. Of a larger pyramid the windows of one row are taken at a time
+TOGETHER = 8 * 2**20
 
 
 def patch_mining(
@@ -81,15 +82,18 @@ def pool_windows(absorbed: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: 
         # which would round the products of the statistics, in float16 to infinity
         with torch.autocast(device, enabled=False):
             return pool_windows(absorbed, pyramid, grid)
-    cached = _cached_pictures(pyramid)
-    in_steps = cached < 1
     b, views, n, channels = absorbed.shape
-    if b > max(1, cached):
-        some = range(0, b, max(1, int(cached)))
-        pictures = ([level[i : i + some.step] for level in pyramid] for i in some)
-        return torch.cat([pool_windows(absorbed[i : i + some.step], picture, grid) for i, picture in zip(some, pictures)])
     cells, side = grid * grid, int(n**0.5)
     dtype = torch.float64 if pyramid[0].dtype == torch.float64 else torch.float32
+    in_steps = False
+    # a CPU is best kept in its cache, but not for a few windows at a time; a GPU is to be busy, a compiler's graph small
+    if device == "cpu" and not torch.compiler.is_compiling():
+        together = TOGETHER // sum(dtype.itemsize * level.shape[1:].numel() for level in pyramid)
+        if b > max(1, together):
+            some = max(1, together)
+            parts = zip(absorbed.split(some), zip(*(level.split(some) for level in pyramid)))
+            return torch.cat([pool_windows(queries, levels, grid) for queries, levels in parts])
+        in_steps = together == 0
     absorbed = absorbed.to(dtype)
     centres = [level.mean(-1, dtype=dtype) for level in pyramid]
     # for cells and global view together: it reads every level several times
@@ -195,13 +199,6 @@ def _reader(
         return windows
 
     return cut, resize
-
-
-def _cached_pictures(pyramid: Sequence[torch.Tensor]) -> float:
-    """How many pictures' pyramids to take at once: a CPU is best kept in its cache, a GPU busy, a compiler's graph small."""
-    if pyramid[0].device.type != "cpu" or torch.compiler.is_compiling():
-        return float("inf")
-    return CACHED / sum(4 * level.shape[1:].numel() for level in pyramid)
 
 
 def _statistics(

@@ -25,11 +25,11 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True, params=["at once", "in steps"])
+@pytest.fixture(autouse=True, params=["together", "row by row"])
 def taken(request, monkeypatch):
     """On a CPU pictures as small as these are taken together; large ones, row by row, must come out the same."""
-    if request.param == "in steps":
-        monkeypatch.setattr(absorbed, "CACHED", 0)
+    if request.param == "row by row":
+        monkeypatch.setattr(absorbed, "TOGETHER", 0)
 
 
 def make(side, *, window=8, grid=1, batch=1, dims=(6, 10, 14, 18), dim=12, views=None, offset=0.0, dtype=torch.float32, seed=0):
@@ -73,6 +73,28 @@ def test_accuracy(case, dtype):
         plain = reference.patch_mining(queries, pyramid, *projections, grid=grid)
         assert ours.dtype == dtype and ours.shape == queries.shape
         assert_accurate(ours, plain, oracle(*inputs))
+
+
+@pytest.mark.parametrize("grid", [1, 2])
+def test_pictures_of_a_batch_do_not_know_each_other(grid, monkeypatch):
+    """Five taken two at a time, forward and backward, as each alone."""
+    queries, pyramid, _, grid = make(2, batch=5, grid=grid, dim=48)
+    monkeypatch.setattr(absorbed, "TOGETHER", sum(10 * level[0].numel() for level in pyramid))
+    parts = []
+    pool = absorbed._pool_raster
+    monkeypatch.setattr(absorbed, "_pool_raster", lambda *args, **options: parts.append(len(args[0])) or pool(*args, **options))
+
+    def run(*inputs):
+        inputs = [t.clone().requires_grad_() for t in inputs]
+        out = absorbed.pool_windows(inputs[0], inputs[1:], grid)
+        out.square().sum().backward()
+        return [out.detach(), *(t.grad for t in inputs)]
+
+    whole = run(queries, *pyramid)
+    assert set(parts) == {2, 1} and parts.count(1) < parts.count(2)
+    alone = [run(*(t[i : i + 1] for t in (queries, *pyramid))) for i in range(5)]
+    for got, rows in zip(whole, zip(*alone)):
+        torch.testing.assert_close(got, torch.cat(rows), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("grid", [1, 2])

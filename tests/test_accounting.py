@@ -78,8 +78,10 @@ def test_reference_at_any_size(case, dtype):
     assert count(reference.patch_mining, sizes, "cpu")[0] == flop
 
 
-def test_absorbed_on_a_cpu():
-    """Row by row and with 1x1 convolutions, a CPU makes the same products."""
+@pytest.mark.parametrize("together", [0, absorbed.TOGETHER])
+def test_absorbed_on_a_cpu(together, monkeypatch):
+    """Row by row or pictures together, a CPU makes the same products."""
+    monkeypatch.setattr(absorbed, "TOGETHER", together)
     sizes = Sizes(torch.float32, batch=16, side=6, dim=512, levels=((12, 128), (6, 128), (3, 256)))
     assert count(absorbed.patch_mining, sizes, "cpu")[0] == accounting.torch_mining(sizes).flop
 

@@ -99,7 +99,10 @@ def told(
 
 
 def _answers(processor: MiniGeminiProcessor, said: Iterable[tuple[str, str]], cells: int, content: set[int] | None) -> Row:
-    """As `encode`, of answers that follow so many cells, each after its question or none; without one only `content` is to be said."""
+    """As `encode`, of answers that follow so many cells, each after its question or none.
+
+    Without a question only `content` is to be said; all of it where that is None.
+    """
     tokens = functools.partial(processor.tokenizer, add_special_tokens=False)
     words, wanted = [], []
     for question, answer in said:

@@ -107,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="trained with the high-resolution branch")
     parser.add_argument("--without", type=Path, help="trained without")
-    parser.add_argument("--seed", type=int, default=5000, help="of the unseen scenes")
+    parser.add_argument("--seed", type=int, default=6000, help="of the unseen scenes")
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

@@ -119,7 +119,7 @@ def draw_scene(seed: int, index: int, *, split: str = "train", number: str | Non
         seed, index: together name the scene.
         split: `train` or `unseen`, whose scenes differ for the same seed: unseen ones have other clutter, and any number.
         number: printed in place of a random one.
-        crowd: so many shapes, where there is room for them, in place of one to four.
+        crowd: so many shapes, where there are room and colours for them, in place of one to four.
     """
     rng = random.Random(f"{split}/{seed}/{index}")
     background = rng.choice(list(BACKGROUNDS))

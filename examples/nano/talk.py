@@ -170,7 +170,7 @@ def conversation(scene: Scene, rng: random.Random, turns: int = 4, *, short: boo
 
     Args:
         turns: at most so many.
-        short: nothing is described or drawn, which would tell what later questions ask for.
+        short: nothing is described or drawn, which would tell most of what later questions ask for; counts name shapes still.
     """
     others = ["number", "where", "where", "colour", "colour", "count", "count", "count", "background"]
     kinds = ["number", *rng.choices(others if short else [*others, "describe", "describe", "draw"], k=turns - 1)]
