@@ -10,9 +10,8 @@ Exact, not an approximation. With one query to a window the key and value projec
 - LayerNorm's mean is linear too, its variance a quadratic form of the inner products of neighbouring coarse pixels.
 
 By count of the products, 435 GFLOP become 8 for a picture of 768 pixels. Windows share their borders, so coarse pixels are read more
-than once. Slower than the plain form where there is little to save: few queries of few channels (on a CPU up to about 6 x 6 of 120 in
-float32, 24 x 24 in bfloat16, milliseconds either way). Something that is not finite makes its whole picture so. Under torch.compile
-sizes must be static (dynamic=False): the tables are made from them.
+than once. Slower than the plain form where there is little to save, few queries of few channels: milliseconds either way. Something that is
+not finite makes its whole picture so. Under torch.compile sizes must be static (dynamic=False): the tables are made from them.
 """
 
 from collections.abc import Callable, Sequence

@@ -66,22 +66,22 @@ def read(pipeline) -> int:
 
 
 def test_small_print_is_read(nano):
-    assert read(nano) >= 9
+    assert read(nano) >= 10
 
 
 def test_without_the_mined_features_it_is_not(nano):
     model = copy.deepcopy(nano.model)
     forget_mined(model)
-    assert read(mg_fast.Pipeline(model, nano.processor)) <= 3
+    assert read(mg_fast.Pipeline(model, nano.processor)) <= 1
 
 
-# wrong ones at most, of three: what is recorded says how well it does, and that is not well enough yet in the last three
-@pytest.mark.parametrize(("kind", "most"), [("colour", 0.75), ("background", 0.75), ("count", 1.5), ("where", 1.5), ("describe", 2)])
+# how many may be wrong: what is recorded says how well it does
+@pytest.mark.parametrize(("kind", "most"), [("colour", 0), ("background", 0), ("where", 1), ("count", 1), ("describe", 2)])
 def test_questions_about_what_there_is(nano, kind, most):
     turns = asked(kind)
     answers = said(nano, [(question, [image]) for question, _, image in turns])
     wrong = [(question, answer, right) for (question, right, _), answer in zip(turns, answers) if answer != right]
-    assert len(turns) >= 5 and len(wrong) <= len(turns) * most / 3, wrong
+    assert len(turns) >= 5 and len(wrong) <= most, wrong
 
 
 def test_later_questions_are_about_the_same_picture(nano):
@@ -93,7 +93,7 @@ def test_later_questions_are_about_the_same_picture(nano):
             given = conversation.chat(question, [scene.image] if i == 0 else None, max_new_tokens=MOST)
             assert given.image_tokens == 36 and (i == 0 or given.cached_tokens > 36)
             right.append(given.text == answer)
-    assert sum(right) >= 11, right
+    assert sum(right) >= 16, right
 
 
 def test_a_wish_for_a_drawing_is_answered_with_a_prompt(nano):

@@ -24,6 +24,7 @@ from .model import forget_mined
 from .scenes import TYPES, Scene, draw_scene, held_out
 from .talk import ask
 
+KINDS = ("number", "number, never seen", "no number", *TYPES[1:])
 # scenes that are in memory together, questions that are answered together, tokens of an answer
 CHUNK = 50
 BATCH = 64
@@ -65,8 +66,9 @@ def evaluate(pipelines: dict[str, mg_fast.Pipeline], *, seed: int, count: int) -
                         right[name][kind] += 1
                 else:
                     wrong.append({"model": name, "scene": i, "asked": question, "said": answer.text, "right": wanted})
-    shares = {name: {kind: round(counts[kind] / asked[kind], 4) for kind in asked} for name, counts in right.items()}
-    return {**shares, "asked": dict(asked)}, wrong
+    kinds = [kind for kind in KINDS if kind in asked]
+    shares = {name: {kind: round(counts[kind] / asked[kind], 4) for kind in kinds} for name, counts in right.items()}
+    return {**shares, "asked": {kind: asked[kind] for kind in kinds}}, wrong
 
 
 def answer_seconds(pipeline: mg_fast.Pipeline, seed: int, count: int = 5) -> list[float]:

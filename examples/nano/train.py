@@ -360,7 +360,7 @@ def draw_curve(log: Path, picture: Path) -> None:
         axes.plot(range(first, first + len(smooth)), smooth, label=name)
         first += len(losses)
     axes.set(xlabel="step", ylabel="loss (each stage has its own)", yscale="log")
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.savefig(picture, dpi=80, bbox_inches="tight")
     pyplot.close(figure)
 
