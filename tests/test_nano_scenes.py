@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from examples.nano import data, train
 from examples.nano.evaluate import evaluate
@@ -279,6 +280,9 @@ def test_training_learns_and_goes_on_where_it_stopped(tmp_path):
         assert loss < 0.8 * first, name
     for part in ("vision_tower.", "vision_tower_aux.", "patch_mining.", "mm_projector.", "language_model."):
         assert any(not torch.equal(p, before[name]) for name, p in resumed.model.named_parameters() if f".{part}" in name), part
+
+    train.draw_curve(tmp_path / "run" / "log.jsonl", tmp_path / "loss.png")
+    assert np.asarray(Image.open(tmp_path / "loss.png")).std() > 10
 
     written = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
     for other, name in (dict(seed=1), "seed"), (dict(hr=False), "hr"), (dict(stages=stages[:-1]), "stages"):

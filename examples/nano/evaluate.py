@@ -114,6 +114,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     folders = {"with mining": args.checkpoint} | ({} if args.without is None else {"trained without": args.without})
+    for folder in folders.values():
+        if not (folder / "tokenizer.model").is_file():
+            parser.error(f"expected a folder that examples.nano.train wrote, with a tokenizer.model in it; got {folder}")
     if len({(folder / "tokenizer.model").read_bytes() for folder in folders.values()}) > 1:
         parser.error("the two checkpoints have different tokenizers")
     transformers_logging.set_verbosity_error()

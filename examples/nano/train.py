@@ -75,6 +75,12 @@ STAGES = (
 MUON = 3
 # all that attends and projects; in 500 steps of digits the convolutional tower gained a fifth only, and stayed with AdamW
 BY_MUON = ("vision_tower", *BRIDGE, "language_model")
+# what the curve shows of reading: shares in the log
+READ = {
+    "whole numbers, HR tower on pages": ("page number", "C0"),
+    "whole numbers, image tokens by nearest code": ("token number", "C1"),
+    "single digits, language model": ("digit", "C2"),
+}
 
 
 def normalise(pixels: torch.Tensor) -> torch.Tensor:
@@ -301,7 +307,7 @@ class Run:
 
     def _what(self) -> dict:
         """What must be the same where a run goes on."""
-        return {"seed": self.seed, "hr": self.hr, "stages": [dataclasses.asdict(stage) for stage in self.stages]}
+        return {"seed": self.seed, "hr": self.hr, "muon": MUON, "stages": [dataclasses.asdict(stage) for stage in self.stages]}
 
     def _resume(self) -> None:
         state = torch.load(self.out / "last.pt", map_location=self.device, weights_only=True)
@@ -344,23 +350,38 @@ def _cosine(step: int, steps: int) -> float:
     return (step + 1) / warm if step < warm else 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
+def _smooth(values: list[float]) -> torch.Tensor:
+    return torch.tensor(values).unfold(0, min(20, len(values)), 1).mean(-1)
+
+
 def draw_curve(log: Path, picture: Path) -> None:
-    """The losses of a run, stage by stage, as a picture."""
+    """The losses of a run, stage by stage, and how much it reads, as a picture."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     rows = [json.loads(line) for line in log.read_text().splitlines()]
-    figure, axes = pyplot.subplots(figsize=(9, 4))
+    figure, (axes, reads) = pyplot.subplots(2, figsize=(9, 7), sharex=True)
     first = 0
     for name, group in itertools.groupby(rows, lambda row: row["stage"]):
-        losses = [row["loss"] for row in group]
-        smooth = torch.tensor(losses).unfold(0, min(20, len(losses)), 1).mean(-1)
+        group = list(group)
+        smooth = _smooth([row["loss"] for row in group])
         axes.plot(range(first, first + len(smooth)), smooth, label=name)
-        first += len(losses)
-    axes.set(xlabel="step", ylabel="loss (each stage has its own)", yscale="log")
+        for key, colour in READ.values():
+            shares = [(first + i, row[key]) for i, row in enumerate(group) if key in row]
+            if len(shares) > 1:
+                smooth = _smooth([share for _, share in shares])
+                reads.plot([at for at, _ in shares][: len(smooth)], smooth, colour)
+        first += len(group)
+    axes.set(ylabel="loss (each stage has its own)", yscale="log")
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
+    reads.set(xlabel="step", ylabel="share that is right, in training")
+    for what, (_, colour) in READ.items():
+        reads.plot([], [], colour, label=what)
+    # the aim for whole numbers
+    reads.axhline(0.95, color="gray", linestyle=":", label="0.95")
+    reads.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.savefig(picture, dpi=80, bbox_inches="tight")
     pyplot.close(figure)
 
@@ -374,7 +395,10 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     run = Run(args.out, seed=args.seed, hr=not args.no_hr, stages=STAGES, device=args.device)
-    done = run.train(args.minutes)
+    try:
+        done = run.train(args.minutes)
+    except KeyboardInterrupt:
+        raise SystemExit("\nstopped: the same command goes on from the last hundred steps") from None
     draw_curve(args.out / "log.jsonl", args.out / "loss.png")
     print(f"{args.out / 'model'} after {run.seconds / 60:.1f} minutes of training" if done else "not done yet: run the same command again")
 
