@@ -13,13 +13,16 @@ from mg_fast import MiniGeminiProcessor
 from mg_fast.conversation import IMAGE_TAG, render
 from mg_fast.resizing import square
 
-from .scenes import BACKGROUNDS, CELL, COLOURS, KINDS, MAX_DIGITS, SIDE, WORDS, Print, Scene, draw_scene
-from .talk import ask, bare, careless, conversation, text_only
+from .scenes import BACKGROUNDS, CELL, COLOURS, DRAWN, KINDS, MAX_DIGITS, SIDE, WORDS, Print, Scene, draw_scene
+from .talk import FACTS, OTHERS, PLACES, ask, bare, careless, conversation, text_only
 
 # the high-resolution tower's finest map has a position every so many pixels
 STRIDE = 4
 IGNORED = -100
-CROWD = 10
+# shapes and numbers of a crowded scene
+CROWD = 6
+# shapes of scenes that are described: long lists are the hardest
+DESCRIBED = (2, 3, 4, 4)
 # what of a short answer depends on the scene, besides digits
 CONTENT = {"colour": (*COLOURS, *BACKGROUNDS), "count": WORDS, "place": ("top", "bottom", "left", "right", "middle")}
 CELL_KINDS = (None, *KINDS, "number")
@@ -30,16 +33,17 @@ Row = tuple[list[int], list[int], list[int]]
 
 
 def pages(draw: Callable, seed: int, step: int, size: int) -> Batch:
-    """Pages drawn by `draw_lines` or `draw_numbers`: `pixels` uint8 [B, 64, 64, 3] and the towers' labels of `label`."""
-    side = 2 * CELL
+    """Pages drawn by `draw_lines` or `draw_numbers`: `pixels` uint8 [B, side, side, 3] and the towers' labels of `label`."""
     drawn = [draw(seed, step * size + i) for i in range(size)]
+    side = drawn[0][0].width // DRAWN
     labels = _stack([label(prints, [], None, side) for _, prints in drawn])
     return labels | {"pixels": torch.from_numpy(np.stack([np.asarray(square(image, side, True)) for image, _ in drawn]))}
 
 
 def scenes(seed: int, step: int, size: int) -> Batch:
-    """Scenes: `pixels` uint8 [B, 192, 192, 3] and the towers' labels of `label`. Every second one is crowded, to show more shapes."""
-    return _of_scenes([draw_scene(seed, i, crowd=CROWD if i % 2 else None) for i in range(step * size, (step + 1) * size)])
+    """Scenes: `pixels` uint8 [B, 192, 192, 3] and the towers' labels of `label`. Every second one is crowded, to show more."""
+    crowd = dict(shapes=CROWD, numbers=CROWD)
+    return _of_scenes([draw_scene(seed, i, **(crowd if i % 2 else {})) for i in range(step * size, (step + 1) * size)])
 
 
 def _of_scenes(drawn: Sequence[Scene]) -> Batch:
@@ -47,7 +51,7 @@ def _of_scenes(drawn: Sequence[Scene]) -> Batch:
 
 
 def _labels(drawn: Sequence[Scene]) -> list[dict[str, np.ndarray]]:
-    return [label([s.print] if s.print else [], s.shapes, s.background, SIDE) for s in drawn]
+    return [label(s.prints, s.shapes, s.background, SIDE) for s in drawn]
 
 
 def told(
@@ -70,7 +74,8 @@ def told(
         answers_only: short answers follow one another as `bare` leaves them. Of those without a question only the words that depend on the
             scene are to be said.
         shown: all cells stand, as a picture.
-        described: the share of the scenes about which nothing but a description is to be said, where there are answers only.
+        described: the share of the scenes that hold more shapes than others and are described first, where there are answers only; what
+            follows is then what a description does not tell.
 
     Returns:
         As `conversations`, with `pixels` of scenes that are shown, and `cells` [n, cells]: the numbers of those that stand.
@@ -79,37 +84,36 @@ def told(
     rows, drawn, labels, standing = [], [], [], []
     for i in range(step * size, (step + 1) * size):
         rng = random.Random(f"told/{seed}/{i}")
-        scene = draw_scene(seed, i)
+        describes = answers_only and rng.random() < described
+        # a description must learn to leave the number out, too
+        scene = draw_scene(seed, i, **(dict(shapes=rng.choice(DESCRIBED), numbers=rng.choice((0, 1))) if describes else {}))
         drawn.append(scene)
         (labelled,) = _labels([scene])
         things = labelled["kind"].flatten() > 0
         empty = rng.sample(np.flatnonzero(~things).tolist(), cells - int(things.sum()))
         standing.append(sorted([*np.flatnonzero(things).tolist(), *empty]))
         labels.append(labelled)
-        said = conversation(scene, rng, turns, short=answers_only)
-        if not answers_only:
-            row = encode(processor, [(f"{IMAGE_TAG}\n{said[0][0]}", said[0][1]), *said[1:]])
-        elif described and rng.random() < described:
-            row = _answers(processor, [("", ask(scene, "describe", rng)[1])], things.size, None)
+        if answers_only:
+            said = conversation(scene, rng, turns, others=PLACES if describes else FACTS)
+            first = [ask(scene, "describe", rng)] if describes else []
+            row = _answers(processor, [*first, *itertools.starmap(bare, said)], things.size, content)
         else:
-            row = _answers(processor, itertools.starmap(bare, said), things.size, content)
+            said = conversation(scene, rng, turns, others=OTHERS)
+            row = encode(processor, [(f"{IMAGE_TAG}\n{said[0][0]}", said[0][1]), *said[1:]])
         first, dropped = row[1].index(1), things.size - cells
         rows.append(tuple(values[:first] + values[first + dropped :] for values in row))
     return _padded(rows) | (_of_scenes(drawn) if shown else _stack(labels)) | {"cells": torch.tensor(standing)}
 
 
-def _answers(processor: MiniGeminiProcessor, said: Iterable[tuple[str, str]], cells: int, content: set[int] | None) -> Row:
-    """As `encode`, of answers that follow so many cells, each after its question or none.
-
-    Without a question only `content` is to be said; all of it where that is None.
-    """
+def _answers(processor: MiniGeminiProcessor, said: Iterable[tuple[str, str]], cells: int, content: set[int]) -> Row:
+    """As `encode`, of answers that follow so many cells, each after its question or none; without one only `content` is to be said."""
     tokens = functools.partial(processor.tokenizer, add_special_tokens=False)
     words, wanted = [], []
     for question, answer in said:
         asked, given = (tokens(text).input_ids if text else [] for text in (question, answer))
         words += asked + given
         # with its question an answer is settled to the last word
-        wanted += [0] * len(asked) + [int(bool(asked) or content is None or i in content) for i in given]
+        wanted += [0] * len(asked) + [int(bool(asked) or i in content) for i in given]
     ids = [processor.tokenizer.bos_token_id, *[0] * cells, *words]
     return ids, [0, *[1] * cells, *[0] * len(words)], [0, *[0] * cells, *wanted]
 

@@ -97,6 +97,12 @@ def _digest(folder: Path) -> str:
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:16]
 
 
+def _training(folder: Path) -> dict | None:
+    """What `examples.nano.train` wrote beside the checkpoint; None where it was copied elsewhere."""
+    file = folder.parent / "training.json"
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
 def _kinds(kind: str, scene: Scene) -> list[str]:
     if kind != "number":
         return [kind]
@@ -143,6 +149,7 @@ def main() -> None:
             "seconds": round(time.perf_counter() - began, 1),
             "machine": environment(),
             "sha256 of weights": {name: _digest(folder) for name, folder in folders.items()},
+            "training": {name: _training(folder) for name, folder in folders.items()},
         },
         "speed": {"load_s": round(pipeline.load_seconds, 2), "answer_s": [round(s, 3) for s in seconds]},
         "wrong, first 40": [row for row in wrong if row["model"] == "with mining"][:40],

@@ -26,12 +26,12 @@ MARKS = ["<|im_start|>", "<|im_end|>", "<GEN>", "<h>", "</h>", "\n"]
 
 
 def make_config() -> MiniGeminiConfig:
-    """36 queries, each over 8x8 positions of the pyramid as in the published models; 3.0 M parameters."""
+    """36 queries, each over 8x8 positions of the pyramid as in the published models; 3.4 M parameters."""
     dims = [32, 64, 128, 192]
     return MiniGeminiConfig(
         model_type="mgm",
         hidden_size=128,
-        num_hidden_layers=4,
+        num_hidden_layers=6,
         num_attention_heads=4,
         intermediate_size=384,
         vocab_size=VOCABULARY,

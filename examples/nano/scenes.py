@@ -1,6 +1,6 @@
 """Scenes drawn from a seed: coloured shapes, clutter and one small printed number, with questions about them and their answers.
 
-The print is 9 to 11 pixels high where the picture is seen at 192 pixels, and 4 to 5 where it is seen at 84: legible to the
+The print is 10 to 12 pixels high where the picture is seen at 192 pixels, and 4 to 5 where it is seen at 84: legible to the
 high-resolution branch alone.
 
 python -m examples.nano.scenes FOLDER        # writes a few scenes as PNG files, and what is asked about them
@@ -21,7 +21,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFont
 SIDE = 192
 CELL = 32
 DRAWN = 2
-PRINT_HEIGHT = (9.0, 11.0)
+PRINT_HEIGHT = (10.0, 12.0)
 MAX_DIGITS = 4
 
 COLOURS = {
@@ -91,8 +91,13 @@ class Scene:
 
     background: str
     shapes: list[Shape]
-    print: Print | None
+    prints: list[Print]
     image: Image.Image = field(repr=False)
+
+    @property
+    def print(self) -> Print | None:
+        """The number, where there is one; a crowded scene has several, and nobody asks about them."""
+        return self.prints[0] if self.prints else None
 
     def of(self, kind: str) -> list[Shape]:
         return [shape for shape in self.shapes if shape.kind == kind]
@@ -112,47 +117,49 @@ def draw_number(rng: random.Random, *, training: bool) -> str:
             return number
 
 
-def draw_scene(seed: int, index: int, *, split: str = "train", number: str | None = None, crowd: int | None = None) -> Scene:
+def draw_scene(
+    seed: int, index: int, *, split: str = "train", number: str | None = None, shapes: int | None = None, numbers: int | None = None
+) -> Scene:
     """The scene of a seed and an index; the same every time.
 
     Args:
         seed, index: together name the scene.
         split: `train` or `unseen`, whose scenes differ for the same seed: unseen ones have other clutter, and any number.
         number: printed in place of a random one.
-        crowd: so many shapes, where there are room and colours for them, in place of one to four.
+        shapes: so many, where there are room and colours for them, in place of one to four.
+        numbers: so many, where there is room, in place of one in nine scenes of ten.
     """
     rng = random.Random(f"{split}/{seed}/{index}")
     background = rng.choice(list(BACKGROUNDS))
     base = BACKGROUNDS[background]
-    # the sign is placed first, shapes around it
-    has_print = number is not None or rng.random() < 0.9
+    if numbers is None:
+        numbers = int(number is not None or rng.random() < 0.9)
     boxes: list[tuple[float, float, float, float]] = []
     taken: set[tuple[int, int]] = set()
-    text = number or draw_number(rng, training=split == "train")
-    place = _place(rng, 20, 10, boxes, taken) if has_print else None
-    shapes = []
-    for _ in range(crowd or rng.choice((1, 2, 2, 3, 3, 4))):
+    # print is placed first, shapes around it
+    texts = [number or draw_number(rng, training=split == "train") for _ in range(numbers)]
+    places = [_place(rng, 20, 10, boxes, taken) for _ in texts]
+    placed: list[Shape] = []
+    for _ in range(shapes or rng.choice((1, 2, 2, 3, 3, 4))):
         size = rng.uniform(22, 40)
         spot = _place(rng, size / 2, size / 2, boxes, taken)
         if spot is not None:
             # a kind that is there already comes back half of the time, or counts would rarely go beyond one
-            kind = rng.choice(shapes).kind if shapes and rng.random() < 0.5 else rng.choice(KINDS)
+            kind = rng.choice(placed).kind if placed and rng.random() < 0.5 else rng.choice(KINDS)
             # no two shapes alike, so that each can be named
-            there = {shape.colour for shape in shapes if shape.kind == kind}
+            there = {shape.colour for shape in placed if shape.kind == kind}
             colours = [name for name, rgb in COLOURS.items() if _apart(rgb, base) > 110 and name not in there]
             if colours:
-                shapes.append(Shape(kind, rng.choice(colours), *spot, size))
+                placed.append(Shape(kind, rng.choice(colours), *spot, size))
 
     image = _background(rng, base)
     canvas = ImageDraw.Draw(image)
     for kind in CLUTTER[split]:
         _draw_clutter(rng, canvas, kind, base, boxes)
-    for shape in shapes:
+    for shape in placed:
         _draw_shape(rng, canvas, shape)
-    sign = None
-    if place is not None:
-        sign = draw_print(rng, image, text, *place, base)
-    return Scene(background, shapes, sign, image)
+    prints = [draw_print(rng, image, text, *place, base) for text, place in zip(texts, places) if place is not None]
+    return Scene(background, placed, prints, image)
 
 
 def draw_lines(seed: int, index: int, *, side: int = 2 * CELL) -> tuple[Image.Image, list[Print]]:
@@ -172,14 +179,14 @@ def draw_lines(seed: int, index: int, *, side: int = 2 * CELL) -> tuple[Image.Im
     return image, lines
 
 
-def draw_numbers(seed: int, index: int, *, side: int = 2 * CELL) -> tuple[Image.Image, list[Print]]:
-    """A page with a number to a cell at most, and clutter: what that tower learns from what a number is."""
+def draw_numbers(seed: int, index: int, *, side: int = 4 * CELL) -> tuple[Image.Image, list[Print]]:
+    """A page with as many numbers as find room, one to a cell at most, and clutter: what that tower learns from what a number is."""
     rng = random.Random(f"numbers/{seed}/{index}")
     base = rng.choice(list(BACKGROUNDS.values()))
     image = _background(rng, base, side)
     boxes: list[tuple[float, float, float, float]] = []
     taken: set[tuple[int, int]] = set()
-    spots = [_place(rng, 20, 6, boxes, taken, side) for _ in range(4)]
+    spots = [_place(rng, 20, 6, boxes, taken, side) for _ in range(10)]
     for kind in CLUTTER["train"]:
         _draw_clutter(rng, ImageDraw.Draw(image), kind, base, boxes, side)
     return image, [draw_print(rng, image, draw_number(rng, training=True), *spot, base) for spot in spots if spot is not None]
@@ -252,8 +259,9 @@ def _place(
     for _ in range(40):
         x = rng.uniform(half_width + 2, side - half_width - 2)
         y = rng.uniform(half_height + 2, side - half_height - 2)
-        # so that nobody can quarrel about where it is, nor two neighbouring queries about whose it is
-        if side == SIDE and any(abs(v - edge) < (7 if edge % (SIDE // 3) == 0 else 4) for v in (x, y) for edge in range(CELL, SIDE, CELL)):
+        # so that two neighbouring queries cannot quarrel about whose it is, nor anybody about where in a scene it lies
+        third = side // 3 if side == SIDE else side
+        if any(abs(v - edge) < (4 if edge % third else 7) for v in (x, y) for edge in range(CELL, side, CELL)):
             continue
         box = (x - half_width - 3, y - half_height - 3, x + half_width + 3, y + half_height + 3)
         cell = (int(x // CELL), int(y // CELL))

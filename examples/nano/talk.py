@@ -61,6 +61,11 @@ PHRASINGS = {
         "I want a picture of {}.",
     ),
 }
+# what is asked in a conversation beside its number
+FACTS = ("number", "where", "where", "colour", "colour", "count", "count", "count", "background")
+OTHERS = (*FACTS, "describe", "describe", "draw")
+# what a description does not tell
+PLACES = ("where",)
 TEXT_ONLY = (
     ("Hello.", "Hello! Show me a picture."),
     ("Hi!", "Hello! Show me a picture."),
@@ -114,7 +119,7 @@ def count(thing: str, shapes: Sequence[Shape]) -> str:
     """How many shapes of one kind there are, each named before the number is said: a small model counts its own words, not pixels."""
     if not shapes:
         return f"There are {WORDS[0]} {thing}s."
-    named = _listed(_named([(shape.kind, shape.colour) for shape in shapes]))
+    named = _listed([(shape.kind, shape.colour) for shape in shapes])
     return f"{_capital(named)}: {WORDS[len(shapes)]} {thing}{'' if len(shapes) == 1 else 's'}."
 
 
@@ -125,21 +130,20 @@ def describe(scene: Scene) -> str:
 
 def wish(shapes: list[tuple[str, str]], background: str, number: bool = False) -> str:
     """Shapes (kind, colour) on a background, in words."""
-    parts = _named(shapes) + ["a number"] * number
-    return f"{_listed(parts) if parts else 'nothing'} on a {background} background"
+    return f"{_listed(shapes) if shapes else 'nothing'} on a {background} background{', with a number' * number}"
 
 
-def _named(shapes: list[tuple[str, str]]) -> list[str]:
-    """Shapes (kind, colour) in words, in one fixed order; those that are alike together."""
+def _listed(shapes: list[tuple[str, str]]) -> str:
+    """Shapes (kind, colour) in words, those that are alike together, in one fixed order.
+
+    It is the order of the words, colour before kind, and no "and" stands before the last: a small model says the next word well, not what
+    comes two things later.
+    """
     named = []
-    for kind, colour in sorted(set(shapes)):
+    for colour, kind in sorted({(colour, kind) for kind, colour in shapes}):
         number = shapes.count((kind, colour))
         named.append(f"a{'n' * (colour == 'orange')} {colour} {kind}" if number == 1 else f"{WORDS[number]} {colour} {kind}s")
-    return named
-
-
-def _listed(parts: list[str]) -> str:
-    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+    return ", ".join(named)
 
 
 def _capital(said: str) -> str:
@@ -152,7 +156,9 @@ def text_only(rng: random.Random) -> tuple[str, str]:
         return rng.choice(TEXT_ONLY)
     shapes = [(rng.choice(KINDS), rng.choice(list(COLOURS))) for _ in range(rng.choice((1, 1, 2, 2, 3)))]
     said = wish(shapes, rng.choice(list(BACKGROUNDS)))
-    return rng.choice(PHRASINGS["wish"]).format(said) + GEN, f"<h>{said}, {STYLE}</h>"
+    # as people say it, too
+    asked = " and ".join(said.rsplit(", ", 1)) if rng.random() < 0.5 else said
+    return rng.choice(PHRASINGS["wish"]).format(asked) + GEN, f"<h>{said}, {STYLE}</h>"
 
 
 def careless(question: str, rng: random.Random) -> str:
@@ -165,15 +171,14 @@ def careless(question: str, rng: random.Random) -> str:
     return body + marker
 
 
-def conversation(scene: Scene, rng: random.Random, turns: int = 4, *, short: bool = False) -> list[tuple[str, str]]:
+def conversation(scene: Scene, rng: random.Random, turns: int = 4, *, others: Sequence[str] = OTHERS) -> list[tuple[str, str]]:
     """A conversation about a scene: the number early or late, other questions in any order, none with an answer that was given before.
 
     Args:
         turns: at most so many.
-        short: nothing is described or drawn, which would tell most of what later questions ask for; counts name shapes still.
+        others: types of the other questions, each as often as it stands there.
     """
-    others = ["number", "where", "where", "colour", "colour", "count", "count", "count", "background"]
-    kinds = ["number", *rng.choices(others if short else [*others, "describe", "describe", "draw"], k=turns - 1)]
+    kinds = ["number", *rng.choices(others, k=turns - 1)]
     rng.shuffle(kinds)
     asked = {turn[1]: turn for turn in (ask(scene, kind, rng) for kind in kinds) if turn is not None}
     return [(careless(question, rng), answer) for question, answer in asked.values()]
@@ -207,7 +212,8 @@ def every_sentence() -> Iterator[str]:
         for kind in KINDS:
             for colour in COLOURS:
                 yield f"The {kind} is {colour}."
-                yield wish([(kind, colour)] * rng.randint(1, 4), background, number=True) + f", {STYLE}"
+                for number in (False, True):
+                    yield wish([(kind, colour)] * rng.randint(1, 4), background, number) + f", {STYLE}"
     for thing in (*KINDS, "number"):
         for x in (0, SIDE / 2, SIDE - 1):
             for y in (0, SIDE / 2, SIDE - 1):
@@ -216,4 +222,5 @@ def every_sentence() -> Iterator[str]:
         for number in range(len(WORDS)):
             some = rng.sample(list(COLOURS), number)
             yield count(thing, [Shape(rng.choice(KINDS) if thing == "shape" else thing, colour, 0, 0, 0) for colour in some])
+    yield from (text_only(rng)[0] for _ in range(100))
     yield from (NO_NUMBER, *(f"The number is {number}." for number in range(10, 100)))

@@ -4,7 +4,7 @@ python -m examples.nano.train OUT                 # with the high-resolution bra
 python -m examples.nano.train OUT --no-hr         # without: the mined features are never added
 python -m examples.nano.train OUT                 # again: goes on where it was stopped
 
-OUT/model is the checkpoint, OUT/log.jsonl and OUT/loss.png the losses.
+OUT/model is the checkpoint, OUT/log.jsonl and OUT/loss.png the losses, OUT/training.json what it took.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from bench.records import environment
 from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor
 from mg_fast.reference import low_resolution_views
 from mg_fast.resizing import CLIP_MEAN, CLIP_STD
@@ -60,21 +61,22 @@ BRIDGE = ("mm_projector", "patch_mining")
 FACTS = dict(cells=36, turns=16, answers_only=True)
 TALK = dict(cells=36, turns=6, answers_only=False)
 STAGES = (
-    Stage("digits", 3000, 32, 3e-3, ("vision_tower_aux",)),
-    Stage("numbers", 1800, 40, 2e-3, ("vision_tower_aux",)),
+    Stage("digits", 1200, 32, 3e-3, ("vision_tower_aux",)),
+    Stage("numbers", 1800, 12, 2e-3, ("vision_tower_aux",)),
     Stage("lookup", 450, 32, 3e-3, ("language_model",), told=FACTS | {"cells": 6}),
     Stage("search", 200, 32, 2e-3, ("language_model",), told=FACTS, noise=0.4),
     Stage("language", 900, 10, 2e-3, ("language_model",), told=TALK, noise=0.4),
     Stage("views", 500, 64, 2e-3, ("vision_tower",)),
     # towers go on, what stands on them begins
-    Stage("scenes", 900, 12, 5e-4, (*TOWERS, *BRIDGE), faster=BRIDGE),
+    Stage("scenes", 1000, 12, 5e-4, (*TOWERS, *BRIDGE), faster=BRIDGE),
     Stage("alignment", 150, 16, 1e-3, BRIDGE),
-    Stage("everything", 800, 10, 5e-4, (*BRIDGE, "language_model")),
+    Stage("everything", 900, 10, 5e-4, (*BRIDGE, "language_model")),
 )
 # so many times AdamW's rate Muon's is, and its decay with it: it learned faster than at AdamW's own
 MUON = 3
-# all that attends and projects; in 500 steps of digits the convolutional tower gained a fifth only, and stayed with AdamW
-BY_MUON = ("vision_tower", *BRIDGE, "language_model")
+BY_MUON = (*TOWERS, *BRIDGE, "language_model")
+# times the weight of another token
+DIGIT = 3.0
 # what the curve shows of reading: shares in the log
 READ = {
     "whole numbers, HR tower on pages": ("page number", "C0"),
@@ -104,15 +106,20 @@ def bridge(model: MiniGeminiForConditionalGeneration, queries: torch.Tensor, pyr
 def chat_loss(
     model: MiniGeminiForConditionalGeneration, batch: data.Batch, content: dict[str, torch.Tensor], seen: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """Loss on the answers' tokens alone with pictures `seen` as image tokens; how often a token, and one of each content, is right."""
+    """Loss on the answers' tokens alone with pictures `seen` as image tokens; how often a token, and one of each content, is right.
+
+    Digits are few among them: they weigh more.
+    """
     inner = model.model
     embeds = inner.splice(inner.get_input_embeddings()(batch["ids"]), seen, batch["marks"])
     hidden = inner.language_model(inputs_embeds=embeds, attention_mask=batch["mask"], use_cache=False).last_hidden_state
     said = batch["answers"][:, 1:] == 1
     scores, wanted = model.lm_head(hidden[:, :-1][said]).float(), batch["ids"][:, 1:][said]
     right = scores.argmax(-1) == wanted
-    shares = {name: _mean(right[torch.isin(wanted, ids)]) for name, ids in content.items()}
-    return F.cross_entropy(scores, wanted), {"token": _mean(right), **shares}
+    of = {name: torch.isin(wanted, ids) for name, ids in content.items()}
+    weight = 1.0 + (DIGIT - 1.0) * of["digit"]
+    loss = (F.cross_entropy(scores, wanted, reduction="none") * weight).sum() / weight.sum()
+    return loss, {"token": _mean(right), **{name: _mean(right[at]) for name, at in of.items()}}
 
 
 def code_loss(seen: torch.Tensor, wanted: torch.Tensor, things: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
@@ -179,9 +186,13 @@ class Run:
             self.processor = MiniGeminiProcessor.from_pretrained(folder)
         self.codes = Codes(self.processor.tokenizer, self.model.config.text_config.hidden_size, EMBEDDING_SPREAD)
         self.content = {name: torch.tensor(ids, device=device) for name, ids in data.content_ids(self.processor).items()}
+        if device == "cpu":
+            # in bfloat16 the fused one takes twice a CPU's time at these lengths
+            self.model.model.language_model.set_attn_implementation("eager")
         self.model.to(device).train()
         self.heads.to(device), self.codes.to(device)
-        self.at, self.step, self.seconds = 0, 0, 0.0
+        # processes that the run has taken so far
+        self.at, self.step, self.seconds, self.starts = 0, 0, 0.0, 1
         self.optimizer_state = None
         if (out / "last.pt").is_file():
             self._resume()
@@ -241,9 +252,12 @@ class Run:
                     return False
         return True
 
+    def _seed(self, stage: Stage) -> int:
+        """A stage has its own pictures, and its own noise."""
+        return self.seed * 100 + [s.name for s in STAGES].index(stage.name)
+
     def _batch(self, stage: Stage, step: int) -> data.Batch:
-        # a stage has its own pictures
-        seed = self.seed * 100 + [s.name for s in STAGES].index(stage.name)
+        seed = self._seed(stage)
         told = functools.partial(data.told, self.processor, seed, step, stage.batch)
         facts = functools.partial(data.told, self.processor, -1 - seed, step, stage.batch, **FACTS)
         match stage.name:
@@ -251,7 +265,7 @@ class Run:
                 return {"page": data.pages(draw_lines, seed, step, stage.batch)}
             case "numbers":
                 pages = data.pages(draw_numbers, seed, step, stage.batch)
-                return {"page": pages, "lines": data.pages(draw_lines, seed, step, stage.batch // 2)}
+                return {"page": pages, "lines": data.pages(draw_lines, seed, step, stage.batch)}
             case "lookup" | "search":
                 return told(**stage.told)
             case "language":
@@ -261,7 +275,7 @@ class Run:
                 return data.scenes(seed, step, stage.batch)
             case "scenes":
                 # few of them hold print, so pages go along
-                pages = {"page": data.pages(draw_numbers, seed, step, 4 * stage.batch)} if self.hr else {}
+                pages = {"page": data.pages(draw_numbers, seed, step, stage.batch // 2)} if self.hr else {}
                 return data.scenes(seed, step, stage.batch) | pages
             case "alignment":
                 # as captions in the original: all that is to be said about a picture
@@ -274,19 +288,20 @@ class Run:
     def _loss(self, stage: Stage, batch: data.Batch) -> tuple[torch.Tensor, dict[str, float]]:
         with torch.autocast(self.device, torch.bfloat16):
             beside = [(name, page_loss(self.model, self.heads, batch[name])) for name in ("page", "lines") if name in batch]
+            noise = torch.Generator().manual_seed(self._seed(stage) * 10**6 + self.step)
             if "facts" in batch:
-                beside.append(("facts", self._main_loss(stage, batch["facts"])))
-            loss, said = self._main_loss(stage, batch) if "ids" in batch or "pixels" in batch else (0.0, {})
+                beside.append(("facts", self._main_loss(stage, batch["facts"], noise)))
+            loss, said = self._main_loss(stage, batch, noise) if "ids" in batch or "pixels" in batch else (0.0, {})
             for name, (other, shares) in beside:
                 loss, said = loss + other, said | {f"{name} {key}": share for key, share in shares.items()}
             return loss, said
 
-    def _main_loss(self, stage: Stage, batch: data.Batch) -> tuple[torch.Tensor, dict[str, float]]:
+    def _main_loss(self, stage: Stage, batch: data.Batch, noise: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         embeddings = self.model.get_input_embeddings()
         if stage.told:
             codes = self.codes(batch, embeddings)
             if stage.noise:
-                codes = blurred(codes, stage.noise, torch.Generator().manual_seed(self.seed * 10**6 + self.step))
+                codes = blurred(codes, stage.noise, noise)
             return chat_loss(self.model, batch, self.content, codes)
         if stage.name == "views":
             queries, _ = towers(self.model, normalise(batch["pixels"]), hr=False)
@@ -300,7 +315,7 @@ class Run:
     def _keep(self, optimizers: list[torch.optim.Optimizer]) -> None:
         state = {"model": self.model.state_dict(), "heads": self.heads.state_dict(), "codes": self.codes.state_dict()}
         state |= {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-        state |= {"at": self.at, "step": self.step, "seconds": self.seconds, "run": self._what()}
+        state |= {"at": self.at, "step": self.step, "seconds": self.seconds, "starts": self.starts, "run": self._what()}
         # a run that is killed while it writes must not lose what it had
         torch.save(state, self.out / "next.pt")
         os.replace(self.out / "next.pt", self.out / "last.pt")
@@ -318,6 +333,7 @@ class Run:
         self.heads.load_state_dict(state["heads"])
         self.codes.load_state_dict(state["codes"])
         self.at, self.step, self.seconds, self.optimizer_state = state["at"], state["step"], state["seconds"], state["optimizers"]
+        self.starts = state["starts"] + 1
 
     def _cut_log(self) -> None:
         """Leaves the rows up to where the run goes on: steps of a killed run beyond what it kept are made again."""
@@ -348,6 +364,13 @@ def _optimizers(stage: Stage, parts: dict[str, nn.Module]) -> list[torch.optim.O
 def _cosine(step: int, steps: int) -> float:
     warm = max(1, round(0.03 * steps))
     return (step + 1) / warm if step < warm else 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def record(run: Run) -> dict:
+    """What a run that is done was, and took: `minutes` of every stage, waiting for its pictures included."""
+    ends = {row["stage"]: row["seconds"] for row in map(json.loads, (run.out / "log.jsonl").read_text().splitlines())}
+    minutes = {stage: round((end - begin) / 60, 1) for (stage, end), begin in zip(ends.items(), (0.0, *ends.values()))}
+    return {"seed": run.seed, "hr": run.hr, "starts": run.starts, "minutes": {**minutes, "all": round(run.seconds / 60, 1)}}
 
 
 def _smooth(values: list[float]) -> torch.Tensor:
@@ -394,12 +417,16 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="stop after so many; the same command goes on from there")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    # before the run, which leaves the machine loaded, and perhaps other code
+    machine = environment()
     run = Run(args.out, seed=args.seed, hr=not args.no_hr, stages=STAGES, device=args.device)
     try:
         done = run.train(args.minutes)
     except KeyboardInterrupt:
         raise SystemExit("\nstopped: the same command goes on from the last hundred steps") from None
     draw_curve(args.out / "log.jsonl", args.out / "loss.png")
+    if done:
+        (args.out / "training.json").write_text(json.dumps(record(run) | {"machine": machine}, indent=1) + "\n")
     print(f"{args.out / 'model'} after {run.seconds / 60:.1f} minutes of training" if done else "not done yet: run the same command again")
 
 
