@@ -227,6 +227,10 @@ def test_the_record_is_of_these_weights_and_of_unseen_scenes_enough():
     assert weights.startswith(recorded[0]["conditions"]["sha256 of weights"]["with mining"])
     for result in recorded:
         assert result["conditions"]["scenes"] >= 500 and result["conditions"]["split"] == "unseen"
+        # by one command, that nobody stopped
+        for name, training in result["conditions"]["training"].items():
+            assert training["hr"] == (name == "with mining") and training["starts"] == 1
+    assert len({result["conditions"]["training"]["with mining"]["seed"] for result in recorded}) == len(recorded) >= 2
 
 
 # ---- the package

@@ -14,7 +14,7 @@ from mg_fast.conversation import IMAGE_TAG, render
 from mg_fast.resizing import square
 
 from .scenes import BACKGROUNDS, CELL, COLOURS, DRAWN, KINDS, MAX_DIGITS, SIDE, WORDS, Print, Scene, draw_scene
-from .talk import FACTS, OTHERS, PLACES, ask, bare, careless, conversation, text_only
+from .talk import PLACES, SHORT, ask, bare, careless, conversation, text_only
 
 # the high-resolution tower's finest map has a position every so many pixels
 STRIDE = 4
@@ -74,8 +74,8 @@ def told(
         answers_only: short answers follow one another as `bare` leaves them. Of those without a question only the words that depend on the
             scene are to be said.
         shown: all cells stand, as a picture.
-        described: the share of the scenes that hold more shapes than others and are described first, where there are answers only; what
-            follows is then what a description does not tell.
+        described: the share of the scenes that hold more shapes than others, half of them no number, and are described first, where there
+            are answers only. Then follow places and the number, which a description does not tell.
 
     Returns:
         As `conversations`, with `pixels` of scenes that are shown, and `cells` [n, cells]: the numbers of those that stand.
@@ -86,21 +86,22 @@ def told(
         rng = random.Random(f"told/{seed}/{i}")
         describes = answers_only and rng.random() < described
         # a description must learn to leave the number out, too
-        scene = draw_scene(seed, i, **(dict(shapes=rng.choice(DESCRIBED), numbers=rng.choice((0, 1))) if describes else {}))
+        things = dict(shapes=rng.choice(DESCRIBED), numbers=rng.choice((0, 1))) if describes else {}
+        scene = draw_scene(seed, i, **things)
         drawn.append(scene)
         (labelled,) = _labels([scene])
-        things = labelled["kind"].flatten() > 0
-        empty = rng.sample(np.flatnonzero(~things).tolist(), cells - int(things.sum()))
-        standing.append(sorted([*np.flatnonzero(things).tolist(), *empty]))
+        full = labelled["kind"].flatten() > 0
+        empty = rng.sample(np.flatnonzero(~full).tolist(), cells - int(full.sum()))
+        standing.append(sorted([*np.flatnonzero(full).tolist(), *empty]))
         labels.append(labelled)
         if answers_only:
-            said = conversation(scene, rng, turns, others=PLACES if describes else FACTS)
-            first = [ask(scene, "describe", rng)] if describes else []
-            row = _answers(processor, [*first, *itertools.starmap(bare, said)], things.size, content)
+            said = conversation(scene, rng, turns, others=PLACES if describes else SHORT)
+            description = [ask(scene, "describe", rng)] if describes else []
+            row = _answers(processor, [*description, *itertools.starmap(bare, said)], full.size, content)
         else:
-            said = conversation(scene, rng, turns, others=OTHERS)
+            said = conversation(scene, rng, turns)
             row = encode(processor, [(f"{IMAGE_TAG}\n{said[0][0]}", said[0][1]), *said[1:]])
-        first, dropped = row[1].index(1), things.size - cells
+        first, dropped = row[1].index(1), full.size - cells
         rows.append(tuple(values[:first] + values[first + dropped :] for values in row))
     return _padded(rows) | (_of_scenes(drawn) if shown else _stack(labels)) | {"cells": torch.tensor(standing)}
 

@@ -127,8 +127,10 @@ def draw_scene(
         split: `train` or `unseen`, whose scenes differ for the same seed: unseen ones have other clutter, and any number.
         number: printed in place of a random one.
         shapes: so many, where there are room and colours for them, in place of one to four.
-        numbers: so many, where there is room, in place of one in nine scenes of ten.
+        numbers: so many, where there is room, in place of one in nine scenes of ten; random ones, so not beside `number`.
     """
+    if number is not None and numbers is not None:
+        raise ValueError(f"draw_scene: expected a number to print or how many random ones, got both: {number!r} and {numbers}")
     rng = random.Random(f"{split}/{seed}/{index}")
     background = rng.choice(list(BACKGROUNDS))
     base = BACKGROUNDS[background]
@@ -140,7 +142,7 @@ def draw_scene(
     texts = [number or draw_number(rng, training=split == "train") for _ in range(numbers)]
     places = [_place(rng, 20, 10, boxes, taken) for _ in texts]
     placed: list[Shape] = []
-    for _ in range(shapes or rng.choice((1, 2, 2, 3, 3, 4))):
+    for _ in range(rng.choice((1, 2, 2, 3, 3, 4)) if shapes is None else shapes):
         size = rng.uniform(22, 40)
         spot = _place(rng, size / 2, size / 2, boxes, taken)
         if spot is not None:
@@ -180,7 +182,7 @@ def draw_lines(seed: int, index: int, *, side: int = 2 * CELL) -> tuple[Image.Im
 
 
 def draw_numbers(seed: int, index: int, *, side: int = 4 * CELL) -> tuple[Image.Image, list[Print]]:
-    """A page with as many numbers as find room, one to a cell at most, and clutter: what that tower learns from what a number is."""
+    """A page with as many numbers as find room, one to a cell at most, and clutter: the HR tower learns whole numbers from it."""
     rng = random.Random(f"numbers/{seed}/{index}")
     base = rng.choice(list(BACKGROUNDS.values()))
     image = _background(rng, base, side)
@@ -260,8 +262,8 @@ def _place(
         x = rng.uniform(half_width + 2, side - half_width - 2)
         y = rng.uniform(half_height + 2, side - half_height - 2)
         # so that two neighbouring queries cannot quarrel about whose it is, nor anybody about where in a scene it lies
-        third = side // 3 if side == SIDE else side
-        if any(abs(v - edge) < (4 if edge % third else 7) for v in (x, y) for edge in range(CELL, side, CELL)):
+        thirds = (SIDE // 3, 2 * SIDE // 3) if side == SIDE else ()
+        if any(abs(v - edge) < (7 if edge in thirds else 4) for v in (x, y) for edge in range(CELL, side, CELL)):
             continue
         box = (x - half_width - 3, y - half_height - 3, x + half_width + 3, y + half_height + 3)
         cell = (int(x // CELL), int(y // CELL))

@@ -61,10 +61,9 @@ PHRASINGS = {
         "I want a picture of {}.",
     ),
 }
-# what is asked in a conversation beside its number
-FACTS = ("number", "where", "where", "colour", "colour", "count", "count", "count", "background")
-OTHERS = (*FACTS, "describe", "describe", "draw")
-# what a description does not tell
+# types of questions, each as often as it is asked: short answers, all, and of the number and what a description does not tell
+SHORT = ("number", "where", "where", "colour", "colour", "count", "count", "count", "background")
+MIXED = (*SHORT, "describe", "describe", "draw")
 PLACES = ("where",)
 TEXT_ONLY = (
     ("Hello.", "Hello! Show me a picture."),
@@ -129,7 +128,7 @@ def describe(scene: Scene) -> str:
 
 
 def wish(shapes: list[tuple[str, str]], background: str, number: bool = False) -> str:
-    """Shapes (kind, colour) on a background, in words."""
+    """Shapes (kind, colour) on a background, in words, and that there is a number, if there is one."""
     return f"{_listed(shapes) if shapes else 'nothing'} on a {background} background{', with a number' * number}"
 
 
@@ -171,12 +170,12 @@ def careless(question: str, rng: random.Random) -> str:
     return body + marker
 
 
-def conversation(scene: Scene, rng: random.Random, turns: int = 4, *, others: Sequence[str] = OTHERS) -> list[tuple[str, str]]:
+def conversation(scene: Scene, rng: random.Random, turns: int = 4, *, others: Sequence[str] = MIXED) -> list[tuple[str, str]]:
     """A conversation about a scene: the number early or late, other questions in any order, none with an answer that was given before.
 
     Args:
         turns: at most so many.
-        others: types of the other questions, each as often as it stands there.
+        others: types of the questions beside the number's.
     """
     kinds = ["number", *rng.choices(others, k=turns - 1)]
     rng.shuffle(kinds)
@@ -222,5 +221,6 @@ def every_sentence() -> Iterator[str]:
         for number in range(len(WORDS)):
             some = rng.sample(list(COLOURS), number)
             yield count(thing, [Shape(rng.choice(KINDS) if thing == "shape" else thing, colour, 0, 0, 0) for colour in some])
+    # "and" stands in wishes alone
     yield from (text_only(rng)[0] for _ in range(100))
     yield from (NO_NUMBER, *(f"The number is {number}." for number in range(10, 100)))

@@ -4,12 +4,13 @@ python -m examples.nano.train OUT                 # with the high-resolution bra
 python -m examples.nano.train OUT --no-hr         # without: the mined features are never added
 python -m examples.nano.train OUT                 # again: goes on where it was stopped
 
-OUT/model is the checkpoint, OUT/log.jsonl and OUT/loss.png the losses, OUT/training.json what it took.
+OUT/model is the checkpoint, with training.json, which says what it took; OUT/log.jsonl and OUT/loss.png are the losses.
 """
 
 import argparse
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -22,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
 
 from bench.records import environment
 from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor
@@ -75,7 +77,7 @@ STAGES = (
 # so many times AdamW's rate Muon's is, and its decay with it: it learned faster than at AdamW's own
 MUON = 3
 BY_MUON = (*TOWERS, *BRIDGE, "language_model")
-# times the weight of another token
+# a digit weighs so many times what another token does
 DIGIT = 3.0
 # what the curve shows of reading: shares in the log
 READ = {
@@ -116,10 +118,10 @@ def chat_loss(
     said = batch["answers"][:, 1:] == 1
     scores, wanted = model.lm_head(hidden[:, :-1][said]).float(), batch["ids"][:, 1:][said]
     right = scores.argmax(-1) == wanted
-    of = {name: torch.isin(wanted, ids) for name, ids in content.items()}
-    weight = 1.0 + (DIGIT - 1.0) * of["digit"]
-    loss = (F.cross_entropy(scores, wanted, reduction="none") * weight).sum() / weight.sum()
-    return loss, {"token": _mean(right), **{name: _mean(right[at]) for name, at in of.items()}}
+    shares = {name: _mean(right[torch.isin(wanted, ids)]) for name, ids in content.items()}
+    weight = scores.new_ones(scores.shape[-1])
+    weight[content["digit"]] = DIGIT
+    return F.cross_entropy(scores, wanted, weight=weight), {"token": _mean(right), **shares}
 
 
 def code_loss(seen: torch.Tensor, wanted: torch.Tensor, things: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
@@ -184,6 +186,7 @@ class Run:
             # of the finished checkpoint, which is not written before it is finished
             save(self.model, Path(folder))
             self.processor = MiniGeminiProcessor.from_pretrained(folder)
+            self.words = hashlib.sha256((Path(folder) / "tokenizer.model").read_bytes()).hexdigest()[:16]
         self.codes = Codes(self.processor.tokenizer, self.model.config.text_config.hidden_size, EMBEDDING_SPREAD)
         self.content = {name: torch.tensor(ids, device=device) for name, ids in data.content_ids(self.processor).items()}
         if device == "cpu":
@@ -191,8 +194,9 @@ class Run:
             self.model.model.language_model.set_attn_implementation("eager")
         self.model.to(device).train()
         self.heads.to(device), self.codes.to(device)
-        # processes that the run has taken so far
-        self.at, self.step, self.seconds, self.starts = 0, 0, 0.0, 1
+        self.at, self.step, self.seconds = 0, 0, 0.0
+        # processes that trained so far, and where the first of them began
+        self.starts, self.machine = 0, environment()
         self.optimizer_state = None
         if (out / "last.pt").is_file():
             self._resume()
@@ -200,13 +204,29 @@ class Run:
 
     def train(self, minutes: float | None = None) -> bool:
         """Runs what is left, for so many minutes at most; whether all is done."""
+        # written last
+        record = self.out / "model" / "training.json"
+        if self.at == len(self.stages) and record.is_file():
+            return True
+        self.starts += 1
         end = None if minutes is None else time.perf_counter() + 60 * minutes
         while self.at < len(self.stages):
             if not self._stage(self.stages[self.at], end):
                 return False
             self.at, self.step, self.optimizer_state = self.at + 1, 0, None
         save(self.model, self.out / "model")
+        record.write_text(json.dumps(self.record(), indent=1) + "\n")
         return True
+
+    def record(self) -> dict:
+        """What was trained and what it took: `minutes` of every stage, waiting for its pictures included.
+
+        Steps that a killed process had made beyond what it kept are not counted, nor is a process that kept none.
+        """
+        ends = {row["stage"]: row["seconds"] for row in map(json.loads, (self.out / "log.jsonl").read_text().splitlines())}
+        minutes = {stage: round((end - begin) / 60, 1) for (stage, end), begin in zip(ends.items(), (0.0, *ends.values()))}
+        minutes["all"] = round(self.seconds / 60, 1)
+        return {"seed": self.seed, "hr": self.hr, "device": self.device, "starts": self.starts, "minutes": minutes, "machine": self.machine}
 
     def _stage(self, stage: Stage, end: float | None) -> bool:
         idle = () if self.hr else ("patch_mining", "vision_tower_aux")
@@ -274,7 +294,7 @@ class Run:
             case "views":
                 return data.scenes(seed, step, stage.batch)
             case "scenes":
-                # few of them hold print, so pages go along
+                # so that the tower goes on with what it can do while it learns shapes
                 pages = {"page": data.pages(draw_numbers, seed, step, stage.batch // 2)} if self.hr else {}
                 return data.scenes(seed, step, stage.batch) | pages
             case "alignment":
@@ -315,14 +335,16 @@ class Run:
     def _keep(self, optimizers: list[torch.optim.Optimizer]) -> None:
         state = {"model": self.model.state_dict(), "heads": self.heads.state_dict(), "codes": self.codes.state_dict()}
         state |= {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-        state |= {"at": self.at, "step": self.step, "seconds": self.seconds, "starts": self.starts, "run": self._what()}
+        state |= {"at": self.at, "step": self.step, "seconds": self.seconds}
+        state |= {"starts": self.starts, "machine": self.machine, "run": self._what()}
         # a run that is killed while it writes must not lose what it had
         torch.save(state, self.out / "next.pt")
         os.replace(self.out / "next.pt", self.out / "last.pt")
 
     def _what(self) -> dict:
         """What must be the same where a run goes on."""
-        return {"seed": self.seed, "hr": self.hr, "muon": MUON, "stages": [dataclasses.asdict(stage) for stage in self.stages]}
+        what = {"seed": self.seed, "hr": self.hr, "muon": MUON, "digit": DIGIT, "words": self.words}
+        return what | {"stages": [dataclasses.asdict(stage) for stage in self.stages]}
 
     def _resume(self) -> None:
         state = torch.load(self.out / "last.pt", map_location=self.device, weights_only=True)
@@ -333,7 +355,9 @@ class Run:
         self.heads.load_state_dict(state["heads"])
         self.codes.load_state_dict(state["codes"])
         self.at, self.step, self.seconds, self.optimizer_state = state["at"], state["step"], state["seconds"], state["optimizers"]
-        self.starts = state["starts"] + 1
+        self.starts, self.machine = state["starts"], state["machine"]
+        if self.step == self.stages[self.at].steps:
+            self.at, self.step, self.optimizer_state = self.at + 1, 0, None
 
     def _cut_log(self) -> None:
         """Leaves the rows up to where the run goes on: steps of a killed run beyond what it kept are made again."""
@@ -364,13 +388,6 @@ def _optimizers(stage: Stage, parts: dict[str, nn.Module]) -> list[torch.optim.O
 def _cosine(step: int, steps: int) -> float:
     warm = max(1, round(0.03 * steps))
     return (step + 1) / warm if step < warm else 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
-
-def record(run: Run) -> dict:
-    """What a run that is done was, and took: `minutes` of every stage, waiting for its pictures included."""
-    ends = {row["stage"]: row["seconds"] for row in map(json.loads, (run.out / "log.jsonl").read_text().splitlines())}
-    minutes = {stage: round((end - begin) / 60, 1) for (stage, end), begin in zip(ends.items(), (0.0, *ends.values()))}
-    return {"seed": run.seed, "hr": run.hr, "starts": run.starts, "minutes": {**minutes, "all": round(run.seconds / 60, 1)}}
 
 
 def _smooth(values: list[float]) -> torch.Tensor:
@@ -417,16 +434,14 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="stop after so many; the same command goes on from there")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    # before the run, which leaves the machine loaded, and perhaps other code
-    machine = environment()
+    # of writing one small file
+    transformers_logging.disable_progress_bar()
     run = Run(args.out, seed=args.seed, hr=not args.no_hr, stages=STAGES, device=args.device)
     try:
         done = run.train(args.minutes)
     except KeyboardInterrupt:
         raise SystemExit("\nstopped: the same command goes on from the last hundred steps") from None
     draw_curve(args.out / "log.jsonl", args.out / "loss.png")
-    if done:
-        (args.out / "training.json").write_text(json.dumps(record(run) | {"machine": machine}, indent=1) + "\n")
     print(f"{args.out / 'model'} after {run.seconds / 60:.1f} minutes of training" if done else "not done yet: run the same command again")
 
 
