@@ -39,7 +39,8 @@ def environment() -> dict:
         # processes that ran on average in the last minute: what else kept the machine busy
         "load": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        # a plain one: its own kind is refused where a checkpoint of tensors and plain values is read
+        "torch": str(torch.__version__),
         "triton": _version("triton"),
         "transformers": transformers.__version__,
         "commit": _command("git", "describe", "--always", "--dirty", "--abbrev=12"),

@@ -13,7 +13,7 @@ from mg_fast import MiniGeminiProcessor
 from mg_fast.conversation import IMAGE_TAG, render
 from mg_fast.resizing import square
 
-from .scenes import BACKGROUNDS, CELL, COLOURS, DRAWN, KINDS, MAX_DIGITS, SIDE, WORDS, Print, Scene, draw_scene
+from .scenes import BACKGROUNDS, CELL, COLOURS, DRAWN, KINDS, MAX_DIGITS, SIDE, THIRDS, WORDS, Print, Scene, draw_scene
 from .talk import PLACES, SHORT, ask, bare, careless, conversation, text_only
 
 # the high-resolution tower's finest map has a position every so many pixels
@@ -24,7 +24,7 @@ CROWD = 6
 # shapes of scenes that are described: long lists are the hardest
 DESCRIBED = (2, 3, 4, 4)
 # what of a short answer depends on the scene, besides digits
-CONTENT = {"colour": (*COLOURS, *BACKGROUNDS), "count": WORDS, "place": ("top", "bottom", "left", "right", "middle")}
+CONTENT = {"colour": (*COLOURS, *BACKGROUNDS), "count": WORDS, "place": (*THIRDS[0], *THIRDS[1])}
 CELL_KINDS = (None, *KINDS, "number")
 
 Batch = dict[str, "torch.Tensor | Batch"]
@@ -96,7 +96,10 @@ def told(
         labels.append(labelled)
         if answers_only:
             said = conversation(scene, rng, turns, others=PLACES if describes else SHORT)
-            description = [ask(scene, "describe", rng)] if describes else []
+            description = []
+            if describes:
+                question, answer = ask(scene, "describe", rng)
+                description = [(careless(question, rng), answer)]
             row = _answers(processor, [*description, *itertools.starmap(bare, said)], full.size, content)
         else:
             said = conversation(scene, rng, turns)

@@ -22,6 +22,8 @@ SIDE = 192
 CELL = 32
 DRAWN = 2
 PRINT_HEIGHT = (10.0, 12.0)
+# of four digits in the widest font, most of its plate with them
+PRINT_WIDTH = 46
 MAX_DIGITS = 4
 
 COLOURS = {
@@ -43,8 +45,8 @@ BACKGROUNDS = {
     "teal": (60, 160, 165),
 }
 KINDS = ("circle", "square", "star", "triangle")
-# words for where in the picture something is, down and across
-THIRDS = (("top", "middle", "bottom"), ("left", "middle", "right"))
+# words for where in the picture something is, down and across; none says both
+THIRDS = (("top", "middle", "bottom"), ("left", "centre", "right"))
 WORDS = ("no", "one", "two", "three", "four", "five")
 TYPES = ("number", "where", "colour", "count", "background", "describe", "draw")
 CLUTTER = {"train": ("lines", "dots", "blobs"), "unseen": ("arcs", "crosses", "dashes")}
@@ -140,7 +142,7 @@ def draw_scene(
     taken: set[tuple[int, int]] = set()
     # print is placed first, shapes around it
     texts = [number or draw_number(rng, training=split == "train") for _ in range(numbers)]
-    places = [_place(rng, 20, 10, boxes, taken) for _ in texts]
+    places = [_place(rng, PRINT_WIDTH / 2, 10, boxes, taken) for _ in texts]
     placed: list[Shape] = []
     for _ in range(rng.choice((1, 2, 2, 3, 3, 4)) if shapes is None else shapes):
         size = rng.uniform(22, 40)
@@ -172,7 +174,7 @@ def draw_lines(seed: int, index: int, *, side: int = 2 * CELL) -> tuple[Image.Im
     lines = []
     # plates need more room, or they would hide what was printed before them
     plates = rng.random() < 0.4
-    pitch = rng.uniform(21, 24) if plates else rng.uniform(13, 16)
+    pitch = rng.uniform(22, 25) if plates else rng.uniform(14, 17)
     y = rng.uniform(6, pitch)
     while y < side - 5:
         text = " ".join(draw_number(rng, training=True) for _ in range(3))
@@ -188,7 +190,7 @@ def draw_numbers(seed: int, index: int, *, side: int = 4 * CELL) -> tuple[Image.
     image = _background(rng, base, side)
     boxes: list[tuple[float, float, float, float]] = []
     taken: set[tuple[int, int]] = set()
-    spots = [_place(rng, 20, 6, boxes, taken, side) for _ in range(10)]
+    spots = [_place(rng, PRINT_WIDTH / 2, 7, boxes, taken, side) for _ in range(10)]
     for kind in CLUTTER["train"]:
         _draw_clutter(rng, ImageDraw.Draw(image), kind, base, boxes, side)
     return image, [draw_print(rng, image, draw_number(rng, training=True), *spot, base) for spot in spots if spot is not None]

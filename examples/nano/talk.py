@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterator, Sequence
 
-from .scenes import BACKGROUNDS, COLOURS, KINDS, SIDE, WORDS, Scene, Shape
+from .scenes import BACKGROUNDS, COLOURS, KINDS, SIDE, THIRDS, WORDS, Scene, Shape
 
 GEN = " <GEN>"
 STYLE = "simple shapes, flat colours"
@@ -105,13 +105,8 @@ def ask(scene: Scene, kind: str, rng: random.Random) -> tuple[str, str] | None:
 
 
 def region(x: float, y: float) -> str:
-    """Where a point lies, in words: the picture's thirds."""
-    down, across = int(3 * y / SIDE), int(3 * x / SIDE)
-    if (down, across) == (1, 1):
-        return "in the middle"
-    if down == 1:
-        return f"on the {('left', '', 'right')[across]}"
-    return f"at the {('top', '', 'bottom')[down]}{(' left', '', ' right')[across]}"
+    """Where a point lies, in words: the picture's thirds, down and across."""
+    return f"at the {THIRDS[0][int(3 * y / SIDE)]} {THIRDS[1][int(3 * x / SIDE)]}"
 
 
 def count(thing: str, shapes: Sequence[Shape]) -> str:
@@ -190,7 +185,7 @@ def bare(question: str, answer: str) -> tuple[str, str]:
     to the count of circles or of shapes, "The circle is" to a colour): their questions go before them.
     """
     counts = ": " in answer or answer.startswith(f"There are {WORDS[0]} ")
-    asks = counts or any(f" is {at} the " in answer for at in ("at", "on", "in"))
+    asks = counts or " is at the " in answer
     return (question, answer) if asks else ("", answer)
 
 
