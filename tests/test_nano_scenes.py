@@ -353,7 +353,7 @@ def test_what_a_run_took_is_told_by_stage(tmp_path):
     assert (record["seed"], record["hr"], record["machine"]["threads"]) == (3, False, torch.get_num_threads())
 
 
-def test_digits_weigh_more(tmp_path):
+def test_digits_and_places_weigh_more(tmp_path):
     run = train.Run(tmp_path, seed=0, hr=True, stages=train.STAGES, workers=0)
     batch = data.told(run.processor, 0, 0, 2, **train.FACTS)
     with torch.no_grad():
@@ -364,7 +364,7 @@ def test_digits_weigh_more(tmp_path):
         scores = run.model.lm_head(hidden[:, :-1]).log_softmax(-1)
     wanted = batch["ids"][:, 1:]
     surprise = -scores.gather(-1, wanted[..., None])[..., 0]
-    weight = (batch["answers"][:, 1:] == 1) * (1 + 2.0 * torch.isin(wanted, run.content["digit"]))
+    weight = (batch["answers"][:, 1:] == 1) * (1 + 2.0 * torch.isin(wanted, torch.cat([run.content["digit"], run.content["place"]])))
     assert (weight == 3).any() and (weight == 1).any()
     torch.testing.assert_close(loss, (surprise * weight).sum() / weight.sum(), rtol=1e-4, atol=1e-4)
 

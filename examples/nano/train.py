@@ -77,8 +77,8 @@ STAGES = (
 # so many times AdamW's rate Muon's is, and its decay with it: it learned faster than at AdamW's own
 MUON = 3
 BY_MUON = (*TOWERS, *BRIDGE, "language_model")
-# a digit weighs so many times what another token does
-DIGIT = 3.0
+# so many times what another token does weigh digits, which are few, and places, which were learned last: every cell has one
+HEAVY = {"digit": 3.0, "place": 3.0}
 # what the curve shows of reading: shares in the log
 READ = {
     "whole numbers, HR tower on pages": ("page number", "C0"),
@@ -108,10 +108,7 @@ def bridge(model: MiniGeminiForConditionalGeneration, queries: torch.Tensor, pyr
 def chat_loss(
     model: MiniGeminiForConditionalGeneration, batch: data.Batch, content: dict[str, torch.Tensor], seen: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """Loss on the answers' tokens alone with pictures `seen` as image tokens; how often a token, and one of each content, is right.
-
-    Digits are few among them: they weigh more.
-    """
+    """Loss on the answers' tokens alone with pictures `seen` as image tokens; how often a token, and one of each content, is right."""
     inner = model.model
     embeds = inner.splice(inner.get_input_embeddings()(batch["ids"]), seen, batch["marks"])
     hidden = inner.language_model(inputs_embeds=embeds, attention_mask=batch["mask"], use_cache=False).last_hidden_state
@@ -120,7 +117,8 @@ def chat_loss(
     right = scores.argmax(-1) == wanted
     shares = {name: _mean(right[torch.isin(wanted, ids)]) for name, ids in content.items()}
     weight = scores.new_ones(scores.shape[-1])
-    weight[content["digit"]] = DIGIT
+    for name, times in HEAVY.items():
+        weight[content[name]] = times
     return F.cross_entropy(scores, wanted, weight=weight), {"token": _mean(right), **shares}
 
 
@@ -343,7 +341,7 @@ class Run:
 
     def _what(self) -> dict:
         """What must be the same where a run goes on."""
-        what = {"seed": self.seed, "hr": self.hr, "muon": MUON, "digit": DIGIT, "words": self.words}
+        what = {"seed": self.seed, "hr": self.hr, "muon": MUON, "heavy": HEAVY, "words": self.words}
         return what | {"stages": [dataclasses.asdict(stage) for stage in self.stages]}
 
     def _resume(self) -> None:
