@@ -66,7 +66,7 @@ def read(pipeline) -> int:
 
 
 def test_small_print_is_read(nano):
-    assert read(nano) >= 10
+    assert read(nano) >= 11
 
 
 def test_without_the_mined_features_it_is_not(nano):
@@ -76,7 +76,7 @@ def test_without_the_mined_features_it_is_not(nano):
 
 
 # how many may be wrong: what is recorded says how well it does
-@pytest.mark.parametrize(("kind", "most"), [("colour", 0), ("background", 0), ("where", 1), ("count", 1), ("describe", 2)])
+@pytest.mark.parametrize(("kind", "most"), [("colour", 0), ("background", 0), ("where", 0), ("count", 1), ("describe", 1)])
 def test_questions_about_what_there_is(nano, kind, most):
     turns = asked(kind)
     answers = said(nano, [(question, [image]) for question, _, image in turns])
@@ -93,7 +93,7 @@ def test_later_questions_are_about_the_same_picture(nano):
             given = conversation.chat(question, [scene.image] if i == 0 else None, max_new_tokens=MOST)
             assert given.image_tokens == 36 and (i == 0 or given.cached_tokens > 36)
             right.append(given.text == answer)
-    assert sum(right) >= 16, right
+    assert sum(right) >= 17, right
 
 
 def test_a_wish_for_a_drawing_is_answered_with_a_prompt(nano):
