@@ -97,7 +97,7 @@ def main() -> None:
         except mg_fast.MgFastError as error:
             parser.error(str(error))
         print(f"picture: {file}")
-        print("nano knows 64 words, four shapes and printed numbers: of a photograph its answers say nothing")
+        print("nano knows 64 words, four shapes and small printed numbers: of a photograph its answers say nothing")
     else:
         seed = random.SystemRandom().randrange(10**6) if args.seed is None else args.seed
         file, turns = draw(seed, Path(tempfile.gettempdir()))

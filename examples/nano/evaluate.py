@@ -120,6 +120,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    if args.count < 1:
+        parser.error(f"expected at least one scene, got --count {args.count}")
     folders = {"with mining": args.checkpoint} | ({} if args.without is None else {"trained without": args.without})
     for folder in folders.values():
         if not (folder / "tokenizer.model").is_file():

@@ -355,6 +355,10 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--split", choices=CLUTTER, default="unseen")
     args = parser.parse_args()
+    if args.folder.exists() and not args.folder.is_dir():
+        parser.error(f"expected a folder to write to, {args.folder} is a file")
+    if args.count < 1:
+        parser.error(f"expected at least one scene, got --count {args.count}")
     args.folder.mkdir(parents=True, exist_ok=True)
     for i in range(args.count):
         scene = draw_scene(args.seed, i, split=args.split)

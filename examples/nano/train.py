@@ -432,6 +432,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="stop after so many; the same command goes on from there")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"expected a folder to train in, {args.out} is a file")
+    if args.minutes is not None and args.minutes <= 0:
+        parser.error(f"expected more than no time, got --minutes {args.minutes:g}")
     # of writing one small file
     transformers_logging.disable_progress_bar()
     run = Run(args.out, seed=args.seed, hr=not args.no_hr, stages=STAGES, device=args.device)
