@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from examples.nano import data, train
+from examples.nano import evaluate as evaluation
 from examples.nano.evaluate import evaluate
 from examples.nano.model import LR_SIDE, VOCABULARY, make_model, save
 from examples.nano.scenes import (
@@ -31,7 +32,7 @@ from examples.nano.scenes import (
 )
 from examples.nano.talk import GEN, NO_NUMBER, SHORT, ask, bare, careless, conversation, describe, every_sentence, text_only, wish
 from examples.nano.towers import Codes
-from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor, Pipeline
+from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor, Pipeline, boxed
 from mg_fast.mini_gemini.geometry import check_geometry
 
 SCENES = [draw_scene(5, i, split="unseen" if i % 2 else "train") for i in range(60)]
@@ -426,6 +427,26 @@ def test_codes_are_blurred_anew_at_every_step(tmp_path, monkeypatch):
     strength = blurred.mean(-1)
     assert 0.6 < strength.min() < 0.75 and 1.05 < strength.max() < 1.2
     assert abs((blurred - strength[..., None]).std() - 0.4) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "said"),
+    [
+        (evaluation, ["NANO", "--count", "0"], "expected at least one scene, got --count 0"),
+        (evaluation, ["NANO", "--without", "NANO"], "was trained with the high-resolution branch"),
+        (evaluation, ["FILE"], "expected a folder that examples.nano.train wrote"),
+        (train, ["FILE"], "expected a folder to train in"),
+        (train, ["NEW", "--minutes", "0"], "expected more than no time, got --minutes 0"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_any_work(command, arguments, said, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    places = {"NANO": boxed.resolve("nano"), "FILE": tmp_path / "file", "NEW": tmp_path / "new"}
+    monkeypatch.setattr("sys.argv", ["nano", *(str(places.get(argument, argument)) for argument in arguments)])
+    with pytest.raises(SystemExit) as refused:
+        command.main()
+    assert refused.value.code == 2 and said in capsys.readouterr().err
+    assert not places["NEW"].exists()
 
 
 def test_without_the_high_resolution_branch_nothing_is_mined(tmp_path):

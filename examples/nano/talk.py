@@ -150,7 +150,7 @@ def text_only(rng: random.Random) -> tuple[str, str]:
         return rng.choice(TEXT_ONLY)
     shapes = [(rng.choice(KINDS), rng.choice(list(COLOURS))) for _ in range(rng.choice((1, 1, 2, 2, 3)))]
     said = wish(shapes, rng.choice(list(BACKGROUNDS)))
-    # as people say it, too
+    # with "and", as people say it, but always in the answer's order: other orders are not learned
     asked = " and ".join(said.rsplit(", ", 1)) if rng.random() < 0.5 else said
     return rng.choice(PHRASINGS["wish"]).format(asked) + GEN, f"<h>{said}, {STYLE}</h>"
 
