@@ -242,12 +242,6 @@ def _event_times(call: Call, seconds: float, *, flush: bool) -> list[float]:
     return [start.elapsed_time(end) for start, end in events]
 
 
-def ieee_float32() -> None:
-    """float32 is float32 in this process: cuDNN's convolutions would round their inputs to 10 bits, the baseline's among them."""
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
-
-
 def first_call(build: Callable[[], Call], device: str) -> tuple[Call, object, float]:
     """A call, what it returns first, and how many milliseconds building and calling it took: with what is compiled, tabled or packed."""
     began = time.perf_counter()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from tests.tolerances import assert_accurate, errors
+from tests.tolerances import assert_accurate, errors, ieee_float32
 
 from . import measure, records
 from .registry import Call, Case, Ceilings, NotHere, Outputs
@@ -55,7 +55,7 @@ def run(
     """
     if out is not None:
         records.check_writable(out)
-    measure.ieee_float32()
+    ieee_float32()
     ceilings = measure.measure_ceilings(device)
     document = {
         **records.environment(),

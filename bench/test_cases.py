@@ -14,7 +14,8 @@ import statistics
 import pytest
 import torch
 
-from . import measure
+from tests.tolerances import ieee_float32
+
 from .cases import all_cases
 from .registry import QUICK_PROVIDERS, Call, Case, UnknownCase, choose
 from .run import NoDevice, check, check_device, empty_row
@@ -57,7 +58,7 @@ def pytest_generate_tests(metafunc):
 def inputs_of(name: str, device: str) -> tuple[object, object]:
     """A case's inputs and its exact result, shared by its providers."""
     case = all_cases()[name]
-    measure.ieee_float32()
+    ieee_float32()
     # cases share their code: after eight shapes torch.compile would give up and run it eagerly
     torch._dynamo.reset()
     inputs = case.make(device)

@@ -26,7 +26,7 @@ import torch
 from mg_fast import absorbed, ops, resizing
 from mg_fast.kernels import configs
 from mg_fast.ops.mining import pool_windows
-from tests.tolerances import assert_accurate
+from tests.tolerances import assert_accurate, ieee_float32
 
 from . import measure, records
 from .accounting import Sizes
@@ -468,7 +468,7 @@ def tune(kernels: Sequence[str], seconds: float, *, best: int = 3, device: str =
     """
     chosen = entries(kernels)
     check_device(device)
-    measure.ieee_float32()
+    ieee_float32()
     began = time.monotonic()
     major, minor = torch.cuda.get_device_capability()
     architecture = 10 * major + minor

@@ -1,20 +1,51 @@
 """Capturing CUDA graphs, from any thread."""
 
 import contextlib
-import functools
 import threading
+import weakref
 from collections.abc import Iterator
 
 import torch
 
 # torch captures one graph at a time in a process
 _CAPTURING = threading.Lock()
+# torch hands out its streams in turn, and begins again after this many on a device
+_TORCH_STREAMS = 32
+
+_leases_lock = threading.Lock()
+# device -> addresses of the streams that belong to a living CaptureStream
+_leases: dict[torch.device, set[int]] = {}
 
 
-@functools.cache
-def capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """A stream to capture on; graphs that share a pool must have been captured on one. torch's own is on whatever device came first."""
-    return torch.cuda.Stream(device)
+class CaptureStream:
+    """A stream that one owner captures its CUDA graphs on, and no other owner while this one lives.
+
+    cuBLAS keeps one workspace for each thread and stream, and a captured product goes on writing to the workspace of the stream that it was
+    captured on. Two graphs that were captured on one stream must therefore never be replayed at the same time. An owner that may have two
+    replays in flight at once needs two of these.
+
+    Args:
+        device: the GPU.
+
+    Attributes:
+        stream: the torch.cuda.Stream.
+
+    Raises:
+        RuntimeError: all of torch's streams on this device are in use.
+    """
+
+    def __init__(self, device: torch.device):
+        with _leases_lock:
+            taken = _leases.setdefault(device, set())
+            for _ in range(_TORCH_STREAMS):
+                stream = torch.cuda.Stream(device)
+                if stream.cuda_stream not in taken:
+                    break
+            else:
+                raise RuntimeError(f"no stream is left on {device} to capture CUDA graphs on: {len(taken)} owners of graphs are alive")
+            taken.add(stream.cuda_stream)
+        self.stream = stream
+        weakref.finalize(self, taken.discard, stream.cuda_stream)
 
 
 @contextlib.contextmanager
@@ -24,7 +55,7 @@ def capture(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: tuple 
     Args:
         graph: an empty one.
         stream: that everything in the block goes to.
-        pool: as of `torch.cuda.graph`.
+        pool: as of `torch.cuda.graph`; graphs that share one must be captured on one stream.
     """
     with _CAPTURING, torch.cuda.device(stream.device):
         before = torch.cuda.current_stream()

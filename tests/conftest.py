@@ -14,6 +14,7 @@ import mg_fast
 from examples import random_checkpoint
 from tests.families import ORIGINAL, OWN, family
 from tests.paths import OWN_GOLDEN, original_golden
+from tests.tolerances import ieee_float32
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -88,6 +89,12 @@ def pipeline(model, processor):
 def two_threads():
     """Or one, where two processes share the tests."""
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+
+@pytest.fixture(autouse=True)
+def float32_is_float32():
+    """On a GPU the plain forms' error in float32 is what ours is measured by, so it must not be TF32's."""
+    ieee_float32()
 
 
 @pytest.fixture

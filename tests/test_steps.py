@@ -7,6 +7,7 @@ tensors, is shown by tracing it.
 import contextlib
 import copy
 import dataclasses
+import types
 
 import pytest
 import torch
@@ -122,7 +123,7 @@ def test_a_capture_that_failed_is_the_last(own, by_graph, monkeypatch, caplog):
     monkeypatch.setattr(steps._Graph, "_capture", CAPTURE)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
-    monkeypatch.setattr(steps, "capture_stream", lambda device: None)
+    monkeypatch.setattr(steps, "CaptureStream", lambda device: types.SimpleNamespace(stream=None))
     monkeypatch.setattr(steps, "capture", failing)
     pipeline = own.pipeline()
     answer = pipeline.chat("Hello?", max_new_tokens=40, min_new_tokens=40)

@@ -206,7 +206,7 @@ def pretended(monkeypatch):
     monkeypatch.setattr(tune, "check_device", lambda device: device)
     monkeypatch.setattr(tune, "compile_candidates", lambda chosen, *_: {entry: [] for entry in chosen})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(measure, "ieee_float32", lambda: None)
+    monkeypatch.setattr(tune, "ieee_float32", lambda: None)
     return give
 
 

@@ -10,6 +10,16 @@ LOGITS = 5e-5
 LR_PIXELS = 1e-6
 
 
+def ieee_float32() -> None:
+    """Makes float32 products and convolutions of a GPU compute in float32, in this process.
+
+    By default cuDNN rounds the inputs of float32 convolutions to 10 bits (TF32). Plain forms that are what others are held against, in
+    accuracy or in time, must not do that: a rule that allows twice their error would then allow almost anything.
+    """
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest difference over the largest expected value; shapes must agree."""
     assert actual.shape == expected.shape, f"shapes differ: {list(actual.shape)}, expected {list(expected.shape)}"

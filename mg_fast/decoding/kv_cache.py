@@ -41,6 +41,18 @@ class KVCache(Cache):
         self.window = 0
 
     @property
+    def devices(self) -> list[torch.device]:
+        """The devices on which memory was taken so far."""
+        return list(dict.fromkeys(layer.keys.device for layer in self.layers if layer.is_initialized))
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Tells torch's allocator that a stream uses the memory on its device, beside the stream that it was taken on."""
+        for layer in self.layers:
+            if layer.is_initialized and layer.keys.device == stream.device:
+                layer.keys.record_stream(stream)
+                layer.values.record_stream(stream)
+
+    @property
     def nbytes(self) -> int:
         """Bytes taken so far."""
         return sum(part.nbytes for layer in self.layers if layer.is_initialized for part in (layer.keys, layer.values))

@@ -115,6 +115,7 @@ class LeanDecoder:
                 self._idle, self._state = None, state
             state, idle, self._idle = self._state, self._idle, None
         if idle is not None and idle.cache.batch == batch and idle.cache.capacity >= positions:
+            idle.take_over()
             return idle, state
         del idle
         return self.steps.sequences(batch, positions), state
@@ -133,6 +134,7 @@ class LeanDecoder:
                 except torch.OutOfMemoryError as error:
                     # the answer is there: it is not lost over what the next one would save
                     logger.warning("keys and values of an answer are not kept: %s", error)
+            sequences.hand_back()
             self._idle = sequences
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ..graphs import capture, capture_stream
+from ..graphs import CaptureStream, capture
 from ..linear import by_onednn, take_onednn
 from ..quantization import EXPERTS_FUNCTION
 from .kv_cache import KVCache
@@ -38,6 +38,8 @@ class Sequences:
         mask: int64 [B, capacity], 0 at the filling; None as `pads`.
         graphs: captured passes over this cache, by (tokens or embeddings, width, window).
         pool: memory that the graphs share, as one of them runs at a time.
+        capturing: the stream that the graphs are captured on. It is not shared with other caches, whose graphs may run at the same time.
+        written: by GPU, an event that was recorded after the last pass of the request that gave the cache back.
     """
 
     cache: KVCache
@@ -46,6 +48,22 @@ class Sequences:
     mask: torch.Tensor | None = None
     graphs: "OrderedDict[tuple, _Graph]" = field(default_factory=OrderedDict)
     pool: tuple | None = None
+    capturing: CaptureStream | None = None
+    written: dict[torch.device, torch.cuda.Event] = field(default_factory=dict)
+
+    def hand_back(self) -> None:
+        """Called on the stream of the request that is done with the cache: a pass that ran ahead of its end may still be writing."""
+        gpus = [device for device in self.cache.devices if device.type == "cuda"]
+        self.written = {device: torch.cuda.current_stream(device).record_event() for device in gpus}
+
+    def take_over(self) -> None:
+        """Called on the stream of the next request: it waits for the last pass of the one before, which may be on another stream."""
+        for device, event in self.written.items():
+            stream = torch.cuda.current_stream(device)
+            stream.wait_event(event)
+            # torch must not give the memory to anybody else before this stream is done with it, either
+            self.cache.record_stream(stream)
+        self.written = {}
 
     def fill(self, attention_mask: torch.Tensor | None) -> None:
         """An empty cache, and the filling of an attention mask [B, L], 0 at positions on the left that are none."""
@@ -291,10 +309,13 @@ class _Graph:
 
     def _capture(self) -> None:
         began, graph = time.perf_counter(), torch.cuda.CUDAGraph()
-        if self.sequences.pool is None:
-            self.sequences.pool = torch.cuda.graph_pool_handle()
+        sequences = self.sequences
         try:
-            with capture(graph, capture_stream(self.inputs.device), self.sequences.pool):
+            if sequences.capturing is None:
+                sequences.capturing = CaptureStream(self.inputs.device)
+            if sequences.pool is None:
+                sequences.pool = torch.cuda.graph_pool_handle()
+            with capture(graph, sequences.capturing.stream, sequences.pool):
                 self.logits = self._pass()
         except torch.OutOfMemoryError as error:
             logger.warning("passes of this width go without a CUDA graph: %s", error)

@@ -12,7 +12,7 @@ from torch import nn
 
 from .. import backend as backends
 from ..frozen import uncommon
-from ..graphs import capture
+from ..graphs import CaptureStream, capture
 from .modeling import MiniGeminiModel
 from .packed_clip import PackedClip
 
@@ -59,7 +59,9 @@ class PictureEncoder:
         self._storages = _storages(model)
         cuda = self.device.type == "cuda"
         self._graphs: OrderedDict | None = OrderedDict() if graphs and cuda else None
-        self._side, self._capturing = (torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)) if cuda else (None, None)
+        # nobody else captures on them: what is captured keeps the workspaces that cuBLAS has for a stream
+        self._streams = (CaptureStream(self.device), CaptureStream(self.device)) if cuda else None
+        self._side, self._capturing = (owned.stream for owned in self._streams) if cuda else (None, None)
         # a graph's inputs and outputs are the same memory in every call: the next one waits until this one's tokens are copied
         self._copied = torch.cuda.Event() if cuda else None
         self.first_use = {"towers packed": time.perf_counter() - began}

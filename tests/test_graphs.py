@@ -1,0 +1,123 @@
+"""Streams that graphs are captured on, and caches that change hands between streams, with stand-ins for what only a GPU has."""
+
+import gc
+import threading
+import types
+
+import pytest
+import torch
+
+from mg_fast import graphs
+from mg_fast.decoding import LeanDecoder, steps
+
+DEVICE = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def torch_streams(monkeypatch):
+    """As torch has it: 32 streams of a device, handed out in turn."""
+    given = []
+
+    def stream(device):
+        given.append(1000 + len(given) % 32)
+        return types.SimpleNamespace(cuda_stream=given[-1], device=device)
+
+    monkeypatch.setattr(torch.cuda, "Stream", stream)
+    monkeypatch.setattr(graphs, "_leases", {})
+    return given
+
+
+def test_no_two_living_owners_capture_on_one_stream(torch_streams):
+    """cuBLAS has one workspace for each stream of a thread, and graphs captured on one stream write to the same."""
+    owners = [graphs.CaptureStream(DEVICE) for _ in range(20)]
+    # somebody else takes streams as well, and torch comes round to those in use
+    for _ in range(25):
+        torch.cuda.Stream(DEVICE)
+    owners += [graphs.CaptureStream(DEVICE) for _ in range(12)]
+    assert len({owner.stream.cuda_stream for owner in owners}) == 32
+    with pytest.raises(RuntimeError, match="no stream is left on cuda:0 to capture CUDA graphs on: 32 owners"):
+        graphs.CaptureStream(DEVICE)
+
+
+def test_a_stream_is_free_again_when_its_owner_is_gone(torch_streams):
+    owners = [graphs.CaptureStream(DEVICE) for _ in range(32)]
+    freed = owners.pop(7).stream.cuda_stream
+    gc.collect()
+    assert graphs.CaptureStream(DEVICE).stream.cuda_stream == freed
+
+
+@pytest.fixture
+def capturing(monkeypatch, torch_streams):
+    """Passes that are captured, as far as that can be had without a GPU; the streams on which they were."""
+    streams = []
+
+    class Capture:
+        def __init__(self, graph, stream, pool=None):
+            streams.append(stream.cuda_stream)
+
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(steps.Steps, "graphs_refused", lambda self, capacity: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: types.SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(steps, "capture", Capture)
+    return streams
+
+
+def test_caches_of_one_thread_capture_on_streams_of_their_own(own, capturing):
+    """Their graphs may be replayed at the same time by two threads. Those of one cache never are: they share its stream."""
+    passes = LeanDecoder(own.model).steps
+    caches = [passes.sequences(1, 64) for _ in range(2)]
+    with torch.no_grad():
+        for sequences in caches:
+            for width in (64, 128):
+                for _ in range(2):
+                    sequences.cache.length = 0
+                    passes.prefill(sequences, torch.zeros(1, width, own.model.config.text_config.hidden_size))
+    assert len(capturing) == 4
+    assert capturing[0] == capturing[1] != capturing[2] == capturing[3]
+
+
+class Stream:
+    """Notes what is recorded on it, and what it waits for."""
+
+    def __init__(self):
+        self.device, self.recorded, self.waited = DEVICE, [], []
+
+    def record_event(self):
+        self.recorded.append(object())
+        return self.recorded[-1]
+
+    def wait_event(self, event):
+        self.waited.append(event)
+
+
+def test_a_cache_is_taken_over_after_the_pass_that_ran_ahead(own, monkeypatch):
+    """The loop starts a pass before it knows that the answer has ended; the next request may be on another stream."""
+    of_thread = threading.local()
+    decoder = LeanDecoder(own.model, kv_cache_bytes=0)
+    used = []
+    # the cache seems to be on a GPU
+    monkeypatch.setattr(steps.KVCache, "devices", property(lambda self: [DEVICE]))
+    monkeypatch.setattr(steps.KVCache, "record_stream", lambda self, stream: used.append(stream))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: of_thread.stream)
+    options = dict(max_new_tokens=3, do_sample=False, eos_token_id=None)
+    ids = torch.randint(3, 400, (1, 9), generator=torch.Generator().manual_seed(0))
+    order = []
+    step, fill = steps.Steps.step, steps.Sequences.fill
+    monkeypatch.setattr(steps.Steps, "step", lambda *args: (order.append("pass"), step(*args))[1])
+    monkeypatch.setattr(
+        steps.Sequences, "fill", lambda *args: (order.append(f"begins after {len(of_thread.stream.waited)} waits"), fill(*args))[1]
+    )
+    streams = [Stream(), Stream()]
+    for stream in streams:
+        of_thread.stream = stream
+        own.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options, custom_generate=decoder.request())
+    first, second = streams
+    assert first.waited == [] and len(first.recorded) == 1
+    assert second.waited == first.recorded and used == [second]
+    assert order == ["begins after 0 waits", "pass", "pass", "begins after 1 waits", "pass", "pass"]
