@@ -37,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--quick", action="store_true", help="patch info mining at its real size, in two minutes on two cores")
     command.add_argument("--provider", action="append", default=[], metavar="NAME", help="only this one and the baseline; may be repeated")
     command.add_argument("--seconds", type=float, default=20, help="for one case, on a GPU a tenth of it for each provider; default 20")
+    command.add_argument("--kernels", action="store_true", help="also a table of the kernels of those providers that have one")
     command.add_argument("--no-memory", action="store_true", help="leave out peak memory (on a CPU a process per provider)")
     command.add_argument("--out", type=Path, help="keep the document here, as it grows")
     command.add_argument("--save", action="store_true", help="keep every case under bench/results, by device")
@@ -57,13 +58,24 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--best", type=int, default=3, help="how many tiles of each entry to print; default 3")
     command.set_defaults(run=_tune)
 
-    command = commands.add_parser("gpu", help="everything that a borrowed GPU should tell, within a time, into at most 8 files")
+    command = commands.add_parser("gpu", help="everything that a borrowed GPU should tell, within minutes, into at most 7 files")
     command.add_argument("--out", type=Path, help="the folder")
-    command.add_argument("--minutes", type=float, default=9, help="for all of it; default 9")
+    command.add_argument("--steps", nargs="+", default=[], metavar="NAME", help="only these, by name or shell pattern; see --dry-run")
+    command.add_argument("--resume", type=Path, metavar="DIR", help="go on where an earlier run was cut; without --out in its own folder")
+    command.add_argument("--minutes", type=float, default=6, help="for all of it; default 6")
     command.add_argument("--device", default="cuda", help="cpu or cuda; default cuda")
-    command.add_argument("--plan", choices=("full", "tiny"), default="full", help="tiny: half a minute on a CPU, to try it out")
-    command.add_argument("--dry-run", action="store_true", help="print the steps and their limits, and run none")
+    command.add_argument("--plan", choices=("full", "tiny"), default="full", help="tiny: a minute on a CPU, to try it out")
+    command.add_argument("--dry-run", action="store_true", help="print the steps, their budgets and what they measure, and run none")
     command.set_defaults(run=_gpu, parser=command)
+
+    command = commands.add_parser("keep", help="keep what `gpu` found under bench/results, by device")
+    command.add_argument("folder", type=Path, help="the --out of `gpu`")
+    command.set_defaults(run=_keep)
+
+    command = commands.add_parser("smoke", help="launch every kernel once on a small input, on a GPU under compute-sanitizer, too")
+    command.add_argument("--device", help="cpu or cuda; default: a GPU where there is one")
+    command.add_argument("--once", action="store_true", help="in this process alone, without compute-sanitizer")
+    command.set_defaults(run=_smoke)
 
     command = commands.add_parser("ceilings", help="the machine, and what a copy and large matrix products reach on it")
     command.add_argument("--device", help="cpu or cuda; default: a GPU where there is one")
@@ -92,6 +104,17 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--html", type=Path, metavar="FILE", help="write one self-contained page of pictures")
     command.add_argument("--check", action="store_true", help="write nothing; exit status 1 where README.md is not what the records give")
     command.set_defaults(run=_report)
+
+    # for `gpu`, whose steps are processes of their own
+    command = commands.add_parser("step")
+    command.add_argument("name")
+    command.add_argument("--plan", default="full")
+    command.add_argument("--device", default="cuda")
+    for option in ("--out", "--done", "--ceilings", "--watch"):
+        command.add_argument(option, type=Path)
+    command.add_argument("--hangs-after", type=float)
+    command.add_argument("--compiling-hangs-after", type=float)
+    command.set_defaults(run=_step)
 
     # for `run`, whose providers' memory is measured in processes of their own
     command = commands.add_parser("peak")
@@ -146,11 +169,16 @@ def _run(args: argparse.Namespace) -> int:
     # where it is kept says nothing of how it was measured
     words = [word for i, word in enumerate(sys.argv[1:]) if word != "--out" and sys.argv[i] != "--out"]
     command = shlex.join(["python", "-m", "bench", *words])
-    document = run(cases, device, seconds=args.seconds, memory=not args.no_memory, out=args.out, command=command)
+    document = run(cases, device, seconds=args.seconds, memory=not args.no_memory, kernels=args.kernels, out=args.out, command=command)
     if args.save:
         for path in records.save(document):
             print(f"kept {path}", file=sys.stderr)
     print(json.dumps(document))
+    return _status(document)
+
+
+def _status(document: dict) -> int:
+    """The exit status of what measured a document."""
     if document["ended"] == "interrupted":
         return 130
     return int(not document["complete"] or any(row["ok"] is False for row in document["cases"]))
@@ -173,11 +201,35 @@ def _tune(args: argparse.Namespace) -> int:
 
 
 def _gpu(args: argparse.Namespace) -> int:
-    from .gpu import gpu
+    from .gpu.command import gpu
 
-    if args.out is None and not args.dry_run:
-        args.parser.error("expected --out DIR, or --dry-run")
-    return gpu(args.out, args.minutes, device=args.device, plan=args.plan, dry=args.dry_run)
+    if args.out is None and args.resume is None and not args.dry_run:
+        args.parser.error("expected --out DIR, --resume DIR, or --dry-run")
+    options = {"names": args.steps, "resume": args.resume, "device": args.device, "plan": args.plan, "dry": args.dry_run}
+    return gpu(args.out, minutes=args.minutes, **options)
+
+
+def _step(args: argparse.Namespace) -> int:
+    from .gpu.command import step
+    from .watch import Watch
+
+    watch = Watch(args.watch, args.hangs_after, args.compiling_hangs_after)
+    options = {"plan": args.plan, "device": args.device, "out": args.out, "done": args.done, "ceilings": args.ceilings}
+    return _status(step(args.name, watch=watch, **options))
+
+
+def _keep(args: argparse.Namespace) -> int:
+    from .gpu.command import keep
+
+    for path in keep(args.folder):
+        print(f"kept {path}")
+    return 0
+
+
+def _smoke(args: argparse.Namespace) -> int:
+    from .gpu.smoke import smoke
+
+    return smoke(_device(args), once=args.once)
 
 
 def _ceilings(args: argparse.Namespace) -> int:

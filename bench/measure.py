@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -107,6 +107,7 @@ def time_in_turns(
     least_turns: int = 4,
     most_turns: int = 40,
     clocked: bool = False,
+    begin: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Timing]:
     """Times warm calls on a CPU in turns, every other turn in reverse.
 
@@ -117,6 +118,7 @@ def time_in_turns(
         clock: seconds.
         others: as `Others.share`; the default is that.
         clocked: calls return their own milliseconds beside their outputs, see `Case`; a turn's ratio is that of its medians.
+        begin: called with the name of every call before it is timed.
     """
     if not calls:
         return {}
@@ -129,6 +131,7 @@ def time_in_turns(
     for turn in range(most_turns):
         samples = {}
         for name in list(calls)[:: -1 if turn % 2 else 1]:
+            begin(name)
             samples[name] = calls[name]()[1] if clocked else [_mean_ms(calls[name], repeats[name], clock)]
         turns.append(samples)
         shares.append(others())
@@ -170,15 +173,22 @@ def _repeats(call: Call, seconds: float, clock: Callable[[], float]) -> int:
     return max(1, round(seconds / max(clock() - began, 1e-6)))
 
 
-def time_in_passes(calls: Mapping[str, Call], baseline: str, seconds: float) -> dict[str, Timing]:
+def time_in_passes(
+    calls: Mapping[str, Call], baseline: str, seconds: float, begin: Callable[[str], None] = lambda name: None
+) -> dict[str, Timing]:
     """Times warm calls on a GPU in two passes, the second in reverse, so that a drift of its clocks shows.
 
     Args:
         seconds: of device time for each call, about.
+        begin: called with the name of every call before it is timed.
     """
     passes = []
     for names in (list(calls), list(calls)[::-1]):
-        passes.append({name: time_on_gpu(calls[name], seconds / 2) for name in names})
+        timings = {}
+        for name in names:
+            begin(name)
+            timings[name] = time_on_gpu(calls[name], seconds / 2)
+        passes.append(timings)
     merged = {}
     for name in calls:
         first, second = (timings[name] for timings in passes)
@@ -222,6 +232,20 @@ def time_graph(call: Call, seconds: float) -> float:
     except Exception as error:
         raise GpuLost(f"it cannot be captured: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
     return statistics.median(_event_times(graph.replay, seconds, flush=True))
+
+
+def same_bits(call: Call, outputs: Sequence[torch.Tensor], repeats: int = 3) -> bool:
+    """Whether further calls return the very same bits, NaN included: a kernel whose threads race seldom does."""
+    for _ in range(repeats):
+        again = call()
+        again = [again] if isinstance(again, torch.Tensor) else again
+        if not all(torch.equal(_bits(a), _bits(b)) for a, b in zip(again, outputs, strict=True)):
+            return False
+    return True
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8)
 
 
 def _event_times(call: Call, seconds: float, *, flush: bool) -> list[float]:

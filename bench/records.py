@@ -1,6 +1,7 @@
 """What a figure was measured on, and documents of figures: written as they grow, read and checked."""
 
 import contextlib
+import importlib.metadata
 import json
 import os
 import platform
@@ -10,7 +11,6 @@ import time
 from pathlib import Path
 
 import torch
-import transformers
 
 RESULTS = Path(__file__).parent / "results"
 # what every document has, and what is the same where two can be one
@@ -25,7 +25,10 @@ class BadRecord(ValueError):
 
 
 def environment() -> dict:
-    """The machine and the stack: gpu, driver, clocks, cpu, threads, memory, load, versions, commit."""
+    """The machine and the stack: gpu, driver, clocks, cpu, threads, memory, load, versions, commit.
+
+    The commit is git's; where the code was copied without its history, it is what MG_FAST_COMMIT says.
+    """
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     clocks = "clocks.sm,clocks.mem,clocks.max.sm,power.limit"
     return {
@@ -42,8 +45,8 @@ def environment() -> dict:
         # a plain one: its own kind is refused where a checkpoint of tensors and plain values is read
         "torch": str(torch.__version__),
         "triton": _version("triton"),
-        "transformers": transformers.__version__,
-        "commit": _command("git", "describe", "--always", "--dirty", "--abbrev=12"),
+        "transformers": _version("transformers"),
+        "commit": _command("git", "describe", "--always", "--dirty", "--abbrev=12") or os.environ.get("MG_FAST_COMMIT"),
     }
 
 
@@ -138,9 +141,10 @@ def _memory_gib() -> float | None:
 
 
 def _version(package: str) -> str | None:
+    """Of an installed package, without importing it."""
     try:
-        return __import__(package).__version__
-    except ImportError:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
         return None
 
 

@@ -23,6 +23,8 @@ Outputs = torch.Tensor | Sequence[torch.Tensor]
 Call = Callable[[], Outputs]
 
 DTYPES = ("float32", "bfloat16", "float16")
+# providers that are our own forms; the others are the original's steps, opponents and variants, and one that fails is a finding
+OURS = ("torch", "auto", "triton", "packed", "23 layers")
 # of a quick run: compiling takes longer than everything else together
 QUICK_PROVIDERS = ("reference", "torch", "triton")
 
@@ -57,6 +59,7 @@ class Case:
         clocked: calls return their outputs and a list of the milliseconds that count, taken by themselves and with the device synchronised:
             for what is a part of a call, or many requests in one.
         tokens: that a sample's time gives, where it is a step of decoding.
+        profiled: of some providers, builds of the call whose kernels are worth a table, see `kernel_table`.
         release: called after the last of the cases in a row that share it: frees what `make` keeps from one to the next.
     """
 
@@ -75,6 +78,7 @@ class Case:
     memory: Mapping[str, Callable[[Any], Call]] | None = None
     clocked: bool = False
     tokens: int | None = None
+    profiled: Mapping[str, Callable[[Any], Call]] | None = None
     release: Callable[[], None] | None = None
 
     @property
@@ -89,6 +93,10 @@ class Case:
         """The same with its baseline and the providers that shell patterns name."""
         kept = {n: p for n, p in self.providers.items() if n == self.baseline or any(fnmatch.fnmatch(n, pattern) for pattern in patterns)}
         return dataclasses.replace(self, providers=kept)
+
+    def restricted(self, providers: Sequence[str]) -> Case:
+        """The same with these providers, in its own order; the baseline only if it is one of them."""
+        return dataclasses.replace(self, providers={name: build for name, build in self.providers.items() if name in providers})
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from . import measure, records
 from .cases import all_cases
 from .records import BadRecord
+from .registry import OURS
 
 README = Path(__file__).parents[1] / "README.md"
 MEND = "python -m bench report --readme"
@@ -135,8 +136,31 @@ def answers_table(found: Kept) -> str:
     return "\n".join([*lines, "", _wrapped(notes + _gpu_note(found)), *conditions(found, list(cases))])
 
 
-def predicted_table(_: Kept) -> str:
-    """What was counted of a GPU that is not here."""
+def status_table(found: Kept) -> str:
+    """What has been measured on GPUs: which cases, whether our providers were right, and where one was slower than the original's steps."""
+    if not gpus(found):
+        told = "**On a GPU: nothing has been measured yet.** The kernels were interpreted on a CPU and compiled ahead of time for six"
+        told += " architectures. [docs/gpu.md](docs/gpu.md) tells how everything is measured in a quarter of an hour."
+        return _wrapped(told)
+    lines = []
+    for device in gpus(found):
+        documents = found[device].values()
+        rows = [row for document in documents for row in document["cases"] if row["provider"] in OURS and shown(row)]
+        wrong = [f"{row['name']} by `{row['provider']}` ({_cell(row['why'] or 'no reason kept')})" for row in rows if row["ok"] is False]
+        slower = [
+            f"{row['name']} by `{row['provider']}` ({ratio(row['speedup'])})"
+            for row in rows
+            if is_measured(row) and row.get("speedup") and row["speedup"] < 1
+        ]
+        conditions = sorted({f"{document['date']} at commit {document['commit']}" for document in documents})
+        told = f"- **{device}**, measured on {', '.join(conditions)}: {len(documents)} cases, in which {len(rows)} providers of ours ran."
+        told += f" Wrong or broken: {'; '.join(wrong) or 'none'}. Slower than the baseline: {'; '.join(slower) or 'none'}."
+        lines.append(_wrapped(told))
+    return "\n".join(lines)
+
+
+def predicted_table(found: Kept) -> str:
+    """What was counted of a GPU that is not here; where one was, what was measured."""
     parts = {"patch info mining": "mining", "high-resolution tower": "tower", "picture to tokens": "picture"}
     forms = {"reference": "the original's steps", "auto": "mg_fast", "triton": "mg_fast, kernels everywhere"}
     predicted = json.loads((records.RESULTS / "predicted.json").read_text(encoding="utf-8"))
@@ -145,18 +169,25 @@ def predicted_table(_: Kept) -> str:
         for shown, group in parts.items():
             rows = predicted["cases"][f"{group}/{setting}-b1-bfloat16"]
             # where no form is called auto, it is the kernel
-            cells = [_counted(rows.get(form) or rows["triton"]) for form in forms]
+            measured = {form: _measured_on_gpu(found, f"{group}/{setting}-b1-bfloat16", form) for form in forms}
+            cells = [measured[form] or _counted(rows.get(form) or rows["triton"]) for form in forms]
             lines.append(f"| {shown}, {setting} | " + " | ".join(cells) + " |")
     notes = "bfloat16, one picture. GFLOP of products, MB that operators read and write one by one, launches, and the most allocated at"
     notes += " once above weights and inputs; counted on tensors without values (`python -m bench memory`), without what libraries take."
     return "\n".join([*lines, "", _wrapped(notes)])
 
 
+def _measured_on_gpu(found: Kept, case: str, form: str) -> str | None:
+    """The figures of a case on every GPU on which it was measured."""
+    rows = {device: row_of(found, device, case, form) for device in gpus(found)}
+    return "; ".join(f"measured on {device}: {figure(row)}" for device, row in rows.items() if is_measured(row)) or None
+
+
 def _counted(row: Mapping) -> str:
     return f"{row['flop'] / 1e9:,.0f} GFLOP, {row['moved'] / 1e6:,.0f} MB, {row['launches']} launches, {row['peak'] / 2**20:,.0f} MiB"
 
 
-TABLES = {"picture": picture_table, "mining": mining_table, "answers": answers_table, "predicted": predicted_table}
+TABLES = {"picture": picture_table, "mining": mining_table, "answers": answers_table, "predicted": predicted_table, "status": status_table}
 
 
 def is_measured(row: Mapping | None) -> bool:

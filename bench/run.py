@@ -3,6 +3,7 @@
 import math
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,10 +12,17 @@ import torch
 from tests.tolerances import assert_accurate, errors, ieee_float32
 
 from . import measure, records
+from .clocks import ClockLog
+from .kernel_table import kernel_table
 from .registry import Call, Case, Ceilings, NotHere, Outputs
+from .watch import Watch
 
 # samples from which on the slowest hundredth is told
 TAIL = 200
+
+
+# providers that are kernels of ours alone: they have no reason to return other bits when they are called again
+REPEATABLE = ("triton",)
 
 
 class NoDevice(RuntimeError):
@@ -37,13 +45,25 @@ def check_device(device: str) -> str:
 
 
 def run(
-    cases: Sequence[Case], device: str, *, seconds: float = 20, memory: bool = True, out: Path | None = None, command: str = ""
+    cases: Sequence[Case],
+    device: str,
+    *,
+    seconds: float = 20,
+    memory: bool = True,
+    kernels: bool = False,
+    ceilings: Ceilings | None = None,
+    watch: Watch | None = None,
+    out: Path | None = None,
+    command: str = "",
 ) -> dict:
     """Measures cases on a device.
 
     Args:
         seconds: for the turns of one case, of which at least four are taken; on a GPU a tenth of it for each provider.
         memory: also measure peak memory, on a CPU in a process per provider.
+        kernels: also profile the providers that a case names for it, kernel by kernel.
+        ceilings: of this device, where they were measured before.
+        watch: told what is being done.
         out: where the document is kept as it grows.
         command: that it was asked for by.
 
@@ -56,35 +76,43 @@ def run(
     if out is not None:
         records.check_writable(out)
     ieee_float32()
-    ceilings = measure.measure_ceilings(device)
-    document = {
-        **records.environment(),
-        "device": device,
-        "ceilings": {"copy_gbps": ceilings.copy_gbps, "matmul_tflops": dict(ceilings.matmul_tflops)},
-        "command": command,
-        "complete": False,
-        "ended": None,
-        "cases": [],
-    }
-    try:
-        for case, following in zip(cases, [*cases[1:], None]):
-            print(f"{case.name} ...", file=sys.stderr, flush=True)
-            rows = {name: empty_row(case, name) for name in case.providers}
-            try:
-                run_case(case, device, ceilings, seconds=seconds, memory=memory, rows=rows)
-            finally:
-                measured = [row for row in rows.values() if row["median_ms"] is not None or row["why"]]
-                document["cases"] += measured
-                print(format_rows(measured), file=sys.stderr, flush=True)
-                if out is not None:
-                    records.write(out, document)
-            if case.release is not None and (following is None or following.release is not case.release):
-                case.release()
-        document["complete"] = True
-    except KeyboardInterrupt:
-        document["ended"] = "interrupted"
-    except measure.GpuLost as error:
-        document["ended"] = f"the GPU is lost to this process, run the rest anew: {error}"
+    watch = watch or Watch()
+    with ClockLog(device) as clocks:
+        began = time.monotonic()
+        document = {**records.environment(), "device": device}
+        ceilings = ceilings or measure.measure_ceilings(device)
+        document |= {
+            "clocks_under_load": clocks.since(began),
+            "ceilings": {"copy_gbps": ceilings.copy_gbps, "matmul_tflops": dict(ceilings.matmul_tflops)},
+            "command": command,
+            "complete": False,
+            "ended": None,
+            "cases": [],
+        }
+        if out is not None:
+            records.write(out, document)
+        try:
+            for case, following in zip(cases, [*cases[1:], None]):
+                print(f"{case.name} ...", file=sys.stderr, flush=True)
+                rows = {name: empty_row(case, name) for name in case.providers}
+                options = {"seconds": seconds, "memory": memory, "kernels": kernels, "watch": watch, "clocks": clocks}
+                try:
+                    run_case(case, device, ceilings, rows=rows, **options)
+                finally:
+                    measured = [row for row in rows.values() if row["median_ms"] is not None or row["why"]]
+                    document["cases"] += measured
+                    print(format_rows(measured), file=sys.stderr, flush=True)
+                    if out is not None:
+                        records.write(out, document)
+                if case.release is not None and (following is None or following.release is not case.release):
+                    case.release()
+            document["complete"] = True
+        except KeyboardInterrupt:
+            document["ended"] = "interrupted"
+        except measure.GpuLost as error:
+            document["ended"] = f"the GPU is lost to this process, run the rest anew: {error}"
+        finally:
+            watch.end()
     if document["ended"]:
         print(f"{document['ended']}; what was measured so far is kept", file=sys.stderr)
     if out is not None:
@@ -93,83 +121,115 @@ def run(
 
 
 def run_case(
-    case: Case, device: str, ceilings: Ceilings, *, seconds: float, memory: bool, rows: dict[str, dict] | None = None
+    case: Case,
+    device: str,
+    ceilings: Ceilings,
+    *,
+    seconds: float,
+    memory: bool,
+    kernels: bool = False,
+    rows: dict[str, dict] | None = None,
+    watch: Watch | None = None,
+    clocks: ClockLog | None = None,
 ) -> list[dict]:
     """Measures a case's providers; a row for each is returned.
 
     Args:
         rows: the same by provider, as of `empty_row`, filled as it goes on: what there is when it is interrupted.
+        clocks: what reads the GPU's clocks meanwhile.
+        seconds, memory, kernels, watch: as of `run`.
 
     Raises:
         GpuLost: the process can do no more on the GPU.
     """
     rows = {name: empty_row(case, name) for name in case.providers} if rows is None else rows
+    watch = watch or Watch()
     # cases share their code: after eight shapes torch.compile would give up and run it eagerly
     torch._dynamo.reset()
     with measure.memory_within_reach(device), torch.no_grad():
         try:
+            watch.begin(case.name, list(rows), "making its inputs")
             inputs = case.make(device)
         except Exception as error:
             for row in rows.values():
                 row["ok"], row["why"] = False, f"inputs: {_why(error)}"
             _check_gpu(device)
             return list(rows.values())
-        timed = _measure(case, inputs, device, ceilings, rows, seconds, memory)
+        calls = {name: _named(name, call) for name, call in check(case, inputs, device, rows, watch).items()}
+        began = time.monotonic()
+        for name, timing in _time(case, calls, device, rows, seconds, watch).items():
+            _fill(rows[name], case, timing, ceilings, device)
+            rows[name]["clocks"] = clocks.since(began) if clocks is not None else None
+        _look_closer(case, calls, inputs, device, rows, kernels, watch)
+        if device == "cuda":
+            _on_the_gpu(case, calls, inputs, rows, seconds, memory, watch)
         del inputs
     if device == "cpu" and memory:
-        for name in timed:
+        for name in calls:
             rows[name]["peak_mib"] = measure.peak_in_child(case.name, name)
     return list(rows.values())
 
 
-def _measure(case: Case, inputs: object, device: str, ceilings: Ceilings, rows: dict[str, dict], seconds: float, memory: bool) -> list[str]:
-    """Accuracy, time, and on a GPU memory and graphs; the providers that were timed are returned."""
-    calls = {name: _named(name, call) for name, call in check(case, inputs, device, rows).items()}
-    timings = {}
+def _look_closer(
+    case: Case, calls: dict[str, Call], inputs: object, device: str, rows: dict[str, dict], kernels: bool, watch: Watch
+) -> None:
+    """The stages of a call, and the table of its kernels, of the providers that have them."""
+    for name in calls:
+        if name in (case.stages or {}):
+            watch.begin(case.name, [name], "its stages")
+            _try(rows[name], "stages", lambda name=name: case.stages[name](inputs), device)
+        if kernels and name in (case.profiled or {}):
+            watch.begin(case.name, [name], "the table of its kernels")
+            _try(rows[name], "kernels", lambda name=name: kernel_table(case.profiled[name](inputs), device), device)
+
+
+def _time(
+    case: Case, calls: dict[str, Call], device: str, rows: dict[str, dict], seconds: float, watch: Watch
+) -> dict[str, measure.Timing]:
+    """The times of calls; one that fails meanwhile leaves `calls`, and the others are timed without it."""
+
+    def begin(name: str) -> None:
+        watch.begin(case.name, [name], "being timed")
+
     while calls:
         try:
             if case.clocked:
-                timings = measure.time_in_turns(
-                    calls, case.baseline, seconds / 10 * len(calls) if device == "cuda" else seconds, clocked=True
-                )
-            elif device == "cuda":
-                timings = measure.time_in_passes(calls, case.baseline, seconds / 10)
-            else:
-                timings = measure.time_in_turns(calls, case.baseline, seconds)
-            break
+                spent = seconds / 10 * len(calls) if device == "cuda" else seconds
+                return measure.time_in_turns(calls, case.baseline, spent, clocked=True, begin=begin)
+            if device == "cuda":
+                return measure.time_in_passes(calls, case.baseline, seconds / 10, begin)
+            return measure.time_in_turns(calls, case.baseline, seconds, begin=begin)
         except _CallFailed as error:
             # it had come through once; the others are timed without it
             rows[error.name]["ok"], rows[error.name]["why"] = False, f"while it was timed: {_why(error.__cause__)}"
             del calls[error.name]
             _check_gpu(device)
-    for name in calls:
-        _fill(rows[name], case, timings[name], ceilings, device)
-        if name in (case.stages or {}):
-            _try(rows[name], "stages", lambda name=name: case.stages[name](inputs), device)
-    if device == "cuda":
-        _on_the_gpu(case, calls, inputs, rows, seconds, memory)
-    return list(calls)
+    return {}
 
 
-def _on_the_gpu(case: Case, calls: dict[str, Call], inputs: object, rows: dict[str, dict], seconds: float, memory: bool) -> None:
+def _on_the_gpu(
+    case: Case, calls: dict[str, Call], inputs: object, rows: dict[str, dict], seconds: float, memory: bool, watch: Watch
+) -> None:
     """Memory; and last, as a capture that fails ends it all, CUDA graphs."""
     for name, call in calls.items() if memory else ():
+        watch.begin(case.name, [name], "its peak memory")
         if name in case.own_graphs:
             # a replay allocates nothing
             if name not in (case.memory or {}):
                 continue
             call = case.memory[name](inputs)
         _try(rows[name], "peak_mib", lambda call=call: (call(), measure.peak_mib(call, "cuda"))[1], "cuda")
-    baseline = rows[case.baseline]
+    baseline = rows.get(case.baseline)
     for name, call in calls.items() if case.capturable else ():
         if name in case.own_graphs:
             continue
+        watch.begin(case.name, [name], "being captured in a CUDA graph")
         try:
             rows[name]["graphed_ms"] = measure.time_graph(call, seconds / 20)
         except measure.GpuLost as error:
             rows[name]["why"] = f"as a graph: {error}"
             raise
-        if rows[name]["ok"] and baseline["ok"] and baseline["graphed_ms"]:
+        if rows[name]["ok"] and baseline and baseline["ok"] and baseline["graphed_ms"]:
             rows[name]["speedup_graphed"] = baseline["graphed_ms"] / rows[name]["graphed_ms"]
 
 
@@ -214,16 +274,19 @@ def _check_gpu(device: str) -> None:
 def empty_row(case: Case, provider: str) -> dict:
     """A provider's row before anything was measured."""
     unmeasured = ("median_ms", "p20_ms", "p80_ms", "warm_ms", "graphed_ms", "first_call_ms", "peak_mib", "relative_error")
-    unmeasured += ("speedup", "speedup_graphed")
+    unmeasured += ("speedup", "speedup_graphed", "equal_bits", "clocks")
     return {"name": case.name, "provider": provider, "baseline": case.baseline, "ok": None, "why": None} | dict.fromkeys(unmeasured)
 
 
-def check(case: Case, inputs: object, device: str, rows: dict[str, dict]) -> dict[str, Call]:
+def check(case: Case, inputs: object, device: str, rows: dict[str, dict], watch: Watch | None = None) -> dict[str, Call]:
     """Calls each provider once and holds what it returns against the exact result; the calls that are right are returned, warm.
 
     Args:
         rows: by provider, as of `empty_row`; filled with what was found.
+        watch: told what is being done.
     """
+    watch = watch or Watch()
+    watch.begin(case.name, list(case.providers), "the exact result")
     calls, plain = {}, None
     exact, unknown = None, None
     try:
@@ -233,6 +296,7 @@ def check(case: Case, inputs: object, device: str, rows: dict[str, dict]) -> dic
     # the baseline's own error is what the others' is measured by
     for name in sorted(case.providers, key=lambda name: name != case.baseline):
         row = rows[name]
+        watch.begin(case.name, [name], "its first call")
         try:
             call, outputs, row["first_call_ms"] = measure.first_call(lambda name=name: case.providers[name](inputs), device)
             outputs = _several(outputs[0] if case.clocked else outputs)
@@ -244,6 +308,9 @@ def check(case: Case, inputs: object, device: str, rows: dict[str, dict]) -> dic
                 row["why"] = f"accuracy unknown: {case.baseline} gave no result to compare with"
             else:
                 _compare(outputs, plain, _several(exact), row)
+            if device == "cuda" and not case.clocked:
+                row["equal_bits"] = measure.same_bits(call, outputs)
+                assert row["equal_bits"] or name not in REPEATABLE, "other bits when it was called again with the same inputs"
             calls[name] = call
         except NotHere as reason:
             row["why"] = f"not here: {reason}"

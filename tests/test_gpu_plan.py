@@ -1,124 +1,103 @@
-"""`python -m bench gpu` without a GPU: the plan names what there is, and a step that hangs or crashes loses nothing of the others."""
+"""What `python -m bench gpu` will do on a GPU, and that a folder of an earlier run is neither lost nor mixed with another."""
 
 import json
-import os
-import re
-import signal
-import time
-from pathlib import Path
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from bench import gpu, records
-from bench.__main__ import _parser, main
+from bench import records
+from bench.__main__ import main
 from bench.cases import all_cases
-from bench.gpu import Step
-from bench.registry import choose, choose_providers
+from bench.gpu import command, passed_before
+from bench.gpu import plan as plans
+from bench.gpu.plan import Part, Step
+from bench.gpu.runner import ROOT
+from bench.gpu.summary import Outcome, conclude, earlier_outcomes
+from bench.registry import OURS
+from tests.bench_documents import document, row
 
-ROW = {"provider": "reference", "ok": True, "why": None, "p20_ms": 1, "p80_ms": 1, "peak_mib": 0, "first_call_ms": 2, "speedup": 1.0}
-DOCUMENT = dict.fromkeys(("gpu", "date", "cpu", "threads", "torch", "commit")) | {"device": "cpu", "complete": True}
-
-MODULES = {
-    # writes a case at once, then hangs, and will not be interrupted; so does what it has started
-    "hang": """
-import json, os, signal, subprocess, sys, time
-signal.signal(signal.SIGINT, signal.SIG_IGN)
-child = subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(2, signal.SIG_IGN); time.sleep(600)"])
-if "--out" in sys.argv:
-    document = json.loads(os.environ["DOCUMENT"])
-    open(sys.argv[-1], "w").write(json.dumps(document))
-print("hangs", child.pid, flush=True)
-time.sleep(600)
-""",
-    "crash": "import os, sys; print('crashes', file=sys.stderr, flush=True); os.kill(os.getpid(), 11)",
-    "write": "import os, sys; open(sys.argv[-1], 'w').write(os.environ['DOCUMENT'])",
-    # as `bench run` where a provider failed
-    "fail": "import os, sys; open(sys.argv[-1], 'w').write(os.environ['DOCUMENT']); sys.exit(1)",
-    "say": "print('x' * 100)",
-}
+CASES = all_cases()
 
 
-@pytest.fixture
-def modules(tmp_path):
-    folder = tmp_path / "modules"
-    folder.mkdir()
-    for name, code in MODULES.items():
-        (folder / f"{name}_step.py").write_text(code)
-    return folder
-
-
-@pytest.fixture
-def step(modules):
-    def make(name, module, seconds, into, *cases):
-        rows = [case if isinstance(case, dict) else ROW | {"name": case[0], "median_ms": case[1]} for case in cases]
-        document = json.dumps(DOCUMENT | {"cases": rows})
-        return Step(name, (f"{module}_step",), seconds, into, {"PYTHONPATH": str(modules), "DOCUMENT": document})
-
-    return make
-
-
-@pytest.fixture
-def ended_by_a_signal():
-    """The command takes over what ends a process; the tests have it back."""
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
-
-
-def commands(steps, program):
-    parser = _parser()
-    return [(step, parser.parse_args(step.words[1:])) for step in steps if step.words[:2] == ("bench", program)]
-
-
-@pytest.mark.parametrize("plan", [gpu.full_plan(), gpu.tiny_plan()], ids=["full", "tiny"])
+@pytest.mark.parametrize("plan", plans.PLANS.values(), ids=plans.PLANS)
 def test_steps_name_cases_and_providers_that_there_are(plan):
-    cases = all_cases()
-    found = commands(plan, "run")
-    assert found
-    for step, args in found:
-        chosen = choose(cases, args.cases, args.device)
-        assert args.provider, step.name
-        # each pattern names some
-        kept = choose_providers(chosen, args.provider)
-        # more than the baselines, which are there in any case
-        assert any(len(case.providers) > 1 for case in kept) or all([*case.providers] == ["auto"] for case in kept), step.name
-    assert {step.into for step in plan} <= set(gpu.FILES)
+    for step in plan("cuda"):
+        assert step.into in plans.FILES and bool(step.parts) != bool(step.words)
+        for part in step.parts:
+            # each pattern names some, and each provider is one of theirs
+            chosen = plans.cases_of(Step("one", "", 1, plans.CASES, parts=(part,)), CASES, "cuda")
+            assert chosen and all(any(provider in case.providers for case in chosen) for provider in part.providers), part
+    assert len(plans.FILES) <= 8
 
 
-def test_a_slow_case_is_a_process_of_its_own():
-    """Where a provider takes minutes to compile, a step that is stopped loses no other case."""
-    steps = [(step, args) for step, args in commands(gpu.full_plan(), "run") if any("max-autotune" in name for name in args.provider)]
-    assert len(steps) == 2
-    assert all(len(choose(all_cases(), args.cases, "cuda")) == 1 for _, args in steps)
+def test_the_order_and_the_budgets():
+    """The first six minutes hold everything up to and including decoding, and all of it fits eight."""
+    steps = plans.full_plan()
+    budgets = {step.name: step.seconds for step in steps}
+    # in this order
+    assert list(budgets.items()) == list(
+        {
+            "environment": 30,
+            "smoke": 60,
+            "mining": 50,
+            "towers": 60,
+            "pixels": 40,
+            "kernels": 40,
+            "decode": 80,
+            "tests": 120,
+            "tuning": None,
+        }.items()
+    )
+    assert plans.budget(steps) <= 480 and plans.budget(steps[:7]) <= 60 * plans.MINUTES == 360
+
+
+def test_what_the_short_plan_holds_and_what_it_leaves_out():
+    measured = {
+        (case.name, provider) for step in plans.full_plan() for case in plans.cases_of(step, CASES, "cuda") for provider in case.providers
+    }
+    names = {name for name, _ in measured}
+    assert {f"pixels/{setting}-b1-bfloat16" for setting in ("768", "1536-hd")} <= names
+    # the strongest opponents
+    compiled = "reference, channels last, compiled"
+    assert ("tower/768-b1-bfloat16", compiled) in measured and ("pixels/768-b1-bfloat16", compiled) in measured
+    assert ("end-to-end/7b-decode-b1-bfloat16", "auto, static cache") in measured
+    assert ("clip/768-b1-bfloat16", "reference, flash attention") in measured
+    assert ("end-to-end/7b-first-token-b1-bfloat16", "reference, flash attention") in measured
+    # captured, they are replayed as CUDA graphs
+    assert all(
+        CASES[name].capturable and compiled not in CASES[name].own_graphs for name in ("tower/768-b1-bfloat16", "pixels/768-b1-bfloat16")
+    )
+    # tables of kernels
+    assert CASES["pixels/768-b1-bfloat16"].profiled.keys() == CASES["end-to-end/7b-decode-b1-bfloat16"].profiled.keys() == {"auto"}
+    assert not [name for name in names if any(word in name for word in ("stress", "2b-", "34b", "-load-", "-ready-"))]
 
 
 def test_our_own_providers_are_told_from_opponents():
     """Every provider is a plain form of ours, or named after what it is a variant of."""
-    plain = {name for case in all_cases().values() for name in case.providers if ", " not in name}
-    assert plain == {"reference", *gpu.OURS}
-
-
-def test_a_checkpoint_is_written_last():
-    """Cases that write gigabytes come after everything else, and by name only."""
-    loading = [step.name for step, args in commands(gpu.full_plan(), "run") for p in args.cases if "load" in p or "ready" in p]
-    assert set(loading) == {gpu.full_plan()[-1].name}
-    for step, args in commands(gpu.full_plan()[:-1], "run"):
-        assert all(case.devices for case in choose(all_cases(), args.cases, "cuda")), step.name
-
-
-def test_most_important_first_within_nine_minutes():
-    names = [step.name for step in gpu.full_plan()]
-    assert names[:3] == ["environment and ceilings", "kernels are right", "mining, one picture"]
-    # where every step takes all its time, there is still some for the end to end
-    before = gpu.full_plan()[: names.index("end to end, 7B") + 1]
-    assert sum(step.seconds for step in before) <= 9 * 60 - gpu.RESERVE
+    plain = {name for case in CASES.values() for name in case.providers if ", " not in name}
+    assert plain == {"reference", *OURS}
 
 
 def test_dry_run(capsys):
     assert main(["gpu", "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert all(step.name in out for step in gpu.full_plan()) and "540 s in all, in at most 8 files" in out
+    for step in plans.full_plan():
+        assert f"{step.name:<12} {'the rest' if step.seconds is None else f'{step.seconds:>4.0f} s'}" in out
+    assert "480 s of work in all; this call takes 360 s" in out and "At most 7 files" in out
+    assert "in a later call" in out.split("tests")[1]
+    assert main(["gpu", "--dry-run", "--steps", "mining", "t*", "--minutes", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "bench step mining" in out and "bench step towers" in out and "pixels" not in out and "this call takes 120 s" in out
+
+
+def test_a_step_that_there_is_not(capsys):
+    assert main(["gpu", "--dry-run", "--steps", "mining", "minning"]) == 2
+    assert capsys.readouterr().err == (
+        "bench: no step is called 'minning': "
+        "expected one or more of environment, smoke, mining, towers, pixels, kernels, decode, tests, tuning\n"
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -131,13 +110,13 @@ def test_bad_input_is_one_line(capsys, tmp_path):
     assert "expected --out DIR" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", [gpu.STEPS, gpu.CASES, gpu.TUNING])
+@pytest.mark.parametrize("name", [plans.SUMMARY, plans.CASES, plans.TUNING])
 def test_what_an_earlier_run_left_is_not_replaced(name, capsys, tmp_path):
     (tmp_path / "notes.txt").write_text("somebody's")
     (tmp_path / name).write_text("measured for minutes")
     assert main(["gpu", "--out", str(tmp_path), "--device", "cpu", "--plan", "tiny"]) == 2
     out = capsys.readouterr()
-    assert f"holds {name} of an earlier run" in out.err and out.err.count("\n") == 1 and not out.out
+    assert f"holds {name} of an earlier run: expected a new folder, or --resume" in out.err and out.err.count("\n") == 1 and not out.out
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"notes.txt": "somebody's", name: "measured for minutes"}
 
 
@@ -148,122 +127,147 @@ def test_a_file_is_no_folder(capsys, tmp_path):
     assert "expected a folder to write to" in out.err and out.err.count("\n") == 1
 
 
-def failed(provider, **other):
-    return ROW | {"name": "a/x", "provider": provider, "median_ms": None, "ok": False, "why": "out of memory"} | other
+@pytest.mark.parametrize("content", [None, "# One run on a GPU\n", "<!-- steps\n{\n-->", '<!-- steps\n[{"speed": 1}]\n-->'])
+def test_nothing_to_resume(content, capsys, tmp_path):
+    if content is not None:
+        (tmp_path / plans.SUMMARY).write_text(content)
+    assert main(["gpu", "--resume", str(tmp_path), "--device", "cpu", "--plan", "tiny"]) == 2
+    out = capsys.readouterr()
+    assert "earlier `bench gpu`" in out.err and out.err.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("module", "rows", "state", "status"),
-    [
-        ("fail", [("a/x", 1.0), failed("reference, compiled")], "done, with failures", 0),
-        ("fail", [failed("reference"), failed("torch, compiled max-autotune")], "done, with failures", 0),
-        ("fail", [("a/x", 1.0), failed("triton")], "failed", 1),
-        # nothing of what is kept explains the status
-        ("fail", [("a/x", 1.0)], "failed", 1),
-        ("crash", [failed("reference, compiled")], "failed", 1),
-        ("write", [("a/x", 1.0)], "done", 0),
-        # what is slow is no fault of ours
-        ("hang", [("a/x", 1.0)], "stopped", 0),
-    ],
-)
-def test_what_fails_the_whole(module, rows, state, status, step, tmp_path, monkeypatch, ended_by_a_signal):
-    monkeypatch.setitem(gpu.PLANS, "tiny", lambda device: [step("the step", module, 1 if module == "hang" else 60, gpu.CASES, *rows)])
-    assert gpu.gpu(tmp_path / "out", 2, device="cpu", plan="tiny") == status
-    assert [entry["state"] for entry in json.loads((tmp_path / "out" / gpu.STEPS).read_text())] == [state]
-    assert f"| the step | {state}" in (tmp_path / "out" / gpu.SUMMARY).read_text()
+def test_figures_of_another_commit_are_not_added_to(capsys, tmp_path):
+    conclude(tmp_path, [Outcome("environment", "", 1, "done", 0)])
+    records.write(
+        tmp_path / plans.ENVIRONMENT, {**records.environment(), "device": "cpu", "cases": [], "ceilings": {}} | {"commit": "before"}
+    )
+    assert main(["gpu", "--resume", str(tmp_path), "--device", "cpu", "--plan", "tiny"]) == 2
+    assert "cannot be resumed, since its figures would not belong together with new ones: commit before there" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("module", "seconds"), [("crash", 60), ("hang", 1)])
-def test_kernels_that_were_not_found_right_fail_the_whole(module, seconds, step, tmp_path, monkeypatch, ended_by_a_signal):
-    monkeypatch.setitem(gpu.PLANS, "tiny", lambda device: [step("the kernels", module, seconds, gpu.CORRECTNESS)])
-    assert gpu.gpu(tmp_path / "out", 2, device="cpu", plan="tiny") == 1
+def test_the_summary_holds_the_steps(tmp_path):
+    outcomes = [Outcome("mining", "python -m bench", 50.0, "stopped", -9, 50.1), Outcome("tests", "python -m pytest", 3.0, "skipped")]
+    conclude(tmp_path, outcomes)
+    assert earlier_outcomes(tmp_path) == outcomes
+    # a run that comes to one of them leaves the other as it was
+    conclude(tmp_path, [Outcome("tests", "", 9.0, "done", 0)], earlier_outcomes(tmp_path))
+    assert [(outcome.name, outcome.state) for outcome in earlier_outcomes(tmp_path)] == [("mining", "stopped"), ("tests", "done")]
 
 
-def assert_kept_within_limits(out: Path):
-    files = list(out.iterdir())
-    assert len(files) <= 8 and all(path.is_file() for path in files)
-    assert all(re.fullmatch(r"[A-Za-z0-9._-]+", path.name) and path.stat().st_size < 2**24 for path in files)
-
-
-def gone(pid: int) -> bool:
-    for _ in range(100):
-        try:
-            # what was killed and not waited for is still listed
-            if Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
-                return True
-            os.kill(pid, 0)
-        except OSError:
-            return True
-        time.sleep(0.05)
-    return False
-
-
-def test_a_step_that_hangs_or_crashes_loses_nothing(step, tmp_path):
-    out = tmp_path / "out"
-    steps = [
-        step("first", "write", 60, gpu.CASES, ("a/x", 1.0)),
-        step("hangs", "hang", 3, gpu.CASES, ("b/x", 2.0)),
-        step("hangs in a text", "hang", 3, gpu.TUNING),
-        step("crashes", "crash", 60, gpu.CASES),
-        step("last", "write", 60, gpu.CASES, ("a/x", 9.0), ("c/x", 3.0)),
+def test_what_a_summary_shows(tmp_path):
+    kernels = {
+        "wall_us": 3000.0,
+        "busy_us": 2500.0,
+        "launches": 2.0,
+        "kernels": [{"name": "dwconv_norm_fwd_kernel", "launches": 2.0, "us": 2500.0}],
+    }
+    clocks = {"sm_mhz": [1700.0, 1755.0, 1980.0], "memory_mhz": 3201.0, "power_w": 690.0, "temperature_c": 55.0, "readings": 9}
+    rows = [
+        row("pixels/768-b1-bfloat16", "reference", equal_bits=True, clocks=clocks),
+        row("pixels/768-b1-bfloat16", "auto", median_ms=3.1, speedup=3.2, equal_bits=False, kernels=kernels),
+        row("pixels/768-b1-bfloat16", "triton", False, "wrong result: 1 > 0", None, None, None),
     ]
-    outcomes = gpu.run_plan(steps, out, 120, poll=0.1, grace=0.3)
-    assert [(o.state, o.status) for o in outcomes] == [("done", 0), ("stopped", -9), ("stopped", -9), ("failed", -11), ("done", 0)]
-    # the first time that a provider of a case was given stands
-    rows = records.read(out / gpu.CASES)["cases"]
-    assert {row["name"]: row["median_ms"] for row in rows} == {"a/x": 1.0, "b/x": 2.0, "c/x": 3.0}
-    text = (out / gpu.TUNING).read_text()
-    assert "hangs" in text and gone(int(text.split()[-1])), "what a step has started goes with it"
-    assert "crashes" in (out / gpu.LOG).read_text()
-    summary = (out / gpu.SUMMARY).read_text()
-    assert "| hangs | stopped by its limit" in summary and "| crashes | failed, exit status -11" in summary and "| b/x |" in summary
-    assert [entry["state"] for entry in json.loads((out / gpu.STEPS).read_text())] == [o.state for o in outcomes]
-    assert_kept_within_limits(out)
+    records.write(tmp_path / plans.CASES, document(rows, "cuda", clocks_under_load=clocks))
+    (tmp_path / plans.CORRECTNESS).write_text("dwconv_norm, bfloat16: right (0.1 s)\n")
+    conclude(tmp_path, [Outcome("pixels", "", 40.0, "failed", 1, 30.0)])
+    text = (tmp_path / plans.SUMMARY).read_text()
+    for shown in (
+        "- gpu: NVIDIA H200",
+        "run at 1700 to 1980 MHz (median 1755), at up to 690 W",
+        "| pixels | failed, exit status 1 (30 s) |",
+        "dwconv_norm, bfloat16: right",
+        "| pixels/768-b1-bfloat16 | triton | FAIL |",
+        "- pixels/768-b1-bfloat16, triton: wrong result: 1 > 0",
+        "### Kernels of pixels/768-b1-bfloat16, auto",
+        "One call takes 3000 us, its 2 launches 2500 us together.",
+        "| dwconv_norm_fwd_kernel | 2 | 2500.0 | 100.0% |",
+    ):
+        assert shown in text, shown
+    assert "| 1755 | yes |" in text and "| NO |" in text
 
 
-def test_no_time_left(step, tmp_path):
-    steps = [step("hangs", "hang", 60, gpu.TUNING), step("later", "write", 60, gpu.CASES, ("a/x", 1.0))]
-    # a limit of two seconds after the reserve would be below a fifth of the first
-    outcomes = gpu.run_plan([Step(**vars(steps[0]) | {"seconds": 2}), steps[1]], tmp_path / "out", gpu.RESERVE + 4, poll=0.1, grace=0.1)
-    assert [o.state for o in outcomes] == ["stopped", "skipped"]
-    assert "skipped, no time was left" in (tmp_path / "out" / gpu.SUMMARY).read_text()
+def test_what_is_left_of_cases_that_were_begun():
+    case = CASES["mining/768-b1-bfloat16"].only(["torch", "triton"])
+
+    def left(*rows):
+        return [list(case.providers) for case in plans.remaining([case], rows)]
+
+    done, wrong = row(case.name, "reference"), row(case.name, "reference", False, "it did not come back", None)
+    assert left() == [["reference", "torch", "triton"]]
+    # the baseline is measured again, for the ratio
+    assert left(done, row(case.name, "torch")) == [["reference", "triton"]]
+    # one that failed is not tried again
+    assert left(wrong) == [["torch", "triton"]]
+    assert left(wrong, row(case.name, "torch"), row(case.name, "triton", None, "not here", None)) == []
 
 
-def test_an_interrupt_keeps_what_there_is(step, tmp_path, monkeypatch):
-    out, wait, count = tmp_path / "out", gpu._wait, []
+def test_the_exit_status():
+    steps = [
+        Step("mining", "", 1, plans.CASES, parts=(Part(("mining",), ("triton",)),)),
+        Step("tests", "", 1, plans.CORRECTNESS, ("pytest",)),
+    ]
 
-    def interrupted(process, seconds):
-        count.append(1)
-        if (out / gpu.CASES).exists():
-            raise KeyboardInterrupt
-        return wait(process, seconds)
+    def status(*states):
+        return command.verdict(steps, [Outcome(step.name, "", 1.0, state) for step, state in zip(steps, states)])
 
-    monkeypatch.setattr(gpu, "_wait", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        gpu.run_plan([step("hangs", "hang", 60, gpu.CASES, ("b/x", 2.0)), step("later", "say", 60, gpu.TUNING)], out, 120, poll=0.1)
-    assert [row["name"] for row in records.read(out / gpu.CASES)["cases"]] == ["b/x"]
-    assert [entry["state"] for entry in json.loads((out / gpu.STEPS).read_text())] == ["interrupted"]
+    assert status("done", "done") == status("stopped", "done") == status("done, with failures", "done") == 0
+    # what is wrong, and kernels that were not found right
+    assert status("failed", "done") == status("done", "failed") == status("done", "stopped") == status("done", "skipped") == 1
 
 
-def test_a_text_is_kept_by_its_end(step, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "MOST_CHARACTERS", 150)
-    gpu.run_plan([step(str(i), "say", 60, gpu.TUNING) for i in range(3)], tmp_path / "out", 300, poll=0.1)
-    text = (tmp_path / "out" / gpu.TUNING).read_text()
-    assert text.startswith("[...]\n") and text.endswith("x" * 100 + "\n") and len(text) == 156
+def test_results_are_kept_by_device_and_case(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
+    folder = tmp_path / "run"
+    records.write(folder / plans.CASES, document([row("mining/768-b1-bfloat16", "reference"), row("dwconv_norm/x", "triton")], "cuda"))
+    records.write(folder / plans.END_TO_END, document([row("end-to-end/7b-decode-b1-bfloat16", "auto")], "cuda"))
+    (folder / plans.SUMMARY).write_text("# One run on a GPU")
+    assert main(["keep", str(folder)]) == 0
+    kept = sorted(path.name for path in (tmp_path / "results" / "nvidia-h200").iterdir())
+    assert kept == ["2026-11-22-summary.md", "dwconv_norm-x.json", "end-to-end-7b-decode-b1-bfloat16.json", "mining-768-b1-bfloat16.json"]
+    assert main(["keep", str(tmp_path / "results")]) == 2
+    assert "holds no cases" in capsys.readouterr().err
 
 
-def test_the_whole_on_a_cpu(step, tmp_path):
-    """Every kind of step really runs, and one that crashes and one that hangs lie between them."""
-    tiny = gpu.tiny_plan()
-    steps = [*tiny[:2], step("crashes", "crash", 60, gpu.CASES), step("hangs", "hang", 2, gpu.TUNING), *tiny[2:]]
-    # of the limits, which are for a machine that does nothing else
-    steps = [Step(**vars(one) | {"seconds": 4 * one.seconds if one.name != "hangs" else 2}) for one in steps]
-    out = tmp_path / "out"
-    outcomes = gpu.run_plan(steps, out, 1200, poll=0.2, grace=0.2)
-    assert [o.state for o in outcomes] == ["done", "done", "failed", "stopped", "done", "done"], (out / gpu.LOG).read_text()[-3000:]
-    assert records.read(out / gpu.ENVIRONMENT)["ceilings"]["copy_gbps"] > 0
-    assert "1 passed" in (out / gpu.CORRECTNESS).read_text()
-    for name, case in ((gpu.CASES, "dwconv_norm/768-stage3-b1-float32"), (gpu.END_TO_END, "end-to-end/tiny-first-token-b1-float32")):
-        assert all(row["ok"] and row["name"] == case and row["median_ms"] > 0 for row in records.read(out / name)["cases"])
-        assert case in (out / gpu.SUMMARY).read_text()
-    assert_kept_within_limits(out)
+def test_the_commit_where_there_is_no_git(monkeypatch):
+    monkeypatch.setenv("MG_FAST_COMMIT", "0123456789ab-dirty")
+    monkeypatch.setattr(records, "_command", lambda *words: None)
+    assert records.environment()["commit"] == "0123456789ab-dirty"
+
+
+VERBOSE = """
+tests/a.py::test_one PASSED                                              [ 33%]
+tests/a.py::test_two[x y-1] PASSED [ 66%]
+tests/a.py::test_three FAILED                                            [100%]
+[gw0] [ 12%] PASSED tests/b.py::test_one[a - b]
+[gw13] [100%] FAILED tests/b.py::test_two
+[gw1] [ 50%] SKIPPED tests/b.py::test_three
+"""
+
+
+def test_tests_that_passed_are_told_from_verbose_output():
+    assert passed_before.passed(VERBOSE) == {"tests/a.py::test_one", "tests/a.py::test_two[x y-1]", "tests/b.py::test_one[a - b]"}
+
+
+@pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["one process", "workers"])
+def test_tests_that_passed_are_not_run_again(workers, tmp_path, monkeypatch):
+    (tmp_path / "test_it.py").write_text("import pytest\n@pytest.mark.parametrize('i', [1, 2, 3])\ndef test_it(i): assert i != 2\n")
+    output = tmp_path / "correctness.txt"
+    monkeypatch.setenv("MG_FAST_PASSED_BEFORE", str(output))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    words = ["-v", "-p", "bench.gpu.passed_before", "-p", "no:cacheprovider", *workers, "test_it.py"]
+
+    def run():
+        done = subprocess.run([sys.executable, "-m", "pytest", *words], cwd=tmp_path, capture_output=True, text=True)
+        output.write_text((output.read_text() if output.exists() else "") + done.stdout)
+        return done
+
+    assert run().returncode == 1
+    again = run()
+    assert again.returncode == 1 and "2 tests passed in an earlier run and are left out" in again.stdout and "1 failed" in again.stdout
+    (tmp_path / "test_it.py").write_text("import pytest\n@pytest.mark.parametrize('i', [1, 2, 3])\ndef test_it(i): pass\n")
+    assert run().returncode == 0
+    assert run().returncode == 0, "where none is left, all have passed"
+    assert (
+        json.dumps(sorted(passed_before.passed(output.read_text())))
+        == '["test_it.py::test_it[1]", "test_it.py::test_it[2]", "test_it.py::test_it[3]"]'
+    )

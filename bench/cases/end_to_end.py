@@ -150,9 +150,13 @@ def cases() -> list[Case]:
 
 
 def _of_size(size: Size) -> list[Case]:
-    def case(measure: str, take: Callable, batch: int = 1, *, decodes: bool = False, kept: int | None = 0, **options) -> Case:
+    def case(
+        measure: str, take: Callable, batch: int = 1, *, decodes: bool = False, prefills: bool = False, kept: int | None = 0, **options
+    ) -> Case:
         pipeline = {"kv_cache_bytes": kept}
         providers = {"reference": _by(take, "reference"), "auto": _by(take, "auto", pipeline)}
+        if prefills:
+            providers["reference, flash attention"] = _with_flash_attention(take)
         memory = {"auto": _by(take, "auto", pipeline, graphs=False)}
         if decodes:
             # transformers' own: a cache of fixed size, its step compiled, on a GPU a graph
@@ -167,7 +171,7 @@ def _of_size(size: Size) -> list[Case]:
             devices=size.devices,
             clocked=True,
             release=release,
-            own_graphs=frozenset(providers.keys() - {"reference"}),
+            own_graphs=frozenset(name for name in providers if not name.startswith("reference")),
             memory=memory,
             **options,
         )
@@ -176,11 +180,14 @@ def _of_size(size: Size) -> list[Case]:
         return lambda shared: exact_logits(shared, count)
 
     stages = {backend: _stages(backend) for backend in ("reference", "auto")}
-    found = [case("first-token", _first_token, decodes=True, exact=first(1), stages=stages)]
+    found = [case("first-token", _first_token, decodes=True, prefills=True, exact=first(1), stages=stages)]
     if not size.hd:
         # its picture is encoded before
         options = {"decodes": True, "exact": first(COMPARED)}
-        decode = {batch: case("decode", _decoding(batch), batch, tokens=batch, **options) for batch in BATCHES}
+        decode = {
+            batch: case("decode", _decoding(batch), batch, tokens=batch, profiled={"auto": _one_step(batch)}, **options)
+            for batch in BATCHES
+        }
         found += [
             decode[1],
             case("second-turn", _second_turn, kept=None, exact=_exact_second_turn),
@@ -219,6 +226,32 @@ def _by(take: Callable[..., Call], backend: str, pipeline: dict | None = None, *
         if shared.device == "cpu" and (options or (pipeline or {}).get("compiled")):
             raise NotHere("a decode step is compiled on GPUs only")
         return take(shared, shared.pipeline(backend, graphs=graphs, **(pipeline or {})), **options)
+
+    return build
+
+
+def _with_flash_attention(take: Callable[..., Call]) -> Callable[[Session], Call]:
+    """The reference, the language model's attention by flash-attn."""
+
+    def build(shared: Session) -> Call:
+        language, pipeline = shared.model.model.language_model, shared.pipeline("reference")
+        usual = language.config._attn_implementation
+        try:
+            language.set_attn_implementation("flash_attention_2")
+        except (ImportError, ValueError) as error:
+            raise NotHere(str(error).splitlines()[0]) from None
+        finally:
+            language.set_attn_implementation(usual)
+        call = take(shared, pipeline)
+
+        def with_flash_attention():
+            language.set_attn_implementation("flash_attention_2")
+            try:
+                return call()
+            finally:
+                language.set_attn_implementation(usual)
+
+        return with_flash_attention
 
     return build
 
@@ -368,6 +401,31 @@ def _decoding(batch: int) -> Callable[..., Call]:
         return call
 
     return take
+
+
+def _one_step(batch: int) -> Callable[[Session], Call]:
+    """The pass for one more token alone, over a prompt that was read before; for the table of its kernels."""
+
+    def build(shared: Session) -> Call:
+        passes = shared.pipeline("auto", kv_cache_bytes=0).decoder.steps
+        ids, marks = shared.processor.encode(_prompt(shared))
+        ids, marks = (torch.tensor([row] * batch, device=shared.device) for row in (ids, marks))
+        image_tokens = shared.pipeline("auto", kv_cache_bytes=0).see(shared.photo).expand(batch, -1, -1).contiguous()
+        sequences = passes.sequences(batch, ids.shape[1] + ANSWER)
+        with torch.inference_mode():
+            sequences.fill(None)
+            passes.prefill(sequences, shared.model.model.embed(ids, image_tokens=image_tokens, mm_token_type_ids=marks))
+        length, token = sequences.cache.length, torch.tensor([shared.answer[0]] * batch, device=shared.device)
+
+        def call() -> torch.Tensor:
+            # the same position every time
+            sequences.cache.length = length
+            with torch.inference_mode():
+                return passes.step(sequences, token)
+
+        return call
+
+    return build
 
 
 def _arrivals(load: int) -> Callable[..., Call]:

@@ -91,15 +91,21 @@ class Model:
     picture: Image.Image
 
 
+def make_model(setting: Setting, dtype: str, device: str) -> MiniGeminiModel:
+    """A model of a picture size with random weights, whose language model is next to nothing."""
+    hd = setting.grid > 1
+    config = MiniGeminiConfig(image_size_aux=setting.side, image_grid=setting.grid, image_global=hd, **SMALL_LANGUAGE_MODEL)
+    torch.manual_seed(0)
+    with torch.device(device):
+        return MiniGeminiModel(config).eval().to(getattr(torch, dtype))
+
+
 def _picture_to_tokens(name: str, setting: Setting, dtype: str, devices: tuple[str, ...]) -> Case:
     hd = setting.grid > 1
 
     def make(device: str) -> Model:
-        config = MiniGeminiConfig(image_size_aux=setting.side, image_grid=setting.grid, image_global=hd, **SMALL_LANGUAGE_MODEL)
-        torch.manual_seed(0)
-        with torch.device(device):
-            model = MiniGeminiModel(config).eval().to(getattr(torch, dtype))
-        return Model(device, model, MiniGeminiImageProcessor.from_config(config), picture())
+        model = make_model(setting, dtype, device)
+        return Model(device, model, MiniGeminiImageProcessor.from_config(model.config), picture())
 
     def exact(inputs: Model) -> torch.Tensor:
         # the original's mining in float64 would need 13 GB in HD: there our form of it, which the tests hold against the original's

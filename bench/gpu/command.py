@@ -1,0 +1,159 @@
+"""`python -m bench gpu` and `python -m bench step`: from words to a run."""
+
+import shlex
+import shutil
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .. import records
+from ..cases import all_cases
+from ..registry import Ceilings
+from ..run import check_device, run
+from ..watch import Watch
+from . import plan as plans
+from .plan import Step
+from .runner import Settings, run_plan
+from .summary import Outcome, earlier_outcomes
+
+# what two runs must have in common to be one: figures of different machines or versions do not belong into one table
+SAME = ("gpu", "torch", "triton", "transformers", "commit")
+
+
+def gpu(
+    out: Path | None,
+    *,
+    minutes: float = plans.MINUTES,
+    names: Sequence[str] = (),
+    resume: Path | None = None,
+    device: str = "cuda",
+    plan: str = "full",
+    dry: bool = False,
+) -> int:
+    """Runs a plan, or prints it.
+
+    Args:
+        out: the folder for what is found; where it is resumed, by default the earlier run's own.
+        names: of the steps to run; without, all.
+        resume: the folder of an earlier run, whose results are taken over, and whose finished steps and measured cases are not run again.
+
+    Returns:
+        The exit status: 1 where a step failed or the kernels were not found right, 2 where a folder cannot be used.
+
+    Raises:
+        NoDevice: the device is not here.
+        UnknownCase: no step is called so.
+        BadRecord: the earlier run cannot be read, or was made on something else.
+    """
+    steps = plans.choose_steps(plans.PLANS[plan](device), names)
+    if dry:
+        print(plans.describe(steps, 60 * minutes, plan, device))
+        return 0
+    check_device(device)
+    out = out or resume
+    earlier: list[Outcome] = []
+    if resume is not None:
+        earlier = earlier_outcomes(resume)
+        _check_same(resume, device)
+    if reason := _unusable(out, resume):
+        print(f"bench: {reason}", file=sys.stderr)
+        return 2
+    if resume is not None and out.resolve() != resume.resolve():
+        for name in plans.FILES:
+            if (resume / name).exists():
+                shutil.copy(resume / name, out / name)
+    # a caller's time limit ends it as an interrupt does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    outcomes = run_plan(steps, out, 60 * minutes, Settings(plan, device), earlier)
+    print(f"kept in {out}: {', '.join(name for name in plans.FILES if (out / name).exists())}")
+    return verdict(steps, outcomes)
+
+
+def verdict(steps: Sequence[Step], outcomes: Sequence[Outcome]) -> int:
+    """The exit status of a run: what is slow, and opponents that fail, are findings; what is wrong or unproven is a failure."""
+    unproven = any(outcome.state != "done" for step, outcome in zip(steps, outcomes) if step.into == plans.CORRECTNESS)
+    return int(unproven or any(outcome.state == "failed" for outcome in outcomes))
+
+
+def _check_same(resume: Path, device: str) -> None:
+    """Raises BadRecord where an earlier run was made on another GPU, stack or commit."""
+    found = next((resume / name for name in (plans.ENVIRONMENT, plans.CASES, plans.END_TO_END) if (resume / name).exists()), None)
+    if found is None:
+        return
+    before, now = records.read(found), records.environment()
+    if different := [f"{key} {before.get(key)} there, {now[key]} here" for key in SAME if before.get(key) != now[key]]:
+        raise records.BadRecord(
+            f"{resume} cannot be resumed, since its figures would not belong together with new ones: {'; '.join(different)}"
+        )
+
+
+def _unusable(out: Path, resume: Path | None) -> str | None:
+    """Why nothing can be kept in a folder, which may not be there yet; None where it can."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        found = sorted({path.name for path in out.iterdir()}.intersection(plans.FILES))
+    except OSError as error:
+        return f"{out} cannot be used: {error.strerror}: expected a folder to write to"
+    if found and (resume is None or out.resolve() != resume.resolve()):
+        return f"{out} holds {', '.join(found)} of an earlier run: expected a new folder, or --resume {out} to go on with it"
+    return None
+
+
+def step(
+    name: str,
+    *,
+    plan: str,
+    device: str,
+    out: Path | None = None,
+    done: Path | None = None,
+    ceilings: Path | None = None,
+    watch: Watch | None = None,
+    command: str = "",
+) -> dict:
+    """Measures the cases of one step; a process that `run_plan` starts does no more than this.
+
+    Args:
+        done: a document of cases that are not measured again.
+        ceilings: a document that has them, of this device.
+
+    Returns:
+        The document, as of `run`.
+    """
+    check_device(device)
+    [chosen] = plans.choose_steps(plans.PLANS[plan](device), [name])
+    cases = plans.cases_of(chosen, all_cases(), device)
+    cases = plans.remaining(cases, records.read(done)["cases"]) if done is not None else cases
+    known = None
+    if ceilings is not None:
+        found = records.read(ceilings)["ceilings"]
+        known = Ceilings(found["copy_gbps"], found["matmul_tflops"])
+    return run(
+        cases,
+        device,
+        seconds=4 if device == "cuda" else 0.1,
+        memory=device == "cuda",
+        kernels=True,
+        ceilings=known,
+        watch=watch,
+        out=out,
+        command=command or shlex.join(["python", "-m", "bench", "gpu", "--steps", name]),
+    )
+
+
+def keep(folder: Path) -> list[Path]:
+    """Keeps what a run on a GPU found under bench/results: every case by device and name, and the summary.
+
+    Raises:
+        BadRecord: the folder holds no document of cases.
+    """
+    documents = [records.read(folder / name) for name in (plans.CASES, plans.END_TO_END) if (folder / name).exists()]
+    documents = [document for document in documents if document["cases"]]
+    if not documents:
+        raise records.BadRecord(f"{folder} holds no cases: expected {plans.CASES} or {plans.END_TO_END} of a `bench gpu`")
+    paths = [path for document in documents for path in records.save(document)]
+    where = paths[0].parent
+    for name in (plans.SUMMARY, plans.CORRECTNESS):
+        if (folder / name).exists():
+            paths.append(Path(shutil.copy(folder / name, where / f"{documents[0]['date']}-{name}")))
+    return paths

@@ -1,0 +1,254 @@
+"""Runs the steps of a plan, each in a process of its own, and keeps what they find as it comes."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .. import records, watch
+from ..cases import all_cases
+from ..registry import OURS, Case
+from ..run import empty_row
+from . import plan as plans
+from .plan import Step
+from .summary import Outcome, conclude
+
+ROOT = Path(__file__).parents[2]
+# of a text, its end: all of them together stay below what one file may have
+MOST_CHARACTERS = 2**20
+# seconds that an interrupted step has to write what it has
+GRACE = 5.0
+# with less left, a process is not started again for what its predecessor left: it would not get past its imports
+RESTART = 12.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a plan is run.
+
+    Args:
+        plan: its name in `plans.PLANS`, by which a child finds its step again.
+        device: "cuda", or "cpu" to try it out.
+        program: the module that runs the words of our own commands: `bench`, or a test's stand-in.
+        poll: seconds between two looks at a step.
+        grace: seconds that an interrupted step has.
+        hangs_after, compiling_hangs_after: as of `watch.Watch`.
+    """
+
+    plan: str
+    device: str
+    program: str = "bench"
+    poll: float = 1.0
+    grace: float = GRACE
+    hangs_after: float = plans.HANGS_AFTER
+    compiling_hangs_after: float = plans.COMPILING_HANGS_AFTER
+    restart: float = RESTART
+
+
+def run_plan(steps: Sequence[Step], out: Path, seconds: float, settings: Settings, earlier: Sequence[Outcome] = ()) -> list[Outcome]:
+    """Runs steps one after another within so many seconds.
+
+    An interrupt ends the running step and the plan; what was found is kept.
+
+    Args:
+        out: a folder; it may hold what an earlier run of the plan found, which is added to.
+        earlier: how that run's steps ended. What they finished is not run again.
+    """
+    deadline = time.monotonic() + seconds
+    out.mkdir(parents=True, exist_ok=True)
+    before = {outcome.name: outcome for outcome in earlier}
+    outcomes: list[Outcome] = []
+    for step in steps:
+        left = deadline - plans.RESERVE - time.monotonic()
+        limit = left if step.seconds is None else min(step.seconds, left)
+        outcome = Outcome(
+            step.name, plans.shown(plans.command(step, settings.plan, settings.device), step.environment), round(max(0.0, limit), 1)
+        )
+        outcomes.append(outcome)
+        if is_finished(step, before.get(step.name), out, settings.device):
+            outcomes[-1] = replace(before[step.name], earlier=True)
+            continue
+        if limit < min(step.least, step.seconds or step.least):
+            outcome.state = "skipped"
+            conclude(out, outcomes, earlier)
+            continue
+        conclude(out, outcomes, earlier)
+        print(f"{step.name}, {limit:.0f} s at most ...", file=sys.stderr, flush=True)
+        began = time.monotonic()
+        try:
+            outcome.state, outcome.status = _run_step(step, out, began + limit, settings)
+        except KeyboardInterrupt:
+            outcome.state = "interrupted"
+            raise
+        finally:
+            outcome.seconds = round(time.monotonic() - began, 1)
+            conclude(out, outcomes, earlier)
+        print(f"  {outcome.told()}", file=sys.stderr, flush=True)
+    conclude(out, outcomes, earlier)
+    return outcomes
+
+
+def is_finished(step: Step, outcome: Outcome | None, out: Path, device: str) -> bool:
+    """Whether an earlier run left nothing of a step to do."""
+    if outcome is None:
+        return False
+    if step.parts:
+        return not plans.remaining(plans.cases_of(step, all_cases(), device), _rows(out / step.into))
+    # tests that fail, fail again; what was cut off or crashed is run again
+    return outcome.state in ("done", "failed") and outcome.status in (0, 1)
+
+
+def _rows(path: Path) -> list[dict]:
+    try:
+        return records.read(path)["cases"]
+    except records.BadRecord:
+        return []
+
+
+def _run_step(step: Step, out: Path, end: float, settings: Settings) -> tuple[str, int]:
+    """How a step ended, and its last process' exit status.
+
+    A process of cases that crashes, hangs or loses the GPU is followed by another for the cases that are left, as long as there is time.
+    """
+    while True:
+        known = len(_rows(out / step.into))
+        status, stopped, doing = _run_process(step, out, end - time.monotonic(), settings)
+        if not step.parts:
+            return ("stopped" if stopped else "done" if status == 0 else "failed"), status
+        if stopped:
+            return "stopped", status
+        if doing is not None:
+            _blame(doing, status, out / step.into)
+        every = plans.cases_of(step, all_cases(), settings.device)
+        rows = [row for row in _rows(out / step.into) if any(row["name"] == case.name for case in every)]
+        if not plans.remaining(every, rows):
+            return _verdict(rows), status
+        if len(_rows(out / step.into)) == known:
+            # another one would end as this one did
+            return "failed", status
+        if end - time.monotonic() < settings.restart:
+            return "stopped", status
+
+
+def _verdict(rows: Sequence[Mapping]) -> str:
+    failed = {row["provider"] for row in rows if row["ok"] is False}
+    return "failed" if failed.intersection(OURS) or "reference" in failed else "done, with failures" if failed else "done"
+
+
+def _blame(doing: watch.Doing, status: int, path: Path) -> None:
+    """Gives what a process was at when it ended a row that says so; it is not tried again."""
+    limit = "" if doing.limit_s is None else f" of {doing.limit_s:.0f} s"
+    # the interpreter's own thread ends a process with 1, and so does an error of Python's, which takes its mark away
+    how = f"it did not come back within its limit{limit}" if status == 1 else f"the process ended with exit status {status}"
+    document = records.read(path)
+    case: Case | None = all_cases().get(doing.case)
+    have = {(row["name"], row["provider"]) for row in document["cases"]}
+    for provider in doing.providers:
+        if case is None or (doing.case, provider) in have:
+            continue
+        row = empty_row(case, provider)
+        row["ok"], row["why"] = False, f"{doing.what}: {how}"
+        document["cases"].append(row)
+    records.write(path, document)
+
+
+def _run_process(step: Step, out: Path, limit: float, settings: Settings) -> tuple[int, bool, watch.Doing | None]:
+    """Its exit status, whether its limit ended it, and what it was at where it ended by itself in the middle of something."""
+    with tempfile.TemporaryDirectory(prefix="mg_fast_gpu_") as temporary:
+        folder = Path(temporary)
+        part, output, errors, doing = (folder / name for name in ("part.json", "output", "errors", "doing.json"))
+        keep = _keeper(step, out, part, output, errors, settings)
+        words = list(plans.command(step, settings.plan, settings.device))
+        if step.into.endswith(".json"):
+            words += ["--out", str(part)]
+        if step.parts:
+            words += ["--watch", str(doing), "--hangs-after", str(settings.hangs_after)]
+            words += ["--compiling-hangs-after", str(settings.compiling_hangs_after)]
+            for option, file in (("--ceilings", plans.ENVIRONMENT), ("--done", step.into)):
+                if (out / file).exists():
+                    words += [option, str(out / file)]
+        if words[0] == "bench":
+            words[0] = settings.program
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "MG_FAST_PASSED_BEFORE": str(out / plans.CORRECTNESS), **step.environment}
+        supervised = [sys.executable, "-m", "bench.gpu.supervise", str(os.getpid()), sys.executable, "-m", *words]
+        with output.open("wb") as to, errors.open("wb") as errors_to:
+            # a group of its own, so that what it has started goes with it
+            process = subprocess.Popen(supervised, cwd=ROOT, env=environment, stdout=to, stderr=errors_to, start_new_session=True)
+            try:
+                end, stopped = time.monotonic() + limit, False
+                while (status := _wait(process, settings.poll)) is None:
+                    keep()
+                    if time.monotonic() > end and not stopped:
+                        stopped = True
+                        _signal(process, signal.SIGINT)
+                        end = time.monotonic() + settings.grace
+                    elif time.monotonic() > end:
+                        _signal(process, signal.SIGKILL)
+            finally:
+                # whatever is left of it
+                _signal(process, signal.SIGKILL)
+                process.wait()
+                keep()
+        return status, stopped, None if stopped else watch.read(doing)
+
+
+def _wait(process: subprocess.Popen, seconds: float) -> int | None:
+    with suppress(subprocess.TimeoutExpired):
+        return process.wait(seconds)
+    return None
+
+
+def _signal(process: subprocess.Popen, number: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
+def _keeper(step: Step, out: Path, part: Path, output: Path, errors: Path, settings: Settings) -> Callable[[], None]:
+    """A call that brings the files of `out` up to date with what a step has written so far."""
+    log, into = out / plans.LOG, out / step.into
+    title = f"=== {step.name}: {plans.shown(plans.command(step, settings.plan, settings.device), step.environment)}\n"
+    before_log, before_text, before = _text(log), "", None
+    if step.into.endswith(".json"):
+        before = records.read(into) if into.exists() else None
+    else:
+        before_text = _text(into)
+    written = None
+
+    def keep() -> None:
+        nonlocal written
+        log.write_text(_end(before_log + title + _text(errors)), encoding="utf-8")
+        if not step.into.endswith(".json"):
+            into.write_text(_end(before_text + title + _text(output)), encoding="utf-8")
+        elif part.exists() and (stamp := part.stat().st_mtime_ns) != written:
+            with contextlib.suppress(records.BadRecord):
+                records.write(into, joined(before, records.read(part)))
+                written = stamp
+
+    return keep
+
+
+def joined(before: dict | None, document: dict) -> dict:
+    """Two documents as one: conditions of the first; of a provider of a case that is in both, the first row that has a time."""
+    if before is None:
+        return document
+    rows = {(row["name"], row["provider"]): row for row in before["cases"]}
+    for row in document["cases"]:
+        key = row["name"], row["provider"]
+        if key not in rows or rows[key]["median_ms"] is None:
+            rows[key] = row
+    return before | {"complete": before["complete"] and document["complete"], "cases": list(rows.values())}
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+
+def _end(text: str) -> str:
+    return text if len(text) <= MOST_CHARACTERS else "[...]\n" + text[-MOST_CHARACTERS:]

@@ -1,0 +1,75 @@
+"""What a measuring process is at, so that it can be told from outside after the process crashed or hung."""
+
+import faulthandler
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Doing:
+    """What a process was at.
+
+    Attributes:
+        case: the case's name.
+        providers: those that it is about: one, or all of the case while its inputs are made.
+        what: in words, for the row that will say why there is no figure.
+        limit_s: seconds after which the process ends itself; None: never.
+    """
+
+    case: str
+    providers: tuple[str, ...]
+    what: str
+    limit_s: float | None
+
+
+class Watch:
+    """Keeps in a file what this process is at, and ends the process where one thing takes too long.
+
+    A call that never comes back from the GPU cannot be interrupted from within Python. The limit is therefore kept by a thread of the
+    interpreter that needs no lock of it (`faulthandler`): it prints where every thread stands, and ends the process. Whoever started the
+    process finds in the file what it was at, and goes on without that.
+
+    Args:
+        path: the file; it is there only while something is being done. None: nothing is kept.
+        limit_s: most seconds for one thing. None: no limit.
+        compiling_limit_s: the same for providers that a compiler has to work for first.
+    """
+
+    def __init__(self, path: Path | None = None, limit_s: float | None = None, compiling_limit_s: float | None = None):
+        self.path, self.limit_s, self.compiling_limit_s = path, limit_s, compiling_limit_s
+
+    def begin(self, case: str, providers: Sequence[str], what: str) -> None:
+        """Says what is done from now on; the time for it starts anew."""
+        if self.path is None:
+            return
+        limit = self.compiling_limit_s if any(map(compiles, providers)) else self.limit_s
+        part = self.path.with_name(f"{self.path.name}.part")
+        part.write_text(json.dumps(asdict(Doing(case, tuple(providers), what, limit))), encoding="utf-8")
+        os.replace(part, self.path)
+        if limit is not None:
+            faulthandler.dump_traceback_later(limit, exit=True, file=sys.__stderr__)
+
+    def end(self) -> None:
+        """Nothing is being done any more."""
+        if self.path is None:
+            return
+        faulthandler.cancel_dump_traceback_later()
+        self.path.unlink(missing_ok=True)
+
+
+def compiles(provider: str) -> bool:
+    """Whether a compiler works for seconds or minutes before a provider's first call is done."""
+    return "compiled" in provider or "max-autotune" in provider or "static cache" in provider
+
+
+def read(path: Path) -> Doing | None:
+    """What a process was at when it ended; None where it had nothing left to do."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return Doing(**found | {"providers": tuple(found["providers"])})
