@@ -16,26 +16,9 @@ import torch
 
 from mg_fast import convnext
 
+from .registry import Cost
+
 FLOAT32 = 4
-
-
-@dataclass(frozen=True)
-class Cost:
-    """FLOP of matrix products, and bytes."""
-
-    flop: int = 0
-    bytes_read: int = 0
-    bytes_written: int = 0
-
-    @property
-    def bytes(self) -> int:
-        return self.bytes_read + self.bytes_written
-
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.flop + other.flop, self.bytes_read + other.bytes_read, self.bytes_written + other.bytes_written)
-
-    def __mul__(self, times: int) -> "Cost":
-        return Cost(self.flop * times, self.bytes_read * times, self.bytes_written * times)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from torch.utils.flop_counter import flop_registry
 
 from mg_fast import resizing
 
-from .accounting import Cost, pool_windows_flop
+from .accounting import pool_windows_flop
+from .registry import Cost
 
 ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 # what they change in place they do not read

@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 
-from .accounting import Cost
-
 # what a provider returns: a tensor or several, compared by the tests' accuracy rule
 Outputs = torch.Tensor | Sequence[torch.Tensor]
 # of a clocked case: Callable[[], tuple[Outputs, list[float]]]
@@ -35,6 +33,25 @@ class NotHere(Exception):
 
 class UnknownCase(ValueError):
     """A name or pattern chooses no case; the message lists what there is."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOP of matrix products, and bytes."""
+
+    flop: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+
+    @property
+    def bytes(self) -> int:
+        return self.bytes_read + self.bytes_written
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.flop + other.flop, self.bytes_read + other.bytes_read, self.bytes_written + other.bytes_written)
+
+    def __mul__(self, times: int) -> Cost:
+        return Cost(self.flop * times, self.bytes_read * times, self.bytes_written * times)
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,8 @@ from examples.random_checkpoint import PUBLISHED_TOWERS, SIZES, make_config
 from mg_fast import MiniGeminiConfig
 
 from . import accounting, records
-from .accounting import Cost
 from .cases.picture import PICTURE
-from .registry import Ceilings
+from .registry import Ceilings, Cost
 
 
 class UnknownName(ValueError):

@@ -144,8 +144,9 @@ def run_case(
     """
     rows = {name: empty_row(case, name) for name in case.providers} if rows is None else rows
     watch = watch or Watch()
-    # cases share their code: after eight shapes torch.compile would give up and run it eagerly
-    torch._dynamo.reset()
+    if "torch._dynamo" in sys.modules:
+        # cases share their code: after eight shapes torch.compile would give up and run it eagerly
+        torch._dynamo.reset()
     with measure.memory_within_reach(device), torch.no_grad():
         try:
             watch.begin(case.name, list(rows), "making its inputs")

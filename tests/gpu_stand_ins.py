@@ -3,8 +3,8 @@
     python -m tests.gpu_stand_ins step NAME --plan full ...     # as `python -m bench step`
     python -m tests.gpu_stand_ins text NAME                     # a step whose output is text
 
-STAND_INS names a JSON file: `cases`, from a case's name to its providers; `faults`, from a step's name to a kind of fault and, for a step
-of cases, the case and the provider that has it.
+STAND_INS names a JSON file: `cases`, from a case's name to its providers; `faults`, from a step's name to a list of faults, each a kind
+and, for a step of cases, the case and the provider that has it.
 """
 
 import ctypes
@@ -14,12 +14,12 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-from bench import __main__ as program
-from bench.gpu import command
-from bench.registry import Case
+    from bench.registry import Case
 
 
 def settings() -> dict:
@@ -38,15 +38,20 @@ def fail(kind: str) -> None:
         time.sleep(600)
 
 
-def stand_ins(cases: dict[str, list[str]], fault: list[str] | None) -> dict[str, Case]:
+def stand_ins(cases: dict[str, list[str]], faults: list[list[str]]) -> "dict[str, Case]":
     """Cases of these names and providers that multiply two small matrices."""
+    # here, since a step of text needs none of it
+    import torch
 
-    def case(name: str, providers: list[str]) -> Case:
+    from bench.registry import Case
+
+    def case(name: str, providers: list[str]) -> "Case":
         def build(provider: str):
-            def make(x: torch.Tensor):
+            def make(x: "torch.Tensor"):
                 def call():
-                    if fault is not None and fault[1:] == [name, provider]:
-                        fail(fault[0])
+                    for kind, *where in faults:
+                        if where == [name, provider]:
+                            fail(kind)
                     return x @ x, [1.0]
 
                 return call
@@ -60,14 +65,17 @@ def stand_ins(cases: dict[str, list[str]], fault: list[str] | None) -> dict[str,
 
 def main(words: list[str]) -> int:
     found = settings()
-    fault = found["faults"].get(words[1] if len(words) > 1 else "")
+    faults = found["faults"].get(words[1], [])
     if words[0] == "text":
         print(f"the beginning of {words[1]}", flush=True)
-        if fault is not None:
-            fail(fault[0])
+        for [kind] in faults:
+            fail(kind)
         print(f"the end of {words[1]}")
         return 0
-    command.all_cases = lambda: stand_ins(found["cases"], fault)
+    from bench import __main__ as program
+    from bench.gpu import command
+
+    command.all_cases = lambda: stand_ins(found["cases"], faults)
     return program.main(words)
 
 

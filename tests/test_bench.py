@@ -12,10 +12,9 @@ import torch
 from bench import __main__ as program
 from bench import cases as registered
 from bench import measure, records
-from bench.accounting import Cost
 from bench.cases import all_cases
 from bench.compare import compare
-from bench.registry import Case, Ceilings, NotHere, UnknownCase, choose, choose_providers
+from bench.registry import Case, Ceilings, Cost, NotHere, UnknownCase, choose, choose_providers
 from bench.run import NoDevice, check_device, empty_row, format_rows, run, run_case
 from tests.paths import ROOT
 

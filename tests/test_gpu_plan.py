@@ -12,8 +12,7 @@ from bench.__main__ import main
 from bench.cases import all_cases
 from bench.gpu import command, passed_before
 from bench.gpu import plan as plans
-from bench.gpu.plan import Part, Step
-from bench.gpu.runner import ROOT
+from bench.gpu.plan import ROOT, Part, Step
 from bench.gpu.summary import Outcome, conclude, earlier_outcomes
 from bench.registry import OURS
 from tests.bench_documents import document, row
@@ -51,6 +50,13 @@ def test_the_order_and_the_budgets():
         }.items()
     )
     assert plans.budget(steps) <= 480 and plans.budget(steps[:7]) <= 60 * plans.MINUTES == 360
+
+
+def test_tests_of_kernels_come_by_name_and_the_published_sizes_first():
+    [tests] = plans.choose_steps(plans.full_plan(), ["tests"])
+    files = [word for word in tests.words if word.endswith(".py")]
+    assert files[0] == "tests/interpreted/test_published_sizes.py" and len(files) == len(set(files)) >= 8
+    assert all((ROOT / file).exists() for file in files) and "-vv" in tests.words
 
 
 def test_what_the_short_plan_holds_and_what_it_leaves_out():

@@ -7,8 +7,7 @@ import torch
 
 from mg_fast import ops
 
-from ..accounting import Cost
-from ..registry import DTYPES, Call, Case
+from ..registry import DTYPES, Call, Case, Cost
 from .settings import DIMS, SETTINGS, compiled, own_graphs, require
 
 

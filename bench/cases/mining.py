@@ -14,7 +14,7 @@ from mg_fast.linear import linear
 from mg_fast.modules import PatchInfoMining
 
 from .. import accounting
-from ..registry import Call, Case, NotHere
+from ..registry import Call, Case, Cost, NotHere
 from .settings import COMBINATIONS, compiled, devices_of, own_graphs, require
 
 
@@ -52,7 +52,7 @@ def mining_case(name: str, sizes: accounting.Sizes, **options) -> Case:
     """One call of mining of these sizes."""
     work = {"reference": accounting.reference_mining(sizes), "torch": accounting.torch_mining(sizes)}
     work |= {"triton": accounting.triton_mining(sizes)}
-    least = accounting.Cost(min(cost.flop for cost in work.values()), accounting.floor_bytes(sizes))
+    least = Cost(min(cost.flop for cost in work.values()), accounting.floor_bytes(sizes))
     own = {"reference": _by_backend("reference"), "torch": _by_backend("torch"), "triton": _by_backend("triton")}
     providers = {
         "reference": own["reference"],

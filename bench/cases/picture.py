@@ -18,8 +18,7 @@ from mg_fast.mini_gemini.encoder import PictureEncoder
 from mg_fast.mini_gemini.modeling import MiniGeminiModel
 from mg_fast.mini_gemini.processing import MiniGeminiImageProcessor
 
-from ..accounting import Cost
-from ..registry import Call, Case
+from ..registry import Call, Case, Cost
 from .settings import COMBINATIONS, SETTINGS, Setting, devices_of, require
 
 # a camera's

@@ -14,8 +14,7 @@ from mg_fast.mini_gemini.vision import build_projector, low_resolution_features
 from mg_fast.modules import ConvNeXtPyramid
 
 from .. import accounting
-from ..accounting import Cost
-from ..registry import Call, Case, NotHere
+from ..registry import Call, Case, Cost, NotHere
 from .settings import COMBINATIONS, DEPTHS, DIMS, PATCHES, WIDTH, Setting, compiled, devices_of, own_graphs, require
 
 # CLIP ViT-L/14-336: tokens of a view, layers of which the last but one is read, width of the MLP

@@ -4,9 +4,11 @@ import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ..registry import Case, UnknownCase, choose, choose_names
 
+ROOT = Path(__file__).parents[2]
 SUMMARY, LOG = "summary.md", "log.txt"
 ENVIRONMENT, CASES, END_TO_END = "environment.json", "cases.json", "end-to-end.json"
 CORRECTNESS, TUNING = "correctness.txt", "tuning.txt"
@@ -15,6 +17,8 @@ FILES = (SUMMARY, LOG, ENVIRONMENT, CASES, END_TO_END, CORRECTNESS, TUNING)
 MINUTES, RESERVE = 6.0, 5.0
 # a provider that does not come back within so many seconds is given up, and its process with it
 HANGS_AFTER, COMPILING_HANGS_AFTER = 25.0, 60.0
+# the same of a test
+TEST_HANGS_AFTER = 40.0
 
 
 @dataclass(frozen=True)
@@ -79,8 +83,11 @@ def remaining(chosen: Sequence[Case], rows: Sequence[Mapping]) -> list[Case]:
 
 def full_plan(device: str = "cuda") -> list[Step]:
     """The steps on a GPU, by importance."""
-    tests = ("pytest", "-v", "-rfE", "tests/interpreted/test_published_sizes.py", "tests/interpreted", "--ignore-glob=*fuzz*")
+    # the project's own options ask for less words, so that a single -v would name no test
+    tests = ("pytest", "-vv", "-rfE", *_kernel_tests())
     tests += ("-p", "bench.gpu.passed_before", "-p", "no:cacheprovider", "--tb=short")
+    # a test that hangs ends its worker, and another one takes its place
+    tests += ("-o", f"faulthandler_timeout={TEST_HANGS_AFTER:.0f}", "-o", "faulthandler_exit_on_timeout=true")
     if importlib.util.find_spec("xdist"):
         # in turn, so that the published sizes, which come first, are spread over all workers
         tests += ("-n", str(max(1, min(14, (os.cpu_count() or 1) - 2))), "--dist", "load")
@@ -166,6 +173,13 @@ def full_plan(device: str = "cuda") -> list[Step]:
     ]
 
 
+def _kernel_tests() -> list[str]:
+    """The files with tests of the kernels, published sizes first; random cases are left to `make fuzz`."""
+    files = sorted(path for path in (ROOT / "tests/interpreted").glob("test_*.py") if "fuzz" not in path.name)
+    files.sort(key=lambda path: path.name != "test_published_sizes.py")
+    return [str(path.relative_to(ROOT)) for path in files]
+
+
 def tiny_plan(device: str = "cpu") -> list[Step]:
     """The same kinds of steps in a minute on a CPU: what a test runs."""
     interpreted = {"TRITON_INTERPRET": "1"} if device == "cpu" else {}
@@ -192,7 +206,7 @@ def tiny_plan(device: str = "cpu") -> list[Step]:
             "a test of the kernels",
             60,
             CORRECTNESS,
-            ("pytest", "-v", "tests/interpreted/test_tune.py", "-p", "bench.gpu.passed_before", "-p", "no:cacheprovider"),
+            ("pytest", "-vv", "tests/interpreted/test_tune.py", "-p", "bench.gpu.passed_before", "-p", "no:cacheprovider"),
             environment=interpreted,
         ),
     ]

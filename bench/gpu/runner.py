@@ -20,7 +20,6 @@ from . import plan as plans
 from .plan import Step
 from .summary import Outcome, conclude
 
-ROOT = Path(__file__).parents[2]
 # of a text, its end: all of them together stay below what one file may have
 MOST_CHARACTERS = 2**20
 # seconds that an interrupted step has to write what it has
@@ -180,7 +179,7 @@ def _run_process(step: Step, out: Path, limit: float, settings: Settings) -> tup
         supervised = [sys.executable, "-m", "bench.gpu.supervise", str(os.getpid()), sys.executable, "-m", *words]
         with output.open("wb") as to, errors.open("wb") as errors_to:
             # a group of its own, so that what it has started goes with it
-            process = subprocess.Popen(supervised, cwd=ROOT, env=environment, stdout=to, stderr=errors_to, start_new_session=True)
+            process = subprocess.Popen(supervised, cwd=plans.ROOT, env=environment, stdout=to, stderr=errors_to, start_new_session=True)
             try:
                 end, stopped = time.monotonic() + limit, False
                 while (status := _wait(process, settings.poll)) is None:
