@@ -46,6 +46,7 @@ def registry(monkeypatch):
 def run(tmp_path, monkeypatch, registry):
     """Runs the full plan but for its environment, or some of it, with faults by step, see `gpu_stand_ins`."""
     told = tmp_path / "stand-ins.json"
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("STAND_INS", str(told))
     records.write(tmp_path / "out" / plans.ENVIRONMENT, ceilings_document())
 
@@ -60,7 +61,8 @@ def run(tmp_path, monkeypatch, registry):
         settings = Settings(
             "full", "cpu", "tests.gpu_stand_ins", poll=0.1, grace=3.0, hangs_after=2.0, compiling_hangs_after=2.0, restart=0.0
         )
-        return steps, run_plan(steps, tmp_path / "out", 60 * minutes, settings, earlier)
+        # a folder relative to the caller's
+        return steps, run_plan(steps, Path("out"), 60 * minutes, settings, earlier)
 
     run.out = tmp_path / "out"
     return run

@@ -38,7 +38,8 @@ class Settings:
         program: the module that runs the words of our own commands: `bench`, or a test's stand-in.
         poll: seconds between two looks at a step.
         grace: seconds that an interrupted step has.
-        hangs_after, compiling_hangs_after: as of `watch.Watch`.
+        hangs_after, compiling_hangs_after: seconds, the limits of `watch.Watch`.
+        restart: with less time left no process is started for what another one left.
     """
 
     plan: str
@@ -61,6 +62,8 @@ def run_plan(steps: Sequence[Step], out: Path, seconds: float, settings: Setting
         earlier: how that run's steps ended. What they finished is not run again.
     """
     deadline = time.monotonic() + seconds
+    # the steps' processes run in another folder than their caller
+    out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     before = {outcome.name: outcome for outcome in earlier}
     outcomes: list[Outcome] = []
