@@ -69,12 +69,16 @@ def resize_columns_fwd_kernel(
     for i_c in tl.static_range(3):
         p_row = picture_ptr + (o_y + low) * stride_y + i_c * stride_c
         b_sum = tl.zeros([BY, BX], tl.int32)
-        for i_k in range(taps):
+        # A `range` up to a number that is not constant cannot be interpreted by Triton 3.6 with NumPy 2.4 and newer. For a GPU
+        # this loop is compiled to the same instructions.
+        i_k = 0
+        while i_k < taps:
             b_weight = tl.load(weights_ptr + i_k * size + o_x, mask=m_x, other=0)  # [BX]
             o_t = b_first + i_k
             m_t = m_y[:, None] & (m_x & (o_t >= 0) & (o_t < width))[None, :]
             b_x = _pixels(p_row[:, None] + (o_t.to(tl.int64) * stride_x)[None, :], m_t, COLOUR, i_c)  # [BY, BX]
             b_sum += b_weight[None, :] * b_x
+            i_k += 1
         p_out = between_ptr + (o_y[:, None] * 3 + i_c) * size + o_x[None, :]
         tl.store(p_out, _rounded(b_sum).to(tl.uint8), mask=(o_y <= height)[:, None] & m_x[None, :])
 
@@ -85,12 +89,14 @@ def _levels(between_ptr, first_ptr, weights_ptr, o_y, m_y, o_x, m_x, i_c, low, h
     b_first = tl.load(first_ptr + o_y, mask=m_y, other=0) - low
     p_column = between_ptr + i_c * size + o_x
     b_sum = tl.zeros([o_y.shape[0], o_x.shape[0]], tl.int32)
-    for i_k in range(taps):
+    i_k = 0
+    while i_k < taps:
         b_weight = tl.load(weights_ptr + i_k * size + o_y, mask=m_y, other=0)
         o_t = b_first + i_k
         o_t = tl.where((o_t >= 0) & (o_t < height), o_t, height).to(tl.int64)
         b_x = tl.load(p_column[None, :] + (o_t * (3 * size))[:, None], mask=m_y[:, None] & m_x[None, :], other=0)
         b_sum += b_weight[:, None] * b_x.to(tl.int32)
+        i_k += 1
     return _rounded(b_sum)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 
 import torch
 
+from . import interpreter
 from .errors import BackendError
 
 BACKENDS = ("reference", "torch", "triton")
@@ -81,8 +82,8 @@ def why_not(operation: str, backend: str, device: torch.device | str = "cpu") ->
     if backend == "triton":
         if reason := no_triton():
             return reason
-        if torch.device(device).type != "cuda" and not _interpreted():
-            return f"triton runs on CUDA tensors, these are on {torch.device(device).type} (TRITON_INTERPRET=1 interprets on the CPU)"
+        if torch.device(device).type != "cuda" and (reason := _not_interpreted()):
+            return f"triton runs on CUDA tensors, these are on {torch.device(device).type} ({reason})"
         if torch.device(device).type == "cuda" and not only_compiled():
             return _gpu_unsuited(torch.device(device).index)
     return None
@@ -104,8 +105,9 @@ def _gpu_unsuited(index: int | None) -> str | None:
     return None if major >= 8 else f"the kernels need a GPU of compute capability 8.0 or newer, this one has {major}.{minor}"
 
 
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
+@torch.compiler.assume_constant_result
+def _not_interpreted() -> str | None:
+    return interpreter.why_not()
 
 
 def check_everywhere(backend: str | None, device: torch.device | str) -> None:

@@ -36,7 +36,12 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder, hub id, or `nano`, which is in the package")
     model.add_argument("--model-base", metavar="DIR", help="base language model of a stage-1 adapter (mm_projector.bin)")
     model.add_argument("--template", metavar="NAME", help="prompt template, where the checkpoint does not tell it")
-    model.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    model.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="auto (default): the checkpoint's; on a CPU that is slow in it a faster one, as far as memory allows",
+    )
     model.add_argument("--device", help="cuda, cpu, ... or auto (default: a GPU if there is one)")
     model.add_argument("--backend", choices=("auto", "reference", "torch", "triton"))
     model.add_argument("--quantize", choices=("int8", "int4", "fp8"), help="the language model's weights (extra `quant`)")
@@ -336,6 +341,7 @@ def command_doctor(args) -> int:
     import torch
 
     from . import backend as backends
+    from . import cpu_dtype
 
     print(f"mg_fast {__version__}, Python {platform.python_version()}, {platform.platform()}")
     print("\npackages")
@@ -363,6 +369,7 @@ def command_doctor(args) -> int:
 
     print("\nhardware")
     print(f"  CPU: {os.cpu_count()} logical cores, torch uses {torch.get_num_threads()} threads")
+    print(f"  CPU: {cpu_dtype.describe()}")
     devices = ["cpu"]
     if torch.cuda.is_available():
         devices.append("cuda")

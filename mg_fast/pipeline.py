@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from PIL import Image
 
-from . import boxed, decoding
+from . import boxed, cpu_dtype, decoding
 from .backend import IMPLEMENTED, check_everywhere, choose, requested, use_backend
 from .batch import chat_batch
 from .chat import Conversation
@@ -333,7 +333,8 @@ def load(
 
     Args:
         path: folder or hub id of a checkpoint in the published layout, or the name of one in the package (`nano`).
-        dtype: weights' dtype; `auto` takes the one that config.json names, else the stored one.
+        dtype: weights' dtype. `auto` takes the one that config.json names, else the stored one; on a CPU, for a checkpoint of 16-bit
+            weights, the one that the CPU multiplies fastest in, float32 only where it fits in the memory (`cpu_dtype`).
         device: `cuda`, `cpu`, ..., or `auto` to spread over what is there; default: a GPU if there is one.
         backend: `auto`, `reference`, `torch` or `triton`, for every call of this pipeline.
         quantize: `int8`, `int4` or `fp8` (torchao's weight-only ones), or a transformers quantization configuration, for the language
@@ -353,7 +354,8 @@ def load(
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    check_everywhere(backend, _known_device(device))
+    known_device = _known_device(device)
+    check_everywhere(backend, known_device)
     began = time.perf_counter()
     adapter = {} if base_model is None else {"base_model": base_model}
     path = boxed.resolve(path)
@@ -361,6 +363,8 @@ def load(
     resolve_folder(path)
     # the processor first: it is quick, and most things that can be wrong with a folder are found there
     processor = MiniGeminiProcessor.from_pretrained(path, template=template, **adapter)
+    if known_device.type == "cpu":
+        dtype = cpu_dtype.resolve(dtype, path, quantize=quantize, **adapter)
     optional = {"quantization_config": quantize, "attn_implementation": attn_implementation}
     optional = {name: value for name, value in optional.items() if value is not None}
     model = MiniGeminiForConditionalGeneration.from_pretrained(

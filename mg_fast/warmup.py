@@ -15,7 +15,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import boxed, convnext, ops
+from . import boxed, convnext, interpreter, ops
 from .backend import no_triton, only_compiling, use_backend
 from .errors import BackendError, CheckpointError
 from .reference import Projection
@@ -195,8 +195,8 @@ def check() -> None:
     """Raises `BackendError` with the reason where kernels cannot be compiled here."""
     # not whether they run here: a GPU of this machine says nothing of the one that they are for
     reason = no_triton()
-    if reason is None and os.environ.get("TRITON_INTERPRET") == "1":
-        reason = "TRITON_INTERPRET=1 is set, under which kernels are interpreted: unset it"
+    if reason is None and interpreter.requested():
+        reason = f"TRITON_INTERPRET={os.environ['TRITON_INTERPRET']} is set, under which kernels are interpreted: unset it"
     if reason:
         raise BackendError(f"kernels cannot be compiled: {reason}")
 

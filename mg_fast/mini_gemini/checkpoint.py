@@ -13,6 +13,7 @@ import os
 import re
 from pathlib import Path
 
+import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from transformers import AutoTokenizer
@@ -21,7 +22,7 @@ from ..conversation import detect_template, get_template
 from ..errors import CheckpointError
 from .configuration import MiniGeminiConfig
 from .geometry import CLIP_PREFIX, CONVNEXT_PREFIX, blaming, complete_config, tower_folder
-from .tensor_files import ADAPTER_FILE, HUB_ARGUMENTS, Table, first_line, read_file, read_table, resolve_folder, some_names
+from .tensor_files import ADAPTER_FILE, HUB_ARGUMENTS, Table, first_line, read_file, read_table, read_tensors, resolve_folder, some_names
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,14 @@ class Checkpoint:
     config: MiniGeminiConfig
     tensors: Table
     extra: Table
+
+    def stored_dtype(self) -> torch.dtype:
+        """What `dtype="auto"` means to transformers: the dtype that config.json names, else that of the stored weights."""
+        dtype = self.config.dtype
+        if dtype is None:
+            name = "model.norm.weight"
+            dtype = next(tensor.dtype for _, tensor in read_tensors({name: self.tensors[name]}))
+        return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
 def open_checkpoint(name_or_path: str | os.PathLike, *, base_model: str | os.PathLike | None = None, config=None, **kwargs) -> Checkpoint:

@@ -523,13 +523,10 @@ def _override(config: MiniGeminiConfig, kwargs: dict) -> None:
 
 
 def _weights_dtype(kwargs: dict, checkpoint: Checkpoint) -> torch.dtype | None:
-    """The dtype that transformers will load the weights in: the one asked for, that of config.json, the stored one."""
+    """The dtype that transformers will load the weights in: the one asked for, else that of the checkpoint."""
     dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
     if dtype in (None, "auto"):
-        dtype = checkpoint.config.dtype
-    if dtype is None:
-        name = "model.norm.weight"
-        dtype = next(tensor.dtype for _, tensor in read_tensors({name: checkpoint.tensors[name]}))
+        return checkpoint.stored_dtype()
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 

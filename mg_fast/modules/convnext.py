@@ -8,6 +8,7 @@ from torch import nn
 from .. import backend as backends
 from .. import convnext
 from ..frozen import Watch, uncommon
+from ..recording import recorded_as
 
 
 class ConvNeXtPyramid(nn.Module):
@@ -48,6 +49,16 @@ class ConvNeXtPyramid(nn.Module):
             ConvNeXt(dims=tuple(dims), depths=tuple(depths), norm_eps=norm_eps, num_classes=0, global_pool="", drop_path_rate=0.0)
         )
 
+    def _forward_by_modules(self, pixels: torch.Tensor, backend: str | None = None) -> list[torch.Tensor]:
+        x = self.vision_stem(pixels.to(self.vision_stem[0].weight.dtype))
+        pyramid = []
+        for stage in self.vision_stages:
+            x = stage(x)
+            # a view
+            pyramid.append(x.permute(0, 2, 3, 1))
+        return pyramid
+
+    @recorded_as(_forward_by_modules)
     def forward(self, pixels: torch.Tensor, *, backend: str | None = None) -> list[torch.Tensor]:
         """Pictures [B, 3, HR, HR] to stage maps [B, HR / 4 / 2**s, HR / 4 / 2**s, C_s], channels last, s = 0..3.
 
@@ -84,14 +95,6 @@ class ConvNeXtPyramid(nn.Module):
     def read(self) -> tuple[convnext.Entry, list[convnext.Stage]]:
         """The tensors of the tower as they are now, layer scale folded in."""
         return convnext.read_tower(self.vision_stem, self.vision_stages)
-
-    def _forward_by_modules(self, pixels: torch.Tensor) -> list[torch.Tensor]:
-        x, pyramid = self.vision_stem(pixels), []
-        for stage in self.vision_stages:
-            x = stage(x)
-            # a view
-            pyramid.append(x.permute(0, 2, 3, 1))
-        return pyramid
 
 
 class PackedPyramid:

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.fx import Proxy
 
 from .. import ops
+from ..recording import record_call, recorded_as
 from ..reference import LAYER_NORM_EPS, Projection
 
 
@@ -33,6 +35,13 @@ class PatchInfoMining(nn.Module):
         self.vlm_uni_aux_projector = projector(sum(pyramid_dims))
         self.vlm_uni_val_projector = projector(sum(pyramid_dims))
 
+    def _recorded(self, queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int = 1, backend: str | None = None):
+        if isinstance(queries, Proxy):
+            return record_call(self, queries, pyramid, grid=grid, backend=backend)
+        # A trace holds for the sizes that it was made with; the reference's steps are the same on every device.
+        return PatchInfoMining.forward.unrecorded(self, queries, pyramid, grid=grid, backend="reference")
+
+    @recorded_as(_recorded)
     def forward(self, queries: torch.Tensor, pyramid: Sequence[torch.Tensor], *, grid: int = 1, backend: str | None = None) -> torch.Tensor:
         """Mined features of the queries' shape, residual not added.
 
@@ -50,6 +59,10 @@ class PatchInfoMining(nn.Module):
             Projection(p[0].weight, p[0].bias, p[1].weight, p[1].bias)
             for p in (self.vlm_uni_query_projector, self.vlm_uni_aux_projector, self.vlm_uni_val_projector)
         ]
+
+    def __prepare_scriptable__(self):
+        # torch.jit.script asks every module for what it is to read in its place.
+        raise TypeError("torch.jit.script cannot read PatchInfoMining, whose steps depend on sizes: use torch.jit.trace or torch.export")
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, pyramid_dims={self.pyramid_dims}"

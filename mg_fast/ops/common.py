@@ -5,10 +5,13 @@ import contextlib
 import torch
 
 from .. import backend as backends
+from .. import interpreter
 
 
 def on_device(tensor: torch.Tensor):
-    """Triton launches on the current device, which need not be the tensor's."""
+    """A context for launches: Triton launches on the current device, which need not be the tensor's, or interprets."""
+    if interpreter.requested():
+        return interpreter.launching()
     return torch.cuda.device(tensor.device) if tensor.is_cuda and not backends.only_compiled() else contextlib.nullcontext()
 
 

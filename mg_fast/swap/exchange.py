@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..errors import MgFastError
+from ..recording import recorded_as
 from .report import Entry
 
 # From the class of an object to the methods of its subclass, by name. A function of a module: pickles find it there.
@@ -55,7 +56,8 @@ def warn(message: str) -> None:
     """A warning where the swapped method was called; Python shows it once, whatever number of objects and calls it comes from."""
     # a graph cannot hold one
     if not torch.compiler.is_compiling():
-        warnings.warn(f"mg_fast.accelerate: {message}", RuntimeWarning, stacklevel=3)
+        # Between this function and the caller lie the swapped method and what `recorded_as` puts around it.
+        warnings.warn(f"mg_fast.accelerate: {message}", RuntimeWarning, stacklevel=4)
 
 
 @functools.cache
@@ -66,7 +68,8 @@ def _exchanged(original: type, methods: Methods) -> type:
         return _remake, (original, methods, make, *arguments), *state
 
     names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
-    own = methods(original) | {"__reduce_ex__": __reduce_ex__, "_mg_fast_original": original}
+    recorded = {name: recorded_as(getattr(original, name))(method) for name, method in methods(original).items()}
+    own = recorded | {"__reduce_ex__": __reduce_ex__, "_mg_fast_original": original}
     return types.new_class(original.__name__, (original,), exec_body=lambda namespace: namespace.update(names | own))
 
 

@@ -42,25 +42,6 @@ if INTERPRETED:
         return _numpy_dtypes[name]
 
     interpreter._get_np_dtype = numpy_dtype
-    # float32 becomes bfloat16 by losing its low bits, where a GPU rounds; and both ways bit by bit, which is slow
-    _convert_float = interpreter._convert_float
-
-    def convert_float(values, source, target, rounding):
-        if (source, target) == (triton.language.bfloat16, triton.language.float32):
-            return values.astype("uint32") << 16
-        if (source, target) == (triton.language.float32, triton.language.bfloat16):
-            return torch.tensor(values).bfloat16().view(torch.uint16).numpy()
-        return _convert_float(values, source, target, rounding)
-
-    interpreter._convert_float = convert_float
-    # a loop to a number that is not constant asks NumPy for an index of an array of one element, which it no longer gives
-    _patch_tensor = interpreter._patch_lang_tensor
-
-    def patch_tensor(tensor, scope):
-        _patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    interpreter._patch_lang_tensor = patch_tensor
     # CPython maps memory for every 16 KiB of frames, and a call back and forth across that line does so each time: under pytest's frames
     # the line lies in the innermost loop, half of the run time; a thread begins with an empty stack
     _launch, _thread = interpreter.GridExecutor.__call__, ThreadPoolExecutor(1)

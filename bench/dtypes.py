@@ -1,0 +1,80 @@
+"""python -m bench.dtypes: how long a CPU's products take in bfloat16 and float16, against float32, in the models' shapes.
+
+`mg_fast.cpu_dtype` takes the factors that it names from the file that this writes.
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from . import records
+
+FILE = records.RESULTS / "cpu-dtypes.json"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Rows, inputs and outputs of linear layers: of Gemma-2B, and of both towers of every published model.
+PRODUCTS = {
+    "language model, a prompt": (640, 2048, 2048),
+    "language model, one token": (1, 2048, 16384),
+    "low-resolution tower": (577, 1024, 4096),
+    "high-resolution tower": (2304, 768, 3072),
+}
+CONVOLUTION = "high-resolution tower, depthwise convolution"
+
+
+def work(name: str, dtype: torch.dtype):
+    """A function that does one of the products."""
+    if name == CONVOLUTION:
+        x = torch.randn(1, 768, 48, 48).to(dtype).contiguous(memory_format=torch.channels_last)
+        weight, bias = torch.randn(768, 1, 7, 7).to(dtype), torch.randn(768).to(dtype)
+        return lambda: F.conv2d(x, weight, bias, padding=3, groups=768)
+    rows, inputs, outputs = PRODUCTS[name]
+    x, weight = torch.randn(rows, inputs).to(dtype), torch.randn(outputs, inputs).to(dtype)
+    return lambda: F.linear(x, weight)
+
+
+def measure(name: str, turns: int) -> dict:
+    """Medians in milliseconds by dtype, and of the ratios to float32 within the turns; the dtypes take turns."""
+    works = {dtype: work(name, dtype) for dtype in DTYPES}
+    milliseconds = {dtype: [] for dtype in DTYPES}
+    for turn in range(turns + 1):
+        for dtype, run in works.items():
+            began = time.perf_counter()
+            run()
+            # The first turn only warms up.
+            if turn:
+                milliseconds[dtype].append(1000 * (time.perf_counter() - began))
+    row = {"name": name, "shape": PRODUCTS.get(name)}
+    for dtype, times in milliseconds.items():
+        ratios = [own / single for own, single in zip(times, milliseconds[torch.float32])]
+        row[str(dtype).removeprefix("torch.")] = {
+            "median_ms": round(statistics.median(times), 3),
+            "times_float32": round(statistics.median(ratios), 2),
+        }
+    return row
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.dtypes", description=__doc__.splitlines()[0])
+    parser.add_argument("--turns", type=int, default=7, help="default 7")
+    parser.add_argument("--threads", type=int, default=1, help="default 1")
+    parser.add_argument("--out", type=Path, default=FILE, help="default bench/results/cpu-dtypes.json")
+    args = parser.parse_args(words)
+    torch.manual_seed(0)
+    torch.set_num_threads(args.threads)
+    document = {**records.environment(), "capability": torch.backends.cpu.get_cpu_capability(), "turns": args.turns}
+    document["products"] = []
+    for name in (*PRODUCTS, CONVOLUTION):
+        document["products"].append(row := measure(name, args.turns))
+        print(*(f"{key}: {value}" for key, value in row.items()), sep="  ", flush=True)
+    # If something else kept the machine busy meanwhile, it shows in the load at the end.
+    document["load_after"] = records.environment()["load"]
+    records.write(args.out, document)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Which dtype `dtype="auto"` loads a checkpoint in on a CPU, and what another one costs.
+
+A CPU without arithmetic for 16-bit numbers converts every operand of a product first. Weights in bfloat16 or float16 take half of
+the memory there and several times as long as in float32.
+"""
+
+import logging
+import math
+import os
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+# Which of a CPU's features, as Linux and as torch name them, bring arithmetic in a dtype.
+_ARITHMETIC = {
+    torch.bfloat16: {"avx512_bf16", "amx_bf16", "bf16", "svebf16"},
+    torch.float16: {"avx512_fp16", "amx_fp16", "asimdhp", "fp16_arith", "neon_fp16_arith"},
+}
+# How many times as long as in float32 matrix products of many rows take on a CPU without arithmetic in the dtype: the least and
+# the most of the shapes in bench/results/cpu-dtypes.json. A test holds the numbers against the file.
+SLOWER = {torch.bfloat16: (7, 9), torch.float16: (6, 7)}
+# What is kept free besides the weights: packed copies of the towers, activations, keys and values.
+_BESIDES = 1.25
+
+
+def resolve(
+    dtype: str | torch.dtype, path: str | os.PathLike, *, quantize=None, base_model: str | os.PathLike | None = None
+) -> str | torch.dtype:
+    """What to hand on as `dtype` to `from_pretrained` for a model on this machine's CPU.
+
+    A dtype that was asked for is kept, with a warning where it is a slow one. `auto` stays where the checkpoint's own dtype is to be
+    taken. Reads the headers of the checkpoint's files, no weights.
+
+    Args:
+        dtype: as of `mg_fast.load`.
+        path, base_model: the checkpoint, as of `open_checkpoint`.
+        quantize: as of `mg_fast.load`. By name it wants bfloat16, which the kernels for quantized weights take; a configuration
+            object knows itself what it wants.
+    """
+    # Here, because `mg-fast doctor` reads this file also where the libraries that checkpoints need are missing.
+    from .mini_gemini.checkpoint import open_checkpoint
+
+    if dtype != "auto":
+        wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        if quantize is None:
+            check(wanted)
+        return dtype
+    checkpoint = open_checkpoint(path, base_model=base_model)
+    stored = checkpoint.stored_dtype()
+    if getattr(checkpoint.config, "quantization_config", None) is not None or not (quantize is None or isinstance(quantize, str)):
+        return dtype
+    if quantize is not None:
+        if stored != torch.float16:
+            return dtype
+        logger.warning("weights are loaded in bfloat16, not in the checkpoint's float16: kernels for %s weights take bfloat16", quantize)
+        return torch.bfloat16
+    chosen = choose(stored, sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values()))
+    return dtype if chosen == stored else chosen
+
+
+def features() -> frozenset[str]:
+    """The names of this CPU's features, as far as Linux or torch tell them; empty where neither does."""
+    found = {name for name, there in torch.cpu.get_capabilities().items() if there is True}
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        key, _, names = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            found.update(names.split())
+            break
+    return frozenset(found)
+
+
+def available_bytes() -> int:
+    """The memory that can be taken without swapping, with the limit of a container."""
+    import psutil
+
+    available = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        # Files that were read count as used until somebody needs the memory.
+        cached = next(
+            int(line.split()[1]) for line in (group / "memory.stat").read_text().splitlines() if line.startswith("inactive_file ")
+        )
+    except (OSError, ValueError, StopIteration):
+        # There is no such file, or no limit, of which it says `max`.
+        return available
+    return min(available, max(0, limit - used + cached))
+
+
+def fast_dtypes() -> list[torch.dtype]:
+    """The 16-bit dtypes in which this CPU computes."""
+    found = features()
+    return [dtype for dtype, names in _ARITHMETIC.items() if names & found]
+
+
+def choose(stored: torch.dtype, parameters: int) -> torch.dtype:
+    """The dtype that `auto` takes on this CPU, said in one line where it is not the stored one or is a slow one.
+
+    Args:
+        stored: of the checkpoint's weights. Wider ones than 16 bits are taken as they are: none is rounded that was not before.
+        parameters: how many numbers the checkpoint's tensors have.
+    """
+    if stored not in _ARITHMETIC:
+        return stored
+    fastest = _fastest(stored)
+    if fastest == stored:
+        return stored
+    if fastest != torch.float32:
+        logger.warning("%s", _taken(fastest, stored, f"{_name(fastest)} takes as much memory"))
+        return fastest
+    needed, available = int(parameters * torch.float32.itemsize * _BESIDES), available_bytes()
+    if needed > available:
+        logger.warning(
+            "weights stay in %s: %s, but float32 needs %.1f GB of memory and %.1f GB are available",
+            _name(stored),
+            cost(stored),
+            needed / 1e9,
+            available / 1e9,
+        )
+        return stored
+    logger.warning("%s", _taken(torch.float32, stored, f"dtype='{_name(stored)}' takes half of the memory"))
+    return torch.float32
+
+
+def check(dtype: torch.dtype) -> None:
+    """Warns of a dtype that was asked for and is slow on this CPU."""
+    if dtype in _ARITHMETIC and (fastest := _fastest(dtype)) != dtype:
+        message = "weights in %s, as asked for: %s (dtype='auto' or '%s' is faster)"
+        logger.warning(message, _name(dtype), cost(dtype), _name(fastest))
+
+
+def cost(dtype: torch.dtype) -> str:
+    """What products in a 16-bit dtype cost on a CPU that has no arithmetic for it."""
+    fewest, most = SLOWER[dtype]
+    times = f"{fewest} to {most} times as long as in float32 (measured with AVX2)"
+    return f"this CPU has no {_name(dtype)} arithmetic, and products of many rows take {times}"
+
+
+def describe() -> str:
+    """What this CPU computes in and what `auto` therefore takes, in one line, for `mg-fast doctor`."""
+    fast = fast_dtypes()
+    slow = {dtype: _fastest(dtype) for dtype in _ARITHMETIC if dtype not in fast}
+    arithmetic = " and ".join(["float32", *map(_name, fast)])
+    if not slow:
+        return f"arithmetic in {arithmetic}; dtype=auto keeps 16-bit checkpoints as they are"
+    slower = ", ".join(f"{_name(dtype)} {SLOWER[dtype][0]} to {SLOWER[dtype][1]} times as long" for dtype in slow)
+    taken = " and ".join(f"{_name(other)} for {_name(dtype)}" for dtype, other in slow.items())
+    memory = f", where float32 fits in {available_bytes() / 1e9:.1f} GB of available memory" if torch.float32 in slow.values() else ""
+    return f"arithmetic in {arithmetic} ({slower}); dtype=auto takes {taken}{memory}"
+
+
+def _fastest(stored: torch.dtype) -> torch.dtype:
+    """What this CPU multiplies fastest in of what can hold the numbers of a 16-bit dtype; float16 lacks the range for bfloat16's."""
+    fast = fast_dtypes()
+    return next((dtype for dtype in (stored, torch.bfloat16) if dtype in fast), torch.float32)
+
+
+def _taken(dtype: torch.dtype, stored: torch.dtype, memory: str) -> str:
+    return f"weights are loaded in {_name(dtype)}, not in the checkpoint's {_name(stored)}: {cost(stored)} ({memory})"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

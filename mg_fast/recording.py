@@ -1,0 +1,63 @@
+"""Graphs that torch.jit.trace, torch.jit.script and torch.fx record of a module.
+
+None of the three follows decisions that are made in Python, and what mg_fast runs is chosen by sizes, devices and backends. They
+record the plain form instead: the model's own modules, with the same result. torch.compile and torch.export need none of this.
+"""
+
+import functools
+import inspect
+import types
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.fx import Proxy
+
+
+def is_recorded(*inputs) -> bool:
+    """Whether torch.jit.trace or torch.fx records the operations on these inputs."""
+    return torch.jit.is_tracing() or any(isinstance(value, Proxy) for value in inputs)
+
+
+def recorded_as(plain: Callable) -> Callable[[Callable], Callable]:
+    """A decorator for a method in whose place `plain` is recorded; the method itself is its attribute `unrecorded`.
+
+    Args:
+        plain: a method of the same arguments, written in what the three can follow as far as they can. It has neither `*args` nor
+            keyword-only arguments, which torch.jit.script does not take.
+    """
+
+    def decorate(method: Callable) -> Callable:
+        # Functions handed in: the globals of the function below are those of another module.
+        recorded = is_recorded
+
+        def call(self, *args, **kwargs):
+            if recorded(*args, *kwargs.values()):
+                return plain(self, *args, **kwargs)
+            return method(self, *args, **kwargs)
+
+        # torch.jit.script never calls the method. It reads the source of what `__wrapped__` names, and looks up the names in there
+        # in the globals of the function that it was given.
+        if isinstance(plain, types.FunctionType):
+            call = types.FunctionType(call.__code__, plain.__globals__, method.__name__, None, call.__closure__)
+        functools.update_wrapper(call, method)
+        call.__wrapped__ = plain
+        call.__signature__ = inspect.signature(method)
+        call.unrecorded = method
+        return call
+
+    return decorate
+
+
+def record_call(module: nn.Module, first: Proxy, *others, **options) -> Proxy:
+    """Has torch.fx record a call of a module, as of torch.nn's own, and nothing of what is within it.
+
+    Raises:
+        TypeError: it is the module itself that is being traced.
+    """
+    if not (path := first.tracer.path_of_module(module)):
+        raise TypeError(
+            f"torch.fx cannot trace {type(module).__name__} by itself, only record a call of it: trace the module that holds it, "
+            "or use torch.export"
+        )
+    return first.tracer.create_proxy("call_module", path, (first, *others), options)
