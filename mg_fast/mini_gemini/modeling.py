@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForImageTextToText, CLIPVisionModel, GenerationMixin, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from .. import reference
@@ -392,6 +393,8 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
             logits_to_keep: only that many last positions (0: all) get logits.
             allow_long: accept prompts beyond the trained length; None takes the model's `allow_long`.
             return_dict: False returns a tuple.
+            **kwargs: reach the language model and `loss_function`, as in transformers' own models: `num_items_in_batch`, by which
+                Trainer weighs the parts of an accumulated batch, `shift_labels`, `ignore_index`, ...
 
         Raises:
             PromptError: a prompt longer than the model was trained for, or pictures that do not match their places.
@@ -414,7 +417,7 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
         output = MiniGeminiOutput(
             loss=loss,
             logits=logits,
@@ -546,3 +549,8 @@ def _quiet_report(quiet: bool):
 
 
 AutoModelForImageTextToText.register(MiniGeminiConfig, MiniGeminiForConditionalGeneration, exist_ok=True)
+# Other parts of transformers look models up by these tables of class names, which `register` does not fill. By the first one Trainer shifts the
+# labels of its label smoothing, which would be held against the wrong positions otherwise; by the second `transformers serve` knows that the
+# model takes pictures.
+for _names in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES):
+    _names[MiniGeminiConfig.model_type] = MiniGeminiForConditionalGeneration.__name__
