@@ -513,12 +513,16 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
         The stock version repeats pictures one by one, which hands the two pictures of a prompt to the wrong beams.
         """
         if expand_size > 1:
-            image_tokens = model_kwargs.pop("image_tokens", None)
-            pixels, pixels_hr = model_kwargs.pop("pixel_values", None), model_kwargs.pop("pixel_values_hr", None)
+            marks, pictures = model_kwargs.get("mm_token_type_ids"), {name: model_kwargs.pop(name, None) for name in PICTURE_INPUTS[:-1]}
+            cache = model_kwargs.get("past_key_values")
+            if marks is not None and (cached := 0 if cache is None else int(cache.get_seq_length())):
+                pictures["mm_token_type_ids"] = marks
+                pictures = of_new_positions(pictures, marks.shape[1] - cached, cached, self.config.tokens_per_picture)
+                marks = pictures.pop("mm_token_type_ids")
+            pixels, pixels_hr, image_tokens = (pictures[name] for name in PICTURE_INPUTS[:-1])
             if pixels is not None:
                 image_tokens = self.get_image_features(pixels, pixels_hr).pooler_output
             if image_tokens is not None:
-                marks = model_kwargs.get("mm_token_type_ids")
                 check_places(marks, image_tokens)
                 per_row = (marks.sum(dim=1) // image_tokens.shape[1]).tolist()
                 blocks = image_tokens.split(per_row)

@@ -60,8 +60,8 @@ def of_new_positions(
     if count * tokens_per_picture != (before + new).sum():
         raise PromptError(
             f"{cached} positions of the prompt are cached already, with {int(before.sum())} places of image tokens among them, and the new "
-            f"positions have room for {int(new.sum())}, but {count} picture(s) of {tokens_per_picture} image tokens came: give the pictures "
-            "of the new positions, or all pictures with mm_token_type_ids for the whole prompt"
+            f"positions have room for {int(new.sum())}, but {count} picture(s) of {tokens_per_picture} image tokens came: give the "
+            "pictures of the new positions, or all pictures with mm_token_type_ids for the whole prompt"
         )
     if (before % tokens_per_picture).any():
         raise PromptError(f"the cache ends within a picture, after {int(before.max())} image tokens: a picture takes {tokens_per_picture}")
