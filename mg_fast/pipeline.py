@@ -38,7 +38,7 @@ class Pipeline:
     Pictures go through packed copies of the towers (`PictureEncoder`), made at the first picture and of a third of their size; by the
     `reference` backend, or where a tower is more than its weights, through the model's own modules. Image tokens are kept by picture
     content, for all conversations. Both are made anew after the weights were changed in place or moved; whoever changes them through
-    `.data`, or adds hooks or adapters to a tower, calls `clear_image_cache`.
+    `.data`, or adds hooks or adapters to a tower, mining or the projector, calls `clear_image_cache`.
 
     Args:
         model: the MiniGeminiForConditionalGeneration.
