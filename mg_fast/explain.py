@@ -1,5 +1,6 @@
 """Which high-resolution pixels every query mined, and which of them an answer came from: as numbers and drawn over the picture."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,8 @@ from PIL import Image, ImageDraw
 from .chat import as_question
 from .conversation import render
 from .errors import BackendError
-from .reference import LAYER_NORM_EPS, Projection
+from .execution import at_seam, call
+from .reference import LAYER_NORM_EPS, CalledProjection, Projection
 from .requests import Answer, Request, SeenPicture, answer, check_options, sampling
 from .resize_tables import window_tables
 from .resizing import square
@@ -76,8 +78,11 @@ def explain(
         pixels = images(picture).to(pipeline.device)
         queries = model.low_resolution_queries(pixels["pixel_values"])
         pyramid = [level.to(queries.device) for level in model.vision_tower_aux(pixels["pixel_values_hr"])]
-        query, key, _ = model.patch_mining.projections()
-        weights = mining_weights(queries[0], [level[0] for level in pyramid], query, key, grid=grid).cpu()
+        mining = model.patch_mining
+        query, key, _ = mining.projections(queries.device)
+        # called projections take their own dtype, and those whose tensors are read are read in float32
+        asked = at_seam(queries[0], mining.vlm_uni_query_projector)
+        weights = mining_weights(asked, [level[0] for level in pyramid], query, key, grid=grid).cpu()
         relevance, given = torch.full(weights.shape[:3], 1 / weights[..., 0, 0].numel()), None
         if request is not None:
             tokens = model.mine_and_project(queries, pyramid)[0][0]
@@ -92,11 +97,18 @@ def explain(
     return Explanation(squared, image, weights, relevance, shares, given)
 
 
-def mining_weights(queries: torch.Tensor, pyramid: list[torch.Tensor], query: Projection, key: Projection, *, grid: int) -> torch.Tensor:
+def mining_weights(
+    queries: torch.Tensor,
+    pyramid: list[torch.Tensor],
+    query: Projection | CalledProjection,
+    key: Projection | CalledProjection,
+    *,
+    grid: int,
+) -> torch.Tensor:
     """The softmax of patch info mining, computed in float32, one row of windows of the high-resolution map at a time.
 
     As in `absorbed` the queries are projected to the pyramid's channels, not the pixels to the queries' width: what the two differ by is
-    the same for a whole window, and cancels in its softmax.
+    the same for a whole window, and cancels in its softmax. Where a projection has to be called, the pixels are projected to keys.
 
     Args:
         queries: [V, N, D], grid * grid cells row by row, then possibly the global view.
@@ -107,33 +119,55 @@ def mining_weights(queries: torch.Tensor, pyramid: list[torch.Tensor], query: Pr
     Returns:
         [V, P, P, w, w] float32; P = sqrt(N), w positions along a window's side.
     """
-    query, key = (Projection(*(t.to(queries.device, torch.float32) for t in projection)) for projection in (query, key))
-    absorbed = query(queries.float()) @ key.weight * (key.norm_weight * len(key.weight) ** -0.5)
-    views, n, channels = absorbed.shape
+    if isinstance(query, CalledProjection) or isinstance(key, CalledProjection):
+        projected = query(queries).float() * key.gives**-0.5
+
+        def keys(pixels: torch.Tensor) -> torch.Tensor:
+            return key(pixels.to(queries.dtype)).float()
+    else:
+        query, key = (Projection(*(t.to(queries.device, torch.float32) for t in projection)) for projection in (query, key))
+        projected = query(queries.float()) @ key.weight * (key.norm_weight * key.gives**-0.5)
+
+        def keys(pixels: torch.Tensor) -> torch.Tensor:
+            return F.layer_norm(pixels, pixels.shape[-1:], eps=LAYER_NORM_EPS)
+
+    views, n, width = projected.shape
     cells, side = grid * grid, int(n**0.5)
     # the cells lie side by side over one map
-    raster = absorbed[:cells].reshape(grid, grid, side, side, channels).transpose(1, 2).reshape(grid * side, grid * side, channels)
-    weights = _raster_weights(raster, pyramid, 1)
+    raster = projected[:cells].reshape(grid, grid, side, side, width).transpose(1, 2).reshape(grid * side, grid * side, width)
+    weights = _raster_weights(raster, pyramid, 1, keys)
     weights = weights.unflatten(1, (grid, side)).unflatten(0, (grid, side)).transpose(1, 2).flatten(0, 1)
     if views > cells:
-        whole = _raster_weights(absorbed[cells].reshape(side, side, channels), pyramid, grid)
+        whole = _raster_weights(projected[cells].reshape(side, side, width), pyramid, grid, keys)
         weights = torch.cat([weights, whole[None]])
     return weights
 
 
-def _raster_weights(absorbed: torch.Tensor, pyramid: list[torch.Tensor], reduction: int) -> torch.Tensor:
-    """Of queries [G, G, C] over the G x G windows of the map, upsampled to the finest level and reduced: [G, G, w, w]."""
-    g, fine = len(absorbed), len(pyramid[0])
-    tables = [window_tables(fine, len(level), reduction, g, absorbed.device, torch.float32) for level in pyramid]
+def _raster_weights(
+    projected: torch.Tensor, pyramid: list[torch.Tensor], reduction: int, keys: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """The softmax of queries over the windows of the map, which is upsampled to the finest level and reduced.
+
+    Args:
+        projected: queries [G, G, D], the scale of the scores included; G x G windows lie side by side.
+        pyramid: [n_s, n_s, C_s], finest first.
+        reduction: 1, or the grid for the global view.
+        keys: makes keys [..., D] of the map's pixels [..., sum(C_s)] in float32.
+
+    Returns:
+        [G, G, w, w].
+    """
+    g, fine = len(projected), len(pyramid[0])
+    tables = [window_tables(fine, len(level), reduction, g, projected.device, torch.float32) for level in pyramid]
     rows = []
-    for row, of_row in enumerate(absorbed):
+    for row, of_row in enumerate(projected):
         levels = []
         for level, (index, resize) in zip(pyramid, tables):
             k = resize.shape[-1]
             # the coarse pixels of every window, column by column, and the window's positions made of them: [G, w, w, C], likewise
             x = level.flatten(0, 1)[index[row]].float().reshape(g, k, k * level.shape[-1])
             levels.append(resize[row] @ (resize @ x).unflatten(2, (k, -1)))
-        x = F.layer_norm(torch.cat(levels, -1), absorbed.shape[-1:], eps=LAYER_NORM_EPS)
+        x = keys(torch.cat(levels, -1))
         scores = (x.flatten(1, 2) @ of_row[..., None]).squeeze(-1)
         rows.append(scores.softmax(-1).unflatten(-1, x.shape[1:3]).mT)
     return torch.stack(rows)
@@ -165,7 +199,7 @@ def answer_relevance(pipeline: "Pipeline", request: Request, tokens: torch.Tenso
             output, _ = model.model(
                 input_ids=torch.tensor([text], device=device), image_tokens=tokens[None], mm_token_type_ids=marks, use_cache=False
             )
-            logits = model.lm_head(output.last_hidden_state[0, -len(ids) :]).float()
+            logits = call(model.lm_head, output.last_hidden_state[0, -len(ids) :]).float()
             chosen = chosen.to(logits.device)
             margin = logits.gather(1, chosen) - logits.scatter(1, chosen, -torch.inf).amax(1, keepdim=True)
             # the model's own gradients stay as they are

@@ -1,4 +1,4 @@
-"""What packed copies of a module's weights need: modules that compute what their weights say, and notice of weights that change."""
+"""What whoever reads a module's weights must know: whether the module computes what they say, and whether they have changed."""
 
 import weakref
 from collections.abc import Iterable, Set
@@ -6,6 +6,8 @@ from collections.abc import Iterable, Set
 import torch
 from torch import nn
 from torch._subclasses import FakeTensor
+
+from .execution import only_placed
 
 
 class Watch:
@@ -25,6 +27,21 @@ class Watch:
         return Watch, ()
 
 
+def why_not_plain(name: str, layer: nn.Module, *, placed: bool = False) -> str | None:
+    """Why a call of a layer does more than its class says; None where only what is in its tensors and attributes counts.
+
+    Args:
+        name: of the layer, for the sentence.
+        layer: of a class whose arithmetic is known.
+        placed: take a layer as plain that accelerate has put on a device for good, around which it only moves inputs and outputs.
+    """
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        return f"{name} has hooks on its {type(layer).__name__}, which only a call of the module runs"
+    if "forward" in vars(layer) and not (placed and only_placed(layer)):
+        return f"the forward of {name}'s {type(layer).__name__} was replaced"
+    return None
+
+
 def uncommon(module: nn.Module, known: Set[type]) -> str | None:
     """Why a module's weights do not say what it computes, as a sentence; None where they do.
 
@@ -34,8 +51,8 @@ def uncommon(module: nn.Module, known: Set[type]) -> str | None:
             quantised layers, parametrisations.
     """
     for name, part in module.named_modules():
-        if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):
-            return f"{name or 'it'} has hooks or a replaced forward, which only a call of the module runs"
+        if reason := why_not_plain(name or "it", part, placed=True):
+            return reason
         if part is not module and type(part) not in known:
             return f"{name} is {type(part).__module__}.{type(part).__qualname__}, expected a plain layer"
         for parameter, tensor in part.named_parameters(recurse=False):

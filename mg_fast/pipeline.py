@@ -17,6 +17,7 @@ from .backend import IMPLEMENTED, check_everywhere, choose, requested, use_backe
 from .batch import chat_batch
 from .chat import Conversation
 from .errors import BackendError, PictureError
+from .execution import execution_device
 from .explain import Explanation, explain
 from .image_cache import DEFAULT_BYTES, ImageCache, picture_digest
 from .meter import Meter
@@ -37,7 +38,7 @@ class Pipeline:
     Pictures go through packed copies of the towers (`PictureEncoder`), made at the first picture and of a third of their size; by the
     `reference` backend, or where a tower is more than its weights, through the model's own modules. Image tokens are kept by picture
     content, for all conversations. Both are made anew after the weights were changed in place or moved; whoever changes them through
-    `.data`, or adds hooks or adapters to a tower, calls `clear_image_cache`.
+    `.data`, or adds hooks or adapters to a tower, mining or the projector, calls `clear_image_cache`.
 
     Args:
         model: the MiniGeminiForConditionalGeneration.
@@ -67,7 +68,7 @@ class Pipeline:
         kv_cache_bytes: int | None = None,
         compiled: bool = False,
     ):
-        check_everywhere(backend, model.device)
+        check_everywhere(backend, execution_device(model.get_input_embeddings()))
         self.decoder = decoding.LeanDecoder(model, kv_cache_bytes=kv_cache_bytes, compiled=compiled)
         self._image_cache = ImageCache(image_cache_bytes)
         self._encoder: PictureEncoder | None = None
@@ -81,7 +82,8 @@ class Pipeline:
 
     @property
     def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
+        """The device that the language model's input goes to; where its weights are offloaded, the one that they are brought to."""
+        return execution_device(self.model.get_input_embeddings())
 
     @property
     def weights(self) -> WeightBytes:

@@ -4,7 +4,7 @@ The original's operations in the original's order and dtypes, its copies include
 this path is a speedup over the original. Evaluation mode only: the original's stochastic depth is left out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,9 +21,31 @@ class Projection(NamedTuple):
     weight: torch.Tensor
     bias: torch.Tensor
 
+    @property
+    def takes(self) -> int:
+        """Width C_in."""
+        return self.weight.shape[1]
+
+    @property
+    def gives(self) -> int:
+        """Width C_out."""
+        return self.weight.shape[0]
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         x = F.layer_norm(x, self.norm_weight.shape, self.norm_weight, self.norm_bias, LAYER_NORM_EPS)
         return F.linear(x, self.weight, self.bias)
+
+
+class CalledProjection(NamedTuple):
+    """A projection that is more than its four tensors: what is called for it, x [..., takes] -> [..., gives]."""
+
+    module: Callable[[torch.Tensor], torch.Tensor]
+    takes: int
+    gives: int
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        # A module that is placed elsewhere leaves its result there.
+        return self.module(x).to(x.device)
 
 
 def low_resolution_views(pixels: torch.Tensor, side: int, *, grid: int = 1, global_view: bool = False) -> torch.Tensor:
@@ -78,7 +100,13 @@ def merge_pyramid(stages: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat(maps, dim=1)
 
 
-def mine(queries: torch.Tensor, hr_map: torch.Tensor, query: Projection, key: Projection, value: Projection) -> torch.Tensor:
+def mine(
+    queries: torch.Tensor,
+    hr_map: torch.Tensor,
+    query: Projection | CalledProjection,
+    key: Projection | CalledProjection,
+    value: Projection | CalledProjection,
+) -> torch.Tensor:
     """Patch info mining of one square tile: each query attends to the window of the map under its own patch.
 
     Args:
@@ -107,9 +135,9 @@ def mine(queries: torch.Tensor, hr_map: torch.Tensor, query: Projection, key: Pr
 def patch_mining(
     queries: torch.Tensor,
     pyramid: Sequence[torch.Tensor],
-    query: Projection,
-    key: Projection,
-    value: Projection,
+    query: Projection | CalledProjection,
+    key: Projection | CalledProjection,
+    value: Projection | CalledProjection,
     *,
     grid: int = 1,
 ) -> torch.Tensor:

@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import mg_fast
 from examples.random_checkpoint import build
 from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor, PromptError
 from mg_fast.conversation import render
+from tests.families import family
 
 GREEDY = dict(do_sample=False, max_new_tokens=12)
 
@@ -112,6 +114,101 @@ def test_a_cache_of_the_first_turn_can_be_continued(model, processor, photo):
     fresh = model.generate(**request, pixel_values=first["pixel_values"], pixel_values_hr=first["pixel_values_hr"], **GREEDY)
     continued = model.generate(**request, past_key_values=copy.deepcopy(out.past_key_values), **GREEDY)
     assert continued.tolist() == fresh.tolist()
+
+
+def turns(processor, model, photo, drawing):
+    """A first turn about two pictures with its cache, and a second one that brings another picture."""
+    first = processor(text=prompt("Compare.", 2), images=[photo, drawing], return_tensors="pt")
+    out = model.generate(**first, **GREEDY, return_dict_in_generate=True)
+    extra = processor(text="<image>\nAnd this one?", images=[drawing], add_special_tokens=False, return_tensors="pt")
+    ids = torch.cat([out.sequences, extra["input_ids"]], dim=1)
+    marks = F.pad(first["mm_token_type_ids"], (0, out.sequences.shape[1] - first["input_ids"].shape[1]))
+    marks = torch.cat([marks, extra["mm_token_type_ids"]], dim=1)
+    pixels = [{name: tensor for name, tensor in inputs.items() if name.startswith("pixel")} for inputs in (first, extra)]
+    every = {name: torch.cat([part[name] for part in pixels]) for name in pixels[0]}
+    request = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": marks}
+    return request, out.past_key_values, every, pixels[1]
+
+
+@pytest.mark.parametrize("given", ["all", "new", "image tokens"])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=str)
+def test_turns_with_pictures_over_a_cache_of_ones_own(model, processor, photo, drawing, given, options):
+    """Pictures whose places the cache has already may come once more."""
+    request, cache, every, new = turns(processor, model, photo, drawing)
+    if options.get("num_beams"):
+        cache = copy.deepcopy(cache)
+        cache.batch_repeat_interleave(options["num_beams"])
+    fresh = model.generate(**request, **every, **GREEDY, **options)
+    pictures = {"all": every, "new": new}.get(given) or {"image_tokens": model.get_image_features(**every).pooler_output}
+    encoded = []
+    hook = model.model.vision_tower_aux.register_forward_hook(lambda module, args, output: encoded.append(len(args[0])))
+    try:
+        continued = model.generate(**request, **pictures, past_key_values=copy.deepcopy(cache), **GREEDY, **options)
+    finally:
+        hook.remove()
+    assert continued.tolist() == fresh.tolist()
+    assert encoded == ([] if given == "image tokens" else [1])
+
+
+def test_a_text_turn_over_a_cache_with_pictures(model, processor, photo):
+    """The usual way to go on: everything is sent once more, and the cache has all of the pictures."""
+    first = processor(text=prompt("What?"), images=photo, return_tensors="pt")
+    out = model.generate(**first, **GREEDY, return_dict_in_generate=True)
+    extra = torch.tensor([processor.tokenizer(" USER: And now? ASSISTANT:", add_special_tokens=False).input_ids])
+    ids = torch.cat([out.sequences, extra], dim=1)
+    marks = F.pad(first["mm_token_type_ids"], (0, ids.shape[1] - first["input_ids"].shape[1]))
+    pixels = {name: tensor for name, tensor in first.items() if name.startswith("pixel")}
+    request = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": marks, **pixels}
+    fresh = model.generate(**request, **GREEDY)
+    assert model.generate(**request, past_key_values=copy.deepcopy(out.past_key_values), **GREEDY).tolist() == fresh.tolist()
+    # a loop of one's own, by forward
+    start = out.past_key_values.get_seq_length()
+    with torch.no_grad():
+        whole = model(**request).logits[:, start:]
+        step = model(**{**request, "input_ids": ids[:, start:]}, past_key_values=copy.deepcopy(out.past_key_values)).logits
+    torch.testing.assert_close(step, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_a_batch_over_a_cache_keeps_each_rows_new_pictures(model, processor, photo, drawing):
+    inputs = processor(text=[prompt("Compare.", 2)] * 2, images=[[photo, drawing], [drawing, photo]], return_tensors="pt")
+    n = processor.image_processor.tokens_per_picture
+    # up to the end of each row's first picture
+    cut = inputs["mm_token_type_ids"][0].tolist().index(1) + n
+    marks = inputs["mm_token_type_ids"]
+    with torch.no_grad():
+        whole = model(**inputs).logits[:, cut:]
+        pixels = {name: tensor for name, tensor in inputs.items() if name.startswith("pixel")}
+        firsts = {name: tensor[[0, 2]] for name, tensor in pixels.items()}
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        cache = model(input_ids=ids[:, :cut], attention_mask=mask[:, :cut], mm_token_type_ids=marks[:, :cut], **firsts).past_key_values
+        rest = model(input_ids=ids[:, cut:], attention_mask=mask, mm_token_type_ids=marks, past_key_values=cache, **pixels)
+    torch.testing.assert_close(rest.logits, whole, rtol=1e-4, atol=1e-4)
+    assert len(rest.image_hidden_states) == 2
+
+
+def test_pictures_that_do_not_match_a_cache(model, processor, photo):
+    inputs = processor(text=prompt("What?"), images=photo, return_tensors="pt")
+    place, n = inputs["mm_token_type_ids"][0].tolist().index(1), processor.image_processor.tokens_per_picture
+    pixels = {name: tensor for name, tensor in inputs.items() if name.startswith("pixel")}
+    ids, marks = inputs["input_ids"], inputs["mm_token_type_ids"]
+    cache = model(input_ids=ids[:, :place]).past_key_values
+    with pytest.raises(PromptError, match=rf"{place} positions of the prompt are cached already, with 0 .* room for 0, but 1 picture"):
+        model(input_ids=ids[:, -1:], mm_token_type_ids=marks[:, -1:], past_key_values=cache, **pixels)
+    cache = model(input_ids=ids[:, : place + 3]).past_key_values
+    with pytest.raises(PromptError, match=f"the cache ends within a picture, after 3 image tokens: a picture takes {n}"):
+        model(input_ids=ids[:, place + 3 :], mm_token_type_ids=marks, past_key_values=cache, **pixels)
+
+
+@pytest.mark.parametrize("name", ["standard", "hd", "mgm-gemma"])
+def test_the_whole_model_is_one_graph(name):
+    """As `_can_compile_fullgraph` says. Places are still held against the pictures, when the graph runs."""
+    found = family(name)
+    inputs = dict(found.processor(text=prompt("What?"), images=found.pictures[0], return_tensors="pt"))
+    compiled = torch.compile(found.model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**inputs).logits, found.model(**inputs).logits, rtol=1e-4, atol=1e-4)
+        with pytest.raises(RuntimeError, match="not as many places of pictures as image tokens"):
+            compiled(**{**inputs, "mm_token_type_ids": torch.zeros_like(inputs["mm_token_type_ids"])})
 
 
 def test_only_the_last_positions_logits_in_prefill(model, processor, photo):

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..execution import call
 from ..mini_gemini.modeling import PICTURE_INPUTS
 
 
@@ -45,8 +46,12 @@ def explain(model: nn.Module, ids: torch.Tensor, model_inputs: dict) -> str:
             hook.remove()
     if broken:
         first = broken[0]
-        weights = "are finite" if all(p.isfinite().all() for p in layers[first].parameters()) else "are not finite either"
+        parameters = list(layers[first].parameters())
+        if any(p.is_meta for p in parameters):
+            weights = "are offloaded, and were not looked at"
+        else:
+            weights = "are finite" if all(p.isfinite().all() for p in parameters) else "are not finite either"
         return f"{told}: that begins in layers {first} to {broken[-1]} of 0 to {len(layers) - 1}; the weights of layer {first} {weights}"
-    if not hidden[:, -1].isfinite().all() or not model.lm_head(hidden[:, -1:]).isfinite().all():
+    if not hidden[:, -1].isfinite().all() or not call(model.lm_head, hidden[:, -1:]).isfinite().all():
         return f"{told}: all {len(layers)} layers are finite, the last norm or lm_head is not"
     return f"{told}, but a second pass over the same tokens is: keys and values or the hardware were at fault, not the weights"

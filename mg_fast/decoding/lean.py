@@ -13,6 +13,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
 from ..errors import PromptError
+from ..execution import accelerate_hooks, compute_dtype, execution_device
 from ..mini_gemini.modeling import PICTURE_INPUTS
 from .finite import explain
 from .kv_cache import position_bytes
@@ -56,8 +57,8 @@ class LeanDecoder:
     def __init__(self, model: nn.Module, *, kv_cache_bytes: int | None = None, graphs: bool = True, compiled: bool = False):
         self.model = model
         if kv_cache_bytes is None:
-            text = model.config.text_config
-            kv_cache_bytes = max(LEAST_BYTES, text.max_position_embeddings * position_bytes(text, model.dtype))
+            text, dtype = model.config.text_config, compute_dtype(model.model.language_model)
+            kv_cache_bytes = max(LEAST_BYTES, text.max_position_embeddings * position_bytes(text, dtype))
         self.prefixes = PrefixStore(kv_cache_bytes)
         self.steps = Steps(model, graphs=graphs, compiled=compiled)
         self._idle: Sequences | None = None
@@ -322,7 +323,10 @@ def _state(model: nn.Module) -> tuple:
             None if p.is_inference() else p._version,
         )
         for p in [*language.parameters(), *model.lm_head.parameters()]
+        # what stands in for an offloaded weight is made anew after every call, and the weight itself lies with the hook that loads it
+        if not p.is_meta
     )
+    offloaded = tuple(id(hook) for part in parts for hook in accelerate_hooks(part))
     hooks = tuple(hook for part in parts for hooks in (part._forward_pre_hooks, part._forward_hooks) for hook in hooks)
     patched = tuple(vars(part)["forward"] for part in parts if "forward" in vars(part))
     # low-rank adapters are switched and scaled, and merged through `.data`, which weights do not count
@@ -331,7 +335,7 @@ def _state(model: nn.Module) -> tuple:
         (tuple(part.active_adapters), part.disable_adapters, tuple(part.merged_adapters), tuple(getattr(part, "scaling", {}).items()))
         for part in tuned
     )
-    device = model.lm_head.weight.device.type
+    device = execution_device(model.lm_head).type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     precision = torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
-    return weights, hooks, patched, adapters, autocast, precision, model.config.text_config._attn_implementation
+    return weights, offloaded, hooks, patched, adapters, autocast, precision, model.config.text_config._attn_implementation

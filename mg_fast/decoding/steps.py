@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from ..execution import call
 from ..graphs import CaptureStream, capture
 from ..linear import by_onednn, take_onednn
 from ..quantization import EXPERTS_FUNCTION
@@ -200,7 +201,7 @@ class Steps:
         if sequences.by_graph and not self._asks_host(len(tokens)):
             logits = self._by_graph(sequences, tokens[:, None], 1, 1)
         else:
-            logits = self._run(sequences, self.language_model.get_input_embeddings()(tokens[:, None]))
+            logits = self._run(sequences, self.model.model.embed_ids(tokens[:, None]))
         sequences.cache.length += 1
         return logits
 
@@ -217,7 +218,7 @@ class Steps:
             hidden = self.language_model(
                 inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
             ).last_hidden_state
-            return self.head(hidden[:, -1:])[:, -1]
+            return call(self.head, hidden[:, -1:])[:, -1]
 
     def _by_graph(self, sequences: Sequences, inputs: torch.Tensor, width: int, filled: int) -> torch.Tensor:
         """Tokens [B, 1] or embeddings [B, width, hidden] through a graph of a width of `filled`, captured when it is met again."""
@@ -242,7 +243,7 @@ class Steps:
             last: int64 [1], which of the Q gets logits.
         """
         cache = sequences.cache
-        embeddings = inputs if inputs.is_floating_point() else self.language_model.get_input_embeddings()(inputs)
+        embeddings = inputs if inputs.is_floating_point() else self.model.model.embed_ids(inputs)
         positions = start + torch.arange(inputs.shape[1], device=inputs.device)
         cache.positions = positions
         places = torch.arange(cache.window, device=inputs.device)
@@ -255,7 +256,7 @@ class Steps:
         hidden = self.language_model(
             inputs_embeds=embeddings, attention_mask=mask, position_ids=ids, past_key_values=cache, use_cache=True
         ).last_hidden_state
-        return self.head(hidden.index_select(1, last))[:, 0]
+        return call(self.head, hidden.index_select(1, last))[:, 0]
 
 
 class _Graph:

@@ -73,6 +73,8 @@ class MiniGeminiConfig(PreTrainedConfig):
 
     model_type = "mgm"
     sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
+    # Trainer's evaluation stacks what a batch returns over all batches, and these have other shapes in each.
+    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None

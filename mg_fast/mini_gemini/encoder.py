@@ -50,7 +50,7 @@ class PictureEncoder:
         if reason := model.vision_tower_aux.uncommon():
             raise ValueError(f"PictureEncoder: the high-resolution tower: {reason}")
         devices = {p.device for part in _parts(model) for p in part.parameters()}
-        if len(devices) > 1:
+        if len(devices) > 1 or torch.device("meta") in devices:
             raise ValueError(f"PictureEncoder: expected the picture side on one device, got {', '.join(sorted(map(str, devices)))}")
         [self.device] = devices
         self._select_layer = model.config.mm_vision_select_layer

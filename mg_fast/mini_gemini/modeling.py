@@ -13,24 +13,24 @@ from torch import nn
 from transformers import AutoModel, AutoModelForImageTextToText, CLIPVisionModel, GenerationMixin, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from .. import reference
 from ..conversation import get_template, stop_ids
 from ..errors import CheckpointError, PromptError
+from ..execution import at_seam, call, complete_device_map, execution_device, set_offloaded
 from ..modules import ConvNeXtPyramid, PatchInfoMining
 from ..quantization import check_config, check_savable, finish, named_config
 from .checkpoint import Checkpoint, check_names, decide_template, load_tokenizer, open_checkpoint
 from .configuration import MiniGeminiConfig
 from .geometry import check_geometry
 from .naming import published_to_ours
+from .places import PICTURE_INPUTS, check_no_places, check_places, of_new_positions
 from .tensor_files import Table, read_tensors
 from .vision import build_projector, low_resolution_features
 
 logger = logging.getLogger(__name__)
-
-# inputs that only the first pass over a prompt takes
-PICTURE_INPUTS = ("pixel_values", "pixel_values_hr", "image_tokens", "mm_token_type_ids")
 
 
 @dataclass
@@ -62,6 +62,11 @@ class MiniGeminiPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the model computes on; where weights are offloaded, the one that they are brought to."""
+        return execution_device(self)
 
 
 class MiniGeminiModel(MiniGeminiPreTrainedModel):
@@ -130,9 +135,10 @@ class MiniGeminiModel(MiniGeminiPreTrainedModel):
         """
         with stage("patch info mining"):
             mined = self.patch_mining(queries, pyramid, grid=self.config.image_grid, backend=backend)
+            # in the wider of two dtypes, where CLIP and mining have different ones
             tokens = reference.order_tokens(queries + mined.to(queries.device), grid=self.config.image_grid)
         with stage("projector"):
-            return self.mm_projector(tokens), tokens
+            return call(self.mm_projector, tokens), tokens
 
     def low_resolution_queries(
         self, pixel_values: torch.Tensor, *, backend: str | None = None, tower: Callable[[torch.Tensor], torch.Tensor] | None = None
@@ -180,7 +186,11 @@ class MiniGeminiModel(MiniGeminiPreTrainedModel):
 
     def embed(self, input_ids: torch.Tensor, **pictures: torch.Tensor | None) -> torch.Tensor:
         """Embeddings [B, L, hidden] of a prompt [B, L], with its pictures, named as `PICTURE_INPUTS`, in their places."""
-        return self._with_pictures(self.get_input_embeddings()(input_ids), **pictures)[0]
+        return self._with_pictures(self.embed_ids(input_ids), **pictures)[0]
+
+    def embed_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings [B, L, hidden] of ids alone, in the dtype of the layers; a tied head may have given the embeddings another one."""
+        return at_seam(self.get_input_embeddings()(input_ids), self.language_model.layers)
 
     def _with_pictures(
         self,
@@ -196,8 +206,8 @@ class MiniGeminiModel(MiniGeminiPreTrainedModel):
             image_tokens = self.get_image_features(pixel_values, pixel_values_hr).pooler_output
         if image_tokens is not None:
             inputs_embeds = self.splice(inputs_embeds, image_tokens, mm_token_type_ids)
-        elif mm_token_type_ids is not None and inputs_embeds.shape[1] > 1 and bool((mm_token_type_ids == 1).any()):
-            raise PromptError("the prompt marks places of pictures, but no pixel_values or image_tokens came")
+        elif mm_token_type_ids is not None and inputs_embeds.shape[1] > 1:
+            check_no_places(mm_token_type_ids)
         return inputs_embeds, image_tokens
 
     def forward(
@@ -214,7 +224,7 @@ class MiniGeminiModel(MiniGeminiPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
+            inputs_embeds = self.embed_ids(input_ids)
         inputs_embeds, image_tokens = self._with_pictures(inputs_embeds, pixel_values, pixel_values_hr, image_tokens, mm_token_type_ids)
         outputs = self.language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
         return outputs, image_tokens
@@ -285,6 +295,9 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
         elif quantization is not None:
             check_config(quantization)
 
+        if isinstance(kwargs.get("device_map"), dict):
+            tied = cls._tied_weights_keys if config.tie_word_embeddings else None
+            kwargs["device_map"] = complete_device_map(kwargs["device_map"], cls._on_meta(config).state_dict(), tied)
         filled = {published_to_ours(name): name for name in checkpoint.extra}
         with _quiet_report(bool(filled)):
             model, info = super().from_pretrained(checkpoint.weights_folder, *model_args, config=config, output_loading_info=True, **kwargs)
@@ -311,17 +324,22 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
     @classmethod
     def published_shapes(cls, config: MiniGeminiConfig) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of a published checkpoint of this configuration. Allocates nothing."""
-        try:
-            with torch.device("meta"):
-                model = cls(copy.deepcopy(config))
-        except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(f"config.json describes no model that can be built: {error!r}") from error
+        model = cls._on_meta(config)
         state = dict(model.state_dict())
         if config.tie_word_embeddings:
             del state["lm_head.weight"]
         return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, state).items()}
+
+    @classmethod
+    def _on_meta(cls, config: MiniGeminiConfig) -> "MiniGeminiForConditionalGeneration":
+        """A model without weights."""
+        try:
+            with torch.device("meta"):
+                return cls(copy.deepcopy(config))
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"config.json describes no model that can be built: {error!r}") from error
 
     def _fill(self, tensors: Table) -> None:
         """Copies tensors that lie outside the weights folder into the model."""
@@ -334,7 +352,10 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
             if ours not in parameters:
                 continue
             if parameters[ours].is_meta:
-                raise CheckpointError(f"{name}: cannot be loaded into an offloaded module; use a device_map that keeps the towers")
+                owner, _, parameter = ours.rpartition(".")
+                if not set_offloaded(self.get_submodule(owner), parameter, tensor):
+                    raise CheckpointError(f"{name}: its module is on the meta device, and no hook of accelerate loads weights into it")
+                continue
             with torch.no_grad():
                 parameters[ours].copy_(tensor)
 
@@ -388,33 +409,39 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
             pixel_values, pixel_values_hr: pictures in the order of their places in the batch.
             image_tokens: [n_images, T, hidden] from `get_image_features`, instead of the pixels.
             mm_token_type_ids: [B, L], 1 at picture positions.
+            past_key_values: keys and values of the positions before. Pictures whose places are among these may come once more, with
+                mm_token_type_ids for the whole prompt; they are not encoded again.
             labels: [B, L], -100 where no loss is wanted.
             logits_to_keep: only that many last positions (0: all) get logits.
             allow_long: accept prompts beyond the trained length; None takes the model's `allow_long`.
             return_dict: False returns a tuple.
+            **kwargs: reach the language model and `loss_function`, as in transformers' own models: `num_items_in_batch`, by which
+                Trainer weighs the parts of an accumulated batch, `shift_labels`, `ignore_index`, ...
 
         Raises:
             PromptError: a prompt longer than the model was trained for, or pictures that do not match their places.
         """
-        if past_key_values is None or int(past_key_values.get_seq_length()) == 0:
+        length = (input_ids if input_ids is not None else inputs_embeds).shape[1]
+        pictures = dict(zip(PICTURE_INPUTS, (pixel_values, pixel_values_hr, image_tokens, mm_token_type_ids)))
+        cached = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        if not cached:
             # only prompts: an answer may grow past the trained length
-            self.check_length((input_ids if input_ids is not None else inputs_embeds).shape[1], 0, allow_long)
+            self.check_length(length, 0, allow_long)
+        elif any(tensor is not None for tensor in pictures.values()):
+            pictures = of_new_positions(pictures, length, cached, self.config.tokens_per_picture)
         outputs, image_tokens = self.model(
             input_ids=input_ids,
-            pixel_values=pixel_values,
-            pixel_values_hr=pixel_values_hr,
-            image_tokens=image_tokens,
-            mm_token_type_ids=mm_token_type_ids,
+            **pictures,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        logits = call(self.lm_head, outputs.last_hidden_state[:, keep])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
         output = MiniGeminiOutput(
             loss=loss,
             logits=logits,
@@ -477,9 +504,7 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
             marks, ids = pictures.get("mm_token_type_ids"), model_inputs.get("input_ids")
             if marks is not None and ids is not None:
                 # prompt lookup appends guesses to the prompt, which are text
-                marks = F.pad(marks, (0, input_ids.shape[1] - marks.shape[1]))
-                # with a cache of an earlier turn, only the new positions are run
-                model_inputs["mm_token_type_ids"] = marks[:, -ids.shape[1] :]
+                model_inputs["mm_token_type_ids"] = F.pad(marks, (0, input_ids.shape[1] - marks.shape[1]))
         return model_inputs
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
@@ -488,12 +513,16 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
         The stock version repeats pictures one by one, which hands the two pictures of a prompt to the wrong beams.
         """
         if expand_size > 1:
-            image_tokens = model_kwargs.pop("image_tokens", None)
-            pixels, pixels_hr = model_kwargs.pop("pixel_values", None), model_kwargs.pop("pixel_values_hr", None)
+            marks, pictures = model_kwargs.get("mm_token_type_ids"), {name: model_kwargs.pop(name, None) for name in PICTURE_INPUTS[:-1]}
+            cache = model_kwargs.get("past_key_values")
+            if marks is not None and (cached := 0 if cache is None else int(cache.get_seq_length())):
+                pictures["mm_token_type_ids"] = marks
+                pictures = of_new_positions(pictures, marks.shape[1] - cached, cached, self.config.tokens_per_picture)
+                marks = pictures.pop("mm_token_type_ids")
+            pixels, pixels_hr, image_tokens = (pictures[name] for name in PICTURE_INPUTS[:-1])
             if pixels is not None:
                 image_tokens = self.get_image_features(pixels, pixels_hr).pooler_output
             if image_tokens is not None:
-                marks = model_kwargs.get("mm_token_type_ids")
                 check_places(marks, image_tokens)
                 per_row = (marks.sum(dim=1) // image_tokens.shape[1]).tolist()
                 blocks = image_tokens.split(per_row)
@@ -501,16 +530,6 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
                 input_ids, model_kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
                 return input_ids, {**model_kwargs, "image_tokens": expanded}
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
-
-
-def check_places(mm_token_type_ids: torch.Tensor | None, image_tokens: torch.Tensor) -> None:
-    """Holds the marked places [B, L] of a batch against its image tokens [n_images, T, hidden]; `PromptError` has the numbers."""
-    if mm_token_type_ids is None:
-        raise PromptError("pictures came without mm_token_type_ids, which mark their places in input_ids: the processor returns both")
-    pictures, tokens = image_tokens.shape[:2]
-    places = int((mm_token_type_ids == 1).sum())
-    if places != pictures * tokens:
-        raise PromptError(f"the prompt has room for {places} image tokens, but {pictures} picture(s) of {tokens} came")
 
 
 def _override(config: MiniGeminiConfig, kwargs: dict) -> None:
@@ -543,3 +562,8 @@ def _quiet_report(quiet: bool):
 
 
 AutoModelForImageTextToText.register(MiniGeminiConfig, MiniGeminiForConditionalGeneration, exist_ok=True)
+# Other parts of transformers look models up by these tables of class names, which `register` does not fill. By the first one Trainer shifts
+# the labels of its label smoothing, which would be held against the wrong positions otherwise. By the second one `transformers serve` knows
+# that the model takes pictures.
+for _names in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES):
+    _names[MiniGeminiConfig.model_type] = MiniGeminiForConditionalGeneration.__name__

@@ -6,6 +6,7 @@ from transformers import CLIPVisionModel
 
 from .. import backend as backends
 from ..errors import CheckpointError
+from ..frozen import why_not_plain
 
 
 def low_resolution_features(
@@ -22,6 +23,9 @@ def low_resolution_features(
     Returns:
         [B, N, D] in the tower's dtype. The `reference` backend runs every layer, as the original does; others stop at the one wanted.
     """
+    if why_not_plain("tower", tower, placed=True) or why_not_plain("encoder", tower.encoder, placed=True):
+        # what they do beside calling their layers is theirs alone
+        return tower(views, output_hidden_states=True).hidden_states[select_layer][:, 1:]
     layers = tower.encoder.layers
     wanted = select_layer if select_layer >= 0 else len(layers) + 1 + select_layer
     run = len(layers) if backends.choose("low_resolution_tower", backend, views.device) == "reference" else wanted

@@ -4,11 +4,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor
 from torch.fx import Proxy
 
 from .. import ops
+from ..execution import at_seam
+from ..frozen import why_not_plain
 from ..recording import record_call, recorded_as
-from ..reference import LAYER_NORM_EPS, Projection
+from ..reference import LAYER_NORM_EPS, CalledProjection, Projection
 
 
 class PatchInfoMining(nn.Module):
@@ -49,16 +52,21 @@ class PatchInfoMining(nn.Module):
             queries: [B, N, dim] (grid 1) or [B, V, N, dim]; V = grid * grid cells row by row, or one more, the global view last.
             pyramid: list of [B, n_s, n_s, C_s], channels last. The window side n_0 / (grid * sqrt(N)) must be whole.
             grid: cells per side.
-            backend: overrides the choice in force.
+            backend: overrides the choice in force. Where a projection is more than a plain LayerNorm and Linear (adapters, hooks,
+                quantized, parametrized or offloaded layers), every backend calls the projections, pixel by pixel as the reference does.
         """
-        return ops.patch_mining(queries, pyramid, *self.projections(), grid=grid, backend=backend)
+        queries = at_seam(queries, self.vlm_uni_query_projector)
+        return ops.patch_mining(queries, pyramid, *self.projections(queries.device), grid=grid, backend=backend)
 
-    def projections(self) -> list[Projection]:
-        """Of queries, keys and values."""
-        return [
-            Projection(p[0].weight, p[0].bias, p[1].weight, p[1].bias)
-            for p in (self.vlm_uni_query_projector, self.vlm_uni_aux_projector, self.vlm_uni_val_projector)
-        ]
+    def projections(self, device: torch.device | None = None) -> list[Projection | CalledProjection]:
+        """Of queries, keys and values: their tensors where these say all, else what calls the modules.
+
+        Args:
+            device: of the queries; a projection on another one is called, as whatever moves its input there belongs to the call.
+        """
+        widths = self.dim, sum(self.pyramid_dims), sum(self.pyramid_dims)
+        projectors = self.vlm_uni_query_projector, self.vlm_uni_aux_projector, self.vlm_uni_val_projector
+        return [_projection(projector, width, self.dim, device) for projector, width in zip(projectors, widths)]
 
     def __prepare_scriptable__(self):
         # torch.jit.script asks every module for what it is to read in its place.
@@ -66,3 +74,39 @@ class PatchInfoMining(nn.Module):
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, pyramid_dims={self.pyramid_dims}"
+
+
+def unsuited_projector(name: str, projector: nn.Module, *, placed: bool = False) -> str | None:
+    """Why four tensors do not say all that a projector computes, as a sentence; None where they do.
+
+    Args:
+        name: of the projector, for the sentence.
+        projector: expected to be a Sequential of LayerNorm and Linear.
+        placed: as of `why_not_plain`.
+    """
+    layers = list(projector) if type(projector) is nn.Sequential else [projector]
+    # subclasses compute something else: low-rank adapters, quantized layers, parametrizations
+    if [type(layer) for layer in layers] != [nn.LayerNorm, nn.Linear]:
+        found = " and ".join(f"{type(layer).__module__}.{type(layer).__qualname__}" for layer in layers)
+        return f"{name} is {found}, expected a Sequential of LayerNorm and Linear"
+    for part in (projector, *layers):
+        if reason := why_not_plain(name, part, placed=placed):
+            return reason
+    for layer in layers:
+        for kind in ("weight", "bias"):
+            # exactly tensors: quantized and sharded weights are subclasses; replicas of DataParallel hold no nn.Parameter; a fake one is
+            # traced or compiled for
+            if type(tensor := getattr(layer, kind)) not in (nn.Parameter, torch.Tensor, FakeTensor):
+                return f"the {kind} of {name}'s {type(layer).__name__} is {type(tensor).__name__}, expected a plain parameter"
+    if layers[0].eps != LAYER_NORM_EPS:
+        return f"{name} has a LayerNorm eps of {layers[0].eps}, expected {LAYER_NORM_EPS}"
+    return None
+
+
+def _projection(projector: nn.Module, takes: int, gives: int, device: torch.device | None) -> Projection | CalledProjection:
+    if unsuited_projector("", projector, placed=True):
+        return CalledProjection(projector, takes, gives)
+    norm, linear = projector
+    tensors = Projection(norm.weight, norm.bias, linear.weight, linear.bias)
+    elsewhere = device is not None and any(tensor.device != device for tensor in tensors)
+    return CalledProjection(projector, takes, gives) if elsewhere else tensors

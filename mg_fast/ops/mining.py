@@ -9,7 +9,7 @@ import torch
 
 from .. import absorbed, reference
 from .. import backend as backends
-from ..reference import Projection
+from ..reference import CalledProjection, Projection
 from .common import on_device, recording
 
 # pixels along a side of the largest window that the kernel's registers hold
@@ -19,9 +19,9 @@ MAX_WINDOW = 16
 def patch_mining(
     queries: torch.Tensor,
     pyramid: Sequence[torch.Tensor],
-    query: Projection,
-    key: Projection,
-    value: Projection,
+    query: Projection | CalledProjection,
+    key: Projection | CalledProjection,
+    value: Projection | CalledProjection,
     *,
     grid: int = 1,
     backend: str | None = None,
@@ -32,7 +32,8 @@ def patch_mining(
         queries: [B, N, D] (grid 1) or [B, V, N, D], N a square number; V = grid * grid cells row by row, or one more with the
             global view last. Floating point.
         pyramid: stage maps [B, n_s, n_s, C_s], channels last, finest first, of the queries' batch.
-        query, key, value: the three projections; key and value take sum(C_s) channels.
+        query, key, value: the three projections; key and value take sum(C_s) channels. Where one of them is a `CalledProjection`, every
+            backend calls them for each pixel, in the reference's steps: the faster forms project something else than pixels.
         grid: cells per side of the low-resolution canvas.
         backend: overrides the choice in force.
 
@@ -49,8 +50,11 @@ def patch_mining(
         views, *pyramid = (_with_constant_sizes(tensor) for tensor in (views, *pyramid))
     _check_mining(views, pyramid, query, key, value, grid)
     unsuited = {"triton": _mining_unsuited(views, pyramid, grid)}
-    chosen = _PATCH_MINING[backends.choose("patch_mining", backend, queries.device, unsuited)]
-    return chosen(views, pyramid, query, key, value, grid=grid).reshape(queries.shape)
+    # chosen in any case: a backend that cannot run here is to say so
+    chosen = backends.choose("patch_mining", backend, queries.device, unsuited)
+    if any(isinstance(projection, CalledProjection) for projection in (query, key, value)):
+        chosen = "reference"
+    return _PATCH_MINING[chosen](views, pyramid, query, key, value, grid=grid).reshape(queries.shape)
 
 
 def _with_constant_sizes(tensor: torch.Tensor) -> torch.Tensor:
@@ -59,7 +63,12 @@ def _with_constant_sizes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _check_mining(
-    queries: torch.Tensor, pyramid: Sequence[torch.Tensor], query: Projection, key: Projection, value: Projection, grid: int
+    queries: torch.Tensor,
+    pyramid: Sequence[torch.Tensor],
+    query: Projection | CalledProjection,
+    key: Projection | CalledProjection,
+    value: Projection | CalledProjection,
+    grid: int,
 ) -> None:
     if queries.dim() != 4:
         raise ValueError(f"patch_mining: queries must be [B, N, D] or [B, V, N, D], got {list(queries.shape)}")
@@ -85,16 +94,16 @@ def _check_mining(
     for tensor in (queries, *pyramid):
         if not tensor.is_floating_point():
             raise ValueError(f"patch_mining: queries and pyramid must be floating point, got {tensor.dtype}")
-    if query.weight.shape[1] != d:
-        raise ValueError(f"patch_mining: the queries are {d} wide, the query projection takes {query.weight.shape[1]}")
+    if query.takes != d:
+        raise ValueError(f"patch_mining: the queries are {d} wide, the query projection takes {query.takes}")
     channels = sum(stage.shape[-1] for stage in pyramid)
     for projection in (key, value):
-        if projection.weight.shape[1] != channels:
-            raise ValueError(f"patch_mining: the pyramid has {channels} channels, the projections take {projection.weight.shape[1]}")
-    if query.weight.shape[0] != key.weight.shape[0] or value.weight.shape[0] != d:
+        if projection.takes != channels:
+            raise ValueError(f"patch_mining: the pyramid has {channels} channels, the projections take {projection.takes}")
+    if query.gives != key.gives or value.gives != d:
         raise ValueError(
             f"patch_mining: query and key must be projected to one width and values to the queries' {d}, "
-            f"got {query.weight.shape[0]}, {key.weight.shape[0]} and {value.weight.shape[0]}"
+            f"got {query.gives}, {key.gives} and {value.gives}"
         )
     n0 = pyramid[0].shape[1]
     if n0 % (grid * side):

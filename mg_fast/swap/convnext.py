@@ -9,9 +9,10 @@ from torch import nn
 
 from .. import backend as backends
 from .. import convnext
+from ..frozen import why_not_plain
 from ..modules import ConvNeXtPyramid
 from ..modules.convnext import unsuited_stage
-from .exchange import offer, replaced_on_object, warn, why_not_plain
+from .exchange import offer, replaced_on_object, warn
 from .report import Entry
 
 LOOKS_FOR = "stages of timm's ConvNeXt (timm.models.convnext.ConvNeXtStage), wherever they sit"

@@ -38,20 +38,6 @@ def replaced_on_object(module: nn.Module, method: str) -> bool:
     return method in vars(module) or method in module._modules
 
 
-def why_not_plain(name: str, layer: nn.Module) -> str | None:
-    """Why a call of a layer does more than its class says; None where only what is in its tensors and attributes counts.
-
-    Args:
-        name: of the layer, for the sentence.
-        layer: of a class whose arithmetic is known.
-    """
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
-        return f"{name} has hooks on its {type(layer).__name__}, which only a call of the module runs"
-    if "forward" in vars(layer):
-        return f"the forward of {name}'s {type(layer).__name__} was replaced"
-    return None
-
-
 def warn(message: str) -> None:
     """A warning where the swapped method was called; Python shows it once, whatever number of objects and calls it comes from."""
     # a graph cannot hold one

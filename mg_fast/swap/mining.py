@@ -9,8 +9,9 @@ from torch import nn
 from .. import backend as backends
 from .. import ops
 from ..modules import PatchInfoMining
-from ..reference import LAYER_NORM_EPS, Projection
-from .exchange import offer, replaced_on_object, warn, why_not_plain
+from ..modules.patch_mining import unsuited_projector
+from ..reference import Projection
+from .exchange import offer, replaced_on_object, warn
 from .report import Entry
 
 METHOD = "unified_resampler"
@@ -95,22 +96,8 @@ def _unusual(owner: nn.Module) -> str | None:
     if inner is None:
         return f"neither its get_model() nor its `model` nor itself has {', '.join(PROJECTORS)}"
     for name in PROJECTORS:
-        projector = getattr(inner, name)
-        layers = list(projector) if type(projector) is nn.Sequential else [projector]
-        # subclasses compute something else: low-rank adapters, quantised layers, parametrisations
-        if [type(layer) for layer in layers] != [nn.LayerNorm, nn.Linear]:
-            found = " and ".join(f"{type(layer).__module__}.{type(layer).__qualname__}" for layer in layers)
-            return f"{name} is {found}, expected a Sequential of LayerNorm and Linear"
-        for part in (projector, *layers):
-            if reason := why_not_plain(name, part):
-                return reason
-        for layer in layers:
-            for kind in ("weight", "bias"):
-                # exactly tensors: quantised and sharded weights are subclasses; replicas of DataParallel hold no nn.Parameter
-                if type(tensor := getattr(layer, kind)) not in (nn.Parameter, torch.Tensor):
-                    return f"the {kind} of {name}'s {type(layer).__name__} is {type(tensor).__name__}, expected a plain parameter"
-        if layers[0].eps != LAYER_NORM_EPS:
-            return f"{name} has a LayerNorm eps of {layers[0].eps}, expected {LAYER_NORM_EPS}"
+        if reason := unsuited_projector(name, getattr(inner, name)):
+            return reason
     query, key, value = _projections(owner)
     dim, channels = query.norm_weight.shape[-1], key.norm_weight.shape[-1]
     for name, projection, width in zip(PROJECTORS, (query, key, value), (dim, channels, channels)):

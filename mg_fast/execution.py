@@ -1,0 +1,125 @@
+"""Where a module computes and in which dtype: its weights may be offloaded, and the parts next to it may have another dtype."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """The device that a module computes on.
+
+    Weights that accelerate has offloaded (`device_map` with "cpu" or "disk") lie on "meta" between calls. A hook brings them to the
+    execution device for each call, and that device is what counts.
+
+    Args:
+        module: a module with parameters; of several parts on several devices the first one counts.
+    """
+    for part in module.modules():
+        for hook in accelerate_hooks(part):
+            device = getattr(hook, "execution_device", None)
+            if device is not None:
+                return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+        for parameter in part.parameters(recurse=False):
+            return parameter.device
+    return torch.device("cpu")
+
+
+def accelerate_hooks(module: nn.Module) -> list:
+    """The hooks that accelerate has put around a module's forward; they are not among torch's own."""
+    hook = vars(module).get("_hf_hook")
+    return [] if hook is None else list(getattr(hook, "hooks", [hook]))
+
+
+def set_offloaded(module: nn.Module, name: str, value: torch.Tensor) -> bool:
+    """Gives an offloaded parameter of a module another value, where its weights lie: on disk, or in memory where there is no folder for it.
+
+    Returns:
+        Whether the weights of this module are offloaded at all.
+    """
+    hook = next((hook for hook in accelerate_hooks(module) if getattr(hook, "weights_map", None) is not None), None)
+    if hook is None:
+        return False
+    weights, key = hook.weights_map, name
+    while hasattr(weights, "prefix"):
+        weights, key = weights.dataset, f"{weights.prefix}{key}"
+    value = value.to(getattr(module, name).dtype)
+    if key not in weights.state_dict and weights.save_folder is not None:
+        from accelerate.utils import offload_weight
+
+        offload_weight(value, key, weights.save_folder, weights.index)
+    else:
+        weights.state_dict[key] = value
+    if key not in weights.all_keys:
+        weights.all_keys.append(key)
+    return True
+
+
+def only_placed(module: nn.Module) -> bool:
+    """Whether the replaced forward of a module is accelerate's, and does no more than move inputs and outputs between devices."""
+    hooks = accelerate_hooks(module)
+    original = getattr(vars(module).get("_old_forward"), "__func__", None)
+    placing = all(type(hook).__name__ == "AlignDevicesHook" and not hook.offload for hook in hooks)
+    return bool(hooks) and placing and original is type(module).forward
+
+
+def compute_dtype(module: nn.Module) -> torch.dtype | None:
+    """The dtype that a module takes its input in, by its first parameter of 16 bits or more; None where it has none."""
+    for parameter in module.parameters():
+        # Quantized weights are stored in fewer bits than they are computed in.
+        if parameter.is_floating_point() and parameter.element_size() > 1:
+            return parameter.dtype
+    return None
+
+
+def at_seam(x: torch.Tensor, module: nn.Module) -> torch.Tensor:
+    """A tensor in the dtype of the part of the model that takes it next, which may differ from the part that it comes from.
+
+    Under autocast it stays as it is, as autocast casts it in each operation.
+    """
+    dtype = compute_dtype(module)
+    if dtype is None or dtype == x.dtype or (not x.is_meta and torch.is_autocast_enabled(x.device.type)):
+        return x
+    return x.to(dtype)
+
+
+def call(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Calls a part of the model, its input in the dtype that it computes in."""
+    return module(at_seam(x, module))
+
+
+def complete_device_map(device_map: Mapping[str, object], names: Iterable[str], tied: Mapping[str, str] | None = None) -> dict[str, object]:
+    """A device map that says the same without entries for a module and for something inside it.
+
+    accelerate cannot place such a module, as with {"": "cpu", "lm_head": "disk"}. And transformers looks a parameter up by the beginning of
+    its name alone, so that an entry for "layers.1" holds for "layers.10" too where that has none of its own. Here every module beside one
+    that has an entry gets its own.
+
+    Args:
+        device_map: devices by the names of modules, "" for all others.
+        names: of the model's parameters.
+        tied: names of parameters that are others, by whose names they go. On disk they lie together, as they are loaded together.
+    """
+    complete, names = {}, list(names)
+
+    def below(name: str, candidates: Iterable[str]) -> list[str]:
+        return [other for other in candidates if other and (not name or other.startswith(f"{name}."))]
+
+    def add(name: str, device) -> None:
+        device = device_map.get(name, device)
+        if not below(name, device_map):
+            if device is not None:
+                complete[name] = device
+            return
+        depth = len(name.split(".")) if name else 0
+        for child in dict.fromkeys(".".join(other.split(".")[: depth + 1]) for other in below(name, names)):
+            add(child, device)
+
+    add("", None)
+    for name, source in (tied or {}).items():
+        entries = [
+            next((entry for entry in complete if not entry or parameter.startswith(f"{entry}.")), None) for parameter in (name, source)
+        ]
+        if None not in entries and "disk" in (places := [complete[entry] for entry in entries]) and places[0] != places[1]:
+            complete[entries[0]] = places[1]
+    return complete

@@ -1,0 +1,101 @@
+"""Parts of one model in different dtypes: numbers are cast where they pass from one part to the next."""
+
+import copy
+import itertools
+import random
+
+import pytest
+import torch
+
+from mg_fast import MiniGeminiForConditionalGeneration, Pipeline
+from tests.families import family
+from tests.tolerances import relative_error
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PARTS = ("vision_tower", "vision_tower_aux", "patch_mining", "mm_projector", "language_model", "lm_head")
+QUESTION = "What is written in the picture?"
+
+
+@pytest.fixture(autouse=True)
+def quick(one_thread):
+    """All models here are tiny."""
+
+
+def part(model, name):
+    return model.lm_head if name == "lm_head" else getattr(model.model, name)
+
+
+def in_dtypes(found, dtypes):
+    """The model with its parts in these dtypes, and one of the same rounded weights that computes in float32."""
+    model = MiniGeminiForConditionalGeneration.from_pretrained(found.folder, template=found.processor.template)
+    for name, dtype in zip(PARTS, dtypes):
+        part(model, name).to(dtype)
+    return model, copy.deepcopy(model).float()
+
+
+def assert_near(actual, exact, dtypes, context):
+    # a unit in the last place of the coarsest part, grown through a few layers
+    bound = 64 * max(torch.finfo(dtype).eps for dtype in dtypes) if set(dtypes) != {torch.float32} else 1e-4
+    assert actual.isfinite().all() and relative_error(actual, exact) <= min(bound, 0.15), context
+
+
+def assert_works(found, dtypes, backend=None):
+    model, exact = in_dtypes(found, dtypes)
+    inputs = found.processor(text=f"<image>\n{QUESTION}", images=found.pictures[0], return_tensors="pt")
+    pipeline = Pipeline(model, found.processor, backend=backend)
+    with torch.no_grad():
+        expected = exact(**inputs)
+        out = model(**inputs, labels=inputs["input_ids"])
+    assert_near(out.logits, expected.logits, dtypes, "logits")
+    assert out.loss.isfinite()
+    # through the packed encoder, unless the backend is the reference
+    seen = pipeline.see(found.pictures[0])
+    assert_near(seen, expected.image_hidden_states[0], dtypes, "image tokens")
+    assert seen.dtype == dtypes[PARTS.index("mm_projector")]
+    answer = pipeline.chat(QUESTION, [found.pictures[0]], max_new_tokens=3)
+    plain = model.generate(
+        **found.processor(text=rendered(pipeline), images=found.pictures[0], return_tensors="pt"), max_new_tokens=3, do_sample=False
+    )
+    assert len(answer.token_ids) == 3 or answer.finish_reason == "stop"
+    assert plain.shape[1] > inputs["input_ids"].shape[1]
+    weights = pipeline.explain(found.pictures[0], QUESTION, max_new_tokens=2).weights
+    torch.testing.assert_close(weights, Pipeline(exact, found.processor).explain(found.pictures[0]).weights, rtol=0, atol=0.05)
+
+
+def rendered(pipeline):
+    from mg_fast.conversation import render
+
+    return render(pipeline.template, [(f"<image>\n{QUESTION}", None)])
+
+
+@pytest.mark.parametrize("base, other", itertools.permutations(DTYPES, 2), ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("alone", PARTS)
+def test_one_part_in_another_dtype(alone, base, other):
+    assert_works(family("standard"), [other if name == alone else base for name in PARTS])
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("name, backend", [("hd", None), ("standard", "reference"), ("mgm-gemma", None), ("mgm-mixtral", "torch")])
+def test_any_mixture(name, backend, seed):
+    assert_works(family(name), random.Random(seed).choices(DTYPES, k=len(PARTS)), backend)
+
+
+def test_gradients_pass_the_seams():
+    found = family("standard")
+    model, _ = in_dtypes(found, [torch.float32, torch.bfloat16, torch.float32, torch.bfloat16, torch.float32, torch.bfloat16])
+    inputs = found.processor(text=f"<image>\n{QUESTION}", images=found.pictures[0], return_tensors="pt")
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    for name in PARTS:
+        assert any(p.grad is not None and p.grad.abs().max() > 0 for p in part(model, name).parameters()), name
+
+
+def test_autocast_is_left_alone():
+    """It casts by itself; weights in float32 stay the wider ones."""
+    found = family("standard")
+    inputs = found.processor.image_processor(found.pictures[0])
+    with torch.no_grad():
+        expected = found.model.get_image_features(**inputs).pooler_output
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            tokens = found.model.get_image_features(**inputs).pooler_output
+    assert tokens.dtype == torch.bfloat16
+    assert_near(tokens, expected, [torch.bfloat16], "autocast")
