@@ -8,7 +8,18 @@ from .errors import PromptError
 
 def plain(value):
     """The Python number inside a NumPy number, or an array or tensor without dimensions; anything else as it came."""
-    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+    if getattr(value, "ndim", None) != 0 or not hasattr(value, "item"):
+        return value
+    value = value.item()
+    # A long double stays one, as it may have more digits than a float.
+    return float(value) if isinstance(value, numbers.Real) and hasattr(value, "ndim") else value
+
+
+def plain_numbers(value):
+    """`plain`, for the items of a list or tuple too; a row of numbers in an array or tensor becomes a list."""
+    if getattr(value, "ndim", None) == 1 and hasattr(value, "tolist"):
+        return value.tolist()
+    return type(value)(map(plain, value)) if type(value) in (list, tuple) else plain(value)
 
 
 def whole_number(value) -> int | None:
@@ -47,8 +58,12 @@ def check_text(text: str, what: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
-        kind = "a byte that was not UTF-8" if 0xDC80 <= code <= 0xDCFF else "half of a surrogate pair"
-        raise PromptError(
-            f"{what} cannot be encoded as UTF-8: character {error.start + 1} of {len(text)}, \\u{code:04x}, is {kind}. "
-            "text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace') mends pairs and replaces the rest"
-        ) from None
+        if 0xDC80 <= code <= 0xDCFF:
+            kind = "stands for a byte that is not UTF-8: read the text in the encoding that it was written in"
+        else:
+            kind = (
+                "is half of a surrogate pair: text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace') "
+                "joins the halves that lie side by side, and replaces the others"
+            )
+        where = f"character {error.start + 1} of {len(text)}, \\u{code:04x},"
+        raise PromptError(f"{what} cannot be encoded as UTF-8: {where} {kind}") from None

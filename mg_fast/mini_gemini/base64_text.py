@@ -58,6 +58,12 @@ def decode_data_uri(uri: str) -> bytes:
     return unquote_to_bytes(data)
 
 
+def as_data_uri(text: str | bytes) -> str:
+    """The data URI of base64 text, or of one already, or of the bytes of either."""
+    text = bytes(text).decode("ascii", "replace") if isinstance(text, (bytes, bytearray, memoryview)) else str(text)
+    return text if text[:5].lower() == "data:" else f"data:image;base64,{text}"
+
+
 def refusal(length: int) -> str:
     """What is said of base64 text of so many characters that was handed over as a picture."""
     return (

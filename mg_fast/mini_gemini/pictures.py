@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from ..errors import BackendError, PictureError
+from ..errors import BackendError, PictureError, quoted, shortened
 from .base64_text import decode_data_uri, looks_like_base64, refusal
 from .orientation import ORIENTATION, drop_broken_metadata, read_orientation, turn_upright, upright
 
@@ -65,7 +65,7 @@ def open_picture(source, *, allow_urls: bool = False, label: str | None = None) 
 def check_decoder(decoder: str, device: torch.device | str | None) -> None:
     """Raises ValueError for a decoder that is not known, BackendError with the reason for one that cannot run."""
     if decoder not in ("pillow", "nvjpeg"):
-        raise ValueError(f"unknown decoder {decoder!r}: expected pillow or nvjpeg")
+        raise ValueError(f"unknown decoder {quoted(decoder)}: expected pillow or nvjpeg")
     if decoder == "nvjpeg" and (device is None or torch.device(device).type != "cuda"):
         raise BackendError(f"decoder 'nvjpeg' needs a CUDA device, got device={None if device is None else str(device)!r}")
     if decoder == "nvjpeg" and not torch.cuda.is_available():
@@ -147,6 +147,7 @@ def _base64_size(file) -> int:
 
 def _to_rgb(image: Image.Image, label: str, *, owned: bool) -> Image.Image:
     """The picture as RGB; one that nobody else holds (`owned`) is not copied, as it may be large."""
+    label = shortened(str(label), 300)
     if 0 in image.size:
         raise PictureError(f"{label}: expected at least 1x1 pixels, got {image.width}x{image.height}")
     try:
