@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import torch
 
 from . import interpreter
-from .errors import BackendError
+from .errors import BackendError, quoted
 
 BACKENDS = ("reference", "torch", "triton")
 CHOICES = ("auto", *BACKENDS)
@@ -40,7 +40,7 @@ def requested(backend: str | None = None) -> str:
     """The choice in force here: argument, context, environment, `auto`."""
     choice = backend or getattr(_local, "choice", None) or os.environ.get("MG_FAST_BACKEND") or "auto"
     if choice not in CHOICES:
-        raise BackendError(f"unknown backend {choice!r}: expected one of {', '.join(CHOICES)}")
+        raise BackendError(f"unknown backend {quoted(choice)}: expected one of {', '.join(CHOICES)}")
     return choice
 
 

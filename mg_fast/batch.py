@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm.auto import tqdm
 
+from .arguments import whole_number
 from .chat import as_question
 from .conversation import render
-from .errors import MgFastError, PromptError
+from .errors import PromptError, quoted
 from .requests import Answer, Request, answer, check_options, sampling, seeded
 
 if TYPE_CHECKING:
@@ -38,10 +39,11 @@ def chat_batch(
     """See `Pipeline.chat_batch`."""
     if isinstance(questions, (str, Mapping)) or not isinstance(questions, Iterable):
         raise PromptError(f"expected a list of questions, got {type(questions).__name__}: chat answers one")
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise PromptError(f"batch_size: expected a whole number of 1 or more, got {batch_size}")
+    rows = whole_number(batch_size)
+    if rows is None or rows < 1:
+        raise PromptError(f"batch_size: expected a whole number of 1 or more, got {quoted(batch_size)}")
     questions = list(questions)
-    check_options(temperature, top_p, max_new_tokens, generate_options)
+    temperature, top_p, max_new_tokens, generate_options = check_options(temperature, top_p, max_new_tokens, generate_options)
     options = sampling(temperature, top_p, generate_options)
     # one for all batches: seeded anew, each would draw the same numbers
     generator = seeded(seed, pipeline.device)
@@ -53,14 +55,14 @@ def chat_batch(
             question, images = as_question(*_parts(item))
             prompt = render(pipeline.template, [(question, None)])
             requests[i] = Request.encode(pipeline, prompt, max_new_tokens, allow_long), images
-        except MgFastError as error:
+        except Exception as error:  # An item may be anything, and a tokenizer or a caller's own class may raise anything.
             answers[i] = failed(error)
 
     def run(numbers: list[int]) -> None:
         """Answers some of the requests at once; where one spoils it for all, or memory is short, in two halves."""
-        rows = [(requests[i][0], seen[i]) for i in numbers]
+        asked = [(requests[i][0], seen[i]) for i in numbers]
         try:
-            given = answer(pipeline, rows, options, generator=generator, allow_long=allow_long)
+            given = answer(pipeline, asked, options, generator=generator, allow_long=allow_long)
         except (FloatingPointError, torch.OutOfMemoryError) as error:
             if len(numbers) == 1:
                 given = [failed(error, requests[numbers[0]][0])]
@@ -76,12 +78,12 @@ def chat_batch(
     bar = tqdm(total=len(questions), initial=len(answers), desc="questions", disable=not progress)
     try:
         with bar:
-            for batch in _batches(requests, batch_size, pipeline.model.config.text_config.max_position_embeddings):
+            for batch in _batches(requests, rows, pipeline.model.config.text_config.max_position_embeddings):
                 seen = {}
                 for i in batch:
                     try:
                         seen[i] = pipeline._see_all(requests[i][1], seen.values(), allow_urls=allow_urls)
-                    except (MgFastError, torch.OutOfMemoryError) as error:
+                    except Exception as error:  # Libraries that read pictures raise many kinds; the other questions go on.
                         answers[i] = failed(error, requests[i][0])
                 if seen:
                     run(list(seen))
@@ -106,7 +108,7 @@ def _parts(item) -> tuple:
         return item["text"], item.get("images")
     if isinstance(item, (tuple, list)) and len(item) == 2:
         return tuple(item)
-    raise PromptError(f"expected a text, (text, images) or {{'text': ..., 'images': [...]}}, got {item!r:.200}")
+    raise PromptError(f"expected a text, (text, images) or {{'text': ..., 'images': [...]}}, got {quoted(item)}")
 
 
 def _batches(requests: Mapping[int, tuple[Request, list]], size: int, positions: int) -> list[list[int]]:

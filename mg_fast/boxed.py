@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from .errors import CheckpointError
+from .errors import CheckpointError, quoted
 
 _PACKAGE = Path(__file__).parent
 # a bare word; hub ids have an owner
@@ -25,12 +25,12 @@ def resolve(name_or_path: str | os.PathLike) -> str | os.PathLike:
         CheckpointError: a bare word that names neither; hub ids have an owner.
     """
     name = os.fspath(name_or_path)
-    if not _NAME.fullmatch(name) or (Path(name) / "config.json").is_file():
+    if not _NAME.fullmatch(name) or os.path.isfile(Path(name) / "config.json"):
         return name_or_path
     if name in names():
         return _PACKAGE / name
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return name_or_path
     raise CheckpointError(
-        f"{name!r} is neither a folder here nor a checkpoint of the package ({', '.join(names())}): a hub id reads owner/name"
+        f"{quoted(name)} is neither a folder here nor a checkpoint of the package ({', '.join(names())}): a hub id reads owner/name"
     )

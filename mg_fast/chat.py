@@ -1,5 +1,6 @@
 """Conversations: turns and pictures that are kept, answers whole or piece by piece."""
 
+import copy
 import logging
 import os
 import queue
@@ -10,9 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import StoppingCriteria
 
+from .arguments import check_text
 from .backend import requested, use_backend
 from .conversation import IMAGE_TAG, render, with_picture_tags
-from .errors import PromptError
+from .errors import PromptError, quoted
 from .meter import Meter
 from .requests import Answer, Request, SeenPicture, answer, check_options, sampling, seeded
 
@@ -42,6 +44,23 @@ class Conversation:
         self._answering = threading.RLock()
         # held for moments, while turns, pictures and version are read or written together
         self._changing = threading.Lock()
+
+    def __copy__(self) -> "Conversation":
+        """Another conversation with the same past, from where both go on by themselves; the pipeline is the same one."""
+        other = type(self)(self.pipeline)
+        with self._changing:
+            # Neither turns nor image tokens are ever changed in place.
+            other.turns, other.pictures = list(self.turns), list(self.pictures)
+        return other
+
+    def __deepcopy__(self, memo: dict) -> "Conversation":
+        return copy.copy(self)
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError(
+            "a Conversation cannot be pickled, as its model cannot: keep its `turns` and the picture files; "
+            "copy.copy makes another conversation with the same past"
+        )
 
     def reset(self) -> None:
         """Forgets turns and pictures."""
@@ -87,7 +106,7 @@ class Conversation:
             PromptError, PictureError: before anything is generated.
             FloatingPointError: the model's numbers are not finite; the message says from which layer on.
         """
-        check_options(temperature, top_p, max_new_tokens, generate_options)
+        temperature, top_p, max_new_tokens, generate_options = check_options(temperature, top_p, max_new_tokens, generate_options)
         if stream and profile:
             raise PromptError("profile=True measures whole answers: not with stream=True")
         if stream and generate_options.get("num_beams", 1) > 1:
@@ -133,7 +152,8 @@ class Conversation:
 def as_question(text: str, images: Sequence | None) -> tuple[str, list]:
     """A user's text with a tag for every picture, and the pictures as a list; `PromptError` where they do not fit."""
     if not isinstance(text, str) or not text.strip():
-        raise PromptError(f"expected a user text, got {text!r}")
+        raise PromptError(f"expected a user text, got {quoted(text)}")
+    check_text(text, "the text")
     if isinstance(images, (str, bytes, os.PathLike)) or (images is not None and not isinstance(images, (list, tuple))):
         images = [images]
     images = list(images or [])

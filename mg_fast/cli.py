@@ -9,14 +9,15 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
-import math
 import os
 import platform
 import sys
 import time
 
 from . import __version__
-from .errors import BackendError, CheckpointError, MgFastError, PictureError, PromptError
+from .arguments import check_text
+from .cli_arguments import Parser, architecture, picture_file, positive, temperature, tolerate_other_encodings
+from .errors import BackendError, CheckpointError, MgFastError, PictureError, PromptError, shortened
 
 EXIT_CODES = ((CheckpointError, 3), (PictureError, 4), (PromptError, 5), (BackendError, 6))
 
@@ -28,11 +29,11 @@ CHAT_HELP = """\
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mg-fast", description="Mini-Gemini: questions about pictures, answered fast.")
+    parser = Parser(prog="mg-fast", description="Mini-Gemini: questions about pictures, answered fast.")
     parser.add_argument("--version", action="version", version=f"mg-fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="run | chat | explain | doctor | warmup")
 
-    model = argparse.ArgumentParser(add_help=False)
+    model = Parser(add_help=False)
     model.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder, hub id, or `nano`, which is in the package")
     model.add_argument("--model-base", metavar="DIR", help="base language model of a stage-1 adapter (mm_projector.bin)")
     model.add_argument("--template", metavar="NAME", help="prompt template, where the checkpoint does not tell it")
@@ -45,13 +46,13 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--device", help="cuda, cpu, ... or auto (default: a GPU if there is one)")
     model.add_argument("--backend", choices=("auto", "reference", "torch", "triton"))
     model.add_argument("--quantize", choices=("int8", "int4", "fp8"), help="the language model's weights (extra `quant`)")
-    model.add_argument("--max-new-tokens", type=_positive, metavar="N", help="at most N tokens per answer (default 512)")
+    model.add_argument("--max-new-tokens", type=positive, metavar="N", help="at most N tokens per answer (default 512)")
     model.add_argument("--compile", action="store_true", help="on a GPU: decode through torch.compile, slow at first, then faster")
     model.add_argument("--allow-long", action="store_true", help="accept prompts longer than the model was trained on")
     model.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
 
-    sampled = argparse.ArgumentParser(add_help=False)
-    sampled.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="0 (default) is greedy; above 0 samples")
+    sampled = Parser(add_help=False)
+    sampled.add_argument("--temperature", type=temperature, default=0.0, metavar="T", help="0 (default) is greedy; above 0 samples")
     sampled.add_argument("--seed", type=int, help="makes sampling repeatable")
 
     run = commands.add_parser("run", parents=[model, sampled], help="answer one question")
@@ -69,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     explain = commands.add_parser("explain", parents=[model], help="draw which pixels were mined over the picture")
     explain.add_argument("--prompt", metavar="TEXT", help="a question: show what its answer came from; without it all queries count alike")
     explain.add_argument("--image", required=True, metavar="FILE", help="the picture")
-    explain.add_argument("--out", required=True, type=_picture_file, metavar="FILE", help="where to write: .png, .jpg or .webp")
+    explain.add_argument("--out", required=True, type=picture_file, metavar="FILE", help="where to write: .png, .jpg or .webp")
     explain.add_argument("--allow-urls", action="store_true", help="fetch a picture given as URL")
     explain.add_argument("--windows", action="store_true", help="draw the borders of the queries' windows")
     explain.set_defaults(action=command_explain)
@@ -90,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     where.add_argument(
         "--arch",
         action="append",
-        type=_architecture,
+        type=architecture,
         metavar="sm_XX",
         help="the GPU's, as sm_90; may be given several times",
     )
@@ -115,41 +116,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, got {text!r}")
-    return int(text)
-
-
-def _temperature(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value) or value < 0:
-        raise argparse.ArgumentTypeError(f"expected a number of 0 or more, got {text!r}")
-    return value
-
-
-def _picture_file(text: str) -> str:
-    if not text.lower().endswith((".png", ".jpg", ".jpeg", ".webp")):
-        raise argparse.ArgumentTypeError(f"expected a file .png, .jpg or .webp, got {text!r}")
-    if os.path.isdir(text) or not os.path.isdir(os.path.dirname(text) or "."):
-        raise argparse.ArgumentTypeError(f"{text!r} is a folder, or in a folder that does not exist")
-    return text
-
-
-def _architecture(text: str) -> int:
-    from .kernels.configs import SHARED_MEMORY_LIMITS
-
-    known = {f"sm_{number}": number for number in SHARED_MEMORY_LIMITS}
-    if text not in known:
-        raise argparse.ArgumentTypeError(f"expected one of {', '.join(known)}, got {text!r}")
-    return known[text]
-
-
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    tolerate_other_encodings()
     logging.basicConfig(format="mg-fast: %(levelname)s: %(message)s", level=logging.DEBUG if args.debug else logging.WARNING)
     try:
         code = args.action(args)
@@ -168,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         message = " ".join(str(error).split()) or type(error).__name__
         kind = "" if isinstance(error, MgFastError) else f"{type(error).__name__}: "
-        print(f"mg-fast: error: {kind}{message}", file=sys.stderr)
+        print(f"mg-fast: error: {shortened(kind + message)}", file=sys.stderr)
         return next((code for cls, code in EXIT_CODES if isinstance(error, cls)), 1)
 
 
@@ -206,10 +175,12 @@ def _options(args) -> dict:
 
 def _open_pictures(args, files: list[str]) -> list:
     """The pictures of a command, as far as they can be wrong read and tried before the model's gigabytes are read."""
+    from .mini_gemini.base64_text import looks_like_base64, refusal
+
     for file in files:
         # the commonest slip, told before anything is imported
         if not (os.path.exists(os.path.expanduser(file)) or file.startswith(("http://", "https://", "data:"))):
-            raise PictureError(f"{file}: no such file")
+            raise PictureError(refusal(len(file)) if looks_like_base64(file) else f"{file}: no such file")
     from . import boxed
     from .mini_gemini.pictures import open_picture
 
@@ -226,6 +197,7 @@ def _open_pictures(args, files: list[str]) -> list:
 def command_run(args) -> int:
     if not args.prompt.strip():
         raise PromptError("--prompt is empty")
+    check_text(args.prompt, "--prompt")
     pictures = _open_pictures(args, args.image)
     pipeline = _load(args)
     began = time.perf_counter()
@@ -264,6 +236,7 @@ def command_run(args) -> int:
 def command_explain(args) -> int:
     if args.prompt is not None and not args.prompt.strip():
         raise PromptError("--prompt is empty: leave it out, and all queries count alike")
+    check_text(args.prompt or "", "--prompt")
     [picture] = _open_pictures(args, [args.image])
     explanation = _load(args).explain(picture, args.prompt, max_new_tokens=args.max_new_tokens, windows=args.windows)
     explanation.image.save(args.out)
@@ -280,6 +253,8 @@ def _first_use(seconds: dict[str, float]) -> str:
 
 def command_chat(args) -> int:
     pipeline = _load(args)
+    import torch
+
     if sys.stdin.isatty():
         # line editing and history at the prompt, where Python has it
         if importlib.util.find_spec("readline"):
@@ -308,7 +283,7 @@ def command_chat(args) -> int:
                 images.append(_checked_picture(pipeline, rest.strip().strip("'\"")))
                 print(f"({len(images)} picture{'s' if len(images) > 1 else ''} with the next question)")
             elif command.startswith("/"):
-                print(f"unknown command {command}\n{CHAT_HELP}")
+                print(f"unknown command {shortened(command, 80)}\n{CHAT_HELP}")
             else:
                 print("model> ", end="", flush=True)
                 _print_stream(pipeline.chat(line, images, stream=True, **_options(args)))
@@ -316,7 +291,8 @@ def command_chat(args) -> int:
         except KeyboardInterrupt:
             # stops the answer, not the conversation
             print("\n(interrupted; this turn is not kept)")
-        except (PictureError, PromptError) as error:
+        except (PictureError, PromptError, FloatingPointError, torch.OutOfMemoryError) as error:
+            # They are this question's own, and the next one may well be answered.
             print(f"{error}")
 
 

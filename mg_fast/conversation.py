@@ -8,7 +8,8 @@ Mixtral turns, which the original puts there).
 import dataclasses
 from collections.abc import Sequence
 
-from .errors import PromptError
+from .arguments import check_text
+from .errors import PromptError, quoted
 
 IMAGE_TAG = "<image>"
 
@@ -92,7 +93,7 @@ TEMPLATES: dict[str, Template] = {
 def get_template(name: str) -> Template:
     """The template of that name; `PromptError` lists the known ones."""
     if name not in TEMPLATES:
-        raise PromptError(f"unknown template {name!r}: expected one of {', '.join(TEMPLATES)}")
+        raise PromptError(f"unknown template {quoted(name)}: expected one of {', '.join(TEMPLATES)}")
     return TEMPLATES[name]
 
 
@@ -116,11 +117,15 @@ def render(template: str, turns: Sequence[tuple[str, str | None]], *, system: st
     if not turns:
         raise PromptError("a conversation needs at least one (user, assistant) turn, got none")
     if system is not None and not style.system:
-        raise PromptError(f"template {template} has no system text, got {system!r}")
+        raise PromptError(f"template {template} has no system text, got {quoted(system)}")
+    if system is not None:
+        check_text(system, "the system text")
     text = style.system.replace("{}", style.system_text if system is None else system)
     for i, (user, assistant) in enumerate(turns):
         if not isinstance(user, str) or not user.strip():
-            raise PromptError(f"turn {i + 1} of {len(turns)}: expected a user text, got {user!r}")
+            raise PromptError(f"turn {i + 1} of {len(turns)}: expected a user text, got {quoted(user)}")
+        for part in (user, assistant or ""):
+            check_text(part, f"turn {i + 1} of {len(turns)}")
         text += (style.between if i else "") + style.user.replace("{}", user)
         if assistant is not None:
             text += style.assistant.replace("{}", assistant)

@@ -1,8 +1,53 @@
-"""The errors a caller can act on. Each message says what was expected and what came."""
+"""The errors a caller can act on. Each message says what was expected and what came, in a length that can be read."""
+
+import contextlib
+import reprlib
+
+# No message of the package is longer, whatever came in: a path, a prompt or a picture as text may have megabytes.
+LONGEST_MESSAGE = 500
+# What a message repeats of one value.
+LONGEST_QUOTE = 80
+
+
+def shortened(text: str, limit: int = LONGEST_MESSAGE) -> str:
+    """The text in at most `limit` characters, all of which UTF-8 can encode; of a longer one the beginning and the end."""
+    if len(text) > 4 * limit:
+        # Escapes below make text longer, never shorter, so what lies in the middle cannot come back.
+        left_out, head, tail = len(text) - 2 * limit, text[:limit], text[-limit:]
+    else:
+        left_out, head, tail = 0, text, ""
+    head, tail = (part.encode("utf-8", "backslashreplace").decode() for part in (head, tail))
+    if not tail and len(head) <= limit:
+        return head
+    whole = head + tail
+    note = " [... {} characters left out ...] "
+    room = limit - len(note.format(left_out + len(whole)))
+    ending = room // 3
+    return whole[: room - ending] + note.format(left_out + len(whole) - room) + whole[len(whole) - ending :]
+
+
+class _Quoting(reprlib.Repr):
+    def __init__(self):
+        super().__init__()
+        self.maxstring = self.maxother = self.maxlong = LONGEST_QUOTE
+        self.maxlevel = 3
+
+
+def quoted(value) -> str:
+    """A value as a message repeats it: like `repr`, but short for whatever comes, and without fail."""
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return f"{type(value).__name__} of length {len(value)}"
+    text = f"an object of type {type(value).__name__}"
+    with contextlib.suppress(Exception):  # A caller's own class may raise anything from its __repr__.
+        text = _Quoting().repr(value)
+    return shortened(text, 2 * LONGEST_QUOTE)
 
 
 class MgFastError(Exception):
-    """Base of every error that mg_fast raises on purpose."""
+    """Base of every error that mg_fast raises on purpose. Its message is at most `LONGEST_MESSAGE` characters long."""
+
+    def __init__(self, *args):
+        super().__init__(*(shortened(argument) if isinstance(argument, str) else argument for argument in args))
 
 
 class CheckpointError(MgFastError, ValueError):

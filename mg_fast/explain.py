@@ -67,7 +67,7 @@ def explain(
 ) -> Explanation:
     """What `Pipeline.explain` does, for an RGB picture."""
     request = None
-    check_options(0.0, None, max_new_tokens, {})
+    _, _, max_new_tokens, _ = check_options(0.0, None, max_new_tokens, {})
     if question is not None:
         prompt = render(pipeline.template, [(as_question(question, [picture])[0], None)])
         request = Request.encode(pipeline, prompt, max_new_tokens, allow_long)

@@ -16,7 +16,7 @@ from . import boxed, cpu_dtype, decoding
 from .backend import IMPLEMENTED, check_everywhere, choose, requested, use_backend
 from .batch import chat_batch
 from .chat import Conversation
-from .errors import BackendError, PictureError
+from .errors import BackendError, PictureError, quoted
 from .execution import execution_device
 from .explain import Explanation, explain
 from .image_cache import DEFAULT_BYTES, ImageCache, picture_digest
@@ -79,6 +79,13 @@ class Pipeline:
         self.template = processor.template
         self.load_seconds: float | None = None
         self._own = Conversation(self)
+
+    def __reduce_ex__(self, protocol):
+        """Copying and pickling, which the locks and the memory of a decoder do not allow."""
+        raise TypeError(
+            "a Pipeline cannot be copied or pickled: pipeline.conversation() opens another conversation over the same model, "
+            "mg_fast.Pipeline(model, processor) makes another pipeline over it, and another process calls mg_fast.load itself"
+        )
 
     @property
     def device(self) -> torch.device:
@@ -298,8 +305,6 @@ def _after(tokens: int):
 def _decoded(image, allow_urls: bool) -> Image.Image:
     """The picture in RGB, named as what it was read from."""
     picture = open_picture(image, allow_urls=allow_urls)
-    # orientation and transparency are settled: nothing may apply them, or warn of them, again
-    picture.info = {}
     if name := getattr(image, "filename", None):
         picture.filename = name
     return picture
@@ -310,9 +315,9 @@ def _known_device(device: str | torch.device) -> torch.device:
     try:
         known = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     except RuntimeError as error:
-        raise BackendError(f"unknown device {device!r}: {str(error).splitlines()[0]}") from None
+        raise BackendError(f"unknown device {quoted(device)}: {str(error).splitlines()[0]}") from None
     if known.type == "cuda" and not torch.cuda.is_available():
-        raise BackendError(f"device {str(device)!r}: torch finds no CUDA device here (mg-fast doctor tells more)")
+        raise BackendError(f"device {quoted(str(device))}: torch finds no CUDA device here (mg-fast doctor tells more)")
     return known
 
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
+from .arguments import check_text, plain_numbers, real_number, whole_number
 from .backend import requested
-from .errors import PromptError
+from .errors import PromptError, quoted
 from .meter import Meter, Stage
 from .mini_gemini.modeling import PICTURE_INPUTS
 from .quantization import check_cache
@@ -85,16 +86,25 @@ class Request:
         return cls(ids, marks, wanted)
 
 
-def check_options(temperature: float, top_p: float | None, max_new_tokens: int | None, options: dict) -> None:
-    """Refuses what would be ignored or contradict itself."""
-    if not isinstance(temperature, (int, float)) or not math.isfinite(temperature) or temperature < 0:
-        raise PromptError(f"temperature: expected a number of 0 or more, got {temperature!r}")
-    if top_p is not None and (not isinstance(top_p, (int, float)) or not 0 <= top_p <= 1):
-        raise PromptError(f"top_p: expected a share from 0 to 1, got {top_p!r}")
+def check_options(
+    temperature: float, top_p: float | None, max_new_tokens: int | None, options: dict
+) -> tuple[float, float | None, int | None, dict]:
+    """Refuses what would be ignored or contradict itself.
+
+    Returns:
+        The same as Python's own numbers, those among `options` too: transformers takes no others.
+    """
+    given = temperature, top_p, max_new_tokens
+    temperature = real_number(temperature)
+    if temperature is None or not math.isfinite(temperature) or temperature < 0:
+        raise PromptError(f"temperature: expected a number of 0 or more, got {quoted(given[0])}")
+    if top_p is not None and ((top_p := real_number(top_p)) is None or not 0 <= top_p <= 1):
+        raise PromptError(f"top_p: expected a share from 0 to 1, got {quoted(given[1])}")
     if top_p is not None and temperature == 0:
         raise PromptError(f"top_p={top_p} is for sampling: give a temperature above 0 with it")
-    if max_new_tokens is not None and (not isinstance(max_new_tokens, int) or max_new_tokens < 1):
-        raise PromptError(f"max_new_tokens: expected a whole number of 1 or more, got {max_new_tokens}")
+    if max_new_tokens is not None and ((max_new_tokens := whole_number(max_new_tokens)) is None or max_new_tokens < 1):
+        raise PromptError(f"max_new_tokens: expected a whole number of 1 or more, got {quoted(given[2])}")
+    options = {name: plain_numbers(value) for name, value in options.items()}
     check_cache(options)
     if callable(options.get("stopping_criteria")):
         raise PromptError("stopping_criteria: expected a list of criteria, got one")
@@ -108,6 +118,10 @@ def check_options(temperature: float, top_p: float | None, max_new_tokens: int |
     ):
         if name in options:
             raise PromptError(f"{name} is not an option here: {instead}")
+    strings = options.get("stop_strings") or []
+    for string in [strings] if isinstance(strings, str) else strings:
+        check_text(string, "a stop string")
+    return temperature, top_p, max_new_tokens, options
 
 
 def sampling(temperature: float, top_p: float | None, options: dict) -> dict:
@@ -234,9 +248,10 @@ def seeded(seed: int | None, device: torch.device) -> torch.Generator | None:
     """
     if seed is None:
         return None
-    if not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
-        raise PromptError(f"seed: expected a whole number of at most 64 bits, got {seed!r}")
-    return torch.Generator(device).manual_seed(seed)
+    number = whole_number(seed)
+    if number is None or not -(2**63) <= number < 2**64:
+        raise PromptError(f"seed: expected a whole number of at most 64 bits, got {quoted(seed)}")
+    return torch.Generator(device).manual_seed(number)
 
 
 @contextlib.contextmanager

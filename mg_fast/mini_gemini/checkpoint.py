@@ -19,7 +19,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from transformers import AutoTokenizer
 
 from ..conversation import detect_template, get_template
-from ..errors import CheckpointError
+from ..errors import LONGEST_MESSAGE, CheckpointError, quoted, shortened
 from .configuration import MiniGeminiConfig
 from .geometry import CLIP_PREFIX, CONVNEXT_PREFIX, blaming, complete_config, tower_folder
 from .tensor_files import ADAPTER_FILE, HUB_ARGUMENTS, Table, first_line, read_file, read_table, read_tensors, resolve_folder, some_names
@@ -76,7 +76,7 @@ def open_checkpoint(name_or_path: str | os.PathLike, *, base_model: str | os.Pat
         CheckpointError: nothing there, no config.json, an unreadable file, or no weights.
     """
     if kwargs.get("subfolder"):
-        raise CheckpointError(f"subfolder={kwargs['subfolder']!r} is not supported: name the folder itself")
+        raise CheckpointError(f"subfolder={quoted(kwargs['subfolder'])} is not supported: name the folder itself")
     hub = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
     folder = resolve_folder(name_or_path, **hub)
     extra: Table = {}
@@ -104,7 +104,7 @@ def open_checkpoint(name_or_path: str | os.PathLike, *, base_model: str | os.Pat
                 wanted = config.mm_vision_tower if prefix == CLIP_PREFIX else config.mm_vision_tower_aux
                 raise CheckpointError(
                     f"{weights_folder} has no {prefix}* tensors, and the tower's own weights were not found: looked for "
-                    f"{' or '.join(_TOWER_FILES[prefix])} in {wanted!r} beside {folder} and from the working directory, "
+                    f"{' or '.join(_TOWER_FILES[prefix])} in {quoted(wanted)} beside {folder} and from the working directory, "
                     f"then in the hub's {_TOWER_HUB_IDS[prefix]}"
                 )
             extra |= tower
@@ -128,7 +128,7 @@ def read_config(folder: Path, fallback: Path | None = None) -> MiniGeminiConfig:
         for key in ("image_size_aux", "mm_vision_select_layer"):
             if key not in given:
                 raise CheckpointError(
-                    f"{source / 'config.json'} (model_type {given.get('model_type')!r}) has no {key}: "
+                    f"{source / 'config.json'} (model_type {quoted(given.get('model_type'))}) has no {key}: "
                     "expected a Mini-Gemini configuration with a high-resolution branch"
                 )
     with blaming(source / "config.json"):
@@ -208,15 +208,14 @@ def check_names(expected: dict[str, tuple[int, ...]], tensors: Table, *, tied: b
     missing = sorted(expected.keys() - found.keys())
     unexpected = sorted(found.keys() - expected.keys())
     wrong = sorted(n for n in expected.keys() & found.keys() if expected[n] != found[n])
-    parts = []
-    if missing:
-        parts.append(f"{len(missing)} missing: {some_names(missing)}")
-    if unexpected:
-        parts.append(f"{len(unexpected)} unexpected: {some_names(unexpected)}")
-    if wrong:
-        parts.append(f"{len(wrong)} mis-shaped: {some_names([f'{n} {list(found[n])}, expected {list(expected[n])}' for n in wrong])}")
-    if parts:
-        raise CheckpointError(f"{where} does not hold the tensors its config.json calls for. " + "; ".join(parts))
+    wrong = [f"{name} {list(found[name])}, expected {list(expected[name])}" for name in wrong]
+    kinds = {kind: names for kind, names in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", wrong)) if names}
+    if kinds:
+        holder = shortened(str(where), 120)
+        # Every kind is to be named, in a message that is not cut.
+        room = (LONGEST_MESSAGE - 60 - len(holder)) // len(kinds) - 40
+        told = "; ".join(f"{len(names)} {kind}: {some_names(names, room=room)}" for kind, names in kinds.items())
+        raise CheckpointError(f"{holder} does not hold the tensors its config.json calls for. {told}")
 
 
 def load_tokenizer(*folders: Path | None):

@@ -7,8 +7,9 @@ from typing import Any
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 
+from ..arguments import plain_numbers, whole_number
 from ..conversation import TEMPLATES
-from ..errors import CheckpointError
+from ..errors import CheckpointError, quoted
 
 # `model_type` as published (the March-2024 uploads said mini_gemini*), and the bare base models that a folder may still name
 TEXT_MODEL_TYPES = {
@@ -96,6 +97,10 @@ class MiniGeminiConfig(PreTrainedConfig):
     tie_word_embeddings: bool | None = None
 
     def __post_init__(self, **kwargs):
+        # Numbers of NumPy's are none to the strict checks of transformers, nor to JSON.
+        kwargs = {key: plain_numbers(value) for key, value in kwargs.items()}
+        for key in _field_names(MiniGeminiConfig):
+            setattr(self, key, plain_numbers(getattr(self, key)))
         model_type = kwargs.pop("published_model_type", kwargs.pop("model_type", None))
         text = _text_model_type(model_type, self.architectures)
         # written back as they came, where they are Mini-Gemini's
@@ -152,20 +157,20 @@ class MiniGeminiConfig(PreTrainedConfig):
     def check(self) -> None:
         """Refuses what the published layout can say but no published checkpoint uses, rather than computing something else."""
         for key in ("image_size_aux", "image_grid"):
-            if not isinstance(getattr(self, key), int) or getattr(self, key) < 1:
-                raise CheckpointError(f"{key}: expected a whole number above 0, got {getattr(self, key)!r}")
+            if (whole_number(getattr(self, key)) or 0) < 1:
+                raise CheckpointError(f"{key}: expected a whole number above 0, got {quoted(getattr(self, key))}")
         if self.conversation_template not in (None, *TEMPLATES):
-            raise CheckpointError(f"conversation_template {self.conversation_template!r}: expected one of {', '.join(TEMPLATES)}")
+            raise CheckpointError(f"conversation_template {quoted(self.conversation_template)}: expected one of {', '.join(TEMPLATES)}")
         if self.image_global and self.image_grid < 2:
             raise CheckpointError(f"image_global needs image_grid >= 2, got image_grid={self.image_grid}")
         if self.mm_vision_select_feature != "patch":
-            raise CheckpointError(f"mm_vision_select_feature: expected 'patch', got {self.mm_vision_select_feature!r}")
+            raise CheckpointError(f"mm_vision_select_feature: expected 'patch', got {quoted(self.mm_vision_select_feature)}")
         if self.mm_use_im_start_end:
             raise CheckpointError("mm_use_im_start_end=true is not supported: no published checkpoint adds these tokens")
         tower = (self.mm_vision_tower or "").lower()
         # the original looks for CLIP first, so that these may stand elsewhere in CLIP's path
         if ("eva" in tower or "lavis" in tower) and "openai" not in tower and "sharegpt4v" not in tower:
-            raise CheckpointError(f"mm_vision_tower {self.mm_vision_tower!r}: the EVA tower is not supported, only CLIP is")
+            raise CheckpointError(f"mm_vision_tower {quoted(self.mm_vision_tower)}: the EVA tower is not supported, only CLIP is")
 
     @property
     def views(self) -> int:
@@ -223,11 +228,11 @@ class MiniGeminiConfig(PreTrainedConfig):
 def _text_model_type(model_type: str | None, architectures: list[str] | None) -> str:
     """The language model's class, from `model_type` and, where that is silent or general, from `architectures`."""
     if model_type is not None and model_type not in TEXT_MODEL_TYPES:
-        raise CheckpointError(f"model_type {model_type!r} is not a Mini-Gemini one: expected one of {', '.join(TEXT_MODEL_TYPES)}")
+        raise CheckpointError(f"model_type {quoted(model_type)} is not a Mini-Gemini one: expected one of {', '.join(TEXT_MODEL_TYPES)}")
     named = next((t for t in PUBLISHED_MODEL_TYPES for a in architectures or [] if t in a.lower()), None)
     if model_type is None:
         if named is None and architectures:
-            raise CheckpointError(f"config.json has no model_type, and architectures {architectures} names no known language model")
+            raise CheckpointError(f"config.json has no model_type, and architectures {quoted(architectures)} names no known language model")
         return named or "llama"
     text = TEXT_MODEL_TYPES[model_type]
     # the plain spellings were every family's ancestor's before they were Llama's

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -34,7 +35,8 @@ def tower_folder(config: MiniGeminiConfig, prefix: str, folder: Path) -> Path | 
     if not relative:
         return None
     candidates = (folder / relative, folder / Path(relative).name, folder.parent / Path(relative).name, Path(relative))
-    return next((c for c in candidates if c.is_dir()), None)
+    # Path.is_dir is an error where the name is too long for a file system.
+    return next((candidate for candidate in candidates if os.path.isdir(candidate)), None)
 
 
 def complete_config(config: MiniGeminiConfig, tensors: Table, folder: Path, *, of_base: bool = False) -> None:

@@ -1,6 +1,5 @@
 """Anything a caller may call a picture, as an upright RGB Pillow image; or an error that says what came."""
 
-import base64
 import io
 import logging
 import os
@@ -9,18 +8,24 @@ import warnings
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-from ..errors import BackendError, PictureError
+from ..errors import BackendError, PictureError, quoted, shortened
+from .base64_text import decode_data_uri, looks_like_base64, refusal
+from .orientation import ORIENTATION, drop_broken_metadata, read_orientation, turn_upright, upright
+
+__all__ = ["ORIENTATION", "check_decoder", "decode_on_device", "open_picture", "upright"]
 
 logger = logging.getLogger(__name__)
 
-# of EXIF's tags
-ORIENTATION = 0x0112
+# Pixels of a grey picture of more than 8 bits that are converted at once: NumPy needs several times the memory that Pillow does.
+_STRIP = 2**22
+# The TIFF tags for the bits of a pixel, and for what its lowest value means: 0 is white where they say 0.
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
 
 
 def open_picture(source, *, allow_urls: bool = False, label: str | None = None) -> Image.Image:
-    """A picture in mode RGB, its EXIF orientation applied.
+    """A picture in mode RGB, upright, without metadata.
 
     Args:
         source: a Pillow image, a path, bytes, a binary file, or a uint8 array or tensor [H, W], [H, W, C] or (tensor) [C, H, W], C 1, 3
@@ -29,31 +34,26 @@ def open_picture(source, *, allow_urls: bool = False, label: str | None = None) 
         label: what error messages call the picture; default: its path or type.
 
     Returns:
-        Alpha is dropped, as the original does: transparent pixels show their hidden colour (a warning says so). 16-bit greys keep
-        their high byte. Of an animation the first frame is taken (a warning says so).
+        The orientation that EXIF or XMP states is applied; no other metadata matters. Alpha is dropped, as the original does:
+        transparent pixels show their hidden colour (a warning says so). Greys of 16 bits keep their high byte, and those of 12 bits
+        their upper 8 bits. Of an animation the first frame is taken (a warning says so). A plain RGB image without metadata comes
+        back as the very same object.
 
     Raises:
         PictureError: not a picture, truncated, empty, too large, or of a pixel type whose range is unknown.
     """
     if isinstance(source, Image.Image):
-        return _to_rgb(source, label or f"picture of mode {source.mode}")
+        return _to_rgb(source, label or f"picture of mode {source.mode}", owned=False)
     if isinstance(source, (np.ndarray, torch.Tensor)):
         return _from_array(source, label or f"picture in a {type(source).__name__}")
-    if isinstance(source, str) and source.startswith(("http://", "https://", "data:")):
+    if isinstance(source, str) and source[:8].lower().startswith(("http://", "https://", "data:")):
         shown = label or (source if len(source) <= 80 else source[:77] + "...")
         if not allow_urls:
-            raise PictureError(f"{shown}: URLs are fetched only when asked for (allow_urls=True, --allow-urls, or a message's `url` key)")
+            message = f"{shown}: URLs are fetched only when asked for (allow_urls=True, --allow-urls, or a message's `url` key)"
+            raise PictureError(f"{message}; {refusal(len(source))}" if looks_like_base64(source) else message)
         return _decode(io.BytesIO(_fetch(source, shown)), shown)
     if isinstance(source, (str, os.PathLike)):
-        path = os.path.expanduser(os.fspath(source))
-        if not path or os.path.isdir(path) or not os.path.exists(path):
-            raise PictureError(
-                f"{path or 'an empty path'}: {'a folder, expected a picture file' if os.path.isdir(path) else 'no such file'}"
-            )
-        image = _decode(path, label or path)
-        # as Pillow's own files carry it, for what is said of the picture later
-        image.filename = path
-        return image
+        return _from_path(os.path.expanduser(os.fspath(source)), label)
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _decode(io.BytesIO(source), label or f"picture of {len(source)} bytes")
     if hasattr(source, "read"):
@@ -65,7 +65,7 @@ def open_picture(source, *, allow_urls: bool = False, label: str | None = None) 
 def check_decoder(decoder: str, device: torch.device | str | None) -> None:
     """Raises ValueError for a decoder that is not known, BackendError with the reason for one that cannot run."""
     if decoder not in ("pillow", "nvjpeg"):
-        raise ValueError(f"unknown decoder {decoder!r}: expected pillow or nvjpeg")
+        raise ValueError(f"unknown decoder {quoted(decoder)}: expected pillow or nvjpeg")
     if decoder == "nvjpeg" and (device is None or torch.device(device).type != "cuda"):
         raise BackendError(f"decoder 'nvjpeg' needs a CUDA device, got device={None if device is None else str(device)!r}")
     if decoder == "nvjpeg" and not torch.cuda.is_available():
@@ -87,68 +87,131 @@ def decode_on_device(source, device: torch.device | str) -> torch.Tensor | None:
         return None
     data = bytes(source)
     try:
-        orientation = Image.open(io.BytesIO(data)).getexif().get(ORIENTATION, 1)
+        orientation = read_orientation(Image.open(io.BytesIO(data)))
         picture = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB, device)
     except Exception as error:  # decoders raise anything on broken data
         raise PictureError(f"picture of {len(data)} bytes: nvJPEG cannot decode it: {_first_line(error)}") from None
     return upright(picture.permute(1, 2, 0), orientation)
 
 
-def upright(picture: torch.Tensor, orientation: int) -> torch.Tensor:
-    """[H, W, C] turned as EXIF says, without a copy for turns that strides can tell; values but 1 to 8 turn nothing, as in Pillow."""
-    turned = picture.transpose(0, 1) if orientation in (5, 6, 7, 8) else picture
-    flipped = {2: [1], 3: [0, 1], 4: [0], 6: [1], 7: [0, 1], 8: [0]}.get(orientation, [])
-    return turned.flip(flipped) if flipped else turned
-
-
 def _fetch(url: str, label: str) -> bytes:
     try:
-        if url.startswith("data:"):
-            return base64.b64decode(url.partition(",")[2])
+        if url[:5].lower() == "data:":
+            return decode_data_uri(url)
         with urllib.request.urlopen(url, timeout=30) as reply:
             return reply.read()
     except Exception as error:  # whatever the transport raises
         raise PictureError(f"{label}: cannot be fetched or decoded: {_first_line(error)}") from error
 
 
+def _from_path(path: str | bytes, label: str | None) -> Image.Image:
+    if not path or not os.path.exists(path):
+        raise PictureError(refusal(len(path)) if looks_like_base64(path) else f"{path or 'an empty path'}: no such file")
+    if os.path.isdir(path):
+        raise PictureError(f"{path}: a folder, expected a picture file")
+    image = _decode(path, label or path)
+    # As Pillow's own files carry it, for what is said of the picture later.
+    image.filename = path
+    return image
+
+
 def _decode(file, label: str) -> Image.Image:
+    return _to_rgb(_opened(file, label), label, owned=True)
+
+
+def _opened(file, label: str) -> Image.Image:
     try:
-        image = Image.open(file)
+        return Image.open(file)
     except Image.DecompressionBombError as error:
-        raise PictureError(f"{label}: refused as a decompression bomb: {_first_line(error)}") from None
-    except UnidentifiedImageError:
-        raise PictureError(f"{label}: not a picture that Pillow can read") from None
+        limit = "PIL.Image.MAX_IMAGE_PIXELS sets the limit"
+        raise PictureError(f"{label}: refused as a decompression bomb: {_first_line(error)} ({limit})") from None
     except Exception as error:  # decoders raise anything on broken headers
+        if size := _base64_size(file):
+            raise PictureError(f"{label}: {refusal(size)}") from None
+        if isinstance(error, UnidentifiedImageError):
+            raise PictureError(f"{label}: not a picture that Pillow can read") from None
         raise PictureError(f"{label}: cannot be opened as a picture: {_first_line(error)}") from None
-    return _to_rgb(image, label)
 
 
-def _to_rgb(image: Image.Image, label: str) -> Image.Image:
+def _base64_size(file) -> int:
+    """The number of characters of a file that holds base64 text of a picture; 0 for any other file."""
+    try:
+        if isinstance(file, (str, bytes)):
+            with open(file, "rb") as opened:
+                return _base64_size(opened)
+        file.seek(0)
+        return file.seek(0, os.SEEK_END) if looks_like_base64(file.read(512)) else 0
+    except Exception:  # A caller's file object may raise anything, and what went wrong before is what counts.
+        return 0
+
+
+def _to_rgb(image: Image.Image, label: str, *, owned: bool) -> Image.Image:
+    """The picture as RGB; one that nobody else holds (`owned`) is not copied, as it may be large."""
+    label = shortened(str(label), 300)
     if 0 in image.size:
         raise PictureError(f"{label}: expected at least 1x1 pixels, got {image.width}x{image.height}")
     try:
-        if getattr(image, "is_animated", False):
-            # a file just opened stands at its first frame; where a caller has moved on, that was meant
-            logger.warning(
-                "%s: has %d frames, %s is used", label, image.n_frames, f"number {n}" if (n := image.tell() + 1) > 1 else "the first one"
-            )
+        animated = getattr(image, "is_animated", False)
+        if animated:
+            # A file just opened stands at its first frame; where a caller has moved on, that was meant.
+            which = f"number {number}" if (number := image.tell() + 1) > 1 else "the first one"
+            logger.warning("%s: has %d frames, %s is used", label, image.n_frames, which)
+        drop_broken_metadata(image)
         image.load()
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):
-            # Pillow's own conversion clips at 255, which turns nearly everything white
-            return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)).convert("RGB")
+        known_bits, white_is_zero = _meaning_of_greys(image)
+        image = turn_upright(image)
+        if image.mode.startswith("I;16") or (image.mode == "I" and known_bits):
+            image = _to_eight_bits(image, known_bits or 16, white_is_zero)
         if image.mode in ("I", "F"):
-            raise PictureError(f"{label}: 32-bit {image.mode} pixels have no known range: convert to 8 or 16 bits per channel first")
-        if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
-            logger.warning("%s: has transparent pixels, their hidden colours are used; flatten it to choose the background", label)
-        with warnings.catch_warnings():
-            # about palettes with alpha, said above in our own words
-            warnings.simplefilter("ignore", UserWarning)
-            return image.convert("RGB")
+            hint = "have no known range: convert to 8 or 16 bits per channel first"
+            raise PictureError(f"{label}: 32-bit {image.mode} pixels {hint}")
+        if _has_transparent_pixels(image):
+            hint = "has transparent pixels, their hidden colours are used; flatten it to choose the background"
+            logger.warning("%s: %s", label, hint)
+        plain = type(image) is Image.Image and not image.info
+        if image.mode == "RGB" and not animated and (owned or plain):
+            rgb = image
+        else:
+            with warnings.catch_warnings():
+                # The transparency of palettes is said above, in our own words.
+                warnings.simplefilter("ignore", UserWarning)
+                # Pillow has no direct way from premultiplied greys.
+                rgb = (image.convert("LA") if image.mode == "La" else image).convert("RGB")
+        # All that it says has been applied or said: nothing may apply it, or warn of it, again.
+        rgb.info = {}
+        return rgb
     except PictureError:
         raise
     except Exception as error:  # decoders raise anything on truncated or broken data
         raise PictureError(f"{label}: broken or truncated: {_first_line(error)}") from None
+
+
+def _meaning_of_greys(image: Image.Image) -> tuple[int | None, bool]:
+    """The bits of a grey pixel where the file tells them, and whether 0 is white."""
+    if image.format == "PPM":
+        # Pillow scales the greys of a file with more than 8 bits to 16 bits.
+        return 16, False
+    tags = getattr(image, "tag_v2", {})
+    return (12 if tags.get(_BITS_PER_SAMPLE) == (12,) else None), tags.get(_PHOTOMETRIC) == 0
+
+
+def _to_eight_bits(image: Image.Image, bits: int, white_is_zero: bool) -> Image.Image:
+    """A grey picture's upper 8 of so many bits. Pillow's own conversion clips at 255, which turns nearly everything white."""
+    grey, rows = Image.new("L", image.size), max(1, _STRIP // image.width)
+    for top in range(0, image.height, rows):
+        strip = np.asarray(image.crop((0, top, image.width, min(top + rows, image.height))))
+        strip = (strip >> (bits - 8)).astype(np.uint8)
+        grey.paste(Image.fromarray(255 - strip if white_is_zero else strip), (0, top))
+    grey.info = image.info
+    return grey
+
+
+def _has_transparent_pixels(image: Image.Image) -> bool:
+    if not image.has_transparency_data:
+        return False
+    if image.mode.lower().endswith("a"):
+        return image.getchannel(len(image.getbands()) - 1).getextrema()[0] < 255
+    return image.convert("RGBA").getchannel("A").getextrema()[0] < 255
 
 
 def _from_array(array: np.ndarray | torch.Tensor, label: str) -> Image.Image:
@@ -165,7 +228,7 @@ def _from_array(array: np.ndarray | torch.Tensor, label: str) -> Image.Image:
         raise PictureError(f"{label}: expected [H, W], [H, W, 3] or [H, W, 4] (a tensor also [C, H, W]), got {list(shape)}")
     if 0 in array.shape:
         raise PictureError(f"{label}: expected at least 1x1 pixels, got {list(shape)}")
-    return _to_rgb(Image.fromarray(np.ascontiguousarray(array)), label)
+    return _to_rgb(Image.fromarray(np.ascontiguousarray(array)), label, owned=True)
 
 
 def _first_line(error: BaseException) -> str:

@@ -12,10 +12,12 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.processing_utils import ProcessorMixin
 
 from .. import conversation, ops
+from ..arguments import check_text, plain
 from ..conversation import IMAGE_TAG, get_template
-from ..errors import CheckpointError, PictureError, PromptError
+from ..errors import CheckpointError, PictureError, PromptError, quoted
 from ..reference import low_resolution_views
 from ..resizing import normalise, place, square
+from .base64_text import as_data_uri
 from .checkpoint import decide_template, geometry_config, load_tokenizer
 from .configuration import MiniGeminiConfig
 from .pictures import check_decoder, decode_on_device, open_picture
@@ -59,8 +61,8 @@ class MiniGeminiImageProcessor(ImageProcessingMixin):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        self.hr_size, self.lr_size, self.grid, self.global_view = hr_size, lr_size, grid, global_view
-        self.pad, self.tokens_per_picture = pad, tokens_per_picture
+        self.hr_size, self.lr_size, self.grid, self.global_view = map(plain, (hr_size, lr_size, grid, global_view))
+        self.pad, self.tokens_per_picture = plain(pad), plain(tokens_per_picture)
 
     @classmethod
     def from_config(cls, config: MiniGeminiConfig) -> "MiniGeminiImageProcessor":
@@ -174,7 +176,7 @@ class MiniGeminiProcessor(ProcessorMixin):
         """
         unknown = {key for key, value in kwargs.items() if value not in (None, "")} - set(HUB_ARGUMENTS) - _AUTO_ARGUMENTS
         if unknown:
-            raise TypeError(f"MiniGeminiProcessor.from_pretrained: unknown arguments {sorted(unknown)}")
+            raise TypeError(f"MiniGeminiProcessor.from_pretrained: unknown arguments {quoted(sorted(unknown))}")
         if template is not None:
             get_template(template)
         hub = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
@@ -234,9 +236,9 @@ class MiniGeminiProcessor(ProcessorMixin):
         # transformers' apply_chat_template names the modalities it found nothing of
         unknown = {key for key, value in kwargs.items() if not (key in ("videos", "audio") and value is None)} - {"truncation"}
         if unknown:
-            raise TypeError(f"MiniGeminiProcessor: unknown arguments {sorted(unknown)}")
+            raise TypeError(f"MiniGeminiProcessor: unknown arguments {quoted(sorted(unknown))}")
         if padding not in (None, True, False, "longest", "do_not_pad"):
-            raise TypeError(f"MiniGeminiProcessor: padding is True ('longest') or False ('do_not_pad'), got {padding!r}")
+            raise TypeError(f"MiniGeminiProcessor: padding is True ('longest') or False ('do_not_pad'), got {quoted(padding)}")
         if text is None:
             raise PromptError("expected text=, a prompt with one <image> per picture; pictures alone go to processor.image_processor")
         texts = [text] if isinstance(text, str) else list(text)
@@ -244,7 +246,8 @@ class MiniGeminiProcessor(ProcessorMixin):
             raise PromptError("expected at least one prompt, got none")
         for i, prompt in enumerate(texts):
             if not isinstance(prompt, str) or not prompt.strip():
-                raise PromptError(f"prompt {i + 1} of {len(texts)} is empty: {prompt!r}")
+                raise PromptError(f"prompt {i + 1} of {len(texts)} is empty: {quoted(prompt)}")
+            check_text(prompt, f"prompt {i + 1} of {len(texts)}")
         flat = match_pictures(texts, images)
         rows = [self.encode(prompt, add_special_tokens=add_special_tokens) for prompt in texts]
 
@@ -268,7 +271,11 @@ class MiniGeminiProcessor(ProcessorMixin):
         """Ids and picture marks (1 at picture positions) of one prompt.
 
         Every piece between `<image>` tags is tokenised by itself and one BOS is kept, as the original does.
+
+        Raises:
+            PromptError: text that UTF-8 cannot encode.
         """
+        check_text(prompt, "the prompt")
         pieces = [self.tokenizer(piece, add_special_tokens=add_special_tokens).input_ids for piece in prompt.split(IMAGE_TAG)]
         bos = self.tokenizer.bos_token_id
         has_bos = bool(pieces[0]) and bos is not None and pieces[0][0] == bos
@@ -323,12 +330,22 @@ def match_pictures(texts: Sequence[str], images) -> list:
 
 
 def _load_pictures(messages: Sequence[dict], opened: bool) -> list[dict]:
-    """A copy of the messages, with every picture opened where wanted; transformers writes into what it is given."""
+    """A copy of the messages, with every picture opened where wanted; transformers writes into what it is given.
+
+    Raises:
+        PromptError: text that UTF-8 cannot encode.
+        PictureError: a picture that cannot be read.
+    """
     out = []
     for message in messages:
         content = message.get("content")
         if isinstance(content, (list, tuple)):
             content = [_load_part(part) if opened else dict(part) for part in content]
+            texts = [part["text"] for part in content if isinstance(part.get("text"), str)]
+        else:
+            texts = [content] if isinstance(content, str) else []
+        for text in texts:
+            check_text(text, f"the message of the {quoted(message.get('role'))}")
         out.append({**message, "content": content})
     return out
 
@@ -341,9 +358,9 @@ def _load_part(part: dict) -> dict:
         return part
     for key in ("image", "url", "path", "base64"):
         if part.get(key) is not None:
-            value = f"data:image;base64,{part[key]}" if key == "base64" and not str(part[key]).startswith("data:") else part[key]
+            value = as_data_uri(part[key]) if key == "base64" else part[key]
             return {"type": "image", "image": open_picture(value, allow_urls=key in ("url", "base64"))}
-    raise PromptError(f"a message's picture needs one of image, path, url or base64, got {sorted(part)}")
+    raise PromptError(f"a message's picture needs one of image, path, url or base64, got {quoted(sorted(part))}")
 
 
 def _filler_id(tokenizer) -> int:

@@ -12,10 +12,12 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, quoted, shortened
 
 ADAPTER_FILE = "mm_projector.bin"
 HUB_ARGUMENTS = ("cache_dir", "revision", "token", "local_files_only", "force_download")
+# What holds the weights of a whole model, or lists the files that do.
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 
 
@@ -33,11 +35,12 @@ Table = dict[str, TensorInfo]
 
 def resolve_folder(name_or_path: str | os.PathLike, *, weights: bool = True, **hub) -> Path:
     """The local folder of a checkpoint; a hub id is downloaded, or found in the cache, file by file as needed."""
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
+    path, name = Path(name_or_path).expanduser(), str(name_or_path)
+    # Path's own questions are errors where the name is too long for a file system.
+    if os.path.isdir(path):
+        check_whole_model(path)
         return path
-    name = str(name_or_path)
-    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if os.path.exists(path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise CheckpointError(f"{name} is not a folder: expected a checkpoint folder or a hub id (owner/name)")
     try:
         folder = Path(snapshot_download(name, allow_patterns=_SMALL_FILES, **hub))
@@ -45,7 +48,28 @@ def resolve_folder(name_or_path: str | os.PathLike, *, weights: bool = True, **h
             _download_weights(name, folder, hub)
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(f"{name} is neither a folder nor a hub id that can be loaded: {first_line(error)}") from error
+    check_whole_model(folder)
     return folder
+
+
+def check_whole_model(folder: Path) -> None:
+    """Refuses the folder of a LoRA or another adapter of peft, which holds differences to a model's weights and no model.
+
+    Raises:
+        CheckpointError: it says what the adapter's base model is, and how the two are loaded.
+    """
+    described = folder / "adapter_config.json"
+    if not described.is_file() or any((folder / name).is_file() for name in _WEIGHTS):
+        return
+    try:
+        base = json.loads(described.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError):
+        base = None
+    raise CheckpointError(
+        f"{shortened(str(folder), 120)} holds a LoRA or another adapter (adapter_config.json) and no model: "
+        f"load its base model{f' {quoted(base)}' if base else ''} first, as with pipeline = mg_fast.load(...), "
+        "then add the adapter with pipeline.model.load_adapter(folder)"
+    )
 
 
 def _download_weights(name: str, folder: Path, hub: dict) -> None:
@@ -72,7 +96,7 @@ def _read_index(path: Path) -> dict[str, str]:
     try:
         files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is not a weight index: {error!r}") from None
+        raise CheckpointError(f"{path} is not a weight index: {quoted(error)}") from None
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise CheckpointError(f"{path} is not a weight index: its weight_map does not map tensor names to files")
     return files
@@ -95,10 +119,10 @@ def read_table(folder: Path, *, partial: bool = False) -> Table:
             table: Table = {}
             named = _read_index(index)
             for shard in sorted(set(named.values())):
-                if (folder / shard).is_file():
+                if os.path.isfile(folder / shard):
                     table |= read_file(folder / shard)
                 elif not partial:
-                    raise CheckpointError(f"{index} names {shard}, which is not there")
+                    raise CheckpointError(f"{index} names {shortened(shard, 80)}, which is not there")
             if absent := sorted(named.keys() - table.keys()) if not partial else []:
                 raise CheckpointError(f"{index} names {len(absent)} tensors that no shard holds: {some_names(absent)}")
             return table
@@ -157,5 +181,12 @@ def read_tensors(table: Table):
                 yield name, loaded[info.name]
 
 
-def some_names(names: list[str], most: int = 4) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def some_names(names: list[str], *, most: int = 4, room: int = 320) -> str:
+    """The first of the names, at least one and at most as many as `room` characters hold, and how many more there are."""
+    shown: list[str] = []
+    for name in names[:most]:
+        name = shortened(name, room)
+        if shown and len(", ".join([*shown, name])) > room:
+            break
+        shown.append(name)
+    return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")

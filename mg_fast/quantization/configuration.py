@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import logging
+import numbers
 from collections import OrderedDict
 
 import torch
@@ -89,7 +90,9 @@ def _places(name: str, device_map) -> list[torch.device]:
     places = set(device_map.values()) if isinstance(device_map, dict) else {"cpu" if device_map is None else device_map}
     if places & {"auto", "balanced", "balanced_low_0", "sequential"}:
         places = set(range(torch.cuda.device_count())) or {"cpu"}
-    found = [torch.device("cuda", p) if isinstance(p, int) else torch.device("meta" if p == "disk" else p) for p in places]
+    found = [
+        torch.device("cuda", int(p)) if isinstance(p, numbers.Integral) else torch.device("meta" if p == "disk" else p) for p in places
+    ]
     if len(kinds := {device.type for device in found}) > 1 or not kinds <= {"cuda", "cpu"}:
         raise BackendError(f"quantize={name!r} takes one kind of device, CUDA or CPU; the layers would go to {sorted(map(str, found))}")
     return found

@@ -1,0 +1,72 @@
+"""Pictures written as base64 text: how to tell such text from a path, and how to decode it."""
+
+import base64
+import binascii
+import re
+from urllib.parse import unquote_to_bytes
+
+# What files of the usual picture formats begin with.
+_SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP", b"P5\n", b"P6\n")
+# Characters that are looked at: enough for every signature.
+_HEAD = 256
+# No name in a path is longer on the usual file systems. A longer text of nothing but base64's characters is no path.
+_LONGEST_NAME = 255
+_URL_SAFE = bytes.maketrans(b"-_", b"+/")
+_DATA_URI = re.compile(rb"\s*data:[^,]{0,200},", re.IGNORECASE)
+# Python's own way to write bytes, which text has that was made by str() of them.
+_WRITTEN_BYTES = re.compile(rb"\s*b['\"]")
+_ALPHABET = re.compile(rb"[A-Za-z0-9+/]+={0,2}")
+
+
+def looks_like_base64(data: str | bytes) -> bool:
+    """Whether a text, or the bytes of one, begins like base64 text of a picture, with or without a data URI's header."""
+    if isinstance(data, str):
+        data = data[: 2 * _HEAD].encode("utf-8", "replace")
+    data = bytes(data[: 2 * _HEAD])
+    if _DATA_URI.match(data):
+        return True
+    data = _WRITTEN_BYTES.sub(b"", data, count=1) if _WRITTEN_BYTES.match(data) else data
+    data = b"".join(data.split()).translate(_URL_SAFE)
+    if not (found := _ALPHABET.match(data)):
+        return False
+    head = found.group().rstrip(b"=")
+    if base64.b64decode(head[: len(head) // 4 * 4]).startswith(_SIGNATURES):
+        # Some words decode to two bytes that are a signature, so short texts do not count.
+        return len(head) >= 16
+    return len(head) > _LONGEST_NAME and head in (data, data.rstrip(b"="))
+
+
+def decode_base64(text: str | bytes) -> bytes:
+    """The bytes that base64 text stands for: with line breaks or without, of either alphabet, padded or not.
+
+    Raises:
+        ValueError: a character that is in neither alphabet, or a length that no bytes have.
+    """
+    data = text.encode("ascii", "replace") if isinstance(text, str) else bytes(text)
+    data = b"".join(data.split()).translate(_URL_SAFE).rstrip(b"=")
+    try:
+        return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"not base64 text: {error}") from None
+
+
+def decode_data_uri(uri: str) -> bytes:
+    """The bytes that a data URI holds, as base64 text or with percent signs."""
+    header, _, data = uri.partition(",")
+    if header.lower().rstrip().endswith(";base64"):
+        return decode_base64(unquote_to_bytes(data))
+    return unquote_to_bytes(data)
+
+
+def as_data_uri(text: str | bytes) -> str:
+    """The data URI of base64 text, or of one already, or of the bytes of either."""
+    text = bytes(text).decode("ascii", "replace") if isinstance(text, (bytes, bytearray, memoryview)) else str(text)
+    return text if text[:5].lower() == "data:" else f"data:image;base64,{text}"
+
+
+def refusal(length: int) -> str:
+    """What is said of base64 text of so many characters that was handed over as a picture."""
+    return (
+        f"this is base64 text ({length} characters), expected a picture: hand over the bytes that base64.b64decode makes of it "
+        "(of a data URI, of what follows its first comma), or give the text as the `base64` key of a message"
+    )

@@ -1,0 +1,108 @@
+"""How a stored picture has to be turned to stand upright. Metadata is read and never written, so none of it can spoil a picture."""
+
+import re
+import struct
+
+import torch
+from PIL import Image
+
+# The EXIF tag, and the property of the same meaning that Adobe's XMP metadata may hold instead.
+ORIENTATION = 0x0112
+_XMP_PROPERTY = re.compile(rb"""tiff:Orientation\s*(?:=\s*["']|>)\s*([1-8])""")
+_XMP_KEYS = ("XML:com.adobe.xmp", "xmp")
+# The types of EXIF that Pillow reads as whole numbers of 0 or more, by their number, as `struct` spells them.
+_INTEGERS = {3: "H", 4: "L"}
+# The sub-directories of EXIF that Pillow follows while it loads a TIFF file: Exif, GPS, and interoperability.
+_POINTER_TAGS = (0x8769, 0x8825, 0xA005)
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def read_orientation(image: Image.Image) -> int:
+    """The orientation that the picture's EXIF, or else its XMP, states: 1 to 8.
+
+    It is 1, which turns nothing, where neither states one, where the value is none of the eight numbers, and where the metadata cannot
+    be read. `PIL.ImageOps.exif_transpose` answers alike but also rewrites the EXIF, which fails on any tag of an unexpected type.
+    """
+    stated = _stated_in_exif(image)
+    if stated is None:
+        stated = _stated_in_xmp(image)
+    return stated if stated in _TURNS else 1
+
+
+def _stated_in_exif(image: Image.Image) -> int | None:
+    try:
+        stated = image.getexif().get(ORIENTATION)
+        if stated is not None:
+            return int(stated) if stated in _TURNS else 1
+    except Exception:  # Pillow raises many kinds of errors on broken metadata.
+        pass
+    # Pillow stops reading at the first broken tag, and the orientation may come after it.
+    raw = image.info.get("exif")
+    return _scanned(raw) if isinstance(raw, bytes) else None
+
+
+def _scanned(raw: bytes) -> int | None:
+    """The orientation in the first directory of EXIF as it is stored; no other tag is looked at."""
+    while raw.startswith(b"Exif\0\0"):
+        raw = raw[6:]
+    order = {b"II": "<", b"MM": ">"}.get(raw[:2])
+    if order is None or len(raw) < 8:
+        return None
+    [start] = struct.unpack_from(order + "L", raw, 4)
+    for at in range(start + 2, len(raw) - 11, 12):
+        tag, kind, count = struct.unpack_from(order + "HHL", raw, at)
+        if at >= start + 2 + 12 * struct.unpack_from(order + "H", raw, start)[0]:
+            return None
+        if tag == ORIENTATION:
+            return struct.unpack_from(order + _INTEGERS[kind], raw, at + 8)[0] if kind in _INTEGERS and count == 1 else None
+    return None
+
+
+def _stated_in_xmp(image: Image.Image) -> int | None:
+    for key in _XMP_KEYS:
+        xmp = image.info.get(key, b"")
+        xmp = xmp.encode("utf-8", "replace") if isinstance(xmp, str) else xmp
+        if isinstance(xmp, bytes) and (found := _XMP_PROPERTY.search(xmp)):
+            return int(found.group(1))
+    return None
+
+
+def turn_upright(image: Image.Image) -> Image.Image:
+    """The loaded picture as its orientation says, or the very same object where it stands upright already."""
+    turn = _TURNS.get(read_orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def upright(picture: torch.Tensor, orientation: int) -> torch.Tensor:
+    """A picture [H, W, C] turned as the orientation 1 to 8 says. Turns that strides can express make no copy."""
+    turned = picture.transpose(0, 1) if orientation in (5, 6, 7, 8) else picture
+    flipped = {2: [1], 3: [0, 1], 4: [0], 6: [1], 7: [0, 1], 8: [0]}.get(orientation, [])
+    return turned.flip(flipped) if flipped else turned
+
+
+def drop_broken_metadata(image: Image.Image) -> None:
+    """Takes out of a TIFF file's metadata, in memory, what Pillow could not read and would stumble over while it loads the pixels.
+
+    Pillow reads the metadata of a TIFF file together with its pixels and turns the picture itself, so both have to be readable first.
+    """
+    if image.format != "TIFF":
+        return
+    try:
+        exif = image.getexif()
+    except Exception:  # Pillow keeps what it has read so far and does not try again.
+        return
+    for tag in _POINTER_TAGS:
+        try:
+            if tag in exif:
+                exif.get_ifd(tag)
+        except Exception:  # broken in any way
+            del exif[tag]

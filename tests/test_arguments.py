@@ -1,0 +1,123 @@
+"""Numbers of NumPy and torch are numbers wherever a caller hands one over, and what was none before is none now."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import mg_fast
+from mg_fast import CheckpointError, PromptError, ops
+from mg_fast.arguments import plain, plain_numbers, real_number, whole_number
+from mg_fast.mini_gemini.processing import MiniGeminiImageProcessor
+
+WHOLE = [np.int8, np.int32, np.int64, np.uint8, np.uint64, np.array, torch.tensor, lambda n: np.asarray([n, 0])[0]]
+REAL = [np.float16, np.float32, np.float64, np.array, torch.tensor, np.longdouble]
+NO_WHOLE = [True, np.True_, torch.tensor(True), 2.0, np.float64(2), np.float32("nan"), np.array([2]), "2", b"2", None, [2], 2 + 0j]
+NO_REAL = [True, np.True_, np.array(False), "0.5", b"0.5", np.array([0.5]), 1j, [0.5], np.str_("0.5")]
+
+
+def test_whole_numbers():
+    for make in WHOLE:
+        found = whole_number(make(3))
+        assert type(found) is int and found == 3
+    assert whole_number(7) == 7 and whole_number(-(2**70)) == -(2**70)
+    assert [whole_number(value) for value in NO_WHOLE] == [None] * len(NO_WHOLE)
+
+
+def test_real_numbers():
+    for make in (*WHOLE, *REAL):
+        found = real_number(make(1))
+        assert type(found) is float and found == 1
+    assert real_number(0.25) == 0.25 and real_number(np.float16(0.5)) == 0.5 and math.isnan(real_number(np.float32("nan")))
+    assert real_number(10**400) is None
+    assert [real_number(value) for value in NO_REAL] == [None] * len(NO_REAL)
+
+
+def test_plain():
+    assert type(plain(np.float32(0.5))) is float and type(plain(np.bool_(True))) is bool
+    array = np.ones((2, 2))
+    assert plain(array) is array and plain("text") == "text" and plain(None) is None
+    assert plain_numbers([np.int64(1), "a"]) == [1, "a"] and plain_numbers((np.int64(1),)) == (1,) and plain_numbers(np.arange(2)) == [0, 1]
+
+
+@pytest.mark.parametrize("make", WHOLE)
+def test_options_of_an_answer(pipeline, photo, make):
+    options = {"max_new_tokens": 4, "top_k": 5, "no_repeat_ngram_size": 2, "min_new_tokens": 2, "seed": 3}
+    # A 16-bit share of 0.5 is exact.
+    sampled = {"temperature": 1, "top_p": 0.5, "repetition_penalty": 1.5}
+    expected = pipeline.conversation().chat("What?", [photo], **options, **sampled)
+    given = {name: make(value) for name, value in options.items()}
+    for real in REAL:
+        others = {name: real(value) for name, value in sampled.items()}
+        assert pipeline.conversation().chat("What?", [photo], **given, **others) == expected
+    [answer] = pipeline.chat_batch([("What?", [photo])], batch_size=make(2), progress=False, **given, **sampled)
+    assert answer == expected
+    greedy = pipeline.conversation().chat("What?", max_new_tokens=4, eos_token_id=[5, 6])
+    for ends in ([make(5), make(6)], np.array([5, 6]), torch.tensor([5, 6])):
+        assert pipeline.conversation().chat("What?", max_new_tokens=make(4), eos_token_id=ends) == greedy
+    stream = pipeline.conversation().chat("What?", max_new_tokens=make(4), eos_token_id=make(5), stream=True)
+    assert "".join(stream) == pipeline.conversation().chat("What?", max_new_tokens=4, eos_token_id=5).text
+
+
+def test_numbers_that_are_none(pipeline):
+    for value in NO_WHOLE:
+        if value is not None:
+            for options in ({"max_new_tokens": value}, {"temperature": 1.0, "seed": value}):
+                with pytest.raises(PromptError, match="expected a whole number"):
+                    pipeline.chat("What?", **options)
+        with pytest.raises(PromptError, match="batch_size: expected a whole number of 1 or more"):
+            pipeline.chat_batch(["What?"], batch_size=value)
+    for value in (*NO_REAL, float("nan"), np.float32("inf"), -1, np.float64(-0.5), 10**400):
+        with pytest.raises(PromptError, match="temperature: expected a number of 0 or more"):
+            pipeline.chat("What?", temperature=value)
+        with pytest.raises(PromptError, match="top_p: expected a share from 0 to 1"):
+            pipeline.chat("What?", temperature=1.0, top_p=value)
+    for value in (0, np.int64(0), np.int8(-3)):
+        with pytest.raises(PromptError, match="max_new_tokens: expected a whole number of 1 or more"):
+            pipeline.chat("What?", max_new_tokens=value)
+
+
+def test_an_integer_temperature_samples_as_a_float_does(pipeline):
+    """transformers' own loop refuses a temperature that is no float."""
+    with mg_fast.use_backend("reference"):
+        first, second = (pipeline.conversation().chat("What?", temperature=t, seed=1, max_new_tokens=4) for t in (2, 2.0))
+    assert first == second
+
+
+def test_caches_and_explanations(model, processor, photo):
+    pipeline = mg_fast.Pipeline(model, processor, image_cache_bytes=np.int64(2**20), kv_cache_bytes=np.uint32(2**20))
+    assert len(pipeline.explain(photo, "What?", max_new_tokens=np.int64(2)).answer.token_ids) == 2
+
+
+def test_configurations(tmp_path):
+    values = {"image_grid": 2, "image_size_aux": 1536, "hidden_size": 64, "num_attention_heads": 4, "rope_theta": 5000.0}
+    expected = mg_fast.MiniGeminiConfig(**values, image_global=True)
+    for make in (np.int64, np.array, torch.tensor):
+        found = mg_fast.MiniGeminiConfig(**{name: make(value) for name, value in values.items()}, image_global=np.True_)
+        assert json.loads(found.to_json_string()) == json.loads(expected.to_json_string())
+        assert type(found.image_grid) is int and found.text_config.hidden_size == 64
+    for value in (True, np.int64(0), 2.0, np.float32(2), "2", None):
+        with pytest.raises(CheckpointError, match="image_grid: expected a whole number above 0"):
+            mg_fast.MiniGeminiConfig(image_grid=value)
+
+
+def test_image_processors():
+    sizes = {"hr_size": 160, "lr_size": 70, "grid": 2}
+    processor = MiniGeminiImageProcessor(**{name: np.int32(size) for name, size in sizes.items()}, global_view=np.True_, pad=np.False_)
+    assert json.loads(processor.to_json_string()).items() >= {**sizes, "global_view": True, "pad": False}.items()
+    image = Image.effect_noise((50, 40), 64).convert("RGB")
+    expected = MiniGeminiImageProcessor(**sizes, global_view=True, pad=False)(image)
+    assert all(torch.equal(processor(image)[name], tensor) for name, tensor in expected.items())
+
+
+def test_operations_and_the_model(model):
+    picture = torch.randint(0, 256, (40, 50, 3), dtype=torch.uint8)
+    expected = ops.dual_resize(picture, 160, 70, grid=2)
+    for pair in zip(ops.dual_resize(picture, np.int64(160), np.int16(70), grid=np.int64(2)), expected):
+        assert torch.equal(*pair)
+    ids = torch.tensor([[1, 5, 6, 7]])
+    assert torch.equal(model(input_ids=ids, logits_to_keep=np.int64(2)).logits, model(input_ids=ids, logits_to_keep=2).logits)
+    assert torch.equal(model.generate(ids, max_new_tokens=np.int64(2)), model.generate(ids, max_new_tokens=2))
