@@ -74,7 +74,8 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("smoke", help="launch every kernel once on a small input, on a GPU under compute-sanitizer, too")
     command.add_argument("--device", help="cpu or cuda; default: a GPU where there is one")
-    command.add_argument("--once", action="store_true", help="in this process alone, without compute-sanitizer")
+    command.add_argument("--once", action="store_true", help="launch in this process alone, and check nothing")
+    command.add_argument("--seconds", type=float, default=50, help="for all of it; default 50")
     command.set_defaults(run=_smoke)
 
     command = commands.add_parser("ceilings", help="the machine, and what a copy and large matrix products reach on it")
@@ -229,7 +230,7 @@ def _keep(args: argparse.Namespace) -> int:
 def _smoke(args: argparse.Namespace) -> int:
     from .gpu.smoke import smoke
 
-    return smoke(_device(args), once=args.once)
+    return smoke(_device(args), once=args.once, seconds=args.seconds)
 
 
 def _ceilings(args: argparse.Namespace) -> int:

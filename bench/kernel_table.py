@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from .registry import Call
 
-# calls that are profiled, and calls that are timed without the profiler
+# calls that are profiled
 CALLS = 5
 # kernels that are kept by name; the others are added up
 MOST_KERNELS = 60
@@ -21,22 +21,29 @@ def kernel_table(call: Call, device: str) -> dict:
     """Profiles warm calls. On a CPU the table holds torch's operators, since there are no kernels.
 
     Returns:
-        `wall_us`: a call's time without the profiler, from the first kernel's start to the last one's end, median of `CALLS`;
+        `wall_us`: from the start of a call's first kernel to the end of its last one, median of `CALLS`, so that what the host does before
+        is not in it; on a CPU the whole call. None where the profiler did not see the same kernels in every call;
         `busy_us`: the kernels' own times, added up: more than `wall_us` where some run at the same time, less where there are gaps;
         `launches`: kernels, copies and fills of a call;
         `kernels`: by time, each with `name`, `launches` and `us` of one call.
     """
     for _ in range(3):
         call()
-    wall = statistics.median(_wall_us(call, device) for _ in range(CALLS))
     on_gpu = device == "cuda"
+    walls = []
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     # one cycle; without the option torch warns that it would drop all others
     with profile(activities=activities, acc_events=True) as profiler:
         for _ in range(CALLS):
+            began = time.perf_counter()
             call()
-        if on_gpu:
-            torch.cuda.synchronize()
+            if on_gpu:
+                # one call's kernels end before the next one's begin
+                torch.cuda.synchronize()
+            walls.append(1e6 * (time.perf_counter() - began))
+    if on_gpu:
+        events = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
+        walls = spans([(event.time_range.start, event.time_range.end) for event in events], CALLS)
     kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
     rows = []
     for event in profiler.key_averages():
@@ -54,21 +61,24 @@ def kernel_table(call: Call, device: str) -> dict:
             }
         )
     return {
-        "wall_us": round(wall, 1),
+        "wall_us": round(statistics.median(walls), 1) if walls else None,
         "busy_us": round(sum(row["us"] for row in rows), 1),
         "launches": sum(row["launches"] for row in rows),
         "kernels": kept,
     }
 
 
-def _wall_us(call: Call, device: str) -> float:
-    if device != "cuda":
-        began = time.perf_counter()
-        call()
-        return 1e6 * (time.perf_counter() - began)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    torch.cuda.synchronize()
-    return 1e3 * start.elapsed_time(end)
+def spans(times: list[tuple[float, float]], calls: int) -> list[float]:
+    """How long each of several like calls took, from the start of its first kernel to the end of its last one.
+
+    Args:
+        times: starts and ends of the kernels of all calls, of which none overlaps with another call's.
+
+    Returns:
+        A time for each call; nothing where the kernels cannot be shared out evenly.
+    """
+    if not times or len(times) % calls:
+        return []
+    size, ordered = len(times) // calls, sorted(times)
+    shares = [ordered[i : i + size] for i in range(0, len(ordered), size)]
+    return [max(end for _, end in share) - share[0][0] for share in shares]

@@ -313,6 +313,17 @@ def measure_ceilings(device: str) -> Ceilings:
     return Ceilings(round(copy, 2), {dtype: round(value, 4) for dtype, value in products.items()})
 
 
+def keep_busy(seconds: float) -> float:
+    """Has a GPU multiply matrices for so long, and returns the time of `time.monotonic` from which on its clocks were those under load."""
+    a = torch.randn(8192, 8192, device="cuda").bfloat16()
+    began = time.monotonic()
+    while time.monotonic() - began < seconds:
+        a @ a
+        torch.cuda.synchronize()
+    # clocks take a moment to rise
+    return began + seconds / 3
+
+
 def _best_seconds(call: Callable[[], object], device: str) -> float:
     """The best of several: a ceiling is what the machine can, not what it does on average."""
     call()

@@ -78,11 +78,13 @@ def run(
     ieee_float32()
     watch = watch or Watch()
     with ClockLog(device) as clocks:
-        began = time.monotonic()
         document = {**records.environment(), "device": device}
-        ceilings = ceilings or measure.measure_ceilings(device)
+        loaded = None
+        if ceilings is None:
+            ceilings = measure.measure_ceilings(device)
+            loaded = clocks.since(measure.keep_busy(1.5)) if device == "cuda" else None
         document |= {
-            "clocks_under_load": clocks.since(began),
+            "clocks_under_load": loaded,
             "ceilings": {"copy_gbps": ceilings.copy_gbps, "matmul_tflops": dict(ceilings.matmul_tflops)},
             "command": command,
             "complete": False,

@@ -67,7 +67,7 @@ def main(words: list[str]) -> int:
     found = settings()
     faults = found["faults"].get(words[1], [])
     if words[0] == "text":
-        print(f"the beginning of {words[1]}", flush=True)
+        print(f"the beginning of {words[1]}, passed before: {os.environ['MG_FAST_PASSED_BEFORE']}", flush=True)
         for [kind] in faults:
             fail(kind)
         print(f"the end of {words[1]}")

@@ -10,7 +10,7 @@ import torch
 from bench import records
 from bench.__main__ import main
 from bench.cases import all_cases
-from bench.gpu import command, passed_before
+from bench.gpu import command, pytest_plugin
 from bench.gpu import plan as plans
 from bench.gpu.plan import ROOT, Part, Step
 from bench.gpu.summary import Outcome, conclude, earlier_outcomes
@@ -185,7 +185,7 @@ def test_what_a_summary_shows(tmp_path):
         "| pixels/768-b1-bfloat16 | triton | FAIL |",
         "- pixels/768-b1-bfloat16, triton: wrong result: 1 > 0",
         "### Kernels of pixels/768-b1-bfloat16, auto",
-        "One call takes 3000 us, its 2 launches 2500 us together.",
+        "One call takes 3000 us on the device, and has 2 launches, which take 2500 us together.",
         "| dwconv_norm_fwd_kernel | 2 | 2500.0 | 100.0% |",
     ):
         assert shown in text, shown
@@ -240,6 +240,15 @@ def test_the_commit_where_there_is_no_git(monkeypatch):
     assert records.environment()["commit"] == "0123456789ab-dirty"
 
 
+def test_no_step_times_what_the_host_does():
+    """Pillow on a camera's picture takes longer than all kernels together."""
+    cases = [case for step in plans.full_plan() for case in plans.cases_of(step, CASES, "cuda")]
+    assert {name for case in cases if case.group == "preprocess" for name in case.providers} == {"torch", "triton"}
+    assert not [case.name for case in cases if case.group == "picture"]
+    # plain PyTorch copies the tables of a resize from the host, which cannot be captured
+    assert not [case.name for case in cases if case.group == "decoded" and case.capturable]
+
+
 VERBOSE = """
 tests/a.py::test_one PASSED                                              [ 33%]
 tests/a.py::test_two[x y-1] PASSED [ 66%]
@@ -251,7 +260,7 @@ tests/a.py::test_three FAILED                                            [100%]
 
 
 def test_tests_that_passed_are_told_from_verbose_output():
-    assert passed_before.passed(VERBOSE) == {"tests/a.py::test_one", "tests/a.py::test_two[x y-1]", "tests/b.py::test_one[a - b]"}
+    assert pytest_plugin.passed(VERBOSE) == {"tests/a.py::test_one", "tests/a.py::test_two[x y-1]", "tests/b.py::test_one[a - b]"}
 
 
 @pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["one process", "workers"])
@@ -260,7 +269,7 @@ def test_tests_that_passed_are_not_run_again(workers, tmp_path, monkeypatch):
     output = tmp_path / "correctness.txt"
     monkeypatch.setenv("MG_FAST_PASSED_BEFORE", str(output))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    words = ["-v", "-p", "bench.gpu.passed_before", "-p", "no:cacheprovider", *workers, "test_it.py"]
+    words = ["-v", "-p", "bench.gpu.pytest_plugin", "-p", "no:cacheprovider", *workers, "test_it.py"]
 
     def run():
         done = subprocess.run([sys.executable, "-m", "pytest", *words], cwd=tmp_path, capture_output=True, text=True)
@@ -274,6 +283,37 @@ def test_tests_that_passed_are_not_run_again(workers, tmp_path, monkeypatch):
     assert run().returncode == 0
     assert run().returncode == 0, "where none is left, all have passed"
     assert (
-        json.dumps(sorted(passed_before.passed(output.read_text())))
+        json.dumps(sorted(pytest_plugin.passed(output.read_text())))
         == '["test_it.py::test_it[1]", "test_it.py::test_it[2]", "test_it.py::test_it[3]"]'
     )
+
+
+def test_a_worker_that_dies_is_replaced_and_the_others_tests_run(tmp_path, monkeypatch):
+    """As where a test hangs, or breaks the GPU's context; some tests have passed before."""
+    code = "import os, pytest\n@pytest.mark.parametrize('i', range(12))\ndef test_it(i):\n    if i == 5: os._exit(1)\n"
+    (tmp_path / "test_it.py").write_text(code)
+    before = tmp_path / "before.txt"
+    before.write_text("[gw0] [ 10%] PASSED test_it.py::test_it[1]\n[gw0] [ 20%] PASSED test_it.py::test_it[2]\n")
+    monkeypatch.setenv("MG_FAST_PASSED_BEFORE", str(before))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    words = ["-v", "-p", "bench.gpu.pytest_plugin", "-p", "no:cacheprovider", "-n", "2", "--dist", "load", "test_it.py"]
+    done = subprocess.run([sys.executable, "-m", "pytest", *words], cwd=tmp_path, capture_output=True, text=True)
+    expected = {f"test_it.py::test_it[{i}]" for i in range(12)} - {f"test_it.py::test_it[{i}]" for i in (1, 2, 5)}
+    assert pytest_plugin.passed(done.stdout) == expected and "1 failed, 9 passed" in done.stdout
+
+
+def test_a_worker_ends_after_a_test_that_broke_the_context(monkeypatch):
+    ended = []
+    monkeypatch.setattr(pytest_plugin.os, "_exit", ended.append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
+    pytest_plugin.pytest_runtest_logfinish("a test", None)
+    assert ended == []
+
+    def broken():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    pytest_plugin.pytest_runtest_logfinish("a test", None)
+    assert ended == [70]

@@ -142,6 +142,13 @@ def test_a_cut_off_in_every_step_is_resumed(run, registry):
     assert all(rows[key] == row for key, row in before.items())
 
 
+def test_tests_read_what_passed_before_from_a_file_that_does_not_grow(run):
+    """Workers that begin late must leave out the same tests as the others."""
+    run(none, ("tests",))
+    [path] = re.findall(r"passed before: (.*)", (run.out / plans.CORRECTNESS).read_text())
+    assert not Path(path).is_relative_to(run.out.resolve())
+
+
 def test_what_no_time_is_left_for_comes_in_the_next_call(run):
     _, outcomes = run(none, ("mining", "tests"), minutes=(plans.RESERVE + 3) / 60)
     assert [outcome.state for outcome in outcomes] == ["skipped", "skipped"]

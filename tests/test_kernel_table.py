@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench import kernel_table as tables
-from bench.kernel_table import kernel_table
+from bench.kernel_table import kernel_table, spans
 from bench.measure import same_bits
 
 
@@ -23,6 +23,14 @@ def test_kernels_beyond_the_most_are_added_up(monkeypatch):
     x = torch.randn(200, 200)
     first, others = kernel_table(lambda: (x @ x).sin().cos().exp(), "cpu")["kernels"]
     assert others["name"].endswith(" others") and others["launches"] >= 3 and first["us"] > 0
+
+
+def test_a_call_lasts_from_its_first_kernel_to_its_last():
+    """Kernels of one call may overlap, and there may be gaps between them; the profiler lists them in any order."""
+    assert spans([(0.0, 4.0), (3.0, 9.0), (20.0, 21.0), (25.0, 30.0)], 2) == [9.0, 10.0]
+    assert spans([(25.0, 30.0), (0.0, 12.0), (20.0, 21.0), (3.0, 9.0)], 2) == [12.0, 10.0]
+    # one was not seen
+    assert spans([(0.0, 4.0), (20.0, 21.0), (25.0, 30.0)], 2) == spans([], 2) == []
 
 
 def test_bits_that_repeat_and_bits_that_do_not():

@@ -50,7 +50,9 @@ def cases() -> list[Case]:
 def _tower(name: str, setting: Setting, batch: int, dtype: torch.dtype, options: dict) -> Case:
     def make(device: str) -> Inputs:
         torch.manual_seed(0)
-        tower = random_tower().to(device, dtype)
+        # drawn there: 200 million random numbers take a CPU seconds
+        with torch.device(device):
+            tower = random_tower().to(dtype)
         return Inputs(device, tower, torch.randn(batch, 3, setting.side, setting.side, device=device).to(dtype))
 
     sizes = accounting.Tower(dtype, batch, setting.side)
@@ -131,7 +133,8 @@ def _clip(name: str, setting: Setting, batch: int, dtype: torch.dtype, options: 
         config = CLIPVisionConfig(
             hidden_size=WIDTH, intermediate_size=MLP, num_hidden_layers=LAYERS, num_attention_heads=16, image_size=336, patch_size=14
         )
-        clip = CLIPVisionModel(config).eval().to(device, dtype)
+        with torch.device(device):
+            clip = CLIPVisionModel(config).eval().to(dtype)
         return Inputs(device, clip, torch.randn(views, 3, 336, 336, device=device).to(dtype))
 
     # products of 23 layers and their attention; weights, pictures and features once
@@ -198,7 +201,8 @@ def _projector(name: str, setting: Setting, batch: int, dtype: torch.dtype, opti
 
     def make(device: str) -> Inputs:
         torch.manual_seed(0)
-        projector = build_projector("mlp2x_gelu", WIDTH, HIDDEN).to(device, dtype)
+        with torch.device(device):
+            projector = build_projector("mlp2x_gelu", WIDTH, HIDDEN).to(dtype)
         return Inputs(device, projector, torch.randn(rows, WIDTH, device=device).to(dtype))
 
     weights = WIDTH * HIDDEN + HIDDEN * HIDDEN

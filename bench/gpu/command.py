@@ -62,7 +62,8 @@ def gpu(
     if resume is not None and out.resolve() != resume.resolve():
         for name in plans.FILES:
             if (resume / name).exists():
-                shutil.copy(resume / name, out / name)
+                # the content alone: what came back from a lent machine may be read-only
+                shutil.copyfile(resume / name, out / name)
     # a caller's time limit ends it as an interrupt does
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     outcomes = run_plan(steps, out, 60 * minutes, Settings(plan, device), earlier)
@@ -155,5 +156,5 @@ def keep(folder: Path) -> list[Path]:
     where = paths[0].parent
     for name in (plans.SUMMARY, plans.CORRECTNESS):
         if (folder / name).exists():
-            paths.append(Path(shutil.copy(folder / name, where / f"{documents[0]['date']}-{name}")))
+            paths.append(Path(shutil.copyfile(folder / name, where / f"{documents[0]['date']}-{name}")))
     return paths

@@ -3,7 +3,7 @@
 import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..registry import Case, UnknownCase, choose, choose_names
@@ -15,18 +15,23 @@ CORRECTNESS, TUNING = "correctness.txt", "tuning.txt"
 FILES = (SUMMARY, LOG, ENVIRONMENT, CASES, END_TO_END, CORRECTNESS, TUNING)
 # seconds of a default run, of which this many are kept for what is written at the end
 MINUTES, RESERVE = 6.0, 5.0
-# a provider that does not come back within so many seconds is given up, and its process with it
-HANGS_AFTER, COMPILING_HANGS_AFTER = 25.0, 60.0
+# a provider that does not come back within so many seconds is given up, and its process with it; compilers get nearly a step's budget
+HANGS_AFTER, COMPILING_HANGS_AFTER = 25.0, 75.0
 # the same of a test
 TEST_HANGS_AFTER = 40.0
 
 
 @dataclass(frozen=True)
 class Part:
-    """Cases by name, and the providers of them that are measured; both are shell patterns, and cases come in the order of theirs."""
+    """Cases by name, and the providers of them that are measured; both are shell patterns, and cases come in the order of theirs.
+
+    Args:
+        baseline: what the providers are compared with, where it is not the case's own baseline. That one is not measured then.
+    """
 
     cases: tuple[str, ...]
     providers: tuple[str, ...]
+    baseline: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,8 @@ def cases_of(step: Step, cases: Mapping[str, Case], device: str) -> list[Case]:
     chosen = []
     for part in step.parts:
         of_part = dict.fromkeys(case.name for pattern in part.cases for case in choose(cases, [pattern], device))
-        chosen += [cases[name].only(part.providers) for name in of_part]
+        of_part = [replace(cases[name], baseline=part.baseline or cases[name].baseline) for name in of_part]
+        chosen += [case.only(part.providers) for case in of_part]
     return chosen
 
 
@@ -85,9 +91,12 @@ def full_plan(device: str = "cuda") -> list[Step]:
     """The steps on a GPU, by importance."""
     # the project's own options ask for less words, so that a single -v would name no test
     tests = ("pytest", "-vv", "-rfE", *_kernel_tests())
-    tests += ("-p", "bench.gpu.passed_before", "-p", "no:cacheprovider", "--tb=short")
+    tests += ("-p", "bench.gpu.pytest_plugin", "-p", "no:cacheprovider", "--tb=short")
     # a test that hangs ends its worker, and another one takes its place
     tests += ("-o", f"faulthandler_timeout={TEST_HANGS_AFTER:.0f}", "-o", "faulthandler_exit_on_timeout=true")
+    if importlib.util.find_spec("pytest_timeout"):
+        # the same where pytest is too old for these options
+        tests += (f"--timeout={TEST_HANGS_AFTER:.0f}", "--timeout-method=thread")
     if importlib.util.find_spec("xdist"):
         # in turn, so that the published sizes, which come first, are spread over all workers
         tests += ("-n", str(max(1, min(14, (os.cpu_count() or 1) - 2))), "--dist", "load")
@@ -130,8 +139,8 @@ def full_plan(device: str = "cuda") -> list[Step]:
                     ("clip/768-b1-bfloat16",), ("reference", "reference, flash attention", "reference, SDPA cuDNN", "23 layers", "packed")
                 ),
                 Part(("projector/768-b1-bfloat16",), ("reference",)),
-                Part(("tower/768-b1-bfloat16",), ("reference, channels last, compiled",)),
                 Part(("tower/1536-hd-b1-bfloat16",), ("reference, channels last", "auto")),
+                Part(("tower/768-b1-bfloat16",), ("reference, channels last, compiled",)),
             ),
         ),
         Step(
@@ -153,7 +162,8 @@ def full_plan(device: str = "cuda") -> list[Step]:
             parts=(
                 Part(("dwconv_norm/768-*-b1-bfloat16",), plain),
                 Part(("linear_gelu/768-*-b1-bfloat16", "linear_residual/768-*-b1-bfloat16"), plain),
-                Part(("preprocess/*",), ("torch", "triton")),
+                # the case's own baseline is Pillow on the host, whose time is no business of a GPU's
+                Part(("preprocess/*",), ("torch", "triton"), baseline="torch"),
             ),
         ),
         Step(
@@ -163,8 +173,9 @@ def full_plan(device: str = "cuda") -> list[Step]:
             END_TO_END,
             parts=(
                 Part((step,), ("reference", "auto")),
-                Part((step,), ("auto, compiled",)),
                 Part(("end-to-end/7b-first-token-b1-bfloat16",), ("reference", "auto", "reference, flash attention")),
+                # ours first, each with the baseline anew, since either may take all the time that is left
+                Part((step,), ("auto, compiled",)),
                 Part((step,), ("auto, static cache",)),
             ),
         ),
@@ -206,7 +217,7 @@ def tiny_plan(device: str = "cpu") -> list[Step]:
             "a test of the kernels",
             60,
             CORRECTNESS,
-            ("pytest", "-vv", "tests/interpreted/test_tune.py", "-p", "bench.gpu.passed_before", "-p", "no:cacheprovider"),
+            ("pytest", "-vv", "tests/interpreted/test_tune.py", "-p", "bench.gpu.pytest_plugin", "-p", "no:cacheprovider"),
             environment=interpreted,
         ),
     ]

@@ -1,17 +1,22 @@
 """Every kernel launched once on a small input: is it right, does it stay within its memory, do its threads race?
 
-The launches are held against the float64 result here, and repeated under compute-sanitizer's memcheck and racecheck in processes of their
-own, side by side. It imports no model, so that it is done in seconds.
+The launches are held against the float64 result here. At the same time they run under compute-sanitizer's memcheck and racecheck, each in a
+process of its own that does no more than launch the kernels. No model is imported, so that it is done in seconds.
 """
 
+import copy
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,138 +28,189 @@ from .. import measure
 
 ROOT = Path(__file__).parents[2]
 TOOLS = ("memcheck", "racecheck")
-# of a process under a tool: about ten times what it takes by itself
-TOOL_SECONDS = 40.0
+# for all of it
+SECONDS = 50.0
 # exit status of a process in which a tool found something
 FOUND = 99
 DTYPES = (torch.bfloat16, torch.float32)
 
-# from a dtype and a backend to tensors
-Launch = Callable[[torch.dtype, str], list[torch.Tensor]]
+
+class Launch(NamedTuple):
+    """A small call of an operation: its inputs in a dtype, and from them and a backend to the outputs of our kernels alone."""
+
+    make: Callable[[torch.dtype], Any]
+    run: Callable[[Any, str], list[torch.Tensor]]
 
 
 def _mining(grid: int) -> Launch:
-    """The pooling kernel, forward and backward; with a grid of 2 its global view, too."""
+    """The pooling kernel, forward and backward to the queries; with a grid of 2 its global view, too."""
 
-    def launch(dtype: torch.dtype, backend: str) -> list[torch.Tensor]:
-        torch.manual_seed(0)
-        mining = PatchInfoMining(32, (16, 32)).to(dtype)
+    def make(dtype: torch.dtype) -> tuple[PatchInfoMining, torch.Tensor, list[torch.Tensor]]:
         # windows of 4 x 4 pixels of the first map
-        views = 1 if grid == 1 else 5
-        queries = torch.randn(1, views, 1, 32).to(dtype).requires_grad_()
-        pyramid = [torch.randn(1, n * grid, n * grid, c).to(dtype).requires_grad_() for n, c in ((4, 16), (2, 32))]
+        queries = torch.randn(1, 1 if grid == 1 else 5, 1, 32).to(dtype)
+        pyramid = [torch.randn(1, n * grid, n * grid, c).to(dtype) for n, c in ((4, 16), (2, 32))]
+        return PatchInfoMining(32, (16, 32)).to(dtype), queries, pyramid
+
+    def run(inputs: tuple, backend: str) -> list[torch.Tensor]:
+        mining, queries, pyramid = inputs
+        queries = queries.detach().requires_grad_()
         mined = mining(queries, pyramid, grid=grid, backend=backend)
         mined.backward(torch.ones_like(mined))
-        return [mined.detach(), queries.grad, *(level.grad for level in pyramid)]
+        return [mined.detach(), queries.grad]
 
-    return launch
-
-
-def _convolution(dtype: torch.dtype, backend: str) -> list[torch.Tensor]:
-    torch.manual_seed(0)
-    tensors = [torch.randn(shape).to(dtype) for shape in ((1, 5, 6, 64), (49, 64), (64,), (64,), (64,))]
-    return [ops.dwconv_norm(*tensors, backend=backend)]
+    return Launch(make, run)
 
 
-def _expansion(dtype: torch.dtype, backend: str) -> list[torch.Tensor]:
-    torch.manual_seed(0)
-    tensors = [(torch.randn(shape) / 8).to(dtype) for shape in ((20, 64), (128, 64), (128,))]
-    return [ops.linear_gelu(*tensors, backend=backend)]
-
-
-def _contraction(dtype: torch.dtype, backend: str) -> list[torch.Tensor]:
-    torch.manual_seed(0)
-    tensors = [(torch.randn(shape) / 8).to(dtype) for shape in ((20, 128), (64, 128), (64,), (20, 64))]
-    return [ops.linear_residual(*tensors, backend=backend)]
-
-
-def _resize(dtype: torch.dtype, backend: str) -> list[torch.Tensor]:
-    """Both launches of a resize; its numbers are whole, whatever the dtype."""
-    torch.manual_seed(0)
-    picture = torch.randint(0, 256, (37, 53, 3), dtype=torch.uint8)
-    return list(ops.dual_resize(picture, 48, 16, grid=2, global_view=True, backend=backend))
+def _operation(operation: Callable, *shapes: tuple[int, ...]) -> Launch:
+    return Launch(
+        lambda dtype: [(torch.randn(shape) / 8).to(dtype) for shape in shapes],
+        lambda tensors, backend: [operation(*tensors, backend=backend)],
+    )
 
 
 LAUNCHES: dict[str, Launch] = {
     "patch_mining": _mining(1),
     "patch_mining in HD": _mining(2),
-    "dwconv_norm": _convolution,
-    "linear_gelu": _expansion,
-    "linear_residual": _contraction,
-    "dual_resize": _resize,
+    "dwconv_norm": _operation(ops.dwconv_norm, (1, 5, 6, 64), (49, 64), (64,), (64,), (64,)),
+    "linear_gelu": _operation(ops.linear_gelu, (20, 64), (128, 64), (128,)),
+    "linear_residual": _operation(ops.linear_residual, (20, 128), (64, 128), (64,), (20, 64)),
+    # both launches of a resize; its numbers are whole, whatever the dtype
+    "dual_resize": Launch(
+        lambda dtype: torch.randint(0, 256, (37, 53, 3), dtype=torch.uint8),
+        lambda picture, backend: list(ops.dual_resize(picture, 48, 16, grid=2, global_view=True, backend=backend)),
+    ),
 }
 
 
-def launch_all(device: str) -> bool:
-    """Launches every kernel, prints a line for each, and returns whether all are right."""
+def launch_all(device: str, *, checked: bool = True) -> bool:
+    """Launches every kernel, prints a line for each, and returns whether all are right.
+
+    Args:
+        checked: hold the results against float64's, and call again to see the same bits; without, nothing but the kernels runs.
+    """
     ieee_float32()
     right = True
     # interpreted, one dtype takes long enough; and what runs in one thread has nothing to race with
-    interpreted = device == "cpu"
-    for name, launch in LAUNCHES.items():
-        for dtype in DTYPES[-1:] if interpreted else DTYPES:
-            began = time.perf_counter()
-            try:
-                with torch.device(device):
-                    ours, plain, exact = (launch(*form) for form in ((dtype, "triton"), (dtype, "reference"), (torch.float64, "reference")))
-                    for found, theirs, truth in zip(ours, plain, exact, strict=True):
-                        assert found.isfinite().all(), "it is not finite"
-                        assert_accurate(found, theirs, truth)
-                    again = interpreted or measure.same_bits(lambda launch=launch, dtype=dtype: launch(dtype, "triton"), ours, 2)
-                    assert again, "other bits when it was called again"
-                told = "right"
-            except Exception as error:
-                # one that breaks must not hide the others
-                right, told = False, f"WRONG: {type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}"
-            print(f"{name}, {str(dtype).removeprefix('torch.')}: {told} ({time.perf_counter() - began:.1f} s)", flush=True)
+    dtypes = DTYPES[-1:] if device == "cpu" else DTYPES
+    left = [(name, dtype) for name in LAUNCHES for dtype in dtypes]
+    while left:
+        (name, dtype), began = left.pop(0), time.perf_counter()
+        try:
+            with torch.device(device):
+                told = _check(LAUNCHES[name], dtype, device) if checked else _launch(LAUNCHES[name], dtype)
+        except Exception as error:
+            # one that breaks must not hide the others
+            right, told = False, f"WRONG: {type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}"
+        print(f"{name}, {_name(dtype)}: {told} ({time.perf_counter() - began:.1f} s)", flush=True)
+        if not right and device == "cuda" and (lost := _lost()):
+            print(f"{lost}; not launched: {', '.join(f'{name} in {_name(dtype)}' for name, dtype in left) or 'none'}", flush=True)
+            break
     return right
 
 
-def smoke(device: str, *, once: bool = False, seconds: float = TOOL_SECONDS) -> int:
-    """Launches every kernel here, then under each tool; the exit status is 0 where all is right and no tool found anything."""
-    right = launch_all(device)
-    if once or device != "cuda":
-        return int(not right)
-    sanitizer = shutil.which("compute-sanitizer")
-    if sanitizer is None:
-        print("compute-sanitizer is not here: memory accesses and races were not checked", flush=True)
-        return int(not right)
-    with tempfile.TemporaryDirectory(prefix="mg_fast_smoke_") as folder:
-        began = time.monotonic()
-        running = {tool: _start(sanitizer, tool, Path(folder) / tool) for tool in TOOLS}
-        for tool, process in running.items():
-            told = _ended(process, began + seconds - time.monotonic(), seconds)
-            print(f"=== {tool}: {told}\n{(Path(folder) / tool).read_text(errors='replace')}", flush=True)
-            right &= process.returncode == 0
+def _launch(launch: Launch, dtype: torch.dtype) -> str:
+    torch.manual_seed(0)
+    launch.run(launch.make(dtype), "triton")
+    return "launched"
+
+
+def _check(launch: Launch, dtype: torch.dtype, device: str) -> str:
+    torch.manual_seed(0)
+    inputs = launch.make(dtype)
+    ours, plain = launch.run(inputs, "triton"), launch.run(inputs, "reference")
+    for found, theirs, truth in zip(ours, plain, launch.run(_widened(inputs), "reference"), strict=True):
+        assert found.isfinite().all(), "it is not finite"
+        assert_accurate(found, theirs, truth)
+    if device != "cpu":
+        assert measure.same_bits(lambda: launch.run(inputs, "triton"), ours), "other bits when it was called again"
+    return "right"
+
+
+def _widened(inputs: Any) -> Any:
+    """The very same numbers in float64; whole numbers stay as they are."""
+    if isinstance(inputs, torch.Tensor):
+        return inputs.double() if inputs.is_floating_point() else inputs
+    if isinstance(inputs, (list, tuple)):
+        return [_widened(part) for part in inputs]
+    return copy.deepcopy(inputs).double()
+
+
+def _lost() -> str | None:
+    """Why nothing more can be launched in this process, where a kernel has broken the GPU's context."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        return f"the GPU's context is lost: {str(error).splitlines()[0]}"
+    return None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def smoke(device: str, *, once: bool = False, seconds: float = SECONDS) -> int:
+    """Launches every kernel here and under each tool; the exit status is 0 where all is right and no tool found anything in our kernels.
+
+    A tool that is not here, cannot run here or does not end in time leaves something unchecked; that is said, and is no failure.
+
+    Args:
+        once: launch in this process alone, and check nothing.
+        seconds: for all of it.
+    """
+    if once:
+        return int(not launch_all(device, checked=False))
+    began = time.monotonic()
+    with _tools(device) as running:
+        right = launch_all(device)
+        for tool, (process, output) in running.items():
+            told, clean = _ended(process, began + seconds - time.monotonic(), output)
+            right &= clean
+            print(f"=== {tool}: {told}\n{output.read_text(errors='replace')}", flush=True)
     return int(not right)
 
 
+@contextmanager
+def _tools(device: str) -> Iterator[dict[str, tuple[subprocess.Popen, Path]]]:
+    """Starts the tools, and prints what they have written so far where the block is left early."""
+    places = [os.environ.get("PATH", ""), *map(str, sorted(Path("/usr/local").glob("cuda*/bin"), reverse=True))]
+    sanitizer = shutil.which("compute-sanitizer", path=os.pathsep.join(places)) if device == "cuda" else None
+    if sanitizer is None:
+        if device == "cuda":
+            print("not checked: memory accesses and races, since compute-sanitizer is not here", flush=True)
+        yield {}
+        return
+    with tempfile.TemporaryDirectory(prefix="mg_fast_smoke_") as folder:
+        running = {tool: (_start(sanitizer, tool, Path(folder) / tool), Path(folder) / tool) for tool in TOOLS}
+        try:
+            yield running
+        except BaseException:
+            for tool, (_, output) in running.items():
+                print(f"=== {tool}, so far:\n{output.read_text(errors='replace')}", flush=True)
+            raise
+        finally:
+            for process, _ in running.values():
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+
+
 def _start(sanitizer: str, tool: str, output: Path) -> subprocess.Popen:
-    words = [
-        sanitizer,
-        "--tool",
-        tool,
-        "--error-exitcode",
-        str(FOUND),
-        sys.executable,
-        "-m",
-        "bench",
-        "smoke",
-        "--device",
-        "cuda",
-        "--once",
-    ]
+    words = [sanitizer, "--tool", tool, "--report-api-errors", "no", "--error-exitcode", str(FOUND)]
+    words += [sys.executable, "-m", "bench", "smoke", "--device", "cuda", "--once"]
     # torch would otherwise take large blocks and cut them up, within which an access beyond a tensor's end goes unseen
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     with output.open("wb") as to:
-        return subprocess.Popen(words, cwd=ROOT, env=environment, stdout=to, stderr=subprocess.STDOUT)
+        # a group of its own, as the tool starts another process
+        return subprocess.Popen(words, cwd=ROOT, env=environment, stdout=to, stderr=subprocess.STDOUT, preexec_fn=os.setpgrp)
 
 
-def _ended(process: subprocess.Popen, left: float, limit: float) -> str:
+def _ended(process: subprocess.Popen, left: float, output: Path) -> tuple[str, bool]:
+    """What a tool came to, in words, and whether it found nothing in our kernels."""
     try:
         status = process.wait(max(0.0, left))
     except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-        return f"no end within {limit:.0f} s"
-    return {0: "nothing found", FOUND: "FOUND what follows"}.get(status, f"exit status {status}")
+        return "not checked to the end, no time was left", True
+    if status == FOUND:
+        ours = sorted(set(re.findall(r"\b\w+_(?:fwd|bwd)_kernel\b", output.read_text(errors="replace"))))
+        return (f"FOUND something in {', '.join(ours)}", False) if ours else ("found something, but not in our kernels", True)
+    return ("nothing found", True) if status == 0 else (f"not checked, exit status {status}", True)

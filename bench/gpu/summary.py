@@ -132,7 +132,8 @@ def _table(rows: Sequence[dict]) -> list[str]:
 
 def _kernels(table: dict) -> list[str]:
     wall, busy = table["wall_us"], table["busy_us"]
-    lines = [f"One call takes {wall:.0f} us, its {table['launches']:.0f} launches {busy:.0f} us together.", ""]
+    takes = "" if wall is None else f" takes {wall:.0f} us on the device, and"
+    lines = [f"One call{takes} has {table['launches']:.0f} launches, which take {busy:.0f} us together.", ""]
     lines += ["| kernel | launches | us | share |", "|---|---|---|---|"]
     for row in table["kernels"][:MOST_KERNELS]:
         lines.append(f"| {row['name'].replace('|', '/')} | {row['launches']:.0f} | {row['us']:.1f} | {row['us'] / max(busy, 1e-9):.1%} |")

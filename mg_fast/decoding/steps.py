@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..execution import call
-from ..graphs import CaptureStream, capture
+from ..graphs import CaptureStream, NoStreamLeft, capture
 from ..linear import by_onednn, take_onednn
 from ..quantization import EXPERTS_FUNCTION
 from .kv_cache import KVCache
@@ -64,7 +64,15 @@ class Sequences:
             stream.wait_event(event)
             # torch must not give the memory to anybody else before this stream is done with it, either
             self.cache.record_stream(stream)
+            for tensor in self._read_by_passes():
+                if tensor.device == device:
+                    tensor.record_stream(stream)
         self.written = {}
+
+    def _read_by_passes(self) -> list[torch.Tensor]:
+        """What passes read beside the cache, and whoever runs one writes anew."""
+        kept = [tensor for tensor in (self.mask, self.pads) if tensor is not None]
+        return kept + [tensor for graph in self.graphs.values() for tensor in (graph.inputs, graph.start, graph.last)]
 
     def fill(self, attention_mask: torch.Tensor | None) -> None:
         """An empty cache, and the filling of an attention mask [B, L], 0 at positions on the left that are none."""
@@ -318,7 +326,7 @@ class _Graph:
                 sequences.pool = torch.cuda.graph_pool_handle()
             with capture(graph, sequences.capturing.stream, sequences.pool):
                 self.logits = self._pass()
-        except torch.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, NoStreamLeft) as error:
             logger.warning("passes of this width go without a CUDA graph: %s", error)
             return
         except RuntimeError as error:

@@ -12,7 +12,7 @@ from torch import nn
 
 from .. import backend as backends
 from ..frozen import uncommon
-from ..graphs import CaptureStream, capture
+from ..graphs import CaptureStream, NoStreamLeft, capture
 from .modeling import MiniGeminiModel
 from .packed_clip import PackedClip
 
@@ -59,12 +59,24 @@ class PictureEncoder:
         self._storages = _storages(model)
         cuda = self.device.type == "cuda"
         self._graphs: OrderedDict | None = OrderedDict() if graphs and cuda else None
-        # nobody else captures on them: what is captured keeps the workspaces that cuBLAS has for a stream
-        self._streams = (CaptureStream(self.device), CaptureStream(self.device)) if cuda else None
-        self._side, self._capturing = (owned.stream for owned in self._streams) if cuda else (None, None)
+        self._side, self._capturing = self._take_streams() if cuda else (None, None)
         # a graph's inputs and outputs are the same memory in every call: the next one waits until this one's tokens are copied
         self._copied = torch.cuda.Event() if cuda else None
         self.first_use = {"towers packed": time.perf_counter() - began}
+
+    def _take_streams(self) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+        """The stream of the low-resolution tower, and the one that graphs are captured on.
+
+        No other owner of graphs has them, since what is captured keeps the workspaces that cuBLAS has for a stream.
+        """
+        try:
+            self._streams = CaptureStream(self.device), CaptureStream(self.device)
+        except NoStreamLeft as error:
+            logger.warning("pictures are encoded without CUDA graphs: %s", error)
+            self._graphs = None
+            return torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
+        side, capturing = self._streams
+        return side.stream, capturing.stream
 
     def is_current(self) -> bool:
         """Whether the model is as it was packed: not changed, moved or converted since."""

@@ -1,12 +1,18 @@
-"""A pytest plug-in that leaves out the tests that passed in an earlier run, as its verbose output tells.
+"""A plug-in of pytest for the tests of a GPU run.
 
-The file is named by MG_FAST_PASSED_BEFORE; without it, or where it does not exist, all tests run. With pytest-xdist every worker reads the
-same file, so that all of them collect the same tests.
+Tests that passed in an earlier run are left out, as its verbose output tells. MG_FAST_PASSED_BEFORE names the file, which must not change
+while tests run: every worker of pytest-xdist reads it, those included that take the place of another one, and all must collect the same
+tests. Without the variable, or where there is no such file, all tests run.
+
+A test that breaks the GPU's context takes all later ones of its process with it. A worker therefore ends after such a test, and
+pytest-xdist puts another one in its place.
 """
 
 import os
 import re
 from pathlib import Path
+
+import torch
 
 # "path::test PASSED [ 10%]", and by a worker of pytest-xdist "[gw3] [ 10%] PASSED path::test"
 _PASSED = re.compile(r"^(?:\[gw\d+\] \[ *\d+%\] PASSED (?P<theirs>\S.*?)|(?P<ours>\S.*?::.*?) PASSED(?: +\[ *\d+%\])?) *$", re.MULTILINE)
@@ -20,7 +26,6 @@ def passed(text: str) -> set[str]:
 def pytest_configure(config):
     path = Path(os.environ.get("MG_FAST_PASSED_BEFORE", ""))
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    # read once: the file grows while the tests run
     config.passed_before = passed(text)
 
 
@@ -39,3 +44,18 @@ def pytest_sessionfinish(session, exitstatus):
     if exitstatus == 5 and session.config.passed_before:
         # no test is left: all had passed
         session.exitstatus = 0
+
+
+def pytest_runtest_logfinish(nodeid, location):
+    # the reports of the test have left this process
+    if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_available() and is_lost():
+        os._exit(70)
+
+
+def is_lost() -> bool:
+    """Whether an earlier kernel has broken this process' GPU context."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
