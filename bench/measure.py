@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from mg_fast import cpu_dtype
 from mg_fast.meter import Meter
 
 from .registry import Call, Ceilings
@@ -301,8 +302,8 @@ def measure_ceilings(device: str) -> Ceilings:
     if device == "cuda":
         elements, side, dtypes = 2**30, 8192, (torch.float32, torch.bfloat16, torch.float16)
     else:
-        # float16 products take a path of their own on CPUs that do not have them, tens of times slower: nobody's ceiling
-        elements, side, dtypes = 2**27, 1536, (torch.float32, torch.bfloat16)
+        # products in a dtype that a CPU has no arithmetic for are many times slower, a minute of it, and nobody's ceiling
+        elements, side, dtypes = 2**27, 1536, (torch.float32, *cpu_dtype.fast_dtypes())
     source = torch.ones(elements, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     copy = 2 * elements / _best_seconds(lambda: target.copy_(source), device) / 1e9

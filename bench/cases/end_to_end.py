@@ -16,6 +16,7 @@ import random
 import statistics
 import tempfile
 import time
+import unittest.mock
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 import mg_fast
 from examples import random_checkpoint
-from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor, quantization, use_backend
+from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor, execution, quantization, use_backend
 from mg_fast.conversation import render, stop_ids, with_picture_tags
 from mg_fast.decoding import LeanDecoder
 from mg_fast.mini_gemini.checkpoint import decide_template, load_tokenizer
@@ -566,7 +567,9 @@ def _widened(model: MiniGeminiForConditionalGeneration, dtype: torch.dtype) -> I
     parts = [language.embed_tokens, *language.layers, language.norm, model.lm_head]
     hooks = [part.register_forward_pre_hook(widen) for part in parts] + [part.register_forward_hook(restore) for part in parts]
     try:
-        yield
+        # the model would cast what goes into a part to the dtype that the part's weights have now, before they are widened
+        with unittest.mock.patch.object(execution, "compute_dtype", lambda module: None):
+            yield
     finally:
         for hook in hooks:
             hook.remove()
