@@ -6,7 +6,10 @@ import re
 from urllib.parse import unquote_to_bytes
 
 # What files of the usual picture formats begin with.
-_SIGNATURE = re.compile(rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF|BM....\0\0\0\0|II\*\0|MM\0\*|\0\0\0\x0cjP|P[1-6]\n|P[1-6] \d", re.DOTALL)
+_SIGNATURE = re.compile(
+    rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF|BM....\0\0\0\0|II\*\0|MM\0\*|\0\0\0\x0cjP|P[1-6]\n|P[1-6] \d",
+    re.DOTALL,
+)
 # Characters that are looked at: more than any signature has, and than any name in a path.
 _HEAD = 512
 # No name in a path is longer on the usual file systems. A longer text of nothing but base64's characters is no path.
@@ -68,5 +71,6 @@ def refusal(length: int) -> str:
     """What is said of base64 text of so many characters that was handed over as a picture."""
     return (
         f"this is base64 text ({length} characters), expected a picture: hand over the bytes that base64.b64decode makes "
-        "of it (of a data URI, of what follows its first comma), or give the text as the `base64` key of a message"
+        "of it (base64.urlsafe_b64decode where it has - or _; of a data URI, of what follows its first comma), "
+        "or give the text as the `base64` key of a message"
     )
