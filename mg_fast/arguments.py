@@ -34,7 +34,10 @@ def whole_number(value) -> int | None:
 
 
 def real_number(value) -> float | None:
-    """The value as a float, of whatever library it is; None where it is no number or too large for one. True and False are none."""
+    """The value as a float, of whatever library it is; None where it is no number, or too large for a float.
+
+    True and False are no numbers.
+    """
     value = plain(value)
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return None
@@ -52,7 +55,8 @@ def check_text(text: str, what: str) -> None:
         what: what the message calls it.
 
     Raises:
-        PromptError: a surrogate code point, which stands for half a character, or for a byte that was read in another encoding.
+        PromptError: a surrogate code point, which stands for half a character, or for a byte that was read in another
+            encoding.
     """
     try:
         text.encode()

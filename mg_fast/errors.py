@@ -10,7 +10,7 @@ LONGEST_QUOTE = 80
 
 
 def shortened(text: str, limit: int = LONGEST_MESSAGE) -> str:
-    """The text in at most `limit` characters, all of which UTF-8 can encode; of a longer one the beginning and the end."""
+    """The text in at most `limit` characters that UTF-8 can encode; of a longer one the beginning and the end."""
     if len(text) > 4 * limit:
         # Escapes below make text longer, never shorter, so what lies in the middle cannot come back.
         left_out, head, tail = len(text) - 2 * limit, text[:limit], text[-limit:]

@@ -6,9 +6,12 @@ import re
 from urllib.parse import unquote_to_bytes
 
 # What files of the usual picture formats begin with.
-_SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP", b"P5\n", b"P6\n")
-# Characters that are looked at: enough for every signature.
-_HEAD = 256
+_SIGNATURE = re.compile(
+    rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF|BM....\0\0\0\0|II\*\0|MM\0\*|\0\0\0\x0cjP|P[1-6]\n|P[1-6] \d",
+    re.DOTALL,
+)
+# Characters that are looked at: more than any signature has, and than any name in a path.
+_HEAD = 512
 # No name in a path is longer on the usual file systems. A longer text of nothing but base64's characters is no path.
 _LONGEST_NAME = 255
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
@@ -19,10 +22,10 @@ _ALPHABET = re.compile(rb"[A-Za-z0-9+/]+={0,2}")
 
 
 def looks_like_base64(data: str | bytes) -> bool:
-    """Whether a text, or the bytes of one, begins like base64 text of a picture, with or without a data URI's header."""
+    """Whether a text, or the bytes of one, begins like a picture's base64 text, with or without a data URI's header."""
     if isinstance(data, str):
-        data = data[: 2 * _HEAD].encode("utf-8", "replace")
-    data = bytes(data[: 2 * _HEAD])
+        data = data[:_HEAD].encode("utf-8", "replace")
+    data = bytes(data[:_HEAD])
     if _DATA_URI.match(data):
         return True
     data = _WRITTEN_BYTES.sub(b"", data, count=1) if _WRITTEN_BYTES.match(data) else data
@@ -30,8 +33,8 @@ def looks_like_base64(data: str | bytes) -> bool:
     if not (found := _ALPHABET.match(data)):
         return False
     head = found.group().rstrip(b"=")
-    if base64.b64decode(head[: len(head) // 4 * 4]).startswith(_SIGNATURES):
-        # Some words decode to two bytes that are a signature, so short texts do not count.
+    if _SIGNATURE.match(base64.b64decode(head[: len(head) // 4 * 4])):
+        # A short word may happen to decode to a signature.
         return len(head) >= 16
     return len(head) > _LONGEST_NAME and head in (data, data.rstrip(b"="))
 
@@ -67,6 +70,7 @@ def as_data_uri(text: str | bytes) -> str:
 def refusal(length: int) -> str:
     """What is said of base64 text of so many characters that was handed over as a picture."""
     return (
-        f"this is base64 text ({length} characters), expected a picture: hand over the bytes that base64.b64decode makes of it "
-        "(of a data URI, of what follows its first comma), or give the text as the `base64` key of a message"
+        f"this is base64 text ({length} characters), expected a picture: hand over the bytes that base64.b64decode makes "
+        "of it (base64.urlsafe_b64decode where it has - or _; of a data URI, of what follows its first comma), "
+        "or give the text as the `base64` key of a message"
     )

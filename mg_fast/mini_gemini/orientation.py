@@ -1,4 +1,7 @@
-"""How a stored picture has to be turned to stand upright. Metadata is read and never written, so none of it can spoil a picture."""
+"""How a stored picture has to be turned to stand upright.
+
+Metadata is read and never written, so that none of it can spoil a picture.
+"""
 
 import re
 import struct
@@ -29,8 +32,9 @@ _TURNS = {
 def read_orientation(image: Image.Image) -> int:
     """The orientation that the picture's EXIF, or else its XMP, states: 1 to 8.
 
-    It is 1, which turns nothing, where neither states one, where the value is none of the eight numbers, and where the metadata cannot
-    be read. `PIL.ImageOps.exif_transpose` answers alike but also rewrites the EXIF, which fails on any tag of an unexpected type.
+    It is 1, which turns nothing, where neither states one, where the value is none of the eight numbers, and where the
+    metadata cannot be read. `PIL.ImageOps.exif_transpose` answers alike but also rewrites the EXIF, which fails on any tag
+    of an unexpected type.
     """
     stated = _stated_in_exif(image)
     if stated is None:
@@ -63,7 +67,9 @@ def _scanned(raw: bytes) -> int | None:
         if at >= start + 2 + 12 * struct.unpack_from(order + "H", raw, start)[0]:
             return None
         if tag == ORIENTATION:
-            return struct.unpack_from(order + _INTEGERS[kind], raw, at + 8)[0] if kind in _INTEGERS and count == 1 else None
+            if kind not in _INTEGERS or count != 1:
+                return None
+            return struct.unpack_from(order + _INTEGERS[kind], raw, at + 8)[0]
     return None
 
 
@@ -90,9 +96,9 @@ def upright(picture: torch.Tensor, orientation: int) -> torch.Tensor:
 
 
 def drop_broken_metadata(image: Image.Image) -> None:
-    """Takes out of a TIFF file's metadata, in memory, what Pillow could not read and would stumble over while it loads the pixels.
+    """Takes out of a TIFF file's metadata, in memory, what Pillow cannot read.
 
-    Pillow reads the metadata of a TIFF file together with its pixels and turns the picture itself, so both have to be readable first.
+    Pillow reads the metadata of a TIFF file together with its pixels, which are lost where it stumbles over one of its tags.
     """
     if image.format != "TIFF":
         return

@@ -36,8 +36,8 @@ def open_picture(source, *, allow_urls: bool = False, label: str | None = None) 
     Returns:
         The orientation that EXIF or XMP states is applied; no other metadata matters. Alpha is dropped, as the original does:
         transparent pixels show their hidden colour (a warning says so). Greys of 16 bits keep their high byte, and those of 12 bits
-        their upper 8 bits. Of an animation the first frame is taken (a warning says so). A plain RGB image without metadata comes
-        back as the very same object.
+        their upper 8 bits. Of an animation the first frame is taken (a warning says so). An RGB image of one frame that
+        has no metadata comes back as the very same object.
 
     Raises:
         PictureError: not a picture, truncated, empty, too large, or of a pixel type whose range is unknown.
@@ -168,8 +168,7 @@ def _to_rgb(image: Image.Image, label: str, *, owned: bool) -> Image.Image:
         if _has_transparent_pixels(image):
             hint = "has transparent pixels, their hidden colours are used; flatten it to choose the background"
             logger.warning("%s: %s", label, hint)
-        plain = type(image) is Image.Image and not image.info
-        if image.mode == "RGB" and not animated and (owned or plain):
+        if image.mode == "RGB" and not animated and (owned or not image.info):
             rgb = image
         else:
             with warnings.catch_warnings():
