@@ -37,7 +37,7 @@ class Projection(NamedTuple):
 
 
 class CalledProjection(NamedTuple):
-    """A projection that is more than its four tensors: what is called for it, x [..., takes] -> [..., gives]."""
+    """A projection whose tensors do not say all that it computes, so that its module is called: x [..., takes] -> [..., gives]."""
 
     module: Callable[[torch.Tensor], torch.Tensor]
     takes: int

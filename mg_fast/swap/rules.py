@@ -22,8 +22,8 @@ def accelerate(model: nn.Module) -> Report:
       depth at work (training mode, in which the original leaves its tower) stays timm's to run: `eval()` the tower to have it swapped.
 
     Parameters, state_dict, training, device moves, copies and pickles work as before; a pickle of the swapped model needs mg_fast to be
-    read. torch.jit.trace, torch.jit.script and torch.fx.symbolic_trace record the model's own code where something is swapped, as if it
-    were not: what they return is not accelerated.
+    read. torch.jit.trace, torch.jit.script and torch.fx.symbolic_trace record the model's own code, not the
+    swapped code, so what they return is not accelerated.
 
     Args:
         model: any module. The original's model itself, or something that holds it.
