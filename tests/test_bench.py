@@ -252,6 +252,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(measure, "_event_times", lambda call, seconds, flush: [1.0, 1.0])
     monkeypatch.setattr(measure, "time_graph", lambda call, seconds: 0.5)
     monkeypatch.setattr(measure, "peak_mib", lambda call, device: 7.0)
+    monkeypatch.setattr(measure, "keep_busy", lambda seconds: 0.0)
     return monkeypatch
 
 

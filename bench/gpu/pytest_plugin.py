@@ -10,9 +10,8 @@ pytest-xdist puts another one in its place.
 
 import os
 import re
+import sys
 from pathlib import Path
-
-import torch
 
 # "path::test PASSED [ 10%]", and by a worker of pytest-xdist "[gw3] [ 10%] PASSED path::test"
 _PASSED = re.compile(r"^(?:\[gw\d+\] \[ *\d+%\] PASSED (?P<theirs>\S.*?)|(?P<ours>\S.*?::.*?) PASSED(?: +\[ *\d+%\])?) *$", re.MULTILINE)
@@ -48,12 +47,16 @@ def pytest_sessionfinish(session, exitstatus):
 
 def pytest_runtest_logfinish(nodeid, location):
     # the reports of the test have left this process
-    if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_available() and is_lost():
+    if "PYTEST_XDIST_WORKER" in os.environ and is_lost():
         os._exit(70)
 
 
 def is_lost() -> bool:
     """Whether an earlier kernel has broken this process' GPU context."""
+    # not imported here: what no test has needed costs the collection seconds
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return False
     try:
         torch.cuda.synchronize()
     except RuntimeError:

@@ -76,8 +76,8 @@ LAUNCHES: dict[str, Launch] = {
     "linear_residual": _operation(ops.linear_residual, (20, 128), (64, 128), (64,), (20, 64)),
     # both launches of a resize; its numbers are whole, whatever the dtype
     "dual_resize": Launch(
-        lambda dtype: torch.randint(0, 256, (37, 53, 3), dtype=torch.uint8),
-        lambda picture, backend: list(ops.dual_resize(picture, 48, 16, grid=2, global_view=True, backend=backend)),
+        lambda dtype: torch.randint(0, 256, (9, 13, 3), dtype=torch.uint8),
+        lambda picture, backend: list(ops.dual_resize(picture, 16, 6, grid=2, global_view=True, backend=backend)),
     ),
 }
 
