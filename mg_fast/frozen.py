@@ -8,6 +8,7 @@ from torch import nn
 from torch._subclasses import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as torch_modules
+from torch.utils.module_tracker import ModuleTracker
 
 from .execution import accelerate_hooks, only_placed
 
@@ -27,6 +28,23 @@ class Watch:
 
     def __reduce__(self):
         return Watch, ()
+
+
+def global_hooks() -> str | None:
+    """Says so where hooks are registered for all modules at once, which only calls of the modules run; None where there are none.
+
+    Those of torch's ModuleTracker, by which FlopCounterMode tells modules apart, only look on. They do not count.
+    """
+    for registered in (
+        torch_modules._global_forward_pre_hooks,
+        torch_modules._global_forward_hooks,
+        torch_modules._global_backward_pre_hooks,
+        torch_modules._global_backward_hooks,
+    ):
+        for hook in registered.values():
+            if not isinstance(getattr(hook, "__self__", None), ModuleTracker):
+                return "hooks are registered for all modules, which only calls of the modules run"
+    return None
 
 
 def why_not_plain(name: str, layer: nn.Module, *, placed: bool = False) -> str | None:
@@ -52,6 +70,8 @@ def uncommon(module: nn.Module, known: Set[type]) -> str | None:
         known: types of all modules that may be in it; exactly those, as subclasses and wrappers compute something else: low-rank adapters,
             quantised layers, parametrisations.
     """
+    if reason := global_hooks():
+        return reason
     for name, part in module.named_modules():
         if reason := why_not_plain(name or "it", part, placed=True):
             return reason

@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 import mg_fast
 from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor, frozen, pipeline
 from mg_fast.meter import Meter
-from mg_fast.mini_gemini import encoder as encoder_module
 from mg_fast.mini_gemini.encoder import PictureEncoder
 from mg_fast.modules import ConvNeXtPyramid
 from tests.tolerances import IMAGE_TOKENS, assert_accurate, relative_error

@@ -12,6 +12,7 @@ from torch import nn
 
 from .. import backend as backends
 from .. import frozen
+from ..execution import Chain
 from ..frozen import uncommon
 from ..graphs import CaptureStream, NoStreamLeft, capture
 from .modeling import MiniGeminiModel
@@ -150,7 +151,7 @@ class PictureEncoder:
     def _graphs_show_all(self) -> bool:
         """Whether a replay does what a call would: hooks on mining or projector would run at the capture alone."""
         parts = self._model.patch_mining, self._model.mm_projector
-        return not any(uncommon(part, {nn.Sequential, nn.LayerNorm, nn.Linear, nn.GELU, nn.Identity}) for part in parts)
+        return not any(uncommon(part, {Chain, nn.Sequential, nn.LayerNorm, nn.Linear, nn.GELU, nn.Identity}) for part in parts)
 
     def _queries(self, pixel_values: torch.Tensor, backend: str | None) -> torch.Tensor:
         return self._model.low_resolution_queries(pixel_values, tower=lambda views: self._clip(views, backend=backend))
