@@ -116,6 +116,7 @@ def state(parts: Iterable[nn.Module]) -> tuple:
     adapters = tuple(
         (tuple(tuned.active_adapters), tuned.disable_adapters, tuple(tuned.merged_adapters), tuple(getattr(tuned, "scaling", {}).items()))
         for tuned in modules
-        if hasattr(tuned, "merged_adapters")
+        # asked of the class first, as a module looks for what it does not have in three tables
+        if hasattr(type(tuned), "merged_adapters") or "merged_adapters" in vars(tuned)
     )
     return weights, kinds, offloaded, hooks, everywhere, patched, adapters
