@@ -1,9 +1,23 @@
 """Where a module computes and in which dtype: its weights may be offloaded, and the parts next to it may have another dtype."""
 
+import contextlib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
+
+from .errors import BackendError
+
+# how torch's products, convolutions, norms and attention say that their tensors have different dtypes
+_REFUSED_MIXTURES = (
+    "same dtype",
+    "mixed dtype",
+    "expected scalar type",
+    "should be the same",
+    "should have the same",
+    "same data type",
+)
 
 
 def execution_device(module: nn.Module) -> torch.device:
@@ -106,6 +120,33 @@ def autocasting(x: torch.Tensor) -> bool:
 def call(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Calls a part of the model, its input in the dtype that it computes in."""
     return module(at_seam(x, module))
+
+
+@contextlib.contextmanager
+def mixed_dtypes_named(parts: Mapping[str, nn.Module]):
+    """Where torch refuses a product of two dtypes in parts that cast nothing inside, says which layers differ from the rest of their part.
+
+    Args:
+        parts: what runs, by their names.
+
+    Raises:
+        BackendError: in place of torch's own error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(phrase in str(error) for phrase in _REFUSED_MIXTURES):
+            raise
+        for name, part in parts.items():
+            dtypes = {where: p.dtype for where, p in part.named_parameters() if p.is_floating_point() and p.element_size() > 1}
+            if len(kinds := Counter(dtypes.values()).most_common()) > 1:
+                usual = kinds[0][0]
+                where, dtype = next((where, dtype) for where, dtype in dtypes.items() if dtype != usual)
+                raise BackendError(
+                    f"{name}: expected all of its layers in one dtype, got {where} in {dtype} among {usual}; "
+                    f"convert it with .to({usual}), or the whole part"
+                ) from error
+        raise
 
 
 class Chain(nn.Sequential):

@@ -17,7 +17,7 @@ from .backend import IMPLEMENTED, check_everywhere, choose, requested, use_backe
 from .batch import chat_batch
 from .chat import Conversation
 from .errors import BackendError, PictureError, quoted
-from .execution import execution_device
+from .execution import execution_device, mixed_dtypes_named
 from .explain import Explanation, explain
 from .image_cache import DEFAULT_BYTES, ImageCache, picture_digest
 from .meter import Meter
@@ -233,7 +233,9 @@ class Pipeline:
             if encoder is not None:
                 tokens = encoder.encode(**pixels, **measured)[0]
             else:
-                tokens = self.model.model.get_image_features(**pixels, **measured).pooler_output[0]
+                inner = self.model.model
+                with mixed_dtypes_named({"vision_tower": inner.vision_tower, "vision_tower_aux": inner.vision_tower_aux}):
+                    tokens = inner.get_image_features(**pixels, **measured).pooler_output[0]
             if digest:
                 self._image_cache.put(digest, tokens)
             return SeenPicture(tokens, digest)

@@ -3,11 +3,12 @@
 import copy
 import itertools
 import random
+import re
 
 import pytest
 import torch
 
-from mg_fast import MiniGeminiForConditionalGeneration, Pipeline
+from mg_fast import BackendError, MiniGeminiForConditionalGeneration, Pipeline
 from mg_fast.execution import compute_dtype
 from tests.families import family
 from tests.tolerances import relative_error
@@ -161,3 +162,25 @@ def test_a_trained_copy_in_float32(name, backend):
         assert pipeline.see(found.pictures[0]).dtype == torch.bfloat16
         pipeline.reset()
         assert pipeline.chat(QUESTION, [found.pictures[0]], max_new_tokens=2).token_ids
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize(
+    "part, layer",
+    [
+        ("vision_tower", "encoder.layers.0.mlp.fc1"),
+        ("vision_tower", "encoder.layers.0.self_attn.q_proj"),
+        ("vision_tower_aux", "vision_stages.1.blocks.0.mlp.fc1"),
+        ("vision_tower_aux", "vision_stages.1.blocks.0.conv_dw"),
+        ("language_model", "layers.0.mlp.up_proj"),
+        ("language_model", "layers.1.self_attn.q_proj"),
+    ],
+)
+def test_a_layer_that_nothing_casts_for_is_named(part, layer, backend):
+    """Inside towers and language model the layers call each other."""
+    found = family("standard")
+    model = MiniGeminiForConditionalGeneration.from_pretrained(found.folder, dtype=torch.bfloat16)
+    model.model.get_submodule(f"{part}.{layer}").float()
+    expected = rf"^{part}: expected all of its layers in one dtype, got {re.escape(layer)}.weight in torch.float32 among torch.bfloat16"
+    with pytest.raises(BackendError, match=expected):
+        Pipeline(model, found.processor, backend=backend).chat(QUESTION, [found.pictures[0]], max_new_tokens=2)
