@@ -1,9 +1,23 @@
 """Where a module computes and in which dtype: its weights may be offloaded, and the parts next to it may have another dtype."""
 
+import contextlib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
+
+from .errors import BackendError
+
+# how torch's products, convolutions, norms and attention say that their tensors have different dtypes
+_REFUSED_MIXTURES = (
+    "same dtype",
+    "mixed dtype",
+    "expected scalar type",
+    "should be the same",
+    "should have the same",
+    "same data type",
+)
 
 
 def execution_device(module: nn.Module) -> torch.device:
@@ -65,11 +79,28 @@ def only_placed(module: nn.Module) -> bool:
 
 def compute_dtype(module: nn.Module) -> torch.dtype | None:
     """The dtype that a module takes its input in, by its first parameter of 16 bits or more; None where it has none."""
-    for parameter in module.parameters():
+    module = running(module)
+    for parameter in module.parameters(recurse=False):
         # Quantized weights are stored in fewer bits than they are computed in.
         if parameter.is_floating_point() and parameter.element_size() > 1:
             return parameter.dtype
+    for part in module.children():
+        if (dtype := compute_dtype(part)) is not None:
+            return dtype
     return None
+
+
+def running(module: nn.Module) -> nn.Module:
+    """The module that takes the input where peft has wrapped it: a layer below its adapters, or the trained copy of a whole module."""
+    while True:
+        parts = module._modules
+        if "modules_to_save" in parts and "original_module" in parts:
+            active = [] if module.disable_adapters else [name for name in module.active_adapters if name in parts["modules_to_save"]]
+            module = parts["modules_to_save"][active[0]] if active else parts["original_module"]
+        elif "base_layer" in parts:
+            module = parts["base_layer"]
+        else:
+            return module
 
 
 def at_seam(x: torch.Tensor, module: nn.Module) -> torch.Tensor:
@@ -78,14 +109,53 @@ def at_seam(x: torch.Tensor, module: nn.Module) -> torch.Tensor:
     Under autocast it stays as it is, as autocast casts it in each operation.
     """
     dtype = compute_dtype(module)
-    if dtype is None or dtype == x.dtype or (not x.is_meta and torch.is_autocast_enabled(x.device.type)):
-        return x
-    return x.to(dtype)
+    return x if dtype is None or dtype == x.dtype or autocasting(x) else x.to(dtype)
+
+
+def autocasting(x: torch.Tensor) -> bool:
+    """Whether autocast is on where a tensor lies."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def call(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Calls a part of the model, its input in the dtype that it computes in."""
     return module(at_seam(x, module))
+
+
+@contextlib.contextmanager
+def mixed_dtypes_named(parts: Mapping[str, nn.Module]):
+    """Where torch refuses a product of two dtypes in parts that cast nothing inside, says which layers differ from the rest of their part.
+
+    Args:
+        parts: what runs, by their names.
+
+    Raises:
+        BackendError: in place of torch's own error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(phrase in str(error) for phrase in _REFUSED_MIXTURES):
+            raise
+        for name, part in parts.items():
+            dtypes = {where: p.dtype for where, p in part.named_parameters() if p.is_floating_point() and p.element_size() > 1}
+            if len(kinds := Counter(dtypes.values()).most_common()) > 1:
+                usual = kinds[0][0]
+                where, dtype = next((where, dtype) for where, dtype in dtypes.items() if dtype != usual)
+                raise BackendError(
+                    f"{name}: expected all of its layers in one dtype, got {where} in {dtype} among {usual}; "
+                    f"convert it with .to({usual}), or the whole part"
+                ) from error
+        raise
+
+
+class Chain(nn.Sequential):
+    """Layers one after the other, each in its own dtype: a LayerNorm is often kept in float32 among layers of 16 bits."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self:
+            x = call(layer, x)
+        return x
 
 
 def complete_device_map(device_map: Mapping[str, object], names: Iterable[str], tied: Mapping[str, str] | None = None) -> dict[str, object]:
@@ -100,6 +170,8 @@ def complete_device_map(device_map: Mapping[str, object], names: Iterable[str], 
         names: of the model's parameters.
         tied: names of parameters that are others, by whose names they go. On disk they lie together, as they are loaded together.
     """
+    # transformers and accelerate compare devices with "cpu", "disk" and numbers, which a torch.device is equal to none of
+    device_map = {name: _plain_device(device) for name, device in device_map.items()}
     complete, names = {}, list(names)
 
     def below(name: str, candidates: Iterable[str]) -> list[str]:
@@ -123,3 +195,10 @@ def complete_device_map(device_map: Mapping[str, object], names: Iterable[str], 
         if None not in entries and "disk" in (places := [complete[entry] for entry in entries]) and places[0] != places[1]:
             complete[entries[0]] = places[1]
     return complete
+
+
+def _plain_device(device: object) -> object:
+    """A torch.device as the number of a GPU or as its name; anything else as it is."""
+    if not isinstance(device, torch.device):
+        return device
+    return device.index if device.type == "cuda" and device.index is not None else str(device)

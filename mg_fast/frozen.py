@@ -6,8 +6,11 @@ from collections.abc import Iterable, Set
 import torch
 from torch import nn
 from torch._subclasses import FakeTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules import module as torch_modules
+from torch.utils.module_tracker import ModuleTracker
 
-from .execution import only_placed
+from .execution import accelerate_hooks, only_placed
 
 
 class Watch:
@@ -25,6 +28,23 @@ class Watch:
 
     def __reduce__(self):
         return Watch, ()
+
+
+def global_hooks() -> str | None:
+    """Says so where hooks are registered for all modules at once, which only calls of the modules run; None where there are none.
+
+    Those of torch's ModuleTracker, by which FlopCounterMode tells modules apart, only look on. They do not count.
+    """
+    for registered in (
+        torch_modules._global_forward_pre_hooks,
+        torch_modules._global_forward_hooks,
+        torch_modules._global_backward_pre_hooks,
+        torch_modules._global_backward_hooks,
+    ):
+        for hook in registered.values():
+            if not isinstance(getattr(hook, "__self__", None), ModuleTracker):
+                return "hooks are registered for all modules, which only calls of the modules run"
+    return None
 
 
 def why_not_plain(name: str, layer: nn.Module, *, placed: bool = False) -> str | None:
@@ -50,6 +70,8 @@ def uncommon(module: nn.Module, known: Set[type]) -> str | None:
         known: types of all modules that may be in it; exactly those, as subclasses and wrappers compute something else: low-rank adapters,
             quantised layers, parametrisations.
     """
+    if reason := global_hooks():
+        return reason
     for name, part in module.named_modules():
         if reason := why_not_plain(name or "it", part, placed=True):
             return reason
@@ -63,3 +85,38 @@ def uncommon(module: nn.Module, known: Set[type]) -> str | None:
     if len(kinds) > 1:
         return f"expected one dtype and one device, got {', '.join(sorted(f'{dtype} on {device}' for dtype, device in kinds))}"
     return None
+
+
+def state(parts: Iterable[nn.Module]) -> tuple:
+    """What parts of a model compute by, to be compared with `==` later: results that were kept are of no use once it has changed.
+
+    It knows the weights with their places and versions, modules that were exchanged, hooks, replaced forwards, and low-rank adapters with
+    their switches and factors. What is written through `.data`, into inference tensors or into offloaded weights is counted nowhere, and
+    is not seen.
+    """
+    modules = [module for part in parts for module in part.modules()]
+    weights = tuple(
+        # Some layouts of quantised weights have no address of their own. While a storage is referred to, its place is not another's.
+        (
+            id(p),
+            (StorageWeakRef(p.untyped_storage()), p.data_ptr()) if type(p) is nn.Parameter else 0,
+            None if p.is_inference() else p._version,
+        )
+        for module in modules
+        for p in module._parameters.values()
+        # What stands in for an offloaded weight is made anew after every call. The weight itself lies with the hook that loads it.
+        if p is not None and not p.is_meta
+    )
+    kinds = tuple((weakref.ref(module), type(module), module.training) for module in modules)
+    offloaded = tuple(id(hook) for module in modules for hook in accelerate_hooks(module))
+    hooks = tuple(key for module in modules for hooks in (module._forward_pre_hooks, module._forward_hooks) for key in hooks)
+    everywhere = (*torch_modules._global_forward_pre_hooks, *torch_modules._global_forward_hooks)
+    patched = tuple(vars(module)["forward"] for module in modules if "forward" in vars(module))
+    # Low-rank adapters are switched and scaled, and merged through `.data`, which weights do not count.
+    adapters = tuple(
+        (tuple(tuned.active_adapters), tuned.disable_adapters, tuple(tuned.merged_adapters), tuple(getattr(tuned, "scaling", {}).items()))
+        for tuned in modules
+        # asked of the class first, as a module looks for what it does not have in three tables
+        if hasattr(type(tuned), "merged_adapters") or "merged_adapters" in vars(tuned)
+    )
+    return weights, kinds, offloaded, hooks, everywhere, patched, adapters

@@ -17,11 +17,11 @@ from .backend import IMPLEMENTED, check_everywhere, choose, requested, use_backe
 from .batch import chat_batch
 from .chat import Conversation
 from .errors import BackendError, PictureError, quoted
-from .execution import execution_device
+from .execution import execution_device, mixed_dtypes_named
 from .explain import Explanation, explain
 from .image_cache import DEFAULT_BYTES, ImageCache, picture_digest
 from .meter import Meter
-from .mini_gemini.encoder import PictureEncoder
+from .mini_gemini.encoder import PictureEncoder, picture_state
 from .mini_gemini.modeling import MiniGeminiForConditionalGeneration
 from .mini_gemini.pictures import open_picture
 from .mini_gemini.processing import MiniGeminiProcessor
@@ -37,8 +37,9 @@ class Pipeline:
 
     Pictures go through packed copies of the towers (`PictureEncoder`), made at the first picture and of a third of their size; by the
     `reference` backend, or where a tower is more than its weights, through the model's own modules. Image tokens are kept by picture
-    content, for all conversations. Both are made anew after the weights were changed in place or moved; whoever changes them through
-    `.data`, or adds hooks or adapters to a tower, mining or the projector, calls `clear_image_cache`.
+    content, for all conversations. Both are made anew once the picture side has changed: weights that were written to in place, moved or
+    exchanged, hooks, and adapters that were added, switched, scaled or merged. Whoever writes to weights through `.data` (or to offloaded
+    ones, or to inference tensors), calls `clear_image_cache`.
 
     Args:
         model: the MiniGeminiForConditionalGeneration.
@@ -75,6 +76,7 @@ class Pipeline:
         self._packing = threading.Lock()
         # towers are packed anew after a change, and the tokens of one picture are others then
         self._packing_number = 0
+        self._picture_state: tuple | None = None
         self.model, self.processor, self.backend = model, processor, backend
         self.template = processor.template
         self.load_seconds: float | None = None
@@ -215,11 +217,11 @@ class Pipeline:
         with self._backend():
             with stage("preprocess"):
                 # first: what was seen with other weights is forgotten with their copies
-                encoder = self._packed_encoder() if requested() != "reference" else None
+                number, encoder = self._current_encoder(packed=requested() != "reference")
                 digest = b""
                 if self._image_cache.limit or seen is not None or (encoder is not None and self.decoder.prefixes.limit):
                     image = _decoded(image, allow_urls)
-                    digest = hashlib.sha256(repr((picture_digest(image), *self._circumstances())).encode()).digest()
+                    digest = hashlib.sha256(repr((picture_digest(image), number, *self._circumstances())).encode()).digest()
                     if (known := next((picture for picture in seen or () if picture.digest == digest), None)) is not None:
                         return known
                     if (tokens := self._image_cache.get(digest)) is not None:
@@ -231,7 +233,9 @@ class Pipeline:
             if encoder is not None:
                 tokens = encoder.encode(**pixels, **measured)[0]
             else:
-                tokens = self.model.model.get_image_features(**pixels, **measured).pooler_output[0]
+                inner = self.model.model
+                with mixed_dtypes_named({"vision_tower": inner.vision_tower, "vision_tower_aux": inner.vision_tower_aux}):
+                    tokens = inner.get_image_features(**pixels, **measured).pooler_output[0]
             if digest:
                 self._image_cache.put(digest, tokens)
             return SeenPicture(tokens, digest)
@@ -244,20 +248,25 @@ class Pipeline:
             own.append(self._see(image, allow_urls=allow_urls, seen=[*seen, *own]))
         return own
 
-    def _packed_encoder(self) -> PictureEncoder | None:
-        """The one at hand, or another where the model has been changed, moved or converted since; None where the model cannot be packed."""
+    def _current_encoder(self, *, packed: bool) -> tuple[int, PictureEncoder | None]:
+        """The number of the picture side's present state, and the packed towers of it.
+
+        Image tokens and towers of another state are dropped. The towers are None where none are asked for, or the model cannot be packed.
+        """
         with self._packing:
-            if self._encoder is not None:
-                if self._encoder.is_current():
-                    return self._encoder
-                self.clear_image_cache()
-            try:
-                # its weights must not be inference tensors, which count no changes
-                with torch.inference_mode(False):
-                    self._encoder = PictureEncoder(self.model.model)
-            except ValueError as error:
-                logger.info("pictures go through the model's own modules: %s", error)
-            return self._encoder
+            state = picture_state(self.model.model)
+            if state != self._picture_state:
+                if self._picture_state is not None:
+                    self.clear_image_cache()
+                self._picture_state = state
+            if packed and self._encoder is None:
+                try:
+                    # its weights must not be inference tensors, which count no changes
+                    with torch.inference_mode(False):
+                        self._encoder = PictureEncoder(self.model.model)
+                except ValueError as error:
+                    logger.info("pictures go through the model's own modules: %s", error)
+            return self._packing_number, self._encoder if packed else None
 
     def clear_image_cache(self) -> None:
         """Forgets the image tokens of pictures seen before and the packed towers; conversations keep the tokens of their own pictures."""
@@ -273,8 +282,8 @@ class Pipeline:
         self.decoder.forget()
 
     def _circumstances(self) -> tuple:
-        """What image tokens depend on beside the picture and the weights."""
-        device, config, images = self.device, self.model.config, self.processor.image_processor
+        """What image tokens depend on beside the picture and the state of the model."""
+        device, images = self.device, self.processor.image_processor
         backends = tuple(choose(operation, None, device) for operation in IMPLEMENTED)
         autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         # what settles the arithmetic of float32 products
@@ -282,14 +291,12 @@ class Pipeline:
         precision = tuple(setting.fp32_precision for setting in settings)
         processing = (images.hr_size, images.lr_size, images.grid, images.global_view, images.pad)
         return (
-            self._packing_number,
             str(device),
             self.model.dtype,
             backends,
             autocast,
             precision,
             processing,
-            config.mm_vision_select_layer,
         )
 
     def _backend(self):

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .execution import autocasting
+
 LAYER_NORM_EPS = 1e-5
 
 
@@ -44,8 +46,9 @@ class CalledProjection(NamedTuple):
     gives: int
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        # A module that is placed elsewhere leaves its result there.
-        return self.module(x).to(x.device)
+        # A module that is placed elsewhere, or has another dtype, leaves its result so. Autocast casts by itself.
+        projected = self.module(x).to(x.device)
+        return projected if autocasting(x) else projected.to(x.dtype)
 
 
 def low_resolution_views(pixels: torch.Tensor, side: int, *, grid: int = 1, global_view: bool = False) -> torch.Tensor:

@@ -12,6 +12,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, StopStringCrite
 from .arguments import check_text, plain_numbers, real_number, whole_number
 from .backend import requested
 from .errors import PromptError, quoted
+from .execution import mixed_dtypes_named
 from .meter import Meter, Stage
 from .mini_gemini.modeling import PICTURE_INPUTS
 from .quantization import check_cache
@@ -183,6 +184,7 @@ def answer(
             lean = pipeline.decoder.request(digests if all(digests) else None, stream, generator)
         elif generator is not None:
             stack.enter_context(_as_global(generator))
+        stack.enter_context(mixed_dtypes_named({"language_model": model.model.language_model}))
         out = model.generate(
             **inputs,
             max_new_tokens=max(request.max_new_tokens for request, _ in rows),

@@ -156,3 +156,37 @@ def test_backward_hooks_run(model, found, part):
 def test_plain_mining_reads_its_weights(found):
     """Calling is for what needs it: it takes fifty times the operations."""
     assert not any(isinstance(p, mg_fast.reference.CalledProjection) for p in found.model.model.patch_mining.projections())
+
+
+@BACKENDS
+def test_hooks_on_all_modules_run(model, found, backend):
+    """Doubled by a hook that holds for every module, as those of profilers and probes do."""
+    pipeline = Pipeline(model, found.processor, backend=backend)
+    before = pipeline.see(found.pictures[0])
+    changed = (model.model.patch_mining.vlm_uni_val_projector[1], model.model.vision_tower_aux.vision_stages[1].blocks[0].mlp.fc1)
+    plain, called = copy.deepcopy(model), set()
+
+    def double(module, args, output):
+        called.add(module)
+        return 2 * output if module in changed else None
+
+    handle = nn.modules.module.register_module_forward_hook(double)
+    try:
+        doubled = pipeline.see(found.pictures[0])
+    finally:
+        handle.remove()
+    with torch.no_grad():
+        for layer in (plain.model.patch_mining.vlm_uni_val_projector[1], plain.model.vision_tower_aux.vision_stages[1].blocks[0].mlp.fc1):
+            layer.weight.mul_(2)
+            layer.bias.mul_(2)
+    assert called >= {*model.model.patch_mining.modules(), *changed}
+    assert relative_error(doubled, tokens(plain, found, "reference")) <= IMAGE_TOKENS < relative_error(doubled, before)
+    assert relative_error(pipeline.see(found.pictures[0]), before) <= IMAGE_TOKENS
+
+
+def test_counting_flop_changes_nothing(model):
+    """torch's counter looks on by hooks for all modules."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False):
+        assert not any(isinstance(p, mg_fast.reference.CalledProjection) for p in model.model.patch_mining.projections())

@@ -3,11 +3,13 @@
 import copy
 import itertools
 import random
+import re
 
 import pytest
 import torch
 
-from mg_fast import MiniGeminiForConditionalGeneration, Pipeline
+from mg_fast import BackendError, MiniGeminiForConditionalGeneration, Pipeline
+from mg_fast.execution import compute_dtype
 from tests.families import family
 from tests.tolerances import relative_error
 
@@ -99,3 +101,86 @@ def test_autocast_is_left_alone():
             tokens = found.model.get_image_features(**inputs).pooler_output
     assert tokens.dtype == torch.bfloat16
     assert_near(tokens, expected, [torch.bfloat16], "autocast")
+
+
+INSIDE = [
+    *(f"model.patch_mining.vlm_uni_{name}_projector" for name in ("query", "aux", "val")),
+    *(f"model.patch_mining.vlm_uni_{name}_projector.{layer}" for name in ("query", "aux", "val") for layer in (0, 1)),
+    "model.mm_projector.0",
+    "model.mm_projector.2",
+]
+
+
+def assert_near_in_float32(model, found, backend, text):
+    exact = Pipeline(copy.deepcopy(model).float(), found.processor)
+    pipeline = Pipeline(model, found.processor, backend=backend)
+    dtypes = [torch.bfloat16]
+    assert_near(pipeline.see(found.pictures[0]), exact.see(found.pictures[0]), dtypes, text)
+    assert pipeline.chat(QUESTION, [found.pictures[0]], max_new_tokens=2).token_ids
+    weights = pipeline.explain(found.pictures[0]).weights
+    torch.testing.assert_close(weights, exact.explain(found.pictures[0]).weights, rtol=0, atol=0.05)
+    return pipeline
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("name", INSIDE)
+def test_a_layer_of_a_part_in_float32(name, backend):
+    """As people keep LayerNorms in float32 in a model of 16 bits."""
+    found = family("standard")
+    model = MiniGeminiForConditionalGeneration.from_pretrained(found.folder, dtype=torch.bfloat16)
+    model.get_submodule(name).float()
+    assert_near_in_float32(model, found, backend, name)
+
+
+def test_hooks_and_layers_in_float32_at_once():
+    found = family("standard")
+    model = MiniGeminiForConditionalGeneration.from_pretrained(found.folder, dtype=torch.bfloat16)
+    called = []
+    for name in ("patch_mining.vlm_uni_val_projector", "mm_projector"):
+        projector = model.model.get_submodule(name)
+        projector[0].float()
+        projector.register_forward_hook(lambda *_: called.append(1))
+    Pipeline(model, found.processor).see(found.pictures[0])
+    assert len(called) == 2
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("name", ["mm_projector", "lm_head", "vlm_uni_val_projector"])
+def test_a_trained_copy_in_float32(name, backend):
+    """peft computes with the copy while its adapters are on, and with the original while they are off."""
+    from peft import LoraConfig, get_peft_model
+
+    found = family("standard")
+    model = MiniGeminiForConditionalGeneration.from_pretrained(found.folder, dtype=torch.bfloat16)
+    tuned = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=[name])).eval()
+    wrapper = next(module for path, module in model.named_modules() if path.endswith(name))
+    wrapper.modules_to_save["default"].float()
+    assert compute_dtype(wrapper) == torch.float32
+    pipeline = assert_near_in_float32(model, found, backend, name)
+    with tuned.disable_adapter():
+        assert compute_dtype(wrapper) == torch.bfloat16
+        assert pipeline.see(found.pictures[0]).dtype == torch.bfloat16
+        pipeline.reset()
+        assert pipeline.chat(QUESTION, [found.pictures[0]], max_new_tokens=2).token_ids
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize(
+    "part, layer",
+    [
+        ("vision_tower", "encoder.layers.0.mlp.fc1"),
+        ("vision_tower", "encoder.layers.0.self_attn.q_proj"),
+        ("vision_tower_aux", "vision_stages.1.blocks.0.mlp.fc1"),
+        ("vision_tower_aux", "vision_stages.1.blocks.0.conv_dw"),
+        ("language_model", "layers.0.mlp.up_proj"),
+        ("language_model", "layers.1.self_attn.q_proj"),
+    ],
+)
+def test_a_layer_that_nothing_casts_for_is_named(part, layer, backend):
+    """Inside towers and language model the layers call each other."""
+    found = family("standard")
+    model = MiniGeminiForConditionalGeneration.from_pretrained(found.folder, dtype=torch.bfloat16)
+    model.model.get_submodule(f"{part}.{layer}").float()
+    expected = rf"^{part}: expected all of its layers in one dtype, got {re.escape(layer)}.weight in torch.float32 among torch.bfloat16"
+    with pytest.raises(BackendError, match=expected):
+        Pipeline(model, found.processor, backend=backend).chat(QUESTION, [found.pictures[0]], max_new_tokens=2)

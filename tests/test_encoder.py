@@ -8,9 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 import mg_fast
-from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor, pipeline
+from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor, frozen, pipeline
 from mg_fast.meter import Meter
-from mg_fast.mini_gemini import encoder as encoder_module
 from mg_fast.mini_gemini.encoder import PictureEncoder
 from mg_fast.modules import ConvNeXtPyramid
 from tests.tolerances import IMAGE_TOKENS, assert_accurate, relative_error
@@ -156,7 +155,7 @@ def test_the_pipeline_looks_at_all_parameters_once_a_picture(loaded, photo, draw
     piped = pipeline.Pipeline(model, processor)
     piped.see(photo)
     walks = []
-    monkeypatch.setattr(encoder_module, "_storages", lambda model, walk=encoder_module._storages: walks.append(1) or walk(model))
+    monkeypatch.setattr(frozen, "state", lambda parts, walk=frozen.state: walks.append(1) or walk(parts))
     piped.see(drawing)
     assert len(walks) == 1
 

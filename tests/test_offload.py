@@ -209,3 +209,20 @@ def test_a_tied_weight_goes_to_disk_with_its_other_name():
     assert complete_device_map({"": 0, "body.embedding": "disk"}, names, tied) == expected
     assert complete_device_map({"": 0, "head": "disk"}, names, tied) == {"body": 0, "head": 0}
     assert complete_device_map({"body": 1, "head": 0}, names, tied) == {"body": 1, "head": 0}
+
+
+def test_a_device_map_of_torch_devices():
+    names = ["body.tower.weight", "body.norm.weight", "head.weight"]
+    cpu, disk, gpu = torch.device("cpu"), "disk", torch.device("cuda:1")
+    assert complete_device_map({"": cpu, "body.norm": disk}, names) == {"body.tower": "cpu", "body.norm": "disk", "head": "cpu"}
+    found = complete_device_map({"": gpu, "head": torch.device("cuda")}, names)
+    assert found == {"body": 1, "head": "cuda"} and not any(isinstance(device, torch.device) for device in found.values())
+    assert complete_device_map({"": cpu}, names) == {"": "cpu"}
+
+
+def test_a_norm_on_disk_beside_a_torch_device(tmp_path):
+    found = family("mgm-llama")
+    model = load(found, tmp_path, {"": torch.device("cpu"), "model.language_model.norm": "disk"})
+    pipeline = Pipeline(model, found.processor)
+    expected = found.pipeline().chat(QUESTION, [found.pictures[0]], max_new_tokens=3)
+    assert pipeline.chat(QUESTION, [found.pictures[0]], max_new_tokens=3).token_ids == expected.token_ids

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
+from .. import frozen
 from ..errors import PromptError
-from ..execution import accelerate_hooks, compute_dtype, execution_device
+from ..execution import compute_dtype, execution_device
 from ..mini_gemini.modeling import PICTURE_INPUTS
 from .finite import explain
 from .kv_cache import position_bytes
@@ -313,29 +313,8 @@ def _refusal(config: GenerationConfig, assistant_model: object = None) -> str | 
 
 def _state(model: nn.Module) -> tuple:
     """What keys, values and graphs depend on beside the tokens: another one means that they are of no use any more."""
-    language = model.model.language_model
-    parts = [*language.modules(), model.lm_head]
-    weights = tuple(
-        # some layouts of quantised weights have no address of their own; while it is referred to, a storage's place is not another's
-        (
-            id(p),
-            (StorageWeakRef(p.untyped_storage()), p.data_ptr()) if type(p) is nn.Parameter else 0,
-            None if p.is_inference() else p._version,
-        )
-        for p in [*language.parameters(), *model.lm_head.parameters()]
-        # what stands in for an offloaded weight is made anew after every call, and the weight itself lies with the hook that loads it
-        if not p.is_meta
-    )
-    offloaded = tuple(id(hook) for part in parts for hook in accelerate_hooks(part))
-    hooks = tuple(hook for part in parts for hooks in (part._forward_pre_hooks, part._forward_hooks) for hook in hooks)
-    patched = tuple(vars(part)["forward"] for part in parts if "forward" in vars(part))
-    # low-rank adapters are switched and scaled, and merged through `.data`, which weights do not count
-    tuned = [part for part in parts if hasattr(part, "merged_adapters")]
-    adapters = tuple(
-        (tuple(part.active_adapters), part.disable_adapters, tuple(part.merged_adapters), tuple(getattr(part, "scaling", {}).items()))
-        for part in tuned
-    )
     device = execution_device(model.lm_head).type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     precision = torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
-    return weights, offloaded, hooks, patched, adapters, autocast, precision, model.config.text_config._attn_implementation
+    attention = model.config.text_config._attn_implementation
+    return frozen.state((model.model.language_model, model.lm_head)), autocast, precision, attention

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from .. import backend as backends
+from .. import frozen
+from ..execution import Chain
 from ..frozen import uncommon
 from ..graphs import CaptureStream, NoStreamLeft, capture
 from .modeling import MiniGeminiModel
@@ -27,8 +29,8 @@ logger = logging.getLogger(__name__)
 class PictureEncoder:
     """Image tokens of pictures by packed copies of a model's towers.
 
-    What is packed is a snapshot; mining and projector are the model's own. A call refuses once a tower's weights were changed in place, or
-    the model was moved or converted: make another. Writes through `.data`, and hooks or adapters that come later to a tower, are not seen.
+    What is packed is a snapshot; mining and projector are the model's own. A call refuses once a tower was changed (its weights in place,
+    by hooks, adapters or otherwise), or the model was moved or converted: make another. Writes through `.data` are not seen.
     On a GPU the towers run at once on two streams, and all of it is captured in a CUDA graph for each shape: a call then is one launch.
     While mining or projector compute something else than their weights say (hooks, adapters), calls go without graphs.
 
@@ -56,7 +58,7 @@ class PictureEncoder:
         self._select_layer = model.config.mm_vision_select_layer
         self._clip = PackedClip.from_tower(model.vision_tower, self._select_layer)
         self._tower = model.vision_tower_aux.pack()
-        self._storages = _storages(model)
+        self._towers, self._storages = frozen.state(_towers(model)), _storages(model)
         cuda = self.device.type == "cuda"
         self._graphs: OrderedDict | None = OrderedDict() if graphs and cuda else None
         self._side, self._capturing = self._take_streams() if cuda else (None, None)
@@ -78,19 +80,13 @@ class PictureEncoder:
         side, capturing = self._streams
         return side.stream, capturing.stream
 
-    def is_current(self) -> bool:
-        """Whether the model is as it was packed: not changed, moved or converted since."""
-        try:
-            self._check_current()
-        except RuntimeError:
-            return False
-        return True
-
     def _check_current(self) -> None:
         if self._model.config.mm_vision_select_layer != self._select_layer or _storages(self._model) != self._storages:
             raise RuntimeError("PictureEncoder: the model was moved, converted or configured otherwise since it was packed: make another")
         self._clip.check_unchanged()
         self._tower.check_unchanged()
+        if frozen.state(_towers(self._model)) != self._towers:
+            raise RuntimeError("PictureEncoder: a tower was changed, by a hook, an adapter or otherwise, since it was packed: make another")
 
     @torch.inference_mode()
     def __call__(
@@ -121,7 +117,7 @@ class PictureEncoder:
         backend: str | None = None,
         stage: Callable | None = None,
     ) -> torch.Tensor:
-        """The same, for a caller who has just asked `is_current()`, which walks all parameters."""
+        """The same, for a caller who knows that the model is as it was packed; `__call__` asks all parameters."""
         self._model.check_pixels(pixel_values, pixel_values_hr)
         pixels = pixel_values.to(self.device), pixel_values_hr.to(self.device)
         if stage is not None:
@@ -155,7 +151,7 @@ class PictureEncoder:
     def _graphs_show_all(self) -> bool:
         """Whether a replay does what a call would: hooks on mining or projector would run at the capture alone."""
         parts = self._model.patch_mining, self._model.mm_projector
-        return not any(uncommon(part, {nn.Sequential, nn.LayerNorm, nn.Linear, nn.GELU, nn.Identity}) for part in parts)
+        return not any(uncommon(part, {Chain, nn.Sequential, nn.LayerNorm, nn.Linear, nn.GELU, nn.Identity}) for part in parts)
 
     def _queries(self, pixel_values: torch.Tensor, backend: str | None) -> torch.Tensor:
         return self._model.low_resolution_queries(pixel_values, tower=lambda views: self._clip(views, backend=backend))
@@ -205,8 +201,18 @@ class PictureEncoder:
         return graph, inputs, tokens
 
 
+def _towers(model: MiniGeminiModel) -> tuple[nn.Module, ...]:
+    return model.vision_tower, model.vision_tower_aux
+
+
 def _parts(model: MiniGeminiModel) -> tuple[nn.Module, ...]:
-    return model.vision_tower, model.vision_tower_aux, model.patch_mining, model.mm_projector
+    return *_towers(model), model.patch_mining, model.mm_projector
+
+
+def picture_state(model: MiniGeminiModel) -> tuple:
+    """What image tokens depend on beside the pixels and how they are encoded; compared by `==`, see `frozen.state`."""
+    settings = model.config.mm_vision_select_layer, model.config.vision_config._attn_implementation
+    return frozen.state(_parts(model)), settings
 
 
 def _storages(model: MiniGeminiModel) -> list[int]:

@@ -6,7 +6,8 @@ from transformers import CLIPVisionModel
 
 from .. import backend as backends
 from ..errors import CheckpointError
-from ..frozen import why_not_plain
+from ..execution import Chain
+from ..frozen import global_hooks, why_not_plain
 
 
 def low_resolution_features(
@@ -23,7 +24,7 @@ def low_resolution_features(
     Returns:
         [B, N, D] in the tower's dtype. The `reference` backend runs every layer, as the original does; others stop at the one wanted.
     """
-    if why_not_plain("tower", tower, placed=True) or why_not_plain("encoder", tower.encoder, placed=True):
+    if global_hooks() or why_not_plain("tower", tower, placed=True) or why_not_plain("encoder", tower.encoder, placed=True):
         # what they do beside calling their layers is theirs alone
         return tower(views, output_hidden_states=True).hidden_states[select_layer][:, 1:]
     layers = tower.encoder.layers
@@ -57,4 +58,4 @@ def build_projector(kind: str, width: int, hidden: int) -> nn.Module:
     layers: list[nn.Module] = [nn.Linear(width, hidden)]
     for _ in range(int(depth) - 1):
         layers += [nn.GELU(), nn.Linear(hidden, hidden)]
-    return nn.Sequential(*layers)
+    return Chain(*layers)

@@ -8,8 +8,8 @@ from torch._subclasses import FakeTensor
 from torch.fx import Proxy
 
 from .. import ops
-from ..execution import at_seam
-from ..frozen import why_not_plain
+from ..execution import Chain, at_seam, autocasting
+from ..frozen import global_hooks, why_not_plain
 from ..recording import record_call, recorded_as
 from ..reference import LAYER_NORM_EPS, CalledProjection, Projection
 
@@ -31,8 +31,8 @@ class PatchInfoMining(nn.Module):
         self.dim = dim
         self.pyramid_dims = tuple(pyramid_dims)
 
-        def projector(width: int) -> nn.Sequential:
-            return nn.Sequential(nn.LayerNorm(width, eps=LAYER_NORM_EPS, **dd), nn.Linear(width, dim, **dd))
+        def projector(width: int) -> Chain:
+            return Chain(nn.LayerNorm(width, eps=LAYER_NORM_EPS, **dd), nn.Linear(width, dim, **dd))
 
         self.vlm_uni_query_projector = projector(dim)
         self.vlm_uni_aux_projector = projector(sum(pyramid_dims))
@@ -53,20 +53,27 @@ class PatchInfoMining(nn.Module):
             pyramid: list of [B, n_s, n_s, C_s], channels last. The window side n_0 / (grid * sqrt(N)) must be whole.
             grid: cells per side.
             backend: overrides the choice in force. Where a projection is more than a plain LayerNorm and Linear (adapters, hooks,
-                quantized, parametrized or offloaded layers), every backend calls the projections, pixel by pixel as the reference does.
+                quantized, parametrized or offloaded layers), or their dtypes differ, every backend calls the projections, pixel by pixel
+                as the reference does.
         """
         queries = at_seam(queries, self.vlm_uni_query_projector)
-        return ops.patch_mining(queries, pyramid, *self.projections(queries.device), grid=grid, backend=backend)
+        # autocast casts by itself
+        dtype = None if autocasting(queries) else queries.dtype
+        return ops.patch_mining(queries, pyramid, *self.projections(queries.device, dtype), grid=grid, backend=backend)
 
-    def projections(self, device: torch.device | None = None) -> list[Projection | CalledProjection]:
+    def projections(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> list[Projection | CalledProjection]:
         """Of queries, keys and values: their tensors where these say all, else what calls the modules.
 
         Args:
             device: of the queries; a projection on another one is called, as whatever moves its input there belongs to the call.
+            dtype: of the queries; all three are called where any of their tensors has another one, as every layer then casts its input.
         """
         widths = self.dim, sum(self.pyramid_dims), sum(self.pyramid_dims)
         projectors = self.vlm_uni_query_projector, self.vlm_uni_aux_projector, self.vlm_uni_val_projector
-        return [_projection(projector, width, self.dim, device) for projector, width in zip(projectors, widths)]
+        found = [_projection(projector, width, self.dim, device) for projector, width in zip(projectors, widths)]
+        if dtype is not None and any(t.dtype != dtype for projection in found if isinstance(projection, Projection) for t in projection):
+            return [CalledProjection(projector, width, self.dim) for projector, width in zip(projectors, widths)]
+        return found
 
     def __prepare_scriptable__(self):
         # torch.jit.script asks every module for what it is to read in its place.
@@ -84,7 +91,9 @@ def unsuited_projector(name: str, projector: nn.Module, *, placed: bool = False)
         projector: expected to be a Sequential of LayerNorm and Linear.
         placed: as of `why_not_plain`.
     """
-    layers = list(projector) if type(projector) is nn.Sequential else [projector]
+    if reason := global_hooks():
+        return reason
+    layers = list(projector) if type(projector) in (Chain, nn.Sequential) else [projector]
     # subclasses compute something else: low-rank adapters, quantized layers, parametrizations
     if [type(layer) for layer in layers] != [nn.LayerNorm, nn.Linear]:
         found = " and ".join(f"{type(layer).__module__}.{type(layer).__qualname__}" for layer in layers)

@@ -9,7 +9,7 @@ from torch import nn
 
 from .. import backend as backends
 from .. import convnext
-from ..frozen import why_not_plain
+from ..frozen import global_hooks, why_not_plain
 from ..modules import ConvNeXtPyramid
 from ..modules.convnext import unsuited_stage
 from .exchange import offer, replaced_on_object, warn
@@ -104,6 +104,8 @@ def _roles() -> dict[str, tuple[type, ...]]:
 
 def _unusual(stage: nn.Module, roles: dict[str, tuple[type, ...]]) -> str | None:
     """None where the stage's layers are those of a ConvNeXt of the first version, and nothing but their tensors enters the result."""
+    if reason := global_hooks():
+        return reason
     kinds = set()
     for name, layer in stage.named_modules():
         # hooks on the stage itself run as before
