@@ -176,10 +176,11 @@ def _options(args) -> dict:
 def _open_pictures(args, files: list[str]) -> list:
     """The pictures of a command, as far as they can be wrong read and tried before the model's gigabytes are read."""
     from .mini_gemini.base64_text import looks_like_base64, refusal
+    from .mini_gemini.urls import expanded, is_url
 
     for file in files:
         # the commonest slip, told before anything is imported
-        if not (os.path.exists(os.path.expanduser(file)) or file.startswith(("http://", "https://", "data:"))):
+        if not (is_url(file) or os.path.exists(expanded(file))):
             raise PictureError(refusal(len(file)) if looks_like_base64(file) else f"{file}: no such file")
     from . import boxed
     from .mini_gemini.pictures import open_picture
