@@ -16,7 +16,7 @@ import time
 
 from . import __version__
 from .arguments import check_text
-from .cli_arguments import Parser, architecture, picture_file, positive, temperature, tolerate_other_encodings
+from .cli_arguments import Parser, architecture, dtype_option, picture_file, positive, temperature, tolerate_other_encodings
 from .errors import BackendError, CheckpointError, MgFastError, PictureError, PromptError, shortened
 
 EXIT_CODES = ((CheckpointError, 3), (PictureError, 4), (PromptError, 5), (BackendError, 6))
@@ -40,7 +40,8 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--dtype",
         default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
+        type=dtype_option,
+        metavar="{auto,float32,bfloat16,float16}",
         help="auto (default): the checkpoint's; on a CPU that is slow in it a faster one, as far as memory allows",
     )
     model.add_argument("--device", help="cuda, cpu, ... or auto (default: a GPU if there is one)")
@@ -99,7 +100,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--model", metavar="DIR", help="checkpoint folder (its config.json will do), hub id or nano; default: the published sizes"
     )
     warmup.add_argument(
-        "--dtype", action="append", choices=("float32", "bfloat16", "float16"), help="may be given twice (default float16 and bfloat16)"
+        "--dtype",
+        action="append",
+        type=dtype_option,
+        metavar="{float32,bfloat16,float16}",
+        help="may be given twice (default float16 and bfloat16; with --here auto)",
     )
     warmup.add_argument(
         "--backend",
@@ -377,9 +382,11 @@ def command_warmup(args) -> int:
     from . import warmup
 
     warmup.check()
-    import torch
+    from .dtypes import wanted_dtype
 
-    dtypes = [getattr(torch, name) for name in dict.fromkeys(args.dtype or ("float16", "bfloat16"))]
+    if "auto" in (args.dtype or ()):
+        raise BackendError("--dtype auto needs --here: ahead of time it is not known what a checkpoint holds")
+    dtypes = [wanted_dtype(name) for name in dict.fromkeys(args.dtype or ("float16", "bfloat16"))]
     configs = [warmup.model_config(args.model)] if args.model is not None else warmup.published_configs()
     done = []
     for kernel in warmup.warm_up(list(dict.fromkeys(args.arch)), dtypes, configs, training=args.training, backend=args.backend):

@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from .. import reference
 from ..arguments import check_stop_strings, plain_options, whole_number
 from ..conversation import get_template, stop_ids
+from ..dtypes import wanted_dtype
 from ..errors import CheckpointError, PromptError, quoted
 from ..execution import at_seam, call, complete_device_map, execution_device, set_offloaded
 from ..modules import ConvNeXtPyramid, PatchInfoMining
@@ -267,13 +268,16 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
                 language model's layers; everything else keeps its dtype.
 
         Raises:
-            BackendError: a quantisation that cannot run here.
+            BackendError: a quantisation that cannot run here, or a dtype that is none.
             CheckpointError: not a Mini-Gemini checkpoint, an unreadable file, or missing, unexpected or mis-shaped tensors, by name.
         """
         if template is not None:
             get_template(template)
         info_wanted = kwargs.pop("output_loading_info", False)
         kwargs["weights_only"] = True
+        for name in ("dtype", "torch_dtype"):
+            if kwargs.get(name) is not None:
+                kwargs[name] = wanted_dtype(kwargs[name])
         config = kwargs.pop("config", None)
         if config is not None:
             config = copy.deepcopy(config) if isinstance(config, MiniGeminiConfig) else MiniGeminiConfig.from_pretrained(config)
@@ -560,10 +564,11 @@ def _override(config: MiniGeminiConfig, kwargs: dict) -> None:
 
 def _weights_dtype(kwargs: dict, checkpoint: Checkpoint) -> torch.dtype | None:
     """The dtype that transformers will load the weights in: the one asked for, else that of the checkpoint."""
-    dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
-    if dtype in (None, "auto"):
-        return checkpoint.stored_dtype()
-    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    dtype = wanted_dtype(kwargs.get("dtype", kwargs.get("torch_dtype")))
+    if isinstance(dtype, dict):
+        # Under its empty key transformers looks for the dtype that it makes the weights in.
+        dtype = wanted_dtype(dtype.get("", torch.get_default_dtype()))
+    return checkpoint.stored_dtype() if dtype == "auto" else dtype
 
 
 @contextlib.contextmanager
