@@ -1,14 +1,20 @@
 """What callers hand over as numbers and texts, read in one way everywhere."""
 
+import decimal
 import numbers
 import operator
 
-from .errors import PromptError
+from .errors import PromptError, quoted
 
 
 def plain(value):
-    """The Python number inside a NumPy number, or an array or tensor without dimensions; anything else as it came."""
+    """The Python number inside a NumPy number, or an array or tensor without dimensions; anything else as it came.
+
+    So does one that has no value: a masked number, or a tensor on the meta device.
+    """
     if getattr(value, "ndim", None) != 0 or not hasattr(value, "item"):
+        return value
+    if getattr(value, "is_meta", False) or bool(getattr(value, "mask", False)):
         return value
     value = value.item()
     # A long double stays one, as it may have more digits than a float.
@@ -16,16 +22,30 @@ def plain(value):
 
 
 def plain_numbers(value):
-    """`plain`, for the items of a list or tuple too; a row of numbers in an array or tensor becomes a list."""
-    if getattr(value, "ndim", None) == 1 and hasattr(value, "tolist"):
+    """`plain`, for what lies in lists, tuples and dicts too; a row of numbers in an array or tensor becomes a list."""
+    if getattr(value, "ndim", None) == 1 and hasattr(value, "tolist") and not getattr(value, "is_meta", False):
         return value.tolist()
-    return type(value)(map(plain, value)) if type(value) in (list, tuple) else plain(value)
+    if type(value) in (list, tuple):
+        return type(value)(map(plain_numbers, value))
+    if type(value) is dict:
+        return {plain(key): plain_numbers(item) for key, item in value.items()}
+    return plain(value)
+
+
+def plain_options(options: dict) -> dict:
+    """Keyword arguments with plain numbers. Tensors that have dimensions stay: they are a model's inputs."""
+    return {
+        name: value if getattr(value, "ndim", 0) and hasattr(value, "is_meta") else plain_numbers(value) for name, value in options.items()
+    }
 
 
 def whole_number(value) -> int | None:
-    """The value as an int, of whatever library it is; None where it is no whole number. True and False are none."""
+    """The value as an int, of whatever library it is; None where it is no whole number. True and False are none.
+
+    Arrays and tensors that have dimensions are no numbers, of one element or of more.
+    """
     value = plain(value)
-    if isinstance(value, bool):
+    if isinstance(value, bool) or hasattr(value, "ndim"):
         return None
     try:
         return operator.index(value)
@@ -39,12 +59,27 @@ def real_number(value) -> float | None:
     True and False are no numbers.
     """
     value = plain(value)
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, decimal.Decimal)):
         return None
     try:
         return float(value)
-    except OverflowError:
+    except (OverflowError, ValueError):
+        # A signalling NaN of Decimal's is a ValueError.
         return None
+
+
+def check_stop_strings(strings) -> None:
+    """Refuses stop strings that are no texts, or that UTF-8 cannot encode. None and no strings at all are well.
+
+    Raises:
+        PromptError: says which string it is.
+    """
+    if strings is None:
+        return
+    if not isinstance(strings, (str, list, tuple, set, frozenset)):
+        raise PromptError(f"stop_strings: expected a text or a list of texts, got {quoted(strings)}")
+    for string in [strings] if isinstance(strings, str) else strings:
+        check_text(string, "a stop string")
 
 
 def check_text(text: str, what: str) -> None:
@@ -55,9 +90,11 @@ def check_text(text: str, what: str) -> None:
         what: what the message calls it.
 
     Raises:
-        PromptError: a surrogate code point, which stands for half a character, or for a byte that was read in another
+        PromptError: no text at all, or a surrogate code point, which stands for half a character, or for a byte that was read in another
             encoding.
     """
+    if not isinstance(text, str):
+        raise PromptError(f"{what}: expected a text, got {quoted(text)}")
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from .arguments import whole_number
 from .chat import as_question
 from .conversation import render
-from .errors import PromptError, quoted
+from .errors import MgFastError, PromptError, quoted
 from .requests import Answer, Request, answer, check_options, sampling, seeded
 
 if TYPE_CHECKING:
@@ -20,6 +20,11 @@ logger = logging.getLogger(__name__)
 
 # of a 7B model, keys and values of so many prompts with a picture are about 5 GiB
 DEFAULT_BATCH = 16
+
+# What a question of a batch may fail with, as a picture cannot be read, a prompt does not fit, or memory is short.
+_USUAL = (MgFastError, OSError, ValueError, FloatingPointError, torch.OutOfMemoryError)
+# After this error nothing runs on the GPU any more. Older versions of torch have no class for it.
+_BROKEN_DEVICE = (torch.AcceleratorError,) if hasattr(torch, "AcceleratorError") else ()
 
 
 def chat_batch(
@@ -48,6 +53,7 @@ def chat_batch(
     # one for all batches: seeded anew, each would draw the same numbers
     generator = seeded(seed, pipeline.device)
 
+    said: set[type] = set()
     answers: dict[int, Answer] = {}
     requests: dict[int, tuple[Request, list]] = {}
     for i, item in enumerate(questions):
@@ -56,6 +62,7 @@ def chat_batch(
             prompt = render(pipeline.template, [(question, None)])
             requests[i] = Request.encode(pipeline, prompt, max_new_tokens, allow_long), images
         except Exception as error:  # An item may be anything, and a tokenizer or a caller's own class may raise anything.
+            _look_at(error, said)
             answers[i] = failed(error)
 
     def run(numbers: list[int]) -> None:
@@ -84,6 +91,7 @@ def chat_batch(
                     try:
                         seen[i] = pipeline._see_all(requests[i][1], seen.values(), allow_urls=allow_urls)
                     except Exception as error:  # Libraries that read pictures raise many kinds; the other questions go on.
+                        _look_at(error, said)
                         answers[i] = failed(error, requests[i][0])
                 if seen:
                     run(list(seen))
@@ -91,6 +99,20 @@ def chat_batch(
     finally:
         pipeline.decoder.rest()
     return [answers[i] for i in range(len(questions))]
+
+
+def _look_at(error: Exception, said: set[type]) -> None:
+    """Raises what spoils every other question too, and tells once of each kind of error that nobody has thought of.
+
+    Args:
+        error: of one question.
+        said: the kinds of errors that were told of in this batch.
+    """
+    if isinstance(error, _BROKEN_DEVICE):
+        raise error
+    if not isinstance(error, _USUAL) and type(error) not in said:
+        said.add(type(error))
+        logger.warning("a question of the batch fails with an unexpected %s", type(error).__name__, exc_info=error)
 
 
 def failed(error: Exception, request: Request | None = None) -> Answer:

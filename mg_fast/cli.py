@@ -16,7 +16,7 @@ import time
 
 from . import __version__
 from .arguments import check_text
-from .cli_arguments import Parser, architecture, picture_file, positive, temperature, tolerate_other_encodings
+from .cli_arguments import Parser, architecture, dtype_option, picture_file, positive, temperature, tolerate_other_encodings
 from .errors import BackendError, CheckpointError, MgFastError, PictureError, PromptError, shortened
 
 EXIT_CODES = ((CheckpointError, 3), (PictureError, 4), (PromptError, 5), (BackendError, 6))
@@ -40,7 +40,8 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--dtype",
         default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
+        type=dtype_option,
+        metavar="{auto,float32,bfloat16,float16}",
         help="auto (default): the checkpoint's; on a CPU that is slow in it a faster one, as far as memory allows",
     )
     model.add_argument("--device", help="cuda, cpu, ... or auto (default: a GPU if there is one)")
@@ -99,7 +100,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--model", metavar="DIR", help="checkpoint folder (its config.json will do), hub id or nano; default: the published sizes"
     )
     warmup.add_argument(
-        "--dtype", action="append", choices=("float32", "bfloat16", "float16"), help="may be given twice (default float16 and bfloat16)"
+        "--dtype",
+        action="append",
+        type=dtype_option,
+        metavar="{float32,bfloat16,float16}",
+        help="may be given twice (default float16 and bfloat16; with --here auto)",
     )
     warmup.add_argument(
         "--backend",
@@ -176,10 +181,11 @@ def _options(args) -> dict:
 def _open_pictures(args, files: list[str]) -> list:
     """The pictures of a command, as far as they can be wrong read and tried before the model's gigabytes are read."""
     from .mini_gemini.base64_text import looks_like_base64, refusal
+    from .mini_gemini.urls import expanded, is_url
 
     for file in files:
         # the commonest slip, told before anything is imported
-        if not (os.path.exists(os.path.expanduser(file)) or file.startswith(("http://", "https://", "data:"))):
+        if not (is_url(file) or os.path.exists(expanded(file))):
             raise PictureError(refusal(len(file)) if looks_like_base64(file) else f"{file}: no such file")
     from . import boxed
     from .mini_gemini.pictures import open_picture
@@ -376,9 +382,11 @@ def command_warmup(args) -> int:
     from . import warmup
 
     warmup.check()
-    import torch
+    from .dtypes import wanted_dtype
 
-    dtypes = [getattr(torch, name) for name in dict.fromkeys(args.dtype or ("float16", "bfloat16"))]
+    if "auto" in (args.dtype or ()):
+        raise BackendError("--dtype auto needs --here: ahead of time it is not known what a checkpoint holds")
+    dtypes = [wanted_dtype(name) for name in dict.fromkeys(args.dtype or ("float16", "bfloat16"))]
     configs = [warmup.model_config(args.model)] if args.model is not None else warmup.published_configs()
     done = []
     for kernel in warmup.warm_up(list(dict.fromkeys(args.arch)), dtypes, configs, training=args.training, backend=args.backend):

@@ -7,7 +7,8 @@ import math
 import os
 import sys
 
-from .errors import quoted, shortened
+from .dtypes import dtype_name
+from .errors import BackendError, quoted, shortened
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,6 +32,13 @@ def temperature(text: str) -> float:
     if not math.isfinite(value) or value < 0:
         raise argparse.ArgumentTypeError(f"expected a number of 0 or more, got {quoted(text)}")
     return value
+
+
+def dtype_option(text: str) -> str:
+    try:
+        return dtype_name(text)
+    except BackendError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("dtype: ")) from None
 
 
 def picture_file(text: str) -> str:

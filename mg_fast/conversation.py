@@ -124,7 +124,7 @@ def render(template: str, turns: Sequence[tuple[str, str | None]], *, system: st
     for i, (user, assistant) in enumerate(turns):
         if not isinstance(user, str) or not user.strip():
             raise PromptError(f"turn {i + 1} of {len(turns)}: expected a user text, got {quoted(user)}")
-        for part in (user, assistant or ""):
+        for part in (user, "" if assistant is None else assistant):
             check_text(part, f"turn {i + 1} of {len(turns)}")
         text += (style.between if i else "") + style.user.replace("{}", user)
         if assistant is not None:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from .dtypes import wanted_dtype
+
 logger = logging.getLogger(__name__)
 
 # Which of a CPU's features, as Linux and as torch name them, bring arithmetic in a dtype.
@@ -26,8 +28,8 @@ _BESIDES = 1.25
 
 
 def resolve(
-    dtype: str | torch.dtype, path: str | os.PathLike, *, quantize=None, base_model: str | os.PathLike | None = None
-) -> str | torch.dtype:
+    dtype: str | torch.dtype | dict | None, path: str | os.PathLike, *, quantize=None, base_model: str | os.PathLike | None = None
+) -> str | torch.dtype | dict:
     """What to hand on as `dtype` to `from_pretrained` for a model on this machine's CPU.
 
     A dtype that was asked for is kept, with a warning where it is a slow one. `auto` stays where the checkpoint's own dtype is to be
@@ -42,11 +44,13 @@ def resolve(
     # Here, because `mg-fast doctor` reads this file also where the libraries that checkpoints need are missing.
     from .mini_gemini.checkpoint import open_checkpoint
 
-    if dtype != "auto":
-        wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-        if quantize is None:
+    wanted = wanted_dtype(dtype)
+    if wanted != "auto":
+        # A dict of dtypes is its caller's own affair.
+        if quantize is None and isinstance(wanted, torch.dtype):
             check(wanted)
         return dtype
+    dtype = wanted
     checkpoint = open_checkpoint(path, base_model=base_model)
     stored = checkpoint.stored_dtype()
     if getattr(checkpoint.config, "quantization_config", None) is not None or not (quantize is None or isinstance(quantize, str)):

@@ -16,6 +16,7 @@ from . import boxed, cpu_dtype, decoding
 from .backend import IMPLEMENTED, check_everywhere, choose, requested, use_backend
 from .batch import chat_batch
 from .chat import Conversation
+from .dtypes import wanted_dtype
 from .errors import BackendError, PictureError, quoted
 from .execution import execution_device, mixed_dtypes_named
 from .explain import Explanation, explain
@@ -331,7 +332,7 @@ def _known_device(device: str | torch.device) -> torch.device:
 def load(
     path: str | os.PathLike,
     *,
-    dtype: str | torch.dtype = "auto",
+    dtype: str | torch.dtype | dict | None = "auto",
     device: str | torch.device | None = None,
     backend: str | None = None,
     quantize=None,
@@ -347,8 +348,9 @@ def load(
 
     Args:
         path: folder or hub id of a checkpoint in the published layout, or the name of one in the package (`nano`).
-        dtype: weights' dtype. `auto` takes the one that config.json names, else the stored one; on a CPU, for a checkpoint of 16-bit
-            weights, the one that the CPU multiplies fastest in, float32 only where it fits in the memory (`cpu_dtype`).
+        dtype: weights' dtype, by any usual name. `auto`, or None, takes the one that config.json names, else the stored one; on a
+            CPU, for a checkpoint of 16-bit weights, the one that the CPU multiplies fastest in, float32 only where it fits in the
+            memory (`cpu_dtype`). A dict is handed on to transformers, which loads the weights in the one under its empty key.
         device: `cuda`, `cpu`, ..., or `auto` to spread over what is there; default: a GPU if there is one.
         backend: `auto`, `reference`, `torch` or `triton`, for every call of this pipeline.
         quantize: `int8`, `int4` or `fp8` (torchao's weight-only ones), or a transformers quantization configuration, for the language
@@ -364,11 +366,12 @@ def load(
         compiled: on a GPU, decode through torch.compile: seconds to a minute at the first answer.
 
     Raises:
-        CheckpointError, BackendError, PromptError (unknown template), ValueError (a cache's bytes below 0).
+        CheckpointError, BackendError (a dtype that is none, too), PromptError (unknown template), ValueError (a cache's bytes below 0).
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     known_device = _known_device(device)
+    dtype = wanted_dtype(dtype)
     check_everywhere(backend, known_device)
     began = time.perf_counter()
     adapter = {} if base_model is None else {"base_model": base_model}

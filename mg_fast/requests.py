@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
-from .arguments import check_text, plain_numbers, real_number, whole_number
+from .arguments import check_stop_strings, plain_numbers, real_number, whole_number
 from .backend import requested
 from .errors import PromptError, quoted
 from .execution import mixed_dtypes_named
@@ -119,9 +119,7 @@ def check_options(
     ):
         if name in options:
             raise PromptError(f"{name} is not an option here: {instead}")
-    strings = options.get("stop_strings") or []
-    for string in [strings] if isinstance(strings, str) else strings:
-        check_text(string, "a stop string")
+    check_stop_strings(options.get("stop_strings"))
     return temperature, top_p, max_new_tokens, options
 
 

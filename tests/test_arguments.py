@@ -1,7 +1,10 @@
 """Numbers of NumPy and torch are numbers wherever a caller hands one over, and what was none before is none now."""
 
+import itertools
 import json
 import math
+from decimal import Decimal
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -9,14 +12,46 @@ import torch
 from PIL import Image
 
 import mg_fast
-from mg_fast import CheckpointError, PromptError, ops
+from mg_fast import CheckpointError, PromptError, conversation, ops
 from mg_fast.arguments import plain, plain_numbers, real_number, whole_number
+from mg_fast.mini_gemini import modeling
 from mg_fast.mini_gemini.processing import MiniGeminiImageProcessor
 
 WHOLE = [np.int8, np.int32, np.int64, np.uint8, np.uint64, np.array, torch.tensor, lambda n: np.asarray([n, 0])[0]]
 REAL = [np.float16, np.float32, np.float64, np.array, torch.tensor, np.longdouble]
-NO_WHOLE = [True, np.True_, torch.tensor(True), 2.0, np.float64(2), np.float32("nan"), np.array([2]), "2", b"2", None, [2], 2 + 0j]
-NO_REAL = [True, np.True_, np.array(False), "0.5", b"0.5", np.array([0.5]), 1j, [0.5], np.str_("0.5")]
+MISSING = [torch.tensor(3, device="meta"), torch.ones(2, device="meta"), np.ma.masked, np.ma.masked_array(3, mask=True)]
+NO_WHOLE = [
+    *MISSING,
+    np.array([3]),
+    torch.tensor([3]),
+    torch.tensor([True]),
+    True,
+    np.True_,
+    torch.tensor(True),
+    2.0,
+    np.float64(2),
+    np.float32("nan"),
+    np.array([2]),
+    "2",
+    b"2",
+    None,
+    [2],
+    2 + 0j,
+]
+NO_REAL = [
+    *MISSING,
+    torch.tensor([0.5]),
+    Decimal("sNaN"),
+    True,
+    np.True_,
+    np.array(False),
+    "0.5",
+    b"0.5",
+    np.array([0.5]),
+    1j,
+    [0.5],
+    np.str_("0.5"),
+]
 
 
 def test_whole_numbers():
@@ -32,7 +67,8 @@ def test_real_numbers():
         found = real_number(make(1))
         assert type(found) is float and found == 1
     assert real_number(0.25) == 0.25 and real_number(np.float16(0.5)) == 0.5 and math.isnan(real_number(np.float32("nan")))
-    assert real_number(10**400) is None
+    assert real_number(10**400) is None and real_number(Fraction(10**400)) is None
+    assert real_number(Decimal("0.25")) == real_number(Fraction(1, 4)) == 0.25
     assert [real_number(value) for value in NO_REAL] == [None] * len(NO_REAL)
 
 
@@ -104,6 +140,26 @@ def test_configurations(tmp_path):
             mg_fast.MiniGeminiConfig(image_grid=value)
 
 
+@pytest.mark.parametrize("make", (np.int64, np.array, torch.tensor))
+def test_nested_configurations(make, tmp_path):
+    given = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96}
+    tower = {"dims": [8, 16, 32, 64], "depths": [1, 1, 1, 1], "norm_eps": 1e-6}
+    expected = mg_fast.MiniGeminiConfig(text_config=given, vision_config_aux=tower)
+    nested = {**tower, "dims": [make(dim) for dim in tower["dims"]]}
+    found = mg_fast.MiniGeminiConfig(text_config={name: make(value) for name, value in given.items()}, vision_config_aux=nested)
+    assert found.to_json_string() == expected.to_json_string()
+    assert type(found.text_config.hidden_size) is int and type(found.vision_config_aux["dims"][0]) is int
+
+
+def test_configurations_that_are_changed_later(tmp_path):
+    config = mg_fast.MiniGeminiConfig()
+    config.image_grid, config.vision_config_aux["dims"] = np.int64(1), list(np.array([8, 16, 32, 64]))
+    config.check()
+    config.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert (written["image_grid"], written["vision_config_aux"]["dims"]) == (1, [8, 16, 32, 64])
+
+
 def test_image_processors():
     sizes = {"hr_size": 160, "lr_size": 70, "grid": 2}
     processor = MiniGeminiImageProcessor(**{name: np.int32(size) for name, size in sizes.items()}, global_view=np.True_, pad=np.False_)
@@ -121,3 +177,55 @@ def test_operations_and_the_model(model):
     ids = torch.tensor([[1, 5, 6, 7]])
     assert torch.equal(model(input_ids=ids, logits_to_keep=np.int64(2)).logits, model(input_ids=ids, logits_to_keep=2).logits)
     assert torch.equal(model.generate(ids, max_new_tokens=np.int64(2)), model.generate(ids, max_new_tokens=2))
+    sampled = {"top_k": 5, "min_new_tokens": 1, "max_new_tokens": 4, "eos_token_id": 2, "num_beams": 1}
+    real = {"repetition_penalty": 1.5, "temperature": 0.5, "top_p": 0.5}
+    torch.manual_seed(0)
+    expected = model.generate(ids, do_sample=True, **sampled, **real)
+    for whole, fraction in itertools.product((np.int64, np.uint8, torch.tensor), (np.float32, np.array, torch.tensor)):
+        given = {name: whole(value) for name, value in sampled.items()} | {name: fraction(value) for name, value in real.items()}
+        torch.manual_seed(0)
+        assert torch.equal(model.generate(ids, do_sample=np.True_, **given), expected)
+    greedy = model.generate(ids, max_new_tokens=4, eos_token_id=[5, 6])
+    for ends in ([np.int64(5), np.int64(6)], np.array([5, 6])):
+        assert torch.equal(model.generate(ids, max_new_tokens=4, eos_token_id=ends), greedy)
+
+
+def test_positions_that_get_logits(model):
+    ids = torch.tensor([[1, 5, 6, 7]])
+
+    def check(keep, expected):
+        # A product of fewer rows may be rounded in another way.
+        torch.testing.assert_close(model(input_ids=ids, logits_to_keep=keep).logits, expected)
+
+    whole = model(input_ids=ids).logits
+    for make in (int, *WHOLE):
+        for count in (0, 1, 3):
+            check(make(count), whole[:, -count:])
+    for index in (torch.tensor([0, 2]), [0, 2], np.array([0, 2])):
+        check(index, whole[:, [0, 2]])
+    for value in (None, "1", 1.0, np.float32(1), torch.tensor(1.0), torch.tensor(1, device="meta")):
+        with pytest.raises(ValueError, match="logits_to_keep: expected a whole number"):
+            model(input_ids=ids, logits_to_keep=value)
+
+
+def test_positions_that_get_logits_are_traced_whole():
+    def kept(hidden, logits_to_keep):
+        return hidden[:, modeling.kept_positions(logits_to_keep)] * 2
+
+    compiled, hidden = torch.compile(kept, backend="eager", fullgraph=True), torch.rand(1, 4, 3)
+    for keep in (0, 1, 2, torch.tensor([0, 2])):
+        assert torch.equal(compiled(hidden, keep), kept(hidden, keep))
+
+
+def test_texts_that_are_none(pipeline, model, processor):
+    ids = torch.tensor([[1, 5, 6, 7]])
+    for strings in ([3], 3, b"a", ["a", None], ["a\ud800"], "a\ud800"):
+        with pytest.raises(PromptError, match="stop"):
+            pipeline.chat("What?", stop_strings=strings)
+        with pytest.raises(PromptError, match="stop"):
+            model.generate(ids, stop_strings=strings, tokenizer=processor.tokenizer, max_new_tokens=2)
+    for answer in (3, 0, [], b"yes", ["yes"]):
+        with pytest.raises(PromptError, match="turn 1 of 2: expected a text"):
+            conversation.render("vicuna_v1", [("What?", answer), ("And?", None)])
+    with pytest.raises(PromptError, match="the system text: expected a text, got 3"):
+        conversation.render("vicuna_v1", [("What?", None)], system=3)

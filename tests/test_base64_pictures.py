@@ -64,7 +64,9 @@ def test_files_on_disk(tmp_path):
 def test_of_no_known_format(tmp_path):
     """A long text of base64's characters alone is no path, whatever it decodes to."""
     with pytest.raises(PictureError, match="base64"):
-        open_picture("QUJD" * 1000)
+        open_picture(base64.b64encode(np.random.default_rng(0).bytes(3000)).decode())
+    with pytest.raises(PictureError, match="base64"):
+        open_picture(base64.encodebytes(np.random.default_rng(0).bytes(3000)).decode())
 
 
 @pytest.mark.parametrize(
@@ -80,6 +82,14 @@ def test_of_no_known_format(tmp_path):
         "/".join(["abcdefgh"] * 30) + ".jpeg",
         "P6",
         "",
+        "What is in this picture " * 20,
+        "What is in this picture 1 " * 20,
+        "what" * 100,
+        "QUJD" * 1000,
+        "WhatIsInThisPicture" * 20,
+        "What\tis\tin\tthis\tpicture\t1" * 20,
+        "~nobody\ud800/a.png",
+        "~nobody\0/a.png",
     ],
 )
 def test_paths_are_paths(path):
@@ -140,3 +150,30 @@ def test_the_command_line(standard, capsys):
         assert cli.main(["run", "--model", str(standard), "--prompt", "What?", "--image", image]) == 4
         error = capsys.readouterr().err
         assert "base64" in error and len(error) < 520
+
+
+@pytest.mark.parametrize("scheme", ("data", "DATA", "Data"))
+def test_the_command_line_takes_the_urls_that_the_library_takes(standard, capsys, scheme):
+    uri = f"{scheme}:image/png;base64,{base64.b64encode(stored('PNG')).decode()}"
+    words = ["run", "--model", str(standard), "--prompt", "What?", "--max-new-tokens", "2", "--device", "cpu", "--image", uri]
+    assert cli.main([*words, "--allow-urls"]) == 0
+    assert cli.main(words) == 4 and "URLs are fetched only when asked for" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("image", ("HTTPS://127.0.0.1:9/a.png", "http://127.0.0.1:9/a.png"))
+def test_the_command_line_fetches_urls_in_capitals(standard, capsys, image):
+    words = ["run", "--model", str(standard), "--prompt", "What?", "--image", image]
+    assert cli.main([*words, "--allow-urls"]) == 4 and "cannot be fetched or decoded" in capsys.readouterr().err
+    assert cli.main(words) == 4 and "URLs are fetched only when asked for" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key, value", [
+    ("url", "https://a\ud800b/c.png"), ("url", "data:image/png,\udcff"), ("url", "data:image/png;base64,\ud800"),
+    ("base64", "\ud800"), ("base64", "iVBORw0KGgo\udcff"), ("path", "\ud800"), ("path", "~\ud800/a.png"),
+])  # fmt: skip
+def test_surrogates(processor, key, value):
+    messages = [{"role": "user", "content": [{"type": "image", key: value}, {"type": "text", "text": "What?"}]}]
+    with pytest.raises(PictureError):
+        processor.apply_chat_template(messages, tokenize=True, return_dict=True)
+    with pytest.raises(PictureError):
+        open_picture(value, allow_urls=True)

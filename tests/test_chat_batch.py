@@ -129,6 +129,33 @@ def test_bad_items_in_their_place(own, tmp_path):
         assert answers[i] == alone.conversation().chat(*questions[i], max_new_tokens=3)
 
 
+def test_unexpected_errors_are_told_of_once_each(own, monkeypatch, caplog):
+    def see(images, before, *, allow_urls):
+        raise images[0]
+
+    pipeline = own.pipeline()
+    monkeypatch.setattr(pipeline, "_see_all", see)
+    errors = [KeyError("a"), KeyError("b"), ZeroDivisionError("c"), OSError("d"), PromptError("e"), FloatingPointError("f")]
+    answers = pipeline.chat_batch([("What?", [error]) for error in errors], progress=False)
+    assert [answer.error for answer in answers] == errors
+    records = [record for record in caplog.records if record.name == "mg_fast.batch"]
+    assert sorted(record.getMessage().split()[-1] for record in records) == ["KeyError", "ZeroDivisionError"]
+    assert caplog.text.count(", in see\n") == 2
+
+
+@pytest.mark.skipif(not hasattr(torch, "AcceleratorError"), reason="this torch has no class for a broken device")
+def test_a_broken_device_ends_the_batch(own, monkeypatch):
+    def see(images, before, *, allow_urls):
+        calls.append(images)
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    pipeline, calls = own.pipeline(), []
+    monkeypatch.setattr(pipeline, "_see_all", see)
+    with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
+        pipeline.chat_batch([("What?", ["a"]), ("And?", ["b"])], progress=False)
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize(
     "call,message",
     [

@@ -3,13 +3,15 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from transformers import TorchAoConfig
 
 import mg_fast
 from examples import random_checkpoint
-from mg_fast import cli, cpu_dtype
+from mg_fast import boxed, cli, cpu_dtype
+from mg_fast.dtypes import wanted_dtype
 from mg_fast.mini_gemini.checkpoint import open_checkpoint
 from tests.paths import ROOT
 
@@ -122,6 +124,44 @@ def test_a_fast_one_is_not_talked_about(machine, caplog, found, asked):
     assert lines(caplog) == []
 
 
+@pytest.mark.parametrize("asked", ["bf16", "torch.bfloat16", "bfloat16", BFLOAT, "half", "fp16", "torch.float16", "fp32", "float", SINGLE])
+def test_every_name_of_a_dtype(checkpoints, asked):
+    wanted = {"b": BFLOAT, "h": HALF}.get(str(asked).removeprefix("torch.")[0], HALF if "16" in str(asked) else SINGLE)
+    assert wanted_dtype(asked) == wanted
+    assert mg_fast.load(checkpoints[SINGLE], dtype=asked, device="cpu").model.dtype == wanted
+    assert mg_fast.MiniGeminiForConditionalGeneration.from_pretrained(checkpoints[SINGLE], dtype=asked).dtype == wanted
+
+
+def test_a_dict_of_dtypes(machine, caplog):
+    machine(OLD)
+    for others in (SINGLE, BFLOAT):
+        dtypes = {"text_config": "bfloat16", "": str(others).removeprefix("torch.")}
+        model = mg_fast.load("nano", device="cpu", dtype=dtypes).model
+        alone = mg_fast.MiniGeminiForConditionalGeneration.from_pretrained(boxed.resolve("nano"), dtype=dtypes)
+        assert [p.dtype for p in model.parameters()] == [p.dtype for p in alone.parameters()]
+        assert model.model.vision_tower.dtype == others
+    assert lines(caplog) == []
+
+
+def test_none_is_auto(machine, checkpoints, caplog):
+    machine(OLD)
+    assert mg_fast.load(checkpoints[BFLOAT], device="cpu", dtype=None).model.dtype == SINGLE
+    assert len(lines(caplog)) == 1
+
+
+@pytest.mark.parametrize(
+    "asked", ["load", "int8", "bf-16", "torch.auto", "", np.float32, np.dtype("float16"), torch.int8, torch.complex64, 16, float]
+)
+def test_dtypes_that_are_none(checkpoints, asked, capsys):
+    for call in (mg_fast.load, mg_fast.MiniGeminiForConditionalGeneration.from_pretrained):
+        with pytest.raises(mg_fast.MgFastError, match="dtype: expected auto, float32, bfloat16, float16 .*, got "):
+            call(checkpoints[SINGLE], dtype=asked)
+    if isinstance(asked, str):
+        with pytest.raises(SystemExit):
+            cli.main(["run", "--model", "nano", "--prompt", "What?", "--dtype", asked])
+        assert "argument --dtype: expected auto, float32, bfloat16, float16" in capsys.readouterr().err
+
+
 def test_quantized_weights_want_bfloat16(machine, checkpoints, caplog):
     for found in (OLD, BF16, FP16):
         machine(found)
@@ -166,7 +206,7 @@ def test_the_command_line(machine, checkpoints, capsys, caplog):
     assert cli.main(["run", *words]) == 0
     assert len(lines(caplog)) == 1 and "loaded in float32" in lines(caplog)[0]
     caplog.clear()
-    assert cli.main(["run", *words, "--dtype", "bfloat16"]) == 0
+    assert cli.main(["run", *words, "--dtype", "bf16"]) == 0
     assert len(lines(caplog)) == 1 and "as asked for" in lines(caplog)[0]
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from mg_fast.mini_gemini.orientation import read_orientation
 from mg_fast.mini_gemini.pictures import open_picture
 
 WIDTH, HEIGHT = 40, 24
@@ -129,6 +130,21 @@ def test_orientations_that_are_none_turn_nothing(kind):
     # A number of another width is still the number that it is.
     for entry in ((LONG, 1, 6), (SLONG, 1, 6), (SHORT, 2, short(6))):
         assert stands(stored(kind, (0x0112, *entry)), 6), entry
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_every_integer_type_with_and_without_pillow(order, monkeypatch):
+    """Where Pillow cannot read the metadata, the orientation is found in every type in which Pillow turns the picture."""
+    values = {3: "HH", 4: "L", 6: "bbbb", 8: "hh", 9: "l", 13: "L"}
+    image = Image.fromarray(picture())
+    for kind, spelled in values.items():
+        value = struct.pack(order + spelled, *([6] + [0] * (len(spelled) - 1)))
+        raw = exif((0x0112, kind, 1, value), order=order)
+        assert stands(stored("JPEG", exif=raw), 6), kind
+        image.info["exif"] = raw
+        with monkeypatch.context() as patched:
+            patched.setattr(Image.Image, "getexif", lambda self: 1 / 0)
+            assert read_orientation(image) == 6, kind
 
 
 def test_truncated_exif():

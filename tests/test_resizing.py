@@ -10,6 +10,7 @@ from PIL import Image, ImageOps
 
 from mg_fast import BackendError, PictureError, ops, resizing, use_backend
 from mg_fast.mini_gemini import pictures
+from mg_fast.mini_gemini.orientation import ORIENTATION, upright
 from mg_fast.mini_gemini.processing import MiniGeminiImageProcessor
 from mg_fast.reference import low_resolution_views
 from tests.paths import OWN_GOLDEN, original_golden
@@ -109,10 +110,10 @@ def camera_files(tmp_path_factory):
         small = np.array(image.convert("RGB"))
     folder = tmp_path_factory.mktemp("camera")
     Image.fromarray(np.tile(small, (6, 8, 1))[:3024, :4032]).save(folder / "landscape.jpg", quality=95)
-    upright = Image.fromarray(small[:, 56:456]).resize((4000, 6000), Image.Resampling.LANCZOS)
+    portrait = Image.fromarray(small[:, 56:456]).resize((4000, 6000), Image.Resampling.LANCZOS)
     exif = Image.Exif()
-    exif[pictures.ORIENTATION] = 6
-    upright.transpose(Image.Transpose.ROTATE_90).save(folder / "portrait.jpg", quality=95, exif=exif)
+    exif[ORIENTATION] = 6
+    portrait.transpose(Image.Transpose.ROTATE_90).save(folder / "portrait.jpg", quality=95, exif=exif)
     return {"landscape": (folder / "landscape.jpg", (4032, 3024)), "portrait": (folder / "portrait.jpg", (4000, 6000))}
 
 
@@ -125,9 +126,9 @@ def test_pillows_bits_of_camera_files(camera_files, name, grid, pad):
     torch.set_num_threads(1)
     path, size = camera_files[name]
     with Image.open(path) as image:
-        upright = ImageOps.exif_transpose(image)
-    assert upright.size == size
-    expected = by_pillow(torch.from_numpy(np.array(upright)), 768 * grid, 336, grid, pad)
+        turned = ImageOps.exif_transpose(image)
+    assert turned.size == size
+    expected = by_pillow(torch.from_numpy(np.array(turned)), 768 * grid, 336, grid, pad)
     processor = MiniGeminiImageProcessor(768 * grid, 336, grid, grid > 1, pad)
     for device in (None, "cpu"):
         ours = processor(path, device=device)
@@ -272,11 +273,11 @@ def test_unknown_decoder(photo):
 def test_orientation_of_what_nvjpeg_decodes(orientation, tmp_path):
     """Decoded on the CPU here, which torchvision's decoder can as well."""
     image, exif = Image.fromarray(noise(40, 24).numpy()), Image.Exif()
-    exif[pictures.ORIENTATION] = orientation
+    exif[ORIENTATION] = orientation
     path = tmp_path / "turned.jpg"
     image.save(path, exif=exif)
     expected = np.array(ImageOps.exif_transpose(Image.open(path)))
-    assert torch.equal(pictures.upright(torch.from_numpy(np.array(Image.open(path))), orientation), torch.from_numpy(expected))
+    assert torch.equal(upright(torch.from_numpy(np.array(Image.open(path))), orientation), torch.from_numpy(expected))
     for source in (path, path.read_bytes()):
         assert pictures.decode_on_device(source, "cpu").shape == expected.shape
 

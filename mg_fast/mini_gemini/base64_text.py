@@ -5,6 +5,8 @@ import binascii
 import re
 from urllib.parse import unquote_to_bytes
 
+from .urls import is_data_uri
+
 # What files of the usual picture formats begin with.
 _SIGNATURE = re.compile(
     rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF|BM....\0\0\0\0|II\*\0|MM\0\*|\0\0\0\x0cjP|P[1-6]\n|P[1-6] \d",
@@ -14,6 +16,8 @@ _SIGNATURE = re.compile(
 _HEAD = 512
 # No name in a path is longer on the usual file systems. A longer text of nothing but base64's characters is no path.
 _LONGEST_NAME = 255
+# Kinds of characters that so much base64 text of any picture has, and that other long words rarely have together.
+_MIXED = (re.compile(rb"[A-Z]"), re.compile(rb"[a-z]"), re.compile(rb"[0-9+/]"))
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 _DATA_URI = re.compile(rb"\s*data:[^,]{0,200},", re.IGNORECASE)
 # Python's own way to write bytes, which text has that was made by str() of them.
@@ -29,6 +33,8 @@ def looks_like_base64(data: str | bytes) -> bool:
     if _DATA_URI.match(data):
         return True
     data = _WRITTEN_BYTES.sub(b"", data, count=1) if _WRITTEN_BYTES.match(data) else data
+    # Line breaks are usual in base64 text. Spaces and tabs in the midst of it stand in prose, too.
+    spaced = any(space in data.strip() for space in b" \t")
     data = b"".join(data.split()).translate(_URL_SAFE)
     if not (found := _ALPHABET.match(data)):
         return False
@@ -36,7 +42,9 @@ def looks_like_base64(data: str | bytes) -> bool:
     if _SIGNATURE.match(base64.b64decode(head[: len(head) // 4 * 4])):
         # A short word may happen to decode to a signature.
         return len(head) >= 16
-    return len(head) > _LONGEST_NAME and head in (data, data.rstrip(b"="))
+    if spaced or len(head) <= _LONGEST_NAME or head != data.rstrip(b"="):
+        return False
+    return all(kind.search(head) for kind in _MIXED)
 
 
 def decode_base64(text: str | bytes) -> bytes:
@@ -64,7 +72,7 @@ def decode_data_uri(uri: str) -> bytes:
 def as_data_uri(text: str | bytes) -> str:
     """The data URI of base64 text, or of one already, or of the bytes of either."""
     text = bytes(text).decode("ascii", "replace") if isinstance(text, (bytes, bytearray, memoryview)) else str(text)
-    return text if text[:5].lower() == "data:" else f"data:image;base64,{text}"
+    return text if is_data_uri(text) else f"data:image;base64,{text}"
 
 
 def refusal(length: int) -> str:

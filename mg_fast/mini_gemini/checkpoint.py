@@ -19,7 +19,8 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from transformers import AutoTokenizer
 
 from ..conversation import detect_template, get_template
-from ..errors import LONGEST_MESSAGE, CheckpointError, quoted, shortened
+from ..dtypes import wanted_dtype
+from ..errors import LONGEST_MESSAGE, BackendError, CheckpointError, quoted, shortened
 from .configuration import MiniGeminiConfig
 from .geometry import CLIP_PREFIX, CONVNEXT_PREFIX, blaming, complete_config, tower_folder
 from .tensor_files import ADAPTER_FILE, HUB_ARGUMENTS, Table, first_line, read_file, read_table, read_tensors, resolve_folder, some_names
@@ -60,7 +61,10 @@ class Checkpoint:
         if dtype is None:
             name = "model.norm.weight"
             dtype = next(tensor.dtype for _, tensor in read_tensors({name: self.tensors[name]}))
-        return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        try:
+            return wanted_dtype(dtype)
+        except BackendError as error:
+            raise CheckpointError(f"{self.folder} names a dtype that is none for weights: {error}") from None
 
 
 def open_checkpoint(name_or_path: str | os.PathLike, *, base_model: str | os.PathLike | None = None, config=None, **kwargs) -> Checkpoint:

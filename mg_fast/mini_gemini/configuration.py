@@ -208,7 +208,8 @@ class MiniGeminiConfig(PreTrainedConfig):
         quantization = getattr(self, "quantization_config", None)
         if quantization is not None:
             out["quantization_config"] = quantization if isinstance(quantization, dict) else quantization.to_dict()
-        return out
+        # Attributes may have been set to numbers of NumPy's since, which JSON does not know.
+        return plain_numbers(out)
 
     def _flat_text(self) -> dict[str, Any]:
         text = self.text_config

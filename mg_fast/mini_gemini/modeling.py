@@ -17,8 +17,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from .. import reference
+from ..arguments import check_stop_strings, plain_options, whole_number
 from ..conversation import get_template, stop_ids
-from ..errors import CheckpointError, PromptError
+from ..dtypes import wanted_dtype
+from ..errors import CheckpointError, PromptError, quoted
 from ..execution import at_seam, call, complete_device_map, execution_device, set_offloaded
 from ..modules import ConvNeXtPyramid, PatchInfoMining
 from ..quantization import check_config, check_savable, finish, named_config
@@ -266,13 +268,16 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
                 language model's layers; everything else keeps its dtype.
 
         Raises:
-            BackendError: a quantisation that cannot run here.
+            BackendError: a quantisation that cannot run here, or a dtype that is none.
             CheckpointError: not a Mini-Gemini checkpoint, an unreadable file, or missing, unexpected or mis-shaped tensors, by name.
         """
         if template is not None:
             get_template(template)
         info_wanted = kwargs.pop("output_loading_info", False)
         kwargs["weights_only"] = True
+        for name in ("dtype", "torch_dtype"):
+            if kwargs.get(name) is not None:
+                kwargs[name] = wanted_dtype(kwargs[name])
         config = kwargs.pop("config", None)
         if config is not None:
             config = copy.deepcopy(config) if isinstance(config, MiniGeminiConfig) else MiniGeminiConfig.from_pretrained(config)
@@ -412,7 +417,7 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
             past_key_values: keys and values of the positions before. Pictures whose places are among these may come once more, with
                 mm_token_type_ids for the whole prompt; they are not encoded again.
             labels: [B, L], -100 where no loss is wanted.
-            logits_to_keep: only that many last positions (0: all) get logits.
+            logits_to_keep: only that many last positions (0: all) get logits, or those that a list or a tensor [n] names.
             allow_long: accept prompts beyond the trained length; None takes the model's `allow_long`.
             return_dict: False returns a tuple.
             **kwargs: reach the language model and `loss_function`, as in transformers' own models: `num_items_in_batch`, by which
@@ -437,8 +442,7 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        keep = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else slice(-logits_to_keep, None)
-        logits = call(self.lm_head, outputs.last_hidden_state[:, keep])
+        logits = call(self.lm_head, outputs.last_hidden_state[:, kept_positions(logits_to_keep)])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
@@ -478,11 +482,14 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
             allow_long: accept prompts between the trained length and max_position_embeddings, with one warning.
 
         Raises:
-            PromptError: the prompt, or the prompt and `max_new_tokens` together, are too long. Nothing is ever cut.
+            PromptError: the prompt, or the prompt and `max_new_tokens` together, are too long (nothing is ever cut); or stop
+                strings that are no texts.
         """
+        kwargs = plain_options(kwargs)
         ids = inputs if inputs is not None else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+        given = kwargs.get("generation_config") or self.generation_config
+        check_stop_strings(kwargs.get("stop_strings", given.stop_strings))
         if ids is not None:
-            given = kwargs.get("generation_config") or self.generation_config
             new = kwargs.get("max_new_tokens") or getattr(given, "max_new_tokens", None)
             if new is None:
                 new = max(0, (kwargs.get("max_length") or given.max_length or 0) - ids.shape[1])
@@ -532,6 +539,20 @@ class MiniGeminiForConditionalGeneration(MiniGeminiPreTrainedModel, GenerationMi
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
 
 
+def kept_positions(logits_to_keep) -> "slice | torch.Tensor | list":
+    """The index of the positions that get logits. Python's own numbers and tensors take no step that torch.compile cannot trace."""
+    if isinstance(logits_to_keep, (int, torch.SymInt)):
+        return slice(-logits_to_keep, None)
+    if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim:
+        return logits_to_keep
+    number = whole_number(logits_to_keep)
+    if number is not None:
+        return slice(-number, None)
+    if not (isinstance(logits_to_keep, (list, slice)) or getattr(logits_to_keep, "ndim", 0) == 1):
+        raise ValueError(f"logits_to_keep: expected a whole number, or a list or tensor of positions, got {quoted(logits_to_keep)}")
+    return logits_to_keep
+
+
 def _override(config: MiniGeminiConfig, kwargs: dict) -> None:
     """Moves those keyword arguments that are configuration keys into the configuration, as transformers does."""
     for key in kwargs.keys() - {"dtype", "torch_dtype", "quantization_config", "name_or_path"}:
@@ -543,10 +564,11 @@ def _override(config: MiniGeminiConfig, kwargs: dict) -> None:
 
 def _weights_dtype(kwargs: dict, checkpoint: Checkpoint) -> torch.dtype | None:
     """The dtype that transformers will load the weights in: the one asked for, else that of the checkpoint."""
-    dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
-    if dtype in (None, "auto"):
-        return checkpoint.stored_dtype()
-    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    dtype = wanted_dtype(kwargs.get("dtype", kwargs.get("torch_dtype")))
+    if isinstance(dtype, dict):
+        # Under its empty key transformers looks for the dtype that it makes the weights in.
+        dtype = wanted_dtype(dtype.get("", torch.get_default_dtype()))
+    return checkpoint.stored_dtype() if dtype == "auto" else dtype
 
 
 @contextlib.contextmanager

@@ -13,8 +13,9 @@ from PIL import Image
 ORIENTATION = 0x0112
 _XMP_PROPERTY = re.compile(rb"""tiff:Orientation\s*(?:=\s*["']|>)\s*([1-8])""")
 _XMP_KEYS = ("XML:com.adobe.xmp", "xmp")
-# The types of EXIF that Pillow reads as whole numbers of 0 or more, by their number, as `struct` spells them.
-_INTEGERS = {3: "H", 4: "L"}
+# The types of EXIF that Pillow reads as whole numbers, by their number, as `struct` spells them: SHORT and LONG, then
+# those with a sign, BYTE with a sign, and IFD.
+_INTEGERS = {3: "H", 4: "L", 8: "h", 9: "l", 6: "b", 13: "L"}
 # The sub-directories of EXIF that Pillow follows while it loads a TIFF file: Exif, GPS, and interoperability.
 _POINTER_TAGS = (0x8769, 0x8825, 0xA005)
 

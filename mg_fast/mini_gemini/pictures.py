@@ -12,9 +12,8 @@ from PIL import Image, UnidentifiedImageError
 
 from ..errors import BackendError, PictureError, quoted, shortened
 from .base64_text import decode_data_uri, looks_like_base64, refusal
-from .orientation import ORIENTATION, drop_broken_metadata, read_orientation, turn_upright, upright
-
-__all__ = ["ORIENTATION", "check_decoder", "decode_on_device", "open_picture", "upright"]
+from .orientation import drop_broken_metadata, read_orientation, turn_upright, upright
+from .urls import expanded, is_data_uri, is_url
 
 logger = logging.getLogger(__name__)
 
@@ -46,14 +45,14 @@ def open_picture(source, *, allow_urls: bool = False, label: str | None = None) 
         return _to_rgb(source, label or f"picture of mode {source.mode}", owned=False)
     if isinstance(source, (np.ndarray, torch.Tensor)):
         return _from_array(source, label or f"picture in a {type(source).__name__}")
-    if isinstance(source, str) and source[:8].lower().startswith(("http://", "https://", "data:")):
+    if is_url(source):
         shown = label or (source if len(source) <= 80 else source[:77] + "...")
         if not allow_urls:
             message = f"{shown}: URLs are fetched only when asked for (allow_urls=True, --allow-urls, or a message's `url` key)"
             raise PictureError(f"{message}; {refusal(len(source))}" if looks_like_base64(source) else message)
         return _decode(io.BytesIO(_fetch(source, shown)), shown)
     if isinstance(source, (str, os.PathLike)):
-        return _from_path(os.path.expanduser(os.fspath(source)), label)
+        return _from_path(expanded(os.fspath(source)), label)
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _decode(io.BytesIO(source), label or f"picture of {len(source)} bytes")
     if hasattr(source, "read"):
@@ -78,12 +77,12 @@ def decode_on_device(source, device: torch.device | str) -> torch.Tensor | None:
 
     try:
         if isinstance(source, (str, os.PathLike)):
-            with open(os.path.expanduser(os.fspath(source)), "rb") as file:
+            with open(expanded(os.fspath(source)), "rb") as file:
                 source = file.read()
         if not isinstance(source, (bytes, bytearray, memoryview)) or bytes(source[:3]) != b"\xff\xd8\xff":
             return None
-    except OSError:
-        # Pillow's way has the words for it
+    except (OSError, ValueError):
+        # Pillow's way has the words for it. A path that no file system can have is a ValueError.
         return None
     data = bytes(source)
     try:
@@ -96,7 +95,7 @@ def decode_on_device(source, device: torch.device | str) -> torch.Tensor | None:
 
 def _fetch(url: str, label: str) -> bytes:
     try:
-        if url[:5].lower() == "data:":
+        if is_data_uri(url):
             return decode_data_uri(url)
         with urllib.request.urlopen(url, timeout=30) as reply:
             return reply.read()
