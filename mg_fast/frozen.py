@@ -1,7 +1,8 @@
 """What whoever reads a module's weights must know: whether the module computes what they say, and whether they have changed."""
 
+import functools
 import weakref
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Iterator, Set
 
 import torch
 from torch import nn
@@ -94,29 +95,42 @@ def state(parts: Iterable[nn.Module]) -> tuple:
     their switches and factors. What is written through `.data`, into inference tensors or into offloaded weights is counted nowhere, and
     is not seen.
     """
-    modules = [module for part in parts for module in part.modules()]
-    weights = tuple(
-        # Some layouts of quantised weights have no address of their own. While a storage is referred to, its place is not another's.
-        (
-            id(p),
-            (StorageWeakRef(p.untyped_storage()), p.data_ptr()) if type(p) is nn.Parameter else 0,
-            None if p.is_inference() else p._version,
-        )
-        for module in modules
-        for p in module._parameters.values()
-        # What stands in for an offloaded weight is made anew after every call. The weight itself lies with the hook that loads it.
-        if p is not None and not p.is_meta
-    )
-    kinds = tuple((weakref.ref(module), type(module), module.training) for module in modules)
-    offloaded = tuple(id(hook) for module in modules for hook in accelerate_hooks(module))
-    hooks = tuple(key for module in modules for hooks in (module._forward_pre_hooks, module._forward_hooks) for key in hooks)
-    everywhere = (*torch_modules._global_forward_pre_hooks, *torch_modules._global_forward_hooks)
-    patched = tuple(vars(module)["forward"] for module in modules if "forward" in vars(module))
-    # Low-rank adapters are switched and scaled, and merged through `.data`, which weights do not count.
-    adapters = tuple(
-        (tuple(tuned.active_adapters), tuned.disable_adapters, tuple(tuned.merged_adapters), tuple(getattr(tuned, "scaling", {}).items()))
-        for tuned in modules
-        # asked of the class first, as a module looks for what it does not have in three tables
-        if hasattr(type(tuned), "merged_adapters") or "merged_adapters" in vars(tuned)
-    )
-    return weights, kinds, offloaded, hooks, everywhere, patched, adapters
+    weights, kinds, hooks, special = [], [], [*torch_modules._global_forward_pre_hooks, *torch_modules._global_forward_hooks], []
+    for module in _with_all_inside(parts):
+        kinds.append((weakref.ref(module), type(module), module.training))
+        for p in module._parameters.values():
+            # What stands in for an offloaded weight is made anew after every call. The weight itself lies with the hook that loads it.
+            if p is None or p.is_meta:
+                continue
+            # Some layouts of quantized weights have no address of their own. While a storage is referred to, its place is not another's.
+            place = (StorageWeakRef(p.untyped_storage()), p.data_ptr()) if type(p) is nn.Parameter else 0
+            weights.append((id(p), place, None if p.is_inference() else p._version))
+        if module._forward_pre_hooks or module._forward_hooks:
+            hooks += [*module._forward_pre_hooks, *module._forward_hooks]
+        own = vars(module)
+        if "forward" in own:
+            special.append(own["forward"])
+        if "_hf_hook" in own:
+            special += map(id, accelerate_hooks(module))
+        if _has_adapters(type(module)) or "merged_adapters" in own:
+            # Low-rank adapters are switched and scaled, and merged through `.data`, which weights do not count.
+            scaling = tuple(getattr(module, "scaling", {}).items())
+            special.append((tuple(module.active_adapters), module.disable_adapters, tuple(module.merged_adapters), scaling))
+    return weights, kinds, hooks, special
+
+
+@functools.cache
+def _has_adapters(kind: type) -> bool:
+    """Whether a class of modules is one of low-rank adapters. A class that lacks an attribute is slow to say so, so it is asked once."""
+    return hasattr(kind, "merged_adapters")
+
+
+def _with_all_inside(parts: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """Every module in the parts once, without the names that `named_modules` spells for each."""
+    seen, left = set(), list(parts)
+    while left:
+        module = left.pop()
+        if module is not None and id(module) not in seen:
+            seen.add(id(module))
+            left.extend(module._modules.values())
+            yield module

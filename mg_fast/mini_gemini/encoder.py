@@ -5,7 +5,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -58,7 +58,8 @@ class PictureEncoder:
         self._select_layer = model.config.mm_vision_select_layer
         self._clip = PackedClip.from_tower(model.vision_tower, self._select_layer)
         self._tower = model.vision_tower_aux.pack()
-        self._towers, self._storages = frozen.state(_towers(model)), _storages(model)
+        self._towers, self._storages = frozen.state(_towers(model)), _storages(_parts(model))
+        self._addresses = _storages(_after_towers(model))
         cuda = self.device.type == "cuda"
         self._graphs: OrderedDict | None = OrderedDict() if graphs and cuda else None
         self._side, self._capturing = self._take_streams() if cuda else (None, None)
@@ -81,12 +82,19 @@ class PictureEncoder:
         return side.stream, capturing.stream
 
     def _check_current(self) -> None:
-        if self._model.config.mm_vision_select_layer != self._select_layer or _storages(self._model) != self._storages:
+        """Raises RuntimeError where the model is not as it was packed any more."""
+        if (
+            frozen.state(_towers(self._model)) == self._towers
+            and _storages(_after_towers(self._model)) == self._addresses
+            and self._model.config.mm_vision_select_layer == self._select_layer
+        ):
+            return
+        # only now is it looked for what has changed
+        if self._model.config.mm_vision_select_layer != self._select_layer or _storages(_parts(self._model)) != self._storages:
             raise RuntimeError("PictureEncoder: the model was moved, converted or configured otherwise since it was packed: make another")
         self._clip.check_unchanged()
         self._tower.check_unchanged()
-        if frozen.state(_towers(self._model)) != self._towers:
-            raise RuntimeError("PictureEncoder: a tower was changed, by a hook, an adapter or otherwise, since it was packed: make another")
+        raise RuntimeError("PictureEncoder: a tower was changed, by a hook, an adapter or otherwise, since it was packed: make another")
 
     @torch.inference_mode()
     def __call__(
@@ -206,7 +214,11 @@ def _towers(model: MiniGeminiModel) -> tuple[nn.Module, ...]:
 
 
 def _parts(model: MiniGeminiModel) -> tuple[nn.Module, ...]:
-    return *_towers(model), model.patch_mining, model.mm_projector
+    return *_towers(model), *_after_towers(model)
+
+
+def _after_towers(model: MiniGeminiModel) -> tuple[nn.Module, ...]:
+    return model.patch_mining, model.mm_projector
 
 
 def picture_state(model: MiniGeminiModel) -> tuple:
@@ -215,6 +227,6 @@ def picture_state(model: MiniGeminiModel) -> tuple:
     return frozen.state(_parts(model)), settings
 
 
-def _storages(model: MiniGeminiModel) -> list[int]:
+def _storages(parts: Iterable[nn.Module]) -> list[int]:
     """Where the parameters lie: elsewhere after they were moved, converted or replaced."""
-    return [p.data_ptr() for part in _parts(model) for p in part.parameters()]
+    return [p.data_ptr() for part in parts for p in part.parameters()]
