@@ -98,7 +98,7 @@ def test_tools_run_beside_each_other_and_are_quoted(memcheck, racecheck, status,
     sanitizer.chmod(0o755)
     monkeypatch.setattr(smoke, "launch_all", lambda device: True)
     monkeypatch.setattr(smoke.shutil, "which", lambda name, path: str(sanitizer))
-    assert smoke.smoke("cuda", seconds=1.0 if "sleep" in racecheck else 30.0) == status
+    assert smoke.smoke("cuda", seconds=3.0 if "sleep" in racecheck else 30.0) == status
     out = capsys.readouterr().out
     assert all(f"=== {line}" in out for line in told)
     assert "Invalid __global__ write" in out and "--tool memcheck --report-api-errors no --error-exitcode 99" in out
