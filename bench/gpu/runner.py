@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -66,6 +67,8 @@ def run_plan(steps: Sequence[Step], out: Path, seconds: float, settings: Setting
     out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     before = {outcome.name: outcome for outcome in earlier}
+    # the first call imports what all models need, which takes seconds: better while the first step runs than between two steps
+    threading.Thread(target=all_cases, daemon=True).start()
     outcomes: list[Outcome] = []
     for step in steps:
         left = deadline - plans.RESERVE - time.monotonic()
