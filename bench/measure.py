@@ -361,6 +361,18 @@ def memory_within_reach(device: str):
         resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
+def why_lost() -> str | None:
+    """Why this process can do no more on its GPU, where a kernel has broken its context; None where it still can.
+
+    An illegal access, as an example, comes back from every later call.
+    """
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        return f"the GPU's context is lost: {str(error).splitlines()[0]}"
+    return None
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether that is what an error says."""
     words = ("can't allocate memory", "not enough memory", "out of memory")

@@ -140,7 +140,8 @@ def status_table(found: Kept) -> str:
     """What has been measured on GPUs: which cases, whether our providers were right, and where one was slower than the original's steps."""
     if not gpus(found):
         told = "**On a GPU: nothing has been measured yet.** The kernels were interpreted on a CPU and compiled ahead of time for six"
-        told += " architectures. [docs/gpu.md](docs/gpu.md) tells how everything is measured in a quarter of an hour."
+        told += " architectures. [docs/gpu.md](docs/gpu.md) describes how everything is to be measured on a GPU that is borrowed for a"
+        told += " quarter of an hour."
         return _wrapped(told)
     lines = []
     for device in gpus(found):

@@ -404,16 +404,8 @@ def _told(error: Exception) -> str:
 
 
 def _lost(error: Exception, device: str) -> bool:
-    """Whether the GPU can be used no more in this process after an error: an illegal access, as an example, comes back from every call."""
-    if isinstance(error, measure.GpuLost):
-        return True
-    if device != "cuda":
-        return False
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return True
-    return False
+    """Whether the GPU can be used no more in this process after an error."""
+    return isinstance(error, measure.GpuLost) or (device == "cuda" and measure.why_lost() is not None)
 
 
 def report(results: Sequence[Result], architecture: int | None, best: int) -> str:

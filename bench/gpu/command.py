@@ -110,7 +110,6 @@ def step(
     done: Path | None = None,
     ceilings: Path | None = None,
     watch: Watch | None = None,
-    command: str = "",
 ) -> dict:
     """Measures the cases of one step; a process that `run_plan` starts does no more than this.
 
@@ -138,7 +137,7 @@ def step(
         ceilings=known,
         watch=watch,
         out=out,
-        command=command or shlex.join(["python", "-m", "bench", "gpu", "--steps", name]),
+        command=shlex.join(["python", "-m", "bench", "gpu", "--steps", name]),
     )
 
 

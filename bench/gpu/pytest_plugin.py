@@ -53,12 +53,10 @@ def pytest_runtest_logfinish(nodeid, location):
 
 def is_lost() -> bool:
     """Whether an earlier kernel has broken this process' GPU context."""
-    # not imported here: what no test has needed costs the collection seconds
+    # Neither is imported at the top: what no test has needed would cost the collection seconds.
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         return False
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return True
-    return False
+    from bench.measure import why_lost
+
+    return why_lost() is not None

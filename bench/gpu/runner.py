@@ -1,6 +1,5 @@
 """Runs the steps of a plan, each in a process of its own, and keeps what they find as it comes."""
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -238,7 +237,7 @@ def _keeper(step: Step, out: Path, part: Path, output: Path, errors: Path, setti
         if not step.into.endswith(".json"):
             into.write_text(_end(before_text + title + _text(output)), encoding="utf-8")
         elif part.exists() and (stamp := part.stat().st_mtime_ns) != written:
-            with contextlib.suppress(records.BadRecord):
+            with suppress(records.BadRecord):
                 records.write(into, joined(before, records.read(part)))
                 written = stamp
 

@@ -102,7 +102,7 @@ def launch_all(device: str, *, checked: bool = True) -> bool:
             # one that breaks must not hide the others
             right, told = False, f"WRONG: {type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}"
         print(f"{name}, {_name(dtype)}: {told} ({time.perf_counter() - began:.1f} s)", flush=True)
-        if not right and device == "cuda" and (lost := _lost()):
+        if not right and device == "cuda" and (lost := measure.why_lost()):
             print(f"{lost}; not launched: {', '.join(f'{name} in {_name(dtype)}' for name, dtype in left) or 'none'}", flush=True)
             break
     return right
@@ -133,15 +133,6 @@ def _widened(inputs: Any) -> Any:
     if isinstance(inputs, (list, tuple)):
         return [_widened(part) for part in inputs]
     return copy.deepcopy(inputs).double()
-
-
-def _lost() -> str | None:
-    """Why nothing more can be launched in this process, where a kernel has broken the GPU's context."""
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError as error:
-        return f"the GPU's context is lost: {str(error).splitlines()[0]}"
-    return None
 
 
 def _name(dtype: torch.dtype) -> str:
