@@ -8,21 +8,32 @@ __version__ = "0.1.0"
 
 # name -> module; imported on first use, so that `import mg_fast` itself needs neither torch nor triton
 _PUBLIC = {
-    "MiniGeminiForConditionalGeneration": ".mini_gemini.modeling",
-    "MiniGeminiProcessor": ".mini_gemini.processing",
-    "MiniGeminiConfig": ".mini_gemini.configuration",
-    "Pipeline": ".pipeline",
-    "load": ".pipeline",
-    "Explanation": ".explain",
-    "use_backend": ".backend",
-    "accelerate": ".swap",
-    "MgFastError": ".errors",
-    "CheckpointError": ".errors",
-    "PictureError": ".errors",
-    "PromptError": ".errors",
-    "BackendError": ".errors",
+    "MiniGeminiForConditionalGeneration": "mg_fast.mini_gemini.modeling",
+    "MiniGeminiProcessor": "mg_fast.mini_gemini.processing",
+    "MiniGeminiConfig": "mg_fast.mini_gemini.configuration",
+    "Pipeline": "mg_fast.pipeline",
+    "load": "mg_fast.pipeline",
+    "Explanation": "mg_fast.explain",
+    "use_backend": "mg_fast.backend",
+    "accelerate": "mg_fast.swap",
+    "MgFastError": "mg_fast.errors",
+    "CheckpointError": "mg_fast.errors",
+    "PictureError": "mg_fast.errors",
+    "PromptError": "mg_fast.errors",
+    "BackendError": "mg_fast.errors",
 }
-_MODULES = ("backend", "conversation", "kernels", "mini_gemini", "modules", "ops", "pipeline", "reference", "swap")
+# the name of a module on the face of the package -> where it lies
+_MODULES = {
+    "backend": "mg_fast.backend",
+    "errors": "mg_fast.errors",
+    "kernels": "mg_fast.kernels",
+    "mini_gemini": "mg_fast.mini_gemini",
+    "modules": "mg_fast.modules",
+    "ops": "mg_fast.ops",
+    "pipeline": "mg_fast.pipeline",
+    "reference": "mg_fast.reference",
+    "templates": "mg_fast.conversation",
+}
 
 __all__ = ["__version__", *_PUBLIC, *_MODULES]
 
@@ -31,11 +42,11 @@ auto.register_when_imported()
 
 def __getattr__(name: str):
     if name in _PUBLIC:
-        value = getattr(importlib.import_module(_PUBLIC[name], __name__), name)
+        value = getattr(importlib.import_module(_PUBLIC[name]), name)
         globals()[name] = value
         return value
     if name in _MODULES:
-        return importlib.import_module(f".{name}", __name__)
+        return importlib.import_module(_MODULES[name])
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
