@@ -87,7 +87,7 @@ def floor_bytes(sizes: Sizes) -> int:
 
 
 def reference_mining(sizes: Sizes) -> Cost:
-    """`mg_fast.reference.patch_mining`."""
+    """`mg_fast.ops.reference.patch_mining`."""
     b, grid, n, c, e = sizes.batch, sizes.grid, sizes.levels[0][0], sizes.channels, sizes.dtype.itemsize
     fine, reduced, cells = b * n * n, b * (n // grid) ** 2, grid * grid
     cost = Cost()
@@ -109,7 +109,7 @@ def reference_mining(sizes: Sizes) -> Cost:
 
 
 def _mine(sizes: Sizes, views: int) -> Cost:
-    """`mg_fast.reference.mine` of so many views."""
+    """`mg_fast.ops.reference.mine` of so many views."""
     d, c, e = sizes.dim, sizes.channels, sizes.dtype.itemsize
     rows = views * sizes.side**2
     pixels = rows * sizes.window**2

@@ -14,7 +14,7 @@ _PUBLIC = {
     "Pipeline": "mg_fast.pipeline",
     "load": "mg_fast.pipeline",
     "Explanation": "mg_fast.explain",
-    "use_backend": "mg_fast.backend",
+    "use_backend": "mg_fast.ops.backend",
     "accelerate": "mg_fast.swap",
     "MgFastError": "mg_fast.errors",
     "CheckpointError": "mg_fast.errors",
@@ -24,14 +24,14 @@ _PUBLIC = {
 }
 # the name of a module on the face of the package -> where it lies
 _MODULES = {
-    "backend": "mg_fast.backend",
+    "backend": "mg_fast.ops.backend",
     "errors": "mg_fast.errors",
     "kernels": "mg_fast.kernels",
     "mini_gemini": "mg_fast.mini_gemini",
     "modules": "mg_fast.modules",
     "ops": "mg_fast.ops",
     "pipeline": "mg_fast.pipeline",
-    "reference": "mg_fast.reference",
+    "reference": "mg_fast.ops.reference",
     "templates": "mg_fast.conversation",
 }
 

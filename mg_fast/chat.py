@@ -12,10 +12,10 @@ import torch
 from transformers import StoppingCriteria
 
 from .arguments import check_text
-from .backend import requested, use_backend
 from .conversation import IMAGE_TAG, render, with_picture_tags
 from .errors import PromptError, quoted
 from .meter import Meter
+from .ops.backend import requested, use_backend
 from .requests import Answer, Request, SeenPicture, answer, check_options, sampling, seeded
 
 if TYPE_CHECKING:

@@ -322,8 +322,8 @@ def _print_stream(pieces) -> None:
 def command_doctor(args) -> int:
     import torch
 
-    from . import backend as backends
     from . import cpu_dtype
+    from .ops import backend as backends
 
     print(f"mg_fast {__version__}, Python {platform.python_version()}, {platform.platform()}")
     print("\npackages")

@@ -13,7 +13,7 @@ from .chat import as_question
 from .conversation import render
 from .errors import BackendError
 from .execution import at_seam, call
-from .reference import LAYER_NORM_EPS, CalledProjection, Projection
+from .ops.reference import LAYER_NORM_EPS, CalledProjection, Projection
 from .requests import Answer, Request, SeenPicture, answer, check_options, sampling
 from .resize_tables import window_tables
 from .resizing import square

@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 
 from . import boxed, cpu_dtype, decoding
-from .backend import IMPLEMENTED, check_everywhere, choose, requested, use_backend
 from .batch import chat_batch
 from .chat import Conversation
 from .dtypes import wanted_dtype
@@ -27,6 +26,7 @@ from .mini_gemini.modeling import MiniGeminiForConditionalGeneration
 from .mini_gemini.pictures import open_picture
 from .mini_gemini.processing import MiniGeminiProcessor
 from .mini_gemini.tensor_files import resolve_folder
+from .ops.backend import IMPLEMENTED, check_everywhere, choose, requested, use_backend
 from .quantization import WeightBytes, weight_bytes
 from .requests import Answer, SeenPicture
 

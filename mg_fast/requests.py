@@ -10,11 +10,11 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
 from .arguments import check_stop_strings, plain_numbers, real_number, whole_number
-from .backend import requested
 from .errors import PromptError, quoted
 from .execution import mixed_dtypes_named
 from .meter import Meter, Stage
 from .mini_gemini.modeling import PICTURE_INPUTS
+from .ops.backend import requested
 from .quantization import check_cache
 from .streaming import PieceStream, decode_answer
 

@@ -15,10 +15,11 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import boxed, convnext, interpreter, ops
-from .backend import no_triton, only_compiling, use_backend
+from . import boxed, convnext, ops
 from .errors import BackendError, CheckpointError
-from .reference import Projection
+from .ops import interpreter
+from .ops.backend import no_triton, only_compiling, use_backend
+from .ops.reference import Projection
 
 # pictures at once: a product of few rows has other tiles than one of many, and of the second number no published model's has few
 BATCHES = (1, 64)

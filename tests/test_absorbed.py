@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from mg_fast import absorbed, reference
+from mg_fast import absorbed
 from mg_fast.modules import PatchInfoMining
+from mg_fast.ops import reference
 from tests.draws import normal
 from tests.tolerances import assert_accurate
 

@@ -5,7 +5,8 @@ import threading
 import pytest
 import torch
 
-from mg_fast import BackendError, backend, interpreter, use_backend
+from mg_fast import BackendError, use_backend
+from mg_fast.ops import backend, interpreter
 
 
 def test_order_of_authority(monkeypatch):

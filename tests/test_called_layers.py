@@ -155,7 +155,7 @@ def test_backward_hooks_run(model, found, part):
 
 def test_plain_mining_reads_its_weights(found):
     """Calling is for what needs it: it takes fifty times the operations."""
-    assert not any(isinstance(p, mg_fast.reference.CalledProjection) for p in found.model.model.patch_mining.projections())
+    assert not any(isinstance(p, mg_fast.ops.reference.CalledProjection) for p in found.model.model.patch_mining.projections())
 
 
 @BACKENDS
@@ -189,4 +189,4 @@ def test_counting_flop_changes_nothing(model):
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False):
-        assert not any(isinstance(p, mg_fast.reference.CalledProjection) for p in model.model.patch_mining.projections())
+        assert not any(isinstance(p, mg_fast.ops.reference.CalledProjection) for p in model.model.patch_mining.projections())

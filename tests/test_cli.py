@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 import mg_fast
-from mg_fast import CheckpointError, backend, cli
+from mg_fast import CheckpointError, cli
+from mg_fast.ops import backend
 from tests.paths import ROOT
 
 STAGES = ["preprocess", "LR tower", "HR tower", "patch info mining", "projector", "prefill to first token", "decode"]

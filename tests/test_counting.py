@@ -16,9 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import counting
 from bench.accounting import Sizes
 from bench.counting import Count
-from mg_fast import absorbed, reference
+from mg_fast import absorbed
 from mg_fast.modules import ConvNeXtPyramid
-from mg_fast.ops import mining
+from mg_fast.ops import mining, reference
 from tests.test_accounting import inputs
 
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from mg_fast import BackendError, ops, reference
+from mg_fast import BackendError, ops
+from mg_fast.ops import reference
 from tests.tolerances import assert_accurate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

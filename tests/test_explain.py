@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 import mg_fast
-from mg_fast import BackendError, Explanation, PictureError, Pipeline, PromptError, cli, reference
+from mg_fast import BackendError, Explanation, PictureError, Pipeline, PromptError, cli
 from mg_fast.explain import draw
+from mg_fast.ops import reference
 from mg_fast.resizing import normalise
 from tests.checkpoints import load
 from tests.families import family

@@ -9,7 +9,8 @@ import types
 import pytest
 import torch
 
-from mg_fast import BackendError, interpreter, ops
+from mg_fast import BackendError, ops
+from mg_fast.ops import interpreter
 from tests.paths import ROOT
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is published for Linux only")
@@ -18,7 +19,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 EVERY_OPERATION = """
 import threading, sys, torch
 from mg_fast import ops
-from mg_fast.reference import Projection
+from mg_fast.ops.reference import Projection
 
 torch.manual_seed(0)
 

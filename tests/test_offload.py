@@ -133,7 +133,7 @@ def test_parts_that_stay_keep_their_fast_path(tmp_path):
     found = family("mgm-llama")
     model = on_disk(found, tmp_path, "lm_head")
     assert vars(model.model.patch_mining.vlm_uni_query_projector[1]).keys() >= {"forward", "_hf_hook"}
-    assert not any(isinstance(p, mg_fast.reference.CalledProjection) for p in model.model.patch_mining.projections())
+    assert not any(isinstance(p, mg_fast.ops.reference.CalledProjection) for p in model.model.patch_mining.projections())
     pipeline = Pipeline(model, found.processor)
     pipeline.see(found.pictures[0])
     assert "towers packed" in pipeline.first_use

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from mg_fast import ops, reference
+from mg_fast import ops
 from mg_fast.modules import PatchInfoMining
+from mg_fast.ops import reference
 from tests.test_absorbed import make, oracle
 from tests.tolerances import assert_accurate
 

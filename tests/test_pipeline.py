@@ -129,7 +129,7 @@ def test_errors_while_streaming_reach_the_reader(pipeline, photo, monkeypatch):
 
 def test_stream_keeps_the_callers_backend(pipeline, model, photo):
     layers = []
-    hook = model.model.vision_tower.encoder.layers[-1].register_forward_hook(lambda *_: layers.append(mg_fast.backend.requested()))
+    hook = model.model.vision_tower.encoder.layers[-1].register_forward_hook(lambda *_: layers.append(mg_fast.ops.backend.requested()))
     try:
         with mg_fast.use_backend("reference"):
             list(pipeline.chat(QUESTION, [photo], max_new_tokens=2, stream=True))

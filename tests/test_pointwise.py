@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mg_fast import BackendError, backend, ops, reference
+from mg_fast import BackendError, ops
 from mg_fast.linear import linear
+from mg_fast.ops import backend, reference
 from tests.tolerances import assert_accurate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

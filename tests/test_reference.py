@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mg_fast import reference
 from mg_fast.modules import ConvNeXtPyramid, PatchInfoMining
+from mg_fast.ops import reference
 
 DIMS = (6, 10, 14, 18)
 

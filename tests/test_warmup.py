@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from mg_fast import backend, cli
+from mg_fast import cli
+from mg_fast.ops import backend
 from tests.paths import OWN_GOLDEN, ROOT
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is published for Linux only")

@@ -68,7 +68,7 @@ def _clone(outputs):
 
 def require(operation: str, backend: str, device: str) -> None:
     """Raises NotHere where an operation's backend cannot run on a device."""
-    from mg_fast.backend import why_not
+    from mg_fast.ops.backend import why_not
 
     if reason := why_not(operation, backend, torch.device(device)):
         raise NotHere(reason)

@@ -4,10 +4,10 @@ import torch
 from torch import nn
 from transformers import CLIPVisionModel
 
-from .. import backend as backends
 from ..errors import CheckpointError
 from ..execution import Chain
 from ..frozen import global_hooks, why_not_plain
+from ..ops import backend as backends
 
 
 def low_resolution_features(

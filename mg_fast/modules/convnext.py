@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from .. import backend as backends
 from .. import convnext
 from ..frozen import Watch, uncommon
+from ..ops import backend as backends
 from ..recording import recorded_as
 
 

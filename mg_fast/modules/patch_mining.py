@@ -10,8 +10,8 @@ from torch.fx import Proxy
 from .. import ops
 from ..execution import Chain, at_seam, autocasting
 from ..frozen import global_hooks, why_not_plain
+from ..ops.reference import LAYER_NORM_EPS, CalledProjection, Projection
 from ..recording import record_call, recorded_as
-from ..reference import LAYER_NORM_EPS, CalledProjection, Projection
 
 
 class PatchInfoMining(nn.Module):

@@ -3,9 +3,9 @@
 import torch
 import torch.nn.functional as F
 
-from .. import backend as backends
-from .. import reference
-from .common import autocast, on_device, recording
+from . import backend as backends
+from . import reference
+from .custom_op_support import autocast, on_device, recording
 
 # the widest map whose pixels the kernel's registers hold: xxlarge's last
 MAX_CHANNELS = 3072

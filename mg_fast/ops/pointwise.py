@@ -3,9 +3,10 @@
 import torch
 import torch.nn.functional as F
 
-from .. import backend as backends
-from .. import linear, reference
-from .common import autocast, on_device
+from .. import linear
+from . import backend as backends
+from . import reference
+from .custom_op_support import autocast, on_device
 
 
 def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:

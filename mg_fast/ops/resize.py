@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .. import backend as backends
 from .. import resizing
 from ..kept import kept, upload
-from .common import on_device
+from . import backend as backends
+from .custom_op_support import on_device
 
 
 def dual_resize(

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 import mg_fast
-from mg_fast import BackendError, MiniGeminiForConditionalGeneration, MiniGeminiProcessor, ops, reference, use_backend
-from mg_fast.ops import mining
-from mg_fast.reference import Projection
+from mg_fast import BackendError, MiniGeminiForConditionalGeneration, MiniGeminiProcessor, ops, use_backend
+from mg_fast.ops import mining, reference
+from mg_fast.ops.reference import Projection
 from tests.draws import normal
 from tests.interpreted.conftest import INTERPRETED
 from tests.paths import OWN_GOLDEN, original_golden

@@ -4,8 +4,8 @@ import contextlib
 
 import torch
 
-from .. import backend as backends
-from .. import interpreter
+from . import backend as backends
+from . import interpreter
 
 
 def on_device(tensor: torch.Tensor):

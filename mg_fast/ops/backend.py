@@ -14,8 +14,8 @@ from collections.abc import Mapping
 
 import torch
 
+from ..errors import BackendError, quoted
 from . import interpreter
-from .errors import BackendError, quoted
 
 BACKENDS = ("reference", "torch", "triton")
 CHOICES = ("auto", *BACKENDS)

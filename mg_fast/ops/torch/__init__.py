@@ -1,0 +1,1 @@
+"""The operations' PyTorch forms, on any device: the `torch` backend."""
