@@ -127,7 +127,7 @@ def _mine(sizes: Sizes, views: int) -> Cost:
 
 
 def torch_mining(sizes: Sizes) -> Cost:
-    """`mg_fast.absorbed.patch_mining` in the form for GPUs.
+    """`mg_fast.ops.torch.patch_mining.patch_mining` in the form for GPUs.
 
     Bytes leave out what holds one number to a pixel, not one to a channel: means, deviations, scores, weights, and the tables. At the
     published sizes that is up to 4% of all.
@@ -194,7 +194,7 @@ def _windows(sizes: Sizes, n: int, channels: int, windows: int, reduction: int) 
 
 
 def triton_mining(sizes: Sizes, *, cached: bool = True) -> Cost:
-    """`mg_fast.absorbed.patch_mining` with the Triton kernel in the place of its pooling.
+    """`mg_fast.ops.torch.patch_mining.patch_mining` with the Triton kernel in the place of its pooling.
 
     Args:
         cached: count what the kernel must exchange with memory, the pyramid once per launch (one for the cells, one for the global view);

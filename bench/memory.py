@@ -18,11 +18,12 @@ from torch._subclasses import FakeTensorMode
 from transformers import DynamicCache
 
 from examples.random_checkpoint import make_config
-from mg_fast import absorbed, ops, use_backend
+from mg_fast import ops, use_backend
 from mg_fast.mini_gemini import modeling
 from mg_fast.mini_gemini.modeling import MiniGeminiForConditionalGeneration
 from mg_fast.mini_gemini.packed_clip import PackedClip
 from mg_fast.mini_gemini.vision import low_resolution_features
+from mg_fast.ops.torch import patch_mining as absorbed
 
 from . import records
 from .cases.picture import LR, PICTURE
@@ -33,7 +34,7 @@ from .registry import choose_names
 PREDICTED = records.RESULTS / "predicted.json"
 DTYPE = torch.bfloat16
 TEXT_TOKENS = 64
-# of mg_fast.absorbed
+# of mg_fast.ops.torch.patch_mining
 TABLES = ("resize_matrix", "strip_tables", "window_tables")
 # name of a whole model -> size and setting; the parts are those of the first of a setting
 MODELS = {"7b": ("7b", SETTINGS[0]), "7b-hd": ("7b", SETTINGS[1]), "34b-hd": ("34b", SETTINGS[1])}

@@ -14,8 +14,8 @@ from .conversation import render
 from .errors import BackendError
 from .execution import at_seam, call
 from .ops.reference import LAYER_NORM_EPS, CalledProjection, Projection
+from .ops.torch.bilinear_tables import window_tables
 from .requests import Answer, Request, SeenPicture, answer, check_options, sampling
-from .resize_tables import window_tables
 from .resizing import square
 
 if TYPE_CHECKING:

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from mg_fast import absorbed
 from mg_fast.modules import PatchInfoMining
 from mg_fast.ops import reference
+from mg_fast.ops.torch import patch_mining as absorbed
 from tests.draws import normal
 from tests.tolerances import assert_accurate
 

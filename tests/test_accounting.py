@@ -15,9 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import accounting
 from bench.accounting import Sizes, Tower
 from bench.counting import Count
-from mg_fast import absorbed, convnext
+from mg_fast import convnext
 from mg_fast.modules import ConvNeXtPyramid
-from mg_fast.ops import mining, reference
+from mg_fast.ops import patch_mining as mining
+from mg_fast.ops import reference
+from mg_fast.ops.torch import patch_mining as absorbed
 from tests.paths import ROOT
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

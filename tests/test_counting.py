@@ -16,9 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import counting
 from bench.accounting import Sizes
 from bench.counting import Count
-from mg_fast import absorbed
 from mg_fast.modules import ConvNeXtPyramid
-from mg_fast.ops import mining, reference
+from mg_fast.ops import patch_mining as mining
+from mg_fast.ops import reference
+from mg_fast.ops.torch import patch_mining as absorbed
 from tests.test_accounting import inputs
 
 

@@ -11,7 +11,7 @@ from timm.models.convnext import ConvNeXt
 
 from bench import measure
 from bench.accounting import Sizes
-from bench.cases.mining import mining_case
+from bench.cases.patch_mining import mining_case
 from mg_fast.modules import ConvNeXtPyramid
 
 

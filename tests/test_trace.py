@@ -8,7 +8,8 @@ import torch
 from bench import cases as bench_cases
 from bench import trace
 from bench.__main__ import main
-from bench.cases import mining, picture, settings
+from bench.cases import patch_mining as mining
+from bench.cases import picture, settings
 from bench.registry import Case, NotHere
 from examples.random_checkpoint import NARROW_TOWERS
 

@@ -5,7 +5,8 @@ from ..registry import Case
 
 def all_cases() -> dict[str, Case]:
     """Every case by name, in the order in which they are run."""
-    from . import end_to_end, kernels, mining, picture, pixels, stress, towers
+    from . import end_to_end, kernels, picture, pixels, stress, towers
+    from . import patch_mining as mining
 
     cases = [*mining.cases(), *towers.cases(), *picture.cases(), *pixels.cases(), *kernels.cases(), *end_to_end.cases(), *stress.cases()]
     assert len({case.name for case in cases}) == len(cases)

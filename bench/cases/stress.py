@@ -4,7 +4,7 @@ import torch
 
 from ..accounting import Sizes
 from ..registry import Case
-from .mining import mining_case
+from .patch_mining import mining_case
 
 
 def cases() -> list[Case]:

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mg_fast import absorbed, ops
+from mg_fast import ops
 from mg_fast.modules import PatchInfoMining
 from mg_fast.ops import reference
+from mg_fast.ops.torch import patch_mining as absorbed
 from tests import draws
 from tests.fuzzing import fuzz
 from tests.test_absorbed import oracle, projections_of

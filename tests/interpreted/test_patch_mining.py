@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 import mg_fast
 from mg_fast import BackendError, MiniGeminiForConditionalGeneration, MiniGeminiProcessor, ops, use_backend
-from mg_fast.ops import mining, reference
+from mg_fast.ops import patch_mining as mining
+from mg_fast.ops import reference
 from mg_fast.ops.reference import Projection
 from tests.draws import normal
 from tests.interpreted.conftest import INTERPRETED

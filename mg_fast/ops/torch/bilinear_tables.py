@@ -8,7 +8,7 @@ import functools
 
 import torch
 
-from .kept import kept
+from ...kept import kept
 
 
 @kept()

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import torch
 
-from .. import absorbed
 from . import backend as backends
 from . import reference
 from .custom_op_support import on_device, recording
 from .reference import CalledProjection, Projection
+from .torch import patch_mining as absorbed
 
 # pixels along a side of the largest window that the kernel's registers hold
 MAX_WINDOW = 16
