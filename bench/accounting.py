@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mg_fast import convnext
+from mg_fast.modules import convnext_channels_last as convnext
 
 from .registry import Cost
 
@@ -307,7 +307,7 @@ def tower_floor_bytes(tower: Tower) -> int:
 
 
 def torch_tower(tower: Tower) -> Cost:
-    """`mg_fast.convnext.run_tower` by the library on a GPU."""
+    """`mg_fast.modules.convnext_channels_last.run_tower` by the library on a GPU."""
     return _tower(tower, _library_convolution, _library_products)
 
 

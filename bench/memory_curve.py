@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from mg_fast.convnext import GPU_EXPANSION
+from mg_fast.modules.convnext_channels_last import GPU_EXPANSION
 
 from .accounting import FLOAT32, Sizes
 from .cases.picture import LR

@@ -15,8 +15,9 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import boxed, convnext, ops
+from . import boxed, ops
 from .errors import BackendError, CheckpointError
+from .modules import convnext_channels_last as convnext
 from .ops import interpreter
 from .ops.backend import no_triton, only_compiling, use_backend
 from .ops.reference import Projection

@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import accounting
 from bench.accounting import Sizes, Tower
 from bench.counting import Count
-from mg_fast import convnext
 from mg_fast.modules import ConvNeXtPyramid
+from mg_fast.modules import convnext_channels_last as convnext
 from mg_fast.ops import patch_mining as mining
 from mg_fast.ops import reference
 from mg_fast.ops.torch import patch_mining as absorbed

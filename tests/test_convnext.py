@@ -7,8 +7,8 @@ import torch
 from timm.models.convnext import ConvNeXt
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mg_fast import convnext
 from mg_fast.modules import ConvNeXtPyramid
+from mg_fast.modules import convnext_channels_last as convnext
 from tests.tolerances import assert_accurate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

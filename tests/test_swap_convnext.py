@@ -16,8 +16,8 @@ from timm.models.convnext import ConvNeXt, ConvNeXtBlock, ConvNeXtStage
 from torch import nn
 
 import mg_fast
-from mg_fast import convnext
 from mg_fast.errors import MgFastError
+from mg_fast.modules import convnext_channels_last as convnext
 from tests.test_swap import Original
 from tests.tolerances import assert_accurate, relative_error
 
@@ -103,7 +103,7 @@ def test_a_timm_model(changes, dtype):
     model = make(dtype, **changes)
     report = assert_swap_accurate(model, intermediates, pictures(96, 64, dtype=dtype))
     assert [e.name for e in report.swapped] == [f"stages.{i}" for i in range(4)]
-    assert "swapped      stages.2 (ConvNeXt stage of 3 blocks): now mg_fast.convnext" in str(report)
+    assert "swapped      stages.2 (ConvNeXt stage of 3 blocks): now mg_fast.modules.convnext_channels_last" in str(report)
 
 
 @pytest.mark.parametrize("wrapped", ["features_only", "open_clip", "stage"])

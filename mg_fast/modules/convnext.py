@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from .. import convnext
 from ..frozen import Watch, uncommon
 from ..ops import backend as backends
 from ..recording import recorded_as
+from . import convnext_channels_last as convnext
 
 
 class ConvNeXtPyramid(nn.Module):

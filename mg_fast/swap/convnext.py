@@ -1,4 +1,4 @@
-"""Stages of timm's ConvNeXt: what they look like, and `mg_fast.convnext` on channels-last maps in their place."""
+"""Stages of timm's ConvNeXt: what they look like, and `mg_fast.modules.convnext_channels_last` on channels-last maps in their place."""
 
 import contextlib
 import sys
@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from .. import convnext
 from ..frozen import global_hooks, why_not_plain
 from ..modules import ConvNeXtPyramid
+from ..modules import convnext_channels_last as convnext
 from ..modules.convnext import unsuited_stage
 from ..ops import backend as backends
 from .exchange import offer, replaced_on_object, warn
@@ -29,7 +29,7 @@ def recognise(model: nn.Module) -> Iterator[Entry]:
     for name, module in model.named_modules():
         if not isinstance(module, timm_convnext.ConvNeXtStage) or id(module) in ours:
             continue
-        becomes = "now mg_fast.convnext with the stage's own tensors"
+        becomes = "now mg_fast.modules.convnext_channels_last with the stage's own tensors"
         if any(map(_stochastic, module.modules())):
             becomes += f"; for now it runs as timm wrote it, because {STOCHASTIC}"
         yield offer(name or "model", f"ConvNeXt stage of {len(module.blocks)} blocks", module, channels_last, _why_not, becomes)

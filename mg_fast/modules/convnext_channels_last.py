@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import ops
-from .ops.custom_op_support import autocast
+from .. import ops
+from ..ops.custom_op_support import autocast
 
 # of a chunk's expansion, in bytes: on a CPU it stays in the cache, on a GPU it is more than enough to keep it busy
 CPU_EXPANSION = 2**24
