@@ -12,7 +12,7 @@ from mg_fast import Pipeline
 from mg_fast.conversation import render
 from mg_fast.decoding import LeanDecoder
 from mg_fast.decoding.kv_cache import KVCache
-from mg_fast.linear import OneDNNLinear
+from mg_fast.ops.torch.pointwise import OneDNNLinear
 from tests.families import OWN
 
 QUESTIONS = ("What is written in the picture?", "And what colour is it? Say it in a few words.", "Why?")
@@ -117,7 +117,7 @@ def test_ragged_batches(each):
 
 def test_products_by_onednn(each, monkeypatch):
     """Which takes larger layers than these checkpoints have."""
-    monkeypatch.setattr("mg_fast.linear._FEWEST_WEIGHTS", 1)
+    monkeypatch.setattr("mg_fast.ops.torch.pointwise._FEWEST_WEIGHTS", 1)
     pipeline = Pipeline(copy.deepcopy(each.model), each.processor)
     assert any(type(part) is OneDNNLinear for part in pipeline.model.modules())
     first = pipeline.chat("What is it?", [each.pictures[0]], max_new_tokens=8)

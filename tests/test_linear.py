@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from mg_fast import linear
-from mg_fast.linear import OneDNNLinear, by_onednn, take_onednn
+from mg_fast.ops.torch import pointwise as linear
+from mg_fast.ops.torch.pointwise import OneDNNLinear, by_onednn, take_onednn
 
 
 def layers():

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from mg_fast import BackendError, ops
-from mg_fast.linear import linear
 from mg_fast.ops import backend, reference
+from mg_fast.ops.torch.pointwise import linear
 from tests.tolerances import assert_accurate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mg_fast.linear import linear
 from mg_fast.modules import PatchInfoMining
 from mg_fast.ops import reference
+from mg_fast.ops.torch.pointwise import linear
 
 from .. import accounting
 from ..registry import Call, Case, Cost, NotHere

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..execution import call
 from ..graphs import CaptureStream, NoStreamLeft, capture
-from ..linear import by_onednn, take_onednn
+from ..ops.torch.pointwise import by_onednn, take_onednn
 from ..quantization import EXPERTS_FUNCTION
 from .kv_cache import KVCache
 

@@ -16,7 +16,7 @@ from transformers.activations import QuickGELUActivation
 
 from .. import ops
 from ..frozen import Watch, uncommon
-from ..linear import linear
+from ..ops.torch.pointwise import linear
 
 # of quick GELU
 SLOPE = 1.702

@@ -3,10 +3,10 @@
 import torch
 import torch.nn.functional as F
 
-from .. import linear
 from . import backend as backends
 from . import reference
 from .custom_op_support import autocast, on_device
+from .torch import pointwise as linear
 
 
 def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:

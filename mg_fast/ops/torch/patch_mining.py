@@ -19,9 +19,9 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
-from ...linear import linear
 from ..reference import LAYER_NORM_EPS, Projection
 from .bilinear_tables import neighbours, resize_matrix, strip_tables, window_tables
+from .pointwise import linear
 
 # on a CPU: rows of a map whose inner products are taken together, so that they stay in its cache
 ROWS = 8
