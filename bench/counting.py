@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from mg_fast import resizing
+from mg_fast.ops.torch import dual_resize as resizing
 
 from .accounting import pool_windows_flop
 from .registry import Cost

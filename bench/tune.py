@@ -23,9 +23,10 @@ from typing import NamedTuple
 
 import torch
 
-from mg_fast import ops, resizing
+from mg_fast import ops
 from mg_fast.kernels import configs
 from mg_fast.ops.patch_mining import pool_windows
+from mg_fast.ops.torch import dual_resize as resizing
 from mg_fast.ops.torch import patch_mining as absorbed
 from tests.tolerances import assert_accurate, ieee_float32
 

@@ -15,8 +15,8 @@ from .errors import BackendError
 from .execution import at_seam, call
 from .ops.reference import LAYER_NORM_EPS, CalledProjection, Projection
 from .ops.torch.bilinear_tables import window_tables
+from .ops.torch.dual_resize import square
 from .requests import Answer, Request, SeenPicture, answer, check_options, sampling
-from .resizing import square
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline

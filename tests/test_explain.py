@@ -10,7 +10,7 @@ import mg_fast
 from mg_fast import BackendError, Explanation, PictureError, Pipeline, PromptError, cli
 from mg_fast.explain import draw
 from mg_fast.ops import reference
-from mg_fast.resizing import normalise
+from mg_fast.ops.torch.dual_resize import normalise
 from tests.checkpoints import load
 from tests.families import family
 

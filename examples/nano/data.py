@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mg_fast import MiniGeminiProcessor
 from mg_fast.conversation import IMAGE_TAG, render
-from mg_fast.resizing import square
+from mg_fast.ops.torch.dual_resize import square
 
 from .scenes import BACKGROUNDS, CELL, COLOURS, DRAWN, KINDS, MAX_DIGITS, SIDE, THIRDS, WORDS, Print, Scene, draw_scene
 from .talk import PLACES, SHORT, ask, bare, careless, conversation, text_only

@@ -16,7 +16,7 @@ from ..arguments import check_text, plain
 from ..conversation import IMAGE_TAG, get_template
 from ..errors import CheckpointError, PictureError, PromptError, quoted
 from ..ops.reference import low_resolution_views
-from ..resizing import normalise, place, square
+from ..ops.torch.dual_resize import normalise, place, square
 from .base64_text import as_data_uri
 from .checkpoint import decide_template, geometry_config, load_tokenizer
 from .configuration import MiniGeminiConfig

@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import torch
 
-from mg_fast import resizing
 from mg_fast.kernels import dual_resize
 from mg_fast.kernels.configs import DUAL_RESIZE
+from mg_fast.ops.torch import dual_resize as resizing
 
 from .gate import ARCHITECTURES, Case
 

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from mg_fast import ops, resizing
+from mg_fast import ops
 from mg_fast.kernels import dual_resize as kernels
 from mg_fast.kernels.configs import ResizeTile
+from mg_fast.ops.torch import dual_resize as resizing
 from tests.test_resizing import assert_as_pillow, assert_same, by_pillow, noise
 
 CASES = {

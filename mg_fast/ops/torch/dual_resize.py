@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from .errors import PictureError
-from .kept import kept, upload
-from .ops.reference import low_resolution_views
+from ...errors import PictureError
+from ...kept import kept, upload
+from ..reference import low_resolution_views
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

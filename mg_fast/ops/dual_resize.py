@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .. import resizing
 from ..kept import kept, upload
 from . import backend as backends
 from .custom_op_support import on_device
+from .torch import dual_resize as resizing
 
 
 def dual_resize(
