@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from mg_fast import cpu_dtype
-from mg_fast.meter import Meter
+from mg_fast.runtime import cpu_dtype
+from mg_fast.runtime.meter import Meter
 
 from .registry import Call, Ceilings
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm.auto import tqdm
 
-from .arguments import whole_number
 from .chat import as_question
 from .conversation import render
 from .errors import MgFastError, PromptError, quoted
 from .requests import Answer, Request, answer, check_options, sampling, seeded
+from .runtime.arguments import whole_number
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import StoppingCriteria
 
-from .arguments import check_text
 from .conversation import IMAGE_TAG, render, with_picture_tags
 from .errors import PromptError, quoted
-from .meter import Meter
 from .ops.backend import requested, use_backend
 from .requests import Answer, Request, SeenPicture, answer, check_options, sampling, seeded
+from .runtime.arguments import check_text
+from .runtime.meter import Meter
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline

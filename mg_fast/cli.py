@@ -15,9 +15,9 @@ import sys
 import time
 
 from . import __version__
-from .arguments import check_text
 from .cli_arguments import Parser, architecture, dtype_option, picture_file, positive, temperature, tolerate_other_encodings
 from .errors import BackendError, CheckpointError, MgFastError, PictureError, PromptError, shortened
+from .runtime.arguments import check_text
 
 EXIT_CODES = ((CheckpointError, 3), (PictureError, 4), (PromptError, 5), (BackendError, 6))
 
@@ -229,7 +229,7 @@ def command_run(args) -> int:
         print(json.dumps(document))
         return 0
     if args.profile:
-        from .meter import format_stages
+        from .runtime.meter import format_stages
 
         print(answer.text)
         print(_first_use(pipeline.first_use), file=sys.stderr)
@@ -322,8 +322,8 @@ def _print_stream(pieces) -> None:
 def command_doctor(args) -> int:
     import torch
 
-    from . import cpu_dtype
     from .ops import backend as backends
+    from .runtime import cpu_dtype
 
     print(f"mg_fast {__version__}, Python {platform.python_version()}, {platform.platform()}")
     print("\npackages")
@@ -382,7 +382,7 @@ def command_warmup(args) -> int:
     from . import warmup
 
     warmup.check()
-    from .dtypes import wanted_dtype
+    from .runtime.dtypes import wanted_dtype
 
     if "auto" in (args.dtype or ()):
         raise BackendError("--dtype auto needs --here: ahead of time it is not known what a checkpoint holds")

@@ -7,8 +7,8 @@ import math
 import os
 import sys
 
-from .dtypes import dtype_name
 from .errors import BackendError, quoted, shortened
+from .runtime.dtypes import dtype_name
 
 
 class Parser(argparse.ArgumentParser):

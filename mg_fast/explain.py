@@ -12,11 +12,11 @@ from PIL import Image, ImageDraw
 from .chat import as_question
 from .conversation import render
 from .errors import BackendError
-from .execution import at_seam, call
 from .ops.reference import LAYER_NORM_EPS, CalledProjection, Projection
 from .ops.torch.bilinear_tables import window_tables
 from .ops.torch.dual_resize import square
 from .requests import Answer, Request, SeenPicture, answer, check_options, sampling
+from .runtime.execution import at_seam, call
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline

@@ -12,15 +12,12 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from PIL import Image
 
-from . import boxed, cpu_dtype, decoding
+from . import boxed, decoding
 from .batch import chat_batch
 from .chat import Conversation
-from .dtypes import wanted_dtype
 from .errors import BackendError, PictureError, quoted
-from .execution import execution_device, mixed_dtypes_named
 from .explain import Explanation, explain
 from .image_cache import DEFAULT_BYTES, ImageCache, picture_digest
-from .meter import Meter
 from .mini_gemini.encoder import PictureEncoder, picture_state
 from .mini_gemini.modeling import MiniGeminiForConditionalGeneration
 from .mini_gemini.pictures import open_picture
@@ -29,6 +26,10 @@ from .mini_gemini.tensor_files import resolve_folder
 from .ops.backend import IMPLEMENTED, check_everywhere, choose, requested, use_backend
 from .quantization import WeightBytes, weight_bytes
 from .requests import Answer, SeenPicture
+from .runtime import cpu_dtype
+from .runtime.dtypes import wanted_dtype
+from .runtime.execution import execution_device, mixed_dtypes_named
+from .runtime.meter import Meter
 
 logger = logging.getLogger(__name__)
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
-from .arguments import check_stop_strings, plain_numbers, real_number, whole_number
 from .errors import PromptError, quoted
-from .execution import mixed_dtypes_named
-from .meter import Meter, Stage
 from .mini_gemini.modeling import PICTURE_INPUTS
 from .ops.backend import requested
 from .quantization import check_cache
+from .runtime.arguments import check_stop_strings, plain_numbers, real_number, whole_number
+from .runtime.execution import mixed_dtypes_named
+from .runtime.meter import Meter, Stage
 from .streaming import PieceStream, decode_answer
 
 if TYPE_CHECKING:

@@ -10,9 +10,10 @@ from transformers import TorchAoConfig
 
 import mg_fast
 from examples import random_checkpoint
-from mg_fast import boxed, cli, cpu_dtype
-from mg_fast.dtypes import wanted_dtype
+from mg_fast import boxed, cli
 from mg_fast.mini_gemini.checkpoint import open_checkpoint
+from mg_fast.runtime import cpu_dtype
+from mg_fast.runtime.dtypes import wanted_dtype
 from tests.paths import ROOT
 
 OLD, BF16, AMX, FP16, ARM = {"avx2", "f16c"}, {"avx2", "avx512_bf16"}, {"amx_bf16"}, {"avx512_fp16"}, {"asimdhp", "bf16"}

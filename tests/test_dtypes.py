@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mg_fast import BackendError, MiniGeminiForConditionalGeneration, Pipeline
-from mg_fast.execution import compute_dtype
+from mg_fast.runtime.execution import compute_dtype
 from tests.families import family
 from tests.tolerances import relative_error
 

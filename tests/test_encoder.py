@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 import mg_fast
-from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor, frozen, pipeline
-from mg_fast.meter import Meter
+from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor, pipeline
 from mg_fast.mini_gemini.encoder import PictureEncoder
 from mg_fast.modules import ConvNeXtPyramid
+from mg_fast.runtime import weights as frozen
+from mg_fast.runtime.meter import Meter
 from tests.tolerances import IMAGE_TOKENS, assert_accurate, relative_error
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="two streams and CUDA graphs need a GPU")

@@ -219,5 +219,5 @@ def test_warnings_about_pictures_are_short(caplog):
 
 def test_the_messages_module_needs_no_library():
     """The command line tells wrong usage before anything large is imported."""
-    code = "import sys, mg_fast.errors, mg_fast.arguments, mg_fast.cli_arguments; assert not {'torch', 'numpy', 'PIL'} & set(sys.modules)"
+    code = "import sys, mg_fast.errors, mg_fast.runtime.arguments, mg_fast.cli_arguments; assert not {'torch', 'numpy', 'PIL'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -7,8 +7,8 @@ import types
 import pytest
 import torch
 
-from mg_fast import graphs
 from mg_fast.decoding import LeanDecoder, steps
+from mg_fast.runtime import graphs
 
 DEVICE = torch.device("cuda", 0)
 

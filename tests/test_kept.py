@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from mg_fast.kept import kept
+from mg_fast.runtime.device_tables import kept
 
 CPU = torch.device("cpu")
 

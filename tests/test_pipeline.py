@@ -237,7 +237,7 @@ def test_profile(pipeline, photo):
     names = [stage.name for stage in answer.stages]
     assert names == ["preprocess", "LR tower", "HR tower", "patch info mining", "projector", "prefill to first token", "decode"]
     assert all(stage.seconds > 0 for stage in answer.stages)
-    table = mg_fast.meter.format_stages(answer.stages)
+    table = mg_fast.runtime.meter.format_stages(answer.stages)
     assert all(name in table for name in names)
 
 

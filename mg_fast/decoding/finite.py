@@ -4,8 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..execution import call
 from ..mini_gemini.modeling import PICTURE_INPUTS
+from ..runtime.execution import call
 
 
 def explain(model: nn.Module, ids: torch.Tensor, model_inputs: dict) -> str:

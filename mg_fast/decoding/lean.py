@@ -11,10 +11,10 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
-from .. import frozen
 from ..errors import PromptError
-from ..execution import compute_dtype, execution_device
 from ..mini_gemini.modeling import PICTURE_INPUTS
+from ..runtime import weights as frozen
+from ..runtime.execution import compute_dtype, execution_device
 from .finite import explain
 from .kv_cache import position_bytes
 from .prefixes import PrefixStore

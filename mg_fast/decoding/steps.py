@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ..execution import call
-from ..graphs import CaptureStream, NoStreamLeft, capture
 from ..ops.torch.pointwise import by_onednn, take_onednn
 from ..quantization import EXPERTS_FUNCTION
+from ..runtime.execution import call
+from ..runtime.graphs import CaptureStream, NoStreamLeft, capture
 from .kv_cache import KVCache
 
 logger = logging.getLogger(__name__)

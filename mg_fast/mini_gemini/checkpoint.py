@@ -19,8 +19,8 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from transformers import AutoTokenizer
 
 from ..conversation import detect_template, get_template
-from ..dtypes import wanted_dtype
 from ..errors import LONGEST_MESSAGE, BackendError, CheckpointError, quoted, shortened
+from ..runtime.dtypes import wanted_dtype
 from .configuration import MiniGeminiConfig
 from .geometry import CLIP_PREFIX, CONVNEXT_PREFIX, blaming, complete_config, tower_folder
 from .tensor_files import ADAPTER_FILE, HUB_ARGUMENTS, Table, first_line, read_file, read_table, read_tensors, resolve_folder, some_names

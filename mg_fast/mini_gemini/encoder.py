@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from .. import frozen
-from ..execution import Chain
-from ..frozen import uncommon
-from ..graphs import CaptureStream, NoStreamLeft, capture
 from ..ops import backend as backends
+from ..runtime import weights as frozen
+from ..runtime.execution import Chain
+from ..runtime.graphs import CaptureStream, NoStreamLeft, capture
+from ..runtime.weights import uncommon
 from .modeling import MiniGeminiModel
 from .packed_clip import PackedClip
 

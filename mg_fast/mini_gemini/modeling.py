@@ -16,14 +16,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from ..arguments import check_stop_strings, plain_options, whole_number
 from ..conversation import get_template, stop_ids
-from ..dtypes import wanted_dtype
 from ..errors import CheckpointError, PromptError, quoted
-from ..execution import at_seam, call, complete_device_map, execution_device, set_offloaded
 from ..modules import ConvNeXtPyramid, PatchInfoMining
 from ..ops import reference
 from ..quantization import check_config, check_savable, finish, named_config
+from ..runtime.arguments import check_stop_strings, plain_options, whole_number
+from ..runtime.dtypes import wanted_dtype
+from ..runtime.execution import at_seam, call, complete_device_map, execution_device, set_offloaded
 from .checkpoint import Checkpoint, check_names, decide_template, load_tokenizer, open_checkpoint
 from .configuration import MiniGeminiConfig
 from .geometry import check_geometry

@@ -15,8 +15,8 @@ from transformers import CLIPVisionModel
 from transformers.activations import QuickGELUActivation
 
 from .. import ops
-from ..frozen import Watch, uncommon
 from ..ops.torch.pointwise import linear
+from ..runtime.weights import Watch, uncommon
 
 # of quick GELU
 SLOPE = 1.702

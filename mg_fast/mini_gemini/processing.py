@@ -12,11 +12,11 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.processing_utils import ProcessorMixin
 
 from .. import conversation, ops
-from ..arguments import check_text, plain
 from ..conversation import IMAGE_TAG, get_template
 from ..errors import CheckpointError, PictureError, PromptError, quoted
 from ..ops.reference import low_resolution_views
 from ..ops.torch.dual_resize import normalise, place, square
+from ..runtime.arguments import check_text, plain
 from .base64_text import as_data_uri
 from .checkpoint import decide_template, geometry_config, load_tokenizer
 from .configuration import MiniGeminiConfig

@@ -5,9 +5,9 @@ from torch import nn
 from transformers import CLIPVisionModel
 
 from ..errors import CheckpointError
-from ..execution import Chain
-from ..frozen import global_hooks, why_not_plain
 from ..ops import backend as backends
+from ..runtime.execution import Chain
+from ..runtime.weights import global_hooks, why_not_plain
 
 
 def low_resolution_features(

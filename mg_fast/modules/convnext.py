@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ..frozen import Watch, uncommon
 from ..ops import backend as backends
-from ..recording import recorded_as
+from ..runtime.recording import recorded_as
+from ..runtime.weights import Watch, uncommon
 from . import convnext_channels_last as convnext
 
 

@@ -8,10 +8,10 @@ from torch._subclasses import FakeTensor
 from torch.fx import Proxy
 
 from .. import ops
-from ..execution import Chain, at_seam, autocasting
-from ..frozen import global_hooks, why_not_plain
 from ..ops.reference import LAYER_NORM_EPS, CalledProjection, Projection
-from ..recording import record_call, recorded_as
+from ..runtime.execution import Chain, at_seam, autocasting
+from ..runtime.recording import record_call, recorded_as
+from ..runtime.weights import global_hooks, why_not_plain
 
 
 class PatchInfoMining(nn.Module):

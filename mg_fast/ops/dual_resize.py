@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..kept import kept, upload
+from ..runtime.device_tables import kept, upload
 from . import backend as backends
 from .custom_op_support import on_device
 from .torch import dual_resize as resizing

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..execution import autocasting
+from ..runtime.execution import autocasting
 
 LAYER_NORM_EPS = 1e-5
 

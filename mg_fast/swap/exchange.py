@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..errors import MgFastError
-from ..recording import recorded_as
+from ..runtime.recording import recorded_as
 from .report import Entry
 
 # From the class of an object to the methods of its subclass, by name. A function of a module: pickles find it there.

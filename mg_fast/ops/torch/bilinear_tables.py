@@ -8,7 +8,7 @@ import functools
 
 import torch
 
-from ...kept import kept
+from ...runtime.device_tables import kept
 
 
 @kept()

@@ -15,7 +15,7 @@ from PIL import Image
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from ...errors import PictureError
-from ...kept import kept, upload
+from ...runtime.device_tables import kept, upload
 from ..reference import low_resolution_views
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

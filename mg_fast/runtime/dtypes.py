@@ -1,6 +1,6 @@
 """The dtypes that weights can be loaded in, by all the names that people have for them. Imports torch only where one is made."""
 
-from .errors import BackendError, quoted
+from ..errors import BackendError, quoted
 
 # What people call a dtype, and what torch calls it.
 _NAMES = {

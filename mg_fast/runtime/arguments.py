@@ -4,7 +4,7 @@ import decimal
 import numbers
 import operator
 
-from .errors import PromptError, quoted
+from ..errors import PromptError, quoted
 
 
 def plain(value):

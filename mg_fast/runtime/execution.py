@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
-from .errors import BackendError
+from ..errors import BackendError
 
 # how torch's products, convolutions, norms and attention say that their tensors have different dtypes
 _REFUSED_MIXTURES = (

@@ -1,0 +1,1 @@
+"""What several layers need and none owns; it looks at nothing above it."""
