@@ -19,10 +19,10 @@ from transformers import DynamicCache
 
 from examples.random_checkpoint import make_config
 from mg_fast import ops, use_backend
-from mg_fast.mini_gemini import modeling
-from mg_fast.mini_gemini.modeling import MiniGeminiForConditionalGeneration
-from mg_fast.mini_gemini.packed_clip import PackedClip
-from mg_fast.mini_gemini.vision import low_resolution_features
+from mg_fast.models.mini_gemini import modeling
+from mg_fast.models.mini_gemini.modeling import MiniGeminiForConditionalGeneration
+from mg_fast.models.mini_gemini.vision import low_resolution_features
+from mg_fast.modules.clip import PackedClip
 from mg_fast.ops.torch import patch_mining as absorbed
 
 from . import records
@@ -169,7 +169,7 @@ class _Picture:
 
     @functools.cached_property
     def packed(self) -> tuple[int, PackedClip, object]:
-        """Bytes of the copies, and the towers packed as mg_fast.mini_gemini.encoder does it."""
+        """Bytes of the copies, and the towers packed as mg_fast.models.mini_gemini.encoder does it."""
         # whose weights must not be inference tensors
         with torch.inference_mode(False), Count("cuda") as count:
             clip, tower = PackedClip.from_tower(self.inner.vision_tower), self.inner.vision_tower_aux.pack()

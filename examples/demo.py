@@ -17,7 +17,7 @@ from PIL import Image
 from transformers.utils import logging as transformers_logging
 
 import mg_fast
-from mg_fast.mini_gemini.pictures import open_picture
+from mg_fast.models.pictures import open_picture
 
 from .nano.scenes import draw_number, draw_scene
 from .nano.talk import ask

@@ -14,7 +14,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from mg_fast import MiniGeminiConfig, MiniGeminiForConditionalGeneration
-from mg_fast.conversation import TEMPLATES
+from mg_fast.models.templates import TEMPLATES
 
 # the towers of the published models, and narrow ones of the same geometry (336/768: 576 image tokens)
 PUBLISHED_TOWERS = {"clip": None, "convnext": None}

@@ -8,9 +8,9 @@ __version__ = "0.1.0"
 
 # name -> module; imported on first use, so that `import mg_fast` itself needs neither torch nor triton
 _PUBLIC = {
-    "MiniGeminiForConditionalGeneration": "mg_fast.mini_gemini.modeling",
-    "MiniGeminiProcessor": "mg_fast.mini_gemini.processing",
-    "MiniGeminiConfig": "mg_fast.mini_gemini.configuration",
+    "MiniGeminiForConditionalGeneration": "mg_fast.models.mini_gemini.modeling",
+    "MiniGeminiProcessor": "mg_fast.models.mini_gemini.processing",
+    "MiniGeminiConfig": "mg_fast.models.mini_gemini.configuration",
     "Pipeline": "mg_fast.pipeline",
     "load": "mg_fast.pipeline",
     "Explanation": "mg_fast.explain",
@@ -27,12 +27,12 @@ _MODULES = {
     "backend": "mg_fast.ops.backend",
     "errors": "mg_fast.errors",
     "kernels": "mg_fast.kernels",
-    "mini_gemini": "mg_fast.mini_gemini",
+    "mini_gemini": "mg_fast.models.mini_gemini",
     "modules": "mg_fast.modules",
     "ops": "mg_fast.ops",
     "pipeline": "mg_fast.pipeline",
     "reference": "mg_fast.ops.reference",
-    "templates": "mg_fast.conversation",
+    "templates": "mg_fast.models.templates",
 }
 
 __all__ = ["__version__", *_PUBLIC, *_MODULES]

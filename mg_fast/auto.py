@@ -11,9 +11,9 @@ import sys
 
 # transformers' module -> ours, which registers itself when it is imported
 _REGISTRANTS = {
-    "transformers.models.auto.configuration_auto": "mg_fast.mini_gemini.configuration",
-    "transformers.models.auto.modeling_auto": "mg_fast.mini_gemini.modeling",
-    "transformers.models.auto.processing_auto": "mg_fast.mini_gemini.processing",
+    "transformers.models.auto.configuration_auto": "mg_fast.models.mini_gemini.configuration",
+    "transformers.models.auto.modeling_auto": "mg_fast.models.mini_gemini.modeling",
+    "transformers.models.auto.processing_auto": "mg_fast.models.mini_gemini.processing",
 }
 
 

@@ -8,8 +8,8 @@ import torch
 from tqdm.auto import tqdm
 
 from .chat import as_question
-from .conversation import render
 from .errors import MgFastError, PromptError, quoted
+from .models.templates import render
 from .requests import Answer, Request, answer, check_options, sampling, seeded
 from .runtime.arguments import whole_number
 

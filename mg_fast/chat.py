@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import StoppingCriteria
 
-from .conversation import IMAGE_TAG, render, with_picture_tags
 from .errors import PromptError, quoted
+from .models.templates import IMAGE_TAG, render, with_picture_tags
 from .ops.backend import requested, use_backend
 from .requests import Answer, Request, SeenPicture, answer, check_options, sampling, seeded
 from .runtime.arguments import check_text

@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _load(args):
     # the imports take seconds, and usage errors should not wait for them
-    from .conversation import get_template
+    from .models.templates import get_template
 
     if args.template is not None:
         get_template(args.template)
@@ -180,20 +180,20 @@ def _options(args) -> dict:
 
 def _open_pictures(args, files: list[str]) -> list:
     """The pictures of a command, as far as they can be wrong read and tried before the model's gigabytes are read."""
-    from .mini_gemini.base64_text import looks_like_base64, refusal
-    from .mini_gemini.urls import expanded, is_url
+    from .models.base64_text import looks_like_base64, refusal
+    from .models.urls import expanded, is_url
 
     for file in files:
         # the commonest slip, told before anything is imported
         if not (is_url(file) or os.path.exists(expanded(file))):
             raise PictureError(refusal(len(file)) if looks_like_base64(file) else f"{file}: no such file")
-    from . import boxed
-    from .mini_gemini.pictures import open_picture
+    from .models import builtin as boxed
+    from .models.pictures import open_picture
 
     model = boxed.resolve(args.model)
     pictures = [open_picture(file, allow_urls=args.allow_urls) for file in files]
     if pictures:
-        from .mini_gemini.processing import MiniGeminiProcessor
+        from .models.mini_gemini.processing import MiniGeminiProcessor
 
         # and what this model can make of them, which its configuration tells
         MiniGeminiProcessor.from_pretrained(model, template=args.template, base_model=args.model_base).image_processor(pictures)
@@ -303,7 +303,7 @@ def command_chat(args) -> int:
 
 
 def _checked_picture(pipeline, file: str):
-    from .mini_gemini.pictures import open_picture
+    from .models.pictures import open_picture
 
     if not file:
         raise PictureError("/image needs a file: /image FILE")
@@ -379,7 +379,7 @@ def command_warmup(args) -> int:
     for option in ("compile", "device", "quantize"):
         if getattr(args, option):
             raise BackendError(f"--{option} needs --here: ahead of time only our own kernels are compiled")
-    from . import warmup
+    from .models.mini_gemini import ahead_of_time as warmup
 
     warmup.check()
     from .runtime.dtypes import wanted_dtype

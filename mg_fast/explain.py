@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from .chat import as_question
-from .conversation import render
 from .errors import BackendError
+from .models.templates import render
 from .ops.reference import LAYER_NORM_EPS, CalledProjection, Projection
 from .ops.torch.bilinear_tables import window_tables
 from .ops.torch.dual_resize import square

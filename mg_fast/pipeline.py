@@ -12,17 +12,18 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from PIL import Image
 
-from . import boxed, decoding
+from . import decoding
 from .batch import chat_batch
 from .chat import Conversation
 from .errors import BackendError, PictureError, quoted
 from .explain import Explanation, explain
 from .image_cache import DEFAULT_BYTES, ImageCache, picture_digest
-from .mini_gemini.encoder import PictureEncoder, picture_state
-from .mini_gemini.modeling import MiniGeminiForConditionalGeneration
-from .mini_gemini.pictures import open_picture
-from .mini_gemini.processing import MiniGeminiProcessor
-from .mini_gemini.tensor_files import resolve_folder
+from .models import builtin as boxed
+from .models.mini_gemini.encoder import PictureEncoder, picture_state
+from .models.mini_gemini.modeling import MiniGeminiForConditionalGeneration
+from .models.mini_gemini.processing import MiniGeminiProcessor
+from .models.pictures import open_picture
+from .models.tensor_files import resolve_folder
 from .ops.backend import IMPLEMENTED, check_everywhere, choose, requested, use_backend
 from .quantization import WeightBytes, weight_bytes
 from .requests import Answer, SeenPicture

@@ -10,7 +10,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
 from .errors import PromptError, quoted
-from .mini_gemini.modeling import PICTURE_INPUTS
+from .models.mini_gemini.modeling import PICTURE_INPUTS
 from .ops.backend import requested
 from .quantization import check_cache
 from .runtime.arguments import check_stop_strings, plain_numbers, real_number, whole_number
@@ -19,7 +19,7 @@ from .runtime.meter import Meter, Stage
 from .streaming import PieceStream, decode_answer
 
 if TYPE_CHECKING:
-    from .mini_gemini.modeling import MiniGeminiForConditionalGeneration
+    from .models.mini_gemini.modeling import MiniGeminiForConditionalGeneration
     from .pipeline import Pipeline
 
 # what an answer may grow to when the caller does not say (the original's command line)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor, Pipeline
-from mg_fast.conversation import render
+from mg_fast.models.templates import render
 from tests.paths import OWN_GOLDEN, original_golden
 
 OWN = ["standard", "hd"]

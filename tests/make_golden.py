@@ -39,7 +39,7 @@ def record(name: str, hd: bool, seed: int) -> None:
     prompts.append((["photo.png", "drawing.png"], "<image>\n<image>\nCompare them."))
     with mg_fast.use_backend("reference"), torch.inference_mode():
         for i, (files, question) in enumerate(prompts):
-            prompt = mg_fast.conversation.render("vicuna_v1", [(question, None)])
+            prompt = mg_fast.models.templates.render("vicuna_v1", [(question, None)])
             inputs = processor(text=prompt, images=[OWN_GOLDEN / file for file in files], return_tensors="pt")
             tensors[f"case{i}.input_ids"] = inputs["input_ids"]
             tensors[f"case{i}.pixel_sums"] = inputs["pixel_values_hr"].double().sum(dim=(-1, -2))

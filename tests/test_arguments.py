@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 import mg_fast
-from mg_fast import CheckpointError, PromptError, conversation, ops
-from mg_fast.mini_gemini import modeling
-from mg_fast.mini_gemini.processing import MiniGeminiImageProcessor
+from mg_fast import CheckpointError, PromptError, ops
+from mg_fast.models import templates as conversation
+from mg_fast.models.mini_gemini import modeling
+from mg_fast.models.mini_gemini.processing import MiniGeminiImageProcessor
 from mg_fast.runtime.arguments import plain, plain_numbers, real_number, whole_number
 
 WHOLE = [np.int8, np.int32, np.int64, np.uint8, np.uint64, np.array, torch.tensor, lambda n: np.asarray([n, 0])[0]]

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from mg_fast import PictureError, cli
-from mg_fast.mini_gemini.base64_text import decode_base64, looks_like_base64
-from mg_fast.mini_gemini.pictures import open_picture
+from mg_fast.models.base64_text import decode_base64, looks_like_base64
+from mg_fast.models.pictures import open_picture
 
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "JPEG2000", "PPM")
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from mg_fast import Pipeline, PromptError
 from mg_fast.decoding.kv_cache import KVCache
-from mg_fast.mini_gemini.encoder import PictureEncoder
+from mg_fast.models.mini_gemini.encoder import PictureEncoder
 from tests.families import ORIGINAL, OWN, family
 
 TEXTS = ("What is it?", "Hello.", "Compare these two, please, and be brief about it.", "Who made it, and when, and why?")

@@ -13,7 +13,7 @@ from PIL import Image, ImageCms
 
 import mg_fast
 from mg_fast import PictureError
-from mg_fast.mini_gemini.pictures import open_picture
+from mg_fast.models.pictures import open_picture
 from tests.paths import ROOT
 
 SIZE = (48, 32)
@@ -184,7 +184,7 @@ def test_greys_of_more_than_8_bits(pipeline, kind):
 
 
 def test_large_greys_are_converted_in_strips(monkeypatch):
-    monkeypatch.setattr("mg_fast.mini_gemini.pictures._STRIP", 100)
+    monkeypatch.setattr("mg_fast.models.pictures._STRIP", 100)
     eight = Image.fromarray((greys(16) >> 8).astype(np.uint8))
     assert shows(Image.fromarray(greys(16)), expected_of(eight))
 
@@ -273,8 +273,8 @@ import re, sys
 from pathlib import Path
 from PIL import Image
 from mg_fast.image_cache import picture_digest
-from mg_fast.mini_gemini.pictures import open_picture
-from mg_fast.mini_gemini.processing import MiniGeminiImageProcessor
+from mg_fast.models.pictures import open_picture
+from mg_fast.models.mini_gemini.processing import MiniGeminiImageProcessor
 
 def see(path):
     picture = open_picture(path)

@@ -10,8 +10,9 @@ from transformers import TorchAoConfig
 
 import mg_fast
 from examples import random_checkpoint
-from mg_fast import boxed, cli
-from mg_fast.mini_gemini.checkpoint import open_checkpoint
+from mg_fast import cli
+from mg_fast.models import builtin as boxed
+from mg_fast.models.mini_gemini.checkpoint import open_checkpoint
 from mg_fast.runtime import cpu_dtype
 from mg_fast.runtime.dtypes import wanted_dtype
 from tests.paths import ROOT

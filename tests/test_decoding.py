@@ -9,9 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, LogitsProcessor, LogitsProcessorList, MistralConfig
 
 from mg_fast import Pipeline
-from mg_fast.conversation import render
 from mg_fast.decoding import LeanDecoder
 from mg_fast.decoding.kv_cache import KVCache
+from mg_fast.models.templates import render
 from mg_fast.ops.torch.pointwise import OneDNNLinear
 from tests.families import OWN
 

@@ -10,8 +10,8 @@ import torch
 from transformers import GenerationConfig
 
 from mg_fast import Pipeline, PromptError
-from mg_fast.conversation import render
 from mg_fast.decoding.kv_cache import KVCache
+from mg_fast.models.templates import render
 from tests.families import plain
 
 QUESTION = "What is written in the picture?"

@@ -65,7 +65,7 @@ def assert_works(found, dtypes, backend=None):
 
 
 def rendered(pipeline):
-    from mg_fast.conversation import render
+    from mg_fast.models.templates import render
 
     return render(pipeline.template, [(f"<image>\n{QUESTION}", None)])
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import mg_fast
 from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor, pipeline
-from mg_fast.mini_gemini.encoder import PictureEncoder
+from mg_fast.models.mini_gemini.encoder import PictureEncoder
 from mg_fast.modules import ConvNeXtPyramid
 from mg_fast.runtime import weights as frozen
 from mg_fast.runtime.meter import Meter

@@ -16,9 +16,9 @@ from PIL import Image
 
 import mg_fast
 from mg_fast import CheckpointError, MgFastError, PictureError, PromptError, cli, ops
-from mg_fast.conversation import render
 from mg_fast.errors import LONGEST_MESSAGE, quoted, shortened
-from mg_fast.mini_gemini.pictures import check_decoder, open_picture
+from mg_fast.models.pictures import check_decoder, open_picture
+from mg_fast.models.templates import render
 from tests.paths import ROOT
 
 LONG = "x" * 100_000

@@ -107,7 +107,7 @@ def test_a_token_that_the_language_model_does_not_see_is_irrelevant(found, token
             embeds = torch.cat([embeds[:, : first + token], 0 * embeds[:, :1].detach(), embeds[:, first + token + 1 :]], 1)
         return args, {**kwargs, "inputs_embeds": embeds}
 
-    prompt = mg_fast.conversation.render(pipeline.template, [(f"<image>\n{QUESTION}", None)])
+    prompt = mg_fast.models.templates.render(pipeline.template, [(f"<image>\n{QUESTION}", None)])
     marks = pipeline.processor.encode(prompt)[1]
     seen = pipeline.explain(found.pictures[0], QUESTION, max_new_tokens=2).relevance
     hook = found.model.model.language_model.register_forward_pre_hook(blind, with_kwargs=True)
@@ -128,7 +128,7 @@ def test_relevance_is_how_far_the_answers_lead_reaches(found):
     ids = explanation.answer.token_ids
     assert ids == pipeline.chat(QUESTION, [picture], max_new_tokens=3).token_ids and len(ids) == 3
     turns = [(f"<image>\n{QUESTION}", None)]
-    inputs = found.processor(text=mg_fast.conversation.render(pipeline.template, turns), images=picture, return_tensors="pt")
+    inputs = found.processor(text=mg_fast.models.templates.render(pipeline.template, turns), images=picture, return_tensors="pt")
     tokens = pipeline.see(picture)
     prompt = torch.cat([inputs["input_ids"], torch.tensor([ids])], 1)
     marks = F.pad(inputs["mm_token_type_ids"], (0, len(ids)))

@@ -12,8 +12,8 @@ from bench.__main__ import main
 from bench.cases import all_cases
 from bench.counting import Count
 from bench.memory import Prediction
-from mg_fast.mini_gemini.packed_clip import PackedClip
 from mg_fast.modules import convnext_channels_last as convnext
+from mg_fast.modules.clip import PackedClip
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(not torch.backends.cudnn.is_available(), reason="takes a torch that is built for CUDA: no GPU")

@@ -32,8 +32,9 @@ from examples.nano.scenes import (
 )
 from examples.nano.talk import GEN, NO_NUMBER, SHORT, ask, bare, careless, conversation, describe, every_sentence, text_only, wish
 from examples.nano.towers import Codes
-from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor, Pipeline, boxed
-from mg_fast.mini_gemini.geometry import check_geometry
+from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor, Pipeline
+from mg_fast.models import builtin as boxed
+from mg_fast.models.mini_gemini.geometry import check_geometry
 
 SCENES = [draw_scene(5, i, split="unseen" if i % 2 else "train") for i in range(60)]
 

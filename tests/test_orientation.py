@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from mg_fast.mini_gemini.orientation import read_orientation
-from mg_fast.mini_gemini.pictures import open_picture
+from mg_fast.models.orientation import read_orientation
+from mg_fast.models.pictures import open_picture
 
 WIDTH, HEIGHT = 40, 24
 # What a viewer does to the stored pixels, by the numbers of the EXIF standard.

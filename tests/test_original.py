@@ -93,13 +93,13 @@ def test_every_stage(recorded):
 def test_prompts(golden):
     for case in json.loads((golden / "prompts.json").read_text()):
         turns = [tuple(turn) for turn in case["turns"]]
-        assert mg_fast.conversation.render(case["template"], turns) == case["prompt"]
+        assert mg_fast.models.templates.render(case["template"], turns) == case["prompt"]
 
 
 def test_chat_templates(golden):
     """The processor's Jinja templates say the same as `render`, for text and for structured content."""
     folder = golden / "mgm-llama"
-    for template in mg_fast.conversation.TEMPLATES:
+    for template in mg_fast.models.templates.TEMPLATES:
         processor = MiniGeminiProcessor.from_pretrained(folder, template=template)
         for case in json.loads((golden / "prompts.json").read_text()):
             if case["template"] != template:

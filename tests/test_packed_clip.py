@@ -9,7 +9,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from mg_fast import MiniGeminiForConditionalGeneration
-from mg_fast.mini_gemini.packed_clip import PackedClip
+from mg_fast.modules.clip import PackedClip
 from tests.test_original import NAMES
 from tests.tolerances import assert_accurate
 

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from mg_fast import MiniGeminiForConditionalGeneration, Pipeline
-from mg_fast.mini_gemini import encoder
-from mg_fast.mini_gemini.encoder import PictureEncoder
+from mg_fast.models.mini_gemini import encoder
+from mg_fast.models.mini_gemini.encoder import PictureEncoder
 from tests.families import family
 from tests.tolerances import IMAGE_TOKENS, relative_error
 

@@ -16,8 +16,8 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 from mg_fast import PictureError
-from mg_fast.mini_gemini.pictures import open_picture
-from mg_fast.mini_gemini.processing import MiniGeminiImageProcessor
+from mg_fast.models.mini_gemini.processing import MiniGeminiImageProcessor
+from mg_fast.models.pictures import open_picture
 
 MEAN = [0.48145466, 0.4578275, 0.40821073]
 STD = [0.26862954, 0.26130258, 0.27577711]

@@ -9,7 +9,7 @@ from PIL import Image
 
 import mg_fast
 from mg_fast import PictureError, Pipeline, PromptError
-from mg_fast.conversation import render
+from mg_fast.models.templates import render
 from mg_fast.streaming import PieceStream, decode_answer
 
 QUESTION = "What is written in the picture?"

@@ -13,8 +13,8 @@ from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer
 
 from mg_fast import CheckpointError, MiniGeminiProcessor, PictureError, PromptError
-from mg_fast.conversation import TEMPLATES, detect_template, get_template, render, stop_ids, with_picture_tags
-from mg_fast.mini_gemini.processing import MiniGeminiImageProcessor
+from mg_fast.models.mini_gemini.processing import MiniGeminiImageProcessor
+from mg_fast.models.templates import TEMPLATES, detect_template, get_template, render, stop_ids, with_picture_tags
 
 # image tokens of the tiny checkpoints: 5x5 patches, and five times as many in HD
 STANDARD, HD = 25, 125

@@ -243,8 +243,8 @@ def test_a_tower_folder_tells_how_deep_its_tower_is(golden, tmp_path):
 
 
 def test_published_widths_tell_the_depth():
-    from mg_fast.mini_gemini.geometry import complete_config
-    from mg_fast.mini_gemini.tensor_files import TensorInfo
+    from mg_fast.models.mini_gemini.geometry import complete_config
+    from mg_fast.models.tensor_files import TensorInfo
 
     config = random_checkpoint.make_config("7b")
     config.towers_given = False

@@ -9,9 +9,9 @@ import torch
 from PIL import Image, ImageOps
 
 from mg_fast import BackendError, PictureError, ops, use_backend
-from mg_fast.mini_gemini import pictures
-from mg_fast.mini_gemini.orientation import ORIENTATION, upright
-from mg_fast.mini_gemini.processing import MiniGeminiImageProcessor
+from mg_fast.models import pictures
+from mg_fast.models.mini_gemini.processing import MiniGeminiImageProcessor
+from mg_fast.models.orientation import ORIENTATION, upright
 from mg_fast.ops.reference import low_resolution_views
 from mg_fast.ops.torch import dual_resize as resizing
 from tests.paths import OWN_GOLDEN, original_golden

@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from mg_fast import MiniGeminiForConditionalGeneration
-from mg_fast.conversation import render
+from mg_fast.models.templates import render
 from tests.families import family
 
 # Rows of different lengths: the parts of an accumulated batch have different numbers of labels, so a mean of means is not the mean of all.

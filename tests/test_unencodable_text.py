@@ -10,7 +10,7 @@ import torch
 
 import mg_fast
 from mg_fast import PromptError, cli
-from mg_fast.conversation import render
+from mg_fast.models.templates import render
 from tests.paths import ROOT
 
 # Half of a surrogate pair (as of a cut JSON escape), a whole pair as two halves, and a byte that Python read as it was.

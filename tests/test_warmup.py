@@ -124,7 +124,7 @@ def test_all_kernels(tmp_path):
 
 @needs_triton
 def test_the_published_sizes():
-    from mg_fast.warmup import published_configs
+    from mg_fast.models.mini_gemini.ahead_of_time import published_configs
 
     standard, hd = published_configs()
     for config in (standard, hd):

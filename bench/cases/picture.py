@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 from mg_fast import ops, use_backend
-from mg_fast.mini_gemini.configuration import MiniGeminiConfig
-from mg_fast.mini_gemini.encoder import PictureEncoder
-from mg_fast.mini_gemini.modeling import MiniGeminiModel
-from mg_fast.mini_gemini.processing import MiniGeminiImageProcessor
+from mg_fast.models.mini_gemini.configuration import MiniGeminiConfig
+from mg_fast.models.mini_gemini.encoder import PictureEncoder
+from mg_fast.models.mini_gemini.modeling import MiniGeminiModel
+from mg_fast.models.mini_gemini.processing import MiniGeminiImageProcessor
 from mg_fast.runtime.meter import Meter
 
 from ..registry import Call, Case, Cost

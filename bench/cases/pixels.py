@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from mg_fast import ops, use_backend
-from mg_fast.mini_gemini.encoder import PictureEncoder
-from mg_fast.mini_gemini.modeling import MiniGeminiModel
-from mg_fast.mini_gemini.vision import low_resolution_features
+from mg_fast.models.mini_gemini.encoder import PictureEncoder
+from mg_fast.models.mini_gemini.modeling import MiniGeminiModel
+from mg_fast.models.mini_gemini.vision import low_resolution_features
 
 from ..registry import Call, Case
 from .picture import LR, make_model, picture

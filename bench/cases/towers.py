@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from mg_fast.mini_gemini.packed_clip import PackedClip
-from mg_fast.mini_gemini.vision import build_projector, low_resolution_features
+from mg_fast.models.mini_gemini.vision import build_projector, low_resolution_features
 from mg_fast.modules import ConvNeXtPyramid
+from mg_fast.modules.clip import PackedClip
 
 from .. import accounting
 from ..registry import Call, Case, Cost, NotHere

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mg_fast import MiniGeminiProcessor
-from mg_fast.conversation import IMAGE_TAG, render
+from mg_fast.models.templates import IMAGE_TAG, render
 from mg_fast.ops.torch.dual_resize import square
 
 from .scenes import BACKGROUNDS, CELL, COLOURS, DRAWN, KINDS, MAX_DIGITS, SIDE, THIRDS, WORDS, Print, Scene, draw_scene

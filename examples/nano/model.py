@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mg_fast import MiniGeminiConfig, MiniGeminiForConditionalGeneration
-from mg_fast.conversation import TEMPLATES
+from mg_fast.models.templates import TEMPLATES
 
 from .scenes import CELL, SIDE
 from .talk import every_sentence

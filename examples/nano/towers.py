@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mg_fast.mini_gemini.configuration import MiniGeminiConfig
+from mg_fast.models.mini_gemini.configuration import MiniGeminiConfig
 
 from .data import CELL_KINDS, IGNORED, Batch
 from .scenes import BACKGROUNDS, COLOURS, MAX_DIGITS, THIRDS

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..mini_gemini.modeling import PICTURE_INPUTS
+from ..models.mini_gemini.modeling import PICTURE_INPUTS
 from ..runtime.execution import call
 
 

@@ -12,7 +12,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
 from ..errors import PromptError
-from ..mini_gemini.modeling import PICTURE_INPUTS
+from ..models.mini_gemini.modeling import PICTURE_INPUTS
 from ..runtime import weights as frozen
 from ..runtime.execution import compute_dtype, execution_device
 from .finite import explain

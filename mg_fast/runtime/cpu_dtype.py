@@ -42,7 +42,7 @@ def resolve(
             object knows itself what it wants.
     """
     # Here, because `mg-fast doctor` reads this file also where the libraries that checkpoints need are missing.
-    from ..mini_gemini.checkpoint import open_checkpoint
+    from ..models.mini_gemini.checkpoint import open_checkpoint
 
     wanted = wanted_dtype(dtype)
     if wanted != "auto":

@@ -5,7 +5,7 @@ import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from bench.counting import Count
-from mg_fast.mini_gemini.packed_clip import PackedClip
+from mg_fast.modules.clip import PackedClip
 
 
 @pytest.mark.parametrize("views", [1, 5], ids=["768", "HD"])

@@ -16,20 +16,20 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from ..conversation import get_template, stop_ids
-from ..errors import CheckpointError, PromptError, quoted
-from ..modules import ConvNeXtPyramid, PatchInfoMining
-from ..ops import reference
-from ..quantization import check_config, check_savable, finish, named_config
-from ..runtime.arguments import check_stop_strings, plain_options, whole_number
-from ..runtime.dtypes import wanted_dtype
-from ..runtime.execution import at_seam, call, complete_device_map, execution_device, set_offloaded
+from ...errors import CheckpointError, PromptError, quoted
+from ...modules import ConvNeXtPyramid, PatchInfoMining
+from ...ops import reference
+from ...quantization import check_config, check_savable, finish, named_config
+from ...runtime.arguments import check_stop_strings, plain_options, whole_number
+from ...runtime.dtypes import wanted_dtype
+from ...runtime.execution import at_seam, call, complete_device_map, execution_device, set_offloaded
+from ..templates import get_template, stop_ids
+from ..tensor_files import Table, read_tensors
 from .checkpoint import Checkpoint, check_names, decide_template, load_tokenizer, open_checkpoint
 from .configuration import MiniGeminiConfig
 from .geometry import check_geometry
 from .naming import published_to_ours
 from .places import PICTURE_INPUTS, check_no_places, check_places, of_new_positions
-from .tensor_files import Table, read_tensors
 from .vision import build_projector, low_resolution_features
 
 logger = logging.getLogger(__name__)

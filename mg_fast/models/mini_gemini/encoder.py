@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from ..ops import backend as backends
-from ..runtime import weights as frozen
-from ..runtime.execution import Chain
-from ..runtime.graphs import CaptureStream, NoStreamLeft, capture
-from ..runtime.weights import uncommon
+from ...modules.clip import PackedClip
+from ...ops import backend as backends
+from ...runtime import weights as frozen
+from ...runtime.execution import Chain
+from ...runtime.graphs import CaptureStream, NoStreamLeft, capture
+from ...runtime.weights import uncommon
 from .modeling import MiniGeminiModel
-from .packed_clip import PackedClip
 
 # graphs kept, each with memory of its own for everything between the pixels and the tokens
 MAX_GRAPHS = 4

@@ -8,8 +8,8 @@ Mixtral turns, which the original puts there).
 import dataclasses
 from collections.abc import Sequence
 
-from .errors import PromptError, quoted
-from .runtime.arguments import check_text
+from ..errors import PromptError, quoted
+from ..runtime.arguments import check_text
 
 IMAGE_TAG = "<image>"
 

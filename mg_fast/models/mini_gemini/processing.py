@@ -11,17 +11,18 @@ from transformers import AutoProcessor, BatchFeature
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.processing_utils import ProcessorMixin
 
-from .. import conversation, ops
-from ..conversation import IMAGE_TAG, get_template
-from ..errors import CheckpointError, PictureError, PromptError, quoted
-from ..ops.reference import low_resolution_views
-from ..ops.torch.dual_resize import normalise, place, square
-from ..runtime.arguments import check_text, plain
-from .base64_text import as_data_uri
+from ... import ops
+from ...errors import CheckpointError, PictureError, PromptError, quoted
+from ...ops.reference import low_resolution_views
+from ...ops.torch.dual_resize import normalise, place, square
+from ...runtime.arguments import check_text, plain
+from .. import templates as conversation
+from ..base64_text import as_data_uri
+from ..pictures import check_decoder, decode_on_device, open_picture
+from ..templates import IMAGE_TAG, get_template
+from ..tensor_files import HUB_ARGUMENTS, resolve_folder
 from .checkpoint import decide_template, geometry_config, load_tokenizer
 from .configuration import MiniGeminiConfig
-from .pictures import check_decoder, decode_on_device, open_picture
-from .tensor_files import HUB_ARGUMENTS, resolve_folder
 
 # what transformers' Auto classes and pipelines pass along and this processor has no use for
 _AUTO_ARGUMENTS = {
@@ -148,7 +149,7 @@ class MiniGeminiProcessor(ProcessorMixin):
     Args:
         image_processor: a `MiniGeminiImageProcessor`.
         tokenizer: the checkpoint's tokenizer.
-        template: name of the prompt template (`mg_fast.conversation.TEMPLATES`).
+        template: name of the prompt template (`mg_fast.models.templates.TEMPLATES`).
     """
 
     def __init__(self, image_processor=None, tokenizer=None, template: str | None = None, chat_template=None):

@@ -15,12 +15,13 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import boxed, ops
-from .errors import BackendError, CheckpointError
-from .modules import convnext_channels_last as convnext
-from .ops import interpreter
-from .ops.backend import no_triton, only_compiling, use_backend
-from .ops.reference import Projection
+from ... import ops
+from ...errors import BackendError, CheckpointError
+from ...modules import convnext_channels_last as convnext
+from ...ops import interpreter
+from ...ops.backend import no_triton, only_compiling, use_backend
+from ...ops.reference import Projection
+from .. import builtin as boxed
 
 # pictures at once: a product of few rows has other tiles than one of many, and of the second number no published model's has few
 BATCHES = (1, 64)
@@ -118,7 +119,7 @@ class Compiled(NamedTuple):
 
 def published_configs() -> list:
     """Configurations of the published models, as far as kernels tell them apart: 768 pixels, and HD."""
-    from .mini_gemini.configuration import MiniGeminiConfig
+    from .configuration import MiniGeminiConfig
 
     return [MiniGeminiConfig(image_size_aux=768), MiniGeminiConfig(image_size_aux=1536, image_grid=2, image_global=True)]
 
@@ -129,8 +130,8 @@ def model_config(name_or_path: str):
     Raises:
         CheckpointError: there is none, or it does not tell the widths of the high-resolution tower.
     """
-    from .mini_gemini.checkpoint import geometry_config
-    from .mini_gemini.tensor_files import resolve_folder
+    from ..tensor_files import resolve_folder
+    from .checkpoint import geometry_config
 
     config = geometry_config(resolve_folder(boxed.resolve(name_or_path), weights=False))
     dims = config.vision_config_aux["dims"]

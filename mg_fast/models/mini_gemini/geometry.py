@@ -10,9 +10,9 @@ from pathlib import Path
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CLIPVisionConfig
 
-from ..errors import CheckpointError
+from ...errors import CheckpointError
+from ..tensor_files import Table
 from .configuration import MiniGeminiConfig
-from .tensor_files import Table
 
 CLIP_PREFIX = "model.vision_tower.vision_tower.vision_model."
 CONVNEXT_PREFIX = "model.vision_tower_aux."

@@ -7,9 +7,9 @@ from typing import Any
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 
-from ..conversation import TEMPLATES
-from ..errors import CheckpointError, quoted
-from ..runtime.arguments import plain_numbers, whole_number
+from ...errors import CheckpointError, quoted
+from ...runtime.arguments import plain_numbers, whole_number
+from ..templates import TEMPLATES
 
 # `model_type` as published (the March-2024 uploads said mini_gemini*), and the bare base models that a folder may still name
 TEXT_MODEL_TYPES = {

@@ -4,10 +4,10 @@ import torch
 from torch import nn
 from transformers import CLIPVisionModel
 
-from ..errors import CheckpointError
-from ..ops import backend as backends
-from ..runtime.execution import Chain
-from ..runtime.weights import global_hooks, why_not_plain
+from ...errors import CheckpointError
+from ...ops import backend as backends
+from ...runtime.execution import Chain
+from ...runtime.weights import global_hooks, why_not_plain
 
 
 def low_resolution_features(

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..errors import PromptError
+from ...errors import PromptError
 
 # inputs that only the first pass over a prompt takes
 PICTURE_INPUTS = ("pixel_values", "pixel_values_hr", "image_tokens", "mm_token_type_ids")

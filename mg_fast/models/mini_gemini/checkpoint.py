@@ -18,12 +18,12 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from transformers import AutoTokenizer
 
-from ..conversation import detect_template, get_template
-from ..errors import LONGEST_MESSAGE, BackendError, CheckpointError, quoted, shortened
-from ..runtime.dtypes import wanted_dtype
+from ...errors import LONGEST_MESSAGE, BackendError, CheckpointError, quoted, shortened
+from ...runtime.dtypes import wanted_dtype
+from ..templates import detect_template, get_template
+from ..tensor_files import ADAPTER_FILE, HUB_ARGUMENTS, Table, first_line, read_file, read_table, read_tensors, resolve_folder, some_names
 from .configuration import MiniGeminiConfig
 from .geometry import CLIP_PREFIX, CONVNEXT_PREFIX, blaming, complete_config, tower_folder
-from .tensor_files import ADAPTER_FILE, HUB_ARGUMENTS, Table, first_line, read_file, read_table, read_tensors, resolve_folder, some_names
 
 logger = logging.getLogger(__name__)
 

@@ -4,9 +4,9 @@ import os
 import re
 from pathlib import Path
 
-from .errors import CheckpointError, quoted
+from ..errors import CheckpointError, quoted
 
-_PACKAGE = Path(__file__).parent
+_PACKAGE = Path(__file__).parent.parent
 # a bare word; hub ids have an owner
 _NAME = re.compile(r"[\w-][\w.-]*")
 
