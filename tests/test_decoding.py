@@ -314,7 +314,7 @@ def test_the_host_asks_twice_a_token(own, options):
 def test_as_much_is_kept_as_the_longest_conversation_has(own, monkeypatch):
     text = own.model.config.text_config
     assert LeanDecoder(own.model).prefixes.limit == 2**30
-    monkeypatch.setattr("mg_fast.decoding.lean.LEAST_BYTES", 1)
+    monkeypatch.setattr("mg_fast.decoding.loop.LEAST_BYTES", 1)
     cache = own.pipeline()
     cache.chat("How many?", max_new_tokens=4)
     [segment] = cache.decoder.prefixes.longest(own.processor.encode(render(own.processor.template, [("How many?", None)]))[0])[1]

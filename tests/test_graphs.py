@@ -7,7 +7,8 @@ import types
 import pytest
 import torch
 
-from mg_fast.decoding import LeanDecoder, steps
+from mg_fast.decoding import LeanDecoder
+from mg_fast.decoding import model_runner as steps
 from mg_fast.runtime import graphs
 
 DEVICE = torch.device("cuda", 0)

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mg_fast.decoding import LeanDecoder, steps
+from mg_fast.decoding import LeanDecoder
+from mg_fast.decoding import model_runner as steps
 from mg_fast.decoding.kv_cache import KVCache
 from tests.families import family
 

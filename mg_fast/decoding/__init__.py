@@ -1,6 +1,6 @@
 """Decoding: a token at a time over keys and values that are kept."""
 
-from .lean import LeanDecoder, LeanRequest
-from .prefixes import PrefixStore
+from .loop import LeanDecoder, LeanRequest
+from .prefix_store import PrefixStore
 
 __all__ = ["LeanDecoder", "LeanRequest", "PrefixStore"]

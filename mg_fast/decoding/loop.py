@@ -15,10 +15,10 @@ from ..errors import PromptError
 from ..models.mini_gemini.modeling import PICTURE_INPUTS
 from ..runtime import weights as frozen
 from ..runtime.execution import compute_dtype, execution_device
-from .finite import explain
+from .diagnose import explain
 from .kv_cache import position_bytes
-from .prefixes import PrefixStore
-from .steps import Sequences, Steps, fixed_positions
+from .model_runner import Sequences, Steps, fixed_positions
+from .prefix_store import PrefixStore
 
 logger = logging.getLogger(__name__)
 
