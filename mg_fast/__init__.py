@@ -13,7 +13,7 @@ _PUBLIC = {
     "MiniGeminiConfig": "mg_fast.models.mini_gemini.configuration",
     "Pipeline": "mg_fast.pipeline",
     "load": "mg_fast.pipeline",
-    "Explanation": "mg_fast.explain",
+    "Explanation": "mg_fast.engine.explain",
     "use_backend": "mg_fast.ops.backend",
     "accelerate": "mg_fast.swap",
     "MgFastError": "mg_fast.errors",

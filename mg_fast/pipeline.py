@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 
 from . import decoding
-from .batch import chat_batch
-from .chat import Conversation
+from .engine.answers import Answer, SeenPicture
+from .engine.batch import chat_batch
+from .engine.conversation import Conversation
+from .engine.explain import Explanation, explain
+from .engine.image_cache import DEFAULT_BYTES, ImageCache, picture_digest
 from .errors import BackendError, PictureError, quoted
-from .explain import Explanation, explain
-from .image_cache import DEFAULT_BYTES, ImageCache, picture_digest
 from .models import builtin as boxed
 from .models.mini_gemini.encoder import PictureEncoder, picture_state
 from .models.mini_gemini.modeling import MiniGeminiForConditionalGeneration
@@ -26,7 +27,6 @@ from .models.pictures import open_picture
 from .models.tensor_files import resolve_folder
 from .ops.backend import IMPLEMENTED, check_everywhere, choose, requested, use_backend
 from .quantization import WeightBytes, weight_bytes
-from .requests import Answer, SeenPicture
 from .runtime import cpu_dtype
 from .runtime.dtypes import wanted_dtype
 from .runtime.execution import execution_device, mixed_dtypes_named

@@ -138,7 +138,7 @@ def test_unexpected_errors_are_told_of_once_each(own, monkeypatch, caplog):
     errors = [KeyError("a"), KeyError("b"), ZeroDivisionError("c"), OSError("d"), PromptError("e"), FloatingPointError("f")]
     answers = pipeline.chat_batch([("What?", [error]) for error in errors], progress=False)
     assert [answer.error for answer in answers] == errors
-    records = [record for record in caplog.records if record.name == "mg_fast.batch"]
+    records = [record for record in caplog.records if record.name == "mg_fast.engine.batch"]
     assert sorted(record.getMessage().split()[-1] for record in records) == ["KeyError", "ZeroDivisionError"]
     assert caplog.text.count(", in see\n") == 2
 

@@ -272,7 +272,7 @@ MEASURED = """
 import re, sys
 from pathlib import Path
 from PIL import Image
-from mg_fast.image_cache import picture_digest
+from mg_fast.engine.image_cache import picture_digest
 from mg_fast.models.pictures import open_picture
 from mg_fast.models.mini_gemini.processing import MiniGeminiImageProcessor
 

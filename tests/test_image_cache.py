@@ -9,7 +9,7 @@ from PIL import Image
 
 import mg_fast
 from mg_fast import Pipeline
-from mg_fast.image_cache import ImageCache, picture_digest
+from mg_fast.engine.image_cache import ImageCache, picture_digest
 from mg_fast.models.mini_gemini import modeling
 from mg_fast.modules.clip import PackedClip
 from mg_fast.modules.convnext import ConvNeXtPyramid, PackedPyramid

@@ -9,8 +9,8 @@ from PIL import Image
 
 import mg_fast
 from mg_fast import PictureError, Pipeline, PromptError
+from mg_fast.engine.streaming import PieceStream, decode_answer
 from mg_fast.models.templates import render
-from mg_fast.streaming import PieceStream, decode_answer
 
 QUESTION = "What is written in the picture?"
 
@@ -193,7 +193,7 @@ def test_where_the_pictures_stand(pipeline, photo, drawing):
 
 
 def test_a_tag_the_model_writes_is_not_a_picture(pipeline, photo, monkeypatch):
-    monkeypatch.setattr("mg_fast.requests.decode_answer", lambda tokenizer, ids: "see <image> there")
+    monkeypatch.setattr("mg_fast.engine.answers.decode_answer", lambda tokenizer, ids: "see <image> there")
     pipeline.chat(QUESTION, [photo], max_new_tokens=2)
     assert pipeline.chat("And?", max_new_tokens=2).image_tokens == 25
 

@@ -346,7 +346,7 @@ def _first_token(shared: Session, pipeline: mg_fast.Pipeline, **options) -> Call
     return call
 
 
-def _ask(conversation, question: str, pictures: list, watch: Watch, **options) -> mg_fast.requests.Answer:
+def _ask(conversation, question: str, pictures: list, watch: Watch, **options) -> mg_fast.engine.answers.Answer:
     return conversation.chat(question, pictures, max_new_tokens=len(watch.answer), logits_processor=LogitsProcessorList([watch]), **options)
 
 

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
-from .errors import PromptError, quoted
-from .models.mini_gemini.modeling import PICTURE_INPUTS
-from .ops.backend import requested
-from .quantization import check_cache
-from .runtime.arguments import check_stop_strings, plain_numbers, real_number, whole_number
-from .runtime.execution import mixed_dtypes_named
-from .runtime.meter import Meter, Stage
+from ..errors import PromptError, quoted
+from ..models.mini_gemini.modeling import PICTURE_INPUTS
+from ..ops.backend import requested
+from ..quantization import check_cache
+from ..runtime.arguments import check_stop_strings, plain_numbers, real_number, whole_number
+from ..runtime.execution import mixed_dtypes_named
+from ..runtime.meter import Meter, Stage
 from .streaming import PieceStream, decode_answer
 
 if TYPE_CHECKING:
-    from .models.mini_gemini.modeling import MiniGeminiForConditionalGeneration
-    from .pipeline import Pipeline
+    from ..models.mini_gemini.modeling import MiniGeminiForConditionalGeneration
+    from ..pipeline import Pipeline
 
 # what an answer may grow to when the caller does not say (the original's command line)
 DEFAULT_NEW_TOKENS = 512

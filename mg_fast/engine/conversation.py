@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import StoppingCriteria
 
-from .errors import PromptError, quoted
-from .models.templates import IMAGE_TAG, render, with_picture_tags
-from .ops.backend import requested, use_backend
-from .requests import Answer, Request, SeenPicture, answer, check_options, sampling, seeded
-from .runtime.arguments import check_text
-from .runtime.meter import Meter
+from ..errors import PromptError, quoted
+from ..models.templates import IMAGE_TAG, render, with_picture_tags
+from ..ops.backend import requested, use_backend
+from ..runtime.arguments import check_text
+from ..runtime.meter import Meter
+from .answers import Answer, Request, SeenPicture, answer, check_options, sampling, seeded
 
 if TYPE_CHECKING:
-    from .pipeline import Pipeline
+    from ..pipeline import Pipeline
 
 logger = logging.getLogger(__name__)
 

@@ -9,17 +9,17 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from .chat import as_question
-from .errors import BackendError
-from .models.templates import render
-from .ops.reference import LAYER_NORM_EPS, CalledProjection, Projection
-from .ops.torch.bilinear_tables import window_tables
-from .ops.torch.dual_resize import square
-from .requests import Answer, Request, SeenPicture, answer, check_options, sampling
-from .runtime.execution import at_seam, call
+from ..errors import BackendError
+from ..models.templates import render
+from ..ops.reference import LAYER_NORM_EPS, CalledProjection, Projection
+from ..ops.torch.bilinear_tables import window_tables
+from ..ops.torch.dual_resize import square
+from ..runtime.execution import at_seam, call
+from .answers import Answer, Request, SeenPicture, answer, check_options, sampling
+from .conversation import as_question
 
 if TYPE_CHECKING:
-    from .pipeline import Pipeline
+    from ..pipeline import Pipeline
 
 # inferno, matplotlib's, at even distances
 _COLOURS = np.array([(0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164)], np.float32)

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm.auto import tqdm
 
-from .chat import as_question
-from .errors import MgFastError, PromptError, quoted
-from .models.templates import render
-from .requests import Answer, Request, answer, check_options, sampling, seeded
-from .runtime.arguments import whole_number
+from ..errors import MgFastError, PromptError, quoted
+from ..models.templates import render
+from ..runtime.arguments import whole_number
+from .answers import Answer, Request, answer, check_options, sampling, seeded
+from .conversation import as_question
 
 if TYPE_CHECKING:
-    from .pipeline import Pipeline
+    from ..pipeline import Pipeline
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""From pictures and questions to answers: the stages, conversations and batches."""
