@@ -2,7 +2,7 @@
 
 import importlib
 
-from . import auto
+from .integrations import transformers_auto as auto
 
 __version__ = "0.1.0"
 
@@ -15,7 +15,7 @@ _PUBLIC = {
     "load": "mg_fast.pipeline",
     "Explanation": "mg_fast.engine.explain",
     "use_backend": "mg_fast.ops.backend",
-    "accelerate": "mg_fast.swap",
+    "accelerate": "mg_fast.integrations.accelerate",
     "MgFastError": "mg_fast.errors",
     "CheckpointError": "mg_fast.errors",
     "PictureError": "mg_fast.errors",

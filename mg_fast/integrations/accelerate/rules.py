@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ..modules import ConvNeXtPyramid, PatchInfoMining
-from . import convnext, mining
+from ...modules import ConvNeXtPyramid, PatchInfoMining
+from . import timm_convnext as convnext
+from . import unified_resampler as mining
 from .report import Entry, Report
 
 

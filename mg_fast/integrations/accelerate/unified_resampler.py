@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from .. import ops
-from ..modules import PatchInfoMining
-from ..modules.patch_mining import unsuited_projector
-from ..ops import backend as backends
-from ..ops.reference import Projection
+from ... import ops
+from ...modules import PatchInfoMining
+from ...modules.patch_mining import unsuited_projector
+from ...ops import backend as backends
+from ...ops.reference import Projection
 from .exchange import offer, replaced_on_object, warn
 from .report import Entry
 

@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ..errors import MgFastError
-from ..runtime.recording import recorded_as
+from ...errors import MgFastError
+from ...runtime.recording import recorded_as
 from .report import Entry
 
 # From the class of an object to the methods of its subclass, by name. A function of a module: pickles find it there.

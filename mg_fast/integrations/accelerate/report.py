@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ..errors import MgFastError
+from ...errors import MgFastError
 
 
 @dataclass

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from ..modules import ConvNeXtPyramid
-from ..modules import convnext_channels_last as convnext
-from ..modules.convnext import unsuited_stage
-from ..ops import backend as backends
-from ..runtime.weights import global_hooks, why_not_plain
+from ...modules import ConvNeXtPyramid
+from ...modules import convnext_channels_last as convnext
+from ...modules.convnext import unsuited_stage
+from ...ops import backend as backends
+from ...runtime.weights import global_hooks, why_not_plain
 from .exchange import offer, replaced_on_object, warn
 from .report import Entry
 
