@@ -10,7 +10,7 @@ from transformers import TorchAoConfig
 
 import mg_fast
 from examples import random_checkpoint
-from mg_fast import cli
+from mg_fast.cli.command_line import command_line as cli
 from mg_fast.models import builtin as boxed
 from mg_fast.models.mini_gemini.checkpoint import open_checkpoint
 from mg_fast.runtime import cpu_dtype

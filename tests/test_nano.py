@@ -22,7 +22,8 @@ from examples.nano.evaluate import accuracy_table
 from examples.nano.model import forget_mined
 from examples.nano.scenes import CELL, draw_number, draw_scene
 from examples.nano.talk import ask
-from mg_fast import CheckpointError, MiniGeminiForConditionalGeneration, cli
+from mg_fast import CheckpointError, MiniGeminiForConditionalGeneration
+from mg_fast.cli.command_line import command_line as cli
 from mg_fast.models import builtin as boxed
 from mg_fast.models.mini_gemini import ahead_of_time as warmup
 from tests.paths import ROOT

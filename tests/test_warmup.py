@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from mg_fast import cli
+from mg_fast.cli.command_line import command_line as cli
 from mg_fast.ops import backend
 from tests.paths import OWN_GOLDEN, ROOT
 

@@ -7,8 +7,8 @@ import math
 import os
 import sys
 
-from .errors import BackendError, quoted, shortened
-from .runtime.dtypes import dtype_name
+from ..errors import BackendError, quoted, shortened
+from ..runtime.dtypes import dtype_name
 
 
 class Parser(argparse.ArgumentParser):
@@ -50,7 +50,7 @@ def picture_file(text: str) -> str:
 
 
 def architecture(text: str) -> int:
-    from .kernels.configs import SHARED_MEMORY_LIMITS
+    from ..kernels.configs import SHARED_MEMORY_LIMITS
 
     known = {f"sm_{number}": number for number in SHARED_MEMORY_LIMITS}
     if text not in known:

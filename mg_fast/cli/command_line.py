@@ -14,10 +14,10 @@ import platform
 import sys
 import time
 
-from . import __version__
-from .cli_arguments import Parser, architecture, dtype_option, picture_file, positive, temperature, tolerate_other_encodings
-from .errors import BackendError, CheckpointError, MgFastError, PictureError, PromptError, shortened
-from .runtime.arguments import check_text
+from .. import __version__
+from ..errors import BackendError, CheckpointError, MgFastError, PictureError, PromptError, shortened
+from ..runtime.arguments import check_text
+from .options import Parser, architecture, dtype_option, picture_file, positive, temperature, tolerate_other_encodings
 
 EXIT_CODES = ((CheckpointError, 3), (PictureError, 4), (PromptError, 5), (BackendError, 6))
 
@@ -148,13 +148,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def _load(args):
     # the imports take seconds, and usage errors should not wait for them
-    from .models.templates import get_template
+    from ..models.templates import get_template
 
     if args.template is not None:
         get_template(args.template)
     from transformers.utils import logging as transformers_logging
 
-    from .pipeline import load
+    from ..pipeline import load
 
     if not args.debug:
         transformers_logging.set_verbosity_error()
@@ -180,20 +180,20 @@ def _options(args) -> dict:
 
 def _open_pictures(args, files: list[str]) -> list:
     """The pictures of a command, as far as they can be wrong read and tried before the model's gigabytes are read."""
-    from .models.base64_text import looks_like_base64, refusal
-    from .models.urls import expanded, is_url
+    from ..models.base64_text import looks_like_base64, refusal
+    from ..models.urls import expanded, is_url
 
     for file in files:
         # the commonest slip, told before anything is imported
         if not (is_url(file) or os.path.exists(expanded(file))):
             raise PictureError(refusal(len(file)) if looks_like_base64(file) else f"{file}: no such file")
-    from .models import builtin as boxed
-    from .models.pictures import open_picture
+    from ..models import builtin as boxed
+    from ..models.pictures import open_picture
 
     model = boxed.resolve(args.model)
     pictures = [open_picture(file, allow_urls=args.allow_urls) for file in files]
     if pictures:
-        from .models.mini_gemini.processing import MiniGeminiProcessor
+        from ..models.mini_gemini.processing import MiniGeminiProcessor
 
         # and what this model can make of them, which its configuration tells
         MiniGeminiProcessor.from_pretrained(model, template=args.template, base_model=args.model_base).image_processor(pictures)
@@ -229,7 +229,7 @@ def command_run(args) -> int:
         print(json.dumps(document))
         return 0
     if args.profile:
-        from .runtime.meter import format_stages
+        from ..runtime.meter import format_stages
 
         print(answer.text)
         print(_first_use(pipeline.first_use), file=sys.stderr)
@@ -303,7 +303,7 @@ def command_chat(args) -> int:
 
 
 def _checked_picture(pipeline, file: str):
-    from .models.pictures import open_picture
+    from ..models.pictures import open_picture
 
     if not file:
         raise PictureError("/image needs a file: /image FILE")
@@ -322,8 +322,8 @@ def _print_stream(pieces) -> None:
 def command_doctor(args) -> int:
     import torch
 
-    from .ops import backend as backends
-    from .runtime import cpu_dtype
+    from ..ops import backend as backends
+    from ..runtime import cpu_dtype
 
     print(f"mg_fast {__version__}, Python {platform.python_version()}, {platform.platform()}")
     print("\npackages")
@@ -379,10 +379,10 @@ def command_warmup(args) -> int:
     for option in ("compile", "device", "quantize"):
         if getattr(args, option):
             raise BackendError(f"--{option} needs --here: ahead of time only our own kernels are compiled")
-    from .models.mini_gemini import ahead_of_time as warmup
+    from ..models.mini_gemini import ahead_of_time as warmup
 
     warmup.check()
-    from .runtime.dtypes import wanted_dtype
+    from ..runtime.dtypes import wanted_dtype
 
     if "auto" in (args.dtype or ()):
         raise BackendError("--dtype auto needs --here: ahead of time it is not known what a checkpoint holds")
@@ -405,7 +405,7 @@ def _warm_up_here(args) -> int:
         raise CheckpointError("--here needs --model: what is compiled depends on the weights' shapes")
     if args.training:
         raise BackendError("--training compiles kernels ahead of time: with --arch")
-    from .pipeline import load
+    from ..pipeline import load
 
     for dtype in dict.fromkeys(args.dtype or ("auto",)):
         pipeline = load(args.model, dtype=dtype, device=args.device, backend=args.backend, quantize=args.quantize, compiled=args.compile)

@@ -1,0 +1,5 @@
+"""The command line, `mg-fast`."""
+
+from .command_line import main
+
+__all__ = ["main"]
