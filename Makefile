@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 
 .PHONY: demo test lint check interpreted fuzz aot clean
 demo: $(READY)
-	$(BIN)/python -m examples.demo
+	$(BIN)/python -m recipes.demo
 
 test: lint check interpreted aot
 

@@ -17,13 +17,13 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from transformers import DynamicCache
 
-from examples.random_checkpoint import make_config
 from mg_fast import ops, use_backend
 from mg_fast.models.mini_gemini import modeling
 from mg_fast.models.mini_gemini.modeling import MiniGeminiForConditionalGeneration
 from mg_fast.models.mini_gemini.vision import low_resolution_features
 from mg_fast.modules.clip import PackedClip
 from mg_fast.ops.torch import patch_mining as absorbed
+from mg_fast.testing.random_checkpoints import make_config
 
 from . import records
 from .cases.picture import LR, PICTURE

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from examples.random_checkpoint import PUBLISHED_TOWERS, SIZES, make_config
 from mg_fast import MiniGeminiConfig
+from mg_fast.testing.random_checkpoints import PUBLISHED_TOWERS, SIZES, make_config
 
 from . import accounting, records
 from .cases.picture import PICTURE

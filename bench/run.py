@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from tests.tolerances import assert_accurate, errors, ieee_float32
+from mg_fast.testing.tolerances import assert_accurate, errors, ieee_float32
 
 from . import measure, records
 from .clocks import ClockLog

@@ -14,7 +14,7 @@ import statistics
 import pytest
 import torch
 
-from tests.tolerances import ieee_float32
+from mg_fast.testing.tolerances import ieee_float32
 
 from .cases import all_cases
 from .registry import QUICK_PROVIDERS, Call, Case, UnknownCase, choose

@@ -28,7 +28,7 @@ from mg_fast.kernels import configs
 from mg_fast.ops.patch_mining import pool_windows
 from mg_fast.ops.torch import dual_resize as resizing
 from mg_fast.ops.torch import patch_mining as absorbed
-from tests.tolerances import assert_accurate, ieee_float32
+from mg_fast.testing.tolerances import assert_accurate, ieee_float32
 
 from . import measure, records
 from .accounting import Sizes

@@ -11,10 +11,10 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 import mg_fast
-from examples import random_checkpoint
+from mg_fast.testing import random_checkpoints as random_checkpoint
+from mg_fast.testing.tolerances import ieee_float32
 from tests.families import ORIGINAL, OWN, family
 from tests.paths import OWN_GOLDEN, original_golden
-from tests.tolerances import ieee_float32
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()

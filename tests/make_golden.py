@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
 import mg_fast
-from examples.random_checkpoint import build
+from mg_fast.testing.random_checkpoints import build
 from tests.paths import OWN_GOLDEN, original_golden
 
 QUESTIONS = ("What is written in the picture?", "Describe it.")

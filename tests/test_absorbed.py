@@ -7,8 +7,8 @@ from torch._subclasses import FakeTensorMode
 from mg_fast.modules import PatchInfoMining
 from mg_fast.ops import reference
 from mg_fast.ops.torch import patch_mining as absorbed
+from mg_fast.testing.tolerances import assert_accurate
 from tests.draws import normal
-from tests.tolerances import assert_accurate
 
 CASES = {
     "one window": dict(side=1),

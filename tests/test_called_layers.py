@@ -9,8 +9,8 @@ from torch.nn.utils import parametrize
 
 import mg_fast
 from mg_fast import MiniGeminiForConditionalGeneration, Pipeline
+from mg_fast.testing.tolerances import IMAGE_TOKENS, relative_error
 from tests.families import family
-from tests.tolerances import IMAGE_TOKENS, relative_error
 
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "torch", "auto"])
 PROJECTORS = ("vlm_uni_query_projector", "vlm_uni_aux_projector", "vlm_uni_val_projector")

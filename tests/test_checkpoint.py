@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, TorchAoConfig
 import mg_fast
 from mg_fast import CheckpointError, MiniGeminiProcessor, PromptError
 from mg_fast.models.mini_gemini.checkpoint import load_tokenizer, read_config
+from mg_fast.testing.tolerances import relative_error
 from tests.checkpoints import (
     CLIP,
     CONVNEXT,
@@ -32,7 +33,6 @@ from tests.checkpoints import (
     write_bin,
     write_safetensors,
 )
-from tests.tolerances import relative_error
 
 GOLDEN = ["mgm-gemma", "mgm-llama", "mgm-llama-hd", "mgm-llama3", "mgm-mixtral", "mgm-yi-hd"]
 # --- the same weights in other files

@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, LlamaConfig
 
-from examples import random_checkpoint
 from mg_fast import CheckpointError, MiniGeminiConfig, MiniGeminiForConditionalGeneration, MiniGeminiProcessor
 from mg_fast.models.mini_gemini.checkpoint import open_checkpoint, read_config
 from mg_fast.models.mini_gemini.geometry import complete_config
 from mg_fast.models.tensor_files import TensorInfo
+from mg_fast.testing import random_checkpoints as random_checkpoint
 from tests.checkpoints import GONE, answers, copy_small, edit_config, probe, refused, remake, same_answers, tensors_of, write_safetensors
 from tests.paths import ROOT
 

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mg_fast.modules import ConvNeXtPyramid
 from mg_fast.modules import convnext_channels_last as convnext
-from tests.tolerances import assert_accurate
+from mg_fast.testing.tolerances import assert_accurate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SMALL = dict(dims=(8, 12, 20, 36), depths=(2, 1, 3, 1), num_classes=0, global_pool="")

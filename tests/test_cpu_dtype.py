@@ -9,12 +9,12 @@ import torch
 from transformers import TorchAoConfig
 
 import mg_fast
-from examples import random_checkpoint
 from mg_fast.cli.command_line import command_line as cli
 from mg_fast.models import builtin as boxed
 from mg_fast.models.mini_gemini.checkpoint import open_checkpoint
 from mg_fast.runtime import cpu_dtype
 from mg_fast.runtime.dtypes import wanted_dtype
+from mg_fast.testing import random_checkpoints as random_checkpoint
 from tests.paths import ROOT
 
 OLD, BF16, AMX, FP16, ARM = {"avx2", "f16c"}, {"avx2", "avx512_bf16"}, {"amx_bf16"}, {"avx512_fp16"}, {"asimdhp", "bf16"}

@@ -10,8 +10,8 @@ import torch
 
 from mg_fast import BackendError, MiniGeminiForConditionalGeneration, Pipeline
 from mg_fast.runtime.execution import compute_dtype
+from mg_fast.testing.tolerances import relative_error
 from tests.families import family
-from tests.tolerances import relative_error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PARTS = ("vision_tower", "vision_tower_aux", "patch_mining", "mm_projector", "language_model", "lm_head")

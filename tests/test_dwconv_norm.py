@@ -5,7 +5,7 @@ import torch
 
 from mg_fast import BackendError, ops
 from mg_fast.ops import reference
-from tests.tolerances import assert_accurate
+from mg_fast.testing.tolerances import assert_accurate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

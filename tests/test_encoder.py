@@ -13,7 +13,7 @@ from mg_fast.models.mini_gemini.encoder import PictureEncoder
 from mg_fast.modules import ConvNeXtPyramid
 from mg_fast.runtime import weights as frozen
 from mg_fast.runtime.meter import Meter
-from tests.tolerances import IMAGE_TOKENS, assert_accurate, relative_error
+from mg_fast.testing.tolerances import IMAGE_TOKENS, assert_accurate, relative_error
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="two streams and CUDA graphs need a GPU")
 

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 
 import mg_fast
 from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor
+from mg_fast.testing.tolerances import IMAGE_TOKENS, LOGITS, relative_error
 from tests.paths import OWN_GOLDEN
-from tests.tolerances import IMAGE_TOKENS, LOGITS, relative_error
 
 
 @pytest.fixture(scope="module", params=["standard", "hd"])

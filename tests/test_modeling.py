@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 import mg_fast
-from examples.random_checkpoint import build
 from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor, PromptError
 from mg_fast.models.templates import render
+from mg_fast.testing.random_checkpoints import build
 from tests.families import family
 
 GREEDY = dict(do_sample=False, max_new_tokens=12)

@@ -18,14 +18,14 @@ from PIL import Image
 from safetensors import safe_open
 
 import mg_fast
-from examples.nano.evaluate import accuracy_table
-from examples.nano.model import forget_mined
-from examples.nano.scenes import CELL, draw_number, draw_scene
-from examples.nano.talk import ask
 from mg_fast import CheckpointError, MiniGeminiForConditionalGeneration
 from mg_fast.cli.command_line import command_line as cli
 from mg_fast.models import builtin as boxed
 from mg_fast.models.mini_gemini import ahead_of_time as warmup
+from recipes.nano.evaluate import accuracy_table
+from recipes.nano.model import forget_mined
+from recipes.nano.scenes import CELL, draw_number, draw_scene
+from recipes.nano.talk import ask
 from tests.paths import ROOT
 
 QUESTION = "What does the sign say?"
@@ -220,7 +220,7 @@ RESULTS = sorted((ROOT / "bench" / "results").glob("nano-*.json"))
 
 def test_readmes_say_what_was_recorded():
     table = accuracy_table(*(json.loads(file.read_text()) for file in RESULTS))
-    for readme in (ROOT / "README.md", ROOT / "examples" / "nano" / "README.md"):
+    for readme in (ROOT / "README.md", ROOT / "recipes" / "nano" / "README.md"):
         assert table in readme.read_text(), f"{readme} should hold\n{table}"
 
 
@@ -259,7 +259,7 @@ def test_what_load_makes_of_it(nano):
 def test_a_local_checkpoint_of_that_name_wins(tmp_path, monkeypatch):
     (tmp_path / "nano").mkdir()
     monkeypatch.chdir(tmp_path)
-    # a folder with something else in it, as examples/nano
+    # a folder with something else in it, as recipes/nano
     assert boxed.resolve("nano") == ROOT / "mg_fast" / "nano"
     (tmp_path / "nano" / "config.json").write_text("{}")
     assert boxed.resolve("nano") == "nano" and boxed.resolve(Path("nano")) == Path("nano")
@@ -304,7 +304,7 @@ def test_kernels_are_compiled_for_it_too():
 
 def demo(*arguments, tmp_path):
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-m", "examples.demo", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "recipes.demo", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

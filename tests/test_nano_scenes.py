@@ -9,11 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-from examples.nano import data, train
-from examples.nano import evaluate as evaluation
-from examples.nano.evaluate import evaluate
-from examples.nano.model import LR_SIDE, VOCABULARY, make_model, save
-from examples.nano.scenes import (
+from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor, Pipeline
+from mg_fast.models import builtin as boxed
+from mg_fast.models.mini_gemini.geometry import check_geometry
+from recipes.nano import data, train
+from recipes.nano import evaluate as evaluation
+from recipes.nano.evaluate import evaluate
+from recipes.nano.model import LR_SIDE, VOCABULARY, make_model, save
+from recipes.nano.scenes import (
     BACKGROUNDS,
     CELL,
     COLOURS,
@@ -30,11 +33,8 @@ from examples.nano.scenes import (
     draw_scene,
     held_out,
 )
-from examples.nano.talk import GEN, NO_NUMBER, SHORT, ask, bare, careless, conversation, describe, every_sentence, text_only, wish
-from examples.nano.towers import Codes
-from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor, Pipeline
-from mg_fast.models import builtin as boxed
-from mg_fast.models.mini_gemini.geometry import check_geometry
+from recipes.nano.talk import GEN, NO_NUMBER, SHORT, ask, bare, careless, conversation, describe, every_sentence, text_only, wish
+from recipes.nano.towers import Codes
 
 SCENES = [draw_scene(5, i, split="unseen" if i % 2 else "train") for i in range(60)]
 
@@ -435,7 +435,7 @@ def test_codes_are_blurred_anew_at_every_step(tmp_path, monkeypatch):
     [
         (evaluation, ["NANO", "--count", "0"], "expected at least one scene, got --count 0"),
         (evaluation, ["NANO", "--without", "NANO"], "was trained with the high-resolution branch"),
-        (evaluation, ["FILE"], "expected a folder that examples.nano.train wrote"),
+        (evaluation, ["FILE"], "expected a folder that recipes.nano.train wrote"),
         (train, ["FILE"], "expected a folder to train in"),
         (train, ["NEW", "--minutes", "0"], "expected more than no time, got --minutes 0"),
     ],

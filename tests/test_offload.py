@@ -9,9 +9,9 @@ import torch
 import mg_fast
 from mg_fast import MiniGeminiForConditionalGeneration, Pipeline
 from mg_fast.runtime.execution import complete_device_map, execution_device
+from mg_fast.testing.tolerances import IMAGE_TOKENS, relative_error
 from tests.checkpoints import without_towers
 from tests.families import family
-from tests.tolerances import IMAGE_TOKENS, relative_error
 
 QUESTION = "What is written in the picture?"
 PARTS = [

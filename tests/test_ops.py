@@ -6,8 +6,8 @@ import torch
 from mg_fast import ops
 from mg_fast.modules import PatchInfoMining
 from mg_fast.ops import reference
+from mg_fast.testing.tolerances import assert_accurate
 from tests.test_absorbed import make, oracle
-from tests.tolerances import assert_accurate
 
 
 def changed(**changes):

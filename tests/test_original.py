@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 
 import mg_fast
 from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor
+from mg_fast.testing.tolerances import IMAGE_TOKENS, LOGITS, LR_PIXELS, relative_error
 from tests.paths import original_golden
-from tests.tolerances import IMAGE_TOKENS, LOGITS, LR_PIXELS, relative_error
 
 NAMES = ["mgm-gemma", "mgm-llama", "mgm-llama-hd", "mgm-llama3", "mgm-mixtral", "mgm-yi-hd"]
 

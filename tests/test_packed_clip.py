@@ -10,8 +10,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from mg_fast import MiniGeminiForConditionalGeneration
 from mg_fast.modules.clip import PackedClip
+from mg_fast.testing.tolerances import assert_accurate
 from tests.test_original import NAMES
-from tests.tolerances import assert_accurate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -7,8 +7,8 @@ from torch import nn
 from mg_fast import MiniGeminiForConditionalGeneration, Pipeline
 from mg_fast.models.mini_gemini import encoder
 from mg_fast.models.mini_gemini.encoder import PictureEncoder
+from mg_fast.testing.tolerances import IMAGE_TOKENS, relative_error
 from tests.families import family
-from tests.tolerances import IMAGE_TOKENS, relative_error
 
 BACKENDS = pytest.mark.parametrize("backend", ["auto", "reference"])
 LAYERS = {

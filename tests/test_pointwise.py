@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from mg_fast import BackendError, ops
 from mg_fast.ops import backend, reference
 from mg_fast.ops.torch.pointwise import linear
-from tests.tolerances import assert_accurate
+from mg_fast.testing.tolerances import assert_accurate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OPERATIONS = ["linear_gelu", "linear_residual"]

@@ -15,8 +15,8 @@ import mg_fast
 from mg_fast import BackendError, CheckpointError, MiniGeminiForConditionalGeneration, quantization
 from mg_fast.cli.command_line import command_line as cli
 from mg_fast.quantization import Int8Linear, check_config, quantized_experts, tensor_bytes, weight_bytes
+from mg_fast.testing.tolerances import relative_error
 from tests.checkpoints import load, probe, remake
-from tests.tolerances import relative_error
 
 torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from examples.random_checkpoint import make_config
 from mg_fast import MiniGeminiForConditionalGeneration
+from mg_fast.testing.random_checkpoints import make_config
 
 CLIP = "model.vision_tower.vision_tower.vision_model."
 CONVNEXT = "model.vision_tower_aux."

@@ -11,8 +11,8 @@ from torch import nn
 
 import mg_fast
 from mg_fast.modules import ConvNeXtPyramid, PatchInfoMining
+from mg_fast.testing.tolerances import relative_error
 from tests.test_swap import inputs, make
-from tests.tolerances import relative_error
 
 # wide enough that oneDNN's products with an epilogue are taken, which no trace can hold
 WIDE = dict(dims=(96, 192, 384, 24), depths=(1, 1, 1, 1), num_classes=5)

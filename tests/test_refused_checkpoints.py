@@ -8,8 +8,8 @@ import shutil
 import pytest
 import torch
 
-from examples import random_checkpoint
 from mg_fast import CheckpointError, MiniGeminiForConditionalGeneration, MiniGeminiProcessor
+from mg_fast.testing import random_checkpoints as random_checkpoint
 from tests.checkpoints import (
     CLIP,
     CONVNEXT,

@@ -14,8 +14,8 @@ from mg_fast.models.mini_gemini.processing import MiniGeminiImageProcessor
 from mg_fast.models.orientation import ORIENTATION, upright
 from mg_fast.ops.reference import low_resolution_views
 from mg_fast.ops.torch import dual_resize as resizing
+from mg_fast.testing.tolerances import LR_PIXELS
 from tests.paths import OWN_GOLDEN, original_golden
-from tests.tolerances import LR_PIXELS
 
 
 def noise(width, height, seed=0):

@@ -10,9 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import roofline
 from bench.__main__ import main
 from bench.roofline import GPUS, MODELS, Answer, find_gpu
-from examples.random_checkpoint import SIZES, make_config
 from mg_fast import MiniGeminiForConditionalGeneration
 from mg_fast.models.mini_gemini.vision import build_projector, low_resolution_features
+from mg_fast.testing.random_checkpoints import SIZES, make_config
 
 H200 = GPUS["h200"].ceilings
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import mg_fast
 from mg_fast.errors import MgFastError
-from tests.tolerances import assert_accurate, relative_error
+from mg_fast.testing.tolerances import assert_accurate, relative_error
 
 DIM, CHANNELS = 12, 48
 

@@ -18,8 +18,8 @@ from torch import nn
 import mg_fast
 from mg_fast.errors import MgFastError
 from mg_fast.modules import convnext_channels_last as convnext
+from mg_fast.testing.tolerances import assert_accurate, relative_error
 from tests.test_swap import Original
-from tests.tolerances import assert_accurate, relative_error
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SMALL = dict(dims=(8, 12, 20, 36), depths=(2, 1, 3, 1), num_classes=5)

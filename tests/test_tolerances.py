@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.tolerances import ieee_float32
+from mg_fast.testing.tolerances import ieee_float32
 
 
 @pytest.mark.parametrize("backend", [torch.backends.cudnn, torch.backends.cuda.matmul], ids=["convolutions", "products"])

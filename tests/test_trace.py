@@ -11,7 +11,7 @@ from bench.__main__ import main
 from bench.cases import patch_mining as mining
 from bench.cases import picture, settings
 from bench.registry import Case, NotHere
-from examples.random_checkpoint import NARROW_TOWERS
+from mg_fast.testing.random_checkpoints import NARROW_TOWERS
 
 STAGES = ["preprocess", "LR tower", "HR tower", "patch info mining", "projector"]
 

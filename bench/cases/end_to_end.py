@@ -29,7 +29,6 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 import mg_fast
-from examples import random_checkpoint
 from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor, quantization, use_backend
 from mg_fast.decoding import LeanDecoder
 from mg_fast.models.mini_gemini.checkpoint import decide_template, load_tokenizer
@@ -37,6 +36,7 @@ from mg_fast.models.mini_gemini.encoder import PictureEncoder
 from mg_fast.models.mini_gemini.processing import MiniGeminiImageProcessor
 from mg_fast.models.templates import render, stop_ids, with_picture_tags
 from mg_fast.runtime import execution
+from mg_fast.testing import random_checkpoints as random_checkpoint
 
 from ..registry import Call, Case, NotHere
 from .picture import picture

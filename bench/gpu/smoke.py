@@ -22,7 +22,7 @@ import torch
 
 from mg_fast import ops
 from mg_fast.modules import PatchInfoMining
-from tests.tolerances import assert_accurate, ieee_float32
+from mg_fast.testing.tolerances import assert_accurate, ieee_float32
 
 from .. import measure
 

@@ -7,8 +7,8 @@ import torch
 import torch._dynamo.testing
 
 from mg_fast import BackendError, ops
+from mg_fast.testing.tolerances import assert_accurate
 from tests.test_dwconv_norm import DTYPES, exact, gradients, layouts, make, plain
-from tests.tolerances import assert_accurate
 
 # (B, H, W, C): one pixel, fewer rows and columns than taps, odd sides, tiles that end early, chunks of channels full and not, every bucket
 SHAPES = [

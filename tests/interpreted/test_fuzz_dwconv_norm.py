@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mg_fast import ops
+from mg_fast.testing.tolerances import assert_accurate, errors
 from tests.fuzzing import fuzz
 from tests.test_dwconv_norm import exact, layouts, make, plain
-from tests.tolerances import assert_accurate, errors
 
 NAMES = ["contiguous", *layouts(torch.zeros(1, 1, 1, 1))]
 

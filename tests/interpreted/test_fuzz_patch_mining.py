@@ -12,10 +12,10 @@ from mg_fast import ops
 from mg_fast.modules import PatchInfoMining
 from mg_fast.ops import reference
 from mg_fast.ops.torch import patch_mining as absorbed
+from mg_fast.testing.tolerances import assert_accurate, errors
 from tests import draws
 from tests.fuzzing import fuzz
 from tests.test_absorbed import oracle, projections_of
-from tests.tolerances import assert_accurate, errors
 
 
 class Case(NamedTuple):

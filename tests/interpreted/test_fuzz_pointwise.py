@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from mg_fast import ops
 from mg_fast.kernels import pointwise
 from mg_fast.kernels.configs import POINTWISE, ProductTile
+from mg_fast.testing.tolerances import assert_accurate
 from tests.fuzzing import fuzz
 from tests.interpreted.test_pointwise import within
 from tests.test_pointwise import OPERATIONS, make, oracle, plain
-from tests.tolerances import assert_accurate
 
 LAYOUTS = {
     "contiguous": lambda t: t,

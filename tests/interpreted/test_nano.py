@@ -3,7 +3,7 @@
 import torch
 
 import mg_fast
-from examples.nano.scenes import draw_scene
+from recipes.nano.scenes import draw_scene
 from tests.interpreted.conftest import INTERPRETED
 
 QUESTION = "What does the sign say?"

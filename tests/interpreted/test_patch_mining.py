@@ -12,11 +12,11 @@ from mg_fast import BackendError, MiniGeminiForConditionalGeneration, MiniGemini
 from mg_fast.ops import patch_mining as mining
 from mg_fast.ops import reference
 from mg_fast.ops.reference import Projection
+from mg_fast.testing.tolerances import IMAGE_TOKENS, assert_accurate, relative_error
 from tests.draws import normal
 from tests.interpreted.conftest import INTERPRETED
 from tests.paths import OWN_GOLDEN, original_golden
 from tests.test_absorbed import CASES, make, oracle, upcast
-from tests.tolerances import IMAGE_TOKENS, assert_accurate, relative_error
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # a window takes a tenth of a second: these are the others' cases with fewer of them

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from mg_fast import BackendError, ops, use_backend
 from mg_fast.kernels import pointwise
 from mg_fast.kernels.configs import ProductTile, pointwise_bucket
+from mg_fast.testing.tolerances import assert_accurate
 from tests.test_pointwise import DTYPES, OPERATIONS, gradients, make, oracle, plain
-from tests.tolerances import assert_accurate
 
 
 def kernel(operation, *inputs):

@@ -6,8 +6,8 @@ from bench import tune
 from mg_fast import ops
 from mg_fast.kernels import configs
 from mg_fast.kernels import pointwise as kernels
+from mg_fast.testing.tolerances import assert_accurate
 from tests.interpreted.conftest import INTERPRETED
-from tests.tolerances import assert_accurate
 
 
 def test_a_tile_in_force():

@@ -1,8 +1,8 @@
 """Trains nano from nothing: towers and language model each by themselves, then the two stages of Mini-Gemini's recipe.
 
-python -m examples.nano.train OUT                 # with the high-resolution branch
-python -m examples.nano.train OUT --no-hr         # without: the mined features are never added
-python -m examples.nano.train OUT                 # again: goes on where it was stopped
+python -m recipes.nano.train OUT                 # with the high-resolution branch
+python -m recipes.nano.train OUT --no-hr         # without: the mined features are never added
+python -m recipes.nano.train OUT                 # again: goes on where it was stopped
 
 OUT/model is the checkpoint, with training.json, which says what it took; OUT/log.jsonl and OUT/loss.png are the losses.
 """

@@ -3,7 +3,7 @@
 The print is 10 to 12 pixels high where the picture is seen at 192 pixels, and 4 to 5 where it is seen at 84: legible to the
 high-resolution branch alone.
 
-python -m examples.nano.scenes FOLDER        # writes a few scenes as PNG files, and what is asked about them
+python -m recipes.nano.scenes FOLDER        # writes a few scenes as PNG files, and what is asked about them
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Nano, the Mini-Gemini in the package, reads small print in a picture that nobody prepared: `make demo`.
 
-python -m examples.demo                    # a fresh scene with a random number
-python -m examples.demo --seed 7           # the scene of that seed again
-python -m examples.demo --photo FILE       # a picture of your own, of which nano understands nothing but print and simple shapes
+python -m recipes.demo                    # a fresh scene with a random number
+python -m recipes.demo --seed 7           # the scene of that seed again
+python -m recipes.demo --photo FILE       # a picture of your own, of which nano understands nothing but print and simple shapes
 """
 
 import argparse

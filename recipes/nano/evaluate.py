@@ -1,6 +1,6 @@
 """Exact answers about unseen scenes, by type of question: what the high-resolution branch is worth.
 
-python -m examples.nano.evaluate CHECKPOINT --without CHECKPOINT --out RESULT.json
+python -m recipes.nano.evaluate CHECKPOINT --without CHECKPOINT --out RESULT.json
 
 Every scene is asked one question of every type that it allows, each as the first of a conversation. Numbers are counted once more among
 those that no training scene ever showed.
@@ -99,7 +99,7 @@ def _digest(folder: Path) -> str:
 
 
 def _training(folder: Path) -> dict | None:
-    """What `examples.nano.train` wrote of the checkpoint; None where others made it."""
+    """What `recipes.nano.train` wrote of the checkpoint; None where others made it."""
     file = folder / "training.json"
     return json.loads(file.read_text()) if file.is_file() else None
 
@@ -125,7 +125,7 @@ def main() -> None:
     folders = {"with mining": args.checkpoint} | ({} if args.without is None else {"trained without": args.without})
     for folder in folders.values():
         if not (folder / "tokenizer.model").is_file():
-            parser.error(f"expected a folder that examples.nano.train wrote, with a tokenizer.model in it; got {folder}")
+            parser.error(f"expected a folder that recipes.nano.train wrote, with a tokenizer.model in it; got {folder}")
     if len({(folder / "tokenizer.model").read_bytes() for folder in folders.values()}) > 1:
         parser.error("the two checkpoints have different tokenizers")
     training = {name: _training(folder) for name, folder in folders.items()}
