@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from mg_fast import PictureError
-from mg_fast.cli.command_line import command_line as cli
+from mg_fast.cli import command_line as cli
 from mg_fast.models.base64_text import decode_base64, looks_like_base64
 from mg_fast.models.pictures import open_picture
 

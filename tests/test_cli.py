@@ -13,7 +13,7 @@ from PIL import Image
 
 import mg_fast
 from mg_fast import CheckpointError
-from mg_fast.cli.command_line import command_line as cli
+from mg_fast.cli import command_line as cli
 from mg_fast.ops import backend
 from tests.paths import ROOT
 
@@ -270,7 +270,7 @@ def test_one_line_or_a_traceback(standard):
 
 HELP = """
 import sys
-from mg_fast.cli.command_line import main
+from mg_fast.cli import main
 for arguments in (["--help"], ["run", "--help"], ["chat", "--help"], ["doctor", "--help"], ["--version"], ["run"]):
     try:
         main(arguments)

@@ -9,7 +9,7 @@ import torch
 from transformers import TorchAoConfig
 
 import mg_fast
-from mg_fast.cli.command_line import command_line as cli
+from mg_fast.cli import command_line as cli
 from mg_fast.models import builtin as boxed
 from mg_fast.models.mini_gemini.checkpoint import open_checkpoint
 from mg_fast.runtime import cpu_dtype

@@ -16,7 +16,7 @@ from PIL import Image
 
 import mg_fast
 from mg_fast import CheckpointError, MgFastError, PictureError, PromptError, ops
-from mg_fast.cli.command_line import command_line as cli
+from mg_fast.cli import command_line as cli
 from mg_fast.errors import LONGEST_MESSAGE, quoted, shortened
 from mg_fast.models.pictures import check_decoder, open_picture
 from mg_fast.models.templates import render
@@ -220,5 +220,6 @@ def test_warnings_about_pictures_are_short(caplog):
 
 def test_the_messages_module_needs_no_library():
     """The command line tells wrong usage before anything large is imported."""
-    code = "import sys, mg_fast.errors, mg_fast.runtime.arguments, mg_fast.cli.options; assert not {'torch', 'numpy', 'PIL'} & set(sys.modules)"
+    imports = "import sys, mg_fast.errors, mg_fast.runtime.arguments, mg_fast.cli.options"
+    code = f"{imports}; assert not {{'torch', 'numpy', 'PIL'}} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

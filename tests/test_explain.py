@@ -8,7 +8,7 @@ from PIL import Image
 
 import mg_fast
 from mg_fast import BackendError, Explanation, PictureError, Pipeline, PromptError
-from mg_fast.cli.command_line import command_line as cli
+from mg_fast.cli import command_line as cli
 from mg_fast.engine.explain import draw
 from mg_fast.ops import reference
 from mg_fast.ops.torch.dual_resize import normalise

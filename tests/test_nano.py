@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 import mg_fast
 from mg_fast import CheckpointError, MiniGeminiForConditionalGeneration
-from mg_fast.cli.command_line import command_line as cli
+from mg_fast.cli import command_line as cli
 from mg_fast.models import builtin as boxed
 from mg_fast.models.mini_gemini import ahead_of_time as warmup
 from recipes.nano.evaluate import accuracy_table

@@ -10,7 +10,7 @@ import torch
 
 import mg_fast
 from mg_fast import PromptError
-from mg_fast.cli.command_line import command_line as cli
+from mg_fast.cli import command_line as cli
 from mg_fast.models.templates import render
 from tests.paths import ROOT
 

@@ -16,9 +16,9 @@ def position_bytes(config, dtype: torch.dtype) -> int:
 class KVCache(Cache):
     """A cache of fixed capacity for `B` sequences of one length, which transformers' models write and read like their own.
 
-    Nothing grows or is concatenated: a pass writes its keys and values at `length` and attends to a view of what is written. Whoever runs
-    the model moves `length` on (`mg_fast.decoding.model_runner`), so a pass that is given up leaves no trace. Memory is taken layer by layer, on
-    the layer's device, when it is first written.
+    Nothing grows or is concatenated: a pass writes its keys and values at `length` and attends to a view of what is written. Whoever
+    runs the model moves `length` on (`mg_fast.decoding.model_runner`), so a pass that is given up leaves no trace. Memory is taken layer
+    by layer, on the layer's device, when it is first written.
 
     Args:
         layers: of the language model.

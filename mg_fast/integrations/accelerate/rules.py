@@ -18,10 +18,10 @@ def accelerate(model: nn.Module) -> Report:
     tensors as they are at each call:
 
     - patch info mining of the original Mini-Gemini, by `mg_fast.ops.patch_mining`;
-    - the stages of timm's ConvNeXt (first version), by `mg_fast.modules.convnext_channels_last` on channels-last maps: in a timm
-      model or what extracts its
-      features, in OpenCLIP's `visual.trunk`, in the original's high-resolution tower. Their maps look as before, [B, C, H, W]. Stochastic
-      depth at work (training mode, in which the original leaves its tower) stays timm's to run: `eval()` the tower to have it swapped.
+    - the stages of timm's ConvNeXt (first version), by `mg_fast.modules.convnext_channels_last` on channels-last maps: in a timm model
+      or what extracts its features, in OpenCLIP's `visual.trunk`, in the original's high-resolution tower. Their maps look as before,
+      [B, C, H, W]. Stochastic depth at work (training mode, in which the original leaves its tower) stays timm's to run: `eval()` the
+      tower to have it swapped.
 
     Parameters, state_dict, training, device moves, copies and pickles work as before; a pickle of the swapped model needs mg_fast to be
     read. torch.jit.trace, torch.jit.script and torch.fx.symbolic_trace record the model's own code, not the
