@@ -14,20 +14,24 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-check: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore=tests/test_aot.py --ignore=tests/interpreted
+# Whether kernels are interpreted or compiled is settled when Triton is imported. So tests of either kind have a process of their own, and
+# the names of their files say which: test_interpreted_*, test_fuzz_* (random cases, interpreted) and test_aot_* (compiled ahead of time).
+RANDOM_CASES := $(sort $(shell find tests -name 'test_fuzz_*.py'))
+INTERPRETED := $(sort $(shell find tests -name 'test_interpreted_*.py')) $(RANDOM_CASES)
+AHEAD_OF_TIME := $(sort $(shell find tests -name 'test_aot_*.py'))
 
-# a process of its own: whether kernels are interpreted is settled when Triton is imported
+check: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(addprefix --ignore=,$(INTERPRETED) $(AHEAD_OF_TIME))
+
 interpreted: $(READY)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/interpreted
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(INTERPRETED)
 
 # ten times the random cases of `interpreted`, others every time
 fuzz: $(READY)
-	TRITON_INTERPRET=1 MG_FAST_FUZZ=fuzz $(BIN)/python -m pytest -n 2 --dist worksteal -k fuzz tests/interpreted
+	TRITON_INTERPRET=1 MG_FAST_FUZZ=fuzz $(BIN)/python -m pytest -n 2 --dist worksteal $(RANDOM_CASES)
 
-# a process of its own: what is compiled ahead of time must not have been interpreted before
 aot: $(READY)
-	$(BIN)/python -m pytest tests/test_aot.py
+	$(BIN)/python -m pytest $(AHEAD_OF_TIME)
 
 $(READY): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "mg_fast needs Python 3.10 or newer, this is $$($(PYTHON) --version)"; exit 1; }

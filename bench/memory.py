@@ -80,9 +80,11 @@ Provider = Callable[[], tuple[int, Callable[[], object]]]
 
 def names() -> list[str]:
     """Of all cases, in order."""
-    parts = [f"{part}/{setting.name}-b1-bfloat16" for part in ("clip", "tower", "mining", "projector", "picture") for setting in SETTINGS]
+    parts = [
+        f"{part}/{setting.name}-b1-bfloat16" for part in ("clip", "tower", "patch_mining", "projector", "picture") for setting in SETTINGS
+    ]
     return [
-        *(f"preprocess/{setting.name}-float32" for setting in SETTINGS),
+        *(f"dual_resize/{setting.name}-float32" for setting in SETTINGS),
         *parts,
         *(f"end-to-end/{model}-b1-bfloat16" for model in MODELS),
     ]
@@ -150,9 +152,9 @@ def _cases(model_name: str) -> dict[str, Callable[[], dict[str, Provider]]]:
     made = functools.cache(lambda: _Picture(empty_model(size, hd=setting.grid > 1), setting))
     cases = {f"end-to-end/{model_name}-b1-bfloat16": lambda: _whole(made())}
     if model_name == next(name for name, (_, of) in MODELS.items() if of == setting):
-        makers = {"clip": _clip, "tower": _tower, "mining": _mining, "projector": _projector, "picture": _picture}
+        makers = {"clip": _clip, "tower": _tower, "patch_mining": _mining, "projector": _projector, "picture": _picture}
         cases |= {f"{part}/{setting.name}-b1-bfloat16": functools.partial(lambda make: make(made()), make) for part, make in makers.items()}
-        cases[f"preprocess/{setting.name}-float32"] = lambda: _preprocess(setting)
+        cases[f"dual_resize/{setting.name}-float32"] = lambda: _preprocess(setting)
     return cases
 
 

@@ -1,7 +1,7 @@
 """What a case of the benchmark is, and how the names on a command line choose some.
 
 A case is one operation at one size in one dtype; its providers are the ways to compute it, all over the same inputs. Names are
-`group/setting-batch-dtype`, as in `mining/768-b1-float32`.
+`group/setting-batch-dtype`, as in `patch_mining/768-b1-float32`.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def choose(cases: Mapping[str, Case], patterns: Sequence[str], device: str, *, q
     """The cases that patterns name, in the registry's order; without patterns those made for the device.
 
     Args:
-        patterns: names, shell patterns, or groups: `mining/768-b1-float32`, `mining/*`, `mining`.
+        patterns: names, shell patterns, or groups: `patch_mining/768-b1-float32`, `patch_mining/*`, `patch_mining`.
 
     Raises:
         UnknownCase: a pattern names none.

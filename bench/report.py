@@ -89,11 +89,11 @@ def picture_table(found: Kept) -> str:
 
 def mining_table(found: Kept) -> str:
     """Patch info mining by every provider that was measured."""
-    columns = [("cpu", f"mining/{setting}-b1-float32") for setting in ("768", "1536-hd")]
-    columns += [(device, f"mining/{setting}-b1-bfloat16") for device in gpus(found) for setting in ("768", "1536-hd")]
+    columns = [("cpu", f"patch_mining/{setting}-b1-float32") for setting in ("768", "1536-hd")]
+    columns += [(device, f"patch_mining/{setting}-b1-bfloat16") for device in gpus(found) for setting in ("768", "1536-hd")]
     documents = [found.get(device, {}).get(case, {"cases": []}) for device, case in columns]
     providers = dict.fromkeys(row["provider"] for document in documents for row in document["cases"] if shown(row))
-    titles = [f"{'CPU' if device == 'cpu' else device}, {case.removeprefix('mining/')}" for device, case in columns]
+    titles = [f"{'CPU' if device == 'cpu' else device}, {case.removeprefix('patch_mining/')}" for device, case in columns]
     lines = ["| patch info mining by | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
     for provider in providers or ("reference", "torch"):
         name = {"reference": "`reference`: the original's steps", "torch": "`torch` backend"}.get(provider, provider)
@@ -162,7 +162,7 @@ def status_table(found: Kept) -> str:
 
 def predicted_table(found: Kept) -> str:
     """What was counted of a GPU that is not here; where one was, what was measured."""
-    parts = {"patch info mining": "mining", "high-resolution tower": "tower", "picture to tokens": "picture"}
+    parts = {"patch info mining": "patch_mining", "high-resolution tower": "tower", "picture to tokens": "picture"}
     forms = {"reference": "the original's steps", "auto": "mg_fast", "triton": "mg_fast, kernels everywhere"}
     predicted = json.loads((records.RESULTS / "predicted.json").read_text(encoding="utf-8"))
     lines = ["| on a GPU, predicted | " + " | ".join(forms.values()) + " |", "|---" * (len(forms) + 1) + "|"]
@@ -188,7 +188,13 @@ def _counted(row: Mapping) -> str:
     return f"{row['flop'] / 1e9:,.0f} GFLOP, {row['moved'] / 1e6:,.0f} MB, {row['launches']} launches, {row['peak'] / 2**20:,.0f} MiB"
 
 
-TABLES = {"picture": picture_table, "mining": mining_table, "answers": answers_table, "predicted": predicted_table, "status": status_table}
+TABLES = {
+    "picture": picture_table,
+    "patch_mining": mining_table,
+    "answers": answers_table,
+    "predicted": predicted_table,
+    "status": status_table,
+}
 
 
 def is_measured(row: Mapping | None) -> bool:

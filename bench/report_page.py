@@ -23,7 +23,7 @@ TEMPLATE = Path(__file__).with_suffix(".html")
 MODELS = ("7b", "7b-hd")
 WATERFALL_GPU = "h200"
 # cases of a whole stage or more; the others are single kernels and stress shapes
-STAGE_GROUPS = ("mining", "tower", "clip", "preprocess", "projector", "picture", "end-to-end")
+STAGE_GROUPS = ("patch_mining", "tower", "clip", "dual_resize", "projector", "picture", "end-to-end")
 # the last stage before the answer begins, as the meter calls it
 FIRST_TOKEN = "prefill to first token"
 # sizes of cards, 1e9 bytes
@@ -376,7 +376,7 @@ def _peaks(found: Kept, device: str, dtype: str) -> list[tuple[int, float, str, 
     """Side, GB, kind of dot and title of what was measured of mining."""
     points = []
     for side, setting in ((768, "768"), (1536, "1536-hd")):
-        for row in found.get(device, {}).get(f"mining/{setting}-b1-{dtype}", {"cases": []})["cases"]:
+        for row in found.get(device, {}).get(f"patch_mining/{setting}-b1-{dtype}", {"cases": []})["cases"]:
             if is_measured(row) and row["peak_mib"] and row["provider"] in ("reference", "torch", "triton"):
                 kind = "b-plain" if row["provider"] == "reference" else "b-ours"
                 points.append((side, row["peak_mib"] * 2**20 / 1e9, kind, f"{row['name']} {row['provider']}: {row['peak_mib']:.0f} MiB"))

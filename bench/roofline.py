@@ -329,10 +329,10 @@ def measured_stages(rows: Sequence[Mapping], answer: Answer) -> dict[str, tuple[
     """Of a benchmark's rows the fastest right one of each stage: milliseconds, and the provider's name."""
     setting = f"{answer.config.image_size_aux}{'-hd' if answer.model.endswith('-hd') else ''}"
     cases = {
-        "preprocess": f"preprocess/{setting}-float32",
+        "preprocess": f"dual_resize/{setting}-float32",
         "LR tower": f"clip/{setting}-b{answer.batch}-{answer.dtype}",
         "HR tower": f"tower/{setting}-b{answer.batch}-{answer.dtype}",
-        "patch info mining": f"mining/{setting}-b{answer.batch}-{answer.dtype}",
+        "patch info mining": f"patch_mining/{setting}-b{answer.batch}-{answer.dtype}",
     }
     if answer.config.text_config.hidden_size == 4096:
         # the width that the projector is measured at

@@ -1,7 +1,7 @@
 """The benchmark's cases under pytest-benchmark, for its own options and files:
 
-    pytest bench --cases 'mining/768-b1-*' 'tower/*' --benchmark-save=before
-    pytest bench --cases 'mining/768-b1-*' 'tower/*' --benchmark-compare
+    pytest bench --cases 'patch_mining/768-b1-*' 'tower/*' --benchmark-save=before
+    pytest bench --cases 'patch_mining/768-b1-*' 'tower/*' --benchmark-compare
 
 Here each provider is timed by itself: `python -m bench run` takes them in turns, flushes a GPU's cache, and measures memory too. Cases
 that take their time themselves, being a part of a call or many requests in one, are timed by that: the plug-in's clock is theirs.

@@ -16,7 +16,13 @@ from . import measure
 from .registry import Call, Case, NotHere
 
 # the stage that a case of one operation is of; what has several stages names them itself
-STAGES = {"preprocess": "preprocess", "clip": "LR tower", "tower": "HR tower", "mining": "patch info mining", "projector": "projector"}
+STAGES = {
+    "dual_resize": "preprocess",
+    "clip": "LR tower",
+    "tower": "HR tower",
+    "patch_mining": "patch info mining",
+    "projector": "projector",
+}
 
 
 def trace(cases: Sequence[Case], device: str, path: Path) -> list[dict]:

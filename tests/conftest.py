@@ -14,6 +14,7 @@ import mg_fast
 from mg_fast.testing import random_checkpoints as random_checkpoint
 from mg_fast.testing.tolerances import ieee_float32
 from tests.families import ORIGINAL, OWN, family
+from tests.interpreting import kernel_conditions, pytest_pycollect_makemodule  # noqa: F401  (pytest finds them here)
 from tests.paths import OWN_GOLDEN, original_golden
 
 transformers_logging.set_verbosity_error()

@@ -2,7 +2,8 @@
 
     python -m tests.make_golden
 
-Run it only after tests/test_original.py has passed on the machine: these outputs stand in for the original's where those are not at hand.
+Run it only after tests/models/mini_gemini/test_original.py has passed on the machine: these outputs stand in for the original's where
+those are not at hand.
 """
 
 import json

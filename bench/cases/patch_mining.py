@@ -39,7 +39,7 @@ def cases() -> list[Case]:
         sizes = (accounting.Sizes.hd if hd else accounting.Sizes.standard)(getattr(torch, dtype), batch)
         found.append(
             mining_case(
-                f"mining/{setting.name}-b{batch}-{dtype}",
+                f"patch_mining/{setting.name}-b{batch}-{dtype}",
                 sizes,
                 devices=devices_of(setting, batch, dtype),
                 quick=(batch, dtype, hd) == (1, "float32", False),

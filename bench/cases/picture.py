@@ -79,7 +79,7 @@ def _preprocess(setting: Setting) -> Case:
 
     least = Cost(0, 3 * PICTURE[0] * PICTURE[1] + 4 * 3 * (setting.side**2 + setting.views * LR**2))
     # float32 is what pictures are resized to, whatever the towers run in
-    return Case(f"preprocess/{setting.name}-float32", make, {n: provider(n) for n in ("reference", "torch", "triton")}, exact, least=least)
+    return Case(f"dual_resize/{setting.name}-float32", make, {n: provider(n) for n in ("reference", "torch", "triton")}, exact, least=least)
 
 
 @dataclass

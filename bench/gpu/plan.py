@@ -123,9 +123,9 @@ def full_plan(device: str = "cuda") -> list[Step]:
             50,
             CASES,
             parts=(
-                Part(("mining/768-b1-bfloat16", "mining/1536-hd-b1-bfloat16"), (*plain, "reference, SDPA")),
-                Part(("mining/768-b1-bfloat16",), ("torch, compiled",)),
-                Part(("mining/768-b1-float16", "mining/768-b1-float32"), plain),
+                Part(("patch_mining/768-b1-bfloat16", "patch_mining/1536-hd-b1-bfloat16"), (*plain, "reference, SDPA")),
+                Part(("patch_mining/768-b1-bfloat16",), ("torch, compiled",)),
+                Part(("patch_mining/768-b1-float16", "patch_mining/768-b1-float32"), plain),
             ),
         ),
         Step(
@@ -163,7 +163,7 @@ def full_plan(device: str = "cuda") -> list[Step]:
                 Part(("dwconv_norm/768-*-b1-bfloat16",), plain),
                 Part(("linear_gelu/768-*-b1-bfloat16", "linear_residual/768-*-b1-bfloat16"), plain),
                 # the case's own baseline is Pillow on the host, whose time is no business of a GPU's
-                Part(("preprocess/*",), ("torch", "triton"), baseline="torch"),
+                Part(("dual_resize/*",), ("torch", "triton"), baseline="torch"),
             ),
         ),
         Step(
@@ -186,8 +186,8 @@ def full_plan(device: str = "cuda") -> list[Step]:
 
 def _kernel_tests() -> list[str]:
     """The files with tests of the kernels, published sizes first; random cases are left to `make fuzz`."""
-    files = sorted(path for path in (ROOT / "tests/interpreted").glob("test_*.py") if "fuzz" not in path.name)
-    files.sort(key=lambda path: path.name != "test_published_sizes.py")
+    files = sorted((ROOT / "tests").rglob("test_interpreted_*.py"))
+    files.sort(key=lambda path: path.name != "test_interpreted_published_sizes.py")
     return [str(path.relative_to(ROOT)) for path in files]
 
 
@@ -217,7 +217,7 @@ def tiny_plan(device: str = "cpu") -> list[Step]:
             "a test of the kernels",
             60,
             CORRECTNESS,
-            ("pytest", "-vv", "tests/interpreted/test_tune.py", "-p", "bench.gpu.pytest_plugin", "-p", "no:cacheprovider"),
+            ("pytest", "-vv", "tests/bench/test_interpreted_tune.py", "-p", "bench.gpu.pytest_plugin", "-p", "no:cacheprovider"),
             environment=interpreted,
         ),
     ]

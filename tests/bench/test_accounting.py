@@ -1,0 +1,302 @@
+"""FLOP and bytes by formula against torch's FlopCounterMode, a counter at the dispatcher, and the kernel's own loads and stores."""
+
+import contextlib
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench import accounting
+from bench.accounting import Sizes, Tower
+from bench.counting import Count
+from mg_fast.modules import ConvNeXtPyramid
+from mg_fast.modules import convnext_channels_last as convnext
+from mg_fast.ops import patch_mining as mining
+from mg_fast.ops import reference
+from mg_fast.ops.torch import patch_mining as absorbed
+from tests.paths import ROOT
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HALVING = ((48, 6), (24, 10), (12, 14), (6, 18))
+SMALL = {
+    "standard": dict(side=3, dim=12, levels=((24, 6), (12, 10), (6, 14))),
+    "two pictures": dict(batch=2, side=3, dim=12, levels=((24, 6), (12, 10))),
+    "maps that do not halve": dict(side=3, dim=12, levels=((27, 6), (13, 10), (6, 14))),
+    "HD": dict(grid=2, views=5, side=3, dim=12, levels=HALVING),
+    "HD, two pictures": dict(batch=2, grid=2, views=5, side=3, dim=12, levels=HALVING),
+    "HD without the global view": dict(batch=2, grid=2, views=4, side=3, dim=12, levels=HALVING),
+    "three cells a side": dict(grid=3, views=10, side=2, dim=12, levels=((24, 6), (12, 10))),
+}
+published = pytest.mark.parametrize("make", [Sizes.standard, Sizes.hd], ids=["standard", "hd"])
+small = pytest.mark.parametrize("case", SMALL)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def inputs(sizes, device):
+    def empty(*shape):
+        return torch.zeros(shape, dtype=sizes.dtype, device=device)
+
+    def projection(width):
+        return reference.Projection(empty(width), empty(width), empty(sizes.dim, width), empty(sizes.dim))
+
+    queries = empty(sizes.batch, sizes.views, sizes.side**2, sizes.dim)
+    pyramid = [empty(sizes.batch, n, n, c) for n, c in sizes.levels]
+    return queries, pyramid, *(projection(width) for width in (sizes.dim, sizes.channels, sizes.channels))
+
+
+def count(function, sizes, device):
+    """FLOP and bytes on a device ("cuda": of fake tensors), the tables of the PyTorch form left out."""
+    with FakeTensorMode() if device == "cuda" else contextlib.nullcontext(), torch.no_grad():
+        given = inputs(sizes, device)
+        if device != "cuda":
+            # real tables are made on the first call; their products are no part of the second
+            function(*given, grid=sizes.grid)
+        with FlopCounterMode(display=False) as flop, Count(device) as counter:
+            function(*given, grid=sizes.grid)
+    return flop.get_total_flops(), counter
+
+
+@dtypes
+@published
+def test_reference_at_the_published_sizes(make, dtype):
+    """Of fake tensors on a GPU."""
+    flop, counter = count(reference.patch_mining, make(dtype), "cuda")
+    assert accounting.reference_mining(make(dtype)) == replace(counter.total, flop=flop)
+
+
+@dtypes
+@small
+def test_reference_at_any_size(case, dtype):
+    sizes = Sizes(dtype, **SMALL[case])
+    flop, counter = count(reference.patch_mining, sizes, "meta")
+    assert accounting.reference_mining(sizes) == replace(counter.total, flop=flop)
+    # with numbers, on a CPU
+    assert count(reference.patch_mining, sizes, "cpu")[0] == flop
+
+
+@pytest.mark.parametrize("together", [0, absorbed.TOGETHER])
+def test_absorbed_on_a_cpu(together, monkeypatch):
+    """Row by row or pictures together, a CPU makes the same products."""
+    monkeypatch.setattr(absorbed, "TOGETHER", together)
+    sizes = Sizes(torch.float32, batch=16, side=6, dim=512, levels=((12, 128), (6, 128), (3, 256)))
+    assert count(absorbed.patch_mining, sizes, "cpu")[0] == accounting.torch_mining(sizes).flop
+
+
+@dtypes
+@published
+def test_absorbed_at_the_published_sizes(make, dtype):
+    flop, counter = count(absorbed.patch_mining, make(dtype), "meta")
+    cost = accounting.torch_mining(make(dtype))
+    assert cost.flop == flop
+    # numbers per pixel are left out
+    assert 0.96 * counter.total.bytes < cost.bytes <= counter.total.bytes
+
+
+@dtypes
+@small
+def test_absorbed_at_any_size(case, dtype):
+    """What is left out of the bytes does not grow with the channels: by how much they grow is exact."""
+    sizes = Sizes(dtype, **SMALL[case])
+    wide = replace(sizes, levels=tuple((n, 3 * c) for n, c in sizes.levels))
+    (flop, counter), (wide_flop, wide_counter) = (count(absorbed.patch_mining, s, "meta") for s in (sizes, wide))
+    cost, wide_cost = accounting.torch_mining(sizes), accounting.torch_mining(wide)
+    assert (cost.flop, wide_cost.flop) == (flop, wide_flop)
+    assert wide_cost.bytes_read - cost.bytes_read == wide_counter.total.bytes_read - counter.total.bytes_read
+    assert wide_cost.bytes_written - cost.bytes_written == wide_counter.total.bytes_written - counter.total.bytes_written
+
+
+@dtypes
+@published
+def test_triton_at_the_published_sizes(make, dtype):
+    """The kernel as one operator."""
+    pytest.importorskip("triton")
+    sizes = make(dtype)
+    gemms, counter = count(mining._mine_by_kernel, sizes, "meta")
+    cost = accounting.triton_mining(sizes)
+    assert (cost.bytes_read, cost.bytes_written) == (counter.total.bytes_read, counter.total.bytes_written)
+    assert cost.flop == counter.total.flop
+    if make == Sizes.standard:
+        # of a window of 8 x 8: taps of the resizing matrix, or taps of one pixel
+        product = {192: 64 + 64, 384: 64 * 36 + 64 + 36, 768: 64 * 16 + 64 + 16, 1536: 64 * 9 + 64 + 9}
+        by_tap = {192: 64 + 64, 384: 64 + 64 * 4, 768: 64 + 64 * 4, 1536: 64 + 64 * 4}
+        work = by_tap if dtype == torch.float32 else product
+        assert cost.flop - gemms == 2 * 576 * sum(channels * each for channels, each in work.items())
+
+
+INTERPRETED = """
+import dataclasses, sys, torch
+from triton.runtime import interpreter
+from mg_fast.kernels.patch_mining import pool_windows_fwd
+from tests.bench.test_accounting import ASKED, inputs
+
+builder = interpreter.interpreter_builder
+builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+load, store, moved = builder.create_masked_load, builder.create_masked_store, [0, 0]
+
+def count(which, pointers, mask):
+    moved[which] += int(mask.data.sum()) * pointers.dtype.scalar.element_ty.primitive_bitwidth // 8
+
+def counted_load(pointers, mask, *rest):
+    count(0, pointers, mask)
+    return load(pointers, mask, *rest)
+
+def counted_store(pointers, value, mask, *rest):
+    count(1, pointers, mask)
+    return store(pointers, value, mask, *rest)
+
+builder.create_masked_load, builder.create_masked_store = counted_load, counted_store
+for sizes in ASKED:
+    moved[:] = 0, 0
+    queries = torch.zeros(sizes.batch, sizes.views, sizes.side**2, sizes.channels, dtype=sizes.dtype)
+    pool_windows_fwd(queries, inputs(sizes, "cpu")[1], sizes.grid)
+    print(*moved)
+"""
+ASKED = [
+    Sizes(torch.float32, batch=2, side=3, dim=12, levels=((12, 7), (6, 20))),
+    Sizes(torch.bfloat16, side=3, dim=12, levels=((24, 70), (12, 6), (6, 10))),
+    Sizes(torch.bfloat16, grid=2, views=5, side=1, dim=12, levels=((16, 6), (8, 10), (4, 14))),
+]
+
+
+def test_what_the_programs_ask_for():
+    """Loads and stores of the kernel, interpreted, by their masks."""
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", INTERPRETED], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for sizes, line in zip(ASKED, done.stdout.splitlines(), strict=True):
+        counter = count(mining._mine_by_kernel, sizes, "meta")[1]
+        around = counter.total + counter.costs["mg_fast.pool_windows.default"] * -1
+        cost = accounting.triton_mining(sizes, cached=False)
+        assert f"{cost.bytes_read - around.bytes_read} {cost.bytes_written - around.bytes_written}" == line
+
+
+# ---- the high-resolution tower
+
+TOWERS = {
+    "two pictures": dict(batch=2, size=64, dims=(8, 12, 20, 36), depths=(2, 1, 3, 1)),
+    "sides that do not halve": dict(size=100, dims=(7, 13, 29), depths=(1, 2, 1)),
+    "one stage": dict(size=32, dims=(8,), depths=(2,)),
+}
+towers = pytest.mark.parametrize("make", [Tower.standard, Tower.hd], ids=["768", "1536"])
+needs_cudnn = pytest.mark.skipif(not torch.backends.cudnn.is_available(), reason="takes a torch that is built for CUDA: no GPU")
+# of bfloat16 torch asks the GPU, which is not here, whether its convolutions take it
+sixteen = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+
+
+def count_tower(tower):
+    """FLOP and bytes of the PyTorch form, of fake tensors on a GPU: on the meta device convolutions return other strides."""
+    like = {"dtype": tower.dtype, "device": "cuda"}
+    with FakeTensorMode(), torch.no_grad():
+        stem, stages = convnext.empty_tower(tower.dims, tower.depths, **like)
+        pixels = torch.empty(tower.batch, 3, tower.size, tower.size, **like)
+        with FlopCounterMode(display=False) as flop, Count("cuda") as counter:
+            convnext.run_tower(stem, stages, pixels, "torch")
+    return replace(counter.total, flop=flop.get_total_flops())
+
+
+@needs_cudnn
+@sixteen
+@towers
+def test_tower_at_the_published_sizes(make, dtype):
+    assert accounting.torch_tower(make(dtype)) == count_tower(make(dtype))
+
+
+@needs_cudnn
+@sixteen
+@pytest.mark.parametrize("case", TOWERS)
+def test_tower_at_any_size(case, dtype):
+    tower = Tower(dtype, **TOWERS[case])
+    assert accounting.torch_tower(tower) == count_tower(tower)
+
+
+@needs_cudnn
+@pytest.mark.parametrize("budget", [7 * 4 * 8 * 4, 1000, 2000])
+def test_tower_in_chunks(budget, monkeypatch):
+    """Of any size, the last of them shorter; each reads the weights again."""
+    tower = Tower(torch.float32, **TOWERS["two pictures"])
+    whole = accounting.torch_tower(tower)
+    monkeypatch.setattr(convnext, "GPU_EXPANSION", budget)
+    assert accounting.torch_tower(tower) == count_tower(tower) != whole
+
+
+@dtypes
+@pytest.mark.parametrize("form", ["torch", "auto", "triton"])
+@towers
+def test_blocks_by_kernels(make, form, dtype):
+    """Each kernel as one operator, on fake tensors of a GPU; beside the blocks all forms run the same."""
+    pytest.importorskip("triton")
+    tower = make(dtype)
+    with FakeTensorMode(), torch.no_grad():
+        _, stages = convnext.empty_tower(tower.dims, tower.depths, dtype=dtype, device="cuda")
+        maps = [torch.empty(1, int(rows**0.5), int(rows**0.5), c, dtype=dtype, device="cuda") for rows, c in zip(tower.rows, tower.dims)]
+        with Count("cuda") as counter:
+            for stage, x in zip(stages, maps):
+                convnext.run_stage(convnext.Stage(None, stage.blocks), x, form, in_place=True)
+    cost = getattr(accounting, f"{form}_tower")(tower) + getattr(accounting, f"{form}_tower")(replace(tower, depths=(0, 0, 0, 0))) * -1
+    assert (cost.bytes_read, cost.bytes_written) == (counter.total.bytes_read, counter.total.bytes_written)
+    # the same arithmetic in every form
+    assert accounting.triton_tower(tower).flop == accounting.auto_tower(tower).flop == accounting.torch_tower(tower).flop
+
+
+@pytest.mark.parametrize("case", TOWERS)
+def test_floor_of_the_tower(case):
+    """The picture, every tensor that the tower is made of, and the maps it returns, once."""
+    tower = Tower(torch.bfloat16, **TOWERS[case])
+    stem, stages = convnext.empty_tower(tower.dims, tower.depths, dtype=tower.dtype, device="meta")
+    pixels = torch.empty(tower.batch, 3, tower.size, tower.size, dtype=tower.dtype, device="meta")
+    tensors = [t for t in tree_leaves([stem, stages]) if isinstance(t, torch.Tensor)]
+    with torch.no_grad():
+        maps = convnext.run_tower(stem, stages, pixels, "torch")
+    assert accounting.tower_floor_bytes(tower) == sum(t.nbytes for t in (pixels, *tensors, *maps))
+
+
+def test_an_empty_tower_is_made_of_the_tensors_of_a_real_one():
+    sizes = dict(dims=(8, 12, 20, 36), depths=(2, 1, 3, 1))
+    real, empty = ConvNeXtPyramid.from_dims(**sizes).read(), convnext.empty_tower(**sizes)
+    shapes, expected = (
+        tree_map(lambda leaf: (leaf.shape, leaf.stride()) if isinstance(leaf, torch.Tensor) else leaf, made) for made in (empty, real)
+    )
+    assert shapes == expected
+
+
+def test_known_figures_of_the_tower():
+    """FLOP as timm's tower has been counted; bytes by another's estimate: 13 maps moved a block, and the weights."""
+    standard, hd = Tower.standard(torch.bfloat16), Tower.hd(torch.bfloat16)
+    assert accounting.torch_tower(standard).flop == pytest.approx(0.808e12, rel=1e-3)
+    assert accounting.torch_tower(hd).flop == pytest.approx(3.231e12, rel=1e-3)
+    assert accounting.triton_tower(standard).bytes == pytest.approx(2.62e9, rel=0.03)
+    assert accounting.triton_tower(hd).bytes == pytest.approx(9.3e9, rel=0.03)
+
+
+def test_known_figures():
+    """The projections of the original by hand; the bytes by another's estimate, of the large tensors alone."""
+    standard, hd = Sizes.standard(torch.bfloat16), Sizes.hd(torch.bfloat16)
+    pixels = 192 * 192
+    assert accounting.reference_mining(standard).flop == 2 * pixels * 2880 * 1024 * 2 + 2 * 576 * 1024 * 1024 + 2 * pixels * 1024 * 2
+    assert accounting.reference_mining(standard).bytes == pytest.approx(3.58e9, rel=0.03)
+    assert accounting.reference_mining(hd).flop == 5 * accounting.reference_mining(standard).flop
+    assert accounting.reference_mining(hd).bytes == pytest.approx(23.5e9, rel=0.03)
+    assert accounting.torch_mining(standard).flop == pytest.approx(8.2e9, rel=0.02)
+
+
+def test_floor():
+    """Every tensor that goes in or comes out, once; the key's biases change nothing."""
+    sizes = Sizes(torch.bfloat16, **SMALL["HD"])
+    queries, pyramid, query, key, value = inputs(sizes, "meta")
+    tensors = [queries, queries, *pyramid, *query, key.norm_weight, key.weight, *value]
+    assert accounting.floor_bytes(sizes) == sum(t.nbytes for t in tensors)
+
+
+def test_table(capsys):
+    pytest.importorskip("triton")
+    accounting.main()
+    out = capsys.readouterr().out
+    assert "768 bfloat16        reference                  436.2   3655.9" in out
+    assert "tower 768 bfloat16  triton                     807.8   2665.1" in out

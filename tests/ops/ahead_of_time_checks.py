@@ -1,0 +1,65 @@
+"""What is asked of every file of kernels that is compiled ahead of time; tests/ops/*/test_aot_*.py ask it.
+
+The real launchers run, on fake tensors, in a few processes of their own. What they compile is held against the limits of its
+architecture, and its resources against the table beside the tests, so that a change of them shows as a diff. After a change that is
+meant: `python -m tests.ops.record_resources`, or with the names of the kernels' files after it for some of them.
+"""
+
+import pytest
+import triton
+
+from .ahead_of_time_gate import ARCHITECTURES, TWINS, Case, faults, read_table
+from .dual_resize import ahead_of_time as dual_resize
+from .dwconv_norm import ahead_of_time as dwconv_norm
+from .patch_mining import ahead_of_time as patch_mining
+from .pointwise import ahead_of_time as pointwise
+
+# one a file of kernels/
+FAMILIES = {"dual_resize": dual_resize, "dwconv_norm": dwconv_norm, "patch_mining": patch_mining, "pointwise": pointwise}
+REWRITE = "python -m tests.ops.record_resources"
+
+
+def kernels(family: str) -> list:
+    """Parameters of a test, one a kernel: the case that launches it and its name, `kernel-architecture-configuration`."""
+    return [pytest.param((case, name), id=name) for case in FAMILIES[family].cases() for name in case.names()]
+
+
+def within_limits(jobs: dict, kernel: tuple[Case, str]) -> None:
+    case, name = kernel
+    assert not faults(case, name, jobs[case].result()[name])
+
+
+def resources_are_those_recorded(jobs: dict, family: str) -> None:
+    table = read_table(family)
+    if table["triton"] != triton.__version__:
+        pytest.skip(f"recorded with triton {table['triton']}, this is {triton.__version__}: other compilers need other resources")
+    cases = FAMILIES[family].cases()
+    chosen = [case for case in cases if case in jobs]
+    found = {name: used for case in chosen for name, used in jobs[case].result().items()}
+    assert found, "run it with the kernels' tests, whose resources it compares"
+    recorded = table["kernels"]
+    if chosen == cases:
+        # or kernels that are gone would stay in the table
+        assert list(recorded) == list(found), f"other kernels than recorded; if that is meant: {REWRITE} {family}"
+    changed = [f"{name}\n  recorded {recorded.get(name)}\n  found    {used}" for name, used in found.items() if recorded.get(name) != used]
+    assert not changed, "\n".join(["resources changed", *changed, f"if that is meant: {REWRITE} {family}"])
+
+
+def every_configuration_is_compiled(family: str) -> None:
+    """For the architecture it is keyed by, the defaults for all, or for their twins."""
+    compiled = {(case.architecture, bucket) for case in FAMILIES[family].cases() for bucket in case.buckets()}
+    assert {architecture for architecture, _ in compiled} == set(ARCHITECTURES)
+    compiled |= {(twin, bucket) for architecture, bucket in compiled for twin, other in TWINS.items() if architecture == other}
+    for architecture, table in FAMILIES[family].TABLE.items():
+        assert {(a, bucket) for bucket in table for a in ([architecture] if architecture else ARCHITECTURES)} <= compiled
+
+
+def twins_need_the_same(family: str) -> None:
+    """As recorded, which what is compiled is held against; their tiles too are the same, or it would mean nothing."""
+    recorded, table = read_table(family)["kernels"], FAMILIES[family].TABLE
+    for twin, other in TWINS.items():
+        assert table.get(twin) == table.get(other)
+        names = [name for name in recorded if f"-sm_{twin}-" in name]
+        assert names
+        for name in names:
+            assert recorded[name] == recorded[name.replace(f"-sm_{twin}-", f"-sm_{other}-")], name

@@ -1,0 +1,131 @@
+"""The ahead-of-time gate: what a kernel may need of a GPU, read from the machine code that its launcher compiles with no GPU."""
+
+import collections
+import concurrent.futures
+import contextlib
+import functools
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+
+from mg_fast.kernels.configs import SHARED_MEMORY_LIMITS
+from mg_fast.models.mini_gemini.ahead_of_time import compile_only
+
+# what multiplies matrices best, in the machine's own instructions; products too small for it use HMMA there too, and count as none
+TENSOR_CORES = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
+ARCHITECTURES = tuple(SHARED_MEMORY_LIMITS)
+# sm_89 has the tiles of sm_86 and needs what it needs, to the instruction: a test holds the cases compiled for both against each other, and
+# the rest is compiled for the other one
+TWINS = {89: 86}
+DISTINCT = tuple(a for a in ARCHITECTURES if a not in TWINS)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class Case:
+    """One run of a launcher. A kernel's own cases are tuples of what they depend on, so that they can be sent to another process.
+
+    Attributes:
+        architecture: compute capability, 90 for sm_90.
+    """
+
+    architecture: int
+
+    def names(self) -> list[str]:
+        """`kernel-architecture-configuration` of every kernel that it launches, in order."""
+        raise NotImplementedError
+
+    def launch(self, tile=None) -> None:
+        """On CUDA tensors; with a tile of one's own in place of configs.py's."""
+        raise NotImplementedError
+
+    def buckets(self) -> list:
+        """Keys of the kernel's table in configs.py that it takes tiles from."""
+        raise NotImplementedError
+
+    def faults(self, name: str, found: dict[str, int]) -> list[str]:
+        """What is wrong with the resources of one of its kernels, beyond what is wrong with any."""
+        return []
+
+
+def compile_case(case: Case, tile=None) -> dict[str, dict[str, int]]:
+    """Resources of the kernels of a case, by name."""
+    with compile_only(case.architecture) as compiled:
+        case.launch(tile)
+    return {name: resources(kernel) for name, kernel in zip(case.names(), compiled, strict=True)}
+
+
+def resources(kernel) -> dict[str, int]:
+    """What a program needs, and counts of instructions."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        cuobjdump = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
+        tool = triton.knobs.nvidia.cuobjdump.path
+        used = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", cuobjdump([tool, "--dump-resource-usage", file.name]).stdout))
+        code = cuobjdump([tool, "-sass", file.name]).stdout
+    counts = collections.Counter()
+    for instruction in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code):
+        name, *rest = instruction.split(".")
+        counts["instructions"] += 1
+        if name in ("LDG", "LDGSTS"):
+            counts["global loads"] += 1
+            counts["of 128 bits"] += "128" in rest
+        counts["local"] += name in ("LDL", "STL")
+        counts["tensor core"] += name == TENSOR_CORES[kernel.metadata.target.arch]
+    return {
+        "threads": 32 * kernel.metadata.num_warps,
+        "registers": int(used["REG"]),
+        "shared": kernel.metadata.shared,
+        "stack": int(used["STACK"]) + int(used["LOCAL"]),
+        **{key: counts[key] for key in ("instructions", "global loads", "of 128 bits", "tensor core", "local")},
+    }
+
+
+def faults(case: Case, name: str, found: dict[str, int]) -> list[str]:
+    """What is wrong with a kernel's resources."""
+    limit = SHARED_MEMORY_LIMITS[case.architecture]
+    wrong = []
+    if found["stack"] or found["local"]:
+        wrong.append(f"spills: {found['stack']} bytes of stack, {found['local']} loads and stores of local memory")
+    if found["shared"] > limit:
+        wrong.append(f"{found['shared']} bytes of shared memory, sm_{case.architecture} has {limit}")
+    return wrong + case.faults(name, found)
+
+
+@contextlib.contextmanager
+def compiling(workers: int = os.cpu_count() or 1):
+    """Gives `compile_case`, put off: it returns a future. Spawned, since a fork would copy the compiler's locks as they are just held."""
+    pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    before = os.environ.get("TRITON_CACHE_DIR")
+    with tempfile.TemporaryDirectory(prefix="mg_fast_aot_") as folder:
+        # for the processes, which start with the first job
+        os.environ["TRITON_CACHE_DIR"] = folder
+        try:
+            yield functools.partial(pool.submit, compile_case)
+        finally:
+            pool.shutdown(cancel_futures=True)
+            del os.environ["TRITON_CACHE_DIR"]
+            if before is not None:
+                os.environ["TRITON_CACHE_DIR"] = before
+
+
+def table(family: str) -> Path:
+    """The recorded resources of one file of kernels."""
+    return Path(__file__).parent / family / "resources.json"
+
+
+def read_table(family: str) -> dict:
+    return json.loads(table(family).read_text(encoding="utf-8"))
+
+
+def write_table(family: str, kernels: dict[str, dict]) -> None:
+    """One line a kernel, so that a change shows as one."""
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(kernels[name])}" for name in kernels)
+    table(family).write_text(f'{{\n "triton": "{triton.__version__}",\n "kernels": {{\n{lines}\n }}\n}}\n', encoding="utf-8")

@@ -1,0 +1,33 @@
+"""Random shapes, layouts and values through dwconv_norm's kernel, interpreted, held to the accuracy rule."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mg_fast import ops
+from mg_fast.testing.tolerances import assert_accurate, errors
+from tests.fuzzing import fuzz
+from tests.ops.dwconv_norm.test_dwconv_norm import exact, layouts, make, plain
+
+NAMES = ["contiguous", *layouts(torch.zeros(1, 1, 1, 1))]
+
+
+@fuzz(500)
+@given(
+    # channels from 8 on: of a handful of numbers, which LayerNorm may all but cancel, the largest error says little
+    shape=st.tuples(st.sampled_from([1, 1, 1, 1, 1, 2, 0]), st.integers(1, 8), st.integers(1, 5), st.integers(8, 40)),
+    dtype=st.sampled_from(["float32", "float16", "bfloat16"]),
+    layout=st.sampled_from(NAMES),
+    offset=st.sampled_from([0.0, 1.0, -50.0]),
+    scale=st.sampled_from([1.0, 0.05, 20.0]),
+    eps=st.sampled_from([1e-6, 1e-5]),
+    seed=st.integers(0, 2**16),
+)
+def test_fuzz(shape, dtype, layout, offset, scale, eps, seed):
+    x, *rest = make(shape, getattr(torch, dtype), offset, scale, seed)
+    seen = x if layout == "contiguous" else layouts(x)[layout]
+    ours = ops.dwconv_norm(seen, *rest, eps, backend="triton")
+    assert ours.dtype == x.dtype and ours.shape == x.shape
+    # the plain form at its worst of eight draws: its error on one small map is luck
+    draws = [make(shape, getattr(torch, dtype), offset, scale, seed + 10**5 * draw) for draw in range(8)]
+    assert_accurate(ours, [errors(plain(*d, eps=eps), exact(*d, eps=eps)) for d in draws] if x.numel() else ours, exact(x, *rest, eps=eps))

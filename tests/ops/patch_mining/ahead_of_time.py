@@ -1,0 +1,103 @@
+"""What kernels/patch_mining.py is compiled for ahead of time."""
+
+from typing import NamedTuple
+
+import torch
+
+from mg_fast.kernels import patch_mining
+from mg_fast.kernels.configs import PATCH_MINING, patch_mining_bucket
+
+from ..ahead_of_time_gate import ARCHITECTURES, DISTINCT, DTYPES, Case
+
+TABLE = PATCH_MINING
+LEVELS = 4
+# most loads of a program's vectors by one thread: queries and statistics, not pixels
+NARROW = 40
+
+
+class Shape(NamedTuple):
+    """A grid of cells, queries along a view's side, pixels along a window's, widths of the maps, sides of the maps unless they halve."""
+
+    grid: int
+    queries: int
+    side: int
+    dims: tuple[int, ...]
+    maps: tuple[int, ...] | None = None
+
+
+SHAPES = {
+    # the published models: one view of 768 pixels; four cells and a global view of 1536
+    "768": Shape(1, 24, 8, (192, 384, 768, 1536)),
+    "HD": Shape(2, 24, 8, (192, 384, 768, 1536)),
+    # every other bucket of configs.py
+    **{f"side{side}": Shape(1, 4, side, (64, 96, 160)) for side in (4, 11, 16)},
+    # a level of 3 / 4 of the finest: pixels are made tap by tap, in the bucket of the published models
+    "uneven": Shape(1, 4, 8, (64, 96, 160), (32, 24, 12)),
+    # with widths that no block divides and no wide load fits
+    **{f"odd{side}": Shape(1, 4, side, (24, 37, 131)) for side in (4, 8, 11, 16)},
+}
+
+
+class Mining(NamedTuple("Mining", [("launcher", str), ("architecture", int), ("dtype", str), ("shape", str)]), Case):
+    """A launcher of kernels/patch_mining.py on one of SHAPES."""
+
+    def names(self) -> list[str]:
+        name = f"{self.launcher}-sm_{self.architecture}-{self.dtype}_{self.shape}"
+        return [f"{name}_cells", f"{name}_global"] if SHAPES[self.shape].grid > 1 else [name]
+
+    def launch(self, tile=None) -> None:
+        shape, dtype = SHAPES[self.shape], DTYPES[self.dtype]
+        views, tokens, fine = shape.grid**2 + (shape.grid > 1), shape.queries**2, shape.grid * shape.queries * shape.side
+        maps = shape.maps or [fine >> s for s in range(len(shape.dims))]
+        original = patch_mining.patch_mining_tile
+        if tile is not None:
+            patch_mining.patch_mining_tile = lambda *_, **__: tile
+        try:
+            # a model in float16 has its queries in float32
+            queries = torch.empty(2, views, tokens, sum(shape.dims), device="cuda", dtype=torch.float32 if self.dtype == "fp16" else dtype)
+            pyramid = [torch.empty(2, n, n, dim, device="cuda", dtype=dtype) for n, dim in zip(maps, shape.dims)]
+            if self.launcher == "pool_windows_fwd":
+                patch_mining.pool_windows_fwd(queries, pyramid, shape.grid)
+            else:
+                statistics = torch.empty(2, views, tokens, 3, shape.side**2, device="cuda")
+                patch_mining.pool_windows_bwd(queries.to(dtype), queries, pyramid, statistics, shape.grid)
+        finally:
+            patch_mining.patch_mining_tile = original
+
+    def buckets(self) -> list:
+        shape = SHAPES[self.shape]
+        bucket = patch_mining_bucket(DTYPES[self.dtype].itemsize, shape.side, shape.dims)
+        return [bucket, (*bucket, "reduced")] if shape.grid > 1 else [bucket]
+
+    def faults(self, name: str, found: dict[str, int]) -> list[str]:
+        if self.shape not in ("768", "HD"):
+            return []
+        wrong = []
+        # pixels 16 bytes at once: at least once a pass and level; the rest are few, for vectors and not for tiles
+        if found["of 128 bits"] < 2 * LEVELS or found["global loads"] - found["of 128 bits"] > NARROW:
+            wrong.append(f"narrow loads: {found['of 128 bits']} of {found['global loads']} are of 128 bits")
+        # in TF32 the products of float32 would not be exact
+        if (self.dtype == "fp32") != (found["tensor core"] == 0):
+            wrong.append(f"{found['tensor core']} instructions on tensor cores for {self.dtype}")
+        return wrong
+
+
+def cases() -> list[Mining]:
+    def add(launchers, architectures, dtypes, shapes):
+        found.extend(Mining(*c) for a in architectures for c in ((x, a, d, s) for d in dtypes for s in shapes for x in launchers))
+
+    found: list[Mining] = []
+    both = ("pool_windows_fwd", "pool_windows_bwd")
+    # the cells of HD are the one view of 768 in all but their number
+    add(both, ARCHITECTURES, ["bf16"], ["HD"])
+    add(both[:1], ARCHITECTURES, ["fp32"], ["HD"])
+    add(both, (80, 90), ["bf16"], ["768"])
+    add(both[1:], (80, 90), ["fp32"], ["HD"])
+    add(both[1:], (86, 100, 120), ["fp32"], ["768"])
+    add(both[:1], (80, 90), ["fp16"], ["768"])
+    add(both, (80, 90), ["bf16"], ["uneven"])
+    buckets = [name for name in SHAPES if name not in ("768", "HD", "uneven")]
+    # the rest is left to the forward pass, which as a rule needs more
+    add(both[:1], DISTINCT, ["bf16", "fp32"], buckets)
+    add(both[1:], (80, 90), ["bf16"], buckets)
+    return found

@@ -1,0 +1,86 @@
+"""What kernels/pointwise.py is compiled for ahead of time."""
+
+from typing import NamedTuple
+
+import torch
+
+from mg_fast.kernels import pointwise
+from mg_fast.kernels.configs import POINTWISE, pointwise_bucket
+
+from ..ahead_of_time_gate import ARCHITECTURES, DISTINCT, DTYPES, Case
+
+TABLE = POINTWISE
+# most loads by one thread that are not of 128 bits: of the bias
+NARROW = 32
+
+
+class Shape(NamedTuple):
+    """Pixels and channels of a stage: its block multiplies [M, C] to 4 C channels, and back."""
+
+    pixels: int
+    channels: int
+
+
+SHAPES = {
+    # ConvNeXt-L: at 768 pixels the widest map, the 27 blocks of the third stage, and the smallest map, whose way back fills few programs;
+    # at 1536 pixels the last stage
+    "stage0": Shape(192**2, 192),
+    "stage2": Shape(48**2, 768),
+    "stage3": Shape(24**2, 1536),
+    "HD_stage3": Shape(48**2, 1536),
+    # the last stages of its base form at 384 pixels, both products of which are small, and of xxlarge at 768
+    "base_stage3": Shape(12**2, 1024),
+    "xxlarge_stage3": Shape(24**2, 3072),
+    # nothing that a block or a wide load divides
+    "odd": Shape(97, 37),
+}
+
+
+class Pointwise(NamedTuple("Pointwise", [("launcher", str), ("architecture", int), ("dtype", str), ("shape", str)]), Case):
+    """A launcher of kernels/pointwise.py on one of SHAPES."""
+
+    def names(self) -> list[str]:
+        return [f"{self.launcher}-sm_{self.architecture}-{self.dtype}_{self.shape}"]
+
+    def _sizes(self) -> tuple[int, int, int]:
+        m, c = SHAPES[self.shape]
+        return (m, 4 * c, c) if self.launcher == "linear_gelu_fwd" else (m, c, 4 * c)
+
+    def launch(self, tile=None) -> None:
+        m, n, k = self._sizes()
+        original = pointwise.pointwise_tile
+        if tile is not None:
+            pointwise.pointwise_tile = lambda *_: tile
+        try:
+            shapes = [(m, k), (n, k), (n,), (m, n)][: 3 + (self.launcher == "linear_residual_fwd")]
+            getattr(pointwise, self.launcher)(*(torch.empty(shape, device="cuda", dtype=DTYPES[self.dtype]) for shape in shapes))
+        finally:
+            pointwise.pointwise_tile = original
+
+    def buckets(self) -> list:
+        m, n, k = self._sizes()
+        return [pointwise_bucket(DTYPES[self.dtype].itemsize, m, n, [n, k])]
+
+    def faults(self, name: str, found: dict[str, int]) -> list[str]:
+        wrong = []
+        if self.shape != "odd" and (found["of 128 bits"] < 2 or found["global loads"] - found["of 128 bits"] > NARROW):
+            wrong.append(f"narrow loads: {found['of 128 bits']} of {found['global loads']} are of 128 bits")
+        # in TF32 the products of float32 would not be exact
+        if (self.dtype == "fp32") != (found["tensor core"] == 0):
+            wrong.append(f"{found['tensor core']} instructions on tensor cores for {self.dtype}")
+        return wrong
+
+
+def cases() -> list[Pointwise]:
+    def add(dtypes, architectures, shapes):
+        found.extend(Pointwise(x, a, d, s) for a in architectures for d in dtypes for s in shapes for x in launchers)
+
+    found: list[Pointwise] = []
+    launchers = ("linear_gelu_fwd", "linear_residual_fwd")
+    add(["bf16"], ARCHITECTURES, ["stage2"])
+    add(["bf16"], DISTINCT, ["base_stage3", "odd"])
+    # what is kept apart from the above by nothing but K is left to one architecture
+    add(["bf16"], [90], ["stage0", "stage3", "HD_stage3", "xxlarge_stage3"])
+    add(["fp32"], DISTINCT, ["stage2", "base_stage3", "odd"])
+    add(["fp16"], DISTINCT, ["stage2"])
+    return found

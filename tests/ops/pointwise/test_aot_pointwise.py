@@ -1,0 +1,22 @@
+"""kernels/pointwise.py compiles for every architecture with no GPU: no spills, within shared memory, with the resources recorded."""
+
+import pytest
+
+from tests.ops import ahead_of_time_checks as checks
+
+
+@pytest.mark.parametrize("kernel", checks.kernels("pointwise"))
+def test_kernel(jobs, kernel):
+    checks.within_limits(jobs, kernel)
+
+
+def test_resources_are_those_recorded(jobs):
+    checks.resources_are_those_recorded(jobs, "pointwise")
+
+
+def test_every_configuration_is_compiled():
+    checks.every_configuration_is_compiled("pointwise")
+
+
+def test_twins_need_the_same():
+    checks.twins_need_the_same("pointwise")

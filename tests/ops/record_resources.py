@@ -1,0 +1,31 @@
+"""Compiles kernels ahead of time and records the resources that they need, after a change that is meant.
+
+python -m tests.ops.record_resources              # all
+python -m tests.ops.record_resources pointwise    # of some files of kernels/
+"""
+
+import sys
+
+from .ahead_of_time_checks import FAMILIES, REWRITE
+from .ahead_of_time_gate import compiling, faults, write_table
+
+
+def main(families: list[str]) -> str | None:
+    if not FAMILIES.keys() >= set(families):
+        return f"usage: {REWRITE} [{' '.join(FAMILIES)}]"
+    wrong = []
+    with compiling() as put_off:
+        for family in families or FAMILIES:
+            jobs = {case: put_off(case) for case in FAMILIES[family].cases()}
+            write_table(family, {name: found for job in jobs.values() for name, found in job.result().items()})
+            wrong += [
+                f"{name}: {fault}"
+                for case, job in jobs.items()
+                for name, found in job.result().items()
+                for fault in faults(case, name, found)
+            ]
+    return "\n".join(wrong) or None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,42 @@
+"""Every kernel at the shapes of the published models, in every dtype: on a GPU only, as the interpreter would take hours.
+
+The benchmark's cases are the inputs, and its check is the tests' accuracy rule. The kernels must also give the same bits when they are
+called again: one whose threads race seldom does.
+"""
+
+import gc
+
+import pytest
+import torch
+
+from bench.cases import all_cases
+from bench.registry import DTYPES
+from bench.run import check, empty_row
+from tests.interpreting import INTERPRETED
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="published sizes need a GPU: interpreted, they would take hours")
+
+GROUPS = ("mining", "dwconv_norm", "linear_gelu", "linear_residual")
+
+
+def published(every: list[str]) -> list[str]:
+    """The names of the cases, what the models run in first."""
+    order = ("bfloat16", "float16", "float32")
+    assert set(order) == set(DTYPES)
+    chosen = [name for name in every if name.split("/")[0] in (*GROUPS, "preprocess") and ("-b1-" in name or name.startswith("preprocess"))]
+    return sorted(chosen, key=lambda name: order.index(name.rsplit("-", 1)[1]))
+
+
+@pytest.mark.parametrize("name", published(list(all_cases())))
+def test_right_and_repeatable(name):
+    case = all_cases()[name].only(["triton"])
+    rows = {provider: empty_row(case, provider) for provider in case.providers}
+    try:
+        with torch.no_grad():
+            check(case, case.make("cuda"), "cuda", rows)
+        assert rows["triton"]["ok"], rows["triton"]["why"]
+        assert rows["triton"]["equal_bits"]
+    finally:
+        # the next size needs the memory
+        gc.collect()
+        torch.cuda.empty_cache()
