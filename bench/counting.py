@@ -62,8 +62,8 @@ def _dual_resize_launches(picture: torch.Tensor, hr_size: int, lr_size: int, gri
 # what mg_fast's operators launch, of their arguments; not the copies that the launchers make of what they cannot read in place, which the
 # library launches where no counter sees them: a published tower's maps and weights, once packed, need none
 LAUNCHES: dict[str, Callable[..., int]] = {
-    "mg_fast::pool_windows": _pool_windows_launches,
-    "mg_fast::pool_windows_backward": lambda grad, queries, pyramid, statistics, grid: _pool_windows_launches(queries, pyramid, grid),
+    "mg_fast::patch_mining": _pool_windows_launches,
+    "mg_fast::patch_mining_backward": lambda grad, queries, pyramid, statistics, grid: _pool_windows_launches(queries, pyramid, grid),
     "mg_fast::dwconv_norm": _one_launch,
     "mg_fast::linear_gelu": _one_launch,
     "mg_fast::linear_residual": _one_launch,
@@ -90,8 +90,8 @@ def _dual_resize_workspaces(picture, hr_size: int, lr_size: int, grid: int, glob
 
 # bytes that the launchers of mg_fast's operators allocate beside what they return, of the operators' arguments
 WORKSPACES: dict[str, Callable[..., list[int]]] = {
-    "mg_fast::pool_windows": lambda queries, pyramid, grid: _copies(queries) + _row_copies(*pyramid),
-    "mg_fast::pool_windows_backward": lambda grad, queries, pyramid, statistics, grid: _copies(grad) + _row_copies(*pyramid),
+    "mg_fast::patch_mining": lambda queries, pyramid, grid: _copies(queries) + _row_copies(*pyramid),
+    "mg_fast::patch_mining_backward": lambda grad, queries, pyramid, statistics, grid: _copies(grad) + _row_copies(*pyramid),
     "mg_fast::dwconv_norm": lambda x, *weights: _row_copies(x) + _copies(*weights[:4]),
     "mg_fast::linear_gelu": lambda x, *weights: _row_copies(x) + _copies(*weights),
     "mg_fast::linear_residual": lambda x, weight, bias, residual: _row_copies(x, residual) + _copies(weight, bias),
@@ -102,7 +102,7 @@ WORKSPACES: dict[str, Callable[..., list[int]]] = {
 
 # what a launch after the first reads once more, of the operators' arguments
 READ_AGAIN: dict[str, Callable[..., list[torch.Tensor]]] = {
-    "mg_fast::pool_windows": lambda queries, pyramid, grid: pyramid * (_pool_windows_launches(queries, pyramid, grid) - 1),
+    "mg_fast::patch_mining": lambda queries, pyramid, grid: pyramid * (_pool_windows_launches(queries, pyramid, grid) - 1),
 }
 
 
@@ -117,7 +117,7 @@ def _attention_flop(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
 
 # of what torch has no formula for; resizing is whole numbers, and no product
 FLOP: dict[str, Callable[..., int]] = {
-    "mg_fast::pool_windows": pool_windows_flop,
+    "mg_fast::patch_mining": pool_windows_flop,
     "mg_fast::dwconv_norm": lambda x, *_: 2 * 49 * x.numel(),
     "mg_fast::linear_gelu": _linear_flop,
     "mg_fast::linear_residual": _linear_flop,

@@ -32,7 +32,7 @@ _MODULES = {
     "ops": "mg_fast.ops",
     "pipeline": "mg_fast.pipeline",
     "reference": "mg_fast.ops.reference",
-    "templates": "mg_fast.models.templates",
+    "templates": "mg_fast.templates",
 }
 
 __all__ = ["__version__", *_PUBLIC, *_MODULES]

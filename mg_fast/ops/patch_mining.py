@@ -138,7 +138,7 @@ _PATCH_MINING = {"reference": reference.patch_mining, "torch": absorbed.patch_mi
 # The kernels as operators of torch: one node of a graph each, with fakes for tracing. What they launch is documented with the launchers.
 
 
-@torch.library.custom_op("mg_fast::pool_windows", mutates_args=())
+@torch.library.custom_op("mg_fast::patch_mining", mutates_args=())
 def pool_windows(queries: torch.Tensor, pyramid: list[torch.Tensor], grid: int) -> tuple[torch.Tensor, torch.Tensor]:
     """`kernels.patch_mining.pool_windows_fwd`; the gradient to the pyramid, where one is asked for, recomputes by `absorbed`."""
     from ..kernels.patch_mining import pool_windows_fwd
@@ -155,7 +155,7 @@ def _(queries, pyramid, grid):
     return queries.new_empty(queries.shape, dtype=dtype), statistics
 
 
-@torch.library.custom_op("mg_fast::pool_windows_backward", mutates_args=())
+@torch.library.custom_op("mg_fast::patch_mining_backward", mutates_args=())
 def pool_windows_backward(
     grad: torch.Tensor, queries: torch.Tensor, pyramid: list[torch.Tensor], statistics: torch.Tensor, grid: int
 ) -> torch.Tensor:
@@ -171,7 +171,7 @@ def _(grad, queries, pyramid, statistics, grid):
     return queries.new_empty(queries.shape)
 
 
-@torch.library.custom_op("mg_fast::pool_windows_backward_pyramid", mutates_args=())
+@torch.library.custom_op("mg_fast::patch_mining_backward_pyramid", mutates_args=())
 def pool_windows_backward_pyramid(
     grad: torch.Tensor, queries: torch.Tensor, pyramid: list[torch.Tensor], wanted: list[bool], grid: int
 ) -> list[torch.Tensor]:
@@ -201,4 +201,4 @@ def _pool_windows_gradients(ctx, grad, _):
     return grad_queries, [next(gradients) if want else None for want in wanted], None
 
 
-torch.library.register_autograd("mg_fast::pool_windows", _pool_windows_gradients, setup_context=_pool_windows_context)
+torch.library.register_autograd("mg_fast::patch_mining", _pool_windows_gradients, setup_context=_pool_windows_context)

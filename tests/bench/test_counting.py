@@ -222,9 +222,9 @@ def test_resizing_without_kernels_is_refused():
 
 
 def test_an_operator_that_declares_nothing_is_refused(monkeypatch):
-    monkeypatch.delitem(counting.LAUNCHES, "mg_fast::pool_windows")
+    monkeypatch.delitem(counting.LAUNCHES, "mg_fast::patch_mining")
     queries, pyramid = torch.empty(1, 1, 1, 5, device="meta"), [torch.empty(1, 4, 4, 5, device="meta")]
-    with torch.inference_mode(), Count(), pytest.raises(KeyError, match="mg_fast::pool_windows declares no launches"):
+    with torch.inference_mode(), Count(), pytest.raises(KeyError, match="mg_fast::patch_mining declares no launches"):
         mining.pool_windows(queries, pyramid, 1)
 
 

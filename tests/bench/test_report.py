@@ -65,11 +65,11 @@ def test_a_readme_without_its_markers(text, said, tmp_path, monkeypatch, capsys)
 
 
 def test_nothing_but_the_tables_changes(results):
-    text = (
-        "before\n\n<!-- bench:patch_mining -->\nold\n<!-- /bench -->\nbetween | with \\1 and $1\n<!-- bench:picture -->\n<!-- /bench -->\nafter"
-    )
+    text = "before\n\n<!-- bench:patch_mining -->\nold\n<!-- /bench -->\nbetween | with \\1 and $1\n"
+    text += "<!-- bench:picture -->\n<!-- /bench -->\nafter"
     filled = report.fill(text, report.kept(results))
-    assert filled.startswith("before\n\n<!-- bench:patch_mining -->\n| patch info mining by |") and filled.endswith("<!-- /bench -->\nafter")
+    assert filled.startswith("before\n\n<!-- bench:patch_mining -->\n| patch info mining by |")
+    assert filled.endswith("<!-- /bench -->\nafter")
     assert "<!-- /bench -->\nbetween | with \\1 and $1\n<!-- bench:picture -->\n| one picture" in filled and "old" not in filled
     assert report.fill(filled, report.kept(results)) == filled
 
@@ -94,8 +94,7 @@ def test_mining_table(results):
     told = " ".join(table.split())
     assert (
         "`patch_mining/768-b1-float32`: AMD EPYC avx2, 2 threads, 23.5 GiB of memory, torch 2.11.0, 2026-11-22, "
-        "commit 0123456789ab, 7 turns"
-        in told
+        "commit 0123456789ab, 7 turns" in told
     )
     assert "NVIDIA H200, driver 580.95, clocks 1980 MHz" in told and "load 0.4" in told
     assert "`python -m bench run patch_mining/768-b1-float32 --save`" in told

@@ -61,7 +61,7 @@ class _Launching(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         # the key under which torch.library.custom_op registers what an operator does
         out = func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **(kwargs or {}))
-        if self.training and func is torch.ops.mg_fast.pool_windows.default:
+        if self.training and func is torch.ops.mg_fast.patch_mining.default:
             # the one gradient with a kernel of its own; autograd's engine does not run on CUDA tensors without a GPU
             queries, pyramid, grid = args
             with self:
