@@ -30,9 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 import mg_fast
 from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor, quantization, use_backend
-from mg_fast.decoding import LeanDecoder
 from mg_fast.models.mini_gemini.checkpoint import decide_template, load_tokenizer
-from mg_fast.models.mini_gemini.encoder import PictureEncoder
 from mg_fast.models.mini_gemini.processing import MiniGeminiImageProcessor
 from mg_fast.models.templates import render, stop_ids, with_picture_tags
 from mg_fast.runtime import execution
@@ -107,12 +105,8 @@ class Session:
         key = (backend, graphs, *options.items())
         if key not in self.pipelines:
             options = {"image_cache_bytes": 0, "kv_cache_bytes": 0, **options}
-            pipeline = self.pipelines[key] = mg_fast.Pipeline(self.model, self.processor, backend=backend, **options)
-            if not graphs:
-                pipeline.decoder = LeanDecoder(self.model, kv_cache_bytes=options["kv_cache_bytes"], graphs=False)
-                with torch.enable_grad():
-                    # in the place of the one that it would pack
-                    pipeline._encoder = PictureEncoder(self.model.model, graphs=False)
+            pipeline = mg_fast.Pipeline(self.model, self.processor, backend=backend, cuda_graphs=graphs, **options)
+            self.pipelines[key] = pipeline
         return self.pipelines[key]
 
     def watch(self, tokens: int) -> "Watch":

@@ -268,7 +268,7 @@ def test_a_stale_number_in_the_filling_stays_out(own, by_graph):
     pipeline = own.pipeline()
     good = pipeline.chat("What is it?", [own.pictures[0]], max_new_tokens=4)
     bad = pipeline.conversation()
-    broken = dataclasses.replace(pipeline._see(own.pictures[1]), tokens=torch.full((25, 64), torch.nan))
+    broken = dataclasses.replace(pipeline.vision.see(own.pictures[1]), tokens=torch.full((25, 64), torch.nan))
     bad.pictures, bad.turns = [broken], [("<image>\nWhat?", "Nothing.")]
     with pytest.raises(FloatingPointError, match="image tokens are not finite"):
         bad.chat("And now?", max_new_tokens=4)
