@@ -14,7 +14,7 @@ from ..models.mini_gemini.modeling import PICTURE_INPUTS
 from ..ops.backend import requested
 from ..quantization import check_cache
 from ..runtime.arguments import check_stop_strings, plain_numbers, real_number, whole_number
-from ..runtime.execution import mixed_dtypes_named
+from ..runtime.layer_dtypes import mixed_dtypes_named
 from ..runtime.meter import Meter, Stage
 from .streaming import PieceStream, decode_answer
 

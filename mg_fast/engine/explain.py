@@ -14,7 +14,7 @@ from ..models.templates import render
 from ..ops.reference import LAYER_NORM_EPS, CalledProjection, Projection
 from ..ops.torch.bilinear_tables import window_tables
 from ..ops.torch.dual_resize import square
-from ..runtime.execution import at_seam, call
+from ..runtime.layer_dtypes import at_seam, call
 from .answers import Answer, Request, SeenPicture, answer, check_options, sampling
 from .conversation import as_question
 

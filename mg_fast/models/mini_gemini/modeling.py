@@ -21,8 +21,10 @@ from ...modules import ConvNeXtPyramid, PatchInfoMining
 from ...ops import reference
 from ...quantization import check_config, check_savable, finish, named_config
 from ...runtime.arguments import check_stop_strings, plain_options, whole_number
+from ...runtime.device_maps import complete_device_map
 from ...runtime.dtypes import wanted_dtype
-from ...runtime.execution import at_seam, call, complete_device_map, execution_device, set_offloaded
+from ...runtime.layer_dtypes import at_seam, call
+from ...runtime.placement import execution_device, set_offloaded
 from ..templates import get_template, stop_ids
 from ..tensor_files import Table, read_tensors
 from .checkpoint import Checkpoint, check_names, decide_template, load_tokenizer, open_checkpoint
