@@ -21,10 +21,9 @@ from .models.mini_gemini.processing import MiniGeminiProcessor
 from .models.tensor_files import resolve_folder
 from .ops.backend import check_everywhere
 from .quantization import WeightBytes, weight_bytes
-from .runtime import cpu_dtype
 from .runtime.dtypes import wanted_dtype
-from .runtime.execution import execution_device
 from .runtime.meter import Meter
+from .runtime.placement import execution_device
 
 
 class Pipeline:
@@ -252,7 +251,7 @@ def load(
         path: folder or hub id of a checkpoint in the published layout, or the name of one in the package (`nano`).
         dtype: weights' dtype, by any usual name. `auto`, or None, takes the one that config.json names, else the stored one; on a
             CPU, for a checkpoint of 16-bit weights, the one that the CPU multiplies fastest in, float32 only where it fits in the
-            memory (`cpu_dtype`). A dict is handed on to transformers, which loads the weights in the one under its empty key.
+            memory (`loading_dtype`). A dict is handed on to transformers, which loads the weights in the one under its empty key.
         device: `cuda`, `cpu`, ..., or `auto` to spread over what is there; default: a GPU if there is one.
         backend: `auto`, `reference`, `torch` or `triton`, for every call of this pipeline.
         quantize: `int8`, `int4` or `fp8` (torchao's weight-only ones), or a transformers quantization configuration, for the language
@@ -282,7 +281,7 @@ def load(
     # the processor first: it is quick, and most things that can be wrong with a folder are found there
     processor = MiniGeminiProcessor.from_pretrained(path, template=template, **adapter)
     if known_device.type == "cpu":
-        dtype = cpu_dtype.resolve(dtype, path, quantize=quantize, **adapter)
+        dtype = loading_dtype.resolve(dtype, path, quantize=quantize, **adapter)
     optional = {"quantization_config": quantize, "attn_implementation": attn_implementation}
     optional = {name: value for name, value in optional.items() if value is not None}
     model = MiniGeminiForConditionalGeneration.from_pretrained(

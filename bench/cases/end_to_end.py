@@ -33,7 +33,7 @@ from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor, qua
 from mg_fast.models.mini_gemini.checkpoint import decide_template, load_tokenizer
 from mg_fast.models.mini_gemini.processing import MiniGeminiImageProcessor
 from mg_fast.models.templates import render, stop_ids, with_picture_tags
-from mg_fast.runtime import execution
+from mg_fast.runtime import layer_dtypes
 from mg_fast.testing import random_checkpoints as random_checkpoint
 
 from ..registry import Call, Case, NotHere
@@ -563,7 +563,7 @@ def _widened(model: MiniGeminiForConditionalGeneration, dtype: torch.dtype) -> I
     hooks = [part.register_forward_pre_hook(widen) for part in parts] + [part.register_forward_hook(restore) for part in parts]
     try:
         # the model would cast what goes into a part to the dtype that the part's weights have now, before they are widened
-        with unittest.mock.patch.object(execution, "compute_dtype", lambda module: None):
+        with unittest.mock.patch.object(layer_dtypes, "compute_dtype", lambda module: None):
             yield
     finally:
         for hook in hooks:

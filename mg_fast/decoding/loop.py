@@ -14,7 +14,8 @@ from transformers.generation.streamers import BaseStreamer
 from ..errors import PromptError
 from ..models.mini_gemini.modeling import PICTURE_INPUTS
 from ..runtime import weights as frozen
-from ..runtime.execution import compute_dtype, execution_device
+from ..runtime.layer_dtypes import compute_dtype
+from ..runtime.placement import execution_device
 from .diagnose import explain
 from .kv_cache import position_bytes
 from .model_runner import Sequences, Steps, fixed_positions

@@ -10,8 +10,8 @@ from torch import nn
 
 from ..ops.torch.pointwise import by_onednn, take_onednn
 from ..quantization import EXPERTS_FUNCTION
-from ..runtime.execution import call
 from ..runtime.graphs import CaptureStream, NoStreamLeft, capture
+from ..runtime.layer_dtypes import call
 from .kv_cache import KVCache
 
 logger = logging.getLogger(__name__)

@@ -10,8 +10,9 @@ from transformers import StoppingCriteria, StoppingCriteriaList, StopStringCrite
 
 from ..decoding import LeanDecoder
 from ..ops.backend import requested, use_backend
-from ..runtime.execution import execution_device, mixed_dtypes_named
+from ..runtime.layer_dtypes import mixed_dtypes_named
 from ..runtime.meter import Meter, Stage
+from ..runtime.placement import execution_device
 from .options import DEFAULT_NEW_TOKENS, CacheOptions, Sampling
 from .streaming import PieceStream, decode_answer
 from .vision import SeenPicture

@@ -15,7 +15,7 @@ from ..ops.reference import LAYER_NORM_EPS, CalledProjection, Projection
 from ..ops.torch.bilinear_tables import window_tables
 from ..ops.torch.dual_resize import square
 from ..quantization import weight_bytes
-from ..runtime.execution import at_seam, call
+from ..runtime.layer_dtypes import at_seam, call
 from .answers import Answer, AnswerStage, Request
 from .conversation import as_question
 from .options import Sampling

@@ -14,8 +14,9 @@ from torch import nn
 from ..models.mini_gemini.encoder import PictureEncoder, picture_state
 from ..models.pictures import open_picture
 from ..ops.backend import IMPLEMENTED, choose, requested, use_backend
-from ..runtime.execution import execution_device, mixed_dtypes_named
+from ..runtime.layer_dtypes import mixed_dtypes_named
 from ..runtime.meter import Meter
+from ..runtime.placement import execution_device
 from .image_cache import ImageCache, picture_digest
 from .options import CacheOptions
 

@@ -11,8 +11,9 @@ from transformers.utils import logging as transformers_logging
 
 from ...errors import CheckpointError
 from ...quantization import check_config, check_savable, finish, named_config
+from ...runtime.device_maps import complete_device_map
 from ...runtime.dtypes import wanted_dtype
-from ...runtime.execution import complete_device_map, set_offloaded
+from ...runtime.placement import set_offloaded
 from ..templates import get_template, stop_ids
 from ..tensor_files import Table, read_tensors
 from .checkpoint import Checkpoint, check_names, decide_template, load_tokenizer, open_checkpoint

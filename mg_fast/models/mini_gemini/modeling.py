@@ -11,7 +11,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 
 from ...modules import ConvNeXtPyramid, PatchInfoMining
 from ...ops import reference
-from ...runtime.execution import at_seam, call, execution_device
+from ...runtime.layer_dtypes import at_seam, call
+from ...runtime.placement import execution_device
 from .configuration import MiniGeminiConfig
 from .generation import GenerationWithPictures, kept_positions
 from .loading import PublishedCheckpoints
