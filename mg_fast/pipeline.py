@@ -57,7 +57,7 @@ class Pipeline:
     Attributes:
         model: the MiniGeminiForConditionalGeneration.
         processor: its MiniGeminiProcessor.
-        decoder: the LeanDecoder, by which all backends but `reference` decode.
+        decoder: the Decoder, by which all backends but `reference` decode.
         template: name of the prompt template.
         load_seconds: how long loading took, where `load` did it.
     """
@@ -73,7 +73,7 @@ class Pipeline:
         compiled: bool = False,
     ):
         check_everywhere(backend, execution_device(model.get_input_embeddings()))
-        self.decoder = decoding.LeanDecoder(model, kv_cache_bytes=kv_cache_bytes, compiled=compiled)
+        self.decoder = decoding.Decoder(model, kv_cache_bytes=kv_cache_bytes, compiled=compiled)
         self._image_cache = ImageCache(image_cache_bytes)
         self._encoder: PictureEncoder | None = None
         self._packing = threading.Lock()
@@ -105,7 +105,7 @@ class Pipeline:
     @property
     def first_use(self) -> dict[str, float]:
         """Seconds spent so far on what is done once: packing towers, compiling, capturing graphs."""
-        return {**(self._encoder.first_use if self._encoder is not None else {}), **self.decoder.steps.first_use}
+        return {**(self._encoder.first_use if self._encoder is not None else {}), **self.decoder.runner.first_use}
 
     def warm_up(self) -> dict[str, float]:
         """Answers two questions about a picture of noise, twice, so that what is done at first use is done.

@@ -30,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 import mg_fast
 from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor, quantization, use_backend
-from mg_fast.decoding import LeanDecoder
+from mg_fast.decoding import Decoder
 from mg_fast.models.mini_gemini.checkpoint import decide_template, load_tokenizer
 from mg_fast.models.mini_gemini.encoder import PictureEncoder
 from mg_fast.models.mini_gemini.processing import MiniGeminiImageProcessor
@@ -109,7 +109,7 @@ class Session:
             options = {"image_cache_bytes": 0, "kv_cache_bytes": 0, **options}
             pipeline = self.pipelines[key] = mg_fast.Pipeline(self.model, self.processor, backend=backend, **options)
             if not graphs:
-                pipeline.decoder = LeanDecoder(self.model, kv_cache_bytes=options["kv_cache_bytes"], graphs=False)
+                pipeline.decoder = Decoder(self.model, kv_cache_bytes=options["kv_cache_bytes"], graphs=False)
                 with torch.enable_grad():
                     # in the place of the one that it would pack
                     pipeline._encoder = PictureEncoder(self.model.model, graphs=False)
@@ -409,7 +409,7 @@ def _one_step(batch: int) -> Callable[[Session], Call]:
     """The pass for one more token alone, over a prompt that was read before; for the table of its kernels."""
 
     def build(shared: Session) -> Call:
-        passes = shared.pipeline("auto", kv_cache_bytes=0).decoder.steps
+        passes = shared.pipeline("auto", kv_cache_bytes=0).decoder.runner
         ids, marks = shared.processor.encode(_prompt(shared))
         ids, marks = (torch.tensor([row] * batch, device=shared.device) for row in (ids, marks))
         image_tokens = shared.pipeline("auto", kv_cache_bytes=0).see(shared.photo).expand(batch, -1, -1).contiguous()
