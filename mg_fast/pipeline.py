@@ -16,6 +16,7 @@ from .engine.options import CacheOptions, Sampling
 from .engine.vision import VisionStage, decoded
 from .errors import BackendError, PictureError, quoted
 from .models import builtin
+from .models.mini_gemini import loading_dtype
 from .models.mini_gemini.modeling import MiniGeminiForConditionalGeneration
 from .models.mini_gemini.processing import MiniGeminiProcessor
 from .models.tensor_files import resolve_folder

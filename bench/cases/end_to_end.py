@@ -403,7 +403,7 @@ def _one_step(batch: int) -> Callable[[Session], Call]:
     """The pass for one more token alone, over a prompt that was read before; for the table of its kernels."""
 
     def build(shared: Session) -> Call:
-        passes = shared.pipeline("auto", kv_cache_bytes=0).decoder.steps
+        passes = shared.pipeline("auto", kv_cache_bytes=0).decoder.runner
         ids, marks = shared.processor.encode(_prompt(shared))
         ids, marks = (torch.tensor([row] * batch, device=shared.device) for row in (ids, marks))
         image_tokens = shared.pipeline("auto", kv_cache_bytes=0).see(shared.photo).expand(batch, -1, -1).contiguous()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
-from ..decoding import LeanDecoder
+from ..decoding import Decoder
 from ..ops.backend import requested, use_backend
 from ..runtime.layer_dtypes import mixed_dtypes_named
 from ..runtime.meter import Meter, Stage
@@ -89,7 +89,7 @@ class AnswerStage:
     ):
         self.model, self.processor, self.backend = model, processor, backend
         kv_cache_bytes = (caches or CacheOptions()).kv_cache_bytes
-        self.decoder = LeanDecoder(model, kv_cache_bytes=kv_cache_bytes, graphs=cuda_graphs, compiled=compiled)
+        self.decoder = Decoder(model, kv_cache_bytes=kv_cache_bytes, graphs=cuda_graphs, compiled=compiled)
 
     @property
     def device(self) -> torch.device:
@@ -104,7 +104,7 @@ class AnswerStage:
     @property
     def first_use(self) -> dict[str, float]:
         """Seconds spent so far on what is done once: compiling, capturing graphs."""
-        return self.decoder.steps.first_use
+        return self.decoder.runner.first_use
 
     def remembers(self) -> bool:
         """Whether keys and values of what is answered here are kept, so that pictures need digests by which they are found again."""
