@@ -277,8 +277,9 @@ def _encode_packed(of: _Picture, backend: str) -> torch.Tensor:
     _, clip, tower = of.packed
     high, low = _resize(of.setting)
     with use_backend(backend):
-        queries = of.inner.low_resolution_queries(low[None], tower=clip)
-        return of.inner.mine_and_project(queries, tower(high[None]))[0]
+        return of.inner.picture_features(
+            low[None], high[None], queries=lambda pixels: of.inner.low_resolution_queries(pixels, tower=clip), pyramid=tower
+        ).image_tokens
 
 
 def _whole(of: _Picture) -> dict[str, Provider]:

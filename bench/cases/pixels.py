@@ -108,13 +108,15 @@ def _compiled_parts(inputs: Inputs) -> Call:
 
     high = part(lambda x: tower(x, backend="reference"))
     low = part(lambda views: low_resolution_features(model.vision_tower, views, select, backend="reference"))
-    mine = part(lambda queries, pyramid: model.mine_and_project(queries, pyramid, backend="reference")[0])
+    mine = part(lambda queries, pyramid: model.mine_and_project(queries, pyramid, backend="reference"))
 
     def call() -> torch.Tensor:
-        pixels = inputs.resize("torch")
-        queries = model.low_resolution_queries(pixels["pixel_values"].to(model.dtype), tower=low)
-        pyramid = high(pixels["pixel_values_hr"].to(model.dtype).contiguous(memory_format=torch.channels_last))
-        return mine(queries, list(pyramid))
+        return model.picture_features(
+            **inputs.resize("torch"),
+            queries=lambda pixels: model.low_resolution_queries(pixels.to(model.dtype), tower=low),
+            pyramid=lambda pixels: high(pixels.to(model.dtype).contiguous(memory_format=torch.channels_last)),
+            mine=mine,
+        ).image_tokens
 
     return call
 

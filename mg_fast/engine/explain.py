@@ -85,16 +85,15 @@ def explain(
     # A caller within inference mode would get no gradients.
     with use_backend(vision.backend), torch.inference_mode(False), torch.no_grad():
         pixels = images(picture).to(vision.device)
-        queries = model.low_resolution_queries(pixels["pixel_values"])
-        pyramid = [level.to(queries.device) for level in model.vision_tower_aux(pixels["pixel_values_hr"])]
+        features = model.picture_features(**pixels)
         mining = model.patch_mining
-        query, key, _ = mining.projections(queries.device)
+        query, key, _ = mining.projections(features.queries.device)
         # called projections take their own dtype, and those whose tensors are read are read in float32
-        asked = at_seam(queries[0], mining.vlm_uni_query_projector)
-        weights = mining_weights(asked, [level[0] for level in pyramid], query, key, grid=grid).cpu()
+        asked = at_seam(features.queries[0], mining.vlm_uni_query_projector)
+        weights = mining_weights(asked, [level[0] for level in features.pyramid], query, key, grid=grid).cpu()
         relevance, given = torch.full(weights.shape[:3], 1 / weights[..., 0, 0].numel()), None
         if request is not None:
-            tokens = model.mine_and_project(queries, pyramid)[0][0]
+            tokens = features.image_tokens[0]
             given = answers.answer([(request, [SeenPicture(tokens, b"")])], sampling)[0]
             shares = answer_relevance(answers, request, tokens, given).cpu()
             # of tokens, the global view first, to views, the global one last

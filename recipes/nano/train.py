@@ -17,6 +17,7 @@ import math
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -93,16 +94,25 @@ def normalise(pixels: torch.Tensor) -> torch.Tensor:
     return (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
 
 
-def towers(model: MiniGeminiForConditionalGeneration, pixels: torch.Tensor, *, hr: bool) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
-    """Normalised pictures [n, 3, 192, 192] to queries [n, 1, 36, D] and, with `hr`, stage maps."""
-    queries = model.model.low_resolution_queries(low_resolution_views(pixels, LR_SIDE))
-    return queries, model.model.vision_tower_aux(pixels) if hr else None
+def see(
+    model: MiniGeminiForConditionalGeneration, pixels: torch.Tensor, *, hr: bool, towers_learn: bool = True
+) -> tuple[torch.Tensor, list[torch.Tensor] | None, torch.Tensor]:
+    """Normalised pictures [n, 3, 192, 192] to queries [n, 1, 36, D], stage maps, and image tokens [n, 36, hidden].
 
-
-def bridge(model: MiniGeminiForConditionalGeneration, queries: torch.Tensor, pyramid: list[torch.Tensor] | None) -> torch.Tensor:
-    """What the towers saw to image tokens [n, 36, hidden]; without a pyramid nothing is mined."""
+    Without `hr` there are no stage maps, and nothing is mined.
+    """
     inner = model.model
-    return inner.mm_projector(queries.flatten(1, 2)) if pyramid is None else inner.mine_and_project(queries, pyramid)[0]
+    views = low_resolution_views(pixels, LR_SIDE)
+
+    def tower(run: Callable) -> Callable:
+        return run if towers_learn else torch.no_grad()(lambda pictures: run(pictures))
+
+    if not hr:
+        queries = tower(inner.low_resolution_queries)(views)
+        return queries, None, inner.mm_projector(queries.flatten(1, 2))
+    parts = {"queries": tower(inner.low_resolution_queries), "pyramid": tower(inner.vision_tower_aux)}
+    features = inner.picture_features(views, pixels, **parts)
+    return features.queries, features.pyramid, features.image_tokens
 
 
 def chat_loss(
@@ -157,8 +167,7 @@ def sight_loss(
     embeddings = model.get_input_embeddings()
     with torch.no_grad():
         tables, wanted = codes.tables(embeddings), codes(batch, embeddings)
-    queries, pyramid = towers(model, normalise(batch["pixels"]), hr=hr)
-    seen = bridge(model, queries, pyramid)
+    queries, pyramid, seen = see(model, normalise(batch["pixels"]), hr=hr)
     # squared error alone would learn what is common, and no digit for long; nearness alone not how large a token is to be
     far, near = code_loss(seen, wanted, batch["kind"].flatten(1) > 0), token_loss(tables, seen, batch)
     parts = {"low": low_loss(heads, queries[:, 0], batch), "token": near, "code": (6 * far[0], far[1])}
@@ -322,13 +331,12 @@ class Run:
                 codes = blurred(codes, stage.noise, noise)
             return chat_loss(self.model, batch, self.content, codes)
         if stage.name == "views":
-            queries, _ = towers(self.model, normalise(batch["pixels"]), hr=False)
+            queries = self.model.model.low_resolution_queries(low_resolution_views(normalise(batch["pixels"]), LR_SIDE))
             return low_loss(self.heads, queries[:, 0], batch)
         if stage.name == "scenes":
             return sight_loss(self.model, self.heads, self.codes, batch, hr=self.hr)
-        with torch.no_grad():
-            seen = towers(self.model, normalise(batch["pixels"]), hr=self.hr)
-        return chat_loss(self.model, batch, self.content, bridge(self.model, *seen))
+        _, _, seen = see(self.model, normalise(batch["pixels"]), hr=self.hr, towers_learn=False)
+        return chat_loss(self.model, batch, self.content, seen)
 
     def _keep(self, optimizers: list[torch.optim.Optimizer]) -> None:
         state = {"model": self.model.state_dict(), "heads": self.heads.state_dict(), "codes": self.codes.state_dict()}

@@ -1,6 +1,7 @@
 """MiniGeminiForConditionalGeneration: towers, mining, projector and language model as one transformers model."""
 
 import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from .generation import GenerationWithPictures, kept_positions
 from .loading import PublishedCheckpoints
 from .places import PICTURE_INPUTS, check_no_places, check_places, of_new_positions
 from .registration import register_model
-from .vision import build_projector, low_resolution_features
+from .vision import PictureFeatures, build_projector, low_resolution_features
 
 
 @dataclass
@@ -95,13 +96,42 @@ class MiniGeminiModel(MiniGeminiPreTrainedModel):
             `pooler_output`: image tokens [n_images, T, hidden], T = 576 or 2880, global view first, unscaled.
             `last_hidden_state`: the same before the projector, [n_images, T, D].
         """
+        features = self.picture_features(pixel_values, pixel_values_hr, backend=backend, stage=stage)
+        return BaseModelOutputWithPooling(last_hidden_state=features.tokens, pooler_output=features.image_tokens)
+
+    def picture_features(
+        self,
+        pixel_values: torch.Tensor,
+        pixel_values_hr: torch.Tensor,
+        *,
+        queries: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        pyramid: Callable[[torch.Tensor], list[torch.Tensor]] | None = None,
+        mine: Callable[[torch.Tensor, list[torch.Tensor]], tuple[torch.Tensor, torch.Tensor]] | None = None,
+        backend: str | None = None,
+        stage: Callable = contextlib.nullcontext,
+    ) -> PictureFeatures:
+        """Everything from pixels to image tokens, in its order: low-resolution tower, high-resolution tower, mining, projector.
+
+        Packed or compiled parts may stand in for the model's own; they are given as functions of one call each.
+
+        Args:
+            pixel_values, pixel_values_hr: as of `get_image_features`.
+            queries: pixel_values to queries; default `low_resolution_queries`.
+            pyramid: pixel_values_hr to stage maps, channels last; default the high-resolution tower.
+            mine: queries and stage maps to image tokens, and the same before the projector; default `mine_and_project`.
+            backend: for those of the three that are the model's own; overrides the choice in force.
+            stage: as of `get_image_features`; a part that stands in for mining and projector is one stage.
+        """
         self.check_pixels(pixel_values, pixel_values_hr)
+        queries = queries or functools.partial(self.low_resolution_queries, backend=backend)
+        pyramid = pyramid or functools.partial(self.vision_tower_aux, backend=backend)
+        mine = mine or functools.partial(self.mine_and_project, backend=backend, stage=stage)
         with stage("LR tower"):
-            queries = self.low_resolution_queries(pixel_values, backend=backend)
+            seen = queries(pixel_values)
         with stage("HR tower"):
-            pyramid = [level.to(queries.device) for level in self.vision_tower_aux(pixel_values_hr, backend=backend)]
-        image_tokens, tokens = self.mine_and_project(queries, pyramid, backend=backend, stage=stage)
-        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=image_tokens)
+            levels = [level.to(seen.device) for level in pyramid(pixel_values_hr)]
+        image_tokens, tokens = mine(seen, levels)
+        return PictureFeatures(seen, levels, tokens, image_tokens)
 
     def mine_and_project(
         self,

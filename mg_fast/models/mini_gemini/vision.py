@@ -1,5 +1,7 @@
 """The two towers of Mini-Gemini and what lies between them and the language model."""
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 from transformers import CLIPVisionModel
@@ -8,6 +10,22 @@ from ...errors import CheckpointError
 from ...ops import backend as backends
 from ...runtime.layer_dtypes import Chain
 from ...runtime.weights import global_hooks, why_not_plain
+
+
+class PictureFeatures(NamedTuple):
+    """What the picture side computes of pictures, step by step.
+
+    Attributes:
+        queries: [n_images, V, N, D] of the low-resolution tower, views in the order of pixel_values.
+        pyramid: stage maps [n_images, HR / 4 / 2**s, HR / 4 / 2**s, C_s] of the high-resolution tower, s = 0..3.
+        tokens: [n_images, T, D], queries with what they mined, global view first.
+        image_tokens: [n_images, T, hidden], the same through the projector, unscaled.
+    """
+
+    queries: torch.Tensor
+    pyramid: list[torch.Tensor]
+    tokens: torch.Tensor
+    image_tokens: torch.Tensor
 
 
 def low_resolution_features(
