@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from . import memory_curve, roofline
+from .figures import NOT_YET, Kept, busy, condition, duration, gpus, is_measured, remarks, shown
 from .registry import Ceilings
-from .report import NOT_YET, Kept, busy, condition, duration, gpus, is_measured, remarks, shown
 from .roofline import GPUS, Answer
 
 TEMPLATE = Path(__file__).with_suffix(".html")

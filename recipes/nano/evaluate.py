@@ -18,7 +18,7 @@ from pathlib import Path
 from transformers.utils import logging as transformers_logging
 
 import mg_fast
-from bench.records import environment
+from mg_fast.testing.environment import environment
 
 from .model import forget_mined
 from .scenes import TYPES, Scene, draw_scene, held_out

@@ -3,12 +3,10 @@
 The print is 10 to 12 pixels high where the picture is seen at 192 pixels, and 4 to 5 where it is seen at 84: legible to the
 high-resolution branch alone.
 
-python -m recipes.nano.scenes FOLDER        # writes a few scenes as PNG files, and what is asked about them
+`python -m recipes.nano.write_scenes FOLDER` writes a few as PNG files, with what is asked about them.
 """
 
-import argparse
 import functools
-import json
 import math
 import random
 from dataclasses import dataclass, field
@@ -344,26 +342,3 @@ def _draw_clutter(rng: random.Random, canvas: ImageDraw.ImageDraw, kind: str, ba
         else:
             for at in (-0.8, 0.0, 0.8):
                 canvas.line((x + at * dx, y + at * dy, x + (at + 0.4) * dx, y + (at + 0.4) * dy), colour, width)
-
-
-if __name__ == "__main__":
-    from .talk import ask
-
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--count", type=int, default=6)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--split", choices=CLUTTER, default="unseen")
-    args = parser.parse_args()
-    if args.folder.exists() and not args.folder.is_dir():
-        parser.error(f"expected a folder to write to, {args.folder} is a file")
-    if args.count < 1:
-        parser.error(f"expected at least one scene, got --count {args.count}")
-    args.folder.mkdir(parents=True, exist_ok=True)
-    for i in range(args.count):
-        scene = draw_scene(args.seed, i, split=args.split)
-        scene.image.save(args.folder / f"scene-{i}.png")
-        asked = [ask(scene, kind, random.Random(i)) for kind in TYPES]
-        turns = [{"question": q, "answer": a} for q, a in filter(None, asked)]
-        (args.folder / f"scene-{i}.json").write_text(json.dumps(turns, indent=1))
-    print(f"{args.count} scenes in {args.folder}")

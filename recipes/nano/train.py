@@ -26,10 +26,10 @@ from torch import nn
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from bench.records import environment
 from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor
 from mg_fast.ops.reference import low_resolution_views
 from mg_fast.ops.torch.dual_resize import CLIP_MEAN, CLIP_STD
+from mg_fast.testing.environment import environment
 
 from . import data
 from .model import EMBEDDING_SPREAD, LR_SIDE, forget_mined, make_model, save
