@@ -1,32 +1,33 @@
 """Where numbers stop being finite in a language model."""
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
-from ..models.mini_gemini.modeling import PICTURE_INPUTS
+from ..models.protocol import DecodableModel
 from ..runtime.layer_dtypes import call
 
 
-def where_not_finite(model: nn.Module, ids: torch.Tensor, model_inputs: dict) -> str:
+def where_not_finite(model: DecodableModel, ids: torch.Tensor, model_inputs: dict) -> str:
     """Runs the tokens so far once more, and says in which layers NaN or infinity begins.
 
     Args:
-        model: the MiniGeminiForConditionalGeneration.
+        model: that the logits came from.
         ids: [B, L], prompt and answer.
-        model_inputs: what the prompt came with: pictures, marks [B, prompt], attention_mask [B, prompt].
+        model_inputs: what `generate` was called with, attention_mask [B, prompt] among it.
     """
-    new = ids.shape[1] - model_inputs["attention_mask"].shape[1]
+    prompt = model_inputs["attention_mask"].shape[1]
+    new = ids.shape[1] - prompt
     told = f"the logits of new token {new + 1} are not finite"
-    pictures = {name: model_inputs.get(name) for name in PICTURE_INPUTS}
-    if pictures["mm_token_type_ids"] is not None:
-        pictures["mm_token_type_ids"] = F.pad(pictures["mm_token_type_ids"], (0, new))
-    embeddings = model.model.embed(ids, **pictures)
-    if not embeddings.isfinite().all():
-        tokens = pictures["image_tokens"]
-        source = "image tokens" if tokens is not None and not tokens.isfinite().all() else "embeddings of the prompt"
+    prompt_inputs = {name: model_inputs.get(name) for name in model.prompt_inputs}
+    pass_inputs = model.pass_inputs(model_inputs)
+    embeddings = torch.cat([model.embed(ids[:, :prompt], **prompt_inputs), model.embed_ids(ids[:, prompt:])], dim=1)
+    # masks among the second ones may be infinite
+    infinite = [name for name, tensor in prompt_inputs.items() if tensor is not None and not tensor.isfinite().all()]
+    nan = [name for name, tensor in {**pass_inputs.constant, **pass_inputs.by_position}.items() if tensor.isnan().any()]
+    if nan or not embeddings.isfinite().all():
+        source = [*nan, *infinite, "embeddings of the prompt"][0].replace("_", " ")
         return f"{told}: the {source} are not finite before any layer of the language model"
-    language, broken = model.model.language_model, []
+    language, broken = model.language_model, []
     layers = language.layers
 
     def watch(number: int):
@@ -40,7 +41,8 @@ def where_not_finite(model: nn.Module, ids: torch.Tensor, model_inputs: dict) ->
     hooks = [layer.register_forward_hook(watch(i)) for i, layer in enumerate(layers)]
     try:
         mask = F.pad(model_inputs["attention_mask"], (0, new), value=1)
-        hidden = language(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).last_hidden_state
+        besides = pass_inputs.at(torch.arange(ids.shape[1], device=ids.device))
+        hidden = language(inputs_embeds=embeddings, attention_mask=mask, use_cache=False, **besides).last_hidden_state
     finally:
         for hook in hooks:
             hook.remove()
@@ -52,6 +54,6 @@ def where_not_finite(model: nn.Module, ids: torch.Tensor, model_inputs: dict) ->
         else:
             weights = "are finite" if all(p.isfinite().all() for p in parameters) else "are not finite either"
         return f"{told}: that begins in layers {first} to {broken[-1]} of 0 to {len(layers) - 1}; the weights of layer {first} {weights}"
-    if not hidden[:, -1].isfinite().all() or not call(model.lm_head, hidden[:, -1:]).isfinite().all():
+    if not hidden[:, -1].isfinite().all() or not call(model.head, hidden[:, -1:]).isfinite().all():
         return f"{told}: all {len(layers)} layers are finite, the last norm or lm_head is not"
     return f"{told}, but a second pass over the same tokens is: keys and values or the hardware were at fault, not the weights"

@@ -12,7 +12,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
 from ..errors import PromptError
-from ..models.mini_gemini.modeling import PICTURE_INPUTS
+from ..models.protocol import DecodableModel, check_decodable
 from ..runtime import weights as frozen
 from ..runtime.layer_dtypes import compute_dtype
 from ..runtime.placement import execution_device
@@ -49,16 +49,17 @@ class Decoder:
     Threads may share it: every request has a cache of its own, of which one is kept for the next.
 
     Args:
-        model: the MiniGeminiForConditionalGeneration.
+        model: what computes; a plain model of transformers goes into `mg_fast.models.causal_lm.CausalLM` first.
         kv_cache_bytes: most bytes of keys and values remembered, on the model's devices; 0 remembers nothing. Default: those of the longest
             conversation that the model can hold, but at least `LEAST_BYTES`.
         graphs, compiled: as of `ModelRunner`.
     """
 
-    def __init__(self, model: nn.Module, *, kv_cache_bytes: int | None = None, graphs: bool = True, compiled: bool = False):
+    def __init__(self, model: DecodableModel, *, kv_cache_bytes: int | None = None, graphs: bool = True, compiled: bool = False):
+        check_decodable(model)
         self.model = model
         if kv_cache_bytes is None:
-            text, dtype = model.config.text_config, compute_dtype(model.model.language_model)
+            text, dtype = model.text_config, compute_dtype(model.language_model)
             kv_cache_bytes = max(LEAST_BYTES, text.max_position_embeddings * position_bytes(text, dtype))
         self.prefixes = PrefixStore(kv_cache_bytes)
         self.runner = ModelRunner(model, graphs=graphs, compiled=compiled)
@@ -80,20 +81,20 @@ class Decoder:
 
     def request(
         self,
-        pictures: Sequence[bytes] | None = None,
+        digests: Sequence[bytes] | None = None,
         streamer: BaseStreamer | None = None,
         generator: torch.Generator | None = None,
     ) -> "DecodingRequest":
         """What `custom_generate` takes, for one call.
 
         Args:
-            pictures: for each picture, in order, 16 bytes or more that only the same image tokens have; without them a prompt with
-                pictures is neither looked up nor remembered.
+            digests: for each picture, in order, 16 bytes or more that only the same picture has, as of `DecodableModel.position_keys`;
+                without them a prompt with pictures is neither looked up nor remembered.
             streamer: gets the ids; here, as `generate` hands none on to other loops.
             generator: what samples are drawn by, on the device of the ids. Default: torch's own; on a GPU one seeded by torch's own of the
                 CPU, as that of the GPU fails while another thread captures a graph.
         """
-        return DecodingRequest(self, pictures, streamer, generator)
+        return DecodingRequest(self, digests, streamer, generator)
 
     def forget(self) -> None:
         """Drops all keys and values and captured graphs."""
@@ -151,18 +152,18 @@ class DecodingRequest:
     def __init__(
         self,
         decoder: Decoder,
-        pictures: Sequence[bytes] | None,
+        digests: Sequence[bytes] | None,
         streamer: BaseStreamer | None,
         generator: torch.Generator | None,
     ):
-        self.decoder, self.pictures, self.streamer, self.generator = decoder, pictures, streamer, generator
+        self.decoder, self.digests, self.streamer, self.generator = decoder, digests, streamer, generator
         self.reused = 0
         self.lengths: list[int] = []
 
     @torch.inference_mode()
     def __call__(
         self,
-        model: nn.Module,
+        generating: nn.Module,
         input_ids: torch.Tensor,
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
@@ -171,16 +172,20 @@ class DecodingRequest:
     ) -> torch.Tensor:
         """As GenerationMixin's own loops: ids [B, L] to [B, L + new].
 
+        Args:
+            generating: the model of transformers whose `generate` calls this; how it is asked, the decoder's model knows.
+            **model_inputs: what else `generate` was called with.
+
         Raises:
             FloatingPointError: logits are not finite; the message names the layers where that begins.
         """
         if reason := _refusal(generation_config):
             raise PromptError(f"this loop decodes greedily or samples, and returns ids: {reason}")
-        decoder, runner = self.decoder, self.decoder.runner
+        decoder, runner, model = self.decoder, self.decoder.runner, self.decoder.model
         length, limit = input_ids.shape[1], stopping_criteria.max_length
         sequences, state = decoder._take(len(input_ids), limit)
-        sequences.fill(model_inputs.get("attention_mask"))
-        embeddings = model.model.embed(input_ids, **{name: model_inputs.get(name) for name in PICTURE_INPUTS})
+        sequences.fill(model_inputs.get("attention_mask"), model.pass_inputs(model_inputs))
+        embeddings = model.embed(input_ids, **{name: model_inputs.get(name) for name in model.prompt_inputs})
         keys = self._keys(input_ids, model_inputs) if sequences.mask is None else None
         # held to the end: another thread may drop them while they are copied
         known = []
@@ -219,27 +224,18 @@ class DecodingRequest:
         if self.streamer is not None:
             self.streamer.end()
         if keys is not None:
-            # of the last token there are none: nothing was asked after it
-            keys += ids[0, len(keys) : length - 1].tolist()
+            # No pass was made over the last token, so there are no keys and values of it.
+            keys = self._keys(ids[:, : length - 1], model_inputs)
         known.clear()
         self.lengths = choice.lengths.tolist()
         decoder._give_back(sequences, state, keys)
         return ids[:, :length]
 
-    def _keys(self, input_ids: torch.Tensor, model_inputs: dict) -> list[int] | None:
-        """A number for every position, by which the prompt is looked up; None where it cannot be."""
-        if len(input_ids) > 1 or not self.decoder.prefixes.limit or not fixed_positions(self.decoder.runner.config):
+    def _keys(self, ids: torch.Tensor, model_inputs: dict) -> list[int] | None:
+        """A number for every position, by which keys and values are looked up; None where they cannot be."""
+        if len(ids) > 1 or not self.decoder.prefixes.limit or not fixed_positions(self.decoder.runner.config):
             return None
-        keys = input_ids[0].tolist()
-        marks = model_inputs.get("mm_token_type_ids")
-        places = [] if marks is None else (marks[0] == 1).nonzero().flatten().tolist()
-        if places and not self.pictures:
-            return None
-        for i, place in enumerate(places):
-            picture, position = divmod(i, len(places) // len(self.pictures))
-            # below all ids, and far apart
-            keys[place] = -1 - position - (int.from_bytes(self.pictures[picture][:16], "big") << 16)
-        return keys
+        return self.decoder.model.position_keys(ids, model_inputs, self.digests)
 
 
 class _Choice:
@@ -312,10 +308,10 @@ def _refusal(config: GenerationConfig, assistant_model: object = None) -> str | 
     return None
 
 
-def _state(model: nn.Module) -> tuple:
+def _state(model: DecodableModel) -> tuple:
     """What keys, values and graphs depend on beside the tokens: another one means that they are of no use any more."""
-    device = execution_device(model.lm_head).type
+    device = execution_device(model.head).type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     precision = torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
-    attention = model.config.text_config._attn_implementation
-    return frozen.state((model.model.language_model, model.lm_head)), autocast, precision, attention
+    attention = model.text_config._attn_implementation
+    return frozen.state((model.language_model, model.head)), autocast, precision, attention

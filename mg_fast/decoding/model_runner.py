@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from ..models.protocol import NO_PASS_INPUTS, DecodableModel, PassInputs
 from ..ops.torch.pointwise import by_onednn, take_onednn
 from ..quantization import EXPERTS_FUNCTION
 from ..runtime.graphs import CaptureStream, NoStreamLeft, capture
@@ -37,6 +38,8 @@ class Sequences:
         by_graph: whether passes are captured.
         pads: int64 [B], how many positions at the beginning of each row are filling; None where there is none.
         mask: int64 [B, capacity], 0 at the filling; None as `pads`.
+        pass_inputs: what every pass takes besides. Where passes are captured, it lies where they read it, with a row for every position of
+            the cache.
         graphs: captured passes over this cache, by (tokens or embeddings, width, window).
         pool: memory that the graphs share, as one of them runs at a time.
         capturing: the stream that the graphs are captured on. It is not shared with other caches, whose graphs may run at the same time.
@@ -47,6 +50,7 @@ class Sequences:
     by_graph: bool
     pads: torch.Tensor | None = None
     mask: torch.Tensor | None = None
+    pass_inputs: PassInputs = NO_PASS_INPUTS
     graphs: "OrderedDict[tuple, _Graph]" = field(default_factory=OrderedDict)
     pool: tuple | None = None
     capturing: CaptureStream | None = None
@@ -54,6 +58,9 @@ class Sequences:
 
     def hand_back(self) -> None:
         """Called on the stream of the request that is done with the cache: a pass that ran ahead of its end may still be writing."""
+        if not self.by_graph:
+            # a request's features must not stay in memory as long as its cache does
+            self.pass_inputs = NO_PASS_INPUTS
         gpus = [device for device in self.cache.devices if device.type == "cuda"]
         self.written = {device: torch.cuda.current_stream(device).record_event() for device in gpus}
 
@@ -71,12 +78,18 @@ class Sequences:
 
     def _read_by_passes(self) -> list[torch.Tensor]:
         """What passes read beside the cache, and whoever runs one writes anew."""
-        kept = [tensor for tensor in (self.mask, self.pads) if tensor is not None]
+        kept = [tensor for tensor in (self.mask, self.pads, *self.pass_inputs.tensors) if tensor is not None]
         return kept + [tensor for graph in self.graphs.values() for tensor in (graph.inputs, graph.start, graph.last)]
 
-    def fill(self, attention_mask: torch.Tensor | None) -> None:
-        """An empty cache, and the filling of an attention mask [B, L], 0 at positions on the left that are none."""
+    def fill(self, attention_mask: torch.Tensor | None, pass_inputs: PassInputs = NO_PASS_INPUTS) -> None:
+        """Empties the cache, and takes what the passes of the next request read.
+
+        Args:
+            attention_mask: [B, L], 0 at positions on the left that are filling.
+            pass_inputs: what every pass takes besides.
+        """
         self.cache.length = 0
+        self._take_pass_inputs(pass_inputs)
         padded = attention_mask is not None and not bool(attention_mask.all())
         if not padded:
             if self.mask is not None:
@@ -93,6 +106,18 @@ class Sequences:
             self.mask.copy_(mask)
             self.pads.copy_((mask == 0).sum(dim=1))
 
+    def _take_pass_inputs(self, given: PassInputs) -> None:
+        if self.by_graph:
+            # Captured passes go on reading the tensors that they were captured with, so later ones are copied into these.
+            given = given.extended(self.cache.capacity)
+            if given.layout == self.pass_inputs.layout:
+                for kept, tensor in zip(self.pass_inputs.tensors, given.tensors):
+                    kept.copy_(tensor)
+                return
+            self._drop_graphs()
+            given = given.copied()
+        self.pass_inputs = given
+
     def _drop_graphs(self) -> None:
         self.graphs.clear()
         # one that no graph is left of takes no other
@@ -100,14 +125,14 @@ class Sequences:
 
 
 class ModelRunner:
-    """Runs the language model of a MiniGemini.
+    """Runs a model's language model over sequences.
 
     On a GPU a pass of a width and window that was met before is captured in a CUDA graph and replayed: a launch instead of a thousand. It
     then attends to a whole window under a mask. Elsewhere, and where `graphs_refused` has a reason, passes see exactly the positions that
     are there, by the model's own attention implementation.
 
     Args:
-        model: the MiniGeminiForConditionalGeneration.
+        model: whose language model and head run.
         graphs: capture passes in CUDA graphs; without, less memory is taken.
         compiled: a token's pass goes through torch.compile before it is captured: seconds to a minute at first use, then fewer, larger
             kernels. Its window is the cache's whole capacity.
@@ -117,9 +142,9 @@ class ModelRunner:
         captures: False from when a capture failed: what it left of torch's state is not to be relied on for another.
     """
 
-    def __init__(self, model: nn.Module, *, graphs: bool = True, compiled: bool = False):
+    def __init__(self, model: DecodableModel, *, graphs: bool = True, compiled: bool = False):
         self.model = model
-        self.config = model.config.text_config
+        self.config = model.text_config
         take_onednn(self.language_model)
         take_onednn(self.head)
         self._graphs = graphs
@@ -131,11 +156,11 @@ class ModelRunner:
     @property
     def language_model(self) -> nn.Module:
         # looked up: resizing, adapters and loading put other modules in their places
-        return self.model.model.language_model
+        return self.model.language_model
 
     @property
     def head(self) -> nn.Module:
-        return self.model.lm_head
+        return self.model.head
 
     def sequences(self, batch: int, positions: int) -> Sequences:
         """Room for so many sequences of at least so many positions."""
@@ -209,7 +234,7 @@ class ModelRunner:
         if sequences.by_graph and not self._asks_host(len(tokens)):
             logits = self._by_graph(sequences, tokens[:, None], 1, 1)
         else:
-            logits = self._run(sequences, self.model.model.embed_ids(tokens[:, None]))
+            logits = self._run(sequences, self.model.embed_ids(tokens[:, None]))
         sequences.cache.length += 1
         return logits
 
@@ -217,14 +242,14 @@ class ModelRunner:
         """Over exactly the positions that there are."""
         cache = sequences.cache
         stop = cache.length + embeddings.shape[1]
-        positions = torch.arange(cache.length, stop, device=embeddings.device)[None]
-        mask = None
+        positions = torch.arange(cache.length, stop, device=embeddings.device)
+        besides, positions, mask = sequences.pass_inputs.at(positions), positions[None], None
         if sequences.mask is not None:
             mask = sequences.mask[:, :stop]
             positions = (positions - sequences.pads[:, None]).clamp(min=0)
         with by_onednn():
             hidden = self.language_model(
-                inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+                inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, **besides
             ).last_hidden_state
             return call(self.head, hidden[:, -1:])[:, -1]
 
@@ -251,7 +276,7 @@ class ModelRunner:
             last: int64 [1], which of the Q gets logits.
         """
         cache = sequences.cache
-        embeddings = inputs if inputs.is_floating_point() else self.model.model.embed_ids(inputs)
+        embeddings = inputs if inputs.is_floating_point() else self.model.embed_ids(inputs)
         positions = start + torch.arange(inputs.shape[1], device=inputs.device)
         cache.positions = positions
         places = torch.arange(cache.window, device=inputs.device)
@@ -261,8 +286,9 @@ class ModelRunner:
             # filling sees itself: where a row sees nothing kernels may write NaN, which no mask keeps out of what follows
             mask = (mask & (sequences.mask[:, None, None, : cache.window] != 0)) | (places == positions[:, None])
             ids = (ids - sequences.pads[:, None]).clamp(min=0)
+        besides = sequences.pass_inputs.at(positions)
         hidden = self.language_model(
-            inputs_embeds=embeddings, attention_mask=mask, position_ids=ids, past_key_values=cache, use_cache=True
+            inputs_embeds=embeddings, attention_mask=mask, position_ids=ids, past_key_values=cache, use_cache=True, **besides
         ).last_hidden_state
         return call(self.head, hidden.index_select(1, last))[:, 0]
 

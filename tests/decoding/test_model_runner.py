@@ -23,26 +23,6 @@ CAPTURE = model_runner._Graph._capture
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture
-def by_graph(monkeypatch):
-    """As on a GPU, but never captured; with small chunks and windows, which prompts cross at odd places."""
-    monkeypatch.setattr(model_runner.ModelRunner, "graphs_refused", lambda self, capacity: None)
-    monkeypatch.setattr(model_runner._Graph, "_capture", lambda self: None)
-    monkeypatch.setattr(model_runner, "PREFILL_CHUNK", 24)
-    monkeypatch.setattr(model_runner, "WINDOW", 32)
-    monkeypatch.setattr(model_runner, "ONE_SEQUENCE", 64)
-    monkeypatch.setattr(model_runner, "WIDTHS", (7, 16, 24))
-    run = []
-    whole = model_runner._Graph.__call__
-
-    def counted(self, inputs, start, width):
-        run.append((inputs.shape[1], self.inputs.shape[1], self.window, start))
-        return whole(self, inputs, start, width)
-
-    monkeypatch.setattr(model_runner._Graph, "__call__", counted)
-    return run
-
-
 def test_turns(each, by_graph):
     pipeline = each.pipeline()
     history, answers = [], []

@@ -15,6 +15,7 @@ from ...ops import reference
 from ...runtime.layer_dtypes import at_seam, call
 from ...runtime.placement import execution_device
 from .configuration import MiniGeminiConfig
+from .decoding import MiniGeminiDecoding
 from .generation import GenerationWithPictures, kept_positions
 from .loading import PublishedCheckpoints
 from .places import PICTURE_INPUTS, check_no_places, check_places, of_new_positions
@@ -248,7 +249,9 @@ class MiniGeminiModel(MiniGeminiPreTrainedModel):
         return outputs, image_tokens
 
 
-class MiniGeminiForConditionalGeneration(PublishedCheckpoints, GenerationWithPictures, MiniGeminiPreTrainedModel, GenerationMixin):
+class MiniGeminiForConditionalGeneration(
+    PublishedCheckpoints, GenerationWithPictures, MiniGeminiDecoding, MiniGeminiPreTrainedModel, GenerationMixin
+):
     """Mini-Gemini with its language-model head.
 
     Loads published checkpoints by folder or hub id with `from_pretrained`, and writes them back with `save_pretrained`.

@@ -1,0 +1,135 @@
+"""What the decode loop and the engine may ask of a model."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedConfig
+
+
+@dataclass(frozen=True, eq=False)
+class PassInputs:
+    """Tensors that every pass of a language model takes besides tokens, masks and the cache: features to attend to, for instance.
+
+    They do not change while an answer is generated. On a GPU they are copied to a fixed place, where captured passes read them.
+
+    Attributes:
+        constant: by argument name, tensors that every pass takes whole.
+        by_position: by argument name, tensors [B, L, ...] with one row for every position of the prompt. A pass takes the rows of its own
+            positions. Positions after the prompt take the prompt's last row.
+    """
+
+    constant: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    by_position: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def at(self, positions: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The arguments of a pass over these positions, int64 [Q]."""
+        return {**self.constant, **{name: _rows(tensor, positions) for name, tensor in self.by_position.items()}}
+
+    def extended(self, length: int) -> "PassInputs":
+        """The same for so many positions: tensors by position are copied, with their last row repeated."""
+        rows = {name: _rows(tensor, torch.arange(length, device=tensor.device)) for name, tensor in self.by_position.items()}
+        return PassInputs(self.constant, rows)
+
+    def copied(self) -> "PassInputs":
+        """The same numbers in memory of their own."""
+        return PassInputs(*({name: tensor.clone() for name, tensor in part.items()} for part in (self.constant, self.by_position)))
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All tensors, in the order of their names."""
+        return [part[name] for part in (self.constant, self.by_position) for name in sorted(part)]
+
+    @property
+    def layout(self) -> tuple:
+        """Names, shapes, dtypes and devices. Where two are equal, the numbers of one can be copied over those of the other."""
+        names = tuple(tuple(sorted(part)) for part in (self.constant, self.by_position))
+        return names, tuple((tuple(tensor.shape), tensor.dtype, tensor.device) for tensor in self.tensors)
+
+
+NO_PASS_INPUTS = PassInputs()
+
+
+class DecodableModel(Protocol):
+    """A model that `mg_fast.decoding.Decoder` can decode with.
+
+    `MiniGeminiForConditionalGeneration` is one. `mg_fast.models.causal_lm.CausalLM` makes one of a plain language model of transformers.
+    Members are looked up at every use, since adapters, quantization and loading put other modules in the places of those that were there.
+    """
+
+    @property
+    def prompt_inputs(self) -> Sequence[str]:
+        """Names of the inputs of `generate` that only the pass over the prompt needs, such as pixel values: `embed` takes them."""
+
+    @property
+    def language_model(self) -> nn.Module:
+        """The transformer without its head.
+
+        It is called with `inputs_embeds`, `attention_mask`, `position_ids`, `past_key_values`, `use_cache` and the arguments that
+        `pass_inputs` gives, and returns an output with `last_hidden_state`. Its decoder layers are in `layers`. For CUDA graphs its pass
+        must not ask the host for the value of a tensor.
+        """
+
+    @property
+    def head(self) -> nn.Module:
+        """The layer that makes logits of hidden states, with nothing applied to them afterwards."""
+
+    @property
+    def text_config(self) -> PreTrainedConfig:
+        """The configuration of `language_model`."""
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """The settings that `generate` takes where a caller gives none."""
+
+    def embed(self, input_ids: torch.Tensor, **prompt_inputs: torch.Tensor | None) -> torch.Tensor:
+        """Embeddings [B, L, hidden] of a prompt [B, L], with everything in it that is no text; inputs named in `prompt_inputs`."""
+
+    def embed_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings [B, L, hidden] of ids [B, L] alone, in the dtype of the layers."""
+
+    def pass_inputs(self, model_inputs: Mapping[str, object]) -> PassInputs:
+        """What every pass takes besides, out of the inputs that `generate` was called with."""
+
+    def position_keys(self, ids: torch.Tensor, model_inputs: Mapping[str, object], digests: Sequence[bytes] | None) -> list[int] | None:
+        """One number for every position of a sequence, by which the position's keys and values are found again.
+
+        Two sequences share the keys and values of their first positions as long as these numbers are equal. So a number must stand for
+        everything that keys and values of its position depend on, apart from the tokens before it: the token, the picture that stands in
+        its place, and what `pass_inputs` says there. `content_key` makes numbers that no id is equal to.
+
+        Args:
+            ids: [1, L], a prompt, or a prompt and the tokens that were generated after it.
+            model_inputs: what `generate` was called with for the prompt.
+            digests: for every picture of the prompt, in order, at least 16 bytes that only the same picture has. None where nobody knows.
+
+        Returns:
+            The numbers, or None where they cannot be told, so that nothing is reused or remembered.
+        """
+
+
+def check_decodable(model: object) -> None:
+    """Raises TypeError where a model has not all that `DecodableModel` names."""
+    missing = [name for name in vars(DecodableModel) if not name.startswith("_") and not hasattr(model, name)]
+    if missing:
+        raise TypeError(
+            f"expected a model that can be decoded with, got {type(model).__name__} without {', '.join(missing)}: "
+            "mg_fast.models.causal_lm.CausalLM(model) makes one of a plain language model of transformers"
+        )
+
+
+def content_key(digest: bytes, number: int) -> int:
+    """A position's number for `DecodableModel.position_keys`, below 0 and so unlike every id; only the same arguments have it.
+
+    Args:
+        digest: at least 16 bytes, of which the first 16 count.
+        number: from 0 to 2**32 - 1, for instance the position within a picture.
+    """
+    return -1 - number - (int.from_bytes(digest[:16], "big") << 32)
+
+
+def _rows(tensor: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """The rows [B, Q, ...] of these positions, of [B, L, ...]; the last row for positions behind it."""
+    return tensor.index_select(1, positions.to(tensor.device).clamp(max=tensor.shape[1] - 1))

@@ -1,0 +1,435 @@
+"""The decode loop over models that are no Mini-Gemini: text-only ones of transformers, and one that attends to features at every pass."""
+
+import ast
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GemmaConfig,
+    GemmaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+import mg_fast.decoding
+from mg_fast.decoding import Decoder, model_runner
+from mg_fast.errors import PromptError
+from mg_fast.models.causal_lm import CausalLM
+from mg_fast.models.protocol import PassInputs, check_decodable, content_key
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SIZES = dict(
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    # spread so wide that every prompt is answered by its own ids
+    initializer_range=0.3,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+FEATURE_WIDTH = 8
+
+
+def random_model(make, config, seed=0):
+    torch.manual_seed(seed)
+    return make(config).eval()
+
+
+TEXT_ONLY = {
+    "llama": lambda: random_model(LlamaForCausalLM, LlamaConfig(**SIZES)),
+    "gemma": lambda: random_model(GemmaForCausalLM, GemmaConfig(**SIZES, head_dim=8)),
+    "mistral": lambda: random_model(MistralForCausalLM, MistralConfig(**SIZES, sliding_window=8)),
+    "qwen2": lambda: random_model(Qwen2ForCausalLM, Qwen2Config(**SIZES)),
+}
+
+
+@pytest.fixture(scope="module", params=sorted(TEXT_ONLY))
+def text_only(request):
+    return TEXT_ONLY[request.param]()
+
+
+# --- a language model that looks at features ---
+
+
+class CrossLayer(LlamaDecoderLayer):
+    """A decoder layer that attends to those features that its positions may see, through a gate."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx)
+        self.query, self.read = nn.Linear(config.hidden_size, FEATURE_WIDTH), nn.Linear(FEATURE_WIDTH, config.hidden_size)
+        self.gate = nn.Parameter(torch.tensor([0.7]))
+
+    def forward(self, hidden_states, features=None, feature_mask=None, **kwargs):
+        """features [B, n, tokens, FEATURE_WIDTH]; feature_mask [B, Q, n], 1 where a position sees a picture's features."""
+        hidden = super().forward(hidden_states, **kwargs)
+        if features is None:
+            return hidden
+        # transformers' own loop hands over the prompt's mask at every pass, of which a new token takes the last row
+        mask = feature_mask[:, -hidden.shape[1] :]
+        scores = torch.einsum("bqd,bntd->bqnt", self.query(hidden), features) + (1 - mask[..., None]) * -1e4
+        shares = torch.cat([scores.flatten(2), scores.new_zeros(*scores.shape[:2], 1)], dim=-1).softmax(dim=-1)[..., :-1]
+        seen = torch.einsum("bqk,bkd->bqd", shares, features.flatten(1, 2))
+        return hidden + self.gate.tanh() * self.read(seen)
+
+
+class SeeingLlama(LlamaForCausalLM):
+    """A Llama whose second layer looks at features."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.layers[1] = CrossLayer(config, 1)
+        self.post_init()
+
+    def forward(self, input_ids=None, features=None, feature_mask=None, **kwargs):
+        return super().forward(input_ids=input_ids, features=features, feature_mask=feature_mask, **kwargs)
+
+
+class SeeingLM(CausalLM):
+    """How the loop asks it."""
+
+    def pass_inputs(self, model_inputs):
+        if model_inputs.get("features") is None:
+            return super().pass_inputs(model_inputs)
+        return PassInputs({"features": model_inputs["features"]}, {"feature_mask": model_inputs["feature_mask"]})
+
+    def position_keys(self, ids, model_inputs, digests):
+        """A position's number stands for its id, and for what the position sees."""
+        keys = super().position_keys(ids, model_inputs, digests)
+        if model_inputs.get("features") is None:
+            return keys
+        if not digests:
+            return None
+        rows = model_inputs["feature_mask"][0].tolist()
+        # an answer sees what the end of the prompt does
+        rows += rows[-1:] * (len(keys) - len(rows))
+        seen = [b"".join(digest for digest, sees in zip(digests, row) if sees) for row in rows]
+        return [content_key(hashlib.sha256(what).digest(), key) for what, key in zip(seen, keys)]
+
+
+class BlindKeysLM(SeeingLM):
+    """A wrong one: its keys leave out what positions see."""
+
+    def position_keys(self, ids, model_inputs, digests):
+        return CausalLM.position_keys(self, ids, model_inputs, digests)
+
+
+@pytest.fixture(scope="module")
+def seeing():
+    return random_model(SeeingLlama, LlamaConfig(**SIZES))
+
+
+def prompt(length, seed, rows=1):
+    return torch.randint(3, 97, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def features(seed, pictures=1, rows=1):
+    return torch.randn(rows, pictures, 3, FEATURE_WIDTH, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def seen_from(length, *places, rows=1):
+    """The mask of pictures, each of which is seen from its place on."""
+    return torch.stack([torch.arange(length) >= place for place in places], dim=1).float().expand(rows, -1, -1).clone()
+
+
+def options(ids, **given):
+    mask = given.pop("attention_mask", torch.ones_like(ids))
+    return {**dict(input_ids=ids, attention_mask=mask, max_new_tokens=10, do_sample=False, eos_token_id=None), **given}
+
+
+def decoded(model, decoder, request=None, **given):
+    return model.generate(**options(**given), custom_generate=request or decoder.request())
+
+
+# --- text only ---
+
+
+def test_text_only_alone(text_only):
+    decoder = Decoder(CausalLM(text_only))
+    answers = set()
+    for length in (1, 5, 40):
+        ids = prompt(length, length)
+        expected = text_only.generate(**options(ids))
+        assert torch.equal(decoded(text_only, decoder, ids=ids), expected)
+        answers.add(tuple(expected[0, length:].tolist()))
+    # a model that says the same to everything would show nothing
+    assert len(answers) == 3
+
+
+def test_text_only_ragged_batch(text_only):
+    ids, mask = prompt(12, 1, rows=3), torch.ones(3, 12, dtype=torch.long)
+    mask[0, :7] = mask[2, :3] = 0
+    alone = [text_only.generate(**options(row[pad:][None]))[0, 12 - pad :] for row, pad in zip(ids, (7, 0, 3))]
+    eos = [alone[0][4].item(), alone[1][7].item()]
+    for given in (dict(eos_token_id=None), dict(eos_token_id=eos, pad_token_id=0)):
+        decoder = Decoder(CausalLM(text_only))
+        request = decoder.request()
+        out = decoded(text_only, decoder, request, ids=ids, attention_mask=mask, **given)
+        assert torch.equal(out, text_only.generate(**options(ids, attention_mask=mask, **given)))
+        for row, full, length in zip(out[:, 12:], alone, request.lengths):
+            assert row[:length].tolist() == full[:length].tolist()
+
+
+def test_text_only_second_turn(text_only):
+    decoder = Decoder(CausalLM(text_only))
+    first = decoded(text_only, decoder, ids=prompt(20, 2))
+    second = torch.cat([first, prompt(6, 3)], dim=1)
+    request = decoder.request()
+    assert torch.equal(decoded(text_only, decoder, request, ids=second), text_only.generate(**options(second)))
+    # of the last new token of the first turn no pass was made
+    assert request.reused == first.shape[1] - 1
+
+
+def test_text_only_streamed(text_only):
+    class Streamer:
+        def __init__(self):
+            self.got, self.ended = [], False
+
+        def put(self, value):
+            self.got += value.flatten().tolist()
+
+        def end(self):
+            self.ended = True
+
+    streamer, ids = Streamer(), prompt(9, 4)
+    decoder = Decoder(CausalLM(text_only))
+    out = decoded(text_only, decoder, decoder.request(streamer=streamer), ids=ids)
+    assert streamer.ended and streamer.got == out[0].tolist() == text_only.generate(**options(ids))[0].tolist()
+
+
+def test_text_only_sampled(text_only):
+    ids, drawn = prompt(9, 5), []
+    for custom in ({}, {"custom_generate": Decoder(CausalLM(text_only)).request()}):
+        torch.manual_seed(3)
+        drawn.append(text_only.generate(**options(ids, do_sample=True, temperature=1.5, top_k=20), **custom))
+    assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize("name", sorted(TEXT_ONLY.keys() - {"mistral"}))
+def test_text_only_by_graph(name, by_graph):
+    """Without Mistral, whose attention slides: no passes of it are captured."""
+    model = TEXT_ONLY[name]()
+    decoder = Decoder(CausalLM(model), kv_cache_bytes=0)
+    for length in (3, 30, 50):
+        ids = prompt(length, length)
+        assert torch.equal(decoded(model, decoder, ids=ids), model.generate(**options(ids)))
+    assert by_graph
+
+
+def test_layers_that_are_not_finite_are_named():
+    model = TEXT_ONLY["llama"]()
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight[0, 0] = torch.nan
+    message = "begins in layers 2 to 2 of 0 to 2; the weights of layer 2 are not finite either"
+    with pytest.raises(FloatingPointError, match=message):
+        decoded(model, Decoder(CausalLM(model)), ids=prompt(5, 0))
+
+
+# --- what no model of this loop is ---
+
+
+def test_logits_that_are_not_the_head_s_are_refused():
+    model = random_model(Gemma2ForCausalLM, Gemma2Config(**SIZES, head_dim=8))
+    with pytest.raises(ValueError, match="expected logits as the head gives them, got final_logit_softcapping=30.0"):
+        CausalLM(model)
+
+
+def test_a_model_that_is_not_wrapped_is_told_how():
+    with pytest.raises(TypeError, match="got LlamaForCausalLM without .*embed_ids.*CausalLM"):
+        Decoder(TEXT_ONLY["llama"]())
+
+
+def test_mini_gemini_is_decodable(own):
+    check_decodable(own.model)
+    assert own.model.get_decoder() is own.model.language_model is own.model.model.language_model
+    before = own.model.language_model
+    other = nn.Identity()
+    try:
+        own.model.set_decoder(other)
+        assert own.model.language_model is own.model.model.language_model is other
+    finally:
+        own.model.set_decoder(before)
+
+
+def test_inputs_that_text_has_none_of_are_refused(seeing):
+    given = dict(ids=prompt(9, 1), features=features(1), feature_mask=seen_from(9, 3))
+    with pytest.raises(PromptError, match="SeeingLlama is decoded as a text-only model here, got feature_mask, features"):
+        decoded(seeing, Decoder(CausalLM(seeing)), **given)
+
+
+# --- with features ---
+
+
+def test_features_alone(seeing):
+    decoder, ids, mask = Decoder(SeeingLM(seeing)), prompt(20, 1), seen_from(20, 5)
+    answers = []
+    for seed in (1, 2):
+        given = dict(ids=ids, features=features(seed), feature_mask=mask)
+        answers.append(decoded(seeing, decoder, **given))
+        assert torch.equal(answers[-1], seeing.generate(**options(**given)))
+    assert not torch.equal(*answers) and not torch.equal(answers[0], decoded(seeing, decoder, ids=ids))
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["as it is", "by graph"])
+def test_features_in_a_ragged_batch(seeing, graph, request):
+    """Two pictures a row, seen from other places in every row."""
+    run = request.getfixturevalue("by_graph") if graph else None
+    decoder, ids, mask = Decoder(SeeingLM(seeing)), prompt(30, 6, rows=3), torch.ones(3, 30, dtype=torch.long)
+    mask[0, :11] = mask[2, :3] = 0
+    seen = torch.cat([seen_from(30, a, b) for a, b in ((13, 20), (1, 29), (3, 31))])
+    for seed in (1, 2):
+        given = dict(ids=ids, attention_mask=mask, features=features(seed, pictures=2, rows=3), feature_mask=seen)
+        out = decoded(seeing, decoder, **given)
+        assert torch.equal(out, seeing.generate(**options(**given)))
+        for i, pad in enumerate((11, 0, 3)):
+            alone = dict(ids=ids[i : i + 1, pad:], features=given["features"][i : i + 1], feature_mask=seen[i : i + 1, pad:])
+            assert out[i, pad:].tolist() == seeing.generate(**options(**alone))[0].tolist()
+    assert run or not graph
+
+
+def test_long_prompts_in_chunks(seeing, monkeypatch):
+    """Every chunk takes the rows of its own positions."""
+    monkeypatch.setattr(model_runner, "PREFILL_CHUNK", 7)
+    given = dict(ids=prompt(40, 7), features=features(1, pictures=3), feature_mask=seen_from(40, 4, 17, 33))
+    assert torch.equal(decoded(seeing, Decoder(SeeingLM(seeing)), **given), seeing.generate(**options(**given)))
+
+
+def turns(seeing, decoder, digests):
+    """A second turn over the first one's picture, then the same ids over another; checked against transformers' loop. What was reused."""
+    ids, seen, reused = prompt(20, 8), seen_from(20, 6), []
+    first = decoded(seeing, decoder, decoder.request(digests and digests[:1]), ids=ids, features=features(1), feature_mask=seen)
+    second = torch.cat([first, prompt(6, 9)], dim=1)
+    for seed in (1, 2):
+        given = dict(ids=second, features=features(seed), feature_mask=seen_from(second.shape[1], 6))
+        request = decoder.request(digests and digests[seed - 1 : seed])
+        assert torch.equal(decoded(seeing, decoder, request, **given), seeing.generate(**options(**given)))
+        reused.append(request.reused)
+    return first.shape[1], reused
+
+
+DIGESTS = [hashlib.sha256(bytes([i])).digest() for i in range(3)]
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["as it is", "by graph"])
+def test_a_second_turn_reuses_what_the_same_features_gave(seeing, graph, request):
+    if graph:
+        request.getfixturevalue("by_graph")
+    length, reused = turns(seeing, Decoder(SeeingLM(seeing)), DIGESTS)
+    # other features have in common what lies before the first position that sees any
+    assert reused == [length - 1, 6]
+
+
+def test_without_digests_nothing_is_reused(seeing):
+    assert turns(seeing, Decoder(SeeingLM(seeing)), None)[1] == [0, 0]
+
+
+def test_keys_that_ignore_features_give_wrong_answers(seeing):
+    """So that the tests above would notice."""
+    with pytest.raises(AssertionError):
+        turns(seeing, Decoder(BlindKeysLM(seeing)), DIGESTS)
+
+
+def test_a_later_picture_leaves_earlier_positions_as_they_were(seeing):
+    decoder, ids = Decoder(SeeingLM(seeing)), prompt(20, 10)
+    first = decoded(seeing, decoder, decoder.request(DIGESTS[:1]), ids=ids, features=features(1), feature_mask=seen_from(20, 6))
+    second, both = torch.cat([first, prompt(8, 11)], dim=1), torch.cat([features(1), features(2)], dim=1)
+    given = dict(ids=second, features=both, feature_mask=seen_from(second.shape[1], 6, second.shape[1] - 5))
+    request = decoder.request(DIGESTS[:2])
+    assert torch.equal(decoded(seeing, decoder, request, **given), seeing.generate(**options(**given)))
+    assert request.reused == first.shape[1] - 1
+
+
+def test_features_by_graph(seeing, by_graph):
+    """One cache serves requests with other features, other numbers of pictures, and none."""
+    decoder = Decoder(SeeingLM(seeing), kv_cache_bytes=0)
+    places = (3, 9)
+    for length, seed, pictures in ((20, 1, 1), (30, 2, 1), (50, 3, 2), (50, 4, 0), (20, 1, 1)):
+        given = dict(ids=prompt(length, 12))
+        if pictures:
+            given.update(features=features(seed, pictures), feature_mask=seen_from(length, *places[:pictures]))
+        assert torch.equal(decoded(seeing, decoder, **given), seeing.generate(**options(**given)))
+    assert by_graph
+
+
+def test_captured_passes_find_later_features_where_they_read(seeing, by_graph):
+    """A graph reads the tensors that it was captured with: requests alike must write into these, others must drop the graphs."""
+    runner = Decoder(SeeingLM(seeing)).runner
+    sequences = runner.sequences(1, 40)
+
+    def inputs(seed, length=20, pictures=1):
+        return PassInputs({"features": features(seed, pictures)}, {"feature_mask": seen_from(length, *range(pictures))})
+
+    sequences.fill(None, inputs(1))
+    places = [tensor.data_ptr() for tensor in sequences.pass_inputs.tensors]
+    assert sequences.pass_inputs.by_position["feature_mask"].shape[1] == sequences.cache.capacity
+    sequences.graphs["one"] = None
+    later = inputs(2, length=33)
+    sequences.fill(None, later)
+    assert sequences.graphs and [tensor.data_ptr() for tensor in sequences.pass_inputs.tensors] == places
+    assert torch.equal(sequences.pass_inputs.constant["features"], later.constant["features"])
+    sequences.fill(None, inputs(2, pictures=2))
+    assert not sequences.graphs
+    sequences.graphs["one"] = None
+    sequences.fill(None)
+    assert not sequences.graphs and not sequences.pass_inputs.tensors
+
+
+def test_a_pass_with_features_is_traced_whole(seeing, by_graph):
+    """Whatever would ask the host breaks a full graph."""
+    runner = Decoder(SeeingLM(seeing)).runner
+    sequences = runner.sequences(1, 40)
+    with torch.no_grad():
+        sequences.fill(None, PassInputs({"features": features(1)}, {"feature_mask": seen_from(20, 6)}))
+        runner.prefill(sequences, runner.model.embed_ids(prompt(20, 1)))
+        start, last, token = torch.tensor([20]), torch.tensor([0]), torch.tensor([[5]])
+        sequences.cache.window = 64
+        expected = runner._pass(sequences, token, start, last)
+        torch._dynamo.reset()
+        traced = torch.compile(runner._pass, fullgraph=True, backend="eager", dynamic=False)
+        assert torch.allclose(traced(sequences, token, start, last), expected, atol=1e-5)
+    sequences.cache.positions = None
+
+
+def test_features_are_let_go_with_the_request(seeing):
+    decoder = Decoder(SeeingLM(seeing))
+    decoded(seeing, decoder, ids=prompt(20, 1), features=features(1), feature_mask=seen_from(20, 5))
+    assert not decoder._idle.pass_inputs.tensors
+
+
+def test_features_that_are_not_finite_are_named(seeing):
+    broken = features(1)
+    broken[0, 0, 0, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match="the features are not finite before any layer"):
+        decoded(seeing, Decoder(SeeingLM(seeing)), ids=prompt(20, 1), features=broken, feature_mask=seen_from(20, 5))
+
+
+# --- the source ---
+
+
+@pytest.mark.parametrize("path", sorted(Path(mg_fast.decoding.__file__).parent.glob("*.py")), ids=lambda path: path.name)
+def test_decoding_knows_no_model(path):
+    source = path.read_text()
+    assert "mini_gemini" not in source and "MiniGemini" not in source
+    modules = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            modules += [f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            modules += [alias.name for alias in node.names]
+    of_models = [name for name in modules if name.startswith(("..models", "mg_fast.models"))]
+    assert all(name.startswith(("..models.protocol.", "mg_fast.models.protocol")) for name in of_models), of_models
