@@ -99,7 +99,7 @@ class AnswerStage:
     @property
     def positions(self) -> int:
         """How many positions the longest conversation has that the model can hold."""
-        return self.model.config.text_config.max_position_embeddings
+        return self.model.text_config.max_position_embeddings
 
     @property
     def first_use(self) -> dict[str, float]:
@@ -168,7 +168,7 @@ class AnswerStage:
                 request = self.decoder.request(digests if all(digests) else None, stream, generator)
             elif generator is not None:
                 stack.enter_context(_as_global(generator))
-            stack.enter_context(mixed_dtypes_named({"language_model": model.model.language_model}))
+            stack.enter_context(mixed_dtypes_named({"language_model": model.language_model}))
             out = model.generate(
                 **inputs,
                 max_new_tokens=max(row.max_new_tokens for row, _ in rows),

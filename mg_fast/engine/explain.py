@@ -208,7 +208,7 @@ def answer_relevance(answers: AnswerStage, request: Request, tokens: torch.Tenso
             output, _ = model.model(
                 input_ids=torch.tensor([text], device=device), image_tokens=tokens[None], mm_token_type_ids=marks, use_cache=False
             )
-            logits = call(model.lm_head, output.last_hidden_state[0, -len(ids) :]).float()
+            logits = call(model.head, output.last_hidden_state[0, -len(ids) :]).float()
             chosen = chosen.to(logits.device)
             margin = logits.gather(1, chosen) - logits.scatter(1, chosen, -torch.inf).amax(1, keepdim=True)
             # the model's own gradients stay as they are
