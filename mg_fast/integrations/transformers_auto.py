@@ -1,13 +1,20 @@
 """Teaches transformers' Auto classes about Mini-Gemini without importing transformers.
 
-Registering needs transformers' auto modules, which take seconds and torch to import. So an import hook waits for them: the
-moment one is imported, by anybody, the module of ours that registers itself there is imported too.
+Registering needs transformers' auto modules, which take seconds and torch to import. So an import hook waits for them: once one
+is imported, by anybody, the module of ours that registers itself there is imported too.
+
+That cannot always be done at once. `from transformers import LlamaForCausalLM` imports an auto module when half of what our
+module needs is not there yet. Then it is done when a Mini-Gemini configuration is made, which every use of the Auto classes
+begins with.
 """
 
+import functools
 import importlib
 import importlib.abc
 import importlib.machinery
 import sys
+
+from ..runtime.deferred import defer
 
 # transformers' module -> ours, which registers itself when it is imported
 _REGISTRANTS = {
@@ -47,8 +54,22 @@ class _Finder(importlib.abc.MetaPathFinder):
 def _register(auto_module: str) -> None:
     ours = _REGISTRANTS[auto_module]
     # already there, or being imported and the one that pulled the auto module in: it registers itself at its end
-    if ours not in sys.modules:
+    if ours in sys.modules:
+        return
+    # Our configuration needs nothing that is ever half imported then, and without it nothing would be found later.
+    if ours != _REGISTRANTS["transformers.models.auto.configuration_auto"] and _being_imported(besides=auto_module):
+        defer(ours, functools.partial(importlib.import_module, ours))
+    else:
         importlib.import_module(ours)
+
+
+def _being_imported(besides: str) -> bool:
+    """Whether any module of transformers is half imported now, besides one."""
+    return any(
+        getattr(getattr(module, "__spec__", None), "_initializing", False)
+        for name, module in list(sys.modules.items())
+        if name.split(".")[0] == "transformers" and name != besides
+    )
 
 
 def register_when_imported() -> None:
