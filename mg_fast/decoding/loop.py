@@ -13,9 +13,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..errors import PromptError
 from ..models.mini_gemini.modeling import PICTURE_INPUTS
-from ..runtime import weights as frozen
 from ..runtime.layer_dtypes import compute_dtype
 from ..runtime.placement import execution_device
+from ..runtime.weights import Fingerprint
 from .diagnose import explain
 from .kv_cache import position_bytes
 from .model_runner import Sequences, Steps, fixed_positions
@@ -318,4 +318,4 @@ def _state(model: nn.Module) -> tuple:
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     precision = torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
     attention = model.config.text_config._attn_implementation
-    return frozen.state((model.model.language_model, model.lm_head)), autocast, precision, attention
+    return Fingerprint((model.model.language_model, model.lm_head)), autocast, precision, attention

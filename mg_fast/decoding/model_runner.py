@@ -12,6 +12,7 @@ from ..ops.torch.pointwise import by_onednn, take_onednn
 from ..quantization import EXPERTS_FUNCTION
 from ..runtime.graphs import CaptureStream, NoStreamLeft, capture
 from ..runtime.layer_dtypes import call
+from ..runtime.weights import why_not_plain
 from .kv_cache import KVCache
 
 logger = logging.getLogger(__name__)
@@ -172,7 +173,8 @@ class Steps:
             return "its rotary positions depend on the length of the sequence"
         if torch.is_autocast_enabled("cuda"):
             return "autocast drops its casts of the weights, which a graph would go on reading"
-        if any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in [*language.modules(), head]):
+        # Their own forwards are captured with whatever tensors they have, quantized ones too.
+        if any(why_not_plain("it", part, reads=()) for whole in (language, head) for part in whole.modules()):
             return "hooks on the language model would run at the capture alone"
         return None
 

@@ -362,7 +362,7 @@ UNUSUAL = {
     "blocks.0.mlp.fc1 is .*Parametrized": lambda s: nn.utils.parametrizations.weight_norm(s.blocks[0].mlp.fc1),
     "blocks.0.more is .*Linear": lambda s: s.blocks[0].add_module("more", nn.Linear(2, 2)),
     "downsample: expected a LayerNorm and a convolution, got 1": lambda s: s.downsample.__delitem__(1),
-    "not of one dtype on one device: torch.float32 on cpu, torch.float64 on cpu": lambda s: s.blocks[0].norm.double(),
+    "expected one dtype and one device, got torch.float32 on cpu, torch.float64 on cpu": lambda s: s.blocks[0].norm.double(),
 }
 
 
