@@ -31,6 +31,7 @@ from .quantization import WeightBytes, weight_bytes
 from .runtime.dtypes import wanted_dtype
 from .runtime.layer_dtypes import mixed_dtypes_named
 from .runtime.meter import Meter
+from .runtime.numerics import numerics
 from .runtime.placement import execution_device
 
 logger = logging.getLogger(__name__)
@@ -289,17 +290,12 @@ class Pipeline:
         """What image tokens depend on beside the picture and the state of the model."""
         device, images = self.device, self.processor.image_processor
         backends = tuple(choose(operation, None, device) for operation in IMPLEMENTED)
-        autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-        # what settles the arithmetic of float32 products
-        settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)
-        precision = tuple(setting.fp32_precision for setting in settings)
         processing = (images.hr_size, images.lr_size, images.grid, images.global_view, images.pad)
         return (
             str(device),
             self.model.dtype,
             backends,
-            autocast,
-            precision,
+            numerics(device),
             processing,
         )
 

@@ -14,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 from ..errors import PromptError
 from ..models.mini_gemini.modeling import PICTURE_INPUTS
 from ..runtime.layer_dtypes import compute_dtype
+from ..runtime.numerics import numerics
 from ..runtime.placement import execution_device
 from ..runtime.weights import Fingerprint
 from .diagnose import explain
@@ -314,8 +315,6 @@ def _refusal(config: GenerationConfig, assistant_model: object = None) -> str | 
 
 def _state(model: nn.Module) -> tuple:
     """What keys, values and graphs depend on beside the tokens: another one means that they are of no use any more."""
-    device = execution_device(model.lm_head).type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    precision = torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+    arithmetic = numerics(execution_device(model.lm_head))
     attention = model.config.text_config._attn_implementation
-    return Fingerprint((model.model.language_model, model.lm_head)), autocast, precision, attention
+    return Fingerprint((model.model.language_model, model.lm_head)), arithmetic, attention

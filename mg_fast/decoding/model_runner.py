@@ -12,6 +12,7 @@ from ..ops.torch.pointwise import by_onednn, take_onednn
 from ..quantization import EXPERTS_FUNCTION
 from ..runtime.graphs import CaptureStream, NoStreamLeft, capture
 from ..runtime.layer_dtypes import call
+from ..runtime.numerics import numerics
 from ..runtime.weights import why_not_plain
 from .kv_cache import KVCache
 
@@ -235,7 +236,7 @@ class Steps:
         cache = sequences.cache
         compiled = filled == 1 and self._compiled is not None
         window = cache.capacity if compiled else min(cache.capacity, -(-(cache.length + filled) // WINDOW) * WINDOW)
-        key = (inputs.dtype, filled, window, torch.backends.cuda.matmul.fp32_precision)
+        key = (inputs.dtype, filled, window, numerics(inputs.device))
         if (graph := sequences.graphs.get(key)) is None:
             shape = (inputs.shape[0], filled, *inputs.shape[2:])
             graph = sequences.graphs[key] = _Graph(self, sequences, inputs.new_zeros(shape), window, compiled)

@@ -88,7 +88,7 @@ def _why_not_plain(name: str, layer: nn.Module, known: Collection[type] | None, 
     tensors = _named_parameters(layer) if reads is None else ((kind, getattr(layer, kind)) for kind in reads)
     for kind, tensor in tensors:
         if type(tensor) not in _PLAIN_TENSORS:
-            return f"the {kind} of {name} is {type(tensor).__name__}, expected a plain parameter"
+            return f"the {kind} of {name}'s {type(layer).__name__} is {type(tensor).__name__}, expected a plain parameter"
     return None
 
 

@@ -399,7 +399,7 @@ def quantised(stage):
 
 
 REFUSED = {
-    "blocks.1.mlp.fc1 is Quantised, expected a plain parameter": quantised,
+    "blocks.1.mlp.fc1's Linear is Quantised, expected a plain parameter": quantised,
     "meta device": lambda s: s.to("meta"),
     "forward was set on the object": lambda s: setattr(s, "forward", torch.relu),
     "OtherStage has a forward of its own": lambda s: exchange(s, OtherStage),

@@ -51,7 +51,7 @@ CHANGES = {
     ],
     "the forward of 1.0's Linear was replaced": [lambda layer: setattr(layer, "forward", layer.forward)],
     "1.0 is .*Other, expected a plain layer": [lambda layer: setattr(layer, "__class__", Other)],
-    "the weight of 1.0 is Quantized, expected a plain parameter": [quantize],
+    "the weight of 1.0's Linear is Quantized, expected a plain parameter": [quantize],
 }
 
 
@@ -85,7 +85,7 @@ def test_a_module_that_is_called_has_its_own_hooks_run():
 def test_weights_that_are_read_must_be_there():
     layer = nn.Linear(2, 2, bias=False)
     assert why_not_plain("it", layer) is None
-    assert why_not_plain("it", layer, reads=("weight", "bias")) == "the bias of it is NoneType, expected a plain parameter"
+    assert why_not_plain("it", layer, reads=("weight", "bias")) == "the bias of it's Linear is NoneType, expected a plain parameter"
     quantize(layer)
     assert why_not_plain("it", layer, reads=()) is None
 

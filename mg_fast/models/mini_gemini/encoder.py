@@ -15,6 +15,7 @@ from ...modules.clip import PackedClip
 from ...ops import backend as backends
 from ...runtime.graphs import CaptureStream, NoStreamLeft, capture
 from ...runtime.layer_dtypes import Chain
+from ...runtime.numerics import numerics
 from ...runtime.weights import Fingerprint, why_more_than_weights
 from .modeling import MiniGeminiModel
 
@@ -165,10 +166,8 @@ class PictureEncoder:
         return self._model.low_resolution_queries(pixel_values, tower=lambda views: self._clip(views, backend=backend))
 
     def _replay(self, pixels: tuple[torch.Tensor, ...], backend: str | None) -> torch.Tensor:
-        autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-        # of float32 products: what a graph was captured with it keeps
-        precision = (torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision)
-        key = (*((t.shape, t.dtype) for t in pixels), backends.requested(backend), autocast, precision)
+        # A graph keeps the arithmetic that it was captured with.
+        key = (*((t.shape, t.dtype) for t in pixels), backends.requested(backend), numerics(self.device))
         if key not in self._graphs:
             self._graphs[key] = self._capture(pixels, backend)
             if len(self._graphs) > MAX_GRAPHS:
