@@ -13,9 +13,10 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..errors import PromptError
 from ..models.protocol import DecodableModel, check_decodable
-from ..runtime import weights as frozen
 from ..runtime.layer_dtypes import compute_dtype
+from ..runtime.numerics import numerics
 from ..runtime.placement import execution_device
+from ..runtime.weights import Fingerprint
 from .diagnose import where_not_finite
 from .kv_cache import position_bytes
 from .model_runner import ModelRunner, Sequences, fixed_positions
@@ -310,8 +311,6 @@ def _refusal(config: GenerationConfig, assistant_model: object = None) -> str | 
 
 def _state(model: DecodableModel) -> tuple:
     """What keys, values and graphs depend on beside the tokens: another one means that they are of no use any more."""
-    device = execution_device(model.head).type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    precision = torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+    arithmetic = numerics(execution_device(model.head))
     attention = model.text_config._attn_implementation
-    return frozen.state((model.language_model, model.head)), autocast, precision, attention
+    return Fingerprint((model.language_model, model.head)), arithmetic, attention

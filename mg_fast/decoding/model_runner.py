@@ -13,6 +13,8 @@ from ..ops.torch.pointwise import by_onednn, take_onednn
 from ..quantization import EXPERTS_FUNCTION
 from ..runtime.graphs import CaptureStream, NoStreamLeft, capture
 from ..runtime.layer_dtypes import call
+from ..runtime.numerics import numerics
+from ..runtime.weights import why_not_plain
 from .kv_cache import KVCache
 
 logger = logging.getLogger(__name__)
@@ -197,7 +199,8 @@ class ModelRunner:
             return "its rotary positions depend on the length of the sequence"
         if torch.is_autocast_enabled("cuda"):
             return "autocast drops its casts of the weights, which a graph would go on reading"
-        if any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in [*language.modules(), head]):
+        # Their own forwards are captured with whatever tensors they have, quantized ones too.
+        if any(why_not_plain("it", part, reads=()) for whole in (language, head) for part in whole.modules()):
             return "hooks on the language model would run at the capture alone"
         return None
 
@@ -258,7 +261,7 @@ class ModelRunner:
         cache = sequences.cache
         compiled = filled == 1 and self._compiled is not None
         window = cache.capacity if compiled else min(cache.capacity, -(-(cache.length + filled) // WINDOW) * WINDOW)
-        key = (inputs.dtype, filled, window, torch.backends.cuda.matmul.fp32_precision)
+        key = (inputs.dtype, filled, window, numerics(inputs.device))
         if (graph := sequences.graphs.get(key)) is None:
             shape = (inputs.shape[0], filled, *inputs.shape[2:])
             graph = sequences.graphs[key] = _Graph(self, sequences, inputs.new_zeros(shape), window, compiled)

@@ -2,13 +2,13 @@
 
 import hashlib
 import operator
-import threading
-from collections import OrderedDict
 from collections.abc import Hashable
 
 import numpy as np
 import torch
 from PIL import Image
+
+from ..runtime.byte_lru import ByteLRU
 
 # image tokens of 56 pictures of a 7B model in half precision, or of 11 in HD
 DEFAULT_BYTES = 256 * 2**20
@@ -43,20 +43,21 @@ class ImageCache:
         self.limit = operator.index(limit)
         if self.limit < 0:
             raise ValueError(f"image_cache_bytes: expected 0 or more bytes, got {limit}")
-        self.held_bytes = 0
-        self._entries: OrderedDict[Hashable, tuple[torch.Tensor, torch.cuda.Event | None]] = OrderedDict()
-        self._lock = threading.Lock()
+        # A tensor, and on a GPU the event after which it is written.
+        self._tokens = ByteLRU(self.limit)
+
+    @property
+    def held_bytes(self) -> int:
+        return self._tokens.held_bytes
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._tokens)
 
     def get(self, key: Hashable) -> torch.Tensor | None:
         """A copy of what is kept under the key, or None."""
-        with self._lock:
-            if key not in self._entries:
-                return None
-            self._entries.move_to_end(key)
-            tensor, written = self._entries[key]
+        if (found := self._tokens.get(key)) is None:
+            return None
+        tensor, written = found
         if written is None:
             return tensor.clone()
         with torch.cuda.device(tensor.device):
@@ -68,22 +69,14 @@ class ImageCache:
 
     def put(self, key: Hashable, tensor: torch.Tensor) -> None:
         """Keeps a copy of the tensor under the key."""
-        if tensor.nbytes > self.limit:
+        if not self._tokens.fits(tensor.nbytes):
             return
         # contiguous: a copy of a slice must not keep, or count, what it was cut from
         tensor, written = tensor.detach().clone(memory_format=torch.contiguous_format), None
         if tensor.is_cuda:
             with torch.cuda.device(tensor.device):
                 written = torch.cuda.current_stream().record_event()
-        with self._lock:
-            if key in self._entries:
-                self.held_bytes -= self._entries.pop(key)[0].nbytes
-            self._entries[key] = (tensor, written)
-            self.held_bytes += tensor.nbytes
-            while self.held_bytes > self.limit:
-                self.held_bytes -= self._entries.popitem(last=False)[1][0].nbytes
+        self._tokens.put(key, (tensor, written), tensor.nbytes)
 
     def clear(self) -> None:
-        with self._lock:
-            self._entries.clear()
-            self.held_bytes = 0
+        self._tokens.clear()

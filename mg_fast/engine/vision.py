@@ -16,6 +16,7 @@ from ..models.pictures import open_picture
 from ..ops.backend import IMPLEMENTED, choose, requested, use_backend
 from ..runtime.layer_dtypes import mixed_dtypes_named
 from ..runtime.meter import Meter
+from ..runtime.numerics import numerics
 from ..runtime.placement import execution_device
 from .image_cache import ImageCache, picture_digest
 from .options import CacheOptions
@@ -147,19 +148,8 @@ class VisionStage:
         """What image tokens depend on beside the picture and the state of the model: how it is processed, and what computes it."""
         device, images = self.device, self.image_processor
         backends = tuple(choose(operation, None, device) for operation in IMPLEMENTED)
-        autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-        # what settles the arithmetic of float32 products
-        settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)
-        precision = tuple(setting.fp32_precision for setting in settings)
         processing = (images.hr_size, images.lr_size, images.grid, images.global_view, images.pad)
-        return (
-            str(device),
-            self.model.dtype,
-            backends,
-            autocast,
-            precision,
-            processing,
-        )
+        return str(device), self.model.dtype, backends, numerics(device), processing
 
     def _current_encoder(self, *, packed: bool) -> tuple[int, PictureEncoder | None]:
         """The number of the picture side's present state, and the packed towers of it.

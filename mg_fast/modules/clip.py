@@ -13,13 +13,19 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import CLIPVisionModel
 from transformers.activations import QuickGELUActivation
+from transformers.models.clip.modeling_clip import CLIPMLP, CLIPAttention, CLIPEncoder, CLIPEncoderLayer, CLIPVisionEmbeddings
 
 from .. import ops
 from ..ops.torch.pointwise import linear
-from ..runtime.weights import Watch, uncommon
+from ..runtime.weights import Fingerprint, why_more_than_weights
 
 # of quick GELU
 SLOPE = 1.702
+# The classes whose arithmetic the packed copy repeats.
+_KNOWN = frozenset(
+    {CLIPVisionModel, CLIPVisionEmbeddings, CLIPEncoder, CLIPEncoderLayer, CLIPAttention, CLIPMLP, QuickGELUActivation}
+    | {nn.Linear, nn.LayerNorm, nn.Conv2d, nn.Embedding, nn.ModuleList}
+)
 
 
 class _Layer(NamedTuple):
@@ -64,9 +70,8 @@ class PackedClip(nn.Module):
         for i, layer in enumerate(layers[: self.depth]):
             for name, tensor in _pack(layer)._asdict().items():
                 self._keep(f"layer{i}_{name}", tensor)
-        # what is read of the tower, and how often it had been changed in place by now
-        used = [tower.embeddings, tower.pre_layrnorm, *layers[: self.depth]]
-        self._watch = Watch(p for module in used for p in module.parameters())
+        # what is read of the tower, as it is now
+        self._packed = Fingerprint([tower.embeddings, tower.pre_layrnorm, *layers[: self.depth]])
         self.training = False
 
     @classmethod
@@ -100,7 +105,7 @@ class PackedClip(nn.Module):
 
     def check_unchanged(self) -> None:
         """Raises RuntimeError where the tower's weights were changed since they were packed."""
-        if self._watch.changed():
+        if self._packed.weights_written():
             raise RuntimeError("PackedClip: the tower's weights were changed since it was packed: pack it again")
 
     def train(self, mode: bool = True) -> "PackedClip":
@@ -183,6 +188,4 @@ def unsuited(tower: nn.Module, select_layer: int = -2) -> str | None:
     activation = layers[0].mlp.activation_fn if len(layers) else QuickGELUActivation()
     if type(activation) is not QuickGELUActivation:
         return f"expected quick_gelu, the tower has {tower.config.hidden_act}"
-    parts = {type(part) for part in (tower.embeddings, tower.encoder, layers)}
-    parts |= {type(part) for layer in layers[:1] for part in (layer, layer.self_attn, layer.mlp)}
-    return uncommon(tower, {nn.Linear, nn.LayerNorm, nn.Conv2d, nn.Embedding, QuickGELUActivation} | parts)
+    return why_more_than_weights(tower, _KNOWN, placed=True)

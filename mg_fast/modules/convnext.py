@@ -7,7 +7,7 @@ from torch import nn
 
 from ..ops import backend as backends
 from ..runtime.recording import recorded_as
-from ..runtime.weights import Watch, uncommon
+from ..runtime.weights import Fingerprint, why_more_than_weights
 from . import convnext_channels_last as convnext
 
 
@@ -63,19 +63,19 @@ class ConvNeXtPyramid(nn.Module):
         """Pictures [B, 3, HR, HR] to stage maps [B, HR / 4 / 2**s, HR / 4 / 2**s, C_s], channels last, s = 0..3.
 
         The `reference` backend runs timm's modules in NCHW, as the original does; others the same arithmetic on channels-last maps, where
-        the tower is no more than its weights (`uncommon`).
+        the tower is no more than its weights (`why_more_than_weights`).
         """
         pixels = pixels.to(self.vision_stem[0].weight.dtype)
-        if backends.choose("high_resolution_tower", backend, pixels.device) == "reference" or self.uncommon():
+        if backends.choose("high_resolution_tower", backend, pixels.device) == "reference" or self.why_more_than_weights():
             return self._forward_by_modules(pixels)
         return convnext.run_tower(*self.read(), pixels, backend)
 
-    def uncommon(self) -> str | None:
+    def why_more_than_weights(self) -> str | None:
         """Why the tower computes something else than its weights say, as a sentence; None where it does not.
 
         Low-rank adapters, hooks, exchanged or quantised layers, gradient checkpointing: then every backend runs the modules themselves.
         """
-        if reason := uncommon(self, _known_layers()) or unsuited_stem(self.vision_stem):
+        if reason := why_more_than_weights(self, _known_layers(), placed=True) or unsuited_stem(self.vision_stem):
             return reason
         for i, stage in enumerate(self.vision_stages):
             if stage.grad_checkpointing:
@@ -106,11 +106,11 @@ class PackedPyramid:
     """
 
     def __init__(self, tower: ConvNeXtPyramid):
-        if reason := tower.uncommon():
+        if reason := tower.why_more_than_weights():
             raise ValueError(f"PackedPyramid: {reason}")
         with torch.no_grad():
             self._stem, self._stages = tower.read()
-        self._watch = Watch(tower.parameters())
+        self._packed = Fingerprint([tower])
 
     @torch.no_grad()
     def __call__(self, pixels: torch.Tensor, *, backend: str | None = None) -> list[torch.Tensor]:
@@ -125,7 +125,7 @@ class PackedPyramid:
 
     def check_unchanged(self) -> None:
         """Raises RuntimeError where the tower's weights were changed since they were packed."""
-        if self._watch.changed():
+        if self._packed.weights_written():
             raise RuntimeError("PackedPyramid: the tower's weights were changed since it was packed: pack it again")
 
 
@@ -135,7 +135,7 @@ def _known_layers() -> frozenset[type]:
     from timm.models.convnext import ConvNeXtBlock, ConvNeXtStage
 
     layers = {nn.Conv2d, nn.Linear, LayerNorm, LayerNorm2d, GELU, nn.GELU, nn.Dropout, nn.Identity}
-    return frozenset(layers | {nn.Sequential, ConvNeXtStage, ConvNeXtBlock, Mlp})
+    return frozenset(layers | {nn.Sequential, ConvNeXtStage, ConvNeXtBlock, Mlp, ConvNeXtPyramid})
 
 
 def unsuited_stem(stem: nn.Module) -> str | None:

@@ -4,14 +4,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch._subclasses import FakeTensor
 from torch.fx import Proxy
 
 from .. import ops
 from ..ops.reference import LAYER_NORM_EPS, CalledProjection, Projection
 from ..runtime.layer_dtypes import Chain, at_seam, autocasting
 from ..runtime.recording import record_call, recorded_as
-from ..runtime.weights import global_hooks, why_not_plain
+from ..runtime.weights import why_all_modules_are_hooked, why_not_plain
 
 
 class PatchInfoMining(nn.Module):
@@ -91,22 +90,16 @@ def unsuited_projector(name: str, projector: nn.Module, *, placed: bool = False)
         projector: expected to be a Sequential of LayerNorm and Linear.
         placed: as of `why_not_plain`.
     """
-    if reason := global_hooks():
+    if reason := why_all_modules_are_hooked():
         return reason
     layers = list(projector) if type(projector) in (Chain, nn.Sequential) else [projector]
     # subclasses compute something else: low-rank adapters, quantized layers, parametrizations
     if [type(layer) for layer in layers] != [nn.LayerNorm, nn.Linear]:
         found = " and ".join(f"{type(layer).__module__}.{type(layer).__qualname__}" for layer in layers)
         return f"{name} is {found}, expected a Sequential of LayerNorm and Linear"
-    for part in (projector, *layers):
-        if reason := why_not_plain(name, part, placed=placed):
+    for part, reads in ((projector, ()), *((layer, ("weight", "bias")) for layer in layers)):
+        if reason := why_not_plain(name, part, reads=reads, placed=placed):
             return reason
-    for layer in layers:
-        for kind in ("weight", "bias"):
-            # exactly tensors: quantized and sharded weights are subclasses; replicas of DataParallel hold no nn.Parameter; a fake one is
-            # traced or compiled for
-            if type(tensor := getattr(layer, kind)) not in (nn.Parameter, torch.Tensor, FakeTensor):
-                return f"the {kind} of {name}'s {type(layer).__name__} is {type(tensor).__name__}, expected a plain parameter"
     if layers[0].eps != LAYER_NORM_EPS:
         return f"{name} has a LayerNorm eps of {layers[0].eps}, expected {LAYER_NORM_EPS}"
     return None

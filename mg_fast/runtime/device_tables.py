@@ -2,11 +2,12 @@
 
 import functools
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
+
+from .byte_lru import ByteLRU
 
 
 def kept(limit: int | None = None) -> Callable:
@@ -42,24 +43,26 @@ class Store:
     """
 
     def __init__(self, make: Callable, limit: int | None):
-        self._make, self._limit, self.held_bytes = make, limit, 0
-        self._entries, self._captured, self._lock = OrderedDict(), {}, threading.Lock()
+        self._make, self._tables = make, ByteLRU(limit)
+        self._captured, self._lock = {}, threading.Lock()
+
+    @property
+    def held_bytes(self) -> int:
+        return self._tables.held_bytes
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._tables)
 
     def get(self, *arguments):
         """The function's result for these arguments."""
         device = next(a for a in arguments if isinstance(a, torch.device))
         cuda = device.type == "cuda"
         capturing = cuda and torch.cuda.is_current_stream_capturing()
+        recent = self._tables.get(arguments)
         with self._lock:
-            made = self._captured[arguments] if arguments in self._captured else self._entries.get(arguments)
-            if made is not None:
-                if capturing:
-                    self._captured[arguments] = made
-                if arguments in self._entries:
-                    self._entries.move_to_end(arguments)
+            made = self._captured.get(arguments, recent)
+            if made is not None and capturing:
+                self._captured[arguments] = made
         if made is None:
             if capturing:
                 return self._make(*arguments)
@@ -69,21 +72,16 @@ class Store:
             if cuda:
                 # other streams will read them
                 torch.cuda.current_stream(device).synchronize()
-            self._keep(arguments, made)
-        if cuda and self._limit is not None and not capturing:
+            self._tables.put(arguments, made, _bytes(made), replace=False)
+        if cuda and self._tables.limit is not None and not capturing:
             # they may be dropped before this stream has read them
             for tensor in _tensors(made):
                 tensor.record_stream(torch.cuda.current_stream(device))
         return made
 
-    def _keep(self, arguments: tuple, made) -> None:
-        with self._lock:
-            if arguments in self._entries or self._limit is not None and _bytes(made) > self._limit:
-                return
-            self._entries[arguments] = made
-            self.held_bytes += _bytes(made)
-            while self._limit is not None and self.held_bytes > self._limit:
-                self.held_bytes -= _bytes(self._entries.popitem(last=False)[1])
+    def clear(self) -> None:
+        """Drops all tables but those of captured graphs."""
+        self._tables.clear()
 
 
 def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:

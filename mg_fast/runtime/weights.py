@@ -2,7 +2,7 @@
 
 import functools
 import weakref
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Collection, Iterable, Iterator
 
 import torch
 from torch import nn
@@ -13,25 +13,12 @@ from torch.utils.module_tracker import ModuleTracker
 
 from .placement import accelerate_hooks, only_placed
 
-
-class Watch:
-    """Notices that tensors were changed in place. It does not keep them. Inference tensors count no changes, and what is written through
-    `.data` is not counted: of these it says nothing.
-
-    A copy or a pickle of it watches nothing: what it comes with has memory of its own.
-    """
-
-    def __init__(self, tensors: Iterable[torch.Tensor] = ()):
-        self._seen = [(weakref.ref(t), t._version) for t in tensors if not t.is_inference()]
-
-    def changed(self) -> bool:
-        return any((tensor := seen()) is not None and tensor._version != version for seen, version in self._seen)
-
-    def __reduce__(self):
-        return Watch, ()
+# Exactly these types: quantized and sharded weights are subclasses, and are not read as they lie in memory. Replicas of DataParallel and
+# calls by torch.func.functional_call have plain tensors in the place of parameters. A fake tensor is one that is traced or compiled for.
+_PLAIN_TENSORS = (nn.Parameter, torch.Tensor, FakeTensor)
 
 
-def global_hooks() -> str | None:
+def why_all_modules_are_hooked() -> str | None:
     """Says so where hooks are registered for all modules at once, which only calls of the modules run; None where there are none.
 
     Those of torch's ModuleTracker, by which FlopCounterMode tells modules apart, only look on. They do not count.
@@ -48,75 +35,139 @@ def global_hooks() -> str | None:
     return None
 
 
-def why_not_plain(name: str, layer: nn.Module, *, placed: bool = False) -> str | None:
-    """Why a call of a layer does more than its class says; None where only what is in its tensors and attributes counts.
+def why_not_plain(
+    name: str, layer: nn.Module, *, known: Collection[type] | None = None, reads: Collection[str] | None = None, placed: bool = False
+) -> str | None:
+    """Why a call of one layer does more than its class and its tensors say, as a sentence; None where it does not.
+
+    What is inside the layer is not looked at, see `why_more_than_weights`.
 
     Args:
         name: of the layer, for the sentence.
-        layer: of a class whose arithmetic is known.
-        placed: take a layer as plain that accelerate has put on a device for good, around which it only moves inputs and outputs.
+        layer: the module.
+        known: the classes whose arithmetic the caller knows, exactly: a subclass computes something else. None: any.
+        reads: attributes that the caller reads and that must be plain tensors: none of them where the layer's own forward runs, as in a
+            CUDA graph that was captured of it. None: whatever parameters the layer has.
+        placed: take a layer as plain that accelerate has put on a device for good, around which it only moves inputs and outputs between
+            devices. A caller who says so brings the input to the layer's device.
     """
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
-        return f"{name} has hooks on its {type(layer).__name__}, which only a call of the module runs"
-    if "forward" in vars(layer) and not (placed and only_placed(layer)):
-        return f"the forward of {name}'s {type(layer).__name__} was replaced"
-    return None
+    return why_all_modules_are_hooked() or _why_not_plain(name, layer, known, reads, placed)
 
 
-def uncommon(module: nn.Module, known: Set[type]) -> str | None:
-    """Why a module's weights do not say what it computes, as a sentence; None where they do.
+def why_more_than_weights(module: nn.Module, known: Collection[type] | None, *, called: bool = False, placed: bool = False) -> str | None:
+    """Why a module, with all that is in it, computes something else than its weights say, as a sentence; None where it does not.
 
     Args:
-        module: with all that is in it.
-        known: types of all modules that may be in it; exactly those, as subclasses and wrappers compute something else: low-rank adapters,
-            quantised layers, parametrisations.
+        module: the module; its weights are expected in one dtype and on one device.
+        known: the classes that may be in it, its own among them, exactly: subclasses and wrappers compute something else (low-rank
+            adapters, quantized layers, parametrizations). None: the caller looks at the classes.
+        called: the module itself is called, and only what is in it is read: its own hooks, forward and class are as they were.
+        placed: as of `why_not_plain`.
     """
-    if reason := global_hooks():
+    if reason := why_all_modules_are_hooked():
         return reason
+    kinds = set()
     for name, part in module.named_modules():
-        if reason := why_not_plain(name or "it", part, placed=True):
+        if called and part is module:
+            continue
+        if reason := _why_not_plain(name or "it", part, known, None, placed):
             return reason
-        if part is not module and type(part) not in known:
-            return f"{name} is {type(part).__module__}.{type(part).__qualname__}, expected a plain layer"
-        for parameter, tensor in part.named_parameters(recurse=False):
-            # a fake one is traced or compiled for
-            if type(tensor) not in (nn.Parameter, FakeTensor):
-                return f"{name}.{parameter} is {type(tensor).__name__}, expected a plain parameter"
-    kinds = {(p.dtype, p.device) for p in module.parameters()}
+        kinds.update((tensor.dtype, tensor.device) for tensor in _parameters(part))
     if len(kinds) > 1:
         return f"expected one dtype and one device, got {', '.join(sorted(f'{dtype} on {device}' for dtype, device in kinds))}"
     return None
 
 
-def state(parts: Iterable[nn.Module]) -> tuple:
-    """What parts of a model compute by, to be compared with `==` later: results that were kept are of no use once it has changed.
+def _why_not_plain(name: str, layer: nn.Module, known: Collection[type] | None, reads: Collection[str] | None, placed: bool) -> str | None:
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        return f"{name} has hooks on its {type(layer).__name__}, which only a call of the module runs"
+    if "forward" in vars(layer) and not (placed and only_placed(layer)):
+        return f"the forward of {name}'s {type(layer).__name__} was replaced"
+    if known is not None and type(layer) not in known:
+        return f"{name} is {type(layer).__module__}.{type(layer).__qualname__}, expected a plain layer"
+    tensors = _named_parameters(layer) if reads is None else ((kind, getattr(layer, kind)) for kind in reads)
+    for kind, tensor in tensors:
+        if type(tensor) not in _PLAIN_TENSORS:
+            return f"the {kind} of {name}'s {type(layer).__name__} is {type(tensor).__name__}, expected a plain parameter"
+    return None
+
+
+def _named_parameters(layer: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """The parameters of a layer itself; a replica of DataParallel has them in another place."""
+    named = vars(layer).get("_former_parameters") or layer._parameters
+    return [(kind, tensor) for kind, tensor in named.items() if tensor is not None]
+
+
+def _parameters(layer: nn.Module) -> list[torch.Tensor]:
+    return [tensor for _, tensor in _named_parameters(layer)]
+
+
+class Fingerprint:
+    """What modules compute by at one moment. Two are equal where results of the one moment hold at the other.
 
     It knows the weights with their places and versions, modules that were exchanged, hooks, replaced forwards, and low-rank adapters with
     their switches and factors. What is written through `.data`, into inference tensors or into offloaded weights is counted nowhere, and
-    is not seen.
+    is not seen. It keeps none of the weights. Making one looks at every module, which takes milliseconds for a large model.
+
+    A copy or a pickle of it knows nothing: what it comes with has memory of its own.
+
+    Args:
+        parts: the modules, with all that is in them.
+
+    Attributes:
+        places: where the weights lie: elsewhere after they were moved, converted or replaced.
     """
-    weights, kinds, hooks, special = [], [], [*torch_modules._global_forward_pre_hooks, *torch_modules._global_forward_hooks], []
-    for module in _with_all_inside(parts):
-        kinds.append((weakref.ref(module), type(module), module.training))
-        for p in module._parameters.values():
+
+    def __init__(self, parts: Iterable[nn.Module] = ()):
+        self.places, self._weights, self._modules, self._special = [], [], [], []
+        self._hooks = [*torch_modules._global_forward_pre_hooks, *torch_modules._global_forward_hooks]
+        # To ask later, by themselves, whether they were written.
+        self._written: list[tuple[weakref.ref, int]] = []
+        for module in _with_all_inside(parts):
+            self._add(module)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Fingerprint) and self._facts() == other._facts()
+
+    __hash__ = None
+
+    def __reduce__(self):
+        return Fingerprint, ()
+
+    def weights_written(self) -> bool:
+        """Whether a weight was changed in place since.
+
+        This asks the weights themselves and takes microseconds. What became of those that are gone, were moved or converted is not asked.
+        """
+        return any((tensor := weight()) is not None and tensor._version != version for weight, version in self._written)
+
+    def _facts(self) -> tuple:
+        return self._weights, self.places, self._modules, self._hooks, self._special
+
+    def _add(self, module: nn.Module) -> None:
+        self._modules.append((weakref.ref(module), type(module), module.training))
+        for weight in module._parameters.values():
             # What stands in for an offloaded weight is made anew after every call. The weight itself lies with the hook that loads it.
-            if p is None or p.is_meta:
+            if weight is None or weight.is_meta:
                 continue
+            version = None if weight.is_inference() else weight._version
+            self._weights.append((id(weight), version))
             # Some layouts of quantized weights have no address of their own. While a storage is referred to, its place is not another's.
-            place = (StorageWeakRef(p.untyped_storage()), p.data_ptr()) if type(p) is nn.Parameter else 0
-            weights.append((id(p), place, None if p.is_inference() else p._version))
+            plain = type(weight) is nn.Parameter
+            self.places.append((StorageWeakRef(weight.untyped_storage()), weight.data_ptr()) if plain else 0)
+            if version is not None:
+                self._written.append((weakref.ref(weight), version))
         if module._forward_pre_hooks or module._forward_hooks:
-            hooks += [*module._forward_pre_hooks, *module._forward_hooks]
+            self._hooks += [*module._forward_pre_hooks, *module._forward_hooks]
         own = vars(module)
         if "forward" in own:
-            special.append(own["forward"])
+            self._special.append(own["forward"])
         if "_hf_hook" in own:
-            special += map(id, accelerate_hooks(module))
+            self._special += map(id, accelerate_hooks(module))
         if _has_adapters(type(module)) or "merged_adapters" in own:
             # Low-rank adapters are switched and scaled, and merged through `.data`, which weights do not count.
             scaling = tuple(getattr(module, "scaling", {}).items())
-            special.append((tuple(module.active_adapters), module.disable_adapters, tuple(module.merged_adapters), scaling))
-    return weights, kinds, hooks, special
+            self._special.append((tuple(module.active_adapters), module.disable_adapters, tuple(module.merged_adapters), scaling))
 
 
 @functools.cache

@@ -362,7 +362,7 @@ UNUSUAL = {
     "blocks.0.mlp.fc1 is .*Parametrized": lambda s: nn.utils.parametrizations.weight_norm(s.blocks[0].mlp.fc1),
     "blocks.0.more is .*Linear": lambda s: s.blocks[0].add_module("more", nn.Linear(2, 2)),
     "downsample: expected a LayerNorm and a convolution, got 1": lambda s: s.downsample.__delitem__(1),
-    "not of one dtype on one device: torch.float32 on cpu, torch.float64 on cpu": lambda s: s.blocks[0].norm.double(),
+    "expected one dtype and one device, got torch.float32 on cpu, torch.float64 on cpu": lambda s: s.blocks[0].norm.double(),
 }
 
 
@@ -399,7 +399,7 @@ def quantised(stage):
 
 
 REFUSED = {
-    "blocks.1.mlp.fc1 is Quantised, expected a plain parameter": quantised,
+    "blocks.1.mlp.fc1's Linear is Quantised, expected a plain parameter": quantised,
     "meta device": lambda s: s.to("meta"),
     "forward was set on the object": lambda s: setattr(s, "forward", torch.relu),
     "OtherStage has a forward of its own": lambda s: exchange(s, OtherStage),

@@ -216,7 +216,7 @@ def adapted(tower):
     [
         (hooked, "encoder.layers.0 has hooks"),
         (mixed, "expected one dtype and one device, got torch.float16 on cpu, torch.float32 on cpu"),
-        (adapted, "encoder.layers.1.mlp.fc1 is .*test_packed_clip.*Adapter, expected a plain layer"),
+        (adapted, "encoder.layers.1.mlp.fc1 is .*test_clip.*Adapter, expected a plain layer"),
     ],
 )
 def test_towers_that_are_refused(change, message):

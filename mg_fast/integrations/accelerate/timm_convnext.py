@@ -11,7 +11,7 @@ from ...modules import ConvNeXtPyramid
 from ...modules import convnext_channels_last as convnext
 from ...modules.convnext import unsuited_stage
 from ...ops import backend as backends
-from ...runtime.weights import global_hooks, why_not_plain
+from ...runtime.weights import why_more_than_weights
 from .exchange import offer, replaced_on_object, warn
 from .report import Entry
 
@@ -39,7 +39,7 @@ def channels_last(original: type) -> dict[str, Callable]:
     """`forward` by `convnext.run_stage`, for a subclass of timm's stage."""
 
     # here, as a graph's tracer does not see into caches
-    roles = _roles()
+    roles = roles_in_a_stage()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Runs the stage.
@@ -57,7 +57,7 @@ def channels_last(original: type) -> dict[str, Callable]:
             raise ValueError(f"ConvNeXt stage: expected a map [B, C, H, W], got {list(x.shape)}")
         if backends.choose("high_resolution_tower", None, x.device) == "reference":
             return original.forward(self, x)
-        if reason := _unusual(self, roles) or _unusual_autocast(self, x):
+        if reason := why_not_a_first_version(self, roles) or _unusual_autocast(self, x):
             # what changed after the swap, training mode included, is timm's to run
             warn(f"a ConvNeXt stage runs as timm wrote it, because {reason}")
             return original.forward(self, x)
@@ -77,7 +77,7 @@ def _run(stage: nn.Module, x: torch.Tensor, backend: str | None = None) -> torch
     return out.permute(0, 3, 1, 2)
 
 
-def _roles() -> dict[str, tuple[type, ...]]:
+def roles_in_a_stage() -> dict[str, tuple[type, ...]]:
     """Whose arithmetic `convnext` knows, by the name within a stage; subclasses compute something else: adapters, quantised layers."""
     from timm.layers import DropPath, LayerNorm, LayerNorm2d, Mlp
     from timm.layers.activations import GELU
@@ -102,32 +102,21 @@ def _roles() -> dict[str, tuple[type, ...]]:
     }
 
 
-def _unusual(stage: nn.Module, roles: dict[str, tuple[type, ...]]) -> str | None:
+def why_not_a_first_version(stage: nn.Module, roles: dict[str, tuple[type, ...]]) -> str | None:
     """None where the stage's layers are those of a ConvNeXt of the first version, and nothing but their tensors enters the result."""
-    if reason := global_hooks():
-        return reason
-    kinds = set()
     for name, layer in stage.named_modules():
-        # hooks on the stage itself run as before
         if layer is stage:
             continue
         last = name.rpartition(".")[2]
         role = name if name.startswith("downsample") else "block" if last.isdigit() else last
         if type(layer) not in roles.get(role, ()):
             return f"{name} is {type(layer).__module__}.{type(layer).__qualname__}, not a layer of a ConvNeXt of the first version"
-        if reason := why_not_plain(name, layer):
-            return reason
         if _stochastic(layer):
             return STOCHASTIC
-        for kind, tensor in layer._parameters.items():
-            if tensor is None:
-                continue
-            # exactly tensors: quantised and sharded weights are subclasses
-            if type(tensor) not in (nn.Parameter, torch.Tensor):
-                return f"the {kind} of {name} is {type(tensor).__name__}, expected a plain parameter"
-            kinds.add((tensor.dtype, tensor.device))
-    if len(kinds) > 1:
-        return f"its parameters are not of one dtype on one device: {', '.join(sorted(f'{dtype} on {device}' for dtype, device in kinds))}"
+    # The stage itself is called, so that its own hooks run as before. Whether accelerate's hooks within would move a map to another device
+    # is not known here: a layer that has one is not plain.
+    if reason := why_more_than_weights(stage, None, called=True, placed=False):
+        return reason
     if stage.grad_checkpointing:
         return "its gradient checkpointing is on"
     return unsuited_stage(stage)
@@ -155,7 +144,7 @@ def _why_not(stage: nn.Module) -> str | None:
     if not len(stage.blocks):
         return "it has no blocks"
     with _deterministic(stage):
-        return _unusual(stage, _roles()) or _differs(stage)
+        return why_not_a_first_version(stage, roles_in_a_stage()) or _differs(stage)
 
 
 @contextlib.contextmanager

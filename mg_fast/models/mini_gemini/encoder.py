@@ -5,21 +5,24 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
+from ...modules import PatchInfoMining
 from ...modules.clip import PackedClip
 from ...ops import backend as backends
-from ...runtime import weights as frozen
 from ...runtime.graphs import CaptureStream, NoStreamLeft, capture
 from ...runtime.layer_dtypes import Chain
-from ...runtime.weights import uncommon
+from ...runtime.numerics import numerics
+from ...runtime.weights import Fingerprint, why_more_than_weights
 from .modeling import MiniGeminiModel
 
 # graphs kept, each with memory of its own for everything between the pixels and the tokens
 MAX_GRAPHS = 4
+# The classes in mining and projector whose calls do no more than a graph of them.
+_PLAIN_AFTER_TOWERS = frozenset({PatchInfoMining, Chain, nn.Sequential, nn.LayerNorm, nn.Linear, nn.GELU, nn.Identity})
 # a graph's inputs and outputs are one request's at a time
 _LOCK = threading.Lock()
 
@@ -49,7 +52,7 @@ class PictureEncoder:
         began = time.perf_counter()
         self._model = model
         # before anything is copied
-        if reason := model.vision_tower_aux.uncommon():
+        if reason := model.vision_tower_aux.why_more_than_weights():
             raise ValueError(f"PictureEncoder: the high-resolution tower: {reason}")
         devices = {p.device for part in _parts(model) for p in part.parameters()}
         if len(devices) > 1 or torch.device("meta") in devices:
@@ -58,8 +61,7 @@ class PictureEncoder:
         self._select_layer = model.config.mm_vision_select_layer
         self._clip = PackedClip.from_tower(model.vision_tower, self._select_layer)
         self._tower = model.vision_tower_aux.pack()
-        self._towers, self._storages = frozen.state(_towers(model)), _storages(_parts(model))
-        self._addresses = _storages(_after_towers(model))
+        self._towers, self._after_towers = Fingerprint(_towers(model)), Fingerprint(_after_towers(model))
         cuda = self.device.type == "cuda"
         self._graphs: OrderedDict | None = OrderedDict() if graphs and cuda else None
         self._side, self._capturing = self._take_streams() if cuda else (None, None)
@@ -83,14 +85,13 @@ class PictureEncoder:
 
     def _check_current(self) -> None:
         """Raises RuntimeError where the model is not as it was packed any more."""
-        if (
-            frozen.state(_towers(self._model)) == self._towers
-            and _storages(_after_towers(self._model)) == self._addresses
-            and self._model.config.mm_vision_select_layer == self._select_layer
-        ):
+        towers = Fingerprint(_towers(self._model))
+        # A graph reads the weights of mining and projector where they lie, whatever they are.
+        moved = Fingerprint(_after_towers(self._model)).places != self._after_towers.places
+        configured = self._model.config.mm_vision_select_layer != self._select_layer
+        if towers == self._towers and not moved and not configured:
             return
-        # only now is it looked for what has changed
-        if self._model.config.mm_vision_select_layer != self._select_layer or _storages(_parts(self._model)) != self._storages:
+        if moved or configured or towers.places != self._towers.places:
             raise RuntimeError("PictureEncoder: the model was moved, converted or configured otherwise since it was packed: make another")
         self._clip.check_unchanged()
         self._tower.check_unchanged()
@@ -159,16 +160,14 @@ class PictureEncoder:
     def _graphs_show_all(self) -> bool:
         """Whether a replay does what a call would: hooks on mining or projector would run at the capture alone."""
         parts = self._model.patch_mining, self._model.mm_projector
-        return not any(uncommon(part, {Chain, nn.Sequential, nn.LayerNorm, nn.Linear, nn.GELU, nn.Identity}) for part in parts)
+        return not any(why_more_than_weights(part, _PLAIN_AFTER_TOWERS, placed=True) for part in parts)
 
     def _queries(self, pixel_values: torch.Tensor, backend: str | None) -> torch.Tensor:
         return self._model.low_resolution_queries(pixel_values, tower=lambda views: self._clip(views, backend=backend))
 
     def _replay(self, pixels: tuple[torch.Tensor, ...], backend: str | None) -> torch.Tensor:
-        autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-        # of float32 products: what a graph was captured with it keeps
-        precision = (torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision)
-        key = (*((t.shape, t.dtype) for t in pixels), backends.requested(backend), autocast, precision)
+        # A graph keeps the arithmetic that it was captured with.
+        key = (*((t.shape, t.dtype) for t in pixels), backends.requested(backend), numerics(self.device))
         if key not in self._graphs:
             self._graphs[key] = self._capture(pixels, backend)
             if len(self._graphs) > MAX_GRAPHS:
@@ -222,11 +221,6 @@ def _after_towers(model: MiniGeminiModel) -> tuple[nn.Module, ...]:
 
 
 def picture_state(model: MiniGeminiModel) -> tuple:
-    """What image tokens depend on beside the pixels and how they are encoded; compared by `==`, see `frozen.state`."""
+    """What image tokens depend on beside the pixels and how they are encoded; compared by `==`, see `Fingerprint`."""
     settings = model.config.mm_vision_select_layer, model.config.vision_config._attn_implementation
-    return frozen.state(_parts(model)), settings
-
-
-def _storages(parts: Iterable[nn.Module]) -> list[int]:
-    """Where the parameters lie: elsewhere after they were moved, converted or replaced."""
-    return [p.data_ptr() for part in parts for p in part.parameters()]
+    return Fingerprint(_parts(model)), settings

@@ -5,11 +5,12 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from transformers import CLIPVisionModel
+from transformers.models.clip.modeling_clip import CLIPEncoder
 
 from ...errors import CheckpointError
 from ...ops import backend as backends
 from ...runtime.layer_dtypes import Chain
-from ...runtime.weights import global_hooks, why_not_plain
+from ...runtime.weights import why_not_plain
 
 
 class PictureFeatures(NamedTuple):
@@ -42,7 +43,11 @@ def low_resolution_features(
     Returns:
         [B, N, D] in the tower's dtype. The `reference` backend runs every layer, as the original does; others stop at the one wanted.
     """
-    if global_hooks() or why_not_plain("tower", tower, placed=True) or why_not_plain("encoder", tower.encoder, placed=True):
+    # Their layers are called one by one below; here no tensor of them is read.
+    called = {"reads": (), "placed": True}
+    if why_not_plain("tower", tower, known={CLIPVisionModel}, **called) or why_not_plain(
+        "encoder", tower.encoder, known={CLIPEncoder}, **called
+    ):
         # what they do beside calling their layers is theirs alone
         return tower(views, output_hidden_states=True).hidden_states[select_layer][:, 1:]
     layers = tower.encoder.layers

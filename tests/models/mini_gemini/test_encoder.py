@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 import mg_fast
 from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor, pipeline
 from mg_fast.engine import vision
+from mg_fast.models.mini_gemini import encoder as encoders
 from mg_fast.models.mini_gemini.encoder import PictureEncoder
 from mg_fast.modules import ConvNeXtPyramid
-from mg_fast.runtime import weights as frozen
 from mg_fast.runtime.meter import Meter
 from mg_fast.testing.tolerances import IMAGE_TOKENS, assert_accurate, relative_error
 
@@ -157,7 +157,7 @@ def test_the_pipeline_looks_at_all_parameters_once_a_picture(loaded, photo, draw
     piped = pipeline.Pipeline(model, processor)
     piped.see(photo)
     walks = []
-    monkeypatch.setattr(frozen, "state", lambda parts, walk=frozen.state: walks.append(1) or walk(parts))
+    monkeypatch.setattr(encoders, "Fingerprint", lambda parts, walk=encoders.Fingerprint: walks.append(1) or walk(parts))
     piped.see(drawing)
     assert len(walks) == 1
 

@@ -310,7 +310,7 @@ def test_tables_of_many_sizes_are_forgotten(monkeypatch):
     store = resizing._blocks.store
     made = []
     monkeypatch.setattr(store, "_make", lambda *arguments, make=store._make: made.append(arguments) or make(*arguments))
-    monkeypatch.setattr(store, "_limit", 2**20)
+    monkeypatch.setattr(store._tables, "limit", 2**20)
     picture = torch.zeros(1, 1, 3, dtype=torch.uint8)
     for height in range(300, 420):
         ops.dual_resize(picture.expand(height, 300, 3), 96, 14, backend="torch")
@@ -319,8 +319,8 @@ def test_tables_of_many_sizes_are_forgotten(monkeypatch):
     before = len(made)
     expected = ops.dual_resize(picture.expand(419, 300, 3), 96, 14, backend="torch")
     assert len(made) == before
-    monkeypatch.setattr(store, "_limit", 0)
-    store._entries.clear()
+    monkeypatch.setattr(store._tables, "limit", 0)
+    store.clear()
     for ours, other in zip(ops.dual_resize(picture.expand(419, 300, 3), 96, 14, backend="torch"), expected):
         assert torch.equal(ours, other)
 

@@ -1,0 +1,30 @@
+"""Values kept by key within a limit of bytes."""
+
+from mg_fast.runtime.byte_lru import ByteLRU
+
+
+def test_what_was_used_longest_ago_goes_first():
+    kept = ByteLRU(10)
+    for key in "abc":
+        kept.put(key, key.upper(), 3)
+    assert kept.get("a") == "A"
+    kept.put("d", "D", 4)
+    assert (kept.get("a"), kept.get("b"), kept.get("c"), kept.get("d")) == ("A", None, "C", "D") and kept.held_bytes == 10
+
+
+def test_what_is_larger_than_the_limit_drops_nothing():
+    kept = ByteLRU(10)
+    kept.put("a", 1, 10)
+    kept.put("b", 2, 11)
+    assert kept.get("a") == 1 and kept.get("b") is None and not kept.fits(11) and ByteLRU(None).fits(2**60)
+
+
+def test_another_value_under_a_key_is_counted_once():
+    kept = ByteLRU(10)
+    kept.put("a", 1, 4)
+    kept.put("a", 2, 6)
+    assert kept.get("a") == 2 and kept.held_bytes == 6 and len(kept) == 1
+    kept.put("a", 3, 1, replace=False)
+    assert kept.get("a") == 2 and kept.held_bytes == 6
+    kept.clear()
+    assert kept.get("a") is None and kept.held_bytes == len(kept) == 0
