@@ -22,19 +22,20 @@ import torch
 from triton import knobs
 import mg_fast
 from mg_fast import ops
-from mg_fast.models.mini_gemini import ahead_of_time as warmup
+from mg_fast.models.mini_gemini.launches import model_config
+from mg_fast.ops.ahead_of_time import compile_only
 
 folder, *cases = json.loads(sys.argv[1])
 # reads numbers, which fake tensors have not
 timm.models.convnext.calculate_drop_path_rates = lambda rate, depths, **_: [[0.0] * depth for depth in depths]
-config = warmup.model_config(folder)
+config = model_config(folder)
 side, high, grid = config.vision_config.image_size, config.image_size_aux, config.image_grid
 
 def launch(architecture, dtype, batch, training, backend):
     dtype, hits = getattr(torch, dtype), []
     torch.set_default_dtype(dtype)
     knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
-    with warmup.compile_only(architecture, training=training), mg_fast.use_backend(backend), torch.set_grad_enabled(training):
+    with compile_only(architecture, training=training), mg_fast.use_backend(backend), torch.set_grad_enabled(training):
         with torch.device("cuda"):
             model = mg_fast.MiniGeminiForConditionalGeneration(config)
             picture = torch.empty(300, 401, 3, dtype=torch.uint8)
@@ -125,7 +126,7 @@ def test_all_kernels(tmp_path):
 
 @needs_triton
 def test_the_published_sizes():
-    from mg_fast.models.mini_gemini.ahead_of_time import published_configs
+    from mg_fast.models.mini_gemini.launches import published_configs
 
     standard, hd = published_configs()
     for config in (standard, hd):
