@@ -18,8 +18,7 @@ from PIL import Image
 from safetensors import safe_open
 
 import mg_fast
-from mg_fast import CheckpointError, MiniGeminiForConditionalGeneration
-from mg_fast.cli import command_line as cli
+from mg_fast import CheckpointError, MiniGeminiForConditionalGeneration, cli
 from mg_fast.models import builtin as boxed
 from mg_fast.models.mini_gemini import launches
 from recipes.nano.evaluate import accuracy_table
@@ -279,7 +278,7 @@ def test_unknown_names_are_told_what_there_is(capsys):
         mg_fast.load("nono")
     with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
         launches.model_config("nono")
-    for command in (["run", "--prompt", "What?"], ["chat"], ["warmup", "--here"]):
+    for command in (["run", "--prompt", "What?"], ["chat"], ["warmup"]):
         assert cli.main([*command, "--model", "nono"]) == 3
         assert capsys.readouterr().err == f"mg-fast: error: {message}\n"
 
