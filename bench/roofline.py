@@ -87,7 +87,7 @@ def ridge(ceilings: Ceilings, dtype: str) -> float:
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageCost:
     """A part of an answer: what it takes at least, and what it is called in the meter's tables."""
 
     name: str
@@ -182,21 +182,21 @@ class Answer:
         )
 
     @cached_property
-    def stages(self) -> list[Stage]:
+    def stages(self) -> list[StageCost]:
         """Up to the first token, by the names of the meter's stages."""
         return [
-            Stage("preprocess", preprocess_cost(self)),
-            Stage("LR tower", clip_cost(self)),
-            Stage("HR tower", Cost(accounting.triton_tower(self.tower).flop, accounting.tower_floor_bytes(self.tower))),
-            Stage("patch info mining", Cost(accounting.torch_mining(self.mining).flop, accounting.floor_bytes(self.mining))),
-            Stage("projector", projector_cost(self)),
-            Stage("prefill to first token", prefill_cost(self)),
+            StageCost("preprocess", preprocess_cost(self)),
+            StageCost("LR tower", clip_cost(self)),
+            StageCost("HR tower", Cost(accounting.triton_tower(self.tower).flop, accounting.tower_floor_bytes(self.tower))),
+            StageCost("patch info mining", Cost(accounting.torch_mining(self.mining).flop, accounting.floor_bytes(self.mining))),
+            StageCost("projector", projector_cost(self)),
+            StageCost("prefill to first token", prefill_cost(self)),
         ]
 
     @cached_property
-    def decode(self) -> Stage:
+    def decode(self) -> StageCost:
         """One step of the answer, in the middle of it."""
-        return Stage("decode, a token", decode_cost(self, self.prompt_tokens + self.new_tokens // 2))
+        return StageCost("decode, a token", decode_cost(self, self.prompt_tokens + self.new_tokens // 2))
 
     @cached_property
     def original_mining(self) -> Cost:
