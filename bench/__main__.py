@@ -247,9 +247,9 @@ def _memory(args: argparse.Namespace) -> int:
 
 
 def _roofline(args: argparse.Namespace) -> int:
-    from .roofline import Answer, table
+    from .roofline import ModelledAnswer, table
 
-    print(table(args.gpu, Answer(args.model, args.dtype, args.batch, args.text_tokens, args.new_tokens), args.measured))
+    print(table(args.gpu, ModelledAnswer(args.model, args.dtype, args.batch, args.text_tokens, args.new_tokens), args.measured))
     return 0
 
 
