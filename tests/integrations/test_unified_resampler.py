@@ -228,7 +228,7 @@ def test_found_where_it_sits():
 
 
 UNUSUAL = {
-    "LayerNorm and .*test_swap.Doubled, expected a Sequential": lambda m: m.vlm_uni_aux_projector.__setitem__(1, Doubled(CHANNELS, DIM)),
+    "LayerNorm and .*test_unified_resampler.Doubled, expected a Sequential": lambda m: m.vlm_uni_aux_projector.__setitem__(1, Doubled(CHANNELS, DIM)),
     "query_projector is .*Identity": lambda m: setattr(m, "vlm_uni_query_projector", nn.Identity()),
     "val_projector has hooks on its LayerNorm": lambda m: m.vlm_uni_val_projector[0].register_forward_hook(print),
     "forward of vlm_uni_val_projector's Linear was replaced": lambda m: setattr(m.vlm_uni_val_projector[1], "forward", torch.relu),
