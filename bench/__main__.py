@@ -212,9 +212,9 @@ def _gpu(args: argparse.Namespace) -> int:
 
 def _step(args: argparse.Namespace) -> int:
     from .gpu.command import step
-    from .watch import Watch
+    from .watch import Watchdog
 
-    watch = Watch(args.watch, args.hangs_after, args.compiling_hangs_after)
+    watch = Watchdog(args.watch, args.hangs_after, args.compiling_hangs_after)
     options = {"plan": args.plan, "device": args.device, "out": args.out, "done": args.done, "ceilings": args.ceilings}
     return _status(step(args.name, watch=watch, **options))
 
@@ -247,9 +247,9 @@ def _memory(args: argparse.Namespace) -> int:
 
 
 def _roofline(args: argparse.Namespace) -> int:
-    from .roofline import Answer, table
+    from .roofline import ModelledAnswer, table
 
-    print(table(args.gpu, Answer(args.model, args.dtype, args.batch, args.text_tokens, args.new_tokens), args.measured))
+    print(table(args.gpu, ModelledAnswer(args.model, args.dtype, args.batch, args.text_tokens, args.new_tokens), args.measured))
     return 0
 
 

@@ -16,7 +16,7 @@ import torch
 from . import memory_curve, roofline
 from .figures import NOT_YET, Kept, busy, condition, duration, gpus, is_measured, remarks, shown
 from .registry import Ceilings
-from .roofline import GPUS, Answer
+from .roofline import GPUS, ModelledAnswer
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 # what rooflines and waterfalls are drawn for where nothing was measured
@@ -250,7 +250,7 @@ def _points(rows: Sequence[Mapping]) -> list[Point]:
 
 
 def _predicted(ceilings: Ceilings) -> list[Point]:
-    answer = Answer(MODELS[0])
+    answer = ModelledAnswer(MODELS[0])
     return [
         Point(stage.name, stage.intensity, stage.cost.flop / stage.floor_ms(ceilings, answer.dtype) / 1e9, measured=False)
         for stage in [*answer.stages, answer.decode]
@@ -327,7 +327,7 @@ def _drawn(parts: Sequence[str]) -> str:
 def _memory(found: Kept) -> str:
     keys = _line_key("l-plain", "the original's steps, by formula") + _line_key("l-ours", "mg_fast by its kernel, by formula")
     dots = _dot_key("b-plain", "measured, the original's steps") + _dot_key("b-ours", "measured, mg_fast")
-    weights, packed = Answer(MODELS[0]).weight_bytes, memory_curve.packed_bytes(torch.bfloat16)
+    weights, packed = ModelledAnswer(MODELS[0]).weight_bytes, memory_curve.packed_bytes(torch.bfloat16)
     plots = []
     for batch in (1, 8):
         title = f"A 7B model in bfloat16 with {'one picture' if batch == 1 else f'{batch} pictures at once'}"
@@ -435,7 +435,7 @@ def _waterfalls(found: Kept) -> str:
     gpu = GPUS[WATERFALL_GPU]
     predicted = []
     for model in MODELS:
-        answer = Answer(model)
+        answer = ModelledAnswer(model)
         stages = [(stage.name, stage.floor_ms(gpu.ceilings, answer.dtype), None) for stage in answer.stages]
         title = f"{model} in bfloat16, {answer.prompt_tokens} tokens of prompt, {gpu.name}"
         predicted.append(_waterfall(title, "floor from shapes, not measured", "b-third", stages, sum(ms for _, ms, _ in stages)))

@@ -87,7 +87,7 @@ def ridge(ceilings: Ceilings, dtype: str) -> float:
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageCost:
     """A part of an answer: what it takes at least, and what it is called in the meter's tables."""
 
     name: str
@@ -107,7 +107,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Answer:
+class ModelledAnswer:
     """An answer about one picture, by a published model; a batch of such at once.
 
     Args:
@@ -182,21 +182,21 @@ class Answer:
         )
 
     @cached_property
-    def stages(self) -> list[Stage]:
+    def stages(self) -> list[StageCost]:
         """Up to the first token, by the names of the meter's stages."""
         return [
-            Stage("preprocess", preprocess_cost(self)),
-            Stage("LR tower", clip_cost(self)),
-            Stage("HR tower", Cost(accounting.triton_tower(self.tower).flop, accounting.tower_floor_bytes(self.tower))),
-            Stage("patch info mining", Cost(accounting.torch_mining(self.mining).flop, accounting.floor_bytes(self.mining))),
-            Stage("projector", projector_cost(self)),
-            Stage("prefill to first token", prefill_cost(self)),
+            StageCost("preprocess", preprocess_cost(self)),
+            StageCost("LR tower", clip_cost(self)),
+            StageCost("HR tower", Cost(accounting.triton_tower(self.tower).flop, accounting.tower_floor_bytes(self.tower))),
+            StageCost("patch info mining", Cost(accounting.torch_mining(self.mining).flop, accounting.floor_bytes(self.mining))),
+            StageCost("projector", projector_cost(self)),
+            StageCost("prefill to first token", prefill_cost(self)),
         ]
 
     @cached_property
-    def decode(self) -> Stage:
+    def decode(self) -> StageCost:
         """One step of the answer, in the middle of it."""
-        return Stage("decode, a token", decode_cost(self, self.prompt_tokens + self.new_tokens // 2))
+        return StageCost("decode, a token", decode_cost(self, self.prompt_tokens + self.new_tokens // 2))
 
     @cached_property
     def original_mining(self) -> Cost:
@@ -271,13 +271,13 @@ def cache_bytes_per_token(config: MiniGeminiConfig, itemsize: int) -> int:
     return 2 * text.num_hidden_layers * text.num_key_value_heads * _head(text) * itemsize
 
 
-def preprocess_cost(answer: Answer) -> Cost:
+def preprocess_cost(answer: ModelledAnswer) -> Cost:
     """A camera's 8-bit picture to the float32 tensors of both towers."""
     lr, hr = answer.config.vision_config.image_size, answer.config.image_size_aux
     return Cost(0, 3 * PICTURE[0] * PICTURE[1], accounting.FLOAT32 * 3 * (hr**2 + answer.views * lr**2)) * answer.batch
 
 
-def clip_cost(answer: Answer) -> Cost:
+def clip_cost(answer: ModelledAnswer) -> Cost:
     """CLIP up to the layer that is read, its weights once."""
     clip, e = answer.config.vision_config, answer.itemsize
     views, patches = answer.batch * answer.views, answer.patches**2
@@ -288,13 +288,13 @@ def clip_cost(answer: Answer) -> Cost:
     return Cost(flop, e * read, e * views * patches * clip.hidden_size)
 
 
-def projector_cost(answer: Answer) -> Cost:
+def projector_cost(answer: ModelledAnswer) -> Cost:
     d, hidden, e = answer.config.mm_hidden_size, answer.config.text_config.hidden_size, answer.itemsize
     rows, weights = answer.batch * answer.image_tokens, d * hidden + hidden * hidden
     return Cost(2 * rows * weights, e * (weights + rows * d), e * rows * hidden)
 
 
-def _body_cost(answer: Answer, rows: int, pairs: int) -> Cost:
+def _body_cost(answer: ModelledAnswer, rows: int, pairs: int) -> Cost:
     """All layers over so many tokens, each layer over so many pairs of queries and keys; the cache is written."""
     text, e = answer.config.text_config, answer.itemsize
     layer, (multiplied, read) = _text_layer(text), _experts_used(text, rows)
@@ -304,19 +304,19 @@ def _body_cost(answer: Answer, rows: int, pairs: int) -> Cost:
     return Cost(flop, weights, 0) * text.num_hidden_layers + Cost(0, 0, rows * cache_bytes_per_token(answer.config, e))
 
 
-def _head_cost(answer: Answer) -> Cost:
+def _head_cost(answer: ModelledAnswer) -> Cost:
     """The logits of one token per sequence."""
     weight = answer.config.text_config.hidden_size * answer.config.text_config.vocab_size
     return Cost(2 * answer.batch * weight, answer.itemsize * weight, answer.itemsize * answer.batch * answer.config.text_config.vocab_size)
 
 
-def prefill_cost(answer: Answer) -> Cost:
+def prefill_cost(answer: ModelledAnswer) -> Cost:
     """The prompt through the language model, logits of its last token; causal attention by half of its square."""
     rows = answer.batch * answer.prompt_tokens
     return _body_cost(answer, rows, rows * answer.prompt_tokens // 2) + _head_cost(answer)
 
 
-def decode_cost(answer: Answer, context: int) -> Cost:
+def decode_cost(answer: ModelledAnswer, context: int) -> Cost:
     """One token per sequence, each reading a cache of so many tokens."""
     cache = answer.batch * context * cache_bytes_per_token(answer.config, answer.itemsize)
     return _body_cost(answer, answer.batch, answer.batch * context) + Cost(0, cache, 0) + _head_cost(answer)
@@ -325,7 +325,7 @@ def decode_cost(answer: Answer, context: int) -> Cost:
 # ---- beside measurements
 
 
-def measured_stages(rows: Sequence[Mapping], answer: Answer) -> dict[str, tuple[float, str]]:
+def measured_stages(rows: Sequence[Mapping], answer: ModelledAnswer) -> dict[str, tuple[float, str]]:
     """Of a benchmark's rows the fastest right one of each stage: milliseconds, and the provider's name."""
     setting = f"{answer.config.image_size_aux}{'-hd' if answer.model.endswith('-hd') else ''}"
     cases = {
@@ -358,7 +358,7 @@ def recorded_ceilings(document: Mapping) -> Ceilings | None:
     return Ceilings(ceilings["copy_gbps"], ceilings["matmul_tflops"]) if ceilings else None
 
 
-def table(gpu_name: str, answer: Answer, measured: Path | None = None) -> str:
+def table(gpu_name: str, answer: ModelledAnswer, measured: Path | None = None) -> str:
     """The roofline of an answer on a GPU as text.
 
     Args:

@@ -15,7 +15,7 @@ from . import measure, records
 from .clocks import ClockLog
 from .kernel_table import kernel_table
 from .registry import Call, Case, Ceilings, NotHere, Outputs
-from .watch import Watch
+from .watch import Watchdog
 
 # samples from which on the slowest hundredth is told
 TAIL = 200
@@ -52,7 +52,7 @@ def run(
     memory: bool = True,
     kernels: bool = False,
     ceilings: Ceilings | None = None,
-    watch: Watch | None = None,
+    watch: Watchdog | None = None,
     out: Path | None = None,
     command: str = "",
 ) -> dict:
@@ -76,7 +76,7 @@ def run(
     if out is not None:
         records.check_writable(out)
     ieee_float32()
-    watch = watch or Watch()
+    watch = watch or Watchdog()
     with ClockLog(device) as clocks:
         document = {**records.environment(), "device": device}
         loaded = None
@@ -131,7 +131,7 @@ def run_case(
     memory: bool,
     kernels: bool = False,
     rows: dict[str, dict] | None = None,
-    watch: Watch | None = None,
+    watch: Watchdog | None = None,
     clocks: ClockLog | None = None,
 ) -> list[dict]:
     """Measures a case's providers; a row for each is returned.
@@ -145,7 +145,7 @@ def run_case(
         GpuLost: the process can do no more on the GPU.
     """
     rows = {name: empty_row(case, name) for name in case.providers} if rows is None else rows
-    watch = watch or Watch()
+    watch = watch or Watchdog()
     if "torch._dynamo" in sys.modules:
         # cases share their code: after eight shapes torch.compile would give up and run it eagerly
         torch._dynamo.reset()
@@ -174,7 +174,7 @@ def run_case(
 
 
 def _look_closer(
-    case: Case, calls: dict[str, Call], inputs: object, device: str, rows: dict[str, dict], kernels: bool, watch: Watch
+    case: Case, calls: dict[str, Call], inputs: object, device: str, rows: dict[str, dict], kernels: bool, watch: Watchdog
 ) -> None:
     """The stages of a call, and the table of its kernels, of the providers that have them."""
     for name in calls:
@@ -187,7 +187,7 @@ def _look_closer(
 
 
 def _time(
-    case: Case, calls: dict[str, Call], device: str, rows: dict[str, dict], seconds: float, watch: Watch
+    case: Case, calls: dict[str, Call], device: str, rows: dict[str, dict], seconds: float, watch: Watchdog
 ) -> dict[str, measure.Timing]:
     """The times of calls; one that fails meanwhile leaves `calls`, and the others are timed without it."""
 
@@ -211,7 +211,7 @@ def _time(
 
 
 def _on_the_gpu(
-    case: Case, calls: dict[str, Call], inputs: object, rows: dict[str, dict], seconds: float, memory: bool, watch: Watch
+    case: Case, calls: dict[str, Call], inputs: object, rows: dict[str, dict], seconds: float, memory: bool, watch: Watchdog
 ) -> None:
     """Memory; and last, as a capture that fails ends it all, CUDA graphs."""
     for name, call in calls.items() if memory else ():
@@ -281,14 +281,14 @@ def empty_row(case: Case, provider: str) -> dict:
     return {"name": case.name, "provider": provider, "baseline": case.baseline, "ok": None, "why": None} | dict.fromkeys(unmeasured)
 
 
-def check(case: Case, inputs: object, device: str, rows: dict[str, dict], watch: Watch | None = None) -> dict[str, Call]:
+def check(case: Case, inputs: object, device: str, rows: dict[str, dict], watch: Watchdog | None = None) -> dict[str, Call]:
     """Calls each provider once and holds what it returns against the exact result; the calls that are right are returned, warm.
 
     Args:
         rows: by provider, as of `empty_row`; filled with what was found.
         watch: told what is being done.
     """
-    watch = watch or Watch()
+    watch = watch or Watchdog()
     watch.begin(case.name, list(case.providers), "the exact result")
     calls, plain = {}, None
     exact, unknown = None, None

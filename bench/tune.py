@@ -286,7 +286,7 @@ def candidates(kernel: str, architecture: int | None, key: object) -> list[Named
 
 def precompile(kernel: str, architecture: int, key: object, tile: NamedTuple) -> None:
     """Fills Triton's cache with what a tile's launches at the shapes of its entry need; without a GPU."""
-    from mg_fast.models.mini_gemini.ahead_of_time import compile_only
+    from mg_fast.ops.ahead_of_time import compile_only
 
     if kernel == "dual_resize":
         # tables are asked of this CPU, and kept: among fake tensors it would not answer

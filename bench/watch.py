@@ -26,7 +26,7 @@ class Doing:
     limit_s: float | None
 
 
-class Watch:
+class Watchdog:
     """Keeps in a file what this process is at, and ends the process where one thing takes too long.
 
     A call that never comes back from the GPU cannot be interrupted from within Python. The limit is therefore kept by a thread of the

@@ -15,8 +15,7 @@ import torch
 from PIL import Image
 
 import mg_fast
-from mg_fast import CheckpointError, MgFastError, PictureError, PromptError, ops
-from mg_fast.cli import command_line as cli
+from mg_fast import CheckpointError, MgFastError, PictureError, PromptError, cli, ops
 from mg_fast.errors import LONGEST_MESSAGE, quoted, shortened
 from mg_fast.models.pictures import check_decoder, open_picture
 from mg_fast.models.templates import render
@@ -183,6 +182,7 @@ def test_answers_of_a_batch_too(pipeline):
         ["run", "--model", "/" + LONG, "--prompt", "a"],
         ["run", "--model", "nano", "--prompt", SURROGATES],
         ["explain", "--model", "nano", "--image", LONG, "--out", LONG],
+        ["compile", "--arch", LONG],
         ["warmup", "--arch", LONG],
         [LONG],
         ["doctor", LONG],
@@ -202,7 +202,7 @@ def test_the_command_line_shortens_errors_of_libraries(monkeypatch, capsys):
     def fail(arguments):
         raise RuntimeError("begin" + LONG)
 
-    monkeypatch.setattr(cli, "command_doctor", fail)
+    monkeypatch.setattr("mg_fast.cli.doctor.command", fail)
     assert cli.main(["doctor"]) == 1
     err = capsys.readouterr().err
     assert err.startswith("mg-fast: error: RuntimeError: begin") and len(err) <= LONGEST_MESSAGE + 20

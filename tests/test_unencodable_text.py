@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import mg_fast
-from mg_fast import PromptError
-from mg_fast.cli import command_line as cli
+from mg_fast import PromptError, cli
 from mg_fast.models.templates import render
 from tests.paths import ROOT
 
@@ -119,7 +118,7 @@ def test_interruptions_still_end_a_batch(pipeline, monkeypatch):
 @pytest.mark.parametrize("command", (["run"], ["explain", "--image", "PHOTO", "--out", "out.png"]))
 def test_prompts_of_the_command_line(command, standard, photo, monkeypatch, capsys):
     """Python hands over arguments that are not UTF-8 as surrogates. They are refused before the model is loaded."""
-    monkeypatch.setattr(cli, "_load", None)
+    monkeypatch.setattr("mg_fast.cli.loading.load", None)
     command = [str(photo) if word == "PHOTO" else word for word in command]
     assert cli.main([*command, "--model", str(standard), "--prompt", TEXTS["byte"][0]]) == 5
     assert "--prompt cannot be encoded as UTF-8: character 4 of 4" in capsys.readouterr().err

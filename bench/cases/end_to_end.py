@@ -109,11 +109,11 @@ class Session:
             self.pipelines[key] = pipeline
         return self.pipelines[key]
 
-    def watch(self, tokens: int) -> "Watch":
-        return Watch(self.answer[:tokens], self.model.dtype)
+    def watch(self, tokens: int) -> "ForcedAnswer":
+        return ForcedAnswer(self.answer[:tokens], self.model.dtype)
 
 
-class Watch(LogitsProcessor):
+class ForcedAnswer(LogitsProcessor):
     """Makes `generate` give the tokens that are set, keeps the last sequence's first logits, and takes the time of the first and last.
 
     Attributes:
@@ -340,7 +340,7 @@ def _first_token(shared: Session, pipeline: mg_fast.Pipeline, **options) -> Call
     return call
 
 
-def _ask(conversation, question: str, pictures: list, watch: Watch, **options) -> mg_fast.engine.answers.Answer:
+def _ask(conversation, question: str, pictures: list, watch: ForcedAnswer, **options) -> mg_fast.engine.answers.Answer:
     return conversation.chat(question, pictures, max_new_tokens=len(watch.answer), logits_processor=LogitsProcessorList([watch]), **options)
 
 
@@ -505,7 +505,7 @@ def _ready(shared: tuple[Path, str]) -> Call:
     def call():
         began = _now(device)
         pipeline = mg_fast.load(folder, device=device)
-        watch = Watch([1], pipeline.model.dtype)
+        watch = ForcedAnswer([1], pipeline.model.dtype)
         _ask(pipeline.conversation(), QUESTION, [photo], watch)
         return torch.stack(watch.logits), [1e3 * (_now(device) - began)]
 

@@ -23,7 +23,7 @@ from .settings import COMBINATIONS, Setting, devices_of, own_graphs, require
 
 
 @dataclass
-class Inputs:
+class PixelInputs:
     """A model, and pictures by the names of its arguments: `pixel_values` and `pixel_values_hr`, or one decoded `picture`."""
 
     device: str
@@ -43,7 +43,7 @@ def cases() -> list[Case]:
 def _case(name: str, setting: Setting, dtype: str, devices: tuple[str, ...]) -> Case:
     decoded = name.startswith("decoded")
 
-    def make(device: str) -> Inputs:
+    def make(device: str) -> PixelInputs:
         # a copy, as Pillow's own memory cannot be written to
         pixels = torch.from_numpy(np.array(picture())).to(device)
 
@@ -53,9 +53,9 @@ def _case(name: str, setting: Setting, dtype: str, devices: tuple[str, ...]) -> 
             return {"pixel_values": views[None], "pixel_values_hr": hr[None]}
 
         resized = None if decoded else resize("torch")
-        return Inputs(device, make_model(setting, dtype, device), resize if decoded else lambda backend: resized)
+        return PixelInputs(device, make_model(setting, dtype, device), resize if decoded else lambda backend: resized)
 
-    def exact(inputs: Inputs) -> torch.Tensor:
+    def exact(inputs: PixelInputs) -> torch.Tensor:
         # the original's mining in float64 would need 13 GB in HD: there our form of it, which the tests hold against the original's
         wide = copy.deepcopy(inputs.model).double()
         return _features(
@@ -89,12 +89,12 @@ def _features(model: MiniGeminiModel, pixels: dict[str, torch.Tensor], backend: 
     return model.get_image_features(**pixels, backend=backend).pooler_output
 
 
-def _by_model(backend: str) -> Callable[[Inputs], Call]:
+def _by_model(backend: str) -> Callable[[PixelInputs], Call]:
     """The model's own modules, as transformers runs them."""
     return lambda inputs: lambda: _features(inputs.model, inputs.resize("torch"), backend)
 
 
-def _compiled_parts(inputs: Inputs) -> Call:
+def _compiled_parts(inputs: PixelInputs) -> Call:
     """The strongest plain form: channels-last towers, and every part through torch.compile. Captured, it is one CUDA graph.
 
     Parts are compiled one by one, as whole towers are what a compiler can fuse in; what it made of a tower before is found in its cache.
@@ -121,10 +121,10 @@ def _compiled_parts(inputs: Inputs) -> Call:
     return call
 
 
-def _by_encoder(backend: str, *, graphs: bool = True) -> Callable[[Inputs], Call]:
+def _by_encoder(backend: str, *, graphs: bool = True) -> Callable[[PixelInputs], Call]:
     """The packed towers, as the pipeline runs them; in `decoded` the kernel resizes before."""
 
-    def build(inputs: Inputs) -> Call:
+    def build(inputs: PixelInputs) -> Call:
         if backend != "auto":
             require("high_resolution_tower", backend, inputs.device)
         with torch.enable_grad():

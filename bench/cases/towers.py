@@ -31,7 +31,7 @@ HIDDEN = 4096
 
 
 @dataclass
-class Inputs:
+class ModuleInputs:
     device: str
     module: nn.Module
     x: torch.Tensor
@@ -48,12 +48,12 @@ def cases() -> list[Case]:
 
 
 def _tower(name: str, setting: Setting, batch: int, dtype: torch.dtype, options: dict) -> Case:
-    def make(device: str) -> Inputs:
+    def make(device: str) -> ModuleInputs:
         torch.manual_seed(0)
         # drawn there: 200 million random numbers take a CPU seconds
         with torch.device(device):
             tower = random_tower().to(dtype)
-        return Inputs(device, tower, torch.randn(batch, 3, setting.side, setting.side, device=device).to(dtype))
+        return ModuleInputs(device, tower, torch.randn(batch, 3, setting.side, setting.side, device=device).to(dtype))
 
     sizes = accounting.Tower(dtype, batch, setting.side)
     work = {"torch": accounting.torch_tower(sizes), "auto": accounting.auto_tower(sizes), "triton": accounting.triton_tower(sizes)}
@@ -85,23 +85,23 @@ def random_tower() -> ConvNeXtPyramid:
     return tower.eval()
 
 
-def _exact_tower(inputs: Inputs) -> list[torch.Tensor]:
+def _exact_tower(inputs: ModuleInputs) -> list[torch.Tensor]:
     tower = copy.deepcopy(inputs.module).double()
     pictures = [tower(inputs.x[i : i + 1].double(), backend="reference") for i in range(len(inputs.x))]
     return [torch.cat(maps) for maps in zip(*pictures)]
 
 
-def _as_modules(inputs: Inputs) -> Call:
+def _as_modules(inputs: ModuleInputs) -> Call:
     return lambda: inputs.module(inputs.x, backend="reference")
 
 
-def _channels_last(inputs: Inputs) -> Call:
+def _channels_last(inputs: ModuleInputs) -> Call:
     tower = copy.deepcopy(inputs.module).to(memory_format=torch.channels_last)
     x = inputs.x.contiguous(memory_format=torch.channels_last)
     return lambda: tower(x, backend="reference")
 
 
-def _native_depthwise(inputs: Inputs) -> Call:
+def _native_depthwise(inputs: ModuleInputs) -> Call:
     """torch's own depthwise convolution in the place of cuDNN's, where torch lets one choose."""
     if inputs.device != "cuda":
         raise NotHere("for GPUs")
@@ -115,8 +115,8 @@ def _native_depthwise(inputs: Inputs) -> Call:
     return call
 
 
-def _packed_tower(backend: str) -> Callable[[Inputs], Call]:
-    def make(inputs: Inputs) -> Call:
+def _packed_tower(backend: str) -> Callable[[ModuleInputs], Call]:
+    def make(inputs: ModuleInputs) -> Call:
         if backend != "auto":
             require("high_resolution_tower", backend, inputs.device)
         packed = inputs.module.pack()
@@ -128,14 +128,14 @@ def _packed_tower(backend: str) -> Callable[[Inputs], Call]:
 def _clip(name: str, setting: Setting, batch: int, dtype: torch.dtype, options: dict) -> Case:
     views = batch * setting.views
 
-    def make(device: str) -> Inputs:
+    def make(device: str) -> ModuleInputs:
         torch.manual_seed(0)
         config = CLIPVisionConfig(
             hidden_size=WIDTH, intermediate_size=MLP, num_hidden_layers=LAYERS, num_attention_heads=16, image_size=336, patch_size=14
         )
         with torch.device(device):
             clip = CLIPVisionModel(config).eval().to(dtype)
-        return Inputs(device, clip, torch.randn(views, 3, 336, 336, device=device).to(dtype))
+        return ModuleInputs(device, clip, torch.randn(views, 3, 336, 336, device=device).to(dtype))
 
     # products of 23 layers and their attention; weights, pictures and features once
     rows, layer = views * TOKENS, 4 * WIDTH * WIDTH + 2 * WIDTH * MLP
@@ -156,17 +156,17 @@ def _clip(name: str, setting: Setting, batch: int, dtype: torch.dtype, options: 
     return Case(name, make, providers, _exact_clip, least=least, **options)
 
 
-def _exact_clip(inputs: Inputs) -> torch.Tensor:
+def _exact_clip(inputs: ModuleInputs) -> torch.Tensor:
     tower = copy.deepcopy(inputs.module).double()
     return torch.cat([low_resolution_features(tower, view.double()[None], backend="reference") for view in inputs.x])
 
 
-def _layers(backend: str) -> Callable[[Inputs], Call]:
+def _layers(backend: str) -> Callable[[ModuleInputs], Call]:
     return lambda inputs: lambda: low_resolution_features(inputs.module, inputs.x, backend=backend)
 
 
-def _attention(implementation: str) -> Callable[[Inputs], Call]:
-    def make(inputs: Inputs) -> Call:
+def _attention(implementation: str) -> Callable[[ModuleInputs], Call]:
+    def make(inputs: ModuleInputs) -> Call:
         tower = copy.deepcopy(inputs.module)
         try:
             tower.set_attn_implementation(implementation)
@@ -177,8 +177,8 @@ def _attention(implementation: str) -> Callable[[Inputs], Call]:
     return make
 
 
-def _sdpa(backend: SDPBackend) -> Callable[[Inputs], Call]:
-    def make(inputs: Inputs) -> Call:
+def _sdpa(backend: SDPBackend) -> Callable[[ModuleInputs], Call]:
+    def make(inputs: ModuleInputs) -> Call:
         if inputs.device != "cuda":
             raise NotHere("for GPUs")
 
@@ -191,7 +191,7 @@ def _sdpa(backend: SDPBackend) -> Callable[[Inputs], Call]:
     return make
 
 
-def _packed_clip(inputs: Inputs) -> Call:
+def _packed_clip(inputs: ModuleInputs) -> Call:
     packed = PackedClip.from_tower(inputs.module)
     return lambda: packed(inputs.x)
 
@@ -199,11 +199,11 @@ def _packed_clip(inputs: Inputs) -> Call:
 def _projector(name: str, setting: Setting, batch: int, dtype: torch.dtype, options: dict) -> Case:
     rows = batch * setting.views * PATCHES**2
 
-    def make(device: str) -> Inputs:
+    def make(device: str) -> ModuleInputs:
         torch.manual_seed(0)
         with torch.device(device):
             projector = build_projector("mlp2x_gelu", WIDTH, HIDDEN).to(dtype)
-        return Inputs(device, projector, torch.randn(rows, WIDTH, device=device).to(dtype))
+        return ModuleInputs(device, projector, torch.randn(rows, WIDTH, device=device).to(dtype))
 
     weights = WIDTH * HIDDEN + HIDDEN * HIDDEN
     least = Cost(2 * rows * weights, (weights + rows * (WIDTH + HIDDEN)) * dtype.itemsize)
@@ -212,5 +212,5 @@ def _projector(name: str, setting: Setting, batch: int, dtype: torch.dtype, opti
     return Case(name, make, providers, lambda inputs: copy.deepcopy(inputs.module).double()(inputs.x.double()), least=least, **options)
 
 
-def _call(inputs: Inputs) -> Call:
+def _call(inputs: ModuleInputs) -> Call:
     return lambda: inputs.module(inputs.x)

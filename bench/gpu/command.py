@@ -11,7 +11,7 @@ from .. import records
 from ..cases import all_cases
 from ..registry import Ceilings
 from ..run import check_device, run
-from ..watch import Watch
+from ..watch import Watchdog
 from . import plan as plans
 from .plan import Step
 from .runner import Settings, run_plan
@@ -109,7 +109,7 @@ def step(
     out: Path | None = None,
     done: Path | None = None,
     ceilings: Path | None = None,
-    watch: Watch | None = None,
+    watch: Watchdog | None = None,
 ) -> dict:
     """Measures the cases of one step; a process that `run_plan` starts does no more than this.
 

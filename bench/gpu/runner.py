@@ -38,7 +38,7 @@ class Settings:
         program: the module that runs the words of our own commands: `bench`, or a test's stand-in.
         poll: seconds between two looks at a step.
         grace: seconds that an interrupted step has.
-        hangs_after, compiling_hangs_after: seconds, the limits of `watch.Watch`.
+        hangs_after, compiling_hangs_after: seconds, the limits of `watch.Watchdog`.
         restart: with less time left no process is started for what another one left.
     """
 

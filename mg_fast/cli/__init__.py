@@ -1,5 +1,5 @@
-"""The command line, `mg-fast`."""
+"""The command line, `mg-fast`: `program` has the parser and the exit codes, and every command a module of its own."""
 
-from .command_line import main
+from .program import main
 
 __all__ = ["main"]

@@ -11,7 +11,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, StopStringCrite
 from ..decoding import Decoder
 from ..ops.backend import requested, use_backend
 from ..runtime.layer_dtypes import mixed_dtypes_named
-from ..runtime.meter import Meter, Stage
+from ..runtime.meter import Meter, StageTime
 from ..runtime.placement import execution_device
 from .options import DEFAULT_NEW_TOKENS, CacheOptions, Sampling
 from .streaming import PieceStream, decode_answer
@@ -40,7 +40,7 @@ class Answer:
     prompt_tokens: int
     image_tokens: int
     cached_tokens: int = field(default=0, compare=False)
-    stages: list[Stage] = field(default_factory=list, compare=False)
+    stages: list[StageTime] = field(default_factory=list, compare=False)
     error: Exception | None = None
 
     def __str__(self) -> str:

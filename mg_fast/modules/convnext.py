@@ -92,7 +92,7 @@ class ConvNeXtPyramid(nn.Module):
         """
         return PackedPyramid(self)
 
-    def read(self) -> tuple[convnext.Entry, list[convnext.Stage]]:
+    def read(self) -> tuple[convnext.DownsampleTensors, list[convnext.StageTensors]]:
         """The tensors of the tower as they are now, layer scale folded in."""
         return convnext.read_tower(self.vision_stem, self.vision_stages)
 

@@ -21,7 +21,7 @@ CPU_EXPANSION = 2**24
 GPU_EXPANSION = 2**28
 
 
-class Block(NamedTuple):
+class BlockTensors(NamedTuple):
     """Tensors of one block. taps [49, C] are the convolution's, tap by tap; contract [C, 4 C] and its bias have layer scale folded in."""
 
     taps: torch.Tensor
@@ -35,7 +35,7 @@ class Block(NamedTuple):
     contract_bias: torch.Tensor
 
 
-class Entry(NamedTuple):
+class DownsampleTensors(NamedTuple):
     """How a stage's map is made: a convolution of `stride` x `stride` pixels that do not overlap, and a LayerNorm before or after it."""
 
     norm_weight: torch.Tensor
@@ -46,25 +46,25 @@ class Entry(NamedTuple):
     stride: int
 
 
-class Stage(NamedTuple):
+class StageTensors(NamedTuple):
     """The stem or the downsampling before the blocks, None where the map is as it came; the blocks."""
 
-    entry: Entry | None
-    blocks: Sequence[Block]
+    entry: DownsampleTensors | None
+    blocks: Sequence[BlockTensors]
 
 
-def read_tower(stem: nn.Module, stages: nn.Module) -> tuple[Entry, list[Stage]]:
+def read_tower(stem: nn.Module, stages: nn.Module) -> tuple[DownsampleTensors, list[StageTensors]]:
     """The tensors of a timm stem and its stages as they are now; gradients flow back to the parameters."""
     return _entry(stem[1], stem[0]), [read_stage(stage) for stage in stages]
 
 
-def read_stage(stage: nn.Module) -> Stage:
+def read_stage(stage: nn.Module) -> StageTensors:
     downsample = stage.downsample
     entry = None if isinstance(downsample, nn.Identity) else _entry(downsample[0], downsample[1])
-    return Stage(entry, [read_block(block) for block in stage.blocks])
+    return StageTensors(entry, [read_block(block) for block in stage.blocks])
 
 
-def read_block(block: nn.Module) -> Block:
+def read_block(block: nn.Module) -> BlockTensors:
     """The tensors of a timm ConvNeXtBlock of the first version, its MLP of linear layers or of 1x1 convolutions."""
     first, second = block.mlp.fc1, block.mlp.fc2
     contract, contract_bias = second.weight.flatten(1), second.bias
@@ -72,16 +72,16 @@ def read_block(block: nn.Module) -> Block:
         contract, contract_bias = contract * block.gamma[:, None], contract_bias * block.gamma
     taps = block.conv_dw.weight.flatten(1).t().contiguous()
     norm = (block.norm.weight, block.norm.bias, block.norm.eps)
-    return Block(taps, block.conv_dw.bias, *norm, first.weight.flatten(1), first.bias, contract, contract_bias)
+    return BlockTensors(taps, block.conv_dw.bias, *norm, first.weight.flatten(1), first.bias, contract, contract_bias)
 
 
-def _entry(norm: nn.Module, conv: nn.Module) -> Entry:
+def _entry(norm: nn.Module, conv: nn.Module) -> DownsampleTensors:
     # as the library's convolution of a channels-last map wants it: it would convert it in every call
     weight = conv.weight.contiguous(memory_format=torch.channels_last)
-    return Entry(norm.weight, norm.bias, norm.eps, weight, conv.bias, conv.stride[0])
+    return DownsampleTensors(norm.weight, norm.bias, norm.eps, weight, conv.bias, conv.stride[0])
 
 
-def empty_tower(dims: Sequence[int], depths: Sequence[int], **like) -> tuple[Entry, list[Stage]]:
+def empty_tower(dims: Sequence[int], depths: Sequence[int], **like) -> tuple[DownsampleTensors, list[StageTensors]]:
     """What `read_tower` returns of a tower of these widths and depths, without values: to compile for it, and to count.
 
     Args:
@@ -92,20 +92,22 @@ def empty_tower(dims: Sequence[int], depths: Sequence[int], **like) -> tuple[Ent
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, **like)
 
-    def entry(norm: int, before: int, after: int, stride: int) -> Entry:
+    def entry(norm: int, before: int, after: int, stride: int) -> DownsampleTensors:
         weight = torch.empty(after, before, stride, stride, **like, memory_format=torch.channels_last)
-        return Entry(empty(norm), empty(norm), 1e-6, weight, empty(after), stride)
+        return DownsampleTensors(empty(norm), empty(norm), 1e-6, weight, empty(after), stride)
 
-    def block(c: int) -> Block:
-        return Block(empty(49, c), empty(c), empty(c), empty(c), 1e-6, empty(4 * c, c), empty(4 * c), empty(c, 4 * c), empty(c))
+    def block(c: int) -> BlockTensors:
+        return BlockTensors(empty(49, c), empty(c), empty(c), empty(c), 1e-6, empty(4 * c, c), empty(4 * c), empty(c, 4 * c), empty(c))
 
     # the stem's norm is after its convolution, those of downsamplings before
     entries = [None, *(entry(before, before, after, 2) for before, after in zip(dims, dims[1:]))]
-    stages = [Stage(first, [block(c) for _ in range(depth)]) for first, c, depth in zip(entries, dims, depths)]
+    stages = [StageTensors(first, [block(c) for _ in range(depth)]) for first, c, depth in zip(entries, dims, depths)]
     return entry(dims[0], 3, dims[0], 4), stages
 
 
-def run_tower(stem: Entry, stages: Sequence[Stage], pixels: torch.Tensor, backend: str | None = None) -> list[torch.Tensor]:
+def run_tower(
+    stem: DownsampleTensors, stages: Sequence[StageTensors], pixels: torch.Tensor, backend: str | None = None
+) -> list[torch.Tensor]:
     """Stage maps of pictures.
 
     Args:
@@ -125,7 +127,7 @@ def run_tower(stem: Entry, stages: Sequence[Stage], pixels: torch.Tensor, backen
     return pyramid
 
 
-def run_stage(stage: Stage, x: torch.Tensor, backend: str | None = None, *, in_place: bool = False) -> torch.Tensor:
+def run_stage(stage: StageTensors, x: torch.Tensor, backend: str | None = None, *, in_place: bool = False) -> torch.Tensor:
     """One stage on [B, H, W, C]; `in_place` where the map may be overwritten, if there is no downsampling to make one anew."""
     if stage.entry is not None:
         x, in_place = _convolve(_norm(x, stage.entry), stage.entry), True
@@ -135,7 +137,7 @@ def run_stage(stage: Stage, x: torch.Tensor, backend: str | None = None, *, in_p
     return x
 
 
-def run_block(block: Block, x: torch.Tensor, backend: str | None = None, *, in_place: bool = False) -> torch.Tensor:
+def run_block(block: BlockTensors, x: torch.Tensor, backend: str | None = None, *, in_place: bool = False) -> torch.Tensor:
     """One block on [B, H, W, C], to a map of its own; or into `x` where `in_place` is set and no gradient is wanted."""
     shape, hidden = x.shape, block.expand.shape[0]
     normed = ops.dwconv_norm(x, block.taps, block.bias, block.norm_weight, block.norm_bias, block.eps, backend=backend)
@@ -163,11 +165,11 @@ def _chunks(rows: int, bytes_per_row: int, device: str) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, rows, max(step, 1)))
 
 
-def _convolve(x: torch.Tensor, entry: Entry) -> torch.Tensor:
+def _convolve(x: torch.Tensor, entry: DownsampleTensors) -> torch.Tensor:
     out = F.conv2d(x.permute(0, 3, 1, 2), entry.weight, entry.bias, entry.stride)
     # the blocks add to it: where autocast narrowed it, timm's sum with the scaled branch is as wide as the weights again
     return out.permute(0, 2, 3, 1).to(torch.promote_types(out.dtype, entry.weight.dtype)).contiguous()
 
 
-def _norm(x: torch.Tensor, entry: Entry) -> torch.Tensor:
+def _norm(x: torch.Tensor, entry: DownsampleTensors) -> torch.Tensor:
     return F.layer_norm(x, entry.norm_weight.shape, entry.norm_weight, entry.norm_bias, entry.eps)

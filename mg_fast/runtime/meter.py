@@ -12,7 +12,7 @@ _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
-class Stage(NamedTuple):
+class StageTime(NamedTuple):
     """One measured stage: wall-clock seconds, and MiB that its peak rose above what was held at its start (None: not known here)."""
 
     name: str
@@ -29,7 +29,7 @@ class Meter:
 
     def __init__(self, device: torch.device | str):
         self.cuda = torch.device(device).type == "cuda"
-        self.stages: list[Stage] = []
+        self.stages: list[StageTime] = []
         self._open: tuple[str, float, float | None] | None = None
 
     def start(self, name: str) -> None:
@@ -46,7 +46,7 @@ class Meter:
         name, began, held = self._open
         seconds, peak = time.perf_counter() - began, self._peak()
         above = None if held is None or peak is None else max(0.0, peak - held)
-        self.stages.append(Stage(name, seconds, above))
+        self.stages.append(StageTime(name, seconds, above))
         self._open = None
 
     @contextlib.contextmanager
@@ -91,7 +91,7 @@ def _status_mib(field: str) -> float | None:
     return int(line.split()[1]) / 1024
 
 
-def format_stages(stages: list[Stage]) -> str:
+def format_stages(stages: list[StageTime]) -> str:
     """The stages as a plain-text table."""
     rows = [("stage", "time", "peak memory above start")]
     for name, seconds, peak in stages:

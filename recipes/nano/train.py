@@ -38,7 +38,7 @@ from .towers import Codes, TowerHeads, character_loss, high_loss, low_loss, toke
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
+class TrainingStage:
     """One part of the training: how long, how fast, and which of the model's modules learn.
 
     Args:
@@ -64,16 +64,16 @@ BRIDGE = ("mm_projector", "patch_mining")
 FACTS = dict(cells=36, turns=16, answers_only=True)
 TALK = dict(cells=36, turns=6, answers_only=False)
 STAGES = (
-    Stage("digits", 1200, 32, 3e-3, ("vision_tower_aux",)),
-    Stage("numbers", 1800, 12, 2e-3, ("vision_tower_aux",)),
-    Stage("lookup", 450, 32, 3e-3, ("language_model",), told=FACTS | {"cells": 6}),
-    Stage("search", 200, 32, 2e-3, ("language_model",), told=FACTS, noise=0.4),
-    Stage("language", 900, 10, 2e-3, ("language_model",), told=TALK, noise=0.4),
-    Stage("views", 500, 64, 2e-3, ("vision_tower",)),
+    TrainingStage("digits", 1200, 32, 3e-3, ("vision_tower_aux",)),
+    TrainingStage("numbers", 1800, 12, 2e-3, ("vision_tower_aux",)),
+    TrainingStage("lookup", 450, 32, 3e-3, ("language_model",), told=FACTS | {"cells": 6}),
+    TrainingStage("search", 200, 32, 2e-3, ("language_model",), told=FACTS, noise=0.4),
+    TrainingStage("language", 900, 10, 2e-3, ("language_model",), told=TALK, noise=0.4),
+    TrainingStage("views", 500, 64, 2e-3, ("vision_tower",)),
     # towers go on, what stands on them begins
-    Stage("scenes", 1000, 12, 5e-4, (*TOWERS, *BRIDGE), faster=BRIDGE),
-    Stage("alignment", 150, 16, 1e-3, BRIDGE),
-    Stage("everything", 900, 10, 5e-4, (*BRIDGE, "language_model")),
+    TrainingStage("scenes", 1000, 12, 5e-4, (*TOWERS, *BRIDGE), faster=BRIDGE),
+    TrainingStage("alignment", 150, 16, 1e-3, BRIDGE),
+    TrainingStage("everything", 900, 10, 5e-4, (*BRIDGE, "language_model")),
 )
 # so many times AdamW's rate Muon's is, and its decay with it: it learned faster than at AdamW's own
 MUON = 3
@@ -181,7 +181,7 @@ def sight_loss(
 class Run:
     """A training run that can be stopped after any step and taken up again."""
 
-    def __init__(self, out: Path, *, seed: int, hr: bool, stages: tuple[Stage, ...], device: str = "cpu", workers: int = 1):
+    def __init__(self, out: Path, *, seed: int, hr: bool, stages: tuple[TrainingStage, ...], device: str = "cpu", workers: int = 1):
         self.out, self.seed, self.hr, self.device, self.workers = out, seed, hr, device, workers
         self.stages = tuple(stage for stage in stages if hr or stage.learns != ("vision_tower_aux",))
         out.mkdir(parents=True, exist_ok=True)
@@ -235,7 +235,7 @@ class Run:
         minutes["all"] = round(self.seconds / 60, 1)
         return {"seed": self.seed, "hr": self.hr, "device": self.device, "starts": self.starts, "minutes": minutes, "machine": self.machine}
 
-    def _stage(self, stage: Stage, end: float | None) -> bool:
+    def _stage(self, stage: TrainingStage, end: float | None) -> bool:
         idle = () if self.hr else ("patch_mining", "vision_tower_aux")
         parts = {name: getattr(self.model.model, name) for name in stage.learns if name not in idle}
         # what is thrown away learns with what it is for
@@ -279,11 +279,11 @@ class Run:
                     return False
         return True
 
-    def _seed(self, stage: Stage) -> int:
+    def _seed(self, stage: TrainingStage) -> int:
         """A stage has its own pictures, and its own noise."""
         return self.seed * 100 + [s.name for s in STAGES].index(stage.name)
 
-    def _batch(self, stage: Stage, step: int) -> data.Batch:
+    def _batch(self, stage: TrainingStage, step: int) -> data.Batch:
         seed = self._seed(stage)
         told = functools.partial(data.told, self.processor, seed, step, stage.batch)
         facts = functools.partial(data.told, self.processor, -1 - seed, step, stage.batch, **FACTS)
@@ -312,7 +312,7 @@ class Run:
                 return data.conversations(self.processor, seed, step, stage.batch) | {"facts": beside}
         raise ValueError(f"no stage {stage.name!r}")
 
-    def _loss(self, stage: Stage, batch: data.Batch) -> tuple[torch.Tensor, dict[str, float]]:
+    def _loss(self, stage: TrainingStage, batch: data.Batch) -> tuple[torch.Tensor, dict[str, float]]:
         with torch.autocast(self.device, torch.bfloat16):
             beside = [(name, page_loss(self.model, self.heads, batch[name])) for name in ("page", "lines") if name in batch]
             noise = torch.Generator().manual_seed(self._seed(stage) * 10**6 + self.step)
@@ -323,7 +323,7 @@ class Run:
                 loss, said = loss + other, said | {f"{name} {key}": share for key, share in shares.items()}
             return loss, said
 
-    def _main_loss(self, stage: Stage, batch: data.Batch, noise: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+    def _main_loss(self, stage: TrainingStage, batch: data.Batch, noise: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         embeddings = self.model.get_input_embeddings()
         if stage.told:
             codes = self.codes(batch, embeddings)
@@ -373,7 +373,7 @@ class Run:
         log.write_text("".join(rows[:done]))
 
 
-def _optimizers(stage: Stage, parts: dict[str, nn.Module]) -> list[torch.optim.Optimizer]:
+def _optimizers(stage: TrainingStage, parts: dict[str, nn.Module]) -> list[torch.optim.Optimizer]:
     """AdamW, and Muon (Jordan et al. 2024) for the matrices of `BY_MUON`; every group's `times` multiplies the stage's rate."""
     betas, decay = ((0.9, 0.95), 0.1) if stage.told else ((0.9, 0.98), 0.01)
     plain, matrices = [], []

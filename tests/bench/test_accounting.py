@@ -238,7 +238,7 @@ def test_blocks_by_kernels(make, form, dtype):
         maps = [torch.empty(1, int(rows**0.5), int(rows**0.5), c, dtype=dtype, device="cuda") for rows, c in zip(tower.rows, tower.dims)]
         with Count("cuda") as counter:
             for stage, x in zip(stages, maps):
-                convnext.run_stage(convnext.Stage(None, stage.blocks), x, form, in_place=True)
+                convnext.run_stage(convnext.StageTensors(None, stage.blocks), x, form, in_place=True)
     cost = getattr(accounting, f"{form}_tower")(tower) + getattr(accounting, f"{form}_tower")(replace(tower, depths=(0, 0, 0, 0))) * -1
     assert (cost.bytes_read, cost.bytes_written) == (counter.total.bytes_read, counter.total.bytes_written)
     # the same arithmetic in every form

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import roofline
 from bench.__main__ import main
-from bench.roofline import GPUS, MODELS, Answer, find_gpu
+from bench.roofline import GPUS, MODELS, ModelledAnswer, find_gpu
 from mg_fast import MiniGeminiForConditionalGeneration
 from mg_fast.models.mini_gemini.vision import build_projector, low_resolution_features
 from mg_fast.testing.random_checkpoints import SIZES, make_config
@@ -40,12 +40,12 @@ def test_parameters_of_every_part(size):
     }
     assert {name: sum(p.numel() for p in part.parameters()) for name, part in held.items()} == {name: parts[name] for name in held}
     assert sum(p.numel() for p in model.parameters()) == sum(parts.values())
-    assert Answer(size).weight_bytes == 2 * sum(parts.values())
+    assert ModelledAnswer(size).weight_bytes == 2 * sum(parts.values())
 
 
 @pytest.mark.parametrize("model", ["7b", "7b-hd"])
 def test_flop_of_clip_and_projector(model):
-    answer = Answer(model, batch=2)
+    answer = ModelledAnswer(model, batch=2)
     tower = empty_model("7b").model.vision_tower
     views = torch.empty(2 * answer.views, 3, 336, 336, device="meta")
     assert flop_of(lambda: low_resolution_features(tower, views, backend="torch")) == roofline.clip_cost(answer).flop
@@ -54,7 +54,7 @@ def test_flop_of_clip_and_projector(model):
     assert flop_of(lambda: projector(features)) == roofline.projector_cost(answer).flop
 
 
-class Small(Answer):
+class Small(ModelledAnswer):
     """Of one of the small random models."""
 
     def __post_init__(self):
@@ -96,7 +96,7 @@ def test_flop_of_the_language_model(size):
     ],
 )
 def test_known_floors(model, first_token_ms, prefill_ms, tokens_per_second):
-    answer = Answer(model, new_tokens=1)
+    answer = ModelledAnswer(model, new_tokens=1)
     assert answer.stages[-1].floor_ms(H200, "bfloat16") == pytest.approx(prefill_ms, rel=0.02)
     if first_token_ms:
         assert answer.first_token_ms(H200) == pytest.approx(first_token_ms, rel=0.05)
@@ -105,21 +105,21 @@ def test_known_floors(model, first_token_ms, prefill_ms, tokens_per_second):
 
 
 def test_floor_is_the_larger_of_both():
-    stages = {stage.name: stage for stage in Answer("7b").stages}
+    stages = {stage.name: stage for stage in ModelledAnswer("7b").stages}
     mining, projector = stages["patch info mining"], stages["projector"]
     assert (mining.bound(H200, "bfloat16"), projector.bound(H200, "bfloat16")) == ("compute", "compute")
-    assert Answer("7b").decode.bound(H200, "bfloat16") == "bandwidth"
+    assert ModelledAnswer("7b").decode.bound(H200, "bfloat16") == "bandwidth"
     assert mining.floor_ms(H200, "bfloat16") == pytest.approx(1e3 * mining.cost.flop / 790e12)
     assert stages["preprocess"].floor_ms(H200, "bfloat16") == pytest.approx(1e3 * stages["preprocess"].cost.bytes / 4.3e12)
 
 
 def test_experts():
     """One token reads two of eight experts, a prompt all of them, and multiplies with two."""
-    answer = Answer("8x7b")
+    answer = ModelledAnswer("8x7b")
     experts = 2 * answer.config.text_config.num_hidden_layers * 8 * 3 * 4096 * 14336
     assert roofline.decode_cost(answer, 1).bytes == pytest.approx(experts / 4, rel=0.15)
     assert roofline.prefill_cost(answer).bytes == pytest.approx(experts, rel=0.05)
-    assert Answer("8x7b", batch=4).decode.cost.bytes > 2 * answer.decode.cost.bytes
+    assert ModelledAnswer("8x7b", batch=4).decode.cost.bytes > 2 * answer.decode.cost.bytes
 
 
 @pytest.mark.parametrize("gpu", GPUS)

@@ -7,13 +7,13 @@ import pytest
 
 from bench import watch
 from bench.gpu.plan import ROOT
-from bench.watch import Doing, Watch
+from bench.watch import Doing, Watchdog
 
 PROGRAM = """
 import ctypes, os, sys
 from pathlib import Path
-from bench.watch import Watch
-watch = Watch(Path(sys.argv[1]), 0.5, 600)
+from bench.watch import Watchdog
+watch = Watchdog(Path(sys.argv[1]), 0.5, 600)
 watch.begin("a/case", ["reference", "torch"], "making its inputs")
 if sys.argv[2] == "end":
     watch.end()
@@ -43,7 +43,7 @@ def test_what_a_process_was_at(ending, status, doing, tmp_path):
 
 
 def test_a_provider_that_compiles_has_longer(tmp_path):
-    watching = Watch(tmp_path / "doing.json", None, None)
+    watching = Watchdog(tmp_path / "doing.json", None, None)
     watching.limit_s, watching.compiling_limit_s = 3600.0, 7200.0
     for provider, limit in (("torch", 3600), ("reference, channels last, compiled", 7200), ("auto, static cache", 7200)):
         watching.begin("a/case", [provider], "its first call")
@@ -53,6 +53,6 @@ def test_a_provider_that_compiles_has_longer(tmp_path):
 
 
 def test_without_a_file_nothing_is_kept():
-    watching = Watch()
+    watching = Watchdog()
     watching.begin("a/case", ["torch"], "its first call")
     watching.end()

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 import mg_fast
-from mg_fast import CheckpointError
-from mg_fast.cli import command_line as cli
+from mg_fast import CheckpointError, cli
+from mg_fast.cli import chat as chat_command
+from mg_fast.cli.chat import CHAT_HELP
 from mg_fast.ops import backend
 from tests.paths import ROOT
 
@@ -103,23 +104,9 @@ def test_first_use_is_shown(run, photo, standard, capsys):
     assert code == 0 and re.search(r"^at first use: towers packed: \d+\.\d\d s$", err, re.M)
     code, out, err = run(*question, "--json")
     assert json.loads(out)["first_use_s"]["towers packed"] > 0
-    assert cli.main(["warmup", "--here", "--model", str(standard)]) == 0
+    assert cli.main(["warmup", "--model", str(standard)]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert shown[0].startswith(f"loaded {standard} on ") and shown[-1].startswith("at first use: all: ")
-
-
-@pytest.mark.parametrize(
-    "arguments,code,message",
-    [
-        (["--here"], 3, "--here needs --model"),
-        (["--here", "--model", "x", "--training"], 6, "--training compiles kernels ahead of time: with --arch"),
-        (["--arch", "sm_90", "--compile"], 6, "--compile needs --here"),
-        (["--arch", "sm_90", "--quantize", "int8"], 6, "--quantize needs --here"),
-    ],
-)
-def test_warmup_that_does_not_fit_together(capsys, arguments, code, message):
-    assert cli.main(["warmup", *arguments]) == code
-    assert message in capsys.readouterr().err
 
 
 def test_long_prompts_on_demand(run):
@@ -227,7 +214,7 @@ def test_interruption_and_unexpected_errors(monkeypatch, capsys):
         def command(args):
             raise error
 
-        monkeypatch.setattr(cli, "command_doctor", command)
+        monkeypatch.setattr("mg_fast.cli.doctor.command", command)
         return cli.main(["doctor"]), *capsys.readouterr()
 
     assert fail(KeyboardInterrupt()) == (130, "", "mg-fast: interrupted\n")
@@ -316,7 +303,7 @@ def chat(standard, capsys, monkeypatch):
         arguments = ["chat", "--model", str(standard), "--device", "cpu", "--max-new-tokens", "5"]
         assert cli.main(arguments) == code
         before, *printed = capsys.readouterr().out.split("you> ")
-        assert before == ("" if stdin is io.StringIO else cli.CHAT_HELP + "\n")
+        assert before == ("" if stdin is io.StringIO else CHAT_HELP + "\n")
         return printed
 
     return chat
@@ -353,12 +340,12 @@ def test_chat_with_several_pictures(chat, pipeline, photo, drawing):
 
 
 def test_chat_commands(chat):
-    for words in (cli.CHAT_HELP.split("\n")[0], "/image", "/reset", "/help", "/quit"):
-        assert words in cli.CHAT_HELP
+    for words in (CHAT_HELP.split("\n")[0], "/image", "/reset", "/help", "/quit"):
+        assert words in CHAT_HELP
     assert chat("/help", "", "/nosuch thing", "/quit", "never read") == [
-        cli.CHAT_HELP + "\n",
+        CHAT_HELP + "\n",
         "",
-        f"unknown command /nosuch\n{cli.CHAT_HELP}\n",
+        f"unknown command /nosuch\n{CHAT_HELP}\n",
         "",
     ]
     assert chat("/exit") == [""]
@@ -401,7 +388,7 @@ def test_chat_goes_on_after_errors(chat, pipeline, photo, named):
 
 def test_chat_survives_an_interrupted_answer(chat, pipeline, photo, monkeypatch):
     """Ctrl-C stops the answer; the turn is as if never asked, its picture still waiting."""
-    original, calls = cli._print_stream, []
+    original, calls = chat_command.print_stream, []
 
     def interrupted_once(pieces):
         calls.append(pieces)
@@ -410,7 +397,7 @@ def test_chat_survives_an_interrupted_answer(chat, pipeline, photo, monkeypatch)
             raise KeyboardInterrupt
         original(pieces)
 
-    monkeypatch.setattr(cli, "_print_stream", interrupted_once)
+    monkeypatch.setattr(chat_command, "print_stream", interrupted_once)
     printed = chat(f"/image {photo}", "What?", "What is it?")
     assert printed[1] == "model> \n(interrupted; this turn is not kept)\n"
     assert printed[2] == answered(pipeline, "What is it?", [photo])

@@ -1,4 +1,4 @@
-"""mg-fast warmup: what it compiles is what a model launches, counted in processes of their own; its errors."""
+"""mg-fast compile: what it compiles is what a model launches, counted in processes of their own; its errors, and those of warmup."""
 
 import importlib.util
 import json
@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from mg_fast.cli import command_line as cli
+from mg_fast import cli
 from mg_fast.ops import backend
 from tests.paths import OWN_GOLDEN, ROOT
 
@@ -22,19 +22,20 @@ import torch
 from triton import knobs
 import mg_fast
 from mg_fast import ops
-from mg_fast.models.mini_gemini import ahead_of_time as warmup
+from mg_fast.models.mini_gemini.launches import model_config
+from mg_fast.ops.ahead_of_time import compile_only
 
 folder, *cases = json.loads(sys.argv[1])
 # reads numbers, which fake tensors have not
 timm.models.convnext.calculate_drop_path_rates = lambda rate, depths, **_: [[0.0] * depth for depth in depths]
-config = warmup.model_config(folder)
+config = model_config(folder)
 side, high, grid = config.vision_config.image_size, config.image_size_aux, config.image_grid
 
 def launch(architecture, dtype, batch, training, backend):
     dtype, hits = getattr(torch, dtype), []
     torch.set_default_dtype(dtype)
     knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
-    with warmup.compile_only(architecture, training=training), mg_fast.use_backend(backend), torch.set_grad_enabled(training):
+    with compile_only(architecture, training=training), mg_fast.use_backend(backend), torch.set_grad_enabled(training):
         with torch.device("cuda"):
             model = mg_fast.MiniGeminiForConditionalGeneration(config)
             picture = torch.empty(300, 401, 3, dtype=torch.uint8)
@@ -49,7 +50,7 @@ print(json.dumps([launch(**case) for case in cases]))
 
 def process(*command, cache):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache)}
-    # whatever an environment asks for, a warmup is of what it says
+    # whatever an environment asks for, what is compiled is what the command line says
     environment["MG_FAST_BACKEND"] = "torch"
     done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -74,16 +75,16 @@ HD_KERNELS = [
 
 @needs_triton
 def test_the_first_launch_compiles_nothing(tmp_path):
-    """In HD, whose mining is of two kernels; for any batch; and not for what was not warmed up."""
+    """In HD, whose mining is of two kernels; for any batch; and not for what was not asked for."""
     folder, arguments = (
         OWN_GOLDEN / "hd",
-        ("-m", "mg_fast", "warmup", "--arch", "sm_90", "--dtype", "float16", "--model", OWN_GOLDEN / "hd"),
+        ("-m", "mg_fast", "compile", "--arch", "sm_90", "--dtype", "float16", "--model", OWN_GOLDEN / "hd"),
     )
     *lines, count, note = process(*arguments, cache=tmp_path).splitlines()
     assert [line.split()[:5] for line in lines] == [[name, "sm_90", "float16", "320", "pixels"] for name in HD_KERNELS]
     assert all(line.endswith(" s") for line in lines)
     assert count == f"8 kernels in {tmp_path}: 8 compiled now, 0 were there" and "launchers in C are still built" in note
-    # a second warmup neither
+    # nor does the second time
     assert all(line.endswith(" cached") for line in process(*arguments, cache=tmp_path).splitlines()[:8])
     # the last two need others, or the counts before would mean nothing; those of resizing are the same for all dtypes
     cases = [{}, {"batch": 8}, {"dtype": "bfloat16"}, {"training": True}]
@@ -94,7 +95,7 @@ def test_the_first_launch_compiles_nothing(tmp_path):
 def test_training_and_several_architectures(tmp_path):
     folder = OWN_GOLDEN / "standard"
     arguments = ("--arch", "sm_90", "--arch", "sm_80", "--dtype", "bfloat16", "--training", "--model", folder)
-    assert len(process("-m", "mg_fast", "warmup", *arguments, cache=tmp_path).splitlines()) == 2 * 8 + 2
+    assert len(process("-m", "mg_fast", "compile", *arguments, cache=tmp_path).splitlines()) == 2 * 8 + 2
     assert launch(folder, tmp_path, {"architecture": 80, "dtype": "bfloat16", "training": True}) == [(8, 0)]
 
 
@@ -103,7 +104,7 @@ def test_all_kernels(tmp_path):
     """Those too that `auto` takes the library for: of few pictures, and of many, whose products have other tiles."""
     folder = OWN_GOLDEN / "standard"
     arguments = ("--arch", "sm_90", "--dtype", "float16", "--backend", "triton", "--model", folder)
-    lines = process("-m", "mg_fast", "warmup", *arguments, cache=tmp_path).splitlines()[:-2]
+    lines = process("-m", "mg_fast", "compile", *arguments, cache=tmp_path).splitlines()[:-2]
     assert all(line.split()[1:4] == ["sm_90", "float16", "160"] for line in lines)
     # the folder holds what is said to have been compiled, for that architecture, and nothing else
     compiled = sorted(line.split()[0] for line in lines if line.endswith(" s"))
@@ -125,7 +126,7 @@ def test_all_kernels(tmp_path):
 
 @needs_triton
 def test_the_published_sizes():
-    from mg_fast.models.mini_gemini.ahead_of_time import published_configs
+    from mg_fast.models.mini_gemini.launches import published_configs
 
     standard, hd = published_configs()
     for config in (standard, hd):
@@ -138,7 +139,7 @@ def test_the_published_sizes():
 
 
 def failed(capsys, *arguments):
-    code = cli.main(["warmup", "--arch", "sm_90", *map(str, arguments)])
+    code = cli.main(["compile", "--arch", "sm_90", *map(str, arguments)])
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
     return code, err.removeprefix("mg-fast: error: ").strip()
@@ -162,16 +163,39 @@ def test_errors(capsys, monkeypatch, tmp_path):
     assert code == 3 and "mm_hidden_size_aux=1234 and not the widths that add up to it" in message
 
 
+@needs_triton
+def test_a_dtype_that_only_a_checkpoint_tells(capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    code, message = failed(capsys, "--dtype", "auto")
+    assert code == 6 and message.startswith("--dtype auto is for `mg-fast warmup`")
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "one of the arguments --here --arch is required"),
-        (["--arch", "sm_91"], "--arch: expected one of sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, got 'sm_91'"),
-        (["--arch", "90"], "expected one of sm_80"),
-        (["--arch", "sm_90", "--dtype", "int8"], "argument --dtype: expected auto, float32, bfloat16, float16"),
+        (["compile"], "the following arguments are required: --arch"),
+        (["compile", "--arch", "sm_91"], "--arch: expected one of sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, got 'sm_91'"),
+        (["compile", "--arch", "90"], "expected one of sm_80"),
+        (["compile", "--arch", "sm_90", "--dtype", "int8"], "argument --dtype: expected auto, float32, bfloat16, float16"),
+        (["compile", "--arch", "sm_90", "--device", "cuda"], "unrecognized arguments: --device cuda"),
+        (["warmup"], "the following arguments are required: --model"),
+        # what `warmup` took when it did both
+        (["warmup", "--arch", "sm_90"], "compiling ahead of time is `mg-fast compile --arch sm_90`"),
+        (["warmup", "--arch"], "compiling ahead of time is `mg-fast compile --arch`"),
+        (["warmup", "--model", "nano", "--training"], "compiling ahead of time is `mg-fast compile --training`"),
+        (["warmup", "--here", "--model", "nano"], "`mg-fast warmup` always runs the model on this machine: leave --here out"),
     ],
 )
 def test_wrong_usage(capsys, arguments, message):
     with pytest.raises(SystemExit) as exit:
-        cli.main(["warmup", *arguments])
+        cli.main(arguments)
     assert exit.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["compile", "warmup"])
+def test_help_shows_no_option_of_the_other(capsys, command):
+    with pytest.raises(SystemExit) as exit:
+        cli.main([command, "--help"])
+    out = capsys.readouterr().out
+    assert exit.value.code == 0 and "--here" not in out
+    assert ("--arch" in out, "--device" in out) == (command == "compile", command == "warmup")

@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import mg_fast
-from mg_fast import BackendError, Explanation, PictureError, Pipeline, PromptError
-from mg_fast.cli import command_line as cli
+from mg_fast import BackendError, Explanation, PictureError, Pipeline, PromptError, cli
 from mg_fast.engine.explain import draw
 from mg_fast.ops import reference
 from mg_fast.ops.torch.dual_resize import normalise
@@ -249,7 +248,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_command_refuses_before_it_loads(standard, photo, capsys, monkeypatch, case):
-    monkeypatch.setattr(cli, "_load", lambda args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("mg_fast.cli.loading.load", lambda *_, **__: pytest.fail("the model was loaded"))
     code, arguments, message = REFUSED[case]
     try:
         got = cli.main(["explain", "--model", str(standard), *(a.format(photo=photo) for a in arguments)])

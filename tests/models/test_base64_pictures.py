@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mg_fast import PictureError
-from mg_fast.cli import command_line as cli
+from mg_fast import PictureError, cli
 from mg_fast.models.base64_text import decode_base64, looks_like_base64
 from mg_fast.models.pictures import open_picture
 

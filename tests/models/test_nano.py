@@ -18,10 +18,9 @@ from PIL import Image
 from safetensors import safe_open
 
 import mg_fast
-from mg_fast import CheckpointError, MiniGeminiForConditionalGeneration
-from mg_fast.cli import command_line as cli
+from mg_fast import CheckpointError, MiniGeminiForConditionalGeneration, cli
 from mg_fast.models import builtin as boxed
-from mg_fast.models.mini_gemini import ahead_of_time as warmup
+from mg_fast.models.mini_gemini import launches
 from recipes.nano.evaluate import accuracy_table
 from recipes.nano.model import forget_mined
 from recipes.nano.scenes import CELL, draw_number, draw_scene
@@ -278,8 +277,8 @@ def test_unknown_names_are_told_what_there_is(capsys):
     with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
         mg_fast.load("nono")
     with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
-        warmup.model_config("nono")
-    for command in (["run", "--prompt", "What?"], ["chat"], ["warmup", "--here"]):
+        launches.model_config("nono")
+    for command in (["run", "--prompt", "What?"], ["chat"], ["warmup"]):
         assert cli.main([*command, "--model", "nono"]) == 3
         assert capsys.readouterr().err == f"mg-fast: error: {message}\n"
 
@@ -296,7 +295,7 @@ def test_from_pretrained_stays_ordinary():
 
 
 def test_kernels_are_compiled_for_it_too():
-    assert warmup.model_config("nano").tokens_per_picture == 36
+    assert launches.model_config("nano").tokens_per_picture == 36
 
 
 # ---- the demo

@@ -16,7 +16,7 @@ import torch
 import triton
 
 from mg_fast.kernels.configs import SHARED_MEMORY_LIMITS
-from mg_fast.models.mini_gemini.ahead_of_time import compile_only
+from mg_fast.ops.ahead_of_time import compile_only
 
 # what multiplies matrices best, in the machine's own instructions; products too small for it use HMMA there too, and count as none
 TENSOR_CORES = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}

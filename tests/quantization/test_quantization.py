@@ -12,8 +12,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 import mg_fast
-from mg_fast import BackendError, CheckpointError, MiniGeminiForConditionalGeneration, quantization
-from mg_fast.cli import command_line as cli
+from mg_fast import BackendError, CheckpointError, MiniGeminiForConditionalGeneration, cli, quantization
 from mg_fast.quantization import Int8Linear, check_config, quantized_experts, tensor_bytes, weight_bytes
 from mg_fast.testing.tolerances import relative_error
 from tests.checkpoints import load, probe, remake

@@ -451,7 +451,7 @@ def test_wrong_arguments_are_refused_before_any_work(command, arguments, said, t
 
 
 def test_without_the_high_resolution_branch_nothing_is_mined(tmp_path):
-    stages = (train.Stage("digits", 9, 2, 1e-3, ("vision_tower_aux",)), train.Stage("everything", 1, 2, 1e-3, train.BRIDGE))
+    stages = (train.TrainingStage("digits", 9, 2, 1e-3, ("vision_tower_aux",)), train.TrainingStage("everything", 1, 2, 1e-3, train.BRIDGE))
     run = train.Run(tmp_path, seed=0, hr=False, stages=stages, workers=0)
     assert run.train()
     # pages of print are for the tower that is not there

@@ -9,7 +9,7 @@ import torch
 from transformers import TorchAoConfig
 
 import mg_fast
-from mg_fast.cli import command_line as cli
+from mg_fast import cli
 from mg_fast.models import builtin as boxed
 from mg_fast.models.mini_gemini import loading_dtype
 from mg_fast.models.mini_gemini.checkpoint import open_checkpoint

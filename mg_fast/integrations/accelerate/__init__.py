@@ -4,7 +4,7 @@ A rule recognises one kind of thing and says for each find what becomes of it. W
 as it is, with the reason.
 """
 
-from .report import Entry, Report
+from .report import Finding, Report
 from .rules import accelerate
 
-__all__ = ["Entry", "Report", "accelerate"]
+__all__ = ["Finding", "Report", "accelerate"]

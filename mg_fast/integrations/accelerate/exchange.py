@@ -15,22 +15,23 @@ from torch import nn
 
 from ...errors import MgFastError
 from ...runtime.recording import recorded_as
-from .report import Entry
+from .report import Finding
 
 # From the class of an object to the methods of its subclass, by name. A function of a module: pickles find it there.
 Methods = Callable[[type], dict[str, Callable]]
 
 
-def offer(name: str, what: str, module: nn.Module, methods: Methods, why_not: Callable[[nn.Module], str | None], becomes: str) -> Entry:
-    """The entry of a find: swapped already; left as it is, because of `why_not(module)`; or to be swapped."""
+def offer(name: str, what: str, module: nn.Module, methods: Methods, why_not: Callable[[nn.Module], str | None], becomes: str) -> Finding:
+    """A finding: swapped already; left as it is, because of `why_not(module)`; or to be swapped."""
     # weak: a report does not keep the model alive
     reference = weakref.ref(module)
     restore = functools.partial(_restore, reference)
     if hasattr(type(module), "_mg_fast_original"):
-        return Entry(name, what, "already swapped by an earlier accelerate(); undo() of either report puts the original back", undo=restore)
+        reason = "already swapped by an earlier accelerate(); undo() of either report puts the original back"
+        return Finding(name, what, reason, undo=restore)
     if reason := why_not(module):
-        return Entry(name, what, reason)
-    return Entry(name, what, becomes, apply=functools.partial(_swap, reference, methods), undo=restore)
+        return Finding(name, what, reason)
+    return Finding(name, what, becomes, apply=functools.partial(_swap, reference, methods), undo=restore)
 
 
 def replaced_on_object(module: nn.Module, method: str) -> bool:

@@ -7,7 +7,7 @@ from ...errors import MgFastError
 
 
 @dataclass
-class Entry:
+class Finding:
     """One thing that `accelerate` recognised.
 
     Attributes:
@@ -38,8 +38,8 @@ class Report:
     """
 
     model: str
-    swapped: list[Entry]
-    skipped: list[Entry]
+    swapped: list[Finding]
+    skipped: list[Finding]
     looked_for: list[str] = field(repr=False)
 
     def undo(self) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 from ...modules import ConvNeXtPyramid, PatchInfoMining
 from . import timm_convnext as convnext
 from . import unified_resampler as mining
-from .report import Entry, Report
+from .report import Finding, Report
 
 
 def accelerate(model: nn.Module) -> Report:
@@ -47,18 +47,18 @@ def accelerate(model: nn.Module) -> Report:
     return Report(type(model).__name__, swapped, skipped, [rule.looks_for for rule in RULES])
 
 
-def _ours(model: nn.Module) -> Iterator[Entry]:
+def _ours(model: nn.Module) -> Iterator[Finding]:
     for name, module in model.named_modules():
         for kind, what in ((PatchInfoMining, "patch info mining"), (ConvNeXtPyramid, "high-resolution tower")):
             if isinstance(module, kind):
-                yield Entry(name or "model", what, f"already mg_fast.modules.{kind.__name__}")
+                yield Finding(name or "model", what, f"already mg_fast.modules.{kind.__name__}")
 
 
 class Rule(NamedTuple):
     """One kind of thing: what it looks for, in words, and the finds in a model; a find with `apply` and `undo` can be swapped."""
 
     looks_for: str
-    recognise: Callable[[nn.Module], Iterator[Entry]]
+    recognise: Callable[[nn.Module], Iterator[Finding]]
 
 
 RULES = (

@@ -13,13 +13,13 @@ from ...modules.convnext import unsuited_stage
 from ...ops import backend as backends
 from ...runtime.weights import why_more_than_weights
 from .exchange import offer, replaced_on_object, warn
-from .report import Entry
+from .report import Finding
 
 LOOKS_FOR = "stages of timm's ConvNeXt (timm.models.convnext.ConvNeXtStage), wherever they sit"
 STOCHASTIC = "its stochastic depth is at work in training mode: eval() makes it deterministic"
 
 
-def recognise(model: nn.Module) -> Iterator[Entry]:
+def recognise(model: nn.Module) -> Iterator[Finding]:
     """Every stage that is not one of a tower of ours."""
     # a model that has stages has imported them; timm is slow to import for one that has none
     timm_convnext = sys.modules.get("timm.models.convnext")

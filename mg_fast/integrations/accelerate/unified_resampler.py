@@ -12,7 +12,7 @@ from ...modules.patch_mining import unsuited_projector
 from ...ops import backend as backends
 from ...ops.reference import Projection
 from .exchange import offer, replaced_on_object, warn
-from .report import Entry
+from .report import Finding
 
 METHOD = "unified_resampler"
 PROJECTORS = ("vlm_uni_query_projector", "vlm_uni_aux_projector", "vlm_uni_val_projector")
@@ -22,7 +22,7 @@ LOOKS_FOR = (
 )
 
 
-def recognise(model: nn.Module) -> Iterator[Entry]:
+def recognise(model: nn.Module) -> Iterator[Finding]:
     """Every object with the original's method, and projectors whose object was not handed over."""
     owners, inner_models = [], set()
     for name, module in model.named_modules():
@@ -37,7 +37,7 @@ def recognise(model: nn.Module) -> Iterator[Entry]:
         has_all = all(projector in module._modules for projector in PROJECTORS)
         if has_all and id(module) not in inner_models and not isinstance(module, PatchInfoMining):
             reason = f"no {METHOD} here that uses them: hand over the model around it, whose get_model() this is"
-            yield Entry(f"{name}.{PROJECTORS[0]}".lstrip("."), f"projectors of {type(module).__name__}", reason)
+            yield Finding(f"{name}.{PROJECTORS[0]}".lstrip("."), f"projectors of {type(module).__name__}", reason)
 
 
 def mined(original: type) -> dict[str, Callable]:

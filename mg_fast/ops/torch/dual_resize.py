@@ -142,7 +142,7 @@ def span(side: Side) -> tuple[int, int]:
     return max(int(first.min()), 0), min(int(first.max()) + weights.shape[1], side.length)
 
 
-class Block(NamedTuple):
+class ResizeBlock(NamedTuple):
     """Outputs [begin, end) of a side from pixels [first, last) of the picture, by a matrix product and a share of the padding.
 
     Attributes:
@@ -161,7 +161,7 @@ class Block(NamedTuple):
 
 
 @kept(TABLE_BYTES)
-def _blocks(side: Side, device: torch.device) -> list[Block]:
+def _blocks(side: Side, device: torch.device) -> list[ResizeBlock]:
     first, fixed = bicubic_taps(side)
     positions = first[:, None] + np.arange(fixed.shape[1])
     used = (fixed != 0) & (positions >= 0) & (positions < side.length)
@@ -177,7 +177,7 @@ def _blocks(side: Side, device: torch.device) -> list[Block]:
         weights[inside - low, np.nonzero(used[rows])[0]] = scaled[rows][used[rows]]
         padding = np.where(used[rows], 0.0, scaled[rows]).sum(1)
         tensors = (upload(array, device) for array in (weights, padding))
-        blocks.append(Block(begin, rows.stop, low, high, *tensors, bool(padding.any())))
+        blocks.append(ResizeBlock(begin, rows.stop, low, high, *tensors, bool(padding.any())))
     return blocks
 
 

@@ -1,0 +1,83 @@
+"""mg-fast chat: a conversation about pictures in the terminal."""
+
+import argparse
+import importlib.util
+import sys
+
+from ..errors import PictureError, PromptError, shortened
+from . import loading
+from .options import answer_options, model_options, sampling_options
+from .streams import print_stream
+
+CHAT_HELP = """\
+/image FILE   show a picture with the next question (again for another one)
+/reset        forget the conversation
+/help         this list
+/quit         leave (also Ctrl-D)"""
+
+
+def register(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "chat",
+        parents=[model_options(), answer_options(), sampling_options()],
+        help="talk about pictures in the terminal",
+        epilog=CHAT_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(action=command)
+
+
+def command(args) -> int:
+    pipeline = loading.load_to_answer(args)
+    import torch
+
+    if sys.stdin.isatty():
+        # line editing and history at the prompt, where Python has it
+        if importlib.util.find_spec("readline"):
+            import readline  # noqa: F401
+        print(CHAT_HELP)
+    images: list = []
+    while True:
+        try:
+            line = input("you> ").strip()
+        except EOFError:
+            print()
+            return 0
+        word, _, rest = line.partition(" ")
+        try:
+            if not line:
+                continue
+            if word in ("/quit", "/exit"):
+                return 0
+            if word == "/help":
+                print(CHAT_HELP)
+            elif word == "/reset":
+                pipeline.reset()
+                images = []
+                print("(conversation forgotten)")
+            elif word == "/image":
+                images.append(_checked_picture(pipeline, rest.strip().strip("'\"")))
+                print(f"({len(images)} picture{'s' if len(images) > 1 else ''} with the next question)")
+            elif word.startswith("/"):
+                print(f"unknown command {shortened(word, 80)}\n{CHAT_HELP}")
+            else:
+                print("model> ", end="", flush=True)
+                print_stream(pipeline.chat(line, images, stream=True, **loading.sampling(args)))
+                images = []
+        except KeyboardInterrupt:
+            # stops the answer, not the conversation
+            print("\n(interrupted; this turn is not kept)")
+        except (PictureError, PromptError, FloatingPointError, torch.OutOfMemoryError) as error:
+            # They are this question's own, and the next one may well be answered.
+            print(f"{error}")
+
+
+def _checked_picture(pipeline, file: str):
+    from ..models.pictures import open_picture
+
+    if not file:
+        raise PictureError("/image needs a file: /image FILE")
+    # kept decoded, and all of its errors now: one that failed only with its question would fail with every later one
+    image = open_picture(file)
+    pipeline.processor.image_processor(image)
+    return image

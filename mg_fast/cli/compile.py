@@ -1,0 +1,62 @@
+"""mg-fast compile: compiles the kernels ahead of time, for a GPU that need not be here."""
+
+from ..errors import BackendError
+from .options import add_debug, architecture, dtype_option
+
+
+def register(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "compile",
+        help="compile the kernels ahead of time, for a GPU that need not be here",
+        description="Fills Triton's cache (TRITON_CACHE_DIR, or ~/.triton/cache) with the models' kernels, as when an image is built.",
+    )
+    parser.add_argument(
+        "--arch",
+        action="append",
+        required=True,
+        type=architecture,
+        metavar="sm_XX",
+        help="the GPU's, as sm_90; may be given several times",
+    )
+    parser.add_argument(
+        "--model", metavar="DIR", help="checkpoint folder (its config.json will do), hub id or nano; default: the published sizes"
+    )
+    parser.add_argument(
+        "--dtype",
+        action="append",
+        type=dtype_option,
+        metavar="{float32,bfloat16,float16}",
+        help="may be given several times (default float16 and bfloat16)",
+    )
+    parser.add_argument(
+        "--backend",
+        choices=("auto", "triton"),
+        default="auto",
+        help="triton: those kernels too in whose place auto takes a library's (default auto)",
+    )
+    parser.add_argument("--training", action="store_true", help="the backward pass too")
+    add_debug(parser)
+    parser.set_defaults(action=command)
+
+
+def command(args) -> int:
+    from ..ops.ahead_of_time import cache_folder, check_can_compile
+
+    check_can_compile()
+    from ..models.mini_gemini.launches import compile_kernels, model_config, published_configs
+    from ..runtime.dtypes import wanted_dtype
+
+    if "auto" in (args.dtype or ()):
+        raise BackendError("--dtype auto is for `mg-fast warmup`: ahead of time it is not known what a checkpoint holds")
+    dtypes = [wanted_dtype(name) for name in dict.fromkeys(args.dtype or ("float16", "bfloat16"))]
+    configs = [model_config(args.model)] if args.model is not None else published_configs()
+    done = []
+    for kernel in compile_kernels(list(dict.fromkeys(args.arch)), dtypes, configs, training=args.training, backend=args.backend):
+        state = "cached" if kernel.seconds is None else f"{kernel.seconds:.1f} s"
+        dtype = str(kernel.dtype).removeprefix("torch.")
+        print(f"{kernel.name:<26} sm_{kernel.architecture:<4} {dtype:<9} {kernel.image_size:>5} pixels  {state}", flush=True)
+        done.append(kernel)
+    fresh = sum(kernel.seconds is not None for kernel in done)
+    print(f"{len(done)} kernels in {cache_folder()}: {fresh} compiled now, {len(done) - fresh} were there")
+    print("Triton's launchers in C are still built at the first launch on the machine with the GPU, by its C compiler, in about a second.")
+    return 0

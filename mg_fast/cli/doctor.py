@@ -1,0 +1,67 @@
+"""mg-fast doctor: what is installed, and which backends can run here."""
+
+import argparse
+import importlib.metadata
+import os
+import platform
+
+from .. import __version__
+
+
+def register(subparsers) -> None:
+    parser = subparsers.add_parser("doctor", help="what is installed, and which backends can run here")
+    parser.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
+    parser.set_defaults(action=command)
+
+
+def command(args) -> int:
+    import torch
+
+    from ..ops import backend as backends
+    from ..runtime import cpu_dtype
+
+    print(f"mg_fast {__version__}, Python {platform.python_version()}, {platform.platform()}")
+    print("\npackages")
+    for name, why in (
+        ("torch", ""),
+        ("torchvision", ""),
+        ("transformers", ""),
+        ("accelerate", ""),
+        ("timm", "high-resolution tower"),
+        ("open_clip_torch", ""),
+        ("safetensors", ""),
+        ("sentencepiece", "tokenizers"),
+        ("protobuf", "tokenizers"),
+        ("pillow", "pictures"),
+        ("triton", "kernels; Linux only"),
+        ("flash-attn", "extra `flash`"),
+        ("torchao", "extra `quant`"),
+    ):
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            version = "not installed"
+        print(f"  {name:<16} {version}{f'  ({why})' if why else ''}")
+
+    print("\nhardware")
+    print(f"  CPU: {os.cpu_count()} logical cores, torch uses {torch.get_num_threads()} threads")
+    print(f"  CPU: {cpu_dtype.describe()}")
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices.append("cuda")
+        for i in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(i)
+            print(f"  GPU {i}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB, sm_{properties.major}{properties.minor}")
+    else:
+        built = f"this torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "this torch is built without CUDA"
+        print(f"  GPU: none that torch can use ({built})")
+
+    print("\nbackends (auto takes the fastest that can run, as far as it has been measured)")
+    for operation in backends.IMPLEMENTED:
+        for device in devices:
+            chosen = backends.choose(operation, "auto", device)
+            print(f"  {operation} on {device}: auto runs {chosen}")
+            for name in backends.BACKENDS:
+                reason = backends.why_not(operation, name, device)
+                print(f"    {name:<10} {'can run' if reason is None else 'cannot: ' + reason}")
+    return 0

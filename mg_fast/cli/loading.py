@@ -1,0 +1,67 @@
+"""Loads what a command needs: its pictures first, because they are quickly found to be wrong, then the model."""
+
+import os
+import sys
+
+from ..errors import PictureError
+
+
+def load(args, **options):
+    """The pipeline that the model options ask for, with the options of `mg_fast.load` that not every command has."""
+    # The imports take seconds, and usage errors should not wait for them.
+    from ..models.templates import get_template
+
+    if args.template is not None:
+        get_template(args.template)
+    from transformers.utils import logging as transformers_logging
+
+    from .. import pipeline as pipelines
+
+    if not args.debug:
+        transformers_logging.set_verbosity_error()
+    return pipelines.load(
+        args.model,
+        dtype=args.dtype,
+        device=args.device,
+        backend=args.backend,
+        quantize=args.quantize,
+        template=args.template,
+        base_model=args.model_base,
+        compiled=args.compile,
+        **options,
+    )
+
+
+def load_to_answer(args):
+    """The pipeline for a command that answers; says on stderr what was loaded."""
+    pipeline = load(args, allow_long=args.allow_long)
+    print(f"loaded {args.model} on {pipeline.device} in {pipeline.load_seconds:.1f} s (template {pipeline.template})", file=sys.stderr)
+    print(f"weights: {pipeline.weights}", file=sys.stderr)
+    return pipeline
+
+
+def sampling(args) -> dict:
+    """The arguments of `Pipeline.chat` that the answer and sampling options give."""
+    return {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "seed": args.seed}
+
+
+def open_pictures(args, files: list[str]) -> list:
+    """The pictures of a command, as far as they can be wrong read and tried before the model's gigabytes are read."""
+    from ..models.base64_text import looks_like_base64, refusal
+    from ..models.urls import expanded, is_url
+
+    for file in files:
+        # the commonest slip, told before anything is imported
+        if not (is_url(file) or os.path.exists(expanded(file))):
+            raise PictureError(refusal(len(file)) if looks_like_base64(file) else f"{file}: no such file")
+    from ..models import builtin
+    from ..models.pictures import open_picture
+
+    model = builtin.resolve(args.model)
+    pictures = [open_picture(file, allow_urls=args.allow_urls) for file in files]
+    if pictures:
+        from ..models.mini_gemini.processing import MiniGeminiProcessor
+
+        # and what this model can make of them, which its configuration tells
+        MiniGeminiProcessor.from_pretrained(model, template=args.template, base_model=args.model_base).image_processor(pictures)
+    return pictures

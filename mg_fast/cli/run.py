@@ -1,0 +1,64 @@
+"""mg-fast run: answers one question."""
+
+import json
+import sys
+import time
+
+from ..errors import PromptError
+from ..runtime.arguments import check_text
+from . import loading
+from .options import answer_options, model_options, sampling_options
+from .streams import first_use_lines, print_stream
+
+
+def register(subparsers) -> None:
+    parser = subparsers.add_parser("run", parents=[model_options(), answer_options(), sampling_options()], help="answer one question")
+    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be given several times")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the question")
+    parser.add_argument("--allow-urls", action="store_true", help="fetch pictures given as URLs")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.add_argument("--profile", action="store_true", help="show time and memory of every stage")
+    parser.set_defaults(action=command)
+
+
+def command(args) -> int:
+    if not args.prompt.strip():
+        raise PromptError("--prompt is empty")
+    check_text(args.prompt, "--prompt")
+    pictures = loading.open_pictures(args, args.image)
+    pipeline = loading.load_to_answer(args)
+    if not (args.json or args.profile):
+        print_stream(pipeline.chat(args.prompt, pictures, stream=True, **loading.sampling(args)))
+        return 0
+    began = time.perf_counter()
+    answer = pipeline.chat(args.prompt, pictures, profile=args.profile, **loading.sampling(args))
+    seconds = time.perf_counter() - began
+    if args.json:
+        print(json.dumps(_document(pipeline, answer, seconds, profile=args.profile)))
+    else:
+        from ..runtime.meter import format_stages
+
+        print(answer.text)
+        print(first_use_lines(pipeline.first_use), file=sys.stderr)
+        print(format_stages(answer.stages), file=sys.stderr)
+    return 0
+
+
+def _document(pipeline, answer, seconds: float, *, profile: bool) -> dict:
+    """What --json prints."""
+    document = {
+        "text": answer.text,
+        "token_ids": answer.token_ids,
+        "finish_reason": answer.finish_reason,
+        "prompt_tokens": answer.prompt_tokens,
+        "image_tokens": answer.image_tokens,
+        "cached_tokens": answer.cached_tokens,
+        "new_tokens": len(answer.token_ids),
+        "weight_bytes": {"language_model": pipeline.weights.language_model, "vision": pipeline.weights.vision},
+        "load_s": round(pipeline.load_seconds, 3),
+        "answer_s": round(seconds, 3),
+    }
+    if profile:
+        document["stages"] = [stage._asdict() for stage in answer.stages]
+        document["first_use_s"] = {what: round(s, 3) for what, s in pipeline.first_use.items()}
+    return document

@@ -1,0 +1,121 @@
+"""Compiles, for a GPU that is not here, the kernels that a Mini-Gemini launches: for resizing, the high-resolution tower and mining."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from ... import ops
+from ...errors import CheckpointError
+from ...modules import convnext_channels_last as convnext
+from ...ops.ahead_of_time import check_can_compile, compile_only
+from ...ops.backend import use_backend
+from ...ops.reference import Projection
+from .. import builtin
+from ..tensor_files import resolve_folder
+from .checkpoint import geometry_config
+from .configuration import MiniGeminiConfig
+
+# pictures at once: a product of few rows has other tiles than one of many, and of the second number no published model's has few
+BATCHES = (1, 64)
+
+
+class Compiled(NamedTuple):
+    """A kernel that is in Triton's cache now; `seconds` is None where it already was."""
+
+    name: str
+    architecture: int
+    dtype: torch.dtype
+    image_size: int
+    seconds: float | None
+
+
+def published_configs() -> list[MiniGeminiConfig]:
+    """Configurations of the published models, as far as kernels tell them apart: 768 pixels, and HD."""
+    return [MiniGeminiConfig(image_size_aux=768), MiniGeminiConfig(image_size_aux=1536, image_grid=2, image_global=True)]
+
+
+def model_config(name_or_path: str) -> MiniGeminiConfig:
+    """The configuration of a checkpoint folder, hub id or checkpoint of the package; weights are not needed.
+
+    Raises:
+        CheckpointError: there is none, or it does not tell the widths of the high-resolution tower.
+    """
+    config = geometry_config(resolve_folder(builtin.resolve(name_or_path), weights=False))
+    dims = config.vision_config_aux["dims"]
+    if sum(dims) != config.mm_hidden_size_aux:
+        raise CheckpointError(
+            f"{name_or_path}: config.json says mm_hidden_size_aux={config.mm_hidden_size_aux} and not the widths that add up to it; "
+            f"without vision_config_aux or the tower's tensors they would be {dims}"
+        )
+    return config
+
+
+def compile_kernels(
+    architectures: Sequence[int],
+    dtypes: Sequence[torch.dtype],
+    configs: Sequence[MiniGeminiConfig] | None = None,
+    *,
+    training: bool = False,
+    backend: str = "auto",
+) -> Iterator[Compiled]:
+    """Fills Triton's cache (TRITON_CACHE_DIR) with the kernels that models of these configurations launch, for one picture or many.
+
+    Args:
+        architectures: compute capabilities, 90 for sm_90.
+        dtypes: of the models' weights.
+        configs: MiniGeminiConfigs; by default those of the published models.
+        training: the kernels of the backward pass too.
+        backend: of the models: `auto`; or `triton` for those kernels too in whose place `auto` takes a library's.
+
+    Yields:
+        One `Compiled` a kernel, as it is done.
+
+    Raises:
+        BackendError: this process cannot compile kernels.
+    """
+    check_can_compile()
+    from triton import knobs
+
+    def listener(src, metadata, metadata_group, times, cache_hit):
+        # of the times, in microseconds
+        events.append((src.name, None if cache_hit else times.total / 1e6))
+
+    for architecture, dtype, config in itertools.product(architectures, dtypes, published_configs() if configs is None else configs):
+        events: list = []
+        previous, knobs.compilation.listener = knobs.compilation.listener, listener
+        try:
+            with compile_only(architecture, training=training), use_backend(backend):
+                launch_resize(config)
+                for batch in BATCHES:
+                    launch_vision(config, dtype, batch=batch, training=training)
+        finally:
+            knobs.compilation.listener = previous
+        for name, seconds in events:
+            yield Compiled(name, architecture, dtype, config.image_size_aux, seconds)
+
+
+def launch_resize(config: MiniGeminiConfig) -> None:
+    """Both resolutions of a decoded picture; for use within `compile_only`. The kernels are the same for every picture and model."""
+    picture = torch.empty(480, 640, 3, dtype=torch.uint8, device="cuda")
+    ops.dual_resize(
+        picture, config.image_size_aux, config.vision_config.image_size, grid=config.image_grid, global_view=config.image_global
+    )
+
+
+def launch_vision(config: MiniGeminiConfig, dtype: torch.dtype, *, batch: int = 1, training: bool = False) -> None:
+    """The high-resolution tower and patch info mining on CUDA tensors of a model's shapes and layouts; for use within `compile_only`."""
+    dims, like = config.vision_config_aux["dims"], {"dtype": dtype, "device": "cuda", "requires_grad": training}
+    width, size = config.vision_config.hidden_size, config.image_size_aux
+
+    def projection(channels: int) -> Projection:
+        vector = torch.empty(channels, **like)
+        return Projection(vector, vector, torch.empty(width, channels, **like), torch.empty(width, **like))
+
+    queries = torch.empty(batch, config.views, config.tokens_per_view, width, **like)
+    pixels = torch.empty(batch, 3, size, size, dtype=dtype, device="cuda")
+    with torch.set_grad_enabled(training):
+        # the blocks of a stage are alike
+        pyramid = convnext.run_tower(*convnext.empty_tower(dims, [1] * len(dims), **like), pixels)
+        ops.patch_mining(queries, pyramid, projection(width), projection(sum(dims)), projection(sum(dims)), grid=config.image_grid)

@@ -1,0 +1,117 @@
+"""Compiling the Triton kernels for a GPU that is not here.
+
+The operations themselves run, on fake tensors and under a driver that only names the architecture, so what is compiled, and the key it is
+cached under, is what a launch on such a GPU asks for. Triton's small C launcher is not built here, because it links with the GPU's driver
+library: the first launch on a machine still builds it, with the machine's C compiler, in about a second.
+"""
+
+import contextlib
+import itertools
+import os
+from collections.abc import Iterator
+
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..errors import BackendError
+from . import interpreter
+from .backend import no_triton, only_compiling
+from .patch_mining import pool_windows_backward
+
+# kernels are kept in memory by device: with a number of its own every block asks the cache on disk
+_devices = itertools.count(-1, -1)
+
+
+class _Driver:
+    """As much of a Triton driver as compiling needs."""
+
+    def __init__(self, architecture: int):
+        self.architecture = architecture
+        self.device = next(_devices)
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.architecture, 32)
+
+
+class _Launching(TorchDispatchMode):
+    """Runs mg_fast's operators, which launch, where fake tensors would have only their fakes run."""
+
+    def __init__(self, training: bool):
+        super().__init__()
+        self.training = training
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func._schema.name.startswith("mg_fast::"):
+            return func(*args, **(kwargs or {}))
+        # the key under which torch.library.custom_op registers what an operator does
+        out = func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **(kwargs or {}))
+        if self.training and func is torch.ops.mg_fast.patch_mining.default:
+            # the one gradient with a kernel of its own; autograd's engine does not run on CUDA tensors without a GPU
+            queries, pyramid, grid = args
+            with self:
+                pool_windows_backward(out[0], queries, pyramid, out[1], grid)
+        return out
+
+
+@contextlib.contextmanager
+def compile_only(architecture: int, *, training: bool = False) -> Iterator[list]:
+    """Within the block tensors are fake, and every Triton launch on CUDA tensors compiles for `architecture` (90: sm_90) instead.
+
+    Pointers are taken to be multiples of 16, as those of whole tensors are; Triton's cache has another entry for others.
+
+    Args:
+        architecture: compute capability.
+        training: after an operator the kernels of its gradient too, if it has any of its own.
+
+    Yields:
+        The compiled kernels, in the order of the launches.
+    """
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction, MockTensor
+
+    def mock(value):
+        if isinstance(value, torch.Tensor):
+            return MockTensor(value.dtype)
+        if isinstance(value, tuple):
+            # kernels know the fields of a named one
+            return value._make(map(mock, value)) if hasattr(value, "_fields") else tuple(map(mock, value))
+        return value
+
+    def run(self, *args, grid, warmup, **kwargs):
+        compiled.append(launch(self, *map(mock, args), grid=grid, warmup=True, **{k: mock(v) for k, v in kwargs.items()}))
+
+    compiled, launch, active = [], JITFunction.run, driver._active
+    JITFunction.run = run
+    driver.set_active(_Driver(architecture))
+    try:
+        with only_compiling(), FakeTensorMode(), _Launching(training):
+            yield compiled
+    finally:
+        driver.set_active(active)
+        JITFunction.run = launch
+
+
+def check_can_compile() -> None:
+    """Raises `BackendError` with the reason where kernels cannot be compiled here."""
+    # not whether they run here: a GPU of this machine says nothing of the one that they are for
+    reason = no_triton()
+    if reason is None and interpreter.requested():
+        reason = f"TRITON_INTERPRET={os.environ['TRITON_INTERPRET']} is set, under which kernels are interpreted: unset it"
+    if reason:
+        raise BackendError(f"kernels cannot be compiled: {reason}")
+
+
+def cache_folder() -> str:
+    """Where Triton keeps what it compiled."""
+    from triton import knobs
+
+    return knobs.cache.dir
