@@ -25,7 +25,7 @@ from .models.mini_gemini.modeling import MiniGeminiForConditionalGeneration
 from .models.mini_gemini.processing import MiniGeminiProcessor
 from .models.pictures import open_picture
 from .models.tensor_files import resolve_folder
-from .ops.backend import IMPLEMENTED, check_everywhere, choose, requested, use_backend
+from .ops.backend import OPERATIONS, check_everywhere, choose, requested, use_backend
 from .quantization import WeightBytes, weight_bytes
 from .runtime import cpu_dtype
 from .runtime.dtypes import wanted_dtype
@@ -287,7 +287,7 @@ class Pipeline:
     def _circumstances(self) -> tuple:
         """What image tokens depend on beside the picture and the state of the model."""
         device, images = self.device, self.processor.image_processor
-        backends = tuple(choose(operation, None, device) for operation in IMPLEMENTED)
+        backends = tuple(choose(operation, None, device) for operation in OPERATIONS)
         autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         # what settles the arithmetic of float32 products
         settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)
