@@ -8,8 +8,7 @@ resizing, elementwise work, gathers) counts as bytes. Bytes are those of operato
 once, a gather what it gathers, and writes its outputs once; views are free. All of the forward pass, without autograd, on a GPU.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch

@@ -26,7 +26,7 @@ def test_a_conversation_goes_on_twice(pipeline, photo, drawing, how):
     first = pipeline.conversation()
     first.chat("What is it?", [photo], max_new_tokens=4)
     second = COPIES[how](first)
-    assert second.turns == first.turns and second.pipeline is pipeline
+    assert second.turns == first.turns and second.vision is pipeline.vision and second.answers is pipeline.answers
     straight = pipeline.conversation()
     straight.chat("What is it?", [photo], max_new_tokens=4)
     expected = straight.chat("And this?", [drawing], max_new_tokens=4)

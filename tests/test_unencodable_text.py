@@ -89,7 +89,7 @@ def test_no_item_ends_a_batch(pipeline, monkeypatch):
             raise OverflowError("a tokenizer's own error")
         return encode(self, prompt, **options)
 
-    see = type(pipeline)._see
+    see = type(pipeline.vision).see
 
     def broken(self, image, **options):
         if image == "broken":
@@ -97,7 +97,7 @@ def test_no_item_ends_a_batch(pipeline, monkeypatch):
         return see(self, image, **options)
 
     monkeypatch.setattr(type(pipeline.processor), "encode", fussy)
-    monkeypatch.setattr(type(pipeline), "_see", broken)
+    monkeypatch.setattr(type(pipeline.vision), "see", broken)
     bad = [Odd(text="a"), "spoil it", ("a", ["broken"]), ("a", [Picture()])]
     answers = pipeline.chat_batch([*bad, "fine"], max_new_tokens=2, progress=False)
     assert [type(answer.error) for answer in answers] == [KeyError, OverflowError, ZeroDivisionError, mg_fast.PictureError, type(None)]
@@ -108,7 +108,7 @@ def test_interruptions_still_end_a_batch(pipeline, monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(type(pipeline), "_see", interrupted)
+    monkeypatch.setattr(type(pipeline.vision), "see", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pipeline.chat_batch([("a", ["b"])], progress=False)
 

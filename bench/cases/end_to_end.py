@@ -30,12 +30,10 @@ from transformers.utils import logging as transformers_logging
 
 import mg_fast
 from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor, quantization, use_backend
-from mg_fast.decoding import LeanDecoder
 from mg_fast.models.mini_gemini.checkpoint import decide_template, load_tokenizer
-from mg_fast.models.mini_gemini.encoder import PictureEncoder
 from mg_fast.models.mini_gemini.processing import MiniGeminiImageProcessor
 from mg_fast.models.templates import render, stop_ids, with_picture_tags
-from mg_fast.runtime import execution
+from mg_fast.runtime import layer_dtypes
 from mg_fast.testing import random_checkpoints as random_checkpoint
 
 from ..registry import Call, Case, NotHere
@@ -107,12 +105,8 @@ class Session:
         key = (backend, graphs, *options.items())
         if key not in self.pipelines:
             options = {"image_cache_bytes": 0, "kv_cache_bytes": 0, **options}
-            pipeline = self.pipelines[key] = mg_fast.Pipeline(self.model, self.processor, backend=backend, **options)
-            if not graphs:
-                pipeline.decoder = LeanDecoder(self.model, kv_cache_bytes=options["kv_cache_bytes"], graphs=False)
-                with torch.enable_grad():
-                    # in the place of the one that it would pack
-                    pipeline._encoder = PictureEncoder(self.model.model, graphs=False)
+            pipeline = mg_fast.Pipeline(self.model, self.processor, backend=backend, cuda_graphs=graphs, **options)
+            self.pipelines[key] = pipeline
         return self.pipelines[key]
 
     def watch(self, tokens: int) -> "Watch":
@@ -409,7 +403,7 @@ def _one_step(batch: int) -> Callable[[Session], Call]:
     """The pass for one more token alone, over a prompt that was read before; for the table of its kernels."""
 
     def build(shared: Session) -> Call:
-        passes = shared.pipeline("auto", kv_cache_bytes=0).decoder.steps
+        passes = shared.pipeline("auto", kv_cache_bytes=0).decoder.runner
         ids, marks = shared.processor.encode(_prompt(shared))
         ids, marks = (torch.tensor([row] * batch, device=shared.device) for row in (ids, marks))
         image_tokens = shared.pipeline("auto", kv_cache_bytes=0).see(shared.photo).expand(batch, -1, -1).contiguous()
@@ -569,7 +563,7 @@ def _widened(model: MiniGeminiForConditionalGeneration, dtype: torch.dtype) -> I
     hooks = [part.register_forward_pre_hook(widen) for part in parts] + [part.register_forward_hook(restore) for part in parts]
     try:
         # the model would cast what goes into a part to the dtype that the part's weights have now, before they are widened
-        with unittest.mock.patch.object(execution, "compute_dtype", lambda module: None):
+        with unittest.mock.patch.object(layer_dtypes, "compute_dtype", lambda module: None):
             yield
     finally:
         for hook in hooks:

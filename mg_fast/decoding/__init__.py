@@ -1,6 +1,6 @@
 """Decoding: a token at a time over keys and values that are kept."""
 
-from .loop import LeanDecoder, LeanRequest
+from .loop import Decoder, DecodingRequest
 from .prefix_store import PrefixStore
 
-__all__ = ["LeanDecoder", "LeanRequest", "PrefixStore"]
+__all__ = ["Decoder", "DecodingRequest", "PrefixStore"]

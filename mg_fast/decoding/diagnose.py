@@ -5,10 +5,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..models.mini_gemini.modeling import PICTURE_INPUTS
-from ..runtime.execution import call
+from ..runtime.layer_dtypes import call
 
 
-def explain(model: nn.Module, ids: torch.Tensor, model_inputs: dict) -> str:
+def where_not_finite(model: nn.Module, ids: torch.Tensor, model_inputs: dict) -> str:
     """Runs the tokens so far once more, and says in which layers NaN or infinity begins.
 
     Args:

@@ -34,7 +34,7 @@ class KVCache(Cache):
     """
 
     def __init__(self, layers: int, batch: int, capacity: int, *, masked: bool):
-        super().__init__(layers=[_Layer(self) for _ in range(layers)])
+        super().__init__(layers=[CachedLayer(self) for _ in range(layers)])
         self.batch, self.capacity, self.masked = batch, capacity, masked
         self.length = 0
         self.positions: torch.Tensor | None = None
@@ -74,7 +74,7 @@ class KVCache(Cache):
         self.length = at
 
 
-class _Layer(CacheLayerMixin):
+class CachedLayer(CacheLayerMixin):
     """One layer's keys and values [B, heads, capacity, d]."""
 
     is_sliding = False

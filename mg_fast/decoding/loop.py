@@ -14,10 +14,11 @@ from transformers.generation.streamers import BaseStreamer
 from ..errors import PromptError
 from ..models.mini_gemini.modeling import PICTURE_INPUTS
 from ..runtime import weights as frozen
-from ..runtime.execution import compute_dtype, execution_device
-from .diagnose import explain
+from ..runtime.layer_dtypes import compute_dtype
+from ..runtime.placement import execution_device
+from .diagnose import where_not_finite
 from .kv_cache import position_bytes
-from .model_runner import Sequences, Steps, fixed_positions
+from .model_runner import ModelRunner, Sequences, fixed_positions
 from .prefix_store import PrefixStore
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ _PLAIN = {
 _FOREIGN = ("past_key_values", "assistant_model", "synced_gpus", "custom_generate", "negative_prompt_ids", "inputs_embeds")
 
 
-class LeanDecoder:
+class Decoder:
     """Decodes with a model, and remembers the keys and values of what it has read, for prompts that begin alike.
 
     Threads may share it: every request has a cache of its own, of which one is kept for the next.
@@ -51,7 +52,7 @@ class LeanDecoder:
         model: the MiniGeminiForConditionalGeneration.
         kv_cache_bytes: most bytes of keys and values remembered, on the model's devices; 0 remembers nothing. Default: those of the longest
             conversation that the model can hold, but at least `LEAST_BYTES`.
-        graphs, compiled: as of `Steps`.
+        graphs, compiled: as of `ModelRunner`.
     """
 
     def __init__(self, model: nn.Module, *, kv_cache_bytes: int | None = None, graphs: bool = True, compiled: bool = False):
@@ -60,7 +61,7 @@ class LeanDecoder:
             text, dtype = model.config.text_config, compute_dtype(model.model.language_model)
             kv_cache_bytes = max(LEAST_BYTES, text.max_position_embeddings * position_bytes(text, dtype))
         self.prefixes = PrefixStore(kv_cache_bytes)
-        self.steps = Steps(model, graphs=graphs, compiled=compiled)
+        self.runner = ModelRunner(model, graphs=graphs, compiled=compiled)
         self._idle: Sequences | None = None
         self._state: tuple | None = None
         self._lock = threading.Lock()
@@ -82,7 +83,7 @@ class LeanDecoder:
         pictures: Sequence[bytes] | None = None,
         streamer: BaseStreamer | None = None,
         generator: torch.Generator | None = None,
-    ) -> "LeanRequest":
+    ) -> "DecodingRequest":
         """What `custom_generate` takes, for one call.
 
         Args:
@@ -92,7 +93,7 @@ class LeanDecoder:
             generator: what samples are drawn by, on the device of the ids. Default: torch's own; on a GPU one seeded by torch's own of the
                 CPU, as that of the GPU fails while another thread captures a graph.
         """
-        return LeanRequest(self, pictures, streamer, generator)
+        return DecodingRequest(self, pictures, streamer, generator)
 
     def forget(self) -> None:
         """Drops all keys and values and captured graphs."""
@@ -119,7 +120,7 @@ class LeanDecoder:
             idle.take_over()
             return idle, state
         del idle
-        return self.steps.sequences(batch, positions), state
+        return self.runner.sequences(batch, positions), state
 
     def _give_back(self, sequences: Sequences, state: tuple, keys: list[int] | None) -> None:
         """Keeps the cache for the next request and, by their keys, what is in it."""
@@ -139,8 +140,8 @@ class LeanDecoder:
             self._idle = sequences
 
 
-class LeanRequest:
-    """One call of `generate(custom_generate=...)`; made by `LeanDecoder.request`.
+class DecodingRequest:
+    """One call of `generate(custom_generate=...)`; made by `Decoder.request`.
 
     Attributes:
         reused: positions of the prompt whose keys and values were at hand.
@@ -149,7 +150,7 @@ class LeanRequest:
 
     def __init__(
         self,
-        decoder: LeanDecoder,
+        decoder: Decoder,
         pictures: Sequence[bytes] | None,
         streamer: BaseStreamer | None,
         generator: torch.Generator | None,
@@ -175,7 +176,7 @@ class LeanRequest:
         """
         if reason := _refusal(generation_config):
             raise PromptError(f"this loop decodes greedily or samples, and returns ids: {reason}")
-        decoder, steps = self.decoder, self.decoder.steps
+        decoder, runner = self.decoder, self.decoder.runner
         length, limit = input_ids.shape[1], stopping_criteria.max_length
         sequences, state = decoder._take(len(input_ids), limit)
         sequences.fill(model_inputs.get("attention_mask"))
@@ -187,7 +188,7 @@ class LeanRequest:
             # the last position is run in any case, for its logits
             self.reused, known = decoder.prefixes.longest(keys[:-1])
             sequences.cache.write(known)
-        logits = steps.prefill(sequences, embeddings[:, self.reused :])
+        logits = runner.prefill(sequences, embeddings[:, self.reused :])
         del embeddings
 
         ids = input_ids.new_zeros(len(input_ids), limit)
@@ -202,10 +203,10 @@ class LeanRequest:
             record = choice(logits, length)
             length += 1
             if ahead and length < limit:
-                logits = steps.step(sequences, ids[:, length - 1])
+                logits = runner.step(sequences, ids[:, length - 1])
             tokens, (done, finite, usable) = record.read()
             if not finite:
-                raise FloatingPointError(explain(model, ids[:, : length - 1], model_inputs))
+                raise FloatingPointError(where_not_finite(model, ids[:, : length - 1], model_inputs))
             if not usable:
                 new = length - input_ids.shape[1]
                 raise FloatingPointError(f"new token {new} cannot be drawn: temperature or logits processors left no finite probabilities")
@@ -214,7 +215,7 @@ class LeanRequest:
             if done or length == limit:
                 break
             if not ahead:
-                logits = steps.step(sequences, ids[:, length - 1])
+                logits = runner.step(sequences, ids[:, length - 1])
         if self.streamer is not None:
             self.streamer.end()
         if keys is not None:
@@ -227,7 +228,7 @@ class LeanRequest:
 
     def _keys(self, input_ids: torch.Tensor, model_inputs: dict) -> list[int] | None:
         """A number for every position, by which the prompt is looked up; None where it cannot be."""
-        if len(input_ids) > 1 or not self.decoder.prefixes.limit or not fixed_positions(self.decoder.steps.config):
+        if len(input_ids) > 1 or not self.decoder.prefixes.limit or not fixed_positions(self.decoder.runner.config):
             return None
         keys = input_ids[0].tolist()
         marks = model_inputs.get("mm_token_type_ids")

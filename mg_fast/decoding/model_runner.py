@@ -10,8 +10,8 @@ from torch import nn
 
 from ..ops.torch.pointwise import by_onednn, take_onednn
 from ..quantization import EXPERTS_FUNCTION
-from ..runtime.execution import call
 from ..runtime.graphs import CaptureStream, NoStreamLeft, capture
+from ..runtime.layer_dtypes import call
 from .kv_cache import KVCache
 
 logger = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class Sequences:
         self.pool = None
 
 
-class Steps:
+class ModelRunner:
     """Runs the language model of a MiniGemini.
 
     On a GPU a pass of a width and window that was met before is captured in a CUDA graph and replayed: a launch instead of a thousand. It
@@ -270,12 +270,12 @@ class Steps:
 class _Graph:
     """A pass of one width over one window: run as it is when first met, then captured, then replayed."""
 
-    def __init__(self, steps: Steps, sequences: Sequences, inputs: torch.Tensor, window: int, compiled: bool):
-        self.steps, self.sequences, self.window = steps, sequences, window
+    def __init__(self, runner: ModelRunner, sequences: Sequences, inputs: torch.Tensor, window: int, compiled: bool):
+        self.runner, self.sequences, self.window = runner, sequences, window
         self.inputs = inputs
         self.start, self.last = (torch.zeros(1, dtype=torch.long, device=inputs.device) for _ in range(2))
         self.compiled = compiled
-        self.run = steps._compiled if compiled else steps._pass
+        self.run = runner._compiled if compiled else runner._pass
         self.met = 0
         self.graph: torch.cuda.CUDAGraph | None = None
         self.logits: torch.Tensor | None = None
@@ -286,7 +286,7 @@ class _Graph:
         self.last.fill_(width - 1)
         self.met += 1
         # once is luck: most widths never come again
-        if self.graph is None and self.met == 2 and self.steps.captures:
+        if self.graph is None and self.met == 2 and self.runner.captures:
             self._capture()
         if self.graph is None:
             return self._compile() if self.compiled and self.met == 1 else self._pass()
@@ -311,9 +311,9 @@ class _Graph:
         except (exc.TorchDynamoException, exc.FailOnRecompileLimitHit) as error:
             # the latter comes where a process has met too many shapes
             logger.warning("%s: without torch.compile: %s", what, error)
-            self.run = self.steps._pass
+            self.run = self.runner._pass
             return self._pass()
-        self.steps.noted(f"{what}, compiled", began)
+        self.runner.noted(f"{what}, compiled", began)
         return logits
 
     def _capture(self) -> None:
@@ -330,11 +330,11 @@ class _Graph:
             logger.warning("passes of this width go without a CUDA graph: %s", error)
             return
         except RuntimeError as error:
-            self.steps.captures = False
+            self.runner.captures = False
             logger.warning("no more passes are captured in CUDA graphs: %s", error)
             return
         self.graph = graph
-        self.steps.noted(f"CUDA graph of {self.inputs.shape[0]} x {self.inputs.shape[1]} positions over {self.window}", began)
+        self.runner.noted(f"CUDA graph of {self.inputs.shape[0]} x {self.inputs.shape[1]} positions over {self.window}", began)
 
 
 def fixed_positions(config) -> bool:

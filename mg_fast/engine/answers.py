@@ -1,29 +1,21 @@
-"""One question, or several at once, with what belongs to them: encoded, checked, decoded, answered."""
+"""The answer stage: prompts and image tokens to answers."""
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 from transformers import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
-from ..errors import PromptError, quoted
-from ..models.mini_gemini.modeling import PICTURE_INPUTS
-from ..ops.backend import requested
-from ..quantization import check_cache
-from ..runtime.arguments import check_stop_strings, plain_numbers, real_number, whole_number
-from ..runtime.execution import mixed_dtypes_named
+from ..decoding import Decoder
+from ..ops.backend import requested, use_backend
+from ..runtime.layer_dtypes import mixed_dtypes_named
 from ..runtime.meter import Meter, Stage
+from ..runtime.placement import execution_device
+from .options import DEFAULT_NEW_TOKENS, CacheOptions, Sampling
 from .streaming import PieceStream, decode_answer
-
-if TYPE_CHECKING:
-    from ..models.mini_gemini.modeling import MiniGeminiForConditionalGeneration
-    from ..pipeline import Pipeline
-
-# what an answer may grow to when the caller does not say (the original's command line)
-DEFAULT_NEW_TOKENS = 512
+from .vision import SeenPicture
 
 
 @dataclass(frozen=True)
@@ -55,17 +47,9 @@ class Answer:
         return self.text
 
 
-@dataclass(frozen=True, eq=False)
-class SeenPicture:
-    """A picture as the language model gets it: image tokens [T, hidden], and a digest that only the same tokens have."""
-
-    tokens: torch.Tensor
-    digest: bytes
-
-
 @dataclass(frozen=True)
 class Request:
-    """An encoded prompt that fits the model.
+    """An encoded prompt that fits the model; `AnswerStage.request` makes one.
 
     Attributes:
         ids: of the prompt.
@@ -77,181 +61,179 @@ class Request:
     marks: list[int]
     max_new_tokens: int
 
-    @classmethod
-    def encode(cls, pipeline: "Pipeline", prompt: str, max_new_tokens: int | None, allow_long: bool | None) -> "Request":
-        """A prompt, checked against the model's context; `PromptError` where it is too long, or leaves no room for an answer."""
-        ids, marks = pipeline.processor.encode(prompt)
-        room = pipeline.model.config.text_config.max_position_embeddings - len(ids)
-        wanted = min(DEFAULT_NEW_TOKENS if max_new_tokens is None else max_new_tokens, max(1, room))
-        pipeline.model.check_length(len(ids), wanted, allow_long)
-        return cls(ids, marks, wanted)
 
-
-def check_options(
-    temperature: float, top_p: float | None, max_new_tokens: int | None, options: dict
-) -> tuple[float, float | None, int | None, dict]:
-    """Refuses what would be ignored or contradict itself.
-
-    Returns:
-        The same as Python's own numbers, those among `options` too: transformers takes no others.
-    """
-    given = temperature, top_p, max_new_tokens
-    temperature = real_number(temperature)
-    if temperature is None or not math.isfinite(temperature) or temperature < 0:
-        raise PromptError(f"temperature: expected a number of 0 or more, got {quoted(given[0])}")
-    if top_p is not None and ((top_p := real_number(top_p)) is None or not 0 <= top_p <= 1):
-        raise PromptError(f"top_p: expected a share from 0 to 1, got {quoted(given[1])}")
-    if top_p is not None and temperature == 0:
-        raise PromptError(f"top_p={top_p} is for sampling: give a temperature above 0 with it")
-    if max_new_tokens is not None and ((max_new_tokens := whole_number(max_new_tokens)) is None or max_new_tokens < 1):
-        raise PromptError(f"max_new_tokens: expected a whole number of 1 or more, got {quoted(given[2])}")
-    options = {name: plain_numbers(value) for name, value in options.items()}
-    check_cache(options)
-    if callable(options.get("stopping_criteria")):
-        raise PromptError("stopping_criteria: expected a list of criteria, got one")
-    for name, instead in (
-        ("do_sample", "temperature decides"),
-        ("num_return_sequences", "a question has one answer; use model.generate"),
-        ("streamer", "stream=True of chat yields the text"),
-        ("return_dict_in_generate", "use model.generate"),
-        ("stream", "chat streams"),
-        *((name, "it is made of the text and its images; use model.generate") for name in ("input_ids", "attention_mask", *PICTURE_INPUTS)),
-    ):
-        if name in options:
-            raise PromptError(f"{name} is not an option here: {instead}")
-    check_stop_strings(options.get("stop_strings"))
-    return temperature, top_p, max_new_tokens, options
-
-
-def sampling(temperature: float, top_p: float | None, options: dict) -> dict:
-    """Options of `generate` for a temperature, 0 for greedy."""
-    if temperature > 0:
-        return {**options, "do_sample": True, "temperature": temperature, "top_p": 1.0 if top_p is None else top_p}
-    return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, **options}
-
-
-def answer(
-    pipeline: "Pipeline",
-    rows: Sequence[tuple[Request, Sequence[SeenPicture]]],
-    options: dict,
-    *,
-    generator: torch.Generator | None = None,
-    allow_long: bool | None = None,
-    meter: Meter | None = None,
-    emit: Callable[[str], None] | None = None,
-    criterion: StoppingCriteria | None = None,
-) -> list[Answer]:
-    """Answers requests side by side.
+class AnswerStage:
+    """Answers prompts whose pictures are image tokens already. It owns the decoder with its keys and values, and how tokens are chosen.
 
     Args:
-        rows: each request with its pictures; the longest one's prompt and the largest max_new_tokens fit the context together.
-        options: of `generate`.
-        generator: what samples are drawn by, on the pipeline's device; the global random state stays as it is. Default: torch's own.
-        allow_long: accept prompts longer than the model was trained on.
-        meter: measures the stages, of one request.
-        emit: called with pieces of text as they become final, of one request.
-        criterion: ends all answers.
+        model: the MiniGeminiForConditionalGeneration.
+        processor: its MiniGeminiProcessor.
+        backend: for every call of this stage; None leaves the choice to what is in force where it is called.
+        caches: `kv_cache_bytes` of it counts here.
+        compiled: on a GPU, decode through torch.compile: seconds to a minute at the first answer.
+        cuda_graphs: on a GPU, capture passes of the language model; without, less memory is taken.
+
+    Attributes:
+        decoder: the decoder, by which all backends but `reference` decode.
     """
-    tokenizer, model = pipeline.processor.tokenizer, pipeline.model
-    inputs = _inputs(pipeline, rows)
-    width = inputs["input_ids"].shape[1]
-    criteria = StoppingCriteriaList(options.get("stopping_criteria") or [])
-    if criterion is not None:
-        criteria.append(criterion)
-    # a request that asks for less than its neighbours is cut below; generate() takes no streamer with beams
-    alone = len(rows) == 1 and _setting(model, options, "num_beams") in (None, 1)
-    if strings := options.get("stop_strings"):
-        # as `generate` does, which would have to be given the tokenizer, and does not hand it on
-        criteria.append(StopStringCriteria(tokenizer, strings))
-        options = {name: value for name, value in options.items() if name != "stop_strings"}
-    first = True
 
-    def on_token() -> None:
-        nonlocal first
-        if first and meter is not None:
-            meter.start("decode")
-        first = False
+    def __init__(
+        self,
+        model: nn.Module,
+        processor,
+        *,
+        backend: str | None = None,
+        caches: CacheOptions | None = None,
+        compiled: bool = False,
+        cuda_graphs: bool = True,
+    ):
+        self.model, self.processor, self.backend = model, processor, backend
+        kv_cache_bytes = (caches or CacheOptions()).kv_cache_bytes
+        self.decoder = Decoder(model, kv_cache_bytes=kv_cache_bytes, graphs=cuda_graphs, compiled=compiled)
 
-    stream = PieceStream(tokenizer, emit, on_token) if alone else None
-    if meter is not None:
-        meter.start("prefill to first token" if stream is not None else "prefill and decode")
-    with pipeline._backend(), torch.inference_mode(), contextlib.ExitStack() as stack:
-        lean = None
-        if requested() != "reference" and pipeline.decoder.refuses(options) is None:
-            digests = [picture.digest for _, pictures in rows for picture in pictures]
-            lean = pipeline.decoder.request(digests if all(digests) else None, stream, generator)
-        elif generator is not None:
-            stack.enter_context(_as_global(generator))
-        stack.enter_context(mixed_dtypes_named({"language_model": model.model.language_model}))
-        out = model.generate(
-            **inputs,
-            max_new_tokens=max(request.max_new_tokens for request, _ in rows),
-            allow_long=allow_long,
-            **({"streamer": stream} if lean is None else {"custom_generate": lean}),
-            **{**options, "stopping_criteria": criteria},
-        )
-    if meter is not None:
-        meter.stop()
-    stops = _setting(model, options, "eos_token_id")
-    stops = set(stops if isinstance(stops, list) else [stops])
-    answers = []
-    for i, ((request, _), row) in enumerate(zip(rows, out[:, width:].tolist())):
-        # what follows the end is filling, up to the longest answer
-        end = lean.lengths[i] if lean is not None else next((j + 1 for j, token in enumerate(row) if token in stops), len(row))
-        ids = row[: min(end, request.max_new_tokens)]
-        answers.append(
-            Answer(
-                text=decode_answer(tokenizer, ids),
-                token_ids=ids,
-                finish_reason="length" if len(ids) >= request.max_new_tokens and ids[-1] not in stops else "stop",
-                prompt_tokens=len(request.ids),
-                image_tokens=sum(request.marks),
-                cached_tokens=lean.reused if lean is not None else 0,
-                stages=meter.stages if meter is not None else [],
+    @property
+    def device(self) -> torch.device:
+        """The device that the language model's input goes to; where its weights are offloaded, the one that they are brought to."""
+        return execution_device(self.model.get_input_embeddings())
+
+    @property
+    def positions(self) -> int:
+        """How many positions the longest conversation has that the model can hold."""
+        return self.model.config.text_config.max_position_embeddings
+
+    @property
+    def first_use(self) -> dict[str, float]:
+        """Seconds spent so far on what is done once: compiling, capturing graphs."""
+        return self.decoder.runner.first_use
+
+    def remembers(self) -> bool:
+        """Whether keys and values of what is answered here are kept, so that pictures need digests by which they are found again."""
+        with use_backend(self.backend):
+            return self.decoder.prefixes.limit > 0 and requested() != "reference"
+
+    def request(self, prompt: str, sampling: Sampling) -> Request:
+        """Encodes a prompt; `PromptError` where it is too long for the model's context, or leaves no room for an answer."""
+        ids, marks = self.processor.encode(prompt)
+        most = DEFAULT_NEW_TOKENS if sampling.max_new_tokens is None else sampling.max_new_tokens
+        wanted = min(most, max(1, self.positions - len(ids)))
+        self.model.check_length(len(ids), wanted, sampling.allow_long)
+        return Request(ids, marks, wanted)
+
+    def answer(
+        self,
+        rows: Sequence[tuple[Request, Sequence[SeenPicture]]],
+        sampling: Sampling,
+        *,
+        generator: torch.Generator | None = None,
+        meter: Meter | None = None,
+        emit: Callable[[str], None] | None = None,
+        criterion: StoppingCriteria | None = None,
+    ) -> list[Answer]:
+        """Answers requests side by side.
+
+        Args:
+            rows: each request with its pictures; the longest one's prompt and the largest max_new_tokens fit the context together.
+            sampling: how tokens are chosen; how many there may be is said by the requests.
+            generator: what samples are drawn by, on the stage's device; the global random state stays as it is. Default: torch's own.
+            meter: measures the stages, of one request.
+            emit: called with pieces of text as they become final, of one request.
+            criterion: ends all answers.
+        """
+        tokenizer, model, options = self.processor.tokenizer, self.model, sampling.of_generate()
+        inputs = self._inputs(rows)
+        width = inputs["input_ids"].shape[1]
+        criteria = StoppingCriteriaList(options.pop("stopping_criteria", None) or [])
+        if criterion is not None:
+            criteria.append(criterion)
+        # A request that asks for less than its neighbours is cut below. `generate` takes no streamer with beams.
+        alone = len(rows) == 1 and self._setting(options, "num_beams") in (None, 1)
+        if strings := options.pop("stop_strings", None):
+            # As `generate` does, which would have to be given the tokenizer, and does not hand it on.
+            criteria.append(StopStringCriteria(tokenizer, strings))
+        first = True
+
+        def on_token() -> None:
+            nonlocal first
+            if first and meter is not None:
+                meter.start("decode")
+            first = False
+
+        stream = PieceStream(tokenizer, emit, on_token) if alone else None
+        if meter is not None:
+            meter.start("prefill to first token" if stream is not None else "prefill and decode")
+        with use_backend(self.backend), torch.inference_mode(), contextlib.ExitStack() as stack:
+            request = None
+            if requested() != "reference" and self.decoder.refuses(options) is None:
+                digests = [picture.digest for _, pictures in rows for picture in pictures]
+                request = self.decoder.request(digests if all(digests) else None, stream, generator)
+            elif generator is not None:
+                stack.enter_context(_as_global(generator))
+            stack.enter_context(mixed_dtypes_named({"language_model": model.model.language_model}))
+            out = model.generate(
+                **inputs,
+                max_new_tokens=max(row.max_new_tokens for row, _ in rows),
+                allow_long=sampling.allow_long,
+                **({"streamer": stream} if request is None else {"custom_generate": request}),
+                **options,
+                stopping_criteria=criteria,
             )
-        )
-    return answers
+        if meter is not None:
+            meter.stop()
+        lengths, reused = (request.lengths, request.reused) if request is not None else (None, 0)
+        stages = meter.stages if meter is not None else []
+        return self._answers([row for row, _ in rows], out[:, width:].tolist(), lengths, options, cached_tokens=reused, stages=stages)
 
+    def forget(self) -> None:
+        """Drops keys and values of prompts and answers, and captured graphs."""
+        self.decoder.forget()
 
-def _setting(model: "MiniGeminiForConditionalGeneration", options: dict, name: str):
-    """What `generate` takes for a setting: from its options, a generation_config among them, or the model's own."""
-    if name in options:
-        return options[name]
-    given = getattr(options.get("generation_config"), name, None)
-    return getattr(model.generation_config, name) if given is None else given
+    def _answers(
+        self, requests: Sequence[Request], rows: list[list[int]], lengths: list[int] | None, options: dict, **told
+    ) -> list[Answer]:
+        """Answers of generated rows of ids; what follows the end of a row is filling, up to the longest answer."""
+        stops = self._setting(options, "eos_token_id")
+        stops = set(stops if isinstance(stops, list) else [stops])
+        answers = []
+        for i, (request, row) in enumerate(zip(requests, rows)):
+            end = next((j + 1 for j, token in enumerate(row) if token in stops), len(row)) if lengths is None else lengths[i]
+            ids = row[: min(end, request.max_new_tokens)]
+            ended = len(ids) < request.max_new_tokens or ids[-1] in stops
+            answers.append(
+                Answer(
+                    text=decode_answer(self.processor.tokenizer, ids),
+                    token_ids=ids,
+                    finish_reason="stop" if ended else "length",
+                    prompt_tokens=len(request.ids),
+                    image_tokens=sum(request.marks),
+                    **told,
+                )
+            )
+        return answers
 
+    def _setting(self, options: dict, name: str):
+        """What `generate` takes for a setting: from its options, a generation_config among them, or the model's own."""
+        if name in options:
+            return options[name]
+        given = getattr(options.get("generation_config"), name, None)
+        return getattr(self.model.generation_config, name) if given is None else given
 
-def _inputs(pipeline: "Pipeline", rows: Sequence[tuple[Request, Sequence[SeenPicture]]]) -> dict:
-    """What `generate` takes: prompts filled up on the left to the longest, and the pictures of all."""
-    device, filler = pipeline.device, pipeline.processor.filler_id
-    width = max(len(request.ids) for request, _ in rows)
-    pads = [width - len(request.ids) for request, _ in rows]
+    def _inputs(self, rows: Sequence[tuple[Request, Sequence[SeenPicture]]]) -> dict:
+        """What `generate` takes: prompts filled up on the left to the longest, and the pictures of all."""
+        device, filler = self.device, self.processor.filler_id
+        width = max(len(request.ids) for request, _ in rows)
+        pads = [width - len(request.ids) for request, _ in rows]
 
-    def padded(values: Sequence[list[int]], filling: int) -> torch.Tensor:
-        return torch.tensor([[filling] * pad + value for pad, value in zip(pads, values)], device=device)
+        def padded(values: Sequence[list[int]], filling: int) -> torch.Tensor:
+            return torch.tensor([[filling] * pad + value for pad, value in zip(pads, values)], device=device)
 
-    inputs = {
-        "input_ids": padded([request.ids for request, _ in rows], filler),
-        "attention_mask": padded([[1] * len(request.ids) for request, _ in rows], 0),
-    }
-    if pictures := [picture.tokens for _, pictures in rows for picture in pictures]:
-        inputs["mm_token_type_ids"] = padded([request.marks for request, _ in rows], 0)
-        inputs["image_tokens"] = torch.stack(pictures)
-    return inputs
-
-
-def seeded(seed: int | None, device: torch.device) -> torch.Generator | None:
-    """A generator on the device for `answer`; None where there is no seed. It draws what torch's own would after `manual_seed`.
-
-    Raises:
-        PromptError: no seed that torch takes.
-    """
-    if seed is None:
-        return None
-    number = whole_number(seed)
-    if number is None or not -(2**63) <= number < 2**64:
-        raise PromptError(f"seed: expected a whole number of at most 64 bits, got {quoted(seed)}")
-    return torch.Generator(device).manual_seed(number)
+        inputs = {
+            "input_ids": padded([request.ids for request, _ in rows], filler),
+            "attention_mask": padded([[1] * len(request.ids) for request, _ in rows], 0),
+        }
+        if pictures := [picture.tokens for _, pictures in rows for picture in pictures]:
+            inputs["mm_token_type_ids"] = padded([request.marks for request, _ in rows], 0)
+            inputs["image_tokens"] = torch.stack(pictures)
+        return inputs
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from tqdm.auto import tqdm
@@ -10,11 +9,10 @@ from tqdm.auto import tqdm
 from ..errors import MgFastError, PromptError, quoted
 from ..models.templates import render
 from ..runtime.arguments import whole_number
-from .answers import Answer, Request, answer, check_options, sampling, seeded
+from .answers import Answer, AnswerStage, Request
 from .conversation import as_question
-
-if TYPE_CHECKING:
-    from ..pipeline import Pipeline
+from .options import Sampling
+from .vision import VisionStage
 
 logger = logging.getLogger(__name__)
 
@@ -28,48 +26,56 @@ _BROKEN_DEVICE = (torch.AcceleratorError,) if hasattr(torch, "AcceleratorError")
 
 
 def chat_batch(
-    pipeline: "Pipeline",
+    vision: VisionStage,
+    answers: AnswerStage,
+    template: str,
     questions: Sequence,
+    sampling: Sampling,
     *,
     batch_size: int = DEFAULT_BATCH,
-    max_new_tokens: int | None = None,
-    temperature: float = 0.0,
-    top_p: float | None = None,
-    seed: int | None = None,
-    allow_long: bool | None = None,
     allow_urls: bool = False,
     progress: bool = True,
-    **generate_options,
 ) -> list[Answer]:
-    """See `Pipeline.chat_batch`."""
+    """Answers many questions, each by itself, several at once; in their order. `Pipeline.chat_batch` tells the rest.
+
+    Args:
+        vision: sees the pictures.
+        answers: answers the prompts.
+        template: name of the prompt template.
+        questions: each a text, (text, images) or {"text": ..., "images": [...]}.
+        sampling: how the answers are chosen.
+        batch_size: most questions at once.
+        allow_urls: fetch pictures given as URLs.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        PromptError: no list of questions, or a batch size that is none.
+    """
     if isinstance(questions, (str, Mapping)) or not isinstance(questions, Iterable):
         raise PromptError(f"expected a list of questions, got {type(questions).__name__}: chat answers one")
     rows = whole_number(batch_size)
     if rows is None or rows < 1:
         raise PromptError(f"batch_size: expected a whole number of 1 or more, got {quoted(batch_size)}")
     questions = list(questions)
-    temperature, top_p, max_new_tokens, generate_options = check_options(temperature, top_p, max_new_tokens, generate_options)
-    options = sampling(temperature, top_p, generate_options)
-    # one for all batches: seeded anew, each would draw the same numbers
-    generator = seeded(seed, pipeline.device)
+    # There is one for all batches. If each was seeded anew, all would draw the same numbers.
+    generator = sampling.generator(answers.device)
 
     said: set[type] = set()
-    answers: dict[int, Answer] = {}
+    found: dict[int, Answer] = {}
     requests: dict[int, tuple[Request, list]] = {}
     for i, item in enumerate(questions):
         try:
             question, images = as_question(*_parts(item))
-            prompt = render(pipeline.template, [(question, None)])
-            requests[i] = Request.encode(pipeline, prompt, max_new_tokens, allow_long), images
+            requests[i] = answers.request(render(template, [(question, None)]), sampling), images
         except Exception as error:  # An item may be anything, and a tokenizer or a caller's own class may raise anything.
             _look_at(error, said)
-            answers[i] = failed(error)
+            found[i] = failed(error)
 
     def run(numbers: list[int]) -> None:
         """Answers some of the requests at once; where one spoils it for all, or memory is short, in two halves."""
         asked = [(requests[i][0], seen[i]) for i in numbers]
         try:
-            given = answer(pipeline, asked, options, generator=generator, allow_long=allow_long)
+            given = answers.answer(asked, sampling, generator=generator)
         except (FloatingPointError, torch.OutOfMemoryError) as error:
             if len(numbers) == 1:
                 given = [failed(error, requests[numbers[0]][0])]
@@ -80,25 +86,26 @@ def chat_batch(
                 for half in (numbers[: len(numbers) // 2], numbers[len(numbers) // 2 :]):
                     run(half)
                 return
-        answers.update(zip(numbers, given))
+        found.update(zip(numbers, given))
 
-    bar = tqdm(total=len(questions), initial=len(answers), desc="questions", disable=not progress)
+    bar = tqdm(total=len(questions), initial=len(found), desc="questions", disable=not progress)
     try:
         with bar:
-            for batch in _batches(requests, rows, pipeline.model.config.text_config.max_position_embeddings):
+            for batch in _batches(requests, rows, answers.positions):
                 seen = {}
                 for i in batch:
                     try:
-                        seen[i] = pipeline._see_all(requests[i][1], seen.values(), allow_urls=allow_urls)
+                        at_hand = [picture for pictures in seen.values() for picture in pictures]
+                        seen[i] = vision.see_all(requests[i][1], at_hand, allow_urls=allow_urls)
                     except Exception as error:  # Libraries that read pictures raise many kinds; the other questions go on.
                         _look_at(error, said)
-                        answers[i] = failed(error, requests[i][0])
+                        found[i] = failed(error, requests[i][0])
                 if seen:
                     run(list(seen))
                 bar.update(len(batch))
     finally:
-        pipeline.decoder.rest()
-    return [answers[i] for i in range(len(questions))]
+        answers.decoder.rest()
+    return [found[i] for i in range(len(questions))]
 
 
 def _look_at(error: Exception, said: set[type]) -> None:

@@ -3,23 +3,17 @@
 import copy
 import logging
 import os
-import queue
 import threading
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
-
-import torch
-from transformers import StoppingCriteria
 
 from ..errors import PromptError, quoted
 from ..models.templates import IMAGE_TAG, render, with_picture_tags
-from ..ops.backend import requested, use_backend
 from ..runtime.arguments import check_text
 from ..runtime.meter import Meter
-from .answers import Answer, Request, SeenPicture, answer, check_options, sampling, seeded
-
-if TYPE_CHECKING:
-    from ..pipeline import Pipeline
+from .answers import Answer, AnswerStage
+from .options import Sampling
+from .streaming import pieces
+from .vision import SeenPicture, VisionStage
 
 logger = logging.getLogger(__name__)
 
@@ -27,16 +21,21 @@ logger = logging.getLogger(__name__)
 class Conversation:
     """Turns and pictures of one dialogue. Pictures are seen once and their image tokens kept until `reset` or `close`.
 
-    The history is sent whole in every turn, as the original does; what of it the pipeline still has keys and values for is not computed
-    again. Threads may share a conversation: whole answers are given one after another, in the order in which they were asked for.
+    The history is sent whole in every turn, as the original does; what of it the answer stage still has keys and values for is not
+    computed again. Threads may share a conversation: whole answers are given one after another, in the order in which they were asked for.
+
+    Args:
+        vision: sees the pictures.
+        answers: answers the prompts.
+        template: name of the prompt template.
 
     Attributes:
         turns: questions and answers so far.
         pictures: image tokens [T, hidden] of its pictures so far, each with its digest.
     """
 
-    def __init__(self, pipeline: "Pipeline"):
-        self.pipeline = pipeline
+    def __init__(self, vision: VisionStage, answers: AnswerStage, template: str):
+        self.vision, self.answers, self.template = vision, answers, template
         self.turns: list[tuple[str, str]] = []
         self.pictures: list[SeenPicture] = []
         # an answer is kept only if the conversation is still the one it was asked in
@@ -46,8 +45,8 @@ class Conversation:
         self._changing = threading.Lock()
 
     def __copy__(self) -> "Conversation":
-        """Another conversation with the same past, from where both go on by themselves; the pipeline is the same one."""
-        other = type(self)(self.pipeline)
+        """Another conversation with the same past, from where both go on by themselves; the stages are the same ones."""
+        other = type(self)(self.vision, self.answers, self.template)
         with self._changing:
             # Neither turns nor image tokens are ever changed in place.
             other.turns, other.pictures = list(self.turns), list(self.pictures)
@@ -90,43 +89,36 @@ class Conversation:
         Args:
             text: the question. `<image>` may mark where each picture stands; without it pictures go before the text.
             images: new pictures of this turn: Pillow images, paths, bytes, uint8 arrays or tensors.
-            max_new_tokens: at most so many tokens, default 512; where the context holds fewer, the answer ends with it.
-            temperature: 0 decodes greedily; above 0 samples.
-            top_p: nucleus of the sampling, with a temperature above 0.
-            seed: makes sampling repeatable; the global random state stays as it is. Where transformers' own loop decodes, as long as
-                nothing else in the process draws from torch's global generator meanwhile.
+            max_new_tokens, temperature, top_p, seed, allow_long, **generate_options: how the answer is chosen, see `Sampling`.
             stream: yield pieces of text that join to the answer's text. A stream that is not read to its end, or whose conversation went on
                 or was reset meanwhile, leaves the conversation as it was.
-            allow_long: accept a prompt longer than the model was trained on.
             allow_urls: fetch pictures given as URLs.
             profile: measure time and memory of every stage into `Answer.stages`; not with `stream`.
-            **generate_options: anything else `generate` takes for one answer.
 
         Raises:
             PromptError, PictureError: before anything is generated.
             FloatingPointError: the model's numbers are not finite; the message says from which layer on.
         """
-        temperature, top_p, max_new_tokens, generate_options = check_options(temperature, top_p, max_new_tokens, generate_options)
+        sampling = Sampling(max_new_tokens, temperature, top_p, seed, allow_long, generate_options)
         if stream and profile:
             raise PromptError("profile=True measures whole answers: not with stream=True")
-        if stream and generate_options.get("num_beams", 1) > 1:
+        if stream and sampling.generate_options.get("num_beams", 1) > 1:
             raise PromptError("beams cannot be streamed: their text is not final before the end")
-        options, generator = sampling(temperature, top_p, generate_options), seeded(seed, self.pipeline.device)
+        generator = sampling.generator(self.answers.device)
         question, images = as_question(text, images)
 
         def ask():
             """What is asked, and what an answer changes."""
             with self._changing:
                 turns, pictures, version = list(self.turns), list(self.pictures), self._version
-            meter = Meter(self.pipeline.device) if profile else None
-            seen = [*pictures, *(self.pipeline._see(image, meter=meter, allow_urls=allow_urls) for image in images)]
-            prompt = render(self.pipeline.template, [*turns, (question, None)])
-            request = Request.encode(self.pipeline, prompt, max_new_tokens, allow_long)
+            meter = Meter(self.answers.device) if profile else None
+            see = {"allow_urls": allow_urls, "meter": meter, "with_digest": self.answers.remembers()}
+            seen = [*pictures, *(self.vision.see(image, **see) for image in images)]
+            prompt = render(self.template, [*turns, (question, None)])
+            request = self.answers.request(prompt, sampling)
 
             def run(**streamed) -> Answer:
-                return answer(
-                    self.pipeline, [(request, seen)], options, generator=generator, allow_long=allow_long, meter=meter, **streamed
-                )[0]
+                return self.answers.answer([(request, seen)], sampling, generator=generator, meter=meter, **streamed)[0]
 
             def keep(answer: Answer) -> None:
                 with self._changing:
@@ -141,7 +133,7 @@ class Conversation:
             return run, keep
 
         if stream:
-            return _stream(*ask(), self.pipeline.device)
+            return pieces(*ask(), self.answers.device)
         with self._answering:
             run, keep = ask()
             given = run()
@@ -161,39 +153,3 @@ def as_question(text: str, images: Sequence | None) -> tuple[str, list]:
     if tags not in (0, len(images)):
         raise PromptError(f"the text has {tags} {IMAGE_TAG} tag(s), but {len(images)} picture(s) came")
     return with_picture_tags(text, len(images)), images
-
-
-def _stream(run, keep, device: torch.device) -> Iterator[str]:
-    """Pieces of text from a generation in a thread of its own; errors come out here."""
-    pieces: queue.SimpleQueue = queue.SimpleQueue()
-    abandoned = threading.Event()
-    # what is set per thread is handed over: the choice of backend, autocast, and the stream on which the pictures were seen
-    backend, kind = requested(), device.type
-    autocast = torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind))
-    stream = torch.cuda.current_stream(device) if kind == "cuda" else None
-
-    class Abandoned(StoppingCriteria):
-        def __call__(self, input_ids, scores, **kwargs):
-            return torch.full((len(input_ids),), abandoned.is_set(), device=input_ids.device)
-
-    def work() -> None:
-        try:
-            with use_backend(backend), autocast, torch.cuda.stream(stream):
-                pieces.put(run(emit=pieces.put, criterion=Abandoned()))
-        except BaseException as error:  # handed to the reader, whoever raised it
-            pieces.put(error)
-
-    def read() -> Iterator[str]:
-        thread = threading.Thread(target=work, name="mg_fast-stream", daemon=True)
-        thread.start()
-        try:
-            while isinstance(piece := pieces.get(), str):
-                yield piece
-            if isinstance(piece, BaseException):
-                raise piece
-            keep(piece)
-        finally:
-            abandoned.set()
-            thread.join()
-
-    return read()

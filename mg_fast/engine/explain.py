@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,15 +10,16 @@ from PIL import Image, ImageDraw
 
 from ..errors import BackendError
 from ..models.templates import render
+from ..ops.backend import use_backend
 from ..ops.reference import LAYER_NORM_EPS, CalledProjection, Projection
 from ..ops.torch.bilinear_tables import window_tables
 from ..ops.torch.dual_resize import square
-from ..runtime.execution import at_seam, call
-from .answers import Answer, Request, SeenPicture, answer, check_options, sampling
+from ..quantization import weight_bytes
+from ..runtime.layer_dtypes import at_seam, call
+from .answers import Answer, AnswerStage, Request
 from .conversation import as_question
-
-if TYPE_CHECKING:
-    from ..pipeline import Pipeline
+from .options import Sampling
+from .vision import SeenPicture, VisionStage
 
 # inferno, matplotlib's, at even distances
 _COLOURS = np.array([(0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164)], np.float32)
@@ -57,25 +57,34 @@ class Explanation:
 
 
 def explain(
-    pipeline: "Pipeline",
+    vision: VisionStage,
+    answers: AnswerStage,
+    template: str,
     picture: Image.Image,
     question: str | None = None,
+    sampling: Sampling | None = None,
     *,
-    max_new_tokens: int | None = None,
-    allow_long: bool | None = None,
     windows: bool = False,
 ) -> Explanation:
-    """What `Pipeline.explain` does, for an RGB picture."""
-    request = None
-    _, _, max_new_tokens, _ = check_options(0.0, None, max_new_tokens, {})
+    """What `Pipeline.explain` does, for an RGB picture; the answer is the greedy one.
+
+    Args:
+        vision: whose towers see the picture; nothing that it keeps is used.
+        answers: answers the question.
+        template: name of the prompt template.
+        picture: RGB.
+        question: None weighs every query alike.
+        sampling: how many tokens the answer may have, and whether a long prompt is accepted.
+        windows: draw the borders of the windows, too.
+    """
+    request, sampling = None, sampling or Sampling()
     if question is not None:
-        prompt = render(pipeline.template, [(as_question(question, [picture])[0], None)])
-        request = Request.encode(pipeline, prompt, max_new_tokens, allow_long)
-    model, images = pipeline.model.model, pipeline.processor.image_processor
+        request = answers.request(render(template, [(as_question(question, [picture])[0], None)]), sampling)
+    model, images = vision.model.model, vision.image_processor
     grid = model.config.image_grid
-    # whoever calls from within inference mode has no gradients else
-    with pipeline._backend(), torch.inference_mode(False), torch.no_grad():
-        pixels = images(picture).to(pipeline.device)
+    # A caller within inference mode would get no gradients.
+    with use_backend(vision.backend), torch.inference_mode(False), torch.no_grad():
+        pixels = images(picture).to(vision.device)
         queries = model.low_resolution_queries(pixels["pixel_values"])
         pyramid = [level.to(queries.device) for level in model.vision_tower_aux(pixels["pixel_values_hr"])]
         mining = model.patch_mining
@@ -86,8 +95,8 @@ def explain(
         relevance, given = torch.full(weights.shape[:3], 1 / weights[..., 0, 0].numel()), None
         if request is not None:
             tokens = model.mine_and_project(queries, pyramid)[0][0]
-            given = answer(pipeline, [(request, [SeenPicture(tokens, b"")])], sampling(0.0, None, {}), allow_long=allow_long)[0]
-            shares = answer_relevance(pipeline, request, tokens, given).cpu()
+            given = answers.answer([(request, [SeenPicture(tokens, b"")])], sampling)[0]
+            shares = answer_relevance(answers, request, tokens, given).cpu()
             # of tokens, the global view first, to views, the global one last
             views = shares.unflatten(0, weights.shape[:3])
             relevance = views.roll(-1, 0) if len(views) > grid * grid else views
@@ -173,10 +182,11 @@ def _raster_weights(
     return torch.stack(rows)
 
 
-def answer_relevance(pipeline: "Pipeline", request: Request, tokens: torch.Tensor, given: Answer) -> torch.Tensor:
+def answer_relevance(answers: AnswerStage, request: Request, tokens: torch.Tensor, given: Answer) -> torch.Tensor:
     """How much an answer may depend on every image token, as shares of the sum; `Pipeline.explain` says how it is estimated.
 
     Args:
+        answers: whose model gave the answer.
         request: the prompt, with one picture.
         tokens: its image tokens [T, hidden].
         given: the answer.
@@ -190,7 +200,7 @@ def answer_relevance(pipeline: "Pipeline", request: Request, tokens: torch.Tenso
     """
     # that the answer ends says little of the picture
     ids = given.token_ids[:-1] if given.finish_reason == "stop" and len(given.token_ids) > 1 else given.token_ids
-    model, device = pipeline.model, pipeline.device
+    model, device = answers.model, answers.device
     chosen, text = torch.tensor(ids)[:, None], [*request.ids, *ids[:-1]]
     marks = torch.tensor([request.marks + [0] * (len(ids) - 1)], device=device)
     try:
@@ -207,7 +217,7 @@ def answer_relevance(pipeline: "Pipeline", request: Request, tokens: torch.Tenso
     except RuntimeError as error:
         if "derivative for" not in str(error):
             raise
-        formats = ", ".join(pipeline.weights.formats)
+        formats = ", ".join(weight_bytes(model).formats)
         raise BackendError(
             f"explain: a question needs gradients, which products with these weights ({formats}) do not have: "
             "load them unquantised, as int8 or as fp8, or explain the picture without a question"

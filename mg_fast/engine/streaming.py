@@ -1,9 +1,15 @@
-"""Token ids to text while they come, such that the pieces join to the text of all of them."""
+"""Token ids to text while they come, such that the pieces join to the text of all of them; and answers that are read piece by piece."""
 
+import queue
 import re
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 
+import torch
+from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
+
+from ..ops.backend import requested, use_backend
 
 # sentencepiece's byte pieces: several make one character, and a run of them decodes as a whole
 _BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -57,3 +63,45 @@ class PieceStream(BaseStreamer):
         if len(text) > len(self.sent) and text.startswith(self.sent):
             self.emit(text[len(self.sent) :])
             self.sent = text
+
+
+def pieces(run: Callable, keep: Callable, device: torch.device) -> Iterator[str]:
+    """Pieces of text from a generation in a thread of its own; its errors come out here.
+
+    Args:
+        run: generates; called with `emit`, which takes pieces of text, and `criterion`, which ends the generation once nobody reads on.
+        keep: called with what `run` returned, when all pieces have been read.
+        device: that is generated on.
+    """
+    found: queue.SimpleQueue = queue.SimpleQueue()
+    abandoned = threading.Event()
+    # What is set per thread is handed over: the choice of backend, autocast, and the stream on which the pictures were seen.
+    backend, kind = requested(), device.type
+    autocast = torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind))
+    stream = torch.cuda.current_stream(device) if kind == "cuda" else None
+
+    class Abandoned(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.full((len(input_ids),), abandoned.is_set(), device=input_ids.device)
+
+    def work() -> None:
+        try:
+            with use_backend(backend), autocast, torch.cuda.stream(stream):
+                found.put(run(emit=found.put, criterion=Abandoned()))
+        except BaseException as error:  # Handed to the reader, whoever raised it.
+            found.put(error)
+
+    def read() -> Iterator[str]:
+        thread = threading.Thread(target=work, name="mg_fast-stream", daemon=True)
+        thread.start()
+        try:
+            while isinstance(piece := found.get(), str):
+                yield piece
+            if isinstance(piece, BaseException):
+                raise piece
+            keep(piece)
+        finally:
+            abandoned.set()
+            thread.join()
+
+    return read()

@@ -9,7 +9,7 @@ from torch.fx import Proxy
 
 from .. import ops
 from ..ops.reference import LAYER_NORM_EPS, CalledProjection, Projection
-from ..runtime.execution import Chain, at_seam, autocasting
+from ..runtime.layer_dtypes import Chain, at_seam, autocasting
 from ..runtime.recording import record_call, recorded_as
 from ..runtime.weights import global_hooks, why_not_plain
 

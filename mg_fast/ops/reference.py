@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..runtime.execution import autocasting
+from ..runtime.layer_dtypes import autocasting
 
 LAYER_NORM_EPS = 1e-5
 

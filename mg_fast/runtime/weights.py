@@ -11,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as torch_modules
 from torch.utils.module_tracker import ModuleTracker
 
-from .execution import accelerate_hooks, only_placed
+from .placement import accelerate_hooks, only_placed
 
 
 class Watch:

@@ -136,7 +136,7 @@ def make_model(config: MiniGeminiConfig, *, seed: int = 0, dtype: torch.dtype = 
 
 def make_tokenizer(folder: Path, vocab_size: int, template: str) -> None:
     """A small sentencepiece tokenizer, as the Llama and Gemma families ship it, trained on the prompt templates and the licence."""
-    text = (Path(__file__).parent.parent / "LICENSE").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "LICENSE").read_text(encoding="utf-8")
     lines = [line.strip() for line in text.splitlines() if line.strip()] + [t.system_text for t in TEMPLATES.values() if t.system_text]
     gemma = template == "gemma"
     marks = ["<start_of_turn>", "<end_of_turn>"] if gemma else []

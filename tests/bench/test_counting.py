@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.accounting import Sizes
 from bench.counting import Count
-from mg_fast.modules import ConvNeXtPyramid
 from mg_fast import ops
+from mg_fast.modules import ConvNeXtPyramid
 from mg_fast.ops import reference
 from mg_fast.ops.operation import OPERATIONS, operators
 from mg_fast.ops.torch import patch_mining as torch_form

@@ -10,6 +10,7 @@ from PIL import Image
 from bench import measure, run
 from bench.cases import all_cases, end_to_end
 from bench.registry import Ceilings, NotHere
+from mg_fast.engine import vision
 from tests.paths import OWN_GOLDEN
 
 TINY = next(size for size in end_to_end.SIZES if size.size == "tiny")
@@ -94,17 +95,16 @@ def test_memory_is_that_without_graphs(shared):
             assert case.memory.keys() == case.own_graphs - {"auto, compiled"}
     case = all_cases()["end-to-end/tiny-first-token-b1-float32"]
     before = shared.pipeline("auto")
-    encoder = before._encoder
+    encoder = before.vision.encoder
     logits, _ = case.memory["auto"](shared)()
     torch.testing.assert_close(logits, case.providers["auto"](shared)()[0], rtol=0, atol=0)
-    assert shared.pipeline("auto") is before and (encoder is None or before._encoder is encoder)
+    assert shared.pipeline("auto") is before and (encoder is None or before.vision.encoder is encoder)
 
 
 def test_the_encoder_of_the_memory_figure_has_no_graphs(shared, monkeypatch):
     shared.pipelines.clear()
-    asked, make = [], end_to_end.PictureEncoder
-    monkeypatch.setattr(end_to_end, "PictureEncoder", lambda model, **options: asked.append(options) or make(model, **options))
-    monkeypatch.setattr("mg_fast.pipeline.PictureEncoder", lambda *_, **__: pytest.fail("another one is packed"))
+    asked, make = [], vision.PictureEncoder
+    monkeypatch.setattr(vision, "PictureEncoder", lambda model, **options: asked.append(options) or make(model, **options))
     all_cases()["end-to-end/tiny-first-token-b1-float32"].memory["auto"](shared)()
     assert asked == [{"graphs": False}]
 

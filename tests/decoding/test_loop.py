@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, LogitsProcessor, LogitsProcessorList, MistralConfig
 
 from mg_fast import Pipeline
-from mg_fast.decoding import LeanDecoder
+from mg_fast.decoding import Decoder
 from mg_fast.decoding.kv_cache import KVCache
 from mg_fast.models.templates import render
 from mg_fast.ops.torch.pointwise import OneDNNLinear
@@ -29,7 +29,7 @@ def changeable(own):
 
 def lean(model, processor, prompts, pictures=None, max_new_tokens=8, decoder=None, **options):
     """New ids by the lean loop, of prompts filled up on the left to the longest; and how many were reused."""
-    decoder = decoder or LeanDecoder(model)
+    decoder = decoder or Decoder(model)
     inputs = processor(text=prompts, images=pictures, return_tensors="pt", padding=True)
     request = decoder.request()
     out = model.generate(**inputs, max_new_tokens=max_new_tokens, custom_generate=request, **{"do_sample": False, **options})
@@ -142,7 +142,7 @@ def test_attention_that_slides(own):
     model = copy.deepcopy(own.model)
     model.config.text_config = model.model.config.text_config = config
     model.model.language_model = AutoModel.from_config(config).eval()
-    decoder, generator = LeanDecoder(model), torch.Generator().manual_seed(0)
+    decoder, generator = Decoder(model), torch.Generator().manual_seed(0)
     for rows, length in ((1, 5), (1, 30), (1, 70), (2, 40)):
         ids = torch.randint(3, 400, (rows, length), generator=generator)
         mask = torch.ones_like(ids)
@@ -195,7 +195,7 @@ def test_the_distribution_of_samples(own, options):
             input_ids=batch,
             attention_mask=torch.ones_like(batch),
             max_new_tokens=2,
-            custom_generate=LeanDecoder(own.model).request(),
+            custom_generate=Decoder(own.model).request(),
             eos_token_id=None,
             pad_token_id=0,
             **settings,
@@ -241,7 +241,7 @@ def test_the_same_seed_draws_the_same(own, options):
     prompts = [render(own.processor.template, [(text, None)]) for text in ("Hello there.", "Hi.", "Who are you, and why are you here?")]
     inputs = own.processor(text=prompts, return_tensors="pt", padding=True)
     drawn = []
-    for custom in ({}, {"custom_generate": LeanDecoder(own.model).request()}):
+    for custom in ({}, {"custom_generate": Decoder(own.model).request()}):
         torch.manual_seed(11)
         drawn.append(own.model.generate(**inputs, max_new_tokens=20, do_sample=True, **{"top_k": 0, **options}, **custom))
     assert torch.equal(*drawn)
@@ -313,7 +313,7 @@ def test_the_host_asks_twice_a_token(own, options):
 
 def test_as_much_is_kept_as_the_longest_conversation_has(own, monkeypatch):
     text = own.model.config.text_config
-    assert LeanDecoder(own.model).prefixes.limit == 2**30
+    assert Decoder(own.model).prefixes.limit == 2**30
     monkeypatch.setattr("mg_fast.decoding.loop.LEAST_BYTES", 1)
     cache = own.pipeline()
     cache.chat("How many?", max_new_tokens=4)

@@ -700,8 +700,8 @@ def test_an_unknown_option(own):
 
 
 def test_the_loop_says_what_it_does_not_do(own):
-    from mg_fast.decoding import LeanDecoder
+    from mg_fast.decoding import Decoder
 
     ids = torch.tensor([[1, 5, 6]])
     with pytest.raises(PromptError, match="beam search"):
-        own.model.generate(input_ids=ids, num_beams=2, max_new_tokens=2, custom_generate=LeanDecoder(own.model).request())
+        own.model.generate(input_ids=ids, num_beams=2, max_new_tokens=2, custom_generate=Decoder(own.model).request())

@@ -13,12 +13,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mg_fast.decoding import LeanDecoder
-from mg_fast.decoding import model_runner as steps
+from mg_fast.decoding import Decoder, model_runner
 from mg_fast.decoding.kv_cache import KVCache
 from tests.families import family
 
-CAPTURE = steps._Graph._capture
+CAPTURE = model_runner._Graph._capture
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -27,20 +26,20 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture
 def by_graph(monkeypatch):
     """As on a GPU, but never captured; with small chunks and windows, which prompts cross at odd places."""
-    monkeypatch.setattr(steps.Steps, "graphs_refused", lambda self, capacity: None)
-    monkeypatch.setattr(steps._Graph, "_capture", lambda self: None)
-    monkeypatch.setattr(steps, "PREFILL_CHUNK", 24)
-    monkeypatch.setattr(steps, "WINDOW", 32)
-    monkeypatch.setattr(steps, "ONE_SEQUENCE", 64)
-    monkeypatch.setattr(steps, "WIDTHS", (7, 16, 24))
+    monkeypatch.setattr(model_runner.ModelRunner, "graphs_refused", lambda self, capacity: None)
+    monkeypatch.setattr(model_runner._Graph, "_capture", lambda self: None)
+    monkeypatch.setattr(model_runner, "PREFILL_CHUNK", 24)
+    monkeypatch.setattr(model_runner, "WINDOW", 32)
+    monkeypatch.setattr(model_runner, "ONE_SEQUENCE", 64)
+    monkeypatch.setattr(model_runner, "WIDTHS", (7, 16, 24))
     run = []
-    whole = steps._Graph.__call__
+    whole = model_runner._Graph.__call__
 
     def counted(self, inputs, start, width):
         run.append((inputs.shape[1], self.inputs.shape[1], self.window, start))
         return whole(self, inputs, start, width)
 
-    monkeypatch.setattr(steps._Graph, "__call__", counted)
+    monkeypatch.setattr(model_runner._Graph, "__call__", counted)
     return run
 
 
@@ -77,14 +76,14 @@ def test_lengths_around_every_border(own, by_graph, length):
     ids = torch.randint(3, 400, (1, length), generator=torch.Generator().manual_seed(length))
     options = dict(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, eos_token_id=None)
     expected = own.model.generate(**options)
-    decoder = LeanDecoder(own.model)
+    decoder = Decoder(own.model)
     for _ in range(2):
         assert torch.equal(own.model.generate(**options, custom_generate=decoder.request()), expected)
 
 
 def test_one_cache_for_prompts_with_and_without_filling(own, by_graph):
     """Filling and what earlier requests left behind are masked, whatever came before on the same cache."""
-    decoder = LeanDecoder(own.model, kv_cache_bytes=0)
+    decoder = Decoder(own.model, kv_cache_bytes=0)
     generator = torch.Generator().manual_seed(3)
     for pads in ((0, 9), (0, 0), (14, 3), (2, 0), (0, 0)):
         ids, mask = torch.randint(3, 400, (2, 20), generator=generator), torch.ones(2, 20, dtype=torch.long)
@@ -95,7 +94,7 @@ def test_one_cache_for_prompts_with_and_without_filling(own, by_graph):
 
 
 def test_graphs_are_bounded(own, by_graph, monkeypatch):
-    monkeypatch.setattr(steps, "MAX_GRAPHS", 5)
+    monkeypatch.setattr(model_runner, "MAX_GRAPHS", 5)
     pipeline = own.pipeline()
     for i in range(6):
         pipeline.chat("Word " * (7 * i + 1), max_new_tokens=30, min_new_tokens=30)
@@ -106,7 +105,7 @@ def test_graphs_are_bounded(own, by_graph, monkeypatch):
 
 def test_a_graph_is_captured_once_and_where_it_comes_again(own, by_graph, monkeypatch):
     captured = []
-    monkeypatch.setattr(steps._Graph, "_capture", lambda self: captured.append((self.inputs.shape[1], self.window)))
+    monkeypatch.setattr(model_runner._Graph, "_capture", lambda self: captured.append((self.inputs.shape[1], self.window)))
     pipeline = own.pipeline()
     pipeline.chat("Hello?", max_new_tokens=40, min_new_tokens=40)
     assert captured and len(captured) == len(set(captured))
@@ -121,11 +120,11 @@ def test_a_capture_that_failed_is_the_last(own, by_graph, monkeypatch, caplog):
         yield
 
     tried = []
-    monkeypatch.setattr(steps._Graph, "_capture", CAPTURE)
+    monkeypatch.setattr(model_runner._Graph, "_capture", CAPTURE)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
-    monkeypatch.setattr(steps, "CaptureStream", lambda device: types.SimpleNamespace(stream=None))
-    monkeypatch.setattr(steps, "capture", failing)
+    monkeypatch.setattr(model_runner, "CaptureStream", lambda device: types.SimpleNamespace(stream=None))
+    monkeypatch.setattr(model_runner, "capture", failing)
     pipeline = own.pipeline()
     answer = pipeline.chat("Hello?", max_new_tokens=40, min_new_tokens=40)
     assert answer.token_ids == own.pipeline(backend="reference").chat("Hello?", max_new_tokens=40, min_new_tokens=40).token_ids
@@ -133,7 +132,7 @@ def test_a_capture_that_failed_is_the_last(own, by_graph, monkeypatch, caplog):
 
 
 def test_graphs_that_left_take_their_pool_along(own):
-    sequences = LeanDecoder(own.model).steps.sequences(2, 40)
+    sequences = Decoder(own.model).runner.sequences(2, 40)
     padded = torch.tensor([[0, 1], [1, 1]])
     for mask in (padded, torch.ones_like(padded), padded):
         sequences.pool = (0, 1)
@@ -152,7 +151,7 @@ def test_every_row_of_a_pass_sees_something(own, by_graph, monkeypatch):
     def watch(module, args, kwargs):
         seen.append(kwargs["attention_mask"])
 
-    decoder = LeanDecoder(own.model, kv_cache_bytes=0)
+    decoder = Decoder(own.model, kv_cache_bytes=0)
     hook = own.model.model.language_model.register_forward_pre_hook(watch, with_kwargs=True)
     try:
         ids, mask = torch.randint(3, 400, (2, 20)), torch.ones(2, 20, dtype=torch.long)
@@ -169,8 +168,8 @@ def test_every_row_of_a_pass_sees_something(own, by_graph, monkeypatch):
 def test_quantised_experts_of_many_tokens_are_not_captured(by_graph, monkeypatch):
     """They ask the host which experts the tokens go to, beyond a few tokens."""
     mixtral = family("mgm-mixtral")
-    passes = LeanDecoder(mixtral.model).steps
-    monkeypatch.setattr(passes.config, "_experts_implementation_internal", steps.EXPERTS_FUNCTION)
+    passes = Decoder(mixtral.model).runner
+    monkeypatch.setattr(passes.config, "_experts_implementation_internal", model_runner.EXPERTS_FUNCTION)
     few = passes.config.num_local_experts // passes.config.num_experts_per_tok
     for rows in (few, few + 1):
         by_graph.clear()
@@ -188,28 +187,28 @@ def test_more_shapes_than_torch_compiles(own, by_graph, monkeypatch, caplog):
     torch._dynamo.reset()
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **options: compiler(function, backend="eager", **options))
-    decoder = LeanDecoder(own.model, compiled=True, kv_cache_bytes=0)
+    decoder = Decoder(own.model, compiled=True, kv_cache_bytes=0)
     with torch._dynamo.config.patch(recompile_limit=2):
         for rows in (1, 2, 3, 4):
             ids = torch.randint(3, 400, (rows, 20), generator=torch.Generator().manual_seed(rows))
             options = dict(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
             assert torch.equal(own.model.generate(**options, custom_generate=decoder.request()), own.model.generate(**options))
-    assert len(decoder.steps.first_use) == 2
+    assert len(decoder.runner.first_use) == 2
     assert "4 sequence(s) over 32 positions: without torch.compile" in caplog.text
 
 
 def prepared(own, rows, padded):
     """Sequences with a prompt in them, as before the next token."""
-    decoder = LeanDecoder(own.model)
-    sequences = decoder.steps.sequences(rows, 40)
+    decoder = Decoder(own.model)
+    sequences = decoder.runner.sequences(rows, 40)
     mask = torch.ones(rows, 20, dtype=torch.long)
     if padded:
         mask[0, :6] = 0
     sequences.fill(mask)
     with torch.inference_mode(False), torch.no_grad():
         embeddings = own.model.get_input_embeddings()(torch.randint(3, 400, (rows, 20), generator=torch.Generator().manual_seed(0)))
-        decoder.steps.prefill(sequences, embeddings)
-    return decoder.steps, sequences
+        decoder.runner.prefill(sequences, embeddings)
+    return decoder.runner, sequences
 
 
 @pytest.mark.parametrize("name,padded", [("standard", True), ("mgm-gemma", False), ("mgm-llama3", False), ("mgm-mixtral", True)])
@@ -242,8 +241,8 @@ def test_a_pass_needs_no_values(own, by_graph):
         }
         part._buffers = {name: None if b is None else mode.from_tensor(b) for name, b in part._buffers.items()}
     with mode, torch.no_grad():
-        passes = steps.Steps(model)
-        sequences = steps.Sequences(KVCache(model.config.text_config.num_hidden_layers, 2, 64, masked=True), True)
+        passes = model_runner.ModelRunner(model)
+        sequences = model_runner.Sequences(KVCache(model.config.text_config.num_hidden_layers, 2, 64, masked=True), True)
         sequences.cache.window = 64
         ids, start, last = (torch.empty(shape, dtype=torch.long) for shape in ((2, 1), (1,), (1,)))
         out = passes._pass(sequences, ids, start, last)
@@ -251,7 +250,7 @@ def test_a_pass_needs_no_values(own, by_graph):
 
 
 def test_what_graphs_are_refused_for(own):
-    passes = LeanDecoder(own.model).steps
+    passes = Decoder(own.model).runner
     assert passes.graphs_refused(512) == "the language model is not on one GPU"
 
 
@@ -268,7 +267,7 @@ def test_a_stale_number_in_the_filling_stays_out(own, by_graph):
     pipeline = own.pipeline()
     good = pipeline.chat("What is it?", [own.pictures[0]], max_new_tokens=4)
     bad = pipeline.conversation()
-    broken = dataclasses.replace(pipeline._see(own.pictures[1]), tokens=torch.full((25, 64), torch.nan))
+    broken = dataclasses.replace(pipeline.vision.see(own.pictures[1]), tokens=torch.full((25, 64), torch.nan))
     bad.pictures, bad.turns = [broken], [("<image>\nWhat?", "Nothing.")]
     with pytest.raises(FloatingPointError, match="image tokens are not finite"):
         bad.chat("And now?", max_new_tokens=4)

@@ -134,7 +134,7 @@ def test_unexpected_errors_are_told_of_once_each(own, monkeypatch, caplog):
         raise images[0]
 
     pipeline = own.pipeline()
-    monkeypatch.setattr(pipeline, "_see_all", see)
+    monkeypatch.setattr(pipeline.vision, "see_all", see)
     errors = [KeyError("a"), KeyError("b"), ZeroDivisionError("c"), OSError("d"), PromptError("e"), FloatingPointError("f")]
     answers = pipeline.chat_batch([("What?", [error]) for error in errors], progress=False)
     assert [answer.error for answer in answers] == errors
@@ -150,7 +150,7 @@ def test_a_broken_device_ends_the_batch(own, monkeypatch):
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
     pipeline, calls = own.pipeline(), []
-    monkeypatch.setattr(pipeline, "_see_all", see)
+    monkeypatch.setattr(pipeline.vision, "see_all", see)
     with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
         pipeline.chat_batch([("What?", ["a"]), ("And?", ["b"])], progress=False)
     assert len(calls) == 1

@@ -165,7 +165,7 @@ def test_the_model_stays_as_it_is(found):
     def state():
         modules = {n: (m.training, len(m._forward_hooks), len(m._forward_pre_hooks), type(m)) for n, m in model.named_modules()}
         parameters = {n: (p.requires_grad, p.grad is None, p._version, p.data_ptr()) for n, p in model.named_parameters()}
-        return modules, parameters, list(pipeline._own.turns), len(pipeline._image_cache), torch.is_grad_enabled()
+        return modules, parameters, list(pipeline._own.turns), len(pipeline.vision.cache), torch.is_grad_enabled()
 
     before = state()
     explained = pipeline.explain(found.pictures[0], QUESTION, max_new_tokens=2)

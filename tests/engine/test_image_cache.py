@@ -120,26 +120,26 @@ def test_towers_that_cannot_be_packed(pipeline, model, photo, runs):
 
 @pytest.mark.parametrize("setting, value", [("pad", False), ("hr_size", None)])
 def test_other_processing_has_tokens_of_its_own(pipeline, photo, monkeypatch, setting, value):
-    before = pipeline._circumstances()
+    before = pipeline.vision.circumstances()
     monkeypatch.setattr(pipeline.processor.image_processor, setting, value)
-    assert pipeline._circumstances() != before
+    assert pipeline.vision.circumstances() != before
 
 
 def test_autocast_has_tokens_of_its_own(pipeline, photo):
-    before = pipeline._circumstances()
+    before = pipeline.vision.circumstances()
     with torch.autocast("cpu", torch.bfloat16):
-        assert pipeline._circumstances() != before
-    assert pipeline._circumstances() == before
+        assert pipeline.vision.circumstances() != before
+    assert pipeline.vision.circumstances() == before
 
 
 def test_switched_off(model, processor, photo, runs):
     pipeline = Pipeline(model, processor, image_cache_bytes=0)
     assert torch.equal(pipeline.see(photo), pipeline.see(photo))
-    assert len(runs) == 4 and len(pipeline._image_cache) == 0
+    assert len(runs) == 4 and len(pipeline.vision.cache) == 0
 
 
 def test_load_takes_the_bound(standard, photo):
-    assert mg_fast.load(standard, device="cpu", image_cache_bytes=BYTES)._image_cache.limit == BYTES
+    assert mg_fast.load(standard, device="cpu", image_cache_bytes=BYTES).vision.cache.limit == BYTES
     with pytest.raises(ValueError, match="image_cache_bytes: expected 0 or more bytes, got -1"):
         mg_fast.load(standard, device="cpu", image_cache_bytes=-1)
 
@@ -149,7 +149,7 @@ def test_the_one_used_longest_ago_goes_first(model, processor, photo, drawing, r
     third = Image.new("RGB", (40, 40), "green")
     for picture in (photo, drawing, photo, third):
         pipeline.see(picture)
-    assert len(runs) == 6 and len(pipeline._image_cache) == 2 and pipeline._image_cache.held_bytes == 2 * BYTES
+    assert len(runs) == 6 and len(pipeline.vision.cache) == 2 and pipeline.vision.cache.held_bytes == 2 * BYTES
     pipeline.see(photo)
     assert len(runs) == 6
     pipeline.see(drawing)
@@ -166,7 +166,7 @@ def test_clear(model, processor, photo):
         bias.data.add_(1)
         assert torch.equal(pipeline.see(photo), before)
         pipeline.clear_image_cache()
-        assert len(pipeline._image_cache) == pipeline._image_cache.held_bytes == 0
+        assert len(pipeline.vision.cache) == pipeline.vision.cache.held_bytes == 0
         assert not torch.equal(pipeline.see(photo), before)
     finally:
         with torch.no_grad():

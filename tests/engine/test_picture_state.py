@@ -144,18 +144,18 @@ def test_an_activation_of_the_projector_is_exchanged(model, found):
 def test_a_change_of_the_language_model_alone_is_none(model, found):
     pipe = Pipeline(model, found.processor)
     pipe.see(found.pictures[0])
-    number = pipe._packing_number
+    number = pipe.vision.version
     with torch.no_grad():
         model.lm_head.weight.mul_(2)
     pipe.see(found.pictures[0])
     pipe.chat("What?", [found.pictures[0]], max_new_tokens=2)
-    assert pipe._packing_number == number
+    assert pipe.vision.version == number
 
 
 def test_turns_without_pictures_do_not_ask(model, found, monkeypatch):
     pipe = Pipeline(model, found.processor)
     pipe.chat("What?", [found.pictures[0]], max_new_tokens=2)
-    monkeypatch.setattr("mg_fast.pipeline.picture_state", lambda _: pytest.fail("asked"))
+    monkeypatch.setattr("mg_fast.engine.vision.picture_state", lambda _: pytest.fail("asked"))
     pipe.chat("And?", max_new_tokens=2)
 
 

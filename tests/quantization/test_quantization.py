@@ -378,7 +378,7 @@ def test_quantised_cache_reaches_transformers(pipeline, monkeypatch):
     if importlib.util.find_spec("optimum"):
         assert len(pipeline.chat("Hello.", max_new_tokens=2, cache_implementation="quantized").token_ids) == 2
         return
-    monkeypatch.setattr("mg_fast.engine.answers.check_cache", lambda options: None)
+    monkeypatch.setattr("mg_fast.engine.options.check_cache", lambda options: None)
     with pytest.raises(ImportError, match="KV cache quantization with optimum-quanto"):
         pipeline.chat("Hello.", max_new_tokens=2, cache_implementation="quantized")
 

@@ -14,7 +14,7 @@ from PIL import Image
 import mg_fast
 from mg_fast import CheckpointError, PromptError, ops
 from mg_fast.models import templates as conversation
-from mg_fast.models.mini_gemini import modeling
+from mg_fast.models.mini_gemini.generation import kept_positions
 from mg_fast.models.mini_gemini.processing import MiniGeminiImageProcessor
 from mg_fast.runtime.arguments import plain, plain_numbers, real_number, whole_number
 
@@ -211,7 +211,7 @@ def test_positions_that_get_logits(model):
 
 def test_positions_that_get_logits_are_traced_whole():
     def kept(hidden, logits_to_keep):
-        return hidden[:, modeling.kept_positions(logits_to_keep)] * 2
+        return hidden[:, kept_positions(logits_to_keep)] * 2
 
     compiled, hidden = torch.compile(kept, backend="eager", fullgraph=True), torch.rand(1, 4, 3)
     for keep in (0, 1, 2, torch.tensor([0, 2])):

@@ -11,6 +11,7 @@ from transformers import TorchAoConfig
 import mg_fast
 from mg_fast.cli import command_line as cli
 from mg_fast.models import builtin as boxed
+from mg_fast.models.mini_gemini import loading_dtype
 from mg_fast.models.mini_gemini.checkpoint import open_checkpoint
 from mg_fast.runtime import cpu_dtype
 from mg_fast.runtime.dtypes import wanted_dtype
@@ -38,7 +39,7 @@ def checkpoints(built, tmp_path_factory):
 
 
 def lines(caplog):
-    return [record.getMessage() for record in caplog.records if record.name == cpu_dtype.__name__]
+    return [record.getMessage() for record in caplog.records if record.name in (cpu_dtype.__name__, loading_dtype.__name__)]
 
 
 @pytest.mark.parametrize(
@@ -122,7 +123,7 @@ def test_a_dtype_that_was_asked_for_is_obeyed_with_a_warning(machine, checkpoint
 @pytest.mark.parametrize("found, asked", [(OLD, "float32"), (BF16, "bfloat16"), (ARM, HALF)])
 def test_a_fast_one_is_not_talked_about(machine, caplog, found, asked):
     machine(found)
-    assert cpu_dtype.resolve(asked, "unread") == asked
+    assert loading_dtype.resolve(asked, "unread") == asked
     assert lines(caplog) == []
 
 
@@ -167,16 +168,16 @@ def test_dtypes_that_are_none(checkpoints, asked, capsys):
 def test_quantized_weights_want_bfloat16(machine, checkpoints, caplog):
     for found in (OLD, BF16, FP16):
         machine(found)
-        assert cpu_dtype.resolve("auto", checkpoints[BFLOAT], quantize="int8") == "auto"
+        assert loading_dtype.resolve("auto", checkpoints[BFLOAT], quantize="int8") == "auto"
         assert lines(caplog) == []
-        assert cpu_dtype.resolve("auto", checkpoints[HALF], quantize="int4") == BFLOAT
+        assert loading_dtype.resolve("auto", checkpoints[HALF], quantize="int4") == BFLOAT
         [said] = lines(caplog)
         assert said == "weights are loaded in bfloat16, not in the checkpoint's float16: kernels for int4 weights take bfloat16"
         caplog.clear()
         # which are told already what that costs, by what quantizes
-        assert cpu_dtype.resolve("float16", checkpoints[HALF], quantize="int8") == "float16"
-        assert cpu_dtype.resolve("auto", checkpoints[SINGLE], quantize="int8") == "auto"
-        assert cpu_dtype.resolve("auto", checkpoints[HALF], quantize=TorchAoConfig) == "auto"
+        assert loading_dtype.resolve("float16", checkpoints[HALF], quantize="int8") == "float16"
+        assert loading_dtype.resolve("auto", checkpoints[SINGLE], quantize="int8") == "auto"
+        assert loading_dtype.resolve("auto", checkpoints[HALF], quantize=TorchAoConfig) == "auto"
         assert lines(caplog) == []
 
 
@@ -188,7 +189,7 @@ def test_a_saved_quantized_model_keeps_its_dtype(machine, checkpoints, tmp_path)
     (tmp_path / "config.json").unlink()
     config["quantization_config"] = {"quant_method": "torchao", "quant_type": "int8_weight_only"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert cpu_dtype.resolve("auto", tmp_path) == "auto"
+    assert loading_dtype.resolve("auto", tmp_path) == "auto"
 
 
 def test_the_command_line(machine, checkpoints, capsys, caplog):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mg_fast import BackendError, MiniGeminiForConditionalGeneration, Pipeline
-from mg_fast.runtime.execution import compute_dtype
+from mg_fast.runtime.layer_dtypes import compute_dtype
 from mg_fast.testing.tolerances import relative_error
 from tests.families import family
 

@@ -7,8 +7,7 @@ import types
 import pytest
 import torch
 
-from mg_fast.decoding import LeanDecoder
-from mg_fast.decoding import model_runner as steps
+from mg_fast.decoding import Decoder, model_runner
 from mg_fast.runtime import graphs
 
 DEVICE = torch.device("cuda", 0)
@@ -62,16 +61,16 @@ def capturing(monkeypatch, torch_streams):
         def __exit__(self, *_):
             pass
 
-    monkeypatch.setattr(steps.Steps, "graphs_refused", lambda self, capacity: None)
+    monkeypatch.setattr(model_runner.ModelRunner, "graphs_refused", lambda self, capacity: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: types.SimpleNamespace(replay=lambda: None))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
-    monkeypatch.setattr(steps, "capture", Capture)
+    monkeypatch.setattr(model_runner, "capture", Capture)
     return streams
 
 
 def test_caches_of_one_thread_capture_on_streams_of_their_own(own, capturing):
     """Their graphs may be replayed at the same time by two threads. Those of one cache never are: they share its stream."""
-    passes = LeanDecoder(own.model).steps
+    passes = Decoder(own.model).runner
     caches = [passes.sequences(1, 64) for _ in range(2)]
     with torch.no_grad():
         for sequences in caches:
@@ -100,19 +99,19 @@ class Stream:
 def test_a_cache_is_taken_over_after_the_pass_that_ran_ahead(own, monkeypatch):
     """The loop starts a pass before it knows that the answer has ended; the next request may be on another stream."""
     of_thread = threading.local()
-    decoder = LeanDecoder(own.model, kv_cache_bytes=0)
+    decoder = Decoder(own.model, kv_cache_bytes=0)
     used = []
     # the cache seems to be on a GPU
-    monkeypatch.setattr(steps.KVCache, "devices", property(lambda self: [DEVICE]))
-    monkeypatch.setattr(steps.KVCache, "record_stream", lambda self, stream: used.append(stream))
+    monkeypatch.setattr(model_runner.KVCache, "devices", property(lambda self: [DEVICE]))
+    monkeypatch.setattr(model_runner.KVCache, "record_stream", lambda self, stream: used.append(stream))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: of_thread.stream)
     options = dict(max_new_tokens=3, do_sample=False, eos_token_id=None)
     ids = torch.randint(3, 400, (1, 9), generator=torch.Generator().manual_seed(0))
     order = []
-    step, fill = steps.Steps.step, steps.Sequences.fill
-    monkeypatch.setattr(steps.Steps, "step", lambda *args: (order.append("pass"), step(*args))[1])
+    step, fill = model_runner.ModelRunner.step, model_runner.Sequences.fill
+    monkeypatch.setattr(model_runner.ModelRunner, "step", lambda *args: (order.append("pass"), step(*args))[1])
     monkeypatch.setattr(
-        steps.Sequences, "fill", lambda *args: (order.append(f"begins after {len(of_thread.stream.waited)} waits"), fill(*args))[1]
+        model_runner.Sequences, "fill", lambda *args: (order.append(f"begins after {len(of_thread.stream.waited)} waits"), fill(*args))[1]
     )
     streams = [Stream(), Stream()]
     for stream in streams:

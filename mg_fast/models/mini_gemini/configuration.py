@@ -10,6 +10,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConf
 from ...errors import CheckpointError, quoted
 from ...runtime.arguments import plain_numbers, whole_number
 from ..templates import TEMPLATES
+from .registration import register_configuration
 
 # `model_type` as published (the March-2024 uploads said mini_gemini*), and the bare base models that a folder may still name
 TEXT_MODEL_TYPES = {
@@ -249,7 +250,5 @@ def _field_names(config_class: type) -> set[str]:
     return {f.name for f in dataclasses.fields(config_class)}
 
 
-for _alias in TEXT_MODEL_TYPES:
-    # llama, gemma, ... stay transformers' own: such a folder loads through the MiniGemini* classes only
-    if _alias.startswith(("mgm", "mini_gemini")):
-        CONFIG_MAPPING.register(_alias, MiniGeminiConfig, exist_ok=True)
+# llama, gemma, ... stay transformers' own: such a folder loads through the MiniGemini* classes only
+register_configuration(MiniGeminiConfig, [name for name in TEXT_MODEL_TYPES if name.startswith(("mgm", "mini_gemini"))])

@@ -13,8 +13,8 @@ from torch import nn
 from ...modules.clip import PackedClip
 from ...ops import backend as backends
 from ...runtime import weights as frozen
-from ...runtime.execution import Chain
 from ...runtime.graphs import CaptureStream, NoStreamLeft, capture
+from ...runtime.layer_dtypes import Chain
 from ...runtime.weights import uncommon
 from .modeling import MiniGeminiModel
 

@@ -4,25 +4,21 @@ import json
 import os
 from collections.abc import Sequence
 
-import numpy as np
 import torch
-from PIL import Image
-from transformers import AutoProcessor, BatchFeature
-from transformers.image_processing_base import ImageProcessingMixin
+from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
-from ... import ops
-from ...errors import CheckpointError, PictureError, PromptError, quoted
-from ...ops.reference import low_resolution_views
-from ...ops.torch.dual_resize import normalise, place, square
-from ...runtime.arguments import check_text, plain
-from .. import templates as conversation
+from ...errors import CheckpointError, PromptError, quoted
+from ...runtime.arguments import check_text
+from .. import templates
 from ..base64_text import as_data_uri
-from ..pictures import check_decoder, decode_on_device, open_picture
+from ..pictures import open_picture
 from ..templates import IMAGE_TAG, get_template
 from ..tensor_files import HUB_ARGUMENTS, resolve_folder
 from .checkpoint import decide_template, geometry_config, load_tokenizer
 from .configuration import MiniGeminiConfig
+from .image_processing import MiniGeminiImageProcessor
+from .registration import register_processor
 
 # what transformers' Auto classes and pipelines pass along and this processor has no use for
 _AUTO_ARGUMENTS = {
@@ -37,112 +33,6 @@ _AUTO_ARGUMENTS = {
 }
 
 
-class MiniGeminiImageProcessor(ImageProcessingMixin):
-    """Pictures to normalised high- and low-resolution tensors, exactly as the original.
-
-    Args:
-        hr_size: side of the high-resolution picture in pixels.
-        lr_size: side of one low-resolution view in pixels.
-        grid: LR tiles per side.
-        global_view: append a global LR view.
-        pad: square by padding; False resizes the shortest side and crops the centre.
-        tokens_per_picture: how many image tokens the model makes of a picture.
-    """
-
-    model_input_names = ["pixel_values", "pixel_values_hr"]
-
-    def __init__(
-        self,
-        hr_size: int = 768,
-        lr_size: int = 336,
-        grid: int = 1,
-        global_view: bool = False,
-        pad: bool = True,
-        tokens_per_picture: int = 576,
-        **kwargs,
-    ):
-        super().__init__(**kwargs)
-        self.hr_size, self.lr_size, self.grid, self.global_view = map(plain, (hr_size, lr_size, grid, global_view))
-        self.pad, self.tokens_per_picture = plain(pad), plain(tokens_per_picture)
-
-    @classmethod
-    def from_config(cls, config: MiniGeminiConfig) -> "MiniGeminiImageProcessor":
-        return cls(
-            hr_size=config.image_size_aux,
-            lr_size=config.vision_config.image_size,
-            grid=config.image_grid,
-            global_view=config.image_global,
-            pad=config.image_aspect_ratio == "pad",
-            tokens_per_picture=config.tokens_per_picture,
-        )
-
-    def __call__(
-        self,
-        images,
-        return_tensors: str | None = "pt",
-        allow_urls: bool = False,
-        device: torch.device | str | None = None,
-        decoder: str = "pillow",
-    ) -> BatchFeature:
-        """Pictures to tensors.
-
-        Args:
-            images: one picture or a list of them; see `open_picture`.
-            return_tensors: `pt` or `np`.
-            allow_urls: fetch pictures given as URLs.
-            device: resize the decoded pictures there (`mg_fast.ops.dual_resize`): pixels of the same bits, views within 1e-6. None: by
-                Pillow, on the CPU.
-            decoder: `pillow`, or `nvjpeg`: JPEG files and bytes are decoded on the CUDA `device` by torchvision, to other pixels than
-                Pillow's; whatever else comes is still decoded by Pillow.
-
-        Returns:
-            `pixel_values` [n, V, 3, lr_size, lr_size] (V = 1, or in HD the tiles row by row, the global view last) and
-            `pixel_values_hr` [n, 3, hr_size, hr_size], both float32, on `device` (as NumPy arrays in memory).
-
-        Raises:
-            PictureError: with the picture's number, where several came.
-            BackendError: `nvjpeg` without a CUDA device.
-        """
-        check_decoder(decoder, device)
-        images = list(images) if isinstance(images, (list, tuple)) else [images]
-        if not images:
-            raise PictureError("expected at least one picture, got none")
-        pairs = [self._one(image, i, len(images), allow_urls, device, decoder) for i, image in enumerate(images)]
-        pixels = torch.stack([hr for hr, _ in pairs])
-        if device is None:
-            views = low_resolution_views(pixels, self.lr_size, grid=self.grid, global_view=self.global_view)
-        else:
-            views = torch.stack([views for _, views in pairs])
-        if return_tensors == "np":
-            pixels, views = pixels.cpu(), views.cpu()
-        return BatchFeature({"pixel_values": views, "pixel_values_hr": pixels}, tensor_type=return_tensors)
-
-    def _one(self, source, index: int, count: int, allow_urls: bool, device, decoder: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The HR picture and, where a device makes them, its LR views."""
-        try:
-            image = decode_on_device(source, device) if decoder == "nvjpeg" else None
-            if image is None:
-                image = open_picture(source, allow_urls=allow_urls)
-            try:
-                return self._resized(image, device)
-            except PictureError as error:
-                name = getattr(source, "filename", None) or getattr(image, "filename", None)
-                raise PictureError(f"{name}: {error}" if name else str(error)) from None
-        except PictureError as error:
-            raise PictureError(f"picture {index + 1} of {count}: {error}" if count > 1 else str(error)) from error.__cause__
-
-    def _resized(self, image: Image.Image | torch.Tensor, device) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if device is None:
-            return normalise(square(image, self.hr_size, self.pad)), None
-        # before anything that is too large for it goes to the device
-        height, width = image.shape[:2] if isinstance(image, torch.Tensor) else (image.height, image.width)
-        place(width, height, self.hr_size, self.pad)
-        if not isinstance(image, torch.Tensor):
-            # a copy: torch has no tensors that must not be written to
-            image = torch.from_numpy(np.array(image)).to(device)
-        return ops.dual_resize(image, self.hr_size, self.lr_size, grid=self.grid, global_view=self.global_view, pad=self.pad)
-
-
 class MiniGeminiProcessor(ProcessorMixin):
     """Prompts and pictures to model inputs.
 
@@ -155,7 +45,7 @@ class MiniGeminiProcessor(ProcessorMixin):
     def __init__(self, image_processor=None, tokenizer=None, template: str | None = None, chat_template=None):
         get_template(template)
         self.template = template
-        super().__init__(image_processor, tokenizer, chat_template=chat_template or conversation.chat_template(template))
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or templates.chat_template(template))
         # whoever goes through the tokenizer alone must not meet a base model's own template
         tokenizer.chat_template = self.chat_template
         self.filler_id = _filler_id(tokenizer)
@@ -373,4 +263,4 @@ def _filler_id(tokenizer) -> int:
     raise CheckpointError("the tokenizer has no unk, reserved or pad token that could mark a picture's places")
 
 
-AutoProcessor.register(MiniGeminiConfig, MiniGeminiProcessor, exist_ok=True)
+register_processor(MiniGeminiConfig, MiniGeminiProcessor)

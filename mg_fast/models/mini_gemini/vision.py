@@ -7,7 +7,7 @@ from transformers import CLIPVisionModel
 from ...errors import CheckpointError
 from ...ops import backend as backends
 from ...ops.operation import Operation, register
-from ...runtime.execution import Chain
+from ...runtime.layer_dtypes import Chain
 from ...runtime.weights import global_hooks, why_not_plain
 
 

@@ -407,7 +407,7 @@ def test_template_is_saved(standard, tmp_path):
 
 
 def test_unknown_template_is_refused_before_loading(standard, monkeypatch):
-    monkeypatch.setattr("mg_fast.models.mini_gemini.modeling.open_checkpoint", None)
+    monkeypatch.setattr("mg_fast.models.mini_gemini.loading.open_checkpoint", None)
     with pytest.raises(PromptError, match="unknown template 'nope': expected one of vicuna_v1"):
         load(standard, template="nope")
 

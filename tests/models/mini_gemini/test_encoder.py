@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 import mg_fast
 from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor, pipeline
+from mg_fast.engine import vision
 from mg_fast.models.mini_gemini.encoder import PictureEncoder
 from mg_fast.modules import ConvNeXtPyramid
 from mg_fast.runtime import weights as frozen
@@ -129,7 +130,7 @@ def test_on_a_gpu(loaded, photo, drawing, graphs):
 
 def test_the_pipeline_packs_once_and_again_after_a_change(loaded, photo, drawing, monkeypatch):
     made = []
-    monkeypatch.setattr(pipeline, "PictureEncoder", lambda model: made.append(PictureEncoder(model)) or made[-1])
+    monkeypatch.setattr(vision, "PictureEncoder", lambda model, **options: made.append(PictureEncoder(model, **options)) or made[-1])
     model, processor = loaded
     piped = pipeline.Pipeline(model, processor)
     piped.see(photo), piped.see(drawing)
@@ -165,7 +166,7 @@ def test_the_pipeline_goes_through_the_modules_where_they_cannot_be_packed(loade
     model, processor = loaded
     calls = []
     model.model.vision_tower_aux.vision_stages[0].register_forward_hook(lambda *_: calls.append(1))
-    with caplog.at_level("INFO", logger="mg_fast.pipeline"):
+    with caplog.at_level("INFO", logger="mg_fast.engine.vision"):
         tokens = pipeline.Pipeline(model, processor).see(photo)
     with torch.no_grad():
         expected = model.get_image_features(**processor.image_processor(photo), backend="reference").pooler_output[0]

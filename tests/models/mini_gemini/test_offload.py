@@ -8,7 +8,8 @@ import torch
 
 import mg_fast
 from mg_fast import MiniGeminiForConditionalGeneration, Pipeline
-from mg_fast.runtime.execution import complete_device_map, execution_device
+from mg_fast.runtime.device_maps import complete_device_map
+from mg_fast.runtime.placement import execution_device
 from mg_fast.testing.tolerances import IMAGE_TOKENS, relative_error
 from tests.checkpoints import without_towers
 from tests.families import family

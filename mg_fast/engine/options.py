@@ -1,0 +1,116 @@
+"""Options of answers and of caches: checked when they are made, and documented here alone."""
+
+import math
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from ..errors import PromptError, quoted
+from ..models.mini_gemini.places import PICTURE_INPUTS
+from ..quantization import check_cache
+from ..runtime.arguments import check_stop_strings, plain_numbers, real_number, whole_number
+from .image_cache import DEFAULT_BYTES
+
+# What an answer may grow to when the caller does not say, as in the original's command line.
+DEFAULT_NEW_TOKENS = 512
+
+# Options of `generate` that would contradict how a question is asked here, and what to do instead.
+_REFUSED = {
+    "do_sample": "temperature decides",
+    "num_return_sequences": "a question has one answer; use model.generate",
+    "streamer": "stream=True of chat yields the text",
+    "return_dict_in_generate": "use model.generate",
+    "stream": "chat streams",
+    **dict.fromkeys(("input_ids", "attention_mask", *PICTURE_INPUTS), "it is made of the text and its images; use model.generate"),
+}
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """How much is kept from call to call.
+
+    Attributes:
+        image_cache_bytes: most bytes of image tokens kept, by picture content, on the model's device; 0 keeps none.
+        kv_cache_bytes: most bytes of keys and values kept of prompts and answers, on the model's devices; 0 keeps none. None: 1 GiB, or
+            as many as the longest conversation has that the model can hold. Not counted is the memory that the last answer was decoded
+            in, of its length rounded up to 2048 positions, which stays for the next one until `Pipeline.clear_kv_cache`.
+
+    Raises:
+        ValueError: fewer than 0 bytes.
+    """
+
+    image_cache_bytes: int = DEFAULT_BYTES
+    kv_cache_bytes: int | None = None
+
+    def __post_init__(self):
+        for name in ("image_cache_bytes", "kv_cache_bytes"):
+            if (value := getattr(self, name)) is not None:
+                if operator.index(value) < 0:
+                    raise ValueError(f"{name}: expected 0 or more bytes, got {value}")
+                object.__setattr__(self, name, operator.index(value))
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the tokens of an answer are chosen, and how many there may be. Numbers may be NumPy's or torch's; they become Python's own.
+
+    Attributes:
+        max_new_tokens: at most so many tokens, default 512; where the context holds fewer, the answer ends with it.
+        temperature: 0 decodes greedily; above 0 samples.
+        top_p: nucleus of the sampling, with a temperature above 0.
+        seed: makes sampling repeatable; the global random state stays as it is. Where transformers' own loop decodes, as long as
+            nothing else in the process draws from torch's global generator meanwhile. In a batch it holds for the same questions in the
+            same order and batches.
+        allow_long: accept a prompt longer than the model was trained on; None takes the model's `allow_long`.
+        generate_options: anything else `generate` takes for one answer.
+
+    Raises:
+        PromptError: an option that would be ignored, contradicts another, or is out of range.
+    """
+
+    max_new_tokens: int | None = None
+    temperature: float = 0.0
+    top_p: float | None = None
+    seed: int | None = None
+    allow_long: bool | None = None
+    generate_options: Mapping = field(default_factory=dict)
+
+    def __post_init__(self):
+        temperature = real_number(self.temperature)
+        if temperature is None or not math.isfinite(temperature) or temperature < 0:
+            raise PromptError(f"temperature: expected a number of 0 or more, got {quoted(self.temperature)}")
+        top_p = real_number(self.top_p)
+        if self.top_p is not None and (top_p is None or not 0 <= top_p <= 1):
+            raise PromptError(f"top_p: expected a share from 0 to 1, got {quoted(self.top_p)}")
+        if self.top_p is not None and temperature == 0:
+            raise PromptError(f"top_p={top_p} is for sampling: give a temperature above 0 with it")
+        most = whole_number(self.max_new_tokens)
+        if self.max_new_tokens is not None and (most is None or most < 1):
+            raise PromptError(f"max_new_tokens: expected a whole number of 1 or more, got {quoted(self.max_new_tokens)}")
+        options = {name: plain_numbers(value) for name, value in self.generate_options.items()}
+        check_cache(options)
+        if callable(options.get("stopping_criteria")):
+            raise PromptError("stopping_criteria: expected a list of criteria, got one")
+        for name, instead in _REFUSED.items():
+            if name in options:
+                raise PromptError(f"{name} is not an option here: {instead}")
+        check_stop_strings(options.get("stop_strings"))
+        seed = whole_number(self.seed)
+        if self.seed is not None and (seed is None or not -(2**63) <= seed < 2**64):
+            raise PromptError(f"seed: expected a whole number of at most 64 bits, got {quoted(self.seed)}")
+        checked = {"temperature": temperature, "top_p": top_p, "max_new_tokens": most, "seed": seed, "generate_options": options}
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    def of_generate(self) -> dict:
+        """The options of `generate`, but for the number of new tokens: that depends on the prompt, too."""
+        if self.temperature > 0:
+            top_p = 1.0 if self.top_p is None else self.top_p
+            return {**self.generate_options, "do_sample": True, "temperature": self.temperature, "top_p": top_p}
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, **self.generate_options}
+
+    def generator(self, device: torch.device) -> torch.Generator | None:
+        """A generator on a device, which draws what torch's own would after `manual_seed`; None where there is no seed."""
+        return None if self.seed is None else torch.Generator(device).manual_seed(self.seed)

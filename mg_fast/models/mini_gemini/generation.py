@@ -1,0 +1,119 @@
+"""What transformers' `generate` has to know about prompts with pictures, and the check of their lengths."""
+
+import logging
+
+import torch
+import torch.nn.functional as F
+
+from ...errors import PromptError, quoted
+from ...runtime.arguments import check_stop_strings, plain_options, whole_number
+from .places import PICTURE_INPUTS, check_places, of_new_positions
+
+logger = logging.getLogger(__name__)
+
+
+class GenerationWithPictures:
+    """Generation with prompts that hold pictures.
+
+    Its methods extend those of transformers' GenerationMixin, before which it stands among the bases of the model.
+    """
+
+    # whether prompts longer than the model was trained on are accepted, and whether the warning about it was given
+    allow_long = False
+    _long_said = False
+
+    def check_length(self, prompt: int, new: int = 0, allow_long: bool | None = None) -> None:
+        """Holds a prompt of so many tokens, and so many new ones, against the context; `PromptError` has the numbers."""
+        limit = self.config.text_config.max_position_embeddings
+        trained = min(self.config.tokenizer_model_max_length or limit, limit)
+        if prompt > limit:
+            raise PromptError(f"the prompt has {prompt} tokens, the model has {limit} positions (max_position_embeddings)")
+        if prompt > trained:
+            message = f"the prompt has {prompt} tokens, the model was trained on at most {trained} (tokenizer_model_max_length)"
+            if not (self.allow_long if allow_long is None else allow_long):
+                raise PromptError(f"{message}; allow_long=True (--allow-long) runs it all the same, up to {limit}")
+            if not self._long_said:
+                self._long_said = True
+                logger.warning("%s; running it because allow_long is set", message)
+        if prompt + new > limit:
+            raise PromptError(
+                f"{prompt} prompt tokens and max_new_tokens={new} need {prompt + new} positions, the model has {limit} "
+                f"(max_position_embeddings): at most {limit - prompt} new tokens fit"
+            )
+
+    def generate(self, inputs: torch.Tensor | None = None, *, allow_long: bool | None = None, **kwargs):
+        """GenerationMixin's `generate`, after a check of the lengths.
+
+        Args:
+            allow_long: accept prompts between the trained length and max_position_embeddings, with one warning.
+
+        Raises:
+            PromptError: the prompt, or the prompt and `max_new_tokens` together, are too long (nothing is ever cut); or stop
+                strings that are no texts.
+        """
+        kwargs = plain_options(kwargs)
+        ids = inputs if inputs is not None else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+        given = kwargs.get("generation_config") or self.generation_config
+        check_stop_strings(kwargs.get("stop_strings", given.stop_strings))
+        if ids is not None:
+            new = kwargs.get("max_new_tokens") or getattr(given, "max_new_tokens", None)
+            if new is None:
+                new = max(0, (kwargs.get("max_length") or given.max_length or 0) - ids.shape[1])
+            self.check_length(ids.shape[1], new, allow_long)
+            pictures = kwargs.get("pixel_values") is not None or kwargs.get("image_tokens") is not None
+            if pictures and (kwargs.get("prefill_chunk_size") or given.prefill_chunk_size):
+                raise PromptError("prefill_chunk_size cuts a prompt without regard to its pictures: not with pictures")
+        if allow_long is not None:
+            kwargs["allow_long"] = allow_long
+        return super().generate(inputs, **kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, is_first_iteration=False, **kwargs):
+        pictures = {name: kwargs.pop(name) for name in PICTURE_INPUTS if name in kwargs}
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if is_first_iteration or not kwargs.get("use_cache", True):
+            model_inputs.update(pictures)
+            marks, ids = pictures.get("mm_token_type_ids"), model_inputs.get("input_ids")
+            if marks is not None and ids is not None:
+                # prompt lookup appends guesses to the prompt, which are text
+                model_inputs["mm_token_type_ids"] = F.pad(marks, (0, input_ids.shape[1] - marks.shape[1]))
+        return model_inputs
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        """Beams: pictures are encoded once, and every row's image tokens are repeated as a block.
+
+        The stock version repeats pictures one by one, which hands the two pictures of a prompt to the wrong beams.
+        """
+        if expand_size > 1:
+            marks, pictures = model_kwargs.get("mm_token_type_ids"), {name: model_kwargs.pop(name, None) for name in PICTURE_INPUTS[:-1]}
+            cache = model_kwargs.get("past_key_values")
+            if marks is not None and (cached := 0 if cache is None else int(cache.get_seq_length())):
+                pictures["mm_token_type_ids"] = marks
+                pictures = of_new_positions(pictures, marks.shape[1] - cached, cached, self.config.tokens_per_picture)
+                marks = pictures.pop("mm_token_type_ids")
+            pixels, pixels_hr, image_tokens = (pictures[name] for name in PICTURE_INPUTS[:-1])
+            if pixels is not None:
+                image_tokens = self.get_image_features(pixels, pixels_hr).pooler_output
+            if image_tokens is not None:
+                check_places(marks, image_tokens)
+                per_row = (marks.sum(dim=1) // image_tokens.shape[1]).tolist()
+                blocks = image_tokens.split(per_row)
+                expanded = torch.cat([block for block in blocks for _ in range(expand_size)])
+                input_ids, model_kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+                return input_ids, {**model_kwargs, "image_tokens": expanded}
+        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+
+
+def kept_positions(logits_to_keep) -> "slice | torch.Tensor | list":
+    """The index of the positions that get logits. Python's own numbers and tensors take no step that torch.compile cannot trace."""
+    if isinstance(logits_to_keep, (int, torch.SymInt)):
+        return slice(-logits_to_keep, None)
+    if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim:
+        return logits_to_keep
+    number = whole_number(logits_to_keep)
+    if number is not None:
+        return slice(-number, None)
+    if not (isinstance(logits_to_keep, (list, slice)) or getattr(logits_to_keep, "ndim", 0) == 1):
+        raise ValueError(f"logits_to_keep: expected a whole number, or a list or tensor of positions, got {quoted(logits_to_keep)}")
+    return logits_to_keep

@@ -1,0 +1,101 @@
+"""In which dtype the layers of a model compute: parts that stand next to each other may have different ones."""
+
+import contextlib
+from collections import Counter
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from ..errors import BackendError
+
+# how torch's products, convolutions, norms and attention say that their tensors have different dtypes
+_REFUSED_MIXTURES = (
+    "same dtype",
+    "mixed dtype",
+    "expected scalar type",
+    "should be the same",
+    "should have the same",
+    "same data type",
+)
+
+
+def compute_dtype(module: nn.Module) -> torch.dtype | None:
+    """The dtype that a module takes its input in, by its first parameter of 16 bits or more; None where it has none."""
+    module = running(module)
+    for parameter in module.parameters(recurse=False):
+        # Quantized weights are stored in fewer bits than they are computed in.
+        if parameter.is_floating_point() and parameter.element_size() > 1:
+            return parameter.dtype
+    for part in module.children():
+        if (dtype := compute_dtype(part)) is not None:
+            return dtype
+    return None
+
+
+def running(module: nn.Module) -> nn.Module:
+    """The module that takes the input where peft has wrapped it: a layer below its adapters, or the trained copy of a whole module."""
+    while True:
+        parts = module._modules
+        if "modules_to_save" in parts and "original_module" in parts:
+            active = [] if module.disable_adapters else [name for name in module.active_adapters if name in parts["modules_to_save"]]
+            module = parts["modules_to_save"][active[0]] if active else parts["original_module"]
+        elif "base_layer" in parts:
+            module = parts["base_layer"]
+        else:
+            return module
+
+
+def at_seam(x: torch.Tensor, module: nn.Module) -> torch.Tensor:
+    """A tensor in the dtype of the part of the model that takes it next, which may differ from the part that it comes from.
+
+    Under autocast it stays as it is, as autocast casts it in each operation.
+    """
+    dtype = compute_dtype(module)
+    return x if dtype is None or dtype == x.dtype or autocasting(x) else x.to(dtype)
+
+
+def autocasting(x: torch.Tensor) -> bool:
+    """Whether autocast is on where a tensor lies."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+def call(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Calls a part of the model, its input in the dtype that it computes in."""
+    return module(at_seam(x, module))
+
+
+@contextlib.contextmanager
+def mixed_dtypes_named(parts: Mapping[str, nn.Module]):
+    """Where torch refuses a product of two dtypes in parts that cast nothing inside, says which layers differ from the rest of their part.
+
+    Args:
+        parts: what runs, by their names.
+
+    Raises:
+        BackendError: in place of torch's own error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(phrase in str(error) for phrase in _REFUSED_MIXTURES):
+            raise
+        for name, part in parts.items():
+            dtypes = {where: p.dtype for where, p in part.named_parameters() if p.is_floating_point() and p.element_size() > 1}
+            if len(kinds := Counter(dtypes.values()).most_common()) > 1:
+                usual = kinds[0][0]
+                where, dtype = next((where, dtype) for where, dtype in dtypes.items() if dtype != usual)
+                raise BackendError(
+                    f"{name}: expected all of its layers in one dtype, got {where} in {dtype} among {usual}; "
+                    f"convert it with .to({usual}), or the whole part"
+                ) from error
+        raise
+
+
+class Chain(nn.Sequential):
+    """Layers one after the other, each in its own dtype: a LayerNorm is often kept in float32 among layers of 16 bits."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self:
+            x = call(layer, x)
+        return x
