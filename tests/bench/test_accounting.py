@@ -172,7 +172,7 @@ def test_what_the_programs_ask_for():
     assert done.returncode == 0, done.stderr
     for sizes, line in zip(ASKED, done.stdout.splitlines(), strict=True):
         counter = count(OPERATIONS["patch_mining"].forms["triton"], sizes, "meta")[1]
-        around = counter.total + counter.costs["mg_fast.pool_windows.default"] * -1
+        around = counter.total + counter.costs["mg_fast.patch_mining.default"] * -1
         cost = accounting.triton_mining(sizes, cached=False)
         assert f"{cost.bytes_read - around.bytes_read} {cost.bytes_written - around.bytes_written}" == line
 
