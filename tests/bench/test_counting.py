@@ -21,6 +21,7 @@ from mg_fast.ops import reference
 from mg_fast.ops.operation import OPERATIONS, operators
 from mg_fast.ops.torch import patch_mining as torch_form
 from tests.bench.test_accounting import inputs
+from tests.ops.operator_calls import meta, of_all_operations
 from tests.paths import ROOT
 
 
@@ -106,35 +107,10 @@ def test_attention_is_one_launch(device):
     assert counter.launches == {"aten.scaled_dot_product_attention.default": 1}
 
 
-def meta(*shape, dtype=torch.float16):
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def mining_of(views):
-    return meta(1, views, 1, 5), [meta(1, 4, 4, 5)]
-
-
-def slanted(*shape, dtype=torch.float16):
-    """Not contiguous, nor of unit stride along the last dimension."""
-    return meta(*shape[::-1], dtype=dtype).permute(*reversed(range(len(shape))))
-
-
 # arguments of mg_fast's operators on the meta device, and what they launch
-OPERATORS = {
-    "standard": ("patch_mining", (*mining_of(1), 1), 1),
-    "HD": ("patch_mining", (*mining_of(5), 2), 2),
-    "cells alone": ("patch_mining", (*mining_of(4), 2), 1),
-    "backward": ("patch_mining_backward", (meta(1, 5, 1, 5), *mining_of(5), meta(1, 5, 1, 3, 4, dtype=torch.float32), 2), 2),
-    "dwconv_norm": ("dwconv_norm", (meta(1, 5, 6, 8), meta(49, 8), meta(8), meta(8), meta(8), 1e-6), 1),
-    "dwconv_norm of nothing": ("dwconv_norm", (meta(0, 5, 6, 8), meta(49, 8), meta(8), meta(8), meta(8), 1e-6), 0),
-    "linear_gelu": ("linear_gelu", (meta(7, 8), meta(9, 8), meta(9)), 1),
-    "linear_gelu of nothing": ("linear_gelu", (meta(0, 8), meta(9, 8), meta(9)), 0),
-    "linear_residual": ("linear_residual", (meta(7, 8), meta(9, 8), meta(9), meta(7, 9)), 1),
-    "linear_residual in place": ("linear_residual_", (meta(7, 8), meta(9, 8), meta(9), meta(7, 9)), 1),
-    "linear_residual in place, of nothing": ("linear_residual_", (meta(7, 8), meta(0, 8), meta(0), meta(7, 0)), 0),
-    "dual_resize": ("dual_resize", (meta(30, 40, 3, dtype=torch.uint8), 32, 14, 1, False, True, "triton"), 2),
-    "dual_resize, HD": ("dual_resize", (meta(30, 40, 3, dtype=torch.uint8), 32, 14, 2, True, True, "triton"), 2),
-}
+OPERATORS = of_all_operations("CALLS")
+# beside OPERATORS: arguments that the launchers cannot read in place, and bytes of the copies that they make
+COPIED = of_all_operations("COPIED")
 
 
 @pytest.fixture
@@ -170,23 +146,6 @@ def test_what_is_declared_is_what_is_launched(case, launches):
     assert not launches and counter.launches == Counter({str(operator): expected} if expected else {})
     run_body(operator, arguments)
     assert len(launches) == expected
-
-
-# beside OPERATORS: arguments that the launchers cannot read in place, and bytes of the copies that they make
-COPIED = {
-    "patch_mining": ("patch_mining", (slanted(1, 1, 4, 5), [slanted(1, 4, 4, 5)], 1), 2 * (4 * 5 + 16 * 5)),
-    "rows apart": ("patch_mining", (meta(1, 1, 1, 5), [meta(1, 4, 4, 10)[..., :5]], 1), 0),
-    "backward": (
-        "patch_mining_backward",
-        (slanted(1, 5, 1, 5), meta(1, 5, 1, 5), [slanted(1, 4, 4, 5)], meta(1, 5, 1, 3, 4), 2),
-        2 * (5 * 5 + 16 * 5),
-    ),
-    "dwconv_norm": ("dwconv_norm", (slanted(1, 5, 6, 8), slanted(49, 8), meta(8), meta(16)[::2], meta(8), 1e-6), 2 * (240 + 392 + 8)),
-    "linear_gelu": ("linear_gelu", (slanted(7, 8), slanted(9, 8), meta(18)[::2]), 2 * (56 + 72 + 9)),
-    "linear_residual": ("linear_residual", (slanted(7, 8), slanted(9, 8), meta(9), slanted(7, 9)), 2 * (56 + 72 + 63)),
-    "in place": ("linear_residual_", (slanted(7, 8), slanted(9, 8), meta(9), meta(7, 9)), 2 * (56 + 72)),
-    "dual_resize": ("dual_resize", (meta(30, 40, 3, dtype=torch.uint8), 32, 14, 2, True, True, "triton"), 31 * 3 * 32),
-}
 
 
 @pytest.mark.parametrize("case", [*OPERATORS, *COPIED])
