@@ -8,13 +8,13 @@ resizing, elementwise work, gathers) counts as bytes. Bytes are those of operato
 once, a gather what it gathers, and writes its outputs once; views are free. All of the forward pass, without autograd, on a GPU.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from mg_fast.modules import convnext_channels_last as convnext
+from mg_fast.ops.patch_mining import launch_geometries, pool_windows_flop
 
 from .registry import Cost
 
@@ -208,7 +208,7 @@ def triton_mining(sizes: Sizes, *, cached: bool = True) -> Cost:
     # absorbed queries in; pooled windows and statistics out
     moved = Cost(0, sizes.queries * c * sizes.absorbed_itemsize, sizes.queries * (c * pooled + 3 * pixels * FLOAT32))
     cost = _absorb(sizes) + Cost(pool_windows_flop(queries, pyramid, sizes.grid)) + moved
-    for (windows, reduction), (_, geometries) in zip(sizes.rasters, _geometries(queries, pyramid, sizes.grid)):
+    for (windows, reduction), (_, geometries) in zip(sizes.rasters, launch_geometries(queries, pyramid, sizes.grid)):
         # some channels of the finest level, for the means that are taken off
         asked = sizes.batch * min(geometries[0].block_channels, geometries[0].channels)
         asked *= sum(_reach(fine, fine, reduction, fine // reduction)) ** 2
@@ -217,26 +217,6 @@ def triton_mining(sizes: Sizes, *, cached: bool = True) -> Cost:
             asked += 2 * sizes.batch * channels * sum(_reach(fine, n, reduction, windows if level.taps else fine // reduction)) ** 2
         cost += Cost(0, (sizes.pyramid if cached else asked) * e)
     return cost + _project(sizes, pooled)
-
-
-def pool_windows_flop(queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int) -> int:
-    """FLOP of the Triton kernel: queries [B, V, N, C] and maps [B, n_s, n_s, C_s], whose shapes and dtypes alone are read."""
-    pixels, flop = (pyramid[0].shape[1] // (grid * math.isqrt(queries.shape[2]))) ** 2, 0
-    for programs, geometries in _geometries(queries, pyramid, grid):
-        for level, channels in zip(geometries, (map.shape[-1] for map in pyramid)):
-            k = level.taps
-            # pixels by a product of matrices, or tap by tap, which is none; scores; the sum over coarse pixels or over taps
-            flop += 2 * programs * channels * (pixels * k * k + pixels + (k * k or pixels * level.span**2))
-    return flop
-
-
-def _geometries(queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int) -> list[tuple[int, tuple]]:
-    """Programs of every launch of the kernel, and what it knows of the levels."""
-    from mg_fast.kernels.patch_mining import _launches
-
-    # not of the GPU that tensors say they are on: it need not be there
-    queries, *pyramid = (torch.empty(t.shape, dtype=t.dtype, device="meta") for t in (queries, *pyramid))
-    return [(programs, launch["GEOMETRIES"]) for programs, launch in _launches(queries, pyramid, grid)]
 
 
 def _absorb(sizes: Sizes) -> Cost:

@@ -19,9 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from mg_fast.ops.torch import dual_resize as resizing
+from mg_fast.ops.operation import Operator, operators
 
-from .accounting import pool_windows_flop
 from .registry import Cost
 
 ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
@@ -38,100 +37,23 @@ COMPOSITE = "CompositeImplicitAutograd"
 BLOCK = 512
 
 
-def _pool_windows_launches(queries: torch.Tensor, pyramid: list[torch.Tensor], grid: int) -> int:
-    """One for the cells, one for the global view if there is one."""
-    return 1 + (queries.shape[1] > grid * grid)
-
-
-def _one_launch(x: torch.Tensor, weight: torch.Tensor, *_) -> int:
-    """One, if there is anything to write."""
-    return int(len(x) > 0 and len(weight) > 0)
-
-
-def _only_kernels(form: str) -> None:
-    if form != "triton":
-        raise ValueError(f"mg_fast::dual_resize declares what its kernels do, not what the {form} backend does within it")
-
-
-def _dual_resize_launches(picture: torch.Tensor, hr_size: int, lr_size: int, grid: int, global_view: bool, pad: bool, form: str) -> int:
-    """One for the columns, one for the rows of both resolutions."""
-    _only_kernels(form)
-    return 2
-
-
-# what mg_fast's operators launch, of their arguments; not the copies that the launchers make of what they cannot read in place, which the
-# library launches where no counter sees them: a published tower's maps and weights, once packed, need none
-LAUNCHES: dict[str, Callable[..., int]] = {
-    "mg_fast::patch_mining": _pool_windows_launches,
-    "mg_fast::patch_mining_backward": lambda grad, queries, pyramid, statistics, grid: _pool_windows_launches(queries, pyramid, grid),
-    "mg_fast::dwconv_norm": _one_launch,
-    "mg_fast::linear_gelu": _one_launch,
-    "mg_fast::linear_residual": _one_launch,
-    "mg_fast::linear_residual_": _one_launch,
-    "mg_fast::dual_resize": _dual_resize_launches,
-}
-
-
-def _copies(*tensors: torch.Tensor) -> list[int]:
-    return [_bytes_of(t) for t in tensors if not t.is_contiguous()]
-
-
-def _row_copies(*tensors: torch.Tensor) -> list[int]:
-    """Of what is read in place where its last stride is 1."""
-    return [_bytes_of(t) for t in tensors if t.stride(-1) != 1]
-
-
-def _dual_resize_workspaces(picture, hr_size: int, lr_size: int, grid: int, global_view: bool, pad: bool, form: str) -> list[int]:
-    """The picture with its columns resized, and a row of padding."""
-    _only_kernels(form)
-    low, high = resizing.span(resizing.place(picture.shape[1], picture.shape[0], hr_size, pad)[1])
-    return [(high - low + 1) * 3 * hr_size]
-
-
-# bytes that the launchers of mg_fast's operators allocate beside what they return, of the operators' arguments
-WORKSPACES: dict[str, Callable[..., list[int]]] = {
-    "mg_fast::patch_mining": lambda queries, pyramid, grid: _copies(queries) + _row_copies(*pyramid),
-    "mg_fast::patch_mining_backward": lambda grad, queries, pyramid, statistics, grid: _copies(grad) + _row_copies(*pyramid),
-    "mg_fast::dwconv_norm": lambda x, *weights: _row_copies(x) + _copies(*weights[:4]),
-    "mg_fast::linear_gelu": lambda x, *weights: _row_copies(x) + _copies(*weights),
-    "mg_fast::linear_residual": lambda x, weight, bias, residual: _row_copies(x, residual) + _copies(weight, bias),
-    "mg_fast::linear_residual_": lambda x, weight, bias, residual: _row_copies(x, residual) + _copies(weight, bias),
-    "mg_fast::dual_resize": _dual_resize_workspaces,
-}
-
-
-# what a launch after the first reads once more, of the operators' arguments
-READ_AGAIN: dict[str, Callable[..., list[torch.Tensor]]] = {
-    "mg_fast::patch_mining": lambda queries, pyramid, grid: pyramid * (_pool_windows_launches(queries, pyramid, grid) - 1),
-}
-
-
-def _linear_flop(x: torch.Tensor, weight: torch.Tensor, *_) -> int:
-    return 2 * len(x) * weight.numel()
-
-
 def _attention_flop(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_, **__) -> int:
     """Of all pairs, masked or not, as torch counts them."""
     return 2 * query[..., 0].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
 
 
-# of what torch has no formula for; resizing is whole numbers, and no product
-FLOP: dict[str, Callable[..., int]] = {
-    "mg_fast::patch_mining": pool_windows_flop,
-    "mg_fast::dwconv_norm": lambda x, *_: 2 * 49 * x.numel(),
-    "mg_fast::linear_gelu": _linear_flop,
-    "mg_fast::linear_residual": _linear_flop,
-    "mg_fast::linear_residual_": _linear_flop,
-    "aten::scaled_dot_product_attention": _attention_flop,
-}
+# of torch's operators that torch has no formula for
+FLOP: dict[str, Callable[..., int]] = {"aten::scaled_dot_product_attention": _attention_flop}
+# our operators, which declare what they do in the records of their operations
+OURS = "mg_fast::"
 
 
 class Count(TorchDispatchMode):
     """Counts what operators do, of real tensors, of fake ones and on the meta device.
 
     Bytes are by the convention of bench.accounting, and so are FLOP. A launch is an ATen operator that writes memory, whatever the library
-    beneath it launches, or what mg_fast's operators declare in LAUNCHES; views and allocations launch nothing. Enter it within
-    torch.inference_mode(): only there an operator of FUSED arrives whole.
+    beneath it launches, or what the records of mg_fast's operations declare of their operators (`mg_fast.ops.operation.Operator`); views
+    and allocations launch nothing. Enter it within torch.inference_mode(): only there an operator of FUSED arrives whole.
 
     Memory is what was allocated since it was entered and is not free again, by storage: results, and the workspaces that operators of
     mg_fast declare; on a GPU each in blocks of the caching allocator. What libraries allocate for themselves is not seen.
@@ -173,13 +95,14 @@ class Count(TorchDispatchMode):
         if not (changed or created) or not self._on_device(inputs + changed + created):
             # a view, or on another device
             return out
+        declared = operators().get(name) if name.startswith(OURS) else None
         if (cost := self._cost(func, inputs, changed, created)) is not None:
-            again = READ_AGAIN[name](*args, **kwargs) if name in READ_AGAIN else []
-            self.costs[str(func)] += cost + Cost(_flop(func, args, kwargs, out), _distinct_bytes(self._on_device(again)))
-        if launches := self._launches(func, args, kwargs):
+            again = declared.reads_again(*args, **kwargs) if declared and declared.reads_again else []
+            self.costs[str(func)] += cost + Cost(_flop(func, declared, args, kwargs, out), _distinct_bytes(self._on_device(again)))
+        if launches := self._launches(func, declared, args, kwargs):
             self.launches[str(func)] += launches
-        if name in WORKSPACES:
-            workspaces = WORKSPACES[name](*args, **kwargs)
+        if declared:
+            workspaces = declared.workspaces(*args, **kwargs)
         self.allocate(self._on_device(created), workspaces)
         return out
 
@@ -198,13 +121,13 @@ class Count(TorchDispatchMode):
             return Cost(0, _distinct_bytes(self._on_device(created)) + _distinct_bytes(inputs[1:]), _distinct_bytes(written))
         return Cost(0, _distinct_bytes(inputs), _distinct_bytes(written))
 
-    def _launches(self, func, args: tuple, kwargs: dict) -> int:
+    def _launches(self, func, declared: Operator | None, args: tuple, kwargs: dict) -> int:
         name = func._schema.name
-        if not name.startswith("mg_fast::"):
+        if not name.startswith(OURS):
             return int(_name(func) not in ALLOCATIONS)
-        if name not in LAUNCHES:
-            raise KeyError(f"{name} declares no launches: bench.counting.LAUNCHES has {', '.join(LAUNCHES)}")
-        return LAUNCHES[name](*args, **kwargs)
+        if declared is None:
+            raise KeyError(f"{name} declares no launches: the records of mg_fast.ops have {', '.join(operators())}")
+        return declared.launches(*args, **kwargs)
 
     def allocate(self, created: list[torch.Tensor], workspaces: Sequence[int] = ()) -> None:
         """Counts the memory of tensors until it is freed, and of workspaces for the moment."""
@@ -254,8 +177,8 @@ def _as_on_a_gpu(func, args: tuple, kwargs: dict) -> tuple[object, list[int]]:
     return func(*args, **kwargs), []
 
 
-def _flop(func, args: tuple, kwargs: dict, out) -> int:
-    if formula := FLOP.get(func._schema.name):
+def _flop(func, declared: Operator | None, args: tuple, kwargs: dict, out) -> int:
+    if formula := declared.flop if declared else FLOP.get(func._schema.name):
         return formula(*args, **kwargs)
     formula = flop_registry.get(func._overloadpacket)
     return formula(*args, **kwargs, out_val=out) if formula else 0

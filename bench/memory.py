@@ -26,8 +26,7 @@ from mg_fast.ops.torch import patch_mining as absorbed
 from mg_fast.testing.random_checkpoints import make_config
 
 from . import records
-from .cases.picture import LR, PICTURE
-from .cases.settings import DIMS, PATCHES, SETTINGS, WIDTH, Setting
+from .cases.settings import DIMS, LR, PATCHES, PICTURE, SETTINGS, WIDTH, Setting
 from .counting import Count
 from .registry import choose_names
 

@@ -10,8 +10,7 @@ import torch
 from mg_fast.modules.convnext_channels_last import GPU_EXPANSION
 
 from .accounting import FLOAT32, Sizes
-from .cases.picture import LR
-from .cases.settings import DEPTHS, DIMS, WIDTH
+from .cases.settings import DEPTHS, DIMS, LR, WIDTH
 from .cases.towers import LAYERS
 
 # sides whose windows are whole; up to 768 one view, beyond it cells of at most 768 pixels and the global view, as in the published HD

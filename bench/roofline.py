@@ -16,7 +16,7 @@ from mg_fast import MiniGeminiConfig
 from mg_fast.testing.random_checkpoints import PUBLISHED_TOWERS, SIZES, make_config
 
 from . import accounting, records
-from .cases.picture import PICTURE
+from .cases.settings import PICTURE
 from .registry import Ceilings, Cost
 
 

@@ -32,8 +32,7 @@ from mg_fast.testing.tolerances import assert_accurate, ieee_float32
 
 from . import measure, records
 from .accounting import Sizes
-from .cases.picture import LR, PICTURE
-from .cases.settings import DIMS, SETTINGS
+from .cases.settings import DIMS, LR, PICTURE, SETTINGS
 from .registry import UnknownCase
 from .run import check_device
 

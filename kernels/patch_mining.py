@@ -206,7 +206,7 @@ def pool_windows_bwd_kernel(
         _pool(levels[s], grad_queries_ptr + i_query * C, b_weight, constant, i_b, row, column, shift, GEOMETRIES, s)
 
 
-def _launches(queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int) -> Iterator[tuple[int, dict]]:
+def launches(queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int) -> Iterator[tuple[int, dict]]:
     """Programs and common arguments of the launches: one for the cells, one for the global view, if any, whose map is reduced."""
     b, views, n, channels = queries.shape
     fine, query_side = pyramid[0].shape[1], math.isqrt(n)
@@ -257,7 +257,7 @@ def pool_windows_fwd(queries: torch.Tensor, pyramid: Sequence[torch.Tensor], gri
     side = pyramid[0].shape[1] // (grid * math.isqrt(queries.shape[2]))
     pooled = torch.empty_like(queries, dtype=pooled_dtype(queries, pyramid))
     statistics = queries.new_empty(*queries.shape[:3], 3, side * side, dtype=torch.float32)
-    for programs, arguments in _launches(queries, pyramid, grid):
+    for programs, arguments in launches(queries, pyramid, grid):
         pool_windows_fwd_kernel[(programs,)](queries, pooled_ptr=pooled, statistics_ptr=statistics, EPS=LAYER_NORM_EPS, **arguments)
     return pooled, statistics
 
@@ -268,6 +268,6 @@ def pool_windows_bwd(
     """Gradient to the queries, of their shape and dtype, from the gradient [B, V, N, C] of `pooled`; the rest as in `pool_windows_fwd`."""
     grad, pyramid = grad.contiguous(), _channels_last(pyramid)
     grad_queries = torch.empty_like(queries, memory_format=torch.contiguous_format)
-    for programs, arguments in _launches(queries, pyramid, grid):
+    for programs, arguments in launches(queries, pyramid, grid):
         pool_windows_bwd_kernel[(programs,)](grad, grad_queries_ptr=grad_queries, statistics_ptr=statistics, **arguments)
     return grad_queries

@@ -1,20 +1,34 @@
-"""The registry: what users run first, stress shapes last."""
+"""The registry: what users run first, stress shapes last.
+
+Every file of this folder that has `cases()` is found by itself: a new operation is a new file here.
+"""
+
+import importlib
+import pkgutil
+from types import ModuleType
+
+from mg_fast import ops
 
 from ..registry import Case
+
+FIRST = ("patch_mining", "towers", "dual_resize", "picture", "pixels")
+LAST = ("end_to_end", "stress")
 
 
 def all_cases() -> dict[str, Case]:
     """Every case by name, in the order in which they are run."""
-    from . import end_to_end, kernels, patch_mining, picture, pixels, stress, towers
-
-    cases = [
-        *patch_mining.cases(),
-        *towers.cases(),
-        *picture.cases(),
-        *pixels.cases(),
-        *kernels.cases(),
-        *end_to_end.cases(),
-        *stress.cases(),
-    ]
+    between = sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in (*FIRST, *LAST))
+    modules = [_module(name) for name in (*FIRST, *between, *LAST)]
+    cases = [case for module in modules if hasattr(module, "cases") for case in module.cases()]
     assert len({case.name for case in cases}) == len(cases)
     return {case.name: case for case in cases}
+
+
+def operation_modules() -> list[ModuleType]:
+    """The files of this folder that bear the name of a file of operations: each has `launches()` too."""
+    files = {module.name for module in pkgutil.iter_modules(ops.__path__)}
+    return [_module(module.name) for module in pkgutil.iter_modules(__path__) if module.name in files]
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{name}")

@@ -37,7 +37,7 @@ from mg_fast.runtime import layer_dtypes
 from mg_fast.testing import random_checkpoints as random_checkpoint
 
 from ..registry import Call, Case, NotHere
-from .picture import picture
+from .settings import picture
 
 QUESTION = "Describe the picture in detail: what is shown, what colours are there, and is anything written in it?"
 SECOND = "And what is in the background?"

@@ -2,7 +2,6 @@
 
 import copy
 import unittest.mock
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,8 @@ from mg_fast.ops.torch.pointwise import linear
 
 from .. import accounting
 from ..registry import Call, Case, Cost, NotHere
-from .settings import COMBINATIONS, compiled, devices_of, own_graphs, require
+from .operations import Launch, forms
+from .settings import COMBINATIONS, compiled, devices_of, own_graphs
 
 
 @dataclass
@@ -53,7 +53,7 @@ def mining_case(name: str, sizes: accounting.Sizes, **options) -> Case:
     work = {"reference": accounting.reference_mining(sizes), "torch": accounting.torch_mining(sizes)}
     work |= {"triton": accounting.triton_mining(sizes)}
     least = Cost(min(cost.flop for cost in work.values()), accounting.floor_bytes(sizes))
-    own = {"reference": _by_backend("reference"), "torch": _by_backend("torch"), "triton": _by_backend("triton")}
+    own = forms("patch_mining", _call)
     providers = {
         "reference": own["reference"],
         "reference, SDPA": _with_sdpa,
@@ -87,12 +87,8 @@ def _exact(inputs: Inputs) -> torch.Tensor:
     return torch.cat(pictures)
 
 
-def _by_backend(backend: str) -> Callable[[Inputs], Call]:
-    def make(inputs: Inputs) -> Call:
-        require("patch_mining", backend, inputs.device)
-        return lambda: inputs.mining(inputs.queries, inputs.pyramid, grid=inputs.grid, backend=backend)
-
-    return make
+def _call(inputs: Inputs, backend: str) -> Call:
+    return lambda: inputs.mining(inputs.queries, inputs.pyramid, grid=inputs.grid, backend=backend)
 
 
 def _with_sdpa(inputs: Inputs) -> Call:
@@ -138,3 +134,26 @@ def _by_one_dnn(inputs: Inputs) -> Call:
         raise NotHere("for CPUs")
     projections = [_OneDnnProjection(*projection) for projection in inputs.projections]
     return lambda: reference.patch_mining(inputs.queries, inputs.pyramid, *projections, grid=inputs.grid)
+
+
+def launches() -> dict[str, Launch]:
+    return {"patch_mining": _launch(1), "patch_mining in HD": _launch(2)}
+
+
+def _launch(grid: int) -> Launch:
+    """The pooling kernel, forward and backward to the queries; with a grid of 2 its global view, too."""
+
+    def make(dtype: torch.dtype) -> tuple[PatchInfoMining, torch.Tensor, list[torch.Tensor]]:
+        # windows of 4 x 4 pixels of the first map
+        queries = torch.randn(1, 1 if grid == 1 else 5, 1, 32).to(dtype)
+        pyramid = [torch.randn(1, n * grid, n * grid, c).to(dtype) for n, c in ((4, 16), (2, 32))]
+        return PatchInfoMining(32, (16, 32)).to(dtype), queries, pyramid
+
+    def run(inputs: tuple, backend: str) -> list[torch.Tensor]:
+        mining, queries, pyramid = inputs
+        queries = queries.detach().requires_grad_()
+        mined = mining(queries, pyramid, grid=grid, backend=backend)
+        mined.backward(torch.ones_like(mined))
+        return [mined.detach(), queries.grad]
+
+    return Launch(make, run)

@@ -1,4 +1,4 @@
-"""A picture's way to image tokens: its preprocessing alone, and the whole."""
+"""A picture's whole way to image tokens."""
 
 import contextlib
 import copy
@@ -6,24 +6,20 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from PIL import Image
 
-from mg_fast import ops, use_backend
+from mg_fast import use_backend
 from mg_fast.models.mini_gemini.configuration import MiniGeminiConfig
 from mg_fast.models.mini_gemini.encoder import PictureEncoder
 from mg_fast.models.mini_gemini.modeling import MiniGeminiModel
 from mg_fast.models.mini_gemini.processing import MiniGeminiImageProcessor
 from mg_fast.runtime.meter import Meter
 
-from ..registry import Call, Case, Cost
-from .settings import COMBINATIONS, SETTINGS, Setting, devices_of, require
+from ..registry import Call, Case
+from .settings import COMBINATIONS, Setting, devices_of, picture, require
 
-# a camera's
-PICTURE = (4000, 3000)
-LR = 336
 # image tokens are as wide as those of a 7B model, which itself is not run
 SMALL_LANGUAGE_MODEL = {
     "model_type": "mgm",
@@ -36,50 +32,12 @@ SMALL_LANGUAGE_MODEL = {
 }
 
 
-def picture() -> Image.Image:
-    """A photograph of a camera's size: one that comes with matplotlib, enlarged, as noise would be no picture for a resize."""
-    from matplotlib import cbook
-
-    with Image.open(Path(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))) as photo:
-        return photo.convert("RGB").resize(PICTURE, Image.Resampling.BICUBIC)
-
-
 def cases() -> list[Case]:
-    found = [_preprocess(setting) for setting in SETTINGS]
+    found = []
     for setting, batch, dtype in COMBINATIONS:
         if batch == 1:
             found.append(_picture_to_tokens(f"picture/{setting.name}-b1-{dtype}", setting, dtype, devices_of(setting, batch, dtype)))
     return found
-
-
-@dataclass
-class Pixels:
-    device: str
-    pixels: torch.Tensor
-
-
-def _preprocess(setting: Setting) -> Case:
-    sizes = dict(hr_size=setting.side, lr_size=LR, grid=setting.grid, global_view=setting.views > setting.grid**2)
-
-    def make(device: str) -> Pixels:
-        import numpy as np
-
-        # a copy, as Pillow's own memory cannot be written to
-        return Pixels(device, torch.from_numpy(np.array(picture())).to(device))
-
-    def provider(backend: str):
-        def build(inputs: Pixels) -> Call:
-            require("dual_resize", backend, inputs.device)
-            return lambda: ops.dual_resize(inputs.pixels, **sizes, backend=backend)
-
-        return build
-
-    def exact(inputs: Pixels) -> list[torch.Tensor]:
-        return [pixels.double() for pixels in ops.dual_resize(inputs.pixels, **sizes, backend="reference")]
-
-    least = Cost(0, 3 * PICTURE[0] * PICTURE[1] + 4 * 3 * (setting.side**2 + setting.views * LR**2))
-    # float32 is what pictures are resized to, whatever the towers run in
-    return Case(f"dual_resize/{setting.name}-float32", make, {n: provider(n) for n in ("reference", "torch", "triton")}, exact, least=least)
 
 
 @dataclass

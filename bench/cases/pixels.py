@@ -18,8 +18,8 @@ from mg_fast.models.mini_gemini.modeling import MiniGeminiModel
 from mg_fast.models.mini_gemini.vision import low_resolution_features
 
 from ..registry import Call, Case
-from .picture import LR, make_model, picture
-from .settings import COMBINATIONS, Setting, devices_of, own_graphs, require
+from .picture import make_model
+from .settings import COMBINATIONS, LR, Setting, devices_of, own_graphs, picture, require
 
 
 @dataclass

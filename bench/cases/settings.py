@@ -2,9 +2,13 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
+
+from mg_fast.ops.backend import why_not
 
 from ..registry import DTYPES, Call, NotHere
 
@@ -14,6 +18,9 @@ DEPTHS = (3, 3, 27, 3)
 # CLIP ViT-L/14-336: patches along a side of a view, and their width
 PATCHES = 24
 WIDTH = 1024
+# the side of a low-resolution view, and the size of a camera's picture
+LR = 336
+PICTURE = (4000, 3000)
 # modes of torch.compile; None is its default. The others are CUDA graphs, and a search that takes minutes on a CPU
 COMPILE_MODES = (None, "reduce-overhead", "max-autotune")
 
@@ -31,6 +38,14 @@ class Setting:
 SETTINGS = (Setting("768", 768, 1, 1), Setting("1536-hd", 1536, 2, 5))
 # batch 1 first, and what the published models run in
 COMBINATIONS = tuple((setting, batch, dtype) for batch in (1, 8) for dtype in DTYPES for setting in SETTINGS)
+
+
+def picture() -> Image.Image:
+    """A photograph of a camera's size: one that comes with matplotlib, enlarged, as noise would be no picture for a resize."""
+    from matplotlib import cbook
+
+    with Image.open(Path(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))) as photo:
+        return photo.convert("RGB").resize(PICTURE, Image.Resampling.BICUBIC)
 
 
 def devices_of(setting: Setting, batch: int, dtype: str) -> tuple[str, ...]:
@@ -68,7 +83,5 @@ def _clone(outputs):
 
 def require(operation: str, backend: str, device: str) -> None:
     """Raises NotHere where an operation's backend cannot run on a device."""
-    from mg_fast.ops.backend import why_not
-
     if reason := why_not(operation, backend, torch.device(device)):
         raise NotHere(reason)

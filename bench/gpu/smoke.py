@@ -13,18 +13,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from mg_fast import ops
-from mg_fast.modules import PatchInfoMining
 from mg_fast.testing.tolerances import assert_accurate, ieee_float32
 
 from .. import measure
+from ..cases import operation_modules
+from ..cases.operations import Launch
 
 ROOT = Path(__file__).parents[2]
 TOOLS = ("memcheck", "racecheck")
@@ -35,51 +35,8 @@ FOUND = 99
 DTYPES = (torch.bfloat16, torch.float32)
 
 
-class Launch(NamedTuple):
-    """A small call of an operation: its inputs in a dtype, and from them and a backend to the outputs of our kernels alone."""
-
-    make: Callable[[torch.dtype], Any]
-    run: Callable[[Any, str], list[torch.Tensor]]
-
-
-def _mining(grid: int) -> Launch:
-    """The pooling kernel, forward and backward to the queries; with a grid of 2 its global view, too."""
-
-    def make(dtype: torch.dtype) -> tuple[PatchInfoMining, torch.Tensor, list[torch.Tensor]]:
-        # windows of 4 x 4 pixels of the first map
-        queries = torch.randn(1, 1 if grid == 1 else 5, 1, 32).to(dtype)
-        pyramid = [torch.randn(1, n * grid, n * grid, c).to(dtype) for n, c in ((4, 16), (2, 32))]
-        return PatchInfoMining(32, (16, 32)).to(dtype), queries, pyramid
-
-    def run(inputs: tuple, backend: str) -> list[torch.Tensor]:
-        mining, queries, pyramid = inputs
-        queries = queries.detach().requires_grad_()
-        mined = mining(queries, pyramid, grid=grid, backend=backend)
-        mined.backward(torch.ones_like(mined))
-        return [mined.detach(), queries.grad]
-
-    return Launch(make, run)
-
-
-def _operation(operation: Callable, *shapes: tuple[int, ...]) -> Launch:
-    return Launch(
-        lambda dtype: [(torch.randn(shape) / 8).to(dtype) for shape in shapes],
-        lambda tensors, backend: [operation(*tensors, backend=backend)],
-    )
-
-
-LAUNCHES: dict[str, Launch] = {
-    "patch_mining": _mining(1),
-    "patch_mining in HD": _mining(2),
-    "dwconv_norm": _operation(ops.dwconv_norm, (1, 5, 6, 64), (49, 64), (64,), (64,), (64,)),
-    "linear_gelu": _operation(ops.linear_gelu, (20, 64), (128, 64), (128,)),
-    "linear_residual": _operation(ops.linear_residual, (20, 128), (64, 128), (64,), (20, 64)),
-    # both launches of a resize; its numbers are whole, whatever the dtype
-    "dual_resize": Launch(
-        lambda dtype: torch.randint(0, 256, (9, 13, 3), dtype=torch.uint8),
-        lambda picture, backend: list(ops.dual_resize(picture, 16, 6, grid=2, global_view=True, backend=backend)),
-    ),
-}
+# by the name that is printed: those of every operation, beside its cases
+LAUNCHES: dict[str, Launch] = {name: launch for module in operation_modules() for name, launch in module.launches().items()}
 
 
 def launch_all(device: str, *, checked: bool = True) -> bool:

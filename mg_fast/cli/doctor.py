@@ -57,7 +57,12 @@ def command(args) -> int:
         print(f"  GPU: none that torch can use ({built})")
 
     print("\nbackends (auto takes the fastest that can run, as far as it has been measured)")
-    for operation in backends.IMPLEMENTED:
+    try:
+        # The modules that own the two towers register their records when they are imported.
+        from ..models.mini_gemini import modeling  # noqa: F401
+    except ImportError as error:
+        print(f"  the towers cannot be imported: {error}")
+    for operation in backends.OPERATIONS:
         for device in devices:
             chosen = backends.choose(operation, "auto", device)
             print(f"  {operation} on {device}: auto runs {chosen}")

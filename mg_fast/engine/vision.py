@@ -13,7 +13,7 @@ from torch import nn
 
 from ..models.mini_gemini.encoder import PictureEncoder, picture_state
 from ..models.pictures import open_picture
-from ..ops.backend import IMPLEMENTED, choose, requested, use_backend
+from ..ops.backend import OPERATIONS, choose, requested, use_backend
 from ..runtime.layer_dtypes import mixed_dtypes_named
 from ..runtime.meter import Meter
 from ..runtime.numerics import numerics
@@ -147,7 +147,7 @@ class VisionStage:
     def circumstances(self) -> tuple:
         """What image tokens depend on beside the picture and the state of the model: how it is processed, and what computes it."""
         device, images = self.device, self.image_processor
-        backends = tuple(choose(operation, None, device) for operation in IMPLEMENTED)
+        backends = tuple(choose(operation, None, device) for operation in OPERATIONS)
         processing = (images.hr_size, images.lr_size, images.grid, images.global_view, images.pad)
         return str(device), self.model.dtype, backends, numerics(device), processing
 

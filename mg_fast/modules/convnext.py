@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..ops import backend as backends
+from ..ops.operation import Operation, register
 from ..runtime.recording import recorded_as
 from ..runtime.weights import Fingerprint, why_more_than_weights
 from . import convnext_channels_last as convnext
@@ -66,9 +67,10 @@ class ConvNeXtPyramid(nn.Module):
         the tower is no more than its weights (`why_more_than_weights`).
         """
         pixels = pixels.to(self.vision_stem[0].weight.dtype)
-        if backends.choose("high_resolution_tower", backend, pixels.device) == "reference" or self.why_more_than_weights():
-            return self._forward_by_modules(pixels)
-        return convnext.run_tower(*self.read(), pixels, backend)
+        form = backends.choose_form(HIGH_RESOLUTION_TOWER, backend, pixels.device)
+        if form is not _by_modules and self.why_more_than_weights():
+            form = _by_modules
+        return form(self, pixels, backend)
 
     def why_more_than_weights(self) -> str | None:
         """Why the tower computes something else than its weights say, as a sentence; None where it does not.
@@ -197,3 +199,21 @@ def _no_layer_norm(norm: nn.Module) -> str | None:
 def _overlapping(conv: nn.Module) -> str | None:
     plain = (conv.kernel_size, conv.padding, conv.dilation, conv.groups) == (conv.stride, (0, 0), (1, 1), 1)
     return None if plain and conv.bias is not None else f"expected a convolution of pixels that do not overlap, got {conv}"
+
+
+def _by_modules(tower: ConvNeXtPyramid, pixels: torch.Tensor, backend: str | None) -> list[torch.Tensor]:
+    return tower._forward_by_modules(pixels)
+
+
+def _on_channels_last_maps(tower: ConvNeXtPyramid, pixels: torch.Tensor, backend: str | None) -> list[torch.Tensor]:
+    """The operations within choose their own backends, by what was asked of the tower."""
+    return convnext.run_tower(*tower.read(), pixels, backend)
+
+
+HIGH_RESOLUTION_TOWER = register(
+    Operation(
+        name="high_resolution_tower",
+        forms={"reference": _by_modules, "torch": _on_channels_last_maps, "triton": _on_channels_last_maps},
+        auto=("triton", "torch", "reference"),
+    )
+)

@@ -1,23 +1,17 @@
-"""The functional API: every operation checks its inputs, chooses a backend and calls it; kernels are operators of torch."""
+"""The functional API: every operation checks its inputs, chooses a backend and calls it; kernels are operators of torch.
 
-from .dual_resize import dual_resize, resize_picture
-from .dwconv_norm import MAX_CHANNELS, dwconv_norm, dwconv_norm_backward, dwconv_norm_kernel
-from .patch_mining import MAX_WINDOW, patch_mining, pool_windows, pool_windows_backward, pool_windows_backward_pyramid
-from .pointwise import linear_gelu, linear_residual, linear_residual_
+Every file of this folder is imported, and the names in its `__all__` are names of this package: a new operation is a new file, and
+its function is called `mg_fast.ops.<operation>`.
+"""
 
-__all__ = [
-    "MAX_CHANNELS",
-    "MAX_WINDOW",
-    "dual_resize",
-    "dwconv_norm",
-    "dwconv_norm_backward",
-    "dwconv_norm_kernel",
-    "linear_gelu",
-    "linear_residual",
-    "linear_residual_",
-    "patch_mining",
-    "pool_windows",
-    "pool_windows_backward",
-    "pool_windows_backward_pyramid",
-    "resize_picture",
-]
+import importlib
+import pkgutil
+
+__all__ = []
+
+for _found in pkgutil.iter_modules(__path__):
+    _module = importlib.import_module(f"{__name__}.{_found.name}")
+    for _name in getattr(_module, "__all__", ()):
+        # A function takes the place of the module of the same name.
+        globals()[_name] = getattr(_module, _name)
+        __all__.append(_name)

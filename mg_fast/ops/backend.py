@@ -10,27 +10,16 @@ import contextlib
 import importlib.util
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
 from ..errors import BackendError, quoted
 from . import interpreter
+from .operation import OPERATIONS, Operation
 
 BACKENDS = ("reference", "torch", "triton")
 CHOICES = ("auto", *BACKENDS)
-
-# what exists, fastest last, as `auto` takes the last that can run; an operation that gains a backend gets its name here
-IMPLEMENTED = {
-    "low_resolution_tower": ("reference", "torch"),
-    "high_resolution_tower": ("reference", "torch", "triton"),
-    "patch_mining": ("reference", "torch", "triton"),
-    # the library's products until a GPU has measured ours: to have `auto` take the kernels, put them last
-    "linear_gelu": ("reference", "triton", "torch"),
-    "linear_residual": ("reference", "triton", "torch"),
-    "dwconv_norm": ("reference", "torch", "triton"),
-    "dual_resize": ("reference", "torch", "triton"),
-}
 
 _local = threading.local()
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -77,8 +66,9 @@ def use_backend(backend: str):
 
 def why_not(operation: str, backend: str, device: torch.device | str = "cpu") -> str | None:
     """None where `backend` can run `operation` on tensors of `device`, else the reason as a sentence."""
-    if backend not in IMPLEMENTED[operation]:
-        return f"{operation} has no {backend} implementation in this version, only {', '.join(IMPLEMENTED[operation])}"
+    forms = OPERATIONS[operation].forms
+    if backend not in forms:
+        return f"{operation} has no {backend} implementation in this version, only {', '.join(forms)}"
     if backend == "triton":
         if reason := no_triton():
             return reason
@@ -112,7 +102,7 @@ def _not_interpreted() -> str | None:
 
 def check_everywhere(backend: str | None, device: torch.device | str) -> None:
     """Raises `BackendError` with the reason where a backend was asked for, by any means, that some operation cannot run on."""
-    for operation in IMPLEMENTED:
+    for operation in OPERATIONS:
         choose(operation, backend, device)
 
 
@@ -122,7 +112,7 @@ def choose(
     """The backend that runs `operation` on tensors of `device`.
 
     Args:
-        operation: a key of IMPLEMENTED.
+        operation: a key of OPERATIONS.
         backend: overrides the choice in force.
         device: of the tensors.
         unsuited: for a backend the sentence that says why it does not take these tensors, from their shapes and dtypes.
@@ -131,7 +121,7 @@ def choose(
         BackendError: the one asked for cannot run.
     """
     choice = requested(backend)
-    reasons = {b: why_not(operation, b, device) or (unsuited or {}).get(b) for b in IMPLEMENTED[operation]}
+    reasons = {b: why_not(operation, b, device) or (unsuited or {}).get(b) for b in OPERATIONS[operation].auto}
     if choice != "auto":
         # the reference is always there, so the search always ends
         choice = next(b for b in reversed(BACKENDS[: BACKENDS.index(choice) + 1]) if b in reasons)
@@ -141,4 +131,15 @@ def choose(
     if torch.device(device).type != "cuda":
         # interpreting is for tests, and never the fastest
         reasons.pop("triton", None)
-    return next(b for b in reversed(list(reasons)) if reasons[b] is None)
+    return next(b for b in reasons if reasons[b] is None)
+
+
+def choose_form(operation: Operation, backend: str | None, device: torch.device | str, *arguments) -> Callable:
+    """The form of `operation` that runs on `arguments`, which are checked.
+
+    Raises:
+        ValueError: the arguments do not fit.
+        BackendError: the backend asked for cannot run.
+    """
+    operation.check(*arguments)
+    return operation.forms[choose(operation.name, backend, device, {"triton": operation.why_not(*arguments)})]

@@ -32,3 +32,18 @@ def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+
+
+def copied(*tensors: torch.Tensor) -> list[int]:
+    """Bytes of the copies that a launcher makes of tensors that it reads in place only where they are contiguous."""
+    return [tensor.numel() * tensor.itemsize for tensor in tensors if not tensor.is_contiguous()]
+
+
+def copied_rows(*tensors: torch.Tensor) -> list[int]:
+    """Bytes of the copies that a launcher makes of tensors that it reads in place where their last stride is 1."""
+    return [tensor.numel() * tensor.itemsize for tensor in tensors if tensor.stride(-1) != 1]
+
+
+def one_launch(x: torch.Tensor, weight: torch.Tensor, *_) -> int:
+    """One kernel, or none where there is nothing to write."""
+    return int(len(x) > 0 and len(weight) > 0)

@@ -9,7 +9,10 @@ from PIL import Image
 from ..runtime.device_tables import kept, upload
 from . import backend as backends
 from .custom_op_support import on_device
+from .operation import Operation, Operator, register
 from .torch import dual_resize as resizing
+
+__all__ = ["dual_resize", "resize_picture"]
 
 
 def dual_resize(
@@ -42,6 +45,12 @@ def dual_resize(
         BackendError: a backend was named that cannot run here.
     """
     hr_size, lr_size, grid = operator.index(hr_size), operator.index(lr_size), operator.index(grid)
+    DUAL_RESIZE.check(picture, hr_size, lr_size, grid)
+    form = backends.choose("dual_resize", backend, picture.device)
+    return resize_picture(picture, hr_size, lr_size, grid, bool(global_view), bool(pad), form)
+
+
+def _check(picture: torch.Tensor, hr_size: int, lr_size: int, grid: int) -> None:
     if picture.dtype != torch.uint8:
         gradient = ": whole numbers, so that there is no gradient to the picture" if picture.requires_grad else ""
         raise ValueError(f"dual_resize: the picture must be uint8, got {picture.dtype}{gradient}")
@@ -49,8 +58,6 @@ def dual_resize(
         raise ValueError(f"dual_resize: the picture must be [H, W, 3] and have pixels, got {list(picture.shape)}")
     if min(hr_size, lr_size, grid) < 1:
         raise ValueError(f"dual_resize: sizes and grid must be at least 1, got hr_size={hr_size}, lr_size={lr_size}, grid={grid}")
-    form = backends.choose("dual_resize", backend, picture.device)
-    return resize_picture(picture, hr_size, lr_size, grid, bool(global_view), bool(pad), form)
 
 
 def _by_pillow(picture: torch.Tensor, hr_size: int, lr_size: int, *, grid: int, global_view: bool, pad: bool):
@@ -99,9 +106,6 @@ def _by_kernel(picture: torch.Tensor, hr_size: int, lr_size: int, *, grid: int, 
         )
 
 
-_FORMS = {"reference": _by_pillow, "torch": resizing.dual_resize, "triton": _by_kernel}
-
-
 @torch.library.custom_op("mg_fast::dual_resize", mutates_args=())
 def resize_picture(
     picture: torch.Tensor, hr_size: int, lr_size: int, grid: int, global_view: bool, pad: bool, form: str
@@ -109,10 +113,40 @@ def resize_picture(
     """`dual_resize` by a backend: one node of a graph whichever it is, since tables are made from the picture's size."""
     # what is refused is refused before anything is copied
     resizing.place(picture.shape[1], picture.shape[0], hr_size, pad)
-    return _FORMS[form](picture, hr_size, lr_size, grid=grid, global_view=global_view, pad=pad)
+    return DUAL_RESIZE.forms[form](picture, hr_size, lr_size, grid=grid, global_view=global_view, pad=pad)
 
 
 @resize_picture.register_fake
 def _(picture, hr_size, lr_size, grid, global_view, pad, form):
     hr = picture.new_empty(3, hr_size, hr_size, dtype=torch.float32)
     return hr, picture.new_empty(grid * grid + global_view, 3, lr_size, lr_size, dtype=torch.float32)
+
+
+def _only_kernels(form: str) -> None:
+    if form != "triton":
+        raise ValueError(f"mg_fast::dual_resize declares what its kernels do, not what the {form} backend does within it")
+
+
+def _launches(picture: torch.Tensor, hr_size: int, lr_size: int, grid: int, global_view: bool, pad: bool, form: str) -> int:
+    """One for the columns, one for the rows of both resolutions."""
+    _only_kernels(form)
+    return 2
+
+
+def _workspaces(picture: torch.Tensor, hr_size: int, lr_size: int, grid: int, global_view: bool, pad: bool, form: str) -> list[int]:
+    """The picture with its columns resized, and a row of padding."""
+    _only_kernels(form)
+    low, high = resizing.span(resizing.place(picture.shape[1], picture.shape[0], hr_size, pad)[1])
+    return [(high - low + 1) * 3 * hr_size]
+
+
+DUAL_RESIZE = register(
+    Operation(
+        name="dual_resize",
+        check=_check,
+        forms={"reference": _by_pillow, "torch": resizing.dual_resize, "triton": _by_kernel},
+        auto=("triton", "torch", "reference"),
+        # It resizes whole numbers: there is no floating-point product to count.
+        operators=(Operator(name="mg_fast::dual_resize", launches=_launches, workspaces=_workspaces),),
+    )
+)

@@ -1,11 +1,14 @@
 """Operations of the ConvNeXt towers, and their kernels as operators of torch."""
 
 import torch
-import torch.nn.functional as F
 
 from . import backend as backends
 from . import reference
-from .custom_op_support import autocast, on_device, recording
+from .custom_op_support import autocast, copied, copied_rows, on_device, one_launch, recording
+from .operation import Operation, Operator, register
+from .torch import dwconv_norm as torch_form
+
+__all__ = ["MAX_CHANNELS", "dwconv_norm", "dwconv_norm_backward", "dwconv_norm_kernel"]
 
 # the widest map whose pixels the kernel's registers hold: xxlarge's last
 MAX_CHANNELS = 3072
@@ -44,13 +47,11 @@ def dwconv_norm(
         # which would widen the norm's result, a map that the next product narrows again
         with torch.autocast(device, enabled=False):
             return dwconv_norm(*given, eps, backend=backend)
-    _check_dwconv_norm(x, weight, bias, norm_weight, norm_bias)
-    unsuited = {"triton": _dwconv_norm_unsuited(x)}
-    chosen = _DWCONV_NORM[backends.choose("dwconv_norm", backend, x.device, unsuited)]
-    return chosen(x, weight, bias, norm_weight, norm_bias, eps)
+    arguments = x, weight, bias, norm_weight, norm_bias
+    return backends.choose_form(DWCONV_NORM, backend, x.device, *arguments)(*arguments, eps)
 
 
-def _check_dwconv_norm(x: torch.Tensor, weight: torch.Tensor, *vectors: torch.Tensor) -> None:
+def _check(x: torch.Tensor, weight: torch.Tensor, *vectors: torch.Tensor) -> None:
     if x.dim() != 4 or 0 in x.shape[1:]:
         raise ValueError(f"dwconv_norm: x must be [B, H, W, C] with at least one pixel and channel, got {list(x.shape)}")
     if not x.is_floating_point():
@@ -66,22 +67,13 @@ def _check_dwconv_norm(x: torch.Tensor, weight: torch.Tensor, *vectors: torch.Te
             raise ValueError(f"dwconv_norm: {name} must be {x.dtype} on {x.device} as x is, got {tensor.dtype} on {tensor.device}")
 
 
-def _dwconv_norm_unsuited(x: torch.Tensor) -> str | None:
+def _why_not(x: torch.Tensor, *_: torch.Tensor) -> str | None:
     """Why the Triton kernel does not take this map; None where it does."""
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"the kernel takes float16, bfloat16 and float32, got {x.dtype}"
     if x.shape[-1] > MAX_CHANNELS:
         return f"the kernel holds pixels of up to {MAX_CHANNELS} channels, these have {x.shape[-1]}"
     return None
-
-
-def _dwconv_norm_channels_last(x, weight, bias, norm_weight, norm_bias, eps: float) -> torch.Tensor:
-    """The map as it is, seen as a channels-last NCHW tensor by the convolution."""
-    kernel = weight.t().reshape(-1, 1, 7, 7)
-    # an NHWC map is a channels-last NCHW one; other layouts would take the convolution the slow way
-    seen = x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
-    convolved = F.conv2d(seen, kernel, bias, padding=3, groups=x.shape[-1]).permute(0, 2, 3, 1)
-    return F.layer_norm(convolved, norm_weight.shape, norm_weight, norm_bias, eps)
 
 
 def _dwconv_norm_reference(x, weight, bias, norm_weight, norm_bias, eps: float) -> torch.Tensor:
@@ -111,7 +103,7 @@ def dwconv_norm_backward(grad: torch.Tensor, inputs: list[torch.Tensor], wanted:
     """Gradients to those of (x, weight, bias, norm_weight, norm_bias) that are wanted; an operator, so that graphs need not trace it."""
     with recording(), torch.enable_grad():
         leaves = [tensor.detach().requires_grad_(want) for tensor, want in zip(inputs, wanted)]
-        out = _dwconv_norm_channels_last(*leaves, eps)
+        out = torch_form.dwconv_norm(*leaves, eps)
         gradients = torch.autograd.grad(out, [leaf for leaf in leaves if leaf.requires_grad], grad)
         return [gradient.contiguous() for gradient in gradients]
 
@@ -134,4 +126,20 @@ def _dwconv_norm_gradients(ctx, grad):
 
 torch.library.register_autograd("mg_fast::dwconv_norm", _dwconv_norm_gradients, setup_context=_dwconv_norm_context)
 
-_DWCONV_NORM = {"reference": _dwconv_norm_reference, "torch": _dwconv_norm_channels_last, "triton": dwconv_norm_kernel}
+DWCONV_NORM = register(
+    Operation(
+        name="dwconv_norm",
+        check=_check,
+        why_not=_why_not,
+        forms={"reference": _dwconv_norm_reference, "torch": torch_form.dwconv_norm, "triton": dwconv_norm_kernel},
+        auto=("triton", "torch", "reference"),
+        operators=(
+            Operator(
+                name="mg_fast::dwconv_norm",
+                launches=one_launch,
+                workspaces=lambda x, *weights: copied_rows(x) + copied(*weights[:4]),
+                flop=lambda x, *_: 2 * 49 * x.numel(),
+            ),
+        ),
+    )
+)

@@ -9,9 +9,12 @@ import torch
 
 from . import backend as backends
 from . import reference
-from .custom_op_support import on_device, recording
+from .custom_op_support import copied, copied_rows, on_device, recording
+from .operation import Operation, Operator, register
 from .reference import CalledProjection, Projection
-from .torch import patch_mining as absorbed
+from .torch import patch_mining as torch_form
+
+__all__ = ["MAX_WINDOW", "patch_mining", "pool_windows", "pool_windows_backward", "pool_windows_backward_pyramid"]
 
 # pixels along a side of the largest window that the kernel's registers hold
 MAX_WINDOW = 16
@@ -49,13 +52,11 @@ def patch_mining(
     grid = operator.index(grid)
     if torch.compiler.is_compiling():
         views, *pyramid = (_with_constant_sizes(tensor) for tensor in (views, *pyramid))
-    _check_mining(views, pyramid, query, key, value, grid)
-    unsuited = {"triton": _mining_unsuited(views, pyramid, grid)}
     # chosen in any case: a backend that cannot run here is to say so
-    chosen = backends.choose("patch_mining", backend, queries.device, unsuited)
+    form = backends.choose_form(PATCH_MINING, backend, queries.device, views, pyramid, query, key, value, grid)
     if any(isinstance(projection, CalledProjection) for projection in (query, key, value)):
-        chosen = "reference"
-    return _PATCH_MINING[chosen](views, pyramid, query, key, value, grid=grid).reshape(queries.shape)
+        form = PATCH_MINING.forms["reference"]
+    return form(views, pyramid, query, key, value, grid=grid).reshape(queries.shape)
 
 
 def _with_constant_sizes(tensor: torch.Tensor) -> torch.Tensor:
@@ -63,7 +64,7 @@ def _with_constant_sizes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(tensor.shape[0], *(operator.index(size) for size in tensor.shape[1:]))
 
 
-def _check_mining(
+def _check(
     queries: torch.Tensor,
     pyramid: Sequence[torch.Tensor],
     query: Projection | CalledProjection,
@@ -114,7 +115,14 @@ def _check_mining(
         )
 
 
-def _mining_unsuited(queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int) -> str | None:
+def _why_not(
+    queries: torch.Tensor,
+    pyramid: Sequence[torch.Tensor],
+    query: Projection | CalledProjection,
+    key: Projection | CalledProjection,
+    value: Projection | CalledProjection,
+    grid: int,
+) -> str | None:
     """Why the Triton kernel does not take these tensors; None where it does."""
     for tensor in (queries, *pyramid):
         if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
@@ -126,13 +134,10 @@ def _mining_unsuited(queries: torch.Tensor, pyramid: Sequence[torch.Tensor], gri
 
 
 def _mine_by_kernel(queries, pyramid, query, key, value, *, grid: int) -> torch.Tensor:
-    def pool(absorbed: torch.Tensor, levels: Sequence[torch.Tensor], grid: int) -> torch.Tensor:
-        return pool_windows(absorbed, list(levels), grid)[0]
+    def pool(absorbed_queries: torch.Tensor, levels: Sequence[torch.Tensor], grid: int) -> torch.Tensor:
+        return pool_windows(absorbed_queries, list(levels), grid)[0]
 
-    return absorbed.patch_mining(queries, pyramid, query, key, value, grid=grid, pool=pool)
-
-
-_PATCH_MINING = {"reference": reference.patch_mining, "torch": absorbed.patch_mining, "triton": _mine_by_kernel}
+    return torch_form.patch_mining(queries, pyramid, query, key, value, grid=grid, pool=pool)
 
 
 # The kernels as operators of torch: one node of a graph each, with fakes for tracing. What they launch is documented with the launchers.
@@ -140,7 +145,7 @@ _PATCH_MINING = {"reference": reference.patch_mining, "torch": absorbed.patch_mi
 
 @torch.library.custom_op("mg_fast::patch_mining", mutates_args=())
 def pool_windows(queries: torch.Tensor, pyramid: list[torch.Tensor], grid: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`kernels.patch_mining.pool_windows_fwd`; the gradient to the pyramid, where one is asked for, recomputes by `absorbed`."""
+    """`kernels.patch_mining.pool_windows_fwd`; the gradient to the pyramid, where one is asked for, recomputes by the PyTorch form."""
     from ..kernels.patch_mining import pool_windows_fwd
 
     with on_device(queries):
@@ -178,7 +183,7 @@ def pool_windows_backward_pyramid(
     """Gradients to the levels of the pyramid that are wanted, by way of the PyTorch form; an operator, so that graphs need not trace it."""
     with recording(), torch.enable_grad():
         levels = [level.detach().requires_grad_(want) for level, want in zip(pyramid, wanted)]
-        pooled = absorbed.pool_windows(queries.detach(), levels, grid)
+        pooled = torch_form.pool_windows(queries.detach(), levels, grid)
         return list(torch.autograd.grad(pooled, [level for level in levels if level.requires_grad], grad.to(pooled.dtype)))
 
 
@@ -202,3 +207,54 @@ def _pool_windows_gradients(ctx, grad, _):
 
 
 torch.library.register_autograd("mg_fast::patch_mining", _pool_windows_gradients, setup_context=_pool_windows_context)
+
+
+def _pool_windows_launches(queries: torch.Tensor, pyramid: list[torch.Tensor], grid: int) -> int:
+    """One for the cells, one for the global view if there is one."""
+    return 1 + (queries.shape[1] > grid * grid)
+
+
+def launch_geometries(queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int) -> list[tuple[int, tuple]]:
+    """Programs of every launch of the pooling kernel, and what it knows of the levels (`kernels.windows.Geometry`)."""
+    from ..kernels.patch_mining import launches
+
+    # Empty tensors take the place of those given: the GPU that these say they are on need not be there.
+    queries, *pyramid = (torch.empty(t.shape, dtype=t.dtype, device="meta") for t in (queries, *pyramid))
+    return [(programs, arguments["GEOMETRIES"]) for programs, arguments in launches(queries, pyramid, grid)]
+
+
+def pool_windows_flop(queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int) -> int:
+    """FLOP of the pooling kernel: queries [B, V, N, C] and maps [B, n_s, n_s, C_s], whose shapes and dtypes alone are read."""
+    pixels, flop = (pyramid[0].shape[1] // (grid * math.isqrt(queries.shape[2]))) ** 2, 0
+    for programs, geometries in launch_geometries(queries, pyramid, grid):
+        for level, channels in zip(geometries, (map.shape[-1] for map in pyramid)):
+            k = level.taps
+            # pixels by a product of matrices, or tap by tap, which is none; scores; the sum over coarse pixels or over taps
+            flop += 2 * programs * channels * (pixels * k * k + pixels + (k * k or pixels * level.span**2))
+    return flop
+
+
+PATCH_MINING = register(
+    Operation(
+        name="patch_mining",
+        check=_check,
+        why_not=_why_not,
+        forms={"reference": reference.patch_mining, "torch": torch_form.patch_mining, "triton": _mine_by_kernel},
+        auto=("triton", "torch", "reference"),
+        operators=(
+            Operator(
+                name="mg_fast::patch_mining",
+                launches=_pool_windows_launches,
+                workspaces=lambda queries, pyramid, grid: copied(queries) + copied_rows(*pyramid),
+                flop=pool_windows_flop,
+                # The global view's launch reads the maps that the cells' launch has read.
+                reads_again=lambda queries, pyramid, grid: pyramid * (_pool_windows_launches(queries, pyramid, grid) - 1),
+            ),
+            Operator(
+                name="mg_fast::patch_mining_backward",
+                launches=lambda grad, queries, pyramid, statistics, grid: _pool_windows_launches(queries, pyramid, grid),
+                workspaces=lambda grad, queries, pyramid, statistics, grid: copied(grad) + copied_rows(*pyramid),
+            ),
+        ),
+    )
+)

@@ -5,8 +5,11 @@ import torch.nn.functional as F
 
 from . import backend as backends
 from . import reference
-from .custom_op_support import autocast, on_device
-from .torch import pointwise as linear
+from .custom_op_support import autocast, copied, copied_rows, on_device, one_launch
+from .operation import Operation, Operator, register
+from .torch import pointwise as torch_form
+
+__all__ = ["linear_gelu", "linear_residual", "linear_residual_"]
 
 
 def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
@@ -26,9 +29,7 @@ def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, ba
         BackendError: a backend was named that cannot run here.
     """
     x, weight, bias = autocast(x, weight, bias)
-    _check("linear_gelu", x, weight, bias)
-    chosen = backends.choose("linear_gelu", backend, x.device, {"triton": _unsuited(x)})
-    return _LINEAR_GELU[chosen](x, weight, bias)
+    return backends.choose_form(LINEAR_GELU, backend, x.device, x, weight, bias)(x, weight, bias)
 
 
 def linear_residual(
@@ -49,9 +50,8 @@ def linear_residual(
         BackendError: a backend was named that cannot run here.
     """
     x, weight, bias = autocast(x, weight, bias)
-    _check("linear_residual", x, weight, bias, residual)
-    chosen = backends.choose("linear_residual", backend, x.device, {"triton": _unsuited(x, residual)})
-    return _LINEAR_RESIDUAL[chosen](x, weight, bias, residual)
+    arguments = x, weight, bias, residual
+    return backends.choose_form(LINEAR_RESIDUAL, backend, x.device, *arguments)(*arguments)
 
 
 def linear_residual_(
@@ -78,8 +78,8 @@ def linear_residual_(
         raise ValueError("linear_residual_: x and residual lie in the same memory: hand over a copy of one, or use linear_residual")
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weight, bias, residual)):
         raise ValueError("linear_residual_: a gradient is wanted, which needs what this overwrites: use linear_residual")
-    chosen = backends.choose("linear_residual", backend, x.device, {"triton": _unsuited(x, residual)})
-    _LINEAR_RESIDUAL_[chosen](x, weight, bias, residual)
+    unsuited = {"triton": LINEAR_RESIDUAL.why_not(x, weight, bias, residual)}
+    _INTO_THE_RESIDUAL[backends.choose("linear_residual", backend, x.device, unsuited)](x, weight, bias, residual)
     return residual
 
 
@@ -102,9 +102,17 @@ def _check(operation: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Te
             raise ValueError(f"{operation}: {name} must be {x.dtype} as x is, got {tensor.dtype}")
 
 
-def _unsuited(*tensors: torch.Tensor) -> str | None:
-    """Why the Triton kernels do not take these tensors; None where they do."""
-    for tensor in tensors:
+def _check_linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> None:
+    _check("linear_gelu", x, weight, bias)
+
+
+def _check_linear_residual(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -> None:
+    _check("linear_residual", x, weight, bias, residual)
+
+
+def _why_not(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor | None = None) -> str | None:
+    """Why the Triton kernels do not take these tensors; None where they do. Weight and bias have x's dtype."""
+    for tensor in (x,) if residual is None else (x, residual):
         if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
             return f"the kernel takes float16, bfloat16 and float32, got {tensor.dtype}"
     return None
@@ -125,15 +133,6 @@ def _linear_residual_by_kernel(x, weight, bias, residual) -> torch.Tensor:
 
 def _linear_residual_by_kernel_(x, weight, bias, residual) -> None:
     _linear_residual_operator_(_rows(x), weight, bias, _rows(residual))
-
-
-_LINEAR_GELU = {"reference": reference.linear_gelu, "torch": linear.linear_gelu, "triton": _linear_gelu_by_kernel}
-_LINEAR_RESIDUAL = {"reference": reference.linear_residual, "torch": linear.linear_residual, "triton": _linear_residual_by_kernel}
-_LINEAR_RESIDUAL_ = {
-    "reference": lambda x, weight, bias, residual: residual.copy_(reference.linear_residual(x, weight, bias, residual)),
-    "torch": linear.linear_residual_,
-    "triton": _linear_residual_by_kernel_,
-}
 
 
 # The kernels as operators of torch: one node of a graph each, with fakes for tracing. What they launch is documented with the launchers.
@@ -209,3 +208,50 @@ def _linear_residual_context(ctx, inputs, output):
 
 torch.library.register_autograd("mg_fast::linear_gelu", _linear_gelu_gradients, setup_context=_linear_gelu_context)
 torch.library.register_autograd("mg_fast::linear_residual", _linear_residual_gradients, setup_context=_linear_residual_context)
+
+
+def _flop(x: torch.Tensor, weight: torch.Tensor, *_) -> int:
+    return 2 * len(x) * weight.numel()
+
+
+def _residual_workspaces(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -> list[int]:
+    return copied_rows(x, residual) + copied(weight, bias)
+
+
+# `auto` takes the library's products until a GPU has measured ours: to have it take the kernels, put them first.
+LINEAR_GELU = register(
+    Operation(
+        name="linear_gelu",
+        check=_check_linear_gelu,
+        why_not=_why_not,
+        forms={"reference": reference.linear_gelu, "torch": torch_form.linear_gelu, "triton": _linear_gelu_by_kernel},
+        auto=("torch", "triton", "reference"),
+        operators=(
+            Operator(
+                name="mg_fast::linear_gelu",
+                launches=one_launch,
+                workspaces=lambda x, weight, bias: copied_rows(x) + copied(weight, bias),
+                flop=_flop,
+            ),
+        ),
+    )
+)
+LINEAR_RESIDUAL = register(
+    Operation(
+        name="linear_residual",
+        check=_check_linear_residual,
+        why_not=_why_not,
+        forms={"reference": reference.linear_residual, "torch": torch_form.linear_residual, "triton": _linear_residual_by_kernel},
+        auto=("torch", "triton", "reference"),
+        operators=tuple(
+            Operator(name=name, launches=one_launch, workspaces=_residual_workspaces, flop=_flop)
+            for name in ("mg_fast::linear_residual", "mg_fast::linear_residual_")
+        ),
+    )
+)
+# The forms of `linear_residual_`, which shares the record of `linear_residual`: they write into the residual.
+_INTO_THE_RESIDUAL = {
+    "reference": lambda x, weight, bias, residual: residual.copy_(reference.linear_residual(x, weight, bias, residual)),
+    "torch": torch_form.linear_residual_,
+    "triton": _linear_residual_by_kernel_,
+}

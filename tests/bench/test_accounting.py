@@ -17,9 +17,9 @@ from bench.accounting import Sizes, Tower
 from bench.counting import Count
 from mg_fast.modules import ConvNeXtPyramid
 from mg_fast.modules import convnext_channels_last as convnext
-from mg_fast.ops import patch_mining as mining
 from mg_fast.ops import reference
-from mg_fast.ops.torch import patch_mining as absorbed
+from mg_fast.ops.operation import OPERATIONS
+from mg_fast.ops.torch import patch_mining as torch_form
 from tests.paths import ROOT
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -80,18 +80,18 @@ def test_reference_at_any_size(case, dtype):
     assert count(reference.patch_mining, sizes, "cpu")[0] == flop
 
 
-@pytest.mark.parametrize("together", [0, absorbed.TOGETHER])
+@pytest.mark.parametrize("together", [0, torch_form.TOGETHER])
 def test_absorbed_on_a_cpu(together, monkeypatch):
     """Row by row or pictures together, a CPU makes the same products."""
-    monkeypatch.setattr(absorbed, "TOGETHER", together)
+    monkeypatch.setattr(torch_form, "TOGETHER", together)
     sizes = Sizes(torch.float32, batch=16, side=6, dim=512, levels=((12, 128), (6, 128), (3, 256)))
-    assert count(absorbed.patch_mining, sizes, "cpu")[0] == accounting.torch_mining(sizes).flop
+    assert count(torch_form.patch_mining, sizes, "cpu")[0] == accounting.torch_mining(sizes).flop
 
 
 @dtypes
 @published
 def test_absorbed_at_the_published_sizes(make, dtype):
-    flop, counter = count(absorbed.patch_mining, make(dtype), "meta")
+    flop, counter = count(torch_form.patch_mining, make(dtype), "meta")
     cost = accounting.torch_mining(make(dtype))
     assert cost.flop == flop
     # numbers per pixel are left out
@@ -104,7 +104,7 @@ def test_absorbed_at_any_size(case, dtype):
     """What is left out of the bytes does not grow with the channels: by how much they grow is exact."""
     sizes = Sizes(dtype, **SMALL[case])
     wide = replace(sizes, levels=tuple((n, 3 * c) for n, c in sizes.levels))
-    (flop, counter), (wide_flop, wide_counter) = (count(absorbed.patch_mining, s, "meta") for s in (sizes, wide))
+    (flop, counter), (wide_flop, wide_counter) = (count(torch_form.patch_mining, s, "meta") for s in (sizes, wide))
     cost, wide_cost = accounting.torch_mining(sizes), accounting.torch_mining(wide)
     assert (cost.flop, wide_cost.flop) == (flop, wide_flop)
     assert wide_cost.bytes_read - cost.bytes_read == wide_counter.total.bytes_read - counter.total.bytes_read
@@ -117,7 +117,7 @@ def test_triton_at_the_published_sizes(make, dtype):
     """The kernel as one operator."""
     pytest.importorskip("triton")
     sizes = make(dtype)
-    gemms, counter = count(mining._mine_by_kernel, sizes, "meta")
+    gemms, counter = count(OPERATIONS["patch_mining"].forms["triton"], sizes, "meta")
     cost = accounting.triton_mining(sizes)
     assert (cost.bytes_read, cost.bytes_written) == (counter.total.bytes_read, counter.total.bytes_written)
     assert cost.flop == counter.total.flop
@@ -171,8 +171,8 @@ def test_what_the_programs_ask_for():
     done = subprocess.run([sys.executable, "-c", INTERPRETED], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for sizes, line in zip(ASKED, done.stdout.splitlines(), strict=True):
-        counter = count(mining._mine_by_kernel, sizes, "meta")[1]
-        around = counter.total + counter.costs["mg_fast.pool_windows.default"] * -1
+        counter = count(OPERATIONS["patch_mining"].forms["triton"], sizes, "meta")[1]
+        around = counter.total + counter.costs["mg_fast.patch_mining.default"] * -1
         cost = accounting.triton_mining(sizes, cached=False)
         assert f"{cost.bytes_read - around.bytes_read} {cost.bytes_written - around.bytes_written}" == line
 

@@ -13,14 +13,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import counting
 from bench.accounting import Sizes
 from bench.counting import Count
+from mg_fast import ops
 from mg_fast.modules import ConvNeXtPyramid
-from mg_fast.ops import patch_mining as mining
 from mg_fast.ops import reference
-from mg_fast.ops.torch import patch_mining as absorbed
+from mg_fast.ops.operation import OPERATIONS, operators
+from mg_fast.ops.torch import patch_mining as torch_form
 from tests.bench.test_accounting import inputs
+from tests.ops.operator_calls import meta, of_all_operations
+from tests.paths import ROOT
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta", "cuda"])
@@ -105,35 +107,10 @@ def test_attention_is_one_launch(device):
     assert counter.launches == {"aten.scaled_dot_product_attention.default": 1}
 
 
-def meta(*shape, dtype=torch.float16):
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def mining_of(views):
-    return meta(1, views, 1, 5), [meta(1, 4, 4, 5)]
-
-
-def slanted(*shape, dtype=torch.float16):
-    """Not contiguous, nor of unit stride along the last dimension."""
-    return meta(*shape[::-1], dtype=dtype).permute(*reversed(range(len(shape))))
-
-
 # arguments of mg_fast's operators on the meta device, and what they launch
-OPERATORS = {
-    "standard": ("pool_windows", (*mining_of(1), 1), 1),
-    "HD": ("pool_windows", (*mining_of(5), 2), 2),
-    "cells alone": ("pool_windows", (*mining_of(4), 2), 1),
-    "backward": ("pool_windows_backward", (meta(1, 5, 1, 5), *mining_of(5), meta(1, 5, 1, 3, 4, dtype=torch.float32), 2), 2),
-    "dwconv_norm": ("dwconv_norm", (meta(1, 5, 6, 8), meta(49, 8), meta(8), meta(8), meta(8), 1e-6), 1),
-    "dwconv_norm of nothing": ("dwconv_norm", (meta(0, 5, 6, 8), meta(49, 8), meta(8), meta(8), meta(8), 1e-6), 0),
-    "linear_gelu": ("linear_gelu", (meta(7, 8), meta(9, 8), meta(9)), 1),
-    "linear_gelu of nothing": ("linear_gelu", (meta(0, 8), meta(9, 8), meta(9)), 0),
-    "linear_residual": ("linear_residual", (meta(7, 8), meta(9, 8), meta(9), meta(7, 9)), 1),
-    "linear_residual in place": ("linear_residual_", (meta(7, 8), meta(9, 8), meta(9), meta(7, 9)), 1),
-    "linear_residual in place, of nothing": ("linear_residual_", (meta(7, 8), meta(0, 8), meta(0), meta(7, 0)), 0),
-    "dual_resize": ("dual_resize", (meta(30, 40, 3, dtype=torch.uint8), 32, 14, 1, False, True, "triton"), 2),
-    "dual_resize, HD": ("dual_resize", (meta(30, 40, 3, dtype=torch.uint8), 32, 14, 2, True, True, "triton"), 2),
-}
+OPERATORS = of_all_operations("CALLS")
+# beside OPERATORS: arguments that the launchers cannot read in place, and bytes of the copies that they make
+COPIED = of_all_operations("COPIED")
 
 
 @pytest.fixture
@@ -146,10 +123,9 @@ def launches(monkeypatch):
         def __getitem__(self, grid):
             return lambda *_, **__: launched.append(grid)
 
-    for family in ("dual_resize", "dwconv_norm", "patch_mining", "pointwise"):
-        module = importlib.import_module(f"mg_fast.kernels.{family}")
+    for path in (ROOT / "kernels").glob("*.py"):
+        module = importlib.import_module(f"mg_fast.kernels.{path.stem}")
         kernels = [kernel for kernel in vars(module) if kernel.endswith("_kernel")]
-        assert kernels
         for kernel in kernels:
             monkeypatch.setattr(module, kernel, Kernel())
     return launched
@@ -170,23 +146,6 @@ def test_what_is_declared_is_what_is_launched(case, launches):
     assert not launches and counter.launches == Counter({str(operator): expected} if expected else {})
     run_body(operator, arguments)
     assert len(launches) == expected
-
-
-# beside OPERATORS: arguments that the launchers cannot read in place, and bytes of the copies that they make
-COPIED = {
-    "pool_windows": ("pool_windows", (slanted(1, 1, 4, 5), [slanted(1, 4, 4, 5)], 1), 2 * (4 * 5 + 16 * 5)),
-    "rows apart": ("pool_windows", (meta(1, 1, 1, 5), [meta(1, 4, 4, 10)[..., :5]], 1), 0),
-    "backward": (
-        "pool_windows_backward",
-        (slanted(1, 5, 1, 5), meta(1, 5, 1, 5), [slanted(1, 4, 4, 5)], meta(1, 5, 1, 3, 4), 2),
-        2 * (5 * 5 + 16 * 5),
-    ),
-    "dwconv_norm": ("dwconv_norm", (slanted(1, 5, 6, 8), slanted(49, 8), meta(8), meta(16)[::2], meta(8), 1e-6), 2 * (240 + 392 + 8)),
-    "linear_gelu": ("linear_gelu", (slanted(7, 8), slanted(9, 8), meta(18)[::2]), 2 * (56 + 72 + 9)),
-    "linear_residual": ("linear_residual", (slanted(7, 8), slanted(9, 8), meta(9), slanted(7, 9)), 2 * (56 + 72 + 63)),
-    "in place": ("linear_residual_", (slanted(7, 8), slanted(9, 8), meta(9), meta(7, 9)), 2 * (56 + 72)),
-    "dual_resize": ("dual_resize", (meta(30, 40, 3, dtype=torch.uint8), 32, 14, 2, True, True, "triton"), 31 * 3 * 32),
-}
 
 
 @pytest.mark.parametrize("case", [*OPERATORS, *COPIED])
@@ -212,7 +171,7 @@ def test_what_is_declared_is_what_is_allocated(case, launches):
 
 def test_every_operator_with_a_kernel_is_declared():
     tested = {f"mg_fast::{name}" for name, _, _ in OPERATORS.values()}
-    assert tested == counting.LAUNCHES.keys() == counting.WORKSPACES.keys()
+    assert tested == operators().keys()
 
 
 def test_resizing_without_kernels_is_refused():
@@ -222,10 +181,10 @@ def test_resizing_without_kernels_is_refused():
 
 
 def test_an_operator_that_declares_nothing_is_refused(monkeypatch):
-    monkeypatch.delitem(counting.LAUNCHES, "mg_fast::patch_mining")
+    monkeypatch.delitem(OPERATIONS, "patch_mining")
     queries, pyramid = torch.empty(1, 1, 1, 5, device="meta"), [torch.empty(1, 4, 4, 5, device="meta")]
     with torch.inference_mode(), Count(), pytest.raises(KeyError, match="mg_fast::patch_mining declares no launches"):
-        mining.pool_windows(queries, pyramid, 1)
+        ops.pool_windows(queries, pyramid, 1)
 
 
 @pytest.mark.parametrize("device, block", [("cpu", 1), ("cuda", 512)])
@@ -291,7 +250,7 @@ def calls_on(device):
     """Calls whose memory is measured, by name."""
     found = {}
     for name, sizes in SMALL.items():
-        for form in (reference.patch_mining, absorbed.patch_mining):
+        for form in (reference.patch_mining, torch_form.patch_mining):
             tensors = inputs(sizes, device)
             found[f"mining, {form.__module__.split('.')[-1]}, {name}"] = functools.partial(form, *tensors, grid=sizes.grid)
     tower = small_tower().to(device)

@@ -29,7 +29,7 @@ def test_every_kernel_is_launched_and_right(monkeypatch, capsys):
     out = capsys.readouterr().out
     assert out.count(": right (") == len(smoke.LAUNCHES) == len(out.splitlines())
     defined = {name for path in KERNELS.glob("*.py") for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE)}
-    assert launched == defined and len(defined) == 7
+    assert launched == defined and len(defined) >= 7
 
 
 def same(dtype):

@@ -441,7 +441,7 @@ def test_doctor_lists_backends_and_reasons(capsys, monkeypatch):
     assert cli.main(["doctor"]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     refused = 0
-    for operation in backend.IMPLEMENTED:
+    for operation in backend.OPERATIONS:
         at = lines.index(f"{operation} on cpu: auto runs {backend.choose(operation, 'auto', 'cpu')}")
         expected = []
         for name in ("reference", "torch", "triton"):
@@ -450,4 +450,4 @@ def test_doctor_lists_backends_and_reasons(capsys, monkeypatch):
             expected.append(f"{name} can run" if reason is None else f"{name} cannot: {reason}")
         assert lines[at + 1 : at + 4] == expected
         assert expected[0] == "reference can run"
-    assert refused >= len(backend.IMPLEMENTED)
+    assert refused >= len(backend.OPERATIONS)

@@ -5,17 +5,19 @@ architecture, and its resources against the table beside the tests, so that a ch
 meant: `python -m tests.ops.record_resources`, or with the names of the kernels' files after it for some of them.
 """
 
+import importlib
+from pathlib import Path
+
 import pytest
 import triton
 
 from .ahead_of_time_gate import ARCHITECTURES, TWINS, Case, faults, read_table
-from .dual_resize import ahead_of_time as dual_resize
-from .dwconv_norm import ahead_of_time as dwconv_norm
-from .patch_mining import ahead_of_time as patch_mining
-from .pointwise import ahead_of_time as pointwise
 
-# one a file of kernels/
-FAMILIES = {"dual_resize": dual_resize, "dwconv_norm": dwconv_norm, "patch_mining": patch_mining, "pointwise": pointwise}
+# one a file of kernels/, found by its name
+FAMILIES = {
+    path.parent.name: importlib.import_module(f"{__package__}.{path.parent.name}.ahead_of_time")
+    for path in sorted(Path(__file__).parent.glob("*/ahead_of_time.py"))
+}
 REWRITE = "python -m tests.ops.record_resources"
 
 

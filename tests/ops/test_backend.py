@@ -80,10 +80,10 @@ def test_auto_never_interprets(monkeypatch):
 
 
 def test_reference_runs_everything():
-    for operation in backend.IMPLEMENTED:
+    for operation in backend.OPERATIONS:
         assert backend.why_not(operation, "reference") is None
         assert backend.choose(operation, "reference") == "reference"
-        assert backend.choose(operation, "auto") in backend.IMPLEMENTED[operation]
+        assert backend.choose(operation, "auto") in backend.OPERATIONS[operation].forms
 
 
 def test_low_resolution_tower_gives_the_same_bits_on_both(model, processor, photo):

@@ -9,6 +9,7 @@ from transformers.models.clip.modeling_clip import CLIPEncoder
 
 from ...errors import CheckpointError
 from ...ops import backend as backends
+from ...ops.operation import Operation, register
 from ...runtime.layer_dtypes import Chain
 from ...runtime.weights import why_not_plain
 
@@ -50,23 +51,46 @@ def low_resolution_features(
     ):
         # what they do beside calling their layers is theirs alone
         return tower(views, output_hidden_states=True).hidden_states[select_layer][:, 1:]
-    layers = tower.encoder.layers
-    wanted = select_layer if select_layer >= 0 else len(layers) + 1 + select_layer
-    run = len(layers) if backends.choose("low_resolution_tower", backend, views.device) == "reference" else wanted
+    layers = len(tower.encoder.layers)
+    wanted = select_layer if select_layer >= 0 else layers + 1 + select_layer
+    return backends.choose_form(LOW_RESOLUTION_TOWER, backend, views.device)(tower, views, wanted)[:, 1:]
+
+
+def _through_every_layer(tower: CLIPVisionModel, views: torch.Tensor, wanted: int) -> torch.Tensor:
+    """The original finishes the tower and throws the rest away."""
+    layers = len(tower.encoder.layers)
+    selected, hidden = _hidden_state(tower, views, wanted, layers)
+    if layers > wanted:
+        tower.post_layernorm(hidden[:, 0])
+    return selected
+
+
+def _up_to_the_layer_wanted(tower: CLIPVisionModel, views: torch.Tensor, wanted: int) -> torch.Tensor:
+    return _hidden_state(tower, views, wanted, wanted)[0]
+
+
+def _hidden_state(tower: CLIPVisionModel, views: torch.Tensor, wanted: int, run: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output of layer `wanted`, counted from 1, and that of the last layer run."""
     weight = tower.pre_layrnorm.weight
     if not weight.is_meta:
         # layers are called one by one, past the hook that moves inputs where a device map has spread the model
         views = views.to(weight.device)
     hidden = tower.pre_layrnorm(tower.embeddings(views))
     selected = hidden
-    for i, layer in enumerate(layers[:run], 1):
+    for i, layer in enumerate(tower.encoder.layers[:run], 1):
         hidden = layer(hidden, attention_mask=None)
         if i == wanted:
             selected = hidden
-    if run > wanted:
-        # the original finishes the tower and throws the rest away
-        tower.post_layernorm(hidden[:, 0])
-    return selected[:, 1:]
+    return selected, hidden
+
+
+LOW_RESOLUTION_TOWER = register(
+    Operation(
+        name="low_resolution_tower",
+        forms={"reference": _through_every_layer, "torch": _up_to_the_layer_wanted},
+        auto=("torch", "reference"),
+    )
+)
 
 
 def build_projector(kind: str, width: int, hidden: int) -> nn.Module:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mg_fast import ops
 from mg_fast.modules import PatchInfoMining
 from mg_fast.ops import reference
-from mg_fast.ops.torch import patch_mining as absorbed
+from mg_fast.ops.torch import patch_mining as torch_form
 from mg_fast.testing.tolerances import assert_accurate, errors
 from tests import draws
 from tests.fuzzing import fuzz
@@ -130,7 +130,7 @@ def pooling(case):
 
 
 def exact_gradient(queries, pyramid, grid, upstream):
-    return gradient(absorbed.pool_windows, queries.double(), [level.double() for level in pyramid], grid, upstream.double())
+    return gradient(torch_form.pool_windows, queries.double(), [level.double() for level in pyramid], grid, upstream.double())
 
 
 def compare(case, inputs, ours, plain, exact):

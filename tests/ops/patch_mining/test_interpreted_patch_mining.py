@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import sys
 
 import pytest
 import torch
@@ -9,7 +10,6 @@ from safetensors.torch import load_file
 
 import mg_fast
 from mg_fast import BackendError, MiniGeminiForConditionalGeneration, MiniGeminiProcessor, ops, use_backend
-from mg_fast.ops import patch_mining as mining
 from mg_fast.ops import reference
 from mg_fast.ops.reference import Projection
 from mg_fast.testing.tolerances import IMAGE_TOKENS, assert_accurate, relative_error
@@ -304,7 +304,8 @@ def counting(monkeypatch, name):
         calls.append(args)
         return operator(*args)
 
-    monkeypatch.setattr(mining, name, counted)
+    # of the file, whose name the operation's function has taken
+    monkeypatch.setattr(sys.modules["mg_fast.ops.patch_mining"], name, counted)
     return calls
 
 

@@ -6,7 +6,7 @@ from torch._subclasses import FakeTensorMode
 
 from mg_fast.modules import PatchInfoMining
 from mg_fast.ops import reference
-from mg_fast.ops.torch import patch_mining as absorbed
+from mg_fast.ops.torch import patch_mining as torch_form
 from mg_fast.testing.tolerances import assert_accurate
 from tests.draws import normal
 
@@ -30,7 +30,7 @@ CASES = {
 def taken(request, monkeypatch):
     """On a CPU pictures as small as these are taken together; large ones, row by row, must come out the same."""
     if request.param == "row by row":
-        monkeypatch.setattr(absorbed, "TOGETHER", 0)
+        monkeypatch.setattr(torch_form, "TOGETHER", 0)
 
 
 def make(side, *, window=8, grid=1, batch=1, dims=(6, 10, 14, 18), dim=12, views=None, offset=0.0, dtype=torch.float32, seed=0):
@@ -70,7 +70,7 @@ def oracle(queries, pyramid, projections, grid):
 def test_accuracy(case, dtype):
     queries, pyramid, projections, grid = inputs = make(**CASES[case], dtype=dtype)
     with torch.no_grad():
-        ours = absorbed.patch_mining(queries, pyramid, *projections, grid=grid)
+        ours = torch_form.patch_mining(queries, pyramid, *projections, grid=grid)
         plain = reference.patch_mining(queries, pyramid, *projections, grid=grid)
         assert ours.dtype == dtype and ours.shape == queries.shape
         assert_accurate(ours, plain, oracle(*inputs))
@@ -80,14 +80,14 @@ def test_accuracy(case, dtype):
 def test_pictures_of_a_batch_do_not_know_each_other(grid, monkeypatch):
     """Five taken two at a time, forward and backward, as each alone."""
     queries, pyramid, _, grid = make(2, batch=5, grid=grid, dim=48)
-    monkeypatch.setattr(absorbed, "TOGETHER", sum(10 * level[0].numel() for level in pyramid))
+    monkeypatch.setattr(torch_form, "TOGETHER", sum(10 * level[0].numel() for level in pyramid))
     parts = []
-    pool = absorbed._pool_raster
-    monkeypatch.setattr(absorbed, "_pool_raster", lambda *args, **options: parts.append(len(args[0])) or pool(*args, **options))
+    pool = torch_form._pool_raster
+    monkeypatch.setattr(torch_form, "_pool_raster", lambda *args, **options: parts.append(len(args[0])) or pool(*args, **options))
 
     def run(*inputs):
         inputs = [t.clone().requires_grad_() for t in inputs]
-        out = absorbed.pool_windows(inputs[0], inputs[1:], grid)
+        out = torch_form.pool_windows(inputs[0], inputs[1:], grid)
         out.square().sum().backward()
         return [out.detach(), *(t.grad for t in inputs)]
 
@@ -101,7 +101,7 @@ def test_pictures_of_a_batch_do_not_know_each_other(grid, monkeypatch):
 @pytest.mark.parametrize("grid", [1, 2])
 def test_no_picture(grid):
     queries, pyramid, projections, grid = make(2, batch=0, grid=grid)
-    assert absorbed.patch_mining(queries, pyramid, *projections, grid=grid).shape == queries.shape
+    assert torch_form.patch_mining(queries, pyramid, *projections, grid=grid).shape == queries.shape
 
 
 @pytest.mark.parametrize("grid", [1, 2])
@@ -109,7 +109,7 @@ def test_large_common_offset(grid):
     """Features whose mean is fifty times their spread: the variance must not drown."""
     queries, pyramid, projections, grid = inputs = make(2, grid=grid, offset=50.0)
     with torch.no_grad():
-        ours = absorbed.patch_mining(queries, pyramid, *projections, grid=grid)
+        ours = torch_form.patch_mining(queries, pyramid, *projections, grid=grid)
         assert_accurate(ours, reference.patch_mining(queries, pyramid, *projections, grid=grid), oracle(*inputs))
 
 
@@ -124,24 +124,24 @@ def test_gradients_reach_everything(grid):
         out = function(leaves[0], leaves[1:], *(reference.Projection(*p) for p in parameters), grid=grid)
         return torch.autograd.grad((out * upstream).sum(), [*leaves, *(t for p in parameters for t in p)])
 
-    for ours, plain in zip(gradients(absorbed.patch_mining), gradients(reference.patch_mining)):
+    for ours, plain in zip(gradients(torch_form.patch_mining), gradients(reference.patch_mining)):
         # the key's two biases cancel in the softmax: zero here, rounding there
         assert (ours - plain).abs().max() <= 1e-4 * max(plain.abs().max().item(), 1.0)
 
 
 def test_slices_and_transposes():
     queries, pyramid, projections, grid = make(2, batch=2)
-    expected = absorbed.patch_mining(queries, pyramid, *projections, grid=grid)
+    expected = torch_form.patch_mining(queries, pyramid, *projections, grid=grid)
     strided = [level.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1) for level in pyramid]
     wide = torch.cat([queries, queries], dim=-1)[..., : queries.shape[-1]]
-    assert torch.allclose(absorbed.patch_mining(wide, strided, *projections, grid=grid), expected, atol=1e-6)
+    assert torch.allclose(torch_form.patch_mining(wide, strided, *projections, grid=grid), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_stays_visible_in_its_picture(bad):
     queries, pyramid, projections, grid = make(2, batch=2)
     pyramid[0][0, 1, 1, 0] = bad
-    out = absorbed.patch_mining(queries, pyramid, *projections, grid=grid)
+    out = torch_form.patch_mining(queries, pyramid, *projections, grid=grid)
     assert not out[0, 0, 0].isfinite().any() and out[1].isfinite().all()
 
 
@@ -149,10 +149,10 @@ def test_what_is_not_finite_stays_visible_in_its_picture(bad):
 def test_one_graph_under_compile(grid):
     queries, pyramid, projections, grid = make(2, grid=grid)
     compiled = torch.compile(
-        lambda q, *p: absorbed.patch_mining(q, p, *projections, grid=grid), backend="eager", fullgraph=True, dynamic=False
+        lambda q, *p: torch_form.patch_mining(q, p, *projections, grid=grid), backend="eager", fullgraph=True, dynamic=False
     )
     with torch.no_grad():
-        expected = absorbed.patch_mining(queries, pyramid, *projections, grid=grid)
+        expected = torch_form.patch_mining(queries, pyramid, *projections, grid=grid)
         assert torch.allclose(compiled(queries, *pyramid), expected, atol=1e-6)
 
 
@@ -160,17 +160,17 @@ def test_a_trace_on_fake_tensors_leaves_nothing_behind():
     queries, pyramid, projections, grid = make(2, window=6, grid=2, dims=(3, 5))
     with FakeTensorMode() as mode, torch.no_grad():
         fake = [reference.Projection(*(mode.from_tensor(t) for t in p)) for p in projections]
-        out = absorbed.patch_mining(mode.from_tensor(queries), [mode.from_tensor(level) for level in pyramid], *fake, grid=grid)
+        out = torch_form.patch_mining(mode.from_tensor(queries), [mode.from_tensor(level) for level in pyramid], *fake, grid=grid)
     assert out.shape == queries.shape
-    assert type(absorbed.patch_mining(queries, pyramid, *projections, grid=grid)) is torch.Tensor
+    assert type(torch_form.patch_mining(queries, pyramid, *projections, grid=grid)) is torch.Tensor
 
 
 def test_tables_made_in_inference_mode_serve_training():
     queries, pyramid, projections, grid = make(2, window=10, grid=2, dims=(3, 5))
     with torch.inference_mode():
-        absorbed.patch_mining(queries, pyramid, *projections, grid=grid)
+        torch_form.patch_mining(queries, pyramid, *projections, grid=grid)
     queries.requires_grad_()
-    absorbed.patch_mining(queries, pyramid, *projections, grid=grid).sum().backward()
+    torch_form.patch_mining(queries, pyramid, *projections, grid=grid).sum().backward()
     assert queries.grad.isfinite().all()
 
 
@@ -182,7 +182,7 @@ def test_autocast_rounds_the_projections_only(dtype):
     with torch.no_grad():
         exact = oracle(queries, pyramid, projections, grid)
         with torch.autocast("cpu", dtype=dtype):
-            ours = absorbed.patch_mining(queries, pyramid, *projections, grid=grid)
+            ours = torch_form.patch_mining(queries, pyramid, *projections, grid=grid)
             plain = reference.patch_mining(queries, pyramid, *projections, grid=grid)
         assert ours.dtype == plain.dtype == dtype
         assert_accurate(ours, plain, exact)
@@ -200,7 +200,7 @@ def test_random_shapes(seed):
     inputs = make(**case, dims=tuple(pick(2, 24) for _ in range(levels)), offset=float(pick(0, 3)), seed=seed)
     queries, pyramid, projections, grid = inputs
     with torch.no_grad():
-        ours = absorbed.patch_mining(queries, pyramid, *projections, grid=grid)
+        ours = torch_form.patch_mining(queries, pyramid, *projections, grid=grid)
         assert_accurate(ours, reference.patch_mining(queries, pyramid, *projections, grid=grid), oracle(*inputs))
 
 
@@ -209,5 +209,5 @@ def test_float16_does_not_overflow_where_the_scores_do():
     large = [reference.Projection(*(t * 40 for t in p)) for p in projections[:2]] + projections[2:]
     half = [reference.Projection(*(t.half() for t in p)) for p in large]
     with torch.no_grad():
-        out = absorbed.patch_mining(queries.half() * 100, [level.half() for level in pyramid], *half, grid=grid)
+        out = torch_form.patch_mining(queries.half() * 100, [level.half() for level in pyramid], *half, grid=grid)
     assert out.isfinite().all()
