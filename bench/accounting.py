@@ -314,7 +314,7 @@ def _tower(tower: Tower, convolution: Callable[[int, int, int], Cost], products:
 
 def _chunked(products: Callable[[int, int, int], Cost], rows: int, c: int, e: int) -> Cost:
     """A block's products, its rows in chunks, each of which reads the weights again."""
-    chunks = (len(range(*chunk.indices(rows))) for chunk in convnext._chunks(rows, 4 * c * e, "cuda"))
+    chunks = (len(range(*chunk.indices(rows))) for chunk in convnext.chunks(rows, 4 * c * e, "cuda"))
     return sum((products(chunk, c, e) for chunk in chunks), Cost())
 
 

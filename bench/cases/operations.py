@@ -19,7 +19,7 @@ from .settings import DIMS, SETTINGS, compiled, own_graphs, require
 
 
 @dataclass
-class Inputs:
+class OperationInputs:
     device: str
     tensors: tuple[torch.Tensor, ...]
 
@@ -88,14 +88,14 @@ def forms(operation: str, call: Callable[[Any, str], Call]) -> dict[str, Callabl
 def tensors_case(operation: str, stage_map: StageMap, shapes: list[tuple[int, ...]], least: Cost) -> Case:
     """A case of an operation that takes random tensors of these shapes, the first and the fourth as large as what a network computes."""
 
-    def make(device: str) -> Inputs:
+    def make(device: str) -> OperationInputs:
         torch.manual_seed(0)
         # weights as small as trained ones: results keep the size of what goes in
         scales = [1.0 if i in (0, 3) else shape[-1] ** -0.5 for i, shape in enumerate(shapes)]
         tensors = ((torch.randn(shape, device=device) * scale).to(stage_map.dtype) for shape, scale in zip(shapes, scales))
-        return Inputs(device, tuple(tensors))
+        return OperationInputs(device, tuple(tensors))
 
-    def exact(inputs: Inputs) -> torch.Tensor:
+    def exact(inputs: OperationInputs) -> torch.Tensor:
         return function(*(tensor.double() for tensor in inputs.tensors), backend="reference")
 
     function = getattr(ops, operation)

@@ -19,7 +19,7 @@ from .settings import COMBINATIONS, compiled, devices_of, own_graphs
 
 
 @dataclass
-class Inputs:
+class MiningInputs:
     device: str
     mining: PatchInfoMining
     queries: torch.Tensor
@@ -68,16 +68,16 @@ def mining_case(name: str, sizes: accounting.Sizes, **options) -> Case:
     return Case(name, lambda device: _make(sizes, device), providers, _exact, least=least, work=work, **options)
 
 
-def _make(sizes: accounting.Sizes, device: str) -> Inputs:
+def _make(sizes: accounting.Sizes, device: str) -> MiningInputs:
     torch.manual_seed(0)
     like = {"dtype": sizes.dtype, "device": device}
     mining = PatchInfoMining(sizes.dim, [c for _, c in sizes.levels], **like)
     queries = torch.randn(sizes.batch, sizes.views, sizes.side**2, sizes.dim, **like)
     pyramid = [torch.randn(sizes.batch, n, n, c, **like) for n, c in sizes.levels]
-    return Inputs(device, mining, queries, pyramid, sizes.grid)
+    return MiningInputs(device, mining, queries, pyramid, sizes.grid)
 
 
-def _exact(inputs: Inputs) -> torch.Tensor:
+def _exact(inputs: MiningInputs) -> torch.Tensor:
     """The original's steps in float64, picture by picture: several at once would not fit."""
     mining = copy.deepcopy(inputs.mining).double()
     pictures = []
@@ -87,11 +87,11 @@ def _exact(inputs: Inputs) -> torch.Tensor:
     return torch.cat(pictures)
 
 
-def _call(inputs: Inputs, backend: str) -> Call:
+def _call(inputs: MiningInputs, backend: str) -> Call:
     return lambda: inputs.mining(inputs.queries, inputs.pyramid, grid=inputs.grid, backend=backend)
 
 
-def _with_sdpa(inputs: Inputs) -> Call:
+def _with_sdpa(inputs: MiningInputs) -> Call:
     """The original's steps, its attention by torch's fused operator."""
 
     def call() -> torch.Tensor:
@@ -101,7 +101,7 @@ def _with_sdpa(inputs: Inputs) -> Call:
     return call
 
 
-def _with_sdpa_math(inputs: Inputs) -> Call:
+def _with_sdpa_math(inputs: MiningInputs) -> Call:
     """The same by its plain form. Of the fused ones no other than the memory-efficient takes heads as wide."""
     call = _with_sdpa(inputs)
 
@@ -129,7 +129,7 @@ class _OneDnnProjection(reference.Projection):
         )
 
 
-def _by_one_dnn(inputs: Inputs) -> Call:
+def _by_one_dnn(inputs: MiningInputs) -> Call:
     if inputs.device != "cpu":
         raise NotHere("for CPUs")
     projections = [_OneDnnProjection(*projection) for projection in inputs.projections]

@@ -151,13 +151,13 @@ def run_block(block: BlockTensors, x: torch.Tensor, backend: str | None = None, 
         residual = residual.clone()
     # once a block, where every chunk would
     expand, expand_bias, contract, contract_bias = autocast(block.expand, block.expand_bias, block.contract, block.contract_bias)
-    for rows in _chunks(len(normed), hidden * normed.element_size(), normed.device.type):
+    for rows in chunks(len(normed), hidden * normed.element_size(), normed.device.type):
         expanded = ops.linear_gelu(normed[rows], expand, expand_bias, backend=backend)
         ops.linear_residual_(expanded, contract, contract_bias, residual[rows], backend=backend)
     return residual.view(shape)
 
 
-def _chunks(rows: int, bytes_per_row: int, device: str) -> Iterator[slice]:
+def chunks(rows: int, bytes_per_row: int, device: str) -> Iterator[slice]:
     """Equal parts of the rows, of a budget's size at most."""
     budget = CPU_EXPANSION if device == "cpu" else GPU_EXPANSION
     parts = -(-rows * bytes_per_row // budget)
