@@ -178,7 +178,7 @@ def test_choosing():
     assert {case.group for case in choose(cases, ["patch_mining", "clip/*"], "cpu")} == {"patch_mining", "clip"}
     assert all("cpu" in case.devices for case in choose(cases, [], "cpu"))
     assert [case.name for case in choose(cases, [], "cpu", quick=True)] == ["patch_mining/768-b1-float32"]
-    with pytest.raises(UnknownCase, match="'minning'.*groups are mining, tower"):
+    with pytest.raises(UnknownCase, match="'minning'.*groups are patch_mining, tower"):
         choose(cases, ["minning"], "cpu")
 
 
