@@ -2,7 +2,6 @@
 
 import logging
 import time
-from collections import OrderedDict
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +10,7 @@ from torch import nn
 from ..models.protocol import NO_PASS_INPUTS, DecodableModel, PassInputs
 from ..ops.torch.pointwise import by_onednn, take_onednn
 from ..quantization import EXPERTS_FUNCTION
-from ..runtime.graphs import CaptureStream, NoStreamLeft, capture
+from ..runtime.graphs import CapturedGraph, Captures, GraphCache
 from ..runtime.layer_dtypes import call
 from ..runtime.numerics import numerics
 from ..runtime.weights import why_not_plain
@@ -42,20 +41,17 @@ class Sequences:
         mask: int64 [B, capacity], 0 at the filling; None as `pads`.
         pass_inputs: what every pass takes besides. Where passes are captured, it lies where they read it, with a row for every position of
             the cache.
-        graphs: captured passes over this cache, by (tokens or embeddings, width, window).
-        pool: memory that the graphs share, as one of them runs at a time.
-        capturing: the stream that the graphs are captured on. It is not shared with other caches, whose graphs may run at the same time.
+        graphs: captured passes over this cache, by (tokens or embeddings, width, window). They share their memory, as one of them runs at
+            a time. Their stream is not shared with other caches, whose graphs may run at the same time.
         written: by GPU, an event that was recorded after the last pass of the request that gave the cache back.
     """
 
     cache: KVCache
     by_graph: bool
+    graphs: GraphCache
     pads: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     pass_inputs: PassInputs = NO_PASS_INPUTS
-    graphs: "OrderedDict[tuple, _Graph]" = field(default_factory=OrderedDict)
-    pool: tuple | None = None
-    capturing: CaptureStream | None = None
     written: dict[torch.device, torch.cuda.Event] = field(default_factory=dict)
 
     def hand_back(self) -> None:
@@ -81,7 +77,7 @@ class Sequences:
     def _read_by_passes(self) -> list[torch.Tensor]:
         """What passes read beside the cache, and whoever runs one writes anew."""
         kept = [tensor for tensor in (self.mask, self.pads, *self.pass_inputs.tensors) if tensor is not None]
-        return kept + [tensor for graph in self.graphs.values() for tensor in (graph.inputs, graph.start, graph.last)]
+        return kept + [tensor for graph in self.graphs.entries() for tensor in (graph.inputs, graph.start, graph.last)]
 
     def fill(self, attention_mask: torch.Tensor | None, pass_inputs: PassInputs = NO_PASS_INPUTS) -> None:
         """Empties the cache, and takes what the passes of the next request read.
@@ -95,13 +91,13 @@ class Sequences:
         padded = attention_mask is not None and not bool(attention_mask.all())
         if not padded:
             if self.mask is not None:
-                self._drop_graphs()
+                self.graphs.clear()
             self.pads = self.mask = None
             return
         mask = attention_mask.new_ones(self.cache.batch, self.cache.capacity, dtype=torch.long)
         mask[:, : attention_mask.shape[1]] = attention_mask
         if self.mask is None:
-            self._drop_graphs()
+            self.graphs.clear()
             self.mask, self.pads = mask, (mask == 0).sum(dim=1)
         else:
             # where graphs read them
@@ -116,14 +112,9 @@ class Sequences:
                 for kept, tensor in zip(self.pass_inputs.tensors, given.tensors):
                     kept.copy_(tensor)
                 return
-            self._drop_graphs()
+            self.graphs.clear()
             given = given.copied()
         self.pass_inputs = given
-
-    def _drop_graphs(self) -> None:
-        self.graphs.clear()
-        # one that no graph is left of takes no other
-        self.pool = None
 
 
 class ModelRunner:
@@ -140,8 +131,7 @@ class ModelRunner:
             kernels. Its window is the cache's whole capacity.
 
     Attributes:
-        first_use: seconds that were spent once: on compiling, and on every capture.
-        captures: False from when a capture failed: what it left of torch's state is not to be relied on for another.
+        captures: what the captures over all sequences have come to.
     """
 
     def __init__(self, model: DecodableModel, *, graphs: bool = True, compiled: bool = False):
@@ -152,8 +142,12 @@ class ModelRunner:
         self._graphs = graphs
         self._compiled = torch.compile(self._pass, fullgraph=True, dynamic=False) if compiled else None
         self._told = False
-        self.captures = True
-        self.first_use: dict[str, float] = {}
+        self.captures = Captures()
+
+    @property
+    def first_use(self) -> dict[str, float]:
+        """Seconds that were spent once: on compiling, and on every capture."""
+        return self.captures.first_use
 
     @property
     def language_model(self) -> nn.Module:
@@ -178,7 +172,8 @@ class ModelRunner:
         if not by_graph:
             # heads a power of two of bytes apart would share the sets of a CPU's caches
             capacity += 32
-        return Sequences(KVCache(self.config.num_hidden_layers, batch, capacity, masked=by_graph), by_graph)
+        cache = KVCache(self.config.num_hidden_layers, batch, capacity, masked=by_graph)
+        return Sequences(cache, by_graph, GraphCache(MAX_GRAPHS, self.captures, shared_memory=True))
 
     def graphs_refused(self, capacity: int) -> str | None:
         """Why passes are not captured, as the end of a sentence; None where they are."""
@@ -208,11 +203,6 @@ class ModelRunner:
         """Whether quantised experts ask the host where so many tokens go, which no graph can."""
         config = self.config
         return config._experts_implementation == EXPERTS_FUNCTION and tokens * config.num_experts_per_tok > config.num_local_experts
-
-    def noted(self, what: str, began: float) -> None:
-        """Keeps, and logs, what something took that is done once."""
-        self.first_use[what] = time.perf_counter() - began
-        logger.info("%s: %.2f s", what, self.first_use[what])
 
     def prefill(self, sequences: Sequences, embeddings: torch.Tensor) -> torch.Tensor:
         """New positions of all sequences; logits [B, vocabulary] of the last.
@@ -262,12 +252,8 @@ class ModelRunner:
         compiled = filled == 1 and self._compiled is not None
         window = cache.capacity if compiled else min(cache.capacity, -(-(cache.length + filled) // WINDOW) * WINDOW)
         key = (inputs.dtype, filled, window, numerics(inputs.device))
-        if (graph := sequences.graphs.get(key)) is None:
-            shape = (inputs.shape[0], filled, *inputs.shape[2:])
-            graph = sequences.graphs[key] = _Graph(self, sequences, inputs.new_zeros(shape), window, compiled)
-            while len(sequences.graphs) > MAX_GRAPHS:
-                sequences.graphs.popitem(last=False)
-        sequences.graphs.move_to_end(key)
+        shape = (inputs.shape[0], filled, *inputs.shape[2:])
+        graph = sequences.graphs.entry(key, lambda: _Graph(self, sequences, inputs.new_zeros(shape), window, compiled))
         return graph(inputs, cache.length, width)
 
     def _pass(self, sequences: Sequences, inputs: torch.Tensor, start: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
@@ -306,8 +292,7 @@ class _Graph:
         self.compiled = compiled
         self.run = runner._compiled if compiled else runner._pass
         self.met = 0
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.logits: torch.Tensor | None = None
+        self.graph: CapturedGraph | None = None
 
     def __call__(self, inputs: torch.Tensor, start: int, width: int) -> torch.Tensor:
         self.inputs[:, :width].copy_(inputs)
@@ -315,13 +300,11 @@ class _Graph:
         self.last.fill_(width - 1)
         self.met += 1
         # once is luck: most widths never come again
-        if self.graph is None and self.met == 2 and self.runner.captures:
-            self._capture()
+        if self.graph is None and self.met == 2:
+            self.graph = self._capture()
         if self.graph is None:
             return self._compile() if self.compiled and self.met == 1 else self._pass()
-        self.graph.replay()
-        # the next replay writes over them
-        return self.logits.clone()
+        return self.graph.replay()
 
     def _pass(self) -> torch.Tensor:
         cache = self.sequences.cache
@@ -342,28 +325,12 @@ class _Graph:
             logger.warning("%s: without torch.compile: %s", what, error)
             self.run = self.runner._pass
             return self._pass()
-        self.runner.noted(f"{what}, compiled", began)
+        self.runner.captures.noted(f"{what}, compiled", began)
         return logits
 
-    def _capture(self) -> None:
-        began, graph = time.perf_counter(), torch.cuda.CUDAGraph()
-        sequences = self.sequences
-        try:
-            if sequences.capturing is None:
-                sequences.capturing = CaptureStream(self.inputs.device)
-            if sequences.pool is None:
-                sequences.pool = torch.cuda.graph_pool_handle()
-            with capture(graph, sequences.capturing.stream, sequences.pool):
-                self.logits = self._pass()
-        except (torch.OutOfMemoryError, NoStreamLeft) as error:
-            logger.warning("passes of this width go without a CUDA graph: %s", error)
-            return
-        except RuntimeError as error:
-            self.runner.captures = False
-            logger.warning("no more passes are captured in CUDA graphs: %s", error)
-            return
-        self.graph = graph
-        self.runner.noted(f"CUDA graph of {self.inputs.shape[0]} x {self.inputs.shape[1]} positions over {self.window}", began)
+    def _capture(self) -> CapturedGraph | None:
+        what = f"CUDA graph of {self.inputs.shape[0]} x {self.inputs.shape[1]} positions over {self.window}"
+        return self.sequences.graphs.capture(self._pass, self.inputs.device, what)
 
 
 def fixed_positions(config) -> bool:

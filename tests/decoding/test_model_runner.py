@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mg_fast.decoding import Decoder, model_runner
-from mg_fast.decoding.kv_cache import KVCache
+from mg_fast.runtime import graphs
 from tests.families import family
 
 CAPTURE = model_runner._Graph._capture
@@ -103,25 +103,25 @@ def test_a_capture_that_failed_is_the_last(own, by_graph, monkeypatch, caplog):
     monkeypatch.setattr(model_runner._Graph, "_capture", CAPTURE)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
-    monkeypatch.setattr(model_runner, "CaptureStream", lambda device: types.SimpleNamespace(stream=None))
-    monkeypatch.setattr(model_runner, "capture", failing)
+    monkeypatch.setattr(graphs, "CaptureStream", lambda device: types.SimpleNamespace(stream=None))
+    monkeypatch.setattr(graphs, "capture", failing)
     pipeline = own.pipeline()
     answer = pipeline.chat("Hello?", max_new_tokens=40, min_new_tokens=40)
     assert answer.token_ids == own.pipeline(backend="reference").chat("Hello?", max_new_tokens=40, min_new_tokens=40).token_ids
-    assert len(tried) == 1 and "no more passes are captured" in caplog.text
+    assert len(tried) == 1 and "no more are captured" in caplog.text
 
 
 def test_graphs_that_left_take_their_pool_along(own):
     sequences = Decoder(own.model).runner.sequences(2, 40)
     padded = torch.tensor([[0, 1], [1, 1]])
     for mask in (padded, torch.ones_like(padded), padded):
-        sequences.pool = (0, 1)
-        sequences.graphs["one"] = None
+        sequences.graphs.pool = (0, 1)
+        sequences.graphs.entry("one", object)
         sequences.fill(mask)
-        assert not sequences.graphs and sequences.pool is None
-    sequences.pool = (0, 2)
+        assert not len(sequences.graphs) and sequences.graphs.pool is None
+    sequences.graphs.pool = (0, 2)
     sequences.fill(padded)
-    assert sequences.pool == (0, 2)
+    assert sequences.graphs.pool == (0, 2)
 
 
 def test_every_row_of_a_pass_sees_something(own, by_graph, monkeypatch):
@@ -222,7 +222,7 @@ def test_a_pass_needs_no_values(own, by_graph):
         part._buffers = {name: None if b is None else mode.from_tensor(b) for name, b in part._buffers.items()}
     with mode, torch.no_grad():
         passes = model_runner.ModelRunner(model)
-        sequences = model_runner.Sequences(KVCache(model.config.text_config.num_hidden_layers, 2, 64, masked=True), True)
+        sequences = passes.sequences(2, 64)
         sequences.cache.window = 64
         ids, start, last = (torch.empty(shape, dtype=torch.long) for shape in ((2, 1), (1,), (1,)))
         out = passes._pass(sequences, ids, start, last)

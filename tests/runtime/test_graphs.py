@@ -1,5 +1,6 @@
 """Streams that graphs are captured on, and caches that change hands between streams, with stand-ins for what only a GPU has."""
 
+import contextlib
 import gc
 import threading
 import types
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from mg_fast.decoding import Decoder, model_runner
+from mg_fast.models.mini_gemini.encoder import PictureEncoder
 from mg_fast.runtime import graphs
 
 DEVICE = torch.device("cuda", 0)
@@ -64,7 +66,7 @@ def capturing(monkeypatch, torch_streams):
     monkeypatch.setattr(model_runner.ModelRunner, "graphs_refused", lambda self, capacity: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: types.SimpleNamespace(replay=lambda: None))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
-    monkeypatch.setattr(model_runner, "capture", Capture)
+    monkeypatch.setattr(graphs, "capture", Capture)
     return streams
 
 
@@ -121,3 +123,43 @@ def test_a_cache_is_taken_over_after_the_pass_that_ran_ahead(own, monkeypatch):
     assert first.waited == [] and len(first.recorded) == 1
     assert second.waited == first.recorded and used == [second]
     assert order == ["begins after 0 waits", "pass", "pass", "begins after 1 waits", "pass", "pass"]
+
+
+def test_graphs_used_longest_ago_are_dropped():
+    cache = graphs.GraphCache(2, graphs.Captures())
+    made = []
+    for key in ("one", "two", "one", "three", "one", "two"):
+        cache.entry(key, lambda key=key: made.append(key) or key)
+    assert made == ["one", "two", "three", "two"] and cache.entries() == ["one", "two"]
+
+
+def test_work_is_captured_replayed_and_noted(capturing):
+    captures, result = graphs.Captures(), torch.ones(2)
+    captured = graphs.GraphCache(2, captures).capture(lambda: result, DEVICE, "a graph")
+    first = captured.replay()
+    result.fill_(5)
+    assert torch.equal(first, torch.ones(2)) and torch.equal(captured.replay(), result) and list(captures.first_use) == ["a graph"]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("none left"), RuntimeError("not permitted")], ids=["memory", "other"])
+def test_only_a_shortage_lets_others_be_captured(capturing, monkeypatch, caplog, error):
+    def fail():
+        raise error
+
+    captures = graphs.Captures()
+    cache, of_the_same_owner = (graphs.GraphCache(2, captures) for _ in range(2))
+    # the stand-in for a capture would hide what is raised within
+    monkeypatch.setattr(graphs, "capture", lambda *_: contextlib.nullcontext())
+    assert cache.capture(fail, DEVICE, "large") is None and "large: goes without a CUDA graph" in caplog.text
+    shortage = isinstance(error, torch.OutOfMemoryError)
+    assert (of_the_same_owner.capture(lambda: torch.ones(1), DEVICE, "small") is not None) == shortage == captures.allowed
+
+
+def test_pictures_are_encoded_without_graphs_where_no_stream_is_left(own, torch_streams, monkeypatch, caplog):
+    """The encoder takes one stream for a tower and one for its graphs; here one is left."""
+    others = [graphs.CaptureStream(DEVICE) for _ in range(31)]
+    encoder = PictureEncoder(own.model.model)
+    encoder.device, encoder._graphs = DEVICE, graphs.GraphCache(2, encoder._captures)
+    side = encoder._take_streams()
+    assert encoder._graphs is None and "pictures are encoded without CUDA graphs: no stream is left" in caplog.text
+    assert side.cuda_stream in range(1000, 1032) and len(graphs._leases[DEVICE]) == len(others)

@@ -1,7 +1,6 @@
 """What changes float arithmetic is in one key, and everything that is kept or captured goes by it."""
 
 import contextlib
-from collections import OrderedDict
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mg_fast.decoding import LeanDecoder, model_runner
 from mg_fast.models.mini_gemini.encoder import PictureEncoder
+from mg_fast.runtime.graphs import Captures, GraphCache
 from mg_fast.runtime.numerics import numerics
 from tests.families import family
 
@@ -143,7 +143,7 @@ def test_keys_and_values_computed_otherwise_are_not_reused(own, what):
 @pytest.mark.parametrize("what", MISSED_BY_GRAPHS)
 def test_a_graph_of_a_picture_is_of_one_arithmetic(own, monkeypatch, what):
     encoder, captured = PictureEncoder(own.model.model), []
-    monkeypatch.setattr(encoder, "_graphs", OrderedDict(), raising=False)
+    monkeypatch.setattr(encoder, "_graphs", GraphCache(4, Captures()))
     monkeypatch.setattr(encoder, "_capture", lambda *_: captured.append(1))
     inputs = own.processor.image_processor(own.pictures[0])
     pixels = inputs["pixel_values"], inputs["pixel_values_hr"]

@@ -4,7 +4,6 @@ import contextlib
 import logging
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
@@ -13,7 +12,7 @@ from torch import nn
 from ...modules import PatchInfoMining
 from ...modules.clip import PackedClip
 from ...ops import backend as backends
-from ...runtime.graphs import CaptureStream, NoStreamLeft, capture
+from ...runtime.graphs import CapturedGraph, Captures, CaptureStream, GraphCache, NoStreamLeft
 from ...runtime.layer_dtypes import Chain
 from ...runtime.numerics import numerics
 from ...runtime.weights import Fingerprint, why_more_than_weights
@@ -41,9 +40,6 @@ class PictureEncoder:
         model: the MiniGeminiModel, its picture side on one device.
         graphs: capture CUDA graphs.
 
-    Attributes:
-        first_use: seconds that were spent once: on packing, and on every capture.
-
     Raises:
         ValueError: a tower computes something else than its weights say; the message says what.
     """
@@ -63,25 +59,33 @@ class PictureEncoder:
         self._tower = model.vision_tower_aux.pack()
         self._towers, self._after_towers = Fingerprint(_towers(model)), Fingerprint(_after_towers(model))
         cuda = self.device.type == "cuda"
-        self._graphs: OrderedDict | None = OrderedDict() if graphs and cuda else None
-        self._side, self._capturing = self._take_streams() if cuda else (None, None)
+        self._captures = Captures()
+        self._graphs = GraphCache(MAX_GRAPHS, self._captures) if graphs and cuda else None
+        self._side = self._take_streams() if cuda else None
         # a graph's inputs and outputs are the same memory in every call: the next one waits until this one's tokens are copied
         self._copied = torch.cuda.Event() if cuda else None
-        self.first_use = {"towers packed": time.perf_counter() - began}
+        self.first_use["towers packed"] = time.perf_counter() - began
 
-    def _take_streams(self) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
-        """The stream of the low-resolution tower, and the one that graphs are captured on.
+    @property
+    def first_use(self) -> dict[str, float]:
+        """Seconds that were spent once: on packing, and on every capture."""
+        return self._captures.first_use
+
+    def _take_streams(self) -> torch.cuda.Stream:
+        """The stream of the low-resolution tower; the one that graphs are captured on is taken as well.
 
         No other owner of graphs has them, since what is captured keeps the workspaces that cuBLAS has for a stream.
         """
+        if self._graphs is None:
+            return torch.cuda.Stream(self.device)
         try:
-            self._streams = CaptureStream(self.device), CaptureStream(self.device)
+            self._leased = CaptureStream(self.device)
+            self._graphs.stream(self.device)
         except NoStreamLeft as error:
             logger.warning("pictures are encoded without CUDA graphs: %s", error)
-            self._graphs = None
-            return torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
-        side, capturing = self._streams
-        return side.stream, capturing.stream
+            self._graphs = self._leased = None
+            return torch.cuda.Stream(self.device)
+        return self._leased.stream
 
     def _check_current(self) -> None:
         """Raises RuntimeError where the model is not as it was packed any more."""
@@ -168,44 +172,33 @@ class PictureEncoder:
     def _replay(self, pixels: tuple[torch.Tensor, ...], backend: str | None) -> torch.Tensor:
         # A graph keeps the arithmetic that it was captured with.
         key = (*((t.shape, t.dtype) for t in pixels), backends.requested(backend), numerics(self.device))
-        if key not in self._graphs:
-            self._graphs[key] = self._capture(pixels, backend)
-            if len(self._graphs) > MAX_GRAPHS:
-                self._graphs.popitem(last=False)
-        self._graphs.move_to_end(key)
-        if self._graphs[key] is None:
+        captured = self._graphs.entry(key, lambda: self._capture(pixels, backend))
+        if captured is None:
             return self._encode_at_once(*pixels, backend)
-        graph, inputs, tokens = self._graphs[key]
+        graph, inputs = captured
         stream = torch.cuda.current_stream()
         stream.wait_event(self._copied)
         for kept, tensor in zip(inputs, pixels):
             kept.copy_(tensor)
-        graph.replay()
-        tokens = tokens.clone()
+        tokens = graph.replay()
         self._copied.record(stream)
         return tokens
 
-    def _capture(self, pixels: tuple[torch.Tensor, ...], backend: str | None):
-        """A graph, its inputs and its tokens; None where something in it cannot be captured."""
-        began = time.perf_counter()
+    def _capture(self, pixels: tuple[torch.Tensor, ...], backend: str | None) -> tuple[CapturedGraph, list[torch.Tensor]] | None:
+        """A graph and its inputs; None where it cannot be captured."""
+        if not self._captures.allowed:
+            return None
+        began, capturing = time.perf_counter(), self._graphs.stream(self.device)
         inputs = [t.clone() for t in pixels]
         # kernels are compiled, libraries make their workspaces, and tables are made before anything is captured
-        self._capturing.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._capturing):
+        capturing.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(capturing):
             for _ in range(2):
                 self._encode_at_once(*inputs, backend)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with capture(graph, self._capturing):
-                tokens = self._encode_at_once(*inputs, backend)
-        except RuntimeError as error:
-            logger.warning("pictures of these shapes are encoded without a CUDA graph: %s", error)
-            return None
-        torch.cuda.current_stream().wait_stream(self._capturing)
         what = f"kernels and CUDA graph of {len(pixels[0])} picture(s)"
-        self.first_use[what] = time.perf_counter() - began
-        logger.info("%s: %.2f s", what, self.first_use[what])
-        return graph, inputs, tokens
+        graph = self._graphs.capture(lambda: self._encode_at_once(*inputs, backend), self.device, what, began)
+        torch.cuda.current_stream().wait_stream(capturing)
+        return None if graph is None else (graph, inputs)
 
 
 def _towers(model: MiniGeminiModel) -> tuple[nn.Module, ...]:
