@@ -1,6 +1,7 @@
 """From a picture's pixels to image tokens, frozen for inference: both towers packed and, on a GPU, at once and in one graph."""
 
 import contextlib
+import functools
 import logging
 import threading
 import time
@@ -141,25 +142,34 @@ class PictureEncoder:
             return self._replay(pixels, backend)
 
     def _encode(self, pixel_values, pixel_values_hr, backend: str | None, stage: Callable) -> torch.Tensor:
-        with stage("LR tower"):
-            queries = self._queries(pixel_values, backend)
-        with stage("HR tower"):
-            pyramid = self._tower(pixel_values_hr, backend=backend)
-        return self._model.mine_and_project(queries, pyramid, backend=backend, stage=stage)[0]
+        """The model's own order of steps, with the packed towers in the place of the model's."""
+        parts = {
+            "queries": functools.partial(self._queries, backend=backend),
+            "pyramid": functools.partial(self._tower, backend=backend),
+        }
+        return self._model.picture_features(pixel_values, pixel_values_hr, **parts, backend=backend, stage=stage).image_tokens
 
     def _encode_at_once(self, pixel_values, pixel_values_hr, backend: str | None) -> torch.Tensor:
-        """The towers need nothing of each other."""
+        """The towers need nothing of each other, so that on a GPU the low-resolution one runs on a stream of its own."""
         if self._side is None:
             return self._encode(pixel_values, pixel_values_hr, backend, contextlib.nullcontext)
         main = torch.cuda.current_stream(self.device)
-        self._side.wait_stream(main)
-        with torch.cuda.stream(self._side):
-            queries = self._queries(pixel_values, backend)
-        pyramid = self._tower(pixel_values_hr, backend=backend)
-        main.wait_stream(self._side)
-        for tensor, stream in ((pixel_values, self._side), (queries, main)):
+
+        def queries(pixels: torch.Tensor) -> torch.Tensor:
+            self._side.wait_stream(main)
+            with torch.cuda.stream(self._side):
+                return self._queries(pixels, backend)
+
+        def pyramid(pixels: torch.Tensor) -> list[torch.Tensor]:
+            levels = self._tower(pixels, backend=backend)
+            # Mining, which comes next, reads the queries.
+            main.wait_stream(self._side)
+            return levels
+
+        features = self._model.picture_features(pixel_values, pixel_values_hr, queries=queries, pyramid=pyramid, backend=backend)
+        for tensor, stream in ((pixel_values, self._side), (features.queries, main)):
             tensor.record_stream(stream)
-        return self._model.mine_and_project(queries, pyramid, backend=backend)[0]
+        return features.image_tokens
 
     def _graphs_show_all(self) -> bool:
         """Whether a replay does what a call would: hooks on mining or projector would run at the capture alone."""
