@@ -119,15 +119,40 @@ class Fingerprint:
     """
 
     def __init__(self, parts: Iterable[nn.Module] = ()):
-        self.places, self._weights, self._modules, self._special = [], [], [], []
-        self._hooks = [*torch_modules._global_forward_pre_hooks, *torch_modules._global_forward_hooks]
+        places, weights, modules, special = [], [], [], []
+        hooks = [*torch_modules._global_forward_pre_hooks, *torch_modules._global_forward_hooks]
         # To ask later, by themselves, whether they were written.
-        self._written: list[tuple[weakref.ref, int]] = []
+        watched: list[tuple[weakref.ref, int]] = []
         for module in _with_all_inside(parts):
-            self._add(module)
+            modules.append((weakref.ref(module), type(module), module.training))
+            for weight in module._parameters.values():
+                # What stands in for an offloaded weight is made anew after every call. The weight itself lies with the hook that loads it.
+                if weight is None or weight.is_meta:
+                    continue
+                # Some layouts of quantized weights have no address of their own. While a storage is referred to, its place is not
+                # another's.
+                plain = type(weight) is nn.Parameter
+                places.append((StorageWeakRef(weight.untyped_storage()), weight.data_ptr()) if plain else 0)
+                version = None if weight.is_inference() else weight._version
+                weights.append((id(weight), version))
+                if version is not None:
+                    watched.append((weakref.ref(weight), version))
+            if module._forward_pre_hooks or module._forward_hooks:
+                hooks += [*module._forward_pre_hooks, *module._forward_hooks]
+            own = vars(module)
+            if "forward" in own:
+                special.append(own["forward"])
+            if "_hf_hook" in own:
+                special += map(id, accelerate_hooks(module))
+            if _has_adapters(type(module)) or "merged_adapters" in own:
+                # Low-rank adapters are switched and scaled, and merged through `.data`, which weights do not count.
+                scaling = tuple(getattr(module, "scaling", {}).items())
+                special.append((tuple(module.active_adapters), module.disable_adapters, tuple(module.merged_adapters), scaling))
+        self.places, self._watched = places, watched
+        self._facts = weights, places, modules, hooks, special
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Fingerprint) and self._facts() == other._facts()
+        return isinstance(other, Fingerprint) and self._facts == other._facts
 
     __hash__ = None
 
@@ -139,35 +164,7 @@ class Fingerprint:
 
         This asks the weights themselves and takes microseconds. What became of those that are gone, were moved or converted is not asked.
         """
-        return any((tensor := weight()) is not None and tensor._version != version for weight, version in self._written)
-
-    def _facts(self) -> tuple:
-        return self._weights, self.places, self._modules, self._hooks, self._special
-
-    def _add(self, module: nn.Module) -> None:
-        self._modules.append((weakref.ref(module), type(module), module.training))
-        for weight in module._parameters.values():
-            # What stands in for an offloaded weight is made anew after every call. The weight itself lies with the hook that loads it.
-            if weight is None or weight.is_meta:
-                continue
-            version = None if weight.is_inference() else weight._version
-            self._weights.append((id(weight), version))
-            # Some layouts of quantized weights have no address of their own. While a storage is referred to, its place is not another's.
-            plain = type(weight) is nn.Parameter
-            self.places.append((StorageWeakRef(weight.untyped_storage()), weight.data_ptr()) if plain else 0)
-            if version is not None:
-                self._written.append((weakref.ref(weight), version))
-        if module._forward_pre_hooks or module._forward_hooks:
-            self._hooks += [*module._forward_pre_hooks, *module._forward_hooks]
-        own = vars(module)
-        if "forward" in own:
-            self._special.append(own["forward"])
-        if "_hf_hook" in own:
-            self._special += map(id, accelerate_hooks(module))
-        if _has_adapters(type(module)) or "merged_adapters" in own:
-            # Low-rank adapters are switched and scaled, and merged through `.data`, which weights do not count.
-            scaling = tuple(getattr(module, "scaling", {}).items())
-            self._special.append((tuple(module.active_adapters), module.disable_adapters, tuple(module.merged_adapters), scaling))
+        return any((tensor := weight()) is not None and tensor._version != version for weight, version in self._watched)
 
 
 @functools.cache
