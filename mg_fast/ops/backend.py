@@ -50,8 +50,10 @@ def only_compiled() -> bool:
 
 
 @contextlib.contextmanager
-def use_backend(backend: str):
+def use_backend(backend: str | None):
     """Within the block, run every operation on this backend (`auto`, `reference`, `torch`, `triton`). Per thread.
+
+    None leaves the choice as it is.
 
     Raises:
         BackendError: at once for an unknown name; at the operation, with the reason, for a backend that it has not.
