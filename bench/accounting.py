@@ -150,7 +150,7 @@ def torch_mining(sizes: Sizes) -> Cost:
 
 
 def _inner_products(sizes: Sizes, n: int, channels: int) -> Cost:
-    """One level's mean over its channels, and `absorbed._inner_products`."""
+    """One level's mean over its channels, and `ops.torch.patch_mining._inner_products`."""
     b, e = sizes.batch, sizes.dtype.itemsize
     level = b * n * n * channels
     # the mean; the level in float32, less it
@@ -169,7 +169,7 @@ def _span(sizes: Sizes, n: int, reduction: int) -> int:
 
 
 def _statistics(sizes: Sizes, n: int, reduction: int) -> Cost:
-    """One level's share of `absorbed._statistics`: its means and inner products resized."""
+    """One level's share of `ops.torch.patch_mining._statistics`: its means and inner products resized."""
     b, m = sizes.batch, sizes.levels[0][0] // reduction
     cost, span = Cost(2 * b * m * n * (n + m)), min(n, _span(sizes, n, reduction))
     for down, across in ((y, x) for y in range(span) for x in range(span)):
@@ -178,7 +178,7 @@ def _statistics(sizes: Sizes, n: int, reduction: int) -> Cost:
 
 
 def _windows(sizes: Sizes, n: int, channels: int, windows: int, reduction: int) -> Cost:
-    """One level's share of the scores and the pooling of `absorbed._pool_raster`."""
+    """One level's share of the scores and the pooling of `ops.torch.patch_mining._pool_raster`."""
     e, m, k = sizes.dtype.itemsize, sizes.window, max(_reach(sizes.levels[0][0], n, reduction, windows))
     count = sizes.batch * windows**2
     gathered, queries = count * k * k * channels, count * channels
@@ -220,7 +220,7 @@ def triton_mining(sizes: Sizes, *, cached: bool = True) -> Cost:
 
 
 def _absorb(sizes: Sizes) -> Cost:
-    """`absorbed._absorb`."""
+    """`ops.torch.patch_mining._absorb`."""
     rows, d, c, e = sizes.queries, sizes.dim, sizes.channels, sizes.dtype.itemsize
     # the queries projected, then to the pyramid's channels
     cost = _norm(rows, d, e) + _linear(rows, d, d, e) + _linear(rows, d, c, e) + Cost(0, -c * e)
@@ -237,7 +237,7 @@ def _absorb(sizes: Sizes) -> Cost:
 
 
 def _project(sizes: Sizes, pooled: int) -> Cost:
-    """The end of `absorbed.patch_mining`: the value's gain and bias on pooled windows of so many bytes an element, and its projection."""
+    """The end of the PyTorch form: the value's gain and bias on pooled windows of so many bytes an element, and its projection."""
     rows, c, e = sizes.queries, sizes.channels, sizes.dtype.itemsize
     gained = Cost(0, rows * c * pooled + 2 * c * e, rows * c * pooled)
     return gained + _cast(rows * c, pooled, e) + _linear(rows, c, sizes.dim, e)

@@ -22,7 +22,7 @@ from mg_fast.models.mini_gemini import modeling
 from mg_fast.models.mini_gemini.modeling import MiniGeminiForConditionalGeneration
 from mg_fast.models.mini_gemini.vision import low_resolution_features
 from mg_fast.modules.clip import PackedClip
-from mg_fast.ops.torch import patch_mining as absorbed
+from mg_fast.ops.torch import patch_mining as mining_form
 from mg_fast.testing.random_checkpoints import make_config
 
 from . import records
@@ -124,11 +124,11 @@ def _predict(provider: Provider) -> Prediction:
 
 def _kept_tables():
     """Keeps tables of fake tensors, as those of a GPU are kept."""
-    return unittest.mock.patch.multiple(absorbed, **{table: functools.cache(getattr(absorbed, table)) for table in TABLES})
+    return unittest.mock.patch.multiple(mining_form, **{table: functools.cache(getattr(mining_form, table)) for table in TABLES})
 
 
 def _tables_made() -> int:
-    return sum(getattr(absorbed, table).cache_info().misses for table in TABLES)
+    return sum(getattr(mining_form, table).cache_info().misses for table in TABLES)
 
 
 def empty_model(size: str, *, hd: bool) -> MiniGeminiForConditionalGeneration:
@@ -277,7 +277,7 @@ def _encode_packed(of: _Picture, backend: str) -> torch.Tensor:
     high, low = _resize(of.setting)
     with use_backend(backend):
         return of.inner.picture_features(
-            low[None], high[None], queries=lambda pixels: of.inner.low_resolution_queries(pixels, tower=clip), pyramid=tower
+            low[None], high[None], see_low=lambda pixels: of.inner.low_resolution_queries(pixels, tower=clip), see_high=tower
         ).image_tokens
 
 

@@ -6,6 +6,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from mg_fast.testing.environment import environment as environment
+
 RESULTS = Path(__file__).parent / "results"
 # what every document has, and what is the same where two can be one
 CONDITIONS = ("date", "device", "gpu", "cpu", "threads", "torch", "commit")

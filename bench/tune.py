@@ -26,8 +26,8 @@ import torch
 from mg_fast import ops
 from mg_fast.kernels import configs
 from mg_fast.ops.patch_mining import pool_windows
-from mg_fast.ops.torch import dual_resize as resizing
-from mg_fast.ops.torch import patch_mining as absorbed
+from mg_fast.ops.torch import dual_resize as torch_dual_resize
+from mg_fast.ops.torch import patch_mining as torch_patch_mining
 from mg_fast.testing.tolerances import assert_accurate, ieee_float32
 
 from . import measure, records
@@ -130,10 +130,10 @@ def _mining(sizes: Sizes, device: str) -> Task:
     pyramid = [torch.randn(sizes.batch, n, n, c, **like) for n, c in sizes.levels]
 
     def library() -> torch.Tensor:
-        return absorbed.pool_windows(queries, pyramid, sizes.grid).to(sizes.dtype)
+        return torch_patch_mining.pool_windows(queries, pyramid, sizes.grid).to(sizes.dtype)
 
     def exact() -> torch.Tensor:
-        return absorbed.pool_windows(queries.double(), [level.double() for level in pyramid], sizes.grid)
+        return torch_patch_mining.pool_windows(queries.double(), [level.double() for level in pyramid], sizes.grid)
 
     return Task(lambda: pool_windows(queries, pyramid, sizes.grid)[0], library, exact)
 
@@ -290,7 +290,7 @@ def precompile(kernel: str, architecture: int, key: object, tile: NamedTuple) ->
     if kernel == "dual_resize":
         # tables are asked of this CPU, and kept: among fake tensors it would not answer
         for setting in SETTINGS:
-            resizing.view_taps(setting.side, LR, setting.grid, setting.views > setting.grid**2)
+            torch_dual_resize.view_taps(setting.side, LR, setting.grid, setting.views > setting.grid**2)
     for problem in problems_of(kernel, key):
         with compile_only(architecture), tile_in_force(kernel, architecture, key, tile):
             problem.make("cuda").kernel()

@@ -2,7 +2,7 @@
 
 import importlib
 
-from .integrations import transformers_auto as auto
+from .integrations import transformers_auto
 
 __version__ = "0.1.0"
 
@@ -37,7 +37,7 @@ _MODULES = {
 
 __all__ = ["__version__", *_PUBLIC, *_MODULES]
 
-auto.register_when_imported()
+transformers_auto.register_when_imported()
 
 
 def __getattr__(name: str):

@@ -41,10 +41,6 @@ class Pipeline:
         cuda_graphs: on a GPU, capture what is launched in CUDA graphs; without, less memory is taken.
 
     Attributes:
-        model: the MiniGeminiForConditionalGeneration.
-        processor: its MiniGeminiProcessor.
-        backend: for every call; None leaves the choice to what is in force.
-        template: name of the prompt template.
         vision: the `VisionStage`, pictures to image tokens.
         answers: the `AnswerStage`, prompts and image tokens to answers.
         load_seconds: how long loading took, where `load` did it.
@@ -63,13 +59,11 @@ class Pipeline:
     ):
         caches = CacheOptions(image_cache_bytes, kv_cache_bytes)
         check_everywhere(backend, execution_device(model.get_input_embeddings()))
-        self.model, self.processor, self.backend = model, processor, backend
-        self.template = processor.template
         stage = {"backend": backend, "caches": caches, "cuda_graphs": cuda_graphs}
         self.vision = VisionStage(model, processor.image_processor, **stage)
         self.answers = AnswerStage(model, processor, compiled=compiled, **stage)
         self.load_seconds: float | None = None
-        self._own = self.conversation()
+        self._own = Conversation(self.vision, self.answers, processor.template)
 
     def __reduce_ex__(self, protocol):
         """Copying and pickling, which the locks and the memory of a decoder do not allow."""
@@ -77,6 +71,26 @@ class Pipeline:
             "a Pipeline cannot be copied or pickled: pipeline.conversation() opens another conversation over the same model, "
             "mg_fast.Pipeline(model, processor) makes another pipeline over it, and another process calls mg_fast.load itself"
         )
+
+    @property
+    def model(self) -> MiniGeminiForConditionalGeneration:
+        """The model that everything runs on."""
+        return self.answers.model
+
+    @property
+    def processor(self) -> MiniGeminiProcessor:
+        """The model's processor."""
+        return self.answers.processor
+
+    @property
+    def backend(self) -> str | None:
+        """The backend of every call; None leaves the choice to what is in force."""
+        return self.answers.backend
+
+    @property
+    def template(self) -> str:
+        """Name of the prompt template."""
+        return self._own.template
 
     @property
     def device(self) -> torch.device:
@@ -245,6 +259,7 @@ def load(
     image_cache_bytes: int = CacheOptions.image_cache_bytes,
     kv_cache_bytes: int | None = CacheOptions.kv_cache_bytes,
     compiled: bool = False,
+    cuda_graphs: bool = True,
 ) -> Pipeline:
     """Loads a Mini-Gemini checkpoint with everything around it.
 
@@ -264,6 +279,7 @@ def load(
         allow_long: accept prompts longer than the model was trained on.
         image_cache_bytes, kv_cache_bytes: as of `CacheOptions`.
         compiled: on a GPU, decode through torch.compile: seconds to a minute at the first answer.
+        cuda_graphs: on a GPU, capture what is launched in CUDA graphs; without, less memory is taken.
 
     Raises:
         CheckpointError, BackendError (a dtype that is none, too), PromptError (unknown template), ValueError (a cache's bytes below 0).
@@ -288,6 +304,6 @@ def load(
     model = MiniGeminiForConditionalGeneration.from_pretrained(
         path, dtype=dtype, device_map=device, template=template, allow_long=allow_long, **optional, **adapter
     )
-    pipeline = Pipeline(model, processor, backend=backend, compiled=compiled, **dataclasses.asdict(caches))
+    pipeline = Pipeline(model, processor, backend=backend, compiled=compiled, cuda_graphs=cuda_graphs, **dataclasses.asdict(caches))
     pipeline.load_seconds = time.perf_counter() - began
     return pipeline

@@ -19,6 +19,7 @@ class Source:
         name: dotted; the files of the top-level kernels/ folder are `mg_fast.kernels.*`.
         path: of the file.
         imports: modules of the project that it imports, wherever in the file: also within functions.
+        from_face: names that it takes from the face of mg_fast, which are no modules.
         defines: underscored names that it defines, at any depth: functions, classes, variables and attributes.
         uses: underscored names that it takes from elsewhere, with the line: imported, or attributes of something that is not `self`.
     """
@@ -26,6 +27,7 @@ class Source:
     name: str
     path: Path
     imports: set[str] = field(default_factory=set)
+    from_face: set[str] = field(default_factory=set)
     defines: set[str] = field(default_factory=set)
     uses: list[tuple[str, int]] = field(default_factory=list)
 
@@ -69,6 +71,8 @@ def _read(name: str, path: Path, known) -> Source:
         elif isinstance(node, ast.ImportFrom):
             for module, imported in _from(node, package, known):
                 source.imports.add(module)
+                if module == "mg_fast" and imported is not None:
+                    source.from_face.add(imported)
                 if imported is not None and _is_private(imported):
                     source.uses.append((imported, node.lineno))
         elif isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef)):
@@ -95,16 +99,10 @@ def _from(node: ast.ImportFrom, package: str, known) -> Iterator[tuple[str, str 
         return
     for alias in node.names:
         inner = f"{base}.{alias.name}"
-        if inner in known and not _hidden(base, alias.name, known):
+        if inner in known:
             yield inner, None
         elif base in known:
             yield base, alias.name
-
-
-def _hidden(base: str, name: str, known) -> bool:
-    """Whether a package has a function of the same name as one of its modules, which an import then gets: mg_fast.ops.patch_mining."""
-    init = ROOT / base.replace(".", "/") / "__init__.py"
-    return init.exists() and f"from .{name} import" in init.read_text(encoding="utf-8") and base == "mg_fast.ops"
 
 
 def _is_private(name: str) -> bool:

@@ -38,7 +38,7 @@ def layer(module: str) -> tuple[int, str]:
 
 
 def ours() -> dict[str, set[str]]:
-    """The imports of mg_fast's modules. Of the package itself only the version is ever taken, so that nothing depends on it."""
+    """The imports of mg_fast's modules, but for the package itself, of which they take the version alone."""
     found = {name: source.imports for name, source in sources().items() if name.split(".")[0] == "mg_fast"}
     return {name: {other for other in imports if other != "mg_fast"} for name, imports in found.items()}
 
@@ -56,6 +56,12 @@ def looks_up(name: str, imported: str) -> str | None:
 def test_every_module_has_a_layer():
     for name in ours():
         assert layer(name)[1] != "mg_fast" or name == "mg_fast", f"{name}: say in LAYERS where it belongs"
+
+
+def test_nothing_within_takes_more_of_the_face_than_the_version():
+    taken = {name: source.from_face - {"__version__"} for name, source in sources().items() if name.startswith("mg_fast.")}
+    assert {name: names for name, names in taken.items() if names} == {}
+    assert "MiniGeminiProcessor" in sources()["bench.cases.end_to_end"].from_face
 
 
 def test_layers_look_down_only():

@@ -311,7 +311,7 @@ def test_other_criteria_end_an_answer_too(pipeline, photo):
 @pytest.mark.parametrize(
     "options,message",
     [
-        (dict(backend="triton"), "backend 'triton' cannot run high_resolution_tower"),
+        (dict(backend="triton"), "backend 'triton' cannot run patch_mining"),
         (dict(device="warp"), "unknown device 'warp'"),
         (dict(device="cuda"), "torch finds no CUDA device here"),
     ],

@@ -113,8 +113,8 @@ def _compiled_parts(inputs: PixelInputs) -> Call:
     def call() -> torch.Tensor:
         return model.picture_features(
             **inputs.resize("torch"),
-            queries=lambda pixels: model.low_resolution_queries(pixels.to(model.dtype), tower=low),
-            pyramid=lambda pixels: high(pixels.to(model.dtype).contiguous(memory_format=torch.channels_last)),
+            see_low=lambda pixels: model.low_resolution_queries(pixels.to(model.dtype), tower=low),
+            see_high=lambda pixels: high(pixels.to(model.dtype).contiguous(memory_format=torch.channels_last)),
             mine=mine,
         ).image_tokens
 

@@ -60,8 +60,8 @@ def command(args) -> int:
     try:
         # The modules that own the two towers register their records when they are imported.
         from ..models.mini_gemini import modeling  # noqa: F401
-    except ImportError as error:
-        print(f"  the towers cannot be imported: {error}")
+    except Exception as error:  # A broken library may raise anything, and what is broken is what this command is asked for.
+        print(f"  the towers cannot be imported: {type(error).__name__}: {error}")
     for operation in backends.OPERATIONS:
         for device in devices:
             chosen = backends.choose(operation, "auto", device)

@@ -43,6 +43,7 @@ class Sequences:
             the cache.
         graphs: captured passes over this cache, by (tokens or embeddings, width, window). They share their memory, as one of them runs at
             a time. Their stream is not shared with other caches, whose graphs may run at the same time.
+        arithmetic: what changes the arithmetic of passes, see `numerics`, as it was when the prompt came.
         written: by GPU, an event that was recorded after the last pass of the request that gave the cache back.
     """
 
@@ -52,6 +53,7 @@ class Sequences:
     pads: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     pass_inputs: PassInputs = NO_PASS_INPUTS
+    arithmetic: tuple = ()
     written: dict[torch.device, torch.cuda.Event] = field(default_factory=dict)
 
     def hand_back(self) -> None:
@@ -210,6 +212,8 @@ class ModelRunner:
         Args:
             embeddings: [B, L, hidden].
         """
+        # Once a request: captured passes keep the arithmetic that they were captured with.
+        sequences.arithmetic = numerics(embeddings.device)
         for chunk in embeddings.split(PREFILL_CHUNK, dim=1):
             width = chunk.shape[1]
             # filling lies in the cache until what comes next overwrites it
@@ -251,7 +255,7 @@ class ModelRunner:
         cache = sequences.cache
         compiled = filled == 1 and self._compiled is not None
         window = cache.capacity if compiled else min(cache.capacity, -(-(cache.length + filled) // WINDOW) * WINDOW)
-        key = (inputs.dtype, filled, window, numerics(inputs.device))
+        key = (inputs.dtype, filled, window, sequences.arithmetic)
         shape = (inputs.shape[0], filled, *inputs.shape[2:])
         graph = sequences.graphs.entry(key, lambda: _Graph(self, sequences, inputs.new_zeros(shape), window, compiled))
         return graph(inputs, cache.length, width)

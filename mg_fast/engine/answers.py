@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
 from transformers import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
 from ..decoding import Decoder
+from ..models.protocol import AnsweringModel
 from ..ops.backend import requested, use_backend
 from ..runtime.layer_dtypes import mixed_dtypes_named
 from ..runtime.meter import Meter, StageTime
@@ -66,8 +66,8 @@ class AnswerStage:
     """Answers prompts whose pictures are image tokens already. It owns the decoder with its keys and values, and how tokens are chosen.
 
     Args:
-        model: the MiniGeminiForConditionalGeneration.
-        processor: its MiniGeminiProcessor.
+        model: what answers, as MiniGeminiForConditionalGeneration does.
+        processor: its processor, of which `tokenizer`, `encode` and `filler_id` are used.
         backend: for every call of this stage; None leaves the choice to what is in force where it is called.
         caches: `kv_cache_bytes` of it counts here.
         compiled: on a GPU, decode through torch.compile: seconds to a minute at the first answer.
@@ -79,7 +79,7 @@ class AnswerStage:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: AnsweringModel,
         processor,
         *,
         backend: str | None = None,
@@ -148,7 +148,7 @@ class AnswerStage:
         # A request that asks for less than its neighbours is cut below. `generate` takes no streamer with beams.
         alone = len(rows) == 1 and self._setting(options, "num_beams") in (None, 1)
         if strings := options.pop("stop_strings", None):
-            # As `generate` does, which would have to be given the tokenizer, and does not hand it on.
+            # `generate` would make the same criterion, but it hands no tokenizer on to other loops.
             criteria.append(StopStringCriteria(tokenizer, strings))
         first = True
 
@@ -186,6 +186,14 @@ class AnswerStage:
     def forget(self) -> None:
         """Drops keys and values of prompts and answers, and captured graphs."""
         self.decoder.forget()
+
+    def forget_prompts(self) -> None:
+        """Drops keys and values of prompts and answers alone."""
+        self.decoder.prefixes.clear()
+
+    def rest(self) -> None:
+        """Hands back the memory in which several answers were decoded at once; what is remembered stays."""
+        self.decoder.rest()
 
     def _answers(
         self, requests: Sequence[Request], rows: list[list[int]], lengths: list[int] | None, options: dict, **told

@@ -56,6 +56,7 @@ def chat_batch(
     rows = whole_number(batch_size)
     if rows is None or rows < 1:
         raise PromptError(f"batch_size: expected a whole number of 1 or more, got {quoted(batch_size)}")
+    sampling.check_for(answers.model.prompt_inputs)
     questions = list(questions)
     # There is one for all batches. If each was seeded anew, all would draw the same numbers.
     generator = sampling.generator(answers.device)
@@ -104,7 +105,7 @@ def chat_batch(
                     run(list(seen))
                 bar.update(len(batch))
     finally:
-        answers.decoder.rest()
+        answers.rest()
     return [found[i] for i in range(len(questions))]
 
 

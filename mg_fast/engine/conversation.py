@@ -100,6 +100,7 @@ class Conversation:
             FloatingPointError: the model's numbers are not finite; the message says from which layer on.
         """
         sampling = Sampling(max_new_tokens, temperature, top_p, seed, allow_long, generate_options)
+        sampling.check_for(self.answers.model.prompt_inputs)
         if stream and profile:
             raise PromptError("profile=True measures whole answers: not with stream=True")
         if stream and sampling.generate_options.get("num_beams", 1) > 1:

@@ -85,7 +85,9 @@ def explain(
     # A caller within inference mode would get no gradients.
     with use_backend(vision.backend), torch.inference_mode(False), torch.no_grad():
         pixels = images(picture).to(vision.device)
-        features = model.picture_features(**pixels)
+        # Without a question nobody reads what would be mined.
+        parts = {} if request is not None else {"mine": lambda queries, pyramid: (None, None)}
+        features = model.picture_features(**pixels, **parts)
         mining = model.patch_mining
         query, key, _ = mining.projections(features.queries.device)
         # called projections take their own dtype, and those whose tensors are read are read in float32
@@ -115,8 +117,9 @@ def mining_weights(
 ) -> torch.Tensor:
     """The softmax of patch info mining, computed in float32, one row of windows of the high-resolution map at a time.
 
-    As in `absorbed` the queries are projected to the pyramid's channels, not the pixels to the queries' width: what the two differ by is
-    the same for a whole window, and cancels in its softmax. Where a projection has to be called, the pixels are projected to keys.
+    As in `mg_fast.ops.torch.patch_mining`, the queries are projected to the pyramid's channels, not the pixels to the queries' width: what
+    the two differ by is the same for a whole window, and cancels in its softmax. Where a projection has to be called, the pixels are
+    projected to keys.
 
     Args:
         queries: [V, N, D], grid * grid cells row by row, then possibly the global view.

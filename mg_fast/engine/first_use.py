@@ -22,11 +22,11 @@ def warm_up(vision: VisionStage, answers: AnswerStage, template: str) -> dict[st
     # Passes are captured when their shape comes again.
     for _ in range(2):
         # All of the prompt is to be computed both times.
-        answers.decoder.prefixes.clear()
+        answers.forget_prompts()
         conversation = Conversation(vision, answers, template)
         for question, images in (("What is shown here?", [noise]), ("And what else?", None)):
             conversation.chat(question, images, stopping_criteria=[_after(4)])
-    answers.decoder.prefixes.clear()
+    answers.forget_prompts()
     return {**vision.first_use, **answers.first_use, "all": time.perf_counter() - began}
 
 

@@ -2,13 +2,12 @@
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from ..errors import PromptError, quoted
-from ..models.mini_gemini.places import PICTURE_INPUTS
 from ..quantization import check_cache
 from ..runtime.arguments import check_stop_strings, plain_numbers, real_number, whole_number
 from .image_cache import DEFAULT_BYTES
@@ -23,8 +22,8 @@ _REFUSED = {
     "streamer": "stream=True of chat yields the text",
     "return_dict_in_generate": "use model.generate",
     "stream": "chat streams",
-    **dict.fromkeys(("input_ids", "attention_mask", *PICTURE_INPUTS), "it is made of the text and its images; use model.generate"),
 }
+_MADE_HERE = "it is made of the text and its images; use model.generate"
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class Sampling:
     top_p: float | None = None
     seed: int | None = None
     allow_long: bool | None = None
-    generate_options: Mapping = field(default_factory=dict)
+    generate_options: Mapping = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
         temperature = real_number(self.temperature)
@@ -93,9 +92,7 @@ class Sampling:
         check_cache(options)
         if callable(options.get("stopping_criteria")):
             raise PromptError("stopping_criteria: expected a list of criteria, got one")
-        for name, instead in _REFUSED.items():
-            if name in options:
-                raise PromptError(f"{name} is not an option here: {instead}")
+        _refuse(options, _REFUSED)
         check_stop_strings(options.get("stop_strings"))
         seed = whole_number(self.seed)
         if self.seed is not None and (seed is None or not -(2**63) <= seed < 2**64):
@@ -103,6 +100,10 @@ class Sampling:
         checked = {"temperature": temperature, "top_p": top_p, "max_new_tokens": most, "seed": seed, "generate_options": options}
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+
+    def check_for(self, prompt_inputs: Sequence[str]) -> None:
+        """Raises PromptError where an option is one of a model's inputs, which are made of the text and its images."""
+        _refuse(self.generate_options, dict.fromkeys(("input_ids", "attention_mask", *prompt_inputs), _MADE_HERE))
 
     def of_generate(self) -> dict:
         """The options of `generate`, but for the number of new tokens: that depends on the prompt, too."""
@@ -114,3 +115,9 @@ class Sampling:
     def generator(self, device: torch.device) -> torch.Generator | None:
         """A generator on a device, which draws what torch's own would after `manual_seed`; None where there is no seed."""
         return None if self.seed is None else torch.Generator(device).manual_seed(self.seed)
+
+
+def _refuse(options: Mapping, refused: Mapping[str, str]) -> None:
+    for name, instead in refused.items():
+        if name in options:
+            raise PromptError(f"{name} is not an option here: {instead}")

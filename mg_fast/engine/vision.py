@@ -9,10 +9,9 @@ from dataclasses import dataclass
 
 import torch
 from PIL import Image
-from torch import nn
 
-from ..models.mini_gemini.encoder import PictureEncoder, picture_state
 from ..models.pictures import open_picture
+from ..models.protocol import PackedPictureEncoder, SeeingModel
 from ..ops.backend import OPERATIONS, choose, requested, use_backend
 from ..runtime.layer_dtypes import mixed_dtypes_named
 from ..runtime.meter import Meter
@@ -35,15 +34,15 @@ class SeenPicture:
 class VisionStage:
     """Turns pictures into image tokens.
 
-    Pictures go through packed copies of the towers (`PictureEncoder`), made at the first picture and of a third of their size; by the
-    `reference` backend, or where a tower is more than its weights, through the model's own modules. Image tokens are kept by picture
-    content. Both are made anew once the picture side has changed: weights that were written to in place, moved or exchanged, hooks, and
-    adapters that were added, switched, scaled or merged. Whoever writes to weights through `.data` (or to offloaded ones, or to inference
-    tensors) calls `clear`. Threads may share a stage.
+    Pictures go through packed copies of the towers (the model's `picture_encoder`), made at the first picture and of a third of their size;
+    by the `reference` backend, or where a tower is more than its weights, through the model's own modules. Image tokens are kept by
+    picture content. Both are made anew once the picture side has changed: weights that were written to in place, moved or exchanged,
+    hooks, and adapters that were added, switched, scaled or merged. Whoever writes to weights through `.data` (or to offloaded ones, or
+    to inference tensors) calls `clear`. Threads may share a stage.
 
     Args:
-        model: the MiniGeminiForConditionalGeneration.
-        image_processor: its MiniGeminiImageProcessor.
+        model: what sees, as MiniGeminiForConditionalGeneration does.
+        image_processor: its image processor: pictures to pixels.
         backend: for every call of this stage; None leaves the choice to what is in force where it is called.
         caches: `image_cache_bytes` of it counts here.
         cuda_graphs: on a GPU, capture the towers and the mining in CUDA graphs; without, less memory is taken.
@@ -56,7 +55,7 @@ class VisionStage:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: SeeingModel,
         image_processor,
         *,
         backend: str | None = None,
@@ -65,7 +64,7 @@ class VisionStage:
     ):
         self.model, self.image_processor, self.backend = model, image_processor, backend
         self.cache = ImageCache((caches or CacheOptions()).image_cache_bytes)
-        self.encoder: PictureEncoder | None = None
+        self.encoder: PackedPictureEncoder | None = None
         self.version = 0
         self._cuda_graphs = cuda_graphs
         self._packing = threading.Lock()
@@ -93,7 +92,8 @@ class VisionStage:
     ) -> SeenPicture:
         """Image tokens [T, hidden] of one picture (T 576, HD 2880; unscaled, global view first).
 
-        A picture that was seen before, in whatever file, is decoded and found in the cache by its pixels.
+        A picture that was seen before, in whatever file, is decoded and found in the cache by its pixels. The tokens are inference
+        tensors, which gradients do not pass; `Pipeline.see` gives copies that are not.
 
         Args:
             image: a Pillow image, path, bytes, or uint8 array or tensor; a URL where `allow_urls` is set.
@@ -105,7 +105,7 @@ class VisionStage:
         stage = meter.stage if meter is not None else contextlib.nullcontext
         with use_backend(self.backend):
             with stage("preprocess"):
-                # First of all, as what was seen with other weights is forgotten together with their copies.
+                # This comes first, because it forgets what was seen with other weights.
                 version, encoder = self._current_encoder(packed=requested() != "reference")
                 digest = b""
                 # Towers that cannot be packed may be changed by what no digest knows, as a hook that does something else each time.
@@ -123,9 +123,8 @@ class VisionStage:
             if encoder is not None:
                 tokens = encoder.encode(**pixels, **measured)[0]
             else:
-                inner = self.model.model
-                with mixed_dtypes_named({"vision_tower": inner.vision_tower, "vision_tower_aux": inner.vision_tower_aux}):
-                    tokens = inner.get_image_features(**pixels, **measured).pooler_output[0]
+                with mixed_dtypes_named(self.model.picture_parts):
+                    tokens = self.model.get_image_features(**pixels, **measured).pooler_output[0]
             if digest:
                 self.cache.put(digest, tokens)
             return SeenPicture(tokens, digest)
@@ -148,16 +147,15 @@ class VisionStage:
         """What image tokens depend on beside the picture and the state of the model: how it is processed, and what computes it."""
         device, images = self.device, self.image_processor
         backends = tuple(choose(operation, None, device) for operation in OPERATIONS)
-        processing = (images.hr_size, images.lr_size, images.grid, images.global_view, images.pad)
-        return str(device), self.model.dtype, backends, numerics(device), processing
+        return str(device), self.model.dtype, backends, numerics(device), images.settings
 
-    def _current_encoder(self, *, packed: bool) -> tuple[int, PictureEncoder | None]:
+    def _current_encoder(self, *, packed: bool) -> tuple[int, PackedPictureEncoder | None]:
         """The number of the picture side's present state, and the packed towers of it.
 
         Image tokens and towers of another state are dropped. The towers are None where none are asked for, or the model cannot be packed.
         """
         with self._packing:
-            state = picture_state(self.model.model)
+            state = self.model.picture_state()
             if state != self._state:
                 if self._state is not None:
                     self.clear()
@@ -166,7 +164,7 @@ class VisionStage:
                 try:
                     # The encoder's weights must not be inference tensors, which count no changes.
                     with torch.inference_mode(False):
-                        self.encoder = PictureEncoder(self.model.model, graphs=self._cuda_graphs)
+                        self.encoder = self.model.picture_encoder(graphs=self._cuda_graphs)
                 except ValueError as error:
                     logger.info("pictures go through the model's own modules: %s", error)
             return self.version, self.encoder if packed else None

@@ -4,23 +4,24 @@ Registering needs transformers' auto modules, which take seconds and torch to im
 is imported, by anybody, the module of ours that registers itself there is imported too.
 
 That cannot always be done at once. `from transformers import LlamaForCausalLM` imports an auto module when half of what our
-module needs is not there yet. Then it is done when a Mini-Gemini configuration is made, which every use of the Auto classes
-begins with.
+module needs is not there yet. Then the table that ours belongs in imports it when it is looked into.
 """
 
-import functools
 import importlib
 import importlib.abc
 import importlib.machinery
 import sys
-
-from ..runtime.deferred import defer
 
 # transformers' module -> ours, which registers itself when it is imported
 _REGISTRANTS = {
     "transformers.models.auto.configuration_auto": "mg_fast.models.mini_gemini.configuration",
     "transformers.models.auto.modeling_auto": "mg_fast.models.mini_gemini.modeling",
     "transformers.models.auto.processing_auto": "mg_fast.models.mini_gemini.processing",
+}
+# Of those that may have to wait, the table in transformers' module that lists what others have registered.
+_TABLES = {
+    "transformers.models.auto.modeling_auto": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+    "transformers.models.auto.processing_auto": "PROCESSOR_MAPPING",
 }
 
 
@@ -56,14 +57,56 @@ def _register(auto_module: str) -> None:
     # already there, or being imported and the one that pulled the auto module in: it registers itself at its end
     if ours in sys.modules:
         return
-    # Our configuration needs nothing that is ever half imported then, and without it nothing would be found later.
-    if ours != _REGISTRANTS["transformers.models.auto.configuration_auto"] and _being_imported(besides=auto_module):
-        defer(ours, functools.partial(importlib.import_module, ours))
+    if auto_module in _TABLES and _being_imported(besides=auto_module):
+        table = getattr(sys.modules[auto_module], _TABLES[auto_module])
+        table._extra_content = _RegisteredOnUse(table._extra_content, ours)
     else:
+        # Our configuration needs nothing that may be half imported then.
         importlib.import_module(ours)
 
 
-def _being_imported(besides: str) -> bool:
+class _RegisteredOnUse(dict):
+    """What was registered with an Auto class; a look into it imports our module, which registers itself here.
+
+    Args:
+        registered: so far.
+        ours: name of our module.
+    """
+
+    def __init__(self, registered: dict, ours: str):
+        super().__init__(registered)
+        self._ours = ours
+
+    def _look(self) -> None:
+        if self._ours not in sys.modules and not _being_imported():
+            importlib.import_module(self._ours)
+
+    def __contains__(self, key) -> bool:
+        self._look()
+        return super().__contains__(key)
+
+    def __iter__(self):
+        self._look()
+        return super().__iter__()
+
+    def __len__(self) -> int:
+        self._look()
+        return super().__len__()
+
+    def keys(self):
+        self._look()
+        return super().keys()
+
+    def values(self):
+        self._look()
+        return super().values()
+
+    def items(self):
+        self._look()
+        return super().items()
+
+
+def _being_imported(besides: str | None = None) -> bool:
     """Whether any module of transformers is half imported now, besides one."""
     return any(
         getattr(getattr(module, "__spec__", None), "_initializing", False)

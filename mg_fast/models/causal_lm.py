@@ -74,4 +74,7 @@ class CausalLM:
         return NO_PASS_INPUTS
 
     def position_keys(self, ids: torch.Tensor, model_inputs: Mapping[str, object], digests: Sequence[bytes] | None) -> list[int] | None:
+        if type(self).pass_inputs is not CausalLM.pass_inputs or self.prompt_inputs:
+            # A subclass takes more than ids, of which nothing is known here.
+            return None
         return ids[0].tolist()

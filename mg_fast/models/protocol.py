@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +109,59 @@ class DecodableModel(Protocol):
         Returns:
             The numbers, or None where they cannot be told, so that nothing is reused or remembered.
         """
+
+
+class AnsweringModel(DecodableModel, Protocol):
+    """A model that the answer stage (`mg_fast.engine.answers`) can answer with."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The layer that embeds ids; prompts are put on its device."""
+
+    def check_length(self, prompt: int, new: int, allow_long: bool | None) -> None:
+        """Raises PromptError where a prompt of so many positions, with so many new ones, does not fit the model."""
+
+    def generate(self, **inputs) -> torch.Tensor:
+        """As of transformers' GenerationMixin, `custom_generate` included; ids [B, L + new].
+
+        Besides `input_ids` and `attention_mask` [B, L] it takes, of prompts with pictures, `mm_token_type_ids` [B, L], 1 where a picture
+        stands, and `image_tokens` [n_images, T, hidden] in the order of their places; and `allow_long`, as of `check_length`.
+        """
+
+
+class PackedPictureEncoder(Protocol):
+    """A model's picture side, packed for inference at one moment."""
+
+    @property
+    def first_use(self) -> dict[str, float]:
+        """Seconds spent so far on what is done once."""
+
+    def encode(self, **pixels: torch.Tensor) -> torch.Tensor:
+        """Image tokens [n_images, T, hidden] of what the image processor gives, and `stage` as of `SeeingModel.get_image_features`."""
+
+
+class SeeingModel(Protocol):
+    """A model whose pictures the vision stage (`mg_fast.engine.vision`) can turn into image tokens."""
+
+    dtype: torch.dtype
+
+    @property
+    def picture_parts(self) -> Mapping[str, nn.Module]:
+        """The towers by name, for errors that say which of them is meant."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The layer that embeds ids; pixels are put on its device."""
+
+    def get_image_features(self, **pixels: torch.Tensor) -> BaseModelOutputWithPooling:
+        """Image tokens [n_images, T, hidden] as `pooler_output`, by the model's own modules.
+
+        Takes what the image processor gives, and `stage`: called with the name of every step, it gives the context that the step runs in.
+        """
+
+    def picture_encoder(self, *, graphs: bool) -> PackedPictureEncoder:
+        """The picture side as it is now, packed; ValueError where it computes something else than its weights say."""
+
+    def picture_state(self) -> object:
+        """What image tokens depend on beside the pixels, to be compared by `==` with an earlier one."""
 
 
 def check_decodable(model: object) -> None:

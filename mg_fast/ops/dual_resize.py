@@ -10,7 +10,7 @@ from ..runtime.device_tables import kept, upload
 from . import backend as backends
 from .custom_op_support import on_device
 from .operation import Operation, Operator, register
-from .torch import dual_resize as resizing
+from .torch import dual_resize as torch_form
 
 __all__ = ["dual_resize", "resize_picture"]
 
@@ -62,28 +62,28 @@ def _check(picture: torch.Tensor, hr_size: int, lr_size: int, grid: int) -> None
 
 def _by_pillow(picture: torch.Tensor, hr_size: int, lr_size: int, *, grid: int, global_view: bool, pad: bool):
     image = Image.fromarray(np.ascontiguousarray(picture.cpu().numpy()))
-    hr = resizing.normalise(resizing.square(image, hr_size, pad))
-    views = resizing.views_of(hr, lr_size, grid=grid, global_view=global_view)
+    hr = torch_form.normalise(torch_form.square(image, hr_size, pad))
+    views = torch_form.views_of(hr, lr_size, grid=grid, global_view=global_view)
     return hr.to(picture.device), views.to(picture.device)
 
 
-@kept(resizing.TABLE_BYTES)
-def _taps(side: resizing.Side, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    first, weights = resizing.bicubic_taps(side)
+@kept(torch_form.TABLE_BYTES)
+def _taps(side: torch_form.Side, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    first, weights = torch_form.bicubic_taps(side)
     return upload(first, device), upload(np.ascontiguousarray(weights.T), device)
 
 
-@kept(resizing.TABLE_BYTES)
+@kept(torch_form.TABLE_BYTES)
 def _tables(
     hr_size: int, lr_size: int, grid: int, global_view: bool, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What the kernel's second launch looks up, see `kernels.dual_resize.dual_resize_fwd`."""
     itself = np.arange(hr_size)[None], np.ones((1, hr_size), np.float32)
-    taps = [itself, *resizing.view_taps(hr_size, lr_size, grid, global_view)]
+    taps = [itself, *torch_form.view_taps(hr_size, lr_size, grid, global_view)]
     positions, shares = (
         np.concatenate([np.pad(part[kind], ((0, 4 - len(part[kind])), (0, 0))) for part in taps], axis=1) for kind in (0, 1)
     )
-    arrays = resizing.level_tables(), positions.astype(np.int32), shares
+    arrays = torch_form.level_tables(), positions.astype(np.int32), shares
     return tuple(upload(array, device) for array in arrays)
 
 
@@ -91,15 +91,15 @@ def _by_kernel(picture: torch.Tensor, hr_size: int, lr_size: int, *, grid: int, 
     from ..kernels.dual_resize import Taps, dual_resize_fwd
 
     device = picture.device
-    x, y = resizing.place(picture.shape[1], picture.shape[0], hr_size, pad)
+    x, y = torch_form.place(picture.shape[1], picture.shape[0], hr_size, pad)
     with on_device(picture):
         return dual_resize_fwd(
             picture,
             Taps(*_taps(x, device)),
             Taps(*_taps(y, device)),
-            *resizing.span(y),
+            *torch_form.span(y),
             *_tables(hr_size, lr_size, grid, global_view, device),
-            colour=resizing.PAD_COLOUR,
+            colour=torch_form.PAD_COLOUR,
             lr_size=lr_size,
             grid=grid,
             global_view=global_view,
@@ -112,7 +112,7 @@ def resize_picture(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`dual_resize` by a backend: one node of a graph whichever it is, since tables are made from the picture's size."""
     # what is refused is refused before anything is copied
-    resizing.place(picture.shape[1], picture.shape[0], hr_size, pad)
+    torch_form.place(picture.shape[1], picture.shape[0], hr_size, pad)
     return DUAL_RESIZE.forms[form](picture, hr_size, lr_size, grid=grid, global_view=global_view, pad=pad)
 
 
@@ -136,7 +136,7 @@ def _launches(picture: torch.Tensor, hr_size: int, lr_size: int, grid: int, glob
 def _workspaces(picture: torch.Tensor, hr_size: int, lr_size: int, grid: int, global_view: bool, pad: bool, form: str) -> list[int]:
     """The picture with its columns resized, and a row of padding."""
     _only_kernels(form)
-    low, high = resizing.span(resizing.place(picture.shape[1], picture.shape[0], hr_size, pad)[1])
+    low, high = torch_form.span(torch_form.place(picture.shape[1], picture.shape[0], hr_size, pad)[1])
     return [(high - low + 1) * 3 * hr_size]
 
 
@@ -144,7 +144,7 @@ DUAL_RESIZE = register(
     Operation(
         name="dual_resize",
         check=_check,
-        forms={"reference": _by_pillow, "torch": resizing.dual_resize, "triton": _by_kernel},
+        forms={"reference": _by_pillow, "torch": torch_form.dual_resize, "triton": _by_kernel},
         auto=("triton", "torch", "reference"),
         # It resizes whole numbers: there is no floating-point product to count.
         operators=(Operator(name="mg_fast::dual_resize", launches=_launches, workspaces=_workspaces),),

@@ -3,7 +3,7 @@
 import torch
 from torch import _C
 
-# torch's public properties read these, too. They are asked for every token, and the properties take several times as long.
+# torch's public properties read these, too, and take several times as long.
 _PRECISIONS = tuple((backend, operation) for backend in ("cuda", "mkldnn") for operation in ("matmul", "conv", "rnn"))
 _SETTINGS = (
     torch.get_default_dtype,

@@ -110,7 +110,7 @@ def see(
     if not hr:
         queries = tower(inner.low_resolution_queries)(views)
         return queries, None, inner.mm_projector(queries.flatten(1, 2))
-    parts = {"queries": tower(inner.low_resolution_queries), "pyramid": tower(inner.vision_tower_aux)}
+    parts = {"see_low": tower(inner.low_resolution_queries), "see_high": tower(inner.vision_tower_aux)}
     features = inner.picture_features(views, pixels, **parts)
     return features.queries, features.pyramid, features.image_tokens
 

@@ -10,7 +10,7 @@ from PIL import Image
 from bench import measure, run
 from bench.cases import all_cases, end_to_end
 from bench.registry import Ceilings, NotHere
-from mg_fast.engine import vision
+from mg_fast.models.mini_gemini import seeing
 from tests.paths import OWN_GOLDEN
 
 TINY = next(size for size in end_to_end.SIZES if size.size == "tiny")
@@ -103,8 +103,8 @@ def test_memory_is_that_without_graphs(shared):
 
 def test_the_encoder_of_the_memory_figure_has_no_graphs(shared, monkeypatch):
     shared.pipelines.clear()
-    asked, make = [], vision.PictureEncoder
-    monkeypatch.setattr(vision, "PictureEncoder", lambda model, **options: asked.append(options) or make(model, **options))
+    asked, make = [], seeing.PictureEncoder
+    monkeypatch.setattr(seeing, "PictureEncoder", lambda model, **options: asked.append(options) or make(model, **options))
     all_cases()["end-to-end/tiny-first-token-b1-float32"].memory["auto"](shared)()
     assert asked == [{"graphs": False}]
 

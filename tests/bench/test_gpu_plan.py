@@ -15,6 +15,7 @@ from bench.gpu import plan as plans
 from bench.gpu.plan import ROOT, Part, Step
 from bench.gpu.summary import Outcome, conclude, earlier_outcomes
 from bench.registry import OURS
+from mg_fast.testing import environment
 from tests.bench.documents import document, row
 
 CASES = all_cases()
@@ -243,7 +244,7 @@ def test_results_are_kept_by_device_and_case(tmp_path, monkeypatch, capsys):
 
 def test_the_commit_where_there_is_no_git(monkeypatch):
     monkeypatch.setenv("MG_FAST_COMMIT", "0123456789ab-dirty")
-    monkeypatch.setattr(records, "_command", lambda *words: None)
+    monkeypatch.setattr(environment, "_command", lambda *words: None)
     assert records.environment()["commit"] == "0123456789ab-dirty"
 
 

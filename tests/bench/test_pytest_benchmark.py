@@ -63,4 +63,4 @@ def test_unknown_case():
 def test_default_is_what_is_quick():
     done = bench("--collect-only")
     names = [line for line in done.stdout.splitlines() if "::" in line]
-    assert names == [f"bench/test_cases.py::test_case[mining/768-b1-float32-{name}]" for name in ("reference", "torch", "triton")]
+    assert names == [f"bench/test_cases.py::test_case[patch_mining/768-b1-float32-{name}]" for name in ("reference", "torch", "triton")]

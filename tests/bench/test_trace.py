@@ -26,7 +26,7 @@ def ranges(path):
 @pytest.fixture
 def small_picture(monkeypatch):
     """The case at its real geometry with narrow towers and a small photograph."""
-    monkeypatch.setattr(picture, "PICTURE", (400, 300))
+    monkeypatch.setattr(settings, "PICTURE", (400, 300))
     towers = {"vision_config": NARROW_TOWERS["clip"], "vision_config_aux": NARROW_TOWERS["convnext"]}
     changed = towers | {"mm_hidden_size": 128, "mm_hidden_size_aux": 360, "hidden_size": 128}
     monkeypatch.setattr(picture, "SMALL_LANGUAGE_MODEL", picture.SMALL_LANGUAGE_MODEL | changed)

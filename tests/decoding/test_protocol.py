@@ -377,16 +377,16 @@ def test_captured_passes_find_later_features_where_they_read(seeing, by_graph):
     sequences.fill(None, inputs(1))
     places = [tensor.data_ptr() for tensor in sequences.pass_inputs.tensors]
     assert sequences.pass_inputs.by_position["feature_mask"].shape[1] == sequences.cache.capacity
-    sequences.graphs["one"] = None
+    sequences.graphs.entry("one", object)
     later = inputs(2, length=33)
     sequences.fill(None, later)
-    assert sequences.graphs and [tensor.data_ptr() for tensor in sequences.pass_inputs.tensors] == places
+    assert len(sequences.graphs) and [tensor.data_ptr() for tensor in sequences.pass_inputs.tensors] == places
     assert torch.equal(sequences.pass_inputs.constant["features"], later.constant["features"])
     sequences.fill(None, inputs(2, pictures=2))
-    assert not sequences.graphs
-    sequences.graphs["one"] = None
+    assert not len(sequences.graphs)
+    sequences.graphs.entry("one", object)
     sequences.fill(None)
-    assert not sequences.graphs and not sequences.pass_inputs.tensors
+    assert not len(sequences.graphs) and not sequences.pass_inputs.tensors
 
 
 def test_a_pass_with_features_is_traced_whole(seeing, by_graph):

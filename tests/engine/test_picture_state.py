@@ -155,7 +155,7 @@ def test_a_change_of_the_language_model_alone_is_none(model, found):
 def test_turns_without_pictures_do_not_ask(model, found, monkeypatch):
     pipe = Pipeline(model, found.processor)
     pipe.chat("What?", [found.pictures[0]], max_new_tokens=2)
-    monkeypatch.setattr("mg_fast.engine.vision.picture_state", lambda _: pytest.fail("asked"))
+    monkeypatch.setattr("mg_fast.models.mini_gemini.seeing.picture_state", lambda _: pytest.fail("asked"))
     pipe.chat("And?", max_new_tokens=2)
 
 

@@ -7,12 +7,16 @@ import pytest
 
 from tests.paths import OWN_GOLDEN, ROOT
 
-LOADED = f"""
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+MODEL = f"""
+from transformers import AutoConfig, AutoModelForImageTextToText
 folder = {str(OWN_GOLDEN / "standard")!r}
 assert type(AutoConfig.from_pretrained(folder)).__name__ == "MiniGeminiConfig"
 assert type(AutoModelForImageTextToText.from_pretrained(folder)).__name__ == "MiniGeminiForConditionalGeneration"
-assert type(AutoProcessor.from_pretrained(folder)).__name__ == "MiniGeminiProcessor"
+"""
+# The folder that a processor was saved in names its class, so that nobody makes a configuration.
+PROCESSOR = """
+from transformers import AutoProcessor
+assert type(AutoProcessor.from_pretrained({folder!r})).__name__ == "MiniGeminiProcessor"
 """
 
 
@@ -21,19 +25,28 @@ def run(code: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(
-    "first",
-    [
-        "from transformers import LlamaForCausalLM",
-        "from transformers import CLIPVisionModel",
-        "import transformers.models.auto.modeling_auto",
-        "from transformers import AutoModelForImageTextToText",
-    ],
-)
-def test_imports_of_transformers_work_after_ours_and_the_auto_classes_too(first):
-    """The first two import the auto classes while modules that ours needs are half imported."""
-    run(f"import mg_fast\n{first}\n{LOADED}")
+# Some of these import the auto classes while modules that ours needs are half imported.
+FIRST = [
+    "from transformers import LlamaForCausalLM",
+    "from transformers import CLIPVisionModel",
+    "from transformers import Trainer, pipeline",
+    "import transformers.models.auto.modeling_auto",
+    "from transformers import AutoModelForImageTextToText",
+]
+
+
+@pytest.mark.parametrize("first", FIRST)
+def test_any_import_of_transformers_works_after_ours(first, processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    run(f"import mg_fast\n{first}\n{PROCESSOR.format(folder=str(tmp_path))}{MODEL}")
+
+
+def test_a_pipeline_of_transformers_finds_the_model():
+    folder = str(OWN_GOLDEN / "standard")
+    imports = "import mg_fast\nfrom transformers import LlamaForCausalLM, pipeline\n"
+    made = f"assert type(pipeline('image-text-to-text', {folder!r}).model).__name__ == 'MiniGeminiForConditionalGeneration'"
+    run(imports + made)
 
 
 def test_imports_before_ours_are_registered_with():
-    run(f"from transformers import AutoModelForImageTextToText, LlamaForCausalLM\nimport mg_fast\n{LOADED}")
+    run(f"from transformers import AutoModelForImageTextToText, LlamaForCausalLM\nimport mg_fast\n{MODEL}")

@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 import mg_fast
 from mg_fast import CheckpointError, MiniGeminiForConditionalGeneration, cli
-from mg_fast.models import builtin as boxed
+from mg_fast.models import builtin
 from mg_fast.models.mini_gemini import launches
 from recipes.nano.evaluate import accuracy_table
 from recipes.nano.model import forget_mined
@@ -167,7 +167,7 @@ def test_by_backend(nano, alone, backend):
 
 def test_by_plain_generate(nano, alone):
     """transformers' own loop over the ordinary classes, without a pipeline."""
-    folder = boxed.resolve("nano")
+    folder = builtin.resolve("nano")
     processor = mg_fast.MiniGeminiProcessor.from_pretrained(folder)
     model = MiniGeminiForConditionalGeneration.from_pretrained(folder)
     content = [{"type": "image", "image": SCENES[0].image}, {"type": "text", "text": MIXED[0][0]}]
@@ -225,7 +225,7 @@ def test_readmes_say_what_was_recorded():
 
 def test_the_record_is_of_these_weights_and_of_unseen_scenes_enough():
     recorded = [json.loads(file.read_text()) for file in RESULTS]
-    weights = hashlib.sha256((boxed.resolve("nano") / "model.safetensors").read_bytes()).hexdigest()
+    weights = hashlib.sha256((builtin.resolve("nano") / "model.safetensors").read_bytes()).hexdigest()
     assert weights.startswith(recorded[0]["conditions"]["sha256 of weights"]["with mining"])
     for result in recorded:
         assert result["conditions"]["scenes"] >= 500 and result["conditions"]["split"] == "unseen"
@@ -239,8 +239,8 @@ def test_the_record_is_of_these_weights_and_of_unseen_scenes_enough():
 
 
 def test_the_box():
-    folder = boxed.resolve("nano")
-    assert folder == ROOT / "mg_fast" / "nano" and boxed.names() == ["nano"]
+    folder = builtin.resolve("nano")
+    assert folder == ROOT / "mg_fast" / "nano" and builtin.names() == ["nano"]
     assert (folder / "model.safetensors").stat().st_size <= 8e6
     with safe_open(folder / "model.safetensors", framework="pt") as weights:
         assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"F16"}  # noqa: SIM118 it is no dictionary
@@ -259,9 +259,9 @@ def test_a_local_checkpoint_of_that_name_wins(tmp_path, monkeypatch):
     (tmp_path / "nano").mkdir()
     monkeypatch.chdir(tmp_path)
     # a folder with something else in it, as recipes/nano
-    assert boxed.resolve("nano") == ROOT / "mg_fast" / "nano"
+    assert builtin.resolve("nano") == ROOT / "mg_fast" / "nano"
     (tmp_path / "nano" / "config.json").write_text("{}")
-    assert boxed.resolve("nano") == "nano" and boxed.resolve(Path("nano")) == Path("nano")
+    assert builtin.resolve("nano") == "nano" and builtin.resolve(Path("nano")) == Path("nano")
     with pytest.raises(CheckpointError, match="^nano/config.json .* has no image_size_aux"):
         mg_fast.load("nano")
 
@@ -269,7 +269,7 @@ def test_a_local_checkpoint_of_that_name_wins(tmp_path, monkeypatch):
 def test_a_file_of_that_name_does_not(tmp_path, monkeypatch):
     (tmp_path / "nano").touch()
     monkeypatch.chdir(tmp_path)
-    assert boxed.resolve("nano") == ROOT / "mg_fast" / "nano"
+    assert builtin.resolve("nano") == ROOT / "mg_fast" / "nano"
 
 
 def test_unknown_names_are_told_what_there_is(capsys):
@@ -285,7 +285,7 @@ def test_unknown_names_are_told_what_there_is(capsys):
 
 @pytest.mark.parametrize("name", ["owner/nano", "./nano", "/nano", "~/nano", "..", "", Path("owner/nano")])
 def test_paths_and_hub_ids_are_left_alone(name):
-    assert boxed.resolve(name) == name
+    assert builtin.resolve(name) == name
 
 
 def test_from_pretrained_stays_ordinary():

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor, Pipeline
-from mg_fast.models import builtin as boxed
+from mg_fast.models import builtin
 from mg_fast.models.mini_gemini.geometry import check_geometry
 from recipes.nano import data, train
 from recipes.nano import evaluate as evaluation
@@ -442,7 +442,7 @@ def test_codes_are_blurred_anew_at_every_step(tmp_path, monkeypatch):
 )
 def test_wrong_arguments_are_refused_before_any_work(command, arguments, said, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
-    places = {"NANO": boxed.resolve("nano"), "FILE": tmp_path / "file", "NEW": tmp_path / "new"}
+    places = {"NANO": builtin.resolve("nano"), "FILE": tmp_path / "file", "NEW": tmp_path / "new"}
     monkeypatch.setattr("sys.argv", ["nano", *(str(places.get(argument, argument)) for argument in arguments)])
     with pytest.raises(SystemExit) as refused:
         command.main()

@@ -10,7 +10,7 @@ from transformers import TorchAoConfig
 
 import mg_fast
 from mg_fast import cli
-from mg_fast.models import builtin as boxed
+from mg_fast.models import builtin
 from mg_fast.models.mini_gemini import loading_dtype
 from mg_fast.models.mini_gemini.checkpoint import open_checkpoint
 from mg_fast.runtime import cpu_dtype
@@ -140,7 +140,7 @@ def test_a_dict_of_dtypes(machine, caplog):
     for others in (SINGLE, BFLOAT):
         dtypes = {"text_config": "bfloat16", "": str(others).removeprefix("torch.")}
         model = mg_fast.load("nano", device="cpu", dtype=dtypes).model
-        alone = mg_fast.MiniGeminiForConditionalGeneration.from_pretrained(boxed.resolve("nano"), dtype=dtypes)
+        alone = mg_fast.MiniGeminiForConditionalGeneration.from_pretrained(builtin.resolve("nano"), dtype=dtypes)
         assert [p.dtype for p in model.parameters()] == [p.dtype for p in alone.parameters()]
         assert model.model.vision_tower.dtype == others
     assert lines(caplog) == []

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mg_fast.decoding import LeanDecoder, model_runner
+from mg_fast.decoding import Decoder, model_runner
 from mg_fast.models.mini_gemini.encoder import PictureEncoder
 from mg_fast.runtime.graphs import Captures, GraphCache
 from mg_fast.runtime.numerics import numerics
@@ -127,7 +127,7 @@ def test_image_tokens_of_another_attention_are_its_own(own):
 
 @pytest.mark.parametrize("what", MISSED_BY_KEYS_AND_VALUES)
 def test_keys_and_values_computed_otherwise_are_not_reused(own, what):
-    decoder = LeanDecoder(own.model)
+    decoder = Decoder(own.model)
     ids = torch.randint(3, 400, (1, 20), generator=torch.Generator().manual_seed(0))
 
     def reused():
@@ -161,9 +161,9 @@ def test_a_graph_of_a_picture_is_of_one_arithmetic(own, monkeypatch, what):
 
 @pytest.mark.parametrize("what", MISSED_BY_PASSES)
 def test_a_graph_of_a_pass_is_of_one_arithmetic(own, monkeypatch, what):
-    monkeypatch.setattr(model_runner.Steps, "graphs_refused", lambda self, capacity: None)
+    monkeypatch.setattr(model_runner.ModelRunner, "graphs_refused", lambda self, capacity: None)
     monkeypatch.setattr(model_runner._Graph, "_capture", lambda self: None)
-    passes = LeanDecoder(own.model).steps
+    passes = Decoder(own.model).runner
     sequences = passes.sequences(1, 64)
 
     def graphs():

@@ -182,8 +182,7 @@ HOOKS = {
 def test_passes_are_not_captured_with_hooks_anywhere(where):
     own = family("standard")
     language, head = Language(nn.Linear(2, 2)), Language(nn.Linear(2, 2))
-    model = types.SimpleNamespace(config=own.model.config, model=types.SimpleNamespace(language_model=language), lm_head=head)
-    runner = model_runner.Steps(model)
+    runner = model_runner.ModelRunner(types.SimpleNamespace(text_config=own.model.text_config, language_model=language, head=head))
     assert runner.graphs_refused(512) is None
     # quantized weights are captured as they are
     quantize(language[0])

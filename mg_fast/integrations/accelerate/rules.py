@@ -6,8 +6,7 @@ from typing import NamedTuple
 from torch import nn
 
 from ...modules import ConvNeXtPyramid, PatchInfoMining
-from . import timm_convnext as convnext
-from . import unified_resampler as mining
+from . import timm_convnext, unified_resampler
 from .report import Finding, Report
 
 
@@ -62,7 +61,7 @@ class Rule(NamedTuple):
 
 
 RULES = (
-    Rule(mining.LOOKS_FOR, mining.recognise),
-    Rule(convnext.LOOKS_FOR, convnext.recognise),
+    Rule(unified_resampler.LOOKS_FOR, unified_resampler.recognise),
+    Rule(timm_convnext.LOOKS_FOR, timm_convnext.recognise),
     Rule("mg_fast.modules.PatchInfoMining and mg_fast.modules.ConvNeXtPyramid, where nothing is left to do", _ours),
 )

@@ -9,7 +9,6 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConf
 
 from ...errors import CheckpointError, quoted
 from ...runtime.arguments import plain_numbers, whole_number
-from ...runtime.deferred import do_deferred
 from ..templates import TEMPLATES
 from .registration import register_configuration
 
@@ -99,8 +98,6 @@ class MiniGeminiConfig(PreTrainedConfig):
     tie_word_embeddings: bool | None = None
 
     def __post_init__(self, **kwargs):
-        # The Auto classes look up what belongs to a configuration only after they have made one.
-        do_deferred()
         # Numbers of NumPy's are none to the strict checks of transformers, nor to JSON.
         kwargs = {key: plain_numbers(value) for key, value in kwargs.items()}
         for key in _field_names(MiniGeminiConfig):

@@ -17,7 +17,6 @@ from ...runtime.graphs import CapturedGraph, Captures, CaptureStream, GraphCache
 from ...runtime.layer_dtypes import Chain
 from ...runtime.numerics import numerics
 from ...runtime.weights import Fingerprint, why_more_than_weights
-from .modeling import MiniGeminiModel
 
 # graphs kept, each with memory of its own for everything between the pixels and the tokens
 MAX_GRAPHS = 4
@@ -45,7 +44,7 @@ class PictureEncoder:
         ValueError: a tower computes something else than its weights say; the message says what.
     """
 
-    def __init__(self, model: MiniGeminiModel, *, graphs: bool = True):
+    def __init__(self, model: nn.Module, *, graphs: bool = True):
         began = time.perf_counter()
         self._model = model
         # before anything is copied
@@ -77,11 +76,11 @@ class PictureEncoder:
 
         No other owner of graphs has them, since what is captured keeps the workspaces that cuBLAS has for a stream.
         """
-        if self._graphs is None:
-            return torch.cuda.Stream(self.device)
         try:
+            # Without graphs of its own, too: another owner may have captured products on a stream that torch hands out.
             self._leased = CaptureStream(self.device)
-            self._graphs.stream(self.device)
+            if self._graphs is not None:
+                self._graphs.stream(self.device)
         except NoStreamLeft as error:
             logger.warning("pictures are encoded without CUDA graphs: %s", error)
             self._graphs = self._leased = None
@@ -144,8 +143,8 @@ class PictureEncoder:
     def _encode(self, pixel_values, pixel_values_hr, backend: str | None, stage: Callable) -> torch.Tensor:
         """The model's own order of steps, with the packed towers in the place of the model's."""
         parts = {
-            "queries": functools.partial(self._queries, backend=backend),
-            "pyramid": functools.partial(self._tower, backend=backend),
+            "see_low": functools.partial(self._queries, backend=backend),
+            "see_high": functools.partial(self._tower, backend=backend),
         }
         return self._model.picture_features(pixel_values, pixel_values_hr, **parts, backend=backend, stage=stage).image_tokens
 
@@ -155,18 +154,18 @@ class PictureEncoder:
             return self._encode(pixel_values, pixel_values_hr, backend, contextlib.nullcontext)
         main = torch.cuda.current_stream(self.device)
 
-        def queries(pixels: torch.Tensor) -> torch.Tensor:
+        def see_low(pixels: torch.Tensor) -> torch.Tensor:
             self._side.wait_stream(main)
             with torch.cuda.stream(self._side):
                 return self._queries(pixels, backend)
 
-        def pyramid(pixels: torch.Tensor) -> list[torch.Tensor]:
+        def see_high(pixels: torch.Tensor) -> list[torch.Tensor]:
             levels = self._tower(pixels, backend=backend)
             # Mining, which comes next, reads the queries.
             main.wait_stream(self._side)
             return levels
 
-        features = self._model.picture_features(pixel_values, pixel_values_hr, queries=queries, pyramid=pyramid, backend=backend)
+        features = self._model.picture_features(pixel_values, pixel_values_hr, see_low=see_low, see_high=see_high, backend=backend)
         for tensor, stream in ((pixel_values, self._side), (features.queries, main)):
             tensor.record_stream(stream)
         return features.image_tokens
@@ -211,19 +210,19 @@ class PictureEncoder:
         return None if graph is None else (graph, inputs)
 
 
-def _towers(model: MiniGeminiModel) -> tuple[nn.Module, ...]:
+def _towers(model: nn.Module) -> tuple[nn.Module, ...]:
     return model.vision_tower, model.vision_tower_aux
 
 
-def _parts(model: MiniGeminiModel) -> tuple[nn.Module, ...]:
+def _parts(model: nn.Module) -> tuple[nn.Module, ...]:
     return *_towers(model), *_after_towers(model)
 
 
-def _after_towers(model: MiniGeminiModel) -> tuple[nn.Module, ...]:
+def _after_towers(model: nn.Module) -> tuple[nn.Module, ...]:
     return model.patch_mining, model.mm_projector
 
 
-def picture_state(model: MiniGeminiModel) -> tuple:
+def picture_state(model: nn.Module) -> tuple:
     """What image tokens depend on beside the pixels and how they are encoded; compared by `==`, see `Fingerprint`."""
     settings = model.config.mm_vision_select_layer, model.config.vision_config._attn_implementation
     return Fingerprint(_parts(model)), settings

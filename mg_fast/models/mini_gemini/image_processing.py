@@ -43,6 +43,11 @@ class MiniGeminiImageProcessor(ImageProcessingMixin):
         self.hr_size, self.lr_size, self.grid, self.global_view = map(plain, (hr_size, lr_size, grid, global_view))
         self.pad, self.tokens_per_picture = plain(pad), plain(tokens_per_picture)
 
+    @property
+    def settings(self) -> tuple:
+        """Everything by which the pixels of one picture may come out different."""
+        return self.hr_size, self.lr_size, self.grid, self.global_view, self.pad
+
     @classmethod
     def from_config(cls, config: MiniGeminiConfig) -> "MiniGeminiImageProcessor":
         return cls(

@@ -20,6 +20,7 @@ from .generation import GenerationWithPictures, kept_positions
 from .loading import PublishedCheckpoints
 from .places import PICTURE_INPUTS, check_no_places, check_places, of_new_positions
 from .registration import register_model
+from .seeing import MiniGeminiSeeing
 from .vision import PictureFeatures, build_projector, low_resolution_features
 
 
@@ -105,8 +106,8 @@ class MiniGeminiModel(MiniGeminiPreTrainedModel):
         pixel_values: torch.Tensor,
         pixel_values_hr: torch.Tensor,
         *,
-        queries: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        pyramid: Callable[[torch.Tensor], list[torch.Tensor]] | None = None,
+        see_low: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        see_high: Callable[[torch.Tensor], list[torch.Tensor]] | None = None,
         mine: Callable[[torch.Tensor, list[torch.Tensor]], tuple[torch.Tensor, torch.Tensor]] | None = None,
         backend: str | None = None,
         stage: Callable = contextlib.nullcontext,
@@ -117,22 +118,22 @@ class MiniGeminiModel(MiniGeminiPreTrainedModel):
 
         Args:
             pixel_values, pixel_values_hr: as of `get_image_features`.
-            queries: pixel_values to queries; default `low_resolution_queries`.
-            pyramid: pixel_values_hr to stage maps, channels last; default the high-resolution tower.
+            see_low: pixel_values to queries; default `low_resolution_queries`.
+            see_high: pixel_values_hr to stage maps, channels last; default the high-resolution tower.
             mine: queries and stage maps to image tokens, and the same before the projector; default `mine_and_project`.
             backend: for those of the three that are the model's own; overrides the choice in force.
             stage: as of `get_image_features`; a part that stands in for mining and projector is one stage.
         """
         self.check_pixels(pixel_values, pixel_values_hr)
-        queries = queries or functools.partial(self.low_resolution_queries, backend=backend)
-        pyramid = pyramid or functools.partial(self.vision_tower_aux, backend=backend)
+        see_low = see_low or functools.partial(self.low_resolution_queries, backend=backend)
+        see_high = see_high or functools.partial(self.vision_tower_aux, backend=backend)
         mine = mine or functools.partial(self.mine_and_project, backend=backend, stage=stage)
         with stage("LR tower"):
-            seen = queries(pixel_values)
+            queries = see_low(pixel_values)
         with stage("HR tower"):
-            levels = [level.to(seen.device) for level in pyramid(pixel_values_hr)]
-        image_tokens, tokens = mine(seen, levels)
-        return PictureFeatures(seen, levels, tokens, image_tokens)
+            pyramid = [level.to(queries.device) for level in see_high(pixel_values_hr)]
+        image_tokens, tokens = mine(queries, pyramid)
+        return PictureFeatures(queries, pyramid, tokens, image_tokens)
 
     def mine_and_project(
         self,
@@ -250,7 +251,7 @@ class MiniGeminiModel(MiniGeminiPreTrainedModel):
 
 
 class MiniGeminiForConditionalGeneration(
-    PublishedCheckpoints, GenerationWithPictures, MiniGeminiDecoding, MiniGeminiPreTrainedModel, GenerationMixin
+    PublishedCheckpoints, GenerationWithPictures, MiniGeminiDecoding, MiniGeminiSeeing, MiniGeminiPreTrainedModel, GenerationMixin
 ):
     """Mini-Gemini with its language-model head.
 
@@ -266,10 +267,15 @@ class MiniGeminiForConditionalGeneration(
         self.post_init()
 
     def get_image_features(
-        self, pixel_values: torch.Tensor, pixel_values_hr: torch.Tensor, *, backend: str | None = None
+        self,
+        pixel_values: torch.Tensor,
+        pixel_values_hr: torch.Tensor,
+        *,
+        backend: str | None = None,
+        stage: Callable = contextlib.nullcontext,
     ) -> BaseModelOutputWithPooling:
         """Image tokens [n_images, T, hidden] as `.pooler_output`; see `MiniGeminiModel.get_image_features`."""
-        return self.model.get_image_features(pixel_values, pixel_values_hr, backend=backend)
+        return self.model.get_image_features(pixel_values, pixel_values_hr, backend=backend, stage=stage)
 
     def forward(
         self,

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 import mg_fast
 from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor, pipeline
-from mg_fast.engine import vision
 from mg_fast.models.mini_gemini import encoder as encoders
+from mg_fast.models.mini_gemini import seeing
 from mg_fast.models.mini_gemini.encoder import PictureEncoder
 from mg_fast.modules import ConvNeXtPyramid
 from mg_fast.runtime.meter import Meter
@@ -130,7 +130,7 @@ def test_on_a_gpu(loaded, photo, drawing, graphs):
 
 def test_the_pipeline_packs_once_and_again_after_a_change(loaded, photo, drawing, monkeypatch):
     made = []
-    monkeypatch.setattr(vision, "PictureEncoder", lambda model, **options: made.append(PictureEncoder(model, **options)) or made[-1])
+    monkeypatch.setattr(seeing, "PictureEncoder", lambda model, **options: made.append(PictureEncoder(model, **options)) or made[-1])
     model, processor = loaded
     piped = pipeline.Pipeline(model, processor)
     piped.see(photo), piped.see(drawing)
