@@ -74,7 +74,9 @@ class CausalLM:
         return NO_PASS_INPUTS
 
     def position_keys(self, ids: torch.Tensor, model_inputs: Mapping[str, object], digests: Sequence[bytes] | None) -> list[int] | None:
-        if type(self).pass_inputs is not CausalLM.pass_inputs or self.prompt_inputs:
-            # A subclass takes more than ids, of which nothing is known here.
+        kind = type(self)
+        takes_more = kind.pass_inputs is not CausalLM.pass_inputs or self.prompt_inputs
+        if takes_more and kind.position_keys is CausalLM.position_keys:
+            # A subclass that takes more than ids has to say what stands for it; until then nothing is reused.
             return None
         return ids[0].tolist()

@@ -13,7 +13,8 @@ import sentencepiece
 import torch
 from transformers.utils import logging as transformers_logging
 
-from mg_fast import MiniGeminiConfig, MiniGeminiForConditionalGeneration
+from mg_fast.models.mini_gemini.configuration import MiniGeminiConfig
+from mg_fast.models.mini_gemini.modeling import MiniGeminiForConditionalGeneration
 from mg_fast.models.templates import TEMPLATES
 
 # the towers of the published models, and narrow ones of the same geometry (336/768: 576 image tokens)

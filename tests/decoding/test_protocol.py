@@ -129,6 +129,12 @@ class BlindKeysLM(SeeingLM):
         return CausalLM.position_keys(self, ids, model_inputs, digests)
 
 
+class ForgetfulLM(CausalLM):
+    """One that takes features in every pass, and says nothing of keys."""
+
+    pass_inputs = SeeingLM.pass_inputs
+
+
 @pytest.fixture(scope="module")
 def seeing():
     return random_model(SeeingLlama, LlamaConfig(**SIZES))
@@ -336,6 +342,12 @@ def test_a_second_turn_reuses_what_the_same_features_gave(seeing, graph, request
 
 def test_without_digests_nothing_is_reused(seeing):
     assert turns(seeing, Decoder(SeeingLM(seeing)), None)[1] == [0, 0]
+
+
+def test_without_keys_of_its_own_a_model_with_features_reuses_nothing(seeing):
+    ids, inputs = prompt(5, 1), {"features": features(1), "feature_mask": torch.ones(1, 5, 1)}
+    assert ForgetfulLM(seeing).position_keys(ids, inputs, None) is None
+    assert CausalLM(seeing).position_keys(ids, {}, None) == ids[0].tolist()
 
 
 def test_keys_that_ignore_features_give_wrong_answers(seeing):
