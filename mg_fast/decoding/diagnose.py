@@ -21,8 +21,8 @@ def where_not_finite(model: DecodableModel, ids: torch.Tensor, model_inputs: dic
     prompt_inputs = {name: model_inputs.get(name) for name in model.prompt_inputs}
     pass_inputs = model.pass_inputs(model_inputs)
     embeddings = torch.cat([model.embed(ids[:, :prompt], **prompt_inputs), model.embed_ids(ids[:, prompt:])], dim=1)
-    # masks among the second ones may be infinite
     infinite = [name for name, tensor in prompt_inputs.items() if tensor is not None and not tensor.isfinite().all()]
+    # A mask among these may hold infinities, so that they are searched for NaN alone.
     nan = [name for name, tensor in {**pass_inputs.constant, **pass_inputs.by_position}.items() if tensor.isnan().any()]
     if nan or not embeddings.isfinite().all():
         source = [*nan, *infinite, "embeddings of the prompt"][0].replace("_", " ")

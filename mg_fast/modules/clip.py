@@ -70,7 +70,7 @@ class PackedClip(nn.Module):
         for i, layer in enumerate(layers[: self.depth]):
             for name, tensor in _pack(layer)._asdict().items():
                 self._keep(f"layer{i}_{name}", tensor)
-        # what is read of the tower, as it is now
+        # These are the modules whose tensors are read. Their fingerprint tells later whether any of them was changed.
         self._packed = Fingerprint([tower.embeddings, tower.pre_layrnorm, *layers[: self.depth]])
         self.training = False
 

@@ -64,7 +64,7 @@ class ConvNeXtPyramid(nn.Module):
         """Pictures [B, 3, HR, HR] to stage maps [B, HR / 4 / 2**s, HR / 4 / 2**s, C_s], channels last, s = 0..3.
 
         The `reference` backend runs timm's modules in NCHW, as the original does; others the same arithmetic on channels-last maps, where
-        the tower is no more than its weights (`why_more_than_weights`).
+        the tower computes only what its weights say (`why_more_than_weights`).
         """
         pixels = pixels.to(self.vision_stem[0].weight.dtype)
         form = backends.choose_form(HIGH_RESOLUTION_TOWER, backend, pixels.device)

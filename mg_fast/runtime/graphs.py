@@ -92,7 +92,7 @@ def capture(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: tuple 
 
 
 class Captures:
-    """What the captures of one owner have come to, over all of its caches of graphs.
+    """Whether one owner may still capture graphs, and how long it took so far, over all of its caches of graphs.
 
     Attributes:
         allowed: False from when a capture failed: what it left of torch's state is not to be relied on for another.
@@ -127,7 +127,7 @@ class CapturedGraph:
 
 
 class GraphCache:
-    """What is kept for each shape of one owner's work, a captured graph mostly; what was used longest ago goes first.
+    """A bounded cache of one owner's captured graphs, one for each shape of its work; the graph that was used longest ago goes first.
 
     All graphs of one cache are captured on one stream, which no other owner has, so only one of them may be replayed at a time.
 

@@ -32,7 +32,7 @@ def numerics(device: torch.device) -> tuple:
     """All of torch's settings by which the same operation on the same numbers may round differently on a device.
 
     Results that were kept, and CUDA graphs that were captured, under one key are of use under an equal one alone. Settings of the other
-    kinds of devices are in it, too: they are seldom changed, and a model may be spread over several.
+    types of devices are in it, too: they are seldom changed, and a model may be spread over several.
 
     Two things are not in it. `torch.set_flush_denormal` cannot be asked for. The number of threads changes the order of sums on a CPU, as
     the choice of a kernel does in many other places, but is not a setting of precision.
