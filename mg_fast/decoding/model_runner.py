@@ -138,7 +138,6 @@ class ModelRunner:
 
     def __init__(self, model: DecodableModel, *, graphs: bool = True, compiled: bool = False):
         self.model = model
-        self.config = model.text_config
         take_onednn(self.language_model)
         take_onednn(self.head)
         self._graphs = graphs
@@ -150,6 +149,11 @@ class ModelRunner:
     def first_use(self) -> dict[str, float]:
         """Seconds that were spent once: on compiling, and on every capture."""
         return self.captures.first_use
+
+    @property
+    def config(self):
+        """The language model's configuration."""
+        return self.model.text_config
 
     @property
     def language_model(self) -> nn.Module:
