@@ -339,9 +339,9 @@ def test_operators_keep_torchs_rules(grid):
     pooled, statistics = ops.pool_windows(queries, pyramid, grid)
     grad, operators = torch.randn_like(pooled), torch.ops.mg_fast
     leaves = [t.clone().requires_grad_() for t in (queries, *pyramid)]
-    torch.library.opcheck(operators.pool_windows.default, (leaves[0], leaves[1:], grid))
-    torch.library.opcheck(operators.pool_windows_backward.default, (grad, queries, pyramid, statistics, grid))
-    torch.library.opcheck(operators.pool_windows_backward_pyramid.default, (grad, queries, pyramid, [True, False], grid))
+    torch.library.opcheck(operators.patch_mining.default, (leaves[0], leaves[1:], grid))
+    torch.library.opcheck(operators.patch_mining_backward.default, (grad, queries, pyramid, statistics, grid))
+    torch.library.opcheck(operators.patch_mining_backward_pyramid.default, (grad, queries, pyramid, [True, False], grid))
 
 
 @pytest.mark.parametrize("grid", [1, 2])
