@@ -163,9 +163,11 @@ def _run(args: argparse.Namespace) -> int:
     cases = choose(all_cases(), args.cases, device, quick=args.quick)
     cases = choose_providers(cases, args.provider or (QUICK_PROVIDERS if args.quick else ()))
     if args.trace:
+        from mg_fast.testing.environment import environment
+
         from .trace import trace
 
-        print(json.dumps({**records.environment(), "device": device, "trace": str(args.trace), "cases": trace(cases, device, args.trace)}))
+        print(json.dumps({**environment(), "device": device, "trace": str(args.trace), "cases": trace(cases, device, args.trace)}))
         return 0
     # where it is kept says nothing of how it was measured
     words = [word for i, word in enumerate(sys.argv[1:]) if word != "--out" and sys.argv[i] != "--out"]

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from mg_fast.testing.environment import environment
+
 from . import records
 
 FILE = records.RESULTS / "cpu-dtypes.json"
@@ -66,13 +68,13 @@ def main(words: list[str] | None = None) -> None:
     args = parser.parse_args(words)
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
-    document = {**records.environment(), "capability": torch.backends.cpu.get_cpu_capability(), "turns": args.turns}
+    document = {**environment(), "capability": torch.backends.cpu.get_cpu_capability(), "turns": args.turns}
     document["products"] = []
     for name in (*PRODUCTS, CONVOLUTION):
         document["products"].append(row := measure(name, args.turns))
         print(*(f"{key}: {value}" for key, value in row.items()), sep="  ", flush=True)
     # If something else kept the machine busy meanwhile, it shows in the load at the end.
-    document["load_after"] = records.environment()["load"]
+    document["load_after"] = environment()["load"]
     records.write(args.out, document)
 
 

@@ -23,6 +23,7 @@ from mg_fast.models.mini_gemini.modeling import MiniGeminiForConditionalGenerati
 from mg_fast.models.mini_gemini.vision import low_resolution_features
 from mg_fast.modules.clip import PackedClip
 from mg_fast.ops.torch import patch_mining as mining_form
+from mg_fast.testing.environment import environment
 from mg_fast.testing.random_checkpoints import make_config
 
 from . import records
@@ -327,8 +328,8 @@ def record(predictions: Predictions) -> dict:
 
 def versions() -> dict[str, str | None]:
     """Of what the predictions depend on."""
-    environment = records.environment()
-    return {package: environment[package] for package in ("torch", "triton", "transformers")}
+    stack = environment()
+    return {package: stack[package] for package in ("torch", "triton", "transformers")}
 
 
 def recorded() -> dict[str, dict[str, dict[str, int]]]:

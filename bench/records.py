@@ -1,12 +1,10 @@
-"""What a figure was measured on, and documents of figures: written as they grow, read and checked."""
+"""Documents of figures: written as they grow, read and checked. `mg_fast.testing.environment` says what they were measured on."""
 
 import contextlib
 import json
 import os
 import tempfile
 from pathlib import Path
-
-from mg_fast.testing.environment import environment as environment
 
 RESULTS = Path(__file__).parent / "results"
 # what every document has, and what is the same where two can be one

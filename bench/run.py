@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from mg_fast.testing.environment import environment
 from mg_fast.testing.tolerances import assert_accurate, errors, ieee_float32
 
 from . import measure, records
@@ -78,7 +79,7 @@ def run(
     ieee_float32()
     watch = watch or Watchdog()
     with ClockLog(device) as clocks:
-        document = {**records.environment(), "device": device}
+        document = {**environment(), "device": device}
         loaded = None
         if ceilings is None:
             ceilings = measure.measure_ceilings(device)

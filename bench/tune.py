@@ -28,9 +28,10 @@ from mg_fast.kernels import configs
 from mg_fast.ops.patch_mining import pool_windows
 from mg_fast.ops.torch import dual_resize as torch_dual_resize
 from mg_fast.ops.torch import patch_mining as torch_patch_mining
+from mg_fast.testing.environment import environment
 from mg_fast.testing.tolerances import assert_accurate, ieee_float32
 
-from . import measure, records
+from . import measure
 from .accounting import Sizes
 from .cases.settings import DIMS, LR, PICTURE, SETTINGS
 from .registry import UnknownCase
@@ -465,7 +466,7 @@ def tune(kernels: Sequence[str], seconds: float, *, best: int = 3, device: str =
     began = time.monotonic()
     major, minor = torch.cuda.get_device_capability()
     architecture = 10 * major + minor
-    where = records.environment()
+    where = environment()
     print(f"# {where['gpu']} (sm_{architecture}), {where['date']}, commit {where['commit']}")
     print(f"# torch {where['torch']}, triton {where['triton']}")
     print("# to review: an entry serves its whole bucket, not these shapes alone", flush=True)

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mg_fast.testing.environment import environment
+
 from .. import records
 from ..cases import all_cases
 from ..registry import Ceilings
@@ -82,7 +84,7 @@ def _check_same(resume: Path, device: str) -> None:
     found = next((resume / name for name in (plans.ENVIRONMENT, plans.CASES, plans.END_TO_END) if (resume / name).exists()), None)
     if found is None:
         return
-    before, now = records.read(found), records.environment()
+    before, now = records.read(found), environment()
     if different := [f"{key} {before.get(key)} there, {now[key]} here" for key in SAME if before.get(key) != now[key]]:
         raise records.BadRecord(
             f"{resume} cannot be resumed, since its figures would not belong together with new ones: {'; '.join(different)}"

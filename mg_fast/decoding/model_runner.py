@@ -133,7 +133,7 @@ class ModelRunner:
             kernels. Its window is the cache's whole capacity.
 
     Attributes:
-        captures: what the captures over all sequences have come to.
+        captures: whether passes may still be captured, and how long captures took, over all sequences.
     """
 
     def __init__(self, model: DecodableModel, *, graphs: bool = True, compiled: bool = False):

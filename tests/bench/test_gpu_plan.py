@@ -146,7 +146,7 @@ def test_nothing_to_resume(content, capsys, tmp_path):
 def test_figures_of_another_commit_are_not_added_to(capsys, tmp_path):
     conclude(tmp_path, [Outcome("environment", "", 1, "done", 0)])
     records.write(
-        tmp_path / plans.ENVIRONMENT, {**records.environment(), "device": "cpu", "cases": [], "ceilings": {}} | {"commit": "before"}
+        tmp_path / plans.ENVIRONMENT, {**environment.environment(), "device": "cpu", "cases": [], "ceilings": {}} | {"commit": "before"}
     )
     assert main(["gpu", "--resume", str(tmp_path), "--device", "cpu", "--plan", "tiny"]) == 2
     assert "cannot be resumed, since its figures would not belong together with new ones: commit before there" in capsys.readouterr().err
@@ -245,7 +245,7 @@ def test_results_are_kept_by_device_and_case(tmp_path, monkeypatch, capsys):
 def test_the_commit_where_there_is_no_git(monkeypatch):
     monkeypatch.setenv("MG_FAST_COMMIT", "0123456789ab-dirty")
     monkeypatch.setattr(environment, "_command", lambda *words: None)
-    assert records.environment()["commit"] == "0123456789ab-dirty"
+    assert environment.environment()["commit"] == "0123456789ab-dirty"
 
 
 def test_no_step_times_what_the_host_does():

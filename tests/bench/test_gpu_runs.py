@@ -21,6 +21,7 @@ from bench.gpu.plan import ROOT
 from bench.gpu.runner import Settings, run_plan
 from bench.gpu.summary import earlier_outcomes
 from bench.registry import OURS, Case
+from mg_fast.testing.environment import environment
 from tests.bench.gpu_stand_ins import stand_ins
 
 CASES = {name: list(case.providers) for name, case in all_cases().items()}
@@ -77,7 +78,7 @@ def none(step: plans.Step) -> list:
 
 def ceilings_document() -> dict:
     return {
-        **records.environment(),
+        **environment(),
         "device": "cpu",
         "complete": True,
         "cases": [],

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import xml.etree.ElementTree as ElementTree
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 
 from bench import memory_curve, records, report
-from bench.__main__ import main
+from bench.__main__ import _parser, main
 from bench.report_page import page
 from tests.bench import documents as bench_documents
 
@@ -39,6 +40,16 @@ def test_the_readme_is_what_the_records_give(capsys):
     assert report.differences(report.README.read_text(encoding="utf-8"), report.kept()) == []
     assert main(["report", "--check"]) == 0
     assert capsys.readouterr() == ("", "")
+
+
+def test_the_commands_of_the_records_can_be_run_today():
+    """A reader copies them from the README."""
+    commands = {document["command"] for cases in report.kept().values() for document in cases.values() if document.get("command")}
+    assert commands
+    for command in commands:
+        program, arguments = shlex.split(command)[:3], shlex.split(command)[3:]
+        assert program == ["python", "-m", "bench"]
+        _parser().parse_args(arguments)
 
 
 def test_check_says_what_differs_and_how_to_mend_it(tmp_path, monkeypatch, capsys):
