@@ -1,4 +1,6 @@
-"""The package mapping only: the top-level kernels/ folder installs as mg_fast.kernels (see mg_fast/kernels.py), nano's weights as data."""
+"""The package mapping only: the top-level kernels/ folder installs as mg_fast.kernels (see mg_fast/kernels.py), nano's
+weights as data.
+"""
 
 from setuptools import find_packages, setup
 

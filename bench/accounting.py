@@ -1,11 +1,12 @@
-"""FLOP and bytes by sizes: of patch info mining by the reference, the PyTorch form and the Triton kernel, and of the high-resolution
-tower by the PyTorch form and the kernels.
+"""FLOP and bytes by sizes: of patch info mining by the reference, the PyTorch form and the Triton kernel, and of the
+high-resolution tower by the PyTorch form and the kernels.
 
     python -m bench.accounting
 
-FLOP are those of torch's FlopCounterMode: 2 for a multiply-add, products of matrices and convolutions only. The rest (LayerNorm, softmax,
-resizing, elementwise work, gathers) counts as bytes. Bytes are those of operators run one by one without a cache: each reads its inputs
-once, a gather what it gathers, and writes its outputs once; views are free. All of the forward pass, without autograd, on a GPU.
+FLOP are those of torch's FlopCounterMode: 2 for a multiply-add, products of matrices and convolutions only. The rest
+(LayerNorm, softmax, resizing, elementwise work, gathers) counts as bytes. Bytes are those of operators run one by one
+without a cache: each reads its inputs once, a gather what it gathers, and writes its outputs once; views are free. All
+of the forward pass, without autograd, on a GPU.
 """
 
 from collections.abc import Callable
@@ -129,8 +130,8 @@ def _mine(sizes: Sizes, views: int) -> Cost:
 def torch_mining(sizes: Sizes) -> Cost:
     """`mg_fast.ops.torch.patch_mining.patch_mining` in the form for GPUs.
 
-    Bytes leave out what holds one number to a pixel, not one to a channel: means, deviations, scores, weights, and the tables. At the
-    published sizes that is up to 4% of all.
+    Bytes leave out what holds one number to a pixel, not one to a channel: means, deviations, scores, weights, and the
+    tables. At the published sizes that is up to 4% of all.
     """
     cost = _absorb(sizes) + _cast(sizes.queries * sizes.channels, sizes.absorbed_itemsize, FLOAT32)
     for n, channels in sizes.levels:
@@ -190,21 +191,28 @@ def _windows(sizes: Sizes, n: int, channels: int, windows: int, reduction: int) 
         # the global view's queries: not side by side
         cost += _copy(queries * FLOAT32)
     # weights resized back, pixels pooled, and the deviations' share on top
-    return cost + Cost(2 * gathered + 2 * count * m * k * (m + k), gathered * FLOAT32, queries * FLOAT32) + _copy(queries * FLOAT32)
+    return (
+        cost
+        + Cost(2 * gathered + 2 * count * m * k * (m + k), gathered * FLOAT32, queries * FLOAT32)
+        + _copy(queries * FLOAT32)
+    )
 
 
 def triton_mining(sizes: Sizes, *, cached: bool = True) -> Cost:
     """`mg_fast.ops.torch.patch_mining.patch_mining` with the Triton kernel in the place of its pooling.
 
     Args:
-        cached: count what the kernel must exchange with memory, the pyramid once per launch (one for the cells, one for the global view);
-            else all that its programs ask for, most of which a cache serves: what windows share, and the second pass.
+        cached: count what the kernel must exchange with memory, the pyramid once per launch (one for the cells, one for
+            the global view); else all that its programs ask for, most of which a cache serves: what windows share, and
+            the second pass.
     """
     e, c, fine, pixels = sizes.dtype.itemsize, sizes.channels, sizes.levels[0][0], sizes.window**2
     # in the widest dtype of what goes in
     pooled = max(e, sizes.absorbed_itemsize)
     queries = torch.empty(sizes.batch, sizes.views, sizes.side**2, c, device="meta")
-    pyramid = [torch.empty(sizes.batch, n, n, channels, device="meta", dtype=sizes.dtype) for n, channels in sizes.levels]
+    pyramid = [
+        torch.empty(sizes.batch, n, n, channels, device="meta", dtype=sizes.dtype) for n, channels in sizes.levels
+    ]
     # absorbed queries in; pooled windows and statistics out
     moved = Cost(0, sizes.queries * c * sizes.absorbed_itemsize, sizes.queries * (c * pooled + 3 * pixels * FLOAT32))
     cost = _absorb(sizes) + Cost(pool_windows_flop(queries, pyramid, sizes.grid)) + moved
@@ -214,7 +222,12 @@ def triton_mining(sizes: Sizes, *, cached: bool = True) -> Cost:
         asked *= sum(_reach(fine, fine, reduction, fine // reduction)) ** 2
         for (n, channels), level in zip(sizes.levels, geometries):
             # in both passes
-            asked += 2 * sizes.batch * channels * sum(_reach(fine, n, reduction, windows if level.taps else fine // reduction)) ** 2
+            asked += (
+                2
+                * sizes.batch
+                * channels
+                * sum(_reach(fine, n, reduction, windows if level.taps else fine // reduction)) ** 2
+            )
         cost += Cost(0, (sizes.pyramid if cached else asked) * e)
     return cost + _project(sizes, pooled)
 
@@ -231,13 +244,16 @@ def _absorb(sizes: Sizes) -> Cost:
     cost += _copy(rows * d * e) + Cost(0, rows * d * e, rows * e) + _cast(rows, e, FLOAT32) + _copy(rows * FLOAT32) * 4
     # the queries over it, which makes them float32, and half again
     cost += Cost(0, rows * (d * e + FLOAT32), rows * d * FLOAT32) + _cast(rows * d, FLOAT32, e)
-    # the projected ones and the gain in float32; the power times the scale of the scores; the gain times that; all together
+    # the projected ones and the gain in float32; the power times the scale of the scores; the gain times that; all
+    # together
     cost += _cast(rows * c, e, FLOAT32) + _cast(c, e, FLOAT32) + _copy(rows * FLOAT32)
     return cost + Cost(0, (c + rows + 2 * rows * c) * FLOAT32, 2 * rows * c * FLOAT32)
 
 
 def _project(sizes: Sizes, pooled: int) -> Cost:
-    """The end of the PyTorch form: the value's gain and bias on pooled windows of so many bytes an element, and its projection."""
+    """The end of the PyTorch form: the value's gain and bias on pooled windows of so many bytes an element, and its
+    projection.
+    """
     rows, c, e = sizes.queries, sizes.channels, sizes.dtype.itemsize
     gained = Cost(0, rows * c * pooled + 2 * c * e, rows * c * pooled)
     return gained + _cast(rows * c, pooled, e) + _linear(rows, c, sizes.dim, e)
@@ -277,7 +293,11 @@ class Tower:
         """Elements of the parameters, layer scale folded in."""
         stem = self.dims[0] * (3 * 16 + 1 + 2)
         between = sum(2 * before + 4 * before * after + after for before, after in zip(self.dims, self.dims[1:]))
-        return stem + between + sum(depth * (49 * c + 3 * c + 8 * c * c + 5 * c) for c, depth in zip(self.dims, self.depths))
+        return (
+            stem
+            + between
+            + sum(depth * (49 * c + 3 * c + 8 * c * c + 5 * c) for c, depth in zip(self.dims, self.depths))
+        )
 
 
 def tower_floor_bytes(tower: Tower) -> int:
@@ -301,7 +321,9 @@ def triton_tower(tower: Tower) -> Cost:
     return _tower(tower, _kernel_convolution, _kernel_products)
 
 
-def _tower(tower: Tower, convolution: Callable[[int, int, int], Cost], products: Callable[[int, int, int], Cost]) -> Cost:
+def _tower(
+    tower: Tower, convolution: Callable[[int, int, int], Cost], products: Callable[[int, int, int], Cost]
+) -> Cost:
     e, rows, dims = tower.dtype.itemsize, tower.rows, tower.dims
     # the stem: a convolution, then a norm; downsamplings: a norm, then a convolution
     cost = _merge(tower.batch * tower.size**2, 3, rows[0], dims[0], 4, e) + _norm(rows[0], dims[0], e)
@@ -369,7 +391,9 @@ def _linear(rows: int, width: int, out: int, e: int) -> Cost:
 
 
 def _reach(fine: int, n: int, reduction: int, windows: int) -> list[int]:
-    """How many of n coarse pixels each window (or pixel) spans along an axis of the map that is resized to `fine` and then reduced."""
+    """How many of n coarse pixels each window (or pixel) spans along an axis of the map that is resized to `fine` and
+    then reduced.
+    """
     counts, width = [], fine // windows
     for start in range(0, fine, width):
         # of a reduction the middle pixel counts, or the middle two; positions in units of 1 / (2 * fine) coarse pixels

@@ -1,4 +1,6 @@
-"""Clock rates, power and temperature of a GPU while it works: without them nobody can tell a slow kernel from a slow clock."""
+"""Clock rates, power and temperature of a GPU while it works: without them nobody can tell a slow kernel from a slow
+clock.
+"""
 
 import contextlib
 import statistics
@@ -30,7 +32,9 @@ class ClockLog:
     def __enter__(self) -> "ClockLog":
         if self._command is not None:
             with contextlib.suppress(OSError):
-                self._process = subprocess.Popen(self._command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+                self._process = subprocess.Popen(
+                    self._command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+                )
                 threading.Thread(target=self._follow, args=(self._process.stdout,), daemon=True).start()
         return self
 
@@ -51,8 +55,8 @@ class ClockLog:
         """What was read since a time of `time.monotonic`.
 
         Returns:
-            `sm_mhz`: lowest, median and highest clock of the multiprocessors; `memory_mhz`: the median; `power_w` and `temperature_c`: the
-            highest; `readings`: how many there were. None where there were none.
+            `sm_mhz`: lowest, median and highest clock of the multiprocessors; `memory_mhz`: the median; `power_w` and
+            `temperature_c`: the highest; `readings`: how many there were. None where there were none.
         """
         found = [numbers for at, numbers in list(self._readings) if at >= began]
         if not found:

@@ -12,7 +12,9 @@ def compare(before: dict, after: dict, within: float) -> tuple[str, bool]:
     rows = {(row["name"], row["provider"]): row for row in before["cases"]}
     broken = []
     lines = [f"before: {_conditions(before)}", f"after:  {_conditions(after)}"]
-    lines.append(f"{'case':<34} {'provider':<24} {'ms before':>10} {'after':>10} {'ratio before':>13} {'after':>8} {'differ':>7}")
+    lines.append(
+        f"{'case':<34} {'provider':<24} {'ms before':>10} {'after':>10} {'ratio before':>13} {'after':>8} {'differ':>7}"
+    )
     agree, common = True, 0
     for row in after["cases"]:
         other = rows.get((row["name"], row["provider"]))

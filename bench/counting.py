@@ -1,10 +1,12 @@
-"""Counting at torch's dispatcher, with or without a GPU: bytes that operators move, FLOP, launches, and memory that is live.
+"""Counting at torch's dispatcher, with or without a GPU: bytes that operators move, FLOP, launches, and memory that is
+live.
 
     with FakeTensorMode(), torch.inference_mode(), Count("cuda") as count:
         model(pixels)
     count.peak, count.total, count.launches
 
-counts fake tensors on a GPU that need not be there. Formulas by sizes are in bench.accounting, tables of the models in bench.memory.
+counts fake tensors on a GPU that need not be there. Formulas by sizes are in bench.accounting, tables of the models in
+bench.memory.
 """
 
 import functools
@@ -32,8 +34,8 @@ GATHERS = ("index_select", "index", "gather", "embedding")
 FUSED = ("aten::scaled_dot_product_attention",)
 # the key under which operators that are made of others are registered
 COMPOSITE = "CompositeImplicitAutograd"
-# of CUDA's caching allocator, whose blocks are multiples of it; what it gives beyond, up to 1 MiB of a large block that it does not split,
-# depends on what was allocated before and is not counted
+# of CUDA's caching allocator, whose blocks are multiples of it; what it gives beyond, up to 1 MiB of a large block that
+# it does not split, depends on what was allocated before and is not counted
 BLOCK = 512
 
 
@@ -51,12 +53,14 @@ OURS = "mg_fast::"
 class Count(TorchDispatchMode):
     """Counts what operators do, of real tensors, of fake ones and on the meta device.
 
-    Bytes are by the convention of bench.accounting, and so are FLOP. A launch is an ATen operator that writes memory, whatever the library
-    beneath it launches, or what the records of mg_fast's operations declare of their operators (`mg_fast.ops.operation.Operator`); views
-    and allocations launch nothing. Enter it within torch.inference_mode(): only there an operator of FUSED arrives whole.
+    Bytes are by the convention of bench.accounting, and so are FLOP. A launch is an ATen operator that writes memory,
+    whatever the library beneath it launches, or what the records of mg_fast's operations declare of their operators
+    (`mg_fast.ops.operation.Operator`); views and allocations launch nothing. Enter it within torch.inference_mode():
+    only there an operator of FUSED arrives whole.
 
-    Memory is what was allocated since it was entered and is not free again, by storage: results, and the workspaces that operators of
-    mg_fast declare; on a GPU each in blocks of the caching allocator. What libraries allocate for themselves is not seen.
+    Memory is what was allocated since it was entered and is not free again, by storage: results, and the workspaces
+    that operators of mg_fast declare; on a GPU each in blocks of the caching allocator. What libraries allocate for
+    themselves is not seen.
 
     Args:
         device: type of the only device whose tensors count, such as "cuda"; None: all.
@@ -98,7 +102,9 @@ class Count(TorchDispatchMode):
         declared = operators().get(name) if name.startswith(OURS) else None
         if (cost := self._cost(func, inputs, changed, created)) is not None:
             again = declared.reads_again(*args, **kwargs) if declared and declared.reads_again else []
-            self.costs[str(func)] += cost + Cost(_flop(func, declared, args, kwargs, out), _distinct_bytes(self._on_device(again)))
+            self.costs[str(func)] += cost + Cost(
+                _flop(func, declared, args, kwargs, out), _distinct_bytes(self._on_device(again))
+            )
         if launches := self._launches(func, declared, args, kwargs):
             self.launches[str(func)] += launches
         if declared:
@@ -109,7 +115,9 @@ class Count(TorchDispatchMode):
     def _on_device(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         return [t for t in tensors if self.device is None or t.device.type == self.device]
 
-    def _cost(self, func, inputs: list[torch.Tensor], changed: list[torch.Tensor], created: list[torch.Tensor]) -> Cost | None:
+    def _cost(
+        self, func, inputs: list[torch.Tensor], changed: list[torch.Tensor], created: list[torch.Tensor]
+    ) -> Cost | None:
         name = _name(func)
         if name in ALLOCATIONS:
             return None
@@ -118,7 +126,9 @@ class Count(TorchDispatchMode):
             inputs = []
         inputs, written = self._on_device(inputs), self._on_device(changed + created)
         if name in GATHERS and created:
-            return Cost(0, _distinct_bytes(self._on_device(created)) + _distinct_bytes(inputs[1:]), _distinct_bytes(written))
+            return Cost(
+                0, _distinct_bytes(self._on_device(created)) + _distinct_bytes(inputs[1:]), _distinct_bytes(written)
+            )
         return Cost(0, _distinct_bytes(inputs), _distinct_bytes(written))
 
     def _launches(self, func, declared: Operator | None, args: tuple, kwargs: dict) -> int:
@@ -155,7 +165,9 @@ def _is_composite(func) -> bool:
 
 
 def _as_on_a_gpu(func, args: tuple, kwargs: dict) -> tuple[object, list[int]]:
-    """What an operator returns, and bytes that it allocates beside, where fake tensors on a GPU would tell otherwise than the GPU does."""
+    """What an operator returns, and bytes that it allocates beside, where fake tensors on a GPU would tell otherwise
+    than the GPU does.
+    """
     first, name = args[0] if args else None, func._schema.name
     if name == "aten::_to_copy" and isinstance(first, FakeTensor) and first.constant is not None:
         # of torch.tensor(1.0, device="cuda"), which would be made indeed
@@ -163,7 +175,8 @@ def _as_on_a_gpu(func, args: tuple, kwargs: dict) -> tuple[object, list[int]]:
     if not (isinstance(first, FakeTensor) and first.device.type == "cuda"):
         return func(*args, **kwargs), []
     if name == "aten::convolution" and first.dtype == torch.bfloat16:
-        # of bfloat16 torch asks the GPU, which is not here, whether its convolutions take it: the other 16-bit dtype does the same
+        # of bfloat16 torch asks the GPU, which is not here, whether its convolutions take it: the other 16-bit dtype
+        # does the same
         narrow = (a.to(torch.float16) if isinstance(a, torch.Tensor) else a for a in args)
         return func(*narrow, **kwargs).to(torch.bfloat16), []
     if name == "aten::native_layer_norm" and not first.is_contiguous():
@@ -191,14 +204,19 @@ def _bytes_of(tensor: torch.Tensor) -> int:
 def _distinct_bytes(tensors: list[torch.Tensor]) -> int:
     """Bytes of tensors, what is the same counted once: a tensor given twice, an expanded dimension."""
     views = {(_storage(t), t.storage_offset(), t.shape, t.stride()): t for t in tensors}
-    return sum(t.itemsize * math.prod(size for size, stride in zip(t.shape, t.stride()) if stride or not size) for t in views.values())
+    return sum(
+        t.itemsize * math.prod(size for size, stride in zip(t.shape, t.stride()) if stride or not size)
+        for t in views.values()
+    )
 
 
 def _name(func) -> str:
     return func._schema.name.split("::")[-1]
 
 
-def _tensors_of(func, args: tuple, kwargs: dict, out) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+def _tensors_of(
+    func, args: tuple, kwargs: dict, out
+) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
     """What an operator reads, what it changes in place, and what it returns in memory of its own."""
     inputs, changed = [], []
     for i, argument in enumerate(func._schema.arguments):

@@ -1,4 +1,5 @@
-"""python -m bench.dtypes: how long a CPU's products take in bfloat16 and float16, against float32, in the models' shapes.
+"""python -m bench.dtypes: how long a CPU's products take in bfloat16 and float16, against float32, in the models'
+shapes.
 
 `mg_fast.runtime.cpu_dtype` takes the factors that it names from the file that this writes.
 """

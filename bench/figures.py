@@ -27,7 +27,10 @@ def kept(results: Path = records.RESULTS) -> Kept:
                 rows = [row for row in document["cases"] if row["name"] == name]
                 devices.setdefault(folder.name, {})[name] = document | {"cases": rows}
     order = list(all_cases())
-    in_order = {device: dict(sorted(cases.items(), key=lambda item: _place(order, item[0]))) for device, cases in devices.items()}
+    in_order = {
+        device: dict(sorted(cases.items(), key=lambda item: _place(order, item[0])))
+        for device, cases in devices.items()
+    }
     # a CPU first
     return dict(sorted(in_order.items(), key=lambda item: (item[0] != "cpu", item[0])))
 
@@ -67,10 +70,14 @@ def figure(row: Mapping | None) -> str:
     parts = [duration(row["median_ms"])]
     if row["peak_mib"] is not None:
         parts.append(f"{row['peak_mib']:.0f} MiB")
-    notes = [ratio(row["speedup"])] if row["provider"] != row.get("baseline", "reference") and row.get("speedup") else []
+    notes = (
+        [ratio(row["speedup"])] if row["provider"] != row.get("baseline", "reference") and row.get("speedup") else []
+    )
     if row.get("graphed_ms"):
         # without it a gain at batch 1 may be launches only
-        notes.append(f"as CUDA graphs {duration(row['graphed_ms'])}" + (f", {ratio(row['speedup_graphed'])}" if notes else ""))
+        notes.append(
+            f"as CUDA graphs {duration(row['graphed_ms'])}" + (f", {ratio(row['speedup_graphed'])}" if notes else "")
+        )
     notes += [cell(remark) for remark in remarks(row)]
     return ", ".join(parts) + (f" ({'; '.join(notes)})" if notes else "")
 
@@ -136,7 +143,9 @@ def cell(text: str) -> str:
 
 
 def wrapped(text: str) -> str:
-    return textwrap.fill(text, 140, subsequent_indent="  " * text.startswith("- "), break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(
+        text, 140, subsequent_indent="  " * text.startswith("- "), break_long_words=False, break_on_hyphens=False
+    )
 
 
 def gpu_note(found: Kept) -> str:

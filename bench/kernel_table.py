@@ -21,11 +21,11 @@ def kernel_table(call: Call, device: str) -> dict:
     """Profiles warm calls. On a CPU the table holds torch's operators, since there are no kernels.
 
     Returns:
-        `wall_us`: from the start of a call's first kernel to the end of its last one, median of `CALLS`, so that what the host does before
-        is not in it; on a CPU the whole call. None where the profiler did not see the same kernels in every call;
-        `busy_us`: the kernels' own times, added up: more than `wall_us` where some run at the same time, less where there are gaps;
-        `launches`: kernels, copies and fills of a call;
-        `kernels`: by time, each with `name`, `launches` and `us` of one call.
+        `wall_us`: from the start of a call's first kernel to the end of its last one, median of `CALLS`, so that what
+        the host does before is not in it; on a CPU the whole call. None where the profiler did not see the same kernels
+        in every call; `busy_us`: the kernels' own times, added up: more than `wall_us` where some run at the same time,
+        less where there are gaps; `launches`: kernels, copies and fills of a call; `kernels`: by time, each with
+        `name`, `launches` and `us` of one call.
     """
     for _ in range(3):
         call()
@@ -49,7 +49,9 @@ def kernel_table(call: Call, device: str) -> dict:
     for event in profiler.key_averages():
         us = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         if event.device_type == kind and us > 0:
-            rows.append({"name": event.key[:MOST_CHARACTERS], "launches": event.count / CALLS, "us": round(us / CALLS, 2)})
+            rows.append(
+                {"name": event.key[:MOST_CHARACTERS], "launches": event.count / CALLS, "us": round(us / CALLS, 2)}
+            )
     rows.sort(key=lambda row: -row["us"])
     kept, others = rows[:MOST_KERNELS], rows[MOST_KERNELS:]
     if others:

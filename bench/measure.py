@@ -1,9 +1,9 @@
 """Clocks and memory, on a GPU and on a CPU.
 
-On a CPU other work comes and goes, and the clock rate with it: calls to be compared are timed in turns and the ratio is taken within each
-turn, so that drift hits both; turns in which other processes took much of the machine are left out, as threads that wait for each other
-suffer from it many times over, and more where there are more of them; and the turns' first half is held against the second. On a GPU
-time is taken on the device, with the second-level cache flushed.
+On a CPU other work comes and goes, and the clock rate with it: calls to be compared are timed in turns and the ratio is
+taken within each turn, so that drift hits both; turns in which other processes took much of the machine are left out,
+as threads that wait for each other suffer from it many times over, and more where there are more of them; and the
+turns' first half is held against the second. On a GPU time is taken on the device, with the second-level cache flushed.
 """
 
 import contextlib
@@ -34,8 +34,8 @@ FLUSHED_BYTES = 2**28
 
 
 class GpuLost(RuntimeError):
-    """After this the process can do no more on its GPU: its context is broken; or a capture failed, within which torch's random generator
-    and allocator then stay."""
+    """After this the process can do no more on its GPU: its context is broken; or a capture failed, within which
+    torch's random generator and allocator then stay."""
 
 
 @dataclass
@@ -43,11 +43,13 @@ class Timing:
     """Of one provider, in milliseconds.
 
     Attributes:
-        samples: of a call each, on a CPU a mean over one turn (clocked: all that the turns' calls gave); on a GPU with the cache flushed.
+        samples: of a call each, on a CPU a mean over one turn (clocked: all that the turns' calls gave); on a GPU with
+            the cache flushed.
         warm_ms: median without flushing; None on a CPU.
         ratios: the baseline's sample over ours, turn by turn; on a GPU of medians, pass by pass.
         left_out: turns that were disturbed, and are not among the samples.
-        others: the part of the machine's CPU time that other processes took, median of the samples' turns; None where it is not known.
+        others: the part of the machine's CPU time that other processes took, median of the samples' turns; None where
+            it is not known.
     """
 
     samples: list[float] = field(default_factory=list)
@@ -58,7 +60,9 @@ class Timing:
 
 
 class Others:
-    """What part of the machine's CPU time other processes take, from one call to the next; None where the system does not tell."""
+    """What part of the machine's CPU time other processes take, from one call to the next; None where the system does
+    not tell.
+    """
 
     def __init__(self):
         self._before = self._read()
@@ -72,12 +76,16 @@ class Others:
 
     @staticmethod
     def _read() -> tuple[float, float, float] | None:
-        """Seconds of CPU time since the machine began: of all processes and of other machines on it; of this process; of nobody."""
+        """Seconds of CPU time since the machine began: of all processes and of other machines on it; of this process;
+        of nobody.
+        """
         try:
             fields = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
         except (OSError, ValueError):
             return None
-        user, nice, system, idle, waiting, interrupts, soft_interrupts, stolen = (ticks / os.sysconf("SC_CLK_TCK") for ticks in fields)
+        user, nice, system, idle, waiting, interrupts, soft_interrupts, stolen = (
+            ticks / os.sysconf("SC_CLK_TCK") for ticks in fields
+        )
         return user + nice + system + interrupts + soft_interrupts + stolen, time.process_time(), idle + waiting
 
 
@@ -91,7 +99,9 @@ def quantile(values: list[float], fraction: float) -> float:
 
 
 def halves_differ(ratios: list[float], least: int = 4) -> float | None:
-    """By how much the median ratio of the first half of the turns and that of the second differ; None for fewer turns than `least`."""
+    """By how much the median ratio of the first half of the turns and that of the second differ; None for fewer turns
+    than `least`.
+    """
     if len(ratios) < least:
         return None
     first, second = statistics.median(ratios[: len(ratios) // 2]), statistics.median(ratios[len(ratios) // 2 :])
@@ -112,19 +122,22 @@ def time_in_turns(
 ) -> dict[str, Timing]:
     """Times warm calls on a CPU in turns, every other turn in reverse.
 
-    It ends when the time is spent, `least_turns` were undisturbed and the halves agree; or when twice the time is spent, or `most_turns`
-    are taken. Where fewer than two were undisturbed, all of them count.
+    It ends when the time is spent, `least_turns` were undisturbed and the halves agree; or when twice the time is
+    spent, or `most_turns` are taken. Where fewer than two were undisturbed, all of them count.
 
     Args:
         clock: seconds.
         others: as `Others.share`; the default is that.
-        clocked: calls return their own milliseconds beside their outputs, see `Case`; a turn's ratio is that of its medians.
+        clocked: calls return their own milliseconds beside their outputs, see `Case`; a turn's ratio is that of its
+            medians.
         begin: called with the name of every call before it is timed.
     """
     if not calls:
         return {}
     others = others or Others().share
-    repeats = {} if clocked else {name: _repeats(call, SHORTEST_TURN_S / len(calls), clock) for name, call in calls.items()}
+    repeats = (
+        {} if clocked else {name: _repeats(call, SHORTEST_TURN_S / len(calls), clock) for name, call in calls.items()}
+    )
     turns: list[dict[str, list[float]]] = []
     shares: list[float | None] = []
     others()
@@ -140,7 +153,9 @@ def time_in_turns(
         timings = _timings(turns, shares, baseline)
         if len(turns) >= least_turns and spent >= 2 * seconds:
             break
-        counted = [len(turns) - timing.left_out >= least_turns and (timing.others or 0) <= BUSY for timing in timings.values()]
+        counted = [
+            len(turns) - timing.left_out >= least_turns and (timing.others or 0) <= BUSY for timing in timings.values()
+        ]
         if spent >= seconds and all(counted):
             differences = [halves_differ(timing.ratios) for name, timing in timings.items() if name != baseline]
             if all(difference is None or difference <= STEADY for difference in differences):
@@ -162,7 +177,11 @@ def _timings(turns: list[dict[str, list[float]]], shares: list[float | None], ba
     timings = {}
     for name in turns[0]:
         samples = [sample for i in kept for sample in turns[i][name]]
-        ratios = [statistics.median(turns[i][baseline]) / statistics.median(turns[i][name]) for i in kept] if baseline in turns[0] else []
+        ratios = (
+            [statistics.median(turns[i][baseline]) / statistics.median(turns[i][name]) for i in kept]
+            if baseline in turns[0]
+            else []
+        )
         others = statistics.median(known) if known else None
         timings[name] = Timing(samples, ratios=ratios, left_out=len(turns) - len(kept), others=others)
     return timings
@@ -195,8 +214,13 @@ def time_in_passes(
         first, second = (timings[name] for timings in passes)
         ratios = []
         if baseline in calls:
-            ratios = [statistics.median(timings[baseline].samples) / statistics.median(timings[name].samples) for timings in passes]
-        merged[name] = Timing(first.samples + second.samples, warm_ms=(first.warm_ms + second.warm_ms) / 2, ratios=ratios)
+            ratios = [
+                statistics.median(timings[baseline].samples) / statistics.median(timings[name].samples)
+                for timings in passes
+            ]
+        merged[name] = Timing(
+            first.samples + second.samples, warm_ms=(first.warm_ms + second.warm_ms) / 2, ratios=ratios
+        )
     return merged
 
 
@@ -231,7 +255,9 @@ def time_graph(call: Call, seconds: float) -> float:
         with torch.cuda.graph(graph):
             call()
     except Exception as error:
-        raise GpuLost(f"it cannot be captured: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+        raise GpuLost(
+            f"it cannot be captured: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from error
     return statistics.median(_event_times(graph.replay, seconds, flush=True))
 
 
@@ -268,7 +294,9 @@ def _event_times(call: Call, seconds: float, *, flush: bool) -> list[float]:
 
 
 def first_call(build: Callable[[], Call], device: str) -> tuple[Call, object, float]:
-    """A call, what it returns first, and how many milliseconds building and calling it took: with what is compiled, tabled or packed."""
+    """A call, what it returns first, and how many milliseconds building and calling it took: with what is compiled,
+    tabled or packed.
+    """
     began = time.perf_counter()
     call = build()
     out = call()
@@ -287,7 +315,9 @@ def peak_mib(call: Call, device: str) -> float | None:
 
 
 def peak_in_child(case: str, provider: str, timeout_s: float = 600) -> float | None:
-    """The same of a provider on the CPU, in a process of its own, whose heap no other provider has stretched; None where it failed."""
+    """The same of a provider on the CPU, in a process of its own, whose heap no other provider has stretched; None
+    where it failed.
+    """
     words = [sys.executable, "-m", "bench", "peak", case, provider]
     try:
         done = subprocess.run(words, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=timeout_s)
@@ -302,7 +332,8 @@ def measure_ceilings(device: str) -> Ceilings:
     if device == "cuda":
         elements, side, dtypes = 2**30, 8192, (torch.float32, torch.bfloat16, torch.float16)
     else:
-        # products in a dtype that a CPU has no arithmetic for are many times slower, a minute of it, and nobody's ceiling
+        # products in a dtype that a CPU has no arithmetic for are many times slower, a minute of it, and nobody's
+        # ceiling
         elements, side, dtypes = 2**27, 1536, (torch.float32, *cpu_dtype.fast_dtypes())
     source = torch.ones(elements, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
@@ -315,7 +346,9 @@ def measure_ceilings(device: str) -> Ceilings:
 
 
 def keep_busy(seconds: float) -> float:
-    """Has a GPU multiply matrices for so long, and returns the time of `time.monotonic` from which on its clocks were those under load."""
+    """Has a GPU multiply matrices for so long, and returns the time of `time.monotonic` from which on its clocks were
+    those under load.
+    """
     a = torch.randn(8192, 8192, device="cuda").bfloat16()
     began = time.monotonic()
     while time.monotonic() - began < seconds:
@@ -340,7 +373,9 @@ def _best_seconds(call: Callable[[], object], device: str) -> float:
 
 @contextlib.contextmanager
 def memory_within_reach(device: str):
-    """On Linux CPUs an allocation beyond what is free fails within the block, as on a GPU, and does not have the process killed."""
+    """On Linux CPUs an allocation beyond what is free fails within the block, as on a GPU, and does not have the
+    process killed.
+    """
     try:
         import resource
 
@@ -354,7 +389,9 @@ def memory_within_reach(device: str):
         return
     before = resource.getrlimit(resource.RLIMIT_DATA)
     most = (int(free.split()[1]) + int(held.split()[1])) * 1024
-    resource.setrlimit(resource.RLIMIT_DATA, (most if before[1] == resource.RLIM_INFINITY else min(most, before[1]), before[1]))
+    resource.setrlimit(
+        resource.RLIMIT_DATA, (most if before[1] == resource.RLIM_INFINITY else min(most, before[1]), before[1])
+    )
     try:
         yield
     finally:

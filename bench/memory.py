@@ -2,8 +2,9 @@
 
     python -m bench memory [--hd] [NAMES]
 
-runs the reference and our forms at their real sizes on fake CUDA tensors, which have shapes and no values, and counts at torch's dispatcher
-(bench.counting). What torch allocates is counted; what libraries allocate for themselves is not seen (`LIBRARIES`).
+runs the reference and our forms at their real sizes on fake CUDA tensors, which have shapes and no values, and counts
+at torch's dispatcher (bench.counting). What torch allocates is counted; what libraries allocate for themselves is not
+seen (`LIBRARIES`).
 """
 
 import functools
@@ -81,7 +82,9 @@ Provider = Callable[[], tuple[int, Callable[[], object]]]
 def names() -> list[str]:
     """Of all cases, in order."""
     parts = [
-        f"{part}/{setting.name}-b1-bfloat16" for part in ("clip", "tower", "patch_mining", "projector", "picture") for setting in SETTINGS
+        f"{part}/{setting.name}-b1-bfloat16"
+        for part in ("clip", "tower", "patch_mining", "projector", "picture")
+        for setting in SETTINGS
     ]
     return [
         *(f"dual_resize/{setting.name}-float32" for setting in SETTINGS),
@@ -105,7 +108,9 @@ def predict(patterns: Sequence[str] = ()) -> Predictions:
         providers = {name: provider for name, provider in _cases(model).items() if name in chosen}
         if providers:
             with FakeTensorMode(), _kept_tables():
-                found |= {name: {p: _predict(make) for p, make in make_all().items()} for name, make_all in providers.items()}
+                found |= {
+                    name: {p: _predict(make) for p, make in make_all().items()} for name, make_all in providers.items()
+                }
     return {name: found[name] for name in chosen}
 
 
@@ -125,7 +130,9 @@ def _predict(provider: Provider) -> Prediction:
 
 def _kept_tables():
     """Keeps tables of fake tensors, as those of a GPU are kept."""
-    return unittest.mock.patch.multiple(mining_form, **{table: functools.cache(getattr(mining_form, table)) for table in TABLES})
+    return unittest.mock.patch.multiple(
+        mining_form, **{table: functools.cache(getattr(mining_form, table)) for table in TABLES}
+    )
 
 
 def _tables_made() -> int:
@@ -142,7 +149,9 @@ def empty_model(size: str, *, hd: bool) -> MiniGeminiForConditionalGeneration:
             for name, tensor in tensors.items():
                 if tensor is not None:
                     empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda")
-                    tensors[name] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+                    tensors[name] = (
+                        nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+                    )
     return model
 
 
@@ -153,7 +162,10 @@ def _cases(model_name: str) -> dict[str, Callable[[], dict[str, Provider]]]:
     cases = {f"end-to-end/{model_name}-b1-bfloat16": lambda: _whole(made())}
     if model_name == next(name for name, (_, of) in MODELS.items() if of == setting):
         makers = {"clip": _clip, "tower": _tower, "patch_mining": _mining, "projector": _projector, "picture": _picture}
-        cases |= {f"{part}/{setting.name}-b1-bfloat16": functools.partial(lambda make: make(made()), make) for part, make in makers.items()}
+        cases |= {
+            f"{part}/{setting.name}-b1-bfloat16": functools.partial(lambda make: make(made()), make)
+            for part, make in makers.items()
+        }
         cases[f"dual_resize/{setting.name}-float32"] = lambda: _preprocess(setting)
     return cases
 
@@ -239,7 +251,10 @@ def _mining(of: _Picture) -> dict[str, Provider]:
     mining = of.inner.patch_mining
 
     def by(backend: str) -> Provider:
-        return lambda: (weight_bytes(mining), lambda: mining(of.queries, of.pyramid, grid=of.setting.grid, backend=backend))
+        return lambda: (
+            weight_bytes(mining),
+            lambda: mining(of.queries, of.pyramid, grid=of.setting.grid, backend=backend),
+        )
 
     return {backend: by(backend) for backend in ("reference", "torch", "triton")}
 
@@ -267,7 +282,10 @@ def _picture(of: _Picture) -> dict[str, Provider]:
 def _encode(of: _Picture, backend: str) -> torch.Tensor:
     """A picture's image tokens by the model's own modules; its pixels come from a CPU, in float32."""
     setting = of.setting
-    pixels = _empty(1, setting.views, 3, LR, LR, dtype=torch.float32), _empty(1, 3, setting.side, setting.side, dtype=torch.float32)
+    pixels = (
+        _empty(1, setting.views, 3, LR, LR, dtype=torch.float32),
+        _empty(1, 3, setting.side, setting.side, dtype=torch.float32),
+    )
     # as a processor's results are converted to the model's dtype
     return of.inner.get_image_features(*(p.to(DTYPE) for p in pixels), backend=backend).pooler_output
 
@@ -278,7 +296,10 @@ def _encode_packed(of: _Picture, backend: str) -> torch.Tensor:
     high, low = _resize(of.setting)
     with use_backend(backend):
         return of.inner.picture_features(
-            low[None], high[None], see_low=lambda pixels: of.inner.low_resolution_queries(pixels, tower=clip), see_high=tower
+            low[None],
+            high[None],
+            see_low=lambda pixels: of.inner.low_resolution_queries(pixels, tower=clip),
+            see_high=tower,
         ).image_tokens
 
 
@@ -304,11 +325,18 @@ def _whole(of: _Picture) -> dict[str, Provider]:
 
         return lambda: (weights + of.packed[0], call)
 
-    return {"original": original("eager"), "original, SDPA": original("sdpa"), "auto": ours("auto"), "triton": ours("triton")}
+    return {
+        "original": original("eager"),
+        "original, SDPA": original("sdpa"),
+        "auto": ours("auto"),
+        "triton": ours("triton"),
+    }
 
 
 def _prefill(of: _Picture, tokens: torch.Tensor) -> tuple[torch.Tensor, DynamicCache]:
-    """The language model's last hidden states [1, L, hidden] over a picture and TEXT_TOKENS tokens of text, and its cache."""
+    """The language model's last hidden states [1, L, hidden] over a picture and TEXT_TOKENS tokens of text, and its
+    cache.
+    """
     language_model, length = of.inner.language_model, tokens.shape[1] + TEXT_TOKENS
     embedded = language_model.get_input_embeddings()(_empty(1, length, dtype=torch.int64))
     # which counts places, as fake numbers cannot be
@@ -322,7 +350,9 @@ def record(predictions: Predictions) -> dict:
     """What is kept of predictions, as JSON."""
     return {
         "versions": versions(),
-        "cases": {name: {provider: asdict(p) for provider, p in providers.items()} for name, providers in predictions.items()},
+        "cases": {
+            name: {provider: asdict(p) for provider, p in providers.items()} for name, providers in predictions.items()
+        },
     }
 
 
@@ -342,7 +372,9 @@ def recorded() -> dict[str, dict[str, dict[str, int]]]:
         raise records.BadRecord(f"{PREDICTED} is missing: `python -m bench memory --save` writes it")
     document = json.loads(PREDICTED.read_text(encoding="utf-8"))
     if document["versions"] != versions():
-        raise records.BadRecord(f"{PREDICTED.name} was recorded with {_named(document['versions'])}, here are {_named(versions())}")
+        raise records.BadRecord(
+            f"{PREDICTED.name} was recorded with {_named(document['versions'])}, here are {_named(versions())}"
+        )
     return document["cases"]
 
 
@@ -391,9 +423,16 @@ def table(predictions: Predictions) -> str:
 
 
 def fit_table(predictions: Predictions) -> str:
-    """Whether weights and peak of the whole models fit on common cards; empty where there are none among the predictions."""
+    """Whether weights and peak of the whole models fit on common cards; empty where there are none among the
+    predictions.
+    """
     rows = [
-        (name, provider, f"{(p.weights + p.peak) / 1e9:.1f}", *("yes" if p.weights + p.peak <= gb * 1e9 else "no" for gb in CARDS_GB))
+        (
+            name,
+            provider,
+            f"{(p.weights + p.peak) / 1e9:.1f}",
+            *("yes" if p.weights + p.peak <= gb * 1e9 else "no" for gb in CARDS_GB),
+        )
         for name, providers in predictions.items()
         if name.startswith("end-to-end/")
         for provider, p in providers.items()
@@ -404,7 +443,9 @@ def fit_table(predictions: Predictions) -> str:
 def _columns(rows: list[tuple[str, ...]]) -> str:
     """Rows of cells as text, all but the first two columns flush right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(f"{cell:{'<' if i < 2 else '>'}{widths[i]}}" for i, cell in enumerate(row)) for row in rows)
+    return "\n".join(
+        "  ".join(f"{cell:{'<' if i < 2 else '>'}{widths[i]}}" for i, cell in enumerate(row)) for row in rows
+    )
 
 
 def main(patterns: Sequence[str] = (), *, hd: bool = False, check: bool = False, save: bool = False) -> int:

@@ -1,4 +1,5 @@
-"""Memory against the picture's size, by formula: the large tensors that are held at the peak of mining, and of a picture's way to tokens.
+"""Memory against the picture's size, by formula: the large tensors that are held at the peak of mining, and of a
+picture's way to tokens.
 
 All above weights; of a GPU, where our form of the tower makes its expansions in chunks of another size than on a CPU.
 """
@@ -13,7 +14,8 @@ from .accounting import FLOAT32, Sizes
 from .cases.settings import DEPTHS, DIMS, LR, WIDTH
 from .cases.towers import LAYERS
 
-# sides whose windows are whole; up to 768 one view, beyond it cells of at most 768 pixels and the global view, as in the published HD
+# sides whose windows are whole; up to 768 one view, beyond it cells of at most 768 pixels and the global view, as in
+# the published HD
 SIDES = (384, 576, 768, 1152, 1536, 1728, 2304, 2688, 3072)
 CELL = 768
 
@@ -33,8 +35,8 @@ def map_bytes(sizes: Sizes) -> int:
 def reference_peak(sizes: Sizes) -> int:
     """Bytes above inputs and weights while the original's steps make the values of all cells' pixels.
 
-    Then the merged map, the same cut into windows, and its norm are held, with keys and values of every pixel; in HD also the map
-    reduced for the global view, in float32.
+    Then the merged map, the same cut into windows, and its norm are held, with keys and values of every pixel; in HD
+    also the map reduced for the global view, in float32.
     """
     e, fine, c = sizes.dtype.itemsize, sizes.levels[0][0], sizes.channels
     pixels = sizes.batch * fine**2
@@ -43,7 +45,9 @@ def reference_peak(sizes: Sizes) -> int:
 
 
 def kernel_peak(sizes: Sizes) -> int:
-    """Bytes above inputs and weights of our form with its kernel: absorbed and pooled queries, and windows' statistics or the next step."""
+    """Bytes above inputs and weights of our form with its kernel: absorbed and pooled queries, and windows' statistics
+    or the next step.
+    """
     absorbed = sizes.queries * sizes.channels * sizes.absorbed_itemsize
     pooled = sizes.queries * sizes.channels * max(sizes.dtype.itemsize, sizes.absorbed_itemsize)
     return absorbed + pooled + max(3 * sizes.queries * sizes.window**2 * FLOAT32, pooled)
@@ -72,7 +76,9 @@ def kernel_picture_peak(sizes: Sizes) -> int:
 
 
 def packed_bytes(dtype: torch.dtype) -> int:
-    """What the packed towers hold beside the model's own weights: contractions and convolutions of ConvNeXt-L, q, k and v of CLIP."""
+    """What the packed towers hold beside the model's own weights: contractions and convolutions of ConvNeXt-L, q, k and
+    v of CLIP.
+    """
     blocks = sum(depth * (4 * c * c + 49 * c) for c, depth in zip(DIMS, DEPTHS))
     between = sum(4 * before * after for before, after in zip(DIMS, DIMS[1:]))
     return (blocks + between + (LAYERS - 1) * 3 * WIDTH**2) * dtype.itemsize

@@ -1,4 +1,6 @@
-"""Documents of figures: written as they grow, read and checked. `mg_fast.testing.environment` says what they were measured on."""
+"""Documents of figures: written as they grow, read and checked. `mg_fast.testing.environment` says what they were
+measured on.
+"""
 
 import contextlib
 import json
@@ -46,7 +48,8 @@ def check_writable(path: Path) -> None:
 def save(document: dict) -> list[Path]:
     """Keeps every case of a document under bench/results, in a file of its own by device and name.
 
-    Providers that were not measured this time stay, where they were under the same conditions: on this commit and machine.
+    Providers that were not measured this time stay, where they were under the same conditions: on this commit and
+    machine.
     """
     paths = []
     for name in dict.fromkeys(row["name"] for row in document["cases"]):
@@ -73,7 +76,9 @@ def read(path: Path) -> dict:
             with contextlib.suppress(BadRecord):
                 documents.append(read(file))
         if not documents:
-            raise BadRecord(f"{path} holds no document: expected a file that `python -m bench run --out` wrote, or a folder of such")
+            raise BadRecord(
+                f"{path} holds no document: expected a file that `python -m bench run --out` wrote, or a folder of such"
+            )
         return documents[0] | {"cases": [row for document in documents for row in document["cases"]]}
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -83,7 +88,9 @@ def read(path: Path) -> dict:
         raise BadRecord(f"{path} is no JSON: {error}") from None
     rows = document.get("cases") if isinstance(document, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) and set(ROW) <= row.keys() for row in rows):
-        raise BadRecord(f"{path} is no document of this benchmark: expected an object with `cases`, each of which has {', '.join(ROW)}")
+        raise BadRecord(
+            f"{path} is no document of this benchmark: expected an object with `cases`, each of which has {', '.join(ROW)}"
+        )
     if missing := [key for key in CONDITIONS if key not in document]:
         raise BadRecord(f"{path} does not say what it was measured on: {', '.join(missing)} missing")
     return document

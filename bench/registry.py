@@ -1,7 +1,7 @@
 """What a case of the benchmark is, and how the names on a command line choose some.
 
-A case is one operation at one size in one dtype; its providers are the ways to compute it, all over the same inputs. Names are
-`group/setting-batch-dtype`, as in `patch_mining/768-b1-float32`.
+A case is one operation at one size in one dtype; its providers are the ways to compute it, all over the same inputs.
+Names are `group/setting-batch-dtype`, as in `patch_mining/768-b1-float32`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ Outputs = torch.Tensor | Sequence[torch.Tensor]
 Call = Callable[[], Outputs]
 
 DTYPES = ("float32", "bfloat16", "float16")
-# providers that are our own forms; the others are the original's steps, opponents and variants, and one that fails is a finding
+# providers that are our own forms; the others are the original's steps, opponents and variants, and one that fails is a
+# finding
 OURS = ("torch", "auto", "triton", "packed", "23 layers")
 # of a quick run: compiling takes longer than everything else together
 QUICK_PROVIDERS = ("reference", "torch", "triton")
@@ -48,7 +49,9 @@ class Cost:
         return self.bytes_read + self.bytes_written
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.flop + other.flop, self.bytes_read + other.bytes_read, self.bytes_written + other.bytes_written)
+        return Cost(
+            self.flop + other.flop, self.bytes_read + other.bytes_read, self.bytes_written + other.bytes_written
+        )
 
     def __mul__(self, times: int) -> Cost:
         return Cost(self.flop * times, self.bytes_read * times, self.bytes_written * times)
@@ -60,24 +63,30 @@ class Case:
 
     Args:
         name: `group/setting`, unique.
-        make: builds inputs and weights on a device of this type ("cpu", "cuda"); what it returns every provider is given.
-        providers: by name, from the inputs to a call without arguments. Building may convert or pack weights, and raises NotHere with
-            the reason where the provider cannot run.
-        exact: the outputs in a wider dtype, from the inputs; what accuracy is measured against. None: nothing to compare.
+        make: builds inputs and weights on a device of this type ("cpu", "cuda"); what it returns every provider is
+            given.
+        providers: by name, from the inputs to a call without arguments. Building may convert or pack weights, and
+            raises NotHere with the reason where the provider cannot run.
+        exact: the outputs in a wider dtype, from the inputs; what accuracy is measured against. None: nothing to
+            compare.
         baseline: the provider that the others are compared with.
         least: FLOP and bytes that no form can do without: the floor.
         work: FLOP and bytes of a provider's own steps, where they were accounted.
-        devices: types of devices on which the case is run where no case is named: what would take minutes on a CPU is left out.
+        devices: types of devices on which the case is run where no case is named: what would take minutes on a CPU is
+            left out.
         quick: one of those that `--quick` runs.
         stages: per provider, from the inputs to its stages, each a mapping of name, ms and peak_mib, where it has some.
-        capturable: on a GPU the providers can be captured in a CUDA graph, timed too. One that cannot ends the process's use of it.
+        capturable: on a GPU the providers can be captured in a CUDA graph, timed too. One that cannot ends the
+            process's use of it.
         own_graphs: providers that replay CUDA graphs of their own: not captured, and their memory is not seen.
         memory: of those, builds that do the same without a graph, for their memory.
-        clocked: calls return their outputs and a list of the milliseconds that count, taken by themselves and with the device synchronised:
+        clocked: calls return their outputs and a list of the milliseconds that count, taken by themselves and with the
+            device synchronised:
             for what is a part of a call, or many requests in one.
         tokens: that a sample's time gives, where it is a step of decoding.
         profiled: of some providers, builds of the call whose kernels are worth a table, see `kernel_table`.
-        release: called after the last of the cases in a row that share it: frees what `make` keeps from one to the next.
+        release: called after the last of the cases in a row that share it: frees what `make` keeps from one to the
+            next.
     """
 
     name: str
@@ -108,12 +117,18 @@ class Case:
 
     def only(self, patterns: Sequence[str]) -> Case:
         """The same with its baseline and the providers that shell patterns name."""
-        kept = {n: p for n, p in self.providers.items() if n == self.baseline or any(fnmatch.fnmatch(n, pattern) for pattern in patterns)}
+        kept = {
+            n: p
+            for n, p in self.providers.items()
+            if n == self.baseline or any(fnmatch.fnmatch(n, pattern) for pattern in patterns)
+        }
         return dataclasses.replace(self, providers=kept)
 
     def restricted(self, providers: Sequence[str]) -> Case:
         """The same with these providers, in its own order; the baseline only if it is one of them."""
-        return dataclasses.replace(self, providers={name: build for name, build in self.providers.items() if name in providers})
+        return dataclasses.replace(
+            self, providers={name: build for name, build in self.providers.items() if name in providers}
+        )
 
 
 @dataclass(frozen=True)
@@ -125,7 +140,9 @@ class Ceilings:
 
     def floor_ms(self, least: Cost, dtype: str) -> float | None:
         """The time that the least work takes at least; None where nothing is known of it."""
-        seconds = max(least.flop / (self.matmul_tflops.get(dtype, math.inf) * 1e12), least.bytes / (self.copy_gbps * 1e9))
+        seconds = max(
+            least.flop / (self.matmul_tflops.get(dtype, math.inf) * 1e12), least.bytes / (self.copy_gbps * 1e9)
+        )
         return 1e3 * seconds or None
 
 
@@ -168,6 +185,8 @@ def choose_names(names: Sequence[str], patterns: Sequence[str], command: str = "
         found = [name for name in names if fnmatch.fnmatch(name, pattern) or name.split("/")[0] == pattern]
         if not found:
             groups = ", ".join(dict.fromkeys(name.split("/")[0] for name in names))
-            raise UnknownCase(f"no case is called {pattern!r}: `python -m bench {command}` prints them all; groups are {groups}")
+            raise UnknownCase(
+                f"no case is called {pattern!r}: `python -m bench {command}` prints them all; groups are {groups}"
+            )
         chosen.update(found)
     return [name for name in names if name in chosen]

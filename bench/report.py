@@ -58,7 +58,11 @@ def picture_table(found: Kept) -> str:
     rows = [row_of(found, device, case, provider) for device, case in pairs for provider in ("reference", "auto")]
     for stage, title in STAGES.items():
         lines.append(f"| {title} | " + " | ".join(_stage(row, stage) for row in rows) + " |")
-    lines.append("| **all of it** | " + " | ".join(f"**{figure(row)}**" if is_measured(row) else figure(row) for row in rows) + " |")
+    lines.append(
+        "| **all of it** | "
+        + " | ".join(f"**{figure(row)}**" if is_measured(row) else figure(row) for row in rows)
+        + " |"
+    )
     notes = "Pictures of 768 pixels, and HD's of 1536 in five views; on a CPU where no device is named. Medians; stages from runs of their"
     notes += " own; memory is the peak above inputs and weights; random weights, whose values change no work."
     return "\n".join([*lines, "", wrapped(notes + gpu_note(found)), *conditions(found, pairs)])
@@ -67,14 +71,22 @@ def picture_table(found: Kept) -> str:
 def mining_table(found: Kept) -> str:
     """Patch info mining by every provider that was measured."""
     columns = [("cpu", f"patch_mining/{setting}-b1-float32") for setting in ("768", "1536-hd")]
-    columns += [(device, f"patch_mining/{setting}-b1-bfloat16") for device in gpus(found) for setting in ("768", "1536-hd")]
+    columns += [
+        (device, f"patch_mining/{setting}-b1-bfloat16") for device in gpus(found) for setting in ("768", "1536-hd")
+    ]
     documents = [found.get(device, {}).get(case, {"cases": []}) for device, case in columns]
     providers = dict.fromkeys(row["provider"] for document in documents for row in document["cases"] if shown(row))
-    titles = [f"{'CPU' if device == 'cpu' else device}, {case.removeprefix('patch_mining/')}" for device, case in columns]
+    titles = [
+        f"{'CPU' if device == 'cpu' else device}, {case.removeprefix('patch_mining/')}" for device, case in columns
+    ]
     lines = ["| patch info mining by | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
     for provider in providers or ("reference", "torch"):
         name = {"reference": "`reference`: the original's steps", "torch": "`torch` backend"}.get(provider, provider)
-        lines.append(f"| {name} | " + " | ".join(figure(row_of(found, device, case, provider)) for device, case in columns) + " |")
+        lines.append(
+            f"| {name} | "
+            + " | ".join(figure(row_of(found, device, case, provider)) for device, case in columns)
+            + " |"
+        )
     notes = "Medians; the ratio is to the original's steps, its median over the turns; memory is the peak above inputs and weights."
     return "\n".join([*lines, "", wrapped(notes + gpu_note(found)), *conditions(found, columns)])
 
@@ -97,7 +109,10 @@ def answers_table(found: Kept) -> str:
         "decode-b32": "one more token of 32 sequences each",
     }
     cases = {
-        (device, f"end-to-end/{size}-{name}-{dtype}"): f"{'CPU' if device == 'cpu' else device}, {size}, {dtype}: {told}"
+        (
+            device,
+            f"end-to-end/{size}-{name}-{dtype}",
+        ): f"{'CPU' if device == 'cpu' else device}, {size}, {dtype}: {told}"
         for device, size, dtype in columns
         for name, told in measures.items()
     }
@@ -114,7 +129,9 @@ def answers_table(found: Kept) -> str:
 
 
 def status_table(found: Kept) -> str:
-    """What has been measured on GPUs: which cases, whether our providers were right, and where one was slower than the original's steps."""
+    """What has been measured on GPUs: which cases, whether our providers were right, and where one was slower than the
+    original's steps.
+    """
     if not gpus(found):
         told = "**On a GPU: nothing has been measured yet.** The kernels were interpreted on a CPU and compiled ahead of time for six"
         told += " architectures. [docs/gpu.md](docs/gpu.md) describes how everything is to be measured on a GPU that is borrowed for a"
@@ -124,7 +141,11 @@ def status_table(found: Kept) -> str:
     for device in gpus(found):
         documents = found[device].values()
         rows = [row for document in documents for row in document["cases"] if row["provider"] in OURS and shown(row)]
-        wrong = [f"{row['name']} by `{row['provider']}` ({cell(row['why'] or 'no reason kept')})" for row in rows if row["ok"] is False]
+        wrong = [
+            f"{row['name']} by `{row['provider']}` ({cell(row['why'] or 'no reason kept')})"
+            for row in rows
+            if row["ok"] is False
+        ]
         slower = [
             f"{row['name']} by `{row['provider']}` ({ratio(row['speedup'])})"
             for row in rows
@@ -132,7 +153,9 @@ def status_table(found: Kept) -> str:
         ]
         conditions = sorted({f"{document['date']} at commit {document['commit']}" for document in documents})
         told = f"- **{device}**, measured on {', '.join(conditions)}: {len(documents)} cases, in which {len(rows)} providers of ours ran."
-        told += f" Wrong or broken: {'; '.join(wrong) or 'none'}. Slower than the baseline: {'; '.join(slower) or 'none'}."
+        told += (
+            f" Wrong or broken: {'; '.join(wrong) or 'none'}. Slower than the baseline: {'; '.join(slower) or 'none'}."
+        )
         lines.append(wrapped(told))
     return "\n".join(lines)
 
@@ -191,7 +214,9 @@ def fill(text: str, found: Kept) -> str:
     names = [match["name"] for match in _MARKED.finditer(text)]
     if not names or (unknown := [name for name in names if name not in TABLES]):
         what = f"a table called {unknown[0]!r}" if names else "no marker"
-        raise BadRecord(f"the README has {what}: expected <!-- bench:NAME --> ... <!-- /bench -->, NAME one of {', '.join(TABLES)}")
+        raise BadRecord(
+            f"the README has {what}: expected <!-- bench:NAME --> ... <!-- /bench -->, NAME one of {', '.join(TABLES)}"
+        )
     return _MARKED.sub(lambda match: f"{match[1]}{TABLES[match['name']](found)}\n{match[4]}", text)
 
 

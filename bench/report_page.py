@@ -1,7 +1,7 @@
 """One self-contained page of pictures from what was measured, and from shapes where nothing was.
 
-Pictures are inline SVG in percent of their width, so that text keeps its size on a phone; colours are classes of the style sheet, which
-knows light and dark.
+Pictures are inline SVG in percent of their width, so that text keeps its size on a phone; colours are classes of the
+style sheet, which knows light and dark.
 """
 
 import math
@@ -107,7 +107,11 @@ def _device(device: str) -> str:
 
 def _conditions(found: Kept) -> str:
     """A line for everything that was measured under the same conditions."""
-    lines = [f"<b>{escape(_device(device))}</b>: {escape(line)}" for device, cases in found.items() for line in _settings(cases.values())]
+    lines = [
+        f"<b>{escape(_device(device))}</b>: {escape(line)}"
+        for device, cases in found.items()
+        for line in _settings(cases.values())
+    ]
     if not gpus(found):
         lines.append(f"<b>GPU</b>: {NOT_YET}; <code>python -m bench gpu --out DIR</code> measures one.")
     if "cpu" not in found:
@@ -118,7 +122,11 @@ def _conditions(found: Kept) -> str:
 def _settings(documents: Iterable[Mapping]) -> list[str]:
     """Their conditions, each once; commands, turns and loads that differ are told with the cases they belong to."""
     common = ("command", "load", "cases")
-    return list(dict.fromkeys(condition({k: v for k, v in document.items() if k not in common} | {"cases": []}) for document in documents))
+    return list(
+        dict.fromkeys(
+            condition({k: v for k, v in document.items() if k not in common} | {"cases": []}) for document in documents
+        )
+    )
 
 
 # ---- speedups
@@ -127,16 +135,26 @@ def _settings(documents: Iterable[Mapping]) -> list[str]:
 def _speedups(found: Kept) -> str:
     if not any(shown(row) for cases in found.values() for document in cases.values() for row in document["cases"]):
         return f'<p class="empty">Speedups are {NOT_YET}: <code>python -m bench run --save</code> keeps what it measures.</p>'
-    keys = _bar_key("b-ours", "mg_fast") + _bar_key("b-plain", "other forms") + _bar_key("b-slower", "slower than the original's steps")
+    keys = (
+        _bar_key("b-ours", "mg_fast")
+        + _bar_key("b-plain", "other forms")
+        + _bar_key("b-slower", "slower than the original's steps")
+    )
     parts = [
         f"<p>{keys}</p>",
         '<p class="quiet">Logarithmic; the thin line is from the 20th to the 80th percentile of the turns\' ratios.</p>',
     ]
     for device, cases in found.items():
         parts.append(f"<h3>{escape(_device(device))}</h3>")
-        compared = [row for document in cases.values() for row in document["cases"] if is_measured(row) and row["speedup"]]
-        ratios = [row.get(key) or row["speedup"] for row in compared for key in ("speedup", "speedup_p20", "speedup_p80")]
-        axis = Axis(min(0.5, *(0.9 * r for r in ratios)), max(2.0, *(1.1 * r for r in ratios))) if ratios else Axis(0.5, 2)
+        compared = [
+            row for document in cases.values() for row in document["cases"] if is_measured(row) and row["speedup"]
+        ]
+        ratios = [
+            row.get(key) or row["speedup"] for row in compared for key in ("speedup", "speedup_p20", "speedup_p80")
+        ]
+        axis = (
+            Axis(min(0.5, *(0.9 * r for r in ratios)), max(2.0, *(1.1 * r for r in ratios))) if ratios else Axis(0.5, 2)
+        )
         for group in dict.fromkeys(name.split("/")[0] for name in cases):
             drawn = [_case(name, document, axis) for name, document in cases.items() if name.split("/")[0] == group]
             # single kernels and stress shapes are many, and not what is asked for first
@@ -146,7 +164,10 @@ def _speedups(found: Kept) -> str:
 
 
 def _case(name: str, document: Mapping, axis: Axis) -> str:
-    rows, absent = [row for row in document["cases"] if shown(row)], [row for row in document["cases"] if not shown(row)]
+    rows, absent = (
+        [row for row in document["cases"] if shown(row)],
+        [row for row in document["cases"] if not shown(row)],
+    )
     ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if axis.low <= t <= axis.high]
     grid = "".join(_line("one" if tick == 1 else "grid", axis(tick), 0, axis(tick), 100) for tick in ticks)
     labels = "".join(_text(axis(tick), 100, f"{tick:g}x", dy=-4, anchor=_anchor(axis(tick))) for tick in ticks)
@@ -160,7 +181,9 @@ def _case(name: str, document: Mapping, axis: Axis) -> str:
     lines += [_bar(row, axis, grid) for row in rows]
     told = [condition(document), *(f"{row['provider']}: {row['why'] or NOT_YET}" for row in absent)]
     summary = "conditions" + (f", and {len(absent)} that did not run" if absent else "")
-    lines.append(f'<details class="quiet"><summary>{summary}</summary><p>{"</p><p>".join(map(escape, told))}</p></details>')
+    lines.append(
+        f'<details class="quiet"><summary>{summary}</summary><p>{"</p><p>".join(map(escape, told))}</p></details>'
+    )
     return "\n".join(lines)
 
 
@@ -184,7 +207,13 @@ def _bar(row: Mapping, axis: Axis, grid: str) -> str:
     bar = f'<rect class="{kind}" x="{left:.2f}%" y="20%" width="{max(right - left, 0.4):.2f}%" height="60%"/>'
     if row.get("speedup_p20") and not base:
         bar += _line("spread", axis(row["speedup_p20"]), 50, axis(row["speedup_p80"]), 50)
-    text = "" if base else f"<b>{speedup:.2f}x</b> " if speedup >= 0.995 else f'<b class="slower">{speedup:.2f}x slower</b> '
+    text = (
+        ""
+        if base
+        else f"<b>{speedup:.2f}x</b> "
+        if speedup >= 0.995
+        else f'<b class="slower">{speedup:.2f}x slower</b> '
+    )
     notes = remarks(row)
     remark = f'<br><span class="quiet">{escape("; ".join(notes))}</span>' if notes else ""
     title = f"<title>{escape(row['provider'])}: {speedup:.2f}x, {escape(', '.join(told))}</title>"
@@ -231,7 +260,11 @@ def _rooflines(found: Kept) -> str:
     for gpu in GPUS.values():
         if gpu.name.lower().replace(" ", "-") in drawn:
             continue
-        source = "data sheet" if gpu.reached is None else "memory and bfloat16 as one card reached them, float32 by the data sheet"
+        source = (
+            "data sheet"
+            if gpu.reached is None
+            else "memory and bfloat16 as one card reached them, float32 by the data sheet"
+        )
         plots.append(_roofline(gpu.name, gpu.ceilings, source, _predicted(gpu.ceilings)))
     lead = "FLOP per byte moved, and TFLOP/s; both logarithmic. Under the slope memory is what holds back, under the roof the products."
     return f'<p>{"".join(keys)}</p><p class="quiet">{lead}</p><div class="plots">{"".join(plots)}</div>'
@@ -244,7 +277,9 @@ def _points(rows: Sequence[Mapping]) -> list[Point]:
     others = [row for row in counted if row not in chosen]
     chosen += [min(others, key=lambda row: row["median_ms"])] if others else []
     return [
-        Point(f"{row['name']} {row['provider']}", 1e3 * row["tflops"] / row["gbps"], row["tflops"], _ours(row["provider"]))
+        Point(
+            f"{row['name']} {row['provider']}", 1e3 * row["tflops"] / row["gbps"], row["tflops"], _ours(row["provider"])
+        )
         for row in chosen
     ]
 
@@ -252,7 +287,9 @@ def _points(rows: Sequence[Mapping]) -> list[Point]:
 def _predicted(ceilings: Ceilings) -> list[Point]:
     answer = ModelledAnswer(MODELS[0])
     return [
-        Point(stage.name, stage.intensity, stage.cost.flop / stage.floor_ms(ceilings, answer.dtype) / 1e9, measured=False)
+        Point(
+            stage.name, stage.intensity, stage.cost.flop / stage.floor_ms(ceilings, answer.dtype) / 1e9, measured=False
+        )
         for stage in [*answer.stages, answer.decode]
         if stage.cost.flop
     ]
@@ -261,7 +298,9 @@ def _predicted(ceilings: Ceilings) -> list[Point]:
 def _roofline(title: str, ceilings: Ceilings, source: str, points: Sequence[Point]) -> str:
     # both halves are as fast, and one line of them is enough
     rates = {
-        dtype: rate for dtype, rate in ceilings.matmul_tflops.items() if dtype != "float16" or "bfloat16" not in ceilings.matmul_tflops
+        dtype: rate
+        for dtype, rate in ceilings.matmul_tflops.items()
+        if dtype != "float16" or "bfloat16" not in ceilings.matmul_tflops
     }
     top = max([*rates.values(), *(p.tflops for p in points)])
     x = Axis(min([0.5, *(p.intensity / 1.5 for p in points)]), max([50000.0, *(1.5 * p.intensity for p in points)]))
@@ -269,18 +308,33 @@ def _roofline(title: str, ceilings: Ceilings, source: str, points: Sequence[Poin
     body = []
     for tick in (10.0**k for k in range(-4, 5)):
         if x.low <= tick <= x.high:
-            body += [_line("grid", x(tick), 0, x(tick), 100), _text(x(tick), 100, f"{tick:g}", dy=16, anchor=_anchor(x(tick)))]
+            body += [
+                _line("grid", x(tick), 0, x(tick), 100),
+                _text(x(tick), 100, f"{tick:g}", dy=16, anchor=_anchor(x(tick))),
+            ]
         if y.low <= tick <= y.high:
-            body += [_line("grid", 0, y.up(tick), 100, y.up(tick)), _text(100, y.up(tick), f"{tick:g} TFLOP/s", dy=-3, anchor="end")]
+            body += [
+                _line("grid", 0, y.up(tick), 100, y.up(tick)),
+                _text(100, y.up(tick), f"{tick:g} TFLOP/s", dy=-3, anchor="end"),
+            ]
     body.append(_text(100, 100, "FLOP per byte", dy=33, anchor="end"))
     slope_end = min(x.high, 1e3 * max(rates.values()) / ceilings.copy_gbps)
     body.append(
-        _path("l-plain", [(x(x.low), y.up(ceilings.copy_gbps * x.low / 1e3)), (x(slope_end), y.up(ceilings.copy_gbps * slope_end / 1e3))])
+        _path(
+            "l-plain",
+            [
+                (x(x.low), y.up(ceilings.copy_gbps * x.low / 1e3)),
+                (x(slope_end), y.up(ceilings.copy_gbps * slope_end / 1e3)),
+            ],
+        )
     )
     for dtype, rate in rates.items():
         start = min(1e3 * rate / ceilings.copy_gbps, x.high)
         # told at the left, where no point can be
-        body += [_line("fit", 0, y.up(rate), x(start), y.up(rate)), _line("l-plain", x(start), y.up(rate), 100, y.up(rate))]
+        body += [
+            _line("fit", 0, y.up(rate), x(start), y.up(rate)),
+            _line("l-plain", x(start), y.up(rate), 100, y.up(rate)),
+        ]
         body.append(_text(0, y.up(rate), f"{dtype} {_rate(rate)}", dy=-4))
     numbers = {point: str(i) for i, point in enumerate(points, 1)}
     # what a number must keep clear of, in pixels of the narrowest plot
@@ -325,7 +379,9 @@ def _drawn(parts: Sequence[str]) -> str:
 
 
 def _memory(found: Kept) -> str:
-    keys = _line_key("l-plain", "the original's steps, by formula") + _line_key("l-ours", "mg_fast by its kernel, by formula")
+    keys = _line_key("l-plain", "the original's steps, by formula") + _line_key(
+        "l-ours", "mg_fast by its kernel, by formula"
+    )
     dots = _dot_key("b-plain", "measured, the original's steps") + _dot_key("b-ours", "measured, mg_fast")
     weights, packed = ModelledAnswer(MODELS[0]).weight_bytes, memory_curve.packed_bytes(torch.bfloat16)
     plots = []
@@ -333,8 +389,12 @@ def _memory(found: Kept) -> str:
         title = f"A 7B model in bfloat16 with {'one picture' if batch == 1 else f'{batch} pictures at once'}"
         sizes = {side: memory_curve.sizes_at(side, torch.bfloat16, batch) for side in memory_curve.SIDES}
         series = {
-            "l-plain": [(side, (weights + memory_curve.reference_picture_peak(of)) / 1e9) for side, of in sizes.items()],
-            "l-ours": [(side, (weights + packed + memory_curve.kernel_picture_peak(of)) / 1e9) for side, of in sizes.items()],
+            "l-plain": [
+                (side, (weights + memory_curve.reference_picture_peak(of)) / 1e9) for side, of in sizes.items()
+            ],
+            "l-ours": [
+                (side, (weights + packed + memory_curve.kernel_picture_peak(of)) / 1e9) for side, of in sizes.items()
+            ],
         }
         note = "weights, packed copies, and the peak on the pictures' way to tokens; no KV cache"
         plots.append(_size_plot(title, note, series, [], Axis(0, 1, False), _fits(series)))
@@ -363,12 +423,17 @@ def _fits(series: Mapping[str, Sequence[tuple[int, float]]]) -> str:
     """Which cards hold both to what size."""
     told = []
     for card in CARDS_GB:
-        sides = {kind: max((side for side, value in points if value <= card), default=None) for kind, points in series.items()}
+        sides = {
+            kind: max((side for side, value in points if value <= card), default=None)
+            for kind, points in series.items()
+        }
         plain, ours = sides["l-plain"], sides["l-ours"]
         if ours is None:
             told.append(f"{card} GB: neither")
         elif plain != ours:
-            told.append(f"{card} GB: mg_fast to {ours}, the original's steps {f'to {plain}' if plain else 'not at all'}")
+            told.append(
+                f"{card} GB: mg_fast to {ours}, the original's steps {f'to {plain}' if plain else 'not at all'}"
+            )
     return "; ".join(told) + (" pixels. Larger cards hold both at every size drawn." if told else "")
 
 
@@ -379,7 +444,14 @@ def _peaks(found: Kept, device: str, dtype: str) -> list[tuple[int, float, str, 
         for row in found.get(device, {}).get(f"patch_mining/{setting}-b1-{dtype}", {"cases": []})["cases"]:
             if is_measured(row) and row["peak_mib"] and row["provider"] in ("reference", "torch", "triton"):
                 kind = "b-plain" if row["provider"] == "reference" else "b-ours"
-                points.append((side, row["peak_mib"] * 2**20 / 1e9, kind, f"{row['name']} {row['provider']}: {row['peak_mib']:.0f} MiB"))
+                points.append(
+                    (
+                        side,
+                        row["peak_mib"] * 2**20 / 1e9,
+                        kind,
+                        f"{row['name']} {row['provider']}: {row['peak_mib']:.0f} MiB",
+                    )
+                )
     return points
 
 
@@ -404,11 +476,17 @@ def _size_plot(
     for tick, label, kind in ticks:
         body += [_line(kind, 0, y.up(tick), 100, y.up(tick)), _text(0, y.up(tick), label, dx=2, dy=-3)]
     for side in (384, 768, 1536, 2304, 3072):
-        body += [_line("grid", x(side), 0, x(side), 100), _text(x(side), 100, str(side), dy=16, anchor=_anchor(x(side)))]
+        body += [
+            _line("grid", x(side), 0, x(side), 100),
+            _text(x(side), 100, str(side), dy=16, anchor=_anchor(x(side))),
+        ]
     body.append(_text(100, 100, "pixels along a side", dy=33, anchor="end"))
     for kind, line in series.items():
         body.append(_path(kind, [(x(side), y.up(value)) for side, value in line]))
-        body += [_dot(f"open {kind}", x(side), y.up(value), f"{side} pixels: {value:.3g} GB, by formula", 3) for side, value in line]
+        body += [
+            _dot(f"open {kind}", x(side), y.up(value), f"{side} pixels: {value:.3g} GB, by formula", 3)
+            for side, value in line
+        ]
     body += [_dot(kind, x(side), y.up(value), tip, 5.5) for side, value, kind, tip in points]
     label = f'<p class="quiet">{escape(told)}</p>' if told else ""
     return (
@@ -427,19 +505,29 @@ def _waterfalls(found: Kept) -> str:
             if document["cases"][0]["name"].split("/")[0] not in ("picture", "end-to-end"):
                 continue
             with_stages = [row for row in document["cases"] if row.get("stages") and row["ok"] is not False]
-            longest = max((sum(stage["ms"] for stage in _to_first_token(row["stages"])) for row in with_stages), default=0)
+            longest = max(
+                (sum(stage["ms"] for stage in _to_first_token(row["stages"])) for row in with_stages), default=0
+            )
             for row in with_stages:
-                stages = [(stage["name"], stage["ms"], stage.get("peak_mib")) for stage in _to_first_token(row["stages"])]
+                stages = [
+                    (stage["name"], stage["ms"], stage.get("peak_mib")) for stage in _to_first_token(row["stages"])
+                ]
                 kind = "b-plain" if row["provider"] == row.get("baseline", "reference") else "b-ours"
-                measured.append(_waterfall(f"{name} {row['provider']}, {_device(device)}", "measured", kind, stages, longest))
+                measured.append(
+                    _waterfall(f"{name} {row['provider']}, {_device(device)}", "measured", kind, stages, longest)
+                )
     gpu = GPUS[WATERFALL_GPU]
     predicted = []
     for model in MODELS:
         answer = ModelledAnswer(model)
         stages = [(stage.name, stage.floor_ms(gpu.ceilings, answer.dtype), None) for stage in answer.stages]
         title = f"{model} in bfloat16, {answer.prompt_tokens} tokens of prompt, {gpu.name}"
-        predicted.append(_waterfall(title, "floor from shapes, not measured", "b-third", stages, sum(ms for _, ms, _ in stages)))
-    lead = "" if measured else f'<p class="empty">Stages are {NOT_YET}; below are floors, which no program goes under.</p>'
+        predicted.append(
+            _waterfall(title, "floor from shapes, not measured", "b-third", stages, sum(ms for _, ms, _ in stages))
+        )
+    lead = (
+        "" if measured else f'<p class="empty">Stages are {NOT_YET}; below are floors, which no program goes under.</p>'
+    )
     note = (
         '<p class="quiet">Stages that follow one another, from left to right; what was measured together shares its scale. '
         "Cases of the group picture end with the image tokens, before the language model.</p>"
@@ -453,7 +541,9 @@ def _to_first_token(stages: Sequence[Mapping]) -> Sequence[Mapping]:
     return stages[: names.index(FIRST_TOKEN) + 1] if FIRST_TOKEN in names else stages
 
 
-def _waterfall(title: str, tag: str, kind: str, stages: Sequence[tuple[str, float, float | None]], longest: float) -> str:
+def _waterfall(
+    title: str, tag: str, kind: str, stages: Sequence[tuple[str, float, float | None]], longest: float
+) -> str:
     longest = longest or 1.0
     lines, begun = [f'<h4>{escape(title)} <span class="tag">{escape(tag)}</span></h4>'], 0.0
     grid = "".join(_line("grid", at, 0, at, 100) for at in (0, 25, 50, 75, 100))
@@ -462,7 +552,9 @@ def _waterfall(title: str, tag: str, kind: str, stages: Sequence[tuple[str, floa
         told = duration(ms) + (f", {peak:.0f} MiB" if peak is not None else "")
         begun += ms
         picture = f'<svg role="img"><title>{escape(name)}: {escape(told)}</title>{grid}{bar}</svg>'
-        lines.append(f'<div class="row"><span class="name">{escape(name)}</span>{picture}<span class="value">{escape(told)}</span></div>')
+        lines.append(
+            f'<div class="row"><span class="name">{escape(name)}</span>{picture}<span class="value">{escape(told)}</span></div>'
+        )
     lines.append(
         f'<div class="row"><span class="name"><b>together</b></span><span></span><span class="value"><b>{duration(begun)}</b></span></div>'
     )

@@ -1,7 +1,9 @@
-"""Where time must go, from shapes: FLOP, bytes and the least time of every stage of an answer on a GPU that need not be here.
+"""Where time must go, from shapes: FLOP, bytes and the least time of every stage of an answer on a GPU that need not be
+here.
 
-A stage's floor is the larger of its FLOP at the rate of matrix products and of its bytes (inputs, weights and outputs once) at the rate of
-a copy. Stages follow one another, so floors add up. FLOP are counted as in bench.accounting, attention by its causal half.
+A stage's floor is the larger of its FLOP at the rate of matrix products and of its bytes (inputs, weights and outputs
+once) at the rate of a copy. Stages follow one another, so floors add up. FLOP are counted as in bench.accounting,
+attention by its causal half.
 """
 
 import math
@@ -66,7 +68,9 @@ GPUS = {
     # NVIDIA Ada GPU architecture whitepaper, GeForce RTX 4090; products that accumulate in float32
     "4090": Gpu("NVIDIA GeForce RTX 4090", 24, _sheet(1008, 165.2, 82.6)),
 }
-MODELS = tuple(size + suffix for size, (_, _, towers) in SIZES.items() if towers is PUBLISHED_TOWERS for suffix in ("", "-hd"))
+MODELS = tuple(
+    size + suffix for size, (_, _, towers) in SIZES.items() if towers is PUBLISHED_TOWERS for suffix in ("", "-hd")
+)
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -187,8 +191,13 @@ class ModelledAnswer:
         return [
             StageCost("preprocess", preprocess_cost(self)),
             StageCost("LR tower", clip_cost(self)),
-            StageCost("HR tower", Cost(accounting.triton_tower(self.tower).flop, accounting.tower_floor_bytes(self.tower))),
-            StageCost("patch info mining", Cost(accounting.torch_mining(self.mining).flop, accounting.floor_bytes(self.mining))),
+            StageCost(
+                "HR tower", Cost(accounting.triton_tower(self.tower).flop, accounting.tower_floor_bytes(self.tower))
+            ),
+            StageCost(
+                "patch info mining",
+                Cost(accounting.torch_mining(self.mining).flop, accounting.floor_bytes(self.mining)),
+            ),
             StageCost("projector", projector_cost(self)),
             StageCost("prefill to first token", prefill_cost(self)),
         ]
@@ -237,7 +246,9 @@ def parameters(config: MiniGeminiConfig) -> dict[str, int]:
         "HR tower": sizes.weights + scales,
         "patch info mining": (2 * d + d * d + d) + 2 * (2 * channels + channels * d + d),
         "projector": d * hidden + hidden + hidden * hidden + hidden,
-        "language model": text.num_hidden_layers * text_layer + hidden + text.vocab_size * hidden * (1 if text.tie_word_embeddings else 2),
+        "language model": text.num_hidden_layers * text_layer
+        + hidden
+        + text.vocab_size * hidden * (1 if text.tie_word_embeddings else 2),
     }
 
 
@@ -252,15 +263,23 @@ def _head(text) -> int:
 
 
 def _text_layer(text) -> dict[str, int]:
-    """Weights of the products of a layer of the language model: attention, router, and all experts (of a dense model its only one)."""
+    """Weights of the products of a layer of the language model: attention, router, and all experts (of a dense model
+    its only one).
+    """
     experts = getattr(text, "num_local_experts", 1)
     attention = 2 * text.hidden_size * _head(text) * (text.num_attention_heads + text.num_key_value_heads)
     router = text.hidden_size * experts if experts > 1 else 0
-    return {"attention": attention, "router": router, "experts": experts * 3 * text.hidden_size * text.intermediate_size}
+    return {
+        "attention": attention,
+        "router": router,
+        "experts": experts * 3 * text.hidden_size * text.intermediate_size,
+    }
 
 
 def _experts_used(text, tokens: int) -> tuple[float, float]:
-    """What part of the experts' weights a token multiplies, and what part so many tokens read where each goes its own way."""
+    """What part of the experts' weights a token multiplies, and what part so many tokens read where each goes its own
+    way.
+    """
     experts = getattr(text, "num_local_experts", 1)
     part = text.num_experts_per_tok / experts if experts > 1 else 1
     return part, 1 - (1 - part) ** tokens
@@ -283,7 +302,10 @@ def clip_cost(answer: ModelledAnswer) -> Cost:
     views, patches = answer.batch * answer.views, answer.patches**2
     rows, layers = views * (patches + 1), clip.num_hidden_layers + 1 + answer.config.mm_vision_select_layer
     embedding = clip.num_channels * clip.patch_size**2 * clip.hidden_size
-    flop = layers * (2 * rows * _clip_layer(answer.config) + 4 * rows * (patches + 1) * clip.hidden_size) + 2 * views * patches * embedding
+    flop = (
+        layers * (2 * rows * _clip_layer(answer.config) + 4 * rows * (patches + 1) * clip.hidden_size)
+        + 2 * views * patches * embedding
+    )
     read = layers * _clip_layer(answer.config) + embedding + clip.num_channels * clip.image_size**2 * views
     return Cost(flop, e * read, e * views * patches * clip.hidden_size)
 
@@ -299,7 +321,9 @@ def _body_cost(answer: ModelledAnswer, rows: int, pairs: int) -> Cost:
     text, e = answer.config.text_config, answer.itemsize
     layer, (multiplied, read) = _text_layer(text), _experts_used(text, rows)
     dense = layer["attention"] + layer["router"]
-    flop = 2 * rows * (dense + round(multiplied * layer["experts"])) + 4 * pairs * text.num_attention_heads * _head(text)
+    flop = 2 * rows * (dense + round(multiplied * layer["experts"])) + 4 * pairs * text.num_attention_heads * _head(
+        text
+    )
     weights = e * (dense + round(read * layer["experts"]))
     return Cost(flop, weights, 0) * text.num_hidden_layers + Cost(0, 0, rows * cache_bytes_per_token(answer.config, e))
 
@@ -307,7 +331,11 @@ def _body_cost(answer: ModelledAnswer, rows: int, pairs: int) -> Cost:
 def _head_cost(answer: ModelledAnswer) -> Cost:
     """The logits of one token per sequence."""
     weight = answer.config.text_config.hidden_size * answer.config.text_config.vocab_size
-    return Cost(2 * answer.batch * weight, answer.itemsize * weight, answer.itemsize * answer.batch * answer.config.text_config.vocab_size)
+    return Cost(
+        2 * answer.batch * weight,
+        answer.itemsize * weight,
+        answer.itemsize * answer.batch * answer.config.text_config.vocab_size,
+    )
 
 
 def prefill_cost(answer: ModelledAnswer) -> Cost:
@@ -339,12 +367,19 @@ def measured_stages(rows: Sequence[Mapping], answer: ModelledAnswer) -> dict[str
         cases["projector"] = f"projector/{setting}-b{answer.batch}-{answer.dtype}"
     best = {}
     for stage, name in cases.items():
-        times = [(row["median_ms"], row["provider"]) for row in rows if row["name"] == name and row["ok"] and row["median_ms"]]
+        times = [
+            (row["median_ms"], row["provider"])
+            for row in rows
+            if row["name"] == name and row["ok"] and row["median_ms"]
+        ]
         if times:
             best[stage] = min(times)
     # of a whole answer what no case of its own measures
     for row in rows:
-        if row["name"] == f"end-to-end/{answer.model}-first-token-b{answer.batch}-{answer.dtype}" and row["ok"] is not False:
+        if (
+            row["name"] == f"end-to-end/{answer.model}-first-token-b{answer.batch}-{answer.dtype}"
+            and row["ok"] is not False
+        ):
             for stage in row.get("stages") or ():
                 if stage["name"] == answer.stages[-1].name:
                     found = stage["ms"], row["provider"]
@@ -375,17 +410,22 @@ def table(gpu_name: str, answer: ModelledAnswer, measured: Path | None = None) -
     if measured is not None:
         document = records.read(measured)
         if document.get("device") != "cuda" or (recorded := recorded_ceilings(document)) is None:
-            raise records.BadRecord(f"{measured}: expected documents measured on a GPU, with their ceilings; --measured needs such")
+            raise records.BadRecord(
+                f"{measured}: expected documents measured on a GPU, with their ceilings; --measured needs such"
+            )
         ceilings, source, times = recorded, f"measured on {document['gpu']}", measured_stages(document["cases"], answer)
         if answer.dtype not in ceilings.matmul_tflops:
-            raise records.BadRecord(f"{measured}: no ceiling of {answer.dtype} products among {', '.join(ceilings.matmul_tflops)}")
+            raise records.BadRecord(
+                f"{measured}: no ceiling of {answer.dtype} products among {', '.join(ceilings.matmul_tflops)}"
+            )
     total, dtype = answer.first_token_ms(ceilings), answer.dtype
     lines = [
         f"{gpu.name}, {answer.model} in {dtype}, batch {answer.batch}: "
         f"{answer.image_tokens} image and {answer.text_tokens} text tokens, {answer.new_tokens} new ones",
         f"rates, {source}: {ceilings.copy_gbps / 1e3:.2f} TB/s, {ceilings.matmul_tflops[dtype]:.0f} TFLOP/s of {dtype} products",
         "",
-        f"{'stage':<24}{'GFLOP':>11}{'MB':>11}{'FLOP/B':>9}{'floor ms':>10}{'bound':>11}{'share':>7}" + f"{'measured':>10}" * bool(times),
+        f"{'stage':<24}{'GFLOP':>11}{'MB':>11}{'FLOP/B':>9}{'floor ms':>10}{'bound':>11}{'share':>7}"
+        + f"{'measured':>10}" * bool(times),
     ]
     for stage in [*answer.stages, answer.decode]:
         floor = stage.floor_ms(ceilings, dtype)
@@ -402,7 +442,8 @@ def table(gpu_name: str, answer: ModelledAnswer, measured: Path | None = None) -
         f"{max(products, copies):.2f} ms where products and copies overlap, {products + copies:.2f} ms where they take turns",
         f"time to first token: at least {total:.1f} ms, "
         f"{total - answer.stages[-1].floor_ms(ceilings, dtype):.1f} ms of which are the picture's way to tokens",
-        f"decode: at most {answer.tokens_per_second(ceilings):.0f} tokens/s" + (" of the whole batch" if answer.batch > 1 else ""),
+        f"decode: at most {answer.tokens_per_second(ceilings):.0f} tokens/s"
+        + (" of the whole batch" if answer.batch > 1 else ""),
         f"memory: weights {answer.weight_bytes / 1e9:.1f} GB, KV cache {answer.cache_bytes / 1e9:.2f} GB: "
         + (
             f"fits into {gpu.memory_gb:g} GB, {room:.1f} GB are left for what a call makes on the way"

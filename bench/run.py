@@ -175,7 +175,13 @@ def run_case(
 
 
 def _look_closer(
-    case: Case, calls: dict[str, Call], inputs: object, device: str, rows: dict[str, dict], kernels: bool, watch: Watchdog
+    case: Case,
+    calls: dict[str, Call],
+    inputs: object,
+    device: str,
+    rows: dict[str, dict],
+    kernels: bool,
+    watch: Watchdog,
 ) -> None:
     """The stages of a call, and the table of its kernels, of the providers that have them."""
     for name in calls:
@@ -212,7 +218,13 @@ def _time(
 
 
 def _on_the_gpu(
-    case: Case, calls: dict[str, Call], inputs: object, rows: dict[str, dict], seconds: float, memory: bool, watch: Watchdog
+    case: Case,
+    calls: dict[str, Call],
+    inputs: object,
+    rows: dict[str, dict],
+    seconds: float,
+    memory: bool,
+    watch: Watchdog,
 ) -> None:
     """Memory; and last, as a capture that fails ends it all, CUDA graphs."""
     for name, call in calls.items() if memory else ():
@@ -265,7 +277,9 @@ def _try(row: dict, key: str, measured: Callable[[], object], device: str) -> No
 
 
 def _check_gpu(device: str) -> None:
-    """After an error: frees what it held, and raises GpuLost where the GPU's context is broken, as all that follows would fail with it."""
+    """After an error: frees what it held, and raises GpuLost where the GPU's context is broken, as all that follows
+    would fail with it.
+    """
     if device != "cuda":
         return
     try:
@@ -277,13 +291,31 @@ def _check_gpu(device: str) -> None:
 
 def empty_row(case: Case, provider: str) -> dict:
     """A provider's row before anything was measured."""
-    unmeasured = ("median_ms", "p20_ms", "p80_ms", "warm_ms", "graphed_ms", "first_call_ms", "peak_mib", "relative_error")
+    unmeasured = (
+        "median_ms",
+        "p20_ms",
+        "p80_ms",
+        "warm_ms",
+        "graphed_ms",
+        "first_call_ms",
+        "peak_mib",
+        "relative_error",
+    )
     unmeasured += ("speedup", "speedup_graphed", "equal_bits", "clocks")
-    return {"name": case.name, "provider": provider, "baseline": case.baseline, "ok": None, "why": None} | dict.fromkeys(unmeasured)
+    return {
+        "name": case.name,
+        "provider": provider,
+        "baseline": case.baseline,
+        "ok": None,
+        "why": None,
+    } | dict.fromkeys(unmeasured)
 
 
-def check(case: Case, inputs: object, device: str, rows: dict[str, dict], watch: Watchdog | None = None) -> dict[str, Call]:
-    """Calls each provider once and holds what it returns against the exact result; the calls that are right are returned, warm.
+def check(
+    case: Case, inputs: object, device: str, rows: dict[str, dict], watch: Watchdog | None = None
+) -> dict[str, Call]:
+    """Calls each provider once and holds what it returns against the exact result; the calls that are right are
+    returned, warm.
 
     Args:
         rows: by provider, as of `empty_row`; filled with what was found.
@@ -302,7 +334,9 @@ def check(case: Case, inputs: object, device: str, rows: dict[str, dict], watch:
         row = rows[name]
         watch.begin(case.name, [name], "its first call")
         try:
-            call, outputs, row["first_call_ms"] = measure.first_call(lambda name=name: case.providers[name](inputs), device)
+            call, outputs, row["first_call_ms"] = measure.first_call(
+                lambda name=name: case.providers[name](inputs), device
+            )
             outputs = _several(outputs[0] if case.clocked else outputs)
             if name == case.baseline:
                 plain = outputs
@@ -314,7 +348,9 @@ def check(case: Case, inputs: object, device: str, rows: dict[str, dict], watch:
                 _compare(outputs, plain, _several(exact), row)
             if device == "cuda" and not case.clocked:
                 row["equal_bits"] = measure.same_bits(call, outputs)
-                assert row["equal_bits"] or name not in REPEATABLE, "other bits when it was called again with the same inputs"
+                assert row["equal_bits"] or name not in REPEATABLE, (
+                    "other bits when it was called again with the same inputs"
+                )
             calls[name] = call
         except NotHere as reason:
             row["why"] = f"not here: {reason}"
@@ -356,7 +392,10 @@ def _fill(row: dict, case: Case, timing: measure.Timing, ceilings: Ceilings, dev
     row["warm_ms"], row["samples"] = timing.warm_ms, len(timing.samples)
     if timing.ratios:
         row["speedup"] = statistics.median(timing.ratios)
-        row["speedup_p20"], row["speedup_p80"] = measure.quantile(timing.ratios, 0.2), measure.quantile(timing.ratios, 0.8)
+        row["speedup_p20"], row["speedup_p80"] = (
+            measure.quantile(timing.ratios, 0.2),
+            measure.quantile(timing.ratios, 0.8),
+        )
         row["halves_differ"] = measure.halves_differ(timing.ratios, least=2 if device == "cuda" else 4)
         row["left_out"], row["others"] = timing.left_out, timing.others
     if case.clocked and len(timing.samples) >= TAIL:
@@ -374,7 +413,16 @@ def _fill(row: dict, case: Case, timing: measure.Timing, ceilings: Ceilings, dev
 
 def format_rows(rows: Sequence[dict]) -> str:
     """A table of one case."""
-    titles = (("median ms", 10), ("p20..p80", 18), ("speedup", 9), ("warm", 9), ("graph", 9), ("first", 9), ("MiB", 8), ("GB/s", 7))
+    titles = (
+        ("median ms", 10),
+        ("p20..p80", 18),
+        ("speedup", 9),
+        ("warm", 9),
+        ("graph", 9),
+        ("first", 9),
+        ("MiB", 8),
+        ("GB/s", 7),
+    )
     titles += (("TFLOP/s", 9), ("floor", 7), ("error", 9))
     head = f"  {'provider':<26}" + "".join(f"{title:>{width}}" for title, width in titles)
     lines = [head]
@@ -391,14 +439,20 @@ def format_rows(rows: Sequence[dict]) -> str:
         lines.append(f"  {row['provider']:<26}" + "".join(columns))
         if row["why"]:
             lines.append(f"    {row['why']}")
-    unsteady = [f"{row['provider']} {row['halves_differ']:.0%}" for row in rows if (row.get("halves_differ") or 0) > measure.STEADY]
+    unsteady = [
+        f"{row['provider']} {row['halves_differ']:.0%}"
+        for row in rows
+        if (row.get("halves_differ") or 0) > measure.STEADY
+    ]
     if unsteady:
         lines.append(
             f"  UNSTEADY: the first and second half of the turns differ in the ratio to {rows[0]['baseline']}: {', '.join(unsteady)}"
         )
     busy = max((row.get("others") or 0 for row in rows), default=0)
     if busy > measure.BUSY:
-        lines.append(f"  BUSY: other processes took {busy:.0%} of the machine in every turn: neither times nor ratios hold for a quiet one")
+        lines.append(
+            f"  BUSY: other processes took {busy:.0%} of the machine in every turn: neither times nor ratios hold for a quiet one"
+        )
     return "\n".join(lines)
 
 

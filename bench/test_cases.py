@@ -3,8 +3,9 @@
     pytest bench --cases 'patch_mining/768-b1-*' 'tower/*' --benchmark-save=before
     pytest bench --cases 'patch_mining/768-b1-*' 'tower/*' --benchmark-compare
 
-Here each provider is timed by itself: `python -m bench run` takes them in turns, flushes a GPU's cache, and measures memory too. Cases
-that take their time themselves, being a part of a call or many requests in one, are timed by that: the plug-in's clock is theirs.
+Here each provider is timed by itself: `python -m bench run` takes them in turns, flushes a GPU's cache, and measures
+memory too. Cases that take their time themselves, being a part of a call or many requests in one, are timed by that:
+the plug-in's clock is theirs.
 """
 
 import dataclasses
@@ -25,7 +26,9 @@ ROUNDS = 5
 
 
 class OwnClock:
-    """A timer, in seconds, that goes on by what clocked calls say they took; by the median of those that are many requests in one."""
+    """A timer, in seconds, that goes on by what clocked calls say they took; by the median of those that are many
+    requests in one.
+    """
 
     def __init__(self):
         self.seconds = 0.0
@@ -43,14 +46,23 @@ OWN_CLOCK = OwnClock()
 def pytest_generate_tests(metafunc):
     patterns = metafunc.config.getoption("--cases")
     try:
-        device = check_device(metafunc.config.getoption("--bench-device") or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = check_device(
+            metafunc.config.getoption("--bench-device") or ("cuda" if torch.cuda.is_available() else "cpu")
+        )
         quick = device == "cpu" and not patterns
         cases = choose(all_cases(), patterns, device, quick=quick)
     except (NoDevice, UnknownCase) as error:
         raise pytest.UsageError(str(error)) from None
-    pairs = [(case, provider) for case in (case.only(QUICK_PROVIDERS) if quick else case for case in cases) for provider in case.providers]
+    pairs = [
+        (case, provider)
+        for case in (case.only(QUICK_PROVIDERS) if quick else case for case in cases)
+        for provider in case.providers
+    ]
     clock = pytest.mark.benchmark(timer=OWN_CLOCK)
-    chosen = [pytest.param(*pair, device, id=f"{pair[0].name}-{pair[1]}", marks=[clock] if pair[0].clocked else []) for pair in pairs]
+    chosen = [
+        pytest.param(*pair, device, id=f"{pair[0].name}-{pair[1]}", marks=[clock] if pair[0].clocked else [])
+        for pair in pairs
+    ]
     metafunc.parametrize(("case", "provider", "device"), chosen)
 
 
@@ -79,7 +91,9 @@ def test_case(case: Case, provider: str, device: str, benchmark):
     if call is None:
         (pytest.fail if row["ok"] is False else pytest.skip)(row["why"])
     benchmark.group = case.name
-    benchmark.extra_info |= {key: row[key] for key in ("ok", "why", "relative_error", "first_call_ms")} | {"device": device}
+    benchmark.extra_info |= {key: row[key] for key in ("ok", "why", "relative_error", "first_call_ms")} | {
+        "device": device
+    }
 
     if case.clocked:
         benchmark.pedantic(OWN_CLOCK.advance, args=(call,), rounds=ROUNDS)

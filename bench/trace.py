@@ -1,6 +1,7 @@
 """One call of each provider under torch.profiler, as a trace that Perfetto (ui.perfetto.dev) and chrome://tracing open.
 
-Ranges are named after the case and the provider, and within them after the stages; on a GPU they are NVTX ranges too, for Nsight Systems.
+Ranges are named after the case and the provider, and within them after the stages; on a GPU they are NVTX ranges too,
+for Nsight Systems.
 """
 
 import contextlib

@@ -1,10 +1,11 @@
-"""Tiles of the kernels, timed on the GPU at hand, and printed as entries of kernels/configs.py to review. Nothing is written.
+"""Tiles of the kernels, timed on the GPU at hand, and printed as entries of kernels/configs.py to review. Nothing is
+written.
 
-Candidates are the tiles around today's, nearest first, that fit a program's registers and the architecture's shared memory. All are
-compiled first, side by side and without the GPU, as far as half of the time allows; then each has its result held against the float64
-result by the tests' accuracy rule, and is timed, at every published shape of its bucket: as the replay of a CUDA graph, since the host
-takes longer to launch most of these kernels than the GPU to run them. The backward pass of mining takes the forward pass's tiles and has
-none of its own.
+Candidates are the tiles around today's, nearest first, that fit a program's registers and the architecture's shared
+memory. All are compiled first, side by side and without the GPU, as far as half of the time allows; then each has its
+result held against the float64 result by the tests' accuracy rule, and is timed, at every published shape of its
+bucket: as the replay of a CUDA graph, since the host takes longer to launch most of these kernels than the GPU to run
+them. The backward pass of mining takes the forward pass's tiles and has none of its own.
 """
 
 import contextlib
@@ -46,7 +47,9 @@ MOST_CANDIDATES = 64
 
 
 class Task(NamedTuple):
-    """A kernel on inputs: what is timed, what the library has in its place, and the result in float64; none of it is run yet."""
+    """A kernel on inputs: what is timed, what the library has in its place, and the result in float64; none of it is
+    run yet.
+    """
 
     kernel: Callable[[], torch.Tensor]
     library: Callable[[], torch.Tensor]
@@ -77,7 +80,8 @@ class Kernel:
         space: by field of its tile, the values that may be tried.
         fits: whether a tile can run, by its key and the bytes of shared memory of a block.
         problems: at the published shapes, what most run in first.
-        library_graphed: whether the library's form can be captured in a CUDA graph; else its time has the host's launches in it.
+        library_graphed: whether the library's form can be captured in a CUDA graph; else its time has the host's
+            launches in it.
     """
 
     table: str
@@ -119,7 +123,10 @@ def _mining_problems() -> list[Problem]:
             bucket = configs.patch_mining_bucket(dtype.itemsize, sizes.window, [c for _, c in sizes.levels])
             # the global view of HD is a launch of its own, with a tile of its own where it has one
             keys = [bucket, (*bucket, "reduced")] if sizes.grid > 1 else [bucket]
-            found += [Problem(f"{name}-b1-{_name(dtype)}", key, lambda device, sizes=sizes: _mining(sizes, device)) for key in keys]
+            found += [
+                Problem(f"{name}-b1-{_name(dtype)}", key, lambda device, sizes=sizes: _mining(sizes, device))
+                for key in keys
+            ]
     return found
 
 
@@ -161,7 +168,9 @@ def _pointwise_problems() -> list[Problem]:
 
 def _pointwise_fits(key: tuple, tile: configs.ProductTile, shared: int) -> bool:
     accumulators = tile.rows * tile.columns // (32 * tile.warps)
-    return 8 <= accumulators <= MOST_REGISTERS and (tile.rows + tile.columns) * tile.depth * key[0] * tile.stages <= shared
+    return (
+        8 <= accumulators <= MOST_REGISTERS and (tile.rows + tile.columns) * tile.depth * key[0] * tile.stages <= shared
+    )
 
 
 def _convolution_problems() -> list[Problem]:
@@ -185,7 +194,9 @@ def _convolution_fits(key: tuple, tile: configs.ConvolutionTile, shared: int) ->
 
 def _resize_problems() -> list[Problem]:
     return [
-        Problem(f"{setting.name}-{PICTURE[0]}x{PICTURE[1]}", key, lambda device, setting=setting: _resize(setting, device))
+        Problem(
+            f"{setting.name}-{PICTURE[0]}x{PICTURE[1]}", key, lambda device, setting=setting: _resize(setting, device)
+        )
         for setting in SETTINGS
         for key in ("columns", "rows")
     ]
@@ -194,7 +205,12 @@ def _resize_problems() -> list[Problem]:
 def _resize(setting, device: str) -> Task:
     torch.manual_seed(0)
     picture = torch.randint(0, 256, (*PICTURE[::-1], 3), dtype=torch.uint8, device=device)
-    sizes = {"hr_size": setting.side, "lr_size": LR, "grid": setting.grid, "global_view": setting.views > setting.grid**2}
+    sizes = {
+        "hr_size": setting.side,
+        "lr_size": LR,
+        "grid": setting.grid,
+        "global_view": setting.views > setting.grid**2,
+    }
 
     def by(backend: str) -> torch.Tensor:
         hr, views = ops.dual_resize(picture, **sizes, backend=backend)
@@ -229,7 +245,10 @@ def _name(dtype: torch.dtype) -> str:
 POWERS = tuple(2**i for i in range(11))
 KERNELS = {
     "patch_mining": Kernel(
-        "PATCH_MINING", {"channels": POWERS[3:8], "warps": POWERS[1:5], "stages": (1, 2, 3, 4)}, _mining_fits, _mining_problems
+        "PATCH_MINING",
+        {"channels": POWERS[3:8], "warps": POWERS[1:5], "stages": (1, 2, 3, 4)},
+        _mining_fits,
+        _mining_problems,
     ),
     "dwconv_norm": Kernel(
         "DWCONV_NORM",
@@ -239,7 +258,14 @@ KERNELS = {
     ),
     "pointwise": Kernel(
         "POINTWISE",
-        {"rows": POWERS[5:9], "columns": POWERS[5:9], "depth": POWERS[4:8], "group": (4, 8, 16), "warps": (4, 8), "stages": (2, 3, 4, 5)},
+        {
+            "rows": POWERS[5:9],
+            "columns": POWERS[5:9],
+            "depth": POWERS[4:8],
+            "group": (4, 8, 16),
+            "warps": (4, 8),
+            "stages": (2, 3, 4, 5),
+        },
         _pointwise_fits,
         _pointwise_problems,
     ),
@@ -255,7 +281,9 @@ KERNELS = {
 
 
 def tile_of(kernel: str, architecture: int | None, key: object) -> NamedTuple:
-    """Today's tile of an entry: the architecture's own, or that of any; a global view's is that of its bucket, where it has none."""
+    """Today's tile of an entry: the architecture's own, or that of any; a global view's is that of its bucket, where it
+    has none.
+    """
     table = getattr(configs, KERNELS[kernel].table)
     entries = table[None] | table.get(architecture, {})
     return entries[key] if key in entries else entries[key[:-1]]
@@ -270,7 +298,9 @@ def tile_in_force(kernel: str, architecture: int | None, key: object, tile: Name
 
 
 def candidates(kernel: str, architecture: int | None, key: object) -> list[NamedTuple]:
-    """Tiles to try for an entry, today's first, then by how many times a number must be doubled or halved to come to them."""
+    """Tiles to try for an entry, today's first, then by how many times a number must be doubled or halved to come to
+    them.
+    """
     space, fits = KERNELS[kernel].space, KERNELS[kernel].fits
     shared = configs.SHARED_MEMORY_LIMITS.get(architecture, max(configs.SHARED_MEMORY_LIMITS.values()))
     today = tile_of(kernel, architecture, key)
@@ -280,7 +310,9 @@ def candidates(kernel: str, architecture: int | None, key: object) -> list[Named
 
     # the fields of a tile in its own order
     tiles = (today._make(values) for values in itertools.product(*(space[name] for name in today._fields)))
-    others = sorted((tile for tile in tiles if tile != today and fits(key, tile, shared)), key=lambda tile: (far(tile), tile))
+    others = sorted(
+        (tile for tile in tiles if tile != today and fits(key, tile, shared)), key=lambda tile: (far(tile), tile)
+    )
     return [today, *others][:MOST_CANDIDATES]
 
 
@@ -357,7 +389,8 @@ def tune_entry(
     problems: Sequence[Problem] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Result:
-    """Checks and times tiles of an entry until its time is spent, but today's, the first, in any case; then the library's form.
+    """Checks and times tiles of an entry until its time is spent, but today's, the first, in any case; then the
+    library's form.
 
     Errors are told in what is returned, with what was found before them.
 
@@ -411,7 +444,9 @@ def _lost(error: Exception, device: str) -> bool:
 
 
 def report(results: Sequence[Result], architecture: int | None, best: int) -> str:
-    """Python: by kernel a table as in configs.py, of the fastest tile of each entry; the next ones and the times as comments."""
+    """Python: by kernel a table as in configs.py, of the fastest tile of each entry; the next ones and the times as
+    comments.
+    """
     lines = []
     for kernel in dict.fromkeys(result.kernel for result in results):
         lines += [f"{KERNELS[kernel].table} = {{", f"    {architecture}: {{"]
@@ -426,7 +461,10 @@ def _entry(result: Result, best: int) -> list[str]:
     lines = []
     if ranked:
         fastest, gain = ranked[0]
-        today, launches = next(iter(result.tiles)), "" if KERNELS[result.kernel].library_graphed else " with its launches"
+        today, launches = (
+            next(iter(result.tiles)),
+            "" if KERNELS[result.kernel].library_graphed else " with its launches",
+        )
         gains = [f"{gain:.2f} times today's"]
         for name, ms in result.times[fastest].items():
             library = f", the library {result.library_ms[name]:.4f}{launches}" if name in result.library_ms else ""
@@ -440,7 +478,11 @@ def _entry(result: Result, best: int) -> list[str]:
         lines.append(f"# {result.key!r}: today's tile gave no result")
     if result.error is not None:
         lines.append(f"# {result.key!r}: {result.error}")
-    wrong = f", {len(result.rejected)} rejected, the first for {next(iter(result.rejected.values()))}" if result.rejected else ""
+    wrong = (
+        f", {len(result.rejected)} rejected, the first for {next(iter(result.rejected.values()))}"
+        if result.rejected
+        else ""
+    )
     left = "not tried" if result.lost or result.error else "left for want of time"
     lines.append(f"# {len(result.tiles)} tried{wrong}, {result.left} {left}")
     return lines
@@ -453,8 +495,8 @@ def _tile(tile: NamedTuple) -> str:
 def tune(kernels: Sequence[str], seconds: float, *, best: int = 3, device: str = "cuda") -> str:
     """Tunes kernels on the GPU at hand; the tables, to be printed.
 
-    Before that, on stdout: what it is measured on, and each entry as soon as it is done, as comments. So a process that is killed has said
-    what it found. After an error that loses the GPU no further entry is tried.
+    Before that, on stdout: what it is measured on, and each entry as soon as it is done, as comments. So a process that
+    is killed has said what it found. After an error that loses the GPU no further entry is tried.
 
     Raises:
         NoDevice: there is no GPU.
@@ -476,7 +518,11 @@ def tune(kernels: Sequence[str], seconds: float, *, best: int = 3, device: str =
         compiled = compile_candidates(chosen, architecture, COMPILING * seconds)
         for i, (kernel, key) in enumerate(chosen):
             share = max(0.0, seconds - (time.monotonic() - began)) / (len(chosen) - i)
-            print(f"{kernel} {key!r}: {len(compiled[kernel, key])} candidates compiled, {share:.1f} s ...", file=sys.stderr, flush=True)
+            print(
+                f"{kernel} {key!r}: {len(compiled[kernel, key])} candidates compiled, {share:.1f} s ...",
+                file=sys.stderr,
+                flush=True,
+            )
             tiles = list(dict.fromkeys([tile_of(kernel, architecture, key), *compiled[kernel, key]]))
             with torch.no_grad():
                 result = tune_entry(kernel, key, tiles, architecture, share, device=device, time_call=_milliseconds)
@@ -484,7 +530,9 @@ def tune(kernels: Sequence[str], seconds: float, *, best: int = 3, device: str =
             lines = [f"# {KERNELS[kernel].table}[{architecture}]", *(f"#     {line}" for line in _entry(result, best))]
             print("\n".join(lines), flush=True)
             if result.lost:
-                ended = f"\n# ended at {kernel} {key!r}, which lost the GPU: {len(chosen) - len(results)} entries not tried"
+                ended = (
+                    f"\n# ended at {kernel} {key!r}, which lost the GPU: {len(chosen) - len(results)} entries not tried"
+                )
                 break
             torch.cuda.empty_cache()
     except KeyboardInterrupt:
@@ -493,7 +541,9 @@ def tune(kernels: Sequence[str], seconds: float, *, best: int = 3, device: str =
 
 
 def _milliseconds(call: Callable, graph: bool) -> float:
-    """Of a call, the second-level cache flushed, in some hundredths of a second: as the replay of a graph, or with its launches."""
+    """Of a call, the second-level cache flushed, in some hundredths of a second: as the replay of a graph, or with its
+    launches.
+    """
     if graph:
         return measure.time_graph(call, 0.015)
     return statistics.median(measure.time_on_gpu(call, 0.03).samples)

@@ -29,9 +29,9 @@ class Doing:
 class Watchdog:
     """Keeps in a file what this process is at, and ends the process where one thing takes too long.
 
-    A call that never comes back from the GPU cannot be interrupted from within Python. The limit is therefore kept by a thread of the
-    interpreter that needs no lock of it (`faulthandler`): it prints where every thread stands, and ends the process. Whoever started the
-    process finds in the file what it was at, and goes on without that.
+    A call that never comes back from the GPU cannot be interrupted from within Python. The limit is therefore kept by a
+    thread of the interpreter that needs no lock of it (`faulthandler`): it prints where every thread stands, and ends
+    the process. Whoever started the process finds in the file what it was at, and goes on without that.
 
     Args:
         path: the file; it is there only while something is being done. None: nothing is kept.

@@ -6,8 +6,8 @@ Data only: launches take their tiles from here, nothing is tuned at run time.
 from collections.abc import Iterable
 from typing import NamedTuple
 
-# shared memory in bytes that one block may use, by compute capability (CUDA C++ Programming Guide, "Technical Specifications per Compute
-# Capability"): ahead-of-time compiling fails a configuration that needs more
+# shared memory in bytes that one block may use, by compute capability (CUDA C++ Programming Guide, "Technical
+# Specifications per Compute Capability"): ahead-of-time compiling fails a configuration that needs more
 SHARED_MEMORY_LIMITS = {
     80: 166912,
     86: 101376,
@@ -26,9 +26,10 @@ class Tile(NamedTuple):
     stages: int
 
 
-# by compute capability (None: any, where that has no entry of its own), then by bytes of an element of the maps, pixels of a window rounded
-# up to a power of two, and whether the levels' widths are such that pixels are loaded 16 bytes at once. Where they are not, every element
-# has an address of its own, and larger tiles run out of registers. `reduced`: for a global view, where it needs a tile of its own.
+# by compute capability (None: any, where that has no entry of its own), then by bytes of an element of the maps, pixels
+# of a window rounded up to a power of two, and whether the levels' widths are such that pixels are loaded 16 bytes at
+# once. Where they are not, every element has an address of its own, and larger tiles run out of registers. `reduced`:
+# for a global view, where it needs a tile of its own.
 PATCH_MINING = {
     None: {
         (2, 16, True): Tile(64, 2, 2),
@@ -59,10 +60,16 @@ PATCH_MINING = {
 def patch_mining_bucket(element_size: int, side: int, widths: Iterable[int]) -> tuple[int, int, bool]:
     """The bucket of windows of side x side pixels of levels of these widths."""
     # Triton knows of a stride whether it is a multiple of 16, and no more
-    return element_size, next(pixels for pixels in (16, 64, 128, 256) if side * side <= pixels), all(width % 16 == 0 for width in widths)
+    return (
+        element_size,
+        next(pixels for pixels in (16, 64, 128, 256) if side * side <= pixels),
+        all(width % 16 == 0 for width in widths),
+    )
 
 
-def patch_mining_tile(architecture: int | None, element_size: int, side: int, widths: Iterable[int], *, reduced: bool) -> Tile:
+def patch_mining_tile(
+    architecture: int | None, element_size: int, side: int, widths: Iterable[int], *, reduced: bool
+) -> Tile:
     """The tile of their bucket on a GPU of this compute capability (90 for 9.0), for a map that is reduced or not."""
     table = PATCH_MINING[None] | PATCH_MINING.get(architecture, {})
     bucket = patch_mining_bucket(element_size, side, widths)
@@ -70,7 +77,9 @@ def patch_mining_tile(architecture: int | None, element_size: int, side: int, wi
 
 
 class ProductTile(NamedTuple):
-    """Rows, columns and depth of a program's share of a product, rows of tiles taken together, warps, stages of the pipeline."""
+    """Rows, columns and depth of a program's share of a product, rows of tiles taken together, warps, stages of the
+    pipeline.
+    """
 
     rows: int
     columns: int
@@ -80,8 +89,9 @@ class ProductTile(NamedTuple):
     stages: int
 
 
-# by compute capability (None: as above), then by bytes of an element and by the product's size or layout, see `pointwise_bucket`. Not tuned
-# on a GPU: the largest that do not spill. Of 128 x 256, which one of 90 or 100 could feed, the epilogue does, with 8 warps and with 16.
+# by compute capability (None: as above), then by bytes of an element and by the product's size or layout, see
+# `pointwise_bucket`. Not tuned on a GPU: the largest that do not spill. Of 128 x 256, which one of 90 or 100 could
+# feed, the epilogue does, with 8 warps and with 16.
 POINTWISE = {
     None: {
         (2, "few"): ProductTile(64, 64, 64, 8, 4, 4),
@@ -120,10 +130,10 @@ class ConvolutionTile(NamedTuple):
     warps: int
 
 
-# by compute capability as above, then by the most channels, and whether pixels are loaded several channels at once. A thread holds its rows
-# of 4 channels (2 where loads are narrow, each with an address of its own) of up to three chunks, the width of every published ConvNeXt
-# being 2^k or 3 * 2^k. Not tuned on a GPU: 6 rows divide the maps of 768 pixels. 8 would take fewer
-# instructions, but leave too few programs of one picture for an H100, and spill float32.
+# by compute capability as above, then by the most channels, and whether pixels are loaded several channels at once. A
+# thread holds its rows of 4 channels (2 where loads are narrow, each with an address of its own) of up to three chunks,
+# the width of every published ConvNeXt being 2^k or 3 * 2^k. Not tuned on a GPU: 6 rows divide the maps of 768 pixels.
+# 8 would take fewer instructions, but leave too few programs of one picture for an H100, and spill float32.
 DWCONV_NORM = {
     None: {
         (192, True): ConvolutionTile(6, 8, 64, 4),
@@ -159,7 +169,8 @@ class ResizeTile(NamedTuple):
     warps: int
 
 
-# by compute capability (None: any, where that has no entry of its own), then by pass: of a picture's columns, then of its rows
+# by compute capability (None: any, where that has no entry of its own), then by pass: of a picture's columns, then of
+# its rows
 DUAL_RESIZE = {None: {"columns": ResizeTile(4, 128, 4), "rows": ResizeTile(4, 128, 4)}}
 
 

@@ -1,12 +1,14 @@
-"""A picture resized to both resolutions: HR = table[clip(sum_k w_k clip(sum_l v_l x_kl))], LR = bilinear(HR), in two launches.
+"""A picture resized to both resolutions: HR = table[clip(sum_k w_k clip(sum_l v_l x_kl))], LR = bilinear(HR), in two
+launches.
 
-The sums are Pillow's: weights in units of 2**-22, int32, rounded to 8 bits after the columns' pass and after the rows'. The first launch
-resizes the columns of the picture [H, W, 3] uint8, of any strides, to [rows, 3, HR] uint8 and a row of padding; the second the rows, and
-looks the normalised pixels up. The padded square, a float picture and the canvas of the LR tiles never exist: taps outside of the picture
-have the padding's colour, and LR pixels are made of HR pixels that are computed again, 4 each, 16 for the global view.
+The sums are Pillow's: weights in units of 2**-22, int32, rounded to 8 bits after the columns' pass and after the rows'.
+The first launch resizes the columns of the picture [H, W, 3] uint8, of any strides, to [rows, 3, HR] uint8 and a row of
+padding; the second the rows, and looks the normalised pixels up. The padded square, a float picture and the canvas of
+the LR tiles never exist: taps outside of the picture have the padding's colour, and LR pixels are made of HR pixels
+that are computed again, 4 each, 16 for the global view.
 
-Integers and tables throughout, so HR has Pillow's bits on any GPU. A picture that is on the host, and a model that is not waiting, may as
-well be resized there by Pillow while the GPU does something else.
+Integers and tables throughout, so HR has Pillow's bits on any GPU. A picture that is on the host, and a model that is
+not waiting, may as well be resized there by Pillow while the GPU does something else.
 """
 
 from typing import NamedTuple
@@ -21,7 +23,9 @@ SIZES = ["stride_y", "stride_x", "stride_c", "low", "height", "width", "size", "
 
 
 class Taps(NamedTuple):
-    """Of every pixel along a side of the result: the first tap [size] in the picture, and the weights [K, size], both int32."""
+    """Of every pixel along a side of the result: the first tap [size] in the picture, and the weights [K, size], both
+    int32.
+    """
 
     first: torch.Tensor
     weights: torch.Tensor
@@ -69,8 +73,8 @@ def resize_columns_fwd_kernel(
     for i_c in tl.static_range(3):
         p_row = picture_ptr + (o_y + low) * stride_y + i_c * stride_c
         b_sum = tl.zeros([BY, BX], tl.int32)
-        # A `range` up to a number that is not constant cannot be interpreted by Triton 3.6 with NumPy 2.4 and newer. For a GPU
-        # this loop is compiled to the same instructions.
+        # A `range` up to a number that is not constant cannot be interpreted by Triton 3.6 with NumPy 2.4 and newer.
+        # For a GPU this loop is compiled to the same instructions.
         i_k = 0
         while i_k < taps:
             b_weight = tl.load(weights_ptr + i_k * size + o_x, mask=m_x, other=0)  # [BX]
@@ -126,7 +130,8 @@ def resize_rows_fwd_kernel(
     hr_tiles = tl.cdiv(size, BY) * tl.cdiv(size, BX)
     canvas_tiles = tl.cdiv(canvas, BY) * tl.cdiv(canvas, BX)
     entries = size + canvas + global_size
-    # the HR picture, the canvas of LR tiles and the global view alike: pixels along a side, entries of the tables, taps, pictures
+    # the HR picture, the canvas of LR tiles and the global view alike: pixels along a side, entries of the tables,
+    # taps, pictures
     if i < hr_tiles:
         n, entry, count, side, i_view, p_out = size, 0, 1, size, 0, hr_ptr
     elif i < hr_tiles + canvas_tiles:
@@ -150,7 +155,9 @@ def resize_rows_fwd_kernel(
             b_px = tl.load(positions_ptr + o_column, mask=m_x, other=0)
             b_wx = tl.load(shares_ptr + o_column, mask=m_x, other=0.0)
             b_level = _levels(between_ptr, first_ptr, weights_ptr, b_py, m_y, b_px, m_x, i_c, low, height, size, taps)
-            b_row += b_wx[None, :] * tl.load(table_ptr + i_c * 256 + b_level, mask=m_y[:, None] & m_x[None, :], other=0.0)
+            b_row += b_wx[None, :] * tl.load(
+                table_ptr + i_c * 256 + b_level, mask=m_y[:, None] & m_x[None, :], other=0.0
+            )
         b_out += b_wy[:, None] * b_row
     o_view = (i_view + (o_y // side * grid)[:, None] + (o_x // side)[None, :]).to(tl.int64)
     o_pixel = ((o_view * 3 + i_c) * side + (o_y % side)[:, None]) * side + (o_x % side)[None, :]
@@ -176,11 +183,13 @@ def dual_resize_fwd(
 
     Args:
         picture: [H, W, 3] uint8, any strides.
-        columns, rows: what the pixels along the result's sides are made of; of rows of the picture none before `low`, none from `high`.
+        columns, rows: what the pixels along the result's sides are made of; of rows of the picture none before `low`,
+            none from `high`.
         low, high: rows of the picture that are resized; taps outside of [low, high) have the padding's colour.
         table: [3, 256] fp32, the normalised pixel of every channel and level.
-        positions, shares: [4, HR + grid * LR + LR], int32 and fp32: the HR pixels along a side that make a pixel, and their weights: for
-            the HR picture (itself), the canvas of tiles (2 taps) and, with `global_view` only, the global view (4 taps).
+        positions, shares: [4, HR + grid * LR + LR], int32 and fp32: the HR pixels along a side that make a pixel, and
+            their weights: for the HR picture (itself), the canvas of tiles (2 taps) and, with `global_view` only, the
+            global view (4 taps).
         colour: of the padding.
         lr_size: side of an LR view in pixels.
         grid: tiles along a side of the LR canvas.

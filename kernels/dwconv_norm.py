@@ -1,10 +1,13 @@
-"""7x7 depthwise convolution, bias, LayerNorm over channels: y = (z - mean z) / sqrt(var z + eps) * g + h, z = b + sum_t w_t * x_t.
+"""7x7 depthwise convolution, bias, LayerNorm over channels: y = (z - mean z) / sqrt(var z + eps) * g + h, z = b + sum_t
+w_t * x_t.
 
-x_t is the map [B, H, W, C] shifted by tap t = 7 * ky + kx, zero outside; mean and variance are those of a pixel's C channels. The map is
-read once, its halo from the caches, and written once: the convolution's result stays in registers, is not rounded before the norm, and
-nothing is copied to NCHW and back. All float32 from the load on; the variance is that of what the mean has been taken off.
+x_t is the map [B, H, W, C] shifted by tap t = 7 * ky + kx, zero outside; mean and variance are those of a pixel's C
+channels. The map is read once, its halo from the caches, and written once: the convolution's result stays in registers,
+is not rounded before the norm, and nothing is copied to NCHW and back. All float32 from the load on; the variance is
+that of what the mean has been taken off.
 
-A program makes a few rows of a few columns, all channels. A pixel is loaded once for each kx and goes into every output row it is under:
+A program makes a few rows of a few columns, all channels. A pixel is loaded once for each kx and goes into every output
+row it is under:
 7 * (rows + 6) / rows loads an output in place of 49. The backward pass recomputes through PyTorch. Maps of few pixels
 leave most of a GPU idle: there the PyTorch form may be faster.
 """
@@ -18,7 +21,9 @@ from .configs import dwconv_norm_tile
 
 @triton.jit
 def _single(b):
-    """In float32; a bfloat16 by its bits, in one instruction: the compiler's own conversion of every other one takes two."""
+    """In float32; a bfloat16 by its bits, in one instruction: the compiler's own conversion of every other one takes
+    two.
+    """
     if b.dtype == tl.bfloat16:
         return (b.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     return b.to(tl.float32)
@@ -26,12 +31,28 @@ def _single(b):
 
 @triton.jit
 def _vector(p, zero, m):
-    """A vector over channels for every pixel of the tile [BW, BC]: in the tile's own layout, or it would go by way of shared memory."""
+    """A vector over channels for every pixel of the tile [BW, BC]: in the tile's own layout, or it would go by way of
+    shared memory.
+    """
     return _single(tl.load(p + zero, mask=m, other=0.0))
 
 
 @triton.jit
-def _convolve(p_x, p_weight, p_bias, i_y, o_x, o_c, H, W, stride_xh, stride_xw, C: tl.constexpr, ROWS: tl.constexpr, BC: tl.constexpr):
+def _convolve(
+    p_x,
+    p_weight,
+    p_bias,
+    i_y,
+    o_x,
+    o_c,
+    H,
+    W,
+    stride_xh,
+    stride_xw,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    BC: tl.constexpr,
+):
     """The convolution with its bias: a tuple of tiles [BW, BC], chunk by chunk the ROWS rows of it.
 
     `p_x` points at the picture, `o_x` [BW] are output columns, `o_c` [1, BC] the first chunk's channels.
@@ -108,7 +129,9 @@ def dwconv_norm_fwd_kernel(
     o_x = (i % across * BW).to(tl.int32) + tl.arange(0, BW)
 
     o_c = tl.arange(0, BC)[None, :]
-    b_z = _convolve(x_ptr + i_b * stride_xb, weight_ptr, bias_ptr, i_y, o_x, o_c, H, W, stride_xh, stride_xw, C, ROWS, BC)
+    b_z = _convolve(
+        x_ptr + i_b * stride_xb, weight_ptr, bias_ptr, i_y, o_x, o_c, H, W, stride_xh, stride_xw, C, ROWS, BC
+    )
 
     b_means, b_rstds = (), ()
     for r in tl.static_range(ROWS):
@@ -138,7 +161,12 @@ def dwconv_norm_fwd_kernel(
 
 
 def dwconv_norm_fwd(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, norm_weight: torch.Tensor, norm_bias: torch.Tensor, eps: float
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    eps: float,
 ) -> torch.Tensor:
     """Convolves and normalises a map, in one launch.
 

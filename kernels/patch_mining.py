@@ -1,12 +1,14 @@
 """Windows of the pyramid, normalised, scored by their queries and pooled: p = sum_j softmax_j(u . x_j) x_j.
 
-x_j are the M x M pixels of a query's window of the pyramid, upsampled to its finest level, concatenated and LayerNorm'ed over all
-channels. Levels are read at their own resolution, [B, n_s, n_s, C_s] with unit channel stride, the halo of the bilinear resizing clamped
-at the border; the upsampled map, its windows, keys and values never exist. One program per window reads its pixels twice: for scores
-and statistics, then, from the cache, for the weighted sum; the backward pass to the queries likewise. All float32 from the load on.
+x_j are the M x M pixels of a query's window of the pyramid, upsampled to its finest level, concatenated and
+LayerNorm'ed over all channels. Levels are read at their own resolution, [B, n_s, n_s, C_s] with unit channel stride,
+the halo of the bilinear resizing clamped at the border; the upsampled map, its windows, keys and values never exist.
+One program per window reads its pixels twice: for scores and statistics, then, from the cache, for the weighted sum;
+the backward pass to the queries likewise. All float32 from the load on.
 
-Coarse pixels become window pixels by a matrix product where that is exact in TF32 (16-bit maps, dyadic weights), else tap by tap.
-A picture of few queries leaves most of a GPU idle, at under one program per multiprocessor: there the PyTorch form may be faster.
+Coarse pixels become window pixels by a matrix product where that is exact in TF32 (16-bit maps, dyadic weights), else
+tap by tap. A picture of few queries leaves most of a GPU idle, at under one program per multiprocessor: there the
+PyTorch form may be faster.
 """
 
 import functools
@@ -45,7 +47,8 @@ def _shifts(level, i_b, row, column, GEOMETRIES: tl.constexpr):
 
 @triton.jit
 def _scan(level, vector_ptr, i_b, row, column, b_shift, GEOMETRIES: tl.constexpr, S: tl.constexpr):
-    """One level's share of: the pixels' inner products with a vector, their sums, their sums of squares [BJ]; the vector's sum.
+    """One level's share of: the pixels' inner products with a vector, their sums, their sums of squares [BJ]; the
+    vector's sum.
 
     Pixels less `b_shift` [BJ].
     """
@@ -110,7 +113,9 @@ def _pool(level, out_ptr, b_weight, constant, i_b, row, column, shift, GEOMETRIE
 
 @triton.jit
 def _place(VIEWS: tl.constexpr, FIRST_VIEW: tl.constexpr, CELLS: tl.constexpr, QUERY_SIDE: tl.constexpr):
-    """This program's picture, its query, and the row and column of the window on the raster of the launch's CELLS x CELLS views."""
+    """This program's picture, its query, and the row and column of the window on the raster of the launch's CELLS x
+    CELLS views.
+    """
     i = tl.program_id(0).to(tl.int64)
     QUERIES: tl.constexpr = QUERY_SIDE * QUERY_SIDE
     i_b = i // (CELLS * CELLS * QUERIES)
@@ -207,7 +212,9 @@ def pool_windows_bwd_kernel(
 
 
 def launches(queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int) -> Iterator[tuple[int, dict]]:
-    """Programs and common arguments of the launches: one for the cells, one for the global view, if any, whose map is reduced."""
+    """Programs and common arguments of the launches: one for the cells, one for the global view, if any, whose map is
+    reduced.
+    """
     b, views, n, channels = queries.shape
     fine, query_side = pyramid[0].shape[1], math.isqrt(n)
     side = fine // (grid * query_side)
@@ -219,7 +226,9 @@ def launches(queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int) 
         tile = patch_mining_tile(architecture, max(element_sizes), side, widths, reduced=reduction > 1)
         arguments = {
             "levels": levels,
-            "GEOMETRIES": tuple(geometry(level, at, fine, reduction, side, tile.channels) for level, at in zip(pyramid, offsets)),
+            "GEOMETRIES": tuple(
+                geometry(level, at, fine, reduction, side, tile.channels) for level, at in zip(pyramid, offsets)
+            ),
             "VIEWS": views,
             "FIRST_VIEW": first,
             "CELLS": cells,
@@ -240,34 +249,43 @@ def _channels_last(pyramid: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [level if level.stride(-1) == 1 else level.contiguous() for level in pyramid]
 
 
-def pool_windows_fwd(queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int) -> tuple[torch.Tensor, torch.Tensor]:
+def pool_windows_fwd(
+    queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Pools every query's window.
 
     Args:
-        queries: [B, V, N, C], projected to C = sum(C_s) channels, fp16/bf16/fp32; V = grid * grid cells row by row, then possibly the
-            global view, which sees the map reduced by `grid`.
-        pyramid: [B, n_s, n_s, C_s], finest first, each fp16/bf16/fp32; read in place where the channels' stride is 1, else copied.
+        queries: [B, V, N, C], projected to C = sum(C_s) channels, fp16/bf16/fp32; V = grid * grid cells row by row,
+            then possibly the global view, which sees the map reduced by `grid`.
+        pyramid: [B, n_s, n_s, C_s], finest first, each fp16/bf16/fp32; read in place where the channels' stride is 1,
+            else copied.
         grid: cells per side. The window's side M = n_0 / (grid * sqrt(N)).
 
     Returns:
-        pooled [B, V, N, C] in the widest dtype of queries and levels; statistics [B, V, N, 3, M * M], fp32: the softmax's weights, the
-        pixels' means less a number per pixel, their inverse standard deviations.
+        pooled [B, V, N, C] in the widest dtype of queries and levels; statistics [B, V, N, 3, M * M], fp32: the
+        softmax's weights, the pixels' means less a number per pixel, their inverse standard deviations.
     """
     queries, pyramid = queries.contiguous(), _channels_last(pyramid)
     side = pyramid[0].shape[1] // (grid * math.isqrt(queries.shape[2]))
     pooled = torch.empty_like(queries, dtype=pooled_dtype(queries, pyramid))
     statistics = queries.new_empty(*queries.shape[:3], 3, side * side, dtype=torch.float32)
     for programs, arguments in launches(queries, pyramid, grid):
-        pool_windows_fwd_kernel[(programs,)](queries, pooled_ptr=pooled, statistics_ptr=statistics, EPS=LAYER_NORM_EPS, **arguments)
+        pool_windows_fwd_kernel[(programs,)](
+            queries, pooled_ptr=pooled, statistics_ptr=statistics, EPS=LAYER_NORM_EPS, **arguments
+        )
     return pooled, statistics
 
 
 def pool_windows_bwd(
     grad: torch.Tensor, queries: torch.Tensor, pyramid: Sequence[torch.Tensor], statistics: torch.Tensor, grid: int
 ) -> torch.Tensor:
-    """Gradient to the queries, of their shape and dtype, from the gradient [B, V, N, C] of `pooled`; the rest as in `pool_windows_fwd`."""
+    """Gradient to the queries, of their shape and dtype, from the gradient [B, V, N, C] of `pooled`; the rest as in
+    `pool_windows_fwd`.
+    """
     grad, pyramid = grad.contiguous(), _channels_last(pyramid)
     grad_queries = torch.empty_like(queries, memory_format=torch.contiguous_format)
     for programs, arguments in launches(queries, pyramid, grid):
-        pool_windows_bwd_kernel[(programs,)](grad, grad_queries_ptr=grad_queries, statistics_ptr=statistics, **arguments)
+        pool_windows_bwd_kernel[(programs,)](
+            grad, grad_queries_ptr=grad_queries, statistics_ptr=statistics, **arguments
+        )
     return grad_queries

@@ -1,12 +1,14 @@
 """The two pointwise layers of a ConvNeXt block: y = gelu(x W^T + b) and y = r + x W^T + b, one launch each.
 
-Bias, exact (erf) GELU and residual are applied to the float32 accumulator before its only rounding: the product itself never touches
-memory. Layer scale is the caller's, folded into W and b. x [M, K] and r [M, N] have unit stride along a row and any stride between rows,
-W [N, K] is contiguous. Any M, N, K; where K, N or a stride is no multiple of 16, elements are loaded one by one.
+Bias, exact (erf) GELU and residual are applied to the float32 accumulator before its only rounding: the product itself
+never touches memory. Layer scale is the caller's, folded into W and b. x [M, K] and r [M, N] have unit stride along a
+row and any stride between rows, W [N, K] is contiguous. Any M, N, K; where K, N or a stride is no multiple of 16,
+elements are loaded one by one.
 
-The one exception to "float32 from the load on": 16-bit operands go to the tensor cores as they are, which sum their exact products in
-float32. Triton's interpreter computes garbage from bfloat16, so there, and only there, operands are widened: that is exact. float32 is
-multiplied as IEEE float32, without tensor cores. Where PyTorch's form, the library's product and a pass, is faster has not been measured.
+The one exception to "float32 from the load on": 16-bit operands go to the tensor cores as they are, which sum their
+exact products in float32. Triton's interpreter computes garbage from bfloat16, so there, and only there, operands are
+widened: that is exact. float32 is multiplied as IEEE float32, without tensor cores. Where PyTorch's form, the library's
+product and a pass, is faster has not been measured.
 """
 
 import torch
@@ -31,7 +33,8 @@ def _product(
     WIDEN: tl.constexpr,
 ):
     """This program's tile of x W^T [BM, BN], float32; its rows [BM], its columns [BN]."""
-    # tiles are taken column by column within groups of GROUP rows of tiles, so that programs that run at once share operands in L2
+    # tiles are taken column by column within groups of GROUP rows of tiles, so that programs that run at once share
+    # operands in L2
     i = tl.program_id(0)
     columns = tl.cdiv(N, BN)
     first = i // (GROUP * columns) * GROUP
@@ -160,14 +163,20 @@ def linear_gelu_fwd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -
 
 
 def linear_residual_fwd(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor, *, out: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    residual: torch.Tensor,
+    *,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """r + x W^T + b.
 
     Args:
         x, weight, bias: as in `linear_gelu_fwd`.
         residual: [M, N], fp16/bf16/fp32; rows of unit stride are read in place, others are copied.
-        out: [M, N], contiguous, fp16/bf16/fp32; may be the residual itself, whose every element is read and written by one program.
+        out: [M, N], contiguous, fp16/bf16/fp32; may be the residual itself, whose every element is read and written by
+            one program.
 
     Returns:
         `out`, or without one [M, N] in the wider dtype of x and residual, contiguous.
@@ -177,5 +186,7 @@ def linear_residual_fwd(
         out = x.new_empty(residual.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
     programs, arguments = _launch(x, weight, residual)
     if programs > 0:
-        linear_residual_fwd_kernel[(programs,)](x, weight, bias, residual, out, stride_rm=residual.stride(0), **arguments)
+        linear_residual_fwd_kernel[(programs,)](
+            x, weight, bias, residual, out, stride_rm=residual.stride(0), **arguments
+        )
     return out

@@ -1,8 +1,9 @@
-"""Which coarse pixels of a level a window's pixels are made of, and with which weights: bilinear resizing, window by window.
+"""Which coarse pixels of a level a window's pixels are made of, and with which weights: bilinear resizing, window by
+window.
 
-A window is M x M pixels of the map that the level is upsampled to (F.interpolate, bilinear, align_corners=False) and that may then be
-reduced. Positions are whole numbers in units of 1 / (2 * den) coarse pixels, so that weights are exact where den is a power of two.
-Nothing is tabulated: the weights are computed where they are used, from sizes.
+A window is M x M pixels of the map that the level is upsampled to (F.interpolate, bilinear, align_corners=False) and
+that may then be reduced. Positions are whole numbers in units of 1 / (2 * den) coarse pixels, so that weights are exact
+where den is a power of two. Nothing is tabulated: the weights are computed where they are used, from sizes.
 """
 
 import functools
@@ -59,7 +60,9 @@ class Geometry:
 
 @triton.jit
 def resize_weight(o_pixel, o_tap, n, GEOMETRIES: tl.constexpr, S: tl.constexpr):
-    """Weight of coarse pixel `o_tap` of n in pixel `o_pixel` of the map upsampled by DEN / NUM and reduced; exact for powers of two."""
+    """Weight of coarse pixel `o_tap` of n in pixel `o_pixel` of the map upsampled by DEN / NUM and reduced; exact for
+    powers of two.
+    """
     NUM: tl.constexpr = GEOMETRIES[S].num
     DEN: tl.constexpr = GEOMETRIES[S].den
     REDUCTION: tl.constexpr = GEOMETRIES[S].reduction
@@ -125,7 +128,9 @@ def pixel_tap(i_tap, row, column, n, GEOMETRIES: tl.constexpr, S: tl.constexpr):
 def load_pixels(level, i_b, o_y, o_x, m_p, o_c, m_c):
     """Pixels of a picture's level in float32, [pixels, BC]."""
     o_p = i_b * level.stride_b + o_y.to(tl.int64) * level.stride_y + o_x.to(tl.int64) * level.stride_x
-    return tl.load(level.pixels + o_p[:, None] + o_c[None, :], mask=m_p[:, None] & m_c[None, :], other=0.0).to(tl.float32)
+    return tl.load(level.pixels + o_p[:, None] + o_c[None, :], mask=m_p[:, None] & m_c[None, :], other=0.0).to(
+        tl.float32
+    )
 
 
 def _taps(pixel: int, n: int, ratio: tuple[int, int], reduction: int) -> tuple[int, int]:
@@ -148,9 +153,12 @@ def _reach(fine: int, n: int, reduction: int, side: int) -> tuple[tuple[int, int
 
 def geometry(level: torch.Tensor, offset: int, fine: int, reduction: int, side: int, block_channels: int) -> Geometry:
     ratio, window, span = _reach(fine, level.shape[1], reduction, side)
-    # weights are multiples of 1 / (2 * den), half of that for an even reduction: their products have at most 11 bits, as many as TF32's
+    # weights are multiples of 1 / (2 * den), half of that for an even reduction: their products have at most 11 bits,
+    # as many as TF32's
     dyadic = ratio[0] == 1 and ratio[1].bit_count() == 1 and ratio[1] * (2 - reduction % 2) <= 16
     product = level.element_size() == 2 and dyadic and span > 1 and window <= 8 and side <= 8
     taps = window if product else 0
     block_taps, block_pixels = (max(16, triton.next_power_of_2(count)) for count in (taps * taps, side * side))
-    return Geometry(level.shape[-1], offset, *ratio, taps, block_taps, span, side, reduction, block_pixels, block_channels)
+    return Geometry(
+        level.shape[-1], offset, *ratio, taps, block_taps, span, side, reduction, block_pixels, block_channels
+    )

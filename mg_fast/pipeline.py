@@ -94,7 +94,9 @@ class Pipeline:
 
     @property
     def device(self) -> torch.device:
-        """The device that the language model's input goes to; where its weights are offloaded, the one that they are brought to."""
+        """The device that the language model's input goes to; where its weights are offloaded, the one that they are
+        brought to.
+        """
         return self.answers.device
 
     @property
@@ -150,12 +152,14 @@ class Pipeline:
     ) -> list[Answer]:
         """Answers many questions, each by itself, several at once; in their order.
 
-        Prompts of like length go together, filled up on the left. A picture that several ask about is encoded once. What cannot be answered
-        (a broken picture, a prompt too long, numbers that are not finite) stands in its place as an Answer with `finish_reason="error"`
-        and the exception in `error`; the rest goes on. Where memory is short a batch is halved.
+        Prompts of like length go together, filled up on the left. A picture that several ask about is encoded once.
+        What cannot be answered (a broken picture, a prompt too long, numbers that are not finite) stands in its place
+        as an Answer with `finish_reason="error"` and the exception in `error`; the rest goes on. Where memory is short
+        a batch is halved.
 
         Args:
-            questions: each a text, (text, images) or {"text": ..., "images": [...]}; pictures as of `Conversation.chat`.
+            questions: each a text, (text, images) or {"text": ..., "images": [...]}; pictures as of
+                `Conversation.chat`.
             batch_size: most questions at once, default 16.
             max_new_tokens, temperature, top_p, seed, allow_long, **generate_options: of each answer, see `Sampling`.
             allow_urls: fetch pictures given as URLs.
@@ -178,17 +182,20 @@ class Pipeline:
         allow_urls: bool = False,
         windows: bool = False,
     ) -> explaining.Explanation:
-        """Shows which high-resolution pixels each query of a picture mined, and which of them the answer to a question came from.
+        """Shows which high-resolution pixels each query of a picture mined, and which of them the answer to a question
+        came from.
 
-        Without a question every query counts alike. With one, each counts by how much the greedy answer may depend on its image token:
-        the length of the gradient, to the token, of by how much the answer's words beat the best other word in each place (the difference
-        of the two logits, summed over the whole answer in one pass, its end left out), times how far the token lies from the mean of the
-        picture's tokens. To first order the difference changes by no more where the token becomes like any other. Of the log probability
-        instead, words that the model is sure of would have next to no gradient. The form was chosen among a dozen by trial on the
-        package's small model; it is an estimate, not a proof.
+        Without a question every query counts alike. With one, each counts by how much the greedy answer may depend on
+        its image token:
+        the length of the gradient, to the token, of by how much the answer's words beat the best other word in each
+        place (the difference of the two logits, summed over the whole answer in one pass, its end left out), times how
+        far the token lies from the mean of the picture's tokens. To first order the difference changes by no more where
+        the token becomes like any other. Of the log probability instead, words that the model is sure of would have
+        next to no gradient. The form was chosen among a dozen by trial on the package's small model; it is an estimate,
+        not a proof.
 
-        Towers and language model run by themselves, apart from conversations and caches; the model stays as it is. With a question the
-        activations of one whole pass of the language model are held.
+        Towers and language model run by themselves, apart from conversations and caches; the model stays as it is. With
+        a question the activations of one whole pass of the language model are held.
 
         Args:
             image: as of `see`.
@@ -207,12 +214,16 @@ class Pipeline:
             raise PictureError("explain: expected a picture, got None: a question alone mines no pixels")
         picture = decoded(image, allow_urls)
         sampling = Sampling(max_new_tokens=max_new_tokens, allow_long=allow_long)
-        return explaining.explain(self.vision, self.answers, self.template, picture, question, sampling, windows=windows)
+        return explaining.explain(
+            self.vision, self.answers, self.template, picture, question, sampling, windows=windows
+        )
 
     def see(self, image, *, allow_urls: bool = False, meter: Meter | None = None) -> torch.Tensor:
-        """Image tokens [T, hidden] of one picture (T 576, HD 2880; unscaled, global view first); the caller's own to change.
+        """Image tokens [T, hidden] of one picture (T 576, HD 2880; unscaled, global view first); the caller's own to
+        change.
 
-        A picture that was seen before, in whatever file or conversation, is decoded and found in the cache by its pixels.
+        A picture that was seen before, in whatever file or conversation, is decoded and found in the cache by its
+        pixels.
 
         Args:
             image: a Pillow image, path, bytes, or uint8 array or tensor; a URL where `allow_urls` is set.
@@ -223,13 +234,16 @@ class Pipeline:
         return self.vision.see(image, allow_urls=allow_urls, meter=meter).tokens.clone()
 
     def clear_image_cache(self) -> None:
-        """Forgets the image tokens of pictures seen before and the packed towers; conversations keep the tokens of their own pictures."""
+        """Forgets the image tokens of pictures seen before and the packed towers; conversations keep the tokens of
+        their own pictures.
+        """
         self.vision.clear()
 
     def clear_kv_cache(self) -> None:
         """Forgets keys and values of prompts and answers; conversations go on, their history is computed once more.
 
-        Other weights, hooks and adapters are noticed; for whoever writes into the language model's weights through `.data`.
+        Other weights, hooks and adapters are noticed; for whoever writes into the language model's weights through
+        `.data`.
         """
         self.answers.forget()
 
@@ -265,24 +279,26 @@ def load(
 
     Args:
         path: folder or hub id of a checkpoint in the published layout, or the name of one in the package (`nano`).
-        dtype: weights' dtype, by any usual name. `auto`, or None, takes the one that config.json names, else the stored one; on a
-            CPU, for a checkpoint of 16-bit weights, the one that the CPU multiplies fastest in, float32 only where it fits in the
-            memory (`loading_dtype`). A dict is handed on to transformers, which loads the weights in the one under its empty key.
+        dtype: weights' dtype, by any usual name. `auto`, or None, takes the one that config.json names, else the stored
+            one; on a CPU, for a checkpoint of 16-bit weights, the one that the CPU multiplies fastest in, float32 only
+            where it fits in the memory (`loading_dtype`). A dict is handed on to transformers, which loads the weights
+            in the one under its empty key.
         device: `cuda`, `cpu`, ..., or `auto` to spread over what is there; default: a GPU if there is one.
         backend: `auto`, `reference`, `torch` or `triton`, for every call of this pipeline.
-        quantize: `int8`, `int4` or `fp8` (torchao's weight-only ones), or a transformers quantization configuration, for the language
-            model's layers; towers, mining, projector and head keep their dtype.
+        quantize: `int8`, `int4` or `fp8` (torchao's weight-only ones), or a transformers quantization configuration,
+            for the language model's layers; towers, mining, projector and head keep their dtype.
         template: overrides the prompt template.
         base_model: the base language model, for a stage-1 adapter.
-        attn_implementation: as of transformers: `sdpa` (the default, torch's own choice of kernels, and the only one that is captured in
-            CUDA graphs), `flash_attention_2`, `eager`.
+        attn_implementation: as of transformers: `sdpa` (the default, torch's own choice of kernels, and the only one
+            that is captured in CUDA graphs), `flash_attention_2`, `eager`.
         allow_long: accept prompts longer than the model was trained on.
         image_cache_bytes, kv_cache_bytes: as of `CacheOptions`.
         compiled: on a GPU, decode through torch.compile: seconds to a minute at the first answer.
         cuda_graphs: on a GPU, capture what is launched in CUDA graphs; without, less memory is taken.
 
     Raises:
-        CheckpointError, BackendError (a dtype that is none, too), PromptError (unknown template), ValueError (a cache's bytes below 0).
+        CheckpointError, BackendError (a dtype that is none, too), PromptError (unknown template), ValueError (a cache's
+        bytes below 0).
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -304,6 +320,8 @@ def load(
     model = MiniGeminiForConditionalGeneration.from_pretrained(
         path, dtype=dtype, device_map=device, template=template, allow_long=allow_long, **optional, **adapter
     )
-    pipeline = Pipeline(model, processor, backend=backend, compiled=compiled, cuda_graphs=cuda_graphs, **dataclasses.asdict(caches))
+    pipeline = Pipeline(
+        model, processor, backend=backend, compiled=compiled, cuda_graphs=cuda_graphs, **dataclasses.asdict(caches)
+    )
     pipeline.load_seconds = time.perf_counter() - began
     return pipeline

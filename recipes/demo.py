@@ -36,7 +36,10 @@ def draw(seed: int, folder: Path) -> tuple[Path, list[tuple[str, str | None]]]:
     scene = draw_scene(seed, 0, split="unseen", number=draw_number(rng, training=False))
     file = folder / f"mg_fast-demo-{seed}.png"
     scene.image.save(file)
-    asked = [("What does the sign say?", f"The number is {scene.print.text}."), ask(scene, "colour", rng) or ask(scene, "count", rng)]
+    asked = [
+        ("What does the sign say?", f"The number is {scene.print.text}."),
+        ask(scene, "colour", rng) or ask(scene, "count", rng),
+    ]
     return file, [*asked, ask(scene, "where", rng)]
 
 
@@ -58,7 +61,9 @@ def compare(pipeline: mg_fast.Pipeline, file: Path) -> None:
     model, processor, question = pipeline.model, pipeline.processor, "What does the sign say?"
     names = {"reference": "the original's steps", "auto": "mg_fast"}
     # nothing is kept, or the second answer would have no stages
-    pipelines = {name: mg_fast.Pipeline(model, processor, backend=name, image_cache_bytes=0, kv_cache_bytes=0) for name in names}
+    pipelines = {
+        name: mg_fast.Pipeline(model, processor, backend=name, image_cache_bytes=0, kv_cache_bytes=0) for name in names
+    }
     times: dict[str, dict[str, list[float]]] = {name: {} for name in names}
     said = {}
     for turn in range(-2, TURNS):
@@ -111,7 +116,9 @@ def main() -> None:
     grid = int(config.tokens_per_view**0.5)
     lr, hr = config.vision_config.image_size, config.image_size_aux
     print(f"{size} pixels -> {hr}x{hr} for the high-resolution tower, {lr}x{lr} for the low-resolution one")
-    print(f"{grid}x{grid} queries, each mines its own window of the high-resolution pyramid -> {config.tokens_per_picture} image tokens")
+    print(
+        f"{grid}x{grid} queries, each mines its own window of the high-resolution pyramid -> {config.tokens_per_picture} image tokens"
+    )
     talk(pipeline, file, turns)
     compare(pipeline, file)
 

@@ -32,7 +32,12 @@ def copy_small(source: Path, target: Path, **config) -> Path:
     """Everything but the weights and the recorded answers; keyword arguments change config.json."""
     target.mkdir(parents=True, exist_ok=True)
     for path in source.iterdir():
-        if path.is_file() and path.suffix in (".json", ".model", ".txt") and "index" not in path.name and path.name != "expected.json":
+        if (
+            path.is_file()
+            and path.suffix in (".json", ".model", ".txt")
+            and "index" not in path.name
+            and path.name != "expected.json"
+        ):
             shutil.copyfile(path, target / path.name)
     if config:
         edit_config(target, **config)
@@ -51,7 +56,14 @@ def split(tensors: dict, shards: int) -> list[dict]:
 
 
 def write_safetensors(folder: Path, tensors: dict, shards: int = 1) -> Path:
-    return _write(folder, tensors, shards, "model", "safetensors", lambda part, path: save_file(part, path, metadata={"format": "pt"}))
+    return _write(
+        folder,
+        tensors,
+        shards,
+        "model",
+        "safetensors",
+        lambda part, path: save_file(part, path, metadata={"format": "pt"}),
+    )
 
 
 def write_bin(folder: Path, tensors: dict, shards: int = 1, *, legacy: bool = False) -> Path:
@@ -97,7 +109,9 @@ def hub_cache(cache: Path, repositories: dict[str, Path]) -> Path:
 
 @torch.inference_mode()
 def probe(model) -> tuple[torch.Tensor, torch.Tensor]:
-    """Image tokens and logits of a fixed random picture in a fixed prompt: two models with the same weights answer the same bits."""
+    """Image tokens and logits of a fixed random picture in a fixed prompt: two models with the same weights answer the
+    same bits.
+    """
     # so small a model is slower on two threads, much slower where another program has one of the cores
     torch.set_num_threads(1)
     config, device, dtype = model.config, model.get_input_embeddings().weight.device, model.dtype
@@ -121,7 +135,9 @@ def answers(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 def same_answers(model, other) -> bool:
     """Bit for bit; `other` is a model, or a folder as `answers` takes it."""
-    return all(torch.equal(a, b) for a, b in zip(probe(model), answers(other) if isinstance(other, Path) else probe(other)))
+    return all(
+        torch.equal(a, b) for a, b in zip(probe(model), answers(other) if isinstance(other, Path) else probe(other))
+    )
 
 
 def refused(folder, match: str, **arguments) -> str:
@@ -149,8 +165,15 @@ def towers_of(tensors, clip_folder, convnext_folder, *, extra=True):
             convnext["visual.trunk." + name.removeprefix(CONVNEXT).removeprefix("vision_")] = t
     if extra:
         clip |= {"logit_scale": torch.ones(()), "text_model.final_layer_norm.weight": torch.rand(4)}
-        clip |= {"vision_model.embeddings.position_ids": torch.arange(26)[None], "visual_projection.weight": torch.rand(4, 4)}
-        convnext |= {"visual.trunk.head.norm.weight": torch.rand(32), "text.ln_final.weight": torch.rand(4), "logit_scale": torch.ones(())}
+        clip |= {
+            "vision_model.embeddings.position_ids": torch.arange(26)[None],
+            "visual_projection.weight": torch.rand(4, 4),
+        }
+        convnext |= {
+            "visual.trunk.head.norm.weight": torch.rand(32),
+            "text.ln_final.weight": torch.rand(4),
+            "logit_scale": torch.ones(()),
+        }
     for folder in (clip_folder, convnext_folder):
         folder.mkdir(parents=True)
     torch.save(clip, clip_folder / "pytorch_model.bin")
@@ -175,7 +198,13 @@ def make_adapter(source, adapter, base):
     (adapter / "generation_config.json").unlink()
     torch.save({name: tensor for name, tensor in tensors.items() if is_adapters(name)}, adapter / "mm_projector.bin")
     copy_small(source, base)
-    multimodal = [key for key in json.loads((base / "config.json").read_text()) if key.startswith(("mm_", "image_", "tokenizer_"))]
-    kind = json.loads((source / "config.json").read_text())["model_type"].removeprefix("mgm").removeprefix("_") or "llama"
+    multimodal = [
+        key for key in json.loads((base / "config.json").read_text()) if key.startswith(("mm_", "image_", "tokenizer_"))
+    ]
+    kind = (
+        json.loads((source / "config.json").read_text())["model_type"].removeprefix("mgm").removeprefix("_") or "llama"
+    )
     edit_config(base, model_type=kind, architectures=[f"{kind.title()}ForCausalLM"], **dict.fromkeys(multimodal, GONE))
-    return adapter, write_safetensors(base, {name: tensor for name, tensor in tensors.items() if not is_adapters(name)}, 2)
+    return adapter, write_safetensors(
+        base, {name: tensor for name, tensor in tensors.items() if not is_adapters(name)}, 2
+    )

@@ -32,7 +32,9 @@ class Family:
         return Pipeline(self.model, self.processor, **options)
 
     def plain(self, turns, pictures, max_new_tokens=8, **options) -> list[int]:
-        """New ids by transformers' own loop, for turns [(user, assistant or None)] with `<image>` tags; asked for once a session."""
+        """New ids by transformers' own loop, for turns [(user, assistant or None)] with `<image>` tags; asked for once
+        a session.
+        """
         key = self.name, repr(turns), tuple(pictures), max_new_tokens, repr(options)
         if key not in _PLAIN:
             _PLAIN[key] = plain(self.model, self.processor, turns, pictures, max_new_tokens, **options)
@@ -42,7 +44,10 @@ class Family:
         """(question, pictures, ids) as the original answered; none for the project's own checkpoints."""
         if self.name in OWN:
             return []
-        cases, tensors = json.loads((self.folder / "expected.json").read_text())["cases"], load_file(self.folder / "expected.safetensors")
+        cases, tensors = (
+            json.loads((self.folder / "expected.json").read_text())["cases"],
+            load_file(self.folder / "expected.safetensors"),
+        )
         found, seen = [], {}
         for case in cases:
             number = seen[case["image"]] = seen.get(case["image"], -1) + 1

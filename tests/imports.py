@@ -21,7 +21,8 @@ class Source:
         imports: modules of the project that it imports, wherever in the file: also within functions.
         from_face: names that it takes from the face of mg_fast, which are no modules.
         defines: underscored names that it defines, at any depth: functions, classes, variables and attributes.
-        uses: underscored names that it takes from elsewhere, with the line: imported, or attributes of something that is not `self`.
+        uses: underscored names that it takes from elsewhere, with the line: imported, or attributes of something that
+            is not `self`.
     """
 
     name: str
@@ -90,7 +91,9 @@ def _read(name: str, path: Path, known) -> Source:
 
 
 def _from(node: ast.ImportFrom, package: str, known) -> Iterator[tuple[str, str | None]]:
-    """The modules of a `from ... import ...`, each with the name that is taken from it; None where the module itself is taken."""
+    """The modules of a `from ... import ...`, each with the name that is taken from it; None where the module itself is
+    taken.
+    """
     base = node.module or ""
     if node.level:
         parts = package.split(".")

@@ -1,4 +1,6 @@
-"""Kernels on a GPU, or interpreted on the CPU: where they run, how to interpret faster, and memory that shows what was not written."""
+"""Kernels on a GPU, or interpreted on the CPU: where they run, how to interpret faster, and memory that shows what was
+not written.
+"""
 
 import dataclasses
 import importlib.util
@@ -12,7 +14,8 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
 
 
-# A process either interprets kernels or compiles them: that is settled when Triton is imported. So the name of a file says which it needs.
+# A process either interprets kernels or compiles them: that is settled when Triton is imported. So the name of a file
+# says which it needs.
 _KERNEL_TESTS = ("test_interpreted_", "test_fuzz_")
 _AHEAD_OF_TIME_TESTS = "test_aot"
 
@@ -53,9 +56,11 @@ if INTERPRETED:
     from triton.runtime import interpreter
 
     # every integer operation is done a second time in 64 bits to see whether it overflowed: half of the run time
-    interpreter.interpreter_builder.options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
-    # a call of a jit function from a jit function patches all of triton.language again, most of the rest of it: the launch has done so, but
-    # for what Triton's own library sees as `core`, which stays patched
+    interpreter.interpreter_builder.options = dataclasses.replace(
+        interpreter.interpreter_builder.options, sanitize_overflow=False
+    )
+    # a call of a jit function from a jit function patches all of triton.language again, most of the rest of it: the
+    # launch has done so, but for what Triton's own library sees as `core`, which stays patched
     interpreter._patch_lang(triton.language.zeros.fn)
     interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
     # every shape is a tuple whose type is spelt out, for a compiler that is not there: a third of what is left
@@ -70,8 +75,9 @@ if INTERPRETED:
         return _numpy_dtypes[name]
 
     interpreter._get_np_dtype = numpy_dtype
-    # CPython maps memory for every 16 KiB of frames, and a call back and forth across that line does so each time: under pytest's frames
-    # the line lies in the innermost loop, half of the run time; a thread begins with an empty stack
+    # CPython maps memory for every 16 KiB of frames, and a call back and forth across that line does so each time:
+    # under pytest's frames the line lies in the innermost loop, half of the run time; a thread begins with an empty
+    # stack
     _launch, _thread = interpreter.GridExecutor.__call__, ThreadPoolExecutor(1)
     interpreter.GridExecutor.__call__ = lambda *args, **kwargs: _thread.submit(_launch, *args, **kwargs).result()
 
@@ -80,7 +86,8 @@ if INTERPRETED:
 def kernel_conditions(request, two_threads):
     """For tests that run kernels: what they make is there where the kernels run, and memory shows what was not written.
 
-    Fresh memory is NaN, so that an element that a kernel does not write fails whatever looks at it. One thread, as the tensors are tiny:
+    Fresh memory is NaN, so that an element that a kernel does not write fails whatever looks at it. One thread, as the
+    tensors are tiny:
     a second one only has to be woken up.
     """
     if not is_kernel_test(request.path):

@@ -2,8 +2,8 @@
 
     python -m tests.make_golden
 
-Run it only after tests/models/mini_gemini/test_original.py has passed on the machine: these outputs stand in for the original's where
-those are not at hand.
+Run it only after tests/models/mini_gemini/test_original.py has passed on the machine: these outputs stand in for the
+original's where those are not at hand.
 """
 
 import json
@@ -44,10 +44,14 @@ def record(name: str, hd: bool, seed: int) -> None:
             inputs = processor(text=prompt, images=[OWN_GOLDEN / file for file in files], return_tensors="pt")
             tensors[f"case{i}.input_ids"] = inputs["input_ids"]
             tensors[f"case{i}.pixel_sums"] = inputs["pixel_values_hr"].double().sum(dim=(-1, -2))
-            tensors[f"case{i}.image_tokens"] = model.get_image_features(inputs["pixel_values"], inputs["pixel_values_hr"]).pooler_output
+            tensors[f"case{i}.image_tokens"] = model.get_image_features(
+                inputs["pixel_values"], inputs["pixel_values_hr"]
+            ).pooler_output
             logits = model(**inputs, logits_to_keep=1).logits
             tensors[f"case{i}.last_logits"] = logits
-            out = model.generate(**inputs, max_new_tokens=16, do_sample=False, output_logits=True, return_dict_in_generate=True)
+            out = model.generate(
+                **inputs, max_new_tokens=16, do_sample=False, output_logits=True, return_dict_in_generate=True
+            )
             tensors[f"case{i}.generated_ids"] = out.sequences[:, inputs["input_ids"].shape[1] :]
             tops = torch.stack([step.topk(2).values[0] for step in out.logits])
             cases.append({"images": files, "prompt": prompt, "smallest_margin": (tops[:, 0] - tops[:, 1]).min().item()})
@@ -58,7 +62,9 @@ def record(name: str, hd: bool, seed: int) -> None:
 
 if __name__ == "__main__":
     if original_golden() is None:
-        raise SystemExit("the original's outputs are not here: without test_original.py passing, these recordings would prove nothing")
+        raise SystemExit(
+            "the original's outputs are not here: without test_original.py passing, these recordings would prove nothing"
+        )
     OWN_GOLDEN.mkdir(exist_ok=True)
     make_pictures()
     # seeds whose greedy choices are clear by more than rounding, so that the ids hold on every machine

@@ -15,7 +15,9 @@ COPIES = {"copy": copy.copy, "deepcopy": copy.deepcopy, "pickle": lambda thing: 
 
 @pytest.mark.parametrize("how", COPIES)
 def test_a_pipeline_says_what_to_do(pipeline, how):
-    with pytest.raises(TypeError, match=r"a Pipeline cannot be copied or pickled: pipeline.conversation\(\) .* mg_fast.load itself"):
+    with pytest.raises(
+        TypeError, match=r"a Pipeline cannot be copied or pickled: pipeline.conversation\(\) .* mg_fast.load itself"
+    ):
         COPIES[how](pipeline)
     with pytest.raises(TypeError, match="a Pipeline cannot be copied or pickled"):
         copy.deepcopy({"pipelines": [pipeline]})
@@ -59,7 +61,9 @@ def test_processors_models_and_answers(pipeline, model, photo, how):
 def adapted(model, tmp_path):
     """A model with a LoRA in its language model, and the folder that the LoRA is saved in."""
     torch.manual_seed(0)
-    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False))
+    adapted = get_peft_model(
+        copy.deepcopy(model), LoraConfig(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False)
+    )
     adapted.save_pretrained(tmp_path / "lora")
     return adapted.get_base_model(), tmp_path / "lora"
 

@@ -48,7 +48,15 @@ class Unspeakable:
 
 
 def test_quoted_is_short_for_anything():
-    for value in (LONG, [LONG] * 1000, {LONG: LONG}, [[[[[[LONG] * 9] * 9] * 9] * 9] * 9] * 9, 10**10_000, Unspeakable(), SURROGATES):
+    for value in (
+        LONG,
+        [LONG] * 1000,
+        {LONG: LONG},
+        [[[[[[LONG] * 9] * 9] * 9] * 9] * 9] * 9,
+        10**10_000,
+        Unspeakable(),
+        SURROGATES,
+    ):
         assert len(quoted(value)) <= 160
         quoted(value).encode()
     assert quoted("text") == "'text'" and quoted(5) == "5" and quoted(["a", 1]) == "['a', 1]" and quoted(None) == "None"
@@ -106,7 +114,9 @@ def calls(pipeline, standard, tmp_path):
         "processor unknown": lambda: mg_fast.MiniGeminiProcessor.from_pretrained(standard, **{LONG: 1}),
         "processor template": lambda: mg_fast.MiniGeminiProcessor.from_pretrained(standard, template=LONG),
         "message picture": lambda: processor.apply_chat_template([{"role": "user", "content": [part]}], tokenize=True),
-        "message keys": lambda: processor.apply_chat_template([{"role": "user", "content": [{"type": "image", LONG: 1}]}], tokenize=True),
+        "message keys": lambda: processor.apply_chat_template(
+            [{"role": "user", "content": [{"type": "image", LONG: 1}]}], tokenize=True
+        ),
         "message surrogate": lambda: processor.apply_chat_template([{"role": LONG, "content": SURROGATES}]),
         "image processor": lambda: images([LONG, LONG]),
         "decoder": lambda: check_decoder(LONG, None),
@@ -124,7 +134,14 @@ def calls(pipeline, standard, tmp_path):
         "accelerate": lambda: mg_fast.accelerate(LONG),
         "resize": lambda: ops.dual_resize(torch.zeros([1] * 60, dtype=torch.uint8), 8, 8),
     }.items()
-    for key in ("model_type", "conversation_template", "mm_vision_select_feature", "image_grid", "image_size_aux", "mm_projector_type"):
+    for key in (
+        "model_type",
+        "conversation_template",
+        "mm_vision_select_feature",
+        "image_grid",
+        "image_size_aux",
+        "mm_projector_type",
+    ):
         yield f"config {key}", lambda key=key: mg_fast.load(changed(standard, tmp_path / key, {key: LONG}))
     for key in ("hidden_size", "rope_theta", "mm_hidden_size", "mm_vision_select_layer", "hidden_act"):
         yield f"config {key}", lambda key=key: mg_fast.load(changed(standard, tmp_path / key, {key: [LONG] * 100}))
@@ -132,7 +149,10 @@ def calls(pipeline, standard, tmp_path):
     yield "config architectures", lambda: mg_fast.MiniGeminiConfig(architectures=[LONG] * 1000)
     yield "config layers", lambda: mg_fast.load(changed(standard, tmp_path / "layers", {"num_hidden_layers": 30}))
     yield "index", lambda: mg_fast.load(indexed(standard, tmp_path / "index", {LONG: LONG}))
-    yield "index of many", lambda: mg_fast.load(indexed(standard, tmp_path / "many", {f"{i}{LONG[:9999]}": "a" for i in range(99)}))
+    yield (
+        "index of many",
+        lambda: mg_fast.load(indexed(standard, tmp_path / "many", {f"{i}{LONG[:9999]}": "a" for i in range(99)})),
+    )
     yield "index of nothing", lambda: mg_fast.load(indexed(standard, tmp_path / "nothing", [LONG] * 100))
 
 
@@ -163,7 +183,14 @@ def test_no_message_repeats_long_input(pipeline, standard, tmp_path):
 
 
 def test_answers_of_a_batch_too(pipeline):
-    items = [LONG + SURROGATES, {LONG: 1}, ("a", [LONG]), ("a", ["iVBORw0KGgo" * 9999]), [LONG] * 1000, ("<image>" * 5000, [])]
+    items = [
+        LONG + SURROGATES,
+        {LONG: 1},
+        ("a", [LONG]),
+        ("a", ["iVBORw0KGgo" * 9999]),
+        [LONG] * 1000,
+        ("<image>" * 5000, []),
+    ]
     for answer in pipeline.chat_batch([*items, "Hello."], max_new_tokens=2, progress=False)[:-1]:
         assert answer.finish_reason == "error" and 5 < len(str(answer.error)) <= LONGEST_MESSAGE
 

@@ -32,7 +32,11 @@ def layer(module: str) -> tuple[int, str]:
     """The height of a module's layer, and the package by which it belongs there."""
     named = [(height, package) for height, packages in enumerate(LAYERS) for package in packages]
     return max(
-        ((height, package) for height, package in named if module == package or module.startswith(f"{package}.") and package != "mg_fast"),
+        (
+            (height, package)
+            for height, package in named
+            if module == package or module.startswith(f"{package}.") and package != "mg_fast"
+        ),
         key=lambda found: len(found[1]),
     )
 
@@ -59,7 +63,9 @@ def test_every_module_has_a_layer():
 
 
 def test_nothing_within_takes_more_of_the_face_than_the_version():
-    taken = {name: source.from_face - {"__version__"} for name, source in sources().items() if name.startswith("mg_fast.")}
+    taken = {
+        name: source.from_face - {"__version__"} for name, source in sources().items() if name.startswith("mg_fast.")
+    }
     assert {name: names for name, names in taken.items() if names} == {}
     assert "MiniGeminiProcessor" in sources()["bench.cases.end_to_end"].from_face
 
@@ -149,7 +155,9 @@ def test_class_names_have_one_meaning():
 
 def test_contributing_names_places_that_exist():
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    named = re.findall(r"`((?:mg_fast|kernels|bench|tests|recipes|docs)/[\w./*-]*|[A-Z]\w*\.md|\w+\.toml|Makefile|\.ci/run)`", text)
+    named = re.findall(
+        r"`((?:mg_fast|kernels|bench|tests|recipes|docs)/[\w./*-]*|[A-Z]\w*\.md|\w+\.toml|Makefile|\.ci/run)`", text
+    )
     assert len(named) > 20
     for path in named:
         assert list(ROOT.glob(path.rstrip("/"))), f"CONTRIBUTING.md names {path}, which is not there"

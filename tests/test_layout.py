@@ -10,7 +10,14 @@ import pytest
 from tests.paths import ROOT
 
 # the checkpoint in the package
-NANO = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json", "training.json")
+NANO = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "training.json",
+)
 
 # run from the repository root, with it first on the path: the hardest case
 PROBE = """

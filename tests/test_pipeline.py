@@ -35,8 +35,15 @@ def test_second_turn_equals_the_history_sent_fresh(pipeline, model, processor, p
     first = pipeline.chat(QUESTION, [photo], max_new_tokens=8)
     second = pipeline.chat("And what colour?", max_new_tokens=8)
     third = pipeline.chat("Compare with this one.", [drawing], max_new_tokens=8)
-    history = [(f"<image>\n{QUESTION}", first.text), ("And what colour?", second.text), ("<image>\nCompare with this one.", None)]
-    for turns, images, answer in ((history[:1] + [("And what colour?", None)], [photo], second), (history, [photo, drawing], third)):
+    history = [
+        (f"<image>\n{QUESTION}", first.text),
+        ("And what colour?", second.text),
+        ("<image>\nCompare with this one.", None),
+    ]
+    for turns, images, answer in (
+        (history[:1] + [("And what colour?", None)], [photo], second),
+        (history, [photo, drawing], third),
+    ):
         inputs = processor(text=render("vicuna_v1", turns), images=images, return_tensors="pt")
         out = model.generate(**inputs, max_new_tokens=8, do_sample=False)
         assert answer.token_ids == out[0, inputs["input_ids"].shape[1] :].tolist()
@@ -129,7 +136,9 @@ def test_errors_while_streaming_reach_the_reader(pipeline, photo, monkeypatch):
 
 def test_stream_keeps_the_callers_backend(pipeline, model, photo):
     layers = []
-    hook = model.model.vision_tower.encoder.layers[-1].register_forward_hook(lambda *_: layers.append(mg_fast.ops.backend.requested()))
+    hook = model.model.vision_tower.encoder.layers[-1].register_forward_hook(
+        lambda *_: layers.append(mg_fast.ops.backend.requested())
+    )
     try:
         with mg_fast.use_backend("reference"):
             list(pipeline.chat(QUESTION, [photo], max_new_tokens=2, stream=True))
@@ -140,7 +149,9 @@ def test_stream_keeps_the_callers_backend(pipeline, model, photo):
 
 def test_stream_keeps_the_callers_autocast(pipeline, model, photo):
     dtypes = []
-    hook = model.model.language_model.layers[0].self_attn.q_proj.register_forward_hook(lambda *a: dtypes.append(a[-1].dtype))
+    hook = model.model.language_model.layers[0].self_attn.q_proj.register_forward_hook(
+        lambda *a: dtypes.append(a[-1].dtype)
+    )
     try:
         with torch.autocast("cpu", torch.bfloat16):
             list(pipeline.chat(QUESTION, [photo], max_new_tokens=2, stream=True))
@@ -235,7 +246,15 @@ def test_unknown_options_are_not_swallowed(pipeline):
 def test_profile(pipeline, photo):
     answer = pipeline.chat(QUESTION, [photo], max_new_tokens=4, profile=True)
     names = [stage.name for stage in answer.stages]
-    assert names == ["preprocess", "LR tower", "HR tower", "patch info mining", "projector", "prefill to first token", "decode"]
+    assert names == [
+        "preprocess",
+        "LR tower",
+        "HR tower",
+        "patch info mining",
+        "projector",
+        "prefill to first token",
+        "decode",
+    ]
     assert all(stage.seconds > 0 for stage in answer.stages)
     table = mg_fast.runtime.meter.format_stages(answer.stages)
     assert all(name in table for name in names)
@@ -246,7 +265,10 @@ def test_finish_reason_stop(pipeline, model, photo, monkeypatch):
     pipeline.reset()
     monkeypatch.setattr(model.generation_config, "eos_token_id", [free.token_ids[2]])
     answer = pipeline.chat(QUESTION, [photo], max_new_tokens=6)
-    assert answer.finish_reason == "stop" and answer.token_ids == free.token_ids[: free.token_ids.index(free.token_ids[2]) + 1]
+    assert (
+        answer.finish_reason == "stop"
+        and answer.token_ids == free.token_ids[: free.token_ids.index(free.token_ids[2]) + 1]
+    )
 
 
 def test_an_empty_question_with_a_picture(pipeline, photo):
@@ -302,9 +324,14 @@ def test_other_criteria_end_an_answer_too(pipeline, photo):
     free = pipeline.chat(QUESTION, [photo], max_new_tokens=8)
     pipeline.reset()
     answer = pipeline.chat(QUESTION, [photo], max_new_tokens=8, eos_token_id=free.token_ids[3])
-    assert answer.finish_reason == "stop" and answer.token_ids == free.token_ids[: free.token_ids.index(free.token_ids[3]) + 1]
+    assert (
+        answer.finish_reason == "stop"
+        and answer.token_ids == free.token_ids[: free.token_ids.index(free.token_ids[3]) + 1]
+    )
     pipeline.reset()
-    answer = pipeline.chat(QUESTION, [photo], max_new_tokens=8, stopping_criteria=[lambda ids, scores, **_: torch.tensor([True])])
+    answer = pipeline.chat(
+        QUESTION, [photo], max_new_tokens=8, stopping_criteria=[lambda ids, scores, **_: torch.tensor([True])]
+    )
     assert answer.finish_reason == "stop" and len(answer.token_ids) == 1
 
 

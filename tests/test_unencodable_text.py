@@ -17,7 +17,10 @@ from tests.paths import ROOT
 TEXTS = {
     "half": ("bad \ud83d one", r"character 5 of 9, \\ud83d, is half of a surrogate pair"),
     "pair": (json.loads('"\\ud83d"') + "\ude00", r"character 1 of 2, \\ud83d, is half of a surrogate pair"),
-    "byte": (b"caf\xe9".decode("utf-8", "surrogateescape"), r"character 4 of 4, \\udce9, stands for a byte that is not UTF-8"),
+    "byte": (
+        b"caf\xe9".decode("utf-8", "surrogateescape"),
+        r"character 4 of 4, \\udce9, stands for a byte that is not UTF-8",
+    ),
 }
 
 
@@ -42,8 +45,12 @@ def test_every_way_in(pipeline, photo, kind):
     for tokenize in (False, True):
         for content in (text, [{"type": "text", "text": text}]):
             messages = [{"role": "user", "content": content}]
-            ways[f"message {tokenize} {type(content)}"] = lambda m=messages, t=tokenize: processor.apply_chat_template(m, tokenize=t)
-            ways[f"messages {tokenize} {type(content)}"] = lambda m=messages, t=tokenize: processor.apply_chat_template([m], tokenize=t)
+            ways[f"message {tokenize} {type(content)}"] = lambda m=messages, t=tokenize: processor.apply_chat_template(
+                m, tokenize=t
+            )
+            ways[f"messages {tokenize} {type(content)}"] = lambda m=messages, t=tokenize: processor.apply_chat_template(
+                [m], tokenize=t
+            )
     for name, way in ways.items():
         with pytest.raises(PromptError, match=message):
             way()
@@ -99,7 +106,13 @@ def test_no_item_ends_a_batch(pipeline, monkeypatch):
     monkeypatch.setattr(type(pipeline.vision), "see", broken)
     bad = [Odd(text="a"), "spoil it", ("a", ["broken"]), ("a", [Picture()])]
     answers = pipeline.chat_batch([*bad, "fine"], max_new_tokens=2, progress=False)
-    assert [type(answer.error) for answer in answers] == [KeyError, OverflowError, ZeroDivisionError, mg_fast.PictureError, type(None)]
+    assert [type(answer.error) for answer in answers] == [
+        KeyError,
+        OverflowError,
+        ZeroDivisionError,
+        mg_fast.PictureError,
+        type(None),
+    ]
     assert len(answers[-1].token_ids) == 2
 
 
@@ -126,7 +139,18 @@ def test_prompts_of_the_command_line(command, standard, photo, monkeypatch, caps
 
 def talk(standard, typed, **environment):
     """What `mg-fast chat` prints when these bytes are typed, by lines of input."""
-    command = [sys.executable, "-m", "mg_fast", "chat", "--model", str(standard), "--device", "cpu", "--max-new-tokens", "3"]
+    command = [
+        sys.executable,
+        "-m",
+        "mg_fast",
+        "chat",
+        "--model",
+        str(standard),
+        "--device",
+        "cpu",
+        "--max-new-tokens",
+        "3",
+    ]
     environment = {"PATH": "/usr/bin:/bin", "HOME": "/nonexistent", "HF_HUB_OFFLINE": "1", **environment}
     done = subprocess.run(command, cwd=ROOT, input=typed, capture_output=True, env=environment)
     assert done.returncode == 0, done.stderr
@@ -135,9 +159,14 @@ def talk(standard, typed, **environment):
 
 @pytest.mark.parametrize("environment", ({}, {"PYTHONIOENCODING": "utf-8"}, {"PYTHONIOENCODING": "ascii"}))
 def test_a_conversation_outlives_bad_bytes(standard, environment):
-    typed = "Hello.\n\udce5\udca5 hi\nHello again.\n/image caf\udce9.png\n/caf\udce9\n".encode("utf-8", "surrogateescape")
+    typed = "Hello.\n\udce5\udca5 hi\nHello again.\n/image caf\udce9.png\n/caf\udce9\n".encode(
+        "utf-8", "surrogateescape"
+    )
     printed = talk(standard, typed, **environment)
-    assert printed[1].startswith("model> the text cannot be encoded as UTF-8: character 1 of 5") and printed[1].count("\n") == 1
+    assert (
+        printed[1].startswith("model> the text cannot be encoded as UTF-8: character 1 of 5")
+        and printed[1].count("\n") == 1
+    )
     assert "no such file" in printed[3] and "unknown command /caf" in printed[4]
     # The second question is asked in the conversation of the first.
     assert printed[:3:2] == talk(standard, b"Hello.\nHello again.\n", **environment)[:2]

@@ -33,7 +33,9 @@ def _case(setting: Setting) -> Case:
     def exact(inputs: Pixels) -> list[torch.Tensor]:
         return [pixels.double() for pixels in ops.dual_resize(inputs.pixels, **sizes, backend="reference")]
 
-    providers = forms("dual_resize", lambda inputs, backend: lambda: ops.dual_resize(inputs.pixels, **sizes, backend=backend))
+    providers = forms(
+        "dual_resize", lambda inputs, backend: lambda: ops.dual_resize(inputs.pixels, **sizes, backend=backend)
+    )
     least = Cost(0, 3 * PICTURE[0] * PICTURE[1] + 4 * 3 * (setting.side**2 + setting.views * LR**2))
     # float32 is what pictures are resized to, whatever the towers run in
     return Case(f"dual_resize/{setting.name}-float32", make, providers, exact, least=least)

@@ -1,12 +1,15 @@
-"""A whole model, from a picture and a question to the answer, at the published sizes, with random weights made on the device.
+"""A whole model, from a picture and a question to the answer, at the published sizes, with random weights made on the
+device.
 
-Measures: `first-token` (a new conversation: picture and question to the first token), `second-turn` (the same for a second question, of
-text alone, after a first that is not timed), `decode` (milliseconds for one more token of every sequence of a batch), `arrivals50`,
-`arrivals80`, `arrivals95` (first token of requests that arrive at random, at so many per cent of what the reference can serve), `load`
-(from a checkpoint whose files the system has in memory) and `ready` (the same, and the first answer's first token).
+Measures: `first-token` (a new conversation: picture and question to the first token), `second-turn` (the same for a
+second question, of text alone, after a first that is not timed), `decode` (milliseconds for one more token of every
+sequence of a batch), `arrivals50`, `arrivals80`, `arrivals95` (first token of requests that arrive at random, at so
+many per cent of what the reference can serve), `load` (from a checkpoint whose files the system has in memory) and
+`ready` (the same, and the first answer's first token).
 
-All by the host's clock, since that is what a user waits for. Weights' values do not change the work. All providers decode the same given
-tokens, whose logits are held against those of the same weights in a wider dtype before anything is timed.
+All by the host's clock, since that is what a user waits for. Weights' values do not change the work. All providers
+decode the same given tokens, whose logits are held against those of the same weights in a wider dtype before anything
+is timed.
 """
 
 import contextlib
@@ -52,7 +55,9 @@ SERVED, ARRIVALS = 4, 1000
 
 @dataclass(frozen=True)
 class Size:
-    """One of `random_checkpoint.SIZES`, the dtype it is run in, the devices on which it is run unasked, and how its weights are rounded."""
+    """One of `random_checkpoint.SIZES`, the dtype it is run in, the devices on which it is run unasked, and how its
+    weights are rounded.
+    """
 
     size: str
     hd: bool
@@ -96,10 +101,12 @@ class Session:
     request_s: float | None = None
 
     def pipeline(self, backend: str, *, graphs: bool = True, **options) -> mg_fast.Pipeline:
-        """One for all cases that ask alike. Unless options say so it keeps nothing: every picture is encoded, every prompt computed.
+        """One for all cases that ask alike. Unless options say so it keeps nothing: every picture is encoded, every
+        prompt computed.
 
         Args:
-            graphs: capture CUDA graphs; without, for the memory alone: what lies in a graph's pool the allocator's peak leaves out.
+            graphs: capture CUDA graphs; without, for the memory alone: what lies in a graph's pool the allocator's peak
+                leaves out.
             options: of Pipeline.
         """
         key = (backend, graphs, *options.items())
@@ -114,7 +121,8 @@ class Session:
 
 
 class ForcedAnswer(LogitsProcessor):
-    """Makes `generate` give the tokens that are set, keeps the last sequence's first logits, and takes the time of the first and last.
+    """Makes `generate` give the tokens that are set, keeps the last sequence's first logits, and takes the time of the
+    first and last.
 
     Attributes:
         logits: [vocabulary] each, of the first tokens, in the model's dtype, which they were computed in.
@@ -147,7 +155,14 @@ def cases() -> list[Case]:
 
 def _of_size(size: Size) -> list[Case]:
     def case(
-        measure: str, take: Callable, batch: int = 1, *, decodes: bool = False, prefills: bool = False, kept: int | None = 0, **options
+        measure: str,
+        take: Callable,
+        batch: int = 1,
+        *,
+        decodes: bool = False,
+        prefills: bool = False,
+        kept: int | None = 0,
+        **options,
     ) -> Case:
         pipeline = {"kv_cache_bytes": kept}
         providers = {"reference": _by(take, "reference"), "auto": _by(take, "auto", pipeline)}
@@ -157,7 +172,9 @@ def _of_size(size: Size) -> list[Case]:
         if decodes:
             # transformers' own: a cache of fixed size, its step compiled, on a GPU a graph
             providers["auto, static cache"] = _by(take, "auto", cache_implementation="static")
-            memory["auto, static cache"] = _by(take, "auto", graphs=False, cache_implementation="static", disable_compile=True)
+            memory["auto, static cache"] = _by(
+                take, "auto", graphs=False, cache_implementation="static", disable_compile=True
+            )
             # its memory is that of auto, and what torch.compile's kernels save of it
             providers["auto, compiled"] = _by(take, "auto", {**pipeline, "compiled": True})
         return Case(
@@ -208,7 +225,9 @@ def _of_size(size: Size) -> list[Case]:
     return found
 
 
-def _by(take: Callable[..., Call], backend: str, pipeline: dict | None = None, *, graphs: bool = True, **options) -> Callable:
+def _by(
+    take: Callable[..., Call], backend: str, pipeline: dict | None = None, *, graphs: bool = True, **options
+) -> Callable:
     """A measure of a backend.
 
     Args:
@@ -289,7 +308,9 @@ def make_session(size: Size, device: str) -> Session:
     model = make_model(size, device)
     with tempfile.TemporaryDirectory() as folder:
         text = model.config.text_config
-        random_checkpoint.make_tokenizer(Path(folder), text.vocab_size, "gemma" if text.model_type == "gemma" else "vicuna_v1")
+        random_checkpoint.make_tokenizer(
+            Path(folder), text.vocab_size, "gemma" if text.model_type == "gemma" else "vicuna_v1"
+        )
         tokenizer = load_tokenizer(Path(folder))
     template = decide_template(model.config, tokenizer, None if text.model_type == "gemma" else "vicuna_v1")
     processor = MiniGeminiProcessor(MiniGeminiImageProcessor.from_config(model.config), tokenizer, template=template)
@@ -341,14 +362,18 @@ def _first_token(shared: Session, pipeline: mg_fast.Pipeline, **options) -> Call
 
 
 def _ask(conversation, question: str, pictures: list, watch: ForcedAnswer, **options) -> mg_fast.engine.answers.Answer:
-    return conversation.chat(question, pictures, max_new_tokens=len(watch.answer), logits_processor=LogitsProcessorList([watch]), **options)
+    return conversation.chat(
+        question, pictures, max_new_tokens=len(watch.answer), logits_processor=LogitsProcessorList([watch]), **options
+    )
 
 
 def _stages(backend: str) -> Callable[[Session], list[dict]]:
     def stages(shared: Session) -> list[dict]:
         answer = _ask(shared.pipeline(backend).conversation(), QUESTION, [shared.photo], shared.watch(1), profile=True)
         # what follows the only token is no part of it
-        return [{"name": s.name, "ms": 1e3 * s.seconds, "peak_mib": s.peak_mib} for s in answer.stages if s.name != "decode"]
+        return [
+            {"name": s.name, "ms": 1e3 * s.seconds, "peak_mib": s.peak_mib} for s in answer.stages if s.name != "decode"
+        ]
 
     return stages
 
@@ -390,7 +415,9 @@ def _decoding(batch: int) -> Callable[..., Call]:
             if pipeline.backend != "reference" and not options:
                 loop["custom_generate"] = pipeline.decoder.request()
             with use_backend(pipeline.backend), torch.inference_mode():
-                shared.model.generate(**inputs, max_new_tokens=ANSWER, logits_processor=LogitsProcessorList([watch]), **greedy, **loop)
+                shared.model.generate(
+                    **inputs, max_new_tokens=ANSWER, logits_processor=LogitsProcessorList([watch]), **greedy, **loop
+                )
             first, last = watch.times
             return torch.stack(watch.logits), [1e3 * (last - first) / (ANSWER - 1)]
 
@@ -427,7 +454,8 @@ def _one_step(batch: int) -> Callable[[Session], Call]:
 def _arrivals(load: int) -> Callable[..., Call]:
     """First tokens of requests that arrive at random and are answered one after another, in their order.
 
-    What a request takes is measured; when it arrives, and so how long it waits, is on a clock of its own: nothing sleeps.
+    What a request takes is measured; when it arrives, and so how long it waits, is on a clock of its own: nothing
+    sleeps.
     """
 
     def take(shared: Session, pipeline: mg_fast.Pipeline) -> Call:
@@ -454,10 +482,12 @@ def _answer(shared: Session, pipeline: mg_fast.Pipeline) -> tuple[torch.Tensor, 
 
 
 def first_tokens(served: Sequence[tuple[float, float]], per_second: float, count: int, seed: int = 0) -> list[float]:
-    """Seconds from each request's arrival to its first token, where one is answered after another, first come, first served.
+    """Seconds from each request's arrival to its first token, where one is answered after another, first come, first
+    served.
 
     Args:
-        served: seconds to the first token and to the end of an answer, as measured; every request takes one of them at random.
+        served: seconds to the first token and to the end of an answer, as measured; every request takes one of them at
+            random.
         per_second: requests arrive so often on average, independently of each other.
         count: requests.
         seed: of arrivals and of what is drawn: the same for every provider.
@@ -521,7 +551,8 @@ def _exact_second_turn(shared: Session) -> torch.Tensor:
 
 
 def exact_logits(shared: Session, count: int, turns: Sequence[tuple[str, str | None]] = ()) -> torch.Tensor:
-    """Logits [count, vocabulary] of the first tokens of the answer, by the same weights in a wider dtype: float64, or float32 for 16 bits.
+    """Logits [count, vocabulary] of the first tokens of the answer, by the same weights in a wider dtype: float64, or
+    float32 for 16 bits.
 
     The language model is widened layer by layer as it runs, so that the largest has room beside itself.
     """
@@ -560,9 +591,12 @@ def _widened(model: MiniGeminiForConditionalGeneration, dtype: torch.dtype) -> I
 
     language = model.model.language_model
     parts = [language.embed_tokens, *language.layers, language.norm, model.lm_head]
-    hooks = [part.register_forward_pre_hook(widen) for part in parts] + [part.register_forward_hook(restore) for part in parts]
+    hooks = [part.register_forward_pre_hook(widen) for part in parts] + [
+        part.register_forward_hook(restore) for part in parts
+    ]
     try:
-        # the model would cast what goes into a part to the dtype that the part's weights have now, before they are widened
+        # the model would cast what goes into a part to the dtype that the part's weights have now, before they are
+        # widened
         with unittest.mock.patch.object(layer_dtypes, "compute_dtype", lambda module: None):
             yield
     finally:

@@ -1,7 +1,8 @@
-"""What the files of single operations share: a case and a launch made of an operation's name and the shapes of its tensors.
+"""What the files of single operations share: a case and a launch made of an operation's name and the shapes of its
+tensors.
 
-A file named after a file of mg_fast/ops has `cases()`, the sizes that are timed, and `launches()`, small calls of each of its kernels for
-`python -m bench smoke`. The providers are the forms that the operation's record has.
+A file named after a file of mg_fast/ops has `cases()`, the sizes that are timed, and `launches()`, small calls of each
+of its kernels for `python -m bench smoke`. The providers are the forms that the operation's record has.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,7 +26,9 @@ class OperationInputs:
 
 
 class Launch(NamedTuple):
-    """A small call of an operation: its inputs in a dtype, and from them and a backend to the outputs of our kernels alone."""
+    """A small call of an operation: its inputs in a dtype, and from them and a backend to the outputs of our kernels
+    alone.
+    """
 
     make: Callable[[torch.dtype], Any]
     run: Callable[[Any, str], list[torch.Tensor]]
@@ -86,13 +89,17 @@ def forms(operation: str, call: Callable[[Any, str], Call]) -> dict[str, Callabl
 
 
 def tensors_case(operation: str, stage_map: StageMap, shapes: list[tuple[int, ...]], least: Cost) -> Case:
-    """A case of an operation that takes random tensors of these shapes, the first and the fourth as large as what a network computes."""
+    """A case of an operation that takes random tensors of these shapes, the first and the fourth as large as what a
+    network computes.
+    """
 
     def make(device: str) -> OperationInputs:
         torch.manual_seed(0)
         # weights as small as trained ones: results keep the size of what goes in
         scales = [1.0 if i in (0, 3) else shape[-1] ** -0.5 for i, shape in enumerate(shapes)]
-        tensors = ((torch.randn(shape, device=device) * scale).to(stage_map.dtype) for shape, scale in zip(shapes, scales))
+        tensors = (
+            (torch.randn(shape, device=device) * scale).to(stage_map.dtype) for shape, scale in zip(shapes, scales)
+        )
         return OperationInputs(device, tuple(tensors))
 
     def exact(inputs: OperationInputs) -> torch.Tensor:

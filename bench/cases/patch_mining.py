@@ -28,7 +28,11 @@ class MiningInputs:
 
     @property
     def projections(self) -> list[reference.Projection]:
-        modules = (self.mining.vlm_uni_query_projector, self.mining.vlm_uni_aux_projector, self.mining.vlm_uni_val_projector)
+        modules = (
+            self.mining.vlm_uni_query_projector,
+            self.mining.vlm_uni_aux_projector,
+            self.mining.vlm_uni_val_projector,
+        )
         return [reference.Projection(p[0].weight, p[0].bias, p[1].weight, p[1].bias) for p in modules]
 
 
@@ -125,7 +129,9 @@ class _OneDnnProjection(reference.Projection):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return linear(
-            F.layer_norm(x, self.norm_weight.shape, self.norm_weight, self.norm_bias, reference.LAYER_NORM_EPS), self.weight, self.bias
+            F.layer_norm(x, self.norm_weight.shape, self.norm_weight, self.norm_bias, reference.LAYER_NORM_EPS),
+            self.weight,
+            self.bias,
         )
 
 

@@ -36,7 +36,11 @@ def cases() -> list[Case]:
     found = []
     for setting, batch, dtype in COMBINATIONS:
         if batch == 1:
-            found.append(_picture_to_tokens(f"picture/{setting.name}-b1-{dtype}", setting, dtype, devices_of(setting, batch, dtype)))
+            found.append(
+                _picture_to_tokens(
+                    f"picture/{setting.name}-b1-{dtype}", setting, dtype, devices_of(setting, batch, dtype)
+                )
+            )
     return found
 
 
@@ -51,7 +55,9 @@ class Model:
 def make_model(setting: Setting, dtype: str, device: str) -> MiniGeminiModel:
     """A model of a picture size with random weights, whose language model is next to nothing."""
     hd = setting.grid > 1
-    config = MiniGeminiConfig(image_size_aux=setting.side, image_grid=setting.grid, image_global=hd, **SMALL_LANGUAGE_MODEL)
+    config = MiniGeminiConfig(
+        image_size_aux=setting.side, image_grid=setting.grid, image_global=hd, **SMALL_LANGUAGE_MODEL
+    )
     torch.manual_seed(0)
     with torch.device(device):
         return MiniGeminiModel(config).eval().to(getattr(torch, dtype))
@@ -65,7 +71,8 @@ def _picture_to_tokens(name: str, setting: Setting, dtype: str, devices: tuple[s
         return Model(device, model, MiniGeminiImageProcessor.from_config(model.config), picture())
 
     def exact(inputs: Model) -> torch.Tensor:
-        # the original's mining in float64 would need 13 GB in HD: there our form of it, which the tests hold against the original's
+        # the original's mining in float64 would need 13 GB in HD: there our form of it, which the tests hold against
+        # the original's
         with use_backend("torch" if hd else "reference"):
             pixels = inputs.processor(inputs.picture).to(inputs.device)
             wide = copy.deepcopy(inputs.model).double()
@@ -80,7 +87,9 @@ def _picture_to_tokens(name: str, setting: Setting, dtype: str, devices: tuple[s
     stages = {provider: _stages(providers[provider]) for provider in ("reference", "auto")}
     # on a GPU the encoder replays graphs, which allocate nothing
     memory = {"auto": _by_encoder_with("auto", graphs=False), "triton": _by_encoder_with("triton", graphs=False)}
-    return Case(name, make, providers, exact, devices=devices, stages=stages, own_graphs=frozenset(memory), memory=memory)
+    return Case(
+        name, make, providers, exact, devices=devices, stages=stages, own_graphs=frozenset(memory), memory=memory
+    )
 
 
 def _stages(build: Callable[[Model], Call]) -> Callable[[Model], list[dict]]:
@@ -93,7 +102,11 @@ def _stages(build: Callable[[Model], Call]) -> Callable[[Model], list[dict]]:
             call(stage=meter.stage)
             calls.append(meter.stages)
         return [
-            {"name": same[0].name, "ms": 1e3 * statistics.median(stage.seconds for stage in same), "peak_mib": same[0].peak_mib}
+            {
+                "name": same[0].name,
+                "ms": 1e3 * statistics.median(stage.seconds for stage in same),
+                "peak_mib": same[0].peak_mib,
+            }
             for same in zip(*calls)
         ]
 

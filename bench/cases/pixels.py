@@ -1,8 +1,8 @@
 """From pixels that are on the device already to image tokens: what a GPU does for a picture, without the host's part.
 
-`pixels` starts from the resized and normalised tensors that the towers take. `decoded` starts from the decoded picture as a camera took it,
-on the device. The original resizes on the host only, so in `decoded` its steps get our resizing in plain PyTorch; its own is in the group
-`picture`.
+`pixels` starts from the resized and normalised tensors that the towers take. `decoded` starts from the decoded picture
+as a camera took it, on the device. The original resizes on the host only, so in `decoded` its steps get our resizing in
+plain PyTorch; its own is in the group `picture`.
 """
 
 import copy
@@ -24,7 +24,9 @@ from .settings import COMBINATIONS, LR, Setting, devices_of, own_graphs, picture
 
 @dataclass
 class PixelInputs:
-    """A model, and pictures by the names of its arguments: `pixel_values` and `pixel_values_hr`, or one decoded `picture`."""
+    """A model, and pictures by the names of its arguments: `pixel_values` and `pixel_values_hr`, or one decoded
+    `picture`.
+    """
 
     device: str
     model: MiniGeminiModel
@@ -36,7 +38,9 @@ def cases() -> list[Case]:
     for setting, batch, dtype in COMBINATIONS:
         if batch == 1:
             devices = devices_of(setting, batch, dtype)
-            found += [_case(f"{group}/{setting.name}-b1-{dtype}", setting, dtype, devices) for group in ("pixels", "decoded")]
+            found += [
+                _case(f"{group}/{setting.name}-b1-{dtype}", setting, dtype, devices) for group in ("pixels", "decoded")
+            ]
     return found
 
 
@@ -48,7 +52,9 @@ def _case(name: str, setting: Setting, dtype: str, devices: tuple[str, ...]) -> 
         pixels = torch.from_numpy(np.array(picture())).to(device)
 
         def resize(backend: str) -> dict[str, torch.Tensor]:
-            sizes = dict(hr_size=setting.side, lr_size=LR, grid=setting.grid, global_view=setting.views > setting.grid**2)
+            sizes = dict(
+                hr_size=setting.side, lr_size=LR, grid=setting.grid, global_view=setting.views > setting.grid**2
+            )
             hr, views = ops.dual_resize(pixels, **sizes, backend=backend)
             return {"pixel_values": views[None], "pixel_values_hr": hr[None]}
 
@@ -56,10 +62,13 @@ def _case(name: str, setting: Setting, dtype: str, devices: tuple[str, ...]) -> 
         return PixelInputs(device, make_model(setting, dtype, device), resize if decoded else lambda backend: resized)
 
     def exact(inputs: PixelInputs) -> torch.Tensor:
-        # the original's mining in float64 would need 13 GB in HD: there our form of it, which the tests hold against the original's
+        # the original's mining in float64 would need 13 GB in HD: there our form of it, which the tests hold against
+        # the original's
         wide = copy.deepcopy(inputs.model).double()
         return _features(
-            wide, {key: value.double() for key, value in inputs.resize("torch").items()}, "torch" if setting.grid > 1 else "reference"
+            wide,
+            {key: value.double() for key, value in inputs.resize("torch").items()},
+            "torch" if setting.grid > 1 else "reference",
         )
 
     providers = {
@@ -95,9 +104,11 @@ def _by_model(backend: str) -> Callable[[PixelInputs], Call]:
 
 
 def _compiled_parts(inputs: PixelInputs) -> Call:
-    """The strongest plain form: channels-last towers, and every part through torch.compile. Captured, it is one CUDA graph.
+    """The strongest plain form: channels-last towers, and every part through torch.compile. Captured, it is one CUDA
+    graph.
 
-    Parts are compiled one by one, as whole towers are what a compiler can fuse in; what it made of a tower before is found in its cache.
+    Parts are compiled one by one, as whole towers are what a compiler can fuse in; what it made of a tower before is
+    found in its cache.
     """
     model = copy.deepcopy(inputs.model)
     tower = model.vision_tower_aux.to(memory_format=torch.channels_last)

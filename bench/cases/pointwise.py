@@ -10,13 +10,19 @@ def cases() -> list[Case]:
 
 def _expansion(stage_map: StageMap) -> Case:
     channels, pixels = stage_map.channels, stage_map.pixels
-    least = Cost(8 * pixels * channels**2, (5 * pixels * channels + 4 * channels**2 + 4 * channels) * stage_map.dtype.itemsize)
-    return tensors_case("linear_gelu", stage_map, [(pixels, channels), (4 * channels, channels), (4 * channels,)], least)
+    least = Cost(
+        8 * pixels * channels**2, (5 * pixels * channels + 4 * channels**2 + 4 * channels) * stage_map.dtype.itemsize
+    )
+    return tensors_case(
+        "linear_gelu", stage_map, [(pixels, channels), (4 * channels, channels), (4 * channels,)], least
+    )
 
 
 def _contraction(stage_map: StageMap) -> Case:
     channels, pixels = stage_map.channels, stage_map.pixels
-    least = Cost(8 * pixels * channels**2, (6 * pixels * channels + 4 * channels**2 + channels) * stage_map.dtype.itemsize)
+    least = Cost(
+        8 * pixels * channels**2, (6 * pixels * channels + 4 * channels**2 + channels) * stage_map.dtype.itemsize
+    )
     shapes = [(pixels, 4 * channels), (channels, 4 * channels), (channels,), (pixels, channels)]
     return tensors_case("linear_residual", stage_map, shapes, least)
 

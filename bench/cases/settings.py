@@ -41,7 +41,9 @@ COMBINATIONS = tuple((setting, batch, dtype) for batch in (1, 8) for dtype in DT
 
 
 def picture() -> Image.Image:
-    """A photograph of a camera's size: one that comes with matplotlib, enlarged, as noise would be no picture for a resize."""
+    """A photograph of a camera's size: one that comes with matplotlib, enlarged, as noise would be no picture for a
+    resize.
+    """
     from matplotlib import cbook
 
     with Image.open(Path(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))) as photo:
@@ -49,7 +51,9 @@ def picture() -> Image.Image:
 
 
 def devices_of(setting: Setting, batch: int, dtype: str) -> tuple[str, ...]:
-    """Where a combination is measured unasked. A CPU takes minutes for the rest; its float16 is tens of times slower than bfloat16."""
+    """Where a combination is measured unasked. A CPU takes minutes for the rest; its float16 is tens of times slower
+    than bfloat16.
+    """
     at_hand = batch == 1 and (dtype == "float32" or (dtype == "bfloat16" and setting.grid == 1))
     return ("cpu", "cuda") if at_hand else ("cuda",)
 

@@ -16,4 +16,6 @@ def cases() -> list[Case]:
         # many pictures at once
         "768-b32": Sizes(torch.bfloat16, batch=32),
     }
-    return [mining_case(f"stress/patch_mining-{name}-bfloat16", size, devices=("cuda",)) for name, size in sizes.items()]
+    return [
+        mining_case(f"stress/patch_mining-{name}-bfloat16", size, devices=("cuda",)) for name, size in sizes.items()
+    ]

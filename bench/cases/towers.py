@@ -56,7 +56,11 @@ def _tower(name: str, setting: Setting, batch: int, dtype: torch.dtype, options:
         return ModuleInputs(device, tower, torch.randn(batch, 3, setting.side, setting.side, device=device).to(dtype))
 
     sizes = accounting.Tower(dtype, batch, setting.side)
-    work = {"torch": accounting.torch_tower(sizes), "auto": accounting.auto_tower(sizes), "triton": accounting.triton_tower(sizes)}
+    work = {
+        "torch": accounting.torch_tower(sizes),
+        "auto": accounting.auto_tower(sizes),
+        "triton": accounting.triton_tower(sizes),
+    }
     providers = {
         "reference": _as_modules,
         "reference, channels last": _channels_last,
@@ -131,7 +135,12 @@ def _clip(name: str, setting: Setting, batch: int, dtype: torch.dtype, options: 
     def make(device: str) -> ModuleInputs:
         torch.manual_seed(0)
         config = CLIPVisionConfig(
-            hidden_size=WIDTH, intermediate_size=MLP, num_hidden_layers=LAYERS, num_attention_heads=16, image_size=336, patch_size=14
+            hidden_size=WIDTH,
+            intermediate_size=MLP,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=16,
+            image_size=336,
+            patch_size=14,
         )
         with torch.device(device):
             clip = CLIPVisionModel(config).eval().to(dtype)
@@ -209,7 +218,14 @@ def _projector(name: str, setting: Setting, batch: int, dtype: torch.dtype, opti
     least = Cost(2 * rows * weights, (weights + rows * (WIDTH + HIDDEN)) * dtype.itemsize)
     providers = {"reference": _call, **compiled(_call, "reference")}
     options = options | {"capturable": batch == 1, "own_graphs": own_graphs(providers)}
-    return Case(name, make, providers, lambda inputs: copy.deepcopy(inputs.module).double()(inputs.x.double()), least=least, **options)
+    return Case(
+        name,
+        make,
+        providers,
+        lambda inputs: copy.deepcopy(inputs.module).double()(inputs.x.double()),
+        least=least,
+        **options,
+    )
 
 
 def _call(inputs: ModuleInputs) -> Call:

@@ -38,7 +38,8 @@ def gpu(
     Args:
         out: the folder for what is found; where it is resumed, by default the earlier run's own.
         names: of the steps to run; without, all.
-        resume: the folder of an earlier run, whose results are taken over, and whose finished steps and measured cases are not run again.
+        resume: the folder of an earlier run, whose results are taken over, and whose finished steps and measured cases
+            are not run again.
 
     Returns:
         The exit status: 1 where a step failed or the kernels were not found right, 2 where a folder cannot be used.
@@ -74,14 +75,18 @@ def gpu(
 
 
 def verdict(steps: Sequence[Step], outcomes: Sequence[Outcome]) -> int:
-    """The exit status of a run: what is slow, and opponents that fail, are findings; what is wrong or unproven is a failure."""
+    """The exit status of a run: what is slow, and opponents that fail, are findings; what is wrong or unproven is a
+    failure.
+    """
     unproven = any(outcome.state != "done" for step, outcome in zip(steps, outcomes) if step.into == plans.CORRECTNESS)
     return int(unproven or any(outcome.state == "failed" for outcome in outcomes))
 
 
 def _check_same(resume: Path, device: str) -> None:
     """Raises BadRecord where an earlier run was made on another GPU, stack or commit."""
-    found = next((resume / name for name in (plans.ENVIRONMENT, plans.CASES, plans.END_TO_END) if (resume / name).exists()), None)
+    found = next(
+        (resume / name for name in (plans.ENVIRONMENT, plans.CASES, plans.END_TO_END) if (resume / name).exists()), None
+    )
     if found is None:
         return
     before, now = records.read(found), environment()
@@ -152,7 +157,9 @@ def keep(folder: Path) -> list[Path]:
     documents = [records.read(folder / name) for name in (plans.CASES, plans.END_TO_END) if (folder / name).exists()]
     documents = [document for document in documents if document["cases"]]
     if not documents:
-        raise records.BadRecord(f"{folder} holds no cases: expected {plans.CASES} or {plans.END_TO_END} of a `bench gpu`")
+        raise records.BadRecord(
+            f"{folder} holds no cases: expected {plans.CASES} or {plans.END_TO_END} of a `bench gpu`"
+        )
     paths = [path for document in documents for path in records.save(document)]
     where = paths[0].parent
     for name in (plans.SUMMARY, plans.CORRECTNESS):

@@ -15,7 +15,8 @@ CORRECTNESS, TUNING = "correctness.txt", "tuning.txt"
 FILES = (SUMMARY, LOG, ENVIRONMENT, CASES, END_TO_END, CORRECTNESS, TUNING)
 # seconds of a default run, of which this many are kept for what is written at the end
 MINUTES, RESERVE = 6.0, 5.0
-# a provider that does not come back within so many seconds is given up, and its process with it; compilers get nearly a step's budget
+# a provider that does not come back within so many seconds is given up, and its process with it; compilers get nearly a
+# step's budget
 HANGS_AFTER, COMPILING_HANGS_AFTER = 25.0, 75.0
 # the same of a test
 TEST_HANGS_AFTER = 40.0
@@ -23,10 +24,12 @@ TEST_HANGS_AFTER = 40.0
 
 @dataclass(frozen=True)
 class Part:
-    """Cases by name, and the providers of them that are measured; both are shell patterns, and cases come in the order of theirs.
+    """Cases by name, and the providers of them that are measured; both are shell patterns, and cases come in the order
+    of theirs.
 
     Args:
-        baseline: what the providers are compared with, where it is not the case's own baseline. That one is not measured then.
+        baseline: what the providers are compared with, where it is not the case's own baseline. That one is not
+            measured then.
     """
 
     cases: tuple[str, ...]
@@ -60,7 +63,9 @@ class Step:
 
 
 def cases_of(step: Step, cases: Mapping[str, Case], device: str) -> list[Case]:
-    """The cases of a step with the providers that it measures, one after another; a case stands once for every part that names it."""
+    """The cases of a step with the providers that it measures, one after another; a case stands once for every part
+    that names it.
+    """
     chosen = []
     for part in step.parts:
         of_part = dict.fromkeys(case.name for pattern in part.cases for case in choose(cases, [pattern], device))
@@ -136,7 +141,8 @@ def full_plan(device: str = "cuda") -> list[Step]:
             parts=(
                 Part(("tower/768-b1-bfloat16",), (*plain, "reference, channels last", "auto")),
                 Part(
-                    ("clip/768-b1-bfloat16",), ("reference", "reference, flash attention", "reference, SDPA cuDNN", "23 layers", "packed")
+                    ("clip/768-b1-bfloat16",),
+                    ("reference", "reference, flash attention", "reference, SDPA cuDNN", "23 layers", "packed"),
                 ),
                 Part(("projector/768-b1-bfloat16",), ("reference",)),
                 Part(("tower/1536-hd-b1-bfloat16",), ("reference, channels last", "auto")),
@@ -180,7 +186,14 @@ def full_plan(device: str = "cuda") -> list[Step]:
             ),
         ),
         Step("tests", "all tests of the kernels, the published sizes first", 120, CORRECTNESS, tests),
-        Step("tuning", "faster tiles for kernels/configs.py", None, TUNING, ("bench", "tune", "--seconds", "60"), least=30),
+        Step(
+            "tuning",
+            "faster tiles for kernels/configs.py",
+            None,
+            TUNING,
+            ("bench", "tune", "--seconds", "60"),
+            least=30,
+        ),
     ]
 
 
@@ -195,7 +208,13 @@ def tiny_plan(device: str = "cpu") -> list[Step]:
     """The same kinds of steps in a minute on a CPU: what a test runs."""
     interpreted = {"TRITON_INTERPRET": "1"} if device == "cpu" else {}
     return [
-        Step("environment", "the machine, and what a copy and a product reach", 60, ENVIRONMENT, ("bench", "ceilings", "--device", device)),
+        Step(
+            "environment",
+            "the machine, and what a copy and a product reach",
+            60,
+            ENVIRONMENT,
+            ("bench", "ceilings", "--device", device),
+        ),
         Step(
             "smoke",
             "every kernel launched once and right",
@@ -210,14 +229,27 @@ def tiny_plan(device: str = "cpu") -> list[Step]:
             "answers of a tiny model",
             60,
             END_TO_END,
-            parts=(Part(("end-to-end/tiny-first-token-b1-float32", "end-to-end/tiny-decode-b1-float32"), ("reference", "auto")),),
+            parts=(
+                Part(
+                    ("end-to-end/tiny-first-token-b1-float32", "end-to-end/tiny-decode-b1-float32"),
+                    ("reference", "auto"),
+                ),
+            ),
         ),
         Step(
             "tests",
             "a test of the kernels",
             60,
             CORRECTNESS,
-            ("pytest", "-vv", "tests/bench/test_interpreted_tune.py", "-p", "bench.gpu.pytest_plugin", "-p", "no:cacheprovider"),
+            (
+                "pytest",
+                "-vv",
+                "tests/bench/test_interpreted_tune.py",
+                "-p",
+                "bench.gpu.pytest_plugin",
+                "-p",
+                "no:cacheprovider",
+            ),
             environment=interpreted,
         ),
     ]
@@ -265,7 +297,9 @@ def budget(steps: Sequence[Step]) -> float:
 
 
 def describe(steps: Sequence[Step], seconds: float, plan: str = "full", device: str = "cuda") -> str:
-    """The plan: each step with its budget, when it begins if all before it take theirs, its command and what it measures."""
+    """The plan: each step with its budget, when it begins if all before it take theirs, its command and what it
+    measures.
+    """
     lines, begin = [], 0.0
     for step in steps:
         takes = f"{step.seconds:>4.0f} s" if step.seconds is not None else "the rest"
@@ -274,6 +308,8 @@ def describe(steps: Sequence[Step], seconds: float, plan: str = "full", device: 
         lines.append(f"{'':<38} {shown(command(step, plan, device), step.environment)}")
         lines += [f"{'':<38}   {', '.join(part.cases)}: {'; '.join(part.providers)}" for part in step.parts]
         begin += step.seconds or 0
-    lines.append(f"{budget(steps):.0f} s of work in all; this call takes {seconds:.0f} s, and --resume goes on where it was cut.")
+    lines.append(
+        f"{budget(steps):.0f} s of work in all; this call takes {seconds:.0f} s, and --resume goes on where it was cut."
+    )
     lines.append(f"At most {len(FILES)} files: {', '.join(FILES)}.")
     return "\n".join(lines)

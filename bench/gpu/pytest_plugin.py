@@ -1,11 +1,11 @@
 """A plug-in of pytest for the tests of a GPU run.
 
-Tests that passed in an earlier run are left out, as its verbose output tells. MG_FAST_PASSED_BEFORE names the file, which must not change
-while tests run: every worker of pytest-xdist reads it, those included that take the place of another one, and all must collect the same
-tests. Without the variable, or where there is no such file, all tests run.
+Tests that passed in an earlier run are left out, as its verbose output tells. MG_FAST_PASSED_BEFORE names the file,
+which must not change while tests run: every worker of pytest-xdist reads it, those included that take the place of
+another one, and all must collect the same tests. Without the variable, or where there is no such file, all tests run.
 
-A test that breaks the GPU's context takes all later ones of its process with it. A worker therefore ends after such a test, and
-pytest-xdist puts another one in its place.
+A test that breaks the GPU's context takes all later ones of its process with it. A worker therefore ends after such a
+test, and pytest-xdist puts another one in its place.
 """
 
 import os
@@ -14,7 +14,9 @@ import sys
 from pathlib import Path
 
 # "path::test PASSED [ 10%]", and by a worker of pytest-xdist "[gw3] [ 10%] PASSED path::test"
-_PASSED = re.compile(r"^(?:\[gw\d+\] \[ *\d+%\] PASSED (?P<theirs>\S.*?)|(?P<ours>\S.*?::.*?) PASSED(?: +\[ *\d+%\])?) *$", re.MULTILINE)
+_PASSED = re.compile(
+    r"^(?:\[gw\d+\] \[ *\d+%\] PASSED (?P<theirs>\S.*?)|(?P<ours>\S.*?::.*?) PASSED(?: +\[ *\d+%\])?) *$", re.MULTILINE
+)
 
 
 def passed(text: str) -> set[str]:
@@ -36,7 +38,9 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_report_header(config):
-    return f"{len(config.passed_before)} tests passed in an earlier run and are left out" if config.passed_before else None
+    return (
+        f"{len(config.passed_before)} tests passed in an earlier run and are left out" if config.passed_before else None
+    )
 
 
 def pytest_sessionfinish(session, exitstatus):

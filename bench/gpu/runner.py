@@ -52,7 +52,9 @@ class Settings:
     restart: float = RESTART
 
 
-def run_plan(steps: Sequence[Step], out: Path, seconds: float, settings: Settings, earlier: Sequence[Outcome] = ()) -> list[Outcome]:
+def run_plan(
+    steps: Sequence[Step], out: Path, seconds: float, settings: Settings, earlier: Sequence[Outcome] = ()
+) -> list[Outcome]:
     """Runs steps one after another within so many seconds.
 
     An interrupt ends the running step and the plan; what was found is kept.
@@ -66,14 +68,17 @@ def run_plan(steps: Sequence[Step], out: Path, seconds: float, settings: Setting
     out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     before = {outcome.name: outcome for outcome in earlier}
-    # the first call imports what all models need, which takes seconds: better while the first step runs than between two steps
+    # the first call imports what all models need, which takes seconds: better while the first step runs than between
+    # two steps
     threading.Thread(target=all_cases, daemon=True).start()
     outcomes: list[Outcome] = []
     for step in steps:
         left = deadline - plans.RESERVE - time.monotonic()
         limit = left if step.seconds is None else min(step.seconds, left)
         outcome = Outcome(
-            step.name, plans.shown(plans.command(step, settings.plan, settings.device), step.environment), round(max(0.0, limit), 1)
+            step.name,
+            plans.shown(plans.command(step, settings.plan, settings.device), step.environment),
+            round(max(0.0, limit), 1),
         )
         outcomes.append(outcome)
         if is_finished(step, before.get(step.name), out, settings.device):
@@ -119,7 +124,8 @@ def _rows(path: Path) -> list[dict]:
 def _run_step(step: Step, out: Path, end: float, settings: Settings) -> tuple[str, int]:
     """How a step ended, and its last process' exit status.
 
-    A process of cases that crashes, hangs or loses the GPU is followed by another for the cases that are left, as long as there is time.
+    A process of cases that crashes, hangs or loses the GPU is followed by another for the cases that are left, as long
+    as there is time.
     """
     while True:
         known = len(_rows(out / step.into))
@@ -143,14 +149,20 @@ def _run_step(step: Step, out: Path, end: float, settings: Settings) -> tuple[st
 
 def _verdict(rows: Sequence[Mapping]) -> str:
     failed = {row["provider"] for row in rows if row["ok"] is False}
-    return "failed" if failed.intersection(OURS) or "reference" in failed else "done, with failures" if failed else "done"
+    return (
+        "failed" if failed.intersection(OURS) or "reference" in failed else "done, with failures" if failed else "done"
+    )
 
 
 def _blame(doing: watch.Doing, status: int, path: Path) -> None:
     """Gives what a process was at when it ended a row that says so; it is not tried again."""
     limit = "" if doing.limit_s is None else f" of {doing.limit_s:.0f} s"
     # the interpreter's own thread ends a process with 1, and so does an error of Python's, which takes its mark away
-    how = f"it did not come back within its limit{limit}" if status == 1 else f"the process ended with exit status {status}"
+    how = (
+        f"it did not come back within its limit{limit}"
+        if status == 1
+        else f"the process ended with exit status {status}"
+    )
     document = records.read(path)
     case: Case | None = all_cases().get(doing.case)
     have = {(row["name"], row["provider"]) for row in document["cases"]}
@@ -166,7 +178,9 @@ def _blame(doing: watch.Doing, status: int, path: Path) -> None:
 
 
 def _run_process(step: Step, out: Path, limit: float, settings: Settings) -> tuple[int, bool, watch.Doing | None]:
-    """Its exit status, whether its limit ended it, and what it was at where it ended by itself in the middle of something."""
+    """Its exit status, whether its limit ended it, and what it was at where it ended by itself in the middle of
+    something.
+    """
     with tempfile.TemporaryDirectory(prefix="mg_fast_gpu_") as temporary:
         folder = Path(temporary)
         part, output, errors, doing = (folder / name for name in ("part.json", "output", "errors", "doing.json"))
@@ -189,7 +203,9 @@ def _run_process(step: Step, out: Path, limit: float, settings: Settings) -> tup
         supervised = [sys.executable, "-m", "bench.gpu.supervise", str(os.getpid()), sys.executable, "-m", *words]
         with output.open("wb") as to, errors.open("wb") as errors_to:
             # a group of its own, so that what it has started goes with it
-            process = subprocess.Popen(supervised, cwd=plans.ROOT, env=environment, stdout=to, stderr=errors_to, start_new_session=True)
+            process = subprocess.Popen(
+                supervised, cwd=plans.ROOT, env=environment, stdout=to, stderr=errors_to, start_new_session=True
+            )
             try:
                 # what it has to write is within its time
                 end, stopped = time.monotonic() + max(limit - settings.grace, limit / 2), False
@@ -245,7 +261,9 @@ def _keeper(step: Step, out: Path, part: Path, output: Path, errors: Path, setti
 
 
 def joined(before: dict | None, document: dict) -> dict:
-    """Two documents as one: conditions of the first; of a provider of a case that is in both, the first row that has a time."""
+    """Two documents as one: conditions of the first; of a provider of a case that is in both, the first row that has a
+    time.
+    """
     first = before or document
     rows = {}
     # a baseline is measured once for every part of a step that has its case

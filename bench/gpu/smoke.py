@@ -1,7 +1,8 @@
 """Every kernel launched once on a small input: is it right, does it stay within its memory, do its threads race?
 
-The launches are held against the float64 result here. At the same time they run under compute-sanitizer's memcheck and racecheck, each in a
-process of its own that does no more than launch the kernels. No model is imported, so that it is done in seconds.
+The launches are held against the float64 result here. At the same time they run under compute-sanitizer's memcheck and
+racecheck, each in a process of its own that does no more than launch the kernels. No model is imported, so that it is
+done in seconds.
 """
 
 import copy
@@ -36,14 +37,17 @@ DTYPES = (torch.bfloat16, torch.float32)
 
 
 # by the name that is printed: those of every operation, beside its cases
-LAUNCHES: dict[str, Launch] = {name: launch for module in operation_modules() for name, launch in module.launches().items()}
+LAUNCHES: dict[str, Launch] = {
+    name: launch for module in operation_modules() for name, launch in module.launches().items()
+}
 
 
 def launch_all(device: str, *, checked: bool = True) -> bool:
     """Launches every kernel, prints a line for each, and returns whether all are right.
 
     Args:
-        checked: hold the results against float64's, and call again to see the same bits; without, nothing but the kernels runs.
+        checked: hold the results against float64's, and call again to see the same bits; without, nothing but the
+            kernels runs.
     """
     ieee_float32()
     right = True
@@ -57,10 +61,16 @@ def launch_all(device: str, *, checked: bool = True) -> bool:
                 told = _check(LAUNCHES[name], dtype, device) if checked else _launch(LAUNCHES[name], dtype)
         except Exception as error:
             # one that breaks must not hide the others
-            right, told = False, f"WRONG: {type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}"
+            right, told = (
+                False,
+                f"WRONG: {type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}",
+            )
         print(f"{name}, {_name(dtype)}: {told} ({time.perf_counter() - began:.1f} s)", flush=True)
         if not right and device == "cuda" and (lost := measure.why_lost()):
-            print(f"{lost}; not launched: {', '.join(f'{name} in {_name(dtype)}' for name, dtype in left) or 'none'}", flush=True)
+            print(
+                f"{lost}; not launched: {', '.join(f'{name} in {_name(dtype)}' for name, dtype in left) or 'none'}",
+                flush=True,
+            )
             break
     return right
 
@@ -97,9 +107,11 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def smoke(device: str, *, once: bool = False, seconds: float = SECONDS) -> int:
-    """Launches every kernel here and under each tool; the exit status is 0 where all is right and no tool found anything in our kernels.
+    """Launches every kernel here and under each tool; the exit status is 0 where all is right and no tool found
+    anything in our kernels.
 
-    A tool that is not here, cannot run here or does not end in time leaves something unchecked; that is said, and is no failure.
+    A tool that is not here, cannot run here or does not end in time leaves something unchecked; that is said, and is no
+    failure.
 
     Args:
         once: launch in this process alone, and check nothing.
@@ -149,7 +161,9 @@ def _start(sanitizer: str, tool: str, output: Path) -> subprocess.Popen:
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     with output.open("wb") as to:
         # a group of its own, as the tool starts another process
-        return subprocess.Popen(words, cwd=ROOT, env=environment, stdout=to, stderr=subprocess.STDOUT, preexec_fn=os.setpgrp)
+        return subprocess.Popen(
+            words, cwd=ROOT, env=environment, stdout=to, stderr=subprocess.STDOUT, preexec_fn=os.setpgrp
+        )
 
 
 def _ended(process: subprocess.Popen, left: float, output: Path) -> tuple[str, bool]:
@@ -160,5 +174,9 @@ def _ended(process: subprocess.Popen, left: float, output: Path) -> tuple[str, b
         return "not checked to the end, no time was left", True
     if status == FOUND:
         ours = sorted(set(re.findall(r"\b\w+_(?:fwd|bwd)_kernel\b", output.read_text(errors="replace"))))
-        return (f"FOUND something in {', '.join(ours)}", False) if ours else ("found something, but not in our kernels", True)
+        return (
+            (f"FOUND something in {', '.join(ours)}", False)
+            if ours
+            else ("found something, but not in our kernels", True)
+        )
     return ("nothing found", True) if status == 0 else (f"not checked, exit status {status}", True)

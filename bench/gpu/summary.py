@@ -1,4 +1,6 @@
-"""What a run on a GPU found, in one page of Markdown, which also holds how its steps ended for a later run to go on from."""
+"""What a run on a GPU found, in one page of Markdown, which also holds how its steps ended for a later run to go on
+from.
+"""
 
 import json
 import re
@@ -19,8 +21,9 @@ class Outcome:
     """What became of a step.
 
     Attributes:
-        state: `done`; `done, with failures` (of opponents, each a row that says so); `failed` (it crashed, or one of our own providers or a
-            test failed); `stopped` (by its limit); `interrupted`; `skipped` (no time was left) or `running`.
+        state: `done`; `done, with failures` (of opponents, each a row that says so); `failed` (it crashed, or one of
+            our own providers or a test failed); `stopped` (by its limit); `interrupted`; `skipped` (no time was left)
+            or `running`.
         status: the exit status of its last process.
         earlier: it ended so in an earlier run, and was not run again.
     """
@@ -35,8 +38,14 @@ class Outcome:
 
     def told(self) -> str:
         """The state in words."""
-        words = {"failed": f"failed, exit status {self.status}", "stopped": "stopped by its limit", "skipped": "skipped, no time was left"}
-        return f"{words.get(self.state, self.state)} ({self.seconds:.0f} s{', in an earlier run' if self.earlier else ''})"
+        words = {
+            "failed": f"failed, exit status {self.status}",
+            "stopped": "stopped by its limit",
+            "skipped": "skipped, no time was left",
+        }
+        return (
+            f"{words.get(self.state, self.state)} ({self.seconds:.0f} s{', in an earlier run' if self.earlier else ''})"
+        )
 
 
 def conclude(out: Path, outcomes: Sequence[Outcome], earlier: Sequence[Outcome] = ()) -> None:
@@ -57,7 +66,9 @@ def earlier_outcomes(folder: Path) -> list[Outcome]:
         found = _KEPT.search(path.read_text(encoding="utf-8"))
         return [Outcome(**kept) for kept in json.loads(found[1])]
     except OSError as error:
-        raise records.BadRecord(f"{path} cannot be read: {error.strerror}: expected the folder of an earlier `bench gpu`") from None
+        raise records.BadRecord(
+            f"{path} cannot be read: {error.strerror}: expected the folder of an earlier `bench gpu`"
+        ) from None
     except (TypeError, ValueError):
         raise records.BadRecord(f"{path} does not hold the steps of an earlier `bench gpu`") from None
 
@@ -81,7 +92,12 @@ def summarise(out: Path, outcomes: Sequence[Outcome]) -> str:
                 f"at up to {load['power_w']:.0f} W and {load['temperature_c']:.0f} degrees Celsius"
             )
         lines.append("")
-    lines += ["| step | outcome |", "|---|---|", *(f"| {outcome.name} | {outcome.told()} |" for outcome in outcomes), ""]
+    lines += [
+        "| step | outcome |",
+        "|---|---|",
+        *(f"| {outcome.name} | {outcome.told()} |" for outcome in outcomes),
+        "",
+    ]
     if tests := _text(out / plans.CORRECTNESS).strip().splitlines():
         lines += ["## Kernels", "", "```", *tests[-20:], "```", ""]
     for title, name in (("Cases", plans.CASES), ("End to end", plans.END_TO_END)):
@@ -136,7 +152,9 @@ def _kernels(table: dict) -> list[str]:
     lines = [f"One call{takes} has {table['launches']:.0f} launches, which take {busy:.0f} us together.", ""]
     lines += ["| kernel | launches | us | share |", "|---|---|---|---|"]
     for row in table["kernels"][:MOST_KERNELS]:
-        lines.append(f"| {row['name'].replace('|', '/')} | {row['launches']:.0f} | {row['us']:.1f} | {row['us'] / max(busy, 1e-9):.1%} |")
+        lines.append(
+            f"| {row['name'].replace('|', '/')} | {row['launches']:.0f} | {row['us']:.1f} | {row['us'] / max(busy, 1e-9):.1%} |"
+        )
     return lines
 
 

@@ -2,9 +2,10 @@
 
     python -m bench.gpu.supervise PARENT WORD ...
 
-A measuring process that lives on after its parent was killed would take part of the GPU from whatever is measured next. Linux tells this
-process when its parent ends, however it ends; it then ends the command and everything that the command has started, all of which are in
-its process group. It imports nothing but the standard library, so that it costs next to no time.
+A measuring process that lives on after its parent was killed would take part of the GPU from whatever is measured next.
+Linux tells this process when its parent ends, however it ends; it then ends the command and everything that the command
+has started, all of which are in its process group. It imports nothing but the standard library, so that it costs next
+to no time.
 """
 
 import contextlib

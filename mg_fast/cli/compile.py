@@ -19,7 +19,9 @@ def register(subparsers) -> None:
         help="the GPU's, as sm_90; may be given several times",
     )
     parser.add_argument(
-        "--model", metavar="DIR", help="checkpoint folder (its config.json will do), hub id or nano; default: the published sizes"
+        "--model",
+        metavar="DIR",
+        help="checkpoint folder (its config.json will do), hub id or nano; default: the published sizes",
     )
     parser.add_argument(
         "--dtype",
@@ -47,16 +49,25 @@ def command(args) -> int:
     from ..runtime.dtypes import wanted_dtype
 
     if "auto" in (args.dtype or ()):
-        raise BackendError("--dtype auto is for `mg-fast warmup`: ahead of time it is not known what a checkpoint holds")
+        raise BackendError(
+            "--dtype auto is for `mg-fast warmup`: ahead of time it is not known what a checkpoint holds"
+        )
     dtypes = [wanted_dtype(name) for name in dict.fromkeys(args.dtype or ("float16", "bfloat16"))]
     configs = [model_config(args.model)] if args.model is not None else published_configs()
     done = []
-    for kernel in compile_kernels(list(dict.fromkeys(args.arch)), dtypes, configs, training=args.training, backend=args.backend):
+    for kernel in compile_kernels(
+        list(dict.fromkeys(args.arch)), dtypes, configs, training=args.training, backend=args.backend
+    ):
         state = "cached" if kernel.seconds is None else f"{kernel.seconds:.1f} s"
         dtype = str(kernel.dtype).removeprefix("torch.")
-        print(f"{kernel.name:<26} sm_{kernel.architecture:<4} {dtype:<9} {kernel.image_size:>5} pixels  {state}", flush=True)
+        print(
+            f"{kernel.name:<26} sm_{kernel.architecture:<4} {dtype:<9} {kernel.image_size:>5} pixels  {state}",
+            flush=True,
+        )
         done.append(kernel)
     fresh = sum(kernel.seconds is not None for kernel in done)
     print(f"{len(done)} kernels in {cache_folder()}: {fresh} compiled now, {len(done) - fresh} were there")
-    print("Triton's launchers in C are still built at the first launch on the machine with the GPU, by its C compiler, in about a second.")
+    print(
+        "Triton's launchers in C are still built at the first launch on the machine with the GPU, by its C compiler, in about a second."
+    )
     return 0

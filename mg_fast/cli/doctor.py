@@ -51,16 +51,24 @@ def command(args) -> int:
         devices.append("cuda")
         for i in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(i)
-            print(f"  GPU {i}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB, sm_{properties.major}{properties.minor}")
+            print(
+                f"  GPU {i}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB, sm_{properties.major}{properties.minor}"
+            )
     else:
-        built = f"this torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "this torch is built without CUDA"
+        built = (
+            f"this torch is built for CUDA {torch.version.cuda}"
+            if torch.version.cuda
+            else "this torch is built without CUDA"
+        )
         print(f"  GPU: none that torch can use ({built})")
 
     print("\nbackends (auto takes the fastest that can run, as far as it has been measured)")
     try:
         # The modules that own the two towers register their records when they are imported.
         from ..models.mini_gemini import modeling  # noqa: F401
-    except Exception as error:  # A broken library may raise anything, and what is broken is what this command is asked for.
+    except (
+        Exception
+    ) as error:  # A broken library may raise anything, and what is broken is what this command is asked for.
         print(f"  the towers cannot be imported: {type(error).__name__}: {error}")
     for operation in backends.OPERATIONS:
         for device in devices:

@@ -12,9 +12,15 @@ def register(subparsers) -> None:
     parser = subparsers.add_parser(
         "explain", parents=[model_options(), answer_options()], help="draw which pixels were mined over the picture"
     )
-    parser.add_argument("--prompt", metavar="TEXT", help="a question: show what its answer came from; without it all queries count alike")
+    parser.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help="a question: show what its answer came from; without it all queries count alike",
+    )
     parser.add_argument("--image", required=True, metavar="FILE", help="the picture")
-    parser.add_argument("--out", required=True, type=picture_file, metavar="FILE", help="where to write: .png, .jpg or .webp")
+    parser.add_argument(
+        "--out", required=True, type=picture_file, metavar="FILE", help="where to write: .png, .jpg or .webp"
+    )
     parser.add_argument("--allow-urls", action="store_true", help="fetch a picture given as URL")
     parser.add_argument("--windows", action="store_true", help="draw the borders of the queries' windows")
     parser.set_defaults(action=command)

@@ -35,7 +35,10 @@ def load(args, **options):
 def load_to_answer(args):
     """The pipeline for a command that answers; says on stderr what was loaded."""
     pipeline = load(args, allow_long=args.allow_long)
-    print(f"loaded {args.model} on {pipeline.device} in {pipeline.load_seconds:.1f} s (template {pipeline.template})", file=sys.stderr)
+    print(
+        f"loaded {args.model} on {pipeline.device} in {pipeline.load_seconds:.1f} s (template {pipeline.template})",
+        file=sys.stderr,
+    )
     print(f"weights: {pipeline.weights}", file=sys.stderr)
     return pipeline
 
@@ -63,5 +66,7 @@ def open_pictures(args, files: list[str]) -> list:
         from ..models.mini_gemini.processing import MiniGeminiProcessor
 
         # and what this model can make of them, which its configuration tells
-        MiniGeminiProcessor.from_pretrained(model, template=args.template, base_model=args.model_base).image_processor(pictures)
+        MiniGeminiProcessor.from_pretrained(model, template=args.template, base_model=args.model_base).image_processor(
+            pictures
+        )
     return pictures

@@ -18,8 +18,12 @@ class Parser(argparse.ArgumentParser):
 def model_options() -> Parser:
     """The options that say which model to load, and how; a parent of the parsers of the commands that load one."""
     parent = Parser(add_help=False)
-    parent.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder, hub id, or `nano`, which is in the package")
-    parent.add_argument("--model-base", metavar="DIR", help="base language model of a stage-1 adapter (mm_projector.bin)")
+    parent.add_argument(
+        "--model", required=True, metavar="DIR", help="checkpoint folder, hub id, or `nano`, which is in the package"
+    )
+    parent.add_argument(
+        "--model-base", metavar="DIR", help="base language model of a stage-1 adapter (mm_projector.bin)"
+    )
     parent.add_argument("--template", metavar="NAME", help="prompt template, where the checkpoint does not tell it")
     parent.add_argument(
         "--dtype",
@@ -30,8 +34,12 @@ def model_options() -> Parser:
     )
     parent.add_argument("--device", help="cuda, cpu, ... or auto (default: a GPU if there is one)")
     parent.add_argument("--backend", choices=("auto", "reference", "torch", "triton"))
-    parent.add_argument("--quantize", choices=("int8", "int4", "fp8"), help="the language model's weights (extra `quant`)")
-    parent.add_argument("--compile", action="store_true", help="on a GPU: decode through torch.compile, slow at first, then faster")
+    parent.add_argument(
+        "--quantize", choices=("int8", "int4", "fp8"), help="the language model's weights (extra `quant`)"
+    )
+    parent.add_argument(
+        "--compile", action="store_true", help="on a GPU: decode through torch.compile, slow at first, then faster"
+    )
     add_debug(parent)
     return parent
 
@@ -39,7 +47,9 @@ def model_options() -> Parser:
 def answer_options() -> Parser:
     """The options about the lengths of a prompt and of its answer, as a parent."""
     parent = Parser(add_help=False)
-    parent.add_argument("--max-new-tokens", type=positive, metavar="N", help="at most N tokens per answer (default 512)")
+    parent.add_argument(
+        "--max-new-tokens", type=positive, metavar="N", help="at most N tokens per answer (default 512)"
+    )
     parent.add_argument("--allow-long", action="store_true", help="accept prompts longer than the model was trained on")
     return parent
 
@@ -47,7 +57,9 @@ def answer_options() -> Parser:
 def sampling_options() -> Parser:
     """The options of sampling, as a parent."""
     parent = Parser(add_help=False)
-    parent.add_argument("--temperature", type=temperature, default=0.0, metavar="T", help="0 (default) is greedy; above 0 samples")
+    parent.add_argument(
+        "--temperature", type=temperature, default=0.0, metavar="T", help="0 (default) is greedy; above 0 samples"
+    )
     parent.add_argument("--seed", type=int, help="makes sampling repeatable")
     return parent
 

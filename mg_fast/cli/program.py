@@ -33,7 +33,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     tolerate_other_encodings()
-    logging.basicConfig(format="mg-fast: %(levelname)s: %(message)s", level=logging.DEBUG if args.debug else logging.WARNING)
+    logging.basicConfig(
+        format="mg-fast: %(levelname)s: %(message)s", level=logging.DEBUG if args.debug else logging.WARNING
+    )
     try:
         code = args.action(args)
         # here, where a reader that went away can be met, and not in the interpreter's own flush at its end

@@ -12,8 +12,12 @@ from .streams import first_use_lines, print_stream
 
 
 def register(subparsers) -> None:
-    parser = subparsers.add_parser("run", parents=[model_options(), answer_options(), sampling_options()], help="answer one question")
-    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be given several times")
+    parser = subparsers.add_parser(
+        "run", parents=[model_options(), answer_options(), sampling_options()], help="answer one question"
+    )
+    parser.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="a picture; may be given several times"
+    )
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the question")
     parser.add_argument("--allow-urls", action="store_true", help="fetch pictures given as URLs")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")

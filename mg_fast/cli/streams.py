@@ -10,7 +10,8 @@ def tolerate_other_encodings() -> None:
     """Lets a conversation outlive bytes that are not in the encoding of the terminal.
 
     Those on stdin become surrogates, which are refused together with the question that they stand in; by default they
-    would be an error of reading, which ends the conversation. On stdout a question mark replaces what its encoding lacks.
+    would be an error of reading, which ends the conversation. On stdout a question mark replaces what its encoding
+    lacks.
     """
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
         # Other programs and tests put streams in memory in their place, which decode nothing.

@@ -14,22 +14,24 @@ def position_bytes(config, dtype: torch.dtype) -> int:
 
 
 class KVCache(Cache):
-    """A cache of fixed capacity for `B` sequences of one length, which transformers' models write and read like their own.
+    """A cache of fixed capacity for `B` sequences of one length, which transformers' models write and read like their
+    own.
 
-    Nothing grows or is concatenated: a pass writes its keys and values at `length` and attends to a view of what is written. Whoever
-    runs the model moves `length` on (`mg_fast.decoding.model_runner`), so a pass that is given up leaves no trace. Memory is taken layer
-    by layer, on the layer's device, when it is first written.
+    Nothing grows or is concatenated: a pass writes its keys and values at `length` and attends to a view of what is
+    written. Whoever runs the model moves `length` on (`mg_fast.decoding.model_runner`), so a pass that is given up
+    leaves no trace. Memory is taken layer by layer, on the layer's device, when it is first written.
 
     Args:
         layers: of the language model.
         batch: sequences B.
         capacity: positions of a sequence.
-        masked: passes also attend to positions not yet written, with a weight of 0: there must be no NaN, which would survive it.
+        masked: passes also attend to positions not yet written, with a weight of 0: there must be no NaN, which would
+            survive it.
 
     Attributes:
         length: positions written.
-        positions: on a GPU while a graph is captured: int64 [Q] where the pass writes, read at every replay; it then attends to all of
-            `window` positions, under the mask it is given.
+        positions: on a GPU while a graph is captured: int64 [Q] where the pass writes, read at every replay; it then
+            attends to all of `window` positions, under the mask it is given.
         window: positions that a captured pass attends to.
     """
 
@@ -58,7 +60,9 @@ class KVCache(Cache):
         return sum(part.nbytes for layer in self.layers if layer.is_initialized for part in (layer.keys, layer.values))
 
     def read(self, start: int, stop: int) -> list[torch.Tensor]:
-        """Copies of what one sequence's layers hold between two positions: keys and values [2, heads, stop - start, d] a layer."""
+        """Copies of what one sequence's layers hold between two positions: keys and values [2, heads, stop - start, d]
+        a layer.
+        """
         return [torch.stack([layer.keys[0, :, start:stop], layer.values[0, :, start:stop]]) for layer in self.layers]
 
     def write(self, segments: Sequence[Sequence[torch.Tensor]]) -> None:
@@ -96,7 +100,9 @@ class CachedLayer(CacheLayerMixin):
             self.keys, self.values = room(key_states), room(value_states)
         self.is_initialized = True
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [B, heads, Q, d] of new positions to those of all positions that they may attend to."""
         self.lazy_initialization(key_states, value_states)
         cache = self.cache

@@ -1,4 +1,6 @@
-"""A decode loop for `generate(custom_generate=...)`: one fixed cache, nothing computed twice, no wait for the device between tokens."""
+"""A decode loop for `generate(custom_generate=...)`: one fixed cache, nothing computed twice, no wait for the device
+between tokens.
+"""
 
 import copy
 import logging
@@ -41,7 +43,14 @@ _PLAIN = {
     "stop_strings": None,
 }
 # arguments of `generate` that are no settings, and that this loop does not take
-_FOREIGN = ("past_key_values", "assistant_model", "synced_gpus", "custom_generate", "negative_prompt_ids", "inputs_embeds")
+_FOREIGN = (
+    "past_key_values",
+    "assistant_model",
+    "synced_gpus",
+    "custom_generate",
+    "negative_prompt_ids",
+    "inputs_embeds",
+)
 
 
 class Decoder:
@@ -51,12 +60,14 @@ class Decoder:
 
     Args:
         model: what computes; a plain model of transformers goes into `mg_fast.models.causal_lm.CausalLM` first.
-        kv_cache_bytes: most bytes of keys and values remembered, on the model's devices; 0 remembers nothing. Default: those of the longest
-            conversation that the model can hold, but at least `LEAST_BYTES`.
+        kv_cache_bytes: most bytes of keys and values remembered, on the model's devices; 0 remembers nothing. Default:
+            those of the longest conversation that the model can hold, but at least `LEAST_BYTES`.
         graphs, compiled: as of `ModelRunner`.
     """
 
-    def __init__(self, model: DecodableModel, *, kv_cache_bytes: int | None = None, graphs: bool = True, compiled: bool = False):
+    def __init__(
+        self, model: DecodableModel, *, kv_cache_bytes: int | None = None, graphs: bool = True, compiled: bool = False
+    ):
         check_decodable(model)
         self.model = model
         if kv_cache_bytes is None:
@@ -70,14 +81,18 @@ class Decoder:
         self._said: set[str] = set()
 
     def refuses(self, options: dict) -> str | None:
-        """Why `generate` with these options must decode by itself, as the end of a sentence; None where this can. Each is said once."""
+        """Why `generate` with these options must decode by itself, as the end of a sentence; None where this can. Each
+        is said once.
+        """
         config = copy.deepcopy(options.get("generation_config") or self.model.generation_config)
         config.update(**{name: value for name, value in options.items() if name != "generation_config"})
         foreign = next((name for name in _FOREIGN if options.get(name) is not None), None)
         reason = f"{foreign} came" if foreign else _refusal(config, options.get("assistant_model"))
         if reason is not None and reason not in self._said:
             self._said.add(reason)
-            logger.warning("transformers' own loop decodes under these options, and keeps no keys and values: %s", reason)
+            logger.warning(
+                "transformers' own loop decodes under these options, and keeps no keys and values: %s", reason
+            )
         return reason
 
     def request(
@@ -89,11 +104,11 @@ class Decoder:
         """What `custom_generate` takes, for one call.
 
         Args:
-            digests: for each picture, in order, 16 bytes or more that only the same picture has, as of `DecodableModel.position_keys`;
-                without them a prompt with pictures is neither looked up nor remembered.
+            digests: for each picture, in order, 16 bytes or more that only the same picture has, as of
+                `DecodableModel.position_keys`; without them a prompt with pictures is neither looked up nor remembered.
             streamer: gets the ids; here, as `generate` hands none on to other loops.
-            generator: what samples are drawn by, on the device of the ids. Default: torch's own; on a GPU one seeded by torch's own of the
-                CPU, as that of the GPU fails while another thread captures a graph.
+            generator: what samples are drawn by, on the device of the ids. Default: torch's own; on a GPU one seeded by
+                torch's own of the CPU, as that of the GPU fails while another thread captures a graph.
         """
         return DecodingRequest(self, digests, streamer, generator)
 
@@ -110,7 +125,9 @@ class Decoder:
                 self._idle = None
 
     def _take(self, batch: int, positions: int) -> tuple[Sequences, tuple]:
-        """The idle cache, where it is of that batch and large enough, or another; and the model's state, to give it back with."""
+        """The idle cache, where it is of that batch and large enough, or another; and the model's state, to give it
+        back with.
+        """
         state = _state(self.model)
         with self._lock:
             if state != self._state:
@@ -174,7 +191,8 @@ class DecodingRequest:
         """As GenerationMixin's own loops: ids [B, L] to [B, L + new].
 
         Args:
-            generating: the model of transformers whose `generate` calls this; how it is asked, the decoder's model knows.
+            generating: the model of transformers whose `generate` calls this; how it is asked, the decoder's model
+                knows.
             **model_inputs: what else `generate` was called with.
 
         Raises:
@@ -215,7 +233,9 @@ class DecodingRequest:
                 raise FloatingPointError(where_not_finite(model, ids[:, : length - 1], model_inputs))
             if not usable:
                 new = length - input_ids.shape[1]
-                raise FloatingPointError(f"new token {new} cannot be drawn: temperature or logits processors left no finite probabilities")
+                raise FloatingPointError(
+                    f"new token {new} cannot be drawn: temperature or logits processors left no finite probabilities"
+                )
             if self.streamer is not None:
                 self.streamer.put(tokens)
             if done or length == limit:
@@ -267,10 +287,13 @@ class _Choice:
         finite = logits.amax(dim=-1).isfinite()
         scores = self.processors(self.ids[:, :length], logits)
         if self.sampled:
-            # of a row that cannot be drawn anything is, as it is refused below; on a GPU multinomial would end the process' context
+            # of a row that cannot be drawn anything is, as it is refused below; on a GPU multinomial would end the
+            # process' context
             shares = scores.softmax(dim=-1)
             usable = shares.amax(dim=-1).isfinite()
-            chosen = torch.multinomial(torch.where(usable[:, None], shares, 1.0), num_samples=1, generator=self.generator)[:, 0]
+            chosen = torch.multinomial(
+                torch.where(usable[:, None], shares, 1.0), num_samples=1, generator=self.generator
+            )[:, 0]
         else:
             chosen, usable = scores.argmax(dim=-1), finite
         if self.filling is not None:

@@ -18,7 +18,8 @@ from .kv_cache import KVCache
 
 logger = logging.getLogger(__name__)
 
-# positions of a prompt in one pass: enough to keep every product busy, and what lies between the layers stays small in HD
+# positions of a prompt in one pass: enough to keep every product busy, and what lies between the layers stays small in
+# HD
 PREFILL_CHUNK = 1024
 # a graph's window is a multiple of it, so that graphs serve many lengths; so is a cache's capacity
 WINDOW = 512
@@ -39,10 +40,11 @@ class Sequences:
         by_graph: whether passes are captured.
         pads: int64 [B], how many positions at the beginning of each row are filling; None where there is none.
         mask: int64 [B, capacity], 0 at the filling; None as `pads`.
-        pass_inputs: what every pass takes besides. Where passes are captured, it lies where they read it, with a row for every position of
-            the cache.
-        graphs: captured passes over this cache, by (tokens or embeddings, width, window). They share their memory, as one of them runs at
-            a time. Their stream is not shared with other caches, whose graphs may run at the same time.
+        pass_inputs: what every pass takes besides. Where passes are captured, it lies where they read it, with a row
+            for every position of the cache.
+        graphs: captured passes over this cache, by (tokens or embeddings, width, window). They share their memory, as
+            one of them runs at a time. Their stream is not shared with other caches, whose graphs may run at the same
+            time.
         arithmetic: what changes the arithmetic of passes, see `numerics`, as it was when the prompt came.
         written: by GPU, an event that was recorded after the last pass of the request that gave the cache back.
     """
@@ -57,7 +59,9 @@ class Sequences:
     written: dict[torch.device, torch.cuda.Event] = field(default_factory=dict)
 
     def hand_back(self) -> None:
-        """Called on the stream of the request that is done with the cache: a pass that ran ahead of its end may still be writing."""
+        """Called on the stream of the request that is done with the cache: a pass that ran ahead of its end may still
+        be writing.
+        """
         if not self.by_graph:
             # a request's features must not stay in memory as long as its cache does
             self.pass_inputs = NO_PASS_INPUTS
@@ -65,7 +69,9 @@ class Sequences:
         self.written = {device: torch.cuda.current_stream(device).record_event() for device in gpus}
 
     def take_over(self) -> None:
-        """Called on the stream of the next request: it waits for the last pass of the one before, which may be on another stream."""
+        """Called on the stream of the next request: it waits for the last pass of the one before, which may be on
+        another stream.
+        """
         for device, event in self.written.items():
             stream = torch.cuda.current_stream(device)
             stream.wait_event(event)
@@ -108,7 +114,8 @@ class Sequences:
 
     def _take_pass_inputs(self, given: PassInputs) -> None:
         if self.by_graph:
-            # Captured passes go on reading the tensors that they were captured with, so later ones are copied into these.
+            # Captured passes go on reading the tensors that they were captured with, so later ones are copied into
+            # these.
             given = given.extended(self.cache.capacity)
             if given.layout == self.pass_inputs.layout:
                 for kept, tensor in zip(self.pass_inputs.tensors, given.tensors):
@@ -122,15 +129,15 @@ class Sequences:
 class ModelRunner:
     """Runs a model's language model over sequences.
 
-    On a GPU a pass of a width and window that was met before is captured in a CUDA graph and replayed: a launch instead of a thousand. It
-    then attends to a whole window under a mask. Elsewhere, and where `graphs_refused` has a reason, passes see exactly the positions that
-    are there, by the model's own attention implementation.
+    On a GPU a pass of a width and window that was met before is captured in a CUDA graph and replayed: a launch instead
+    of a thousand. It then attends to a whole window under a mask. Elsewhere, and where `graphs_refused` has a reason,
+    passes see exactly the positions that are there, by the model's own attention implementation.
 
     Args:
         model: whose language model and head run.
         graphs: capture passes in CUDA graphs; without, less memory is taken.
-        compiled: a token's pass goes through torch.compile before it is captured: seconds to a minute at first use, then fewer, larger
-            kernels. Its window is the cache's whole capacity.
+        compiled: a token's pass goes through torch.compile before it is captured: seconds to a minute at first use,
+            then fewer, larger kernels. Its window is the cache's whole capacity.
 
     Attributes:
         captures: whether passes may still be captured, and how long captures took, over all sequences.
@@ -208,7 +215,10 @@ class ModelRunner:
     def _asks_host(self, tokens: int) -> bool:
         """Whether quantised experts ask the host where so many tokens go, which no graph can."""
         config = self.config
-        return config._experts_implementation == EXPERTS_FUNCTION and tokens * config.num_experts_per_tok > config.num_local_experts
+        return (
+            config._experts_implementation == EXPERTS_FUNCTION
+            and tokens * config.num_experts_per_tok > config.num_local_experts
+        )
 
     def prefill(self, sequences: Sequences, embeddings: torch.Tensor) -> torch.Tensor:
         """New positions of all sequences; logits [B, vocabulary] of the last.
@@ -231,7 +241,9 @@ class ModelRunner:
         return logits
 
     def step(self, sequences: Sequences, tokens: torch.Tensor) -> torch.Tensor:
-        """One more token int64 [B] of every sequence; logits [B, vocabulary] of what follows. Nothing waits for the device."""
+        """One more token int64 [B] of every sequence; logits [B, vocabulary] of what follows. Nothing waits for the
+        device.
+        """
         if sequences.by_graph and not self._asks_host(len(tokens)):
             logits = self._by_graph(sequences, tokens[:, None], 1, 1)
         else:
@@ -250,12 +262,19 @@ class ModelRunner:
             positions = (positions - sequences.pads[:, None]).clamp(min=0)
         with by_onednn():
             hidden = self.language_model(
-                inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, **besides
+                inputs_embeds=embeddings,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                **besides,
             ).last_hidden_state
             return call(self.head, hidden[:, -1:])[:, -1]
 
     def _by_graph(self, sequences: Sequences, inputs: torch.Tensor, width: int, filled: int) -> torch.Tensor:
-        """Tokens [B, 1] or embeddings [B, width, hidden] through a graph of a width of `filled`, captured when it is met again."""
+        """Tokens [B, 1] or embeddings [B, width, hidden] through a graph of a width of `filled`, captured when it is
+        met again.
+        """
         cache = sequences.cache
         compiled = filled == 1 and self._compiled is not None
         window = cache.capacity if compiled else min(cache.capacity, -(-(cache.length + filled) // WINDOW) * WINDOW)
@@ -264,7 +283,9 @@ class ModelRunner:
         graph = sequences.graphs.entry(key, lambda: _Graph(self, sequences, inputs.new_zeros(shape), window, compiled))
         return graph(inputs, cache.length, width)
 
-    def _pass(self, sequences: Sequences, inputs: torch.Tensor, start: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    def _pass(
+        self, sequences: Sequences, inputs: torch.Tensor, start: torch.Tensor, last: torch.Tensor
+    ) -> torch.Tensor:
         """What a graph holds: of fixed shapes, without a word from the host.
 
         Args:
@@ -280,12 +301,18 @@ class ModelRunner:
         mask = (places <= positions[:, None])[None, None]
         ids = positions[None]
         if sequences.mask is not None:
-            # filling sees itself: where a row sees nothing kernels may write NaN, which no mask keeps out of what follows
+            # filling sees itself: where a row sees nothing kernels may write NaN, which no mask keeps out of what
+            # follows
             mask = (mask & (sequences.mask[:, None, None, : cache.window] != 0)) | (places == positions[:, None])
             ids = (ids - sequences.pads[:, None]).clamp(min=0)
         besides = sequences.pass_inputs.at(positions)
         hidden = self.language_model(
-            inputs_embeds=embeddings, attention_mask=mask, position_ids=ids, past_key_values=cache, use_cache=True, **besides
+            inputs_embeds=embeddings,
+            attention_mask=mask,
+            position_ids=ids,
+            past_key_values=cache,
+            use_cache=True,
+            **besides,
         ).last_hidden_state
         return call(self.head, hidden.index_select(1, last))[:, 0]
 

@@ -28,7 +28,8 @@ class _Node:
 
 
 class PrefixStore:
-    """A tree of token runs, bounded in bytes: what prompts have in common is kept once; the ends used longest ago go first.
+    """A tree of token runs, bounded in bytes: what prompts have in common is kept once; the ends used longest ago go
+    first.
 
     Threads may share it. It keeps copies, and what it hands out nobody writes into.
 
@@ -52,7 +53,8 @@ class PrefixStore:
         """How many of the first tokens are known, and their segments in order.
 
         Args:
-            tokens: one whole number for every position; a picture's positions have numbers that only the same picture has.
+            tokens: one whole number for every position; a picture's positions have numbers that only the same picture
+                has.
         """
         with self._lock:
             return self._walk(tuple(tokens))[1:]
@@ -92,7 +94,9 @@ class PrefixStore:
         while known < len(tokens) and (child := node.children.get(tokens[known])) is not None:
             shared = _common(child.tokens, tokens[known:])
             child.used = next(self._clock)
-            segments.append(child.segment if shared == len(child.tokens) else [tensor[:, :, :shared] for tensor in child.segment])
+            segments.append(
+                child.segment if shared == len(child.tokens) else [tensor[:, :, :shared] for tensor in child.segment]
+            )
             node, known = child, known + shared
             if shared < len(child.tokens):
                 break
@@ -108,7 +112,9 @@ class PrefixStore:
 
     def _split(self, node: _Node, at: int) -> _Node:
         """Cuts a node in two, and gives the first. Both get memory of their own: one may leave without the other."""
-        head, tail = ([tensor[:, :, part].clone() for tensor in node.segment] for part in (slice(None, at), slice(at, None)))
+        head, tail = (
+            [tensor[:, :, part].clone() for tensor in node.segment] for part in (slice(None, at), slice(at, None))
+        )
         _wait(head)
         first = _Node(node.tokens[:at], head, node.parent, {node.tokens[at]: node}, node.used)
         node.parent.children[node.tokens[0]] = first
@@ -132,7 +138,9 @@ class PrefixStore:
 
 
 def _wait(segment: Segment) -> None:
-    """Until copies on a GPU are made: who finds them, or gets the memory that they were made of, may be on another stream."""
+    """Until copies on a GPU are made: who finds them, or gets the memory that they were made of, may be on another
+    stream.
+    """
     for device in {tensor.device for tensor in segment if tensor.is_cuda}:
         torch.cuda.current_stream(device).synchronize()
 

@@ -25,8 +25,8 @@ class Answer:
     Attributes:
         text: the answer, special tokens left out, white space at both ends removed.
         token_ids: the generated ids, the one that ended the answer included.
-        finish_reason: `length` (max_new_tokens or the end of the context ended it), `stop` (the model did, or another criterion that was
-            asked for), or `error` (in a batch).
+        finish_reason: `length` (max_new_tokens or the end of the context ended it), `stop` (the model did, or another
+            criterion that was asked for), or `error` (in a batch).
         prompt_tokens: positions of the prompt, image tokens included.
         image_tokens: how many of those were image tokens.
         cached_tokens: how many of the prompt's positions were not computed: their keys and values were at hand.
@@ -63,7 +63,8 @@ class Request:
 
 
 class AnswerStage:
-    """Answers prompts whose pictures are image tokens already. It owns the decoder with its keys and values, and how tokens are chosen.
+    """Answers prompts whose pictures are image tokens already. It owns the decoder with its keys and values, and how
+    tokens are chosen.
 
     Args:
         model: what answers, as MiniGeminiForConditionalGeneration does.
@@ -93,7 +94,9 @@ class AnswerStage:
 
     @property
     def device(self) -> torch.device:
-        """The device that the language model's input goes to; where its weights are offloaded, the one that they are brought to."""
+        """The device that the language model's input goes to; where its weights are offloaded, the one that they are
+        brought to.
+        """
         return execution_device(self.model.get_input_embeddings())
 
     @property
@@ -107,12 +110,16 @@ class AnswerStage:
         return self.decoder.runner.first_use
 
     def remembers(self) -> bool:
-        """Whether keys and values of what is answered here are kept, so that pictures need digests by which they are found again."""
+        """Whether keys and values of what is answered here are kept, so that pictures need digests by which they are
+        found again.
+        """
         with use_backend(self.backend):
             return self.decoder.prefixes.limit > 0 and requested() != "reference"
 
     def request(self, prompt: str, sampling: Sampling) -> Request:
-        """Encodes a prompt; `PromptError` where it is too long for the model's context, or leaves no room for an answer."""
+        """Encodes a prompt; `PromptError` where it is too long for the model's context, or leaves no room for an
+        answer.
+        """
         ids, marks = self.processor.encode(prompt)
         most = DEFAULT_NEW_TOKENS if sampling.max_new_tokens is None else sampling.max_new_tokens
         wanted = min(most, max(1, self.positions - len(ids)))
@@ -132,9 +139,11 @@ class AnswerStage:
         """Answers requests side by side.
 
         Args:
-            rows: each request with its pictures; the longest one's prompt and the largest max_new_tokens fit the context together.
+            rows: each request with its pictures; the longest one's prompt and the largest max_new_tokens fit the
+                context together.
             sampling: how tokens are chosen; how many there may be is said by the requests.
-            generator: what samples are drawn by, on the stage's device; the global random state stays as it is. Default: torch's own.
+            generator: what samples are drawn by, on the stage's device; the global random state stays as it is.
+                Default: torch's own.
             meter: measures the stages, of one request.
             emit: called with pieces of text as they become final, of one request.
             criterion: ends all answers.
@@ -181,7 +190,9 @@ class AnswerStage:
             meter.stop()
         lengths, reused = (request.lengths, request.reused) if request is not None else (None, 0)
         stages = meter.stages if meter is not None else []
-        return self._answers([row for row, _ in rows], out[:, width:].tolist(), lengths, options, cached_tokens=reused, stages=stages)
+        return self._answers(
+            [row for row, _ in rows], out[:, width:].tolist(), lengths, options, cached_tokens=reused, stages=stages
+        )
 
     def forget(self) -> None:
         """Drops keys and values of prompts and answers, and captured graphs."""
@@ -203,7 +214,11 @@ class AnswerStage:
         stops = set(stops if isinstance(stops, list) else [stops])
         answers = []
         for i, (request, row) in enumerate(zip(requests, rows)):
-            end = next((j + 1 for j, token in enumerate(row) if token in stops), len(row)) if lengths is None else lengths[i]
+            end = (
+                next((j + 1 for j, token in enumerate(row) if token in stops), len(row))
+                if lengths is None
+                else lengths[i]
+            )
             ids = row[: min(end, request.max_new_tokens)]
             ended = len(ids) < request.max_new_tokens or ids[-1] in stops
             answers.append(

@@ -68,7 +68,9 @@ def chat_batch(
         try:
             question, images = as_question(*_parts(item))
             requests[i] = answers.request(render(template, [(question, None)]), sampling), images
-        except Exception as error:  # An item may be anything, and a tokenizer or a caller's own class may raise anything.
+        except (
+            Exception
+        ) as error:  # An item may be anything, and a tokenizer or a caller's own class may raise anything.
             _look_at(error, said)
             found[i] = failed(error)
 
@@ -98,7 +100,9 @@ def chat_batch(
                     try:
                         at_hand = [picture for pictures in seen.values() for picture in pictures]
                         seen[i] = vision.see_all(requests[i][1], at_hand, allow_urls=allow_urls)
-                    except Exception as error:  # Libraries that read pictures raise many kinds; the other questions go on.
+                    except (
+                        Exception
+                    ) as error:  # Libraries that read pictures raise many kinds; the other questions go on.
                         _look_at(error, said)
                         found[i] = failed(error, requests[i][0])
                 if seen:
@@ -144,7 +148,8 @@ def _parts(item) -> tuple:
 def _batches(requests: Mapping[int, tuple[Request, list]], size: int, positions: int) -> list[list[int]]:
     """Numbers of requests that are answered together: the longest first, where too little memory shows at once.
 
-    A shorter prompt is filled up to the longest of its batch, and the longest answer must still fit: what does not goes into another.
+    A shorter prompt is filled up to the longest of its batch, and the longest answer must still fit: what does not goes
+    into another.
     """
     batches: list[list[int]] = []
     width = new = 0

@@ -21,8 +21,9 @@ logger = logging.getLogger(__name__)
 class Conversation:
     """Turns and pictures of one dialogue. Pictures are seen once and their image tokens kept until `reset` or `close`.
 
-    The history is sent whole in every turn, as the original does; what of it the answer stage still has keys and values for is not
-    computed again. Threads may share a conversation: whole answers are given one after another, in the order in which they were asked for.
+    The history is sent whole in every turn, as the original does; what of it the answer stage still has keys and values
+    for is not computed again. Threads may share a conversation: whole answers are given one after another, in the order
+    in which they were asked for.
 
     Args:
         vision: sees the pictures.
@@ -89,9 +90,10 @@ class Conversation:
         Args:
             text: the question. `<image>` may mark where each picture stands; without it pictures go before the text.
             images: new pictures of this turn: Pillow images, paths, bytes, uint8 arrays or tensors.
-            max_new_tokens, temperature, top_p, seed, allow_long, **generate_options: how the answer is chosen, see `Sampling`.
-            stream: yield pieces of text that join to the answer's text. A stream that is not read to its end, or whose conversation went on
-                or was reset meanwhile, leaves the conversation as it was.
+            max_new_tokens, temperature, top_p, seed, allow_long, **generate_options: how the answer is chosen, see
+                `Sampling`.
+            stream: yield pieces of text that join to the answer's text. A stream that is not read to its end, or whose
+                conversation went on or was reset meanwhile, leaves the conversation as it was.
             allow_urls: fetch pictures given as URLs.
             profile: measure time and memory of every stage into `Answer.stages`; not with `stream`.
 

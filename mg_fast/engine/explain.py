@@ -1,4 +1,6 @@
-"""Which high-resolution pixels every query mined, and which of them an answer came from: as numbers and drawn over the picture."""
+"""Which high-resolution pixels every query mined, and which of them an answer came from: as numbers and drawn over the
+picture.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +24,9 @@ from .options import Sampling
 from .vision import SeenPicture, VisionStage
 
 # inferno, matplotlib's, at even distances
-_COLOURS = np.array([(0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164)], np.float32)
+_COLOURS = np.array(
+    [(0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164)], np.float32
+)
 # pixels a side, to which smaller pictures are enlarged by a whole factor before they are drawn on
 _DRAWN = 768
 # positions a side that can still be told apart by eye
@@ -33,18 +37,21 @@ _SEEN = 96
 class Explanation:
     """What the queries of one picture mined.
 
-    Views are in the order of pixel_values: V = grid * grid cells row by row, in HD the global view last; each has P x P queries, row by
-    row. A query's window has w x w positions of the high-resolution map, one for every 4 x 4 pixels of `picture`; for the global view one
-    for every 4 grid x 4 grid. A position's features are of those pixels and their surroundings, as wide as the tower's stages see.
+    Views are in the order of pixel_values: V = grid * grid cells row by row, in HD the global view last; each has P x P
+    queries, row by row. A query's window has w x w positions of the high-resolution map, one for every 4 x 4 pixels of
+    `picture`; for the global view one for every 4 grid x 4 grid. A position's features are of those pixels and their
+    surroundings, as wide as the tower's stages see.
 
     Attributes:
         picture: the RGB picture as the model saw it: padded or cropped to a square, HR x HR pixels.
         image: `picture`, enlarged if it is small, under its heat map; see `draw`.
-        weights: [V, P, P, w, w] float32, the softmax of the mining: for every query (row, column) and position (row, column) of its window.
-        relevance: [V, P, P] float32, the share of every query, 0 or more, together 1: alike without a question; with one, how much the
-            answer depends on the query's image token. All 0 where it depends on none.
-        map: [HR / 4, HR / 4] float32, the share of every position of the high-resolution map: the weights of all views, each query's times
-            its relevance; a position of the global view is shared out evenly to the grid x grid ones that it is made of. Adds up to 1.
+        weights: [V, P, P, w, w] float32, the softmax of the mining: for every query (row, column) and position (row,
+            column) of its window.
+        relevance: [V, P, P] float32, the share of every query, 0 or more, together 1: alike without a question; with
+            one, how much the answer depends on the query's image token. All 0 where it depends on none.
+        map: [HR / 4, HR / 4] float32, the share of every position of the high-resolution map: the weights of all views,
+            each query's times its relevance; a position of the global view is shared out evenly to the grid x grid ones
+            that it is made of. Adds up to 1.
         answer: to the question; None without one.
     """
 
@@ -117,9 +124,9 @@ def mining_weights(
 ) -> torch.Tensor:
     """The softmax of patch info mining, computed in float32, one row of windows of the high-resolution map at a time.
 
-    As in `mg_fast.ops.torch.patch_mining`, the queries are projected to the pyramid's channels, not the pixels to the queries' width: what
-    the two differ by is the same for a whole window, and cancels in its softmax. Where a projection has to be called, the pixels are
-    projected to keys.
+    As in `mg_fast.ops.torch.patch_mining`, the queries are projected to the pyramid's channels, not the pixels to the
+    queries' width: what the two differ by is the same for a whole window, and cancels in its softmax. Where a
+    projection has to be called, the pixels are projected to keys.
 
     Args:
         queries: [V, N, D], grid * grid cells row by row, then possibly the global view.
@@ -136,7 +143,9 @@ def mining_weights(
         def keys(pixels: torch.Tensor) -> torch.Tensor:
             return key(pixels.to(queries.dtype)).float()
     else:
-        query, key = (Projection(*(t.to(queries.device, torch.float32) for t in projection)) for projection in (query, key))
+        query, key = (
+            Projection(*(t.to(queries.device, torch.float32) for t in projection)) for projection in (query, key)
+        )
         projected = query(queries.float()) @ key.weight * (key.norm_weight * key.gives**-0.5)
 
         def keys(pixels: torch.Tensor) -> torch.Tensor:
@@ -145,7 +154,12 @@ def mining_weights(
     views, n, width = projected.shape
     cells, side = grid * grid, int(n**0.5)
     # the cells lie side by side over one map
-    raster = projected[:cells].reshape(grid, grid, side, side, width).transpose(1, 2).reshape(grid * side, grid * side, width)
+    raster = (
+        projected[:cells]
+        .reshape(grid, grid, side, side, width)
+        .transpose(1, 2)
+        .reshape(grid * side, grid * side, width)
+    )
     weights = _raster_weights(raster, pyramid, 1, keys)
     weights = weights.unflatten(1, (grid, side)).unflatten(0, (grid, side)).transpose(1, 2).flatten(0, 1)
     if views > cells:
@@ -175,7 +189,8 @@ def _raster_weights(
         levels = []
         for level, (index, resize) in zip(pyramid, tables):
             k = resize.shape[-1]
-            # the coarse pixels of every window, column by column, and the window's positions made of them: [G, w, w, C], likewise
+            # the coarse pixels of every window, column by column, and the window's positions made of them: [G, w, w,
+            # C], likewise
             x = level.flatten(0, 1)[index[row]].float().reshape(g, k, k * level.shape[-1])
             levels.append(resize[row] @ (resize @ x).unflatten(2, (k, -1)))
         x = keys(torch.cat(levels, -1))
@@ -185,7 +200,8 @@ def _raster_weights(
 
 
 def answer_relevance(answers: AnswerStage, request: Request, tokens: torch.Tensor, given: Answer) -> torch.Tensor:
-    """How much an answer may depend on every image token, as shares of the sum; `Pipeline.explain` says how it is estimated.
+    """How much an answer may depend on every image token, as shares of the sum; `Pipeline.explain` says how it is
+    estimated.
 
     Args:
         answers: whose model gave the answer.
@@ -209,7 +225,10 @@ def answer_relevance(answers: AnswerStage, request: Request, tokens: torch.Tenso
         with torch.enable_grad():
             tokens = tokens.detach().clone().requires_grad_()
             output, _ = model.model(
-                input_ids=torch.tensor([text], device=device), image_tokens=tokens[None], mm_token_type_ids=marks, use_cache=False
+                input_ids=torch.tensor([text], device=device),
+                image_tokens=tokens[None],
+                mm_token_type_ids=marks,
+                use_cache=False,
             )
             logits = call(model.head, output.last_hidden_state[0, -len(ids) :]).float()
             chosen = chosen.to(logits.device)
@@ -227,7 +246,9 @@ def answer_relevance(answers: AnswerStage, request: Request, tokens: torch.Tenso
     tokens = tokens.detach().float()
     relevance = gradient.float().norm(dim=-1) * (tokens - tokens.mean(0)).norm(dim=-1)
     if not relevance.isfinite().all():
-        raise FloatingPointError(f"explain: the gradients of {int((~relevance.isfinite()).sum())} image tokens are not finite")
+        raise FloatingPointError(
+            f"explain: the gradients of {int((~relevance.isfinite()).sum())} image tokens are not finite"
+        )
     return relevance / relevance.sum().clamp(min=torch.finfo(torch.float32).tiny)
 
 
@@ -246,9 +267,10 @@ def compose(weights: torch.Tensor, relevance: torch.Tensor, grid: int) -> torch.
 def draw(picture: Image.Image, shares: torch.Tensor, *, windows: int = 0) -> Image.Image:
     """A picture in grey under a heat map, from purple over orange to light yellow, the more opaque the hotter.
 
-    Shares are smoothed over 5 x 5 positions, since features see wider than a position, so that what is bright is where much of the whole
-    lies, not where single positions do. No colour is up to an even share; the last one is the highest, if that is twice an even share or
-    more. Of more than 96 positions along a side neighbours are averaged first, or single ones could not be seen.
+    Shares are smoothed over 5 x 5 positions, since features see wider than a position, so that what is bright is where
+    much of the whole lies, not where single positions do. No colour is up to an even share; the last one is the
+    highest, if that is twice an even share or more. Of more than 96 positions along a side neighbours are averaged
+    first, or single ones could not be seen.
 
     Args:
         picture: square.
@@ -270,7 +292,9 @@ def draw(picture: Image.Image, shares: torch.Tensor, *, windows: int = 0) -> Ima
     colours = [np.interp(heat, np.linspace(0, 1, len(_COLOURS)), channel) for channel in _COLOURS.T]
     # with less contrast: on black nothing but the hottest would show
     grey = 40 + 0.75 * np.asarray(picture.resize(size, Image.Resampling.BICUBIC).convert("L"), np.float32)[..., None]
-    drawn = Image.fromarray(((1 - 0.8 * heat) * grey + 0.8 * heat * np.concatenate(colours, -1)).round().astype(np.uint8))
+    drawn = Image.fromarray(
+        ((1 - 0.8 * heat) * grey + 0.8 * heat * np.concatenate(colours, -1)).round().astype(np.uint8)
+    )
     if windows:
         lines = ImageDraw.Draw(drawn, "RGBA")
         for at in (round(i * size[0] / windows) for i in range(1, windows)):

@@ -22,7 +22,9 @@ def picture_digest(picture: Image.Image) -> bytes:
     # NumPy gets its pixels as a copy, so a large picture is read in strips.
     rows = max(1, _STRIP // picture.width)
     for top in range(0, picture.height, rows):
-        strip = picture.crop((0, top, picture.width, min(top + rows, picture.height))) if rows < picture.height else picture
+        strip = (
+            picture.crop((0, top, picture.width, min(top + rows, picture.height))) if rows < picture.height else picture
+        )
         digest.update(np.ascontiguousarray(np.asarray(strip)))
     return digest.digest()
 

@@ -32,9 +32,10 @@ class CacheOptions:
 
     Attributes:
         image_cache_bytes: most bytes of image tokens kept, by picture content, on the model's device; 0 keeps none.
-        kv_cache_bytes: most bytes of keys and values kept of prompts and answers, on the model's devices; 0 keeps none. None: 1 GiB, or
-            as many as the longest conversation has that the model can hold. Not counted is the memory that the last answer was decoded
-            in, of its length rounded up to 2048 positions, which stays for the next one until `Pipeline.clear_kv_cache`.
+        kv_cache_bytes: most bytes of keys and values kept of prompts and answers, on the model's devices; 0 keeps none.
+            None: 1 GiB, or as many as the longest conversation has that the model can hold. Not counted is the memory
+            that the last answer was decoded in, of its length rounded up to 2048 positions, which stays for the next
+            one until `Pipeline.clear_kv_cache`.
 
     Raises:
         ValueError: fewer than 0 bytes.
@@ -53,15 +54,16 @@ class CacheOptions:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the tokens of an answer are chosen, and how many there may be. Numbers may be NumPy's or torch's; they become Python's own.
+    """How the tokens of an answer are chosen, and how many there may be. Numbers may be NumPy's or torch's; they become
+    Python's own.
 
     Attributes:
         max_new_tokens: at most so many tokens, default 512; where the context holds fewer, the answer ends with it.
         temperature: 0 decodes greedily; above 0 samples.
         top_p: nucleus of the sampling, with a temperature above 0.
-        seed: makes sampling repeatable; the global random state stays as it is. Where transformers' own loop decodes, as long as
-            nothing else in the process draws from torch's global generator meanwhile. In a batch it holds for the same questions in the
-            same order and batches.
+        seed: makes sampling repeatable; the global random state stays as it is. Where transformers' own loop decodes,
+            as long as nothing else in the process draws from torch's global generator meanwhile. In a batch it holds
+            for the same questions in the same order and batches.
         allow_long: accept a prompt longer than the model was trained on; None takes the model's `allow_long`.
         generate_options: anything else `generate` takes for one answer.
 
@@ -87,7 +89,9 @@ class Sampling:
             raise PromptError(f"top_p={top_p} is for sampling: give a temperature above 0 with it")
         most = whole_number(self.max_new_tokens)
         if self.max_new_tokens is not None and (most is None or most < 1):
-            raise PromptError(f"max_new_tokens: expected a whole number of 1 or more, got {quoted(self.max_new_tokens)}")
+            raise PromptError(
+                f"max_new_tokens: expected a whole number of 1 or more, got {quoted(self.max_new_tokens)}"
+            )
         options = {name: plain_numbers(value) for name, value in self.generate_options.items()}
         check_cache(options)
         if callable(options.get("stopping_criteria")):
@@ -97,7 +101,13 @@ class Sampling:
         seed = whole_number(self.seed)
         if self.seed is not None and (seed is None or not -(2**63) <= seed < 2**64):
             raise PromptError(f"seed: expected a whole number of at most 64 bits, got {quoted(self.seed)}")
-        checked = {"temperature": temperature, "top_p": top_p, "max_new_tokens": most, "seed": seed, "generate_options": options}
+        checked = {
+            "temperature": temperature,
+            "top_p": top_p,
+            "max_new_tokens": most,
+            "seed": seed,
+            "generate_options": options,
+        }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 

@@ -1,4 +1,6 @@
-"""Token ids to text while they come, such that the pieces join to the text of all of them; and answers that are read piece by piece."""
+"""Token ids to text while they come, such that the pieces join to the text of all of them; and answers that are read
+piece by piece.
+"""
 
 import queue
 import re
@@ -31,7 +33,9 @@ class PieceStream(BaseStreamer):
         on_token: called when each token comes, before its text is known.
     """
 
-    def __init__(self, tokenizer, emit: Callable[[str], None] | None = None, on_token: Callable[[], None] | None = None):
+    def __init__(
+        self, tokenizer, emit: Callable[[str], None] | None = None, on_token: Callable[[], None] | None = None
+    ):
         self.tokenizer = tokenizer
         self.emit = emit or (lambda piece: None)
         self.on_token = on_token or (lambda: None)
@@ -56,7 +60,9 @@ class PieceStream(BaseStreamer):
         self._send(decode_answer(self.tokenizer, self.ids))
 
     def _open_ended(self, token: int) -> bool:
-        """Whether what follows may still change how this token decodes; special tokens are left out, so a run of bytes spans them."""
+        """Whether what follows may still change how this token decodes; special tokens are left out, so a run of bytes
+        spans them.
+        """
         return token in self._special or bool(_BYTE_PIECE.fullmatch(self.tokenizer.convert_ids_to_tokens(token) or ""))
 
     def _send(self, text: str) -> None:
@@ -69,13 +75,15 @@ def pieces(run: Callable, keep: Callable, device: torch.device) -> Iterator[str]
     """Pieces of text from a generation in a thread of its own; its errors come out here.
 
     Args:
-        run: generates; called with `emit`, which takes pieces of text, and `criterion`, which ends the generation once nobody reads on.
+        run: generates; called with `emit`, which takes pieces of text, and `criterion`, which ends the generation once
+            nobody reads on.
         keep: called with what `run` returned, when all pieces have been read.
         device: that is generated on.
     """
     found: queue.SimpleQueue = queue.SimpleQueue()
     abandoned = threading.Event()
-    # What is set per thread is handed over: the choice of backend, autocast, and the stream on which the pictures were seen.
+    # What is set per thread is handed over: the choice of backend, autocast, and the stream on which the pictures were
+    # seen.
     backend, kind = requested(), device.type
     autocast = torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind))
     stream = torch.cuda.current_stream(device) if kind == "cuda" else None

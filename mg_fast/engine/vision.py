@@ -34,11 +34,12 @@ class SeenPicture:
 class VisionStage:
     """Turns pictures into image tokens.
 
-    Pictures go through packed copies of the towers (the model's `picture_encoder`), made at the first picture and of a third of their size;
-    by the `reference` backend, or where a tower is more than its weights, through the model's own modules. Image tokens are kept by
-    picture content. Both are made anew once the picture side has changed: weights that were written to in place, moved or exchanged,
-    hooks, and adapters that were added, switched, scaled or merged. Whoever writes to weights through `.data` (or to offloaded ones, or
-    to inference tensors) calls `clear`. Threads may share a stage.
+    Pictures go through packed copies of the towers (the model's `picture_encoder`), made at the first picture and of a
+    third of their size; by the `reference` backend, or where a tower is more than its weights, through the model's own
+    modules. Image tokens are kept by picture content. Both are made anew once the picture side has changed: weights
+    that were written to in place, moved or exchanged, hooks, and adapters that were added, switched, scaled or merged.
+    Whoever writes to weights through `.data` (or to offloaded ones, or to inference tensors) calls `clear`. Threads may
+    share a stage.
 
     Args:
         model: what sees, as MiniGeminiForConditionalGeneration does.
@@ -72,7 +73,9 @@ class VisionStage:
 
     @property
     def device(self) -> torch.device:
-        """The device that pixels go to: that of the language model's input, or the one that offloaded weights are brought to."""
+        """The device that pixels go to: that of the language model's input, or the one that offloaded weights are
+        brought to.
+        """
         return execution_device(self.model.get_input_embeddings())
 
     @property
@@ -92,15 +95,16 @@ class VisionStage:
     ) -> SeenPicture:
         """Image tokens [T, hidden] of one picture (T 576, HD 2880; unscaled, global view first).
 
-        A picture that was seen before, in whatever file, is decoded and found in the cache by its pixels. The tokens are inference
-        tensors, which gradients do not pass; `Pipeline.see` gives copies that are not.
+        A picture that was seen before, in whatever file, is decoded and found in the cache by its pixels. The tokens
+        are inference tensors, which gradients do not pass; `Pipeline.see` gives copies that are not.
 
         Args:
             image: a Pillow image, path, bytes, or uint8 array or tensor; a URL where `allow_urls` is set.
             allow_urls: fetch pictures given as URLs.
             meter: measures the steps.
             at_hand: pictures that are not encoded again, whatever the cache holds.
-            with_digest: give a digest, even where nothing is kept by it here, if the towers are no more than their weights.
+            with_digest: give a digest, even where nothing is kept by it here, if the towers are no more than their
+                weights.
         """
         stage = meter.stage if meter is not None else contextlib.nullcontext
         with use_backend(self.backend):
@@ -108,11 +112,16 @@ class VisionStage:
                 # This comes first, because it forgets what was seen with other weights.
                 version, encoder = self._current_encoder(packed=requested() != "reference")
                 digest = b""
-                # Towers that cannot be packed may be changed by what no digest knows, as a hook that does something else each time.
+                # Towers that cannot be packed may be changed by what no digest knows, as a hook that does something
+                # else each time.
                 if self.cache.limit or at_hand is not None or (with_digest and encoder is not None):
                     image = decoded(image, allow_urls)
-                    digest = hashlib.sha256(repr((picture_digest(image), version, *self.circumstances())).encode()).digest()
-                    if (known := next((picture for picture in at_hand or () if picture.digest == digest), None)) is not None:
+                    digest = hashlib.sha256(
+                        repr((picture_digest(image), version, *self.circumstances())).encode()
+                    ).digest()
+                    if (
+                        known := next((picture for picture in at_hand or () if picture.digest == digest), None)
+                    ) is not None:
                         return known
                     if (tokens := self.cache.get(digest)) is not None:
                         return SeenPicture(tokens, digest)
@@ -129,7 +138,9 @@ class VisionStage:
                 self.cache.put(digest, tokens)
             return SeenPicture(tokens, digest)
 
-    def see_all(self, images: Sequence, at_hand: Iterable[SeenPicture], *, allow_urls: bool = False) -> list[SeenPicture]:
+    def see_all(
+        self, images: Sequence, at_hand: Iterable[SeenPicture], *, allow_urls: bool = False
+    ) -> list[SeenPicture]:
         """Pictures of one question of a batch; none is encoded twice, nor one of those at hand again."""
         seen = list(at_hand)
         before = len(seen)
@@ -144,7 +155,9 @@ class VisionStage:
         self.version += 1
 
     def circumstances(self) -> tuple:
-        """What image tokens depend on beside the picture and the state of the model: how it is processed, and what computes it."""
+        """What image tokens depend on beside the picture and the state of the model: how it is processed, and what
+        computes it.
+        """
         device, images = self.device, self.image_processor
         backends = tuple(choose(operation, None, device) for operation in OPERATIONS)
         return str(device), self.model.dtype, backends, numerics(device), images.settings
@@ -152,7 +165,8 @@ class VisionStage:
     def _current_encoder(self, *, packed: bool) -> tuple[int, PackedPictureEncoder | None]:
         """The number of the picture side's present state, and the packed towers of it.
 
-        Image tokens and towers of another state are dropped. The towers are None where none are asked for, or the model cannot be packed.
+        Image tokens and towers of another state are dropped. The towers are None where none are asked for, or the model
+        cannot be packed.
         """
         with self._packing:
             state = self.model.picture_state()

@@ -1,10 +1,10 @@
 """Teaches transformers' Auto classes about Mini-Gemini without importing transformers.
 
-Registering needs transformers' auto modules, which take seconds and torch to import. So an import hook waits for them: once one
-is imported, by anybody, the module of ours that registers itself there is imported too.
+Registering needs transformers' auto modules, which take seconds and torch to import. So an import hook waits for them:
+once one is imported, by anybody, the module of ours that registers itself there is imported too.
 
-That cannot always be done at once. `from transformers import LlamaForCausalLM` imports an auto module when half of what our
-module needs is not there yet. Then the table that ours belongs in imports it when it is looked into.
+That cannot always be done at once. `from transformers import LlamaForCausalLM` imports an auto module when half of what
+our module needs is not there yet. Then the table that ours belongs in imports it when it is looked into.
 """
 
 import importlib

@@ -21,8 +21,8 @@ _USUAL_INPUTS = {"attention_mask", "position_ids", "cache_position", "token_type
 class CausalLM:
     """Lets `mg_fast.decoding.Decoder` decode with a text-only model: `Decoder(CausalLM(model))`.
 
-    It is the base for models of other inputs too: override `prompt_inputs` and `embed` for inputs of the prompt alone, `pass_inputs` for
-    those of every pass, and `position_keys` in both cases.
+    It is the base for models of other inputs too: override `prompt_inputs` and `embed` for inputs of the prompt alone,
+    `pass_inputs` for those of every pass, and `position_keys` in both cases.
 
     Args:
         model: a decoder-only model with a language-model head, for instance LlamaForCausalLM.
@@ -70,10 +70,14 @@ class CausalLM:
     def pass_inputs(self, model_inputs: Mapping[str, object]) -> PassInputs:
         tensors = {name for name, value in model_inputs.items() if isinstance(value, torch.Tensor)}
         if others := sorted(tensors - _USUAL_INPUTS - set(self.prompt_inputs)):
-            raise PromptError(f"{type(self.model).__name__} is decoded as a text-only model here, got {', '.join(others)}")
+            raise PromptError(
+                f"{type(self.model).__name__} is decoded as a text-only model here, got {', '.join(others)}"
+            )
         return NO_PASS_INPUTS
 
-    def position_keys(self, ids: torch.Tensor, model_inputs: Mapping[str, object], digests: Sequence[bytes] | None) -> list[int] | None:
+    def position_keys(
+        self, ids: torch.Tensor, model_inputs: Mapping[str, object], digests: Sequence[bytes] | None
+    ) -> list[int] | None:
         kind = type(self)
         takes_more = kind.pass_inputs is not CausalLM.pass_inputs or self.prompt_inputs
         if takes_more and kind.position_keys is CausalLM.position_keys:

@@ -34,8 +34,8 @@ def read_orientation(image: Image.Image) -> int:
     """The orientation that the picture's EXIF, or else its XMP, states: 1 to 8.
 
     It is 1, which turns nothing, where neither states one, where the value is none of the eight numbers, and where the
-    metadata cannot be read. `PIL.ImageOps.exif_transpose` answers alike but also rewrites the EXIF, which fails on any tag
-    of an unexpected type.
+    metadata cannot be read. `PIL.ImageOps.exif_transpose` answers alike but also rewrites the EXIF, which fails on any
+    tag of an unexpected type.
     """
     stated = _stated_in_exif(image)
     if stated is None:
@@ -99,7 +99,8 @@ def upright(picture: torch.Tensor, orientation: int) -> torch.Tensor:
 def drop_broken_metadata(image: Image.Image) -> None:
     """Takes out of a TIFF file's metadata, in memory, what Pillow cannot read.
 
-    Pillow reads the metadata of a TIFF file together with its pixels, which are lost where it stumbles over one of its tags.
+    Pillow reads the metadata of a TIFF file together with its pixels, which are lost where it stumbles over one of its
+    tags.
     """
     if image.format != "TIFF":
         return

@@ -17,7 +17,8 @@ from .urls import expanded, is_data_uri, is_url
 
 logger = logging.getLogger(__name__)
 
-# Pixels of a grey picture of more than 8 bits that are converted at once: NumPy needs several times the memory that Pillow does.
+# Pixels of a grey picture of more than 8 bits that are converted at once: NumPy needs several times the memory that
+# Pillow does.
 _STRIP = 2**22
 # The TIFF tags for the bits of a pixel, and for what its lowest value means: 0 is white where they say 0.
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
@@ -27,16 +28,17 @@ def open_picture(source, *, allow_urls: bool = False, label: str | None = None) 
     """A picture in mode RGB, upright, without metadata.
 
     Args:
-        source: a Pillow image, a path, bytes, a binary file, or a uint8 array or tensor [H, W], [H, W, C] or (tensor) [C, H, W], C 1, 3
-            or 4. A str that begins with http://, https:// or data: only where `allow_urls` is set.
+        source: a Pillow image, a path, bytes, a binary file, or a uint8 array or tensor [H, W], [H, W, C] or (tensor)
+            [C, H, W], C 1, 3 or 4. A str that begins with http://, https:// or data: only where `allow_urls` is set.
         allow_urls: fetch URLs.
         label: what error messages call the picture; default: its path or type.
 
     Returns:
-        The orientation that EXIF or XMP states is applied; no other metadata matters. Alpha is dropped, as the original does:
-        transparent pixels show their hidden colour (a warning says so). Greys of 16 bits keep their high byte, and those of 12 bits
-        their upper 8 bits. Of an animation the first frame is taken (a warning says so). An RGB image of one frame that
-        has no metadata comes back as the very same object.
+        The orientation that EXIF or XMP states is applied; no other metadata matters. Alpha is dropped, as the original
+        does:
+        transparent pixels show their hidden colour (a warning says so). Greys of 16 bits keep their high byte, and
+        those of 12 bits their upper 8 bits. Of an animation the first frame is taken (a warning says so). An RGB image
+        of one frame that has no metadata comes back as the very same object.
 
     Raises:
         PictureError: not a picture, truncated, empty, too large, or of a pixel type whose range is unknown.
@@ -66,13 +68,17 @@ def check_decoder(decoder: str, device: torch.device | str | None) -> None:
     if decoder not in ("pillow", "nvjpeg"):
         raise ValueError(f"unknown decoder {quoted(decoder)}: expected pillow or nvjpeg")
     if decoder == "nvjpeg" and (device is None or torch.device(device).type != "cuda"):
-        raise BackendError(f"decoder 'nvjpeg' needs a CUDA device, got device={None if device is None else str(device)!r}")
+        raise BackendError(
+            f"decoder 'nvjpeg' needs a CUDA device, got device={None if device is None else str(device)!r}"
+        )
     if decoder == "nvjpeg" and not torch.cuda.is_available():
         raise BackendError("decoder 'nvjpeg' needs a CUDA device, torch finds none here")
 
 
 def decode_on_device(source, device: torch.device | str) -> torch.Tensor | None:
-    """A JPEG file or bytes as an upright RGB tensor [H, W, 3] uint8 on a CUDA device, by nvJPEG; None for anything else."""
+    """A JPEG file or bytes as an upright RGB tensor [H, W, 3] uint8 on a CUDA device, by nvJPEG; None for anything
+    else.
+    """
     from torchvision.io import ImageReadMode, decode_jpeg
 
     try:
@@ -105,7 +111,9 @@ def _fetch(url: str, label: str) -> bytes:
 
 def _from_path(path: str | bytes, label: str | None) -> Image.Image:
     if not path or not os.path.exists(path):
-        raise PictureError(refusal(len(path)) if looks_like_base64(path) else f"{path or 'an empty path'}: no such file")
+        raise PictureError(
+            refusal(len(path)) if looks_like_base64(path) else f"{path or 'an empty path'}: no such file"
+        )
     if os.path.isdir(path):
         raise PictureError(f"{path}: a folder, expected a picture file")
     image = _decode(path, label or path)
@@ -194,7 +202,9 @@ def _meaning_of_greys(image: Image.Image) -> tuple[int | None, bool]:
 
 
 def _to_eight_bits(image: Image.Image, bits: int, white_is_zero: bool) -> Image.Image:
-    """A grey picture's upper 8 of so many bits. Pillow's own conversion clips at 255, which turns nearly everything white."""
+    """A grey picture's upper 8 of so many bits. Pillow's own conversion clips at 255, which turns nearly everything
+    white.
+    """
     grey, rows = Image.new("L", image.size), max(1, _STRIP // image.width)
     for top in range(0, image.height, rows):
         strip = np.asarray(image.crop((0, top, image.width, min(top + rows, image.height))))
@@ -215,7 +225,12 @@ def _has_transparent_pixels(image: Image.Image) -> bool:
 def _from_array(array: np.ndarray | torch.Tensor, label: str) -> Image.Image:
     shape = tuple(array.shape)
     if isinstance(array, torch.Tensor):
-        if array.dtype == torch.uint8 and array.dim() == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] not in (1, 3, 4):
+        if (
+            array.dtype == torch.uint8
+            and array.dim() == 3
+            and array.shape[0] in (1, 3, 4)
+            and array.shape[2] not in (1, 3, 4)
+        ):
             array = array.permute(1, 2, 0)
         array = array.detach().cpu().numpy() if array.dtype == torch.uint8 else array
     if str(array.dtype).removeprefix("torch.") != "uint8":
@@ -223,7 +238,9 @@ def _from_array(array: np.ndarray | torch.Tensor, label: str) -> Image.Image:
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[..., 0]
     if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
-        raise PictureError(f"{label}: expected [H, W], [H, W, 3] or [H, W, 4] (a tensor also [C, H, W]), got {list(shape)}")
+        raise PictureError(
+            f"{label}: expected [H, W], [H, W, 3] or [H, W, 4] (a tensor also [C, H, W]), got {list(shape)}"
+        )
     if 0 in array.shape:
         raise PictureError(f"{label}: expected at least 1x1 pixels, got {list(shape)}")
     return _to_rgb(Image.fromarray(np.ascontiguousarray(array)), label, owned=True)

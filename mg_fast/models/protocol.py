@@ -12,14 +12,16 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 @dataclass(frozen=True, eq=False)
 class PassInputs:
-    """Tensors that every pass of a language model takes besides tokens, masks and the cache: features to attend to, for instance.
+    """Tensors that every pass of a language model takes besides tokens, masks and the cache: features to attend to, for
+    instance.
 
-    They do not change while an answer is generated. On a GPU they are copied to a fixed place, where captured passes read them.
+    They do not change while an answer is generated. On a GPU they are copied to a fixed place, where captured passes
+    read them.
 
     Attributes:
         constant: by argument name, tensors that every pass takes whole.
-        by_position: by argument name, tensors [B, L, ...] with one row for every position of the prompt. A pass takes the rows of its own
-            positions. Positions after the prompt take the prompt's last row.
+        by_position: by argument name, tensors [B, L, ...] with one row for every position of the prompt. A pass takes
+            the rows of its own positions. Positions after the prompt take the prompt's last row.
     """
 
     constant: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -31,12 +33,16 @@ class PassInputs:
 
     def extended(self, length: int) -> "PassInputs":
         """The same for so many positions: tensors by position are copied, with their last row repeated."""
-        rows = {name: _rows(tensor, torch.arange(length, device=tensor.device)) for name, tensor in self.by_position.items()}
+        rows = {
+            name: _rows(tensor, torch.arange(length, device=tensor.device)) for name, tensor in self.by_position.items()
+        }
         return PassInputs(self.constant, rows)
 
     def copied(self) -> "PassInputs":
         """The same numbers in memory of their own."""
-        return PassInputs(*({name: tensor.clone() for name, tensor in part.items()} for part in (self.constant, self.by_position)))
+        return PassInputs(
+            *({name: tensor.clone() for name, tensor in part.items()} for part in (self.constant, self.by_position))
+        )
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -45,7 +51,9 @@ class PassInputs:
 
     @property
     def layout(self) -> tuple:
-        """Names, shapes, dtypes and devices. Where two are equal, the numbers of one can be copied over those of the other."""
+        """Names, shapes, dtypes and devices. Where two are equal, the numbers of one can be copied over those of the
+        other.
+        """
         names = tuple(tuple(sorted(part)) for part in (self.constant, self.by_position))
         return names, tuple((tuple(tensor.shape), tensor.dtype, tensor.device) for tensor in self.tensors)
 
@@ -56,21 +64,24 @@ NO_PASS_INPUTS = PassInputs()
 class DecodableModel(Protocol):
     """A model that `mg_fast.decoding.Decoder` can decode with.
 
-    `MiniGeminiForConditionalGeneration` is one. `mg_fast.models.causal_lm.CausalLM` makes one of a plain language model of transformers.
-    Members are looked up at every use, since adapters, quantization and loading put other modules in the places of those that were there.
+    `MiniGeminiForConditionalGeneration` is one. `mg_fast.models.causal_lm.CausalLM` makes one of a plain language model
+    of transformers. Members are looked up at every use, since adapters, quantization and loading put other modules in
+    the places of those that were there.
     """
 
     @property
     def prompt_inputs(self) -> Sequence[str]:
-        """Names of the inputs of `generate` that only the pass over the prompt needs, such as pixel values: `embed` takes them."""
+        """Names of the inputs of `generate` that only the pass over the prompt needs, such as pixel values: `embed`
+        takes them.
+        """
 
     @property
     def language_model(self) -> nn.Module:
         """The transformer without its head.
 
-        It is called with `inputs_embeds`, `attention_mask`, `position_ids`, `past_key_values`, `use_cache` and the arguments that
-        `pass_inputs` gives, and returns an output with `last_hidden_state`. Its decoder layers are in `layers`. For CUDA graphs its pass
-        must not ask the host for the value of a tensor.
+        It is called with `inputs_embeds`, `attention_mask`, `position_ids`, `past_key_values`, `use_cache` and the
+        arguments that `pass_inputs` gives, and returns an output with `last_hidden_state`. Its decoder layers are in
+        `layers`. For CUDA graphs its pass must not ask the host for the value of a tensor.
         """
 
     @property
@@ -86,7 +97,9 @@ class DecodableModel(Protocol):
         """The settings that `generate` takes where a caller gives none."""
 
     def embed(self, input_ids: torch.Tensor, **prompt_inputs: torch.Tensor | None) -> torch.Tensor:
-        """Embeddings [B, L, hidden] of a prompt [B, L], with everything in it that is no text; inputs named in `prompt_inputs`."""
+        """Embeddings [B, L, hidden] of a prompt [B, L], with everything in it that is no text; inputs named in
+        `prompt_inputs`.
+        """
 
     def embed_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Embeddings [B, L, hidden] of ids [B, L] alone, in the dtype of the layers."""
@@ -94,17 +107,21 @@ class DecodableModel(Protocol):
     def pass_inputs(self, model_inputs: Mapping[str, object]) -> PassInputs:
         """What every pass takes besides, out of the inputs that `generate` was called with."""
 
-    def position_keys(self, ids: torch.Tensor, model_inputs: Mapping[str, object], digests: Sequence[bytes] | None) -> list[int] | None:
+    def position_keys(
+        self, ids: torch.Tensor, model_inputs: Mapping[str, object], digests: Sequence[bytes] | None
+    ) -> list[int] | None:
         """One number for every position of a sequence, by which the position's keys and values are found again.
 
-        Two sequences share the keys and values of their first positions as long as these numbers are equal. So a number must stand for
-        everything that keys and values of its position depend on, apart from the tokens before it: the token, the picture that stands in
-        its place, and what `pass_inputs` says there. `content_key` makes numbers that no id is equal to.
+        Two sequences share the keys and values of their first positions as long as these numbers are equal. So a number
+        must stand for everything that keys and values of its position depend on, apart from the tokens before it: the
+        token, the picture that stands in its place, and what `pass_inputs` says there. `content_key` makes numbers that
+        no id is equal to.
 
         Args:
             ids: [1, L], a prompt, or a prompt and the tokens that were generated after it.
             model_inputs: what `generate` was called with for the prompt.
-            digests: for every picture of the prompt, in order, at least 16 bytes that only the same picture has. None where nobody knows.
+            digests: for every picture of the prompt, in order, at least 16 bytes that only the same picture has. None
+                where nobody knows.
 
         Returns:
             The numbers, or None where they cannot be told, so that nothing is reused or remembered.
@@ -123,8 +140,9 @@ class AnsweringModel(DecodableModel, Protocol):
     def generate(self, **inputs) -> torch.Tensor:
         """As of transformers' GenerationMixin, `custom_generate` included; ids [B, L + new].
 
-        Besides `input_ids` and `attention_mask` [B, L] it takes, of prompts with pictures, `mm_token_type_ids` [B, L], 1 where a picture
-        stands, and `image_tokens` [n_images, T, hidden] in the order of their places; and `allow_long`, as of `check_length`.
+        Besides `input_ids` and `attention_mask` [B, L] it takes, of prompts with pictures, `mm_token_type_ids` [B, L],
+        1 where a picture stands, and `image_tokens` [n_images, T, hidden] in the order of their places; and
+        `allow_long`, as of `check_length`.
         """
 
 
@@ -136,7 +154,9 @@ class PackedPictureEncoder(Protocol):
         """Seconds spent so far on what is done once."""
 
     def encode(self, **pixels: torch.Tensor) -> torch.Tensor:
-        """Image tokens [n_images, T, hidden] of what the image processor gives, and `stage` as of `SeeingModel.get_image_features`."""
+        """Image tokens [n_images, T, hidden] of what the image processor gives, and `stage` as of
+        `SeeingModel.get_image_features`.
+        """
 
 
 class SeeingModel(Protocol):
@@ -154,7 +174,8 @@ class SeeingModel(Protocol):
     def get_image_features(self, **pixels: torch.Tensor) -> BaseModelOutputWithPooling:
         """Image tokens [n_images, T, hidden] as `pooler_output`, by the model's own modules.
 
-        Takes what the image processor gives, and `stage`: called with the name of every step, it gives the context that the step runs in.
+        Takes what the image processor gives, and `stage`: called with the name of every step, it gives the context that
+        the step runs in.
         """
 
     def picture_encoder(self, *, graphs: bool) -> PackedPictureEncoder:
@@ -175,7 +196,8 @@ def check_decodable(model: object) -> None:
 
 
 def content_key(digest: bytes, number: int) -> int:
-    """A position's number for `DecodableModel.position_keys`, below 0 and so unlike every id; only the same arguments have it.
+    """A position's number for `DecodableModel.position_keys`, below 0 and so unlike every id; only the same arguments
+    have it.
 
     Args:
         digest: at least 16 bytes, of which the first 16 count.

@@ -1,8 +1,8 @@
 """Prompt templates and their rendering, byte for byte as Mini-Gemini's checkpoints were trained.
 
-One table (`TEMPLATES`) feeds both `render` and the Jinja chat templates of the processor, so that the two cannot drift apart.
-Beginning-of-sequence tokens are the tokenizer's business and never part of a template (except the literal `<s>` between
-Mixtral turns, which the original puts there).
+One table (`TEMPLATES`) feeds both `render` and the Jinja chat templates of the processor, so that the two cannot drift
+apart. Beginning-of-sequence tokens are the tokenizer's business and never part of a template (except the literal `<s>`
+between Mixtral turns, which the original puts there).
 """
 
 import dataclasses
@@ -102,8 +102,8 @@ def render(template: str, turns: Sequence[tuple[str, str | None]], *, system: st
 
     Args:
         template: one of `TEMPLATES`.
-        turns: (user, assistant) pairs in order. An assistant of None, allowed in the last pair only, asks for an answer.
-            A picture stands as `<image>` in a user text, by convention `<image>\\n` before the question.
+        turns: (user, assistant) pairs in order. An assistant of None, allowed in the last pair only, asks for an
+            answer. A picture stands as `<image>` in a user text, by convention `<image>\\n` before the question.
         system: replaces the family's system text, where it has one.
 
     Returns:
@@ -151,8 +151,8 @@ def _number_pictures(prompt: str) -> str:
 def chat_template(template: str) -> str:
     """The same template as a Jinja chat template for `apply_chat_template`.
 
-    Message content is a string, or a list of {"type": "image"} and {"type": "text", "text": ...} items; pictures go before the
-    text of their message, as in training.
+    Message content is a string, or a list of {"type": "image"} and {"type": "text", "text": ...} items; pictures go
+    before the text of their message, as in training.
     """
     style = get_template(template)
 
@@ -233,8 +233,8 @@ def single_token_ids(tokenizer, strings: Sequence[str]) -> tuple[list[int], list
 
 
 def stop_ids(template: str, tokenizer) -> list[int]:
-    """The token ids that end an answer under this template: its stop strings, where the tokenizer has them as single tokens,
-    and the tokenizer's own end-of-sequence token."""
+    """The token ids that end an answer under this template: its stop strings, where the tokenizer has them as single
+    tokens, and the tokenizer's own end-of-sequence token."""
     ids, _ = single_token_ids(tokenizer, get_template(template).stops)
     if tokenizer.eos_token_id is not None:
         ids.append(tokenizer.eos_token_id)

@@ -47,13 +47,16 @@ def resolve_folder(name_or_path: str | os.PathLike, *, weights: bool = True, **h
         if weights:
             _download_weights(name, folder, hub)
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(f"{name} is neither a folder nor a hub id that can be loaded: {first_line(error)}") from error
+        raise CheckpointError(
+            f"{name} is neither a folder nor a hub id that can be loaded: {first_line(error)}"
+        ) from error
     check_whole_model(folder)
     return folder
 
 
 def check_whole_model(folder: Path) -> None:
-    """Refuses the folder of a LoRA or another adapter of peft, which holds differences to a model's weights and no model.
+    """Refuses the folder of a LoRA or another adapter of peft, which holds differences to a model's weights and no
+    model.
 
     Raises:
         CheckpointError: it says what the adapter's base model is, and how the two are loaded.
@@ -103,7 +106,8 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def read_table(folder: Path, *, partial: bool = False) -> Table:
-    """Every tensor of a folder's weights by its published name, from the files' headers. Empty where there are no weights.
+    """Every tensor of a folder's weights by its published name, from the files' headers. Empty where there are no
+    weights.
 
     Looks where transformers does: safetensors before .bin, single file before sharded.
 
@@ -156,7 +160,9 @@ def _load_bin(path: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{path} is refused: expected tensors and nothing else, {found}") from None
     except Exception as error:  # bytes that are no pickle can raise anything
         raise CheckpointError(f"{path} is corrupt or not a PyTorch file: {first_line(error)}") from None
-    if not isinstance(loaded, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in loaded.items()):
+    if not isinstance(loaded, dict) or not all(
+        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in loaded.items()
+    ):
         raise CheckpointError(f"{path}: expected a flat dictionary of tensors, got {type(loaded).__name__}")
     return loaded
 

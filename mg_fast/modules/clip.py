@@ -1,9 +1,10 @@
 """CLIP's vision tower frozen for inference: fewer, larger steps, and no layer whose output nobody reads.
 
-Of every layer the projections of query, key and value are one product; quick GELU, x * sigmoid(1.702 x), is one pass: where y = 1.702 x
-comes out of the product before it, x * sigmoid(1.702 x) = silu(y) / 1.702, and the product after it divides. Both factors are applied to
-float32 sums, so no weight is rounded anew. Residuals are added in place, attention reads and writes [B, N, heads, d] without copies.
-In float16 pre-activations may grow to 38489, 1/1.702 of what the tower's own form allows; beyond, the result is not finite.
+Of every layer the projections of query, key and value are one product; quick GELU, x * sigmoid(1.702 x), is one pass:
+where y = 1.702 x comes out of the product before it, x * sigmoid(1.702 x) = silu(y) / 1.702, and the product after it
+divides. Both factors are applied to float32 sums, so no weight is rounded anew. Residuals are added in place, attention
+reads and writes [B, N, heads, d] without copies. In float16 pre-activations may grow to 38489, 1/1.702 of what the
+tower's own form allows; beyond, the result is not finite.
 """
 
 from typing import NamedTuple
@@ -13,7 +14,13 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import CLIPVisionModel
 from transformers.activations import QuickGELUActivation
-from transformers.models.clip.modeling_clip import CLIPMLP, CLIPAttention, CLIPEncoder, CLIPEncoderLayer, CLIPVisionEmbeddings
+from transformers.models.clip.modeling_clip import (
+    CLIPMLP,
+    CLIPAttention,
+    CLIPEncoder,
+    CLIPEncoderLayer,
+    CLIPVisionEmbeddings,
+)
 
 from .. import ops
 from ..ops.torch.pointwise import linear
@@ -48,11 +55,13 @@ class _Layer(NamedTuple):
 class PackedClip(nn.Module):
     """A snapshot of a CLIP vision tower for inference; `from_tower` makes one.
 
-    A call takes views [B, 3, LR, LR] of any floating dtype to patch features [B, N, D] in the tower's: the hidden state that was selected,
-    without its class token, before any final norm. It has buffers and no parameters, an empty state_dict, and cannot be trained.
+    A call takes views [B, 3, LR, LR] of any floating dtype to patch features [B, N, D] in the tower's: the hidden state
+    that was selected, without its class token, before any final norm. It has buffers and no parameters, an empty
+    state_dict, and cannot be trained.
 
-    The projections of query, key and value are copied (3 D * D elements a layer); all else shares the tower's memory, so a call refuses
-    once any of the tower's weights was changed in place. Moving or converting the tower, or dropping it, changes nothing here.
+    The projections of query, key and value are copied (3 D * D elements a layer); all else shares the tower's memory,
+    so a call refuses once any of the tower's weights was changed in place. Moving or converting the tower, or dropping
+    it, changes nothing here.
     """
 
     def __init__(self, tower: CLIPVisionModel, select_layer: int):
@@ -80,10 +89,12 @@ class PackedClip(nn.Module):
 
         Args:
             tower: a CLIP vision model of transformers, in one dtype on one device.
-            select_layer: index into the hidden states; -2 is the output of the last layer but one. Later layers are left out.
+            select_layer: index into the hidden states; -2 is the output of the last layer but one. Later layers are
+                left out.
 
         Raises:
-            ValueError: the tower computes something else than CLIP's layers, or has no such hidden state; the message says what.
+            ValueError: the tower computes something else than CLIP's layers, or has no such hidden state; the message
+            says what.
         """
         if reason := unsuited(tower, select_layer):
             raise ValueError(f"PackedClip: {reason}")
@@ -91,7 +102,8 @@ class PackedClip(nn.Module):
 
     @torch.no_grad()
     def forward(self, views: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
-        """Views [B, 3, LR, LR] to patch features [B, N, D]. `backend` overrides the choice in force for the products with a residual.
+        """Views [B, 3, LR, LR] to patch features [B, N, D]. `backend` overrides the choice in force for the products
+        with a residual.
 
         Raises:
             ValueError: views of another shape or device.
@@ -122,18 +134,24 @@ class PackedClip(nn.Module):
     def _check(self, views: torch.Tensor) -> None:
         expected = (3, self.image_size, self.image_size)
         if views.dim() != 4 or tuple(views.shape[1:]) != expected or not views.is_floating_point():
-            raise ValueError(f"PackedClip: expected floating-point views {['B', *expected]}, got {list(views.shape)} of {views.dtype}")
+            raise ValueError(
+                f"PackedClip: expected floating-point views {['B', *expected]}, got {list(views.shape)} of {views.dtype}"
+            )
         if views.device != self.patch_weight.device:
             raise ValueError(f"PackedClip: the views are on {views.device}, the weights on {self.patch_weight.device}")
         if torch.compiler.is_compiling():
             return
         if views.requires_grad:
-            raise RuntimeError("PackedClip is frozen and gives no gradient to its views: use the tower, or views.detach()")
+            raise RuntimeError(
+                "PackedClip is frozen and gives no gradient to its views: use the tower, or views.detach()"
+            )
         self.check_unchanged()
 
     def _embed(self, views: torch.Tensor) -> torch.Tensor:
         patches = F.conv2d(views, self.patch_weight, stride=self.patch_size).flatten(2).transpose(1, 2)
-        embedded = torch.cat([self.class_embedding.expand(len(views), 1, -1), patches], dim=1).add_(self.position_embedding)
+        embedded = torch.cat([self.class_embedding.expand(len(views), 1, -1), patches], dim=1).add_(
+            self.position_embedding
+        )
         return self._norm(embedded, self.norm_weight, self.norm_bias)
 
     def _run_layer(self, hidden: torch.Tensor, layer: _Layer, backend: str | None) -> None:
@@ -143,7 +161,9 @@ class PackedClip(nn.Module):
         query, key, value = qkv.view(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(b, n, d)
         ops.linear_residual_(mixed, layer.out_weight, layer.out_bias, hidden, backend=backend)
-        steep = _scaled_linear(self._norm(hidden, layer.norm2_weight, layer.norm2_bias), layer.fc1_weight, layer.fc1_bias, SLOPE)
+        steep = _scaled_linear(
+            self._norm(hidden, layer.norm2_weight, layer.norm2_bias), layer.fc1_weight, layer.fc1_bias, SLOPE
+        )
         hidden.add_(_scaled_linear(F.silu(steep, inplace=True), layer.fc2_weight, layer.fc2_bias, 1 / SLOPE))
 
     def _norm(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

@@ -47,7 +47,14 @@ class ConvNeXtPyramid(nn.Module):
         from timm.models.convnext import ConvNeXt
 
         return cls.from_timm(
-            ConvNeXt(dims=tuple(dims), depths=tuple(depths), norm_eps=norm_eps, num_classes=0, global_pool="", drop_path_rate=0.0)
+            ConvNeXt(
+                dims=tuple(dims),
+                depths=tuple(depths),
+                norm_eps=norm_eps,
+                num_classes=0,
+                global_pool="",
+                drop_path_rate=0.0,
+            )
         )
 
     def _forward_by_modules(self, pixels: torch.Tensor, backend: str | None = None) -> list[torch.Tensor]:
@@ -63,8 +70,8 @@ class ConvNeXtPyramid(nn.Module):
     def forward(self, pixels: torch.Tensor, *, backend: str | None = None) -> list[torch.Tensor]:
         """Pictures [B, 3, HR, HR] to stage maps [B, HR / 4 / 2**s, HR / 4 / 2**s, C_s], channels last, s = 0..3.
 
-        The `reference` backend runs timm's modules in NCHW, as the original does; others the same arithmetic on channels-last maps, where
-        the tower computes only what its weights say (`why_more_than_weights`).
+        The `reference` backend runs timm's modules in NCHW, as the original does; others the same arithmetic on
+        channels-last maps, where the tower computes only what its weights say (`why_more_than_weights`).
         """
         pixels = pixels.to(self.vision_stem[0].weight.dtype)
         form = backends.choose_form(HIGH_RESOLUTION_TOWER, backend, pixels.device)
@@ -75,7 +82,8 @@ class ConvNeXtPyramid(nn.Module):
     def why_more_than_weights(self) -> str | None:
         """Why the tower computes something else than its weights say, as a sentence; None where it does not.
 
-        Low-rank adapters, hooks, exchanged or quantised layers, gradient checkpointing: then every backend runs the modules themselves.
+        Low-rank adapters, hooks, exchanged or quantised layers, gradient checkpointing: then every backend runs the
+        modules themselves.
         """
         if reason := why_more_than_weights(self, _known_layers(), placed=True) or unsuited_stem(self.vision_stem):
             return reason
@@ -102,9 +110,9 @@ class ConvNeXtPyramid(nn.Module):
 class PackedPyramid:
     """A snapshot of a ConvNeXtPyramid for inference; `ConvNeXtPyramid.pack` makes one.
 
-    Called as the tower is. The contractions and the convolutions' weights are copies, half of the tower's memory; all else is shared with
-    the tower, so a call refuses once any of its weights was changed in place. What is written through `.data` counts no change, and hooks
-    or adapters that come later are not seen: pack again.
+    Called as the tower is. The contractions and the convolutions' weights are copies, half of the tower's memory; all
+    else is shared with the tower, so a call refuses once any of its weights was changed in place. What is written
+    through `.data` counts no change, and hooks or adapters that come later are not seen: pack again.
     """
 
     def __init__(self, tower: ConvNeXtPyramid):
@@ -148,7 +156,9 @@ def unsuited_stem(stem: nn.Module) -> str | None:
 
 
 def unsuited_stage(stage: nn.Module) -> str | None:
-    """Why a timm stage is not one of a ConvNeXt of the first version, as a sentence; None where it is, or is one in eval mode."""
+    """Why a timm stage is not one of a ConvNeXt of the first version, as a sentence; None where it is, or is one in
+    eval mode.
+    """
     if any("grn" in block.mlp._modules for block in stage.blocks):
         return "expected a ConvNeXt of the first version, got one with GlobalResponseNorm (V2)"
     if not isinstance(stage.downsample, nn.Identity):
@@ -198,7 +208,9 @@ def _no_layer_norm(norm: nn.Module) -> str | None:
 
 def _overlapping(conv: nn.Module) -> str | None:
     plain = (conv.kernel_size, conv.padding, conv.dilation, conv.groups) == (conv.stride, (0, 0), (1, 1), 1)
-    return None if plain and conv.bias is not None else f"expected a convolution of pixels that do not overlap, got {conv}"
+    return (
+        None if plain and conv.bias is not None else f"expected a convolution of pixels that do not overlap, got {conv}"
+    )
 
 
 def _by_modules(tower: ConvNeXtPyramid, pixels: torch.Tensor, backend: str | None) -> list[torch.Tensor]:

@@ -1,9 +1,10 @@
 """ConvNeXt on channels-last maps: the `torch` and `triton` backends of the high-resolution tower.
 
-A block is three steps: depthwise convolution and norm; expansion and GELU; contraction, with layer scale folded into its weight, and
-residual. Nothing is permuted and nothing copied between them. The expansion of a large map is made in chunks of rows, so that its four
-times wider map never exists as a whole; without gradients the blocks of a stage add to one map in place.
-Source: Liu et al., A ConvNet for the 2020s (2022), section 2; timm/models/convnext.py for the names of the parameters.
+A block is three steps: depthwise convolution and norm; expansion and GELU; contraction, with layer scale folded into
+its weight, and residual. Nothing is permuted and nothing copied between them. The expansion of a large map is made in
+chunks of rows, so that its four times wider map never exists as a whole; without gradients the blocks of a stage add to
+one map in place. Source: Liu et al., A ConvNet for the 2020s (2022), section 2; timm/models/convnext.py for the names
+of the parameters.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,9 @@ GPU_EXPANSION = 2**28
 
 
 class BlockTensors(NamedTuple):
-    """Tensors of one block. taps [49, C] are the convolution's, tap by tap; contract [C, 4 C] and its bias have layer scale folded in."""
+    """Tensors of one block. taps [49, C] are the convolution's, tap by tap; contract [C, 4 C] and its bias have layer
+    scale folded in.
+    """
 
     taps: torch.Tensor
     bias: torch.Tensor
@@ -36,7 +39,9 @@ class BlockTensors(NamedTuple):
 
 
 class DownsampleTensors(NamedTuple):
-    """How a stage's map is made: a convolution of `stride` x `stride` pixels that do not overlap, and a LayerNorm before or after it."""
+    """How a stage's map is made: a convolution of `stride` x `stride` pixels that do not overlap, and a LayerNorm
+    before or after it.
+    """
 
     norm_weight: torch.Tensor
     norm_bias: torch.Tensor
@@ -97,7 +102,9 @@ def empty_tower(dims: Sequence[int], depths: Sequence[int], **like) -> tuple[Dow
         return DownsampleTensors(empty(norm), empty(norm), 1e-6, weight, empty(after), stride)
 
     def block(c: int) -> BlockTensors:
-        return BlockTensors(empty(49, c), empty(c), empty(c), empty(c), 1e-6, empty(4 * c, c), empty(4 * c), empty(c, 4 * c), empty(c))
+        return BlockTensors(
+            empty(49, c), empty(c), empty(c), empty(c), 1e-6, empty(4 * c, c), empty(4 * c), empty(c, 4 * c), empty(c)
+        )
 
     # the stem's norm is after its convolution, those of downsamplings before
     entries = [None, *(entry(before, before, after, 2) for before, after in zip(dims, dims[1:]))]
@@ -127,8 +134,12 @@ def run_tower(
     return pyramid
 
 
-def run_stage(stage: StageTensors, x: torch.Tensor, backend: str | None = None, *, in_place: bool = False) -> torch.Tensor:
-    """One stage on [B, H, W, C]; `in_place` where the map may be overwritten, if there is no downsampling to make one anew."""
+def run_stage(
+    stage: StageTensors, x: torch.Tensor, backend: str | None = None, *, in_place: bool = False
+) -> torch.Tensor:
+    """One stage on [B, H, W, C]; `in_place` where the map may be overwritten, if there is no downsampling to make one
+    anew.
+    """
     if stage.entry is not None:
         x, in_place = _convolve(_norm(x, stage.entry), stage.entry), True
     for block in stage.blocks:
@@ -137,7 +148,9 @@ def run_stage(stage: StageTensors, x: torch.Tensor, backend: str | None = None, 
     return x
 
 
-def run_block(block: BlockTensors, x: torch.Tensor, backend: str | None = None, *, in_place: bool = False) -> torch.Tensor:
+def run_block(
+    block: BlockTensors, x: torch.Tensor, backend: str | None = None, *, in_place: bool = False
+) -> torch.Tensor:
     """One block on [B, H, W, C], to a map of its own; or into `x` where `in_place` is set and no gradient is wanted."""
     shape, hidden = x.shape, block.expand.shape[0]
     normed = ops.dwconv_norm(x, block.taps, block.bias, block.norm_weight, block.norm_bias, block.eps, backend=backend)
@@ -150,7 +163,9 @@ def run_block(block: BlockTensors, x: torch.Tensor, backend: str | None = None, 
     if not in_place:
         residual = residual.clone()
     # once a block, where every chunk would
-    expand, expand_bias, contract, contract_bias = autocast(block.expand, block.expand_bias, block.contract, block.contract_bias)
+    expand, expand_bias, contract, contract_bias = autocast(
+        block.expand, block.expand_bias, block.contract, block.contract_bias
+    )
     for rows in chunks(len(normed), hidden * normed.element_size(), normed.device.type):
         expanded = ops.linear_gelu(normed[rows], expand, expand_bias, backend=backend)
         ops.linear_residual_(expanded, contract, contract_bias, residual[rows], backend=backend)
@@ -167,7 +182,8 @@ def chunks(rows: int, bytes_per_row: int, device: str) -> Iterator[slice]:
 
 def _convolve(x: torch.Tensor, entry: DownsampleTensors) -> torch.Tensor:
     out = F.conv2d(x.permute(0, 3, 1, 2), entry.weight, entry.bias, entry.stride)
-    # the blocks add to it: where autocast narrowed it, timm's sum with the scaled branch is as wide as the weights again
+    # the blocks add to it: where autocast narrowed it, timm's sum with the scaled branch is as wide as the weights
+    # again
     return out.permute(0, 2, 3, 1).to(torch.promote_types(out.dtype, entry.weight.dtype)).contiguous()
 
 

@@ -16,8 +16,8 @@ from ..runtime.weights import why_all_modules_are_hooked, why_not_plain
 class PatchInfoMining(nn.Module):
     """Patch info mining with the original's parameters.
 
-    Parameters are `vlm_uni_query_projector.*`, `vlm_uni_aux_projector.*` and `vlm_uni_val_projector.*`, each a LayerNorm (0) and a
-    Linear (1), so the original's tensors load with strict=True.
+    Parameters are `vlm_uni_query_projector.*`, `vlm_uni_aux_projector.*` and `vlm_uni_val_projector.*`, each a
+    LayerNorm (0) and a Linear (1), so the original's tensors load with strict=True.
 
     Args:
         dim: width D of the queries.
@@ -37,46 +37,59 @@ class PatchInfoMining(nn.Module):
         self.vlm_uni_aux_projector = projector(sum(pyramid_dims))
         self.vlm_uni_val_projector = projector(sum(pyramid_dims))
 
-    def _recorded(self, queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int = 1, backend: str | None = None):
+    def _recorded(
+        self, queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int = 1, backend: str | None = None
+    ):
         if isinstance(queries, Proxy):
             return record_call(self, queries, pyramid, grid=grid, backend=backend)
         # A trace holds for the sizes that it was made with; the reference's steps are the same on every device.
         return PatchInfoMining.forward.unrecorded(self, queries, pyramid, grid=grid, backend="reference")
 
     @recorded_as(_recorded)
-    def forward(self, queries: torch.Tensor, pyramid: Sequence[torch.Tensor], *, grid: int = 1, backend: str | None = None) -> torch.Tensor:
+    def forward(
+        self, queries: torch.Tensor, pyramid: Sequence[torch.Tensor], *, grid: int = 1, backend: str | None = None
+    ) -> torch.Tensor:
         """Mined features of the queries' shape, residual not added.
 
         Args:
-            queries: [B, N, dim] (grid 1) or [B, V, N, dim]; V = grid * grid cells row by row, or one more, the global view last.
+            queries: [B, N, dim] (grid 1) or [B, V, N, dim]; V = grid * grid cells row by row, or one more, the global
+                view last.
             pyramid: list of [B, n_s, n_s, C_s], channels last. The window side n_0 / (grid * sqrt(N)) must be whole.
             grid: cells per side.
-            backend: overrides the choice in force. Where a projection is more than a plain LayerNorm and Linear (adapters, hooks,
-                quantized, parametrized or offloaded layers), or their dtypes differ, every backend calls the projections, pixel by pixel
-                as the reference does.
+            backend: overrides the choice in force. Where a projection is more than a plain LayerNorm and Linear
+                (adapters, hooks, quantized, parametrized or offloaded layers), or their dtypes differ, every backend
+                calls the projections, pixel by pixel as the reference does.
         """
         queries = at_seam(queries, self.vlm_uni_query_projector)
         # autocast casts by itself
         dtype = None if autocasting(queries) else queries.dtype
         return ops.patch_mining(queries, pyramid, *self.projections(queries.device, dtype), grid=grid, backend=backend)
 
-    def projections(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> list[Projection | CalledProjection]:
+    def projections(
+        self, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> list[Projection | CalledProjection]:
         """Of queries, keys and values: their tensors where these say all, else what calls the modules.
 
         Args:
-            device: of the queries; a projection on another one is called, as whatever moves its input there belongs to the call.
-            dtype: of the queries; all three are called where any of their tensors has another one, as every layer then casts its input.
+            device: of the queries; a projection on another one is called, as whatever moves its input there belongs to
+                the call.
+            dtype: of the queries; all three are called where any of their tensors has another one, as every layer then
+                casts its input.
         """
         widths = self.dim, sum(self.pyramid_dims), sum(self.pyramid_dims)
         projectors = self.vlm_uni_query_projector, self.vlm_uni_aux_projector, self.vlm_uni_val_projector
         found = [_projection(projector, width, self.dim, device) for projector, width in zip(projectors, widths)]
-        if dtype is not None and any(t.dtype != dtype for projection in found if isinstance(projection, Projection) for t in projection):
+        if dtype is not None and any(
+            t.dtype != dtype for projection in found if isinstance(projection, Projection) for t in projection
+        ):
             return [CalledProjection(projector, width, self.dim) for projector, width in zip(projectors, widths)]
         return found
 
     def __prepare_scriptable__(self):
         # torch.jit.script asks every module for what it is to read in its place.
-        raise TypeError("torch.jit.script cannot read PatchInfoMining, whose steps depend on sizes: use torch.jit.trace or torch.export")
+        raise TypeError(
+            "torch.jit.script cannot read PatchInfoMining, whose steps depend on sizes: use torch.jit.trace or torch.export"
+        )
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, pyramid_dims={self.pyramid_dims}"
@@ -105,7 +118,9 @@ def unsuited_projector(name: str, projector: nn.Module, *, placed: bool = False)
     return None
 
 
-def _projection(projector: nn.Module, takes: int, gives: int, device: torch.device | None) -> Projection | CalledProjection:
+def _projection(
+    projector: nn.Module, takes: int, gives: int, device: torch.device | None
+) -> Projection | CalledProjection:
     if unsuited_projector("", projector, placed=True):
         return CalledProjection(projector, takes, gives)
     norm, linear = projector

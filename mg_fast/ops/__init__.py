@@ -1,7 +1,8 @@
-"""The functional API: every operation checks its inputs, chooses a backend and calls it; kernels are operators of torch.
+"""The functional API: every operation checks its inputs, chooses a backend and calls it; kernels are operators of
+torch.
 
-Every file of this folder is imported, and the names in its `__all__` are names of this package: a new operation is a new file, and
-its function is called `mg_fast.ops.<operation>`.
+Every file of this folder is imported, and the names in its `__all__` are names of this package: a new operation is a
+new file, and its function is called `mg_fast.ops.<operation>`.
 """
 
 import importlib

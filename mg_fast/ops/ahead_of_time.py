@@ -1,7 +1,8 @@
 """Compiling the Triton kernels for a GPU that is not here.
 
-The operations themselves run, on fake tensors and under a driver that only names the architecture, so what is compiled, and the key it is
-cached under, is what a launch on such a GPU asks for. Triton's small C launcher is not built here, because it links with the GPU's driver
+The operations themselves run, on fake tensors and under a driver that only names the architecture, so what is compiled,
+and the key it is cached under, is what a launch on such a GPU asks for. Triton's small C launcher is not built here,
+because it links with the GPU's driver
 library: the first launch on a machine still builds it, with the machine's C compiler, in about a second.
 """
 
@@ -64,9 +65,11 @@ class _Launching(TorchDispatchMode):
 
 @contextlib.contextmanager
 def compile_only(architecture: int, *, training: bool = False) -> Iterator[list]:
-    """Within the block tensors are fake, and every Triton launch on CUDA tensors compiles for `architecture` (90: sm_90) instead.
+    """Within the block tensors are fake, and every Triton launch on CUDA tensors compiles for `architecture` (90:
+    sm_90) instead.
 
-    Pointers are taken to be multiples of 16, as those of whole tensors are; Triton's cache has another entry for others.
+    Pointers are taken to be multiples of 16, as those of whole tensors are; Triton's cache has another entry for
+    others.
 
     Args:
         architecture: compute capability.
@@ -87,7 +90,9 @@ def compile_only(architecture: int, *, training: bool = False) -> Iterator[list]
         return value
 
     def run(self, *args, grid, warmup, **kwargs):
-        compiled.append(launch(self, *map(mock, args), grid=grid, warmup=True, **{k: mock(v) for k, v in kwargs.items()}))
+        compiled.append(
+            launch(self, *map(mock, args), grid=grid, warmup=True, **{k: mock(v) for k, v in kwargs.items()})
+        )
 
     compiled, launch, active = [], JITFunction.run, driver._active
     JITFunction.run = run
@@ -105,7 +110,9 @@ def check_can_compile() -> None:
     # not whether they run here: a GPU of this machine says nothing of the one that they are for
     reason = no_triton()
     if reason is None and interpreter.requested():
-        reason = f"TRITON_INTERPRET={os.environ['TRITON_INTERPRET']} is set, under which kernels are interpreted: unset it"
+        reason = (
+            f"TRITON_INTERPRET={os.environ['TRITON_INTERPRET']} is set, under which kernels are interpreted: unset it"
+        )
     if reason:
         raise BackendError(f"kernels cannot be compiled: {reason}")
 

@@ -1,9 +1,9 @@
 """Which implementation of an operation runs, and the sentence that says why another cannot.
 
 Order of authority: the `backend=` of a call, `use_backend(...)`, the environment variable MG_FAST_BACKEND, `auto`.
-`auto` takes the fastest backend that is right for the operation and its input; naming one that cannot run here raises `BackendError`
-with the reason. An operation that has no form of its own for the backend named runs the next simpler one, so that a whole model can be
-asked to use the kernels where there are some.
+`auto` takes the fastest backend that is right for the operation and its input; naming one that cannot run here raises
+`BackendError` with the reason. An operation that has no form of its own for the backend named runs the next simpler
+one, so that a whole model can be asked to use the kernels where there are some.
 """
 
 import contextlib
@@ -35,7 +35,9 @@ def requested(backend: str | None = None) -> str:
 
 @contextlib.contextmanager
 def only_compiling():
-    """Within the block kernels are compiled for a GPU elsewhere: what this machine has, or has not, is not asked. Per thread."""
+    """Within the block kernels are compiled for a GPU elsewhere: what this machine has, or has not, is not asked. Per
+    thread.
+    """
     previous = only_compiled()
     _local.only_compiling = True
     try:
@@ -88,13 +90,19 @@ def no_triton() -> str | None:
 
 @torch.compiler.assume_constant_result
 def _gpu_unsuited(index: int | None) -> str | None:
-    """Why the kernels do not run on this GPU; None where they do, and where there is none: they are compiled for one elsewhere."""
+    """Why the kernels do not run on this GPU; None where they do, and where there is none: they are compiled for one
+    elsewhere.
+    """
     if not torch.cuda.is_available():
         return None
     if torch.version.hip:
         return "the kernels are compiled and tested for NVIDIA GPUs only, this one is AMD's"
     major, minor = torch.cuda.get_device_capability(index)
-    return None if major >= 8 else f"the kernels need a GPU of compute capability 8.0 or newer, this one has {major}.{minor}"
+    return (
+        None
+        if major >= 8
+        else f"the kernels need a GPU of compute capability 8.0 or newer, this one has {major}.{minor}"
+    )
 
 
 @torch.compiler.assume_constant_result
@@ -103,13 +111,18 @@ def _not_interpreted() -> str | None:
 
 
 def check_everywhere(backend: str | None, device: torch.device | str) -> None:
-    """Raises `BackendError` with the reason where a backend was asked for, by any means, that some operation cannot run on."""
+    """Raises `BackendError` with the reason where a backend was asked for, by any means, that some operation cannot run
+    on.
+    """
     for operation in OPERATIONS:
         choose(operation, backend, device)
 
 
 def choose(
-    operation: str, backend: str | None = None, device: torch.device | str = "cpu", unsuited: Mapping[str, str | None] | None = None
+    operation: str,
+    backend: str | None = None,
+    device: torch.device | str = "cpu",
+    unsuited: Mapping[str, str | None] | None = None,
 ) -> str:
     """The backend that runs `operation` on tensors of `device`.
 

@@ -12,7 +12,11 @@ def on_device(tensor: torch.Tensor):
     """A context for launches: Triton launches on the current device, which need not be the tensor's, or interprets."""
     if interpreter.requested():
         return interpreter.launching()
-    return torch.cuda.device(tensor.device) if tensor.is_cuda and not backends.only_compiled() else contextlib.nullcontext()
+    return (
+        torch.cuda.device(tensor.device)
+        if tensor.is_cuda and not backends.only_compiled()
+        else contextlib.nullcontext()
+    )
 
 
 @contextlib.contextmanager

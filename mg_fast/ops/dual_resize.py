@@ -25,10 +25,12 @@ def dual_resize(
     pad: bool = True,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A decoded picture, squared, resized bicubically with Pillow's own bits, and normalised; and its low-resolution views.
+    """A decoded picture, squared, resized bicubically with Pillow's own bits, and normalised; and its low-resolution
+    views.
 
     Args:
-        picture: [H, W, 3] uint8, RGB, upright, any strides, on any device. Whole numbers have no gradient, and none is given.
+        picture: [H, W, 3] uint8, RGB, upright, any strides, on any device. Whole numbers have no gradient, and none is
+            given.
         hr_size: side of the high-resolution picture in pixels.
         lr_size: side of one low-resolution view in pixels.
         grid: LR tiles per side.
@@ -37,8 +39,8 @@ def dual_resize(
         backend: overrides the choice in force; `reference` is Pillow, on the CPU.
 
     Returns:
-        [3, HR, HR], the same bits on every backend, and [V, 3, LR, LR], V = grid * grid tiles row by row, then the global view, within
-        1e-6; both float32, normalised, on the picture's device.
+        [3, HR, HR], the same bits on every backend, and [V, 3, LR, LR], V = grid * grid tiles row by row, then the
+        global view, within 1e-6; both float32, normalised, on the picture's device.
 
     Raises:
         ValueError: not such a picture; PictureError where it is too thin, or too large, to be squared.
@@ -57,7 +59,9 @@ def _check(picture: torch.Tensor, hr_size: int, lr_size: int, grid: int) -> None
     if picture.dim() != 3 or picture.shape[2] != 3 or 0 in picture.shape:
         raise ValueError(f"dual_resize: the picture must be [H, W, 3] and have pixels, got {list(picture.shape)}")
     if min(hr_size, lr_size, grid) < 1:
-        raise ValueError(f"dual_resize: sizes and grid must be at least 1, got hr_size={hr_size}, lr_size={lr_size}, grid={grid}")
+        raise ValueError(
+            f"dual_resize: sizes and grid must be at least 1, got hr_size={hr_size}, lr_size={lr_size}, grid={grid}"
+        )
 
 
 def _by_pillow(picture: torch.Tensor, hr_size: int, lr_size: int, *, grid: int, global_view: bool, pad: bool):
@@ -81,7 +85,8 @@ def _tables(
     itself = np.arange(hr_size)[None], np.ones((1, hr_size), np.float32)
     taps = [itself, *torch_form.view_taps(hr_size, lr_size, grid, global_view)]
     positions, shares = (
-        np.concatenate([np.pad(part[kind], ((0, 4 - len(part[kind])), (0, 0))) for part in taps], axis=1) for kind in (0, 1)
+        np.concatenate([np.pad(part[kind], ((0, 4 - len(part[kind])), (0, 0))) for part in taps], axis=1)
+        for kind in (0, 1)
     )
     arrays = torch_form.level_tables(), positions.astype(np.int32), shares
     return tuple(upload(array, device) for array in arrays)
@@ -124,16 +129,22 @@ def _(picture, hr_size, lr_size, grid, global_view, pad, form):
 
 def _only_kernels(form: str) -> None:
     if form != "triton":
-        raise ValueError(f"mg_fast::dual_resize declares what its kernels do, not what the {form} backend does within it")
+        raise ValueError(
+            f"mg_fast::dual_resize declares what its kernels do, not what the {form} backend does within it"
+        )
 
 
-def _launches(picture: torch.Tensor, hr_size: int, lr_size: int, grid: int, global_view: bool, pad: bool, form: str) -> int:
+def _launches(
+    picture: torch.Tensor, hr_size: int, lr_size: int, grid: int, global_view: bool, pad: bool, form: str
+) -> int:
     """One for the columns, one for the rows of both resolutions."""
     _only_kernels(form)
     return 2
 
 
-def _workspaces(picture: torch.Tensor, hr_size: int, lr_size: int, grid: int, global_view: bool, pad: bool, form: str) -> list[int]:
+def _workspaces(
+    picture: torch.Tensor, hr_size: int, lr_size: int, grid: int, global_view: bool, pad: bool, form: str
+) -> list[int]:
     """The picture with its columns resized, and a row of padding."""
     _only_kernels(form)
     low, high = torch_form.span(torch_form.place(picture.shape[1], picture.shape[0], hr_size, pad)[1])

@@ -28,9 +28,10 @@ def dwconv_norm(
 
     Args:
         x: [B, H, W, C], floating point, any strides; fastest with unit channel stride.
-        weight: [49, C], tap 7 * ky + kx of every channel. A published weight [C, 1, 7, 7] is `weight.reshape(C, 49).t()`, through which
-            gradients flow; made contiguous once, it saves the kernel a copy a call.
-        bias, norm_weight, norm_bias: [C]. All of x's dtype and device; under autocast all five are cast as F.conv2d casts its own.
+        weight: [49, C], tap 7 * ky + kx of every channel. A published weight [C, 1, 7, 7] is `weight.reshape(C,
+            49).t()`, through which gradients flow; made contiguous once, it saves the kernel a copy a call.
+        bias, norm_weight, norm_bias: [C]. All of x's dtype and device; under autocast all five are cast as F.conv2d
+            casts its own.
         eps: added to the variance; 1e-6 in ConvNeXt, 1e-5 in the xxlarge of OpenCLIP.
         backend: overrides the choice in force.
 
@@ -53,7 +54,9 @@ def dwconv_norm(
 
 def _check(x: torch.Tensor, weight: torch.Tensor, *vectors: torch.Tensor) -> None:
     if x.dim() != 4 or 0 in x.shape[1:]:
-        raise ValueError(f"dwconv_norm: x must be [B, H, W, C] with at least one pixel and channel, got {list(x.shape)}")
+        raise ValueError(
+            f"dwconv_norm: x must be [B, H, W, C] with at least one pixel and channel, got {list(x.shape)}"
+        )
     if not x.is_floating_point():
         raise ValueError(f"dwconv_norm: x must be floating point, got {x.dtype}")
     channels = x.shape[-1]
@@ -64,7 +67,9 @@ def _check(x: torch.Tensor, weight: torch.Tensor, *vectors: torch.Tensor) -> Non
             raise ValueError(f"dwconv_norm: {name} must be [{channels}], got {list(vector.shape)}")
     for name, tensor in zip(("weight", "bias", "norm_weight", "norm_bias"), (weight, *vectors)):
         if tensor.dtype != x.dtype or tensor.device != x.device:
-            raise ValueError(f"dwconv_norm: {name} must be {x.dtype} on {x.device} as x is, got {tensor.dtype} on {tensor.device}")
+            raise ValueError(
+                f"dwconv_norm: {name} must be {x.dtype} on {x.device} as x is, got {tensor.dtype} on {tensor.device}"
+            )
 
 
 def _why_not(x: torch.Tensor, *_: torch.Tensor) -> str | None:
@@ -84,7 +89,12 @@ def _dwconv_norm_reference(x, weight, bias, norm_weight, norm_bias, eps: float) 
 
 @torch.library.custom_op("mg_fast::dwconv_norm", mutates_args=())
 def dwconv_norm_kernel(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, norm_weight: torch.Tensor, norm_bias: torch.Tensor, eps: float
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    eps: float,
 ) -> torch.Tensor:
     """`kernels.dwconv_norm.dwconv_norm_fwd`; gradients recompute by the PyTorch form."""
     from ..kernels.dwconv_norm import dwconv_norm_fwd
@@ -99,8 +109,12 @@ def _(x, weight, bias, norm_weight, norm_bias, eps):
 
 
 @torch.library.custom_op("mg_fast::dwconv_norm_backward", mutates_args=())
-def dwconv_norm_backward(grad: torch.Tensor, inputs: list[torch.Tensor], wanted: list[bool], eps: float) -> list[torch.Tensor]:
-    """Gradients to those of (x, weight, bias, norm_weight, norm_bias) that are wanted; an operator, so that graphs need not trace it."""
+def dwconv_norm_backward(
+    grad: torch.Tensor, inputs: list[torch.Tensor], wanted: list[bool], eps: float
+) -> list[torch.Tensor]:
+    """Gradients to those of (x, weight, bias, norm_weight, norm_bias) that are wanted; an operator, so that graphs need
+    not trace it.
+    """
     with recording(), torch.enable_grad():
         leaves = [tensor.detach().requires_grad_(want) for tensor, want in zip(inputs, wanted)]
         out = torch_form.dwconv_norm(*leaves, eps)

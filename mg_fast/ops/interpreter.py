@@ -28,7 +28,8 @@ def why_not() -> str | None:
     """Why kernels are not interpreted here, as a sentence; None where they are."""
     if not requested():
         return "TRITON_INTERPRET=1, set before Python starts, interprets them on the CPU"
-    # Triton reads the variable once for every function, when the function is defined; its own are defined when it is imported.
+    # Triton reads the variable once for every function, when the function is defined; its own are defined when it is
+    # imported.
     triton = sys.modules.get("triton")
     if triton is None or type(triton.language.cdiv).__name__ == "InterpretedFunction":
         return None
@@ -56,8 +57,9 @@ def launching():
 def _convert_float(original, values, source, target, rounding):
     """Triton's conversion, with the right numbers between float32 and bfloat16.
 
-    Triton's own drops the low bits of a float32 where a GPU rounds to the nearest bfloat16. Over the steps of a model that is a
-    bias towards zero. A kernel cannot ask for another rounding: the interpreter passes on no rounding mode for plain conversions.
+    Triton's own drops the low bits of a float32 where a GPU rounds to the nearest bfloat16. Over the steps of a model
+    that is a bias towards zero. A kernel cannot ask for another rounding: the interpreter passes on no rounding mode
+    for plain conversions.
     """
     from triton import language
 

@@ -33,11 +33,12 @@ def patch_mining(
     """Patch info mining: every low-resolution query attends to its own window of the high-resolution pyramid.
 
     Args:
-        queries: [B, N, D] (grid 1) or [B, V, N, D], N a square number; V = grid * grid cells row by row, or one more with the
-            global view last. Floating point.
+        queries: [B, N, D] (grid 1) or [B, V, N, D], N a square number; V = grid * grid cells row by row, or one more
+            with the global view last. Floating point.
         pyramid: stage maps [B, n_s, n_s, C_s], channels last, finest first, of the queries' batch.
-        query, key, value: the three projections; key and value take sum(C_s) channels. Where one of them is a `CalledProjection`, every
-            backend calls them for each pixel, in the reference's steps: the faster forms project something else than pixels.
+        query, key, value: the three projections; key and value take sum(C_s) channels. Where one of them is a
+            `CalledProjection`, every backend calls them for each pixel, in the reference's steps: the faster forms
+            project something else than pixels.
         grid: cells per side of the low-resolution canvas.
         backend: overrides the choice in force.
 
@@ -60,7 +61,9 @@ def patch_mining(
 
 
 def _with_constant_sizes(tensor: torch.Tensor) -> torch.Tensor:
-    """In a trace all sizes but the batch are constants, at the price of a graph for each: tables and launches are made from them."""
+    """In a trace all sizes but the batch are constants, at the price of a graph for each: tables and launches are made
+    from them.
+    """
     return tensor.reshape(tensor.shape[0], *(operator.index(size) for size in tensor.shape[1:]))
 
 
@@ -92,7 +95,9 @@ def _check(
         if stage.dim() != 4 or stage.shape[0] != b or stage.shape[1] != stage.shape[2] or 0 in stage.shape[1:]:
             raise ValueError(f"patch_mining: pyramid level {level} must be [{b}, n, n, C], got {list(stage.shape)}")
         if stage.device != queries.device:
-            raise ValueError(f"patch_mining: pyramid level {level} is on {stage.device}, the queries are on {queries.device}")
+            raise ValueError(
+                f"patch_mining: pyramid level {level} is on {stage.device}, the queries are on {queries.device}"
+            )
     for tensor in (queries, *pyramid):
         if not tensor.is_floating_point():
             raise ValueError(f"patch_mining: queries and pyramid must be floating point, got {tensor.dtype}")
@@ -101,7 +106,9 @@ def _check(
     channels = sum(stage.shape[-1] for stage in pyramid)
     for projection in (key, value):
         if projection.takes != channels:
-            raise ValueError(f"patch_mining: the pyramid has {channels} channels, the projections take {projection.takes}")
+            raise ValueError(
+                f"patch_mining: the pyramid has {channels} channels, the projections take {projection.takes}"
+            )
     if query.gives != key.gives or value.gives != d:
         raise ValueError(
             f"patch_mining: query and key must be projected to one width and values to the queries' {d}, "
@@ -140,12 +147,15 @@ def _mine_by_kernel(queries, pyramid, query, key, value, *, grid: int) -> torch.
     return torch_form.patch_mining(queries, pyramid, query, key, value, grid=grid, pool=pool)
 
 
-# The kernels as operators of torch: one node of a graph each, with fakes for tracing. What they launch is documented with the launchers.
+# The kernels as operators of torch: one node of a graph each, with fakes for tracing. What they launch is documented
+# with the launchers.
 
 
 @torch.library.custom_op("mg_fast::patch_mining", mutates_args=())
 def pool_windows(queries: torch.Tensor, pyramid: list[torch.Tensor], grid: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`kernels.patch_mining.pool_windows_fwd`; the gradient to the pyramid, where one is asked for, recomputes by the PyTorch form."""
+    """`kernels.patch_mining.pool_windows_fwd`; the gradient to the pyramid, where one is asked for, recomputes by the
+    PyTorch form.
+    """
     from ..kernels.patch_mining import pool_windows_fwd
 
     with on_device(queries):
@@ -180,11 +190,15 @@ def _(grad, queries, pyramid, statistics, grid):
 def pool_windows_backward_pyramid(
     grad: torch.Tensor, queries: torch.Tensor, pyramid: list[torch.Tensor], wanted: list[bool], grid: int
 ) -> list[torch.Tensor]:
-    """Gradients to the levels of the pyramid that are wanted, by way of the PyTorch form; an operator, so that graphs need not trace it."""
+    """Gradients to the levels of the pyramid that are wanted, by way of the PyTorch form; an operator, so that graphs
+    need not trace it.
+    """
     with recording(), torch.enable_grad():
         levels = [level.detach().requires_grad_(want) for level, want in zip(pyramid, wanted)]
         pooled = torch_form.pool_windows(queries.detach(), levels, grid)
-        return list(torch.autograd.grad(pooled, [level for level in levels if level.requires_grad], grad.to(pooled.dtype)))
+        return list(
+            torch.autograd.grad(pooled, [level for level in levels if level.requires_grad], grad.to(pooled.dtype))
+        )
 
 
 @pool_windows_backward_pyramid.register_fake
@@ -200,7 +214,9 @@ def _pool_windows_context(ctx, inputs, output):
 
 def _pool_windows_gradients(ctx, grad, _):
     queries, statistics, *pyramid = ctx.saved_tensors
-    grad_queries = pool_windows_backward(grad, queries, pyramid, statistics, ctx.grid) if ctx.needs_input_grad[0] else None
+    grad_queries = (
+        pool_windows_backward(grad, queries, pyramid, statistics, ctx.grid) if ctx.needs_input_grad[0] else None
+    )
     wanted = [level.requires_grad for level in pyramid]
     gradients = iter(pool_windows_backward_pyramid(grad, queries, pyramid, wanted, ctx.grid) if any(wanted) else ())
     return grad_queries, [next(gradients) if want else None for want in wanted], None
@@ -224,12 +240,15 @@ def launch_geometries(queries: torch.Tensor, pyramid: Sequence[torch.Tensor], gr
 
 
 def pool_windows_flop(queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int) -> int:
-    """FLOP of the pooling kernel: queries [B, V, N, C] and maps [B, n_s, n_s, C_s], whose shapes and dtypes alone are read."""
+    """FLOP of the pooling kernel: queries [B, V, N, C] and maps [B, n_s, n_s, C_s], whose shapes and dtypes alone are
+    read.
+    """
     pixels, flop = (pyramid[0].shape[1] // (grid * math.isqrt(queries.shape[2]))) ** 2, 0
     for programs, geometries in launch_geometries(queries, pyramid, grid):
         for level, channels in zip(geometries, (map.shape[-1] for map in pyramid)):
             k = level.taps
-            # pixels by a product of matrices, or tap by tap, which is none; scores; the sum over coarse pixels or over taps
+            # pixels by a product of matrices, or tap by tap, which is none; scores; the sum over coarse pixels or over
+            # taps
             flop += 2 * programs * channels * (pixels * k * k + pixels + (k * k or pixels * level.span**2))
     return flop
 
@@ -248,11 +267,15 @@ PATCH_MINING = register(
                 workspaces=lambda queries, pyramid, grid: copied(queries) + copied_rows(*pyramid),
                 flop=pool_windows_flop,
                 # The global view's launch reads the maps that the cells' launch has read.
-                reads_again=lambda queries, pyramid, grid: pyramid * (_pool_windows_launches(queries, pyramid, grid) - 1),
+                reads_again=lambda queries, pyramid, grid: (
+                    pyramid * (_pool_windows_launches(queries, pyramid, grid) - 1)
+                ),
             ),
             Operator(
                 name="mg_fast::patch_mining_backward",
-                launches=lambda grad, queries, pyramid, statistics, grid: _pool_windows_launches(queries, pyramid, grid),
+                launches=lambda grad, queries, pyramid, statistics, grid: _pool_windows_launches(
+                    queries, pyramid, grid
+                ),
                 workspaces=lambda grad, queries, pyramid, statistics, grid: copied(grad) + copied_rows(*pyramid),
             ),
         ),

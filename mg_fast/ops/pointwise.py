@@ -1,4 +1,6 @@
-"""The pointwise layers of a ConvNeXt block: checks the inputs, chooses the backend, calls it; and the kernels as operators of torch."""
+"""The pointwise layers of a ConvNeXt block: checks the inputs, chooses the backend, calls it; and the kernels as
+operators of torch.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +14,14 @@ from .torch import pointwise as torch_form
 __all__ = ["linear_gelu", "linear_residual", "linear_residual_"]
 
 
-def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
+def linear_gelu(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, backend: str | None = None
+) -> torch.Tensor:
     """gelu(x W^T + b), the exact (erf) GELU: the first pointwise layer of a ConvNeXt block.
 
     Args:
-        x: [..., K]. Floating point, of one dtype with weight and bias; under autocast all three are cast as F.linear casts them.
+        x: [..., K]. Floating point, of one dtype with weight and bias; under autocast all three are cast as F.linear
+            casts them.
         weight: [N, K].
         bias: [N].
         backend: overrides the choice in force.
@@ -35,7 +40,8 @@ def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, ba
 def linear_residual(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor, *, backend: str | None = None
 ) -> torch.Tensor:
-    """r + x W^T + b: the second pointwise layer of a ConvNeXt block, layer scale folded into weight and bias by the caller.
+    """r + x W^T + b: the second pointwise layer of a ConvNeXt block, layer scale folded into weight and bias by the
+    caller.
 
     Args:
         x, weight, bias: as in `linear_gelu`.
@@ -64,8 +70,8 @@ def linear_residual_(
         residual: [..., N], contiguous, floating point; it keeps its dtype.
 
     Raises:
-        ValueError: shapes, dtypes, devices or a layout that do not fit; or a gradient is wanted, which needs what would be overwritten.
-        BackendError: a backend was named that cannot run here.
+        ValueError: shapes, dtypes, devices or a layout that do not fit; or a gradient is wanted, which needs what would
+        be overwritten. BackendError: a backend was named that cannot run here.
     """
     x, weight, bias = autocast(x, weight, bias)
     _check("linear_residual_", x, weight, bias, residual)
@@ -75,17 +81,25 @@ def linear_residual_(
         )
     if not torch.compiler.is_compiling() and residual.untyped_storage()._cdata == x.untyped_storage()._cdata:
         # a program would read what another has overwritten
-        raise ValueError("linear_residual_: x and residual lie in the same memory: hand over a copy of one, or use linear_residual")
+        raise ValueError(
+            "linear_residual_: x and residual lie in the same memory: hand over a copy of one, or use linear_residual"
+        )
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weight, bias, residual)):
-        raise ValueError("linear_residual_: a gradient is wanted, which needs what this overwrites: use linear_residual")
+        raise ValueError(
+            "linear_residual_: a gradient is wanted, which needs what this overwrites: use linear_residual"
+        )
     unsuited = {"triton": LINEAR_RESIDUAL.why_not(x, weight, bias, residual)}
     _INTO_THE_RESIDUAL[backends.choose("linear_residual", backend, x.device, unsuited)](x, weight, bias, residual)
     return residual
 
 
-def _check(operation: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor | None = None) -> None:
+def _check(
+    operation: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor | None = None
+) -> None:
     if x.dim() == 0 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"{operation}: expected x [..., K] and weight [N, K], got {list(x.shape)} and {list(weight.shape)}")
+        raise ValueError(
+            f"{operation}: expected x [..., K] and weight [N, K], got {list(x.shape)} and {list(weight.shape)}"
+        )
     n = weight.shape[0]
     if bias.shape != (n,):
         raise ValueError(f"{operation}: bias must be [{n}], got {list(bias.shape)}")
@@ -110,7 +124,9 @@ def _check_linear_residual(x: torch.Tensor, weight: torch.Tensor, bias: torch.Te
     _check("linear_residual", x, weight, bias, residual)
 
 
-def _why_not(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor | None = None) -> str | None:
+def _why_not(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor | None = None
+) -> str | None:
     """Why the Triton kernels do not take these tensors; None where they do. Weight and bias have x's dtype."""
     for tensor in (x,) if residual is None else (x, residual):
         if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
@@ -135,7 +151,8 @@ def _linear_residual_by_kernel_(x, weight, bias, residual) -> None:
     _linear_residual_operator_(_rows(x), weight, bias, _rows(residual))
 
 
-# The kernels as operators of torch: one node of a graph each, with fakes for tracing. What they launch is documented with the launchers.
+# The kernels as operators of torch: one node of a graph each, with fakes for tracing. What they launch is documented
+# with the launchers.
 
 
 @torch.library.custom_op("mg_fast::linear_gelu", mutates_args=())
@@ -153,7 +170,9 @@ def _(x, weight, bias):
 
 
 @torch.library.custom_op("mg_fast::linear_residual", mutates_args=())
-def _linear_residual_operator(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+def _linear_residual_operator(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor
+) -> torch.Tensor:
     """`kernels.pointwise.linear_residual_fwd`; its gradient is the library's."""
     from ..kernels.pointwise import linear_residual_fwd
 
@@ -167,7 +186,9 @@ def _(x, weight, bias, residual):
 
 
 @torch.library.custom_op("mg_fast::linear_residual_", mutates_args=("residual",))
-def _linear_residual_operator_(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -> None:
+def _linear_residual_operator_(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor
+) -> None:
     """`kernels.pointwise.linear_residual_fwd` into the residual."""
     from ..kernels.pointwise import linear_residual_fwd
 
@@ -207,14 +228,18 @@ def _linear_residual_context(ctx, inputs, output):
 
 
 torch.library.register_autograd("mg_fast::linear_gelu", _linear_gelu_gradients, setup_context=_linear_gelu_context)
-torch.library.register_autograd("mg_fast::linear_residual", _linear_residual_gradients, setup_context=_linear_residual_context)
+torch.library.register_autograd(
+    "mg_fast::linear_residual", _linear_residual_gradients, setup_context=_linear_residual_context
+)
 
 
 def _flop(x: torch.Tensor, weight: torch.Tensor, *_) -> int:
     return 2 * len(x) * weight.numel()
 
 
-def _residual_workspaces(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -> list[int]:
+def _residual_workspaces(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor
+) -> list[int]:
     return copied_rows(x, residual) + copied(weight, bias)
 
 
@@ -241,7 +266,11 @@ LINEAR_RESIDUAL = register(
         name="linear_residual",
         check=_check_linear_residual,
         why_not=_why_not,
-        forms={"reference": reference.linear_residual, "torch": torch_form.linear_residual, "triton": _linear_residual_by_kernel},
+        forms={
+            "reference": reference.linear_residual,
+            "torch": torch_form.linear_residual,
+            "triton": _linear_residual_by_kernel,
+        },
         auto=("torch", "triton", "reference"),
         operators=tuple(
             Operator(name=name, launches=one_launch, workspaces=_residual_workspaces, flop=_flop)

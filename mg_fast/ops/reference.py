@@ -1,7 +1,8 @@
 """Every operation as the original Mini-Gemini does it: definition, oracle and baseline.
 
-The original's operations in the original's order and dtypes, its copies included, no more and no fewer, so that a speedup over
-this path is a speedup over the original. Evaluation mode only: the original's stochastic depth is left out.
+The original's operations in the original's order and dtypes, its copies included, no more and no fewer, so that a
+speedup over this path is a speedup over the original. Evaluation mode only: the original's stochastic depth is left
+out.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,7 +40,9 @@ class Projection(NamedTuple):
 
 
 class CalledProjection(NamedTuple):
-    """A projection whose tensors do not say all that it computes, so that its module is called: x [..., takes] -> [..., gives]."""
+    """A projection whose tensors do not say all that it computes, so that its module is called: x [..., takes] -> [...,
+    gives].
+    """
 
     module: Callable[[torch.Tensor], torch.Tensor]
     takes: int
@@ -65,7 +68,9 @@ def low_resolution_views(pixels: torch.Tensor, side: int, *, grid: int = 1, glob
     """
     b = pixels.shape[0]
     canvas = F.interpolate(pixels, size=(side * grid, side * grid), mode="bilinear", align_corners=False)
-    tiles = canvas.reshape(b, 3, grid, side, grid, side).permute(0, 2, 4, 1, 3, 5).reshape(b, grid * grid, 3, side, side)
+    tiles = (
+        canvas.reshape(b, 3, grid, side, grid, side).permute(0, 2, 4, 1, 3, 5).reshape(b, grid * grid, 3, side, side)
+    )
     if global_view:
         whole = F.interpolate(canvas, size=(side, side), mode="bilinear", align_corners=False)
         tiles = torch.cat([tiles, whole[:, None]], dim=1)
@@ -73,7 +78,12 @@ def low_resolution_views(pixels: torch.Tensor, side: int, *, grid: int = 1, glob
 
 
 def dwconv_norm(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, norm_weight: torch.Tensor, norm_bias: torch.Tensor, eps: float
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    eps: float,
 ) -> torch.Tensor:
     """The first half of a ConvNeXt block in timm's steps.
 
@@ -115,10 +125,12 @@ def mine(
     Args:
         queries: [B, N, D], N a square number.
         hr_map: [B, C, S, S], S a multiple of sqrt(N).
-        query, key, value: `vlm_uni_query_projector` (D -> D), `vlm_uni_aux_projector` (C -> D), `vlm_uni_val_projector` (C -> D).
+        query, key, value: `vlm_uni_query_projector` (D -> D), `vlm_uni_aux_projector` (C -> D), `vlm_uni_val_projector`
+            (C -> D).
 
     Returns:
-        Mined features [B, N, D]; the residual is not added (paper, section 3.1; `unified_resampler` in the original code).
+        Mined features [B, N, D]; the residual is not added (paper, section 3.1; `unified_resampler` in the original
+        code).
     """
     patches = int(queries.shape[1] ** 0.5)
     side = hr_map.shape[-1] // patches
@@ -172,7 +184,9 @@ def patch_mining(
 
 
 def order_tokens(features: torch.Tensor, *, grid: int) -> torch.Tensor:
-    """Features [B, V, N, D] in view order as the token sequence [B, V * N, D]: the global view first, then the cells row by row."""
+    """Features [B, V, N, D] in view order as the token sequence [B, V * N, D]: the global view first, then the cells
+    row by row.
+    """
     cells = grid * grid
     ordered = torch.cat([features[:, cells:], features[:, :cells]], dim=1)
     return ordered.flatten(1, 2)
@@ -184,5 +198,7 @@ def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> to
 
 
 def linear_residual(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """Second pointwise layer of a ConvNeXt block, layer scale folded in, and its residual [..., N]; the rest as in `linear_gelu`."""
+    """Second pointwise layer of a ConvNeXt block, layer scale folded in, and its residual [..., N]; the rest as in
+    `linear_gelu`.
+    """
     return residual + F.linear(x, weight, bias)

@@ -1,4 +1,6 @@
-"""Weight-only quantisation of the language model. Towers, mining, projector, embeddings, norms, routers and the head keep their dtype."""
+"""Weight-only quantisation of the language model. Towers, mining, projector, embeddings, norms, routers and the head
+keep their dtype.
+"""
 
 from .configuration import NAMES, check_cache, check_config, check_savable, named_config
 from .products import EXPERTS_FUNCTION, Int8Linear, finish, quantized_experts

@@ -1,4 +1,6 @@
-"""Quantisation of the language model by name: the torchao configurations that names stand for, and what cannot run where."""
+"""Quantisation of the language model by name: the torchao configurations that names stand for, and what cannot run
+where.
+"""
 
 import importlib.metadata
 import importlib.util
@@ -36,18 +38,24 @@ def named_config(name: str, text_config, device_map, dtype: torch.dtype | None) 
         BackendError: it cannot run there, and why.
     """
     if name not in NAMES:
-        raise BackendError(f"quantize: expected {', '.join(NAMES)} or a transformers quantization configuration, got {name!r}")
+        raise BackendError(
+            f"quantize: expected {', '.join(NAMES)} or a transformers quantization configuration, got {name!r}"
+        )
     _need("torchao", f"quantize={name!r}", "pip install 'mg_fast[quant]'")
     places = _places(name, device_map)
     for place in places:
         _check_device(name, place, dtype)
     experts = getattr(text_config, "num_local_experts", None) is not None
     if name == "int4" and experts:
-        raise BackendError("int4 is not offered for fused experts (Mixtral), which torchao packs for no CPU: use int8 or fp8")
+        raise BackendError(
+            "int4 is not offered for fused experts (Mixtral), which torchao packs for no CPU: use int8 or fp8"
+        )
     try:
         config = _torchao_config(name, text_config, places[0].type)
     except ImportError as error:
-        raise BackendError(f"quantize={name!r} needs torchao 0.18 or newer, got {importlib.metadata.version('torchao')}: {error}") from None
+        raise BackendError(
+            f"quantize={name!r} needs torchao 0.18 or newer, got {importlib.metadata.version('torchao')}: {error}"
+        ) from None
     if experts:
         from torchao.quantization import FqnToConfig
 
@@ -56,13 +64,16 @@ def named_config(name: str, text_config, device_map, dtype: torch.dtype | None) 
 
 
 def check_config(config: QuantizationConfigMixin) -> None:
-    """Completes a caller's configuration: the vision parts and the head keep their dtype, unless it says itself what to skip.
+    """Completes a caller's configuration: the vision parts and the head keep their dtype, unless it says itself what to
+    skip.
 
     Raises:
         BackendError: it is none, or the package that it needs is not installed.
     """
     if not isinstance(config, QuantizationConfigMixin):
-        raise BackendError(f"quantize: expected {', '.join(NAMES)} or a transformers quantization configuration, got {config!r}")
+        raise BackendError(
+            f"quantize: expected {', '.join(NAMES)} or a transformers quantization configuration, got {config!r}"
+        )
     method = str(getattr(getattr(config, "quant_method", None), "value", ""))
     if method.startswith("bitsandbytes"):
         _need("bitsandbytes", "a BitsAndBytesConfig", "pip install bitsandbytes")
@@ -91,10 +102,13 @@ def _places(name: str, device_map) -> list[torch.device]:
     if places & {"auto", "balanced", "balanced_low_0", "sequential"}:
         places = set(range(torch.cuda.device_count())) or {"cpu"}
     found = [
-        torch.device("cuda", int(p)) if isinstance(p, numbers.Integral) else torch.device("meta" if p == "disk" else p) for p in places
+        torch.device("cuda", int(p)) if isinstance(p, numbers.Integral) else torch.device("meta" if p == "disk" else p)
+        for p in places
     ]
     if len(kinds := {device.type for device in found}) > 1 or not kinds <= {"cuda", "cpu"}:
-        raise BackendError(f"quantize={name!r} takes one kind of device, CUDA or CPU; the layers would go to {sorted(map(str, found))}")
+        raise BackendError(
+            f"quantize={name!r} takes one kind of device, CUDA or CPU; the layers would go to {sorted(map(str, found))}"
+        )
     return found
 
 
@@ -102,14 +116,18 @@ def _check_device(name: str, device: torch.device, dtype: torch.dtype | None) ->
     if device.type == "cpu":
         if name == "fp8" or dtype != torch.bfloat16:
             better = "int8 and int4 in bfloat16 have kernels (dtype='bfloat16', --dtype bfloat16)"
-            logger.warning("%s with %s on a CPU saves memory and costs time, %s", name, str(dtype).removeprefix("torch."), better)
+            logger.warning(
+                "%s with %s on a CPU saves memory and costs time, %s", name, str(dtype).removeprefix("torch."), better
+            )
         return
     needed, found = _CUDA_ARCHITECTURE.get(name, (0, 0)), torch.cuda.get_device_capability(device)
     if found < needed:
         needed, found = "sm_{}{}".format(*needed), "sm_{}{}".format(*found)
         raise BackendError(f"{name} needs a GPU of {needed} or newer; {torch.cuda.get_device_name(device)} is {found}")
     if name == "int4" and dtype != torch.bfloat16:
-        raise BackendError(f"int4 on a GPU needs bfloat16 weights, these are {dtype}: load them with dtype='bfloat16' (--dtype bfloat16)")
+        raise BackendError(
+            f"int4 on a GPU needs bfloat16 weights, these are {dtype}: load them with dtype='bfloat16' (--dtype bfloat16)"
+        )
 
 
 def _torchao_config(name: str, text_config, device: str):
@@ -131,7 +149,9 @@ def _torchao_config(name: str, text_config, device: str):
 
 
 def _group_size(text_config, device: str) -> int:
-    """The largest group of int4 that divides every width; torchao would leave the other layers as they are, and say nothing."""
+    """The largest group of int4 that divides every width; torchao would leave the other layers as they are, and say
+    nothing.
+    """
     head = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
     heads, pairs = text_config.num_attention_heads * head, text_config.num_key_value_heads * head
     hidden, inner = text_config.hidden_size, text_config.intermediate_size
@@ -149,4 +169,6 @@ def _group_size(text_config, device: str) -> int:
 def check_savable(model: nn.Module) -> None:
     """Raises `BackendError` for weights that torchao has no file format for."""
     if any(type(parameter.data).__name__ == "Int4OpaqueTensor" for parameter in model.parameters()):
-        raise BackendError("int4 weights packed for a CPU cannot be saved, torchao has no file format for them: int8 and fp8 can")
+        raise BackendError(
+            "int4 weights packed for a CPU cannot be saved, torchao has no file format for them: int8 and fp8 can"
+        )

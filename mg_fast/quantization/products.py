@@ -19,7 +19,9 @@ EXPERTS_FUNCTION = "mg_fast_quantized"
 
 
 def finish(model: nn.Module) -> None:
-    """Gives a loaded model the products for its quantised weights that torchao lacks; says where most of it is not quantised."""
+    """Gives a loaded model the products for its quantised weights that torchao lacks; says where most of it is not
+    quantised.
+    """
     language_model = model.model.language_model
     left = total = 0
     experts = False
@@ -60,7 +62,8 @@ def _is_int8(weight: torch.Tensor) -> bool:
 class Int8Linear(nn.Linear):
     """A Linear of torchao's int8 weights. Everything but these two stays torchao's:
 
-    - a few bfloat16 rows on a CPU: torch's own kernel reads the int8 weights, where torchao converts them all in every product;
+    - a few bfloat16 rows on a CPU: torch's own kernel reads the int8 weights, where torchao converts them all in every
+      product;
     - float16: the weights are scaled before the product, where torchao sums up unscaled ones, beyond float16's range.
     """
 

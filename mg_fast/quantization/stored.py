@@ -11,7 +11,8 @@ UNQUANTIZED = ("model.vision_tower", "model.vision_tower_aux", "model.patch_mini
 
 @dataclass(frozen=True)
 class WeightBytes:
-    """Bytes of a model's parameters and buffers as they are stored, scales and zero points included, shared ones counted once.
+    """Bytes of a model's parameters and buffers as they are stored, scales and zero points included, shared ones
+    counted once.
 
     Attributes:
         language_model: of the language model and its head.
@@ -31,7 +32,9 @@ class WeightBytes:
 
 
 def weight_bytes(model: nn.Module) -> WeightBytes:
-    """Counts the weights of a MiniGeminiForConditionalGeneration; bitsandbytes' without their scales, which it keeps aside."""
+    """Counts the weights of a MiniGeminiForConditionalGeneration; bitsandbytes' without their scales, which it keeps
+    aside.
+    """
     language_model = vision = unquantized = 0
     formats: dict[str, None] = {}
     seen = set()

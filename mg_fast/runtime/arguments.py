@@ -35,7 +35,8 @@ def plain_numbers(value):
 def plain_options(options: dict) -> dict:
     """Keyword arguments with plain numbers. Tensors that have dimensions stay: they are a model's inputs."""
     return {
-        name: value if getattr(value, "ndim", 0) and hasattr(value, "is_meta") else plain_numbers(value) for name, value in options.items()
+        name: value if getattr(value, "ndim", 0) and hasattr(value, "is_meta") else plain_numbers(value)
+        for name, value in options.items()
     }
 
 
@@ -90,8 +91,8 @@ def check_text(text: str, what: str) -> None:
         what: what the message calls it.
 
     Raises:
-        PromptError: no text at all, or a surrogate code point, which stands for half a character, or for a byte that was read in another
-            encoding.
+        PromptError: no text at all, or a surrogate code point, which stands for half a character, or for a byte that
+            was read in another encoding.
     """
     if not isinstance(text, str):
         raise PromptError(f"{what}: expected a text, got {quoted(text)}")

@@ -39,7 +39,8 @@ class ByteLRU:
         """Keeps a value that is not None.
 
         Args:
-            replace: a value that is already there gives way; without, it stays, since whoever was given it may rely on its being kept.
+            replace: a value that is already there gives way; without, it stays, since whoever was given it may rely on
+                its being kept.
         """
         if not self.fits(nbytes):
             return

@@ -1,7 +1,7 @@
 """Which dtype `dtype="auto"` loads a checkpoint in on a CPU, and what another one costs.
 
-A CPU without arithmetic for 16-bit numbers converts every operand of a product first. Weights in bfloat16 or float16 take half of
-the memory there and several times as long as in float32.
+A CPU without arithmetic for 16-bit numbers converts every operand of a product first. Weights in bfloat16 or float16
+take half of the memory there and several times as long as in float32.
 """
 
 import logging
@@ -16,8 +16,8 @@ _ARITHMETIC = {
     torch.bfloat16: {"avx512_bf16", "amx_bf16", "bf16", "svebf16"},
     torch.float16: {"avx512_fp16", "amx_fp16", "asimdhp", "fp16_arith", "neon_fp16_arith"},
 }
-# How many times as long as in float32 matrix products of many rows take on a CPU without arithmetic in the dtype: the least and
-# the most of the shapes in bench/results/cpu-dtypes.json. A test holds the numbers against the file.
+# How many times as long as in float32 matrix products of many rows take on a CPU without arithmetic in the dtype: the
+# least and the most of the shapes in bench/results/cpu-dtypes.json. A test holds the numbers against the file.
 SLOWER = {torch.bfloat16: (7, 9), torch.float16: (6, 7)}
 # What is kept free besides the weights: packed copies of the towers, activations, keys and values.
 _BESIDES = 1.25
@@ -48,7 +48,9 @@ def available_bytes() -> int:
         limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
         # Files that were read count as used until somebody needs the memory.
         cached = next(
-            int(line.split()[1]) for line in (group / "memory.stat").read_text().splitlines() if line.startswith("inactive_file ")
+            int(line.split()[1])
+            for line in (group / "memory.stat").read_text().splitlines()
+            if line.startswith("inactive_file ")
         )
     except (OSError, ValueError, StopIteration):
         # There is no such file, or no limit, of which it says `max`.
@@ -66,7 +68,8 @@ def choose(stored: torch.dtype, parameters: int) -> torch.dtype:
     """The dtype that `auto` takes on this CPU, said in one line where it is not the stored one or is a slow one.
 
     Args:
-        stored: of the checkpoint's weights. Wider ones than 16 bits are taken as they are: none is rounded that was not before.
+        stored: of the checkpoint's weights. Wider ones than 16 bits are taken as they are: none is rounded that was not
+            before.
         parameters: how many numbers the checkpoint's tensors have.
     """
     if stored not in _ARITHMETIC:
@@ -114,12 +117,18 @@ def describe() -> str:
         return f"arithmetic in {arithmetic}; dtype=auto keeps 16-bit checkpoints as they are"
     slower = ", ".join(f"{_name(dtype)} {SLOWER[dtype][0]} to {SLOWER[dtype][1]} times as long" for dtype in slow)
     taken = " and ".join(f"{_name(other)} for {_name(dtype)}" for dtype, other in slow.items())
-    memory = f", where float32 fits in {available_bytes() / 1e9:.1f} GB of available memory" if torch.float32 in slow.values() else ""
+    memory = (
+        f", where float32 fits in {available_bytes() / 1e9:.1f} GB of available memory"
+        if torch.float32 in slow.values()
+        else ""
+    )
     return f"arithmetic in {arithmetic} ({slower}); dtype=auto takes {taken}{memory}"
 
 
 def _fastest(stored: torch.dtype) -> torch.dtype:
-    """What this CPU multiplies fastest in of what can hold the numbers of a 16-bit dtype; float16 lacks the range for bfloat16's."""
+    """What this CPU multiplies fastest in of what can hold the numbers of a 16-bit dtype; float16 lacks the range for
+    bfloat16's.
+    """
     fast = fast_dtypes()
     return next((dtype for dtype in (stored, torch.bfloat16) if dtype in fast), torch.float32)
 

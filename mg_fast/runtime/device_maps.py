@@ -5,19 +5,23 @@ from collections.abc import Iterable, Mapping
 import torch
 
 
-def complete_device_map(device_map: Mapping[str, object], names: Iterable[str], tied: Mapping[str, str] | None = None) -> dict[str, object]:
+def complete_device_map(
+    device_map: Mapping[str, object], names: Iterable[str], tied: Mapping[str, str] | None = None
+) -> dict[str, object]:
     """A device map that says the same without entries for a module and for something inside it.
 
-    accelerate cannot place such a module, as with {"": "cpu", "lm_head": "disk"}. And transformers looks a parameter up by the beginning of
-    its name alone, so that an entry for "layers.1" holds for "layers.10" too where that has none of its own. Here every module beside one
-    that has an entry gets its own.
+    accelerate cannot place such a module, as with {"": "cpu", "lm_head": "disk"}. And transformers looks a parameter up
+    by the beginning of its name alone, so that an entry for "layers.1" holds for "layers.10" too where that has none of
+    its own. Here every module beside one that has an entry gets its own.
 
     Args:
         device_map: devices by the names of modules, "" for all others.
         names: of the model's parameters.
-        tied: names of parameters that are others, by whose names they go. On disk they lie together, as they are loaded together.
+        tied: names of parameters that are others, by whose names they go. On disk they lie together, as they are loaded
+            together.
     """
-    # transformers and accelerate compare devices with "cpu", "disk" and numbers, which a torch.device is equal to none of
+    # transformers and accelerate compare devices with "cpu", "disk" and numbers, which a torch.device is equal to none
+    # of
     device_map = {name: _plain_device(device) for name, device in device_map.items()}
     complete, names = {}, list(names)
 
@@ -37,9 +41,14 @@ def complete_device_map(device_map: Mapping[str, object], names: Iterable[str], 
     add("", None)
     for name, source in (tied or {}).items():
         entries = [
-            next((entry for entry in complete if not entry or parameter.startswith(f"{entry}.")), None) for parameter in (name, source)
+            next((entry for entry in complete if not entry or parameter.startswith(f"{entry}.")), None)
+            for parameter in (name, source)
         ]
-        if None not in entries and "disk" in (places := [complete[entry] for entry in entries]) and places[0] != places[1]:
+        if (
+            None not in entries
+            and "disk" in (places := [complete[entry] for entry in entries])
+            and places[0] != places[1]
+        ):
             complete[entries[0]] = places[1]
     return complete
 

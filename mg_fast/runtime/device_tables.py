@@ -11,13 +11,15 @@ from .byte_lru import ByteLRU
 
 
 def kept(limit: int | None = None) -> Callable:
-    """Keeps the tensors that a function returns, alone or in tuples and lists, by its arguments, one of which is a torch.device.
+    """Keeps the tensors that a function returns, alone or in tuples and lists, by its arguments, one of which is a
+    torch.device.
 
     Those of a trace belong to it alone, and those of a capture hold nothing until it is replayed: they are made anew.
 
     Args:
-        limit: most bytes of one function's tensors; what was used longest ago goes first, and what is larger is not kept. Whatever a CUDA
-            graph was captured with stays beyond it, as a replay may read it at any time. None: all is kept for good.
+        limit: most bytes of one function's tensors; what was used longest ago goes first, and what is larger is not
+            kept. Whatever a CUDA graph was captured with stays beyond it, as a replay may read it at any time. None:
+            all is kept for good.
     """
 
     def decorate(make: Callable) -> Callable:

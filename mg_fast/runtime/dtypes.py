@@ -1,4 +1,6 @@
-"""The dtypes that weights can be loaded in, by all the names that people have for them. Imports torch only where one is made."""
+"""The dtypes that weights can be loaded in, by all the names that people have for them. Imports torch only where one is
+made.
+"""
 
 from ..errors import BackendError, quoted
 

@@ -30,12 +30,13 @@ class NoStreamLeft(RuntimeError):
 class CaptureStream:
     """A stream that one owner captures its CUDA graphs on, and no other owner while this one lives.
 
-    cuBLAS keeps one workspace for each thread and stream, and a captured product goes on writing to the workspace of the stream that it was
-    captured on. Two graphs that were captured on one stream must therefore never be replayed at the same time. An owner that may have two
-    replays in flight at once needs two of these.
+    cuBLAS keeps one workspace for each thread and stream, and a captured product goes on writing to the workspace of
+    the stream that it was captured on. Two graphs that were captured on one stream must therefore never be replayed at
+    the same time. An owner that may have two replays in flight at once needs two of these.
 
-    One case is not covered. The streams are torch's, so a caller who takes streams of his own from torch may be given the same one. He must
-    not multiply matrices on it, in the thread that captured, while a replay runs on another stream.
+    One case is not covered. The streams are torch's, so a caller who takes streams of his own from torch may be given
+    the same one. He must not multiply matrices on it, in the thread that captured, while a replay runs on another
+    stream.
 
     Args:
         device: the GPU.
@@ -50,12 +51,15 @@ class CaptureStream:
     def __init__(self, device: torch.device):
         stream = _lease(device)
         if stream is None:
-            # graphs and the caches that they are of refer to each other, so that those that were dropped may not be gone yet
+            # graphs and the caches that they are of refer to each other, so that those that were dropped may not be
+            # gone yet
             gc.collect()
             stream = _lease(device)
         if stream is None:
             owners = len(_leases[device])
-            raise NoStreamLeft(f"no stream is left on {device} to capture CUDA graphs on: {owners} owners of graphs are alive")
+            raise NoStreamLeft(
+                f"no stream is left on {device} to capture CUDA graphs on: {owners} owners of graphs are alive"
+            )
         self.stream = stream
         weakref.finalize(self, _leases[device].discard, stream.cuda_stream)
 
@@ -127,15 +131,17 @@ class CapturedGraph:
 
 
 class GraphCache:
-    """A bounded cache of one owner's captured graphs, one for each shape of its work; the graph that was used longest ago goes first.
+    """A bounded cache of one owner's captured graphs, one for each shape of its work; the graph that was used longest
+    ago goes first.
 
-    All graphs of one cache are captured on one stream, which no other owner has, so only one of them may be replayed at a time.
+    All graphs of one cache are captured on one stream, which no other owner has, so only one of them may be replayed at
+    a time.
 
     Args:
         limit: most entries.
         captures: of the owner, who may have several caches.
-        shared_memory: graphs take what lies between their inputs and their results from one pool of memory. Each then overwrites what the
-            others left there, so a result must be copied before another graph runs.
+        shared_memory: graphs take what lies between their inputs and their results from one pool of memory. Each then
+            overwrites what the others left there, so a result must be copied before another graph runs.
     """
 
     def __init__(self, limit: int, captures: Captures, *, shared_memory: bool = False):
@@ -177,9 +183,11 @@ class GraphCache:
     def capture(
         self, work: Callable[[], torch.Tensor], device: torch.device, what: str, began: float | None = None
     ) -> CapturedGraph | None:
-        """Captures work on a device; None, with a warning, where it cannot be captured, or captures are not allowed any more.
+        """Captures work on a device; None, with a warning, where it cannot be captured, or captures are not allowed any
+        more.
 
-        Where memory or streams are short, other work may still be captured. After any other failure nothing is, see `Captures`.
+        Where memory or streams are short, other work may still be captured. After any other failure nothing is, see
+        `Captures`.
 
         Args:
             work: launches everything and returns what its result lies in.

@@ -34,11 +34,17 @@ def compute_dtype(module: nn.Module) -> torch.dtype | None:
 
 
 def running(module: nn.Module) -> nn.Module:
-    """The module that takes the input where peft has wrapped it: a layer below its adapters, or the trained copy of a whole module."""
+    """The module that takes the input where peft has wrapped it: a layer below its adapters, or the trained copy of a
+    whole module.
+    """
     while True:
         parts = module._modules
         if "modules_to_save" in parts and "original_module" in parts:
-            active = [] if module.disable_adapters else [name for name in module.active_adapters if name in parts["modules_to_save"]]
+            active = (
+                []
+                if module.disable_adapters
+                else [name for name in module.active_adapters if name in parts["modules_to_save"]]
+            )
             module = parts["modules_to_save"][active[0]] if active else parts["original_module"]
         elif "base_layer" in parts:
             module = parts["base_layer"]
@@ -47,7 +53,8 @@ def running(module: nn.Module) -> nn.Module:
 
 
 def at_seam(x: torch.Tensor, module: nn.Module) -> torch.Tensor:
-    """A tensor in the dtype of the part of the model that takes it next, which may differ from the part that it comes from.
+    """A tensor in the dtype of the part of the model that takes it next, which may differ from the part that it comes
+    from.
 
     Under autocast it stays as it is, as autocast casts it in each operation.
     """
@@ -67,7 +74,8 @@ def call(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def mixed_dtypes_named(parts: Mapping[str, nn.Module]):
-    """Where torch refuses a product of two dtypes in parts that cast nothing inside, says which layers differ from the rest of their part.
+    """Where torch refuses a product of two dtypes in parts that cast nothing inside, says which layers differ from the
+    rest of their part.
 
     Args:
         parts: what runs, by their names.
@@ -81,7 +89,9 @@ def mixed_dtypes_named(parts: Mapping[str, nn.Module]):
         if not any(phrase in str(error) for phrase in _REFUSED_MIXTURES):
             raise
         for name, part in parts.items():
-            dtypes = {where: p.dtype for where, p in part.named_parameters() if p.is_floating_point() and p.element_size() > 1}
+            dtypes = {
+                where: p.dtype for where, p in part.named_parameters() if p.is_floating_point() and p.element_size() > 1
+            }
             if len(kinds := Counter(dtypes.values()).most_common()) > 1:
                 usual = kinds[0][0]
                 where, dtype = next((where, dtype) for where, dtype in dtypes.items() if dtype != usual)

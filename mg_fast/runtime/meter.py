@@ -13,7 +13,9 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 class StageTime(NamedTuple):
-    """One measured stage: wall-clock seconds, and MiB that its peak rose above what was held at its start (None: not known here)."""
+    """One measured stage: wall-clock seconds, and MiB that its peak rose above what was held at its start (None: not
+    known here).
+    """
 
     name: str
     seconds: float
@@ -24,7 +26,8 @@ class Meter:
     """Measures stages one after another.
 
     Measuring costs a little time of its own: freed memory is handed back before every stage and has to be taken anew.
-    On CUDA the device is synchronised at both ends and the allocator's peak is read; on Linux CPUs the process's peak resident memory.
+    On CUDA the device is synchronised at both ends and the allocator's peak is read; on Linux CPUs the process's peak
+    resident memory.
     """
 
     def __init__(self, device: torch.device | str):

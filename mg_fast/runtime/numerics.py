@@ -7,7 +7,8 @@ from torch import _C
 _PRECISIONS = tuple((backend, operation) for backend in ("cuda", "mkldnn") for operation in ("matmul", "conv", "rnn"))
 _SETTINGS = (
     torch.get_default_dtype,
-    # How sums within products of 16-bit numbers are kept. The first two are pairs: in reduced precision, and in several parts.
+    # How sums within products of 16-bit numbers are kept. The first two are pairs: in reduced precision, and in several
+    # parts.
     _C._get_cublas_allow_fp16_reduced_precision_reduction,
     _C._get_cublas_allow_bf16_reduced_precision_reduction,
     _C._get_cublas_allow_fp16_accumulation,
@@ -31,11 +32,12 @@ _SETTINGS = (
 def numerics(device: torch.device) -> tuple:
     """All of torch's settings by which the same operation on the same numbers may round differently on a device.
 
-    Results that were kept, and CUDA graphs that were captured, under one key are of use under an equal one alone. Settings of the other
-    types of devices are in it, too: they are seldom changed, and a model may be spread over several.
+    Results that were kept, and CUDA graphs that were captured, under one key are of use under an equal one alone.
+    Settings of the other types of devices are in it, too: they are seldom changed, and a model may be spread over
+    several.
 
-    Two things are not in it. `torch.set_flush_denormal` cannot be asked for. The number of threads changes the order of sums on a CPU, as
-    the choice of a kernel does in many other places, but is not a setting of precision.
+    Two things are not in it. `torch.set_flush_denormal` cannot be asked for. The number of threads changes the order of
+    sums on a CPU, as the choice of a kernel does in many other places, but is not a setting of precision.
 
     Returns:
         Strings, numbers, dtypes and None, in an order of their own: to be hashed, compared, or written by `repr`.

@@ -7,8 +7,8 @@ from torch import nn
 def execution_device(module: nn.Module) -> torch.device:
     """The device that a module computes on.
 
-    Weights that accelerate has offloaded (`device_map` with "cpu" or "disk") lie on "meta" between calls. A hook brings them to the
-    execution device for each call, and that device is what counts.
+    Weights that accelerate has offloaded (`device_map` with "cpu" or "disk") lie on "meta" between calls. A hook brings
+    them to the execution device for each call, and that device is what counts.
 
     Args:
         module: a module with parameters; of several parts on several devices the first one counts.
@@ -30,7 +30,8 @@ def accelerate_hooks(module: nn.Module) -> list:
 
 
 def set_offloaded(module: nn.Module, name: str, value: torch.Tensor) -> bool:
-    """Gives an offloaded parameter of a module another value, where its weights lie: on disk, or in memory where there is no folder for it.
+    """Gives an offloaded parameter of a module another value, where its weights lie: on disk, or in memory where there
+    is no folder for it.
 
     Returns:
         Whether the weights of this module are offloaded at all.
@@ -54,7 +55,9 @@ def set_offloaded(module: nn.Module, name: str, value: torch.Tensor) -> bool:
 
 
 def only_placed(module: nn.Module) -> bool:
-    """Whether the replaced forward of a module is accelerate's, and does no more than move inputs and outputs between devices."""
+    """Whether the replaced forward of a module is accelerate's, and does no more than move inputs and outputs between
+    devices.
+    """
     hooks = accelerate_hooks(module)
     original = getattr(vars(module).get("_old_forward"), "__func__", None)
     placing = all(type(hook).__name__ == "AlignDevicesHook" and not hook.offload for hook in hooks)

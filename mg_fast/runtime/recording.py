@@ -1,7 +1,8 @@
 """Graphs that torch.jit.trace, torch.jit.script and torch.fx record of a module.
 
-None of the three follows decisions that are made in Python, and what mg_fast runs is chosen by sizes, devices and backends. They
-record the plain form instead: the model's own modules, with the same result. torch.compile and torch.export need none of this.
+None of the three follows decisions that are made in Python, and what mg_fast runs is chosen by sizes, devices and
+backends. They record the plain form instead: the model's own modules, with the same result. torch.compile and
+torch.export need none of this.
 """
 
 import functools
@@ -23,8 +24,8 @@ def recorded_as(plain: Callable) -> Callable[[Callable], Callable]:
     """A decorator for a method in whose place `plain` is recorded; the method itself is its attribute `unrecorded`.
 
     Args:
-        plain: a method of the same arguments, written in what the three can follow as far as they can. It has neither `*args` nor
-            keyword-only arguments, which torch.jit.script does not take.
+        plain: a method of the same arguments, written in what the three can follow as far as they can. It has neither
+            `*args` nor keyword-only arguments, which torch.jit.script does not take.
     """
 
     def decorate(method: Callable) -> Callable:
@@ -36,8 +37,8 @@ def recorded_as(plain: Callable) -> Callable[[Callable], Callable]:
                 return plain(self, *args, **kwargs)
             return method(self, *args, **kwargs)
 
-        # torch.jit.script never calls the method. It reads the source of what `__wrapped__` names, and looks up the names in there
-        # in the globals of the function that it was given.
+        # torch.jit.script never calls the method. It reads the source of what `__wrapped__` names, and looks up the
+        # names in there in the globals of the function that it was given.
         if isinstance(plain, types.FunctionType):
             call = types.FunctionType(call.__code__, plain.__globals__, method.__name__, None, call.__closure__)
         functools.update_wrapper(call, method)

@@ -1,4 +1,6 @@
-"""What whoever reads a module's weights must know: whether the module computes what they say, and whether they have changed."""
+"""What whoever reads a module's weights must know: whether the module computes what they say, and whether they have
+changed.
+"""
 
 import functools
 import weakref
@@ -13,13 +15,15 @@ from torch.utils.module_tracker import ModuleTracker
 
 from .placement import accelerate_hooks, only_placed
 
-# Exactly these types: quantized and sharded weights are subclasses, and are not read as they lie in memory. Replicas of DataParallel and
-# calls by torch.func.functional_call have plain tensors in the place of parameters. A fake tensor is one that is traced or compiled for.
+# Exactly these types: quantized and sharded weights are subclasses, and are not read as they lie in memory. Replicas of
+# DataParallel and calls by torch.func.functional_call have plain tensors in the place of parameters. A fake tensor is
+# one that is traced or compiled for.
 _PLAIN_TENSORS = (nn.Parameter, torch.Tensor, FakeTensor)
 
 
 def why_all_modules_are_hooked() -> str | None:
-    """Says so where hooks are registered for all modules at once, which only calls of the modules run; None where there are none.
+    """Says so where hooks are registered for all modules at once, which only calls of the modules run; None where there
+    are none.
 
     Those of torch's ModuleTracker, by which FlopCounterMode tells modules apart, only look on. They do not count.
     """
@@ -36,7 +40,12 @@ def why_all_modules_are_hooked() -> str | None:
 
 
 def why_not_plain(
-    name: str, layer: nn.Module, *, known: Collection[type] | None = None, reads: Collection[str] | None = None, placed: bool = False
+    name: str,
+    layer: nn.Module,
+    *,
+    known: Collection[type] | None = None,
+    reads: Collection[str] | None = None,
+    placed: bool = False,
 ) -> str | None:
     """Why a call of one layer does more than its class and its tensors say, as a sentence; None where it does not.
 
@@ -46,22 +55,26 @@ def why_not_plain(
         name: of the layer, for the sentence.
         layer: the module.
         known: the classes whose arithmetic the caller knows, exactly: a subclass computes something else. None: any.
-        reads: attributes that the caller reads and that must be plain tensors: none of them where the layer's own forward runs, as in a
-            CUDA graph that was captured of it. None: whatever parameters the layer has.
-        placed: take a layer as plain that accelerate has put on a device for good, around which it only moves inputs and outputs between
-            devices. A caller who says so brings the input to the layer's device.
+        reads: attributes that the caller reads and that must be plain tensors: none of them where the layer's own
+            forward runs, as in a CUDA graph that was captured of it. None: whatever parameters the layer has.
+        placed: take a layer as plain that accelerate has put on a device for good, around which it only moves inputs
+            and outputs between devices. A caller who says so brings the input to the layer's device.
     """
     return why_all_modules_are_hooked() or _why_not_plain(name, layer, known, reads, placed)
 
 
-def why_more_than_weights(module: nn.Module, known: Collection[type] | None, *, called: bool = False, placed: bool = False) -> str | None:
-    """Why a module, with all that is in it, computes something else than its weights say, as a sentence; None where it does not.
+def why_more_than_weights(
+    module: nn.Module, known: Collection[type] | None, *, called: bool = False, placed: bool = False
+) -> str | None:
+    """Why a module, with all that is in it, computes something else than its weights say, as a sentence; None where it
+    does not.
 
     Args:
         module: the module; its weights are expected in one dtype and on one device.
-        known: the classes that may be in it, its own among them, exactly: subclasses and wrappers compute something else (low-rank
-            adapters, quantized layers, parametrizations). None: the caller looks at the classes.
-        called: the module itself is called, and only what is in it is read: its own hooks, forward and class are as they were.
+        known: the classes that may be in it, its own among them, exactly: subclasses and wrappers compute something
+            else (low-rank adapters, quantized layers, parametrizations). None: the caller looks at the classes.
+        called: the module itself is called, and only what is in it is read: its own hooks, forward and class are as
+            they were.
         placed: as of `why_not_plain`.
     """
     if reason := why_all_modules_are_hooked():
@@ -78,7 +91,9 @@ def why_more_than_weights(module: nn.Module, known: Collection[type] | None, *, 
     return None
 
 
-def _why_not_plain(name: str, layer: nn.Module, known: Collection[type] | None, reads: Collection[str] | None, placed: bool) -> str | None:
+def _why_not_plain(
+    name: str, layer: nn.Module, known: Collection[type] | None, reads: Collection[str] | None, placed: bool
+) -> str | None:
     if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
         return f"{name} has hooks on its {type(layer).__name__}, which only a call of the module runs"
     if "forward" in vars(layer) and not (placed and only_placed(layer)):
@@ -88,7 +103,9 @@ def _why_not_plain(name: str, layer: nn.Module, known: Collection[type] | None, 
     tensors = _named_parameters(layer) if reads is None else ((kind, getattr(layer, kind)) for kind in reads)
     for kind, tensor in tensors:
         if type(tensor) not in _PLAIN_TENSORS:
-            return f"the {kind} of {name}'s {type(layer).__name__} is {type(tensor).__name__}, expected a plain parameter"
+            return (
+                f"the {kind} of {name}'s {type(layer).__name__} is {type(tensor).__name__}, expected a plain parameter"
+            )
     return None
 
 
@@ -105,9 +122,10 @@ def _parameters(layer: nn.Module) -> list[torch.Tensor]:
 class Fingerprint:
     """What modules compute by at one moment. Two are equal where results of the one moment hold at the other.
 
-    It knows the weights with their places and versions, modules that were exchanged, hooks, replaced forwards, and low-rank adapters with
-    their switches and factors. What is written through `.data`, into inference tensors or into offloaded weights is counted nowhere, and
-    is not seen. It keeps none of the weights. Making one looks at every module, which takes milliseconds for a large model.
+    It knows the weights with their places and versions, modules that were exchanged, hooks, replaced forwards, and
+    low-rank adapters with their switches and factors. What is written through `.data`, into inference tensors or into
+    offloaded weights is counted nowhere, and is not seen. It keeps none of the weights. Making one looks at every
+    module, which takes milliseconds for a large model.
 
     A copy or a pickle of it knows nothing: what it comes with has memory of its own.
 
@@ -126,11 +144,12 @@ class Fingerprint:
         for module in _with_all_inside(parts):
             modules.append((weakref.ref(module), type(module), module.training))
             for weight in module._parameters.values():
-                # What stands in for an offloaded weight is made anew after every call. The weight itself lies with the hook that loads it.
+                # What stands in for an offloaded weight is made anew after every call. The weight itself lies with the
+                # hook that loads it.
                 if weight is None or weight.is_meta:
                     continue
-                # Some layouts of quantized weights have no address of their own. While a storage is referred to, its place is not
-                # another's.
+                # Some layouts of quantized weights have no address of their own. While a storage is referred to, its
+                # place is not another's.
                 plain = type(weight) is nn.Parameter
                 places.append((StorageWeakRef(weight.untyped_storage()), weight.data_ptr()) if plain else 0)
                 version = None if weight.is_inference() else weight._version
@@ -147,7 +166,9 @@ class Fingerprint:
             if _has_adapters(type(module)) or "merged_adapters" in own:
                 # Low-rank adapters are switched and scaled, and merged through `.data`, which weights do not count.
                 scaling = tuple(getattr(module, "scaling", {}).items())
-                special.append((tuple(module.active_adapters), module.disable_adapters, tuple(module.merged_adapters), scaling))
+                special.append(
+                    (tuple(module.active_adapters), module.disable_adapters, tuple(module.merged_adapters), scaling)
+                )
         self.places, self._watched = places, watched
         self._facts = weights, places, modules, hooks, special
 
@@ -162,14 +183,17 @@ class Fingerprint:
     def weights_written(self) -> bool:
         """Whether a weight was changed in place since.
 
-        This asks the weights themselves and takes microseconds. What became of those that are gone, were moved or converted is not asked.
+        This asks the weights themselves and takes microseconds. What became of those that are gone, were moved or
+        converted is not asked.
         """
         return any((tensor := weight()) is not None and tensor._version != version for weight, version in self._watched)
 
 
 @functools.cache
 def _has_adapters(kind: type) -> bool:
-    """Whether a class of modules is one of low-rank adapters. A class that lacks an attribute is slow to say so, so it is asked once."""
+    """Whether a class of modules is one of low-rank adapters. A class that lacks an attribute is slow to say so, so it
+    is asked once.
+    """
     return hasattr(kind, "merged_adapters")
 
 

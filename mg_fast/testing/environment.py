@@ -42,7 +42,9 @@ def _cpu() -> str:
     except OSError:
         return platform.processor()
     lines = text.splitlines()
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    model = next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
     flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), [])
     return " ".join([model, *(f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags)])
 
@@ -65,6 +67,8 @@ def _version(package: str) -> str | None:
 
 def _command(*words: str) -> str | None:
     try:
-        return subprocess.run(words, capture_output=True, text=True, check=True, cwd=Path(__file__).parent).stdout.strip()
+        return subprocess.run(
+            words, capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

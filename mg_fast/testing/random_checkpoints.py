@@ -1,4 +1,5 @@
-"""Random Mini-Gemini checkpoints in the published layout, of any size: for tests and timing where real weights cannot be had.
+"""Random Mini-Gemini checkpoints in the published layout, of any size: for tests and timing where real weights cannot
+be had.
 
 python -m mg_fast.testing.random_checkpoints FOLDER --size demo
 python -m mg_fast.testing.random_checkpoints FOLDER --size 2b --dtype bfloat16     # 6 GB: MGM-2B at its real size
@@ -20,16 +21,32 @@ from mg_fast.models.templates import TEMPLATES
 # the towers of the published models, and narrow ones of the same geometry (336/768: 576 image tokens)
 PUBLISHED_TOWERS = {"clip": None, "convnext": None}
 NARROW_TOWERS = {
-    "clip": dict(hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=2, patch_size=14, image_size=336),
+    "clip": dict(
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        patch_size=14,
+        image_size=336,
+    ),
     "convnext": {"dims": [24, 48, 96, 192], "depths": [1, 1, 3, 1], "norm_eps": 1e-6},
 }
 TINY_TOWERS = {
-    "clip": dict(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=1, patch_size=14, image_size=70),
+    "clip": dict(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=1, patch_size=14, image_size=70
+    ),
     "convnext": {"dims": [8, 16, 24, 32], "depths": [1, 1, 2, 1], "norm_eps": 1e-6},
 }
 LLM_7B = dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=11008)
 # wider than usual an initial spread, or small random models say the same token over and over
-LLM_DEMO = dict(initializer_range=0.1, hidden_size=192, num_hidden_layers=4, num_attention_heads=6, intermediate_size=512, vocab_size=512)
+LLM_DEMO = dict(
+    initializer_range=0.1,
+    hidden_size=192,
+    num_hidden_layers=4,
+    num_attention_heads=6,
+    intermediate_size=512,
+    vocab_size=512,
+)
 LLM_TINY = dict(
     initializer_range=0.1,
     hidden_size=64,
@@ -66,10 +83,21 @@ SIZES = {
         ),
         PUBLISHED_TOWERS,
     ),
-    "7b": ("mgm", LLM_7B | {"vocab_size": 32000, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}, PUBLISHED_TOWERS),
+    "7b": (
+        "mgm",
+        LLM_7B | {"vocab_size": 32000, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+        PUBLISHED_TOWERS,
+    ),
     "8b": (
         "mgm",
-        LLM_7B | dict(num_key_value_heads=8, intermediate_size=14336, vocab_size=128256, max_position_embeddings=8192, rope_theta=500000.0),
+        LLM_7B
+        | dict(
+            num_key_value_heads=8,
+            intermediate_size=14336,
+            vocab_size=128256,
+            max_position_embeddings=8192,
+            rope_theta=500000.0,
+        ),
         PUBLISHED_TOWERS,
     ),
     "13b": (
@@ -81,13 +109,21 @@ SIZES = {
     "8x7b": (
         "mgm_mixtral",
         LLM_7B
-        | dict(num_key_value_heads=8, intermediate_size=14336, num_local_experts=8, num_experts_per_tok=2, vocab_size=32000)
+        | dict(
+            num_key_value_heads=8, intermediate_size=14336, num_local_experts=8, num_experts_per_tok=2, vocab_size=32000
+        )
         | {"rope_theta": 1e6, "max_position_embeddings": 32768},
         PUBLISHED_TOWERS,
     ),
     "34b": (
         "mgm",
-        dict(hidden_size=7168, num_hidden_layers=60, num_attention_heads=56, num_key_value_heads=8, intermediate_size=20480)
+        dict(
+            hidden_size=7168,
+            num_hidden_layers=60,
+            num_attention_heads=56,
+            num_key_value_heads=8,
+            intermediate_size=20480,
+        )
         | {"vocab_size": 64000, "rope_theta": 5e6, "max_position_embeddings": 4096},
         PUBLISHED_TOWERS,
     ),
@@ -115,7 +151,9 @@ def make_config(size: str = "demo", *, hd: bool = False) -> MiniGeminiConfig:
     )
 
 
-def make_model(config: MiniGeminiConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> MiniGeminiForConditionalGeneration:
+def make_model(
+    config: MiniGeminiConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> MiniGeminiForConditionalGeneration:
     """A model with seeded random weights."""
     torch.manual_seed(seed)
     before = torch.get_default_dtype()
@@ -136,12 +174,25 @@ def make_model(config: MiniGeminiConfig, *, seed: int = 0, dtype: torch.dtype = 
 
 
 def make_tokenizer(folder: Path, vocab_size: int, template: str) -> None:
-    """A small sentencepiece tokenizer, as the Llama and Gemma families ship it, trained on the prompt templates and the licence."""
+    """A small sentencepiece tokenizer, as the Llama and Gemma families ship it, trained on the prompt templates and the
+    licence.
+    """
     text = (Path(__file__).parents[2] / "LICENSE").read_text(encoding="utf-8")
-    lines = [line.strip() for line in text.splitlines() if line.strip()] + [t.system_text for t in TEMPLATES.values() if t.system_text]
+    lines = [line.strip() for line in text.splitlines() if line.strip()] + [
+        t.system_text for t in TEMPLATES.values() if t.system_text
+    ]
     gemma = template == "gemma"
     marks = ["<start_of_turn>", "<end_of_turn>"] if gemma else []
-    special = dict(pad_id=0, eos_id=1, bos_id=2, unk_id=3, pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>", unk_piece="<unk>")
+    special = dict(
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        pad_piece="<pad>",
+        eos_piece="<eos>",
+        bos_piece="<bos>",
+        unk_piece="<unk>",
+    )
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
@@ -158,7 +209,11 @@ def make_tokenizer(folder: Path, vocab_size: int, template: str) -> None:
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     names = dict(bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", pad_token="<pad>") if gemma else {}
     names = names or dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>")
-    ids = {special[f"{n}_piece"]: special[f"{n}_id"] for n in ("pad", "eos", "bos", "unk")} if gemma else {"<unk>": 0, "<s>": 1, "</s>": 2}
+    ids = (
+        {special[f"{n}_piece"]: special[f"{n}_id"] for n in ("pad", "eos", "bos", "unk")}
+        if gemma
+        else {"<unk>": 0, "<s>": 1, "</s>": 2}
+    )
     flags = dict(lstrip=False, normalized=False, rstrip=False, single_word=False, special=True)
     config = {
         "tokenizer_class": "GemmaTokenizer" if gemma else "LlamaTokenizer",
@@ -172,7 +227,9 @@ def make_tokenizer(folder: Path, vocab_size: int, template: str) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
 
 
-def build(folder: str | Path, *, size: str = "demo", hd: bool = False, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
+def build(
+    folder: str | Path, *, size: str = "demo", hd: bool = False, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> Path:
     """Writes a random checkpoint as the original would have published it; returns its folder."""
     return save(make_model(make_config(size, hd=hd), seed=seed, dtype=dtype), folder)
 

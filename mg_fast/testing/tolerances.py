@@ -2,8 +2,8 @@
 
 import torch
 
-# Against the original's recorded outputs, float32 on a CPU: relative to the largest value. Another implementation on this stack
-# reached 2e-6 and 2e-5; the rest is room for other CPUs' vector units.
+# Against the original's recorded outputs, float32 on a CPU: relative to the largest value. Another implementation on
+# this stack reached 2e-6 and 2e-5; the rest is room for other CPUs' vector units.
 IMAGE_TOKENS = 2e-5
 LOGITS = 5e-5
 # one rounding of the normalised pixels (values up to 2.7), which torch's bilinear kernels differ by between CPUs
@@ -13,8 +13,9 @@ LR_PIXELS = 1e-6
 def ieee_float32() -> None:
     """Makes float32 products and convolutions of a GPU compute in float32, in this process.
 
-    By default cuDNN rounds the inputs of float32 convolutions to 10 bits (TF32). Plain forms that are what others are held against, in
-    accuracy or in time, must not do that: a rule that allows twice their error would then allow almost anything.
+    By default cuDNN rounds the inputs of float32 convolutions to 10 bits (TF32). Plain forms that are what others are
+    held against, in accuracy or in time, must not do that: a rule that allows twice their error would then allow almost
+    anything.
     """
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -28,18 +29,23 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def errors(actual: torch.Tensor, oracle: torch.Tensor) -> tuple[float, float]:
-    """The largest error, relative to the oracle's largest value; the root mean square of the errors, relative to the oracle's."""
+    """The largest error, relative to the oracle's largest value; the root mean square of the errors, relative to the
+    oracle's.
+    """
     difference, oracle = actual.double() - oracle.double(), oracle.double()
     mean_square = (difference.square().mean() / oracle.square().mean().clamp(min=1e-60)).item()
     return (difference.abs().max() / oracle.abs().max().clamp(min=1e-30)).item(), mean_square**0.5
 
 
-def assert_accurate(ours: torch.Tensor, plain: torch.Tensor | list[tuple[float, float]], oracle: torch.Tensor, rows: int = 1) -> None:
-    """The accuracy rule: our error against the float64 oracle is at most twice the plain form's in the same dtype, plus a floor of
-    two units in the last place of the largest value; and small on the whole, so that no wide drift hides below the maximum.
-    A weight's gradient is a sum over `rows`, whose roundings add up like a random walk.
+def assert_accurate(
+    ours: torch.Tensor, plain: torch.Tensor | list[tuple[float, float]], oracle: torch.Tensor, rows: int = 1
+) -> None:
+    """The accuracy rule: our error against the float64 oracle is at most twice the plain form's in the same dtype, plus
+    a floor of two units in the last place of the largest value; and small on the whole, so that no wide drift hides
+    below the maximum. A weight's gradient is a sum over `rows`, whose roundings add up like a random walk.
 
-    `plain` is its result; or, where its numbers are too few to say much, its `errors` in several draws, the worst of which counts.
+    `plain` is its result; or, where its numbers are too few to say much, its `errors` in several draws, the worst of
+    which counts.
     """
     if oracle.numel() == 0:
         return

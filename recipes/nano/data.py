@@ -33,21 +33,29 @@ Row = tuple[list[int], list[int], list[int]]
 
 
 def pages(draw: Callable, seed: int, step: int, size: int) -> Batch:
-    """Pages drawn by `draw_lines` or `draw_numbers`: `pixels` uint8 [B, side, side, 3] and the towers' labels of `label`."""
+    """Pages drawn by `draw_lines` or `draw_numbers`: `pixels` uint8 [B, side, side, 3] and the towers' labels of
+    `label`.
+    """
     drawn = [draw(seed, step * size + i) for i in range(size)]
     side = drawn[0][0].width // DRAWN
     labels = _stack([label(prints, [], None, side) for _, prints in drawn])
-    return labels | {"pixels": torch.from_numpy(np.stack([np.asarray(square(image, side, True)) for image, _ in drawn]))}
+    return labels | {
+        "pixels": torch.from_numpy(np.stack([np.asarray(square(image, side, True)) for image, _ in drawn]))
+    }
 
 
 def scenes(seed: int, step: int, size: int) -> Batch:
-    """Scenes: `pixels` uint8 [B, 192, 192, 3] and the towers' labels of `label`. Every second one is crowded, to show more."""
+    """Scenes: `pixels` uint8 [B, 192, 192, 3] and the towers' labels of `label`. Every second one is crowded, to show
+    more.
+    """
     crowd = dict(shapes=CROWD, numbers=CROWD)
     return _of_scenes([draw_scene(seed, i, **(crowd if i % 2 else {})) for i in range(step * size, (step + 1) * size)])
 
 
 def _of_scenes(drawn: Sequence[Scene]) -> Batch:
-    return _stack(_labels(drawn)) | {"pixels": torch.from_numpy(np.stack([np.asarray(square(s.image, SIDE, True)) for s in drawn]))}
+    return _stack(_labels(drawn)) | {
+        "pixels": torch.from_numpy(np.stack([np.asarray(square(s.image, SIDE, True)) for s in drawn]))
+    }
 
 
 def _labels(drawn: Sequence[Scene]) -> list[dict[str, np.ndarray]]:
@@ -71,14 +79,15 @@ def told(
     Args:
         cells: so many of the 36 stand where image tokens will stand: those with a thing in them, and some without.
         turns: of a conversation.
-        answers_only: short answers follow one another as `bare` leaves them. Of those without a question only the words that depend on the
-            scene are to be said.
+        answers_only: short answers follow one another as `bare` leaves them. Of those without a question only the words
+            that depend on the scene are to be said.
         shown: all cells stand, as a picture.
-        described: the share of the scenes that hold more shapes than others, half of them no number, and are described first, where there
-            are answers only. Then follow places and the number, which a description does not tell.
+        described: the share of the scenes that hold more shapes than others, half of them no number, and are described
+            first, where there are answers only. Then follow places and the number, which a description does not tell.
 
     Returns:
-        As `conversations`, with `pixels` of scenes that are shown, and `cells` [n, cells]: the numbers of those that stand.
+        As `conversations`, with `pixels` of scenes that are shown, and `cells` [n, cells]: the numbers of those that
+        stand.
     """
     content = {i for ids in content_ids(processor).values() for i in ids}
     rows, drawn, labels, standing = [], [], [], []
@@ -110,7 +119,9 @@ def told(
 
 
 def _answers(processor: MiniGeminiProcessor, said: Iterable[tuple[str, str]], cells: int, content: set[int]) -> Row:
-    """As `encode`, of answers that follow so many cells, each after its question or none; without one only `content` is to be said."""
+    """As `encode`, of answers that follow so many cells, each after its question or none; without one only `content` is
+    to be said.
+    """
     tokens = functools.partial(processor.tokenizer, add_special_tokens=False)
     words, wanted = [], []
     for question, answer in said:
@@ -133,8 +144,8 @@ def conversations(processor: MiniGeminiProcessor, seed: int, step: int, size: in
     """Conversations about scenes, one in sixteen without a picture.
 
     Returns:
-        `ids`, `marks` (1 where a picture stands), `answers` (1 where a token of an answer or its end is to be said), `mask`
-        [B, L], padded on the right; of the pictures `pixels` uint8 [n, 192, 192, 3] and what `label` returns.
+        `ids`, `marks` (1 where a picture stands), `answers` (1 where a token of an answer or its end is to be said),
+        `mask` [B, L], padded on the right; of the pictures `pixels` uint8 [n, 192, 192, 3] and what `label` returns.
     """
     rows, pictures = [], []
     for i in range(step * size, (step + 1) * size):
@@ -178,10 +189,9 @@ def label(prints: Sequence[Print], shapes: Sequence, background: str | None, sid
     """What towers are pretrained to tell, with n = side / 32 cells and m = side / 4 positions along a side.
 
     Returns:
-        kind [n, n]: index into `CELL_KINDS` of the thing whose centre lies there. colour [n, n] of shapes. digits [n, n, 4]: of the
-        number that stands alone, 0 for none, else 1 + digit. background []. character, rank [m, m]: 1 + digit, and 1 + its place in
-        its number.
-        `IGNORED` where there is nothing to tell.
+        kind [n, n]: index into `CELL_KINDS` of the thing whose centre lies there. colour [n, n] of shapes. digits [n,
+        n, 4]: of the number that stands alone, 0 for none, else 1 + digit. background []. character, rank [m, m]: 1 +
+        digit, and 1 + its place in its number. `IGNORED` where there is nothing to tell.
     """
     cells, fine = side // CELL, side // STRIDE
     kind = np.zeros((cells, cells), np.int64)
@@ -215,7 +225,9 @@ def _stack(labels: Sequence[dict[str, np.ndarray]]) -> Batch:
 
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
     """The batch, and one that goes along with it, on a device."""
-    return {name: to_device(value, device) if isinstance(value, dict) else value.to(device) for name, value in batch.items()}
+    return {
+        name: to_device(value, device) if isinstance(value, dict) else value.to(device) for name, value in batch.items()
+    }
 
 
 class Steps(Dataset):
@@ -233,4 +245,6 @@ class Steps(Dataset):
 
 def loader(make, first: int, last: int, workers: int = 1) -> DataLoader:
     """Batches of the steps from `first` up to `last`, drawn beside the training. `make` takes a step's number."""
-    return DataLoader(Steps(make, first, last), batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None)
+    return DataLoader(
+        Steps(make, first, last), batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None
+    )

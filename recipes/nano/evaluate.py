@@ -2,8 +2,8 @@
 
 python -m recipes.nano.evaluate CHECKPOINT --without CHECKPOINT --out RESULT.json
 
-Every scene is asked one question of every type that it allows, each as the first of a conversation. Numbers are counted once more among
-those that no training scene ever showed.
+Every scene is asked one question of every type that it allows, each as the first of a conversation. Numbers are counted
+once more among those that no training scene ever showed.
 """
 
 import argparse
@@ -31,7 +31,9 @@ BATCH = 64
 MOST = 64
 
 
-def evaluate(pipelines: dict[str, mg_fast.Pipeline], *, seed: int, count: int) -> tuple[dict[str, dict[str, float]], list[dict]]:
+def evaluate(
+    pipelines: dict[str, mg_fast.Pipeline], *, seed: int, count: int
+) -> tuple[dict[str, dict[str, float]], list[dict]]:
     """Share of exact answers.
 
     Args:
@@ -39,7 +41,8 @@ def evaluate(pipelines: dict[str, mg_fast.Pipeline], *, seed: int, count: int) -
         seed, count: of the unseen scenes.
 
     Returns:
-        Per pipeline and type, with `number, never seen`, `asked` for how many there were of each; and every wrong answer.
+        Per pipeline and type, with `number, never seen`, `asked` for how many there were of each; and every wrong
+        answer.
     """
     right = {name: defaultdict(int) for name in pipelines}
     asked: dict[str, int] = defaultdict(int)
@@ -145,7 +148,9 @@ def main() -> None:
     kinds = list(shares["asked"])
     print(f"{'':22}" + "".join(f"{name:>22}" for name in (*pipelines, "asked")))
     for kind in kinds:
-        print(f"{kind:22}" + "".join(f"{shares[name][kind]:22.1%}" for name in pipelines) + f"{shares['asked'][kind]:22}")
+        print(
+            f"{kind:22}" + "".join(f"{shares[name][kind]:22.1%}" for name in pipelines) + f"{shares['asked'][kind]:22}"
+        )
     result = {
         "exact": shares,
         "conditions": {

@@ -43,7 +43,12 @@ def make_config() -> MiniGeminiConfig:
         eos_token_id=2,
         pad_token_id=0,
         vision_config=dict(
-            hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=2, patch_size=14, image_size=LR_SIDE
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            patch_size=14,
+            image_size=LR_SIDE,
         ),
         vision_config_aux={"dims": dims, "depths": [2, 2, 3, 2], "norm_eps": 1e-6},
         mm_hidden_size=128,
@@ -88,8 +93,15 @@ def forget_mined(model: MiniGeminiForConditionalGeneration) -> None:
 
 
 def make_tokenizer(folder: Path) -> None:
-    """A sentencepiece tokenizer of the scenes' language, as the Llama family ships it: a digit is a token, what is unknown its bytes."""
-    lines = [line for line in every_sentence() for _ in range(2)] + [TEMPLATES[TEMPLATE].system_text, "system", "user", "assistant"] * 20
+    """A sentencepiece tokenizer of the scenes' language, as the Llama family ships it: a digit is a token, what is
+    unknown its bytes.
+    """
+    lines = [line for line in every_sentence() for _ in range(2)] + [
+        TEMPLATES[TEMPLATE].system_text,
+        "system",
+        "user",
+        "assistant",
+    ] * 20
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
@@ -122,7 +134,8 @@ def make_tokenizer(folder: Path) -> None:
         "unk_token": "<unk>",
         "pad_token": "<unk>",
         "added_tokens_decoder": {
-            str(processor.piece_to_id(token)): {"content": token, "special": token in special, **flags} for token in special + MARKS[2:]
+            str(processor.piece_to_id(token)): {"content": token, "special": token in special, **flags}
+            for token in special + MARKS[2:]
         },
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))

@@ -1,7 +1,8 @@
-"""Scenes drawn from a seed: coloured shapes, clutter and one small printed number, with questions about them and their answers.
+"""Scenes drawn from a seed: coloured shapes, clutter and one small printed number, with questions about them and their
+answers.
 
-The print is 10 to 12 pixels high where the picture is seen at 192 pixels, and 4 to 5 where it is seen at 84: legible to the
-high-resolution branch alone.
+The print is 10 to 12 pixels high where the picture is seen at 192 pixels, and 4 to 5 where it is seen at 84: legible to
+the high-resolution branch alone.
 
 `python -m recipes.nano.write_scenes FOLDER` writes a few as PNG files, with what is asked about them.
 """
@@ -15,7 +16,8 @@ from pathlib import Path
 import matplotlib
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
-# a scene is drawn at twice the size at which the high-resolution branch sees it; all measures below are in pixels of that branch
+# a scene is drawn at twice the size at which the high-resolution branch sees it; all measures below are in pixels of
+# that branch
 SIDE = 192
 CELL = 32
 DRAWN = 2
@@ -118,19 +120,29 @@ def draw_number(rng: random.Random, *, training: bool) -> str:
 
 
 def draw_scene(
-    seed: int, index: int, *, split: str = "train", number: str | None = None, shapes: int | None = None, numbers: int | None = None
+    seed: int,
+    index: int,
+    *,
+    split: str = "train",
+    number: str | None = None,
+    shapes: int | None = None,
+    numbers: int | None = None,
 ) -> Scene:
     """The scene of a seed and an index; the same every time.
 
     Args:
         seed, index: together name the scene.
-        split: `train` or `unseen`, whose scenes differ for the same seed: unseen ones have other clutter, and any number.
+        split: `train` or `unseen`, whose scenes differ for the same seed: unseen ones have other clutter, and any
+            number.
         number: printed in place of a random one.
         shapes: so many, where there are room and colours for them, in place of one to four.
-        numbers: so many, where there is room, in place of one in nine scenes of ten; random ones, so not beside `number`.
+        numbers: so many, where there is room, in place of one in nine scenes of ten; random ones, so not beside
+            `number`.
     """
     if number is not None and numbers is not None:
-        raise ValueError(f"draw_scene: expected a number to print or how many random ones, got both: {number!r} and {numbers}")
+        raise ValueError(
+            f"draw_scene: expected a number to print or how many random ones, got both: {number!r} and {numbers}"
+        )
     rng = random.Random(f"{split}/{seed}/{index}")
     background = rng.choice(list(BACKGROUNDS))
     base = BACKGROUNDS[background]
@@ -182,7 +194,9 @@ def draw_lines(seed: int, index: int, *, side: int = 2 * CELL) -> tuple[Image.Im
 
 
 def draw_numbers(seed: int, index: int, *, side: int = 4 * CELL) -> tuple[Image.Image, list[Print]]:
-    """A page with as many numbers as find room, one to a cell at most, and clutter: the HR tower learns whole numbers from it."""
+    """A page with as many numbers as find room, one to a cell at most, and clutter: the HR tower learns whole numbers
+    from it.
+    """
     rng = random.Random(f"numbers/{seed}/{index}")
     base = rng.choice(list(BACKGROUNDS.values()))
     image = _background(rng, base, side)
@@ -191,13 +205,24 @@ def draw_numbers(seed: int, index: int, *, side: int = 4 * CELL) -> tuple[Image.
     spots = [_place(rng, PRINT_WIDTH / 2, 7, boxes, taken, side) for _ in range(10)]
     for kind in CLUTTER["train"]:
         _draw_clutter(rng, ImageDraw.Draw(image), kind, base, boxes, side)
-    return image, [draw_print(rng, image, draw_number(rng, training=True), *spot, base) for spot in spots if spot is not None]
+    return image, [
+        draw_print(rng, image, draw_number(rng, training=True), *spot, base) for spot in spots if spot is not None
+    ]
 
 
 def draw_print(
-    rng: random.Random, image: Image.Image, text: str, x: float, y: float, base: tuple[int, int, int], *, plated: bool | None = None
+    rng: random.Random,
+    image: Image.Image,
+    text: str,
+    x: float,
+    y: float,
+    base: tuple[int, int, int],
+    *,
+    plated: bool | None = None,
 ) -> Print:
-    """Prints a number on the picture, on a plate or on the ground as it is (None: either); returns where it and its digits lie."""
+    """Prints a number on the picture, on a plate or on the ground as it is (None: either); returns where it and its
+    digits lie.
+    """
     height = rng.uniform(*PRINT_HEIGHT)
     font = _font(rng.choice(FONTS), round(height * DRAWN * 2) / 2)
     angle = rng.gauss(0, 4)
@@ -317,10 +342,16 @@ def _draw_shape(rng: random.Random, canvas: ImageDraw.ImageDraw, shape: Shape) -
     canvas.polygon(points, fill)
 
 
-def _draw_clutter(rng: random.Random, canvas: ImageDraw.ImageDraw, kind: str, base: tuple, boxes: list, side: int = SIDE) -> None:
+def _draw_clutter(
+    rng: random.Random, canvas: ImageDraw.ImageDraw, kind: str, base: tuple, boxes: list, side: int = SIDE
+) -> None:
     """Small things nobody asks about, clear of shapes and print."""
     for _ in range(rng.randrange(0, 5 * side // SIDE + 1)):
-        x, y, reach = rng.uniform(4, side - 4), rng.uniform(4, side - 4), rng.uniform(2, 12 if kind in ("lines", "arcs", "dashes") else 3)
+        x, y, reach = (
+            rng.uniform(4, side - 4),
+            rng.uniform(4, side - 4),
+            rng.uniform(2, 12 if kind in ("lines", "arcs", "dashes") else 3),
+        )
         if any(_overlap((x - reach, y - reach, x + reach, y + reach), box) for box in boxes):
             continue
         colour = _jitter(rng, base, 70)
@@ -335,7 +366,13 @@ def _draw_clutter(rng: random.Random, canvas: ImageDraw.ImageDraw, kind: str, ba
         elif kind == "blobs":
             canvas.rectangle((x - reach, y - reach / 2, x + reach, y + reach / 2), colour)
         elif kind == "arcs":
-            canvas.arc((x - reach, y - reach, x + reach, y + reach), math.degrees(angle), math.degrees(angle) + 150, colour, width)
+            canvas.arc(
+                (x - reach, y - reach, x + reach, y + reach),
+                math.degrees(angle),
+                math.degrees(angle) + 150,
+                colour,
+                width,
+            )
         elif kind == "crosses":
             canvas.line((x - dx, y - dy, x + dx, y + dy), colour, width)
             canvas.line((x - dy, y + dx, x + dy, y - dx), colour, width)

@@ -61,7 +61,8 @@ PHRASINGS = {
         "I want a picture of {}.",
     ),
 }
-# types of questions, each as often as it is asked: short answers, all, and of the number and what a description does not tell
+# types of questions, each as often as it is asked: short answers, all, and of the number and what a description does
+# not tell
 SHORT = ("number", "where", "where", "colour", "colour", "count", "count", "count", "background")
 MIXED = (*SHORT, "describe", "describe", "draw")
 PLACES = ("where",)
@@ -110,7 +111,9 @@ def region(x: float, y: float) -> str:
 
 
 def count(thing: str, shapes: Sequence[Shape]) -> str:
-    """How many shapes of one kind there are, each named before the number is said: a small model counts its own words, not pixels."""
+    """How many shapes of one kind there are, each named before the number is said: a small model counts its own words,
+    not pixels.
+    """
     if not shapes:
         return f"There are {WORDS[0]} {thing}s."
     named = _listed([(shape.kind, shape.colour) for shape in shapes])
@@ -130,13 +133,15 @@ def wish(shapes: list[tuple[str, str]], background: str, number: bool = False) -
 def _listed(shapes: list[tuple[str, str]]) -> str:
     """Shapes (kind, colour) in words, those that are alike together, in one fixed order.
 
-    It is the order of the words, colour before kind, and no "and" stands before the last: a small model says the next word well, not what
-    comes two things later.
+    It is the order of the words, colour before kind, and no "and" stands before the last: a small model says the next
+    word well, not what comes two things later.
     """
     named = []
     for colour, kind in sorted({(colour, kind) for kind, colour in shapes}):
         number = shapes.count((kind, colour))
-        named.append(f"a{'n' * (colour == 'orange')} {colour} {kind}" if number == 1 else f"{WORDS[number]} {colour} {kind}s")
+        named.append(
+            f"a{'n' * (colour == 'orange')} {colour} {kind}" if number == 1 else f"{WORDS[number]} {colour} {kind}s"
+        )
     return ", ".join(named)
 
 
@@ -165,8 +170,11 @@ def careless(question: str, rng: random.Random) -> str:
     return body + marker
 
 
-def conversation(scene: Scene, rng: random.Random, turns: int = 4, *, others: Sequence[str] = MIXED) -> list[tuple[str, str]]:
-    """A conversation about a scene: the number early or late, other questions in any order, none with an answer that was given before.
+def conversation(
+    scene: Scene, rng: random.Random, turns: int = 4, *, others: Sequence[str] = MIXED
+) -> list[tuple[str, str]]:
+    """A conversation about a scene: the number early or late, other questions in any order, none with an answer that
+    was given before.
 
     Args:
         turns: at most so many.
@@ -181,8 +189,9 @@ def conversation(scene: Scene, rng: random.Random, turns: int = 4, *, others: Se
 def bare(question: str, answer: str) -> tuple[str, str]:
     """What goes before an answer among answers alone, and the answer.
 
-    Nothing goes before answers that say what they are about before what they say of it. Counts and places do not ("A red circle" may lead
-    to the count of circles or of shapes, "The circle is" to a colour): their questions go before them.
+    Nothing goes before answers that say what they are about before what they say of it. Counts and places do not ("A
+    red circle" may lead to the count of circles or of shapes, "The circle is" to a colour): their questions go before
+    them.
     """
     counts = ": " in answer or answer.startswith(f"There are {WORDS[0]} ")
     asks = counts or " is at the " in answer
@@ -193,7 +202,9 @@ def every_sentence() -> Iterator[str]:
     """Sentences that hold every word and every phrasing of this language: what the tokenizer is made from."""
     for kind, phrases in PHRASINGS.items():
         for phrase in phrases:
-            things = {"where": (*KINDS, "number"), "colour": KINDS, "count": [k + "s" for k in (*KINDS, "shape")]}.get(kind, ("nothing",))
+            things = {"where": (*KINDS, "number"), "colour": KINDS, "count": [k + "s" for k in (*KINDS, "shape")]}.get(
+                kind, ("nothing",)
+            )
             for thing in things:
                 yield phrase.format(thing)
                 yield phrase.format(thing)[0].lower() + phrase.format(thing)[1:]
@@ -215,7 +226,9 @@ def every_sentence() -> Iterator[str]:
     for thing in (*KINDS, "shape"):
         for number in range(len(WORDS)):
             some = rng.sample(list(COLOURS), number)
-            yield count(thing, [Shape(rng.choice(KINDS) if thing == "shape" else thing, colour, 0, 0, 0) for colour in some])
+            yield count(
+                thing, [Shape(rng.choice(KINDS) if thing == "shape" else thing, colour, 0, 0, 0) for colour in some]
+            )
     # "and" stands in wishes alone
     yield from (text_only(rng)[0] for _ in range(100))
     yield from (NO_NUMBER, *(f"The number is {number}." for number in range(10, 100)))

@@ -16,7 +16,9 @@ SCENE_CLASSES = (sum(CELL_CLASSES), *map(len, THIRDS))
 
 
 class TowerHeads(nn.Module):
-    """Linear heads on the towers' features: per cell on both towers, per character on the high-resolution tower's finest maps."""
+    """Linear heads on the towers' features: per cell on both towers, per character on the high-resolution tower's
+    finest maps.
+    """
 
     def __init__(self, config: MiniGeminiConfig):
         super().__init__()
@@ -27,11 +29,12 @@ class TowerHeads(nn.Module):
 
 
 class Codes(nn.Module):
-    """A scene told to the language model before there are image tokens: a cell is the sum of its words; thrown away like the heads.
+    """A scene told to the language model before there are image tokens: a cell is the sum of its words; thrown away
+    like the heads.
 
-    The words are the language model's own embeddings, so that what is asked and what is there look alike: of what is in a cell, and of the
-    third of the picture, across and down, in which the cell lies. Every digit has an embedding for every place in a number, or their order
-    would be lost.
+    The words are the language model's own embeddings, so that what is asked and what is there look alike: of what is in
+    a cell, and of the third of the picture, across and down, in which the cell lies. Every digit has an embedding for
+    every place in a number, or their order would be lost.
 
     Args:
         tokenizer: every word of `CELL_KINDS`, `COLOURS`, `BACKGROUNDS` and `THIRDS` becomes the mean of its tokens.
@@ -42,15 +45,26 @@ class Codes(nn.Module):
     def __init__(self, tokenizer, width: int, spread: float):
         super().__init__()
         words = [[word or "" for word in CELL_KINDS], list(COLOURS), list(BACKGROUNDS), *THIRDS]
-        self.ids = [[tokenizer(" " + w, add_special_tokens=False).input_ids if w else [] for w in group] for group in words]
+        self.ids = [
+            [tokenizer(" " + w, add_special_tokens=False).input_ids if w else [] for w in group] for group in words
+        ]
         self.digits = nn.Parameter(spread * torch.randn(MAX_DIGITS, 10, width))
 
     def forward(self, batch: Batch, embeddings: nn.Embedding) -> torch.Tensor:
-        """Labels [B, n, n] of scenes to [B, n * n, width], or of those `cells` [B, k] to [B, k, width] where the batch names them."""
+        """Labels [B, n, n] of scenes to [B, n * n, width], or of those `cells` [B, k] to [B, k, width] where the batch
+        names them.
+        """
         kind = batch["kind"]
         ground = batch["background"][:, None, None].expand_as(kind)
         third = thirds(kind.shape[1], kind.device)
-        labels = (kind, batch["colour"], ground, *batch["digits"].unbind(-1), third[:, None].expand_as(kind), third.expand_as(kind))
+        labels = (
+            kind,
+            batch["colour"],
+            ground,
+            *batch["digits"].unbind(-1),
+            third[:, None].expand_as(kind),
+            third.expand_as(kind),
+        )
         told = 0.0
         for table, at in zip(self.tables(embeddings), labels):
             nothing = table.new_zeros(1, table.shape[1])
@@ -61,7 +75,9 @@ class Codes(nn.Module):
         return told
 
     def tables(self, embeddings: nn.Embedding) -> list[torch.Tensor]:
-        """[classes, width] for every question of `CELL_CLASSES`, then thirds down and across. No thing, and no digit, is zero."""
+        """[classes, width] for every question of `CELL_CLASSES`, then thirds down and across. No thing, and no digit,
+        is zero.
+        """
         weight = embeddings.weight
         nothing = weight.new_zeros(1, weight.shape[1])
         kind, colour, ground, *thirds = [
@@ -94,7 +110,9 @@ def high_loss(heads: TowerHeads, pyramid: list[torch.Tensor], batch: Batch) -> t
     return loss + coarse, said | seen
 
 
-def character_loss(heads: TowerHeads, pyramid: list[torch.Tensor], batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+def character_loss(
+    heads: TowerHeads, pyramid: list[torch.Tensor], batch: Batch
+) -> tuple[torch.Tensor, dict[str, float]]:
     """Loss of the two finest stage maps alone: which digit lies where, and which place it has in its number."""
     wider = pyramid[1].repeat_interleave(2, 1).repeat_interleave(2, 2)
     scores = heads.characters(torch.cat([pyramid[0], wider], -1)).float()
@@ -127,9 +145,13 @@ def _scene_loss(scores: torch.Tensor, batch: Batch, reading: float = 1.0) -> tup
 
 
 def _cell_loss(scores: torch.Tensor, batch: Batch, reading: float = 1.0) -> tuple[torch.Tensor, dict[str, float]]:
-    """Scores [B, n, n, classes] against the labels, numbers weighted by `reading`; the loss, and how often things and numbers are right."""
+    """Scores [B, n, n, classes] against the labels, numbers weighted by `reading`; the loss, and how often things and
+    numbers are right.
+    """
     kind, colour, background, *digits = scores.split(CELL_CLASSES, -1)
-    loss = F.cross_entropy(kind.flatten(0, 2), batch["kind"].flatten(), weight=kind.new_tensor([0.1] + [1.0] * (len(CELL_KINDS) - 1)))
+    loss = F.cross_entropy(
+        kind.flatten(0, 2), batch["kind"].flatten(), weight=kind.new_tensor([0.1] + [1.0] * (len(CELL_KINDS) - 1))
+    )
     if (batch["colour"] != IGNORED).any():
         loss = loss + F.cross_entropy(colour.flatten(0, 2), batch["colour"].flatten(), ignore_index=IGNORED)
         everywhere = batch["background"][:, None, None].expand(background.shape[:-1])

@@ -44,8 +44,8 @@ class TrainingStage:
     Args:
         faster: those of them that learn at three times the rate.
         told: scenes are told in codes in place of pictures: arguments of `data.told`.
-        noise: how far codes are off, beside a spread of 0.3 of every word in them; image tokens, which come in their place, never match
-            them quite.
+        noise: how far codes are off, beside a spread of 0.3 of every word in them; image tokens, which come in their
+            place, never match them quite.
     """
 
     name: str
@@ -78,7 +78,8 @@ STAGES = (
 # so many times AdamW's rate Muon's is, and its decay with it: it learned faster than at AdamW's own
 MUON = 3
 BY_MUON = (*TOWERS, *BRIDGE, "language_model")
-# so many times what another token does weigh digits, which are few, and places, which were learned last: every cell has one
+# so many times what another token does weigh digits, which are few, and places, which were learned last: every cell has
+# one
 HEAVY = {"digit": 3.0, "place": 3.0}
 # what the curve shows of reading: shares in the log
 READ = {
@@ -118,7 +119,9 @@ def see(
 def chat_loss(
     model: MiniGeminiForConditionalGeneration, batch: data.Batch, content: dict[str, torch.Tensor], seen: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """Loss on the answers' tokens alone with pictures `seen` as image tokens; how often a token, and one of each content, is right."""
+    """Loss on the answers' tokens alone with pictures `seen` as image tokens; how often a token, and one of each
+    content, is right.
+    """
     inner = model.model
     embeds = inner.splice(inner.get_input_embeddings()(batch["ids"]), seen, batch["marks"])
     hidden = inner.language_model(inputs_embeds=embeds, attention_mask=batch["mask"], use_cache=False).last_hidden_state
@@ -133,7 +136,8 @@ def chat_loss(
 
 
 def code_loss(seen: torch.Tensor, wanted: torch.Tensor, things: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
-    """Squared error of image tokens [B, T, hidden] against codes, and how much of the spread among cells with `things` [B, T] is explained.
+    """Squared error of image tokens [B, T, hidden] against codes, and how much of the spread among cells with `things`
+    [B, T] is explained.
 
     Such cells are few: they weigh five times as much.
     """
@@ -154,7 +158,9 @@ def _mean(flags: torch.Tensor) -> float:
     return flags.float().mean().item() if len(flags) else float("nan")
 
 
-def page_loss(model: MiniGeminiForConditionalGeneration, heads: TowerHeads, page: data.Batch) -> tuple[torch.Tensor, dict[str, float]]:
+def page_loss(
+    model: MiniGeminiForConditionalGeneration, heads: TowerHeads, page: data.Batch
+) -> tuple[torch.Tensor, dict[str, float]]:
     """Loss of the high-resolution tower on pages of print; lines of print have characters, but no cells."""
     compute = high_loss if bool((page["kind"] > 0).any()) else character_loss
     return compute(heads, model.model.vision_tower_aux(normalise(page["pixels"])), page)
@@ -163,12 +169,15 @@ def page_loss(model: MiniGeminiForConditionalGeneration, heads: TowerHeads, page
 def sight_loss(
     model: MiniGeminiForConditionalGeneration, heads: TowerHeads, codes: Codes, batch: data.Batch, *, hr: bool
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """Loss of all that sees, on scenes: of the towers under the heads that are thrown away, of image tokens against codes."""
+    """Loss of all that sees, on scenes: of the towers under the heads that are thrown away, of image tokens against
+    codes.
+    """
     embeddings = model.get_input_embeddings()
     with torch.no_grad():
         tables, wanted = codes.tables(embeddings), codes(batch, embeddings)
     queries, pyramid, seen = see(model, normalise(batch["pixels"]), hr=hr)
-    # squared error alone would learn what is common, and no digit for long; nearness alone not how large a token is to be
+    # squared error alone would learn what is common, and no digit for long; nearness alone not how large a token is to
+    # be
     far, near = code_loss(seen, wanted, batch["kind"].flatten(1) > 0), token_loss(tables, seen, batch)
     parts = {"low": low_loss(heads, queries[:, 0], batch), "token": near, "code": (6 * far[0], far[1])}
     if hr:
@@ -181,7 +190,16 @@ def sight_loss(
 class Run:
     """A training run that can be stopped after any step and taken up again."""
 
-    def __init__(self, out: Path, *, seed: int, hr: bool, stages: tuple[TrainingStage, ...], device: str = "cpu", workers: int = 1):
+    def __init__(
+        self,
+        out: Path,
+        *,
+        seed: int,
+        hr: bool,
+        stages: tuple[TrainingStage, ...],
+        device: str = "cpu",
+        workers: int = 1,
+    ):
         self.out, self.seed, self.hr, self.device, self.workers = out, seed, hr, device, workers
         self.stages = tuple(stage for stage in stages if hr or stage.learns != ("vision_tower_aux",))
         out.mkdir(parents=True, exist_ok=True)
@@ -195,7 +213,9 @@ class Run:
             self.processor = MiniGeminiProcessor.from_pretrained(folder)
             self.words = hashlib.sha256((Path(folder) / "tokenizer.model").read_bytes()).hexdigest()[:16]
         self.codes = Codes(self.processor.tokenizer, self.model.config.text_config.hidden_size, EMBEDDING_SPREAD)
-        self.content = {name: torch.tensor(ids, device=device) for name, ids in data.content_ids(self.processor).items()}
+        self.content = {
+            name: torch.tensor(ids, device=device) for name, ids in data.content_ids(self.processor).items()
+        }
         if device == "cpu":
             # in bfloat16 the fused one takes twice a CPU's time at these lengths
             self.model.model.language_model.set_attn_implementation("eager")
@@ -230,10 +250,21 @@ class Run:
 
         Steps that a killed process had made beyond what it kept are not counted, nor is a process that kept none.
         """
-        ends = {row["stage"]: row["seconds"] for row in map(json.loads, (self.out / "log.jsonl").read_text().splitlines())}
-        minutes = {stage: round((end - begin) / 60, 1) for (stage, end), begin in zip(ends.items(), (0.0, *ends.values()))}
+        ends = {
+            row["stage"]: row["seconds"] for row in map(json.loads, (self.out / "log.jsonl").read_text().splitlines())
+        }
+        minutes = {
+            stage: round((end - begin) / 60, 1) for (stage, end), begin in zip(ends.items(), (0.0, *ends.values()))
+        }
         minutes["all"] = round(self.seconds / 60, 1)
-        return {"seed": self.seed, "hr": self.hr, "device": self.device, "starts": self.starts, "minutes": minutes, "machine": self.machine}
+        return {
+            "seed": self.seed,
+            "hr": self.hr,
+            "device": self.device,
+            "starts": self.starts,
+            "minutes": minutes,
+            "machine": self.machine,
+        }
 
     def _stage(self, stage: TrainingStage, end: float | None) -> bool:
         idle = () if self.hr else ("patch_mining", "vision_tower_aux")
@@ -252,7 +283,10 @@ class Run:
             for optimizer, state in zip(optimizers, self.optimizer_state, strict=True):
                 optimizer.load_state_dict(state)
         batches = data.loader(functools.partial(self._batch, stage), self.step, stage.steps, self.workers)
-        with tqdm(total=stage.steps, initial=self.step, desc=stage.name, smoothing=0.02) as bar, (self.out / "log.jsonl").open("a") as log:
+        with (
+            tqdm(total=stage.steps, initial=self.step, desc=stage.name, smoothing=0.02) as bar,
+            (self.out / "log.jsonl").open("a") as log,
+        ):
             began = time.perf_counter()
             for batch in batches:
                 loss, said = self._loss(stage, data.to_device(batch, self.device))
@@ -267,10 +301,17 @@ class Run:
                 self.step += 1
                 now = time.perf_counter()
                 self.seconds, began = self.seconds + now - began, now
-                row = {"stage": stage.name, "step": self.step, "loss": round(loss.item(), 4), "seconds": round(self.seconds, 1)}
+                row = {
+                    "stage": stage.name,
+                    "step": self.step,
+                    "loss": round(loss.item(), 4),
+                    "seconds": round(self.seconds, 1),
+                }
                 log.write(json.dumps(row | {k: round(v, 4) for k, v in said.items() if not math.isnan(v)}) + "\n")
                 bar.update()
-                bar.set_postfix({"loss": f"{loss.item():.3f}", **{k: f"{v:.2f}" for k, v in said.items()}}, refresh=False)
+                bar.set_postfix(
+                    {"loss": f"{loss.item():.3f}", **{k: f"{v:.2f}" for k, v in said.items()}}, refresh=False
+                )
                 stopped = end is not None and time.perf_counter() > end
                 if stopped or self.step % 100 == 0 or self.step == stage.steps:
                     log.flush()
@@ -314,7 +355,9 @@ class Run:
 
     def _loss(self, stage: TrainingStage, batch: data.Batch) -> tuple[torch.Tensor, dict[str, float]]:
         with torch.autocast(self.device, torch.bfloat16):
-            beside = [(name, page_loss(self.model, self.heads, batch[name])) for name in ("page", "lines") if name in batch]
+            beside = [
+                (name, page_loss(self.model, self.heads, batch[name])) for name in ("page", "lines") if name in batch
+            ]
             noise = torch.Generator().manual_seed(self._seed(stage) * 10**6 + self.step)
             if "facts" in batch:
                 beside.append(("facts", self._main_loss(stage, batch["facts"], noise)))
@@ -323,7 +366,9 @@ class Run:
                 loss, said = loss + other, said | {f"{name} {key}": share for key, share in shares.items()}
             return loss, said
 
-    def _main_loss(self, stage: TrainingStage, batch: data.Batch, noise: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+    def _main_loss(
+        self, stage: TrainingStage, batch: data.Batch, noise: torch.Generator
+    ) -> tuple[torch.Tensor, dict[str, float]]:
         embeddings = self.model.get_input_embeddings()
         if stage.told:
             codes = self.codes(batch, embeddings)
@@ -356,11 +401,18 @@ class Run:
         state = torch.load(self.out / "last.pt", map_location=self.device, weights_only=True)
         for name, ours in self._what().items():
             if (theirs := state["run"][name]) != ours:
-                raise SystemExit(f"{self.out} holds a run of other {name}: give another folder (there: {theirs}; asked for: {ours})")
+                raise SystemExit(
+                    f"{self.out} holds a run of other {name}: give another folder (there: {theirs}; asked for: {ours})"
+                )
         self.model.load_state_dict(state["model"])
         self.heads.load_state_dict(state["heads"])
         self.codes.load_state_dict(state["codes"])
-        self.at, self.step, self.seconds, self.optimizer_state = state["at"], state["step"], state["seconds"], state["optimizers"]
+        self.at, self.step, self.seconds, self.optimizer_state = (
+            state["at"],
+            state["step"],
+            state["seconds"],
+            state["optimizers"],
+        )
         self.starts, self.machine = state["starts"], state["machine"]
         if self.step == self.stages[self.at].steps:
             self.at, self.step, self.optimizer_state = self.at + 1, 0, None
@@ -374,7 +426,9 @@ class Run:
 
 
 def _optimizers(stage: TrainingStage, parts: dict[str, nn.Module]) -> list[torch.optim.Optimizer]:
-    """AdamW, and Muon (Jordan et al. 2024) for the matrices of `BY_MUON`; every group's `times` multiplies the stage's rate."""
+    """AdamW, and Muon (Jordan et al. 2024) for the matrices of `BY_MUON`; every group's `times` multiplies the stage's
+    rate.
+    """
     betas, decay = ((0.9, 0.95), 0.1) if stage.told else ((0.9, 0.98), 0.01)
     plain, matrices = [], []
     for name, part in parts.items():
@@ -393,7 +447,11 @@ def _optimizers(stage: TrainingStage, parts: dict[str, nn.Module]) -> list[torch
 
 def _cosine(step: int, steps: int) -> float:
     warm = max(1, round(0.03 * steps))
-    return (step + 1) / warm if step < warm else 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    return (
+        (step + 1) / warm
+        if step < warm
+        else 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    )
 
 
 def _smooth(values: list[float]) -> torch.Tensor:
@@ -452,7 +510,11 @@ def main() -> None:
     except KeyboardInterrupt:
         raise SystemExit("\nstopped: the same command goes on from the last hundred steps") from None
     draw_curve(args.out / "log.jsonl", args.out / "loss.png")
-    print(f"{args.out / 'model'} after {run.seconds / 60:.1f} minutes of training" if done else "not done yet: run the same command again")
+    print(
+        f"{args.out / 'model'} after {run.seconds / 60:.1f} minutes of training"
+        if done
+        else "not done yet: run the same command again"
+    )
 
 
 if __name__ == "__main__":

@@ -30,7 +30,11 @@ def row(name, provider, ok=True, why=None, median_ms=10.0, peak_mib=5.0, speedup
         "peak_mib": peak_mib,
         "speedup": speedup,
         "relative_error": 1e-7 if ok else None,
-        **({"samples": 7, "halves_differ": 0.03, "tflops": 80.0 / median_ms, "gbps": 900.0 / median_ms} if measured else {}),
+        **(
+            {"samples": 7, "halves_differ": 0.03, "tflops": 80.0 / median_ms, "gbps": 900.0 / median_ms}
+            if measured
+            else {}
+        ),
         **({"speedup_p20": 0.9 * speedup, "speedup_p80": 1.1 * speedup} if speedup else {}),
         **more,
     }
@@ -81,6 +85,13 @@ def picture(dtype="float32", device="cpu", setting="768"):
     rows = [
         row(name, "reference", median_ms=16738.0, peak_mib=1742.0, stages=stages(75.4, 3035.0, 8677.0, 5591.0, 261.0)),
         row(name, "torch", median_ms=9000.0, peak_mib=300.0, speedup=1.86, halves_differ=0.2),
-        row(name, "auto", median_ms=8055.0, peak_mib=239.0, speedup=2.08, stages=stages(106.0, 2690.0, 5764.0, 180.0, 201.0)),
+        row(
+            name,
+            "auto",
+            median_ms=8055.0,
+            peak_mib=239.0,
+            speedup=2.08,
+            stages=stages(106.0, 2690.0, 5764.0, 180.0, 201.0),
+        ),
     ]
     return document(rows, device)

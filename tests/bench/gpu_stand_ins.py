@@ -1,10 +1,11 @@
-"""What stands in for the benchmark's own program in tests of `bench gpu`: the real code around toy cases, some of which fail on request.
+"""What stands in for the benchmark's own program in tests of `bench gpu`: the real code around toy cases, some of which
+fail on request.
 
     python -m tests.bench.gpu_stand_ins step NAME --plan full ...     # as `python -m bench step`
     python -m tests.bench.gpu_stand_ins text NAME                     # a step whose output is text
 
-STAND_INS names a JSON file: `cases`, from a case's name to its providers; `faults`, from a step's name to a list of faults, each a kind
-and, for a step of cases, the case and the provider that has it.
+STAND_INS names a JSON file: `cases`, from a case's name to its providers; `faults`, from a step's name to a list of
+faults, each a kind and, for a step of cases, the case and the provider that has it.
 """
 
 import ctypes
@@ -58,7 +59,13 @@ def stand_ins(cases: dict[str, list[str]], faults: list[list[str]]) -> "dict[str
 
             return make
 
-        return Case(name, lambda device: torch.ones(4, 4), {p: build(p) for p in providers}, lambda x: (x @ x).double(), clocked=True)
+        return Case(
+            name,
+            lambda device: torch.ones(4, 4),
+            {p: build(p) for p in providers},
+            lambda x: (x @ x).double(),
+            clocked=True,
+        )
 
     return {name: case(name, providers) for name, providers in cases.items()}
 

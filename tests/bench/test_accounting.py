@@ -1,4 +1,6 @@
-"""FLOP and bytes by formula against torch's FlopCounterMode, a counter at the dispatcher, and the kernel's own loads and stores."""
+"""FLOP and bytes by formula against torch's FlopCounterMode, a counter at the dispatcher, and the kernel's own loads
+and stores.
+"""
 
 import contextlib
 import os
@@ -108,7 +110,9 @@ def test_absorbed_at_any_size(case, dtype):
     cost, wide_cost = accounting.torch_mining(sizes), accounting.torch_mining(wide)
     assert (cost.flop, wide_cost.flop) == (flop, wide_flop)
     assert wide_cost.bytes_read - cost.bytes_read == wide_counter.total.bytes_read - counter.total.bytes_read
-    assert wide_cost.bytes_written - cost.bytes_written == wide_counter.total.bytes_written - counter.total.bytes_written
+    assert (
+        wide_cost.bytes_written - cost.bytes_written == wide_counter.total.bytes_written - counter.total.bytes_written
+    )
 
 
 @dtypes
@@ -168,7 +172,9 @@ def test_what_the_programs_ask_for():
     """Loads and stores of the kernel, interpreted, by their masks."""
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", INTERPRETED], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     for sizes, line in zip(ASKED, done.stdout.splitlines(), strict=True):
         counter = count(OPERATIONS["patch_mining"].forms["triton"], sizes, "meta")[1]
@@ -185,13 +191,17 @@ TOWERS = {
     "one stage": dict(size=32, dims=(8,), depths=(2,)),
 }
 towers = pytest.mark.parametrize("make", [Tower.standard, Tower.hd], ids=["768", "1536"])
-needs_cudnn = pytest.mark.skipif(not torch.backends.cudnn.is_available(), reason="takes a torch that is built for CUDA: no GPU")
+needs_cudnn = pytest.mark.skipif(
+    not torch.backends.cudnn.is_available(), reason="takes a torch that is built for CUDA: no GPU"
+)
 # of bfloat16 torch asks the GPU, which is not here, whether its convolutions take it
 sixteen = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 
 
 def count_tower(tower):
-    """FLOP and bytes of the PyTorch form, of fake tensors on a GPU: on the meta device convolutions return other strides."""
+    """FLOP and bytes of the PyTorch form, of fake tensors on a GPU: on the meta device convolutions return other
+    strides.
+    """
     like = {"dtype": tower.dtype, "device": "cuda"}
     with FakeTensorMode(), torch.no_grad():
         stem, stages = convnext.empty_tower(tower.dims, tower.depths, **like)
@@ -235,14 +245,22 @@ def test_blocks_by_kernels(make, form, dtype):
     tower = make(dtype)
     with FakeTensorMode(), torch.no_grad():
         _, stages = convnext.empty_tower(tower.dims, tower.depths, dtype=dtype, device="cuda")
-        maps = [torch.empty(1, int(rows**0.5), int(rows**0.5), c, dtype=dtype, device="cuda") for rows, c in zip(tower.rows, tower.dims)]
+        maps = [
+            torch.empty(1, int(rows**0.5), int(rows**0.5), c, dtype=dtype, device="cuda")
+            for rows, c in zip(tower.rows, tower.dims)
+        ]
         with Count("cuda") as counter:
             for stage, x in zip(stages, maps):
                 convnext.run_stage(convnext.StageTensors(None, stage.blocks), x, form, in_place=True)
-    cost = getattr(accounting, f"{form}_tower")(tower) + getattr(accounting, f"{form}_tower")(replace(tower, depths=(0, 0, 0, 0))) * -1
+    cost = (
+        getattr(accounting, f"{form}_tower")(tower)
+        + getattr(accounting, f"{form}_tower")(replace(tower, depths=(0, 0, 0, 0))) * -1
+    )
     assert (cost.bytes_read, cost.bytes_written) == (counter.total.bytes_read, counter.total.bytes_written)
     # the same arithmetic in every form
-    assert accounting.triton_tower(tower).flop == accounting.auto_tower(tower).flop == accounting.torch_tower(tower).flop
+    assert (
+        accounting.triton_tower(tower).flop == accounting.auto_tower(tower).flop == accounting.torch_tower(tower).flop
+    )
 
 
 @pytest.mark.parametrize("case", TOWERS)
@@ -261,7 +279,8 @@ def test_an_empty_tower_is_made_of_the_tensors_of_a_real_one():
     sizes = dict(dims=(8, 12, 20, 36), depths=(2, 1, 3, 1))
     real, empty = ConvNeXtPyramid.from_dims(**sizes).read(), convnext.empty_tower(**sizes)
     shapes, expected = (
-        tree_map(lambda leaf: (leaf.shape, leaf.stride()) if isinstance(leaf, torch.Tensor) else leaf, made) for made in (empty, real)
+        tree_map(lambda leaf: (leaf.shape, leaf.stride()) if isinstance(leaf, torch.Tensor) else leaf, made)
+        for made in (empty, real)
     )
     assert shapes == expected
 
@@ -279,7 +298,10 @@ def test_known_figures():
     """The projections of the original by hand; the bytes by another's estimate, of the large tensors alone."""
     standard, hd = Sizes.standard(torch.bfloat16), Sizes.hd(torch.bfloat16)
     pixels = 192 * 192
-    assert accounting.reference_mining(standard).flop == 2 * pixels * 2880 * 1024 * 2 + 2 * 576 * 1024 * 1024 + 2 * pixels * 1024 * 2
+    assert (
+        accounting.reference_mining(standard).flop
+        == 2 * pixels * 2880 * 1024 * 2 + 2 * 576 * 1024 * 1024 + 2 * pixels * 1024 * 2
+    )
     assert accounting.reference_mining(standard).bytes == pytest.approx(3.58e9, rel=0.03)
     assert accounting.reference_mining(hd).flop == 5 * accounting.reference_mining(standard).flop
     assert accounting.reference_mining(hd).bytes == pytest.approx(23.5e9, rel=0.03)

@@ -1,4 +1,6 @@
-"""The count at the dispatcher: bytes and launches of functions that are known, FLOP against torch's, memory against what was allocated."""
+"""The count at the dispatcher: bytes and launches of functions that are known, FLOP against torch's, memory against
+what was allocated.
+"""
 
 import contextlib
 import functools
@@ -215,7 +217,9 @@ def test_memory_of_steps(device, block):
 
 
 def test_what_a_gpu_makes_of_fake_tensors():
-    """bfloat16 convolutions; norms of what is not contiguous, and attention, with the results' strides and what they allocate beside."""
+    """bfloat16 convolutions; norms of what is not contiguous, and attention, with the results' strides and what they
+    allocate beside.
+    """
     with FakeTensorMode(), torch.inference_mode(), Count("cuda") as count:
         x = torch.empty(1, 64, 32, 32, dtype=torch.bfloat16, device="cuda")
         out = F.conv2d(x, torch.empty(64, 1, 7, 7, dtype=torch.bfloat16, device="cuda"), padding=3, groups=64)
@@ -252,7 +256,9 @@ def calls_on(device):
     for name, sizes in SMALL.items():
         for form in (reference.patch_mining, torch_form.patch_mining):
             tensors = inputs(sizes, device)
-            found[f"mining, {form.__module__.split('.')[-1]}, {name}"] = functools.partial(form, *tensors, grid=sizes.grid)
+            found[f"mining, {form.__module__.split('.')[-1]}, {name}"] = functools.partial(
+                form, *tensors, grid=sizes.grid
+            )
     tower = small_tower().to(device)
     pixels = torch.randn(1, 3, 128, 128, device=device)
     return found | {
@@ -265,7 +271,11 @@ def allocated_on_cpu(call):
     """Bytes that torch's allocator gave out, at most and in the end."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         out = call()
-    events = [(e.start_ns(), i, e.nbytes()) for i, e in enumerate(profiled.profiler.kineto_results.events()) if e.name() == "[memory]"]
+    events = [
+        (e.start_ns(), i, e.nbytes())
+        for i, e in enumerate(profiled.profiler.kineto_results.events())
+        if e.name() == "[memory]"
+    ]
     live = list(itertools.accumulate(size for *_, size in sorted(events)))
     del out
     return max(live), live[-1]

@@ -1,4 +1,6 @@
-"""The benchmark's end-to-end cases, at toy size: what is measured, that it is checked, and that one model serves all cases of a size."""
+"""The benchmark's end-to-end cases, at toy size: what is measured, that it is checked, and that one model serves all
+cases of a size.
+"""
 
 import math
 import weakref
@@ -44,7 +46,14 @@ def test_first_token(shared):
         row = found[provider]
         assert row["ok"] is True and row["median_ms"] > 0 and row["relative_error"] < 1e-5
         names = [stage["name"] for stage in row["stages"]]
-        assert names == ["preprocess", "LR tower", "HR tower", "patch info mining", "projector", "prefill to first token"]
+        assert names == [
+            "preprocess",
+            "LR tower",
+            "HR tower",
+            "patch info mining",
+            "projector",
+            "prefill to first token",
+        ]
     assert found["auto, static cache"]["why"] == "not here: a decode step is compiled on GPUs only"
 
 
@@ -104,7 +113,9 @@ def test_memory_is_that_without_graphs(shared):
 def test_the_encoder_of_the_memory_figure_has_no_graphs(shared, monkeypatch):
     shared.pipelines.clear()
     asked, make = [], seeing.PictureEncoder
-    monkeypatch.setattr(seeing, "PictureEncoder", lambda model, **options: asked.append(options) or make(model, **options))
+    monkeypatch.setattr(
+        seeing, "PictureEncoder", lambda model, **options: asked.append(options) or make(model, **options)
+    )
     all_cases()["end-to-end/tiny-first-token-b1-float32"].memory["auto"](shared)()
     assert asked == [{"graphs": False}]
 
@@ -130,7 +141,9 @@ def test_wrong_logits_are_no_speedup(shared, monkeypatch):
     case = all_cases()["end-to-end/tiny-first-token-b1-float32"].only(["auto"])
     case.providers["auto"] = lambda session: perturbed(session, pipeline)
     found = {row["provider"]: row for row in run.run_case(case, "cpu", CEILINGS, seconds=0, memory=False)}
-    assert found["auto"]["ok"] is False and "wrong result" in found["auto"]["why"] and found["auto"]["median_ms"] is None
+    assert (
+        found["auto"]["ok"] is False and "wrong result" in found["auto"]["why"] and found["auto"]["median_ms"] is None
+    )
 
 
 def test_static_cache_gives_the_same_logits(shared):
@@ -166,7 +179,9 @@ def test_quantised_weights_are_held_against_their_own_values(small):
 
 
 def test_one_model_for_a_size(shared):
-    cases = [case for case in all_cases().values() if case.name.startswith("end-to-end/tiny-") and "load" not in case.name]
+    cases = [
+        case for case in all_cases().values() if case.name.startswith("end-to-end/tiny-") and "load" not in case.name
+    ]
     made = [case.make("cpu") for case in cases if "ready" not in case.name]
     assert len(made) == 8 and all(one is made[0] for one in made)
 
@@ -179,10 +194,19 @@ def test_release_follows_the_last_case_of_a_run(monkeypatch):
     monkeypatch.setattr(run, "format_rows", lambda rows: "")
     cases = all_cases()
     run.run(
-        [cases["end-to-end/tiny-decode-b1-float32"], cases["end-to-end/tiny-decode-b8-float32"], cases["patch_mining/768-b1-float32"]],
+        [
+            cases["end-to-end/tiny-decode-b1-float32"],
+            cases["end-to-end/tiny-decode-b8-float32"],
+            cases["patch_mining/768-b1-float32"],
+        ],
         "cpu",
     )
-    assert freed == ["end-to-end/tiny-decode-b1-float32", "end-to-end/tiny-decode-b8-float32", 1, "patch_mining/768-b1-float32"]
+    assert freed == [
+        "end-to-end/tiny-decode-b1-float32",
+        "end-to-end/tiny-decode-b8-float32",
+        1,
+        "patch_mining/768-b1-float32",
+    ]
 
 
 def test_published_sizes_are_for_gpus():
@@ -222,7 +246,9 @@ def test_arrivals_are_the_same_for_all():
 def test_clocked_calls_give_their_own_times():
     """A turn's ratio is that of its medians, and every sample counts."""
     calls = {"reference": lambda: (None, [2.0, 9.0, 3.0]), "ours": lambda: (None, [1.0])}
-    timings = measure.time_in_turns(calls, "reference", 0.0, least_turns=3, most_turns=3, clocked=True, others=lambda: 0.0)
+    timings = measure.time_in_turns(
+        calls, "reference", 0.0, least_turns=3, most_turns=3, clocked=True, others=lambda: 0.0
+    )
     assert timings["ours"].ratios == [3.0] * 3 and timings["reference"].ratios == [1.0] * 3
     assert timings["reference"].samples == [2.0, 9.0, 3.0] * 3
 

@@ -1,4 +1,6 @@
-"""What `python -m bench gpu` will do on a GPU, and that a folder of an earlier run is neither lost nor mixed with another."""
+"""What `python -m bench gpu` will do on a GPU, and that a folder of an earlier run is neither lost nor mixed with
+another.
+"""
 
 import json
 import subprocess
@@ -28,7 +30,9 @@ def test_steps_name_cases_and_providers_that_there_are(plan):
         for part in step.parts:
             # each pattern names some, and each provider is one of theirs
             chosen = plans.cases_of(Step("one", "", 1, plans.CASES, parts=(part,)), CASES, "cuda")
-            assert chosen and all(any(provider in case.providers for case in chosen) for provider in part.providers), part
+            assert chosen and all(any(provider in case.providers for case in chosen) for provider in part.providers), (
+                part
+            )
     assert len(plans.FILES) <= 8
 
 
@@ -62,7 +66,10 @@ def test_tests_of_kernels_come_by_name_and_the_published_sizes_first():
 
 def test_what_the_short_plan_holds_and_what_it_leaves_out():
     measured = {
-        (case.name, provider) for step in plans.full_plan() for case in plans.cases_of(step, CASES, "cuda") for provider in case.providers
+        (case.name, provider)
+        for step in plans.full_plan()
+        for case in plans.cases_of(step, CASES, "cuda")
+        for provider in case.providers
     }
     names = {name for name, _ in measured}
     assert {f"pixels/{setting}-b1-bfloat16" for setting in ("768", "1536-hd")} <= names
@@ -74,10 +81,15 @@ def test_what_the_short_plan_holds_and_what_it_leaves_out():
     assert ("end-to-end/7b-first-token-b1-bfloat16", "reference, flash attention") in measured
     # captured, they are replayed as CUDA graphs
     assert all(
-        CASES[name].capturable and compiled not in CASES[name].own_graphs for name in ("tower/768-b1-bfloat16", "pixels/768-b1-bfloat16")
+        CASES[name].capturable and compiled not in CASES[name].own_graphs
+        for name in ("tower/768-b1-bfloat16", "pixels/768-b1-bfloat16")
     )
     # tables of kernels
-    assert CASES["pixels/768-b1-bfloat16"].profiled.keys() == CASES["end-to-end/7b-decode-b1-bfloat16"].profiled.keys() == {"auto"}
+    assert (
+        CASES["pixels/768-b1-bfloat16"].profiled.keys()
+        == CASES["end-to-end/7b-decode-b1-bfloat16"].profiled.keys()
+        == {"auto"}
+    )
     assert not [name for name in names if any(word in name for word in ("stress", "2b-", "34b", "-load-", "-ready-"))]
 
 
@@ -96,7 +108,12 @@ def test_dry_run(capsys):
     assert "in a later call" in out.split("tests")[1]
     assert main(["gpu", "--dry-run", "--steps", "mining", "t*", "--minutes", "2"]) == 0
     out = capsys.readouterr().out
-    assert "bench step mining" in out and "bench step towers" in out and "pixels" not in out and "this call takes 120 s" in out
+    assert (
+        "bench step mining" in out
+        and "bench step towers" in out
+        and "pixels" not in out
+        and "this call takes 120 s" in out
+    )
 
 
 def test_a_step_that_there_is_not(capsys):
@@ -123,8 +140,15 @@ def test_what_an_earlier_run_left_is_not_replaced(name, capsys, tmp_path):
     (tmp_path / name).write_text("measured for minutes")
     assert main(["gpu", "--out", str(tmp_path), "--device", "cpu", "--plan", "tiny"]) == 2
     out = capsys.readouterr()
-    assert f"holds {name} of an earlier run: expected a new folder, or --resume" in out.err and out.err.count("\n") == 1 and not out.out
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"notes.txt": "somebody's", name: "measured for minutes"}
+    assert (
+        f"holds {name} of an earlier run: expected a new folder, or --resume" in out.err
+        and out.err.count("\n") == 1
+        and not out.out
+    )
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "notes.txt": "somebody's",
+        name: "measured for minutes",
+    }
 
 
 def test_a_file_is_no_folder(capsys, tmp_path):
@@ -134,7 +158,9 @@ def test_a_file_is_no_folder(capsys, tmp_path):
     assert "expected a folder to write to" in out.err and out.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("content", [None, "# One run on a GPU\n", "<!-- steps\n{\n-->", '<!-- steps\n[{"speed": 1}]\n-->'])
+@pytest.mark.parametrize(
+    "content", [None, "# One run on a GPU\n", "<!-- steps\n{\n-->", '<!-- steps\n[{"speed": 1}]\n-->']
+)
 def test_nothing_to_resume(content, capsys, tmp_path):
     if content is not None:
         (tmp_path / plans.SUMMARY).write_text(content)
@@ -146,19 +172,29 @@ def test_nothing_to_resume(content, capsys, tmp_path):
 def test_figures_of_another_commit_are_not_added_to(capsys, tmp_path):
     conclude(tmp_path, [Outcome("environment", "", 1, "done", 0)])
     records.write(
-        tmp_path / plans.ENVIRONMENT, {**environment.environment(), "device": "cpu", "cases": [], "ceilings": {}} | {"commit": "before"}
+        tmp_path / plans.ENVIRONMENT,
+        {**environment.environment(), "device": "cpu", "cases": [], "ceilings": {}} | {"commit": "before"},
     )
     assert main(["gpu", "--resume", str(tmp_path), "--device", "cpu", "--plan", "tiny"]) == 2
-    assert "cannot be resumed, since its figures would not belong together with new ones: commit before there" in capsys.readouterr().err
+    assert (
+        "cannot be resumed, since its figures would not belong together with new ones: commit before there"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_summary_holds_the_steps(tmp_path):
-    outcomes = [Outcome("mining", "python -m bench", 50.0, "stopped", -9, 50.1), Outcome("tests", "python -m pytest", 3.0, "skipped")]
+    outcomes = [
+        Outcome("mining", "python -m bench", 50.0, "stopped", -9, 50.1),
+        Outcome("tests", "python -m pytest", 3.0, "skipped"),
+    ]
     conclude(tmp_path, outcomes)
     assert earlier_outcomes(tmp_path) == outcomes
     # a run that comes to one of them leaves the other as it was
     conclude(tmp_path, [Outcome("tests", "", 9.0, "done", 0)], earlier_outcomes(tmp_path))
-    assert [(outcome.name, outcome.state) for outcome in earlier_outcomes(tmp_path)] == [("mining", "stopped"), ("tests", "done")]
+    assert [(outcome.name, outcome.state) for outcome in earlier_outcomes(tmp_path)] == [
+        ("mining", "stopped"),
+        ("tests", "done"),
+    ]
 
 
 def test_what_a_summary_shows(tmp_path):
@@ -168,7 +204,13 @@ def test_what_a_summary_shows(tmp_path):
         "launches": 2.0,
         "kernels": [{"name": "dwconv_norm_fwd_kernel", "launches": 2.0, "us": 2500.0}],
     }
-    clocks = {"sm_mhz": [1700.0, 1755.0, 1980.0], "memory_mhz": 3201.0, "power_w": 690.0, "temperature_c": 55.0, "readings": 9}
+    clocks = {
+        "sm_mhz": [1700.0, 1755.0, 1980.0],
+        "memory_mhz": 3201.0,
+        "power_w": 690.0,
+        "temperature_c": 55.0,
+        "readings": 9,
+    }
     rows = [
         row("pixels/768-b1-bfloat16", "reference", equal_bits=True, clocks=clocks),
         row("pixels/768-b1-bfloat16", "auto", median_ms=3.1, speedup=3.2, equal_bits=False, kernels=kernels),
@@ -219,14 +261,21 @@ def test_the_exit_status():
 
     assert status("done", "done") == status("stopped", "done") == status("done, with failures", "done") == 0
     # what is wrong, and kernels that were not found right
-    assert status("failed", "done") == status("done", "failed") == status("done", "stopped") == status("done", "skipped") == 1
+    assert (
+        status("failed", "done")
+        == status("done", "failed")
+        == status("done", "stopped")
+        == status("done", "skipped")
+        == 1
+    )
 
 
 def test_results_are_kept_by_device_and_case(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
     folder = tmp_path / "run"
     records.write(
-        folder / plans.CASES, document([row("patch_mining/768-b1-bfloat16", "reference"), row("dwconv_norm/x", "triton")], "cuda")
+        folder / plans.CASES,
+        document([row("patch_mining/768-b1-bfloat16", "reference"), row("dwconv_norm/x", "triton")], "cuda"),
     )
     records.write(folder / plans.END_TO_END, document([row("end-to-end/7b-decode-b1-bfloat16", "auto")], "cuda"))
     (folder / plans.SUMMARY).write_text("# One run on a GPU")
@@ -268,12 +317,18 @@ tests/a.py::test_three FAILED                                            [100%]
 
 
 def test_tests_that_passed_are_told_from_verbose_output():
-    assert pytest_plugin.passed(VERBOSE) == {"tests/a.py::test_one", "tests/a.py::test_two[x y-1]", "tests/b.py::test_one[a - b]"}
+    assert pytest_plugin.passed(VERBOSE) == {
+        "tests/a.py::test_one",
+        "tests/a.py::test_two[x y-1]",
+        "tests/b.py::test_one[a - b]",
+    }
 
 
 @pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["one process", "workers"])
 def test_tests_that_passed_are_not_run_again(workers, tmp_path, monkeypatch):
-    (tmp_path / "test_it.py").write_text("import pytest\n@pytest.mark.parametrize('i', [1, 2, 3])\ndef test_it(i): assert i != 2\n")
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\n@pytest.mark.parametrize('i', [1, 2, 3])\ndef test_it(i): assert i != 2\n"
+    )
     output = tmp_path / "correctness.txt"
     monkeypatch.setenv("MG_FAST_PASSED_BEFORE", str(output))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -286,8 +341,14 @@ def test_tests_that_passed_are_not_run_again(workers, tmp_path, monkeypatch):
 
     assert run().returncode == 1
     again = run()
-    assert again.returncode == 1 and "2 tests passed in an earlier run and are left out" in again.stdout and "1 failed" in again.stdout
-    (tmp_path / "test_it.py").write_text("import pytest\n@pytest.mark.parametrize('i', [1, 2, 3])\ndef test_it(i): pass\n")
+    assert (
+        again.returncode == 1
+        and "2 tests passed in an earlier run and are left out" in again.stdout
+        and "1 failed" in again.stdout
+    )
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\n@pytest.mark.parametrize('i', [1, 2, 3])\ndef test_it(i): pass\n"
+    )
     assert run().returncode == 0
     assert run().returncode == 0, "where none is left, all have passed"
     assert (

@@ -1,4 +1,6 @@
-"""Runs of `bench gpu` with stand-ins for its cases: a hang, a crash or a cut-off in any step leaves valid files, and `--resume` goes on."""
+"""Runs of `bench gpu` with stand-ins for its cases: a hang, a crash or a cut-off in any step leaves valid files, and
+`--resume` goes on.
+"""
 
 import contextlib
 import dataclasses
@@ -27,7 +29,8 @@ from tests.bench.gpu_stand_ins import stand_ins
 CASES = {name: list(case.providers) for name, case in all_cases().items()}
 # a child imports torch, on a machine that may be busy with other tests
 ROOM = 60.0
-# a step that is to be cut off gets this long: enough to begin where the machine is quiet, and less where nothing has to be imported
+# a step that is to be cut off gets this long: enough to begin where the machine is quiet, and less where nothing has to
+# be imported
 CUT, CUT_TEXT = 8.0, 2.0
 # a stand-in that takes longer is taken for one that hangs
 PATIENCE = 4.0
@@ -58,8 +61,13 @@ def run(tmp_path, monkeypatch, registry):
         # what its output is text of, is said by a stand-in
         steps = [dataclasses.replace(step, words=("bench", "text", step.name) if step.words else ()) for step in steps]
         faults = {step.name: faults(step) for step in steps}
-        endless = {step.name for step in steps if any(fault[0] == "slow" or fault == ["hang"] for fault in faults[step.name])}
-        steps = [dataclasses.replace(step, seconds=(CUT_TEXT if step.words else CUT) if step.name in endless else ROOM) for step in steps]
+        endless = {
+            step.name for step in steps if any(fault[0] == "slow" or fault == ["hang"] for fault in faults[step.name])
+        }
+        steps = [
+            dataclasses.replace(step, seconds=(CUT_TEXT if step.words else CUT) if step.name in endless else ROOM)
+            for step in steps
+        ]
         told.write_text(json.dumps({"cases": CASES, "faults": faults}))
         # what is slow is cut off by its step's limit, not given up
         patience = 600.0 if any(fault[0] == "slow" for found in faults.values() for fault in found) else PATIENCE
@@ -93,7 +101,9 @@ def rows_of(out: Path) -> dict[tuple[str, str], dict]:
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+", path.name) and path.stat().st_size < 2**24 for path in files)
     assert {path.name for path in files} <= set(plans.FILES)
     documents = [records.read(out / name) for name in (plans.CASES, plans.END_TO_END) if (out / name).exists()]
-    assert all(document["ceilings"]["copy_gbps"] == 9.0 for document in documents), "ceilings are measured once and handed on"
+    assert all(document["ceilings"]["copy_gbps"] == 9.0 for document in documents), (
+        "ceilings are measured once and handed on"
+    )
     return {(row["name"], row["provider"]): row for document in documents for row in document["cases"]}
 
 
@@ -125,9 +135,14 @@ def test_a_hang_and_a_crash_in_every_step_cost_one_provider_each(run, registry):
         good = [pair for pair in pairs if pair not in bad]
         assert len(good) == len(pairs) - pairs.count(bad[0]) - pairs.count(bad[1]) > 0
         assert all(rows[pair]["ok"] and rows[pair]["median_ms"] == 1.0 for pair in good), step.name
-        assert outcome.state == ("failed" if any(provider in OURS for _, provider in bad) else "done, with failures"), step.name
+        assert outcome.state == ("failed" if any(provider in OURS for _, provider in bad) else "done, with failures"), (
+            step.name
+        )
     # where it hung can be read
-    assert f"Timeout (0:00:{PATIENCE:02.0f})!" in (run.out / plans.LOG).read_text() and "in fail" in (run.out / plans.LOG).read_text()
+    assert (
+        f"Timeout (0:00:{PATIENCE:02.0f})!" in (run.out / plans.LOG).read_text()
+        and "in fail" in (run.out / plans.LOG).read_text()
+    )
     again, later = run(none, earlier=earlier_outcomes(run.out))
     assert [outcome.earlier for outcome in later] == [not step.words for step in again]
     assert all(outcome.state == "done" for outcome in later if not outcome.earlier)
@@ -211,7 +226,11 @@ def test_no_step_outlives_its_parent(tmp_path):
     out = tmp_path / "out"
     parent = subprocess.Popen([sys.executable, "-c", PARENT, str(out)], cwd=ROOT, stderr=subprocess.PIPE)
     try:
-        pids = wait_for(lambda: [int(word) for word in re.findall(r"sleeps as (\d+), child (\d+)", (out / plans.TUNING).read_text())[0]])
+        pids = wait_for(
+            lambda: [
+                int(word) for word in re.findall(r"sleeps as (\d+), child (\d+)", (out / plans.TUNING).read_text())[0]
+            ]
+        )
         assert all(is_alive(pid) for pid in pids)
         os.kill(parent.pid, signal.SIGKILL)
         parent.wait()

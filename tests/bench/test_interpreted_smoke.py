@@ -1,4 +1,6 @@
-"""The smoke test of a GPU run: it launches every kernel that there is, and says what is wrong, breaks or was found by a tool."""
+"""The smoke test of a GPU run: it launches every kernel that there is, and says what is wrong, breaks or was found by a
+tool.
+"""
 
 import contextlib
 import re
@@ -28,7 +30,11 @@ def test_every_kernel_is_launched_and_right(monkeypatch, capsys):
     assert smoke.smoke("cpu") == 0, capsys.readouterr().out
     out = capsys.readouterr().out
     assert out.count(": right (") == len(smoke.LAUNCHES) == len(out.splitlines())
-    defined = {name for path in KERNELS.glob("*.py") for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE)}
+    defined = {
+        name
+        for path in KERNELS.glob("*.py")
+        for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE)
+    }
     assert launched == defined and len(defined) >= 7
 
 
@@ -49,7 +55,9 @@ def test_what_is_wrong_is_said_and_the_others_go_on(monkeypatch, capsys):
     assert not smoke.launch_all("cpu")
     first, second, third = capsys.readouterr().out.splitlines()
     assert first.startswith("wrong, float32: WRONG: AssertionError: relative to the largest value")
-    assert second.startswith("broken, float32: WRONG: RuntimeError: no kernel image") and third.startswith("fine, float32: right")
+    assert second.startswith("broken, float32: WRONG: RuntimeError: no kernel image") and third.startswith(
+        "fine, float32: right"
+    )
 
 
 def test_what_a_broken_context_takes_with_it_is_not_called_wrong(monkeypatch, capsys):
@@ -57,13 +65,18 @@ def test_what_a_broken_context_takes_with_it_is_not_called_wrong(monkeypatch, ca
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     # a device that has dtypes of its own to go through, and on which nothing works any more
-    monkeypatch.setattr(smoke, "LAUNCHES", {"first": smoke.Launch(broken, broken), "second": smoke.Launch(same, lambda x, backend: [x])})
+    monkeypatch.setattr(
+        smoke, "LAUNCHES", {"first": smoke.Launch(broken, broken), "second": smoke.Launch(same, lambda x, backend: [x])}
+    )
     monkeypatch.setattr(torch.cuda, "synchronize", broken)
     monkeypatch.setattr(torch, "device", lambda device: contextlib.nullcontext())
     assert not smoke.launch_all("cuda")
     first, lost = capsys.readouterr().out.splitlines()
     assert first.startswith("first, bfloat16: WRONG: RuntimeError: CUDA error")
-    assert lost.endswith("not launched: first in float32, second in bfloat16, second in float32") and "context is lost" in lost
+    assert (
+        lost.endswith("not launched: first in float32, second in bfloat16, second in float32")
+        and "context is lost" in lost
+    )
 
 
 def test_inputs_are_the_same_numbers_in_float64():
@@ -87,9 +100,24 @@ esac
 @pytest.mark.parametrize(
     ("memcheck", "racecheck", "status", "told"),
     [
-        ("dwconv_norm_fwd_kernel", "exit 0", 1, ("memcheck: FOUND something in dwconv_norm_fwd_kernel", "racecheck: nothing found")),
-        ("gemm_of_a_library", "exit 3", 0, ("memcheck: found something, but not in our kernels", "racecheck: not checked, exit status 3")),
-        ("gemm_of_a_library", "exec sleep 60", 0, ("memcheck: found something", "racecheck: not checked to the end, no time was left")),
+        (
+            "dwconv_norm_fwd_kernel",
+            "exit 0",
+            1,
+            ("memcheck: FOUND something in dwconv_norm_fwd_kernel", "racecheck: nothing found"),
+        ),
+        (
+            "gemm_of_a_library",
+            "exit 3",
+            0,
+            ("memcheck: found something, but not in our kernels", "racecheck: not checked, exit status 3"),
+        ),
+        (
+            "gemm_of_a_library",
+            "exec sleep 60",
+            0,
+            ("memcheck: found something", "racecheck: not checked to the end, no time was left"),
+        ),
     ],
 )
 def test_tools_run_beside_each_other_and_are_quoted(memcheck, racecheck, status, told, tmp_path, monkeypatch, capsys):

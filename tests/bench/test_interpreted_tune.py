@@ -14,7 +14,9 @@ def test_a_tile_in_force():
     x, weight, bias = torch.randn(70, 48), torch.randn(40, 48), torch.randn(40)
     exact = ops.linear_gelu(x.double(), weight.double(), bias.double(), backend="reference")
     plain = ops.linear_gelu(x, weight, bias, backend="torch")
-    architecture = None if INTERPRETED else 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
+    architecture = (
+        None if INTERPRETED else 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
+    )
     key = configs.pointwise_bucket(4, 70, 40, [48, 48, 40])
     programs = set()
     for tile in (tune.tile_of("pointwise", architecture, key), configs.ProductTile(16, 16, 16, 4, 4, 2)):

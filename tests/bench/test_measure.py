@@ -30,7 +30,9 @@ class Machine:
 
         def run():
             self.slowness *= self.random.uniform(0.93, 1.075)
-            self.now += seconds * self.slowness * (suffers * 8 if self.disturbed else 1) * self.random.uniform(0.98, 1.02)
+            self.now += (
+                seconds * self.slowness * (suffers * 8 if self.disturbed else 1) * self.random.uniform(0.98, 1.02)
+            )
 
         return run
 
@@ -94,7 +96,9 @@ def test_short_calls_are_repeated():
 def test_passes_on_a_gpu(monkeypatch):
     """The second in reverse, after three calls that nobody times; a drift between them shows."""
     order, slowness = [], iter([1.0, 1.0, 1.2, 2.0])
-    monkeypatch.setattr(measure, "_event_times", lambda call, seconds, flush: [call() * (next(slowness) if flush else 1)] * 3)
+    monkeypatch.setattr(
+        measure, "_event_times", lambda call, seconds, flush: [call() * (next(slowness) if flush else 1)] * 3
+    )
     calls = {"reference": lambda: order.append("reference") or 8.0, "ours": lambda: order.append("ours") or 2.0}
     timings = measure.time_in_passes(calls, "reference", 1)
     # three that warm up, one for either kind of time
@@ -139,7 +143,9 @@ def test_ceilings():
 
 
 def original_mining(mining, queries, pyramid):
-    """The steps of the original's code for one view, from its text (openclip_encoder.backbone, mgm_arch.unified_resampler)."""
+    """The steps of the original's code for one view, from its text (openclip_encoder.backbone,
+    mgm_arch.unified_resampler).
+    """
     maps = [level.permute(0, 3, 1, 2) for level in pyramid]
     size = maps[0].shape[-2:]
     for i in range(1, len(maps)):

@@ -16,7 +16,9 @@ from mg_fast.modules import convnext_channels_last as convnext
 from mg_fast.modules.clip import PackedClip
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(not torch.backends.cudnn.is_available(), reason="takes a torch that is built for CUDA: no GPU")
+pytestmark = pytest.mark.skipif(
+    not torch.backends.cudnn.is_available(), reason="takes a torch that is built for CUDA: no GPU"
+)
 
 # all but the larger whole models, which take as long again: `python -m bench memory --check`
 CHEAP = ("dual_resize", "clip", "tower", "patch_mining", "projector", "picture", "end-to-end/7b-b1-bfloat16")
@@ -49,7 +51,9 @@ def test_mining_in_hd(predictions):
 
 
 def test_what_is_held(predictions):
-    """What calls leave behind: in bfloat16 stage maps, image tokens, the language model's cache; the first token's logits in float32."""
+    """What calls leave behind: in bfloat16 stage maps, image tokens, the language model's cache; the first token's
+    logits in float32.
+    """
     maps = 2 * sum((192 >> s) ** 2 * (192 << s) for s in range(4))
     assert {p.held for p in predictions["tower/768-b1-bfloat16"].values()} == {maps}
     assert {p.held for p in predictions["tower/1536-hd-b1-bfloat16"].values()} == {4 * maps}
@@ -71,7 +75,9 @@ def test_known_figures(predictions):
     packed = whole["triton"].weights - whole["original"].weights
     assert packed == pytest.approx(2 * (23 * 3 * 1024**2 + blocks + merges), rel=3e-3)
     clip = predictions["clip/768-b1-bfloat16"]
-    assert clip["triton"].flop == pytest.approx(366e9, rel=1e-3) and clip["reference"].flop == pytest.approx(382e9, rel=1e-3)
+    assert clip["triton"].flop == pytest.approx(366e9, rel=1e-3) and clip["reference"].flop == pytest.approx(
+        382e9, rel=1e-3
+    )
     # of every position a logit; the picture, the body and the head
     assert whole["original"].flop - whole["triton"].flop > 2 * 639 * 4096 * 32000
     assert whole["triton"].flop == pytest.approx(1.21e12 + 8.4e12, rel=0.02)
@@ -91,17 +97,28 @@ def test_half_a_picture_is_not_made_twice(predictions):
 
 
 def test_few_launches(predictions):
-    """High-resolution tower, mining and projector together, with what lies between: half of timm's tower alone; with CLIP at most 350."""
+    """High-resolution tower, mining and projector together, with what lies between: half of timm's tower alone; with
+    CLIP at most 350.
+    """
     for setting in ("768", "1536-hd"):
-        by = {part: predictions[f"{part}/{setting}-b1-bfloat16"] for part in ("clip", "tower", "patch_mining", "projector")}
-        few = by["tower"]["triton"].launches + by["patch_mining"]["triton"].launches + by["projector"]["reference"].launches + 2
+        by = {
+            part: predictions[f"{part}/{setting}-b1-bfloat16"]
+            for part in ("clip", "tower", "patch_mining", "projector")
+        }
+        few = (
+            by["tower"]["triton"].launches
+            + by["patch_mining"]["triton"].launches
+            + by["projector"]["reference"].launches
+            + 2
+        )
         assert few <= 130 == by["tower"]["reference"].launches // 2
         assert few + by["clip"]["triton"].launches <= 350
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="measures a GPU's allocator: no GPU")
 @pytest.mark.parametrize(
-    "name, provider", [("patch_mining", "reference"), ("patch_mining", "torch"), ("patch_mining", "triton"), ("tower", "auto")]
+    "name, provider",
+    [("patch_mining", "reference"), ("patch_mining", "torch"), ("patch_mining", "triton"), ("tower", "auto")],
 )
 def test_predicted_is_what_a_gpu_allocates(predictions, name, provider):
     """HD at its real size; what the allocator gives beyond its blocks and cuDNN's workspaces are within the tolerance."""
@@ -134,26 +151,33 @@ def launches(call):
 
 
 def test_launches_of_a_packed_clip(towers):
-    """A layer: two norms, four products, attention, SiLU, two residuals; before the layers: patches, class token, positions, norm."""
+    """A layer: two norms, four products, attention, SiLU, two residuals; before the layers: patches, class token,
+    positions, norm.
+    """
     packed, views = PackedClip.from_tower(towers[0]), torch.empty(1, 3, 336, 336, dtype=torch.bfloat16, device="cuda")
     found = launches(functools.partial(packed, views))
     assert found.total() == 23 * 10 + 4 and found["aten.addmm.default"] == 23 * 4
 
 
 def test_launches_of_the_high_resolution_tower(towers, monkeypatch):
-    """Four convolutions and norms, and in each of 36 blocks three kernels; or, with a library's products, their GELU and sum apart."""
+    """Four convolutions and norms, and in each of 36 blocks three kernels; or, with a library's products, their GELU
+    and sum apart.
+    """
     tower, pixels = towers[1], torch.empty(1, 3, 768, 768, dtype=torch.bfloat16, device="cuda")
     packed = tower.pack()
     around = {"aten.convolution.default": 4, "aten.native_layer_norm.default": 4}
     products = {"aten.addmm.default": 72, "aten.gelu_.default": 36, "aten.add_.Tensor": 36}
     kernels = {f"mg_fast.{name}.default": 36 for name in ("dwconv_norm", "linear_gelu", "linear_residual_")}
     assert launches(functools.partial(packed, pixels, backend="triton")) == around | kernels
-    assert launches(functools.partial(packed, pixels, backend="auto")) == around | products | {"mg_fast.dwconv_norm.default": 36}
+    assert launches(functools.partial(packed, pixels, backend="auto")) == around | products | {
+        "mg_fast.dwconv_norm.default": 36
+    }
     convolved = {"aten.convolution.default": 4 + 36, "aten.native_layer_norm.default": 4 + 36}
     assert launches(functools.partial(packed, pixels, backend="torch")) == convolved | products
     # 40 convolutions, 40 norms, and in each of 36 blocks two products, GELU, gamma and the residual
     assert launches(functools.partial(tower, pixels, backend="reference")).total() == 40 + 40 + 36 * 5
-    # of every block the taps laid out, and layer scale folded into a weight and a bias; of every convolution the weight laid out
+    # of every block the taps laid out, and layer scale folded into a weight and a bias; of every convolution the weight
+    # laid out
     assert launches(tower.pack) == {"aten.clone.default": 36 + 4, "aten.mul.Tensor": 36 * 2}
     # half of a stage's rows at a time: two products more in each of its three blocks
     monkeypatch.setattr(convnext, "GPU_EXPANSION", 192 * 192 * 4 * 192 * 2 // 2)
@@ -168,7 +192,10 @@ def test_differences():
     recorded = memory.record({"patch_mining/a": {"triton": prediction()}})["cases"]
     assert not list(memory.differences(recorded, {"patch_mining/a": {"triton": prediction()}}))
     [worse] = memory.differences(recorded, {"patch_mining/a": {"triton": prediction(peak=1100)}})
-    assert worse.startswith("patch_mining/a, triton: peak 1,000 -> 1,100 (+10.00%) got worse") and "python -m bench memory --save" in worse
+    assert (
+        worse.startswith("patch_mining/a, triton: peak 1,000 -> 1,100 (+10.00%) got worse")
+        and "python -m bench memory --save" in worse
+    )
     [better] = memory.differences(recorded, {"patch_mining/a": {"triton": prediction(launches=6)}})
     assert "launches 7 -> 6 (-14.29%) got better: record it" in better
     [new] = memory.differences(recorded, {"patch_mining/a": {"auto": prediction()}})

@@ -31,7 +31,9 @@ def test_right_providers_are_timed_and_kept(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 passed" in done.stdout and "1 skipped" in done.stdout and "not here" in done.stdout
     timed = {result["name"]: result for result in json.loads(kept.read_text())["benchmarks"]}
-    assert list(timed) == [f"test_case[dwconv_norm/768-stage3-b1-float32-{provider}]" for provider in ("reference", "torch")]
+    assert list(timed) == [
+        f"test_case[dwconv_norm/768-stage3-b1-float32-{provider}]" for provider in ("reference", "torch")
+    ]
     for result in timed.values():
         assert result["group"] == "dwconv_norm/768-stage3-b1-float32" and result["stats"]["median"] > 0
         assert result["extra_info"]["ok"] is True and result["extra_info"]["relative_error"] < 1e-5
@@ -63,4 +65,7 @@ def test_unknown_case():
 def test_default_is_what_is_quick():
     done = bench("--collect-only")
     names = [line for line in done.stdout.splitlines() if "::" in line]
-    assert names == [f"bench/test_cases.py::test_case[patch_mining/768-b1-float32-{name}]" for name in ("reference", "torch", "triton")]
+    assert names == [
+        f"bench/test_cases.py::test_case[patch_mining/768-b1-float32-{name}]"
+        for name in ("reference", "torch", "triton")
+    ]

@@ -20,7 +20,9 @@ from tests.paths import ROOT
 
 
 def start(*words, **environment):
-    return subprocess.run([sys.executable, "-m", *words], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", *words], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
+    )
 
 
 def out_of(*words, **environment):
@@ -74,7 +76,12 @@ def test_right_and_wrong_opponents():
     rows = rows_of(square())
     for name in ("reference", "right"):
         row = rows[name]
-        assert row["ok"] and row["why"] is None and 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"] and row["first_call_ms"] > 0
+        assert (
+            row["ok"]
+            and row["why"] is None
+            and 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+            and row["first_call_ms"] > 0
+        )
         assert row["relative_error"] < 1e-6 and row["samples"] >= 3
         assert row["floor_ms"] == pytest.approx(1e3 * max(2 * 64**3 / 1e11, 12 * 64**2 / 1e10))
         assert row["of_floor"] == pytest.approx(row["floor_ms"] / row["median_ms"])
@@ -84,9 +91,17 @@ def test_right_and_wrong_opponents():
     assert reference["tflops"] == pytest.approx(3 * 64**3 / reference["median_ms"] / 1e9) and reference["gbps"] > 0
     assert "tflops" not in rows["right"]
     for name in ("another shape", "not a number"):
-        assert rows[name]["ok"] is False and rows[name]["why"].startswith("wrong result: ") and rows[name]["relative_error"] is None
+        assert (
+            rows[name]["ok"] is False
+            and rows[name]["why"].startswith("wrong result: ")
+            and rows[name]["relative_error"] is None
+        )
     assert "shapes [[1, 64]], expected [[64, 64]]" in rows["another shape"]["why"]
-    assert rows["wrong"]["ok"] is False and rows["wrong"]["why"].startswith("wrong result: ") and rows["wrong"]["median_ms"] is None
+    assert (
+        rows["wrong"]["ok"] is False
+        and rows["wrong"]["why"].startswith("wrong result: ")
+        and rows["wrong"]["median_ms"] is None
+    )
     assert rows["missing"]["ok"] is None and rows["missing"]["why"] == "not here: no such library"
     assert rows["hungry"]["ok"] is False and rows["hungry"]["why"].startswith("out of memory: ")
     assert rows["broken"]["ok"] is False and rows["broken"]["why"] == "ValueError: unsupported shape"
@@ -97,7 +112,9 @@ def test_right_and_wrong_opponents():
 def test_without_its_baseline_nothing_is_called_faster():
     rows = rows_of(square(reference=lambda x: lambda: torch.ones(2**48)))
     assert rows["reference"]["why"].startswith("out of memory: ")
-    assert rows["right"]["ok"] is None and "accuracy unknown" in rows["right"]["why"] and rows["right"]["speedup"] is None
+    assert (
+        rows["right"]["ok"] is None and "accuracy unknown" in rows["right"]["why"] and rows["right"]["speedup"] is None
+    )
     assert rows["right"]["median_ms"] > 0
 
 
@@ -105,7 +122,9 @@ def test_inputs_that_do_not_fit():
     def make(device):
         return torch.ones(2**48)
 
-    rows = run_case(Case("toy/large", make, {"reference": lambda x: lambda: x}, None), "cpu", CEILINGS, seconds=1, memory=False)
+    rows = run_case(
+        Case("toy/large", make, {"reference": lambda x: lambda: x}, None), "cpu", CEILINGS, seconds=1, memory=False
+    )
     assert [row["ok"] for row in rows] == [False] and rows[0]["why"].startswith("inputs: out of memory")
 
 
@@ -121,7 +140,19 @@ def test_a_document_grows_as_cases_end(tmp_path):
     document = run(cases, "cpu", seconds=0.3, memory=False, out=out)
     assert document["complete"] is False and {row["name"] for row in document["cases"]} == {"toy/first"}
     assert records.read(out) == json.loads(json.dumps(document))
-    assert {"gpu", "driver", "clocks", "cpu", "threads", "torch", "triton", "commit", "device", "ceilings", "load"} <= document.keys()
+    assert {
+        "gpu",
+        "driver",
+        "clocks",
+        "cpu",
+        "threads",
+        "torch",
+        "triton",
+        "commit",
+        "device",
+        "ceilings",
+        "load",
+    } <= document.keys()
     assert not list(tmp_path.glob(".*"))
 
 
@@ -169,12 +200,17 @@ def test_compare():
     table, agree = compare(document, document | {"cases": document["cases"][:1]}, 0.1)
     assert agree and "measured before and not after: toy/square-float32, right" in table
     table, _ = compare(document, other, 0.1)
-    assert compare(document, other | {"cases": []}, 0.1) == (table.split("case ")[0] + "nothing was measured in both", False)
+    assert compare(document, other | {"cases": []}, 0.1) == (
+        table.split("case ")[0] + "nothing was measured in both",
+        False,
+    )
 
 
 def test_choosing():
     cases = all_cases()
-    assert [case.name for case in choose(cases, ["patch_mining/768-b1-float32"], "cpu")] == ["patch_mining/768-b1-float32"]
+    assert [case.name for case in choose(cases, ["patch_mining/768-b1-float32"], "cpu")] == [
+        "patch_mining/768-b1-float32"
+    ]
     assert {case.group for case in choose(cases, ["patch_mining", "clip/*"], "cpu")} == {"patch_mining", "clip"}
     assert all("cpu" in case.devices for case in choose(cases, [], "cpu"))
     assert [case.name for case in choose(cases, [], "cpu", quick=True)] == ["patch_mining/768-b1-float32"]
@@ -185,9 +221,17 @@ def test_choosing():
 def test_registry_covers_the_published_sizes():
     names = set(all_cases())
     for group in ("patch_mining", "tower", "clip", "projector"):
-        assert {f"{group}/{s}-b{b}-{d}" for s in ("768", "1536-hd") for b in (1, 8) for d in ("float32", "bfloat16", "float16")} <= names
+        assert {
+            f"{group}/{s}-b{b}-{d}"
+            for s in ("768", "1536-hd")
+            for b in (1, 8)
+            for d in ("float32", "bfloat16", "float16")
+        } <= names
     assert {
-        f"{kernel}/{side}-stage{i}-b8-bfloat16" for kernel in ("dwconv_norm", "linear_gelu") for side in (768, 1536) for i in range(4)
+        f"{kernel}/{side}-stage{i}-b8-bfloat16"
+        for kernel in ("dwconv_norm", "linear_gelu")
+        for side in (768, 1536)
+        for i in range(4)
     } <= names
     for case in all_cases().values():
         assert case.baseline in case.providers and case.least.bytes >= 0
@@ -263,10 +307,16 @@ def on_gpu(case, rows=None):
 def test_rows_of_a_gpu(gpu):
     case = dataclasses.replace(square(), capturable=True, own_graphs=frozenset({"right"}))
     rows = on_gpu(case)
-    assert rows["reference"]["graphed_ms"] == 0.5 and rows["reference"]["speedup_graphed"] == 1 and rows["reference"]["peak_mib"] == 7.0
+    assert (
+        rows["reference"]["graphed_ms"] == 0.5
+        and rows["reference"]["speedup_graphed"] == 1
+        and rows["reference"]["peak_mib"] == 7.0
+    )
     assert rows["reference"]["warm_ms"] == 1.0 and rows["reference"]["halves_differ"] == 0
     # it replays a graph of its own, in which nothing is allocated
-    assert rows["right"]["median_ms"] == 1.0 and rows["right"]["graphed_ms"] is None and rows["right"]["peak_mib"] is None
+    assert (
+        rows["right"]["median_ms"] == 1.0 and rows["right"]["graphed_ms"] is None and rows["right"]["peak_mib"] is None
+    )
     assert rows["hungry"]["why"].startswith("out of memory") and rows["right"]["tflops"] > 0
     assert on_gpu(dataclasses.replace(case, memory={"right": lambda x: lambda: x}))["right"]["peak_mib"] == 7.0
 
@@ -281,7 +331,10 @@ def test_a_lost_gpu_ends_the_run_and_keeps_what_there_is(gpu, tmp_path):
     document = run([dataclasses.replace(square(), capturable=True), square("toy/next")], "cuda", out=out)
     assert document["complete"] is False and document["ended"].startswith("the GPU is lost to this process")
     kept = {row["provider"]: row for row in records.read(out)["cases"]}
-    assert kept["right"]["median_ms"] == 1.0 and kept["reference"]["why"] == "as a graph: it cannot be captured: operation not permitted"
+    assert (
+        kept["right"]["median_ms"] == 1.0
+        and kept["reference"]["why"] == "as a graph: it cannot be captured: operation not permitted"
+    )
     assert {row["name"] for row in kept.values()} == {"toy/square-float32"}
 
 
@@ -291,7 +344,9 @@ def test_a_broken_context_is_not_blamed_on_those_after(gpu):
 
     gpu.setattr(torch.cuda, "synchronize", broken)
     rows = {name: empty_row(square(), name) for name in ("reference", "right", "broken")}
-    case = dataclasses.replace(square(), providers={"broken": square().providers["broken"], "right": square().providers["right"]})
+    case = dataclasses.replace(
+        square(), providers={"broken": square().providers["broken"], "right": square().providers["right"]}
+    )
     gpu.setattr(measure, "first_call", lambda build, device: (build(), build()(), 1.0))
     with pytest.raises(measure.GpuLost, match="illegal memory access"):
         on_gpu(dataclasses.replace(case, baseline="broken"), rows)
@@ -311,7 +366,9 @@ def test_no_gpu_here():
 
 def test_program_says_what_is_wrong_in_one_line():
     done = start("bench", "run", "nothing/here")
-    assert done.returncode == 2 and done.stderr.startswith("bench: no case is called 'nothing/here'") and not done.stdout
+    assert (
+        done.returncode == 2 and done.stderr.startswith("bench: no case is called 'nothing/here'") and not done.stdout
+    )
     done = start("bench", "compare", "nowhere.json", "nowhere.json")
     assert done.returncode == 2 and done.stderr == "bench: nowhere.json cannot be read: No such file or directory\n"
 
@@ -325,7 +382,9 @@ def test_program_prints_one_document_last(monkeypatch, capsys, tmp_path):
     assert program.main(["run", "toy", "--device", "cpu", "--seconds", "0.3", "--no-memory", "--out", str(out)]) == 1
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [row["provider"] for row in document["cases"]][:2] == ["reference", "right"] and document["complete"]
-    assert program.main(["run", "toy", "--device", "cpu", "--seconds", "0.3", "--no-memory", "--provider", "right"]) == 0
+    assert (
+        program.main(["run", "toy", "--device", "cpu", "--seconds", "0.3", "--no-memory", "--provider", "right"]) == 0
+    )
     assert program.main(["compare", str(out), str(out)]) == 0
 
 

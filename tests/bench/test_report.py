@@ -16,7 +16,9 @@ from bench.__main__ import _parser, main
 from bench.report_page import page
 from tests.bench import documents as bench_documents
 
-BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+BROWSER = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="needs Chromium on the path")
 
 
@@ -44,7 +46,12 @@ def test_the_readme_is_what_the_records_give(capsys):
 
 def test_the_commands_of_the_records_can_be_run_today():
     """A reader copies them from the README."""
-    commands = {document["command"] for cases in report.kept().values() for document in cases.values() if document.get("command")}
+    commands = {
+        document["command"]
+        for cases in report.kept().values()
+        for document in cases.values()
+        if document.get("command")
+    }
     assert commands
     for command in commands:
         program, arguments = shlex.split(command)[:3], shlex.split(command)[3:]
@@ -55,19 +62,24 @@ def test_the_commands_of_the_records_can_be_run_today():
 def test_check_says_what_differs_and_how_to_mend_it(tmp_path, monkeypatch, capsys):
     readme = tmp_path / "README.md"
     text = report.README.read_text(encoding="utf-8")
-    readme.write_text(text.replace("<!-- bench:patch_mining -->\n", "<!-- bench:patch_mining -->\n41 times\n", 1), encoding="utf-8")
+    readme.write_text(
+        text.replace("<!-- bench:patch_mining -->\n", "<!-- bench:patch_mining -->\n41 times\n", 1), encoding="utf-8"
+    )
     monkeypatch.setattr(report, "README", readme)
     assert main(["report", "--check"]) == 1
     err = capsys.readouterr().err
     assert (
-        "the table 'patch_mining' is not what bench/results gives: run `python -m bench report --readme`" in err and "'picture'" not in err
+        "the table 'patch_mining' is not what bench/results gives: run `python -m bench report --readme`" in err
+        and "'picture'" not in err
     )
     assert main(["report", "--readme"]) == 0
     assert readme.read_text(encoding="utf-8") == text
     assert main(["report", "--check"]) == 0
 
 
-@pytest.mark.parametrize("text, said", [("no markers", "no marker"), ("<!-- bench:mine -->\n<!-- /bench -->", "a table called 'mine'")])
+@pytest.mark.parametrize(
+    "text, said", [("no markers", "no marker"), ("<!-- bench:mine -->\n<!-- /bench -->", "a table called 'mine'")]
+)
 def test_a_readme_without_its_markers(text, said, tmp_path, monkeypatch, capsys):
     (tmp_path / "README.md").write_text(text)
     monkeypatch.setattr(report, "README", tmp_path / "README.md")
@@ -81,7 +93,10 @@ def test_nothing_but_the_tables_changes(results):
     filled = report.fill(text, report.kept(results))
     assert filled.startswith("before\n\n<!-- bench:patch_mining -->\n| patch info mining by |")
     assert filled.endswith("<!-- /bench -->\nafter")
-    assert "<!-- /bench -->\nbetween | with \\1 and $1\n<!-- bench:picture -->\n| one picture" in filled and "old" not in filled
+    assert (
+        "<!-- /bench -->\nbetween | with \\1 and $1\n<!-- bench:picture -->\n| one picture" in filled
+        and "old" not in filled
+    )
     assert report.fill(filled, report.kept(results)) == filled
 
 
@@ -117,14 +132,20 @@ def test_picture_table(results):
     # 768 in float32; HD; 768 in bfloat16; a GPU's 768 and HD
     assert cells(table, "preprocess") == ["75.4 ms", "106 ms", *["not measured yet"] * 8]
     assert cells(table, "**patch info mining**")[:2] == ["5.59 s", "180 ms"]
-    assert cells(table, "**all of it**")[:3] == ["**16.7 s, 1742 MiB**", "**8.05 s, 239 MiB (2.1 times)**", "not measured yet"]
+    assert cells(table, "**all of it**")[:3] == [
+        "**16.7 s, 1742 MiB**",
+        "**8.05 s, 239 MiB (2.1 times)**",
+        "not measured yet",
+    ]
 
 
 def test_nothing_recorded():
     for table in (report.picture_table, report.mining_table):
         made = table({})
         rows = [line for line in made.splitlines()[2:] if line.startswith("|")]
-        assert rows and all({cell.strip() for cell in line.strip("|").split("|")[1:]} == {"not measured yet"} for line in rows)
+        assert rows and all(
+            {cell.strip() for cell in line.strip("|").split("|")[1:]} == {"not measured yet"} for line in rows
+        )
         assert "On a GPU: not measured yet." in " ".join(made.split())
 
 
@@ -136,17 +157,26 @@ def test_predictions():
 
 
 def test_a_graph_is_told_beside_the_eager_time():
-    row = bench_documents.row("patch_mining/x", "torch", True, None, 1.5, 20.0, 3.0, graphed_ms=0.5, speedup_graphed=2.0)
+    row = bench_documents.row(
+        "patch_mining/x", "torch", True, None, 1.5, 20.0, 3.0, graphed_ms=0.5, speedup_graphed=2.0
+    )
     assert report.figure(row) == "1.50 ms, 20 MiB (3.0 times; as CUDA graphs 0.50 ms, 2.0 times)"
 
 
 def test_what_a_figure_must_not_be_read_without():
-    row = bench_documents.row("patch_mining/x", "torch", None, "accuracy unknown: out of memory", 1500.0, None, 3.0, halves_differ=0.3)
-    assert report.figure(row) == "1.50 s (3.0 times; accuracy unknown: out of memory; unsteady: halves of the turns differ by 30%)"
+    row = bench_documents.row(
+        "patch_mining/x", "torch", None, "accuracy unknown: out of memory", 1500.0, None, 3.0, halves_differ=0.3
+    )
+    assert (
+        report.figure(row)
+        == "1.50 s (3.0 times; accuracy unknown: out of memory; unsteady: halves of the turns differ by 30%)"
+    )
 
 
 def test_a_busy_machine_is_told():
-    document = bench_documents.document([bench_documents.row("patch_mining/768-b1-float32", "reference", others=0.4, left_out=2)])
+    document = bench_documents.document(
+        [bench_documents.row("patch_mining/768-b1-float32", "reference", others=0.4, left_out=2)]
+    )
     found = {"cpu": {"patch_mining/768-b1-float32": document}}
     told = " ".join(report.mining_table(found).split())
     assert "7 turns, 2 disturbed ones left out, BUSY: other processes took 40% of the machine in every turn" in told
@@ -164,7 +194,12 @@ def test_cases_are_in_the_registrys_order(results):
     records.write(results / "cpu" / "a.json", document)
     found = report.kept(results)
     assert list(found) == ["cpu", "nvidia-h200"]
-    assert list(found["cpu"]) == ["patch_mining/768-b1-float32", "patch_mining/1536-hd-b1-float32", "picture/768-b1-float32", "gone/768"]
+    assert list(found["cpu"]) == [
+        "patch_mining/768-b1-float32",
+        "patch_mining/1536-hd-b1-float32",
+        "picture/768-b1-float32",
+        "gone/768",
+    ]
 
 
 # ---- memory by formula
@@ -177,7 +212,8 @@ def test_memory_by_formula():
     assert memory_curve.reference_peak(hd) / 2**20 == pytest.approx(6446, rel=0.01)
     half = memory_curve.sizes_at(1536, memory_curve.torch.bfloat16)
     assert memory_curve.reference_peak(half) > 3e9 and memory_curve.kernel_peak(half) < 0.3e9
-    # what a counter of live memory at torch's dispatcher found, of fake tensors: pictures to tokens of 768 and 1536 pixels; packed copies
+    # what a counter of live memory at torch's dispatcher found, of fake tensors: pictures to tokens of 768 and 1536
+    # pixels; packed copies
     for side, reference, ours in ((768, 829.6e6, 112.2e6), (1536, 3747e6, 451.5e6)):
         sizes = memory_curve.sizes_at(side, memory_curve.torch.bfloat16)
         assert memory_curve.reference_picture_peak(sizes) == pytest.approx(reference, rel=0.01)
@@ -225,7 +261,9 @@ def test_page_stands_alone(name, results):
     for picture in pictures:
         for element in ElementTree.fromstring(picture).iter():
             numbers = [
-                value for key, value in element.attrib.items() if key in ("x", "y", "x1", "x2", "y1", "y2", "cx", "cy", "width", "height")
+                value
+                for key, value in element.attrib.items()
+                if key in ("x", "y", "x1", "x2", "y1", "y2", "cx", "cy", "width", "height")
             ]
             assert all(re.fullmatch(r"-?\d+(\.\d+)?%?", number) for number in numbers), (element.tag, element.attrib)
             percents = [float(number[:-1]) for number in numbers if number.endswith("%")]
@@ -242,9 +280,13 @@ def test_page_says_what_is_slower_and_what_failed(results):
 
 
 def test_page_escapes_what_records_say(results):
-    document = bench_documents.document([bench_documents.row("mining/<b>", "<i>", False, "a < b & <script>")], cpu="<u>")
+    document = bench_documents.document(
+        [bench_documents.row("mining/<b>", "<i>", False, "a < b & <script>")], cpu="<u>"
+    )
     html = page({"cpu": {"mining/<b>": document}})
-    assert "<script>" not in html and "<i>" not in html and "<u>" not in html and "a &lt; b &amp; &lt;script&gt;" in html
+    assert (
+        "<script>" not in html and "<i>" not in html and "<u>" not in html and "a &lt; b &amp; &lt;script&gt;" in html
+    )
 
 
 def test_page_of_no_data_says_so():
@@ -267,7 +309,9 @@ def contrast(one, other):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_colours_can_be_read(scheme):
     html = page({})
-    light, dark = (dict(re.findall(r"--(\w+): (#\w{6})", block)) for block in re.findall(r":root \{(.*?)\}", html, re.DOTALL))
+    light, dark = (
+        dict(re.findall(r"--(\w+): (#\w{6})", block)) for block in re.findall(r":root \{(.*?)\}", html, re.DOTALL)
+    )
     colours = light if scheme == "light" else dark
     assert set(light) == set(dark) and light != dark
     for name in ("text", "quiet", "slower", "fail", "ours"):
@@ -286,9 +330,7 @@ def test_html_is_written(tmp_path, capsys):
 # ---- in a browser
 
 # drawn at a phone's width: headless windows are not narrower than 500 pixels
-FRAME = (
-    '<!doctype html><body style="margin:0"><iframe id="page" src="report.html" style="border:0;width:{width}px;height:{height}px"></iframe>'
-)
+FRAME = '<!doctype html><body style="margin:0"><iframe id="page" src="report.html" style="border:0;width:{width}px;height:{height}px"></iframe>'
 
 
 def browse(folder, file, *options):
@@ -301,7 +343,13 @@ def browse(folder, file, *options):
         "--no-first-run",
         "--hide-scrollbars",
     ]
-    words += ["--enable-logging=stderr", "--v=0", f"--user-data-dir={folder / 'profile'}", *options, (folder / file).as_uri()]
+    words += [
+        "--enable-logging=stderr",
+        "--v=0",
+        f"--user-data-dir={folder / 'profile'}",
+        *options,
+        (folder / file).as_uri(),
+    ]
     # a proxy that is not there: what would leave this machine fails, and is told
     words.insert(1, "--proxy-server=127.0.0.1:9")
     done = subprocess.run(words, capture_output=True, text=True, timeout=120, env={**os.environ, "HOME": str(folder)})

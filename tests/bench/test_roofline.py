@@ -38,7 +38,9 @@ def test_parameters_of_every_part(size):
         "patch info mining": model.model.patch_mining,
         "projector": model.model.mm_projector,
     }
-    assert {name: sum(p.numel() for p in part.parameters()) for name, part in held.items()} == {name: parts[name] for name in held}
+    assert {name: sum(p.numel() for p in part.parameters()) for name, part in held.items()} == {
+        name: parts[name] for name in held
+    }
     assert sum(p.numel() for p in model.parameters()) == sum(parts.values())
     assert ModelledAnswer(size).weight_bytes == 2 * sum(parts.values())
 
@@ -63,7 +65,9 @@ class Small(ModelledAnswer):
 
 @pytest.mark.parametrize("size", ["tiny", "tiny-gemma", "tiny-mixtral"])
 def test_flop_of_the_language_model(size):
-    """Run with numbers, as Mixtral's routing needs some; of torch's attentions the counter sees the eager one: a whole square."""
+    """Run with numbers, as Mixtral's routing needs some; of torch's attentions the counter sees the eager one: a whole
+    square.
+    """
     answer = Small(size, "float32", batch=2, text_tokens=39)
     model = MiniGeminiForConditionalGeneration(answer.config).eval()
     model.set_attn_implementation("eager")
@@ -110,7 +114,9 @@ def test_floor_is_the_larger_of_both():
     assert (mining.bound(H200, "bfloat16"), projector.bound(H200, "bfloat16")) == ("compute", "compute")
     assert ModelledAnswer("7b").decode.bound(H200, "bfloat16") == "bandwidth"
     assert mining.floor_ms(H200, "bfloat16") == pytest.approx(1e3 * mining.cost.flop / 790e12)
-    assert stages["preprocess"].floor_ms(H200, "bfloat16") == pytest.approx(1e3 * stages["preprocess"].cost.bytes / 4.3e12)
+    assert stages["preprocess"].floor_ms(H200, "bfloat16") == pytest.approx(
+        1e3 * stages["preprocess"].cost.bytes / 4.3e12
+    )
 
 
 def test_experts():
@@ -156,7 +162,12 @@ def test_a_deployers_table(capsys):
 def test_what_is_not_there_is_one_line(words, said, capsys):
     assert main(["roofline", *words]) == 2
     captured = capsys.readouterr()
-    assert captured.err.startswith("bench: ") and captured.err.count("\n") == 1 and said in captured.err and not captured.out
+    assert (
+        captured.err.startswith("bench: ")
+        and captured.err.count("\n") == 1
+        and said in captured.err
+        and not captured.out
+    )
 
 
 def test_beside_measurements(tmp_path, capsys):
@@ -166,7 +177,9 @@ def test_beside_measurements(tmp_path, capsys):
         for name, ok, ms in (("reference", True, 9.0), ("torch", True, 0.5), ("triton", False, 0.1))
     ]
     answer = {"name": "end-to-end/7b-hd-first-token-b1-bfloat16", "provider": "auto", "ok": True, "median_ms": 80.0}
-    rows.append(row | answer | {"stages": [{"name": "HR tower", "ms": 5.0}, {"name": "prefill to first token", "ms": 71.5}]})
+    rows.append(
+        row | answer | {"stages": [{"name": "HR tower", "ms": 5.0}, {"name": "prefill to first token", "ms": 71.5}]}
+    )
     document = dict.fromkeys(("date", "cpu", "threads", "torch", "commit")) | {"device": "cuda", "gpu": "NVIDIA H200"}
     document |= {"ceilings": {"copy_gbps": 4000, "matmul_tflops": {"bfloat16": 700}}, "cases": rows}
     (tmp_path / "all.json").write_text(json.dumps(document))

@@ -19,7 +19,11 @@ STAGES = ["preprocess", "LR tower", "HR tower", "patch info mining", "projector"
 def ranges(path):
     """Of a trace's ranges name, start and end, in order."""
     events = json.loads(path.read_text())["traceEvents"]
-    found = [(e["name"], e["ts"], e["ts"] + e["dur"]) for e in events if e.get("ph") == "X" and e.get("cat") == "user_annotation"]
+    found = [
+        (e["name"], e["ts"], e["ts"] + e["dur"])
+        for e in events
+        if e.get("ph") == "X" and e.get("cat") == "user_annotation"
+    ]
     return sorted(found, key=lambda r: (r[1], -r[2]))
 
 
@@ -55,7 +59,12 @@ def test_operators_are_in_their_stage_and_warm_up_is_not(tmp_path, monkeypatch):
     case = mining.mining_case("patch_mining/small", sizes).only(["torch"])
     trace.trace([case], "cpu", tmp_path / "trace.json")
     names = [name for name, _, _ in ranges(tmp_path / "trace.json")]
-    assert names == ["patch_mining/small reference", "patch info mining", "patch_mining/small torch", "patch info mining"]
+    assert names == [
+        "patch_mining/small reference",
+        "patch info mining",
+        "patch_mining/small torch",
+        "patch info mining",
+    ]
     (_, start, end), *_ = ranges(tmp_path / "trace.json")
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     norms = [e["ts"] for e in events if e.get("name") == "aten::layer_norm" and start <= e["ts"] <= end]
@@ -69,7 +78,16 @@ def test_providers_that_cannot_run_are_named(tmp_path):
     def broken(inputs):
         return lambda: torch.ones(2) @ torch.ones(3)
 
-    case = Case("group/case", lambda device: None, {"reference": lambda _: lambda: torch.ones(1) + 1, "a": absent, "b": broken}, None)
+    case = Case(
+        "group/case",
+        lambda device: None,
+        {"reference": lambda _: lambda: torch.ones(1) + 1, "a": absent, "b": broken},
+        None,
+    )
     rows = trace.trace([case], "cpu", tmp_path / "trace.json")
-    assert rows[0]["why"] is None and rows[1]["why"] == "not here: for GPUs" and rows[2]["why"].startswith("RuntimeError: inconsistent")
+    assert (
+        rows[0]["why"] is None
+        and rows[1]["why"] == "not here: for GPUs"
+        and rows[2]["why"].startswith("RuntimeError: inconsistent")
+    )
     assert [name for name, _, _ in ranges(tmp_path / "trace.json")] == ["group/case reference", "group"]

@@ -1,4 +1,6 @@
-"""Tuning without a GPU: which tiles are tried, how one is put in force, what is rejected, and that what is printed can be pasted."""
+"""Tuning without a GPU: which tiles are tried, how one is put in force, what is rejected, and that what is printed can
+be pasted.
+"""
 
 import pytest
 import torch
@@ -68,7 +70,9 @@ def rows_of_tile(call, graph):
 def tune_fake(kernel, tiles, seconds=1e9, clock=lambda: 0.0, time_call=rows_of_tile, **options):
     """Tiles of dual_resize's columns at two shapes."""
     options = {"problems": [fake_problem(name, "columns", kernel) for name in ("first", "second")]} | options
-    return tune.tune_entry("dual_resize", "columns", tiles, None, seconds, device="cpu", clock=clock, time_call=time_call, **options)
+    return tune.tune_entry(
+        "dual_resize", "columns", tiles, None, seconds, device="cpu", clock=clock, time_call=time_call, **options
+    )
 
 
 TODAY, FASTER, SLOWER = configs.ResizeTile(4, 128, 4), configs.ResizeTile(8, 128, 4), configs.ResizeTile(2, 128, 4)
@@ -140,7 +144,10 @@ def test_a_library_that_breaks_loses_no_tile():
         return rows_of_tile(call, graph)
 
     result = tune_fake(lambda x: 2 * x, [TODAY, FASTER], time_call=time_call)
-    assert result.tiles == {TODAY: 1.0, FASTER: 2.0} and result.error == "the library's form: RuntimeError: the library's own"
+    assert (
+        result.tiles == {TODAY: 1.0, FASTER: 2.0}
+        and result.error == "the library's form: RuntimeError: the library's own"
+    )
     text = tune.report([result], 90, best=1)
     assert "ResizeTile(8, 128, 4),  # 2.00 times today's\n" in text and "times the library" not in text
 
@@ -158,14 +165,19 @@ def test_printed_entries_are_those_of_a_table():
     faster = product._replace(stages=3)
     results = [
         tune_fake(lambda x: 2 * x, [TODAY, FASTER, SLOWER]),
-        tune.Result("pointwise", (2, "few"), {product: 1.0, faster: 1.25}, {product: {"a": 1.0}, faster: {"a": 0.8}}, {"a": 1.6}),
+        tune.Result(
+            "pointwise", (2, "few"), {product: 1.0, faster: 1.25}, {product: {"a": 1.0}, faster: {"a": 0.8}}, {"a": 1.6}
+        ),
         tune.Result("pointwise", (4, "few"), rejected={product: "ValueError: nothing"}, left=3),
     ]
     text = tune.report(results, 90, best=2)
     found: dict = {}
     exec(text, vars(configs) | {}, found)
     assert found == {"DUAL_RESIZE": {90: {"columns": FASTER}}, "POINTWISE": {90: {(2, "few"): faster}}}
-    assert "1.25 times today's, 2.00 times the library" in text and "# or ProductTile(64, 128, 64, 8, 4, 4): 1.00 times" in text
+    assert (
+        "1.25 times today's, 2.00 times the library" in text
+        and "# or ProductTile(64, 128, 64, 8, 4, 4): 1.00 times" in text
+    )
     assert "ResizeTile(2, 128, 4)" not in text, "only so many as were asked for"
     assert "1 rejected, the first for ValueError: nothing, 3 left for want of time" in text
 
@@ -224,7 +236,11 @@ def test_an_entry_is_printed_when_it_is_done(pretended, capsys):
     with pytest.raises(SystemExit):
         tune.tune(["dual_resize"], 1.0)
     out = capsys.readouterr().out
-    assert "(sm_90)" in out and "# DUAL_RESIZE[90]\n" in out and "#     'columns': ResizeTile(8, 128, 4),  # 2.00 times today's" in out
+    assert (
+        "(sm_90)" in out
+        and "# DUAL_RESIZE[90]\n" in out
+        and "#     'columns': ResizeTile(8, 128, 4),  # 2.00 times today's" in out
+    )
     assert all(line.startswith("#") for line in out.splitlines()), "the tables that follow can be pasted"
 
 
@@ -233,7 +249,10 @@ def test_after_a_lost_gpu_nothing_is_tried(pretended):
     first.lost = True
     pretended(first, never)
     text = tune.tune(["dual_resize"], 1.0)
-    assert "'columns': ResizeTile(8, 128, 4)" in text and "ended at dual_resize 'columns', which lost the GPU: 1 entries not tried" in text
+    assert (
+        "'columns': ResizeTile(8, 128, 4)" in text
+        and "ended at dual_resize 'columns', which lost the GPU: 1 entries not tried" in text
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -36,7 +36,9 @@ ctypes.PyDLL(None).sleep(60)
 )
 def test_what_a_process_was_at(ending, status, doing, tmp_path):
     path = tmp_path / "doing.json"
-    done = subprocess.run([sys.executable, "-c", PROGRAM, str(path), ending], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(path), ending], cwd=ROOT, capture_output=True, text=True, timeout=50
+    )
     assert (done.returncode, watch.read(path)) == (status, doing), done.stderr
     # where it stood
     assert ("Timeout (0:00:00.500000)!" in done.stderr) == (ending == "hang")
@@ -45,7 +47,11 @@ def test_what_a_process_was_at(ending, status, doing, tmp_path):
 def test_a_provider_that_compiles_has_longer(tmp_path):
     watching = Watchdog(tmp_path / "doing.json", None, None)
     watching.limit_s, watching.compiling_limit_s = 3600.0, 7200.0
-    for provider, limit in (("torch", 3600), ("reference, channels last, compiled", 7200), ("auto, static cache", 7200)):
+    for provider, limit in (
+        ("torch", 3600),
+        ("reference, channels last, compiled", 7200),
+        ("auto, static cache", 7200),
+    ):
         watching.begin("a/case", [provider], "its first call")
         assert watch.read(tmp_path / "doing.json").limit_s == limit
     watching.end()

@@ -19,7 +19,16 @@ from mg_fast.ops import backend
 from tests.paths import ROOT
 
 STAGES = ["preprocess", "LR tower", "HR tower", "patch info mining", "projector", "prefill to first token", "decode"]
-KEYS = {"text", "token_ids", "finish_reason", "prompt_tokens", "image_tokens", "cached_tokens", "new_tokens", "weight_bytes"}
+KEYS = {
+    "text",
+    "token_ids",
+    "finish_reason",
+    "prompt_tokens",
+    "image_tokens",
+    "cached_tokens",
+    "new_tokens",
+    "weight_bytes",
+}
 KEYS |= {"load_s", "answer_s"}
 
 
@@ -126,14 +135,22 @@ ERRORS = {
         ["--model", "/nonexistent/model", "--prompt", "What?"],
         "/nonexistent/model is not a folder: expected a checkpoint",
     ),
-    "folder without config": (3, ["--model", EMPTY_FOLDER, "--prompt", "What?"], "has no config.json: expected a Mini-Gemini checkpoint"),
+    "folder without config": (
+        3,
+        ["--model", EMPTY_FOLDER, "--prompt", "What?"],
+        "has no config.json: expected a Mini-Gemini checkpoint",
+    ),
     "no such picture": (4, ["--image", "/nonexistent.png", "--prompt", "What?"], "/nonexistent.png: no such file"),
     "folder for a picture": (4, ["--image", EMPTY_FOLDER, "--prompt", "What?"], ": a folder, expected a picture file"),
     "no picture": (4, ["--image", TEXT_FILE, "--prompt", "What?"], ": not a picture that Pillow can read"),
     "thin picture": (4, ["--image", THIN_PICTURE, "--prompt", "What?"], "1x999 pixels: too thin"),
     "tags without pictures": (5, ["--prompt", "<image> What?"], "the text has 1 <image> tag(s), but 0 picture(s) came"),
     "empty prompt": (5, ["--prompt", " "], "--prompt is empty"),
-    "unknown template": (5, ["--prompt", "What?", "--template", "nosuch"], "unknown template 'nosuch': expected one of vicuna_v1, gemma"),
+    "unknown template": (
+        5,
+        ["--prompt", "What?", "--template", "nosuch"],
+        "unknown template 'nosuch': expected one of vicuna_v1, gemma",
+    ),
     "too long": (5, ["--prompt", "x " * 3000], "tokens, the model has 4096 positions"),
 }
 
@@ -188,7 +205,10 @@ def test_backend_of_the_environment_is_checked(run, photo, monkeypatch):
         (["nosuch"], "invalid choice: 'nosuch'"),
         (["run", "--model", "x"], "the following arguments are required: --prompt"),
         (["run", "--prompt", "x"], "the following arguments are required: --model"),
-        (["run", "--model", "x", "--prompt", "x", "--backend", "nosuch"], "argument --backend: invalid choice: 'nosuch'"),
+        (
+            ["run", "--model", "x", "--prompt", "x", "--backend", "nosuch"],
+            "argument --backend: invalid choice: 'nosuch'",
+        ),
         (
             ["run", "--model", "x", "--prompt", "x", "--max-new-tokens", "many"],
             "--max-new-tokens: expected a whole number of 1 or more, got 'many'",
@@ -197,8 +217,14 @@ def test_backend_of_the_environment_is_checked(run, photo, monkeypatch):
             ["run", "--model", "x", "--prompt", "x", "--max-new-tokens", "0"],
             "--max-new-tokens: expected a whole number of 1 or more, got '0'",
         ),
-        (["run", "--model", "x", "--prompt", "x", "--temperature", "-1"], "--temperature: expected a number of 0 or more, got '-1'"),
-        (["run", "--model", "x", "--prompt", "x", "--temperature", "nan"], "--temperature: expected a number of 0 or more, got 'nan'"),
+        (
+            ["run", "--model", "x", "--prompt", "x", "--temperature", "-1"],
+            "--temperature: expected a number of 0 or more, got '-1'",
+        ),
+        (
+            ["run", "--model", "x", "--prompt", "x", "--temperature", "nan"],
+            "--temperature: expected a number of 0 or more, got 'nan'",
+        ),
         (["doctor", "--model", "x"], "unrecognized arguments: --model x"),
     ],
 )
@@ -218,7 +244,11 @@ def test_interruption_and_unexpected_errors(monkeypatch, capsys):
         return cli.main(["doctor"]), *capsys.readouterr()
 
     assert fail(KeyboardInterrupt()) == (130, "", "mg-fast: interrupted\n")
-    assert fail(RuntimeError("first line\n  second line")) == (1, "", "mg-fast: error: RuntimeError: first line second line\n")
+    assert fail(RuntimeError("first line\n  second line")) == (
+        1,
+        "",
+        "mg-fast: error: RuntimeError: first line second line\n",
+    )
     assert fail(AssertionError()) == (1, "", "mg-fast: error: AssertionError: AssertionError\n")
     assert fail(CheckpointError("first line\nsecond line")) == (3, "", "mg-fast: error: first line second line\n")
 
@@ -273,7 +303,16 @@ assert not heavy, heavy
 def test_help_and_wrong_usage_need_no_torch():
     done = process(code=HELP)
     assert done.returncode == 0, done.stderr
-    for word in ("run", "chat", "doctor", "--image FILE", "--prompt TEXT", "--json", "/image FILE", f"mg-fast {mg_fast.__version__}"):
+    for word in (
+        "run",
+        "chat",
+        "doctor",
+        "--image FILE",
+        "--prompt TEXT",
+        "--json",
+        "/image FILE",
+        f"mg-fast {mg_fast.__version__}",
+    ):
         assert word in done.stdout
 
 
@@ -327,7 +366,15 @@ def test_chat(chat, pipeline, photo, drawing):
     expected += [answered(pipeline, "Are you sure?"), "\n"]
     # or a reset that forgets nothing would pass
     assert expected[2] != expected[6]
-    lines = [f"/image {photo}", "What is it?", "Are you sure?", f"/image  {drawing} ", "And this?", "/reset", "Are you sure?"]
+    lines = [
+        f"/image {photo}",
+        "What is it?",
+        "Are you sure?",
+        f"/image  {drawing} ",
+        "And this?",
+        "/reset",
+        "Are you sure?",
+    ]
     assert chat(*lines) == expected
 
 
@@ -426,7 +473,9 @@ def test_doctor(capsys, monkeypatch):
     assert cli.main(["doctor"]) == 0
     out, err = capsys.readouterr()
     lines = [" ".join(line.split()) for line in out.splitlines()]
-    assert err == "" and lines[0].startswith(f"mg_fast {mg_fast.__version__}, Python {sys.version_info.major}.{sys.version_info.minor}")
+    assert err == "" and lines[0].startswith(
+        f"mg_fast {mg_fast.__version__}, Python {sys.version_info.major}.{sys.version_info.minor}"
+    )
     for name in ("torch", "torchvision", "transformers", "accelerate", "open_clip_torch", "safetensors"):
         assert f"{name} {version(name)}" in lines
     assert f"sentencepiece {version('sentencepiece')} (tokenizers)" in lines

@@ -1,4 +1,6 @@
-"""mg-fast compile: what it compiles is what a model launches, counted in processes of their own; its errors, and those of warmup."""
+"""mg-fast compile: what it compiles is what a model launches, counted in processes of their own; its errors, and those
+of warmup.
+"""
 
 import importlib.util
 import json
@@ -12,9 +14,12 @@ from mg_fast import cli
 from mg_fast.ops import backend
 from tests.paths import OWN_GOLDEN, ROOT
 
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is published for Linux only")
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is published for Linux only"
+)
 
-# A model as loaded, on a GPU that is not here: what a picture's way launches is looked up in Triton's cache, or compiled. Case by case.
+# A model as loaded, on a GPU that is not here: what a picture's way launches is looked up in Triton's cache, or
+# compiled. Case by case.
 LAUNCH = """
 import json, sys
 import timm.models.convnext
@@ -49,10 +54,14 @@ print(json.dumps([launch(**case) for case in cases]))
 
 
 def process(*command, cache):
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache)}
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {
+        "TRITON_CACHE_DIR": str(cache)
+    }
     # whatever an environment asks for, what is compiled is what the command line says
     environment["MG_FAST_BACKEND"] = "torch"
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -83,7 +92,9 @@ def test_the_first_launch_compiles_nothing(tmp_path):
     *lines, count, note = process(*arguments, cache=tmp_path).splitlines()
     assert [line.split()[:5] for line in lines] == [[name, "sm_90", "float16", "320", "pixels"] for name in HD_KERNELS]
     assert all(line.endswith(" s") for line in lines)
-    assert count == f"8 kernels in {tmp_path}: 8 compiled now, 0 were there" and "launchers in C are still built" in note
+    assert (
+        count == f"8 kernels in {tmp_path}: 8 compiled now, 0 were there" and "launchers in C are still built" in note
+    )
     # nor does the second time
     assert all(line.endswith(" cached") for line in process(*arguments, cache=tmp_path).splitlines()[:8])
     # the last two need others, or the counts before would mean nothing; those of resizing are the same for all dtypes
@@ -153,7 +164,10 @@ def test_triton_is_missing(capsys, monkeypatch):
 @needs_triton
 def test_errors(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert failed(capsys) == (6, "kernels cannot be compiled: TRITON_INTERPRET=1 is set, under which kernels are interpreted: unset it")
+    assert failed(capsys) == (
+        6,
+        "kernels cannot be compiled: TRITON_INTERPRET=1 is set, under which kernels are interpreted: unset it",
+    )
     monkeypatch.delenv("TRITON_INTERPRET")
     code, message = failed(capsys, "--model", tmp_path)
     assert code == 3 and message.startswith(f"{tmp_path} has no config.json")
@@ -174,16 +188,25 @@ def test_a_dtype_that_only_a_checkpoint_tells(capsys, monkeypatch):
     "arguments, message",
     [
         (["compile"], "the following arguments are required: --arch"),
-        (["compile", "--arch", "sm_91"], "--arch: expected one of sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, got 'sm_91'"),
+        (
+            ["compile", "--arch", "sm_91"],
+            "--arch: expected one of sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, got 'sm_91'",
+        ),
         (["compile", "--arch", "90"], "expected one of sm_80"),
-        (["compile", "--arch", "sm_90", "--dtype", "int8"], "argument --dtype: expected auto, float32, bfloat16, float16"),
+        (
+            ["compile", "--arch", "sm_90", "--dtype", "int8"],
+            "argument --dtype: expected auto, float32, bfloat16, float16",
+        ),
         (["compile", "--arch", "sm_90", "--device", "cuda"], "unrecognized arguments: --device cuda"),
         (["warmup"], "the following arguments are required: --model"),
         # what `warmup` took when it did both
         (["warmup", "--arch", "sm_90"], "compiling ahead of time is `mg-fast compile --arch sm_90`"),
         (["warmup", "--arch"], "compiling ahead of time is `mg-fast compile --arch`"),
         (["warmup", "--model", "nano", "--training"], "compiling ahead of time is `mg-fast compile --training`"),
-        (["warmup", "--here", "--model", "nano"], "`mg-fast warmup` always runs the model on this machine: leave --here out"),
+        (
+            ["warmup", "--here", "--model", "nano"],
+            "`mg-fast warmup` always runs the model on this machine: leave --here out",
+        ),
     ],
 )
 def test_wrong_usage(capsys, arguments, message):

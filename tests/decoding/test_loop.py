@@ -1,4 +1,6 @@
-"""The lean loop against transformers' own: the same ids, in every order in which prompts can come; nothing grows; nothing is stale."""
+"""The lean loop against transformers' own: the same ids, in every order in which prompts can come; nothing grows;
+nothing is stale.
+"""
 
 import copy
 import gc
@@ -32,7 +34,9 @@ def lean(model, processor, prompts, pictures=None, max_new_tokens=8, decoder=Non
     decoder = decoder or Decoder(model)
     inputs = processor(text=prompts, images=pictures, return_tensors="pt", padding=True)
     request = decoder.request()
-    out = model.generate(**inputs, max_new_tokens=max_new_tokens, custom_generate=request, **{"do_sample": False, **options})
+    out = model.generate(
+        **inputs, max_new_tokens=max_new_tokens, custom_generate=request, **{"do_sample": False, **options}
+    )
     return out[:, inputs["input_ids"].shape[1] :], request.reused
 
 
@@ -52,7 +56,9 @@ def test_what_the_original_answered(each):
                 assert "".join(pieces) == pipeline.conversation().chat(question, pictures, max_new_tokens=16).text
             else:
                 assert conversation.chat(question, pictures, max_new_tokens=16).token_ids == ids
-    batch = pipeline.chat_batch([(question, pictures) for question, pictures, _ in each.recorded()], max_new_tokens=16, progress=False)
+    batch = pipeline.chat_batch(
+        [(question, pictures) for question, pictures, _ in each.recorded()], max_new_tokens=16, progress=False
+    )
     assert [answer.token_ids for answer in batch] == [ids for *_, ids in each.recorded()]
 
 
@@ -65,7 +71,11 @@ def test_turns_equal_the_history_sent_fresh(each, kv_cache_bytes):
     conversations = [pipeline.conversation() for _ in told]
     for turn, question in enumerate(QUESTIONS):
         for i, conversation in enumerate(conversations):
-            new = [[first], [first, second] if turn == 0 else [], [] if turn != 1 else [second]][i] if turn != 2 or i == 2 else []
+            new = (
+                [[first], [first, second] if turn == 0 else [], [] if turn != 1 else [second]][i]
+                if turn != 2 or i == 2
+                else []
+            )
             new = new if not (i == 0 and turn > 0) else []
             answer = conversation.chat(question, new, max_new_tokens=5)
             seen[i] += new
@@ -103,7 +113,10 @@ def test_ragged_batches(each):
     texts = ["<image>\n" + QUESTIONS[0], "Hi.", "<image>\n<image>\nCompare these two, please, and be brief about it."]
     prompts = [render(each.processor.template, [(text, None)]) for text in texts]
     pictures = [each.pictures[0], *each.pictures]
-    alone = [each.plain([(text, None)], pictures[:1] if i == 0 else [] if i == 1 else each.pictures, 10) for i, text in enumerate(texts)]
+    alone = [
+        each.plain([(text, None)], pictures[:1] if i == 0 else [] if i == 1 else each.pictures, 10)
+        for i, text in enumerate(texts)
+    ]
     eos = alone[0][3]
     for options in ({}, {"eos_token_id": [eos, alone[2][6]], "pad_token_id": 0}):
         inputs = each.processor(text=prompts, images=pictures, return_tensors="pt", padding=True)
@@ -128,9 +141,14 @@ def test_products_by_onednn(each, monkeypatch):
 
 
 def test_attention_that_slides(own):
-    """Mistral's window is shorter than the prompts; their keys and values are all kept, and the mask keeps to the window."""
+    """Mistral's window is shorter than the prompts; their keys and values are all kept, and the mask keeps to the
+    window.
+    """
     config = MistralConfig(
-        **{name: getattr(own.model.config.text_config, name) for name in ("vocab_size", "hidden_size", "intermediate_size")},
+        **{
+            name: getattr(own.model.config.text_config, name)
+            for name in ("vocab_size", "hidden_size", "intermediate_size")
+        },
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -186,7 +204,13 @@ def test_the_distribution_of_samples(own, options):
     tokens, rows = list(range(60, 84, 2)), 4000
     ids = own.processor(text="What is it? What", return_tensors="pt")["input_ids"]
     ids = torch.cat([ids, torch.tensor([[60, 64]])], dim=1)
-    settings = {"do_sample": True, "top_k": 0, "top_p": 1.0, **options, "logits_processor": LogitsProcessorList([Only(tokens)])}
+    settings = {
+        "do_sample": True,
+        "top_k": 0,
+        "top_p": 1.0,
+        **options,
+        "logits_processor": LogitsProcessorList([Only(tokens)]),
+    }
     torch.manual_seed(5)
     drawn = []
     for _ in range(4):
@@ -206,14 +230,19 @@ def test_the_distribution_of_samples(own, options):
     first = probabilities(own.model, ids, options, tokens)
     exact = torch.zeros(len(first), dtype=torch.float64)
     for token in first.nonzero().flatten().tolist():
-        exact += first[token] * probabilities(own.model, torch.cat([ids, torch.tensor([[token]])], dim=1), options, tokens)
+        exact += first[token] * probabilities(
+            own.model, torch.cat([ids, torch.tensor([[token]])], dim=1), options, tokens
+        )
     for position, expected in ((0, first), (1, exact)):
         counts = torch.bincount(drawn[:, position], minlength=len(expected)).double()
         possible = expected > 0
         assert counts[~possible].sum() == 0
         # cells so small that the approximation fails go together
         large = expected * rows >= 5
-        cells = [(counts[large], expected[large] * rows), (counts[~large].sum()[None], expected[~large].sum()[None] * rows)]
+        cells = [
+            (counts[large], expected[large] * rows),
+            (counts[~large].sum()[None], expected[~large].sum()[None] * rows),
+        ]
         chi = sum(((seen - wanted) ** 2 / wanted.clamp(min=1)).sum().item() for seen, wanted in cells)
         assert chi < 40, (position, chi)
 
@@ -238,12 +267,17 @@ def probabilities(model, ids, options, tokens):
 
 @pytest.mark.parametrize("options", SAMPLING, ids=str)
 def test_the_same_seed_draws_the_same(own, options):
-    prompts = [render(own.processor.template, [(text, None)]) for text in ("Hello there.", "Hi.", "Who are you, and why are you here?")]
+    prompts = [
+        render(own.processor.template, [(text, None)])
+        for text in ("Hello there.", "Hi.", "Who are you, and why are you here?")
+    ]
     inputs = own.processor(text=prompts, return_tensors="pt", padding=True)
     drawn = []
     for custom in ({}, {"custom_generate": Decoder(own.model).request()}):
         torch.manual_seed(11)
-        drawn.append(own.model.generate(**inputs, max_new_tokens=20, do_sample=True, **{"top_k": 0, **options}, **custom))
+        drawn.append(
+            own.model.generate(**inputs, max_new_tokens=20, do_sample=True, **{"top_k": 0, **options}, **custom)
+        )
     assert torch.equal(*drawn)
 
 
@@ -294,7 +328,11 @@ class Asked(TorchDispatchMode):
         self.names = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default):
+        if function in (
+            torch.ops.aten._local_scalar_dense.default,
+            torch.ops.aten.nonzero.default,
+            torch.ops.aten.equal.default,
+        ):
             self.names.append(str(function))
         return function(*args, **(kwargs or {}))
 
@@ -317,7 +355,9 @@ def test_as_much_is_kept_as_the_longest_conversation_has(own, monkeypatch):
     monkeypatch.setattr("mg_fast.decoding.loop.LEAST_BYTES", 1)
     cache = own.pipeline()
     cache.chat("How many?", max_new_tokens=4)
-    [segment] = cache.decoder.prefixes.longest(own.processor.encode(render(own.processor.template, [("How many?", None)]))[0])[1]
+    [segment] = cache.decoder.prefixes.longest(
+        own.processor.encode(render(own.processor.template, [("How many?", None)]))[0]
+    )[1]
     one = sum(tensor.nbytes for tensor in segment) // segment[0].shape[-2]
     assert cache.decoder.prefixes.limit == one * text.max_position_embeddings
 

@@ -1,4 +1,6 @@
-"""The decode loop where something goes wrong or changes under it: full contexts, streams given up, threads, NaN, other weights, options."""
+"""The decode loop where something goes wrong or changes under it: full contexts, streams given up, threads, NaN, other
+weights, options.
+"""
 
 import contextlib
 import copy
@@ -57,7 +59,9 @@ def test_an_answer_ends_with_the_context(short, own, streamed):
         if streamed:
             pieces = list(conversation.chat(text, max_new_tokens=asked, eos_token_id=None, stream=True))
             assert "".join(pieces) == conversation.turns[0][1]
-            expected = own.processor.tokenizer.decode(whole.token_ids[:room], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            expected = own.processor.tokenizer.decode(
+                whole.token_ids[:room], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
             assert "".join(pieces) == expected.strip()
         else:
             answer = conversation.chat(text, max_new_tokens=asked, eos_token_id=None)
@@ -160,9 +164,16 @@ def test_threads_on_one_conversation_take_turns(own):
 
 
 def test_threads_on_one_decoder(own):
-    """Conversations of their own, streamed and whole and in batches, over one model and one store that holds a few of them."""
+    """Conversations of their own, streamed and whole and in batches, over one model and one store that holds a few of
+    them.
+    """
     alone, pipeline = {}, own.pipeline(kv_cache_bytes=300_000)
-    plans = [("Hello.", []), (QUESTION, [own.pictures[0]]), ("Who made it?", [own.pictures[0]]), ("Compare.", list(own.pictures))]
+    plans = [
+        ("Hello.", []),
+        (QUESTION, [own.pictures[0]]),
+        ("Who made it?", [own.pictures[0]]),
+        ("Compare.", list(own.pictures)),
+    ]
     for text, pictures in plans:
         fresh = own.pipeline().conversation()
         alone[text] = [fresh.chat(text, pictures, max_new_tokens=6).text, fresh.chat("And?", max_new_tokens=6).text]
@@ -171,14 +182,20 @@ def test_threads_on_one_decoder(own):
     def whole(text, pictures):
         for _ in range(3):
             conversation = pipeline.conversation()
-            found = [conversation.chat(text, pictures, max_new_tokens=6).text, conversation.chat("And?", max_new_tokens=6).text]
+            found = [
+                conversation.chat(text, pictures, max_new_tokens=6).text,
+                conversation.chat("And?", max_new_tokens=6).text,
+            ]
             if found != alone[text]:
                 wrong.append((text, found))
 
     def streamed(text, pictures):
         for _ in range(3):
             conversation = pipeline.conversation()
-            found = ["".join(conversation.chat(t, p, max_new_tokens=6, stream=True)) for t, p in ((text, pictures), ("And?", []))]
+            found = [
+                "".join(conversation.chat(t, p, max_new_tokens=6, stream=True))
+                for t, p in ((text, pictures), ("And?", []))
+            ]
             if found != alone[text]:
                 wrong.append((text, found))
 
@@ -188,7 +205,10 @@ def test_threads_on_one_decoder(own):
             if found != [alone[text][0] for text, _ in plans]:
                 wrong.append(found)
 
-    together(*((lambda plan=plan, kind=kind: kind(*plan)) for plan, kind in zip(plans, (whole, streamed, whole, streamed))), batched)
+    together(
+        *((lambda plan=plan, kind=kind: kind(*plan)) for plan, kind in zip(plans, (whole, streamed, whole, streamed))),
+        batched,
+    )
     assert not wrong
     assert pipeline.decoder.prefixes.held_bytes <= 300_000
 
@@ -284,7 +304,10 @@ def test_not_finite_weights_are_named(changeable, own, name, value, message, str
 
 @pytest.mark.parametrize(
     "options",
-    [dict(temperature=1e-40), dict(temperature=1.0, logits_processor=[lambda ids, scores: torch.full_like(scores, -torch.inf)])],
+    [
+        dict(temperature=1e-40),
+        dict(temperature=1.0, logits_processor=[lambda ids, scores: torch.full_like(scores, -torch.inf)]),
+    ],
     ids=["temperature", "processor"],
 )
 def test_nothing_left_to_draw_from(own, options):
@@ -352,7 +375,9 @@ def test_not_finite_image_tokens(own, sampling):
     conversation = pipeline.conversation()
     conversation.chat(QUESTION, [own.pictures[0]], max_new_tokens=3)
     picture = conversation.pictures[0]
-    conversation.pictures = [type(picture)(torch.full_like(picture.tokens, torch.nan), b"another digest of 32 bytes.....")]
+    conversation.pictures = [
+        type(picture)(torch.full_like(picture.tokens, torch.nan), b"another digest of 32 bytes.....")
+    ]
     with pytest.raises(FloatingPointError, match="the image tokens are not finite before any layer"):
         conversation.chat("And?", max_new_tokens=3, **sampling)
     pipeline.clear_kv_cache()
@@ -371,7 +396,9 @@ def test_not_finite_in_the_middle_of_an_answer(own):
 
     hook = pipeline.model.lm_head.register_forward_hook(spoil)
     try:
-        with pytest.raises(FloatingPointError, match="new token 5 are not finite, but a second pass over the same tokens is"):
+        with pytest.raises(
+            FloatingPointError, match="new token 5 are not finite, but a second pass over the same tokens is"
+        ):
             pipeline.conversation().chat("Hello.", max_new_tokens=8)
     finally:
         hook.remove()
@@ -438,7 +465,9 @@ def adapter(pipeline, name="default"):
     from peft import LoraConfig
 
     torch.manual_seed(2)
-    config = LoraConfig(target_modules=r".*language_model.*(q_proj|v_proj)", r=4, lora_alpha=64, init_lora_weights=False)
+    config = LoraConfig(
+        target_modules=r".*language_model.*(q_proj|v_proj)", r=4, lora_alpha=64, init_lora_weights=False
+    )
     pipeline.model.add_adapter(config, name)
 
 
@@ -488,7 +517,16 @@ CHANGES = [
 
 
 # the others do not change, or hardly, what the model says
-SHOWN = (in_place, load_state_dict, assign_state_dict, another_head, another_language_model, a_hook, a_patched_forward, adapter)
+SHOWN = (
+    in_place,
+    load_state_dict,
+    assign_state_dict,
+    another_head,
+    another_language_model,
+    a_hook,
+    a_patched_forward,
+    adapter,
+)
 SHOWN += (adapter_rescaled, adapter_trained)
 
 
@@ -516,7 +554,9 @@ def test_a_changed_model_answers_as_a_fresh_one(changeable, own, before, change)
 
 
 def test_other_weights_at_the_same_place(changeable, own):
-    """What `to` does to weights: they are replaced through `.data`, which counts no change; twice, and the first place is free again."""
+    """What `to` does to weights: they are replaced through `.data`, which counts no change; twice, and the first place
+    is free again.
+    """
     weight = changeable.model.model.language_model.layers[0].self_attn.v_proj.weight
     changeable.chat(QUESTION, max_new_tokens=2)
     place = weight.data_ptr()
@@ -548,7 +588,9 @@ def test_weights_changed_while_another_thread_answers(changeable, own):
 
     together(lambda: pipeline.chat(QUESTION, [own.pictures[0]], max_new_tokens=3, stopping_criteria=[hold]), change)
     answer = pipeline.conversation().chat(QUESTION, [own.pictures[0]], max_new_tokens=6)
-    assert answer.token_ids == plain(pipeline.model, own.processor, [("<image>\n" + QUESTION, None)], own.pictures[:1], 6)
+    assert answer.token_ids == plain(
+        pipeline.model, own.processor, [("<image>\n" + QUESTION, None)], own.pictures[:1], 6
+    )
 
 
 def test_kept_values_are_dropped_for_a_request_in_flight(own):
@@ -585,13 +627,17 @@ def test_pictures_are_told_apart_by_content(own, tmp_path):
     assert copied == first and copied.cached_tokens == copied.prompt_tokens - 1
     flipped = pipeline.conversation().chat(QUESTION, [other], max_new_tokens=6)
     # up to where the picture stands
-    assert flipped.cached_tokens == own.processor.encode(render("vicuna_v1", [("<image>\n" + QUESTION, None)]))[1].index(1)
+    assert flipped.cached_tokens == own.processor.encode(render("vicuna_v1", [("<image>\n" + QUESTION, None)]))[
+        1
+    ].index(1)
     assert flipped.token_ids == plain(own.model, own.processor, [("<image>\n" + QUESTION, None)], [other], 6)
     # two pictures in the other order
     both = pipeline.conversation().chat(QUESTION, [own.pictures[0], other], max_new_tokens=6)
     turned = pipeline.conversation().chat(QUESTION, [other, own.pictures[0]], max_new_tokens=6)
     for answer, pictures in ((both, [own.pictures[0], other]), (turned, [other, own.pictures[0]])):
-        assert answer.token_ids == plain(own.model, own.processor, [("<image>\n<image>\n" + QUESTION, None)], pictures, 6)
+        assert answer.token_ids == plain(
+            own.model, own.processor, [("<image>\n<image>\n" + QUESTION, None)], pictures, 6
+        )
 
 
 @pytest.mark.parametrize(
@@ -671,7 +717,9 @@ def test_an_end_in_a_generation_config(own):
     assert len(answer.token_ids) > 2
     exactly = pipeline.conversation().chat(QUESTION, max_new_tokens=len(answer.token_ids), generation_config=config)
     assert exactly.finish_reason == "stop"
-    batch = pipeline.chat_batch([QUESTION, "Hello, and who are you?"], max_new_tokens=8, generation_config=config, progress=False)
+    batch = pipeline.chat_batch(
+        [QUESTION, "Hello, and who are you?"], max_new_tokens=8, generation_config=config, progress=False
+    )
     assert batch[0].token_ids == answer.token_ids
 
 
@@ -679,7 +727,9 @@ def test_an_end_in_a_generation_config(own):
 def test_strings_that_end_an_answer(own, options):
     """This model says "%tion" first of the picture."""
     turns, strings = [("<image>\n" + QUESTION, None)], ["nowhere", "tio"]
-    expected = own.plain(turns, own.pictures[:1], 12, stop_strings=strings, tokenizer=own.processor.tokenizer, **options)
+    expected = own.plain(
+        turns, own.pictures[:1], 12, stop_strings=strings, tokenizer=own.processor.tokenizer, **options
+    )
     answer = own.pipeline().chat(QUESTION, [own.pictures[0]], max_new_tokens=12, stop_strings=strings, **options)
     assert answer.token_ids == expected and len(expected) < 12
     assert answer.finish_reason == "stop" and answer.text.endswith("tion")

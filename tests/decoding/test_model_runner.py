@@ -1,7 +1,8 @@
-"""Passes as a GPU captures them, over fixed windows under a mask: run on the CPU they give the ids of transformers' own loop.
+"""Passes as a GPU captures them, over fixed windows under a mask: run on the CPU they give the ids of transformers' own
+loop.
 
-Here nothing is captured, so what a graph would hold is run anew each time; that a pass asks the host for nothing, and reads nothing but
-tensors, is shown by tracing it.
+Here nothing is captured, so what a graph would hold is run anew each time; that a pass asks the host for nothing, and
+reads nothing but tensors, is shown by tracing it.
 """
 
 import contextlib
@@ -43,7 +44,11 @@ def test_turns(each, by_graph):
 
 
 def test_ragged_batch(each, by_graph):
-    questions = [("What is it?", [each.pictures[0]]), ("Hi.", []), ("Compare these two, and be brief.", list(each.pictures))]
+    questions = [
+        ("What is it?", [each.pictures[0]]),
+        ("Hi.", []),
+        ("Compare these two, and be brief.", list(each.pictures)),
+    ]
     answers = each.pipeline().chat_batch(questions, max_new_tokens=7, progress=False)
     for (text, pictures), answer in zip(questions, answers):
         assert answer.error is None
@@ -54,7 +59,9 @@ def test_ragged_batch(each, by_graph):
 @pytest.mark.parametrize("length", [*range(1, 9), 15, 16, 17, 23, 24, 25, 31, 32, 33, 47, 48, 49, 63, 64, 65])
 def test_lengths_around_every_border(own, by_graph, length):
     ids = torch.randint(3, 400, (1, length), generator=torch.Generator().manual_seed(length))
-    options = dict(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, eos_token_id=None)
+    options = dict(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, eos_token_id=None
+    )
     expected = own.model.generate(**options)
     decoder = Decoder(own.model)
     for _ in range(2):
@@ -70,7 +77,9 @@ def test_one_cache_for_prompts_with_and_without_filling(own, by_graph):
         for row, pad in enumerate(pads):
             ids[row, :pad], mask[row, :pad] = 0, 0
         options = dict(input_ids=ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
-        assert torch.equal(own.model.generate(**options, custom_generate=decoder.request()), own.model.generate(**options)), pads
+        assert torch.equal(
+            own.model.generate(**options, custom_generate=decoder.request()), own.model.generate(**options)
+        ), pads
 
 
 def test_graphs_are_bounded(own, by_graph, monkeypatch):
@@ -85,7 +94,9 @@ def test_graphs_are_bounded(own, by_graph, monkeypatch):
 
 def test_a_graph_is_captured_once_and_where_it_comes_again(own, by_graph, monkeypatch):
     captured = []
-    monkeypatch.setattr(model_runner._Graph, "_capture", lambda self: captured.append((self.inputs.shape[1], self.window)))
+    monkeypatch.setattr(
+        model_runner._Graph, "_capture", lambda self: captured.append((self.inputs.shape[1], self.window))
+    )
     pipeline = own.pipeline()
     pipeline.chat("Hello?", max_new_tokens=40, min_new_tokens=40)
     assert captured and len(captured) == len(set(captured))
@@ -107,7 +118,10 @@ def test_a_capture_that_failed_is_the_last(own, by_graph, monkeypatch, caplog):
     monkeypatch.setattr(graphs, "capture", failing)
     pipeline = own.pipeline()
     answer = pipeline.chat("Hello?", max_new_tokens=40, min_new_tokens=40)
-    assert answer.token_ids == own.pipeline(backend="reference").chat("Hello?", max_new_tokens=40, min_new_tokens=40).token_ids
+    assert (
+        answer.token_ids
+        == own.pipeline(backend="reference").chat("Hello?", max_new_tokens=40, min_new_tokens=40).token_ids
+    )
     assert len(tried) == 1 and "no more are captured" in caplog.text
 
 
@@ -137,7 +151,12 @@ def test_every_row_of_a_pass_sees_something(own, by_graph, monkeypatch):
         ids, mask = torch.randint(3, 400, (2, 20)), torch.ones(2, 20, dtype=torch.long)
         mask[1, :9] = 0
         own.model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=4, do_sample=False, eos_token_id=None, custom_generate=decoder.request()
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=4,
+            do_sample=False,
+            eos_token_id=None,
+            custom_generate=decoder.request(),
         )
     finally:
         hook.remove()
@@ -172,7 +191,9 @@ def test_more_shapes_than_torch_compiles(own, by_graph, monkeypatch, caplog):
         for rows in (1, 2, 3, 4):
             ids = torch.randint(3, 400, (rows, 20), generator=torch.Generator().manual_seed(rows))
             options = dict(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
-            assert torch.equal(own.model.generate(**options, custom_generate=decoder.request()), own.model.generate(**options))
+            assert torch.equal(
+                own.model.generate(**options, custom_generate=decoder.request()), own.model.generate(**options)
+            )
     assert len(decoder.runner.first_use) == 2
     assert "4 sequence(s) over 32 positions: without torch.compile" in caplog.text
 
@@ -186,12 +207,16 @@ def prepared(own, rows, padded):
         mask[0, :6] = 0
     sequences.fill(mask)
     with torch.inference_mode(False), torch.no_grad():
-        embeddings = own.model.get_input_embeddings()(torch.randint(3, 400, (rows, 20), generator=torch.Generator().manual_seed(0)))
+        embeddings = own.model.get_input_embeddings()(
+            torch.randint(3, 400, (rows, 20), generator=torch.Generator().manual_seed(0))
+        )
         decoder.runner.prefill(sequences, embeddings)
     return decoder.runner, sequences
 
 
-@pytest.mark.parametrize("name,padded", [("standard", True), ("mgm-gemma", False), ("mgm-llama3", False), ("mgm-mixtral", True)])
+@pytest.mark.parametrize(
+    "name,padded", [("standard", True), ("mgm-gemma", False), ("mgm-llama3", False), ("mgm-mixtral", True)]
+)
 def test_a_pass_is_traced_whole(name, padded, by_graph):
     """Whatever would ask the host, or depends on a number, breaks a full graph."""
     own = family(name)
@@ -217,7 +242,8 @@ def test_a_pass_needs_no_values(own, by_graph):
     model, mode = copy.deepcopy(own.model), FakeTensorMode()
     for part in model.modules():
         part._parameters = {
-            name: None if p is None else torch.nn.Parameter(mode.from_tensor(p.detach())) for name, p in part._parameters.items()
+            name: None if p is None else torch.nn.Parameter(mode.from_tensor(p.detach()))
+            for name, p in part._parameters.items()
         }
         part._buffers = {name: None if b is None else mode.from_tensor(b) for name, b in part._buffers.items()}
     with mode, torch.no_grad():
@@ -239,11 +265,15 @@ def test_compiling_that_is_not_done_is_said_once(own, caplog):
     for _ in range(2):
         pipeline.chat("Hello?", max_new_tokens=2)
         pipeline.clear_kv_cache()
-    assert caplog.text.count("nothing is compiled (compiled=True, --compile): the language model is not on one GPU") == 1
+    assert (
+        caplog.text.count("nothing is compiled (compiled=True, --compile): the language model is not on one GPU") == 1
+    )
 
 
 def test_a_stale_number_in_the_filling_stays_out(own, by_graph):
-    """A graph's input keeps what lay behind an earlier, longer prompt; also NaN in the cache of a request that failed must not last."""
+    """A graph's input keeps what lay behind an earlier, longer prompt; also NaN in the cache of a request that failed
+    must not last.
+    """
     pipeline = own.pipeline()
     good = pipeline.chat("What is it?", [own.pictures[0]], max_new_tokens=4)
     bad = pipeline.conversation()

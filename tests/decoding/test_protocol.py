@@ -1,4 +1,6 @@
-"""The decode loop over models that are no Mini-Gemini: text-only ones of transformers, and one that attends to features at every pass."""
+"""The decode loop over models that are no Mini-Gemini: text-only ones of transformers, and one that attends to features
+at every pass.
+"""
 
 import ast
 import hashlib
@@ -72,7 +74,10 @@ class CrossLayer(LlamaDecoderLayer):
 
     def __init__(self, config, layer_idx):
         super().__init__(config, layer_idx)
-        self.query, self.read = nn.Linear(config.hidden_size, FEATURE_WIDTH), nn.Linear(FEATURE_WIDTH, config.hidden_size)
+        self.query, self.read = (
+            nn.Linear(config.hidden_size, FEATURE_WIDTH),
+            nn.Linear(FEATURE_WIDTH, config.hidden_size),
+        )
         self.gate = nn.Parameter(torch.tensor([0.7]))
 
     def forward(self, hidden_states, features=None, feature_mask=None, **kwargs):
@@ -83,7 +88,9 @@ class CrossLayer(LlamaDecoderLayer):
         # transformers' own loop hands over the prompt's mask at every pass, of which a new token takes the last row
         mask = feature_mask[:, -hidden.shape[1] :]
         scores = torch.einsum("bqd,bntd->bqnt", self.query(hidden), features) + (1 - mask[..., None]) * -1e4
-        shares = torch.cat([scores.flatten(2), scores.new_zeros(*scores.shape[:2], 1)], dim=-1).softmax(dim=-1)[..., :-1]
+        shares = torch.cat([scores.flatten(2), scores.new_zeros(*scores.shape[:2], 1)], dim=-1).softmax(dim=-1)[
+            ..., :-1
+        ]
         seen = torch.einsum("bqk,bkd->bqd", shares, features.flatten(1, 2))
         return hidden + self.gate.tanh() * self.read(seen)
 
@@ -274,7 +281,9 @@ def test_mini_gemini_is_decodable(own):
 
 def test_inputs_that_text_has_none_of_are_refused(seeing):
     given = dict(ids=prompt(9, 1), features=features(1), feature_mask=seen_from(9, 3))
-    with pytest.raises(PromptError, match="SeeingLlama is decoded as a text-only model here, got feature_mask, features"):
+    with pytest.raises(
+        PromptError, match="SeeingLlama is decoded as a text-only model here, got feature_mask, features"
+    ):
         decoded(seeing, Decoder(CausalLM(seeing)), **given)
 
 
@@ -303,7 +312,9 @@ def test_features_in_a_ragged_batch(seeing, graph, request):
         out = decoded(seeing, decoder, **given)
         assert torch.equal(out, seeing.generate(**options(**given)))
         for i, pad in enumerate((11, 0, 3)):
-            alone = dict(ids=ids[i : i + 1, pad:], features=given["features"][i : i + 1], feature_mask=seen[i : i + 1, pad:])
+            alone = dict(
+                ids=ids[i : i + 1, pad:], features=given["features"][i : i + 1], feature_mask=seen[i : i + 1, pad:]
+            )
             assert out[i, pad:].tolist() == seeing.generate(**options(**alone))[0].tolist()
     assert run or not graph
 
@@ -316,9 +327,13 @@ def test_long_prompts_in_chunks(seeing, monkeypatch):
 
 
 def turns(seeing, decoder, digests):
-    """A second turn over the first one's picture, then the same ids over another; checked against transformers' loop. What was reused."""
+    """A second turn over the first one's picture, then the same ids over another; checked against transformers' loop.
+    What was reused.
+    """
     ids, seen, reused = prompt(20, 8), seen_from(20, 6), []
-    first = decoded(seeing, decoder, decoder.request(digests and digests[:1]), ids=ids, features=features(1), feature_mask=seen)
+    first = decoded(
+        seeing, decoder, decoder.request(digests and digests[:1]), ids=ids, features=features(1), feature_mask=seen
+    )
     second = torch.cat([first, prompt(6, 9)], dim=1)
     for seed in (1, 2):
         given = dict(ids=second, features=features(seed), feature_mask=seen_from(second.shape[1], 6))
@@ -358,7 +373,9 @@ def test_keys_that_ignore_features_give_wrong_answers(seeing):
 
 def test_a_later_picture_leaves_earlier_positions_as_they_were(seeing):
     decoder, ids = Decoder(SeeingLM(seeing)), prompt(20, 10)
-    first = decoded(seeing, decoder, decoder.request(DIGESTS[:1]), ids=ids, features=features(1), feature_mask=seen_from(20, 6))
+    first = decoded(
+        seeing, decoder, decoder.request(DIGESTS[:1]), ids=ids, features=features(1), feature_mask=seen_from(20, 6)
+    )
     second, both = torch.cat([first, prompt(8, 11)], dim=1), torch.cat([features(1), features(2)], dim=1)
     given = dict(ids=second, features=both, feature_mask=seen_from(second.shape[1], 6, second.shape[1] - 5))
     request = decoder.request(DIGESTS[:2])
@@ -379,7 +396,9 @@ def test_features_by_graph(seeing, by_graph):
 
 
 def test_captured_passes_find_later_features_where_they_read(seeing, by_graph):
-    """A graph reads the tensors that it was captured with: requests alike must write into these, others must drop the graphs."""
+    """A graph reads the tensors that it was captured with: requests alike must write into these, others must drop the
+    graphs.
+    """
     runner = Decoder(SeeingLM(seeing)).runner
     sequences = runner.sequences(1, 40)
 
@@ -433,7 +452,9 @@ def test_features_that_are_not_finite_are_named(seeing):
 # --- the source ---
 
 
-@pytest.mark.parametrize("path", sorted(Path(mg_fast.decoding.__file__).parent.glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted(Path(mg_fast.decoding.__file__).parent.glob("*.py")), ids=lambda path: path.name
+)
 def test_decoding_knows_no_model(path):
     source = path.read_text()
     assert "mini_gemini" not in source and "MiniGemini" not in source

@@ -13,7 +13,12 @@ from mg_fast.decoding.kv_cache import KVCache
 from mg_fast.models.mini_gemini.encoder import PictureEncoder
 from tests.families import ORIGINAL, OWN, family
 
-TEXTS = ("What is it?", "Hello.", "Compare these two, please, and be brief about it.", "Who made it, and when, and why?")
+TEXTS = (
+    "What is it?",
+    "Hello.",
+    "Compare these two, please, and be brief about it.",
+    "Who made it, and when, and why?",
+)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -26,7 +31,9 @@ def mixed(own, count=9):
     for i in range(count):
         text = TEXTS[i % 4] + " Well?" * (i % 3)
         pictures = [[], [first], [first, second], [second]][i % 4]
-        questions.append([(text, pictures), {"text": text, "images": pictures}, {"text": text, "images": tuple(pictures)}][i % 3])
+        questions.append(
+            [(text, pictures), {"text": text, "images": pictures}, {"text": text, "images": tuple(pictures)}][i % 3]
+        )
     return [*questions, "And a text alone."]
 
 
@@ -47,7 +54,9 @@ def test_each_as_if_alone(name):
         assert answer.image_tokens == len(pictures) * own.model.config.tokens_per_picture and answer.error is None
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.0, "repetition_penalty": 1.4}, {"eos_token_id": [*range(3, 120)]}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.0, "repetition_penalty": 1.4}, {"eos_token_id": [*range(3, 120)]}], ids=str
+)
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
 def test_batches_of_any_size(own, batch_size, options):
     questions = mixed(own)
@@ -81,7 +90,12 @@ def test_a_picture_is_encoded_once(own, monkeypatch, tmp_path, image_cache_bytes
     copied = tmp_path / "the same.bmp"
     with Image.open(own.pictures[0]) as picture:
         picture.convert("RGB").save(copied)
-    questions = [("What?", [own.pictures[0]]), ("Who?", [copied]), ("Both?", [own.pictures[0], copied]), ("Hm?", [own.pictures[1]])]
+    questions = [
+        ("What?", [own.pictures[0]]),
+        ("Who?", [copied]),
+        ("Both?", [own.pictures[0], copied]),
+        ("Hm?", [own.pictures[1]]),
+    ]
     own.pipeline(image_cache_bytes=image_cache_bytes).chat_batch(questions, max_new_tokens=2, progress=False)
     assert len(runs) == 2
 
@@ -135,7 +149,14 @@ def test_unexpected_errors_are_told_of_once_each(own, monkeypatch, caplog):
 
     pipeline = own.pipeline()
     monkeypatch.setattr(pipeline.vision, "see_all", see)
-    errors = [KeyError("a"), KeyError("b"), ZeroDivisionError("c"), OSError("d"), PromptError("e"), FloatingPointError("f")]
+    errors = [
+        KeyError("a"),
+        KeyError("b"),
+        ZeroDivisionError("c"),
+        OSError("d"),
+        PromptError("e"),
+        FloatingPointError("f"),
+    ]
     answers = pipeline.chat_batch([("What?", [error]) for error in errors], progress=False)
     assert [answer.error for answer in answers] == errors
     records = [record for record in caplog.records if record.name == "mg_fast.engine.batch"]
@@ -196,7 +217,11 @@ def test_room_near_the_end_of_the_context(own):
     for text, answer in zip(questions, answers):
         expected = free.conversation().chat(text, max_new_tokens=60, eos_token_id=None)
         room = min(60, 220 - answer.prompt_tokens)
-        assert answer.token_ids == expected.token_ids[:room] and len(answer.token_ids) == room and answer.finish_reason == "length"
+        assert (
+            answer.token_ids == expected.token_ids[:room]
+            and len(answer.token_ids) == room
+            and answer.finish_reason == "length"
+        )
         lengths.add(room)
     assert len(lengths) > 2
 
@@ -323,7 +348,9 @@ def test_the_reference_answers_batches_too(own):
     questions = mixed(own, 4)
     answers = pipeline.chat_batch(questions, max_new_tokens=4, progress=False)
     alone = own.pipeline()
-    assert [a.token_ids for a in answers] == [alone.conversation().chat(*parts(q), max_new_tokens=4).token_ids for q in questions]
+    assert [a.token_ids for a in answers] == [
+        alone.conversation().chat(*parts(q), max_new_tokens=4).token_ids for q in questions
+    ]
 
 
 def test_beams_in_batches(own, caplog):
@@ -331,4 +358,6 @@ def test_beams_in_batches(own, caplog):
         answers = own.pipeline().chat_batch(mixed(own, 4), max_new_tokens=4, num_beams=2, progress=False)
     for question, answer in zip(mixed(own, 4), answers):
         text, pictures = parts(question)
-        assert answer.token_ids == own.plain([("<image>\n" * len(pictures) + text, None)], list(pictures), 4, num_beams=2)
+        assert answer.token_ids == own.plain(
+            [("<image>\n" * len(pictures) + text, None)], list(pictures), 4, num_beams=2
+        )

@@ -1,4 +1,6 @@
-"""explain: the mining's own softmax, at the right pixels, weighted by what the answer depends on; and a model that is left as it was."""
+"""explain: the mining's own softmax, at the right pixels, weighted by what the answer depends on; and a model that is
+left as it was.
+"""
 
 import numpy as np
 import pytest
@@ -96,7 +98,9 @@ def test_the_winning_position_lies_at_its_pixels(found, place):
     assert colour.max() > 20 and max(abs(y // factor - place[0]), abs(x // factor - place[1])) <= 1
 
 
-@pytest.mark.parametrize("name, token, view", [("standard", 7, 0), ("hd", 7, 4), ("hd", 25 + 7, 0), ("hd", 3 * 25 + 7, 2)])
+@pytest.mark.parametrize(
+    "name, token, view", [("standard", 7, 0), ("hd", 7, 4), ("hd", 25 + 7, 0), ("hd", 3 * 25 + 7, 2)]
+)
 def test_a_token_that_the_language_model_does_not_see_is_irrelevant(found, token, view):
     pipeline = found.pipeline()
 
@@ -104,7 +108,9 @@ def test_a_token_that_the_language_model_does_not_see_is_irrelevant(found, token
         embeds = kwargs["inputs_embeds"]
         if embeds.shape[1] > pipeline.processor.image_processor.tokens_per_picture:
             first = marks.index(1)
-            embeds = torch.cat([embeds[:, : first + token], 0 * embeds[:, :1].detach(), embeds[:, first + token + 1 :]], 1)
+            embeds = torch.cat(
+                [embeds[:, : first + token], 0 * embeds[:, :1].detach(), embeds[:, first + token + 1 :]], 1
+            )
         return args, {**kwargs, "inputs_embeds": embeds}
 
     prompt = mg_fast.models.templates.render(pipeline.template, [(f"<image>\n{QUESTION}", None)])
@@ -128,7 +134,9 @@ def test_relevance_is_how_far_the_answers_lead_reaches(found):
     ids = explanation.answer.token_ids
     assert ids == pipeline.chat(QUESTION, [picture], max_new_tokens=3).token_ids and len(ids) == 3
     turns = [(f"<image>\n{QUESTION}", None)]
-    inputs = found.processor(text=mg_fast.models.templates.render(pipeline.template, turns), images=picture, return_tensors="pt")
+    inputs = found.processor(
+        text=mg_fast.models.templates.render(pipeline.template, turns), images=picture, return_tensors="pt"
+    )
     tokens = pipeline.see(picture)
     prompt = torch.cat([inputs["input_ids"], torch.tensor([ids])], 1)
     marks = F.pad(inputs["mm_token_type_ids"], (0, len(ids)))
@@ -139,7 +147,9 @@ def test_relevance_is_how_far_the_answers_lead_reaches(found):
     reach = torch.stack([moved.grad[i].norm() * (token - tokens.mean(0)).norm() for i, token in enumerate(tokens)])
     expected = reach / reach.sum()
     # the global view's tokens come first, its queries last
-    ordered = reference.order_tokens(explanation.relevance.flatten(1)[None, ..., None], grid=model.config.image_grid).flatten()
+    ordered = reference.order_tokens(
+        explanation.relevance.flatten(1)[None, ..., None], grid=model.config.image_grid
+    ).flatten()
     torch.testing.assert_close(ordered, expected, rtol=1e-3, atol=1e-3 * float(expected.max()))
     weighted = explanation.weights * explanation.relevance[..., None, None]
     torch.testing.assert_close(explanation.map.sum(), weighted.sum())
@@ -162,8 +172,12 @@ def test_the_model_stays_as_it_is(found):
     pipeline.chat(QUESTION, [found.pictures[0]], max_new_tokens=2)
 
     def state():
-        modules = {n: (m.training, len(m._forward_hooks), len(m._forward_pre_hooks), type(m)) for n, m in model.named_modules()}
-        parameters = {n: (p.requires_grad, p.grad is None, p._version, p.data_ptr()) for n, p in model.named_parameters()}
+        modules = {
+            n: (m.training, len(m._forward_hooks), len(m._forward_pre_hooks), type(m)) for n, m in model.named_modules()
+        }
+        parameters = {
+            n: (p.requires_grad, p.grad is None, p._version, p.data_ptr()) for n, p in model.named_parameters()
+        }
         return modules, parameters, list(pipeline._own.turns), len(pipeline.vision.cache), torch.is_grad_enabled()
 
     before = state()
@@ -185,7 +199,9 @@ def test_sixteen_bits(built, photo):
 
 def test_quantised(standard, processor, photo):
     pytest.importorskip("torchao.quantization", reason="torchao is not installed")
-    explained = Pipeline(load(standard, quantization_config="int8"), processor).explain(photo, QUESTION, max_new_tokens=2)
+    explained = Pipeline(load(standard, quantization_config="int8"), processor).explain(
+        photo, QUESTION, max_new_tokens=2
+    )
     assert (explained.relevance > 0).all()
     pipeline = Pipeline(load(standard, quantization_config="int4"), processor)
     assert pipeline.explain(photo).map.sum() > 0.99
@@ -218,7 +234,11 @@ def test_what_is_refused(pipeline, photo):
         pipeline.explain([photo], QUESTION)
     with pytest.raises(PictureError, match="no such file"):
         pipeline.explain("/no/such/file.png")
-    for question, message in (("  ", "expected a user text"), ("<image> and <image>?", "2 <image>"), ("word " * 700, "trained on at most")):
+    for question, message in (
+        ("  ", "expected a user text"),
+        ("<image> and <image>?", "2 <image>"),
+        ("word " * 700, "trained on at most"),
+    ):
         with pytest.raises(PromptError, match=message):
             pipeline.explain(photo, question)
 
@@ -240,7 +260,11 @@ def test_command(standard, pipeline, photo, tmp_path, capsys):
 REFUSED = {
     "no picture": (2, ["--out", "a.png"], "required: --image"),
     "no such picture": (4, ["--image", "/nonexistent.png", "--out", "a.png"], "/nonexistent.png: no such file"),
-    "no picture's name": (2, ["--image", "{photo}", "--out", "a.txt"], "expected a file .png, .jpg or .webp, got 'a.txt'"),
+    "no picture's name": (
+        2,
+        ["--image", "{photo}", "--out", "a.txt"],
+        "expected a file .png, .jpg or .webp, got 'a.txt'",
+    ),
     "no such folder": (2, ["--image", "{photo}", "--out", "/nonexistent/a.png"], "a folder that does not exist"),
     "empty question": (5, ["--image", "{photo}", "--out", "a.png", "--prompt", " "], "--prompt is empty"),
 }

@@ -21,8 +21,8 @@ BYTES = 25 * 64 * 4
 
 @pytest.fixture
 def runs(monkeypatch):
-    """One entry for every run of a tower, packed or by its modules. Counted by their classes: hooks would keep the towers from being
-    packed."""
+    """One entry for every run of a tower, packed or by its modules. Counted by their classes: hooks would keep the
+    towers from being packed."""
     runs = []
 
     def count(owner, method, entry):
@@ -56,7 +56,14 @@ def test_the_content_counts_not_the_file(pipeline, photo, tmp_path, runs):
     # "the picture lies on its side: turn it by 270 degrees"
     exif[0x0112] = 8
     turned.save(tmp_path / "turned.png", exif=exif)
-    kinds = [rgb, np.asarray(rgb), torch.from_numpy(np.array(rgb)), photo.read_bytes(), tmp_path / "copy.bmp", tmp_path / "turned.png"]
+    kinds = [
+        rgb,
+        np.asarray(rgb),
+        torch.from_numpy(np.array(rgb)),
+        photo.read_bytes(),
+        tmp_path / "copy.bmp",
+        tmp_path / "turned.png",
+    ]
     for kind in kinds:
         assert torch.equal(pipeline.see(kind), expected)
     assert len(runs) == 2

@@ -100,7 +100,9 @@ def test_a_step_of_an_optimizer(model, found, backend):
 
 
 @BACKENDS
-@pytest.mark.parametrize("layer", ["mm_projector.0", "patch_mining.vlm_uni_val_projector.1", "vision_tower.encoder.layers.0.mlp.fc1"])
+@pytest.mark.parametrize(
+    "layer", ["mm_projector.0", "patch_mining.vlm_uni_val_projector.1", "vision_tower.encoder.layers.0.mlp.fc1"]
+)
 @pytest.mark.parametrize("hooked", ["", "vision_tower.encoder.layers.0", "vision_tower_aux"])
 def test_weights_changed_in_place(model, found, layer, hooked, backend):
     """Where a hook keeps the towers from being packed, too."""

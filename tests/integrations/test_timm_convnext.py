@@ -26,7 +26,9 @@ SMALL = dict(dims=(8, 12, 20, 36), depths=(2, 1, 3, 1), num_classes=5)
 
 
 def make(dtype=torch.float32, **changes):
-    """A timm model whose every parameter matters: timm's own initialisation makes biases zero and layer scales one in a million."""
+    """A timm model whose every parameter matters: timm's own initialisation makes biases zero and layer scales one in a
+    million.
+    """
     return matter(ConvNeXt(**(SMALL | changes))).to(dtype).eval()
 
 
@@ -34,12 +36,16 @@ def matter(model):
     generator = torch.Generator().manual_seed(0)
     for name, p in model.named_parameters():
         scale = 0.5 if name.endswith(("gamma", "bias")) else 1.5 * p[0].numel() ** -0.5 if p.dim() > 1 else 0.2
-        p.data = torch.randn(p.shape, generator=generator) * scale + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
+        p.data = torch.randn(p.shape, generator=generator) * scale + (
+            1.0 if "norm" in name and name.endswith("weight") else 0.0
+        )
     return model
 
 
 class Tower(nn.Module):
-    """The original's high-resolution tower, written after the specification (3.2): in training mode, as the original leaves it."""
+    """The original's high-resolution tower, written after the specification (3.2): in training mode, as the original
+    leaves it.
+    """
 
     def __init__(self, drop_path_rate=0.1):
         super().__init__()
@@ -56,7 +62,9 @@ class Tower(nn.Module):
             x = stage(x)
             maps.append(x)
         size = maps[0].shape[-2:]
-        upsampled = [F.interpolate(m.float(), size=size, mode="bilinear", align_corners=False).to(m.dtype) for m in maps[1:]]
+        upsampled = [
+            F.interpolate(m.float(), size=size, mode="bilinear", align_corners=False).to(m.dtype) for m in maps[1:]
+        ]
         return torch.cat([maps[0], *upsampled], dim=1).to(images.dtype)
 
 
@@ -95,7 +103,13 @@ def intermediates(model, x):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "changes",
-    [{}, dict(conv_mlp=True), dict(ls_init_value=None), dict(dims=(7, 13, 29, 5), norm_eps=1e-5), dict(head_norm_first=True)],
+    [
+        {},
+        dict(conv_mlp=True),
+        dict(ls_init_value=None),
+        dict(dims=(7, 13, 29, 5), norm_eps=1e-5),
+        dict(head_norm_first=True),
+    ],
     ids=str,
 )
 def test_a_timm_model(changes, dtype):
@@ -103,7 +117,9 @@ def test_a_timm_model(changes, dtype):
     model = make(dtype, **changes)
     report = assert_swap_accurate(model, intermediates, pictures(96, 64, dtype=dtype))
     assert [e.name for e in report.swapped] == [f"stages.{i}" for i in range(4)]
-    assert "swapped      stages.2 (ConvNeXt stage of 3 blocks): now mg_fast.modules.convnext_channels_last" in str(report)
+    assert "swapped      stages.2 (ConvNeXt stage of 3 blocks): now mg_fast.modules.convnext_channels_last" in str(
+        report
+    )
 
 
 @pytest.mark.parametrize("wrapped", ["features_only", "open_clip", "stage"])
@@ -112,7 +128,13 @@ def test_wherever_it_sits(wrapped):
         model = matter(timm.create_model("convnext_atto", features_only=True)).eval()
         names, run = [f"stages_{i}" for i in range(4)], lambda m, x: m(x)
     elif wrapped == "open_clip":
-        tower = dict(timm_model_name="convnext_atto", timm_model_pretrained=False, timm_pool="", timm_proj="linear", image_size=64)
+        tower = dict(
+            timm_model_name="convnext_atto",
+            timm_model_pretrained=False,
+            timm_pool="",
+            timm_proj="linear",
+            image_size=64,
+        )
         text = dict(context_length=8, vocab_size=16, width=8, heads=1, layers=1)
         model = matter(open_clip.model.CLIP(8, tower | dict(timm_drop_path=0.1), text)).eval()
         names, run = [f"visual.trunk.stages.{i}" for i in range(4)], lambda m, x: [m.visual.trunk.forward_features(x)]
@@ -135,7 +157,10 @@ def test_tower_and_mining_of_one_model():
     model = Original()
     model.vision_tower_aux = Tower()
     report = mg_fast.accelerate(model)
-    assert [e.name for e in report.swapped] == ["unified_resampler", *(f"vision_tower_aux.vision_stages.{i}" for i in range(4))]
+    assert [e.name for e in report.swapped] == [
+        "unified_resampler",
+        *(f"vision_tower_aux.vision_stages.{i}" for i in range(4)),
+    ]
     report.undo()
     assert type(model) is Original and state(model.vision_tower_aux) == state(Tower())
 
@@ -144,9 +169,9 @@ def test_stochastic_depth_at_work_is_timms():
     """In the training mode of the call, whatever it was at the swap."""
     model, plain = Tower(), Tower()
     report = mg_fast.accelerate(model)
-    assert len(report.swapped) == 4 and "for now it runs as timm wrote it, because its stochastic depth is at work" in str(
-        report.swapped[3]
-    )
+    assert len(
+        report.swapped
+    ) == 4 and "for now it runs as timm wrote it, because its stochastic depth is at work" in str(report.swapped[3])
     # the trial, made with it off, put it back
     assert all(layer.training for layer in model.modules())
     with torch.no_grad():
@@ -224,7 +249,9 @@ def test_maps_between_stages_are_not_copied(monkeypatch):
     mg_fast.accelerate(model)
     run = convnext.run_stage
     monkeypatch.setattr(
-        convnext, "run_stage", lambda stage, x, *args, **kwargs: taken.append(x.data_ptr()) or run(stage, x, *args, **kwargs)
+        convnext,
+        "run_stage",
+        lambda stage, x, *args, **kwargs: taken.append(x.data_ptr()) or run(stage, x, *args, **kwargs),
     )
     with torch.no_grad():
         maps = model.forward_intermediates(pictures(), intermediates_only=True)
@@ -242,12 +269,19 @@ def test_maps_that_do_not_fit(shape):
 def test_no_picture():
     model = make()
     mg_fast.accelerate(model)
-    assert [list(m.shape) for m in model.forward_intermediates(pictures(batch=0), intermediates_only=True)][3] == [0, 36, 2, 2]
+    assert [list(m.shape) for m in model.forward_intermediates(pictures(batch=0), intermediates_only=True)][3] == [
+        0,
+        36,
+        2,
+        2,
+    ]
 
 
 # timm itself fails on weights in bfloat16 under autocast in float16
 @pytest.mark.parametrize(
-    "weights,cast", [(torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.bfloat16, torch.bfloat16)], ids=str
+    "weights,cast",
+    [(torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.bfloat16, torch.bfloat16)],
+    ids=str,
 )
 def test_autocast(weights, cast):
     def run(model, x):
@@ -269,7 +303,11 @@ def test_autocast(weights, cast):
 def test_autocast_without_layer_scale_is_timms():
     model, plain = make(ls_init_value=None), make(ls_init_value=None)
     mg_fast.accelerate(model)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), pytest.warns(RuntimeWarning, match="another dtype under autocast"):
+    with (
+        torch.no_grad(),
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.warns(RuntimeWarning, match="another dtype under autocast"),
+    ):
         assert torch.equal(model(pictures()), plain(pictures()))
 
 
@@ -287,7 +325,11 @@ def test_one_graph_under_compile():
 def test_undo_restores_everything():
     model, before = Tower(), state(Tower())
     report = mg_fast.accelerate(model)
-    assert state(model) != before and list(model.state_dict()) == before[1] and isinstance(model.vision_stages[0], ConvNeXtStage)
+    assert (
+        state(model) != before
+        and list(model.state_dict()) == before[1]
+        and isinstance(model.vision_stages[0], ConvNeXtStage)
+    )
     assert "already swapped" in str(mg_fast.accelerate(model).skipped[3])
     report.undo()
     report.undo()
@@ -353,7 +395,9 @@ UNUSUAL = {
     "gradient checkpointing is on": lambda s: setattr(s, "grad_checkpointing", True),
     "blocks.1.mlp has hooks on its Mlp": lambda s: s.blocks[1].mlp.register_forward_hook(lambda *_: None),
     "downsample.1 has hooks on its Conv2d": lambda s: s.downsample[1].register_forward_pre_hook(lambda *_: None),
-    "the forward of blocks.0.norm's LayerNorm was replaced": lambda s: setattr(s.blocks[0].norm, "forward", s.blocks[0].norm.forward),
+    "the forward of blocks.0.norm's LayerNorm was replaced": lambda s: setattr(
+        s.blocks[0].norm, "forward", s.blocks[0].norm.forward
+    ),
     "blocks.2 is .*OtherBlock, not a layer of": lambda s: exchange(s.blocks[2], OtherBlock),
     "blocks.1.mlp.fc2 is .*OtherLinear": lambda s: exchange(s.blocks[1].mlp.fc2, OtherLinear),
     "blocks.1 is .*Identity": lambda s: s.blocks.__setitem__(1, nn.Identity()),
@@ -362,7 +406,9 @@ UNUSUAL = {
     "blocks.0.mlp.fc1 is .*Parametrized": lambda s: nn.utils.parametrizations.weight_norm(s.blocks[0].mlp.fc1),
     "blocks.0.more is .*Linear": lambda s: s.blocks[0].add_module("more", nn.Linear(2, 2)),
     "downsample: expected a LayerNorm and a convolution, got 1": lambda s: s.downsample.__delitem__(1),
-    "expected one dtype and one device, got torch.float32 on cpu, torch.float64 on cpu": lambda s: s.blocks[0].norm.double(),
+    "expected one dtype and one device, got torch.float32 on cpu, torch.float64 on cpu": lambda s: s.blocks[
+        0
+    ].norm.double(),
 }
 
 
@@ -404,11 +450,17 @@ REFUSED = {
     "forward was set on the object": lambda s: setattr(s, "forward", torch.relu),
     "OtherStage has a forward of its own": lambda s: exchange(s, OtherStage),
     "it has no blocks": lambda s: setattr(s, "blocks", nn.Sequential()),
-    "blocks.0: expected a 7x7 depthwise .* padding_mode=reflect": lambda s: setattr(s.blocks[0].conv_dw, "padding_mode", "reflect"),
-    "blocks.0: expected a 7x7 depthwise": lambda s: setattr(s.blocks[0], "conv_dw", nn.Conv2d(20, 20, 5, padding=2, groups=20)),
+    "blocks.0: expected a 7x7 depthwise .* padding_mode=reflect": lambda s: setattr(
+        s.blocks[0].conv_dw, "padding_mode", "reflect"
+    ),
+    "blocks.0: expected a 7x7 depthwise": lambda s: setattr(
+        s.blocks[0], "conv_dw", nn.Conv2d(20, 20, 5, padding=2, groups=20)
+    ),
     # what only a trial shows
     "tried on a map of .*away from": lambda s: setattr(s.blocks[0].conv_dw, "_conv_forward", lambda x, *_: 2 * x),
-    "tried on a map of .* fails": lambda s: s.blocks[0].conv_dw.register_parameter("bias", nn.Parameter(torch.zeros(3))),
+    "tried on a map of .* fails": lambda s: s.blocks[0].conv_dw.register_parameter(
+        "bias", nn.Parameter(torch.zeros(3))
+    ),
 }
 
 

@@ -1,4 +1,6 @@
-"""transformers' Auto classes know Mini-Gemini, in whatever order things are imported; and mg_fast breaks no import of transformers."""
+"""transformers' Auto classes know Mini-Gemini, in whatever order things are imported; and mg_fast breaks no import of
+transformers.
+"""
 
 import subprocess
 import sys

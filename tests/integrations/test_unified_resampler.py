@@ -1,4 +1,6 @@
-"""accelerate() on a stand-in of the original's model: its attribute names and call protocol, written after the specification."""
+"""accelerate() on a stand-in of the original's model: its attribute names and call protocol, written after the
+specification.
+"""
 
 import copy
 import pickle
@@ -29,7 +31,9 @@ class Resampler:
         patches = int(images.shape[1] ** 0.5)
         size = images_aux.shape[-1] // patches
         images_aux = images_aux.permute(0, 2, 3, 1)
-        images_aux = images_aux.reshape(len(images_aux), patches, size, patches, size, images_aux.shape[-1]).permute(0, 1, 3, 2, 4, 5)
+        images_aux = images_aux.reshape(len(images_aux), patches, size, patches, size, images_aux.shape[-1]).permute(
+            0, 1, 3, 2, 4, 5
+        )
         images_aux = images_aux.reshape(len(images_aux), patches**2, size**2, images_aux.shape[-1]).contiguous()
         query = self.get_model().vlm_uni_query_projector(images)
         key = self.get_model().vlm_uni_aux_projector(images_aux)
@@ -42,9 +46,18 @@ class Resampler:
         if grid == 1:
             return sum(self.unified_resampler(images, hr_map))
         b, channels, size = len(hr_map), hr_map.shape[1], hr_map.shape[-1] // grid
-        reduced = F.interpolate(hr_map.float(), scale_factor=1 / grid, mode="bilinear", align_corners=False).to(hr_map.dtype)
-        cells = hr_map.reshape(b, channels, grid, size, grid, size).permute(0, 2, 4, 1, 3, 5).reshape(-1, channels, size, size)
-        whole, local = self.unified_resampler(images[-b:], reduced), self.unified_resampler(images[:-b], cells.contiguous())
+        reduced = F.interpolate(hr_map.float(), scale_factor=1 / grid, mode="bilinear", align_corners=False).to(
+            hr_map.dtype
+        )
+        cells = (
+            hr_map.reshape(b, channels, grid, size, grid, size)
+            .permute(0, 2, 4, 1, 3, 5)
+            .reshape(-1, channels, size, size)
+        )
+        whole, local = (
+            self.unified_resampler(images[-b:], reduced),
+            self.unified_resampler(images[:-b], cells.contiguous()),
+        )
         return sum(torch.cat([w, c.reshape(b, -1, DIM)], dim=1) for w, c in zip(whole, local))
 
 
@@ -103,15 +116,21 @@ def test_numbers(dtype, grid):
         oracle = copy.deepcopy(model).double().encode(given[0].double(), given[1].double(), grid)
         report = mg_fast.accelerate(model)
         ours = model.encode(*given)
-    assert [(e.name, e.what) for e in report.swapped] == [("unified_resampler", "patch info mining of Original")] and not report.skipped
+    assert [(e.name, e.what) for e in report.swapped] == [
+        ("unified_resampler", "patch info mining of Original")
+    ] and not report.skipped
     assert_accurate(ours, plain, oracle)
     # another algebra's rounding: the swap took place
     assert not torch.equal(ours, plain)
 
 
-@pytest.mark.parametrize("given,cast", [(torch.float32, torch.float16), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)])
+@pytest.mark.parametrize(
+    "given,cast", [(torch.float32, torch.float16), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)]
+)
 def test_autocast(given, cast):
-    """Weights in float32, features as the towers gave them: large ones, whose squares add up to more than float16 holds."""
+    """Weights in float32, features as the towers gave them: large ones, whose squares add up to more than float16
+    holds.
+    """
     model, (images, hr_map, _) = make(), inputs()
     images, hr_map = images.to(given), (100 * hr_map + 20).to(given)
     change_weights(model)
@@ -178,7 +197,9 @@ def test_twice(order):
     assert state(model) != before
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), Original._replicate_for_data_parallel])
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), Original._replicate_for_data_parallel]
+)
 def test_copies_use_their_own_projectors(duplicate):
     model, plain, changed = make(), make(), make()
     mg_fast.accelerate(model)
@@ -220,7 +241,10 @@ class Wrapper(nn.Module):
 def test_found_where_it_sits():
     model = Wrapper(Wrapper(make()), make(AllInOne))
     report = mg_fast.accelerate(model)
-    assert [e.name for e in report.swapped] == ["inside.0.inside.0.unified_resampler", "inside.1.unified_resampler"] and not report.skipped
+    assert [e.name for e in report.swapped] == [
+        "inside.0.inside.0.unified_resampler",
+        "inside.1.unified_resampler",
+    ] and not report.skipped
     assert "swapped      inside.1.unified_resampler (patch info mining of AllInOne): now mg_fast.ops" in str(report)
     for inside, kind in ((model.inside[0].inside[0], Original), (model.inside[1], AllInOne)):
         assert type(inside) is not kind
@@ -228,13 +252,19 @@ def test_found_where_it_sits():
 
 
 UNUSUAL = {
-    "LayerNorm and .*Doubled, expected a Sequential": lambda m: m.vlm_uni_aux_projector.__setitem__(1, Doubled(CHANNELS, DIM)),
+    "LayerNorm and .*Doubled, expected a Sequential": lambda m: m.vlm_uni_aux_projector.__setitem__(
+        1, Doubled(CHANNELS, DIM)
+    ),
     "query_projector is .*Identity": lambda m: setattr(m, "vlm_uni_query_projector", nn.Identity()),
     "val_projector has hooks on its LayerNorm": lambda m: m.vlm_uni_val_projector[0].register_forward_hook(print),
-    "forward of vlm_uni_val_projector's Linear was replaced": lambda m: setattr(m.vlm_uni_val_projector[1], "forward", torch.relu),
+    "forward of vlm_uni_val_projector's Linear was replaced": lambda m: setattr(
+        m.vlm_uni_val_projector[1], "forward", torch.relu
+    ),
     "eps of 1e-06, expected 1e-05": lambda m: setattr(m.vlm_uni_query_projector[0], "eps", 1e-6),
     "bias of vlm_uni_aux_projector's Linear is NoneType": lambda m: setattr(m.vlm_uni_aux_projector[1], "bias", None),
-    r"Linear of \[7, 12\], expected \[12\] and \[12, 12\]": lambda m: m.vlm_uni_query_projector.__setitem__(1, nn.Linear(DIM, 7)),
+    r"Linear of \[7, 12\], expected \[12\] and \[12, 12\]": lambda m: m.vlm_uni_query_projector.__setitem__(
+        1, nn.Linear(DIM, 7)
+    ),
     "nor itself has vlm_uni_query_projector": lambda m: delattr(m, "vlm_uni_val_projector"),
     "meta device": lambda m: m.to("meta"),
 }
@@ -281,7 +311,9 @@ def test_nothing_recognised():
     report = mg_fast.accelerate(nn.Linear(2, 2))
     assert (report.swapped, report.skipped) == ([], [])
     assert re.search(
-        "nothing recognised in Linear.*Looked for:.*`unified_resampler`.*ConvNeXtStage.*PatchInfoMining", str(report), re.DOTALL
+        "nothing recognised in Linear.*Looked for:.*`unified_resampler`.*ConvNeXtStage.*PatchInfoMining",
+        str(report),
+        re.DOTALL,
     )
     for wrong in ({}, Original, None):
         with pytest.raises(TypeError, match="expected a torch.nn.Module, got"):

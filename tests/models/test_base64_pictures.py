@@ -98,7 +98,9 @@ def test_paths_are_paths(path):
         open_picture(path)
 
 
-@pytest.mark.parametrize("data", [b"This is no picture, it is a text of words.", b"", b"<svg></svg>", b"\x00" * 400, bytes(range(256))])
+@pytest.mark.parametrize(
+    "data", [b"This is no picture, it is a text of words.", b"", b"<svg></svg>", b"\x00" * 400, bytes(range(256))]
+)
 def test_other_bytes_are_not_named_so(data):
     with pytest.raises(PictureError, match="not a picture that Pillow can read"):
         open_picture(data)
@@ -155,7 +157,19 @@ def test_the_command_line(standard, capsys):
 @pytest.mark.parametrize("scheme", ("data", "DATA", "Data"))
 def test_the_command_line_takes_the_urls_that_the_library_takes(standard, capsys, scheme):
     uri = f"{scheme}:image/png;base64,{base64.b64encode(stored('PNG')).decode()}"
-    words = ["run", "--model", str(standard), "--prompt", "What?", "--max-new-tokens", "2", "--device", "cpu", "--image", uri]
+    words = [
+        "run",
+        "--model",
+        str(standard),
+        "--prompt",
+        "What?",
+        "--max-new-tokens",
+        "2",
+        "--device",
+        "cpu",
+        "--image",
+        uri,
+    ]
     assert cli.main([*words, "--allow-urls"]) == 0
     assert cli.main(words) == 4 and "URLs are fetched only when asked for" in capsys.readouterr().err
 

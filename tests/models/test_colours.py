@@ -1,4 +1,6 @@
-"""Pictures of every pixel type and animations show the colours that Pillow's own conversion gives, whole and through `see`."""
+"""Pictures of every pixel type and animations show the colours that Pillow's own conversion gives, whole and through
+`see`.
+"""
 
 import io
 import logging
@@ -42,7 +44,9 @@ def palette(alpha=False):
 
 
 def lab():
-    return ImageCms.profileToProfile(ramps(), ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB")
+    return ImageCms.profileToProfile(
+        ramps(), ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"
+    )
 
 
 def alpha(mode):
@@ -135,7 +139,9 @@ def tiff_of_greys(values, bits, photometric=1):
     """A TIFF file of one strip, of 12 bits packed as the standard says, or 16."""
     if bits == 12:
         pairs = values.reshape(-1, 2).astype(np.uint32)
-        packed = np.stack([pairs[:, 0] >> 4, (pairs[:, 0] & 15) << 4 | pairs[:, 1] >> 8, pairs[:, 1] & 255], axis=1).astype(np.uint8)
+        packed = np.stack(
+            [pairs[:, 0] >> 4, (pairs[:, 0] & 15) << 4 | pairs[:, 1] >> 8, pairs[:, 1] & 255], axis=1
+        ).astype(np.uint8)
         data = packed.tobytes()
     else:
         data = values.astype("<u2").tobytes()
@@ -150,7 +156,9 @@ def tiff_of_greys(values, bits, photometric=1):
         (278, SIZE[1]),
         (279, len(data)),
     ]
-    rows = b"".join(np.array([tag, 4, 1, 0, value, 0], "<u2").tobytes()[:8] + np.uint32(value).tobytes() for tag, value in entries)
+    rows = b"".join(
+        np.array([tag, 4, 1, 0, value, 0], "<u2").tobytes()[:8] + np.uint32(value).tobytes() for tag, value in entries
+    )
     return b"II*\0" + np.uint32(8 + len(data)).tobytes() + data + np.uint16(len(entries)).tobytes() + rows + bytes(4)
 
 
@@ -177,7 +185,9 @@ def test_greys_of_more_than_8_bits(pipeline, kind):
     source = WIDE[kind]()
     eight = Image.fromarray((greys(16) >> 8).astype(np.uint8))
     # Whole numbers of 10 and 12 bits lie between those of 16.
-    assert np.abs(np.asarray(open_picture(source)).astype(int) - expected_of(eight)).max() <= (1 if "of 1" in kind else 0)
+    assert np.abs(np.asarray(open_picture(source)).astype(int) - expected_of(eight)).max() <= (
+        1 if "of 1" in kind else 0
+    )
     assert torch.equal(pipeline.see(source), pipeline.see(open_picture(source)))
     if "of 1" not in kind:
         assert torch.equal(pipeline.see(source), pipeline.see(eight))
@@ -197,8 +207,13 @@ def test_premultiplied_greys():
 
 @pytest.mark.parametrize("mode", ("I", "F"))
 def test_pixels_of_no_known_range(mode):
-    for image in (ramps().convert("L").convert(mode), Image.open(io.BytesIO(stored(ramps().convert("L").convert(mode), "TIFF")))):
-        with pytest.raises(PictureError, match=f"32-bit {mode} pixels have no known range: convert to 8 or 16 bits per channel first"):
+    for image in (
+        ramps().convert("L").convert(mode),
+        Image.open(io.BytesIO(stored(ramps().convert("L").convert(mode), "TIFF"))),
+    ):
+        with pytest.raises(
+            PictureError, match=f"32-bit {mode} pixels have no known range: convert to 8 or 16 bits per channel first"
+        ):
             open_picture(image)
 
 
@@ -209,7 +224,11 @@ def warnings_of(caplog, call):
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         call()
-    return [record.getMessage() for record in caplog.records if record.name.startswith("mg_fast") and "has " in record.getMessage()]
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if record.name.startswith("mg_fast") and "has " in record.getMessage()
+    ]
 
 
 @pytest.mark.parametrize("kind", ("LA", "P with a transparent index", "P with alpha", "RGBA", "RGBa"))
@@ -291,7 +310,9 @@ print(see(sys.argv[1]), see(sys.argv[2]))
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="only Linux tells a program's peak of memory")
 @pytest.mark.parametrize("kind, mode", (("JPEG", "RGB"), ("PNG", "1"), ("TIFF", "I;16")))
 def test_memory_of_large_pictures(kind, mode, tmp_path):
-    """A large picture takes the memory of its pixels and of the square that it is padded to, 4 bytes a pixel, and that of no copy."""
+    """A large picture takes the memory of its pixels and of the square that it is padded to, 4 bytes a pixel, and that
+    of no copy.
+    """
     small, large = (64, 48), (8000, 6000)
     options = {"compression": "tiff_adobe_deflate"} if kind == "TIFF" else {}
     for size in (small, large):
@@ -307,5 +328,7 @@ def test_memory_of_large_pictures(kind, mode, tmp_path):
 def test_too_many_pixels_are_refused_with_the_limit(monkeypatch):
     """Pillow refuses more than twice its limit, about 179 million pixels; who has such pictures can raise it."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(PictureError, match="refused as a decompression bomb: .* \\(PIL.Image.MAX_IMAGE_PIXELS sets the limit\\)"):
+    with pytest.raises(
+        PictureError, match="refused as a decompression bomb: .* \\(PIL.Image.MAX_IMAGE_PIXELS sets the limit\\)"
+    ):
         open_picture(stored(Image.new("1", (100, 100)), "PNG"))

@@ -1,4 +1,6 @@
-"""Nano, the trained checkpoint in the package, from end to end: what it reads, says and refuses, by every way of asking."""
+"""Nano, the trained checkpoint in the package, from end to end: what it reads, says and refuses, by every way of
+asking.
+"""
 
 import copy
 import hashlib
@@ -78,7 +80,9 @@ def test_without_the_mined_features_it_is_not(nano):
 
 
 # how many may be wrong: what is recorded says how well it does
-@pytest.mark.parametrize(("kind", "most"), [("colour", 0), ("background", 0), ("where", 0), ("count", 1), ("describe", 1)])
+@pytest.mark.parametrize(
+    ("kind", "most"), [("colour", 0), ("background", 0), ("where", 0), ("count", 1), ("describe", 1)]
+)
 def test_questions_about_what_there_is(nano, kind, most):
     turns = asked(kind)
     answers = said(nano, [(question, [image]) for question, _, image in turns])
@@ -109,7 +113,9 @@ def test_without_a_picture(nano):
 
 
 def test_explain_shows_the_print(nano):
-    """Where the answer is a number, the most relevant query is the one in whose window its centre is, and there is most of the colour."""
+    """Where the answer is a number, the most relevant query is the one in whose window its centre is, and there is most
+    of the colour.
+    """
     relevant = coloured = 0
     for scene in SCENES[:6]:
         explanation = nano.explain(scene.image, QUESTION, max_new_tokens=MOST)
@@ -181,7 +187,17 @@ def test_by_plain_generate(nano, alone):
 
 def test_by_the_command_line(nano, alone, tmp_path):
     SCENES[0].image.save(tmp_path / "scene.png")
-    command = ["run", "--model", "nano", "--device", "cpu", "--image", str(tmp_path / "scene.png"), "--prompt", MIXED[0][0]]
+    command = [
+        "run",
+        "--model",
+        "nano",
+        "--device",
+        "cpu",
+        "--image",
+        str(tmp_path / "scene.png"),
+        "--prompt",
+        MIXED[0][0],
+    ]
     command += ["--max-new-tokens", str(MOST)]
     done = subprocess.run([sys.executable, "-m", "mg_fast", *command], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, alone[0] + "\n"), done.stderr
@@ -205,7 +221,9 @@ def strange(name: str) -> Image.Image:
     }[name]()
 
 
-@pytest.mark.parametrize("name", ["photograph", "grayscale", "RGBA", "palette", "black square", "strip", "tall strip", "one pixel"])
+@pytest.mark.parametrize(
+    "name", ["photograph", "grayscale", "RGBA", "palette", "black square", "strip", "tall strip", "one pixel"]
+)
 def test_any_picture_gets_an_answer(nano, name):
     answer = nano.chat("What is in the picture?", [strange(name)], max_new_tokens=MOST)
     assert answer.image_tokens == 36 and answer.text
@@ -303,7 +321,9 @@ def test_kernels_are_compiled_for_it_too():
 
 def demo(*arguments, tmp_path):
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-m", "recipes.demo", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "recipes.demo", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 

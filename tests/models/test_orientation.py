@@ -23,7 +23,8 @@ TURNS = {
     7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
     8: lambda a: np.rot90(a, 1),
 }
-# Tags that describe a picture without a say in how its pixels are stored; sub-directories and what people edit are among them.
+# Tags that describe a picture without a say in how its pixels are stored; sub-directories and what people edit are
+# among them.
 ODD_TAGS = (
     0x010E, 0x010F, 0x0110, 0x011A, 0x011B, 0x0128, 0x0131, 0x0132, 0x013B, 0x4746, 0x8298, 0x8769, 0x8825, 0x927C, 0x9286, 0xA005
 )  # fmt: skip
@@ -40,7 +41,8 @@ def picture():
 def directory(entries, order="<", at=8):
     """A TIFF directory of (tag, type, count, four bytes or a number) that begins at this offset."""
     rows = [
-        struct.pack(order + "HHL", *entry[:3]) + (entry[3] if isinstance(entry[3], bytes) else struct.pack(order + "L", entry[3]))
+        struct.pack(order + "HHL", *entry[:3])
+        + (entry[3] if isinstance(entry[3], bytes) else struct.pack(order + "L", entry[3]))
         for entry in sorted(entries, key=lambda entry: entry[0])
     ]
     return struct.pack(order + "H", len(rows)) + b"".join(rows) + struct.pack(order + "L", 0)
@@ -51,7 +53,9 @@ def short(value, order="<"):
 
 
 def exif(*entries, order="<"):
-    return b"Exif\0\0" + (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "L", 8) + directory(entries, order)
+    return (
+        b"Exif\0\0" + (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "L", 8) + directory(entries, order)
+    )
 
 
 def stated(orientation, order="<"):
@@ -62,7 +66,14 @@ def tiff(*entries):
     """An uncompressed TIFF of the picture with these entries besides."""
     pixels = picture().tobytes()
     bits = 8 + len(pixels)
-    own = [(256, 4, 1, WIDTH), (257, 4, 1, HEIGHT), (258, 3, 3, bits), (259, 3, 1, short(1)), (262, 3, 1, short(2)), (273, 4, 1, 8)]
+    own = [
+        (256, 4, 1, WIDTH),
+        (257, 4, 1, HEIGHT),
+        (258, 3, 3, bits),
+        (259, 3, 1, short(1)),
+        (262, 3, 1, short(2)),
+        (273, 4, 1, 8),
+    ]
     own += [(277, 3, 1, short(3)), (278, 4, 1, HEIGHT), (279, 4, 1, len(pixels)), (284, 3, 1, short(1))]
     return b"II*\0" + struct.pack("<L", bits + 6) + pixels + struct.pack("<HHH", 8, 8, 8) + directory([*own, *entries])
 
@@ -158,7 +169,9 @@ def test_truncated_exif():
 def test_changed_exif():
     """Bytes changed anywhere in the metadata: there is always a picture, whichever way it stands."""
     rng = np.random.default_rng(0)
-    whole = exif(stated(6), (0x8769, LONG, 1, 50), (0x8825, LONG, 1, 50), (0x011A, RATIONAL, 1, 50), (0x0128, SHORT, 1, short(2)))
+    whole = exif(
+        stated(6), (0x8769, LONG, 1, 50), (0x8825, LONG, 1, 50), (0x011A, RATIONAL, 1, 50), (0x0128, SHORT, 1, short(2))
+    )
     for _ in range(300):
         changed = bytearray(whole + b"\0" * 8)
         for at in rng.integers(6, len(changed), 3):
@@ -170,7 +183,9 @@ def test_changed_exif():
 XMP = "<x:xmpmeta xmlns:x='adobe:ns:meta/'><rdf:Description {}/></x:xmpmeta>"
 
 
-@pytest.mark.parametrize("written", ['tiff:Orientation="{}"', "tiff:Orientation='{}'", "><tiff:Orientation>{}</tiff:Orientation"])
+@pytest.mark.parametrize(
+    "written", ['tiff:Orientation="{}"', "tiff:Orientation='{}'", "><tiff:Orientation>{}</tiff:Orientation"]
+)
 @pytest.mark.parametrize("broken", (False, True))
 def test_an_orientation_in_xmp_alone(written, broken):
     """It is found where there is no EXIF, and where there is one that cannot be read."""

@@ -96,7 +96,13 @@ def test_path_under_home(tmp_path, monkeypatch):
 def test_grey_arrays():
     grey = noise(7, 5, 1)
     expected = np.repeat(grey, 3, axis=2)
-    for source in (grey, grey[..., 0], torch.from_numpy(grey), torch.from_numpy(grey[..., 0]), torch.from_numpy(grey).permute(2, 0, 1)):
+    for source in (
+        grey,
+        grey[..., 0],
+        torch.from_numpy(grey),
+        torch.from_numpy(grey[..., 0]),
+        torch.from_numpy(grey).permute(2, 0, 1),
+    ):
         assert np.array_equal(pixels(source), expected), source.shape
 
 
@@ -195,8 +201,14 @@ def transparent_pictures():
         "array": (np.array([[[*HIDDEN, 0], [1, 2, 3, 255]]], np.uint8), [HIDDEN, (1, 2, 3)]),
         "LA": (la, [(10, 10, 10), (1, 1, 1)]),
         "RGB with a transparent colour": (reopened(rgb, transparency=HIDDEN), [HIDDEN, (1, 2, 3)]),
-        "palette with a transparent index": (reopened(palette(), transparency=0), [HIDDEN, (200, 100, 50), (0, 0, 255)]),
-        "palette with alpha": (reopened(palette(), transparency=b"\x80\xff\xff"), [HIDDEN, (200, 100, 50), (0, 0, 255)]),
+        "palette with a transparent index": (
+            reopened(palette(), transparency=0),
+            [HIDDEN, (200, 100, 50), (0, 0, 255)],
+        ),
+        "palette with alpha": (
+            reopened(palette(), transparency=b"\x80\xff\xff"),
+            [HIDDEN, (200, 100, 50), (0, 0, 255)],
+        ),
     }
 
 
@@ -205,7 +217,10 @@ def test_transparent_pixels_show_their_hidden_colour_and_are_said(name, caplog):
     source, expected = transparent_pictures()[name]
     assert [tuple(p) for p in pixels(source)[0].tolist()] == expected
     [record] = caplog.records
-    assert record.levelno == logging.WARNING and "has transparent pixels, their hidden colours are used" in record.getMessage()
+    assert (
+        record.levelno == logging.WARNING
+        and "has transparent pixels, their hidden colours are used" in record.getMessage()
+    )
 
 
 def test_opaque_alpha_is_not_worth_a_word(caplog):
@@ -299,7 +314,8 @@ def check(processor, image, expected):
     assert np.array_equal(found["pixel_values_hr"][0].numpy(), expected)
     low = views(expected, processor.lr_size, processor.grid, processor.global_view)
     assert found["pixel_values"].shape == (1, *low.shape)
-    # positions are rounded to float32 there, which on noise shows in proportion to the side; one wrong neighbour shows by tenths
+    # positions are rounded to float32 there, which on noise shows in proportion to the side; one wrong neighbour shows
+    # by tenths
     assert np.abs(found["pixel_values"][0].numpy() - low).max() < 1e-6 * processor.hr_size
 
 
@@ -322,14 +338,22 @@ SIZES = [
 @pytest.mark.parametrize("size", SIZES)
 def test_preprocessing(processor, size):
     image = picture(*size)
-    check(processor.image_processor, image, normalised(np.asarray(squared(image).resize((160, 160), Image.Resampling.BICUBIC))))
+    check(
+        processor.image_processor,
+        image,
+        normalised(np.asarray(squared(image).resize((160, 160), Image.Resampling.BICUBIC))),
+    )
 
 
 @pytest.mark.parametrize("size", [(320, 320), (400, 300), (300, 401), (5, 9)])
 def test_preprocessing_hd(hd_processor, size):
     assert (hd_processor.image_processor.grid, hd_processor.image_processor.global_view) == (2, True)
     image = picture(*size)
-    check(hd_processor.image_processor, image, normalised(np.asarray(squared(image).resize((320, 320), Image.Resampling.BICUBIC))))
+    check(
+        hd_processor.image_processor,
+        image,
+        normalised(np.asarray(squared(image).resize((320, 320), Image.Resampling.BICUBIC))),
+    )
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -440,7 +464,20 @@ def test_bad_files(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "kind", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "PNG animated", "GIF animated", "WEBP animated", "TIFF animated"]
+    "kind",
+    [
+        "PNG",
+        "JPEG",
+        "GIF",
+        "WEBP",
+        "TIFF",
+        "BMP",
+        "PPM",
+        "PNG animated",
+        "GIF animated",
+        "WEBP animated",
+        "TIFF animated",
+    ],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 def test_broken_files_raise_nothing_else(kind, monkeypatch):
@@ -448,7 +485,11 @@ def test_broken_files_raise_nothing_else(kind, monkeypatch):
     # a changed byte can ask for gigabytes
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
     kind, _, animated = kind.partition(" ")
-    file = stored(picture(24, 24), kind, **({"save_all": True, "append_images": [picture(24, 24, i) for i in (1, 2)]} if animated else {}))
+    file = stored(
+        picture(24, 24),
+        kind,
+        **({"save_all": True, "append_images": [picture(24, 24, i) for i in (1, 2)]} if animated else {}),
+    )
     rng = np.random.default_rng(1)
     broken = [file[:cut] for cut in [*range(0, min(64, len(file)), 3), *rng.integers(0, len(file), 40)]]
     for _ in range(60):
@@ -487,7 +528,10 @@ BAD_SOURCES = [
     (lambda _: np.zeros((5, 7), bool), "expected uint8 values 0 to 255, got bool"),
     (lambda _: torch.zeros(3, 5, 7), "expected uint8 values 0 to 255, got torch.float32"),
     (lambda _: torch.zeros(3, 5, 7, dtype=torch.bfloat16), "expected uint8 values 0 to 255, got torch.bfloat16"),
-    (lambda _: np.zeros((3, 5, 7), np.uint8), r"\[H, W, 3\] or \[H, W, 4\] \(a tensor also \[C, H, W\]\), got \[3, 5, 7\]"),
+    (
+        lambda _: np.zeros((3, 5, 7), np.uint8),
+        r"\[H, W, 3\] or \[H, W, 4\] \(a tensor also \[C, H, W\]\), got \[3, 5, 7\]",
+    ),
     (lambda _: np.zeros((5, 7, 2), np.uint8), r"got \[5, 7, 2\]"),
     (lambda _: np.zeros(7, np.uint8), r"got \[7\]"),
     (lambda _: np.array(3, np.uint8), r"got \[\]"),
@@ -497,7 +541,10 @@ BAD_SOURCES = [
     (lambda _: None, "got NoneType"),
     (lambda _: {"path": "x.png"}, "got dict"),
     (lambda _: io.StringIO("text"), "cannot be opened as a picture: .*StringIO"),
-    (lambda _: "http://example.invalid/a.png", r"^http://example.invalid/a.png: URLs are fetched only when asked for \(allow_urls=True"),
+    (
+        lambda _: "http://example.invalid/a.png",
+        r"^http://example.invalid/a.png: URLs are fetched only when asked for \(allow_urls=True",
+    ),
     (lambda _: "https://example.invalid/a.png", "URLs are fetched only when asked for"),
     (lambda _: "data:image/png;base64,AAAA", "^data:image/png;base64,AAAA: URLs are fetched only when asked for"),
 ]
@@ -524,10 +571,14 @@ def test_thinnest_that_still_shows(processor):
 
 
 def test_too_thin_or_too_large_for_memory(processor):
-    with pytest.raises(PictureError, match="20000x150 pixels: too large to square by padding, the longest side may be 18918"):
+    with pytest.raises(
+        PictureError, match="20000x150 pixels: too large to square by padding, the longest side may be 18918"
+    ):
         processor.image_processor(Image.new("RGB", (20000, 150)))
     crop = MiniGeminiImageProcessor(hr_size=160, lr_size=70, pad=False)
-    with pytest.raises(PictureError, match="1x20000 pixels: too thin, its shortest side resized to 160 makes the other one 3200000"):
+    with pytest.raises(
+        PictureError, match="1x20000 pixels: too thin, its shortest side resized to 160 makes the other one 3200000"
+    ):
         crop(Image.new("RGB", (1, 20000)))
 
 
@@ -558,7 +609,8 @@ def test_data_urls(processor):
 
 
 @pytest.mark.parametrize(
-    "data, message", [("A" * 100_001, "cannot be fetched or decoded"), ("A" * 100_000, "not a picture that Pillow can read")]
+    "data, message",
+    [("A" * 100_001, "cannot be fetched or decoded"), ("A" * 100_000, "not a picture that Pillow can read")],
 )
 def test_errors_do_not_repeat_a_whole_data_url(data, message):
     with pytest.raises(PictureError, match=message) as caught:

@@ -1,4 +1,6 @@
-"""Layers that are more than their weights: adapters, hooks, parametrizations, quantized and offloaded ones are called, by every backend."""
+"""Layers that are more than their weights: adapters, hooks, parametrizations, quantized and offloaded ones are called,
+by every backend.
+"""
 
 import copy
 
@@ -86,7 +88,9 @@ def test_mining_calls_what_is_not_plain(model, found, change, projector, backend
 @BACKENDS
 def test_a_hook_on_a_whole_projector_runs(model, found, backend):
     seen = []
-    model.model.patch_mining.vlm_uni_val_projector.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    model.model.patch_mining.vlm_uni_val_projector.register_forward_hook(
+        lambda module, args, output: seen.append(output.shape)
+    )
     assert relative_error(tokens(model, found, backend), tokens(found.model, found)) <= IMAGE_TOKENS and seen
 
 
@@ -111,8 +115,13 @@ def test_adapters_on_everything_merge_to_the_same_tokens(model, found, backend):
     torch.manual_seed(0)
     base = tokens(model, found)
     pipeline = Pipeline(model, found.processor, backend=backend)
-    tuned = get_peft_model(model, LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", init_lora_weights=False)).eval()
-    adapted, answer = pipeline.see(found.pictures[0]), pipeline.chat("What?", [found.pictures[0]], max_new_tokens=6).token_ids
+    tuned = get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", init_lora_weights=False)
+    ).eval()
+    adapted, answer = (
+        pipeline.see(found.pictures[0]),
+        pipeline.chat("What?", [found.pictures[0]], max_new_tokens=6).token_ids,
+    )
     shown = pipeline.explain(found.pictures[0]).weights
     pipeline.reset()
     merged = Pipeline(tuned.merge_and_unload(), found.processor, backend=backend)
@@ -138,14 +147,18 @@ def test_adapters_of_mining_are_trained(model, found, backend):
 
 
 @BACKENDS
-@pytest.mark.parametrize("part", ["vision_tower", "vision_tower.encoder", "vision_tower.encoder.layers.1.mlp", "vision_tower_aux"])
+@pytest.mark.parametrize(
+    "part", ["vision_tower", "vision_tower.encoder", "vision_tower.encoder.layers.1.mlp", "vision_tower_aux"]
+)
 def test_hooks_on_the_towers_run(model, found, part, backend):
     called = []
     model.model.get_submodule(part).register_forward_hook(lambda *_: called.append(1))
     assert relative_error(tokens(model, found, backend), tokens(found.model, found)) <= IMAGE_TOKENS and called
 
 
-@pytest.mark.parametrize("part", ["patch_mining.vlm_uni_aux_projector.1", "vision_tower_aux.vision_stages.1.blocks.0.mlp.fc1"])
+@pytest.mark.parametrize(
+    "part", ["patch_mining.vlm_uni_aux_projector.1", "vision_tower_aux.vision_stages.1.blocks.0.mlp.fc1"]
+)
 def test_backward_hooks_run(model, found, part):
     called = []
     model.model.get_submodule(part).register_full_backward_hook(lambda *_: called.append(1))
@@ -155,7 +168,9 @@ def test_backward_hooks_run(model, found, part):
 
 def test_plain_mining_reads_its_weights(found):
     """Calling is for what needs it: it takes fifty times the operations."""
-    assert not any(isinstance(p, mg_fast.ops.reference.CalledProjection) for p in found.model.model.patch_mining.projections())
+    assert not any(
+        isinstance(p, mg_fast.ops.reference.CalledProjection) for p in found.model.model.patch_mining.projections()
+    )
 
 
 @BACKENDS
@@ -163,7 +178,10 @@ def test_hooks_on_all_modules_run(model, found, backend):
     """Doubled by a hook that holds for every module, as those of profilers and probes do."""
     pipeline = Pipeline(model, found.processor, backend=backend)
     before = pipeline.see(found.pictures[0])
-    changed = (model.model.patch_mining.vlm_uni_val_projector[1], model.model.vision_tower_aux.vision_stages[1].blocks[0].mlp.fc1)
+    changed = (
+        model.model.patch_mining.vlm_uni_val_projector[1],
+        model.model.vision_tower_aux.vision_stages[1].blocks[0].mlp.fc1,
+    )
     plain, called = copy.deepcopy(model), set()
 
     def double(module, args, output):
@@ -176,7 +194,10 @@ def test_hooks_on_all_modules_run(model, found, backend):
     finally:
         handle.remove()
     with torch.no_grad():
-        for layer in (plain.model.patch_mining.vlm_uni_val_projector[1], plain.model.vision_tower_aux.vision_stages[1].blocks[0].mlp.fc1):
+        for layer in (
+            plain.model.patch_mining.vlm_uni_val_projector[1],
+            plain.model.vision_tower_aux.vision_stages[1].blocks[0].mlp.fc1,
+        ):
             layer.weight.mul_(2)
             layer.bias.mul_(2)
     assert called >= {*model.model.patch_mining.modules(), *changed}
@@ -189,4 +210,6 @@ def test_counting_flop_changes_nothing(model):
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False):
-        assert not any(isinstance(p, mg_fast.ops.reference.CalledProjection) for p in model.model.patch_mining.projections())
+        assert not any(
+            isinstance(p, mg_fast.ops.reference.CalledProjection) for p in model.model.patch_mining.projections()
+        )

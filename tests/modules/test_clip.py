@@ -17,7 +17,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-def make(dtype=torch.float32, *, seed=0, width=48, heads=3, layers=4, hidden=80, image=42, patch=14, activation="quick_gelu"):
+def make(
+    dtype=torch.float32, *, seed=0, width=48, heads=3, layers=4, hidden=80, image=42, patch=14, activation="quick_gelu"
+):
     """A small tower with biases and gains that matter."""
     torch.manual_seed(seed)
     tower = CLIPVisionModel(

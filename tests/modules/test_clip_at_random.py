@@ -1,4 +1,6 @@
-"""Random small towers, packed and held against transformers' own: widths, depths, hidden states, batches that nobody would think of."""
+"""Random small towers, packed and held against transformers' own: widths, depths, hidden states, batches that nobody
+would think of.
+"""
 
 import torch
 from hypothesis import given
@@ -22,6 +24,8 @@ from tests.modules.test_clip import DTYPES, check, make
     data=st.data(),
 )
 def test_fuzz(seed, heads, head, hidden, layers, grid, patch, batch, dtype, data):
-    tower = make(dtype, seed=seed, width=heads * head, heads=heads, layers=layers, hidden=hidden, image=grid * patch, patch=patch)
+    tower = make(
+        dtype, seed=seed, width=heads * head, heads=heads, layers=layers, hidden=hidden, image=grid * patch, patch=patch
+    )
     select_layer = data.draw(st.integers(-layers - 1, layers))
     check(tower, torch.randn(batch, 3, grid * patch, grid * patch), select_layer)

@@ -1,4 +1,6 @@
-"""The high-resolution tower on channels-last maps against timm's, by the accuracy rule; what it refuses; what it needs of memory."""
+"""The high-resolution tower on channels-last maps against timm's, by the accuracy rule; what it refuses; what it needs
+of memory.
+"""
 
 import copy
 
@@ -23,12 +25,16 @@ TRUNKS = {
 
 
 def make(dtype=torch.float32, seed=0, **changes):
-    """A trunk whose every parameter matters: timm's own initialisation makes biases zero and layer scales one in a million."""
+    """A trunk whose every parameter matters: timm's own initialisation makes biases zero and layer scales one in a
+    million.
+    """
     trunk = ConvNeXt(**(SMALL | changes)).eval()
     generator = torch.Generator().manual_seed(seed)
     for name, p in trunk.named_parameters():
         scale = 0.5 if name.endswith(("gamma", "bias")) else 1.5 * p[0].numel() ** -0.5 if p.dim() > 1 else 0.2
-        p.data = torch.randn(p.shape, generator=generator) * scale + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
+        p.data = torch.randn(p.shape, generator=generator) * scale + (
+            1.0 if "norm" in name and name.endswith("weight") else 0.0
+        )
     return ConvNeXtPyramid.from_timm(trunk.to(dtype))
 
 
@@ -118,10 +124,15 @@ def test_gradients_reach_every_parameter_and_the_picture():
 
     def gradients(backend):
         pixels = pictures(64).requires_grad_()
-        loss = sum((level * torch.linspace(-1, 1, level.numel()).view_as(level)).sum() for level in tower(pixels, backend=backend))
+        loss = sum(
+            (level * torch.linspace(-1, 1, level.numel()).view_as(level)).sum()
+            for level in tower(pixels, backend=backend)
+        )
         return torch.autograd.grad(loss, [pixels, *tower.parameters()])
 
-    for (name, _), ours, expected in zip([("pixels", None), *tower.named_parameters()], gradients("torch"), gradients("reference")):
+    for (name, _), ours, expected in zip(
+        [("pixels", None), *tower.named_parameters()], gradients("torch"), gradients("reference")
+    ):
         assert (ours - expected).abs().max() <= 1e-4 * expected.abs().max(), name
 
 
@@ -158,7 +169,12 @@ def test_one_graph_under_compile():
 
 def test_names_are_the_published_ones():
     names = set(make().state_dict())
-    assert {"vision_stem.0.weight", "vision_stem.1.bias", "vision_stages.1.downsample.0.weight", "vision_stages.0.blocks.1.gamma"} <= names
+    assert {
+        "vision_stem.0.weight",
+        "vision_stem.1.bias",
+        "vision_stages.1.downsample.0.weight",
+        "vision_stages.0.blocks.1.gamma",
+    } <= names
     assert all(name.startswith(("vision_stem.", "vision_stages.")) for name in names)
 
 
@@ -167,7 +183,10 @@ def test_names_are_the_published_ones():
     [
         (dict(use_grn=True), "stages.0: expected a ConvNeXt of the first version, got one with GlobalResponseNorm"),
         (dict(drop_path_rate=0.1), "drop_path_rate=0"),
-        (dict(stem_type="overlap"), "expected a stem of one convolution and a LayerNorm, got Conv2d, Conv2d, LayerNorm2d"),
+        (
+            dict(stem_type="overlap"),
+            "expected a stem of one convolution and a LayerNorm, got Conv2d, Conv2d, LayerNorm2d",
+        ),
         (dict(act_layer="gelu_tanh"), "blocks.0: expected the exact GELU, got GELUTanh"),
         (dict(act_layer="silu"), "expected the exact GELU, got SiLU"),
         (dict(kernel_sizes=5), "expected a 7x7 depthwise convolution with padding 3, got Conv2d"),
@@ -206,7 +225,9 @@ def test_a_hook_within_is_run():
 def test_an_adapter_within_is_run_and_trained():
     peft = pytest.importorskip("peft")
     tower = make()
-    tower = peft.get_peft_model(tower, peft.LoraConfig(target_modules=["fc1"], init_lora_weights=False)).base_model.model
+    tower = peft.get_peft_model(
+        tower, peft.LoraConfig(target_modules=["fc1"], init_lora_weights=False)
+    ).base_model.model
     assert by_modules_only(tower)
     sum(level.square().sum() for level in tower(pictures(64))).backward()
     assert all(p.grad is not None for name, p in tower.named_parameters() if "lora" in name)
@@ -217,7 +238,9 @@ def test_an_exchanged_activation_is_run():
     for block in tower.vision_stages[0].blocks:
         block.mlp.act = torch.nn.ReLU()
     assert by_modules_only(tower)
-    with pytest.raises(ValueError, match="PackedPyramid: vision_stages.0.blocks.0.mlp.act is torch.nn.*ReLU, expected a plain layer"):
+    with pytest.raises(
+        ValueError, match="PackedPyramid: vision_stages.0.blocks.0.mlp.act is torch.nn.*ReLU, expected a plain layer"
+    ):
         tower.pack()
 
 

@@ -1,7 +1,8 @@
 """What is asked of every file of kernels that is compiled ahead of time; tests/ops/*/test_aot_*.py ask it.
 
-The real launchers run, on fake tensors, in a few processes of their own. What they compile is held against the limits of its
-architecture, and its resources against the table beside the tests, so that a change of them shows as a diff. After a change that is
+The real launchers run, on fake tensors, in a few processes of their own. What they compile is held against the limits
+of its architecture, and its resources against the table beside the tests, so that a change of them shows as a diff.
+After a change that is
 meant: `python -m tests.ops.record_resources`, or with the names of the kernels' files after it for some of them.
 """
 
@@ -34,7 +35,9 @@ def within_limits(jobs: dict, kernel: tuple[Case, str]) -> None:
 def resources_are_those_recorded(jobs: dict, family: str) -> None:
     table = read_table(family)
     if table["triton"] != triton.__version__:
-        pytest.skip(f"recorded with triton {table['triton']}, this is {triton.__version__}: other compilers need other resources")
+        pytest.skip(
+            f"recorded with triton {table['triton']}, this is {triton.__version__}: other compilers need other resources"
+        )
     cases = FAMILIES[family].cases()
     chosen = [case for case in cases if case in jobs]
     found = {name: used for case in chosen for name, used in jobs[case].result().items()}
@@ -43,7 +46,11 @@ def resources_are_those_recorded(jobs: dict, family: str) -> None:
     if chosen == cases:
         # or kernels that are gone would stay in the table
         assert list(recorded) == list(found), f"other kernels than recorded; if that is meant: {REWRITE} {family}"
-    changed = [f"{name}\n  recorded {recorded.get(name)}\n  found    {used}" for name, used in found.items() if recorded.get(name) != used]
+    changed = [
+        f"{name}\n  recorded {recorded.get(name)}\n  found    {used}"
+        for name, used in found.items()
+        if recorded.get(name) != used
+    ]
     assert not changed, "\n".join(["resources changed", *changed, f"if that is meant: {REWRITE} {family}"])
 
 
@@ -51,9 +58,13 @@ def every_configuration_is_compiled(family: str) -> None:
     """For the architecture it is keyed by, the defaults for all, or for their twins."""
     compiled = {(case.architecture, bucket) for case in FAMILIES[family].cases() for bucket in case.buckets()}
     assert {architecture for architecture, _ in compiled} == set(ARCHITECTURES)
-    compiled |= {(twin, bucket) for architecture, bucket in compiled for twin, other in TWINS.items() if architecture == other}
+    compiled |= {
+        (twin, bucket) for architecture, bucket in compiled for twin, other in TWINS.items() if architecture == other
+    }
     for architecture, table in FAMILIES[family].TABLE.items():
-        assert {(a, bucket) for bucket in table for a in ([architecture] if architecture else ARCHITECTURES)} <= compiled
+        assert {
+            (a, bucket) for bucket in table for a in ([architecture] if architecture else ARCHITECTURES)
+        } <= compiled
 
 
 def twins_need_the_same(family: str) -> None:

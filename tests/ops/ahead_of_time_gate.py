@@ -1,4 +1,6 @@
-"""The ahead-of-time gate: what a kernel may need of a GPU, read from the machine code that its launcher compiles with no GPU."""
+"""The ahead-of-time gate: what a kernel may need of a GPU, read from the machine code that its launcher compiles with
+no GPU.
+"""
 
 import collections
 import concurrent.futures
@@ -18,18 +20,20 @@ import triton
 from mg_fast.kernels.configs import SHARED_MEMORY_LIMITS
 from mg_fast.ops.ahead_of_time import compile_only
 
-# what multiplies matrices best, in the machine's own instructions; products too small for it use HMMA there too, and count as none
+# what multiplies matrices best, in the machine's own instructions; products too small for it use HMMA there too, and
+# count as none
 TENSOR_CORES = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 ARCHITECTURES = tuple(SHARED_MEMORY_LIMITS)
-# sm_89 has the tiles of sm_86 and needs what it needs, to the instruction: a test holds the cases compiled for both against each other, and
-# the rest is compiled for the other one
+# sm_89 has the tiles of sm_86 and needs what it needs, to the instruction: a test holds the cases compiled for both
+# against each other, and the rest is compiled for the other one
 TWINS = {89: 86}
 DISTINCT = tuple(a for a in ARCHITECTURES if a not in TWINS)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class Case:
-    """One run of a launcher. A kernel's own cases are tuples of what they depend on, so that they can be sent to another process.
+    """One run of a launcher. A kernel's own cases are tuples of what they depend on, so that they can be sent to
+    another process.
 
     Attributes:
         architecture: compute capability, 90 for sm_90.
@@ -68,7 +72,9 @@ def resources(kernel) -> dict[str, int]:
         file.flush()
         cuobjdump = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
         tool = triton.knobs.nvidia.cuobjdump.path
-        used = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", cuobjdump([tool, "--dump-resource-usage", file.name]).stdout))
+        used = dict(
+            re.findall(r"\b(REG|STACK|LOCAL):(\d+)", cuobjdump([tool, "--dump-resource-usage", file.name]).stdout)
+        )
         code = cuobjdump([tool, "-sass", file.name]).stdout
     counts = collections.Counter()
     for instruction in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code):
@@ -101,7 +107,9 @@ def faults(case: Case, name: str, found: dict[str, int]) -> list[str]:
 
 @contextlib.contextmanager
 def compiling(workers: int = os.cpu_count() or 1):
-    """Gives `compile_case`, put off: it returns a future. Spawned, since a fork would copy the compiler's locks as they are just held."""
+    """Gives `compile_case`, put off: it returns a future. Spawned, since a fork would copy the compiler's locks as they
+    are just held.
+    """
     pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
     before = os.environ.get("TRITON_CACHE_DIR")
     with tempfile.TemporaryDirectory(prefix="mg_fast_aot_") as folder:
@@ -128,4 +136,6 @@ def read_table(family: str) -> dict:
 def write_table(family: str, kernels: dict[str, dict]) -> None:
     """One line a kernel, so that a change shows as one."""
     lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(kernels[name])}" for name in kernels)
-    table(family).write_text(f'{{\n "triton": "{triton.__version__}",\n "kernels": {{\n{lines}\n }}\n}}\n', encoding="utf-8")
+    table(family).write_text(
+        f'{{\n "triton": "{triton.__version__}",\n "kernels": {{\n{lines}\n }}\n}}\n', encoding="utf-8"
+    )

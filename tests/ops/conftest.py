@@ -16,4 +16,7 @@ def put_off():
 def jobs(request, put_off):
     """The cases of the tests that were selected, all under way at once: futures by case."""
     parametrised = (getattr(item, "callspec", None) for item in request.session.items)
-    return {case: put_off(case) for case in dict.fromkeys(c.params["kernel"][0] for c in parametrised if c and "kernel" in c.params)}
+    return {
+        case: put_off(case)
+        for case in dict.fromkeys(c.params["kernel"][0] for c in parametrised if c and "kernel" in c.params)
+    }

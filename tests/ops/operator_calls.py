@@ -1,7 +1,9 @@
-"""What the files `tests/ops/*/operator_calls.py` share: calls of registered operators on the meta device, for what they declare.
+"""What the files `tests/ops/*/operator_calls.py` share: calls of registered operators on the meta device, for what they
+declare.
 
-Each of those files has `CALLS`, by name of the case the operator, its arguments and how many kernels they launch, and `COPIED`, by name the
-operator, arguments that its launcher cannot read in place, and the bytes of what it then allocates beside its results.
+Each of those files has `CALLS`, by name of the case the operator, its arguments and how many kernels they launch, and
+`COPIED`, by name the operator, arguments that its launcher cannot read in place, and the bytes of what it then
+allocates beside its results.
 """
 
 import importlib
@@ -24,5 +26,7 @@ def of_all_operations(table: str) -> dict[str, tuple]:
     return {
         f"{path.parent.name}: {case}": call
         for path in sorted(Path(__file__).parent.glob("*/operator_calls.py"))
-        for case, call in getattr(importlib.import_module(f"tests.ops.{path.parent.name}.operator_calls"), table).items()
+        for case, call in getattr(
+            importlib.import_module(f"tests.ops.{path.parent.name}.operator_calls"), table
+        ).items()
     }

@@ -1,4 +1,6 @@
-"""That the ahead-of-time gate can fail: for what spills, for what takes too much shared memory, for narrow loads and missing products."""
+"""That the ahead-of-time gate can fail: for what spills, for what takes too much shared memory, for narrow loads and
+missing products.
+"""
 
 import pytest
 
@@ -14,10 +16,18 @@ from tests.ops.pointwise.ahead_of_time import Pointwise
         # a tile of twice the default's channels, and stages that an H100 has room for and this card has not
         pytest.param(Mining("pool_windows_fwd", 120, "bf16", "768"), Tile(128, 4, 2), "spills", id="spills"),
         pytest.param(
-            Mining("pool_windows_fwd", 86, "bf16", "768"), Tile(64, 8, 14), "bytes of shared memory, sm_86 has 101376", id="shared"
+            Mining("pool_windows_fwd", 86, "bf16", "768"),
+            Tile(64, 8, 14),
+            "bytes of shared memory, sm_86 has 101376",
+            id="shared",
         ),
         # why products on an H100 are no wider: configs.py says so
-        pytest.param(Pointwise("linear_gelu_fwd", 90, "bf16", "stage2"), ProductTile(128, 256, 64, 8, 8, 3), "spills", id="wide products"),
+        pytest.param(
+            Pointwise("linear_gelu_fwd", 90, "bf16", "stage2"),
+            ProductTile(128, 256, 64, 8, 8, 3),
+            "spills",
+            id="wide products",
+        ),
     ],
 )
 def test_the_gate_can_fail(put_off, case, tile, fault):
@@ -26,7 +36,9 @@ def test_the_gate_can_fail(put_off, case, tile, fault):
 
 
 def test_the_gate_sees_narrow_loads_and_missing_products(put_off):
-    """Of widths that no wide load fits; and of float32, whose products would not be exact in TF32, taken for bfloat16's."""
+    """Of widths that no wide load fits; and of float32, whose products would not be exact in TF32, taken for
+    bfloat16's.
+    """
     real = Mining("pool_windows_fwd", 90, "bf16", "768")
     [odd] = put_off(real._replace(shape="odd8")).result().values()
     assert any("narrow loads" in fault for fault in faults(real, "", odd))

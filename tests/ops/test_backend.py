@@ -34,7 +34,10 @@ def test_choice_is_per_thread():
 
 @pytest.mark.parametrize("name", ["cuda", "Triton"])
 def test_unknown_names_are_refused(monkeypatch, name):
-    with pytest.raises(BackendError, match=f"unknown backend '{name}': expected one of auto, reference, torch, triton"), use_backend(name):
+    with (
+        pytest.raises(BackendError, match=f"unknown backend '{name}': expected one of auto, reference, torch, triton"),
+        use_backend(name),
+    ):
         pass
     monkeypatch.setenv("MG_FAST_BACKEND", name)
     with pytest.raises(BackendError, match="unknown backend"):

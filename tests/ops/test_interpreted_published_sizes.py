@@ -1,7 +1,8 @@
-"""Every kernel at the shapes of the published models, in every dtype: on a GPU only, as the interpreter would take hours.
+"""Every kernel at the shapes of the published models, in every dtype: on a GPU only, as the interpreter would take
+hours.
 
-The benchmark's cases are the inputs, and its check is the tests' accuracy rule. The kernels must also give the same bits when they are
-called again: one whose threads race seldom does.
+The benchmark's cases are the inputs, and its check is the tests' accuracy rule. The kernels must also give the same
+bits when they are called again: one whose threads race seldom does.
 """
 
 import gc
@@ -19,7 +20,9 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="published sizes need a GPU:
 
 
 def published(every: list[str]) -> list[str]:
-    """The names of the cases of operations with kernels, without those of several pictures; what the models run in first."""
+    """The names of the cases of operations with kernels, without those of several pictures; what the models run in
+    first.
+    """
     order = ("bfloat16", "float16", "float32")
     assert set(order) == set(DTYPES)
     groups = [name for name, operation in OPERATIONS.items() if operation.operators]

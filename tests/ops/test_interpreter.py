@@ -13,7 +13,9 @@ from mg_fast import BackendError, ops
 from mg_fast.ops import interpreter
 from tests.paths import ROOT
 
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is published for Linux only")
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is published for Linux only"
+)
 
 # Every operation that has a kernel, against its reference in float64, in every dtype that the kernels take.
 EVERY_OPERATION = """
@@ -115,13 +117,20 @@ def test_too_late_is_said_and_not_run_into():
     script = "import os, triton; from mg_fast import backend; os.environ['TRITON_INTERPRET'] = '1'; backend.choose('dual_resize', 'triton')"
     done = interpreted(script, "0")
     assert done.returncode == 1
-    assert "TRITON_INTERPRET=1 was set after Triton had been imported, which is too late: set it before Python starts" in done.stderr
+    assert (
+        "TRITON_INTERPRET=1 was set after Triton had been imported, which is too late: set it before Python starts"
+        in done.stderr
+    )
 
 
 def test_the_recommendation_names_the_variable_and_when(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     picture = torch.zeros(2, 2, 3, dtype=torch.uint8)
-    reason = "triton is not installed" if importlib.util.find_spec("triton") is None else "TRITON_INTERPRET=1, set before Python starts"
+    reason = (
+        "triton is not installed"
+        if importlib.util.find_spec("triton") is None
+        else "TRITON_INTERPRET=1, set before Python starts"
+    )
     with pytest.raises(BackendError, match=reason):
         ops.dual_resize(picture, 2, 2, backend="triton")
 

@@ -1,4 +1,6 @@
-"""The records of the operations: what reads them sees a new operation, and no operation with kernels is forgotten anywhere."""
+"""The records of the operations: what reads them sees a new operation, and no operation with kernels is forgotten
+anywhere.
+"""
 
 import inspect
 import re
@@ -86,7 +88,10 @@ def test_the_backend_choice_sees_a_new_operation(toy, monkeypatch):
     assert backends.choose_form(toy, None, "cpu", x) is FORMS["reference"]
     assert backends.choose_form(toy, None, "cuda", x) is FORMS["triton"]
     assert backends.choose_form(toy, None, "cuda", x[None]) is FORMS["reference"]
-    with backends.only_compiling(), pytest.raises(BackendError, match="'triton' cannot run toy_square: the kernel takes vectors"):
+    with (
+        backends.only_compiling(),
+        pytest.raises(BackendError, match="'triton' cannot run toy_square: the kernel takes vectors"),
+    ):
         backends.choose_form(toy, "triton", "cuda", x[None])
     with pytest.raises(ValueError, match="toy_square: x must be floating point, got torch.int32"):
         backends.choose_form(toy, None, "cpu", x.int())
@@ -144,7 +149,11 @@ def test_a_record_that_cannot_be_right_is_refused(toy):
 
 
 def files_with_kernels() -> set[str]:
-    return {path.stem for path in (ROOT / "kernels").glob("*.py") if re.search(r"^def \w+_kernel\(", path.read_text(), re.MULTILINE)}
+    return {
+        path.stem
+        for path in (ROOT / "kernels").glob("*.py")
+        if re.search(r"^def \w+_kernel\(", path.read_text(), re.MULTILINE)
+    }
 
 
 def file_of(operation: Operation) -> str:
@@ -163,7 +172,11 @@ def test_every_file_of_kernels_has_a_record_tests_and_a_benchmark():
     assert files and files == {file_of(operation) for operation in with_kernels()}
     assert files == set(ahead_of_time_checks.FAMILIES)
     for file in files:
-        missing = [name.format(file) for name in OF_AN_OPERATION if not (ROOT / "tests/ops" / file / name.format(file)).is_file()]
+        missing = [
+            name.format(file)
+            for name in OF_AN_OPERATION
+            if not (ROOT / "tests/ops" / file / name.format(file)).is_file()
+        ]
         assert not missing, f"tests/ops/{file} has no {', '.join(missing)}"
     assert files == {module.__name__.split(".")[-1] for module in operation_modules()}
     assert all(module.launches() for module in operation_modules())
@@ -194,8 +207,13 @@ def test_the_files_of_an_operation_are_at_most_six():
     files = re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)
     assert 4 <= len(files) <= 6 and len(set(files)) == len(files)
     assert all((ROOT / file).exists() for file in files), files
-    # Beside these no file of the package, the kernels or the benchmark's cases names it only because it is an operation.
-    named = [path for folder in ("kernels", "mg_fast/ops", "bench/cases") for path in (ROOT / folder).rglob("*dwconv_norm*.py")]
+    # Beside these no file of the package, the kernels or the benchmark's cases names it only because it is an
+    # operation.
+    named = [
+        path
+        for folder in ("kernels", "mg_fast/ops", "bench/cases")
+        for path in (ROOT / folder).rglob("*dwconv_norm*.py")
+    ]
     assert {path.relative_to(ROOT).as_posix() for path in named} <= set(files)
 
 

@@ -15,7 +15,9 @@ def make(batch=2, grid=1, side=3, window=8, dim=12, views=None, seed=0):
     n0 = grid * side * window
     views = views or grid * grid + (grid > 1)
     queries = torch.randn(batch, views, side * side, dim, generator=generator, dtype=torch.float64)
-    pyramid = [torch.randn(batch, n0 >> s, n0 >> s, c, generator=generator, dtype=torch.float64) for s, c in enumerate(DIMS)]
+    pyramid = [
+        torch.randn(batch, n0 >> s, n0 >> s, c, generator=generator, dtype=torch.float64) for s, c in enumerate(DIMS)
+    ]
     torch.manual_seed(seed)
     mining = PatchInfoMining(dim, DIMS, dtype=torch.float64)
     for p in mining.parameters():
@@ -29,7 +31,11 @@ def by_hand(mining, queries, pyramid, grid):
     maps = []
     for level in pyramid:
         level = level.permute(0, 3, 1, 2)
-        maps.append(level if level.shape[-1] == size else F.interpolate(level.float(), size=(size, size), mode="bilinear").double())
+        maps.append(
+            level
+            if level.shape[-1] == size
+            else F.interpolate(level.float(), size=(size, size), mode="bilinear").double()
+        )
     full = torch.cat(maps, 1)
     side = int(queries.shape[2] ** 0.5)
     out = torch.zeros_like(queries)
@@ -83,7 +89,10 @@ def test_gradients():
         for p in (mining.vlm_uni_query_projector, mining.vlm_uni_aux_projector, mining.vlm_uni_val_projector)
     ]
     window = pyramid[0].permute(0, 3, 1, 2)[:, :, :4, :4].clone().requires_grad_()
-    key, value = (p._replace(**{f: getattr(p, f)[..., :6] for f in ("norm_weight", "norm_bias", "weight")}) for p in projections[1:])
+    key, value = (
+        p._replace(**{f: getattr(p, f)[..., :6] for f in ("norm_weight", "norm_bias", "weight")})
+        for p in projections[1:]
+    )
     queries = queries[:, 0].clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda q, w: reference.mine(q, w, projections[0], key, value), (queries, window))
 
@@ -97,7 +106,10 @@ def test_gradients():
         (lambda q, p: (q[0, 0], p), r"must be \[B, N, D\] or \[B, V, N, D\], got \[9, 12\]"),
         (lambda q, p: (q, p[:3]), "the pyramid has 30 channels, the projections take 48"),
         (lambda q, p: (q, [p[0][:1], *p[1:]]), r"pyramid level 0 must be \[2, n, n, C\], got \[1, 24, 24, 6\]"),
-        (lambda q, p: (q, [p[0][:, :23, :23], *p[1:]]), "the finest map of 23x23 must be a multiple of the 3x3 query grid"),
+        (
+            lambda q, p: (q, [p[0][:, :23, :23], *p[1:]]),
+            "the finest map of 23x23 must be a multiple of the 3x3 query grid",
+        ),
     ],
 )
 def test_wrong_shapes_are_named(change, message):
@@ -110,7 +122,10 @@ def test_wrong_shapes_are_named(change, message):
 def test_parameter_names_are_the_originals():
     names = set(PatchInfoMining(8, DIMS).state_dict())
     assert names == {
-        f"vlm_uni_{part}_projector.{layer}.{kind}" for part in ("query", "aux", "val") for layer in (0, 1) for kind in ("weight", "bias")
+        f"vlm_uni_{part}_projector.{layer}.{kind}"
+        for part in ("query", "aux", "val")
+        for layer in (0, 1)
+        for kind in ("weight", "bias")
     }
 
 
@@ -118,7 +133,9 @@ def test_pyramid_is_timms_own():
     import timm
 
     torch.manual_seed(0)
-    trunk = timm.create_model("convnext_tiny", pretrained=False, dims=DIMS, depths=(1, 1, 2, 1), drop_path_rate=0.0).eval()
+    trunk = timm.create_model(
+        "convnext_tiny", pretrained=False, dims=DIMS, depths=(1, 1, 2, 1), drop_path_rate=0.0
+    ).eval()
     pixels = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
         expected = trunk.forward_intermediates(pixels, intermediates_only=True)

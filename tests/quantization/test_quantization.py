@@ -1,4 +1,6 @@
-"""Quantised language models: what is rounded and what is not, how far, what it takes, and what is refused before any weight is read."""
+"""Quantised language models: what is rounded and what is not, how far, what it takes, and what is refused before any
+weight is read.
+"""
 
 import importlib.util
 import json
@@ -21,7 +23,12 @@ torchao = pytest.importorskip("torchao.quantization", reason="torchao is not ins
 
 LAYERS = "model.language_model.layers."
 # the fused experts of Mixtral have no int4
-CASES = [(kind, name) for kind in ("llama", "gemma", "hd", "mixtral") for name in quantization.NAMES if (kind, name) != ("mixtral", "int4")]
+CASES = [
+    (kind, name)
+    for kind in ("llama", "gemma", "hd", "mixtral")
+    for name in quantization.NAMES
+    if (kind, name) != ("mixtral", "int4")
+]
 LINEAR = pytest.mark.parametrize("name", quantization.NAMES)
 
 
@@ -57,7 +64,9 @@ def test_only_the_layers_matrices_are_quantised(quantized, kind, name):
         if key.startswith(LAYERS) and parameter.dim() > 1 and not router:
             assert is_quantized(parameter), f"{key} was not quantised"
         else:
-            assert not is_quantized(parameter) and torch.equal(parameter, plain.get_parameter(key)), f"{key} was touched"
+            assert not is_quantized(parameter) and torch.equal(parameter, plain.get_parameter(key)), (
+                f"{key} was touched"
+            )
 
 
 @pytest.mark.parametrize("kind, name", CASES)
@@ -70,10 +79,12 @@ def test_weights_are_rounded_by_half_a_step_at_most(quantized, kind, name):
         error = (effective(parameter) - weight).abs()
         largest = weight.abs().amax(-1, keepdim=True)
         if name == "int8":
-            # 255 levels from -127 to 127; torchao's scale is the row's largest over 127.5, so that this one is cut by half a step
+            # 255 levels from -127 to 127; torchao's scale is the row's largest over 127.5, so that this one is cut by
+            # half a step
             step, bound = largest / 127.5, 0.5
         elif name == "fp8":
-            # 3 bits of mantissa: half of the last one is 2^-4 of the value; below 2^-6 of the scale, steps of 2^-9 of it
+            # 3 bits of mantissa: half of the last one is 2^-4 of the value; below 2^-6 of the scale, steps of 2^-9 of
+            # it
             step, bound = torch.maximum(weight.abs() / 8, largest / 448 * 2**-9), 0.5
         else:
             groups = weight.unflatten(-1, (-1, 32))
@@ -84,14 +95,20 @@ def test_weights_are_rounded_by_half_a_step_at_most(quantized, kind, name):
 
 @pytest.mark.parametrize("kind, name", CASES)
 def test_it_is_the_plain_model_with_rounded_weights(quantized, built, kind, name):
-    """Nothing but the weights is rounded: with the same ones the plain float32 model gives the logits up to float32's own rounding."""
+    """Nothing but the weights is rounded: with the same ones the plain float32 model gives the logits up to float32's
+    own rounding.
+    """
     model, plain = quantized(kind, name)
     rounded = load(built[kind])
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if is_quantized(parameter):
                 rounded.get_parameter(key).copy_(effective(parameter))
-    (tokens, logits), (same_tokens, same_logits), (plain_tokens, plain_logits) = probe(model), probe(rounded), probe(plain)
+    (tokens, logits), (same_tokens, same_logits), (plain_tokens, plain_logits) = (
+        probe(model),
+        probe(rounded),
+        probe(plain),
+    )
     assert torch.equal(tokens, plain_tokens) and torch.equal(tokens, same_tokens)
     assert relative_error(logits, same_logits) < 1e-4
     assert relative_error(logits, plain_logits) > 1e-4
@@ -129,13 +146,17 @@ def test_few_bfloat16_rows_take_torchs_kernel(monkeypatch, rows, packed, bias):
     with torch.inference_mode():
         y = layer(x)
     assert bool(calls) == packed and y.shape == (1, rows, 64) and y.dtype == torch.bfloat16
-    exact = x.double() @ (layer.weight.qdata.double() * layer.weight.scale.double()).T + (layer.bias.double() if bias else 0)
+    exact = x.double() @ (layer.weight.qdata.double() * layer.weight.scale.double()).T + (
+        layer.bias.double() if bias else 0
+    )
     # roundings to bfloat16 of the sum, the scale, their product and the sum with the bias
     assert relative_error(y, exact) < 4 * 2**-8
 
 
 def test_float16_products_stay_in_range():
-    """Unscaled int8 sums are 127 times too large for float16: torchao's own product gives infinities where the result is small."""
+    """Unscaled int8 sums are 127 times too large for float16: torchao's own product gives infinities where the result
+    is small.
+    """
     layer = int8_linear(features=(2048, 64), dtype=torch.float16)
     x = torch.full((3, 2048), 4.0, dtype=torch.float16) * torch.sign(layer.weight.qdata[0].half())
     torchao_product = F.linear(x, layer.weight)
@@ -155,7 +176,9 @@ def test_gradients_pass_through_int8():
 @pytest.mark.parametrize("tokens", [1, 2, 3, 40])
 @pytest.mark.parametrize("name", ["int8", "fp8"])
 def test_experts_are_the_plain_experts(quantized, name, tokens):
-    """Gathered for a few tokens, one by one for many: transformers' own loop over the weights that the quantised ones stand for."""
+    """Gathered for a few tokens, one by one for many: transformers' own loop over the weights that the quantised ones
+    stand for.
+    """
     model, plain = quantized("mixtral", name)
     ours, theirs = (m.model.language_model.layers[0].mlp.experts for m in (model, plain))
     torch.manual_seed(tokens)
@@ -175,8 +198,14 @@ def test_experts_are_the_plain_experts(quantized, name, tokens):
 def test_what_a_configuration_leaves_is_said(built, caplog):
     """A configuration for Linear layers passes over a Mixtral's experts, most of its weights."""
     with caplog.at_level(logging.WARNING, "mg_fast"):
-        model = load(built["mixtral"], quantization_config=TorchAoConfig(torchao.Int8WeightOnlyConfig(set_inductor_config=False)))
-    left = sum(tensor_bytes(p) for n, p in model.named_parameters() if n.startswith(LAYERS) and p.dim() > 1 and not is_quantized(p))
+        model = load(
+            built["mixtral"], quantization_config=TorchAoConfig(torchao.Int8WeightOnlyConfig(set_inductor_config=False))
+        )
+    left = sum(
+        tensor_bytes(p)
+        for n, p in model.named_parameters()
+        if n.startswith(LAYERS) and p.dim() > 1 and not is_quantized(p)
+    )
     assert left == 2 * 4 * (4 * (192 * 64 + 64 * 96) + 4 * 64)
     [message] = [record.getMessage() for record in caplog.records if "are not quantised" in record.getMessage()]
     assert message.startswith(f"{left / 1e6:.1f} MB of the language model's layers") and "fused experts" in message
@@ -237,7 +266,8 @@ def test_bytes_are_those_of_the_inner_tensors(quantized, kind, name):
     layers = 0
     for key, parameter in model.named_parameters():
         if is_quantized(parameter):
-            # rows with a float32 scale each, int8's with a zero point beside it; int4: half bytes, a scale and a zero point for 32
+            # rows with a float32 scale each, int8's with a zero point beside it; int4: half bytes, a scale and a zero
+            # point for 32
             rows, count = parameter.shape[:-1].numel(), parameter.numel()
             stored = {"int8": count + 5 * rows, "fp8": count + 4 * rows, "int4": count // 2 + count // 32 * 8}[name]
             assert tensor_bytes(parameter) == stored, key
@@ -262,7 +292,19 @@ def test_bytes_in_words():
 
 
 def test_command_line(standard, photo, capsys):
-    arguments = ["run", "--model", str(standard), "--device", "cpu", "--image", str(photo), "--prompt", "What?", "--max-new-tokens", "2"]
+    arguments = [
+        "run",
+        "--model",
+        str(standard),
+        "--device",
+        "cpu",
+        "--image",
+        str(photo),
+        "--prompt",
+        "What?",
+        "--max-new-tokens",
+        "2",
+    ]
     documents = []
     for extra in ([], ["--quantize", "int8"]):
         assert cli.main([*arguments, "--json", *extra]) == 0
@@ -294,13 +336,17 @@ def refuse():
 
 def without(monkeypatch, package):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name.startswith(package) else find(name, *rest))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name.startswith(package) else find(name, *rest)
+    )
 
 
 def gpus(monkeypatch, *capabilities):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capabilities[torch.device(device).index or 0])
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device=None: capabilities[torch.device(device).index or 0]
+    )
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Some GPU")
 
 
@@ -321,7 +367,9 @@ def test_gpus(refuse, built, monkeypatch, name):
     gpus(monkeypatch, (9, 0), (7, 5))
     if name != "int8":
         needed = {"int4": "sm_80", "fp8": "sm_89"}[name]
-        refuse(built["bfloat16"], name, f"{name} needs a GPU of {needed} or newer; Some GPU is sm_75", device_map="auto")
+        refuse(
+            built["bfloat16"], name, f"{name} needs a GPU of {needed} or newer; Some GPU is sm_75", device_map="auto"
+        )
         refuse(built["bfloat16"], name, f"{name} needs a GPU of {needed}", device_map={"": 1})
     config = quantization.named_config(name, load(built["bfloat16"]).config.text_config, "cuda:0", torch.bfloat16)
     assert name[-1] in type(config.quant_type).__name__
@@ -345,7 +393,12 @@ def test_the_stored_dtype_counts_where_config_json_is_silent(refuse, built, stan
 def test_mixed_devices(refuse, standard, monkeypatch):
     gpus(monkeypatch, (9, 0))
     mixed = {"model": 0, "lm_head": "cpu"}
-    refuse(standard, "int8", r"one kind of device, CUDA or CPU; the layers would go to \['cpu', 'cuda:0'\]", device_map=mixed)
+    refuse(
+        standard,
+        "int8",
+        r"one kind of device, CUDA or CPU; the layers would go to \['cpu', 'cuda:0'\]",
+        device_map=mixed,
+    )
     refuse(standard, "int8", "one kind of device", device_map="meta")
 
 
@@ -357,7 +410,9 @@ def test_int4_needs_groups_that_divide(refuse, built):
     text.head_dim = 64
     assert quantization.named_config("int4", text, "cpu", torch.float32).quant_type.group_size == 128
     text.intermediate_size = 328
-    with pytest.raises(BackendError, match="groups of 128, 64, 32 weights.*256 .hidden., 256 .heads. and 328 .intermediate. wide"):
+    with pytest.raises(
+        BackendError, match="groups of 128, 64, 32 weights.*256 .hidden., 256 .heads. and 328 .intermediate. wide"
+    ):
         quantization.named_config("int4", text, "cpu", torch.float32)
     text.intermediate_size, text.num_key_value_heads, text.head_dim, text.num_attention_heads = 384, 1, 8, 32
     with pytest.raises(BackendError, match="outputs in multiples of 16; this model has layers of 8 outputs"):
@@ -369,7 +424,9 @@ def test_quantised_cache_needs_its_package(pipeline, monkeypatch, backend, packa
     without(monkeypatch, ("optimum", "hqq"))
     config = {} if backend is None else {"cache_config": {"backend": backend, "nbits": 4}}
     for stream in (False, True):
-        with pytest.raises(BackendError, match=f"cache_implementation='quantized'.* needs {package}, which is not installed"):
+        with pytest.raises(
+            BackendError, match=f"cache_implementation='quantized'.* needs {package}, which is not installed"
+        ):
             pipeline.chat("Hello.", cache_implementation="quantized", stream=stream, **config)
 
 
@@ -406,7 +463,9 @@ def adapter(standard, tmp_path_factory):
     """A LoRA adapter on the language model, saved by peft, and the logits that it gives."""
     peft = pytest.importorskip("peft", reason="peft is not installed")
     torch.manual_seed(0)
-    config = peft.LoraConfig(r=4, target_modules=r".*language_model.*\.(q_proj|v_proj|down_proj)", init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=4, target_modules=r".*language_model.*\.(q_proj|v_proj|down_proj)", init_lora_weights=False
+    )
     base = load(standard)
     adapted = peft.get_peft_model(base, config)
     folder = tmp_path_factory.mktemp("adapter")
@@ -428,7 +487,8 @@ def test_adapters_load(standard, adapter, photo, quantize, how):
         peft.PeftModel.from_pretrained(pipeline.model, folder)
     after = probe(pipeline.model)[1]
     assert relative_error(after, before) > 0.3
-    # as far from the unquantised adapted model as the rounding of these few wide-spread weights takes it: 0, 0.02, 0.09, 0.2
+    # as far from the unquantised adapted model as the rounding of these few wide-spread weights takes it: 0, 0.02,
+    # 0.09, 0.2
     assert relative_error(after, adapted) <= {None: 0, "int8": 0.04, "fp8": 0.2, "int4": 0.4}[quantize]
     assert len(pipeline.chat("What?", [photo], max_new_tokens=3, eos_token_id=-1).token_ids) == 3
     assert pipeline.weights.formats == (() if quantize is None else (quantize,))
@@ -442,6 +502,8 @@ def test_adapters_load(standard, adapter, photo, quantize, how):
 def test_gpu(built, name):
     if name == "fp8" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("fp8 needs sm_89")
-    model, plain = (load(built["bfloat16"], device_map="cuda", **kwargs) for kwargs in ({"quantization_config": name}, {}))
+    model, plain = (
+        load(built["bfloat16"], device_map="cuda", **kwargs) for kwargs in ({"quantization_config": name}, {})
+    )
     assert all(is_quantized(p) for n, p in model.named_parameters() if n.startswith(LAYERS) and p.dim() > 1)
     assert 0 < relative_error(probe(model)[1], probe(plain)[1]) < {"int8": 0.05, "fp8": 0.2, "int4": 0.5}[name]

@@ -33,7 +33,19 @@ from recipes.nano.scenes import (
     draw_scene,
     held_out,
 )
-from recipes.nano.talk import GEN, NO_NUMBER, SHORT, ask, bare, careless, conversation, describe, every_sentence, text_only, wish
+from recipes.nano.talk import (
+    GEN,
+    NO_NUMBER,
+    SHORT,
+    ask,
+    bare,
+    careless,
+    conversation,
+    describe,
+    every_sentence,
+    text_only,
+    wish,
+)
 from recipes.nano.towers import Codes
 
 SCENES = [draw_scene(5, i, split="unseen" if i % 2 else "train") for i in range(60)]
@@ -53,7 +65,10 @@ def processor(untrained):
 
 def test_a_seed_draws_the_same_scene_and_another_seed_another():
     first, again, other = draw_scene(3, 7), draw_scene(3, 7), draw_scene(4, 7)
-    assert first.image.tobytes() == again.image.tobytes() and (first.shapes, first.prints) == (again.shapes, again.prints)
+    assert first.image.tobytes() == again.image.tobytes() and (first.shapes, first.prints) == (
+        again.shapes,
+        again.prints,
+    )
     assert first.image.tobytes() != other.image.tobytes()
 
 
@@ -157,7 +172,10 @@ def test_a_wish_for_a_drawing_is_answered_with_a_prompt():
 
 def test_lists_go_in_the_order_of_their_words():
     shapes = [("star", "red"), ("circle", "red"), ("circle", "blue"), ("square", "orange"), ("square", "orange")]
-    assert wish(shapes, "pink", True) == "a blue circle, two orange squares, a red circle, a red star on a pink background, with a number"
+    assert (
+        wish(shapes, "pink", True)
+        == "a blue circle, two orange squares, a red circle, a red star on a pink background, with a number"
+    )
     wishes = [text_only(random.Random(i)) for i in range(60)]
     asked, said = (" ".join(texts) for texts in zip(*(turn for turn in wishes if "<GEN>" in turn[0])))
     # as people ask, but never before the last of what is said
@@ -216,7 +234,10 @@ def test_a_scene_is_told_in_the_cells_that_hold_things(processor, cells, answers
 def test_of_bare_answers_only_what_depends_on_the_scene_is_to_be_said(processor):
     batch = data.told(processor, 0, 2, 8, cells=6, turns=20, answers_only=True)
     said, given = (
-        {token.lstrip("▁") for token in processor.tokenizer.convert_ids_to_tokens(batch["ids"][batch["answers"] == flag].tolist())}
+        {
+            token.lstrip("▁")
+            for token in processor.tokenizer.convert_ids_to_tokens(batch["ids"][batch["answers"] == flag].tolist())
+        }
         for flag in (1, 0)
     )
     # nothing says beforehand that the background's colour is asked for
@@ -257,12 +278,17 @@ def test_some_scenes_are_described_first(processor):
     plain, described = (data.told(processor, 0, 3, 8, **told, described=share) for share in (0.0, 1.0))
     assert plain["pixels"].shape == described["pixels"].shape == (8, SIDE, SIDE, 3)
     for batch, share in ((plain, 0), (described, 8)):
-        said = [processor.tokenizer.decode(ids[answers == 1]).strip() for ids, answers in zip(batch["ids"], batch["answers"])]
+        said = [
+            processor.tokenizer.decode(ids[answers == 1]).strip()
+            for ids, answers in zip(batch["ids"], batch["answers"])
+        ]
         assert sum(text.startswith(told_by(batch, row)) for row, text in enumerate(said)) == share, said
         if share:
             # nothing follows that could be copied from the description
             follows = [text.split(".", 1)[1] for text in said]
-            assert not any(word in text for text in follows for word in (":", *COLOURS, *BACKGROUNDS)) and any(follows), follows
+            assert not any(word in text for text in follows for word in (":", *COLOURS, *BACKGROUNDS)) and any(
+                follows
+            ), follows
     # with and without a number, or it would be said of all
     assert 2 <= (described["kind"] == data.CELL_KINDS.index("number")).flatten(1).any(1).sum() <= 7
 
@@ -291,7 +317,9 @@ LESSONS = dict(digits=(3, 2, 1e-3), lookup=(10, 4, 5e-3), scenes=(8, 2, 1e-3))
 
 def test_training_learns_and_goes_on_where_it_stopped(tmp_path):
     short = [(stage, LESSONS.get(stage.name, (1, 2, 1e-3))) for stage in train.STAGES]
-    stages = tuple(dataclasses.replace(stage, **dict(zip(("steps", "batch", "rate"), lesson))) for stage, lesson in short)
+    stages = tuple(
+        dataclasses.replace(stage, **dict(zip(("steps", "batch", "rate"), lesson))) for stage, lesson in short
+    )
 
     def run() -> train.Run:
         return train.Run(tmp_path / "run", seed=0, hr=True, stages=stages, workers=0)
@@ -316,10 +344,14 @@ def test_training_learns_and_goes_on_where_it_stopped(tmp_path):
             loss, _ = resumed._loss(stage, resumed._batch(stage, 0))
         assert loss < 0.8 * first, name
     for part in ("vision_tower.", "vision_tower_aux.", "patch_mining.", "mm_projector.", "language_model."):
-        assert any(not torch.equal(p, before[name]) for name, p in resumed.model.named_parameters() if f".{part}" in name), part
+        assert any(
+            not torch.equal(p, before[name]) for name, p in resumed.model.named_parameters() if f".{part}" in name
+        ), part
 
     record = (tmp_path / "run" / "model" / "training.json").read_text()
-    assert {name: json.loads(record)[name] for name in ("seed", "hr", "device", "starts")} == dict(seed=0, hr=True, device="cpu", starts=2)
+    assert {name: json.loads(record)[name] for name in ("seed", "hr", "device", "starts")} == dict(
+        seed=0, hr=True, device="cpu", starts=2
+    )
     assert list(json.loads(record)["minutes"]) == [*(stage.name for stage in stages), "all"]
     # what is done stays as it was
     done = run()
@@ -341,7 +373,9 @@ def test_training_learns_and_goes_on_where_it_stopped(tmp_path):
         torch.testing.assert_close(parameter, trained[name], atol=2e-3, rtol=1e-3)
     shares, wrong = evaluate({"nano": Pipeline(loaded, resumed.processor)}, seed=0, count=3)
     assert shares["asked"]["describe"] == 3 and set(shares["nano"]) == set(shares["asked"])
-    assert len(wrong) == sum(round(n * (1 - shares["nano"][kind])) for kind, n in shares["asked"].items() if "never" not in kind)
+    assert len(wrong) == sum(
+        round(n * (1 - shares["nano"][kind])) for kind, n in shares["asked"].items() if "never" not in kind
+    )
 
 
 def test_what_a_run_took_is_told_by_stage(tmp_path):
@@ -366,7 +400,9 @@ def test_digits_and_places_weigh_more(tmp_path):
         scores = run.model.lm_head(hidden[:, :-1]).log_softmax(-1)
     wanted = batch["ids"][:, 1:]
     surprise = -scores.gather(-1, wanted[..., None])[..., 0]
-    weight = (batch["answers"][:, 1:] == 1) * (1 + 2.0 * torch.isin(wanted, torch.cat([run.content["digit"], run.content["place"]])))
+    weight = (batch["answers"][:, 1:] == 1) * (
+        1 + 2.0 * torch.isin(wanted, torch.cat([run.content["digit"], run.content["place"]]))
+    )
     assert (weight == 3).any() and (weight == 1).any()
     torch.testing.assert_close(loss, (surprise * weight).sum() / weight.sum(), rtol=1e-4, atol=1e-4)
 
@@ -384,7 +420,10 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path):
     assert not run("cut").train(minutes=0)
     resumed = run("cut")
     assert resumed.step == 1 and resumed.train()
-    losses = [[json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("whole", "cut")]
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("whole", "cut")
+    ]
     assert losses[0] == losses[1] and len(losses[0]) == 3
     for one, other in ((whole.model, resumed.model), (whole.codes, resumed.codes)):
         assert all(torch.equal(*pair) for pair in zip(one.parameters(), other.parameters(), strict=True))
@@ -394,7 +433,12 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path):
 def test_muon_has_the_matrices_and_adamw_the_rest(stage):
     parts = {name: getattr(make_model(0).model, name) for name in stage.learns}
     adamw, *muon = train._optimizers(stage, parts)
-    times = {id(p): group["times"] for optimizer in (adamw, *muon) for group in optimizer.param_groups for p in group["params"]}
+    times = {
+        id(p): group["times"]
+        for optimizer in (adamw, *muon)
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
     by_muon = {id(p) for optimizer in muon for group in optimizer.param_groups for p in group["params"]}
     assert sum(len(group["params"]) for optimizer in (adamw, *muon) for group in optimizer.param_groups) == len(times)
     for part, module in parts.items():
@@ -416,7 +460,9 @@ def test_codes_are_blurred_anew_at_every_step(tmp_path, monkeypatch):
     assert losses[0] != losses[1] == losses[2]
     # conversations and the facts beside them, and stages at the same step
     seen = []
-    monkeypatch.setattr(train, "blurred", lambda codes, noise, generator: seen.append(torch.randn(3, generator=generator)) or codes)
+    monkeypatch.setattr(
+        train, "blurred", lambda codes, noise, generator: seen.append(torch.randn(3, generator=generator)) or codes
+    )
     language = next(stage for stage in train.STAGES if stage.name == "language")
     for stage in (language, next(stage for stage in train.STAGES if stage.name == "search")):
         with torch.no_grad():
@@ -451,7 +497,10 @@ def test_wrong_arguments_are_refused_before_any_work(command, arguments, said, t
 
 
 def test_without_the_high_resolution_branch_nothing_is_mined(tmp_path):
-    stages = (train.TrainingStage("digits", 9, 2, 1e-3, ("vision_tower_aux",)), train.TrainingStage("everything", 1, 2, 1e-3, train.BRIDGE))
+    stages = (
+        train.TrainingStage("digits", 9, 2, 1e-3, ("vision_tower_aux",)),
+        train.TrainingStage("everything", 1, 2, 1e-3, train.BRIDGE),
+    )
     run = train.Run(tmp_path, seed=0, hr=False, stages=stages, workers=0)
     assert run.train()
     # pages of print are for the tower that is not there

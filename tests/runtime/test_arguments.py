@@ -67,7 +67,9 @@ def test_real_numbers():
     for make in (*WHOLE, *REAL):
         found = real_number(make(1))
         assert type(found) is float and found == 1
-    assert real_number(0.25) == 0.25 and real_number(np.float16(0.5)) == 0.5 and math.isnan(real_number(np.float32("nan")))
+    assert (
+        real_number(0.25) == 0.25 and real_number(np.float16(0.5)) == 0.5 and math.isnan(real_number(np.float32("nan")))
+    )
     assert real_number(10**400) is None and real_number(Fraction(10**400)) is None
     assert real_number(Decimal("0.25")) == real_number(Fraction(1, 4)) == 0.25
     assert [real_number(value) for value in NO_REAL] == [None] * len(NO_REAL)
@@ -77,7 +79,11 @@ def test_plain():
     assert type(plain(np.float32(0.5))) is float and type(plain(np.bool_(True))) is bool
     array = np.ones((2, 2))
     assert plain(array) is array and plain("text") == "text" and plain(None) is None
-    assert plain_numbers([np.int64(1), "a"]) == [1, "a"] and plain_numbers((np.int64(1),)) == (1,) and plain_numbers(np.arange(2)) == [0, 1]
+    assert (
+        plain_numbers([np.int64(1), "a"]) == [1, "a"]
+        and plain_numbers((np.int64(1),)) == (1,)
+        and plain_numbers(np.arange(2)) == [0, 1]
+    )
 
 
 @pytest.mark.parametrize("make", WHOLE)
@@ -120,7 +126,9 @@ def test_numbers_that_are_none(pipeline):
 def test_an_integer_temperature_samples_as_a_float_does(pipeline):
     """transformers' own loop refuses a temperature that is no float."""
     with mg_fast.use_backend("reference"):
-        first, second = (pipeline.conversation().chat("What?", temperature=t, seed=1, max_new_tokens=4) for t in (2, 2.0))
+        first, second = (
+            pipeline.conversation().chat("What?", temperature=t, seed=1, max_new_tokens=4) for t in (2, 2.0)
+        )
     assert first == second
 
 
@@ -130,7 +138,13 @@ def test_caches_and_explanations(model, processor, photo):
 
 
 def test_configurations(tmp_path):
-    values = {"image_grid": 2, "image_size_aux": 1536, "hidden_size": 64, "num_attention_heads": 4, "rope_theta": 5000.0}
+    values = {
+        "image_grid": 2,
+        "image_size_aux": 1536,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "rope_theta": 5000.0,
+    }
     expected = mg_fast.MiniGeminiConfig(**values, image_global=True)
     for make in (np.int64, np.array, torch.tensor):
         found = mg_fast.MiniGeminiConfig(**{name: make(value) for name, value in values.items()}, image_global=np.True_)
@@ -147,7 +161,9 @@ def test_nested_configurations(make, tmp_path):
     tower = {"dims": [8, 16, 32, 64], "depths": [1, 1, 1, 1], "norm_eps": 1e-6}
     expected = mg_fast.MiniGeminiConfig(text_config=given, vision_config_aux=tower)
     nested = {**tower, "dims": [make(dim) for dim in tower["dims"]]}
-    found = mg_fast.MiniGeminiConfig(text_config={name: make(value) for name, value in given.items()}, vision_config_aux=nested)
+    found = mg_fast.MiniGeminiConfig(
+        text_config={name: make(value) for name, value in given.items()}, vision_config_aux=nested
+    )
     assert found.to_json_string() == expected.to_json_string()
     assert type(found.text_config.hidden_size) is int and type(found.vision_config_aux["dims"][0]) is int
 
@@ -163,7 +179,9 @@ def test_configurations_that_are_changed_later(tmp_path):
 
 def test_image_processors():
     sizes = {"hr_size": 160, "lr_size": 70, "grid": 2}
-    processor = MiniGeminiImageProcessor(**{name: np.int32(size) for name, size in sizes.items()}, global_view=np.True_, pad=np.False_)
+    processor = MiniGeminiImageProcessor(
+        **{name: np.int32(size) for name, size in sizes.items()}, global_view=np.True_, pad=np.False_
+    )
     assert json.loads(processor.to_json_string()).items() >= {**sizes, "global_view": True, "pad": False}.items()
     image = Image.effect_noise((50, 40), 64).convert("RGB")
     expected = MiniGeminiImageProcessor(**sizes, global_view=True, pad=False)(image)
@@ -176,14 +194,18 @@ def test_operations_and_the_model(model):
     for pair in zip(ops.dual_resize(picture, np.int64(160), np.int16(70), grid=np.int64(2)), expected):
         assert torch.equal(*pair)
     ids = torch.tensor([[1, 5, 6, 7]])
-    assert torch.equal(model(input_ids=ids, logits_to_keep=np.int64(2)).logits, model(input_ids=ids, logits_to_keep=2).logits)
+    assert torch.equal(
+        model(input_ids=ids, logits_to_keep=np.int64(2)).logits, model(input_ids=ids, logits_to_keep=2).logits
+    )
     assert torch.equal(model.generate(ids, max_new_tokens=np.int64(2)), model.generate(ids, max_new_tokens=2))
     sampled = {"top_k": 5, "min_new_tokens": 1, "max_new_tokens": 4, "eos_token_id": 2, "num_beams": 1}
     real = {"repetition_penalty": 1.5, "temperature": 0.5, "top_p": 0.5}
     torch.manual_seed(0)
     expected = model.generate(ids, do_sample=True, **sampled, **real)
     for whole, fraction in itertools.product((np.int64, np.uint8, torch.tensor), (np.float32, np.array, torch.tensor)):
-        given = {name: whole(value) for name, value in sampled.items()} | {name: fraction(value) for name, value in real.items()}
+        given = {name: whole(value) for name, value in sampled.items()} | {
+            name: fraction(value) for name, value in real.items()
+        }
         torch.manual_seed(0)
         assert torch.equal(model.generate(ids, do_sample=np.True_, **given), expected)
     greedy = model.generate(ids, max_new_tokens=4, eos_token_id=[5, 6])

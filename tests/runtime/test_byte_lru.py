@@ -9,7 +9,12 @@ def test_what_was_used_longest_ago_goes_first():
         kept.put(key, key.upper(), 3)
     assert kept.get("a") == "A"
     kept.put("d", "D", 4)
-    assert (kept.get("a"), kept.get("b"), kept.get("c"), kept.get("d")) == ("A", None, "C", "D") and kept.held_bytes == 10
+    assert (kept.get("a"), kept.get("b"), kept.get("c"), kept.get("d")) == (
+        "A",
+        None,
+        "C",
+        "D",
+    ) and kept.held_bytes == 10
 
 
 def test_what_is_larger_than_the_limit_drops_nothing():

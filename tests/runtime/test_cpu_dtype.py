@@ -18,7 +18,13 @@ from mg_fast.runtime.dtypes import wanted_dtype
 from mg_fast.testing import random_checkpoints as random_checkpoint
 from tests.paths import ROOT
 
-OLD, BF16, AMX, FP16, ARM = {"avx2", "f16c"}, {"avx2", "avx512_bf16"}, {"amx_bf16"}, {"avx512_fp16"}, {"asimdhp", "bf16"}
+OLD, BF16, AMX, FP16, ARM = (
+    {"avx2", "f16c"},
+    {"avx2", "avx512_bf16"},
+    {"amx_bf16"},
+    {"avx512_fp16"},
+    {"asimdhp", "bf16"},
+)
 PLENTY, PARAMETERS = 10**12, 10**9
 SINGLE, BFLOAT, HALF = torch.float32, torch.bfloat16, torch.float16
 
@@ -39,7 +45,9 @@ def checkpoints(built, tmp_path_factory):
 
 
 def lines(caplog):
-    return [record.getMessage() for record in caplog.records if record.name in (cpu_dtype.__name__, loading_dtype.__name__)]
+    return [
+        record.getMessage() for record in caplog.records if record.name in (cpu_dtype.__name__, loading_dtype.__name__)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -68,7 +76,9 @@ def test_auto_takes_what_the_cpu_computes_in(machine, caplog, found, stored, tak
     assert len(said) == (taken != stored)
     if said:
         name, others = (str(dtype).removeprefix("torch.") for dtype in (taken, stored))
-        assert said[0].startswith(f"weights are loaded in {name}, not in the checkpoint's {others}: this CPU has no {others} arithmetic")
+        assert said[0].startswith(
+            f"weights are loaded in {name}, not in the checkpoint's {others}: this CPU has no {others} arithmetic"
+        )
 
 
 def test_float32_only_where_it_fits(machine, caplog):
@@ -79,7 +89,9 @@ def test_float32_only_where_it_fits(machine, caplog):
     machine(OLD, needed - 1)
     assert cpu_dtype.choose(BFLOAT, PARAMETERS) == BFLOAT
     [said] = lines(caplog)
-    assert said.startswith("weights stay in bfloat16: ") and said.endswith("float32 needs 5.0 GB of memory and 5.0 GB are available")
+    assert said.startswith("weights stay in bfloat16: ") and said.endswith(
+        "float32 needs 5.0 GB of memory and 5.0 GB are available"
+    )
     # of which a 16-bit dtype that is fast takes no more than the stored one
     machine(BF16, 1)
     assert cpu_dtype.choose(HALF, PARAMETERS) == BFLOAT
@@ -100,7 +112,9 @@ def test_load(machine, checkpoints, photo, caplog, stored):
 def test_load_counts_the_checkpoints_numbers(machine, checkpoints, monkeypatch):
     counted = []
     choose = cpu_dtype.choose
-    monkeypatch.setattr(cpu_dtype, "choose", lambda stored, parameters: counted.append(parameters) or choose(stored, parameters))
+    monkeypatch.setattr(
+        cpu_dtype, "choose", lambda stored, parameters: counted.append(parameters) or choose(stored, parameters)
+    )
     machine(OLD, 10)
     pipeline = mg_fast.load(checkpoints[BFLOAT], device="cpu", template="vicuna_v1")
     assert pipeline.model.dtype == BFLOAT
@@ -117,7 +131,9 @@ def test_a_dtype_that_was_asked_for_is_obeyed_with_a_warning(machine, checkpoint
     [said] = lines(caplog)
     fewest, most = cpu_dtype.SLOWER[getattr(torch, name)]
     assert said.startswith(f"weights in {name}, as asked for: this CPU has no {name} arithmetic")
-    assert f"take {fewest} to {most} times as long as in float32" in said and said.endswith("(dtype='auto' or 'float32' is faster)")
+    assert f"take {fewest} to {most} times as long as in float32" in said and said.endswith(
+        "(dtype='auto' or 'float32' is faster)"
+    )
 
 
 @pytest.mark.parametrize("found, asked", [(OLD, "float32"), (BF16, "bfloat16"), (ARM, HALF)])
@@ -127,7 +143,9 @@ def test_a_fast_one_is_not_talked_about(machine, caplog, found, asked):
     assert lines(caplog) == []
 
 
-@pytest.mark.parametrize("asked", ["bf16", "torch.bfloat16", "bfloat16", BFLOAT, "half", "fp16", "torch.float16", "fp32", "float", SINGLE])
+@pytest.mark.parametrize(
+    "asked", ["bf16", "torch.bfloat16", "bfloat16", BFLOAT, "half", "fp16", "torch.float16", "fp32", "float", SINGLE]
+)
 def test_every_name_of_a_dtype(checkpoints, asked):
     wanted = {"b": BFLOAT, "h": HALF}.get(str(asked).removeprefix("torch.")[0], HALF if "16" in str(asked) else SINGLE)
     assert wanted_dtype(asked) == wanted
@@ -153,7 +171,20 @@ def test_none_is_auto(machine, checkpoints, caplog):
 
 
 @pytest.mark.parametrize(
-    "asked", ["load", "int8", "bf-16", "torch.auto", "", np.float32, np.dtype("float16"), torch.int8, torch.complex64, 16, float]
+    "asked",
+    [
+        "load",
+        "int8",
+        "bf-16",
+        "torch.auto",
+        "",
+        np.float32,
+        np.dtype("float16"),
+        torch.int8,
+        torch.complex64,
+        16,
+        float,
+    ],
 )
 def test_dtypes_that_are_none(checkpoints, asked, capsys):
     for call in (mg_fast.load, mg_fast.MiniGeminiForConditionalGeneration.from_pretrained):
@@ -172,7 +203,10 @@ def test_quantized_weights_want_bfloat16(machine, checkpoints, caplog):
         assert lines(caplog) == []
         assert loading_dtype.resolve("auto", checkpoints[HALF], quantize="int4") == BFLOAT
         [said] = lines(caplog)
-        assert said == "weights are loaded in bfloat16, not in the checkpoint's float16: kernels for int4 weights take bfloat16"
+        assert (
+            said
+            == "weights are loaded in bfloat16, not in the checkpoint's float16: kernels for int4 weights take bfloat16"
+        )
         caplog.clear()
         # which are told already what that costs, by what quantizes
         assert loading_dtype.resolve("float16", checkpoints[HALF], quantize="int8") == "float16"
@@ -221,7 +255,10 @@ def test_the_command_line(machine, checkpoints, capsys, caplog):
             "arithmetic in float32 (bfloat16 {0} to {1} times as long, float16 {2} to {3} times as long); dtype=auto takes "
             "float32 for bfloat16 and float32 for float16, where float32 fits in 12.3 GB of available memory",
         ),
-        (BF16, "arithmetic in float32 and bfloat16 (float16 {2} to {3} times as long); dtype=auto takes bfloat16 for float16"),
+        (
+            BF16,
+            "arithmetic in float32 and bfloat16 (float16 {2} to {3} times as long); dtype=auto takes bfloat16 for float16",
+        ),
         (ARM, "arithmetic in float32 and bfloat16 and float16; dtype=auto keeps 16-bit checkpoints as they are"),
     ],
 )
@@ -241,7 +278,10 @@ def test_features_of_this_machine():
 def test_features_are_read_as_linux_lists_them(monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": False, "num_sockets": 1})
     for text, expected in (
-        ("processor\t: 0\nmodel name\t: Some EPYC\nflags\t\t: fpu avx512_bf16\n\nflags\t\t: other\n", {"fpu", "avx512_bf16"}),
+        (
+            "processor\t: 0\nmodel name\t: Some EPYC\nflags\t\t: fpu avx512_bf16\n\nflags\t\t: other\n",
+            {"fpu", "avx512_bf16"},
+        ),
         ("processor\t: 0\nFeatures\t: fp asimd asimdhp bf16\n", {"fp", "asimd", "asimdhp", "bf16"}),
     ):
         monkeypatch.setattr(cpu_dtype.Path, "read_text", lambda self, text=text, **_: text)

@@ -56,12 +56,16 @@ def assert_works(found, dtypes, backend=None):
     assert seen.dtype == dtypes[PARTS.index("mm_projector")]
     answer = pipeline.chat(QUESTION, [found.pictures[0]], max_new_tokens=3)
     plain = model.generate(
-        **found.processor(text=rendered(pipeline), images=found.pictures[0], return_tensors="pt"), max_new_tokens=3, do_sample=False
+        **found.processor(text=rendered(pipeline), images=found.pictures[0], return_tensors="pt"),
+        max_new_tokens=3,
+        do_sample=False,
     )
     assert len(answer.token_ids) == 3 or answer.finish_reason == "stop"
     assert plain.shape[1] > inputs["input_ids"].shape[1]
     weights = pipeline.explain(found.pictures[0], QUESTION, max_new_tokens=2).weights
-    torch.testing.assert_close(weights, Pipeline(exact, found.processor).explain(found.pictures[0]).weights, rtol=0, atol=0.05)
+    torch.testing.assert_close(
+        weights, Pipeline(exact, found.processor).explain(found.pictures[0]).weights, rtol=0, atol=0.05
+    )
 
 
 def rendered(pipeline):
@@ -70,21 +74,27 @@ def rendered(pipeline):
     return render(pipeline.template, [(f"<image>\n{QUESTION}", None)])
 
 
-@pytest.mark.parametrize("base, other", itertools.permutations(DTYPES, 2), ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize(
+    "base, other", itertools.permutations(DTYPES, 2), ids=lambda dtype: str(dtype).removeprefix("torch.")
+)
 @pytest.mark.parametrize("alone", PARTS)
 def test_one_part_in_another_dtype(alone, base, other):
     assert_works(family("standard"), [other if name == alone else base for name in PARTS])
 
 
 @pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize("name, backend", [("hd", None), ("standard", "reference"), ("mgm-gemma", None), ("mgm-mixtral", "torch")])
+@pytest.mark.parametrize(
+    "name, backend", [("hd", None), ("standard", "reference"), ("mgm-gemma", None), ("mgm-mixtral", "torch")]
+)
 def test_any_mixture(name, backend, seed):
     assert_works(family(name), random.Random(seed).choices(DTYPES, k=len(PARTS)), backend)
 
 
 def test_gradients_pass_the_seams():
     found = family("standard")
-    model, _ = in_dtypes(found, [torch.float32, torch.bfloat16, torch.float32, torch.bfloat16, torch.float32, torch.bfloat16])
+    model, _ = in_dtypes(
+        found, [torch.float32, torch.bfloat16, torch.float32, torch.bfloat16, torch.float32, torch.bfloat16]
+    )
     inputs = found.processor(text=f"<image>\n{QUESTION}", images=found.pictures[0], return_tensors="pt")
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
     for name in PARTS:

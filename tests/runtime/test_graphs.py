@@ -1,4 +1,6 @@
-"""Streams that graphs are captured on, and caches that change hands between streams, with stand-ins for what only a GPU has."""
+"""Streams that graphs are captured on, and caches that change hands between streams, with stand-ins for what only a GPU
+has.
+"""
 
 import contextlib
 import gc
@@ -71,7 +73,9 @@ def capturing(monkeypatch, torch_streams):
 
 
 def test_caches_of_one_thread_capture_on_streams_of_their_own(own, capturing):
-    """Their graphs may be replayed at the same time by two threads. Those of one cache never are: they share its stream."""
+    """Their graphs may be replayed at the same time by two threads. Those of one cache never are: they share its
+    stream.
+    """
     passes = Decoder(own.model).runner
     caches = [passes.sequences(1, 64) for _ in range(2)]
     with torch.no_grad():
@@ -113,12 +117,16 @@ def test_a_cache_is_taken_over_after_the_pass_that_ran_ahead(own, monkeypatch):
     step, fill = model_runner.ModelRunner.step, model_runner.Sequences.fill
     monkeypatch.setattr(model_runner.ModelRunner, "step", lambda *args: (order.append("pass"), step(*args))[1])
     monkeypatch.setattr(
-        model_runner.Sequences, "fill", lambda *args: (order.append(f"begins after {len(of_thread.stream.waited)} waits"), fill(*args))[1]
+        model_runner.Sequences,
+        "fill",
+        lambda *args: (order.append(f"begins after {len(of_thread.stream.waited)} waits"), fill(*args))[1],
     )
     streams = [Stream(), Stream()]
     for stream in streams:
         of_thread.stream = stream
-        own.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options, custom_generate=decoder.request())
+        own.model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), **options, custom_generate=decoder.request()
+        )
     first, second = streams
     assert first.waited == [] and len(first.recorded) == 1
     assert second.waited == first.recorded and used == [second]
@@ -138,10 +146,16 @@ def test_work_is_captured_replayed_and_noted(capturing):
     captured = graphs.GraphCache(2, captures).capture(lambda: result, DEVICE, "a graph")
     first = captured.replay()
     result.fill_(5)
-    assert torch.equal(first, torch.ones(2)) and torch.equal(captured.replay(), result) and list(captures.first_use) == ["a graph"]
+    assert (
+        torch.equal(first, torch.ones(2))
+        and torch.equal(captured.replay(), result)
+        and list(captures.first_use) == ["a graph"]
+    )
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("none left"), RuntimeError("not permitted")], ids=["memory", "other"])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("none left"), RuntimeError("not permitted")], ids=["memory", "other"]
+)
 def test_only_a_shortage_lets_others_be_captured(capturing, monkeypatch, caplog, error):
     def fail():
         raise error
@@ -152,7 +166,9 @@ def test_only_a_shortage_lets_others_be_captured(capturing, monkeypatch, caplog,
     monkeypatch.setattr(graphs, "capture", lambda *_: contextlib.nullcontext())
     assert cache.capture(fail, DEVICE, "large") is None and "large: goes without a CUDA graph" in caplog.text
     shortage = isinstance(error, torch.OutOfMemoryError)
-    assert (of_the_same_owner.capture(lambda: torch.ones(1), DEVICE, "small") is not None) == shortage == captures.allowed
+    assert (
+        (of_the_same_owner.capture(lambda: torch.ones(1), DEVICE, "small") is not None) == shortage == captures.allowed
+    )
 
 
 def test_pictures_are_encoded_without_graphs_where_no_stream_is_left(own, torch_streams, monkeypatch, caplog):

@@ -38,7 +38,9 @@ def called(set_to, value, before):
 
 OTHERWISE = {
     **{
-        f"float32 in {name}": lambda part=part: setting(part, "fp32_precision", "ieee" if part.fp32_precision != "ieee" else "tf32")
+        f"float32 in {name}": lambda part=part: setting(
+            part, "fp32_precision", "ieee" if part.fp32_precision != "ieee" else "tf32"
+        )
         for name, part in {
             "products of cuBLAS": CUDA.matmul,
             "convolutions of cuDNN": CUDNN.conv,
@@ -51,16 +53,21 @@ OTHERWISE = {
     "float16 sums": lambda: setting(CUDA.matmul, "allow_fp16_reduced_precision_reduction", False),
     "bfloat16 sums": lambda: setting(CUDA.matmul, "allow_bf16_reduced_precision_reduction", False),
     "bfloat16 sums in parts": lambda: called(
-        lambda value: setattr(CUDA.matmul, "allow_bf16_reduced_precision_reduction", value), (False, False), (True, True)
+        lambda value: setattr(CUDA.matmul, "allow_bf16_reduced_precision_reduction", value),
+        (False, False),
+        (True, True),
     ),
     "float16 accumulation": lambda: setting(CUDA.matmul, "allow_fp16_accumulation", True),
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "autocast in float16": lambda: torch.autocast("cpu", torch.float16),
     "default dtype": lambda: called(torch.set_default_dtype, torch.float64, torch.float32),
-    "attention without flash": lambda: sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH, SDPBackend.CUDNN_ATTENTION]),
+    "attention without flash": lambda: sdpa_kernel(
+        [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH, SDPBackend.CUDNN_ATTENTION]
+    ),
     "attention step by step": lambda: sdpa_kernel(SDPBackend.MATH),
     "other attention first": lambda: sdpa_kernel(
-        [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION], set_priority=True
+        [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION],
+        set_priority=True,
     ),
     "attention's sums in 16 bits": lambda: called(CUDA.allow_fp16_bf16_reduction_math_sdp, True, False),
     "no oneDNN": lambda: MKLDNN.flags(enabled=False),
@@ -95,8 +102,19 @@ def test_all_of_a_setting_for_several_backends():
 
 
 # What each cache missed when it had a key of its own.
-MISSED_BY_IMAGE_TOKENS = ["attention step by step", "no oneDNN", "bfloat16 sums", "default dtype", "deterministic kernels"]
-MISSED_BY_KEYS_AND_VALUES = ["attention step by step", "no oneDNN", "float32 in convolutions of oneDNN", "bfloat16 sums"]
+MISSED_BY_IMAGE_TOKENS = [
+    "attention step by step",
+    "no oneDNN",
+    "bfloat16 sums",
+    "default dtype",
+    "deterministic kernels",
+]
+MISSED_BY_KEYS_AND_VALUES = [
+    "attention step by step",
+    "no oneDNN",
+    "float32 in convolutions of oneDNN",
+    "bfloat16 sums",
+]
 MISSED_BY_GRAPHS = ["attention step by step", "bfloat16 sums", "float16 accumulation", "deterministic kernels"]
 MISSED_BY_PASSES = [*MISSED_BY_GRAPHS, "float32 in convolutions of cuDNN"]
 
@@ -132,7 +150,13 @@ def test_keys_and_values_computed_otherwise_are_not_reused(own, what):
 
     def reused():
         request = decoder.request()
-        own.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False, custom_generate=request)
+        own.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=2,
+            do_sample=False,
+            custom_generate=request,
+        )
         return request.reused
 
     assert reused() == 0 and reused() > 0

@@ -1,4 +1,6 @@
-"""Graphs of accelerated models and of our own modules: torch.jit.trace, torch.jit.script, torch.fx, torch.export, torch.compile."""
+"""Graphs of accelerated models and of our own modules: torch.jit.trace, torch.jit.script, torch.fx, torch.export,
+torch.compile.
+"""
 
 import copy
 import io
@@ -108,7 +110,9 @@ def test_our_tower(recorder):
     torch.manual_seed(0)
     tower = ConvNeXtPyramid.from_dims(WIDE["dims"], WIDE["depths"]).eval()
     with torch.no_grad():
-        for ours, expected in zip(recorder(tower, picture())(picture()), tower(picture(), backend="reference"), strict=True):
+        for ours, expected in zip(
+            recorder(tower, picture())(picture()), tower(picture(), backend="reference"), strict=True
+        ):
             assert relative_error(ours, expected) < 1e-5
 
 
@@ -143,9 +147,13 @@ def test_a_call_of_mining_stays_one_with_its_adapters():
 
 
 def test_what_cannot_be_had_is_one_line():
-    with pytest.raises(TypeError, match="^torch.jit.script cannot read PatchInfoMining, .*: use torch.jit.trace or torch.export$"):
+    with pytest.raises(
+        TypeError, match="^torch.jit.script cannot read PatchInfoMining, .*: use torch.jit.trace or torch.export$"
+    ):
         torch.jit.script(Front())
-    with pytest.raises(TypeError, match="^torch.fx cannot trace PatchInfoMining by itself, .*: trace the module that holds it, or use"):
+    with pytest.raises(
+        TypeError, match="^torch.fx cannot trace PatchInfoMining by itself, .*: trace the module that holds it, or use"
+    ):
         torch.fx.symbolic_trace(PatchInfoMining(16, (8, 12)))
 
 

@@ -55,7 +55,9 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("reason, change", [(reason, change) for reason, changes in CHANGES.items() for change in changes])
+@pytest.mark.parametrize(
+    "reason, change", [(reason, change) for reason, changes in CHANGES.items() for change in changes]
+)
 def test_one_layer_and_a_module_around_it_are_judged_alike(reason, change):
     module = layers()
     assert why_more_than_weights(module, KNOWN) is None and why_not_plain("1.0", module[1][0], known=KNOWN) is None
@@ -65,7 +67,9 @@ def test_one_layer_and_a_module_around_it_are_judged_alike(reason, change):
     assert re.match(reason, said)
 
 
-@pytest.mark.parametrize("register", ["forward_pre_hook", "forward_hook", "full_backward_hook", "full_backward_pre_hook"])
+@pytest.mark.parametrize(
+    "register", ["forward_pre_hook", "forward_hook", "full_backward_hook", "full_backward_pre_hook"]
+)
 def test_hooks_on_all_modules_count_for_one_layer(register):
     handle = getattr(nn.modules.module, f"register_module_{register}")(lambda *_: None)
     try:
@@ -85,7 +89,10 @@ def test_a_module_that_is_called_has_its_own_hooks_run():
 def test_weights_that_are_read_must_be_there():
     layer = nn.Linear(2, 2, bias=False)
     assert why_not_plain("it", layer) is None
-    assert why_not_plain("it", layer, reads=("weight", "bias")) == "the bias of it's Linear is NoneType, expected a plain parameter"
+    assert (
+        why_not_plain("it", layer, reads=("weight", "bias"))
+        == "the bias of it's Linear is NoneType, expected a plain parameter"
+    )
     quantize(layer)
     assert why_not_plain("it", layer, reads=()) is None
 
@@ -159,7 +166,9 @@ def test_a_tower_called_with_other_weights_takes_its_own_form(monkeypatch):
 def test_a_stage_that_is_traced_with_fake_weights_is_plain():
     stage, mode = ConvNeXt(dims=(8, 16, 24, 32), depths=(1, 1, 1, 1), num_classes=0).eval().stages[1], FakeTensorMode()
     for part in stage.modules():
-        part._parameters.update({name: mode.from_tensor(weight) for name, weight in part._parameters.items() if weight is not None})
+        part._parameters.update(
+            {name: mode.from_tensor(weight) for name, weight in part._parameters.items() if weight is not None}
+        )
     assert timm_convnext.why_not_a_first_version(stage, timm_convnext.roles_in_a_stage()) is None
 
 
@@ -182,7 +191,9 @@ HOOKS = {
 def test_passes_are_not_captured_with_hooks_anywhere(where):
     own = family("standard")
     language, head = Language(nn.Linear(2, 2)), Language(nn.Linear(2, 2))
-    runner = model_runner.ModelRunner(types.SimpleNamespace(text_config=own.model.text_config, language_model=language, head=head))
+    runner = model_runner.ModelRunner(
+        types.SimpleNamespace(text_config=own.model.text_config, language_model=language, head=head)
+    )
     assert runner.graphs_refused(512) is None
     # quantized weights are captured as they are
     quantize(language[0])

@@ -1,7 +1,7 @@
 """How a swap is made and undone.
 
-It exchanges the object's class for a subclass and sets nothing on the object: `self` stays whoever is called, in deep copies, pickles
-and the replicas of DataParallel too, and the object's own state is untouched.
+It exchanges the object's class for a subclass and sets nothing on the object: `self` stays whoever is called, in deep
+copies, pickles and the replicas of DataParallel too, and the object's own state is untouched.
 """
 
 import functools
@@ -21,7 +21,9 @@ from .report import Finding
 Methods = Callable[[type], dict[str, Callable]]
 
 
-def offer(name: str, what: str, module: nn.Module, methods: Methods, why_not: Callable[[nn.Module], str | None], becomes: str) -> Finding:
+def offer(
+    name: str, what: str, module: nn.Module, methods: Methods, why_not: Callable[[nn.Module], str | None], becomes: str
+) -> Finding:
     """A finding: swapped already; left as it is, because of `why_not(module)`; or to be swapped."""
     # weak: a report does not keep the model alive
     reference = weakref.ref(module)
@@ -40,7 +42,9 @@ def replaced_on_object(module: nn.Module, method: str) -> bool:
 
 
 def warn(message: str) -> None:
-    """A warning where the swapped method was called; Python shows it once, whatever number of objects and calls it comes from."""
+    """A warning where the swapped method was called; Python shows it once, whatever number of objects and calls it
+    comes from.
+    """
     # a graph cannot hold one
     if not torch.compiler.is_compiling():
         # Between this function and the caller lie the swapped method and what `recorded_as` puts around it.

@@ -28,7 +28,8 @@ class Finding:
 
 @dataclass
 class Report:
-    """What `accelerate` did to a model, for reading (`print(report)`) and for undoing. It does not keep the model alive.
+    """What `accelerate` did to a model, for reading (`print(report)`) and for undoing. It does not keep the model
+    alive.
 
     Attributes:
         model: class of the model.
@@ -43,7 +44,8 @@ class Report:
     looked_for: list[str] = field(repr=False)
 
     def undo(self) -> None:
-        """Puts the originals back, those included that an earlier call had swapped already. A second time it does nothing.
+        """Puts the originals back, those included that an earlier call had swapped already. A second time it does
+        nothing.
 
         Raises:
             MgFastError: something else has been put over a swap since; that one stays until this is called again.

@@ -13,18 +13,19 @@ from .report import Finding, Report
 def accelerate(model: nn.Module) -> Report:
     """Swaps mg_fast's operations into a model, in place.
 
-    Wherever they sit in `model`, from then on these are computed by mg_fast, with the same arguments and results, from the model's own
+    Wherever they sit in `model`, from then on these are computed by mg_fast, with the same arguments and results, from
+    the model's own
     tensors as they are at each call:
 
     - patch info mining of the original Mini-Gemini, by `mg_fast.ops.patch_mining`;
-    - the stages of timm's ConvNeXt (first version), by `mg_fast.modules.convnext_channels_last` on channels-last maps: in a timm model
-      or what extracts its features, in OpenCLIP's `visual.trunk`, in the original's high-resolution tower. Their maps look as before,
-      [B, C, H, W]. Stochastic depth at work (training mode, in which the original leaves its tower) stays timm's to run: `eval()` the
-      tower to have it swapped.
+    - the stages of timm's ConvNeXt (first version), by `mg_fast.modules.convnext_channels_last` on channels-last maps:
+      in a timm model or what extracts its features, in OpenCLIP's `visual.trunk`, in the original's high-resolution
+      tower. Their maps look as before, [B, C, H, W]. Stochastic depth at work (training mode, in which the original
+      leaves its tower) stays timm's to run: `eval()` the tower to have it swapped.
 
-    Parameters, state_dict, training, device moves, copies and pickles work as before; a pickle of the swapped model needs mg_fast to be
-    read. torch.jit.trace, torch.jit.script and torch.fx.symbolic_trace record the model's own code, not the
-    swapped code, so what they return is not accelerated.
+    Parameters, state_dict, training, device moves, copies and pickles work as before; a pickle of the swapped model
+    needs mg_fast to be read. torch.jit.trace, torch.jit.script and torch.fx.symbolic_trace record the model's own code,
+    not the swapped code, so what they return is not accelerated.
 
     Args:
         model: any module. The original's model itself, or something that holds it.
@@ -54,7 +55,9 @@ def _ours(model: nn.Module) -> Iterator[Finding]:
 
 
 class Rule(NamedTuple):
-    """One kind of thing: what it looks for, in words, and the finds in a model; a find with `apply` and `undo` can be swapped."""
+    """One kind of thing: what it looks for, in words, and the finds in a model; a find with `apply` and `undo` can be
+    swapped.
+    """
 
     looks_for: str
     recognise: Callable[[nn.Module], Iterator[Finding]]

@@ -1,4 +1,6 @@
-"""Stages of timm's ConvNeXt: what they look like, and `mg_fast.modules.convnext_channels_last` on channels-last maps in their place."""
+"""Stages of timm's ConvNeXt: what they look like, and `mg_fast.modules.convnext_channels_last` on channels-last maps in
+their place.
+"""
 
 import contextlib
 import sys
@@ -32,7 +34,9 @@ def recognise(model: nn.Module) -> Iterator[Finding]:
         becomes = "now mg_fast.modules.convnext_channels_last with the stage's own tensors"
         if any(map(_stochastic, module.modules())):
             becomes += f"; for now it runs as timm wrote it, because {STOCHASTIC}"
-        yield offer(name or "model", f"ConvNeXt stage of {len(module.blocks)} blocks", module, channels_last, _why_not, becomes)
+        yield offer(
+            name or "model", f"ConvNeXt stage of {len(module.blocks)} blocks", module, channels_last, _why_not, becomes
+        )
 
 
 def channels_last(original: type) -> dict[str, Callable]:
@@ -78,7 +82,9 @@ def _run(stage: nn.Module, x: torch.Tensor, backend: str | None = None) -> torch
 
 
 def roles_in_a_stage() -> dict[str, tuple[type, ...]]:
-    """Whose arithmetic `convnext` knows, by the name within a stage; subclasses compute something else: adapters, quantised layers."""
+    """Whose arithmetic `convnext` knows, by the name within a stage; subclasses compute something else: adapters,
+    quantised layers.
+    """
     from timm.layers import DropPath, LayerNorm, LayerNorm2d, Mlp
     from timm.layers.activations import GELU
     from timm.models.convnext import ConvNeXtBlock
@@ -103,7 +109,9 @@ def roles_in_a_stage() -> dict[str, tuple[type, ...]]:
 
 
 def why_not_a_first_version(stage: nn.Module, roles: dict[str, tuple[type, ...]]) -> str | None:
-    """None where the stage's layers are those of a ConvNeXt of the first version, and nothing but their tensors enters the result."""
+    """None where the stage's layers are those of a ConvNeXt of the first version, and nothing but their tensors enters
+    the result.
+    """
     for name, layer in stage.named_modules():
         if layer is stage:
             continue
@@ -113,8 +121,8 @@ def why_not_a_first_version(stage: nn.Module, roles: dict[str, tuple[type, ...]]
             return f"{name} is {type(layer).__module__}.{type(layer).__qualname__}, not a layer of a ConvNeXt of the first version"
         if _stochastic(layer):
             return STOCHASTIC
-    # The stage itself is called, so that its own hooks run as before. Whether accelerate's hooks within would move a map to another device
-    # is not known here: a layer that has one is not plain.
+    # The stage itself is called, so that its own hooks run as before. Whether accelerate's hooks within would move a
+    # map to another device is not known here: a layer that has one is not plain.
     if reason := why_more_than_weights(stage, None, called=True, placed=False):
         return reason
     if stage.grad_checkpointing:

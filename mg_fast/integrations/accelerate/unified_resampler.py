@@ -91,7 +91,9 @@ def _projections(owner: nn.Module) -> list[Projection]:
 
 
 def _unusual(owner: nn.Module) -> str | None:
-    """None where the projectors are the original's: plain LayerNorm and Linear, of which nothing but four tensors enters the result."""
+    """None where the projectors are the original's: plain LayerNorm and Linear, of which nothing but four tensors
+    enters the result.
+    """
     inner = _inner(owner)
     if inner is None:
         return f"neither its get_model() nor its `model` nor itself has {', '.join(PROJECTORS)}"
@@ -108,7 +110,9 @@ def _unusual(owner: nn.Module) -> str | None:
 
 
 def _differs(owner: nn.Module) -> str | None:
-    """None where the method, tried on a tiny map, does what the original's does: another project may use the name for something else."""
+    """None where the method, tried on a tiny map, does what the original's does: another project may use the name for
+    something else.
+    """
     projections = _projections(owner)
     like, channels = projections[0].weight, projections[1].weight.shape[1]
     if like.is_meta:
@@ -122,7 +126,9 @@ def _differs(owner: nn.Module) -> str | None:
             expected = ops.patch_mining(images, [images_aux.permute(0, 2, 3, 1)], *projections, backend="reference")
             same, mined = getattr(owner, METHOD)(images, images_aux)
             if not torch.equal(same, images) or mined.shape != expected.shape:
-                return f"{tried} does not return its first argument as it is and mined features of {list(expected.shape)}"
+                return (
+                    f"{tried} does not return its first argument as it is and mined features of {list(expected.shape)}"
+                )
             # the original's very steps agree to the last bit; the room is for the same mathematics in other steps
             error, largest = (mined - expected).abs().max().item(), expected.abs().max().item()
         # whatever it is that somebody else's code does not take

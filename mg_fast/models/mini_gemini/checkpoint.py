@@ -1,9 +1,9 @@
 """A checkpoint, resolved: its configuration, where each of its tensors lies, and whether they are the right ones.
 
-Everything is decided from files' headers before any weight is read: a missing, unexpected or mis-shaped tensor is named at once (quantised
-saves store other tensors; there transformers' report after loading must do).
-The published folder holds all weights. A CLIP or OpenCLIP folder serves only where it lacks a tower; a stage-1 adapter
-(`mm_projector.bin`) needs its base language model.
+Everything is decided from files' headers before any weight is read: a missing, unexpected or mis-shaped tensor is named
+at once (quantised saves store other tensors; there transformers' report after loading must do). The published folder
+holds all weights. A CLIP or OpenCLIP folder serves only where it lacks a tower; a stage-1 adapter (`mm_projector.bin`)
+needs its base language model.
 """
 
 import dataclasses
@@ -21,7 +21,17 @@ from transformers import AutoTokenizer
 from ...errors import LONGEST_MESSAGE, BackendError, CheckpointError, quoted, shortened
 from ...runtime.dtypes import wanted_dtype
 from ..templates import detect_template, get_template
-from ..tensor_files import ADAPTER_FILE, HUB_ARGUMENTS, Table, first_line, read_file, read_table, read_tensors, resolve_folder, some_names
+from ..tensor_files import (
+    ADAPTER_FILE,
+    HUB_ARGUMENTS,
+    Table,
+    first_line,
+    read_file,
+    read_table,
+    read_tensors,
+    resolve_folder,
+    some_names,
+)
 from .configuration import MiniGeminiConfig
 from .geometry import CLIP_PREFIX, CONVNEXT_PREFIX, blaming, complete_config, tower_folder
 
@@ -67,7 +77,9 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder} names a dtype that is none for weights: {error}") from None
 
 
-def open_checkpoint(name_or_path: str | os.PathLike, *, base_model: str | os.PathLike | None = None, config=None, **kwargs) -> Checkpoint:
+def open_checkpoint(
+    name_or_path: str | os.PathLike, *, base_model: str | os.PathLike | None = None, config=None, **kwargs
+) -> Checkpoint:
     """Finds a checkpoint by folder or hub id and reads the headers of its files.
 
     Args:
@@ -88,14 +100,20 @@ def open_checkpoint(name_or_path: str | os.PathLike, *, base_model: str | os.Pat
     adapter = folder / ADAPTER_FILE
     if not tensors and adapter.is_file():
         if base_model is None:
-            raise CheckpointError(f"{folder} holds a stage-1 adapter ({ADAPTER_FILE}): name its base language model with base_model=")
+            raise CheckpointError(
+                f"{folder} holds a stage-1 adapter ({ADAPTER_FILE}): name its base language model with base_model="
+            )
         extra = read_file(adapter)
         weights_folder = resolve_folder(base_model, **hub)
         tensors = read_table(weights_folder)
     elif base_model is not None:
-        raise CheckpointError(f"base_model= is for stage-1 adapters; {folder} has no {ADAPTER_FILE} or has weights of its own")
+        raise CheckpointError(
+            f"base_model= is for stage-1 adapters; {folder} has no {ADAPTER_FILE} or has weights of its own"
+        )
     if not tensors:
-        raise CheckpointError(f"{weights_folder} holds no weights: expected *.safetensors or pytorch_model*.bin, with its index if sharded")
+        raise CheckpointError(
+            f"{weights_folder} holds no weights: expected *.safetensors or pytorch_model*.bin, with its index if sharded"
+        )
 
     of_base = config is None and not (folder / "config.json").is_file()
     if config is None:
@@ -140,9 +158,11 @@ def read_config(folder: Path, fallback: Path | None = None) -> MiniGeminiConfig:
 
 
 def geometry_config(folder: Path, base: Path | None = None) -> MiniGeminiConfig:
-    """Configuration of a local folder for its processor, from what lies there; `base` is the base model of a stage-1 adapter.
+    """Configuration of a local folder for its processor, from what lies there; `base` is the base model of a stage-1
+    adapter.
 
-    The views' side is read from the position embedding's shape where that file is at hand; else it is the published towers'.
+    The views' side is read from the position embedding's shape where that file is at hand; else it is the published
+    towers'.
     """
     config = read_config(folder, fallback=base)
     tensors = read_table(folder, partial=True)
@@ -213,7 +233,11 @@ def check_names(expected: dict[str, tuple[int, ...]], tensors: Table, *, tied: b
     unexpected = sorted(found.keys() - expected.keys())
     wrong = sorted(n for n in expected.keys() & found.keys() if expected[n] != found[n])
     wrong = [f"{name} {list(found[name])}, expected {list(expected[name])}" for name in wrong]
-    kinds = {kind: names for kind, names in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", wrong)) if names}
+    kinds = {
+        kind: names
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", wrong))
+        if names
+    }
     if kinds:
         holder = shortened(str(where), 120)
         # Every kind is to be named, in a message that is not cut.
@@ -227,7 +251,9 @@ def load_tokenizer(*folders: Path | None):
     present = [folder for folder in dict.fromkeys(folders) if folder is not None]
     holder = next((f for f in present if any((f / name).is_file() for name in _TOKENIZER_FILES)), None)
     if holder is None:
-        raise CheckpointError(f"no tokenizer in {' or '.join(map(str, present))}: expected {' or '.join(_TOKENIZER_FILES)}")
+        raise CheckpointError(
+            f"no tokenizer in {' or '.join(map(str, present))}: expected {' or '.join(_TOKENIZER_FILES)}"
+        )
     try:
         return AutoTokenizer.from_pretrained(holder, padding_side="left")
     except Exception as error:  # the tokenizer libraries raise bare Exceptions on broken files
@@ -235,7 +261,9 @@ def load_tokenizer(*folders: Path | None):
 
 
 def decide_template(config: MiniGeminiConfig, tokenizer, override: str | None = None) -> str:
-    """The prompt template: the override, what the checkpoint saved, else decided from text class and tokenizer (said once if a guess)."""
+    """The prompt template: the override, what the checkpoint saved, else decided from text class and tokenizer (said
+    once if a guess).
+    """
     if override is not None:
         get_template(override)
         return override
@@ -245,7 +273,9 @@ def decide_template(config: MiniGeminiConfig, tokenizer, override: str | None = 
     name, certain = detect_template(config.text_config.model_type, tokenizer)
     if not certain and tokenizer.name_or_path not in _said:
         _said.add(tokenizer.name_or_path)
-        logger.warning("nothing in this checkpoint tells its prompt template: using %s; template= (--template) overrides it", name)
+        logger.warning(
+            "nothing in this checkpoint tells its prompt template: using %s; template= (--template) overrides it", name
+        )
     return name
 
 

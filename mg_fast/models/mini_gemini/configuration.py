@@ -12,7 +12,8 @@ from ...runtime.arguments import plain_numbers, whole_number
 from ..templates import TEMPLATES
 from .registration import register_configuration
 
-# `model_type` as published (the March-2024 uploads said mini_gemini*), and the bare base models that a folder may still name
+# `model_type` as published (the March-2024 uploads said mini_gemini*), and the bare base models that a folder may still
+# name
 TEXT_MODEL_TYPES = {
     "mgm": "llama",
     "mgm_gemma": "gemma",
@@ -52,16 +53,24 @@ CONVNEXT_LARGE = {"dims": [192, 384, 768, 1536], "depths": [3, 3, 27, 3], "norm_
 _ABSENT = {"image_aspect_ratio": None, "mm_projector_type": "linear", "tokenizer_model_max_length": None}
 
 # keys that belong to transformers' own machinery rather than to the language model
-_OWN_KEYS = ("name_or_path", "_name_or_path", "_commit_hash", "attn_implementation", "experts_implementation", "output_attentions")
+_OWN_KEYS = (
+    "name_or_path",
+    "_name_or_path",
+    "_commit_hash",
+    "attn_implementation",
+    "experts_implementation",
+    "output_attentions",
+)
 
 
 class MiniGeminiConfig(PreTrainedConfig):
     """Configuration of a Mini-Gemini model, read from and written as the flat config.json of published checkpoints.
 
-    The language model's keys (`hidden_size`, `rope_theta`, ...) lie flat beside the `mm_*` and `image_*` keys; `text_config` is
-    built from them. Two keys are this project's additions, written on save so that a round trip loses nothing that the tensor shapes
-    do not tell: `vision_config` (CLIP) and `vision_config_aux` (ConvNeXt: `dims`, `depths`, `norm_eps`). Without them both
-    towers are those of the published models until `from_pretrained` reads the checkpoint's own shapes.
+    The language model's keys (`hidden_size`, `rope_theta`, ...) lie flat beside the `mm_*` and `image_*` keys;
+    `text_config` is built from them. Two keys are this project's additions, written on save so that a round trip loses
+    nothing that the tensor shapes do not tell: `vision_config` (CLIP) and `vision_config_aux` (ConvNeXt: `dims`,
+    `depths`, `norm_eps`). Without them both towers are those of the published models until `from_pretrained` reads the
+    checkpoint's own shapes.
 
     Attributes (config.json's names; spec of the original):
         text_config: LlamaConfig, GemmaConfig, MixtralConfig or MistralConfig.
@@ -142,7 +151,8 @@ class MiniGeminiConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
         if "image_size_aux" in config_dict:
-            # a published file: where it is silent the original's defaults hold, not those of a configuration made from nothing
+            # a published file: where it is silent the original's defaults hold, not those of a configuration made from
+            # nothing
             config_dict = {**_ABSENT, **config_dict}
         return super().from_dict(config_dict, **kwargs)
 
@@ -156,22 +166,32 @@ class MiniGeminiConfig(PreTrainedConfig):
         return config_dict, kwargs
 
     def check(self) -> None:
-        """Refuses what the published layout can say but no published checkpoint uses, rather than computing something else."""
+        """Refuses what the published layout can say but no published checkpoint uses, rather than computing something
+        else.
+        """
         for key in ("image_size_aux", "image_grid"):
             if (whole_number(getattr(self, key)) or 0) < 1:
                 raise CheckpointError(f"{key}: expected a whole number above 0, got {quoted(getattr(self, key))}")
         if self.conversation_template not in (None, *TEMPLATES):
-            raise CheckpointError(f"conversation_template {quoted(self.conversation_template)}: expected one of {', '.join(TEMPLATES)}")
+            raise CheckpointError(
+                f"conversation_template {quoted(self.conversation_template)}: expected one of {', '.join(TEMPLATES)}"
+            )
         if self.image_global and self.image_grid < 2:
             raise CheckpointError(f"image_global needs image_grid >= 2, got image_grid={self.image_grid}")
         if self.mm_vision_select_feature != "patch":
-            raise CheckpointError(f"mm_vision_select_feature: expected 'patch', got {quoted(self.mm_vision_select_feature)}")
+            raise CheckpointError(
+                f"mm_vision_select_feature: expected 'patch', got {quoted(self.mm_vision_select_feature)}"
+            )
         if self.mm_use_im_start_end:
-            raise CheckpointError("mm_use_im_start_end=true is not supported: no published checkpoint adds these tokens")
+            raise CheckpointError(
+                "mm_use_im_start_end=true is not supported: no published checkpoint adds these tokens"
+            )
         tower = (self.mm_vision_tower or "").lower()
         # the original looks for CLIP first, so that these may stand elsewhere in CLIP's path
         if ("eva" in tower or "lavis" in tower) and "openai" not in tower and "sharegpt4v" not in tower:
-            raise CheckpointError(f"mm_vision_tower {quoted(self.mm_vision_tower)}: the EVA tower is not supported, only CLIP is")
+            raise CheckpointError(
+                f"mm_vision_tower {quoted(self.mm_vision_tower)}: the EVA tower is not supported, only CLIP is"
+            )
 
     @property
     def views(self) -> int:
@@ -230,11 +250,15 @@ class MiniGeminiConfig(PreTrainedConfig):
 def _text_model_type(model_type: str | None, architectures: list[str] | None) -> str:
     """The language model's class, from `model_type` and, where that is silent or general, from `architectures`."""
     if model_type is not None and model_type not in TEXT_MODEL_TYPES:
-        raise CheckpointError(f"model_type {quoted(model_type)} is not a Mini-Gemini one: expected one of {', '.join(TEXT_MODEL_TYPES)}")
+        raise CheckpointError(
+            f"model_type {quoted(model_type)} is not a Mini-Gemini one: expected one of {', '.join(TEXT_MODEL_TYPES)}"
+        )
     named = next((t for t in PUBLISHED_MODEL_TYPES for a in architectures or [] if t in a.lower()), None)
     if model_type is None:
         if named is None and architectures:
-            raise CheckpointError(f"config.json has no model_type, and architectures {quoted(architectures)} names no known language model")
+            raise CheckpointError(
+                f"config.json has no model_type, and architectures {quoted(architectures)} names no known language model"
+            )
         return named or "llama"
     text = TEXT_MODEL_TYPES[model_type]
     # the plain spellings were every family's ancestor's before they were Llama's
@@ -242,7 +266,9 @@ def _text_model_type(model_type: str | None, architectures: list[str] | None) ->
 
 
 def clip_config(**kwargs) -> PreTrainedConfig:
-    """A CLIPVisionConfig. Looked up late: its module needs transformers' model tables, which may still be loading above this one."""
+    """A CLIPVisionConfig. Looked up late: its module needs transformers' model tables, which may still be loading above
+    this one.
+    """
     return CONFIG_MAPPING["clip_vision_model"](**kwargs)
 
 

@@ -28,7 +28,9 @@ class MiniGeminiDecoding:
         return self.config.text_config
 
     def set_decoder(self, decoder: nn.Module) -> None:
-        """Puts another language model in the place of this one. transformers' own method would set `language_model`, a property here."""
+        """Puts another language model in the place of this one. transformers' own method would set `language_model`, a
+        property here.
+        """
         self.model.set_decoder(decoder)
 
     def embed(self, input_ids: torch.Tensor, **prompt_inputs: torch.Tensor | None) -> torch.Tensor:
@@ -41,7 +43,9 @@ class MiniGeminiDecoding:
         # pictures reach the language model as embeddings alone
         return NO_PASS_INPUTS
 
-    def position_keys(self, ids: torch.Tensor, model_inputs: Mapping[str, object], digests: Sequence[bytes] | None) -> list[int] | None:
+    def position_keys(
+        self, ids: torch.Tensor, model_inputs: Mapping[str, object], digests: Sequence[bytes] | None
+    ) -> list[int] | None:
         keys = ids[0].tolist()
         marks = model_inputs.get("mm_token_type_ids")
         places = [] if marks is None else (marks[0] == 1).nonzero().flatten().tolist()

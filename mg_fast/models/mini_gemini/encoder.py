@@ -1,4 +1,6 @@
-"""From a picture's pixels to image tokens, frozen for inference: both towers packed and, on a GPU, at once and in one graph."""
+"""From a picture's pixels to image tokens, frozen for inference: both towers packed and, on a GPU, at once and in one
+graph.
+"""
 
 import contextlib
 import functools
@@ -31,10 +33,11 @@ logger = logging.getLogger(__name__)
 class PictureEncoder:
     """Image tokens of pictures by packed copies of a model's towers.
 
-    What is packed is a snapshot; mining and projector are the model's own. A call refuses once a tower was changed (its weights in place,
-    by hooks, adapters or otherwise), or the model was moved or converted: make another. Writes through `.data` are not seen.
-    On a GPU the towers run at once on two streams, and all of it is captured in a CUDA graph for each shape: a call then is one launch.
-    While mining or projector compute something else than their weights say (hooks, adapters), calls go without graphs.
+    What is packed is a snapshot; mining and projector are the model's own. A call refuses once a tower was changed (its
+    weights in place, by hooks, adapters or otherwise), or the model was moved or converted: make another. Writes
+    through `.data` are not seen. On a GPU the towers run at once on two streams, and all of it is captured in a CUDA
+    graph for each shape: a call then is one launch. While mining or projector compute something else than their weights
+    say (hooks, adapters), calls go without graphs.
 
     Args:
         model: the MiniGeminiModel, its picture side on one device.
@@ -52,7 +55,9 @@ class PictureEncoder:
             raise ValueError(f"PictureEncoder: the high-resolution tower: {reason}")
         devices = {p.device for part in _parts(model) for p in part.parameters()}
         if len(devices) > 1 or torch.device("meta") in devices:
-            raise ValueError(f"PictureEncoder: expected the picture side on one device, got {', '.join(sorted(map(str, devices)))}")
+            raise ValueError(
+                f"PictureEncoder: expected the picture side on one device, got {', '.join(sorted(map(str, devices)))}"
+            )
         [self.device] = devices
         self._select_layer = model.config.mm_vision_select_layer
         self._clip = PackedClip.from_tower(model.vision_tower, self._select_layer)
@@ -62,7 +67,8 @@ class PictureEncoder:
         self._captures = Captures()
         self._graphs = GraphCache(MAX_GRAPHS, self._captures) if graphs and cuda else None
         self._side = self._take_streams() if cuda else None
-        # a graph's inputs and outputs are the same memory in every call: the next one waits until this one's tokens are copied
+        # a graph's inputs and outputs are the same memory in every call: the next one waits until this one's tokens are
+        # copied
         self._copied = torch.cuda.Event() if cuda else None
         self.first_use["towers packed"] = time.perf_counter() - began
 
@@ -96,10 +102,14 @@ class PictureEncoder:
         if towers == self._towers and not moved and not configured:
             return
         if moved or configured or towers.places != self._towers.places:
-            raise RuntimeError("PictureEncoder: the model was moved, converted or configured otherwise since it was packed: make another")
+            raise RuntimeError(
+                "PictureEncoder: the model was moved, converted or configured otherwise since it was packed: make another"
+            )
         self._clip.check_unchanged()
         self._tower.check_unchanged()
-        raise RuntimeError("PictureEncoder: a tower was changed, by a hook, an adapter or otherwise, since it was packed: make another")
+        raise RuntimeError(
+            "PictureEncoder: a tower was changed, by a hook, an adapter or otherwise, since it was packed: make another"
+        )
 
     @torch.inference_mode()
     def __call__(
@@ -146,7 +156,9 @@ class PictureEncoder:
             "see_low": functools.partial(self._queries, backend=backend),
             "see_high": functools.partial(self._tower, backend=backend),
         }
-        return self._model.picture_features(pixel_values, pixel_values_hr, **parts, backend=backend, stage=stage).image_tokens
+        return self._model.picture_features(
+            pixel_values, pixel_values_hr, **parts, backend=backend, stage=stage
+        ).image_tokens
 
     def _encode_at_once(self, pixel_values, pixel_values_hr, backend: str | None) -> torch.Tensor:
         """The towers need nothing of each other, so that on a GPU the low-resolution one runs on a stream of its own."""
@@ -165,7 +177,9 @@ class PictureEncoder:
             main.wait_stream(self._side)
             return levels
 
-        features = self._model.picture_features(pixel_values, pixel_values_hr, see_low=see_low, see_high=see_high, backend=backend)
+        features = self._model.picture_features(
+            pixel_values, pixel_values_hr, see_low=see_low, see_high=see_high, backend=backend
+        )
         for tensor, stream in ((pixel_values, self._side), (features.queries, main)):
             tensor.record_stream(stream)
         return features.image_tokens
@@ -193,7 +207,9 @@ class PictureEncoder:
         self._copied.record(stream)
         return tokens
 
-    def _capture(self, pixels: tuple[torch.Tensor, ...], backend: str | None) -> tuple[CapturedGraph, list[torch.Tensor]] | None:
+    def _capture(
+        self, pixels: tuple[torch.Tensor, ...], backend: str | None
+    ) -> tuple[CapturedGraph, list[torch.Tensor]] | None:
         """A graph and its inputs; None where it cannot be captured."""
         if not self._captures.allowed:
             return None

@@ -27,7 +27,9 @@ class GenerationWithPictures:
         limit = self.config.text_config.max_position_embeddings
         trained = min(self.config.tokenizer_model_max_length or limit, limit)
         if prompt > limit:
-            raise PromptError(f"the prompt has {prompt} tokens, the model has {limit} positions (max_position_embeddings)")
+            raise PromptError(
+                f"the prompt has {prompt} tokens, the model has {limit} positions (max_position_embeddings)"
+            )
         if prompt > trained:
             message = f"the prompt has {prompt} tokens, the model was trained on at most {trained} (tokenizer_model_max_length)"
             if not (self.allow_long if allow_long is None else allow_long):
@@ -48,8 +50,8 @@ class GenerationWithPictures:
             allow_long: accept prompts between the trained length and max_position_embeddings, with one warning.
 
         Raises:
-            PromptError: the prompt, or the prompt and `max_new_tokens` together, are too long (nothing is ever cut); or stop
-                strings that are no texts.
+            PromptError: the prompt, or the prompt and `max_new_tokens` together, are too long (nothing is ever cut); or
+                stop strings that are no texts.
         """
         kwargs = plain_options(kwargs)
         ids = inputs if inputs is not None else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
@@ -86,7 +88,10 @@ class GenerationWithPictures:
         The stock version repeats pictures one by one, which hands the two pictures of a prompt to the wrong beams.
         """
         if expand_size > 1:
-            marks, pictures = model_kwargs.get("mm_token_type_ids"), {name: model_kwargs.pop(name, None) for name in PICTURE_INPUTS[:-1]}
+            marks, pictures = (
+                model_kwargs.get("mm_token_type_ids"),
+                {name: model_kwargs.pop(name, None) for name in PICTURE_INPUTS[:-1]},
+            )
             cache = model_kwargs.get("past_key_values")
             if marks is not None and (cached := 0 if cache is None else int(cache.get_seq_length())):
                 pictures["mm_token_type_ids"] = marks
@@ -100,13 +105,17 @@ class GenerationWithPictures:
                 per_row = (marks.sum(dim=1) // image_tokens.shape[1]).tolist()
                 blocks = image_tokens.split(per_row)
                 expanded = torch.cat([block for block in blocks for _ in range(expand_size)])
-                input_ids, model_kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+                input_ids, model_kwargs = super()._expand_inputs_for_generation(
+                    expand_size, is_encoder_decoder, input_ids, **model_kwargs
+                )
                 return input_ids, {**model_kwargs, "image_tokens": expanded}
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
 
 
 def kept_positions(logits_to_keep) -> "slice | torch.Tensor | list":
-    """The index of the positions that get logits. Python's own numbers and tensors take no step that torch.compile cannot trace."""
+    """The index of the positions that get logits. Python's own numbers and tensors take no step that torch.compile
+    cannot trace.
+    """
     if isinstance(logits_to_keep, (int, torch.SymInt)):
         return slice(-logits_to_keep, None)
     if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim:
@@ -115,5 +124,7 @@ def kept_positions(logits_to_keep) -> "slice | torch.Tensor | list":
     if number is not None:
         return slice(-number, None)
     if not (isinstance(logits_to_keep, (list, slice)) or getattr(logits_to_keep, "ndim", 0) == 1):
-        raise ValueError(f"logits_to_keep: expected a whole number, or a list or tensor of positions, got {quoted(logits_to_keep)}")
+        raise ValueError(
+            f"logits_to_keep: expected a whole number, or a list or tensor of positions, got {quoted(logits_to_keep)}"
+        )
     return logits_to_keep

@@ -25,7 +25,15 @@ def blaming(path: Path):
         yield
     except CheckpointError:
         raise
-    except (StrictDataclassError, ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+    except (
+        StrictDataclassError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        OSError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise CheckpointError(f"{path} holds something that cannot be: {' '.join(str(error).split())}") from error
 
 
@@ -40,11 +48,12 @@ def tower_folder(config: MiniGeminiConfig, prefix: str, folder: Path) -> Path | 
 
 
 def complete_config(config: MiniGeminiConfig, tensors: Table, folder: Path, *, of_base: bool = False) -> None:
-    """Fills in both towers' geometry, in place: shapes from the tensors, the rest from config.json, the towers' folders or constants.
+    """Fills in both towers' geometry, in place: shapes from the tensors, the rest from config.json, the towers' folders
+    or constants.
 
     Args:
-        of_base: the configuration is only the base language model's. A stage-1 adapter without one of its own is taken for a standard
-            model: 8x8 high-resolution pixels to a query.
+        of_base: the configuration is only the base language model's. A stage-1 adapter without one of its own is taken
+            for a standard model: 8x8 high-resolution pixels to a query.
 
     Raises:
         CheckpointError: the shapes contradict config.json.
@@ -57,11 +66,17 @@ def complete_config(config: MiniGeminiConfig, tensors: Table, folder: Path, *, o
         config.mm_hidden_size = config.vision_config.hidden_size
         config.mm_hidden_size_aux = sum(config.vision_config_aux["dims"])
         config.image_size_aux = 32 * math.isqrt(config.tokens_per_view)
-    clip = "the CLIP tower's width" if any(n.startswith(CLIP_PREFIX) for n in shapes) else "no CLIP tensor is at hand and the usual width"
+    clip = (
+        "the CLIP tower's width"
+        if any(n.startswith(CLIP_PREFIX) for n in shapes)
+        else "no CLIP tensor is at hand and the usual width"
+    )
     widths = [("mm_hidden_size", config.vision_config.hidden_size, clip)]
     if config.towers_given or any(name.startswith(CONVNEXT_PREFIX) for name in shapes):
         # a processor may be made where no ConvNeXt tensor is at hand, and has no use for its widths
-        widths.append(("mm_hidden_size_aux", sum(config.vision_config_aux["dims"]), "the sum of the ConvNeXt stage widths"))
+        widths.append(
+            ("mm_hidden_size_aux", sum(config.vision_config_aux["dims"]), "the sum of the ConvNeXt stage widths")
+        )
     for key, expected, source in widths:
         if getattr(config, key) != expected:
             raise CheckpointError(f"{folder}: config.json says {key}={getattr(config, key)}, {source} is {expected}")
@@ -73,7 +88,9 @@ def check_geometry(config: MiniGeminiConfig, folder: Path) -> None:
     config.check()
     layers = config.vision_config.num_hidden_layers
     if not -layers - 1 <= config.mm_vision_select_layer <= layers:
-        raise CheckpointError(f"{folder}: mm_vision_select_layer={config.mm_vision_select_layer}, the CLIP tower has {layers} layers")
+        raise CheckpointError(
+            f"{folder}: mm_vision_select_layer={config.mm_vision_select_layer}, the CLIP tower has {layers} layers"
+        )
     queries = config.image_grid * math.isqrt(config.tokens_per_view)
     if config.image_size_aux % (4 * queries):
         raise CheckpointError(
@@ -105,7 +122,9 @@ def _complete_clip(config: MiniGeminiConfig, shapes: dict[str, tuple[int, ...]],
         hidden_size=width,
         intermediate_size=ffn[0],
         # a tower that lacks its last layers must not pass for a shallower one
-        num_hidden_layers=max(_count(shapes, CLIP_PREFIX + r"encoder.layers.(\d+)."), least, 24 if (width, ffn[0]) == (1024, 4096) else 0),
+        num_hidden_layers=max(
+            _count(shapes, CLIP_PREFIX + r"encoder.layers.(\d+)."), least, 24 if (width, ffn[0]) == (1024, 4096) else 0
+        ),
         patch_size=patches[-1],
         image_size=math.isqrt(positions[0] - 1) * patches[-1],
         attn_implementation=attention,
@@ -125,14 +144,22 @@ def _complete_convnext(config: MiniGeminiConfig, shapes: dict[str, tuple[int, ..
     norm_eps = 1e-5 if dims == [384, 768, 1536, 3072] else 1e-6
     if tower is not None and (tower / "open_clip_config.json").is_file():
         with blaming(tower / "open_clip_config.json"):
-            vision = json.loads((tower / "open_clip_config.json").read_text(encoding="utf-8")).get("model_cfg", {}).get("vision_cfg", {})
+            vision = (
+                json.loads((tower / "open_clip_config.json").read_text(encoding="utf-8"))
+                .get("model_cfg", {})
+                .get("vision_cfg", {})
+            )
             norm_eps = vision.get("timm_model_kwargs", {}).get("norm_eps", norm_eps)
         depths = _at_least(depths, vision.get("timm_model_kwargs", {}).get("depths"))
     config.vision_config_aux = {"dims": dims, "depths": depths, "norm_eps": norm_eps}
 
 
 # open_clip's convnext_base_w, convnext_large_d and convnext_xxlarge
-_CONVNEXT_DEPTHS = {(128, 256, 512, 1024): (3, 3, 27, 3), (192, 384, 768, 1536): (3, 3, 27, 3), (384, 768, 1536, 3072): (3, 4, 30, 3)}
+_CONVNEXT_DEPTHS = {
+    (128, 256, 512, 1024): (3, 3, 27, 3),
+    (192, 384, 768, 1536): (3, 3, 27, 3),
+    (384, 768, 1536, 3072): (3, 4, 30, 3),
+}
 
 
 def _at_least(depths: list[int], known) -> list[int]:

@@ -73,10 +73,10 @@ class MiniGeminiImageProcessor(ImageProcessingMixin):
             images: one picture or a list of them; see `open_picture`.
             return_tensors: `pt` or `np`.
             allow_urls: fetch pictures given as URLs.
-            device: resize the decoded pictures there (`mg_fast.ops.dual_resize`): pixels of the same bits, views within 1e-6. None: by
-                Pillow, on the CPU.
-            decoder: `pillow`, or `nvjpeg`: JPEG files and bytes are decoded on the CUDA `device` by torchvision, to other pixels than
-                Pillow's; whatever else comes is still decoded by Pillow.
+            device: resize the decoded pictures there (`mg_fast.ops.dual_resize`): pixels of the same bits, views within
+                1e-6. None: by Pillow, on the CPU.
+            decoder: `pillow`, or `nvjpeg`: JPEG files and bytes are decoded on the CUDA `device` by torchvision, to
+                other pixels than Pillow's; whatever else comes is still decoded by Pillow.
 
         Returns:
             `pixel_values` [n, V, 3, lr_size, lr_size] (V = 1, or in HD the tiles row by row, the global view last) and
@@ -100,7 +100,9 @@ class MiniGeminiImageProcessor(ImageProcessingMixin):
             pixels, views = pixels.cpu(), views.cpu()
         return BatchFeature({"pixel_values": views, "pixel_values_hr": pixels}, tensor_type=return_tensors)
 
-    def _one(self, source, index: int, count: int, allow_urls: bool, device, decoder: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _one(
+        self, source, index: int, count: int, allow_urls: bool, device, decoder: str
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The HR picture and, where a device makes them, its LR views."""
         try:
             image = decode_on_device(source, device) if decoder == "nvjpeg" else None
@@ -112,7 +114,9 @@ class MiniGeminiImageProcessor(ImageProcessingMixin):
                 name = getattr(source, "filename", None) or getattr(image, "filename", None)
                 raise PictureError(f"{name}: {error}" if name else str(error)) from None
         except PictureError as error:
-            raise PictureError(f"picture {index + 1} of {count}: {error}" if count > 1 else str(error)) from error.__cause__
+            raise PictureError(
+                f"picture {index + 1} of {count}: {error}" if count > 1 else str(error)
+            ) from error.__cause__
 
     def _resized(self, image: Image.Image | torch.Tensor, device) -> tuple[torch.Tensor, torch.Tensor | None]:
         if device is None:
@@ -123,4 +127,6 @@ class MiniGeminiImageProcessor(ImageProcessingMixin):
         if not isinstance(image, torch.Tensor):
             # a copy: torch has no tensors that must not be written to
             image = torch.from_numpy(np.array(image)).to(device)
-        return ops.dual_resize(image, self.hr_size, self.lr_size, grid=self.grid, global_view=self.global_view, pad=self.pad)
+        return ops.dual_resize(
+            image, self.hr_size, self.lr_size, grid=self.grid, global_view=self.global_view, pad=self.pad
+        )

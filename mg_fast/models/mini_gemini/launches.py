@@ -1,4 +1,6 @@
-"""Compiles, for a GPU that is not here, the kernels that a Mini-Gemini launches: for resizing, the high-resolution tower and mining."""
+"""Compiles, for a GPU that is not here, the kernels that a Mini-Gemini launches: for resizing, the high-resolution
+tower and mining.
+"""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -17,7 +19,8 @@ from ..tensor_files import resolve_folder
 from .checkpoint import geometry_config
 from .configuration import MiniGeminiConfig
 
-# pictures at once: a product of few rows has other tiles than one of many, and of the second number no published model's has few
+# pictures at once: a product of few rows has other tiles than one of many, and of the second number no published
+# model's has few
 BATCHES = (1, 64)
 
 
@@ -33,7 +36,10 @@ class Compiled(NamedTuple):
 
 def published_configs() -> list[MiniGeminiConfig]:
     """Configurations of the published models, as far as kernels tell them apart: 768 pixels, and HD."""
-    return [MiniGeminiConfig(image_size_aux=768), MiniGeminiConfig(image_size_aux=1536, image_grid=2, image_global=True)]
+    return [
+        MiniGeminiConfig(image_size_aux=768),
+        MiniGeminiConfig(image_size_aux=1536, image_grid=2, image_global=True),
+    ]
 
 
 def model_config(name_or_path: str) -> MiniGeminiConfig:
@@ -60,7 +66,8 @@ def compile_kernels(
     training: bool = False,
     backend: str = "auto",
 ) -> Iterator[Compiled]:
-    """Fills Triton's cache (TRITON_CACHE_DIR) with the kernels that models of these configurations launch, for one picture or many.
+    """Fills Triton's cache (TRITON_CACHE_DIR) with the kernels that models of these configurations launch, for one
+    picture or many.
 
     Args:
         architectures: compute capabilities, 90 for sm_90.
@@ -82,7 +89,9 @@ def compile_kernels(
         # of the times, in microseconds
         events.append((src.name, None if cache_hit else times.total / 1e6))
 
-    for architecture, dtype, config in itertools.product(architectures, dtypes, published_configs() if configs is None else configs):
+    for architecture, dtype, config in itertools.product(
+        architectures, dtypes, published_configs() if configs is None else configs
+    ):
         events: list = []
         previous, knobs.compilation.listener = knobs.compilation.listener, listener
         try:
@@ -97,15 +106,23 @@ def compile_kernels(
 
 
 def launch_resize(config: MiniGeminiConfig) -> None:
-    """Both resolutions of a decoded picture; for use within `compile_only`. The kernels are the same for every picture and model."""
+    """Both resolutions of a decoded picture; for use within `compile_only`. The kernels are the same for every picture
+    and model.
+    """
     picture = torch.empty(480, 640, 3, dtype=torch.uint8, device="cuda")
     ops.dual_resize(
-        picture, config.image_size_aux, config.vision_config.image_size, grid=config.image_grid, global_view=config.image_global
+        picture,
+        config.image_size_aux,
+        config.vision_config.image_size,
+        grid=config.image_grid,
+        global_view=config.image_global,
     )
 
 
 def launch_vision(config: MiniGeminiConfig, dtype: torch.dtype, *, batch: int = 1, training: bool = False) -> None:
-    """The high-resolution tower and patch info mining on CUDA tensors of a model's shapes and layouts; for use within `compile_only`."""
+    """The high-resolution tower and patch info mining on CUDA tensors of a model's shapes and layouts; for use within
+    `compile_only`.
+    """
     dims, like = config.vision_config_aux["dims"], {"dtype": dtype, "device": "cuda", "requires_grad": training}
     width, size = config.vision_config.hidden_size, config.image_size_aux
 
@@ -118,4 +135,6 @@ def launch_vision(config: MiniGeminiConfig, dtype: torch.dtype, *, batch: int = 
     with torch.set_grad_enabled(training):
         # the blocks of a stage are alike
         pyramid = convnext.run_tower(*convnext.empty_tower(dims, [1] * len(dims), **like), pixels)
-        ops.patch_mining(queries, pyramid, projection(width), projection(sum(dims)), projection(sum(dims)), grid=config.image_grid)
+        ops.patch_mining(
+            queries, pyramid, projection(width), projection(sum(dims)), projection(sum(dims)), grid=config.image_grid
+        )

@@ -40,18 +40,20 @@ class PublishedCheckpoints:
         allow_long: bool = False,
         **kwargs,
     ):
-        """Loads a checkpoint in the published layout, by folder or hub id; see transformers' method for the other arguments.
+        """Loads a checkpoint in the published layout, by folder or hub id; see transformers' method for the other
+        arguments.
 
         Args:
-            template: overrides the prompt template; saved by `save_pretrained`. It decides the stop ids in `generation_config`.
+            template: overrides the prompt template; saved by `save_pretrained`. It decides the stop ids in
+                `generation_config`.
             base_model: the base language model of a stage-1 adapter folder (`mm_projector.bin`).
             allow_long: accept prompts longer than the model was trained on.
-            quantization_config: `int8`, `int4` or `fp8` (torchao's weight-only ones), or a transformers quantization configuration, for the
-                language model's layers; everything else keeps its dtype.
+            quantization_config: `int8`, `int4` or `fp8` (torchao's weight-only ones), or a transformers quantization
+                configuration, for the language model's layers; everything else keeps its dtype.
 
         Raises:
-            BackendError: a quantisation that cannot run here, or a dtype that is none.
-            CheckpointError: not a Mini-Gemini checkpoint, an unreadable file, or missing, unexpected or mis-shaped tensors, by name.
+            BackendError: a quantisation that cannot run here, or a dtype that is none. CheckpointError: not a
+            Mini-Gemini checkpoint, an unreadable file, or missing, unexpected or mis-shaped tensors, by name.
         """
         if template is not None:
             get_template(template)
@@ -62,7 +64,11 @@ class PublishedCheckpoints:
                 kwargs[name] = wanted_dtype(kwargs[name])
         config = kwargs.pop("config", None)
         if config is not None:
-            config = copy.deepcopy(config) if isinstance(config, MiniGeminiConfig) else MiniGeminiConfig.from_pretrained(config)
+            config = (
+                copy.deepcopy(config)
+                if isinstance(config, MiniGeminiConfig)
+                else MiniGeminiConfig.from_pretrained(config)
+            )
         checkpoint = open_checkpoint(pretrained_model_name_or_path, base_model=base_model, config=config, **kwargs)
         config = checkpoint.config
         _override(config, kwargs)
@@ -70,7 +76,12 @@ class PublishedCheckpoints:
         quantized = getattr(config, "quantization_config", None)
         if quantized is None:
             # a quantised save stores other tensors under other names; there the report after loading must do
-            check_names(cls.published_shapes(config), checkpoint.tensors, tied=config.tie_word_embeddings, where=checkpoint.weights_folder)
+            check_names(
+                cls.published_shapes(config),
+                checkpoint.tensors,
+                tied=config.tie_word_embeddings,
+                where=checkpoint.weights_folder,
+            )
         quantization = kwargs.get("quantization_config")
         if isinstance(quantization, str):
             if quantized is not None:
@@ -78,7 +89,9 @@ class PublishedCheckpoints:
                     f"{checkpoint.folder} is quantised already (quantization_config in its config.json): not by {quantization!r} again"
                 )
             dtype = _weights_dtype(kwargs, checkpoint)
-            kwargs["quantization_config"] = named_config(quantization, config.text_config, kwargs.get("device_map"), dtype)
+            kwargs["quantization_config"] = named_config(
+                quantization, config.text_config, kwargs.get("device_map"), dtype
+            )
         elif quantization is not None:
             check_config(quantization)
 
@@ -87,10 +100,14 @@ class PublishedCheckpoints:
             kwargs["device_map"] = complete_device_map(kwargs["device_map"], cls._on_meta(config).state_dict(), tied)
         filled = {published_to_ours(name): name for name in checkpoint.extra}
         with _quiet_report(bool(filled)):
-            model, info = super().from_pretrained(checkpoint.weights_folder, *model_args, config=config, output_loading_info=True, **kwargs)
+            model, info = super().from_pretrained(
+                checkpoint.weights_folder, *model_args, config=config, output_loading_info=True, **kwargs
+            )
         missing = sorted(set(info["missing_keys"]) - filled.keys())
         if missing or info["mismatched_keys"]:
-            raise CheckpointError(f"{checkpoint.weights_folder}: {len(missing)} tensors did not load: {', '.join(missing[:4])}")
+            raise CheckpointError(
+                f"{checkpoint.weights_folder}: {len(missing)} tensors did not load: {', '.join(missing[:4])}"
+            )
         model._fill(checkpoint.extra)
         if quantized is not None or quantization is not None:
             finish(model)
@@ -98,8 +115,11 @@ class PublishedCheckpoints:
 
         embedding = model.get_input_embeddings()
         if config.tie_word_embeddings and model.lm_head.weight is not embedding.weight and not embedding.weight.is_meta:
-            # a stored head that differs would be kept by transformers; a tied model's head is its embedding, as the original has it
-            logger.warning("%s stores an lm_head.weight beside tied embeddings; the embedding is used", checkpoint.weights_folder)
+            # a stored head that differs would be kept by transformers; a tied model's head is its embedding, as the
+            # original has it
+            logger.warning(
+                "%s stores an lm_head.weight beside tied embeddings; the embedding is used", checkpoint.weights_folder
+            )
             model.lm_head.weight = embedding.weight
         model.config.name_or_path = str(pretrained_model_name_or_path)
         model.allow_long = allow_long
@@ -131,7 +151,8 @@ class PublishedCheckpoints:
     def _fill(self, tensors: Table) -> None:
         """Copies tensors that lie outside the weights folder into the model."""
         if tensors:
-            # transformers remembers only the renamings that it needed itself; without them a save takes all that are registered
+            # transformers remembers only the renamings that it needed itself; without them a save takes all that are
+            # registered
             self._weight_conversions = None
         parameters = dict(self.named_parameters())
         for name, tensor in read_tensors(tensors):
@@ -141,13 +162,17 @@ class PublishedCheckpoints:
             if parameters[ours].is_meta:
                 owner, _, parameter = ours.rpartition(".")
                 if not set_offloaded(self.get_submodule(owner), parameter, tensor):
-                    raise CheckpointError(f"{name}: its module is on the meta device, and no hook of accelerate loads weights into it")
+                    raise CheckpointError(
+                        f"{name}: its module is on the meta device, and no hook of accelerate loads weights into it"
+                    )
                 continue
             with torch.no_grad():
                 parameters[ours].copy_(tensor)
 
     def _set_stop_ids(self, *folders) -> None:
-        """Writes the template's stop ids into generation_config, beside those it has: published ones miss the turn's end."""
+        """Writes the template's stop ids into generation_config, beside those it has: published ones miss the turn's
+        end.
+        """
         try:
             tokenizer = load_tokenizer(*folders)
         except CheckpointError as error:
@@ -161,7 +186,8 @@ class PublishedCheckpoints:
     def save_pretrained(self, save_directory, **kwargs):
         """Writes the checkpoint back in the published layout: names, shapes, values and flat config keys.
 
-        Quantised weights are written as they are stored, and load again without a `quantization_config`; int4 packed for a CPU cannot be.
+        Quantised weights are written as they are stored, and load again without a `quantization_config`; int4 packed
+        for a CPU cannot be.
         """
         check_savable(self)
         kwargs["save_original_format"] = True

@@ -14,18 +14,22 @@ logger = logging.getLogger(__name__)
 
 
 def resolve(
-    dtype: str | torch.dtype | dict | None, path: str | os.PathLike, *, quantize=None, base_model: str | os.PathLike | None = None
+    dtype: str | torch.dtype | dict | None,
+    path: str | os.PathLike,
+    *,
+    quantize=None,
+    base_model: str | os.PathLike | None = None,
 ) -> str | torch.dtype | dict:
     """What to hand on as `dtype` to `from_pretrained` for a model on this machine's CPU.
 
-    A dtype that was asked for is kept, with a warning where it is a slow one. `auto` stays where the checkpoint's own dtype is to be
-    taken. Reads the headers of the checkpoint's files, no weights.
+    A dtype that was asked for is kept, with a warning where it is a slow one. `auto` stays where the checkpoint's own
+    dtype is to be taken. Reads the headers of the checkpoint's files, no weights.
 
     Args:
         dtype: as of `mg_fast.load`.
         path, base_model: the checkpoint, as of `open_checkpoint`.
-        quantize: as of `mg_fast.load`. By name it wants bfloat16, which the kernels for quantized weights take; a configuration
-            object knows itself what it wants.
+        quantize: as of `mg_fast.load`. By name it wants bfloat16, which the kernels for quantized weights take; a
+            configuration object knows itself what it wants.
     """
     wanted = wanted_dtype(dtype)
     if wanted != "auto":
@@ -36,12 +40,17 @@ def resolve(
     dtype = wanted
     checkpoint = open_checkpoint(path, base_model=base_model)
     stored = checkpoint.stored_dtype()
-    if getattr(checkpoint.config, "quantization_config", None) is not None or not (quantize is None or isinstance(quantize, str)):
+    if getattr(checkpoint.config, "quantization_config", None) is not None or not (
+        quantize is None or isinstance(quantize, str)
+    ):
         return dtype
     if quantize is not None:
         if stored != torch.float16:
             return dtype
-        logger.warning("weights are loaded in bfloat16, not in the checkpoint's float16: kernels for %s weights take bfloat16", quantize)
+        logger.warning(
+            "weights are loaded in bfloat16, not in the checkpoint's float16: kernels for %s weights take bfloat16",
+            quantize,
+        )
         return torch.bfloat16
     chosen = cpu_dtype.choose(stored, sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values()))
     return dtype if chosen == stored else chosen

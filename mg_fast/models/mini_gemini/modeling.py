@@ -26,7 +26,9 @@ from .vision import PictureFeatures, build_projector, low_resolution_features
 
 @dataclass
 class MiniGeminiOutput(CausalLMOutputWithPast):
-    """Language-model output; `image_hidden_states` are the unscaled image tokens [n_images, T, hidden] that were spliced in."""
+    """Language-model output; `image_hidden_states` are the unscaled image tokens [n_images, T, hidden] that were
+    spliced in.
+    """
 
     image_hidden_states: torch.Tensor | None = None
 
@@ -68,7 +70,9 @@ class MiniGeminiModel(MiniGeminiPreTrainedModel):
         self.vision_tower = CLIPVisionModel._from_config(config.vision_config)
         self.vision_tower_aux = ConvNeXtPyramid.from_dims(**config.vision_config_aux)
         self.patch_mining = PatchInfoMining(config.mm_hidden_size, config.vision_config_aux["dims"])
-        self.mm_projector = build_projector(config.mm_projector_type, config.mm_hidden_size, config.text_config.hidden_size)
+        self.mm_projector = build_projector(
+            config.mm_projector_type, config.mm_hidden_size, config.text_config.hidden_size
+        )
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
@@ -112,7 +116,8 @@ class MiniGeminiModel(MiniGeminiPreTrainedModel):
         backend: str | None = None,
         stage: Callable = contextlib.nullcontext,
     ) -> PictureFeatures:
-        """Everything from pixels to image tokens, in its order: low-resolution tower, high-resolution tower, mining, projector.
+        """Everything from pixels to image tokens, in its order: low-resolution tower, high-resolution tower, mining,
+        projector.
 
         Packed or compiled parts may stand in for the model's own; they are given as functions of one call each.
 
@@ -151,7 +156,8 @@ class MiniGeminiModel(MiniGeminiPreTrainedModel):
             backend, stage: as of `get_image_features`.
 
         Returns:
-            Image tokens [n_images, T, hidden], global view first, unscaled; the same before the projector, [n_images, T, D].
+            Image tokens [n_images, T, hidden], global view first, unscaled; the same before the projector, [n_images,
+            T, D].
         """
         with stage("patch info mining"):
             mined = self.patch_mining(queries, pyramid, grid=self.config.image_grid, backend=backend)
@@ -161,18 +167,29 @@ class MiniGeminiModel(MiniGeminiPreTrainedModel):
             return call(self.mm_projector, tokens), tokens
 
     def low_resolution_queries(
-        self, pixel_values: torch.Tensor, *, backend: str | None = None, tower: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self,
+        pixel_values: torch.Tensor,
+        *,
+        backend: str | None = None,
+        tower: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Low-resolution views [n_images, V, 3, LR, LR] to queries [n_images, V, N, D], in the same order of views; `tower` for CLIP's."""
+        """Low-resolution views [n_images, V, 3, LR, LR] to queries [n_images, V, N, D], in the same order of views;
+        `tower` for CLIP's.
+        """
         n, cells = len(pixel_values), self.config.image_grid**2
-        # all tiles of all pictures, then the global views: the original's batch, kept so that numbers match to the last bit
+        # all tiles of all pictures, then the global views: the original's batch, kept so that numbers match to the last
+        # bit
         tiles = pixel_values[:, :cells].flatten(0, 1)
         views = torch.cat([tiles, pixel_values[:, cells:].flatten(0, 1)])
         if tower is None:
-            features = low_resolution_features(self.vision_tower, views, self.config.mm_vision_select_layer, backend=backend)
+            features = low_resolution_features(
+                self.vision_tower, views, self.config.mm_vision_select_layer, backend=backend
+            )
         else:
             features = tower(views)
-        return torch.cat([features[: len(tiles)].unflatten(0, (n, cells)), features[len(tiles) :].unflatten(0, (n, -1))], dim=1)
+        return torch.cat(
+            [features[: len(tiles)].unflatten(0, (n, cells)), features[len(tiles) :].unflatten(0, (n, -1))], dim=1
+        )
 
     def check_pixels(self, pixel_values: torch.Tensor, pixel_values_hr: torch.Tensor | None) -> None:
         """Raises ValueError for pixels of other shapes than the model takes."""
@@ -185,7 +202,9 @@ class MiniGeminiModel(MiniGeminiPreTrainedModel):
             if tuple(tensor.shape) != expected:
                 raise ValueError(f"{name}: expected {list(expected)} for {n} picture(s), got {list(tensor.shape)}")
 
-    def splice(self, inputs_embeds: torch.Tensor, image_tokens: torch.Tensor, mm_token_type_ids: torch.Tensor | None) -> torch.Tensor:
+    def splice(
+        self, inputs_embeds: torch.Tensor, image_tokens: torch.Tensor, mm_token_type_ids: torch.Tensor | None
+    ) -> torch.Tensor:
         """Text embeddings with the picture positions replaced by image tokens, in order.
 
         Args:
@@ -200,8 +219,11 @@ class MiniGeminiModel(MiniGeminiPreTrainedModel):
         mask = mm_token_type_ids == 1
         image_tokens = image_tokens.to(inputs_embeds.device, inputs_embeds.dtype)
         if self.config.text_config.model_type == "gemma":
-            # Gemma scales in its embedding module, which image tokens do not pass; the factor is rounded to the model's dtype there too
-            image_tokens = image_tokens * torch.tensor(self.config.text_config.hidden_size**0.5, dtype=inputs_embeds.dtype)
+            # Gemma scales in its embedding module, which image tokens do not pass; the factor is rounded to the model's
+            # dtype there too
+            image_tokens = image_tokens * torch.tensor(
+                self.config.text_config.hidden_size**0.5, dtype=inputs_embeds.dtype
+            )
         return inputs_embeds.masked_scatter(mask.unsqueeze(-1).to(inputs_embeds.device), image_tokens)
 
     def embed(self, input_ids: torch.Tensor, **pictures: torch.Tensor | None) -> torch.Tensor:
@@ -209,7 +231,9 @@ class MiniGeminiModel(MiniGeminiPreTrainedModel):
         return self._with_pictures(self.embed_ids(input_ids), **pictures)[0]
 
     def embed_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Embeddings [B, L, hidden] of ids alone, in the dtype of the layers; a tied head may have given the embeddings another one."""
+        """Embeddings [B, L, hidden] of ids alone, in the dtype of the layers; a tied head may have given the embeddings
+        another one.
+        """
         return at_seam(self.get_input_embeddings()(input_ids), self.language_model.layers)
 
     def _with_pictures(
@@ -245,13 +269,20 @@ class MiniGeminiModel(MiniGeminiPreTrainedModel):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_ids(input_ids)
-        inputs_embeds, image_tokens = self._with_pictures(inputs_embeds, pixel_values, pixel_values_hr, image_tokens, mm_token_type_ids)
+        inputs_embeds, image_tokens = self._with_pictures(
+            inputs_embeds, pixel_values, pixel_values_hr, image_tokens, mm_token_type_ids
+        )
         outputs = self.language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
         return outputs, image_tokens
 
 
 class MiniGeminiForConditionalGeneration(
-    PublishedCheckpoints, GenerationWithPictures, MiniGeminiDecoding, MiniGeminiSeeing, MiniGeminiPreTrainedModel, GenerationMixin
+    PublishedCheckpoints,
+    GenerationWithPictures,
+    MiniGeminiDecoding,
+    MiniGeminiSeeing,
+    MiniGeminiPreTrainedModel,
+    GenerationMixin,
 ):
     """Mini-Gemini with its language-model head.
 
@@ -300,14 +331,16 @@ class MiniGeminiForConditionalGeneration(
             pixel_values, pixel_values_hr: pictures in the order of their places in the batch.
             image_tokens: [n_images, T, hidden] from `get_image_features`, instead of the pixels.
             mm_token_type_ids: [B, L], 1 at picture positions.
-            past_key_values: keys and values of the positions before. Pictures whose places are among these may come once more, with
-                mm_token_type_ids for the whole prompt; they are not encoded again.
+            past_key_values: keys and values of the positions before. Pictures whose places are among these may come
+                once more, with mm_token_type_ids for the whole prompt; they are not encoded again.
             labels: [B, L], -100 where no loss is wanted.
-            logits_to_keep: only that many last positions (0: all) get logits, or those that a list or a tensor [n] names.
+            logits_to_keep: only that many last positions (0: all) get logits, or those that a list or a tensor [n]
+                names.
             allow_long: accept prompts beyond the trained length; None takes the model's `allow_long`.
             return_dict: False returns a tuple.
-            **kwargs: reach the language model and `loss_function`, as in transformers' own models: `num_items_in_batch`, by which
-                Trainer weighs the parts of an accumulated batch, `shift_labels`, `ignore_index`, ...
+            **kwargs: reach the language model and `loss_function`, as in transformers' own models:
+                `num_items_in_batch`, by which Trainer weighs the parts of an accumulated batch, `shift_labels`,
+                `ignore_index`, ...
 
         Raises:
             PromptError: a prompt longer than the model was trained for, or pictures that do not match their places.
@@ -331,7 +364,9 @@ class MiniGeminiForConditionalGeneration(
         logits = call(self.lm_head, outputs.last_hidden_state[:, kept_positions(logits_to_keep)])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
         output = MiniGeminiOutput(
             loss=loss,
             logits=logits,

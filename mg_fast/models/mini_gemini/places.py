@@ -9,18 +9,25 @@ PICTURE_INPUTS = ("pixel_values", "pixel_values_hr", "image_tokens", "mm_token_t
 
 
 def check_places(mm_token_type_ids: torch.Tensor | None, image_tokens: torch.Tensor) -> None:
-    """Holds the marked places [B, L] of a batch against its image tokens [n_images, T, hidden]; `PromptError` has the numbers.
+    """Holds the marked places [B, L] of a batch against its image tokens [n_images, T, hidden]; `PromptError` has the
+    numbers.
 
     In a graph of torch.compile the numbers are compared when it runs, and a RuntimeError says that they differ.
     """
     if mm_token_type_ids is None:
-        raise PromptError("pictures came without mm_token_type_ids, which mark their places in input_ids: the processor returns both")
+        raise PromptError(
+            "pictures came without mm_token_type_ids, which mark their places in input_ids: the processor returns both"
+        )
     pictures, tokens = image_tokens.shape[:2]
     places = (mm_token_type_ids == 1).sum()
     if torch.compiler.is_compiling():
-        torch._assert_async(places == pictures * tokens, "the prompt has not as many places of pictures as image tokens came")
+        torch._assert_async(
+            places == pictures * tokens, "the prompt has not as many places of pictures as image tokens came"
+        )
     elif places != pictures * tokens:
-        raise PromptError(f"the prompt has room for {int(places)} image tokens, but {pictures} picture(s) of {tokens} came")
+        raise PromptError(
+            f"the prompt has room for {int(places)} image tokens, but {pictures} picture(s) of {tokens} came"
+        )
 
 
 def check_no_places(mm_token_type_ids: torch.Tensor) -> None:
@@ -39,8 +46,8 @@ def of_new_positions(
     """The pictures and marks of a prompt's last positions, where those before them are in a cache.
 
     Args:
-        pictures: by the names in `PICTURE_INPUTS`: marks of the new positions or of the whole prompt; the pictures of the whole prompt, in
-            the order of their places in the batch, or those of the new positions only.
+        pictures: by the names in `PICTURE_INPUTS`: marks of the new positions or of the whole prompt; the pictures of
+            the whole prompt, in the order of their places in the batch, or those of the new positions only.
         length: new positions.
         cached: positions before them.
         tokens_per_picture: places that each picture takes.
@@ -64,7 +71,9 @@ def of_new_positions(
             "pictures of the new positions, or all pictures with mm_token_type_ids for the whole prompt"
         )
     if (before % tokens_per_picture).any():
-        raise PromptError(f"the cache ends within a picture, after {int(before.max())} image tokens: a picture takes {tokens_per_picture}")
+        raise PromptError(
+            f"the cache ends within a picture, after {int(before.max())} image tokens: a picture takes {tokens_per_picture}"
+        )
     rows = [(row // tokens_per_picture).tolist() for row in (before, new)]
     wanted = torch.tensor([known for old, fresh in zip(*rows) for known in [False] * old + [True] * fresh])
     for name, tensor in given.items():

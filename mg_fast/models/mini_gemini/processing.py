@@ -52,20 +52,28 @@ class MiniGeminiProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path, *, template: str | None = None, base_model: str | os.PathLike | None = None, **kwargs
+        cls,
+        pretrained_model_name_or_path,
+        *,
+        template: str | None = None,
+        base_model: str | os.PathLike | None = None,
+        **kwargs,
     ) -> "MiniGeminiProcessor":
         """The processor of a checkpoint, by folder or hub id; published folders need no preprocessor_config.json.
 
         Args:
             template: overrides the prompt template that is otherwise read or decided from the checkpoint.
-            base_model: the base language model of a stage-1 adapter folder; its tokenizer and, if the folder has none, its config.json.
+            base_model: the base language model of a stage-1 adapter folder; its tokenizer and, if the folder has none,
+                its config.json.
             **kwargs: hub arguments (`cache_dir`, `revision`, `token`, `local_files_only`, `force_download`).
 
         Raises:
             CheckpointError: no configuration or no tokenizer there.
             PromptError: unknown template.
         """
-        unknown = {key for key, value in kwargs.items() if value not in (None, "")} - set(HUB_ARGUMENTS) - _AUTO_ARGUMENTS
+        unknown = (
+            {key for key, value in kwargs.items() if value not in (None, "")} - set(HUB_ARGUMENTS) - _AUTO_ARGUMENTS
+        )
         if unknown:
             raise TypeError(f"MiniGeminiProcessor.from_pretrained: unknown arguments {quoted(sorted(unknown))}")
         if template is not None:
@@ -78,7 +86,9 @@ class MiniGeminiProcessor(ProcessorMixin):
         if stored and not (folder / "config.json").is_file():
             # a processor saved on its own, apart from its model
             return cls(
-                MiniGeminiImageProcessor(**stored["image_processor"]), load_tokenizer(folder), template=template or stored["template"]
+                MiniGeminiImageProcessor(**stored["image_processor"]),
+                load_tokenizer(folder),
+                template=template or stored["template"],
             )
         config = geometry_config(folder, base)
         tokenizer = load_tokenizer(folder, base)
@@ -111,12 +121,12 @@ class MiniGeminiProcessor(ProcessorMixin):
             padding: pad a batch on the left to its longest prompt; default: when there are several prompts.
             add_special_tokens: let the tokenizer add its beginning-of-sequence token.
             allow_urls: fetch pictures given as URLs.
-            device, decoder: where pictures are resized, and by what they are decoded, see `MiniGeminiImageProcessor`; ids and marks stay
-                on the CPU.
+            device, decoder: where pictures are resized, and by what they are decoded, see `MiniGeminiImageProcessor`;
+                ids and marks stay on the CPU.
 
         Returns:
-            `input_ids`, `attention_mask`, `mm_token_type_ids` [B, L] (1 where a picture stands), and with pictures `pixel_values`
-            [n_images, V, 3, LR, LR] and `pixel_values_hr` [n_images, 3, HR, HR].
+            `input_ids`, `attention_mask`, `mm_token_type_ids` [B, L] (1 where a picture stands), and with pictures
+            `pixel_values` [n_images, V, 3, LR, LR] and `pixel_values_hr` [n_images, 3, HR, HR].
 
         Raises:
             PromptError: no text, an empty prompt, or another number of `<image>` than of pictures.
@@ -125,13 +135,19 @@ class MiniGeminiProcessor(ProcessorMixin):
         if kwargs.get("truncation"):
             raise TypeError("MiniGeminiProcessor: truncation is not offered, a cut prompt would lose its question")
         # transformers' apply_chat_template names the modalities it found nothing of
-        unknown = {key for key, value in kwargs.items() if not (key in ("videos", "audio") and value is None)} - {"truncation"}
+        unknown = {key for key, value in kwargs.items() if not (key in ("videos", "audio") and value is None)} - {
+            "truncation"
+        }
         if unknown:
             raise TypeError(f"MiniGeminiProcessor: unknown arguments {quoted(sorted(unknown))}")
         if padding not in (None, True, False, "longest", "do_not_pad"):
-            raise TypeError(f"MiniGeminiProcessor: padding is True ('longest') or False ('do_not_pad'), got {quoted(padding)}")
+            raise TypeError(
+                f"MiniGeminiProcessor: padding is True ('longest') or False ('do_not_pad'), got {quoted(padding)}"
+            )
         if text is None:
-            raise PromptError("expected text=, a prompt with one <image> per picture; pictures alone go to processor.image_processor")
+            raise PromptError(
+                "expected text=, a prompt with one <image> per picture; pictures alone go to processor.image_processor"
+            )
         texts = [text] if isinstance(text, str) else list(text)
         if not texts:
             raise PromptError("expected at least one prompt, got none")
@@ -167,7 +183,9 @@ class MiniGeminiProcessor(ProcessorMixin):
             PromptError: text that UTF-8 cannot encode.
         """
         check_text(prompt, "the prompt")
-        pieces = [self.tokenizer(piece, add_special_tokens=add_special_tokens).input_ids for piece in prompt.split(IMAGE_TAG)]
+        pieces = [
+            self.tokenizer(piece, add_special_tokens=add_special_tokens).input_ids for piece in prompt.split(IMAGE_TAG)
+        ]
         bos = self.tokenizer.bos_token_id
         has_bos = bool(pieces[0]) and bos is not None and pieces[0][0] == bos
         ids, marks = list(pieces[0]), [0] * len(pieces[0])
@@ -182,13 +200,16 @@ class MiniGeminiProcessor(ProcessorMixin):
     def apply_chat_template(self, messages, chat_template=None, **kwargs):
         """Messages to a prompt or, with tokenize=True, to model inputs; see transformers' method of the same name.
 
-        Pictures are taken from the messages' content: {"type": "image", "image" | "path" | "url" | "base64": ...}. `url` may be a web
+        Pictures are taken from the messages' content: {"type": "image", "image" | "path" | "url" | "base64": ...}.
+        `url` may be a web
         address: writing it there is asking for it. `processor_kwargs` ({"device": "cuda"}) go to the processor.
         """
         if not messages:
             raise PromptError("a conversation needs at least one message, got none")
         batched = not isinstance(messages[0], dict)
-        conversations = [_load_pictures(m, kwargs.get("tokenize", False)) for m in (messages if batched else [messages])]
+        conversations = [
+            _load_pictures(m, kwargs.get("tokenize", False)) for m in (messages if batched else [messages])
+        ]
         return super().apply_chat_template(conversations if batched else conversations[0], chat_template, **kwargs)
 
     @property

@@ -42,7 +42,8 @@ def low_resolution_features(
         backend: overrides the choice in force.
 
     Returns:
-        [B, N, D] in the tower's dtype. The `reference` backend runs every layer, as the original does; others stop at the one wanted.
+        [B, N, D] in the tower's dtype. The `reference` backend runs every layer, as the original does; others stop at
+        the one wanted.
     """
     # Their layers are called one by one below; here no tensor of them is read.
     called = {"reads": (), "placed": True}
@@ -69,7 +70,9 @@ def _up_to_the_layer_wanted(tower: CLIPVisionModel, views: torch.Tensor, wanted:
     return _hidden_state(tower, views, wanted, wanted)[0]
 
 
-def _hidden_state(tower: CLIPVisionModel, views: torch.Tensor, wanted: int, run: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _hidden_state(
+    tower: CLIPVisionModel, views: torch.Tensor, wanted: int, run: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The output of layer `wanted`, counted from 1, and that of the last layer run."""
     weight = tower.pre_layrnorm.weight
     if not weight.is_meta:

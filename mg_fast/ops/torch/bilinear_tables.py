@@ -1,7 +1,7 @@
 """Bilinear resizing as tables: which coarse pixels a window of a resized map is made of, and with which weights.
 
-The map of `size` x `size` pixels is upsampled to `fine` and then, for a global view, reduced by `reduction`, both as F.interpolate does
-it (bilinear, align_corners=False).
+The map of `size` x `size` pixels is upsampled to `fine` and then, for a global view, reduced by `reduction`, both as
+F.interpolate does it (bilinear, align_corners=False).
 """
 
 import functools
@@ -23,8 +23,8 @@ def window_tables(fine: int, size: int, reduction: int, regions: int, device: to
     """Which of size x size coarse pixels the windows need, and with which weights.
 
     Returns:
-        index [G, G * K * K] of the pixels of each row of windows, window by window, column by column; weights [G, M, K] that make a
-        window's M rows of pixels of its K coarse ones, and its columns likewise.
+        index [G, G * K * K] of the pixels of each row of windows, window by window, column by column; weights [G, M, K]
+        that make a window's M rows of pixels of its K coarse ones, and its columns likewise.
     """
     k = reach(fine, size, reduction, regions)
     # in the same whole numbers as the weights; at the end moved inwards, so that all windows are equally wide
@@ -36,8 +36,12 @@ def window_tables(fine: int, size: int, reduction: int, regions: int, device: to
     return index.flatten(1), _weights(pixels, taps[:, None], fine, size, reduction, dtype)
 
 
-def _weights(pixels: torch.Tensor, taps: torch.Tensor, fine: int, size: int, reduction: int, dtype: torch.dtype) -> torch.Tensor:
-    """How much of each coarse pixel is in each pixel of the resized map: F.interpolate's bilinear (align_corners=False), up, then down."""
+def _weights(
+    pixels: torch.Tensor, taps: torch.Tensor, fine: int, size: int, reduction: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """How much of each coarse pixel is in each pixel of the resized map: F.interpolate's bilinear
+    (align_corners=False), up, then down.
+    """
     weights = 0
     # the middle of what is reduced: one fine pixel, or between two
     for middle in ((reduction - 1) // 2, reduction // 2):
@@ -53,7 +57,8 @@ def strip_tables(fine: int, size: int, reduction: int, regions: int, device: tor
     """As `window_tables`, for windows that are all equally far apart and may begin before the map and end after it.
 
     Returns:
-        The first coarse pixel of the first window; how many there are from one window to the next, a whole number; weights [G, M, K].
+        The first coarse pixel of the first window; how many there are from one window to the next, a whole number;
+        weights [G, M, K].
     """
     side = fine // regions
     begin, end = (reduction - 1) // 2, side - reduction + reduction // 2

@@ -1,7 +1,9 @@
-"""Pictures to the two resolutions: squared, resized bicubically with Pillow's own bits, normalised, and seen again at low resolution.
+"""Pictures to the two resolutions: squared, resized bicubically with Pillow's own bits, normalised, and seen again at
+low resolution.
 
-Pillow resizes 8-bit pictures in whole numbers: the filter's weights are rounded to multiples of 2**-22, columns are resized before rows,
-and what lies between the two passes is rounded to 8 bits. All sums stay below 2**53, so float64 holds them exactly, in any order.
+Pillow resizes 8-bit pictures in whole numbers: the filter's weights are rounded to multiples of 2**-22, columns are
+resized before rows, and what lies between the two passes is rounded to 8 bits. All sums stay below 2**53, so float64
+holds them exactly, in any order.
 """
 
 import functools
@@ -22,7 +24,8 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # int(255 * mean)
 PAD_COLOUR = (122, 116, 104)
-# a canvas of 18,918 pixels a side, about 1 GiB: beyond it, squaring by padding would take the machine's memory for nothing
+# a canvas of 18,918 pixels a side, about 1 GiB: beyond it, squaring by padding would take the machine's memory for
+# nothing
 MAX_CANVAS_PIXELS = 4 * 89_478_485
 # of a weight in fixed point: Pillow's PRECISION_BITS
 FRACTION_BITS = 22
@@ -53,7 +56,8 @@ class Side(NamedTuple):
 
 
 def place(width: int, height: int, size: int, pad: bool) -> tuple[Side, Side]:
-    """The horizontal and the vertical side of a picture that is squared to size x size, by padding or by cropping the centre.
+    """The horizontal and the vertical side of a picture that is squared to size x size, by padding or by cropping the
+    centre.
 
     Raises:
         PictureError: too thin, or too large.
@@ -61,17 +65,25 @@ def place(width: int, height: int, size: int, pad: bool) -> tuple[Side, Side]:
     long, short = max(width, height), min(width, height)
     if pad:
         if short * size < long:
-            raise PictureError(f"{width}x{height} pixels: too thin, squared and resized to {size}x{size} its short side is under one pixel")
+            raise PictureError(
+                f"{width}x{height} pixels: too thin, squared and resized to {size}x{size} its short side is under one pixel"
+            )
         if long * long > MAX_CANVAS_PIXELS:
             limit = math.isqrt(MAX_CANVAS_PIXELS)
-            raise PictureError(f"{width}x{height} pixels: too large to square by padding, the longest side may be {limit}")
+            raise PictureError(
+                f"{width}x{height} pixels: too large to square by padding, the longest side may be {limit}"
+            )
         horizontal, vertical = (Side(n, (long - n) // 2, long, size, 0, size) for n in (width, height))
         return horizontal, vertical
     scaled = size if width == height else int(size * long / short)
     if size * scaled > MAX_CANVAS_PIXELS:
-        raise PictureError(f"{width}x{height} pixels: too thin, its shortest side resized to {size} makes the other one {scaled}")
+        raise PictureError(
+            f"{width}x{height} pixels: too thin, its shortest side resized to {size} makes the other one {scaled}"
+        )
     wide, high = (scaled, size) if width > height else (size, scaled)
-    return Side(width, 0, width, wide, (wide - size) // 2, size), Side(height, 0, height, high, (high - size) // 2, size)
+    return Side(width, 0, width, wide, (wide - size) // 2, size), Side(
+        height, 0, height, high, (high - size) // 2, size
+    )
 
 
 def square(image: Image.Image, size: int, pad: bool) -> Image.Image:
@@ -87,21 +99,28 @@ def square(image: Image.Image, size: int, pad: bool) -> Image.Image:
         image = canvas
     if pad:
         return image.resize((size, size), Image.Resampling.BICUBIC)
-    # columns first, as Pillow always did: for tall pictures Pillow 13 changes the order, and with it the rounding between
-    image = image.resize((x.resized, image.height), Image.Resampling.BICUBIC).resize((x.resized, y.resized), Image.Resampling.BICUBIC)
+    # columns first, as Pillow always did: for tall pictures Pillow 13 changes the order, and with it the rounding
+    # between
+    image = image.resize((x.resized, image.height), Image.Resampling.BICUBIC).resize(
+        (x.resized, y.resized), Image.Resampling.BICUBIC
+    )
     return image.crop((x.begin, y.begin, x.begin + size, y.begin + size))
 
 
 @functools.lru_cache(maxsize=1)
 def level_tables() -> np.ndarray:
-    """[3, 256] float32: (u8 / 255 - mean) / std of every channel, each step rounded to float32 as the original's processor does."""
+    """[3, 256] float32: (u8 / 255 - mean) / std of every channel, each step rounded to float32 as the original's
+    processor does.
+    """
     levels = (np.arange(256) / 255).astype(np.float32)
     mean, std = np.array(CLIP_MEAN, np.float32), np.array(CLIP_STD, np.float32)
     return np.ascontiguousarray(((levels[:, None] - mean) / std).T)
 
 
 def normalise(image: Image.Image) -> torch.Tensor:
-    """An RGB image as [3, H, W], float32: (u8 / 255 - mean) / std, each step rounded to float32 as the original's processor does."""
+    """An RGB image as [3, H, W], float32: (u8 / 255 - mean) / std, each step rounded to float32 as the original's
+    processor does.
+    """
     # one table of 256 values per channel gives every pixel bit for bit
     pixels = np.asarray(image)
     return torch.from_numpy(np.stack([np.take(table, pixels[..., c]) for c, table in enumerate(level_tables())]))
@@ -112,7 +131,8 @@ def bicubic_taps(side: Side) -> tuple[np.ndarray, np.ndarray]:
     `normalize_coeffs_8bpc`, in their order of operations.
 
     Returns:
-        first: [size] int32, the first tap as a pixel of the picture; taps outside of the picture have the colour of the padding.
+        first: [size] int32, the first tap as a pixel of the picture; taps outside of the picture have the colour of the
+            padding.
         weights: [size, K] int32, in units of 2**-22; zero for taps outside of the canvas.
     """
     scale = side.canvas / side.resized
@@ -143,7 +163,8 @@ def span(side: Side) -> tuple[int, int]:
 
 
 class ResizeBlock(NamedTuple):
-    """Outputs [begin, end) of a side from pixels [first, last) of the picture, by a matrix product and a share of the padding.
+    """Outputs [begin, end) of a side from pixels [first, last) of the picture, by a matrix product and a share of the
+    padding.
 
     Attributes:
         weights: [last - first, end - begin] float64.
@@ -225,14 +246,19 @@ def dual_resize(
 
 @functools.lru_cache(maxsize=8)
 def bilinear_taps(before: int, after: int) -> tuple[np.ndarray, np.ndarray]:
-    """[2, after] each: positions int64 and weights float32 by which F.interpolate makes `after` pixels of `before` on this CPU.
+    """[2, after] each: positions int64 and weights float32 by which F.interpolate makes `after` pixels of `before` on
+    this CPU.
 
-    Asked of it, not computed: its positions are float32, and whether a product and a sum are rounded once or twice is its compiler's.
+    Asked of it, not computed: its positions are float32, and whether a product and a sum are rounded once or twice is
+    its compiler's.
     """
     # its values are wanted, whoever only compiles
     with unset_fake_temporarily():
         probe = F.interpolate(
-            torch.eye(before, dtype=torch.float32, device="cpu")[None, None], size=(after, before), mode="bilinear", align_corners=False
+            torch.eye(before, dtype=torch.float32, device="cpu")[None, None],
+            size=(after, before),
+            mode="bilinear",
+            align_corners=False,
         )[0, 0]
         low = (probe != 0).int().argmax(1, keepdim=True)
         high = (low + 1).clamp(max=before - 1)
@@ -241,12 +267,19 @@ def bilinear_taps(before: int, after: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def view_taps(hr_size: int, lr_size: int, grid: int, global_view: bool) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Positions and weights [T, n] along a side, of the canvas of tiles (T = 2) and of the global view (T = 4), from the HR picture."""
+    """Positions and weights [T, n] along a side, of the canvas of tiles (T = 2) and of the global view (T = 4), from
+    the HR picture.
+    """
     positions, weights = bilinear_taps(hr_size, lr_size * grid)
     taps = [(positions, weights)]
     if global_view:
         p, w = bilinear_taps(lr_size * grid, lr_size)
-        taps.append((np.concatenate(list(positions[:, p].swapaxes(0, 1))), np.concatenate(list((weights[:, p] * w).swapaxes(0, 1)))))
+        taps.append(
+            (
+                np.concatenate(list(positions[:, p].swapaxes(0, 1))),
+                np.concatenate(list((weights[:, p] * w).swapaxes(0, 1))),
+            )
+        )
     return taps
 
 

@@ -5,7 +5,12 @@ import torch.nn.functional as F
 
 
 def dwconv_norm(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, norm_weight: torch.Tensor, norm_bias: torch.Tensor, eps: float
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    eps: float,
 ) -> torch.Tensor:
     """The map as it is, seen as a channels-last NCHW tensor by the convolution."""
     kernel = weight.t().reshape(-1, 1, 7, 7)

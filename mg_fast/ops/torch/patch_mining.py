@@ -1,17 +1,20 @@
-"""Patch info mining by another algebra, in PyTorch: the `torch` backend, for any device, and the algebra around the kernels.
+"""Patch info mining by another algebra, in PyTorch: the `torch` backend, for any device, and the algebra around the
+kernels.
 
 Exact, not an approximation. With one query to a window the key and value projections move off the pixels:
 
-- scores: q . (W_k (g x̂ + b) + c) = (g * W_k^T q) . x̂ + constant, and a constant cancels in the softmax; so the QUERY is projected
-  to the pyramid's channels, once, instead of every pixel to the queries' width;
+- scores: q . (W_k (g x̂ + b) + c) = (g * W_k^T q) . x̂ + constant, and a constant cancels in the softmax; so the QUERY
+  is projected to the pyramid's channels, once, instead of every pixel to the queries' width;
 - values: the weights sum to 1, so the normalised pixels are pooled first and projected once;
-- resizing is linear: a window needs the scores of the coarse pixels under it only, resized as scalars by a small matrix of bilinear
-  weights, and the weights of the softmax go back through the same matrix; so no upsampled, reduced or concatenated map exists;
+- resizing is linear: a window needs the scores of the coarse pixels under it only, resized as scalars by a small matrix
+  of bilinear weights, and the weights of the softmax go back through the same matrix; so no upsampled, reduced or
+  concatenated map exists;
 - LayerNorm's mean is linear too, its variance a quadratic form of the inner products of neighbouring coarse pixels.
 
-By count of the products, 435 GFLOP become 8 for a picture of 768 pixels. Windows share their borders, so coarse pixels are read more
-than once. Slower than the plain form where there is little to save, few queries of few channels: milliseconds either way. Something that is
-not finite makes its whole picture so. Under torch.compile sizes must be static (dynamic=False): the tables are made from them.
+By count of the products, 435 GFLOP become 8 for a picture of 768 pixels. Windows share their borders, so coarse pixels
+are read more than once. Slower than the plain form where there is little to save, few queries of few channels:
+milliseconds either way. Something that is not finite makes its whole picture so. Under torch.compile sizes must be
+static (dynamic=False): the tables are made from them.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,8 +28,8 @@ from .pointwise import linear
 
 # on a CPU: rows of a map whose inner products are taken together, so that they stay in its cache
 ROWS = 8
-# on a CPU: bytes of the pyramids, in the accumulator's dtype, that are taken together; their gathered windows take two to four times as
-# much. Of a larger pyramid the windows of one row are taken at a time
+# on a CPU: bytes of the pyramids, in the accumulator's dtype, that are taken together; their gathered windows take two
+# to four times as much. Of a larger pyramid the windows of one row are taken at a time
 TOGETHER = 8 * 2**20
 
 
@@ -53,7 +56,9 @@ def patch_mining(
 
 
 def _absorb(queries: torch.Tensor, query: Projection, key: Projection) -> torch.Tensor:
-    """The queries projected to the pyramid's channels: gains of the key's LayerNorm and the scale of the scores included."""
+    """The queries projected to the pyramid's channels: gains of the key's LayerNorm and the scale of the scores
+    included.
+    """
     d = key.weight.shape[0]
     projected = F.layer_norm(queries, query.norm_weight.shape, query.norm_weight, query.norm_bias, LAYER_NORM_EPS)
     projected = linear(projected, query.weight, query.bias)
@@ -69,7 +74,8 @@ def pool_windows(absorbed: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: 
     """Softmax-weighted mean of the normalised pixels of every query's window.
 
     Args:
-        absorbed: [B, V, N, C], queries projected to C = sum(C_s) channels; V = grid * grid cells row by row, then possibly the global view.
+        absorbed: [B, V, N, C], queries projected to C = sum(C_s) channels; V = grid * grid cells row by row, then
+            possibly the global view.
         pyramid: [B, n_s, n_s, C_s], finest first.
         grid: cells per side.
 
@@ -85,7 +91,8 @@ def pool_windows(absorbed: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: 
     cells, side = grid * grid, int(n**0.5)
     dtype = torch.float64 if pyramid[0].dtype == torch.float64 else torch.float32
     in_steps = False
-    # a CPU is best kept in its cache, but not for a few windows at a time; a GPU is to be busy, a compiler's graph small
+    # a CPU is best kept in its cache, but not for a few windows at a time; a GPU is to be busy, a compiler's graph
+    # small
     if device == "cpu" and not torch.compiler.is_compiling():
         together = TOGETHER // sum(dtype.itemsize * level.shape[1:].numel() for level in pyramid)
         if b > max(1, together):
@@ -99,8 +106,14 @@ def pool_windows(absorbed: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: 
     fine, reductions = pyramid[0].shape[1], (1, grid) if views > cells else (1,)
     spans = [max(neighbours(fine, level.shape[1], reduction) for reduction in reductions) for level in pyramid]
     products = [_inner_products(*level, in_steps=in_steps) for level in zip(pyramid, centres, spans)]
-    # the cells lie side by side on one raster, so that a window at a cut sees the neighbouring cell's pixels as the upsampled map does
-    raster = absorbed[:, :cells].reshape(b, grid, grid, side, side, channels).transpose(2, 3).reshape(b, grid * side, grid * side, channels)
+    # the cells lie side by side on one raster, so that a window at a cut sees the neighbouring cell's pixels as the
+    # upsampled map does
+    raster = (
+        absorbed[:, :cells]
+        .reshape(b, grid, grid, side, side, channels)
+        .transpose(2, 3)
+        .reshape(b, grid * side, grid * side, channels)
+    )
     pooled = _pool_raster(raster, pyramid, centres, products, 1, in_steps=in_steps)
     pooled = pooled.reshape(b, grid, side, grid, side, channels).transpose(2, 3).reshape(b, cells, n, channels)
     if views > cells:
@@ -119,7 +132,8 @@ def _pool_raster(
     *,
     in_steps: bool,
 ) -> torch.Tensor:
-    """Queries [B, G, G, C] over the G x G windows of the map upsampled to the finest level and reduced by `reduction` -> [B, G, G, C].
+    """Queries [B, G, G, C] over the G x G windows of the map upsampled to the finest level and reduced by `reduction`
+    -> [B, G, G, C].
 
     Args:
         absorbed: in the accumulator's dtype, as `centres` and `products` are.
@@ -165,8 +179,8 @@ def _reader(
 ) -> tuple[Callable, torch.Tensor]:
     """A function that reads rows of windows, and the weights [G, M, K] that make their pixels of the coarse ones.
 
-    The function takes a slice of the rows to coarse pixels [B, rows, G, K * K, C], column by column, less their own means over the level's
-    channels, so that nothing cancels where features have a large common offset.
+    The function takes a slice of the rows to coarse pixels [B, rows, G, K * K, C], column by column, less their own
+    means over the level's channels, so that nothing cancels where features have a large common offset.
     """
     b, n, _, channels = level.shape
     sizes = (fine, n, reduction, g, centre.device, centre.dtype)
@@ -201,18 +215,23 @@ def _reader(
 
 
 def _statistics(
-    widths: Sequence[int], centres: Sequence[torch.Tensor], products: Sequence[dict[tuple[int, int], torch.Tensor]], reduction: int
+    widths: Sequence[int],
+    centres: Sequence[torch.Tensor],
+    products: Sequence[dict[tuple[int, int], torch.Tensor]],
+    reduction: int,
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """LayerNorm's statistics of the resized levels taken together, [B, n, n] with n = n_0 / reduction.
 
     Args:
         widths: channels of the levels.
         centres: means of their pixels over their channels, [B, n_s, n_s].
-        products: their `_inner_products`: the square of a resized pixel is one of inner products of the pixels that it is made of.
+        products: their `_inner_products`: the square of a resized pixel is one of inner products of the pixels that it
+            is made of.
         reduction: of the fine map.
 
     Returns:
-        For every level how far the mean over its channels is from the mean over all; the inverse standard deviation over all.
+        For every level how far the mean over its channels is from the mean over all; the inverse standard deviation
+        over all.
     """
     fine, channels = centres[0].shape[1], sum(widths)
     # one number less everywhere in a picture, so that a large one does not drown the differences
@@ -224,7 +243,11 @@ def _statistics(
         means.append(resize @ (centre - offset) @ resize.mT)
         for (down, across), product in inner.items():
             if max(down, across) < span:
-                pairs = (resize[:, : n - down] * resize[:, down:]) @ product @ (resize[:, : n - across] * resize[:, across:]).mT
+                pairs = (
+                    (resize[:, : n - down] * resize[:, down:])
+                    @ product
+                    @ (resize[:, : n - across] * resize[:, across:]).mT
+                )
                 squares = squares + (2 * pairs if down or across else pairs)
     mean = sum(m * c for m, c in zip(means, widths)) / channels
     deviations = [m - mean for m in means]
@@ -232,7 +255,9 @@ def _statistics(
     return deviations, torch.rsqrt(variance.clamp(min=0) + LAYER_NORM_EPS)
 
 
-def _inner_products(level: torch.Tensor, centre: torch.Tensor, span: int, *, in_steps: bool) -> dict[tuple[int, int], torch.Tensor]:
+def _inner_products(
+    level: torch.Tensor, centre: torch.Tensor, span: int, *, in_steps: bool
+) -> dict[tuple[int, int], torch.Tensor]:
     """Inner products over the channels of every pixel of a level, less its mean, with its neighbours.
 
     Args:

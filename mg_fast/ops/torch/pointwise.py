@@ -1,7 +1,7 @@
 """Linear layers by the library that is faster, and those of a ConvNeXt block: the `torch` backend of `ops.pointwise`.
 
-On CPUs oneDNN's float32 products are faster than those of F.linear, and their rounding errors larger: each sums over all of its terms one
-after the other, or in few blocks. They are used as far as the accuracy rule allows.
+On CPUs oneDNN's float32 products are faster than those of F.linear, and their rounding errors larger: each sums over
+all of its terms one after the other, or in few blocks. They are used as far as the accuracy rule allows.
 """
 
 import contextlib
@@ -15,17 +15,20 @@ from torch import nn
 # from which the convolution is faster; in float16 it has not been seen to be
 _FEWEST_ROWS = {torch.float32: 512, torch.bfloat16: 1024}
 _FEWEST_WEIGHTS = 2**17
-# that a float32 convolution, and a float32 product with GELU, may sum up. In bfloat16 the result's own rounding is far larger
+# that a float32 convolution, and a float32 product with GELU, may sum up. In bfloat16 the result's own rounding is far
+# larger
 _MOST_TERMS = {"convolution": 512, "gelu": 1024}
 
 _thread = threading.local()
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, precise: bool = False) -> torch.Tensor:
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, precise: bool = False
+) -> torch.Tensor:
     """F.linear, by the library that is faster: on CPUs, from some size on, oneDNN's 1x1 convolution.
 
-    `precise` where the product is itself a result, which the accuracy rule is held against; else one step among several, whose error is
-    lost among theirs, and in float32 up to four times that of F.linear.
+    `precise` where the product is itself a result, which the accuracy rule is held against; else one step among
+    several, whose error is lost among theirs, and in float32 up to four times that of F.linear.
     """
     rows = x.numel() // max(x.shape[-1], 1)
     if x.device.type != "cpu" or weight.numel() < _FEWEST_WEIGHTS or rows < _FEWEST_ROWS.get(x.dtype, math.inf):
@@ -66,10 +69,12 @@ def linear_residual_(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, 
 
 
 class OneDNNLinear(nn.Linear):
-    """A Linear whose large float32 products on a CPU are oneDNN's, within `by_onednn()` in the same thread; else a Linear.
+    """A Linear whose large float32 products on a CPU are oneDNN's, within `by_onednn()` in the same thread; else a
+    Linear.
 
-    For a language model, whose layers are not ours: timed by hand on an AMD machine, one row (a decoded token) to 256, oneDNN was the
-    faster one but for layers of 1280 x 1280 at 16 to 32 rows. Its errors are as of `linear`: of one step among several.
+    For a language model, whose layers are not ours: timed by hand on an AMD machine, one row (a decoded token) to 256,
+    oneDNN was the faster one but for layers of 1280 x 1280 at 16 to 32 rows. Its errors are as of `linear`: of one step
+    among several.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -81,7 +86,9 @@ class OneDNNLinear(nn.Linear):
 
 
 def take_onednn(module: nn.Module) -> None:
-    """Makes the large plain Linears in a module `OneDNNLinear`s, where it is float32 on a CPU; what they compute stays theirs."""
+    """Makes the large plain Linears in a module `OneDNNLinear`s, where it is float32 on a CPU; what they compute stays
+    theirs.
+    """
     for part in module.modules():
         weight = getattr(part, "weight", None)
         if type(part) is nn.Linear and type(weight) is nn.Parameter and _has_epilogue(weight.detach(), weight.detach()):
@@ -99,7 +106,9 @@ def by_onednn():
 
 
 def _has_epilogue(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor) -> bool:
-    """Whether oneDNN's products that end in more than a bias take these. They are what torch.compile calls, and have no gradients."""
+    """Whether oneDNN's products that end in more than a bias take these. They are what torch.compile calls, and have no
+    gradients.
+    """
     if torch.compiler.is_compiling():
         return False
     tensors = (x, weight, *others)

@@ -58,7 +58,9 @@ def test_same_weights_in_every_kind_of_file(standard, tmp_path, files):
 
 
 def test_mixtral_and_gemma_as_bin(built, tmp_path):
-    """Mixtral's experts are fused while loading; Gemma's .bin files hold the tied head as well, in the embedding's storage."""
+    """Mixtral's experts are fused while loading; Gemma's .bin files hold the tied head as well, in the embedding's
+    storage.
+    """
     for kind in ("mixtral", "gemma"):
         tensors = tensors_of(built[kind])
         if kind == "gemma":
@@ -141,7 +143,9 @@ def test_revision(standard, hd, hub):
 def test_id_that_is_not_in_the_cache(standard, hub):
     hub({"somebody/mgm": standard})
     for call in (load, MiniGeminiProcessor.from_pretrained, mg_fast.load):
-        with pytest.raises(CheckpointError, match="^somebody/else is neither a folder nor a hub id that can be loaded: ") as caught:
+        with pytest.raises(
+            CheckpointError, match="^somebody/else is neither a folder nor a hub id that can be loaded: "
+        ) as caught:
             call("somebody/else")
         assert "\n" not in str(caught.value)
 
@@ -218,13 +222,24 @@ def test_towers_from_the_hub(standard, tmp_path, hub):
 
 
 def test_towers_that_are_nowhere(standard, tmp_path, hub):
-    folder = without_towers(standard, tmp_path / "checkpoint", mm_vision_tower="zoo/clip", mm_vision_tower_aux="zoo/convnext")
+    folder = without_towers(
+        standard, tmp_path / "checkpoint", mm_vision_tower="zoo/clip", mm_vision_tower_aux="zoo/convnext"
+    )
     message = refused(folder, re.escape(CLIP))
-    for part in ("model.safetensors or pytorch_model.bin", "'zoo/clip'", str(folder), "openai/clip-vit-large-patch14-336"):
+    for part in (
+        "model.safetensors or pytorch_model.bin",
+        "'zoo/clip'",
+        str(folder),
+        "openai/clip-vit-large-patch14-336",
+    ):
         assert part in message
     towers_of(tensors_of(standard), folder / "zoo" / "clip", tmp_path / "elsewhere")
     message = refused(folder, re.escape(CONVNEXT))
-    for part in ("open_clip_model.safetensors or open_clip_pytorch_model.bin", "'zoo/convnext'", "laion/CLIP-convnext_large_d_320"):
+    for part in (
+        "open_clip_model.safetensors or open_clip_pytorch_model.bin",
+        "'zoo/convnext'",
+        "laion/CLIP-convnext_large_d_320",
+    ):
         assert part in message
 
 
@@ -247,7 +262,10 @@ def test_adapter_over_its_base(built, tmp_path, kind):
     model, whole = load(adapter, base_model=base), load(source)
     assert same_answers(model, source)
     assert model.generation_config.eos_token_id == whole.generation_config.eos_token_id
-    processor, expected = MiniGeminiProcessor.from_pretrained(adapter, base_model=base), MiniGeminiProcessor.from_pretrained(source)
+    processor, expected = (
+        MiniGeminiProcessor.from_pretrained(adapter, base_model=base),
+        MiniGeminiProcessor.from_pretrained(source),
+    )
     assert processor.template == expected.template
     assert processor.image_processor.to_dict() == expected.image_processor.to_dict()
     # saved, it is a checkpoint like any other
@@ -265,7 +283,10 @@ def test_adapter_and_base_by_hub_id(standard, tmp_path, hub):
     adapter, base = make_adapter(standard, tmp_path / "adapter", tmp_path / "base")
     hub({"YanweiLi/MGM-Pretrain": adapter, "lmsys/vicuna": base})
     assert same_answers(load("YanweiLi/MGM-Pretrain", base_model="lmsys/vicuna"), standard)
-    assert MiniGeminiProcessor.from_pretrained("YanweiLi/MGM-Pretrain", base_model="lmsys/vicuna").image_processor.lr_size == 70
+    assert (
+        MiniGeminiProcessor.from_pretrained("YanweiLi/MGM-Pretrain", base_model="lmsys/vicuna").image_processor.lr_size
+        == 70
+    )
 
 
 def test_adapter_in_another_dtype(standard, tmp_path):
@@ -284,9 +305,15 @@ def test_adapter_that_is_one_file(standard, tmp_path):
             file.unlink()
     loaded = load(adapter, base_model=base)
     assert same_answers(loaded, standard)
-    assert (loaded.config.image_size_aux, loaded.config.mm_hidden_size, loaded.config.mm_hidden_size_aux) == (160, 64, 80)
+    assert (loaded.config.image_size_aux, loaded.config.mm_hidden_size, loaded.config.mm_hidden_size_aux) == (
+        160,
+        64,
+        80,
+    )
     processor = MiniGeminiProcessor.from_pretrained(adapter, base_model=base)
-    assert processor.image_processor.to_dict() == MiniGeminiProcessor.from_pretrained(standard).image_processor.to_dict()
+    assert (
+        processor.image_processor.to_dict() == MiniGeminiProcessor.from_pretrained(standard).image_processor.to_dict()
+    )
 
 
 def test_a_config_given_for_an_adapter_is_kept(standard, tmp_path):
@@ -456,11 +483,15 @@ def test_quantised_language_model(built, photo, kind):
         if linear:
             assert type(parameter.data) is not torch.Tensor, f"{name} was not quantised"
         else:
-            assert type(parameter.data) is torch.Tensor and torch.equal(parameter, plain.get_parameter(name)), f"{name} was touched"
+            assert type(parameter.data) is torch.Tensor and torch.equal(parameter, plain.get_parameter(name)), (
+                f"{name} was touched"
+            )
     (tokens, logits), (plain_tokens, plain_logits) = probe(model), probe(plain)
     assert torch.equal(tokens, plain_tokens)
     assert 0 < relative_error(logits, plain_logits) < 0.1
-    inputs = MiniGeminiProcessor.from_pretrained(built[kind])(text="<image>\nWhat?", images=[photo], return_tensors="pt")
+    inputs = MiniGeminiProcessor.from_pretrained(built[kind])(
+        text="<image>\nWhat?", images=[photo], return_tensors="pt"
+    )
     generated = model.generate(**inputs, max_new_tokens=4, do_sample=False, eos_token_id=-1)
     assert generated.shape[1] == inputs["input_ids"].shape[1] + 4
 
@@ -514,7 +545,9 @@ def test_override_where_the_tokenizer_knows_the_strings(standard, built, tmp_pat
 
 
 def test_stop_ids_beside_what_generation_config_says(standard, tmp_path):
-    for i, (given, expected) in enumerate([({"eos_token_id": [7, 2]}, [7, 2]), ({"eos_token_id": 7}, [7, 2]), ({}, [2])]):
+    for i, (given, expected) in enumerate(
+        [({"eos_token_id": [7, 2]}, [7, 2]), ({"eos_token_id": 7}, [7, 2]), ({}, [2])]
+    ):
         folder = remake(standard, tmp_path / str(i))
         (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, **given}))
         assert load(folder).generation_config.eos_token_id == expected

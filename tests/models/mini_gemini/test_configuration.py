@@ -14,7 +14,18 @@ from mg_fast.models.mini_gemini.checkpoint import open_checkpoint, read_config
 from mg_fast.models.mini_gemini.geometry import complete_config
 from mg_fast.models.tensor_files import TensorInfo
 from mg_fast.testing import random_checkpoints as random_checkpoint
-from tests.checkpoints import GONE, answers, copy_small, edit_config, probe, refused, remake, same_answers, tensors_of, write_safetensors
+from tests.checkpoints import (
+    GONE,
+    answers,
+    copy_small,
+    edit_config,
+    probe,
+    refused,
+    remake,
+    same_answers,
+    tensors_of,
+    write_safetensors,
+)
 from tests.paths import ROOT
 
 SPELLINGS = {
@@ -95,7 +106,9 @@ print(type(AutoProcessor.from_pretrained(folder)).__name__)
 
 def in_fresh_process(code, *arguments):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
 
@@ -130,14 +143,21 @@ def table(config, folder):
 
 
 def test_published_towers_from_their_shapes(tmp_path):
-    """At real size, from shapes only: a configuration that starts with wrong towers ends with CLIP ViT-L/14-336 and ConvNeXt-L."""
+    """At real size, from shapes only: a configuration that starts with wrong towers ends with CLIP ViT-L/14-336 and
+    ConvNeXt-L.
+    """
     tensors = table(random_checkpoint.make_config("2b", hd=True), tmp_path)
     config = MiniGeminiConfig(image_size_aux=1536, image_grid=2, image_global=True)
     tiny = random_checkpoint.make_config("tiny")
     config.vision_config, config.vision_config_aux = tiny.vision_config, tiny.vision_config_aux
     complete_config(config, tensors, tmp_path)
     clip = config.vision_config
-    assert (clip.hidden_size, clip.intermediate_size, clip.num_hidden_layers, clip.num_attention_heads) == (1024, 4096, 24, 16)
+    assert (clip.hidden_size, clip.intermediate_size, clip.num_hidden_layers, clip.num_attention_heads) == (
+        1024,
+        4096,
+        24,
+        16,
+    )
     assert (clip.patch_size, clip.image_size, clip.hidden_act, clip.layer_norm_eps) == (14, 336, "quick_gelu", 1e-5)
     assert config.vision_config_aux == {"dims": [192, 384, 768, 1536], "depths": [3, 3, 27, 3], "norm_eps": 1e-6}
     assert (config.tokens_per_view, config.views, config.tokens_per_picture) == (576, 5, 2880)
@@ -145,7 +165,10 @@ def test_published_towers_from_their_shapes(tmp_path):
 
 
 def test_norm_eps_of_the_convnext(standard, tmp_path):
-    towers = dict(vision_config_aux={"dims": [384, 768, 1536, 3072], "depths": [3, 4, 30, 3], "norm_eps": 1e-5}, mm_hidden_size_aux=5760)
+    towers = dict(
+        vision_config_aux={"dims": [384, 768, 1536, 3072], "depths": [3, 4, 30, 3], "norm_eps": 1e-5},
+        mm_hidden_size_aux=5760,
+    )
     config = MiniGeminiConfig(mm_hidden_size_aux=5760)
     complete_config(config, table(MiniGeminiConfig(**towers, num_hidden_layers=1, vocab_size=8), tmp_path), tmp_path)
     assert config.vision_config_aux == towers["vision_config_aux"]
@@ -162,7 +185,9 @@ def test_norm_eps_of_the_convnext(standard, tmp_path):
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
-    """A checkpoint whose CLIP tower is 128 wide, with 4 heads: more than width/64, so that only a tower folder can tell."""
+    """A checkpoint whose CLIP tower is 128 wide, with 4 heads: more than width/64, so that only a tower folder can
+    tell.
+    """
     clip = dict(random_checkpoint.TINY_TOWERS["clip"], hidden_size=128, num_attention_heads=4)
     size = ("mgm", random_checkpoint.LLM_TINY, {**random_checkpoint.TINY_TOWERS, "clip": clip})
     with pytest.MonkeyPatch.context() as patch:
@@ -178,7 +203,13 @@ def heads(folder):
 
 def tower_folder(path, nested=False):
     path.mkdir(parents=True)
-    clip = {"model_type": "clip_vision_model", "hidden_size": 128, "num_attention_heads": 4, "hidden_act": "gelu", "layer_norm_eps": 1e-4}
+    clip = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 128,
+        "num_attention_heads": 4,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-4,
+    }
     # the published folder holds the whole CLIP's configuration
     text = {"model_type": "clip", "text_config": {"num_attention_heads": 2}, "vision_config": clip} if nested else clip
     (path / "config.json").write_text(json.dumps(text))
@@ -289,17 +320,29 @@ def test_only_gemma_ties_unless_told():
 # what a config.json says -> what is answered
 REFUSED = {
     "EVA tower": (dict(mm_vision_tower="model_zoo/lavis/eva_vit_g.pth"), "eva_vit_g.pth.*EVA.*only CLIP"),
-    "global view without tiles": (dict(image_global=True, image_grid=1), "image_global needs image_grid >= 2, got image_grid=1"),
+    "global view without tiles": (
+        dict(image_global=True, image_grid=1),
+        "image_global needs image_grid >= 2, got image_grid=1",
+    ),
     "start and end tokens": (dict(mm_use_im_start_end=True), "mm_use_im_start_end"),
-    "CLS kept": (dict(mm_vision_select_feature="cls_patch"), "mm_vision_select_feature: expected 'patch', got 'cls_patch'"),
+    "CLS kept": (
+        dict(mm_vision_select_feature="cls_patch"),
+        "mm_vision_select_feature: expected 'patch', got 'cls_patch'",
+    ),
     "no whole window": (dict(image_size_aux=192), "image_size_aux=192 .* 5x5 queries .* multiple of 20 is needed"),
     "no multiple of 4": (dict(image_size_aux=170), "image_size_aux=170 .* multiple of 20 is needed"),
     "no size": (dict(image_size_aux=None), "image_size_aux: expected a whole number above 0, got None"),
     "negative size": (dict(image_size_aux=-160), "image_size_aux: .* got -160"),
     "size in words": (dict(image_size_aux="768"), "image_size_aux: .* got '768'"),
-    "unknown template": (dict(conversation_template="nope"), "conversation_template 'nope': expected one of vicuna_v1, gemma"),
+    "unknown template": (
+        dict(conversation_template="nope"),
+        "conversation_template 'nope': expected one of vicuna_v1, gemma",
+    ),
     "no grid": (dict(image_grid=0), "image_grid: expected a whole number above 0, got 0"),
-    "LLaVA": (dict(image_size_aux=GONE, model_type="llava_llama"), "'llava_llama'.* has no image_size_aux: expected a Mini-Gemini"),
+    "LLaVA": (
+        dict(image_size_aux=GONE, model_type="llava_llama"),
+        "'llava_llama'.* has no image_size_aux: expected a Mini-Gemini",
+    ),
     "another model": (dict(model_type="bert"), "'bert' is not a Mini-Gemini one: expected one of mgm"),
     "another projector": (
         dict(mm_projector_type="resampler"),
@@ -308,7 +351,10 @@ REFUSED = {
     "CLIP layer too high": (dict(mm_vision_select_layer=4), "mm_vision_select_layer=4, the CLIP tower has 3 layers"),
     "CLIP layer too low": (dict(mm_vision_select_layer=-5), "mm_vision_select_layer=-5, the CLIP tower has 3 layers"),
     "CLIP width": (dict(mm_hidden_size=1024), "mm_hidden_size=1024, the CLIP tower's width is 64"),
-    "ConvNeXt widths": (dict(mm_hidden_size_aux=2880), "mm_hidden_size_aux=2880, the sum of the ConvNeXt stage widths is 80"),
+    "ConvNeXt widths": (
+        dict(mm_hidden_size_aux=2880),
+        "mm_hidden_size_aux=2880, the sum of the ConvNeXt stage widths is 80",
+    ),
     "width in words": (dict(hidden_size="wide"), r"config\.json .*hidden_size.*expected int, got str"),
     "odd head count": (dict(num_attention_heads=3), r"config\.json .*64.*not a multiple.*3"),
     "no heads": (dict(num_attention_heads=0), r"config\.json"),
@@ -324,7 +370,9 @@ def test_refused(standard, tmp_path, what):
     refused(remake(standard, tmp_path, **changes), message)
 
 
-@pytest.mark.parametrize("text,message", [("{", "not valid JSON"), ("[]", "expected a JSON object, got list"), ("\xff", "not valid JSON")])
+@pytest.mark.parametrize(
+    "text,message", [("{", "not valid JSON"), ("[]", "expected a JSON object, got list"), ("\xff", "not valid JSON")]
+)
 def test_broken_config_file(standard, tmp_path, text, message):
     folder = remake(standard, tmp_path)
     (folder / "config.json").write_text(text, encoding="latin-1")
@@ -340,7 +388,9 @@ def test_processor_refuses_what_the_model_refuses(standard, tmp_path):
             MiniGeminiProcessor.from_pretrained(remake(standard, tmp_path / what, **changes))
 
 
-@pytest.mark.parametrize("path", ["/home/eva/model_zoo/OpenAI/clip-vit-large-patch14-336", "model_zoo/ShareGPT4V/lavis-clip"])
+@pytest.mark.parametrize(
+    "path", ["/home/eva/model_zoo/OpenAI/clip-vit-large-patch14-336", "model_zoo/ShareGPT4V/lavis-clip"]
+)
 def test_eva_may_stand_elsewhere_in_clips_path(standard, tmp_path, path):
     """The original looks for `openai` and `ShareGPT4V` before it looks for EVA."""
     folder = remake(standard, tmp_path, mm_vision_tower=path)

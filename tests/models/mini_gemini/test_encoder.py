@@ -30,13 +30,19 @@ def test_image_tokens_are_the_models(loaded, photo, drawing):
     inputs = processor.image_processor([photo, drawing])
     tokens = PictureEncoder(model.model)(**inputs)
     with torch.no_grad():
-        assert relative_error(tokens, model.get_image_features(**inputs, backend="reference").pooler_output) <= IMAGE_TOKENS
+        assert (
+            relative_error(tokens, model.get_image_features(**inputs, backend="reference").pooler_output)
+            <= IMAGE_TOKENS
+        )
 
 
 @pytest.mark.parametrize("name", ["mgm-gemma", "mgm-llama-hd"])
 def test_original(golden, name):
     folder = golden / name
-    model, processor = MiniGeminiForConditionalGeneration.from_pretrained(folder), MiniGeminiProcessor.from_pretrained(folder)
+    model, processor = (
+        MiniGeminiForConditionalGeneration.from_pretrained(folder),
+        MiniGeminiProcessor.from_pretrained(folder),
+    )
     tokens = PictureEncoder(model.model)(**processor.image_processor(folder / "image0.png"))
     assert relative_error(tokens, load_file(folder / "expected.safetensors")["image0.image_tokens"]) <= IMAGE_TOKENS
 
@@ -46,7 +52,12 @@ def test_half_precision(loaded, photo, dtype):
     model, processor = loaded
     inputs = processor.image_processor(photo)
     with torch.no_grad():
-        exact = copy.deepcopy(model).double().get_image_features(**inputs.to(torch.float64), backend="reference").pooler_output
+        exact = (
+            copy.deepcopy(model)
+            .double()
+            .get_image_features(**inputs.to(torch.float64), backend="reference")
+            .pooler_output
+        )
         model = model.to(dtype)
         plain = model.get_image_features(**inputs.to(torch.float32), backend="reference").pooler_output
     assert_accurate(PictureEncoder(model.model)(**inputs), plain, exact)
@@ -130,7 +141,9 @@ def test_on_a_gpu(loaded, photo, drawing, graphs):
 
 def test_the_pipeline_packs_once_and_again_after_a_change(loaded, photo, drawing, monkeypatch):
     made = []
-    monkeypatch.setattr(seeing, "PictureEncoder", lambda model, **options: made.append(PictureEncoder(model, **options)) or made[-1])
+    monkeypatch.setattr(
+        seeing, "PictureEncoder", lambda model, **options: made.append(PictureEncoder(model, **options)) or made[-1]
+    )
     model, processor = loaded
     piped = pipeline.Pipeline(model, processor)
     piped.see(photo), piped.see(drawing)
@@ -140,7 +153,10 @@ def test_the_pipeline_packs_once_and_again_after_a_change(loaded, photo, drawing
         changed = piped.see(photo)
         assert len(made) == 2
         inputs = processor.image_processor(photo)
-        assert relative_error(changed, model.get_image_features(**inputs, backend="reference").pooler_output[0]) <= IMAGE_TOKENS
+        assert (
+            relative_error(changed, model.get_image_features(**inputs, backend="reference").pooler_output[0])
+            <= IMAGE_TOKENS
+        )
         model.config.mm_vision_select_layer = -3
         deeper = model.get_image_features(**inputs, backend="reference").pooler_output[0]
         assert relative_error(piped.see(photo), deeper) <= IMAGE_TOKENS and relative_error(changed, deeper) > 1e-3
@@ -157,7 +173,9 @@ def test_the_pipeline_looks_at_all_parameters_once_a_picture(loaded, photo, draw
     piped = pipeline.Pipeline(model, processor)
     piped.see(photo)
     walks = []
-    monkeypatch.setattr(encoders, "Fingerprint", lambda parts, walk=encoders.Fingerprint: walks.append(1) or walk(parts))
+    monkeypatch.setattr(
+        encoders, "Fingerprint", lambda parts, walk=encoders.Fingerprint: walks.append(1) or walk(parts)
+    )
     piped.see(drawing)
     assert len(walks) == 1
 
@@ -171,4 +189,7 @@ def test_the_pipeline_goes_through_the_modules_where_they_cannot_be_packed(loade
     with torch.no_grad():
         expected = model.get_image_features(**processor.image_processor(photo), backend="reference").pooler_output[0]
     assert relative_error(tokens, expected) <= IMAGE_TOKENS
-    assert "the model's own modules: PictureEncoder: the high-resolution tower: vision_stages.0 has hooks" in caplog.text and calls
+    assert (
+        "the model's own modules: PictureEncoder: the high-resolution tower: vision_stages.0 has hooks" in caplog.text
+        and calls
+    )

@@ -1,4 +1,6 @@
-"""Against tests/golden: outputs of the reference path, recorded where it had just matched the original's (see make_golden.py)."""
+"""Against tests/golden: outputs of the reference path, recorded where it had just matched the original's (see
+make_golden.py).
+"""
 
 import json
 
@@ -27,7 +29,9 @@ def recorded(request):
 def test_recorded_outputs(recorded, backend):
     processor, model, expected, cases = recorded
     for i, case in enumerate(cases):
-        inputs = processor(text=case["prompt"], images=[OWN_GOLDEN / file for file in case["images"]], return_tensors="pt")
+        inputs = processor(
+            text=case["prompt"], images=[OWN_GOLDEN / file for file in case["images"]], return_tensors="pt"
+        )
         assert inputs["input_ids"].tolist() == expected[f"case{i}.input_ids"].tolist()
         sums = inputs["pixel_values_hr"].double().sum(dim=(-1, -2))
         assert relative_error(sums, expected[f"case{i}.pixel_sums"]) <= 1e-9

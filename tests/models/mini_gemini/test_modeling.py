@@ -40,7 +40,9 @@ def test_ragged_batch_answers_as_alone(tmp_path, photo, drawing, size, hd):
         (prompt("Compare the two.", 2), [drawing, photo]),
         (prompt("And this one?"), [drawing]),
     ]
-    batch = processor(text=[text for text, _ in requests], images=[images for _, images in requests], return_tensors="pt")
+    batch = processor(
+        text=[text for text, _ in requests], images=[images for _, images in requests], return_tensors="pt"
+    )
     assert batch["attention_mask"].sum(1).unique().numel() == len(requests), "the batch is meant to be ragged"
     stops = set(model.generation_config.eos_token_id)
     for row, (text, images) in zip(ids_of(model, batch), requests):
@@ -56,14 +58,18 @@ def test_same_input_twice_is_bit_equal(model, processor, photo):
 
 
 def test_two_pictures_with_beams(model, processor, photo, drawing):
-    """Every beam sees both pictures in order: the same as when image tokens are encoded beforehand and repeated by hand."""
+    """Every beam sees both pictures in order: the same as when image tokens are encoded beforehand and repeated by
+    hand.
+    """
     inputs = processor(text=prompt("Compare.", 2), images=[photo, drawing], return_tensors="pt")
     swapped = processor(text=prompt("Compare.", 2), images=[drawing, photo], return_tensors="pt")
     beams = dict(num_beams=3, num_return_sequences=3)
     ours = ids_of(model, inputs, **beams)
     with torch.inference_mode():
         tokens = model.get_image_features(inputs["pixel_values"], inputs["pixel_values_hr"]).pooler_output
-        embeds = model.model.splice(model.get_input_embeddings()(inputs["input_ids"]), tokens, inputs["mm_token_type_ids"])
+        embeds = model.model.splice(
+            model.get_input_embeddings()(inputs["input_ids"]), tokens, inputs["mm_token_type_ids"]
+        )
     by_hand = model.generate(inputs_embeds=embeds, attention_mask=inputs["attention_mask"], **(GREEDY | beams)).tolist()
     assert ours == by_hand
     assert ours != ids_of(model, swapped, **beams)
@@ -109,9 +115,14 @@ def test_a_cache_of_the_first_turn_can_be_continued(model, processor, photo):
     out = model.generate(**first, **GREEDY, return_dict_in_generate=True)
     extra = torch.tensor([processor.tokenizer(" USER: And now? ASSISTANT:", add_special_tokens=False).input_ids])
     ids = torch.cat([out.sequences, extra], dim=1)
-    marks = torch.cat([first["mm_token_type_ids"], torch.zeros(1, ids.shape[1] - first["input_ids"].shape[1], dtype=torch.long)], dim=1)
+    marks = torch.cat(
+        [first["mm_token_type_ids"], torch.zeros(1, ids.shape[1] - first["input_ids"].shape[1], dtype=torch.long)],
+        dim=1,
+    )
     request = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": marks}
-    fresh = model.generate(**request, pixel_values=first["pixel_values"], pixel_values_hr=first["pixel_values_hr"], **GREEDY)
+    fresh = model.generate(
+        **request, pixel_values=first["pixel_values"], pixel_values_hr=first["pixel_values_hr"], **GREEDY
+    )
     continued = model.generate(**request, past_key_values=copy.deepcopy(out.past_key_values), **GREEDY)
     assert continued.tolist() == fresh.tolist()
 
@@ -124,7 +135,9 @@ def turns(processor, model, photo, drawing):
     ids = torch.cat([out.sequences, extra["input_ids"]], dim=1)
     marks = F.pad(first["mm_token_type_ids"], (0, out.sequences.shape[1] - first["input_ids"].shape[1]))
     marks = torch.cat([marks, extra["mm_token_type_ids"]], dim=1)
-    pixels = [{name: tensor for name, tensor in inputs.items() if name.startswith("pixel")} for inputs in (first, extra)]
+    pixels = [
+        {name: tensor for name, tensor in inputs.items() if name.startswith("pixel")} for inputs in (first, extra)
+    ]
     every = {name: torch.cat([part[name] for part in pixels]) for name in pixels[0]}
     request = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": marks}
     return request, out.past_key_values, every, pixels[1]
@@ -139,7 +152,9 @@ def test_turns_with_pictures_over_a_cache_of_ones_own(model, processor, photo, d
         cache = copy.deepcopy(cache)
         cache.batch_repeat_interleave(options["num_beams"])
     fresh = model.generate(**request, **every, **GREEDY, **options)
-    pictures = {"all": every, "new": new}.get(given) or {"image_tokens": model.get_image_features(**every).pooler_output}
+    pictures = {"all": every, "new": new}.get(given) or {
+        "image_tokens": model.get_image_features(**every).pooler_output
+    }
     encoded = []
     hook = model.model.vision_tower_aux.register_forward_hook(lambda module, args, output: encoded.append(len(args[0])))
     try:
@@ -160,17 +175,24 @@ def test_a_text_turn_over_a_cache_with_pictures(model, processor, photo):
     pixels = {name: tensor for name, tensor in first.items() if name.startswith("pixel")}
     request = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": marks, **pixels}
     fresh = model.generate(**request, **GREEDY)
-    assert model.generate(**request, past_key_values=copy.deepcopy(out.past_key_values), **GREEDY).tolist() == fresh.tolist()
+    assert (
+        model.generate(**request, past_key_values=copy.deepcopy(out.past_key_values), **GREEDY).tolist()
+        == fresh.tolist()
+    )
     # a loop of one's own, by forward
     start = out.past_key_values.get_seq_length()
     with torch.no_grad():
         whole = model(**request).logits[:, start:]
-        step = model(**{**request, "input_ids": ids[:, start:]}, past_key_values=copy.deepcopy(out.past_key_values)).logits
+        step = model(
+            **{**request, "input_ids": ids[:, start:]}, past_key_values=copy.deepcopy(out.past_key_values)
+        ).logits
     torch.testing.assert_close(step, whole, rtol=1e-4, atol=1e-4)
 
 
 def test_a_batch_over_a_cache_keeps_each_rows_new_pictures(model, processor, photo, drawing):
-    inputs = processor(text=[prompt("Compare.", 2)] * 2, images=[[photo, drawing], [drawing, photo]], return_tensors="pt")
+    inputs = processor(
+        text=[prompt("Compare.", 2)] * 2, images=[[photo, drawing], [drawing, photo]], return_tensors="pt"
+    )
     n = processor.image_processor.tokens_per_picture
     # up to the end of each row's first picture
     cut = inputs["mm_token_type_ids"][0].tolist().index(1) + n
@@ -180,8 +202,12 @@ def test_a_batch_over_a_cache_keeps_each_rows_new_pictures(model, processor, pho
         pixels = {name: tensor for name, tensor in inputs.items() if name.startswith("pixel")}
         firsts = {name: tensor[[0, 2]] for name, tensor in pixels.items()}
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        cache = model(input_ids=ids[:, :cut], attention_mask=mask[:, :cut], mm_token_type_ids=marks[:, :cut], **firsts).past_key_values
-        rest = model(input_ids=ids[:, cut:], attention_mask=mask, mm_token_type_ids=marks, past_key_values=cache, **pixels)
+        cache = model(
+            input_ids=ids[:, :cut], attention_mask=mask[:, :cut], mm_token_type_ids=marks[:, :cut], **firsts
+        ).past_key_values
+        rest = model(
+            input_ids=ids[:, cut:], attention_mask=mask, mm_token_type_ids=marks, past_key_values=cache, **pixels
+        )
     torch.testing.assert_close(rest.logits, whole, rtol=1e-4, atol=1e-4)
     assert len(rest.image_hidden_states) == 2
 
@@ -192,10 +218,14 @@ def test_pictures_that_do_not_match_a_cache(model, processor, photo):
     pixels = {name: tensor for name, tensor in inputs.items() if name.startswith("pixel")}
     ids, marks = inputs["input_ids"], inputs["mm_token_type_ids"]
     cache = model(input_ids=ids[:, :place]).past_key_values
-    with pytest.raises(PromptError, match=rf"{place} positions of the prompt are cached already, with 0 .* room for 0, but 1 picture"):
+    with pytest.raises(
+        PromptError, match=rf"{place} positions of the prompt are cached already, with 0 .* room for 0, but 1 picture"
+    ):
         model(input_ids=ids[:, -1:], mm_token_type_ids=marks[:, -1:], past_key_values=cache, **pixels)
     cache = model(input_ids=ids[:, : place + 3]).past_key_values
-    with pytest.raises(PromptError, match=f"the cache ends within a picture, after 3 image tokens: a picture takes {n}"):
+    with pytest.raises(
+        PromptError, match=f"the cache ends within a picture, after 3 image tokens: a picture takes {n}"
+    ):
         model(input_ids=ids[:, place + 3 :], mm_token_type_ids=marks, past_key_values=cache, **pixels)
 
 
@@ -235,7 +265,9 @@ def test_pictures_that_do_not_match_their_places(model, processor, photo):
         model.generate(**{k: v for k, v in inputs.items() if not k.startswith("pixel")}, **GREEDY)
     with pytest.raises(PromptError, match="without mm_token_type_ids"):
         model.generate(**{k: v for k, v in inputs.items() if k != "mm_token_type_ids"}, **GREEDY)
-    with pytest.raises(ValueError, match=r"pixel_values: expected \[1, 1, 3, 70, 70\] for 1 picture\(s\), got \[1, 1, 3, 64, 64\]"):
+    with pytest.raises(
+        ValueError, match=r"pixel_values: expected \[1, 1, 3, 70, 70\] for 1 picture\(s\), got \[1, 1, 3, 64, 64\]"
+    ):
         model(**{**inputs, "pixel_values": inputs["pixel_values"][..., :64, :64]})
     with pytest.raises(ValueError, match="without pixel_values_hr"):
         model(**{k: v for k, v in inputs.items() if k != "pixel_values_hr"})
@@ -257,7 +289,9 @@ def tokens(n):
 
 def test_lengths(short, caplog):
     assert len(ids_of(short, tokens(40))[0]) > 0
-    with pytest.raises(PromptError, match="the prompt has 41 tokens, the model was trained on at most 40.*allow_long=True"):
+    with pytest.raises(
+        PromptError, match="the prompt has 41 tokens, the model was trained on at most 40.*allow_long=True"
+    ):
         short.generate(**tokens(41), **GREEDY)
     with pytest.raises(PromptError, match="the prompt has 41 tokens"):
         short(**tokens(41))
@@ -268,7 +302,8 @@ def test_lengths(short, caplog):
     with pytest.raises(PromptError, match="the prompt has 61 tokens, the model has 60 positions"):
         short(**tokens(61), allow_long=True)
     with pytest.raises(
-        PromptError, match="50 prompt tokens and max_new_tokens=12 need 62 positions, the model has 60 .*at most 10 new tokens fit"
+        PromptError,
+        match="50 prompt tokens and max_new_tokens=12 need 62 positions, the model has 60 .*at most 10 new tokens fit",
     ):
         short.generate(**tokens(50), **GREEDY, allow_long=True)
 
@@ -286,7 +321,10 @@ def test_gradients_reach_every_trained_part(standard, processor, photo):
     loss.backward()
     without = {name for name, p in model.named_parameters() if p.grad is None}
     # what comes after the selected CLIP layer has no part in the answer
-    assert all(name.startswith(("model.vision_tower.encoder.layers.2.", "model.vision_tower.post_layernorm.")) for name in without), without
+    assert all(
+        name.startswith(("model.vision_tower.encoder.layers.2.", "model.vision_tower.post_layernorm."))
+        for name in without
+    ), without
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
@@ -295,9 +333,17 @@ def test_transformers_pipeline(standard, photo):
 
     pipe = transformers_pipeline("image-text-to-text", model=str(standard))
     messages = [
-        {"role": "user", "content": [{"type": "image", "path": str(photo)}, {"type": "text", "text": "What is written in the picture?"}]}
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "path": str(photo)},
+                {"type": "text", "text": "What is written in the picture?"},
+            ],
+        }
     ]
-    reply = pipe(text=messages, max_new_tokens=12, generate_kwargs={"do_sample": False}, return_full_text=False)[0]["generated_text"]
+    reply = pipe(text=messages, max_new_tokens=12, generate_kwargs={"do_sample": False}, return_full_text=False)[0][
+        "generated_text"
+    ]
     ours = mg_fast.load(standard).chat("What is written in the picture?", [photo], max_new_tokens=12).text
     assert reply.strip() == ours
 
@@ -330,7 +376,9 @@ def test_compiled_forward_gives_the_same(model, processor, photo):
     core = model.model
     with torch.inference_mode():
         expected = core.get_image_features(inputs["pixel_values"], inputs["pixel_values_hr"]).pooler_output
-    compiled = torch.compile(lambda low, high: core.get_image_features(low, high).pooler_output, backend="eager", fullgraph=True)
+    compiled = torch.compile(
+        lambda low, high: core.get_image_features(low, high).pooler_output, backend="eager", fullgraph=True
+    )
     with torch.no_grad():
         result = compiled(inputs["pixel_values"], inputs["pixel_values_hr"])
     assert torch.allclose(result, expected, atol=1e-5)
@@ -368,7 +416,9 @@ def test_tuples_where_asked_for(model, processor, photo):
 def test_image_features_take_a_backend_and_nothing_unknown(model, processor, photo):
     inputs = processor.image_processor(photo)
     with torch.inference_mode():
-        plain, fast = (model.get_image_features(**inputs, backend=backend).pooler_output for backend in ("reference", "auto"))
+        plain, fast = (
+            model.get_image_features(**inputs, backend=backend).pooler_output for backend in ("reference", "auto")
+        )
     assert not torch.equal(plain, fast) and torch.allclose(plain, fast, atol=1e-5)
     with pytest.raises(mg_fast.BackendError, match="triton"):
         model.get_image_features(**inputs, backend="triton")

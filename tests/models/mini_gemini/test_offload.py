@@ -56,10 +56,12 @@ def assert_answers_as(pipeline, found, *, explained=False):
     assert pipeline.device == torch.device("cpu") == pipeline.model.device
     assert relative_error(pipeline.see(found.pictures[0]), expected.see(found.pictures[0])) <= IMAGE_TOKENS
     first, again = (
-        pipeline.chat(question, images, max_new_tokens=4) for question, images in ((QUESTION, [found.pictures[0]]), ("And?", None))
+        pipeline.chat(question, images, max_new_tokens=4)
+        for question, images in ((QUESTION, [found.pictures[0]]), ("And?", None))
     )
     own, own_again = (
-        expected.chat(question, images, max_new_tokens=4) for question, images in ((QUESTION, [found.pictures[0]]), ("And?", None))
+        expected.chat(question, images, max_new_tokens=4)
+        for question, images in ((QUESTION, [found.pictures[0]]), ("And?", None))
     )
     assert (first.token_ids, again.token_ids) == (own.token_ids, own_again.token_ids)
     if pipeline.backend != "reference":
@@ -119,13 +121,19 @@ def test_a_batch_a_stream_and_transformers_own_loop(tmp_path):
     questions = [(QUESTION, [found.pictures[0]]), "Hello there", (QUESTION, [found.pictures[1]])]
     answers = [p.chat_batch(questions, max_new_tokens=4, progress=False) for p in (pipeline, expected)]
     assert [a.token_ids for a in answers[0]] == [a.token_ids for a in answers[1]]
-    texts = ["".join(p.chat(QUESTION, [found.pictures[0]], max_new_tokens=4, stream=True)) for p in (pipeline, expected)]
+    texts = [
+        "".join(p.chat(QUESTION, [found.pictures[0]], max_new_tokens=4, stream=True)) for p in (pipeline, expected)
+    ]
     assert texts[0] == texts[1]
-    sampled = [p.chat("And?", max_new_tokens=4, temperature=1.0, seed=3, profile=True).token_ids for p in (pipeline, expected)]
+    sampled = [
+        p.chat("And?", max_new_tokens=4, temperature=1.0, seed=3, profile=True).token_ids for p in (pipeline, expected)
+    ]
     assert sampled[0] == sampled[1]
     inputs = found.processor(text=f"<image>\n{QUESTION}", images=found.pictures[0], return_tensors="pt")
     for options in ({}, {"num_beams": 2}, {"cache_implementation": "static", "disable_compile": True}):
-        ids = [m.generate(**inputs, max_new_tokens=4, do_sample=False, **options).tolist() for m in (model, found.model)]
+        ids = [
+            m.generate(**inputs, max_new_tokens=4, do_sample=False, **options).tolist() for m in (model, found.model)
+        ]
         assert ids[0] == ids[1]
 
 
@@ -134,7 +142,9 @@ def test_parts_that_stay_keep_their_fast_path(tmp_path):
     found = family("mgm-llama")
     model = on_disk(found, tmp_path, "lm_head")
     assert vars(model.model.patch_mining.vlm_uni_query_projector[1]).keys() >= {"forward", "_hf_hook"}
-    assert not any(isinstance(p, mg_fast.ops.reference.CalledProjection) for p in model.model.patch_mining.projections())
+    assert not any(
+        isinstance(p, mg_fast.ops.reference.CalledProjection) for p in model.model.patch_mining.projections()
+    )
     pipeline = Pipeline(model, found.processor)
     pipeline.see(found.pictures[0])
     assert "towers packed" in pipeline.first_use
@@ -164,7 +174,9 @@ def test_towers_from_folders_of_their_own(tmp_path, with_folder):
         shutil.copytree(found.folder / tower, folder / tower)
     device_map = {"": "cpu", "model.vision_tower": "disk", "model.vision_tower_aux": "disk"}
     offload = {"offload_folder": tmp_path / "offload"} if with_folder else {}
-    model = MiniGeminiForConditionalGeneration.from_pretrained(folder, device_map=device_map, template=found.processor.template, **offload)
+    model = MiniGeminiForConditionalGeneration.from_pretrained(
+        folder, device_map=device_map, template=found.processor.template, **offload
+    )
     assert all(p.is_meta for p in model.model.vision_tower.parameters())
     assert_answers_as(Pipeline(model, found.processor), found)
 
@@ -200,12 +212,21 @@ def test_execution_device():
     ],
 )
 def test_device_maps_without_entries_inside_each_other(given, complete):
-    names = ["body.tower.weight", "body.tower_aux.stem.weight", "body.layers.1.weight", "body.layers.10.weight", "head.weight"]
+    names = [
+        "body.tower.weight",
+        "body.tower_aux.stem.weight",
+        "body.layers.1.weight",
+        "body.layers.10.weight",
+        "head.weight",
+    ]
     assert complete_device_map(given, names) == complete
 
 
 def test_a_tied_weight_goes_to_disk_with_its_other_name():
-    names, tied = ["body.embedding.weight", "body.layers.weight", "head.weight"], {"head.weight": "body.embedding.weight"}
+    names, tied = (
+        ["body.embedding.weight", "body.layers.weight", "head.weight"],
+        {"head.weight": "body.embedding.weight"},
+    )
     expected = {"body.embedding": "disk", "body.layers": 0, "head": "disk"}
     assert complete_device_map({"": 0, "body.embedding": "disk"}, names, tied) == expected
     assert complete_device_map({"": 0, "head": "disk"}, names, tied) == {"body": 0, "head": 0}
@@ -215,9 +236,15 @@ def test_a_tied_weight_goes_to_disk_with_its_other_name():
 def test_a_device_map_of_torch_devices():
     names = ["body.tower.weight", "body.norm.weight", "head.weight"]
     cpu, disk, gpu = torch.device("cpu"), "disk", torch.device("cuda:1")
-    assert complete_device_map({"": cpu, "body.norm": disk}, names) == {"body.tower": "cpu", "body.norm": "disk", "head": "cpu"}
+    assert complete_device_map({"": cpu, "body.norm": disk}, names) == {
+        "body.tower": "cpu",
+        "body.norm": "disk",
+        "head": "cpu",
+    }
     found = complete_device_map({"": gpu, "head": torch.device("cuda")}, names)
-    assert found == {"body": 1, "head": "cuda"} and not any(isinstance(device, torch.device) for device in found.values())
+    assert found == {"body": 1, "head": "cuda"} and not any(
+        isinstance(device, torch.device) for device in found.values()
+    )
     assert complete_device_map({"": cpu}, names) == {"": "cpu"}
 
 

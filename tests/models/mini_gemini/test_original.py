@@ -49,7 +49,9 @@ def test_tokens_logits_and_ids(recorded, backend):
             tokens = model.get_image_features(inputs["pixel_values"], inputs["pixel_values_hr"]).pooler_output
             logits = model(**inputs, logits_to_keep=8).logits
             generated = model.generate(**inputs, max_new_tokens=16, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-        assert relative_error(tokens, torch.cat([expected[f"image{i}.image_tokens"] for i in numbers])) <= IMAGE_TOKENS, key
+        assert (
+            relative_error(tokens, torch.cat([expected[f"image{i}.image_tokens"] for i in numbers])) <= IMAGE_TOKENS
+        ), key
         assert relative_error(logits, expected[f"{key}.last_logits"]) <= LOGITS, key
         assert generated.tolist() == expected[f"{key}.generated_ids"].tolist(), key
 

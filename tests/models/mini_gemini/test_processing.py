@@ -22,7 +22,9 @@ QUESTION = "USER: <image>\nWhat is it? ASSISTANT:"
 
 
 def by_hand(processor, prompt, tokens):
-    """Ids and marks as the original makes them: every piece by itself, the beginning-of-sequence token of the first kept."""
+    """Ids and marks as the original makes them: every piece by itself, the beginning-of-sequence token of the first
+    kept.
+    """
     filler = processor.tokenizer.unk_token_id
     ids, marks = [], []
     for i, piece in enumerate(prompt.split("<image>")):
@@ -40,7 +42,9 @@ def by_hand(processor, prompt, tokens):
 # ---- prompts to ids
 
 
-@pytest.mark.parametrize("prompt, pictures", [("Hello there.", 0), (QUESTION, 1), ("<image>", 1), ("a<image>b<image><image>", 3)])
+@pytest.mark.parametrize(
+    "prompt, pictures", [("Hello there.", 0), (QUESTION, 1), ("<image>", 1), ("a<image>b<image><image>", 3)]
+)
 def test_ids_are_made_piece_by_piece(processor, hd_processor, photo, prompt, pictures):
     for one, tokens in ((processor, STANDARD), (hd_processor, HD)):
         ids, marks = by_hand(one, prompt, tokens)
@@ -138,7 +142,11 @@ def test_pictures_may_come_flat_or_by_prompt(processor, photo, drawing):
     flat = processor(text=texts, images=[photo, drawing, other], return_tensors="pt")
     for images in ([[photo], [], [drawing, other]], ((photo,), (), (drawing, other))):
         nested = processor(text=texts, images=images, return_tensors="pt")
-        assert flat.keys() == nested.keys() == {"input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "pixel_values_hr"}
+        assert (
+            flat.keys()
+            == nested.keys()
+            == {"input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "pixel_values_hr"}
+        )
         assert all(torch.equal(flat[key], nested[key]) for key in flat)
     for i, image in enumerate((photo, drawing, other)):
         assert torch.equal(flat["pixel_values_hr"][i], processor.image_processor(image)["pixel_values_hr"][0])
@@ -146,7 +154,15 @@ def test_pictures_may_come_flat_or_by_prompt(processor, photo, drawing):
 
 def test_one_picture_needs_no_list(processor, photo):
     expected = processor(text=QUESTION, images=[photo], return_tensors="pt")
-    for images in (photo, str(photo), Image.open(photo), photo.read_bytes(), np.asarray(Image.open(photo)), [[photo]], (photo,)):
+    for images in (
+        photo,
+        str(photo),
+        Image.open(photo),
+        photo.read_bytes(),
+        np.asarray(Image.open(photo)),
+        [[photo]],
+        (photo,),
+    ):
         found = processor(text=QUESTION, images=images, return_tensors="pt")
         assert all(torch.equal(expected[key], found[key]) for key in expected)
 
@@ -160,9 +176,15 @@ def test_text_only(processor):
 
 
 def test_return_tensors(processor, photo):
-    lists, arrays, torches = (processor(text=QUESTION, images=photo, return_tensors=kind) for kind in (None, "np", "pt"))
+    lists, arrays, torches = (
+        processor(text=QUESTION, images=photo, return_tensors=kind) for kind in (None, "np", "pt")
+    )
     for key in ("input_ids", "attention_mask", "mm_token_type_ids"):
-        assert isinstance(lists[key], list) and isinstance(arrays[key], np.ndarray) and isinstance(torches[key], torch.Tensor)
+        assert (
+            isinstance(lists[key], list)
+            and isinstance(arrays[key], np.ndarray)
+            and isinstance(torches[key], torch.Tensor)
+        )
         assert lists[key] == arrays[key].tolist() == torches[key].tolist()
         assert torches[key].dtype == torch.int64
     for key in ("pixel_values", "pixel_values_hr"):
@@ -216,7 +238,12 @@ def test_bad_pictures_are_numbered_over_the_batch(processor, photo):
 
 
 @pytest.mark.parametrize(
-    "text, message", [("", "prompt 1 of 1 is empty: ''"), (["Hi", " \n"], "prompt 2 of 2 is empty"), ([], "expected at least one prompt")]
+    "text, message",
+    [
+        ("", "prompt 1 of 1 is empty: ''"),
+        (["Hi", " \n"], "prompt 2 of 2 is empty"),
+        ([], "expected at least one prompt"),
+    ],
 )
 def test_empty_prompts(processor, text, message):
     with pytest.raises(PromptError, match=message):
@@ -265,7 +292,8 @@ TWO_PICTURES = {
     "mistral_instruct": "[INST] Image 1:<image>\nImage 2:<image>\nCompare. [/INST]",
     "chatml_direct": "<|im_start|>system\nAnswer the questions.<|im_end|>"
     "<|im_start|>user\nImage 1:<image>\nImage 2:<image>\nCompare.<|im_end|><|im_start|>assistant\n",
-    "llama_3": LLAMA_3 + "<|start_header_id|>user<|end_header_id|>\n\nImage 1:<image>\nImage 2:<image>\nCompare.<|eot_id|>"
+    "llama_3": LLAMA_3
+    + "<|start_header_id|>user<|end_header_id|>\n\nImage 1:<image>\nImage 2:<image>\nCompare.<|eot_id|>"
     "<|start_header_id|>system<|end_header_id|>\n\n",
 }
 
@@ -288,7 +316,11 @@ def test_render(name):
 @pytest.mark.parametrize("name", TWO_TURNS)
 def test_chat_template(templated, name):
     """The same from messages, with pictures as tags in the text or as parts of their own."""
-    picture, answer, more = {"type": "image"}, {"role": "assistant", "content": "A cat."}, {"role": "user", "content": "What colour?"}
+    picture, answer, more = (
+        {"type": "image"},
+        {"role": "assistant", "content": "A cat."},
+        {"role": "user", "content": "What colour?"},
+    )
     apply = templated[name].apply_chat_template
     for content in ("<image>\nWhat is this?", [picture, text("What is this?")], [text("What is this?"), picture]):
         messages = [{"role": "user", "content": content}, answer, more]
@@ -318,7 +350,10 @@ def test_texts_are_put_in_as_they_are(templated):
     odd = "{} {0} {{ x }} \\n 'quoted' \\"
     expected = f"Sys {odd} USER: {odd} ASSISTANT: {odd}</s>"
     assert render("vicuna_v1", [(odd, odd)], system=f"Sys {odd}") == expected
-    messages = [{"role": role, "content": content} for role, content in (("system", f"Sys {odd}"), ("user", odd), ("assistant", odd))]
+    messages = [
+        {"role": role, "content": content}
+        for role, content in (("system", f"Sys {odd}"), ("user", odd), ("assistant", odd))
+    ]
     assert templated["vicuna_v1"].apply_chat_template(messages) == expected
 
 
@@ -342,7 +377,11 @@ def test_system_text_is_replaced_or_refused(templated, name):
 
 
 RENDER_ERRORS = [
-    ("nosuch", [("Hi", None)], "unknown template 'nosuch': expected one of vicuna_v1, gemma, mistral_instruct, chatml_direct, llama_3"),
+    (
+        "nosuch",
+        [("Hi", None)],
+        "unknown template 'nosuch': expected one of vicuna_v1, gemma, mistral_instruct, chatml_direct, llama_3",
+    ),
     ("gemma", [], "at least one .* turn, got none"),
     ("gemma", [("", None)], "turn 1 of 1: expected a user text, got ''"),
     ("gemma", [("Hi", "Hello."), (" \n", None)], r"turn 2 of 2: expected a user text, got ' \\n'"),
@@ -386,7 +425,12 @@ class Tokenizer:
         return self.size
 
 
-LLAMA_3_TOKENS = {"<|start_header_id|>": 128006, "<|end_header_id|>": 128007, "<|eot_id|>": 128009, "<|end_of_text|>": 128001}
+LLAMA_3_TOKENS = {
+    "<|start_header_id|>": 128006,
+    "<|end_header_id|>": 128007,
+    "<|eot_id|>": 128009,
+    "<|end_of_text|>": 128001,
+}
 CHATML_TOKENS = {"<|im_start|>": 6, "<|im_end|>": 7, "</s>": 2, "<|endoftext|>": 5}
 VICUNA_TOKENS = {"<s>": 1, "</s>": 2}
 GEMMA_TOKENS = {"<eos>": 1, "<bos>": 2, "<start_of_turn>": 106, "<end_of_turn>": 107}
@@ -445,7 +489,10 @@ PARTS = {
     "base64": lambda path: {"type": "image", "base64": as_base64(path)},
     "data url under base64": lambda path: {"type": "image", "base64": f"data:image/png;base64,{as_base64(path)}"},
     "data url": lambda path: {"type": "image", "url": f"data:image/png;base64,{as_base64(path)}"},
-    "OpenAI's way": lambda path: {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{as_base64(path)}"}},
+    "OpenAI's way": lambda path: {
+        "type": "image_url",
+        "image_url": {"url": f"data:image/png;base64,{as_base64(path)}"},
+    },
     "OpenAI's way, short": lambda path: {"type": "image_url", "image_url": f"data:image/png;base64,{as_base64(path)}"},
 }
 TOKENIZED = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
@@ -460,7 +507,10 @@ def test_pictures_of_messages(processor, photo, kind):
     expected = processor(text=render("vicuna_v1", [("<image>\nWhat is it?", None)]), images=photo, return_tensors="pt")
     messages = conversation(PARTS[kind](photo))
     assert same(processor.apply_chat_template(messages, **TOKENIZED), expected)
-    assert processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True) == expected["input_ids"].tolist()
+    assert (
+        processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)
+        == expected["input_ids"].tolist()
+    )
 
 
 def test_pictures_of_several_turns_keep_their_order(processor, photo, drawing):
@@ -480,7 +530,10 @@ def test_batches_of_conversations(processor, photo, drawing):
         [{"role": "user", "content": "Hello."}],
         conversation({"type": "image", "path": drawing}),
     ]
-    prompts = [render("vicuna_v1", [(question, None)]) for question in ("<image>\nWhat is it?", "Hello.", "<image>\nWhat is it?")]
+    prompts = [
+        render("vicuna_v1", [(question, None)])
+        for question in ("<image>\nWhat is it?", "Hello.", "<image>\nWhat is it?")
+    ]
     expected = processor(text=prompts, images=[[photo], [], [drawing]], return_tensors="pt")
     assert same(processor.apply_chat_template(batch, **TOKENIZED), expected)
 
@@ -526,7 +579,15 @@ def test_sixteen_bit_pictures_of_messages(processor):
 
 
 @pytest.mark.parametrize(
-    "roles", [["assistant"], ["user", "user"], ["user", "assistant", "assistant"], ["user", "system"], ["user", "tool"], ["human"]]
+    "roles",
+    [
+        ["assistant"],
+        ["user", "user"],
+        ["user", "assistant", "assistant"],
+        ["user", "system"],
+        ["user", "tool"],
+        ["human"],
+    ],
 )
 def test_roles_out_of_order(processor, roles):
     with pytest.raises(TemplateError, match="roles must alternate user, assistant, user"):
@@ -542,17 +603,25 @@ def test_round_trip_of_the_processor_alone(standard, hd, photo, tmp_path, templa
         before = MiniGeminiProcessor.from_pretrained(folder, template=template)
         before.save_pretrained(tmp_path / folder.name)
         assert not (tmp_path / folder.name / "config.json").exists()
-        for after in (MiniGeminiProcessor.from_pretrained(tmp_path / folder.name), AutoProcessor.from_pretrained(tmp_path / folder.name)):
+        for after in (
+            MiniGeminiProcessor.from_pretrained(tmp_path / folder.name),
+            AutoProcessor.from_pretrained(tmp_path / folder.name),
+        ):
             assert after.template == before.template == (template or "vicuna_v1")
             assert after.image_processor.to_dict() == before.image_processor.to_dict()
             assert after.tokenizer.padding_side == "left" and after.filler_id == before.filler_id
             text = after.apply_chat_template(conversation({"type": "image"}), add_generation_prompt=True)
             assert text == render(before.template, [("<image>\nWhat is it?", None)])
-            assert same(after(text=text, images=photo, return_tensors="pt"), before(text=text, images=photo, return_tensors="pt"))
+            assert same(
+                after(text=text, images=photo, return_tensors="pt"),
+                before(text=text, images=photo, return_tensors="pt"),
+            )
 
 
 def test_round_trip_keeps_what_is_not_the_default(processor, tmp_path):
-    images = MiniGeminiImageProcessor(hr_size=96, lr_size=42, grid=2, global_view=True, pad=False, tokens_per_picture=45)
+    images = MiniGeminiImageProcessor(
+        hr_size=96, lr_size=42, grid=2, global_view=True, pad=False, tokens_per_picture=45
+    )
     MiniGeminiProcessor(images, processor.tokenizer, template="gemma").save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "processor_config.json").read_text())
     assert stored["template"] == "gemma"

@@ -11,17 +11,25 @@ CONVNEXT = "model.vision_tower_aux."
 
 
 def towers_and_mining(hidden):
-    """The published layout of everything around the language model, written out from its description (spec of the original, 3-5)."""
+    """The published layout of everything around the language model, written out from its description (spec of the
+    original, 3-5).
+    """
     shapes = {
         f"{CLIP}embeddings.class_embedding": (1024,),
         f"{CLIP}embeddings.patch_embedding.weight": (1024, 3, 14, 14),
         f"{CLIP}embeddings.position_embedding.weight": (577, 1024),
     }
-    for norm in ("pre_layrnorm", "post_layernorm", *(f"encoder.layers.{i}.layer_norm{n}" for i in range(24) for n in (1, 2))):
+    for norm in (
+        "pre_layrnorm",
+        "post_layernorm",
+        *(f"encoder.layers.{i}.layer_norm{n}" for i in range(24) for n in (1, 2)),
+    ):
         shapes |= {f"{CLIP}{norm}.weight": (1024,), f"{CLIP}{norm}.bias": (1024,)}
     for i in range(24):
         layer = f"{CLIP}encoder.layers.{i}."
-        for name, out, width in [(f"self_attn.{p}_proj", 1024, 1024) for p in ("q", "k", "v", "out")] + [("mlp.fc1", 4096, 1024)]:
+        for name, out, width in [(f"self_attn.{p}_proj", 1024, 1024) for p in ("q", "k", "v", "out")] + [
+            ("mlp.fc1", 4096, 1024)
+        ]:
             shapes |= {f"{layer}{name}.weight": (out, width), f"{layer}{name}.bias": (out,)}
         shapes |= {f"{layer}mlp.fc2.weight": (1024, 4096), f"{layer}mlp.fc2.bias": (1024,)}
 
@@ -35,8 +43,19 @@ def towers_and_mining(hidden):
             shapes |= {f"{stage}downsample.0.weight": (before,), f"{stage}downsample.0.bias": (before,)}
             shapes |= {f"{stage}downsample.1.weight": (c, before, 2, 2), f"{stage}downsample.1.bias": (c,)}
         for b in range(depth):
-            block = {"gamma": (c,), "conv_dw.weight": (c, 1, 7, 7), "conv_dw.bias": (c,), "norm.weight": (c,), "norm.bias": (c,)}
-            block |= {"mlp.fc1.weight": (4 * c, c), "mlp.fc1.bias": (4 * c,), "mlp.fc2.weight": (c, 4 * c), "mlp.fc2.bias": (c,)}
+            block = {
+                "gamma": (c,),
+                "conv_dw.weight": (c, 1, 7, 7),
+                "conv_dw.bias": (c,),
+                "norm.weight": (c,),
+                "norm.bias": (c,),
+            }
+            block |= {
+                "mlp.fc1.weight": (4 * c, c),
+                "mlp.fc1.bias": (4 * c,),
+                "mlp.fc2.weight": (c, 4 * c),
+                "mlp.fc2.bias": (c,),
+            }
             shapes |= {f"{stage}blocks.{b}.{name}": shape for name, shape in block.items()}
 
     for part, width in (("query", 1024), ("aux", 2880), ("val", 2880)):
@@ -62,7 +81,11 @@ def language_model(hidden, layers, kv, ffn, vocab, *, q=None, experts=0, tied=Fa
             shapes[f"{layer}block_sparse_moe.gate.weight"] = (experts, hidden)
             for e in range(experts):
                 expert = f"{layer}block_sparse_moe.experts.{e}."
-                shapes |= {f"{expert}w1.weight": (ffn, hidden), f"{expert}w2.weight": (hidden, ffn), f"{expert}w3.weight": (ffn, hidden)}
+                shapes |= {
+                    f"{expert}w1.weight": (ffn, hidden),
+                    f"{expert}w2.weight": (hidden, ffn),
+                    f"{expert}w3.weight": (ffn, hidden),
+                }
         else:
             shapes |= {f"{layer}mlp.{p}_proj.weight": (ffn, hidden) for p in ("gate", "up")}
             shapes[f"{layer}mlp.down_proj.weight"] = (hidden, ffn)
@@ -89,7 +112,9 @@ def test_every_tensor_of_the_published_layout(size, hd):
 
 
 def test_counts_of_the_published_7b():
-    """Parameter counts that the original's files confirm: 6.738 B, 303.5 M, 196.2 M and 6.96 M; 14.53 GB in half precision."""
+    """Parameter counts that the original's files confirm: 6.738 B, 303.5 M, 196.2 M and 6.96 M; 14.53 GB in half
+    precision.
+    """
     shapes = MiniGeminiForConditionalGeneration.published_shapes(make_config("7b"))
 
     def count(*prefixes):

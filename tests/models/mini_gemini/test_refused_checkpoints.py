@@ -91,7 +91,9 @@ def test_something_else_named_bin(standard, tmp_path, content):
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("content", [{"state_dict": {}}, [torch.ones(1)], {1: torch.ones(1)}, torch.ones(1), {"step": 7}])
+@pytest.mark.parametrize(
+    "content", [{"state_dict": {}}, [torch.ones(1)], {1: torch.ones(1)}, torch.ones(1), {"step": 7}]
+)
 def test_bin_that_is_no_flat_dictionary(standard, tmp_path, content):
     folder = copy_small(standard, tmp_path)
     torch.save(content, folder / "pytorch_model.bin")
@@ -132,7 +134,10 @@ def test_bin_holding_code(standard, tmp_path, form):
 
 
 def test_shard_holding_code(standard, tmp_path):
-    folder, target = write_bin(copy_small(standard, tmp_path / "checkpoint"), tensors_of(standard), 3), tmp_path / "written"
+    folder, target = (
+        write_bin(copy_small(standard, tmp_path / "checkpoint"), tensors_of(standard), 3),
+        tmp_path / "written",
+    )
     write_code(folder / "pytorch_model-00003-of-00003.bin", target, "zip")
     refused(folder, "pytorch_model-00003-of-00003.bin is refused: .* it calls for io.open")
     assert not target.exists()
@@ -176,7 +181,10 @@ def test_tower_holding_code(standard, tmp_path, file):
 def test_missing_and_misshaped_tensors(standard, tmp_path, name):
     tensors = tensors_of(standard)
     tensor = tensors.pop(name)
-    refused(remake(standard, tmp_path / "missing", tensors=tensors), rf"config\.json calls for\. 1 missing: {re.escape(name)}$")
+    refused(
+        remake(standard, tmp_path / "missing", tensors=tensors),
+        rf"config\.json calls for\. 1 missing: {re.escape(name)}$",
+    )
     longer = torch.cat([tensor, tensor[:1]])
     message = refused(remake(standard, tmp_path / "longer", tensors={**tensors, name: longer}), "1 mis-shaped")
     assert message.endswith(f"1 mis-shaped: {name} {list(longer.shape)}, expected {list(tensor.shape)}")
@@ -205,13 +213,20 @@ def test_long_lists_are_cut(standard, tmp_path):
 def test_another_familys_tensors(built, tmp_path):
     mixtral = json.loads((built["mixtral"] / "config.json").read_text())
     message = refused(
-        remake(built["llama"], tmp_path / "a", **mixtral), r"missing: model\.layers\.0\.block_sparse_moe\.experts\.0\.w1\.weight"
+        remake(built["llama"], tmp_path / "a", **mixtral),
+        r"missing: model\.layers\.0\.block_sparse_moe\.experts\.0\.w1\.weight",
     )
     assert "unexpected: model.layers.0.mlp.down_proj.weight" in message
     gemma = json.loads((built["gemma"] / "config.json").read_text())
-    refused(remake(built["mixtral"], tmp_path / "b", **gemma), r"missing: model\.layers\.0\.mlp.*unexpected: .*block_sparse_moe")
+    refused(
+        remake(built["mixtral"], tmp_path / "b", **gemma),
+        r"missing: model\.layers\.0\.mlp.*unexpected: .*block_sparse_moe",
+    )
     # Gemma's have Llama's names, all but the head
-    refused(remake(built["gemma"], tmp_path / "c", model_type="mgm", tie_word_embeddings=False), r"1 missing: lm_head\.weight$")
+    refused(
+        remake(built["gemma"], tmp_path / "c", model_type="mgm", tie_word_embeddings=False),
+        r"1 missing: lm_head\.weight$",
+    )
 
 
 def test_vocabulary_of_another_size(standard, tmp_path):
@@ -228,7 +243,9 @@ def test_the_last_layers_of_a_tower_are_missed(standard, tmp_path, name):
     write_safetensors(folder, kept, 3)
     index = folder / "model.safetensors.index.json"
     document = json.loads(index.read_text())
-    document["weight_map"] |= {key: next(iter(document["weight_map"].values())) for key in tensors_of(standard) if key.startswith(name)}
+    document["weight_map"] |= {
+        key: next(iter(document["weight_map"].values())) for key in tensors_of(standard) if key.startswith(name)
+    }
     index.write_text(json.dumps(document))
     refused(folder, "tensors that no shard holds: " + re.escape(name))
 
@@ -236,7 +253,9 @@ def test_the_last_layers_of_a_tower_are_missed(standard, tmp_path, name):
 def test_a_tower_folder_tells_how_deep_its_tower_is(golden, tmp_path):
     source = golden / "mgm-gemma"
     name = CLIP + "encoder.layers.2."
-    folder = remake(source, tmp_path / "x", tensors={key: t for key, t in tensors_of(source).items() if not key.startswith(name)})
+    folder = remake(
+        source, tmp_path / "x", tensors={key: t for key, t in tensors_of(source).items() if not key.startswith(name)}
+    )
     for tower in ("openai", "openclip-convnext-large-d-320-tiny"):
         shutil.copytree(source / tower, folder / tower, dirs_exist_ok=True)
     refused(folder, "16 missing: " + re.escape(name))
@@ -248,9 +267,15 @@ def test_published_widths_tell_the_depth():
 
     config = random_checkpoint.make_config("7b")
     config.towers_given = False
-    shapes = {key: s for key, s in MiniGeminiForConditionalGeneration.published_shapes(config).items() if "layers.23." not in key}
+    shapes = {
+        key: s
+        for key, s in MiniGeminiForConditionalGeneration.published_shapes(config).items()
+        if "layers.23." not in key
+    }
     shapes = {key: s for key, s in shapes.items() if "vision_stages.2.blocks.26." not in key}
-    complete_config(config, {key: TensorInfo(None, key, shape) for key, shape in shapes.items()}, random_checkpoint.Path("nowhere"))
+    complete_config(
+        config, {key: TensorInfo(None, key, shape) for key, shape in shapes.items()}, random_checkpoint.Path("nowhere")
+    )
     assert config.vision_config.num_hidden_layers == 24 and config.vision_config_aux["depths"] == [3, 3, 27, 3]
 
 

@@ -8,8 +8,14 @@ from mg_fast import MiniGeminiForConditionalGeneration
 from mg_fast.models.templates import render
 from tests.families import family
 
-# Rows of different lengths: the parts of an accumulated batch have different numbers of labels, so a mean of means is not the mean of all.
-TEXTS = ["What is this?", "Say more, and more than that, of what it is and why.", "Why?", "Tell me how many of them there are in all."]
+# Rows of different lengths: the parts of an accumulated batch have different numbers of labels, so a mean of means is
+# not the mean of all.
+TEXTS = [
+    "What is this?",
+    "Say more, and more than that, of what it is and why.",
+    "Why?",
+    "Tell me how many of them there are in all.",
+]
 # how 4 rows are split: (rows at once, parts that are accumulated)
 SPLITS = [(4, 1), (2, 2), (1, 4)]
 
@@ -58,7 +64,9 @@ def texts():
     processor = family("mgm-llama").processor
 
     def collate(rows):
-        batch = processor.tokenizer.pad({"input_ids": [row["input_ids"] for row in rows]}, padding_side="right", return_tensors="pt")
+        batch = processor.tokenizer.pad(
+            {"input_ids": [row["input_ids"] for row in rows]}, padding_side="right", return_tensors="pt"
+        )
         return dict(batch, labels=batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100))
 
     return [{"input_ids": processor.tokenizer(text).input_ids} for text in TEXTS], collate
@@ -69,7 +77,9 @@ def pictures():
     """Questions about pictures, one of them about two and one about none, and what makes a batch of some of them."""
     found = family("mgm-llama")
     images = [[found.pictures[0]], list(found.pictures), [], [found.pictures[1]]]
-    prompts = [render(found.processor.template, [("<image>\n" * len(own) + text, "Yes.")]) for text, own in zip(TEXTS, images)]
+    prompts = [
+        render(found.processor.template, [("<image>\n" * len(own) + text, "Yes.")]) for text, own in zip(TEXTS, images)
+    ]
 
     def collate(rows):
         batch = found.processor(
@@ -108,7 +118,9 @@ def test_text_is_trained_as_by_llama(model, llama, texts, tmp_path, split, optio
     whole = gradients(llama, *texts, tmp_path, (4, 1), **options)
     assert norm(ours) == pytest.approx(norm(theirs), rel=1e-4) == norm(whole)
     for name, gradient in theirs.items():
-        own = ours["lm_head.weight" if name == "lm_head.weight" else f"model.language_model.{name.removeprefix('model.')}"]
+        own = ours[
+            "lm_head.weight" if name == "lm_head.weight" else f"model.language_model.{name.removeprefix('model.')}"
+        ]
         torch.testing.assert_close(own, gradient, rtol=1e-4, atol=1e-6 * norm(whole))
 
 
@@ -136,7 +148,12 @@ def test_a_mixed_batch_can_be_evaluated(model, pictures, tmp_path):
     """Batches with and without pictures return other things beside their logits."""
     rows, collate = pictures
     arguments = TrainingArguments(
-        tmp_path, per_device_eval_batch_size=1, use_cpu=True, report_to=[], disable_tqdm=True, remove_unused_columns=False
+        tmp_path,
+        per_device_eval_batch_size=1,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
     )
     lengths = []
 

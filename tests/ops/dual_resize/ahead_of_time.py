@@ -47,7 +47,9 @@ class Resizing(NamedTuple("Resizing", [("architecture", int), ("shape", str)]), 
 
         def taps(side):
             first, weights = resizing.bicubic_taps(side)
-            return dual_resize.Taps(*(torch.empty(n, dtype=torch.int32, device="cuda") for n in (first.shape, weights.T.shape)))
+            return dual_resize.Taps(
+                *(torch.empty(n, dtype=torch.int32, device="cuda") for n in (first.shape, weights.T.shape))
+            )
 
         original = dual_resize.dual_resize_tile
         if tile is not None:

@@ -1,4 +1,6 @@
-"""kernels/dual_resize.py compiles for every architecture with no GPU: no spills, within shared memory, with the resources recorded."""
+"""kernels/dual_resize.py compiles for every architecture with no GPU: no spills, within shared memory, with the
+resources recorded.
+"""
 
 import pytest
 

@@ -1,4 +1,6 @@
-"""Resizing in PyTorch: Pillow's own bits at high resolution, the reference's views at low; the processor's `device=`; what is refused."""
+"""Resizing in PyTorch: Pillow's own bits at high resolution, the reference's views at low; the processor's `device=`;
+what is refused.
+"""
 
 import io
 import itertools
@@ -22,11 +24,15 @@ def noise(width, height, seed=0):
     """Pixels of all values, half of them black or white: overshoots are clipped between the passes and after."""
     generator = np.random.default_rng(seed)
     picture = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return torch.from_numpy(np.where(generator.random((height, width, 1)) < 0.5, picture, np.where(picture < 128, 0, 255)).astype(np.uint8))
+    return torch.from_numpy(
+        np.where(generator.random((height, width, 1)) < 0.5, picture, np.where(picture < 128, 0, 255)).astype(np.uint8)
+    )
 
 
 def by_pillow(picture, hr_size, lr_size, grid, pad):
-    """As the processor did it before there was another way: written out, with one call of Pillow's resize where it pads."""
+    """As the processor did it before there was another way: written out, with one call of Pillow's resize where it
+    pads.
+    """
     image = Image.fromarray(picture.numpy())
     w, h = image.size
     if pad:
@@ -104,8 +110,8 @@ def test_pillows_bits_of_photographs(path):
 
 @pytest.fixture(scope="module")
 def camera_files(tmp_path_factory):
-    """Photographs as cameras write them: 12 megapixels in landscape, tiled so that every pixel is of the small photograph as it was taken;
-    24 megapixels in portrait, enlarged, its rows stored as columns."""
+    """Photographs as cameras write them: 12 megapixels in landscape, tiled so that every pixel is of the small
+    photograph as it was taken; 24 megapixels in portrait, enlarged, its rows stored as columns."""
     cbook = pytest.importorskip("matplotlib.cbook")
     with Image.open(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)) as image:
         small = np.array(image.convert("RGB"))
@@ -151,7 +157,9 @@ def test_strides(layout):
         assert_as_pillow(torch.cat([picture, picture], 1)[1::2, 5:40:3], 40, 9)
 
 
-@pytest.mark.parametrize("hr_size, lr_size, grid", [(48, 21, 1), (96, 21, 2), (90, 13, 3), (20, 50, 1), (37, 37, 1), (1, 5, 2)])
+@pytest.mark.parametrize(
+    "hr_size, lr_size, grid", [(48, 21, 1), (96, 21, 2), (90, 13, 3), (20, 50, 1), (37, 37, 1), (1, 5, 2)]
+)
 def test_views_from_tables(hr_size, lr_size, grid):
     """What other devices make the views by."""
     hr = torch.randn(3, hr_size, hr_size, generator=torch.Generator().manual_seed(0))
@@ -182,8 +190,16 @@ REFUSED = {
     "no size": (torch.zeros(4, 4, 3, dtype=torch.uint8), {"hr_size": 0}, "must be at least 1, got hr_size=0"),
     "no cell": (torch.zeros(4, 4, 3, dtype=torch.uint8), {"grid": 0}, "grid=0"),
     "too thin": (torch.zeros(1, 99, 3, dtype=torch.uint8), {}, "99x1 pixels: too thin"),
-    "too large": (torch.zeros(1, 1, 1, dtype=torch.uint8).expand(18919, 18919, 3), {}, "too large to square by padding"),
-    "too thin to crop": (torch.zeros(1, 1, 1, dtype=torch.uint8).expand(1, 900_000, 3), {"pad": False}, "resized to 32 makes the other"),
+    "too large": (
+        torch.zeros(1, 1, 1, dtype=torch.uint8).expand(18919, 18919, 3),
+        {},
+        "too large to square by padding",
+    ),
+    "too thin to crop": (
+        torch.zeros(1, 1, 1, dtype=torch.uint8).expand(1, 900_000, 3),
+        {"pad": False},
+        "resized to 32 makes the other",
+    ),
 }
 
 
@@ -196,7 +212,10 @@ def test_refused_with_what_was_expected_and_what_came(case, backend):
 
 
 def test_triton_on_a_cpu_is_refused():
-    with pytest.raises(BackendError, match="cannot run dual_resize: triton runs on CUDA tensors, these are on cpu"), use_backend("triton"):
+    with (
+        pytest.raises(BackendError, match="cannot run dual_resize: triton runs on CUDA tensors, these are on cpu"),
+        use_backend("triton"),
+    ):
         ops.dual_resize(noise(4, 4), 8, 4)
 
 
@@ -204,7 +223,9 @@ def test_operator():
     sample = (noise(9, 7), 16, 7, 2, True, True, "torch")
     torch.library.opcheck(ops.resize_picture, sample)
     compiled = torch.compile(
-        lambda p: ops.dual_resize(p, 16, 7, grid=2, global_view=True, backend="torch"), backend="aot_eager", fullgraph=True
+        lambda p: ops.dual_resize(p, 16, 7, grid=2, global_view=True, backend="torch"),
+        backend="aot_eager",
+        fullgraph=True,
     )
     for size in ((9, 7), (12, 8), (10, 30)):
         assert_same(compiled(noise(*size)), by_pillow(noise(*size), 16, 7, 2, True))
@@ -229,7 +250,9 @@ def test_device_reaches_the_pictures_of_prompts_and_messages(processor, photo, m
     devices = []
     resize = ops.dual_resize
     monkeypatch.setattr(
-        ops, "dual_resize", lambda picture, *args, **kw: devices.append(picture.device.type) or resize(picture, *args, **kw)
+        ops,
+        "dual_resize",
+        lambda picture, *args, **kw: devices.append(picture.device.type) or resize(picture, *args, **kw),
     )
     expected = processor(photo, "<image> What?", return_tensors="pt")
     assert devices == []
@@ -242,7 +265,9 @@ def test_device_reaches_the_pictures_of_prompts_and_messages(processor, photo, m
         assert torch.equal(result["pixel_values_hr"], expected["pixel_values_hr"])
 
 
-@pytest.mark.parametrize("pad, size, message", [(True, (1, 99), "too thin, squared"), (False, (1, 900_000), "its shortest side resized")])
+@pytest.mark.parametrize(
+    "pad, size, message", [(True, (1, 99), "too thin, squared"), (False, (1, 900_000), "its shortest side resized")]
+)
 def test_the_same_errors_on_both_paths(pad, size, message, drawing):
     processor = MiniGeminiImageProcessor(32, 14, pad=pad)
     said = []
@@ -331,7 +356,8 @@ def test_tables_are_of_float32_whatever_the_default_is():
     torch.set_default_dtype(torch.bfloat16)
     try:
         assert all(
-            np.array_equal(ours, other) and ours.dtype == other.dtype for ours, other in zip(resizing.bilinear_taps(48, 21), expected)
+            np.array_equal(ours, other) and ours.dtype == other.dtype
+            for ours, other in zip(resizing.bilinear_taps(48, 21), expected)
         )
     finally:
         torch.set_default_dtype(torch.float32)

@@ -12,7 +12,9 @@ from ..ahead_of_time_gate import DISTINCT, DTYPES, TWINS, Case
 TABLE = DWCONV_NORM
 
 
-class Convolution(NamedTuple("Convolution", [("architecture", int), ("dtype", str), ("side", int), ("channels", int)]), Case):
+class Convolution(
+    NamedTuple("Convolution", [("architecture", int), ("dtype", str), ("side", int), ("channels", int)]), Case
+):
     """The launcher of kernels/dwconv_norm.py on a square map."""
 
     def names(self) -> list[str]:
@@ -27,7 +29,9 @@ class Convolution(NamedTuple("Convolution", [("architecture", int), ("dtype", st
             dwconv_norm.dwconv_norm_tile = lambda *_: tile
         try:
             c = self.channels
-            dwconv_norm.dwconv_norm_fwd(empty(1, self.side, self.side, c), empty(49, c), empty(c), empty(c), empty(c), 1e-6)
+            dwconv_norm.dwconv_norm_fwd(
+                empty(1, self.side, self.side, c), empty(49, c), empty(c), empty(c), empty(c), 1e-6
+            )
         finally:
             dwconv_norm.dwconv_norm_tile = original
 
@@ -47,8 +51,8 @@ class Convolution(NamedTuple("Convolution", [("architecture", int), ("dtype", st
         return []
 
 
-# ConvNeXt-L's stages at 768 pixels. Those at 1536 are the same kernels: Triton knows of a side whether it is a multiple of 16, and the last
-# is 24 at 768 and 48 at 1536
+# ConvNeXt-L's stages at 768 pixels. Those at 1536 are the same kernels: Triton knows of a side whether it is a multiple
+# of 16, and the last is 24 at 768 and 48 at 1536
 LARGE = [(192, 192), (96, 384), (48, 768), (24, 1536)]
 # the buckets left, and widths that no wide load fits
 BUCKETS = [(24, 3072), (9, 131), (9, 3071)]

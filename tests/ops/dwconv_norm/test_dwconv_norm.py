@@ -1,4 +1,6 @@
-"""dwconv_norm's PyTorch forms on the CPU: against float64 and timm's own block, other layouts, and what is refused in which words."""
+"""dwconv_norm's PyTorch forms on the CPU: against float64 and timm's own block, other layouts, and what is refused in
+which words.
+"""
 
 import pytest
 import torch
@@ -80,7 +82,9 @@ def test_reference_is_timms_own_block():
         expected = block.norm(block.conv_dw(x).permute(0, 2, 3, 1))
         vectors = block.conv_dw.bias, block.norm.weight, block.norm.bias
         assert torch.equal(reference.dwconv_norm(x, block.conv_dw.weight, *vectors, block.norm.eps), expected)
-        ours = ops.dwconv_norm(x.permute(0, 2, 3, 1), block.conv_dw.weight.reshape(16, 49).t(), *vectors, block.norm.eps)
+        ours = ops.dwconv_norm(
+            x.permute(0, 2, 3, 1), block.conv_dw.weight.reshape(16, 49).t(), *vectors, block.norm.eps
+        )
         assert torch.allclose(ours, expected, atol=1e-5)
 
 
@@ -105,7 +109,9 @@ def test_gradients():
     inputs = make((2, 5, 6, 7))
     upstream = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1))
     wanted = gradients("reference", [tensor.double() for tensor in inputs], upstream)
-    for ours, base, oracle in zip(gradients("torch", inputs, upstream), gradients("reference", inputs, upstream), wanted):
+    for ours, base, oracle in zip(
+        gradients("torch", inputs, upstream), gradients("reference", inputs, upstream), wanted
+    ):
         assert_accurate(ours, base, oracle, rows=60)
 
 
@@ -116,14 +122,30 @@ def test_no_picture(backend):
 
 
 REFUSED = {
-    "three dimensions": (0, lambda x: x[0], r"x must be \[B, H, W, C\] with at least one pixel and channel, got \[9, 13, 24\]"),
+    "three dimensions": (
+        0,
+        lambda x: x[0],
+        r"x must be \[B, H, W, C\] with at least one pixel and channel, got \[9, 13, 24\]",
+    ),
     "no row": (0, lambda x: x[:, :0], r"at least one pixel and channel, got \[2, 0, 13, 24\]"),
     "integers": (0, lambda x: x.int(), "must be floating point, got torch.int32"),
-    "published weight": (1, lambda w: w.t().reshape(24, 1, 7, 7), r"weight must be \[49, 24\], taps by channels, got \[24, 1, 7, 7\]"),
+    "published weight": (
+        1,
+        lambda w: w.t().reshape(24, 1, 7, 7),
+        r"weight must be \[49, 24\], taps by channels, got \[24, 1, 7, 7\]",
+    ),
     "narrow bias": (2, lambda t: t[1:], r"bias must be \[24\], got \[23\]"),
     "narrow norm": (4, lambda t: t[1:], r"norm_bias must be \[24\], got \[23\]"),
-    "other dtype": (3, lambda t: t.half(), "norm_weight must be torch.float32 on cpu as x is, got torch.float16 on cpu"),
-    "other device": (1, lambda t: t.to("meta"), "weight must be torch.float32 on cpu as x is, got torch.float32 on meta"),
+    "other dtype": (
+        3,
+        lambda t: t.half(),
+        "norm_weight must be torch.float32 on cpu as x is, got torch.float16 on cpu",
+    ),
+    "other device": (
+        1,
+        lambda t: t.to("meta"),
+        "weight must be torch.float32 on cpu as x is, got torch.float32 on meta",
+    ),
 }
 
 

@@ -30,4 +30,8 @@ def test_fuzz(shape, dtype, layout, offset, scale, eps, seed):
     assert ours.dtype == x.dtype and ours.shape == x.shape
     # the plain form at its worst of eight draws: its error on one small map is luck
     draws = [make(shape, getattr(torch, dtype), offset, scale, seed + 10**5 * draw) for draw in range(8)]
-    assert_accurate(ours, [errors(plain(*d, eps=eps), exact(*d, eps=eps)) for d in draws] if x.numel() else ours, exact(x, *rest, eps=eps))
+    assert_accurate(
+        ours,
+        [errors(plain(*d, eps=eps), exact(*d, eps=eps)) for d in draws] if x.numel() else ours,
+        exact(x, *rest, eps=eps),
+    )

@@ -10,7 +10,8 @@ from mg_fast import BackendError, ops
 from mg_fast.testing.tolerances import assert_accurate
 from tests.ops.dwconv_norm.test_dwconv_norm import DTYPES, exact, gradients, layouts, make, plain
 
-# (B, H, W, C): one pixel, fewer rows and columns than taps, odd sides, tiles that end early, chunks of channels full and not, every bucket
+# (B, H, W, C): one pixel, fewer rows and columns than taps, odd sides, tiles that end early, chunks of channels full
+# and not, every bucket
 SHAPES = [
     (1, 1, 1, 1),
     (1, 1, 1, 32),
@@ -91,7 +92,9 @@ def test_pixels_outside_are_zero_exactly():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_layouts(dtype):
-    """The same whatever the layout: a tile of its own, where loads are narrow, adds up a pixel's channels in another order."""
+    """The same whatever the layout: a tile of its own, where loads are narrow, adds up a pixel's channels in another
+    order.
+    """
     x, *rest = make((2, 5, 6, 16), dtype)
     expected = kernel(x, *rest)
     for name, layout in layouts(x).items():
@@ -131,7 +134,9 @@ def test_gradients(dtype):
     inputs = make((2, 5, 6, 7), dtype)
     upstream = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     wanted = gradients("reference", [tensor.double() for tensor in inputs], upstream)
-    for ours, base, oracle in zip(gradients("triton", inputs, upstream), gradients("reference", inputs, upstream), wanted):
+    for ours, base, oracle in zip(
+        gradients("triton", inputs, upstream), gradients("reference", inputs, upstream), wanted
+    ):
         assert ours.dtype == dtype
         assert_accurate(ours, base, oracle, rows=60)
 
@@ -178,16 +183,22 @@ def test_one_graph_under_compile(backend):
     torch._dynamo.reset()
     inputs = make((1, 5, 6, 8))
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(lambda *tensors: ops.dwconv_norm(*tensors, backend=backend), backend=counter, fullgraph=True)
+    compiled = torch.compile(
+        lambda *tensors: ops.dwconv_norm(*tensors, backend=backend), backend=counter, fullgraph=True
+    )
     leaves, others = ([tensor.clone().requires_grad_() for tensor in inputs] for _ in range(2))
     ours, expected = compiled(*leaves), ops.dwconv_norm(*others, backend=backend)
     assert torch.allclose(ours, expected, atol=1e-6) and counter.frame_count == 1
-    for a, b in zip(torch.autograd.grad(ours.square().sum(), leaves), torch.autograd.grad(expected.square().sum(), others)):
+    for a, b in zip(
+        torch.autograd.grad(ours.square().sum(), leaves), torch.autograd.grad(expected.square().sum(), others)
+    ):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_what_the_kernel_does_not_take():
-    with pytest.raises(BackendError, match="cannot run dwconv_norm: the kernel holds pixels of up to 3072 channels, these have 3073"):
+    with pytest.raises(
+        BackendError, match="cannot run dwconv_norm: the kernel holds pixels of up to 3072 channels, these have 3073"
+    ):
         kernel(*make((1, 1, 1, 3073)))
     with pytest.raises(BackendError, match="the kernel takes float16, bfloat16 and float32, got torch.float64"):
         kernel(*(tensor.double() for tensor in make((1, 1, 1, 4))))

@@ -16,7 +16,9 @@ NARROW = 40
 
 
 class Shape(NamedTuple):
-    """A grid of cells, queries along a view's side, pixels along a window's, widths of the maps, sides of the maps unless they halve."""
+    """A grid of cells, queries along a view's side, pixels along a window's, widths of the maps, sides of the maps
+    unless they halve.
+    """
 
     grid: int
     queries: int
@@ -47,14 +49,20 @@ class Mining(NamedTuple("Mining", [("launcher", str), ("architecture", int), ("d
 
     def launch(self, tile=None) -> None:
         shape, dtype = SHAPES[self.shape], DTYPES[self.dtype]
-        views, tokens, fine = shape.grid**2 + (shape.grid > 1), shape.queries**2, shape.grid * shape.queries * shape.side
+        views, tokens, fine = (
+            shape.grid**2 + (shape.grid > 1),
+            shape.queries**2,
+            shape.grid * shape.queries * shape.side,
+        )
         maps = shape.maps or [fine >> s for s in range(len(shape.dims))]
         original = patch_mining.patch_mining_tile
         if tile is not None:
             patch_mining.patch_mining_tile = lambda *_, **__: tile
         try:
             # a model in float16 has its queries in float32
-            queries = torch.empty(2, views, tokens, sum(shape.dims), device="cuda", dtype=torch.float32 if self.dtype == "fp16" else dtype)
+            queries = torch.empty(
+                2, views, tokens, sum(shape.dims), device="cuda", dtype=torch.float32 if self.dtype == "fp16" else dtype
+            )
             pyramid = [torch.empty(2, n, n, dim, device="cuda", dtype=dtype) for n, dim in zip(maps, shape.dims)]
             if self.launcher == "pool_windows_fwd":
                 patch_mining.pool_windows_fwd(queries, pyramid, shape.grid)
@@ -84,7 +92,9 @@ class Mining(NamedTuple("Mining", [("launcher", str), ("architecture", int), ("d
 
 def cases() -> list[Mining]:
     def add(launchers, architectures, dtypes, shapes):
-        found.extend(Mining(*c) for a in architectures for c in ((x, a, d, s) for d in dtypes for s in shapes for x in launchers))
+        found.extend(
+            Mining(*c) for a in architectures for c in ((x, a, d, s) for d in dtypes for s in shapes for x in launchers)
+        )
 
     found: list[Mining] = []
     both = ("pool_windows_fwd", "pool_windows_bwd")

@@ -13,7 +13,11 @@ CALLS = {
     "standard": ("patch_mining", (*mining_of(1), 1), 1),
     "HD": ("patch_mining", (*mining_of(5), 2), 2),
     "cells alone": ("patch_mining", (*mining_of(4), 2), 1),
-    "backward": ("patch_mining_backward", (meta(1, 5, 1, 5), *mining_of(5), meta(1, 5, 1, 3, 4, dtype=torch.float32), 2), 2),
+    "backward": (
+        "patch_mining_backward",
+        (meta(1, 5, 1, 5), *mining_of(5), meta(1, 5, 1, 3, 4, dtype=torch.float32), 2),
+        2,
+    ),
 }
 COPIED = {
     "queries and maps": ("patch_mining", (slanted(1, 1, 4, 5), [slanted(1, 4, 4, 5)], 1), 2 * (4 * 5 + 16 * 5)),

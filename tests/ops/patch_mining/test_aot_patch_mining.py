@@ -1,4 +1,6 @@
-"""kernels/patch_mining.py compiles for every architecture with no GPU: no spills, within shared memory, with the resources recorded."""
+"""kernels/patch_mining.py compiles for every architecture with no GPU: no spills, within shared memory, with the
+resources recorded.
+"""
 
 import pytest
 

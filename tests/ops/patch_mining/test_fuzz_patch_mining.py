@@ -1,4 +1,6 @@
-"""Random shapes, layouts and values through the kernel, interpreted, held to the accuracy rule; `make fuzz` tries ten times as many."""
+"""Random shapes, layouts and values through the kernel, interpreted, held to the accuracy rule; `make fuzz` tries ten
+times as many.
+"""
 
 import functools
 from typing import NamedTuple
@@ -67,7 +69,9 @@ def cases(draw):
     halved = st.just([max(fine >> s, 1) for s in range(5)])
     levels = draw(st.integers(1, 5))
     # "finest first": none is larger than the first
-    sizes = draw(halved | st.lists(st.integers(1, fine), min_size=4, max_size=4).map(lambda rest: [fine, *rest]))[:levels]
+    sizes = draw(halved | st.lists(st.integers(1, fine), min_size=4, max_size=4).map(lambda rest: [fine, *rest]))[
+        :levels
+    ]
     return Case(
         dtype=draw(st.sampled_from(["float32", "float16", "bfloat16"])),
         grid=grid,
@@ -76,8 +80,11 @@ def cases(draw):
         batch=batch,
         window=window,
         sizes=tuple(sizes),
-        # up to two blocks of channels; of one or two channels LayerNorm leaves a sign or nothing: rounding, raised to the size of a feature
-        widths=tuple(draw(st.lists(st.integers(1, 24), min_size=levels, max_size=levels).filter(lambda widths: sum(widths) > 3))),
+        # up to two blocks of channels; of one or two channels LayerNorm leaves a sign or nothing: rounding, raised to
+        # the size of a feature
+        widths=tuple(
+            draw(st.lists(st.integers(1, 24), min_size=levels, max_size=levels).filter(lambda widths: sum(widths) > 3))
+        ),
         layouts=tuple(draw(st.lists(st.sampled_from(list(LAYOUTS)), min_size=levels, max_size=levels))),
         # of a handful of numbers the largest error says little
         dim=draw(st.integers(16, 40)),
@@ -88,7 +95,10 @@ def cases(draw):
 
 
 def build(case):
-    dtype, normal = getattr(torch, case.dtype), functools.partial(draws.normal, torch.Generator().manual_seed(case.seed))
+    dtype, normal = (
+        getattr(torch, case.dtype),
+        functools.partial(draws.normal, torch.Generator().manual_seed(case.seed)),
+    )
 
     views = case.grid**2 + case.global_view
     queries = normal(case.batch, views, case.side**2, case.dim).to(dtype)
@@ -109,7 +119,9 @@ def plain_pool(queries, pyramid, grid):
     def normalised(x):
         return F.layer_norm(x, (channels,), eps=reference.LAYER_NORM_EPS)
 
-    return reference.patch_mining(queries, pyramid, lambda q: q, lambda x: normalised(x) * channels**0.5, normalised, grid=grid)
+    return reference.patch_mining(
+        queries, pyramid, lambda q: q, lambda x: normalised(x) * channels**0.5, normalised, grid=grid
+    )
 
 
 def gradient(pool, queries, pyramid, grid, upstream):
@@ -130,11 +142,15 @@ def pooling(case):
 
 
 def exact_gradient(queries, pyramid, grid, upstream):
-    return gradient(torch_form.pool_windows, queries.double(), [level.double() for level in pyramid], grid, upstream.double())
+    return gradient(
+        torch_form.pool_windows, queries.double(), [level.double() for level in pyramid], grid, upstream.double()
+    )
 
 
 def compare(case, inputs, ours, plain, exact):
-    """The accuracy rule, with the plain form at its worst of eight draws: the outcome of one window, chosen by a search, is luck."""
+    """The accuracy rule, with the plain form at its worst of eight draws: the outcome of one window, chosen by a
+    search, is luck.
+    """
     arguments = inputs(case)
     result, expected = ours(*arguments), exact(*arguments)
     assert result.dtype == arguments[0].dtype and result.shape == arguments[0].shape
@@ -154,8 +170,12 @@ def test_forward(case):
         compare(
             case,
             build,
-            lambda queries, pyramid, projections, grid: ops.patch_mining(queries, pyramid, *projections, grid=grid, backend="triton"),
-            lambda queries, pyramid, projections, grid: reference.patch_mining(queries, pyramid, *projections, grid=grid),
+            lambda queries, pyramid, projections, grid: ops.patch_mining(
+                queries, pyramid, *projections, grid=grid, backend="triton"
+            ),
+            lambda queries, pyramid, projections, grid: reference.patch_mining(
+                queries, pyramid, *projections, grid=grid
+            ),
             oracle,
         )
 

@@ -99,14 +99,17 @@ def test_float16_does_not_overflow_where_the_scores_do():
         assert (q.float() @ k.float().mT).abs().max() > torch.finfo(torch.float16).max
         ours, exact = kernel(*inputs), oracle(*inputs)
     assert ours.isfinite().all()
-    # weights of nearly one hot: an error of the score in the last place of float16 may choose another pixel, so only the size is compared
+    # weights of nearly one hot: an error of the score in the last place of float16 may choose another pixel, so only
+    # the size is compared
     assert ours.abs().max() <= 4 * exact.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_windows_larger_than_the_kernel_holds(dtype):
     queries, pyramid, projections, grid = make(1, window=17, dims=(4, 4), dtype=dtype)
-    with pytest.raises(BackendError, match="cannot run patch_mining: the kernel holds windows of up to 16x16 pixels, these have 17x17"):
+    with pytest.raises(
+        BackendError, match="cannot run patch_mining: the kernel holds windows of up to 16x16 pixels, these have 17x17"
+    ):
         kernel(queries, pyramid, projections, grid)
 
 
@@ -131,7 +134,10 @@ def strided(queries, pyramid):
 
     return {
         "stored as NCHW": (queries, [level.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1) for level in pyramid]),
-        "rows and columns swapped": (queries, [level.transpose(1, 2).contiguous().transpose(1, 2) for level in pyramid]),
+        "rows and columns swapped": (
+            queries,
+            [level.transpose(1, 2).contiguous().transpose(1, 2) for level in pyramid],
+        ),
         "channels of a wider tensor": (queries, [within(level, 3) for level in pyramid]),
         "rows of a taller tensor": (queries, [within(level, 1) for level in pyramid]),
         "every other column": (queries, [level.repeat_interleave(2, dim=2)[:, :, ::2] for level in pyramid]),
@@ -166,7 +172,9 @@ def test_one_picture_for_all():
     once = [level[:1].expand(2, -1, -1, -1) for level in pyramid]
     assert once[0].stride(0) == 0
     with torch.no_grad():
-        assert torch.equal(kernel(queries, once, projections, grid), kernel(queries, [t.contiguous() for t in once], projections, grid))
+        assert torch.equal(
+            kernel(queries, once, projections, grid), kernel(queries, [t.contiguous() for t in once], projections, grid)
+        )
 
 
 def test_operators_take_strided_queries_and_gradients():
@@ -311,7 +319,10 @@ def counting(monkeypatch, name):
 
 def test_only_what_is_wanted_is_computed(monkeypatch):
     queries, pyramid, _, grid = make(1, window=4, dims=(6, 10), dim=16)
-    to_queries, to_pyramid = counting(monkeypatch, "pool_windows_backward"), counting(monkeypatch, "pool_windows_backward_pyramid")
+    to_queries, to_pyramid = (
+        counting(monkeypatch, "pool_windows_backward"),
+        counting(monkeypatch, "pool_windows_backward_pyramid"),
+    )
     everything = [t.clone().requires_grad_() for t in (queries, *pyramid)]
     ops.pool_windows(everything[0], everything[1:], grid)[0].square().sum().backward()
     assert (len(to_queries), len(to_pyramid)) == (1, 1)
@@ -341,7 +352,9 @@ def test_operators_keep_torchs_rules(grid):
     leaves = [t.clone().requires_grad_() for t in (queries, *pyramid)]
     torch.library.opcheck(operators.patch_mining.default, (leaves[0], leaves[1:], grid))
     torch.library.opcheck(operators.patch_mining_backward.default, (grad, queries, pyramid, statistics, grid))
-    torch.library.opcheck(operators.patch_mining_backward_pyramid.default, (grad, queries, pyramid, [True, False], grid))
+    torch.library.opcheck(
+        operators.patch_mining_backward_pyramid.default, (grad, queries, pyramid, [True, False], grid)
+    )
 
 
 @pytest.mark.parametrize("grid", [1, 2])
@@ -404,7 +417,10 @@ def test_backward_remembers_the_backend(monkeypatch):
 
 def image_tokens(folder, picture):
     """Of a checkpoint, by the kernels."""
-    processor, model = MiniGeminiProcessor.from_pretrained(folder), MiniGeminiForConditionalGeneration.from_pretrained(folder)
+    processor, model = (
+        MiniGeminiProcessor.from_pretrained(folder),
+        MiniGeminiForConditionalGeneration.from_pretrained(folder),
+    )
     device = torch.get_default_device()
     inputs = processor.image_processor(picture).to(device)
     with mg_fast.use_backend("triton"), torch.inference_mode():
@@ -442,7 +458,9 @@ def test_one_pixel_far_from_the_others(dtype, offset):
         assert_accurate(ours, plain, oracle(queries, pyramid, projections, grid))
 
 
-@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.float16)])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.float16)]
+)
 def test_levels_of_other_dtypes_than_the_queries(dtypes):
     queries, pyramid, projections, grid = make(2, dims=(8, 16))
     pyramid = [level.to(dtype) for level, dtype in zip(pyramid, dtypes)]

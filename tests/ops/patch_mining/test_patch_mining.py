@@ -1,4 +1,6 @@
-"""Patch info mining as it is called: what is refused and in which words, unusual widths, dtypes, and compiled for sizes of all kinds."""
+"""Patch info mining as it is called: what is refused and in which words, unusual widths, dtypes, and compiled for sizes
+of all kinds.
+"""
 
 import pytest
 import torch
@@ -19,24 +21,41 @@ def changed(**changes):
 
 
 def narrower(projection):
-    return reference.Projection(projection.norm_weight[1:], projection.norm_bias[1:], projection.weight[:, 1:], projection.bias)
+    return reference.Projection(
+        projection.norm_weight[1:], projection.norm_bias[1:], projection.weight[:, 1:], projection.bias
+    )
 
 
 REFUSED = {
     "no cell": (changed(grid=lambda _: 0), "grid must be at least 1 cell a side, got 0"),
     "no level": (changed(pyramid=lambda _: []), "at least one level, got none"),
-    "empty level": (changed(pyramid=lambda p: [p[0][:, :0, :0], p[1]]), r"level 0 must be \[2, n, n, C\], got \[2, 0, 0, 6\]"),
-    "other batch": (changed(pyramid=lambda p: [level[:1] for level in p]), r"level 0 must be \[2, n, n, C\], got \[1, 16, 16, 6\]"),
-    "other device": (changed(pyramid=lambda p: [level.to("meta") for level in p]), "level 0 is on meta, the queries are on cpu"),
+    "empty level": (
+        changed(pyramid=lambda p: [p[0][:, :0, :0], p[1]]),
+        r"level 0 must be \[2, n, n, C\], got \[2, 0, 0, 6\]",
+    ),
+    "other batch": (
+        changed(pyramid=lambda p: [level[:1] for level in p]),
+        r"level 0 must be \[2, n, n, C\], got \[1, 16, 16, 6\]",
+    ),
+    "other device": (
+        changed(pyramid=lambda p: [level.to("meta") for level in p]),
+        "level 0 is on meta, the queries are on cpu",
+    ),
     "integers": (changed(pyramid=lambda p: [level.int() for level in p]), "must be floating point, got torch.int32"),
-    "wide queries": (changed(queries=lambda q: torch.cat([q, q], -1)), "the queries are 16 wide, the query projection takes 8"),
+    "wide queries": (
+        changed(queries=lambda q: torch.cat([q, q], -1)),
+        "the queries are 16 wide, the query projection takes 8",
+    ),
     "narrow keys": (changed(key=narrower), "the pyramid has 16 channels, the projections take 15"),
     "narrow values": (changed(value=narrower), "the pyramid has 16 channels, the projections take 15"),
     "other value width": (
         changed(value=lambda v: v._replace(weight=v.weight[1:], bias=v.bias[1:])),
         "values to the queries' 8, got 8, 8 and 7",
     ),
-    "maps that do not divide": (changed(pyramid=lambda p: [p[0][:, :15, :15], p[1]]), "finest map of 15x15 must be a multiple of the 2x2"),
+    "maps that do not divide": (
+        changed(pyramid=lambda p: [p[0][:, :15, :15], p[1]]),
+        "finest map of 15x15 must be a multiple of the 2x2",
+    ),
 }
 
 

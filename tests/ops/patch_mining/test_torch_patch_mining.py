@@ -33,7 +33,19 @@ def taken(request, monkeypatch):
         monkeypatch.setattr(torch_form, "TOGETHER", 0)
 
 
-def make(side, *, window=8, grid=1, batch=1, dims=(6, 10, 14, 18), dim=12, views=None, offset=0.0, dtype=torch.float32, seed=0):
+def make(
+    side,
+    *,
+    window=8,
+    grid=1,
+    batch=1,
+    dims=(6, 10, 14, 18),
+    dim=12,
+    views=None,
+    offset=0.0,
+    dtype=torch.float32,
+    seed=0,
+):
     generator = torch.Generator().manual_seed(seed)
     fine = grid * side * window
     views = views or grid * grid + (grid > 1)
@@ -83,7 +95,9 @@ def test_pictures_of_a_batch_do_not_know_each_other(grid, monkeypatch):
     monkeypatch.setattr(torch_form, "TOGETHER", sum(10 * level[0].numel() for level in pyramid))
     parts = []
     pool = torch_form._pool_raster
-    monkeypatch.setattr(torch_form, "_pool_raster", lambda *args, **options: parts.append(len(args[0])) or pool(*args, **options))
+    monkeypatch.setattr(
+        torch_form, "_pool_raster", lambda *args, **options: parts.append(len(args[0])) or pool(*args, **options)
+    )
 
     def run(*inputs):
         inputs = [t.clone().requires_grad_() for t in inputs]
@@ -149,7 +163,10 @@ def test_what_is_not_finite_stays_visible_in_its_picture(bad):
 def test_one_graph_under_compile(grid):
     queries, pyramid, projections, grid = make(2, grid=grid)
     compiled = torch.compile(
-        lambda q, *p: torch_form.patch_mining(q, p, *projections, grid=grid), backend="eager", fullgraph=True, dynamic=False
+        lambda q, *p: torch_form.patch_mining(q, p, *projections, grid=grid),
+        backend="eager",
+        fullgraph=True,
+        dynamic=False,
     )
     with torch.no_grad():
         expected = torch_form.patch_mining(queries, pyramid, *projections, grid=grid)
@@ -160,7 +177,9 @@ def test_a_trace_on_fake_tensors_leaves_nothing_behind():
     queries, pyramid, projections, grid = make(2, window=6, grid=2, dims=(3, 5))
     with FakeTensorMode() as mode, torch.no_grad():
         fake = [reference.Projection(*(mode.from_tensor(t) for t in p)) for p in projections]
-        out = torch_form.patch_mining(mode.from_tensor(queries), [mode.from_tensor(level) for level in pyramid], *fake, grid=grid)
+        out = torch_form.patch_mining(
+            mode.from_tensor(queries), [mode.from_tensor(level) for level in pyramid], *fake, grid=grid
+        )
     assert out.shape == queries.shape
     assert type(torch_form.patch_mining(queries, pyramid, *projections, grid=grid)) is torch.Tensor
 

@@ -22,8 +22,8 @@ class Shape(NamedTuple):
 
 
 SHAPES = {
-    # ConvNeXt-L: at 768 pixels the widest map, the 27 blocks of the third stage, and the smallest map, whose way back fills few programs;
-    # at 1536 pixels the last stage
+    # ConvNeXt-L: at 768 pixels the widest map, the 27 blocks of the third stage, and the smallest map, whose way back
+    # fills few programs; at 1536 pixels the last stage
     "stage0": Shape(192**2, 192),
     "stage2": Shape(48**2, 768),
     "stage3": Shape(24**2, 1536),
@@ -36,7 +36,9 @@ SHAPES = {
 }
 
 
-class Pointwise(NamedTuple("Pointwise", [("launcher", str), ("architecture", int), ("dtype", str), ("shape", str)]), Case):
+class Pointwise(
+    NamedTuple("Pointwise", [("launcher", str), ("architecture", int), ("dtype", str), ("shape", str)]), Case
+):
     """A launcher of kernels/pointwise.py on one of SHAPES."""
 
     def names(self) -> list[str]:
@@ -53,7 +55,9 @@ class Pointwise(NamedTuple("Pointwise", [("launcher", str), ("architecture", int
             pointwise.pointwise_tile = lambda *_: tile
         try:
             shapes = [(m, k), (n, k), (n,), (m, n)][: 3 + (self.launcher == "linear_residual_fwd")]
-            getattr(pointwise, self.launcher)(*(torch.empty(shape, device="cuda", dtype=DTYPES[self.dtype]) for shape in shapes))
+            getattr(pointwise, self.launcher)(
+                *(torch.empty(shape, device="cuda", dtype=DTYPES[self.dtype]) for shape in shapes)
+            )
         finally:
             pointwise.pointwise_tile = original
 

@@ -11,6 +11,10 @@ CALLS = {
 }
 COPIED = {
     "rows, weight and bias": ("linear_gelu", (slanted(7, 8), slanted(9, 8), meta(18)[::2]), 2 * (56 + 72 + 9)),
-    "rows, weight and residual": ("linear_residual", (slanted(7, 8), slanted(9, 8), meta(9), slanted(7, 9)), 2 * (56 + 72 + 63)),
+    "rows, weight and residual": (
+        "linear_residual",
+        (slanted(7, 8), slanted(9, 8), meta(9), slanted(7, 9)),
+        2 * (56 + 72 + 63),
+    ),
     "in place": ("linear_residual_", (slanted(7, 8), slanted(9, 8), meta(9), meta(7, 9)), 2 * (56 + 72)),
 }

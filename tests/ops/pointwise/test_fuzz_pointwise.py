@@ -24,7 +24,12 @@ LAYOUTS = {
     "one row for all": lambda t: t[:1].expand(len(t), -1),
 }
 # what launches take, and smaller ones, of which a few rows need many
-TILES = [None, *POINTWISE[None].values(), *(ProductTile(16, 16, 16, group, 4, 2) for group in (1, 2, 5)), ProductTile(32, 16, 32, 8, 4, 2)]
+TILES = [
+    None,
+    *POINTWISE[None].values(),
+    *(ProductTile(16, 16, 16, group, 4, 2) for group in (1, 2, 5)),
+    ProductTile(32, 16, 32, 8, 4, 2),
+]
 
 
 class Case(NamedTuple):

@@ -85,7 +85,9 @@ def test_values_near_the_largest_of_float16(operation, small_tiles):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gelu_is_rounded_once(dtype, small_tiles):
-    """The library rounds the product first, then GELU of that; the kernel's only rounding is the last one, and its GELU the exact one."""
+    """The library rounds the product first, then GELU of that; the kernel's only rounding is the last one, and its GELU
+    the exact one.
+    """
     inputs = make("linear_gelu", 33, 40, 50, dtype=dtype)
     exact = oracle("linear_gelu", *inputs)
     tanh = F.gelu(F.linear(*(t.double() for t in inputs)), approximate="tanh")
@@ -101,7 +103,11 @@ def test_gelu_is_rounded_once(dtype, small_tiles):
 def test_what_is_not_finite_is_seen_where_it_belongs(operation, bad, dtype, small_tiles):
     inputs = make(operation, 37, 35, 20, dtype=dtype)
     clean = kernel(operation, *inputs)
-    for at, place, spoilt in [(0, (20, 3), (20, slice(None))), (1, (18, 19), (slice(None), 18)), (2, (34,), (slice(None), 34))]:
+    for at, place, spoilt in [
+        (0, (20, 3), (20, slice(None))),
+        (1, (18, 19), (slice(None), 18)),
+        (2, (34,), (slice(None), 34)),
+    ]:
         bads = [t.clone() for t in inputs]
         bads[at][place] = bad
         out = kernel(operation, *bads)
@@ -144,7 +150,12 @@ def test_strides(operation, dtype, small_tiles):
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_weights_of_other_layouts_and_one_row_for_all(operation, small_tiles):
     x, weight, bias, *residual = make(operation, 19, 18, 22)
-    arguments = [x[:1].expand(19, -1), weight.T.contiguous().T, bias[:1].expand(18), *(t[:1].expand(19, -1) for t in residual)]
+    arguments = [
+        x[:1].expand(19, -1),
+        weight.T.contiguous().T,
+        bias[:1].expand(18),
+        *(t[:1].expand(19, -1) for t in residual),
+    ]
     assert not any(t.is_contiguous() for t in arguments)
     assert torch.equal(kernel(operation, *arguments), kernel(operation, *(t.contiguous() for t in arguments)))
 
@@ -156,7 +167,9 @@ def test_nothing_to_multiply(operation, shape):
     out, wanted = kernel(operation, *inputs), plain(operation, *inputs)
     assert out.shape == wanted.shape and torch.allclose(out, wanted, atol=1e-6)
     found = gradients(lambda *leaves: kernel(operation, *leaves), inputs, torch.ones_like(wanted))
-    for gradient, expected in zip(found, gradients(lambda *leaves: plain(operation, *leaves), inputs, torch.ones_like(wanted))):
+    for gradient, expected in zip(
+        found, gradients(lambda *leaves: plain(operation, *leaves), inputs, torch.ones_like(wanted))
+    ):
         assert gradient.shape == expected.shape and torch.allclose(gradient, expected, atol=1e-5)
 
 
@@ -191,7 +204,9 @@ def test_gradients_that_nobody_wants_are_none(wanted, small_tiles):
             assert [t.grad is not None for t in inputs] == [at == wanted for at in range(len(inputs))]
 
 
-@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float16), (torch.bfloat16, torch.float16)])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float16), (torch.bfloat16, torch.float16)]
+)
 def test_residual_of_another_dtype(dtypes, small_tiles):
     inputs = make("linear_residual", 20, 18, 22)
     inputs = [*(t.to(dtypes[0]) for t in inputs[:3]), inputs[3].to(dtypes[1])]
@@ -246,7 +261,9 @@ def test_choosing_the_backend(monkeypatch):
     runs = []
     for operation in OPERATIONS:
         launcher = getattr(pointwise, f"{operation}_fwd")
-        monkeypatch.setattr(pointwise, f"{operation}_fwd", lambda *inputs, launcher=launcher: runs.append(1) or launcher(*inputs))
+        monkeypatch.setattr(
+            pointwise, f"{operation}_fwd", lambda *inputs, launcher=launcher: runs.append(1) or launcher(*inputs)
+        )
         inputs = make(operation)
         getattr(ops, operation)(*inputs)
         assert not runs
@@ -264,7 +281,8 @@ def test_dtypes_that_the_kernels_do_not_take(operation):
         inputs = make(operation)
         inputs[at] = inputs[at].double()
         with pytest.raises(
-            BackendError, match=f"cannot run {operation}: the kernel takes float16, bfloat16 and float32, got torch.float64"
+            BackendError,
+            match=f"cannot run {operation}: the kernel takes float16, bfloat16 and float32, got torch.float64",
         ):
             kernel(operation, *inputs)
     with pytest.raises(BackendError, match="the kernel takes float16, bfloat16 and float32, got torch.float64"):

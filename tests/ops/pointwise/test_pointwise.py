@@ -17,7 +17,9 @@ def make(operation, m=5, n=6, k=7, dtype=torch.float32, seed=0):
     """Arguments of an operation: outputs of order one. `m` is a number of rows, or all sizes but the channels."""
     generator = torch.Generator().manual_seed(seed)
     leading = m if isinstance(m, tuple) else (m,)
-    x, weight, bias, residual = (torch.randn(shape, generator=generator) for shape in ((*leading, k), (n, k), (n,), (*leading, n)))
+    x, weight, bias, residual = (
+        torch.randn(shape, generator=generator) for shape in ((*leading, k), (n, k), (n,), (*leading, n))
+    )
     inputs = [x, weight * max(k, 1) ** -0.5, bias, residual][: 3 + (operation == "linear_residual")]
     return [t.to(dtype) for t in inputs]
 
@@ -63,7 +65,9 @@ def test_accuracy(operation, shape, dtype):
 @pytest.mark.parametrize("channels", [192, 384, 768, 1536])
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_accuracy_of_the_published_sizes(operation, channels):
-    """With two threads, as with one torch does not take oneDNN's convolutions, whose errors grow with the number of terms."""
+    """With two threads, as with one torch does not take oneDNN's convolutions, whose errors grow with the number of
+    terms.
+    """
     outputs, terms = (4 * channels, channels) if operation == "linear_gelu" else (channels, 4 * channels)
     inputs = make(operation, 600, outputs, terms)
     threads = torch.get_num_threads()
@@ -72,7 +76,9 @@ def test_accuracy_of_the_published_sizes(operation, channels):
         with torch.no_grad():
             exact, simple = oracle(operation, *inputs), plain(operation, *inputs)
             assert_accurate(getattr(ops, operation)(*inputs, backend="torch"), simple, exact)
-            assert_accurate(linear(*inputs[:3], precise=True), F.linear(*inputs[:3]), F.linear(*(t.double() for t in inputs[:3])))
+            assert_accurate(
+                linear(*inputs[:3], precise=True), F.linear(*inputs[:3]), F.linear(*(t.double() for t in inputs[:3]))
+            )
             if operation == "linear_residual":
                 assert_accurate(ops.linear_residual_(*inputs[:3], inputs[3].clone(), backend="torch"), simple, exact)
     finally:
@@ -113,7 +119,9 @@ def test_gelu_is_the_exact_one():
         assert (ours - F.gelu(x)).abs().max() < 1e-6 < (ours - F.gelu(x, approximate="tanh")).abs().max()
 
 
-@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float16), (torch.bfloat16, torch.float16)])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float16), (torch.bfloat16, torch.float16)]
+)
 def test_residual_of_another_dtype(dtypes):
     inputs = make("linear_residual")
     inputs = [*(t.to(dtypes[0]) for t in inputs[:3]), inputs[3].to(dtypes[1])]
@@ -139,7 +147,10 @@ def test_autocast(operation, residual):
 def test_one_graph_under_compile(operation, backend):
     torch._dynamo.reset()
     compiled = torch.compile(
-        lambda *inputs: getattr(ops, operation)(*inputs, backend=backend), backend="aot_eager", fullgraph=True, dynamic=True
+        lambda *inputs: getattr(ops, operation)(*inputs, backend=backend),
+        backend="aot_eager",
+        fullgraph=True,
+        dynamic=True,
     )
     for rows in (5, 600):
         inputs = make(operation, rows, 512, 512)
@@ -161,7 +172,10 @@ def changed(at, change, operation="linear_residual"):
 
 
 REFUSED = {
-    "a number": (changed(0, lambda x: x[0, 0]), r"linear_residual: expected x \[..., K\] and weight \[N, K\], got \[\] and \[6, 7\]"),
+    "a number": (
+        changed(0, lambda x: x[0, 0]),
+        r"linear_residual: expected x \[..., K\] and weight \[N, K\], got \[\] and \[6, 7\]",
+    ),
     "narrow x": (changed(0, lambda x: x[:, 1:], "linear_gelu"), r"linear_gelu: expected .* got \[5, 6\] and \[6, 7\]"),
     "convolution's weight": (changed(1, lambda w: w[:, :, None, None]), r"got \[5, 7\] and \[6, 7, 1, 1\]"),
     "short bias": (changed(2, lambda b: b[1:]), r"bias must be \[6\], got \[5\]"),
