@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint check interpreted fuzz aot clean
+.PHONY: demo test lint check interpreted fuzz aot aot-all clean
 demo: $(READY)
 	$(BIN)/python -m recipes.demo
 
@@ -26,12 +26,16 @@ check: $(READY)
 interpreted: $(READY)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(INTERPRETED)
 
-# ten times the random cases of `interpreted`, others every time
+# twenty times the random cases of `interpreted`, others every time
 fuzz: $(READY)
 	TRITON_INTERPRET=1 MG_FAST_FUZZ=fuzz $(BIN)/python -m pytest -n 2 --dist worksteal $(RANDOM_CASES)
 
 aot: $(READY)
 	$(BIN)/python -m pytest $(AHEAD_OF_TIME)
+
+# compiles every kernel anew, also those that are as they were when their resources were recorded
+aot-all: $(READY)
+	MG_FAST_AOT=all $(BIN)/python -m pytest $(AHEAD_OF_TIME)
 
 $(READY): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "mg_fast needs Python 3.10 or newer, this is $$($(PYTHON) --version)"; exit 1; }

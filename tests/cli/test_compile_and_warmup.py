@@ -5,14 +5,13 @@ of warmup.
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 
 from mg_fast import cli
 from mg_fast.ops import backend
-from tests.paths import OWN_GOLDEN, ROOT
+from tests.forked_python import python
+from tests.paths import OWN_GOLDEN
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is published for Linux only"
@@ -59,9 +58,7 @@ def process(*command, cache):
     }
     # whatever an environment asks for, what is compiled is what the command line says
     environment["MG_FAST_BACKEND"] = "torch"
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    done = python(*command, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

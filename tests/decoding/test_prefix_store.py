@@ -38,7 +38,7 @@ tokens_strategy = st.lists(st.integers(-2, 2), max_size=9).map(tuple)
 steps_strategy = st.lists(st.tuples(st.sampled_from(["put", "longest", "clear"]), tokens_strategy), max_size=40)
 
 
-@fuzz(300)
+@fuzz(150)
 @given(steps_strategy, st.integers(0, 20))
 def test_against_sets_of_prefixes(steps, positions):
     store = PrefixStore(positions * POSITION)

@@ -2,12 +2,10 @@
 transformers.
 """
 
-import subprocess
-import sys
-
 import pytest
 
-from tests.paths import OWN_GOLDEN, ROOT
+from tests.forked_python import LIBRARIES, python
+from tests.paths import OWN_GOLDEN
 
 MODEL = f"""
 from transformers import AutoConfig, AutoModelForImageTextToText
@@ -23,7 +21,7 @@ assert type(AutoProcessor.from_pretrained({folder!r})).__name__ == "MiniGeminiPr
 
 
 def run(code: str) -> None:
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = python("-c", code, imported=LIBRARIES)
     assert done.returncode == 0, done.stderr
 
 

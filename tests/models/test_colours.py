@@ -4,8 +4,6 @@
 
 import io
 import logging
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +14,7 @@ from PIL import Image, ImageCms
 import mg_fast
 from mg_fast import PictureError
 from mg_fast.models.pictures import open_picture
-from tests.paths import ROOT
+from tests.forked_python import python
 
 SIZE = (48, 32)
 
@@ -317,8 +315,7 @@ def test_memory_of_large_pictures(kind, mode, tmp_path):
     options = {"compression": "tiff_adobe_deflate"} if kind == "TIFF" else {}
     for size in (small, large):
         Image.new(mode, size, 1).save(tmp_path / f"{size[0]}", kind, **options)
-    command = [sys.executable, "-c", MEASURED, *(str(tmp_path / f"{size[0]}") for size in (small, large))]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = python("-c", MEASURED, *(tmp_path / f"{size[0]}" for size in (small, large)))
     assert done.returncode == 0, done.stderr
     before, after = map(int, done.stdout.split())
     picture, square = 4 * 8000 * 6000, 4 * 8000 * 8000

@@ -8,8 +8,6 @@ import json
 import os
 import random
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +25,7 @@ from recipes.nano.evaluate import accuracy_table
 from recipes.nano.model import forget_mined
 from recipes.nano.scenes import CELL, draw_number, draw_scene
 from recipes.nano.talk import ask
+from tests.forked_python import python
 from tests.paths import ROOT
 
 QUESTION = "What does the sign say?"
@@ -199,7 +198,7 @@ def test_by_the_command_line(nano, alone, tmp_path):
         MIXED[0][0],
     ]
     command += ["--max-new-tokens", str(MOST)]
-    done = subprocess.run([sys.executable, "-m", "mg_fast", *command], cwd=ROOT, capture_output=True, text=True)
+    done = python("-m", "mg_fast", *command)
     assert (done.returncode, done.stdout) == (0, alone[0] + "\n"), done.stderr
     assert re.search(r"^loaded nano on cpu in .* \(template chatml_direct\)$", done.stderr, re.M)
 
@@ -321,9 +320,7 @@ def test_kernels_are_compiled_for_it_too():
 
 def demo(*arguments, tmp_path):
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-m", "recipes.demo", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    done = python("-m", "recipes.demo", *arguments, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

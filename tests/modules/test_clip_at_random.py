@@ -10,7 +10,7 @@ from tests.fuzzing import fuzz
 from tests.modules.test_clip import DTYPES, check, make
 
 
-@fuzz(500)
+@fuzz(250)
 @given(
     seed=st.integers(0, 2**16),
     heads=st.integers(1, 3),

@@ -1,21 +1,31 @@
-"""The ahead-of-time gate: what a kernel may need of a GPU, read from the machine code that its launcher compiles with
-no GPU.
+"""The ahead-of-time gate: the resources that a kernel needs of a GPU, read from machine code that is compiled without one.
+
+Compiling a kernel takes seconds, and what comes out depends only on what goes in. So the digest of everything that goes
+into the compiler (`ingredients`) is recorded beside the resources, and a kernel whose digest is the recorded one need not
+be compiled again.
 """
 
+import ast
 import collections
 import concurrent.futures
 import contextlib
 import functools
+import hashlib
+import importlib
+import inspect
 import json
 import multiprocessing
 import os
 import re
 import subprocess
 import tempfile
+import unittest.mock
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import triton
+import triton.compiler
 
 from mg_fast.kernels.configs import SHARED_MEMORY_LIMITS
 from mg_fast.ops.ahead_of_time import compile_only
@@ -58,11 +68,85 @@ class Case:
         return []
 
 
-def compile_case(case: Case, tile=None) -> dict[str, dict[str, int]]:
-    """Resources of the kernels of a case, by name."""
-    with compile_only(case.architecture) as compiled:
+def compile_case(case: Case, tile=None) -> dict[str, dict]:
+    """Compiles the kernels of a case and returns their resources by name, each with the digest of its ingredients."""
+    digests = []
+
+    def compile(compiler: Callable, source: triton.compiler.ASTSource, **options):
+        digests.append(ingredients(source, **options))
+        return compiler()
+
+    with _compiler(compile), compile_only(case.architecture) as compiled:
         case.launch(tile)
-    return {name: resources(kernel) for name, kernel in zip(case.names(), compiled, strict=True)}
+    return {
+        name: {"ingredients": digest, **resources(kernel)}
+        for name, digest, kernel in zip(case.names(), digests, compiled, strict=True)
+    }
+
+
+def digest_case(case: Case, tile=None) -> dict[str, str]:
+    """Returns the digests of the ingredients of a case's kernels by name, and compiles nothing."""
+    digests = []
+
+    def digest(compiler: Callable, source: triton.compiler.ASTSource, **options) -> None:
+        digests.append(ingredients(source, **options))
+
+    with _compiler(digest), compile_only(case.architecture):
+        case.launch(tile)
+    return dict(zip(case.names(), digests, strict=True))
+
+
+@contextlib.contextmanager
+def _compiler(replacement: Callable):
+    """Within the block Triton calls `replacement(compiler, source, target=, options=)` in place of its compiler."""
+    original = triton.compiler.compile
+
+    def compile(source, target, options, **rest):
+        return replacement(
+            lambda: original(source, target=target, options=options, **rest), source, target=target, options=options
+        )
+
+    # Triton looks the compiler up when a kernel first meets a device, and compile_only's device is always a new one.
+    with unittest.mock.patch.object(triton.compiler, "compile", compile):
+        yield
+
+
+def ingredients(source: triton.compiler.ASTSource, *, target, options: dict) -> str:
+    """A digest of all that goes into the compiler: the code, what it is specialised for, the options, the compilers."""
+    backend = triton.compiler.make_backend(target)
+    # Triton finds the global variables that the kernel uses when it computes its own key, which also depends on
+    # comments and on the line that the kernel begins on, and therefore is of no use here.
+    assert source.fn.cache_key
+    parts = [
+        triton.__version__,
+        backend.hash(),  # the architecture and the version of ptxas
+        sorted(backend.parse_options(dict(options)).__dict__.items()),
+        sorted(source.signature.items()),
+        sorted((path, getattr(value, "cache_key", value)) for path, value in source.constants.items()),
+        sorted(source.attrs.items()),
+        sorted((name, value) for (name, _), (value, _) in source.fn.used_global_vals.items()),
+        source.name,
+        code_of(source.fn.module),
+    ]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
+
+
+@functools.cache
+def code_of(module: str) -> str:
+    """The code of a kernel's file and of the kernels' files that it imports, without comments, docstrings and places."""
+    found, names = [], [module]
+    for name in names:
+        loaded = importlib.import_module(name)
+        tree = ast.parse(inspect.getsource(loaded))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module) and ast.get_docstring(node) is not None:
+                del node.body[0]
+            # configs.py is left out: its tiles reach a kernel as constants, which the digest holds anyway.
+            if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module != "configs":
+                imported = f"{loaded.__package__}.{node.module}"
+                names.extend([imported] if imported not in names else [])
+        found.append(ast.dump(tree))
+    return "\n".join(found)
 
 
 def resources(kernel) -> dict[str, int]:

@@ -15,8 +15,8 @@ def put_off():
 @pytest.fixture(scope="session")
 def jobs(request, put_off):
     """The cases of the tests that were selected, all under way at once: futures by case."""
+    from tests.ops.ahead_of_time_checks import start
+
     parametrised = (getattr(item, "callspec", None) for item in request.session.items)
-    return {
-        case: put_off(case)
-        for case in dict.fromkeys(c.params["kernel"][0] for c in parametrised if c and "kernel" in c.params)
-    }
+    cases = dict.fromkeys(c.params["kernel"][0] for c in parametrised if c and "kernel" in c.params)
+    return start(cases, put_off)

@@ -5,6 +5,8 @@ missing products.
 import pytest
 
 from mg_fast.kernels.configs import ProductTile, Tile
+from tests.ops import ahead_of_time_checks as checks
+from tests.ops import ahead_of_time_gate as gate
 from tests.ops.ahead_of_time_gate import faults
 from tests.ops.patch_mining.ahead_of_time import Mining
 from tests.ops.pointwise.ahead_of_time import Pointwise
@@ -46,3 +48,33 @@ def test_the_gate_sees_narrow_loads_and_missing_products(put_off):
     [exact] = put_off(single).result().values()
     assert faults(single, "", exact) == []
     assert any("0 instructions on tensor cores" in fault for fault in faults(real, "", exact))
+
+
+# One that is not always compiled.
+RECORDED = Mining("pool_windows_bwd", 90, "bf16", "odd8")
+
+
+def test_what_is_recorded_is_compiled_again_where_anything_changed(monkeypatch):
+    monkeypatch.delenv("MG_FAST_AOT", raising=False)
+    assert not checks.is_compiled(RECORDED)
+    tile = gate.digest_case(RECORDED, Tile(32, 2, 2))
+    assert tile.keys() == gate.digest_case(RECORDED).keys() and tile != gate.digest_case(RECORDED)
+    with monkeypatch.context() as patched:
+        patched.setattr(gate, "code_of", lambda module: "another kernel")
+        assert checks.is_compiled(RECORDED)
+    with monkeypatch.context() as patched:
+        patched.setattr(gate.triton, "__version__", "0.0")
+        assert checks.is_compiled(RECORDED)
+    monkeypatch.setenv("MG_FAST_AOT", "all")
+    assert checks.is_compiled(RECORDED)
+
+
+def test_the_digest_of_code_is_that_of_all_files_it_comes_from_without_comments(monkeypatch):
+    code = gate.code_of("mg_fast.kernels.patch_mining")
+    assert "load_pixels" in code and "SHARED_MEMORY_LIMITS" not in code, "windows.py is part of it, configs.py is not"
+    sources = {"one": '"""Doc."""\ndef f(x):\n    # Why.\n    return x\n', "same": "def f(x): return (x)\n"}
+    sources["other"] = "def f(x): return -x\n"
+    monkeypatch.setattr(gate.importlib, "import_module", lambda name: name)
+    monkeypatch.setattr(gate.inspect, "getsource", sources.__getitem__)
+    assert gate.code_of("one") == gate.code_of("same") != gate.code_of("other")
+    gate.code_of.cache_clear()

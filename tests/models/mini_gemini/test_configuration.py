@@ -1,7 +1,6 @@
 """config.json read and written, what the Auto classes make of it, and the towers' geometry from shapes and folders."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -26,6 +25,7 @@ from tests.checkpoints import (
     tensors_of,
     write_safetensors,
 )
+from tests.forked_python import LIBRARIES, python
 from tests.paths import ROOT
 
 SPELLINGS = {
@@ -104,24 +104,20 @@ print(type(AutoProcessor.from_pretrained(folder)).__name__)
 """
 
 
-def in_fresh_process(code, *arguments):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+def words_of(done):
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
 
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_auto_classes_in_a_fresh_process(standard, order):
-    printed = in_fresh_process(ORDERS[order] + USE_AUTO, str(standard))
+    printed = words_of(python("-c", ORDERS[order] + USE_AUTO, standard, imported=LIBRARIES))
     assert printed == ["MiniGeminiConfig", "MiniGeminiForConditionalGeneration", "MiniGeminiProcessor"]
 
 
 def test_importing_mg_fast_imports_nothing_heavy():
     code = "import mg_fast, sys; dir(mg_fast); print(*sorted({'torch', 'transformers', 'triton'} & sys.modules.keys()))"
-    assert in_fresh_process(code) == []
+    assert words_of(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)) == []
 
 
 def test_towers_from_the_shapes_alone(standard, hd):

@@ -101,21 +101,28 @@ def model():
     return MiniGeminiForConditionalGeneration.from_pretrained(family("mgm-llama").folder, template="vicuna_v1").train()
 
 
-@pytest.fixture
-def llama(model):
-    """transformers' own Llama with the same weights."""
-    control = LlamaForCausalLM(model.config.text_config).train()
-    control.model.load_state_dict(model.model.language_model.state_dict())
-    control.lm_head.load_state_dict(model.lm_head.state_dict())
-    return control
+@pytest.fixture(scope="module")
+def of_llama(tmp_path_factory):
+    """The gradients of transformers' own Llama with the same weights, by how the rows are split and the options."""
+    found = {}
+
+    def gradients_of_llama(model, rows, collate, split, **options):
+        key = split, *options.items()
+        if key not in found:
+            control = LlamaForCausalLM(model.config.text_config).train()
+            control.model.load_state_dict(model.model.language_model.state_dict())
+            control.lm_head.load_state_dict(model.lm_head.state_dict())
+            found[key] = gradients(control, rows, collate, tmp_path_factory.mktemp("llama"), split, **options)
+        return found[key]
+
+    return gradients_of_llama
 
 
 @pytest.mark.parametrize("options", [{}, {"label_smoothing_factor": 0.1}], ids=["plain", "label smoothing"])
 @pytest.mark.parametrize("split", SPLITS, ids=str)
-def test_text_is_trained_as_by_llama(model, llama, texts, tmp_path, split, options):
+def test_text_is_trained_as_by_llama(model, of_llama, texts, tmp_path, split, options):
+    theirs, whole = (of_llama(model, *texts, rows, **options) for rows in (split, (4, 1)))
     ours = gradients(model, *texts, tmp_path, split, **options)
-    theirs = gradients(llama, *texts, tmp_path, split, **options)
-    whole = gradients(llama, *texts, tmp_path, (4, 1), **options)
     assert norm(ours) == pytest.approx(norm(theirs), rel=1e-4) == norm(whole)
     for name, gradient in theirs.items():
         own = ours[

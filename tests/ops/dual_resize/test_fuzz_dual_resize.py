@@ -59,7 +59,7 @@ def tiles_of_configs_again(monkeypatch):
     monkeypatch.setattr(kernels, "dual_resize_tile", kernels.dual_resize_tile)
 
 
-@fuzz(500)
+@fuzz(250)
 @given(CASES)
 def test_fuzz(case):
     long, short = max(case.width, case.height), min(case.width, case.height)

@@ -1,6 +1,7 @@
 """Patch mining by the kernel, interpreted: against the float64 oracle, and whatever else a caller may rely on."""
 
 import contextlib
+import functools
 import math
 import sys
 
@@ -8,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import mg_fast
 from mg_fast import BackendError, MiniGeminiForConditionalGeneration, MiniGeminiProcessor, ops, use_backend
 from mg_fast.ops import reference
 from mg_fast.ops.reference import Projection
@@ -415,32 +415,35 @@ def test_backward_remembers_the_backend(monkeypatch):
     assert len(calls) == 1 and queries.grad.isfinite().all()
 
 
-def image_tokens(folder, picture):
-    """Of a checkpoint, by the kernels."""
-    processor, model = (
-        MiniGeminiProcessor.from_pretrained(folder),
-        MiniGeminiForConditionalGeneration.from_pretrained(folder),
-    )
+def image_tokens(folder, picture, *, tower):
+    """The image tokens of a checkpoint by the kernels; those of the high-resolution tower only if `tower` is "triton"."""
+    processor = MiniGeminiProcessor.from_pretrained(folder)
     device = torch.get_default_device()
+    model = MiniGeminiForConditionalGeneration.from_pretrained(folder).to(device).model
     inputs = processor.image_processor(picture).to(device)
-    with mg_fast.use_backend("triton"), torch.inference_mode():
-        return model.to(device).get_image_features(**inputs).pooler_output.cpu()
+    see_high = functools.partial(model.vision_tower_aux, backend=tower)
+    with torch.inference_mode():
+        return model.picture_features(**inputs, see_high=see_high, backend="triton").image_tokens.cpu()
 
 
-@pytest.mark.parametrize("name", ["mgm-gemma", "mgm-llama-hd"])
-def test_original(golden, name):
-    """The original's image tokens, for a standard checkpoint and one in HD."""
+@pytest.mark.parametrize("name, tower", [("mgm-gemma", "triton"), ("mgm-llama-hd", "torch")])
+def test_original(golden, name, tower):
+    """The original's image tokens, for a standard checkpoint and one in HD.
+
+    The tower of HD is that of the standard checkpoint on a larger picture, which would take a minute.
+    """
     expected = load_file(golden / name / "expected.safetensors")["image0.image_tokens"]
-    assert relative_error(image_tokens(golden / name, golden / name / "image0.png"), expected) <= IMAGE_TOKENS
+    ours = image_tokens(golden / name, golden / name / "image0.png", tower=tower)
+    assert relative_error(ours, expected) <= IMAGE_TOKENS
 
 
-@pytest.mark.parametrize("kind", ["standard", "hd"])
-def test_recorded_outputs(kind, photo):
-    """The same for the project's own records, which every machine has; half a minute in HD."""
+@pytest.mark.parametrize("kind, tower", [("standard", "triton"), ("hd", "torch")])
+def test_recorded_outputs(kind, tower, photo):
+    """The same for the project's own records, which every machine has."""
     if original_golden():
         pytest.skip("the original's own outputs are here")
     expected = load_file(OWN_GOLDEN / kind / "expected.safetensors")["case0.image_tokens"]
-    assert relative_error(image_tokens(OWN_GOLDEN / kind, photo), expected) <= IMAGE_TOKENS
+    assert relative_error(image_tokens(OWN_GOLDEN / kind, photo, tower=tower), expected) <= IMAGE_TOKENS
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -83,12 +83,12 @@ def test_large_biases_of_the_keys_leave_no_trace_in_float16():
     assert torch.equal(ops.patch_mining(queries, pyramid, query, key, value, backend="torch"), expected)
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
-def test_one_graph_for_every_size_under_compile(dynamic):
+@pytest.mark.parametrize("dynamic, backend", [(None, "aot_eager"), (True, "eager")])
+def test_one_graph_for_every_size_under_compile(dynamic, backend):
     """None: torch makes the sizes symbols when they change."""
     torch._dynamo.reset()
     mining = PatchInfoMining(12, (6, 10))
-    compiled = torch.compile(mining, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(mining, backend=backend, fullgraph=True, dynamic=dynamic)
     with torch.no_grad():
         for case in ({"side": 2}, {"side": 3, "window": 4}, {"side": 2, "batch": 3}):
             queries, pyramid, _, grid = make(**case, dims=(6, 10))

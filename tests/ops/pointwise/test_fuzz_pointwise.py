@@ -79,7 +79,7 @@ def build(case):
     return inputs
 
 
-@fuzz(500)
+@fuzz(250)
 @given(cases())
 def test_fuzz(case):
     inputs = build(case)
