@@ -207,11 +207,11 @@ def test_what_a_configuration_leaves_is_said(built, caplog):
         if n.startswith(LAYERS) and p.dim() > 1 and not is_quantized(p)
     )
     assert left == 2 * 4 * (4 * (192 * 64 + 64 * 96) + 4 * 64)
-    [message] = [record.getMessage() for record in caplog.records if "are not quantised" in record.getMessage()]
+    [message] = [record.getMessage() for record in caplog.records if "are not quantized" in record.getMessage()]
     assert message.startswith(f"{left / 1e6:.1f} MB of the language model's layers") and "fused experts" in message
     caplog.clear()
     load(built["mixtral"], quantization_config="int8")
-    assert "are not quantised" not in caplog.text
+    assert "are not quantized" not in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["llama", "bfloat16"])
@@ -287,7 +287,7 @@ def test_shared_weights_count_once(quantized):
 
 def test_bytes_in_words():
     some = quantization.WeightBytes(6_900_000_000, 1_249_000_000, 13_500_000_000, ("int8",))
-    assert str(some) == "language model 6.9 GB (int8; 13.5 GB unquantised), vision 1.2 GB"
+    assert str(some) == "language model 6.9 GB (int8; 13.5 GB unquantized), vision 1.2 GB"
     assert str(quantization.WeightBytes(8_000_000, 500_000, 8_000_000, ())) == "language model 8.0 MB, vision 0.5 MB"
 
 
