@@ -1,4 +1,4 @@
-"""kernels/dual_resize.py compiles without a GPU for all architectures: no spills, within shared memory, as recorded."""
+"""kernels/dual_resize.py compiles for all architectures with no GPU: no spills, within shared memory, as recorded."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""kernels/pointwise.py compiles without a GPU for all architectures: no spills, within shared memory, as recorded."""
+"""kernels/pointwise.py compiles for all architectures with no GPU: no spills, within shared memory, as recorded."""
 
 import pytest
 
