@@ -48,10 +48,10 @@ def _shifts(level, i_b, row, column, GEOMETRIES: tl.constexpr):
 
 @triton.jit
 def _scan(level, vector_ptr, i_b, row, column, b_shift, GEOMETRIES: tl.constexpr, S: tl.constexpr):
-    """One level's share of four sums: dot products with a vector, sums and sums of squares of the pixels, vector's sum.
+    """One level's share of the sums over channels that scores and LayerNorm need.
 
-    The first three are [BJ], one number per pixel, and `b_shift` [BJ] is subtracted from every pixel. The fourth is a
-    scalar.
+    Returns three sums for every window pixel less `b_shift`, each [BJ]: its dot product with the vector, the sum and
+    the sum of squares of its channels; and the sum of the vector's elements.
     """
     C: tl.constexpr = GEOMETRIES[S].channels
     OFFSET: tl.constexpr = GEOMETRIES[S].offset

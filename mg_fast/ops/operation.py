@@ -43,8 +43,8 @@ class Operation:
 
     Attributes:
         name: the operation's name everywhere: its function, its tests, its group in the benchmark.
-        check: raises ValueError for arguments that do not fit any backend; the message names what was expected and
-            what came.
+        check: raises ValueError, on every backend, for arguments that do not fit; the message names what was expected
+            and what came.
         why_not: a sentence that says why the kernels do not take arguments that fit; None where they do.
         forms: the implementations, by backend. There is always a `reference`.
         auto: the backends of `forms` in the order in which `auto` prefers them; it takes the first that can run.

@@ -246,8 +246,7 @@ def _residual_workspaces(
     return copied_rows(x, residual) + copied(weight, bias)
 
 
-# `auto` prefers the library's products until the kernels have been measured on a GPU. Put `triton` first to change
-# that.
+# `auto` prefers the library's products until the kernels are measured on a GPU; to change that, put `triton` first.
 LINEAR_GELU = register(
     Operation(
         name="linear_gelu",

@@ -115,7 +115,7 @@ def _places(name: str, device_map) -> list[torch.device]:
 def _check_device(name: str, device: torch.device, dtype: torch.dtype | None) -> None:
     if device.type == "cpu":
         if name == "fp8" or dtype != torch.bfloat16:
-            better = "int8 and int4 in bfloat16 have kernels (dtype='bfloat16', --dtype bfloat16)"
+            better = "only int8 and int4 in bfloat16 have kernels (dtype='bfloat16', --dtype bfloat16)"
             logger.warning(
                 "%s with %s on a CPU saves memory and costs time: %s", name, str(dtype).removeprefix("torch."), better
             )

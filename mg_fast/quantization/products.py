@@ -53,7 +53,7 @@ def finish(model: nn.Module) -> None:
 
 
 def _is_int8(weight: torch.Tensor) -> bool:
-    """Whether a weight is torchao's int8 with one scale per row, whose activations are not changed."""
+    """Whether a weight is torchao's int8 with one scale per row, which leaves activations unchanged."""
     return (
         weight_format(weight) == "int8"
         and getattr(weight, "act_quant_kwargs", weight) is None

@@ -202,11 +202,11 @@ class GraphCache:
             with capture(graph, stream, self.pool):
                 output = work()
         except (torch.OutOfMemoryError, NoStreamLeft) as error:
-            logger.warning("%s: goes without a CUDA graph: %s", what, error)
+            logger.warning("%s: runs without a CUDA graph: %s", what, error)
             return None
         except RuntimeError as error:
             self.captures.allowed = False
-            logger.warning("%s: goes without a CUDA graph, and no more are captured: %s", what, error)
+            logger.warning("%s: runs without a CUDA graph, and no more graphs are captured: %s", what, error)
             return None
         self.captures.noted(what, began)
         return CapturedGraph(graph, output)

@@ -30,7 +30,7 @@ class Meter:
     """Measures stages one after another.
 
     Measuring itself takes a little time: freed memory is returned before every stage and has to be allocated again. On
-    CUDA the device is synchronized at both ends and the allocator's peak is read; on Linux CPUs it is the process's
+    CUDA the device is synchronised at both ends and the allocator's peak is read; on Linux CPUs it is the process's
     peak resident memory.
     """
 

@@ -36,7 +36,7 @@ def numerics(device: torch.device) -> tuple:
     key includes the settings of other types of devices: they are seldom changed, and a model may be spread over several
     devices.
 
-    Two settings are not included. `torch.set_flush_denormal` cannot be queried. The number of threads changes the order
+    Two things are not included. `torch.set_flush_denormal` cannot be queried. The number of threads changes the order
     of sums on a CPU, as the choice of a kernel does in many other places, but it is not a setting of precision.
 
     Returns:

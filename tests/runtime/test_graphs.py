@@ -166,7 +166,7 @@ def test_only_a_shortage_lets_others_be_captured(capturing, monkeypatch, caplog,
     cache, of_the_same_owner = (graphs.GraphCache(2, captures) for _ in range(2))
     # The stand-in for a capture would hide the error that is raised inside.
     monkeypatch.setattr(graphs, "capture", lambda *_: contextlib.nullcontext())
-    assert cache.capture(fail, DEVICE, "large") is None and "large: goes without a CUDA graph" in caplog.text
+    assert cache.capture(fail, DEVICE, "large") is None and "large: runs without a CUDA graph" in caplog.text
     shortage = isinstance(error, torch.OutOfMemoryError)
     assert (
         (of_the_same_owner.capture(lambda: torch.ones(1), DEVICE, "small") is not None) == shortage == captures.allowed
