@@ -78,7 +78,7 @@ def choose(stored: torch.dtype, parameters: int) -> torch.dtype:
     if fastest == stored:
         return stored
     if fastest != torch.float32:
-        logger.warning("%s", _taken(fastest, stored, f"{_name(fastest)} takes as much memory"))
+        logger.warning("%s", _loading_message(fastest, stored, f"{_name(fastest)} takes as much memory"))
         return fastest
     needed, available = int(parameters * torch.float32.itemsize * _MEMORY_FACTOR), available_bytes()
     if needed > available:
@@ -90,7 +90,7 @@ def choose(stored: torch.dtype, parameters: int) -> torch.dtype:
             available / 1e9,
         )
         return stored
-    logger.warning("%s", _taken(torch.float32, stored, f"dtype='{_name(stored)}' takes half of the memory"))
+    logger.warning("%s", _loading_message(torch.float32, stored, f"dtype='{_name(stored)}' takes half of the memory"))
     return torch.float32
 
 
@@ -134,7 +134,7 @@ def _fastest(stored: torch.dtype) -> torch.dtype:
     return next((dtype for dtype in (stored, torch.bfloat16) if dtype in fast), torch.float32)
 
 
-def _taken(dtype: torch.dtype, stored: torch.dtype, memory: str) -> str:
+def _loading_message(dtype: torch.dtype, stored: torch.dtype, memory: str) -> str:
     return f"weights are loaded in {_name(dtype)}, not in the checkpoint's {_name(stored)}: {cost(stored)} ({memory})"
 
 

@@ -270,8 +270,8 @@ def test_bytes_are_those_of_the_inner_tensors(quantized, kind, name):
     layers = 0
     for key, parameter in model.named_parameters():
         if is_quantized(parameter):
-            # int8 and fp8 have a float32 scale for each row, int8 also a zero point. int4 has half bytes, and a scale
-            # and a zero point for every 32 weights.
+            # int8 and fp8 have a float32 scale for each row, int8 also a zero point. int4 has half a byte for each
+            # weight, and a scale and a zero point for every 32 weights.
             rows, count = parameter.shape[:-1].numel(), parameter.numel()
             stored = {"int8": count + 5 * rows, "fp8": count + 4 * rows, "int4": count // 2 + count // 32 * 8}[name]
             assert tensor_bytes(parameter) == stored, key

@@ -74,11 +74,11 @@ def strip_tables(fine: int, size: int, reduction: int, regions: int, device: tor
 @torch.compiler.assume_constant_result
 def reach(fine: int, size: int, reduction: int, regions: int) -> int:
     """The most coarse pixels along one axis that make up one of `regions` equal parts of the resized map."""
-    return _kept_reach(fine, size, reduction, regions)
+    return _cached_reach(fine, size, reduction, regions)
 
 
 @functools.lru_cache(maxsize=256)
-def _kept_reach(fine: int, size: int, reduction: int, regions: int) -> int:
+def _cached_reach(fine: int, size: int, reduction: int, regions: int) -> int:
     side, reach = fine // regions, 0
     for region in range(regions):
         first, last = region * side + (reduction - 1) // 2, (region + 1) * side - reduction + reduction // 2

@@ -14,7 +14,7 @@ NAMES = ["contiguous", *layouts(torch.zeros(1, 1, 1, 1))]
 
 @fuzz(500)
 @given(
-    # Fewer than 8 channels are left out: where LayerNorm may cancel all numbers, the largest error says little.
+    # At least 8 channels: LayerNorm may all but cancel a handful of numbers, and the largest error then says little.
     shape=st.tuples(st.sampled_from([1, 1, 1, 1, 1, 2, 0]), st.integers(1, 8), st.integers(1, 5), st.integers(8, 40)),
     dtype=st.sampled_from(["float32", "float16", "bfloat16"]),
     layout=st.sampled_from(NAMES),
