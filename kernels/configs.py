@@ -1,13 +1,13 @@
-"""Tiles and warps per (kernel, GPU architecture, shape bucket), and the limits of the architectures they are made for.
+"""Tile sizes and warp counts per (kernel, GPU architecture, shape bucket), and the limits of those architectures.
 
-Data only: launches take their tiles from here, nothing is tuned at run time.
+This file holds data only. Launches take their tiles from here, and nothing is tuned at run time.
 """
 
 from collections.abc import Iterable
 from typing import NamedTuple
 
-# shared memory in bytes that one block may use, by compute capability (CUDA C++ Programming Guide, "Technical
-# Specifications per Compute Capability"): ahead-of-time compiling fails a configuration that needs more
+# The shared memory in bytes that one block may use, by compute capability (CUDA C++ Programming Guide, "Technical
+# Specifications per Compute Capability"). Ahead-of-time compilation fails a configuration that needs more.
 SHARED_MEMORY_LIMITS = {
     80: 166912,
     86: 101376,
@@ -19,17 +19,17 @@ SHARED_MEMORY_LIMITS = {
 
 
 class Tile(NamedTuple):
-    """Channels that are loaded at once, warps of a program, stages of its software pipeline."""
+    """Channels that are loaded at once, warps of a program, and stages of its software pipeline."""
 
     channels: int
     warps: int
     stages: int
 
 
-# by compute capability (None: any, where that has no entry of its own), then by bytes of an element of the maps, pixels
-# of a window rounded up to a power of two, and whether the levels' widths are such that pixels are loaded 16 bytes at
-# once. Where they are not, every element has an address of its own, and larger tiles run out of registers. `reduced`:
-# for a global view, where it needs a tile of its own.
+# Keyed by compute capability, where None holds for every architecture that has no entry of its own. The inner key is
+# the bytes of one element of the maps, the pixels of a window rounded up to a power of two, and whether the levels'
+# widths allow loads of 16 bytes at once. Where they do not, every element has an address of its own, and larger tiles
+# run out of registers. A fourth part, "reduced", marks a global view that needs a tile of its own.
 PATCH_MINING = {
     None: {
         (2, 16, True): Tile(64, 2, 2),
@@ -49,7 +49,7 @@ PATCH_MINING = {
         (4, 128, False): Tile(8, 8, 1),
         (4, 256, False): Tile(8, 16, 1),
     },
-    # where the default would spill
+    # These entries replace defaults that would spill registers on the architecture.
     80: {(2, 64, True, "reduced"): Tile(64, 8, 2), (4, 64, True, "reduced"): Tile(16, 4, 2)},
     86: {(2, 64, True): Tile(64, 8, 2), (4, 64, True, "reduced"): Tile(16, 4, 2)},
     89: {(2, 64, True): Tile(64, 8, 2), (4, 64, True, "reduced"): Tile(16, 4, 2)},
@@ -58,8 +58,8 @@ PATCH_MINING = {
 
 
 def patch_mining_bucket(element_size: int, side: int, widths: Iterable[int]) -> tuple[int, int, bool]:
-    """The bucket of windows of side x side pixels of levels of these widths."""
-    # Triton knows of a stride whether it is a multiple of 16, and no more
+    """The bucket of windows of side x side pixels over levels of these widths."""
+    # Triton knows only whether a stride is a multiple of 16.
     return (
         element_size,
         next(pixels for pixels in (16, 64, 128, 256) if side * side <= pixels),
@@ -70,15 +70,20 @@ def patch_mining_bucket(element_size: int, side: int, widths: Iterable[int]) -> 
 def patch_mining_tile(
     architecture: int | None, element_size: int, side: int, widths: Iterable[int], *, reduced: bool
 ) -> Tile:
-    """The tile of their bucket on a GPU of this compute capability (90 for 9.0), for a map that is reduced or not."""
+    """The tile for a GPU of this compute capability (90 for 9.0); `reduced` says whether the map is a reduced one."""
     table = PATCH_MINING[None] | PATCH_MINING.get(architecture, {})
     bucket = patch_mining_bucket(element_size, side, widths)
     return reduced and table.get((*bucket, "reduced")) or table[bucket]
 
 
 class ProductTile(NamedTuple):
-    """Rows, columns and depth of a program's share of a product, rows of tiles taken together, warps, stages of the
-    pipeline.
+    """The tile of one program of a matrix product.
+
+    Attributes:
+        rows, columns, depth: sizes of the program's share of the product.
+        group: rows of tiles that are taken together.
+        warps: warps of the program.
+        stages: stages of its software pipeline.
     """
 
     rows: int
@@ -89,9 +94,9 @@ class ProductTile(NamedTuple):
     stages: int
 
 
-# by compute capability (None: as above), then by bytes of an element and by the product's size or layout, see
-# `pointwise_bucket`. Not tuned on a GPU: the largest that do not spill. Of 128 x 256, which one of 90 or 100 could
-# feed, the epilogue does, with 8 warps and with 16.
+# Keyed by compute capability (None as above), then by the bytes of one element and by the product's size or layout
+# (`pointwise_bucket`). These are the largest tiles that do not spill; none was tuned on a GPU. A tile of 128 x 256,
+# which a GPU of 9.0 or 10.0 could feed, spills in the epilogue, with 8 warps and with 16.
 POINTWISE = {
     None: {
         (2, "few"): ProductTile(64, 64, 64, 8, 4, 4),
@@ -101,28 +106,28 @@ POINTWISE = {
         (4, "many"): ProductTile(128, 64, 16, 8, 8, 3),
         (4, "narrow"): ProductTile(64, 64, 16, 8, 8, 3),
     },
-    # products of a whole warp group, and shared memory to feed them
+    # These architectures multiply with a whole warp group, and have the shared memory to feed it.
     90: {(2, "few"): ProductTile(64, 128, 64, 8, 4, 4), (2, "many"): ProductTile(128, 128, 64, 8, 8, 4)},
     100: {(2, "few"): ProductTile(64, 128, 64, 8, 4, 4), (2, "many"): ProductTile(128, 128, 64, 8, 8, 4)},
 }
 
 
 def pointwise_bucket(element_size: int, m: int, n: int, strides: Iterable[int]) -> tuple[int, str]:
-    """The bucket of a product of m rows and n columns, of matrices whose rows are so many elements apart."""
+    """The bucket of a product of m rows and n columns; `strides` are the row strides of its matrices, in elements."""
     if any(stride % 16 for stride in strides):
-        # no wide loads: every element has an address of its own
+        # Wide loads are impossible, because every element has an address of its own.
         return element_size, "narrow"
-    # as many tiles of 128 x 128 keep half of a large GPU busy, or less
+    # Up to 64 tiles of 128 x 128 keep at most half of a large GPU busy.
     return element_size, "few" if -(-m // 128) * -(-n // 128) <= 64 else "many"
 
 
 def pointwise_tile(architecture: int | None, element_size: int, m: int, n: int, strides: Iterable[int]) -> ProductTile:
-    """The tile of its bucket on a GPU of this compute capability (90 for 9.0)."""
+    """The tile for a product of this size on a GPU of this compute capability (90 for 9.0)."""
     return (POINTWISE[None] | POINTWISE.get(architecture, {}))[pointwise_bucket(element_size, m, n, strides)]
 
 
 class ConvolutionTile(NamedTuple):
-    """Rows and columns of a program's pixels, channels that are convolved at once, warps."""
+    """Rows and columns of pixels that a program computes, channels that are convolved at once, and warps."""
 
     rows: int
     columns: int
@@ -130,10 +135,11 @@ class ConvolutionTile(NamedTuple):
     warps: int
 
 
-# by compute capability as above, then by the most channels, and whether pixels are loaded several channels at once. A
-# thread holds its rows of 4 channels (2 where loads are narrow, each with an address of its own) of up to three chunks,
-# the width of every published ConvNeXt being 2^k or 3 * 2^k. Not tuned on a GPU: 6 rows divide the maps of 768 pixels.
-# 8 would take fewer instructions, but leave too few programs of one picture for an H100, and spill float32.
+# Keyed by compute capability as above, then by the largest number of channels and by whether a load takes several
+# channels of a pixel at once. A thread holds its rows for 4 channels (for 2 where loads are narrow and each has an
+# address of its own) of up to three chunks, because the width of every published ConvNeXt is 2^k or 3 * 2^k. The tiles
+# were not tuned on a GPU. 6 rows divide the maps of 768 pixels; 8 rows would take fewer instructions, but would leave
+# too few programs of one picture for an H100, and would spill in float32.
 DWCONV_NORM = {
     None: {
         (192, True): ConvolutionTile(6, 8, 64, 4),
@@ -141,7 +147,7 @@ DWCONV_NORM = {
         (768, True): ConvolutionTile(6, 2, 256, 4),
         (1536, True): ConvolutionTile(6, 1, 512, 4),
         (3072, True): ConvolutionTile(6, 1, 1024, 8),
-        # no published model is as odd
+        # No published model has widths or strides that are not multiples of 16.
         (192, False): ConvolutionTile(2, 4, 64, 4),
         (3072, False): ConvolutionTile(2, 1, 1024, 16),
     },
@@ -149,31 +155,31 @@ DWCONV_NORM = {
 
 
 def dwconv_norm_bucket(channels: int, strides: Iterable[int]) -> tuple[int, bool]:
-    """The bucket of a map of this many channels and these strides, in elements, of pictures, rows and columns."""
-    # Triton knows of a stride whether it is a multiple of 16, and no more
+    """The bucket of a map: its channels, and its strides between pictures, rows and columns, in elements."""
+    # Triton knows only whether a stride is a multiple of 16.
     wide = all(number % 16 == 0 for number in (channels, *strides))
     return next(most for most in ((192, 384, 768, 1536, 3072) if wide else (192, 3072)) if channels <= most), wide
 
 
 def dwconv_norm_tile(architecture: int | None, channels: int, strides: Iterable[int]) -> ConvolutionTile:
-    """The tile of their bucket on a GPU of this compute capability."""
+    """The tile for this map on a GPU of this compute capability."""
     table = DWCONV_NORM[None] | DWCONV_NORM.get(architecture, {})
     return table[dwconv_norm_bucket(channels, strides)]
 
 
 class ResizeTile(NamedTuple):
-    """Rows and columns that a program makes, its warps."""
+    """Rows and columns of pixels that a program makes, and its warps."""
 
     rows: int
     columns: int
     warps: int
 
 
-# by compute capability (None: any, where that has no entry of its own), then by pass: of a picture's columns, then of
-# its rows
+# Keyed by compute capability (None holds for every architecture without an entry of its own), then by the pass: first
+# over a picture's columns, then over its rows.
 DUAL_RESIZE = {None: {"columns": ResizeTile(4, 128, 4), "rows": ResizeTile(4, 128, 4)}}
 
 
 def dual_resize_tile(architecture: int | None, stage: str) -> ResizeTile:
-    """The tile of a pass on a GPU of this compute capability (90 for 9.0)."""
+    """The tile of one pass on a GPU of this compute capability (90 for 9.0)."""
     return (DUAL_RESIZE[None] | DUAL_RESIZE.get(architecture, {}))[stage]

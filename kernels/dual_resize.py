@@ -1,14 +1,14 @@
-"""A picture resized to both resolutions: HR = table[clip(sum_k w_k clip(sum_l v_l x_kl))], LR = bilinear(HR), in two
-launches.
+"""A picture resized to both resolutions, in two launches.
 
-The sums are Pillow's: weights in units of 2**-22, int32, rounded to 8 bits after the columns' pass and after the rows'.
-The first launch resizes the columns of the picture [H, W, 3] uint8, of any strides, to [rows, 3, HR] uint8 and a row of
-padding; the second the rows, and looks the normalised pixels up. The padded square, a float picture and the canvas of
-the LR tiles never exist: taps outside of the picture have the padding's colour, and LR pixels are made of HR pixels
-that are computed again, 4 each, 16 for the global view.
+HR = table[clip(sum_k w_k clip(sum_l v_l x_kl))] and LR = bilinear(HR). The sums are Pillow's: weights are int32 in
+units of 2**-22, and the sums are rounded to 8 bits after the pass over columns and again after the pass over rows. The
+first launch resizes the columns of the picture [H, W, 3] uint8, of any strides, to [rows, 3, HR] uint8, and adds a row
+of padding. The second launch resizes the rows and looks the normalised pixels up. The padded square, a float picture
+and the canvas of the LR tiles never exist: taps outside the picture have the colour of the padding, and each LR pixel
+computes again the HR pixels that it is made of, 4 for a tile and 16 for the global view.
 
-Integers and tables throughout, so HR has Pillow's bits on any GPU. A picture that is on the host, and a model that is
-not waiting, may as well be resized there by Pillow while the GPU does something else.
+All arithmetic is integers and tables, so HR has Pillow's bits on any GPU. Where the picture is on the host and no model
+waits for it, Pillow may as well resize it there while the GPU does something else.
 """
 
 from typing import NamedTuple
@@ -23,8 +23,11 @@ SIZES = ["stride_y", "stride_x", "stride_c", "low", "height", "width", "size", "
 
 
 class Taps(NamedTuple):
-    """Of every pixel along a side of the result: the first tap [size] in the picture, and the weights [K, size], both
-    int32.
+    """The taps of every pixel along one side of the result, both tensors int32.
+
+    Attributes:
+        first: [size], the first tap in the picture.
+        weights: [K, size].
     """
 
     first: torch.Tensor
@@ -33,7 +36,7 @@ class Taps(NamedTuple):
 
 @triton.jit
 def _rounded(b_sum):
-    """Fixed point to 8 bits, as int32."""
+    """Rounds a fixed-point number to 8 bits, as int32."""
     BITS: tl.constexpr = 22
     HALF: tl.constexpr = 1 << 21
     return tl.minimum(tl.maximum((b_sum + HALF) >> BITS, 0), 255)
@@ -41,7 +44,7 @@ def _rounded(b_sum):
 
 @triton.jit
 def _pixels(pointers, mask, COLOUR: tl.constexpr, C: tl.constexpr):
-    """One channel of the picture, of the padding's colour outside, as int32."""
+    """One channel of the picture as int32; pixels outside it have the colour of the padding."""
     PADDING: tl.constexpr = COLOUR[C]
     return tl.load(pointers, mask=mask, other=PADDING).to(tl.int32)
 
@@ -67,7 +70,7 @@ def resize_columns_fwd_kernel(
     o_y = tl.program_id(0).to(tl.int64) * BY + tl.arange(0, BY)
     o_x = tl.program_id(1) * BX + tl.arange(0, BX)
     m_x = o_x < size
-    # the row after the last is all padding
+    # The row after the last one is all padding.
     m_y = o_y < height
     b_first = tl.load(first_ptr + o_x, mask=m_x, other=0)
     for i_c in tl.static_range(3):
@@ -89,7 +92,7 @@ def resize_columns_fwd_kernel(
 
 @triton.jit
 def _levels(between_ptr, first_ptr, weights_ptr, o_y, m_y, o_x, m_x, i_c, low, height, size, taps):
-    """8-bit levels of pixels (o_y, o_x) of the squared picture, as int32."""
+    """The 8-bit levels of the pixels (o_y, o_x) of the squared picture, as int32."""
     b_first = tl.load(first_ptr + o_y, mask=m_y, other=0) - low
     p_column = between_ptr + i_c * size + o_x
     b_sum = tl.zeros([o_y.shape[0], o_x.shape[0]], tl.int32)
@@ -130,8 +133,8 @@ def resize_rows_fwd_kernel(
     hr_tiles = tl.cdiv(size, BY) * tl.cdiv(size, BX)
     canvas_tiles = tl.cdiv(canvas, BY) * tl.cdiv(canvas, BX)
     entries = size + canvas + global_size
-    # the HR picture, the canvas of LR tiles and the global view alike: pixels along a side, entries of the tables,
-    # taps, pictures
+    # The HR picture, the canvas of LR tiles and the global view differ in these values only: pixels along a side, first
+    # entry in the tables, taps, side of one picture, index of the first picture, output pointer.
     if i < hr_tiles:
         n, entry, count, side, i_view, p_out = size, 0, 1, size, 0, hr_ptr
     elif i < hr_tiles + canvas_tiles:
@@ -183,13 +186,13 @@ def dual_resize_fwd(
 
     Args:
         picture: [H, W, 3] uint8, any strides.
-        columns, rows: what the pixels along the result's sides are made of; of rows of the picture none before `low`,
-            none from `high`.
-        low, high: rows of the picture that are resized; taps outside of [low, high) have the padding's colour.
+        columns, rows: the taps of the pixels along the result's sides. Of the picture's rows, those before `low` and
+            from `high` on are not read.
+        low, high: rows [low, high) of the picture are resized; taps outside have the colour of the padding.
         table: [3, 256] fp32, the normalised pixel of every channel and level.
-        positions, shares: [4, HR + grid * LR + LR], int32 and fp32: the HR pixels along a side that make a pixel, and
-            their weights: for the HR picture (itself), the canvas of tiles (2 taps) and, with `global_view` only, the
-            global view (4 taps).
+        positions, shares: [4, HR + grid * LR + LR], int32 and fp32. The HR pixels along a side that make up a pixel,
+            and their weights: for the HR picture (1 tap, the pixel itself), for the canvas of tiles (2 taps) and, with
+            `global_view` only, for the global view (4 taps).
         colour: of the padding.
         lr_size: side of an LR view in pixels.
         grid: tiles along a side of the LR canvas.

@@ -1,15 +1,13 @@
-"""7x7 depthwise convolution, bias, LayerNorm over channels: y = (z - mean z) / sqrt(var z + eps) * g + h, z = b + sum_t
-w_t * x_t.
+"""Depthwise 7x7 convolution, bias and LayerNorm over channels: y = (z - mean z) / sqrt(var z + eps) * g + h.
 
-x_t is the map [B, H, W, C] shifted by tap t = 7 * ky + kx, zero outside; mean and variance are those of a pixel's C
-channels. The map is read once, its halo from the caches, and written once: the convolution's result stays in registers,
-is not rounded before the norm, and nothing is copied to NCHW and back. All float32 from the load on; the variance is
-that of what the mean has been taken off.
+Here z = b + sum_t w_t * x_t, and x_t is the map [B, H, W, C] shifted by tap t = 7 * ky + kx, zero outside. Mean and
+variance run over the C channels of a pixel. The map is read once (its halo comes from the caches) and written once: the
+convolution's result stays in registers, is not rounded before the norm, and nothing is copied to NCHW and back. All
+arithmetic is float32 from the load on. The variance is computed in a second pass, from values less their mean.
 
-A program makes a few rows of a few columns, all channels. A pixel is loaded once for each kx and goes into every output
-row it is under:
-7 * (rows + 6) / rows loads an output in place of 49. The backward pass recomputes through PyTorch. Maps of few pixels
-leave most of a GPU idle: there the PyTorch form may be faster.
+A program makes a few rows of a few columns, with all channels. It loads a pixel once for each kx and adds it to every
+output row that the pixel contributes to, so an output takes 7 * (rows + 6) / rows loads instead of 49. The backward
+pass recomputes through PyTorch. Maps of few pixels leave most of a GPU idle, and the PyTorch form may be faster there.
 """
 
 import torch
@@ -21,8 +19,9 @@ from .configs import dwconv_norm_tile
 
 @triton.jit
 def _single(b):
-    """In float32; a bfloat16 by its bits, in one instruction: the compiler's own conversion of every other one takes
-    two.
+    """Widens to float32; a bfloat16 by shifting its bits.
+
+    The shift is one instruction. The compiler's own conversion takes two for every other element.
     """
     if b.dtype == tl.bfloat16:
         return (b.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
@@ -31,8 +30,9 @@ def _single(b):
 
 @triton.jit
 def _vector(p, zero, m):
-    """A vector over channels for every pixel of the tile [BW, BC]: in the tile's own layout, or it would go by way of
-    shared memory.
+    """Loads a vector over channels for every pixel of the tile [BW, BC], in the tile's own layout.
+
+    In any other layout the vector would pass through shared memory.
     """
     return _single(tl.load(p + zero, mask=m, other=0.0))
 
@@ -53,9 +53,9 @@ def _convolve(
     ROWS: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """The convolution with its bias: a tuple of tiles [BW, BC], chunk by chunk the ROWS rows of it.
+    """The convolution with its bias, as a tuple of tiles [BW, BC]: the ROWS rows of the first chunk, then the next.
 
-    `p_x` points at the picture, `o_x` [BW] are output columns, `o_c` [1, BC] the first chunk's channels.
+    `p_x` points at the picture, `o_x` [BW] are output columns, `o_c` [1, BC] are the channels of the first chunk.
     """
     CHUNKS: tl.constexpr = (C + BC - 1) // BC
     zero = tl.zeros_like(o_x)[:, None]
@@ -81,7 +81,7 @@ def _convolve(
             for i in tl.static_range(ROWS + 6):
                 if i < 7:
                     b_w = b_w + (_vector(p_weight + ((i * 7 + i_kx) * C + s * BC), zero, (zero == 0) & m_c),)
-                # i_y is a row of the map: those before it may be above the map, those after it below
+                # Row i_y lies inside the map. Rows before it may be above the map, rows after it below.
                 m_x = m_column & m_c
                 if i < 3:
                     m_x = m_x & (i_y >= 3 - i)
@@ -168,11 +168,11 @@ def dwconv_norm_fwd(
     norm_bias: torch.Tensor,
     eps: float,
 ) -> torch.Tensor:
-    """Convolves and normalises a map, in one launch.
+    """Convolves and normalises a map in one launch.
 
     Args:
-        x: [B, H, W, C], fp16/bf16/fp32; read in place where the channels' stride is 1, else copied.
-        weight: [49, C], tap 7 * ky + kx of every channel; copied where not contiguous.
+        x: [B, H, W, C], fp16/bf16/fp32; read in place where the channels' stride is 1, otherwise copied.
+        weight: [49, C], tap 7 * ky + kx of every channel; copied if it is not contiguous.
         bias, norm_weight, norm_bias: [C].
         eps: added to the variance.
 

@@ -1,14 +1,14 @@
-"""Windows of the pyramid, normalised, scored by their queries and pooled: p = sum_j softmax_j(u . x_j) x_j.
+"""Pools the pixels of each query's window of the pyramid: p = sum_j softmax_j(u . x_j) x_j.
 
-x_j are the M x M pixels of a query's window of the pyramid, upsampled to its finest level, concatenated and
-LayerNorm'ed over all channels. Levels are read at their own resolution, [B, n_s, n_s, C_s] with unit channel stride,
-the halo of the bilinear resizing clamped at the border; the upsampled map, its windows, keys and values never exist.
-One program per window reads its pixels twice: for scores and statistics, then, from the cache, for the weighted sum;
-the backward pass to the queries likewise. All float32 from the load on.
+x_j are the M x M pixels of the window: the levels upsampled to the finest one, concatenated, and LayerNorm'ed over all
+channels. Levels [B, n_s, n_s, C_s] are read at their own resolution, with unit channel stride, and the halo of the
+bilinear resizing is clamped at the border. The upsampled map, its windows, keys and values never exist. One program per
+window reads its pixels twice: once for scores and statistics, then, from the cache, for the weighted sum. The backward
+pass to the queries does the same. All arithmetic is float32 from the load on.
 
-Coarse pixels become window pixels by a matrix product where that is exact in TF32 (16-bit maps, dyadic weights), else
-tap by tap. A picture of few queries leaves most of a GPU idle, at under one program per multiprocessor: there the
-PyTorch form may be faster.
+Coarse pixels become window pixels by a matrix product where that is exact in TF32 (16-bit maps, dyadic weights), and
+tap by tap elsewhere. A picture of few queries leaves most of a GPU idle, with less than one program per multiprocessor;
+the PyTorch form may be faster there.
 """
 
 import functools
@@ -27,9 +27,10 @@ LAYER_NORM_EPS = 1e-5
 
 @triton.jit
 def _shifts(level, i_b, row, column, GEOMETRIES: tl.constexpr):
-    """Mean of some channels of the first level at every pixel of the window [BJ].
+    """The mean of some channels of the first level at every pixel of the window [BJ].
 
-    Taken off all of the pixel's channels, it keeps an offset that is large beside their spread from drowning it.
+    Subtracting it from all channels of the pixel keeps an offset that is much larger than their spread from drowning
+    the spread.
     """
     C: tl.constexpr = GEOMETRIES[0].channels
     SPAN: tl.constexpr = GEOMETRIES[0].span
@@ -47,10 +48,10 @@ def _shifts(level, i_b, row, column, GEOMETRIES: tl.constexpr):
 
 @triton.jit
 def _scan(level, vector_ptr, i_b, row, column, b_shift, GEOMETRIES: tl.constexpr, S: tl.constexpr):
-    """One level's share of: the pixels' inner products with a vector, their sums, their sums of squares [BJ]; the
-    vector's sum.
+    """One level's share of the sums over channels that scores and LayerNorm need.
 
-    Pixels less `b_shift` [BJ].
+    Returns three sums for every window pixel less `b_shift`, each [BJ]: its dot product with the vector, the sum and
+    the sum of squares of its channels; and the sum of the vector's elements.
     """
     C: tl.constexpr = GEOMETRIES[S].channels
     OFFSET: tl.constexpr = GEOMETRIES[S].offset
@@ -87,7 +88,7 @@ def _scan(level, vector_ptr, i_b, row, column, b_shift, GEOMETRIES: tl.constexpr
 
 @triton.jit
 def _pool(level, out_ptr, b_weight, constant, i_b, row, column, shift, GEOMETRIES: tl.constexpr, S: tl.constexpr):
-    """Stores one level's share of the window pixels' sum with weights [BJ], each less `shift`, and less a constant."""
+    """Stores one level's share of sum_j b_weight_j * (pixel_j - shift) - constant; b_weight is [BJ]."""
     C: tl.constexpr = GEOMETRIES[S].channels
     OFFSET: tl.constexpr = GEOMETRIES[S].offset
     K: tl.constexpr = GEOMETRIES[S].taps
@@ -113,8 +114,9 @@ def _pool(level, out_ptr, b_weight, constant, i_b, row, column, shift, GEOMETRIE
 
 @triton.jit
 def _place(VIEWS: tl.constexpr, FIRST_VIEW: tl.constexpr, CELLS: tl.constexpr, QUERY_SIDE: tl.constexpr):
-    """This program's picture, its query, and the row and column of the window on the raster of the launch's CELLS x
-    CELLS views.
+    """This program's picture and query, and the row and column of its window.
+
+    Rows and columns count on the raster of the launch's CELLS x CELLS views.
     """
     i = tl.program_id(0).to(tl.int64)
     QUERIES: tl.constexpr = QUERY_SIDE * QUERY_SIDE
@@ -153,7 +155,7 @@ def pool_windows_fwd_kernel(
         b_dot, b_sum, b_square, total = b_dot + d, b_sum + m, b_square + q, total + t
     b_mean = b_sum / C
     b_variance = b_square / C - b_mean * b_mean
-    # a maximum with 0 would hide NaN
+    # tl.maximum with 0 would hide NaN.
     b_rstd = tl.rsqrt(tl.where(b_variance < 0.0, 0.0, b_variance) + EPS)
 
     o_j = tl.arange(0, BJ)
@@ -189,7 +191,7 @@ def pool_windows_bwd_kernel(
     BJ: tl.constexpr = GEOMETRIES[0].block_pixels
     PIXELS: tl.constexpr = GEOMETRIES[0].side * GEOMETRIES[0].side
     i_b, i_query, row, column = _place(VIEWS, FIRST_VIEW, CELLS, QUERY_SIDE)
-    # the same as in the forward pass: the means kept there lack it
+    # The means that the forward pass kept are means less this number.
     b_shift = _shifts(levels[0], i_b, row, column, GEOMETRIES)
     b_dot = tl.zeros([BJ], tl.float32)
     total = 0.0
@@ -212,8 +214,9 @@ def pool_windows_bwd_kernel(
 
 
 def launches(queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int) -> Iterator[tuple[int, dict]]:
-    """Programs and common arguments of the launches: one for the cells, one for the global view, if any, whose map is
-    reduced.
+    """Programs and common arguments of each launch.
+
+    One launch is for the cells, and one for the global view, if there is one, whose map is reduced.
     """
     b, views, n, channels = queries.shape
     fine, query_side = pyramid[0].shape[1], math.isqrt(n)
@@ -252,18 +255,18 @@ def _channels_last(pyramid: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 def pool_windows_fwd(
     queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pools every query's window.
+    """Pools the window of every query.
 
     Args:
         queries: [B, V, N, C], projected to C = sum(C_s) channels, fp16/bf16/fp32; V = grid * grid cells row by row,
             then possibly the global view, which sees the map reduced by `grid`.
         pyramid: [B, n_s, n_s, C_s], finest first, each fp16/bf16/fp32; read in place where the channels' stride is 1,
-            else copied.
-        grid: cells per side. The window's side M = n_0 / (grid * sqrt(N)).
+            otherwise copied.
+        grid: cells per side. The side of a window is M = n_0 / (grid * sqrt(N)).
 
     Returns:
         pooled [B, V, N, C] in the widest dtype of queries and levels; statistics [B, V, N, 3, M * M], fp32: the
-        softmax's weights, the pixels' means less a number per pixel, their inverse standard deviations.
+        softmax's weights, the pixels' means less one number per pixel, and the inverse standard deviations.
     """
     queries, pyramid = queries.contiguous(), _channels_last(pyramid)
     side = pyramid[0].shape[1] // (grid * math.isqrt(queries.shape[2]))
@@ -279,8 +282,9 @@ def pool_windows_fwd(
 def pool_windows_bwd(
     grad: torch.Tensor, queries: torch.Tensor, pyramid: Sequence[torch.Tensor], statistics: torch.Tensor, grid: int
 ) -> torch.Tensor:
-    """Gradient to the queries, of their shape and dtype, from the gradient [B, V, N, C] of `pooled`; the rest as in
-    `pool_windows_fwd`.
+    """The gradient to the queries, of their shape and dtype, from the gradient [B, V, N, C] of `pooled`.
+
+    The other arguments are those of `pool_windows_fwd`.
     """
     grad, pyramid = grad.contiguous(), _channels_last(pyramid)
     grad_queries = torch.empty_like(queries, memory_format=torch.contiguous_format)

@@ -1,14 +1,14 @@
 """The two pointwise layers of a ConvNeXt block: y = gelu(x W^T + b) and y = r + x W^T + b, one launch each.
 
-Bias, exact (erf) GELU and residual are applied to the float32 accumulator before its only rounding: the product itself
-never touches memory. Layer scale is the caller's, folded into W and b. x [M, K] and r [M, N] have unit stride along a
-row and any stride between rows, W [N, K] is contiguous. Any M, N, K; where K, N or a stride is no multiple of 16,
-elements are loaded one by one.
+Bias, exact (erf) GELU and residual are applied to the float32 accumulator before it is rounded for the only time: the
+bare product never touches memory. The caller folds layer scale into W and b. x [M, K] and r [M, N] have unit stride
+along a row and any stride between rows; W [N, K] is contiguous. M, N and K may be any sizes; where K, N or a stride is
+not a multiple of 16, elements are loaded one by one.
 
-The one exception to "float32 from the load on": 16-bit operands go to the tensor cores as they are, which sum their
-exact products in float32. Triton's interpreter computes garbage from bfloat16, so there, and only there, operands are
-widened: that is exact. float32 is multiplied as IEEE float32, without tensor cores. Where PyTorch's form, the library's
-product and a pass, is faster has not been measured.
+There is one exception to "float32 from the load on": 16-bit operands go to the tensor cores as they are, which sum
+their exact products in float32. Triton's interpreter computes garbage from bfloat16, so operands are widened there, and
+only there; widening is exact. float32 is multiplied as IEEE float32, without tensor cores. It has not been measured
+where the PyTorch form, which is the library's product and one more pass, is faster.
 """
 
 import torch
@@ -32,9 +32,9 @@ def _product(
     GROUP: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """This program's tile of x W^T [BM, BN], float32; its rows [BM], its columns [BN]."""
-    # tiles are taken column by column within groups of GROUP rows of tiles, so that programs that run at once share
-    # operands in L2
+    """This program's tile [BM, BN] of x W^T in float32, with its rows [BM] and its columns [BN]."""
+    # Tiles are taken column by column within groups of GROUP rows of tiles, so that programs that run at the same time
+    # share operands in L2.
     i = tl.program_id(0)
     columns = tl.cdiv(N, BN)
     first = i // (GROUP * columns) * GROUP
@@ -118,7 +118,7 @@ def linear_residual_fwd_kernel(
 
 
 def _launch(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[int, dict]:
-    """Programs and common arguments of a launch on matrices whose rows are contiguous."""
+    """Number of programs and common arguments of a launch on matrices whose rows are contiguous."""
     (m, k), n = x.shape, weight.shape[0]
     architecture = triton.runtime.driver.active.get_current_target().arch if x.is_cuda else None
     strides = [x.stride(0), k, n, *([] if residual is None else [residual.stride(0)])]
@@ -144,7 +144,7 @@ def _rows_contiguous(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def linear_gelu_fwd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """gelu(x W^T + b), the exact GELU.
+    """Computes gelu(x W^T + b), with the exact GELU.
 
     Args:
         x: [M, K], fp16/bf16/fp32; rows of unit stride are read in place, others are copied.
@@ -170,16 +170,16 @@ def linear_residual_fwd(
     *,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """r + x W^T + b.
+    """Computes r + x W^T + b.
 
     Args:
         x, weight, bias: as in `linear_gelu_fwd`.
         residual: [M, N], fp16/bf16/fp32; rows of unit stride are read in place, others are copied.
-        out: [M, N], contiguous, fp16/bf16/fp32; may be the residual itself, whose every element is read and written by
-            one program.
+        out: [M, N], contiguous, fp16/bf16/fp32. It may be the residual itself, because one program both reads and
+            writes each element.
 
     Returns:
-        `out`, or without one [M, N] in the wider dtype of x and residual, contiguous.
+        `out`; if it is None, a new contiguous [M, N] in the wider dtype of x and residual.
     """
     x, weight, bias, residual = _rows_contiguous(x), weight.contiguous(), bias.contiguous(), _rows_contiguous(residual)
     if out is None:

@@ -1,18 +1,18 @@
-"""The errors a caller can act on. Each message says what was expected and what came, in a length that can be read."""
+"""The errors that a caller can act on: each message says what was expected and what came, in a readable length."""
 
 import contextlib
 import reprlib
 
-# No message of the package is longer, whatever came in: a path, a prompt or a picture as text may have megabytes.
+# The most characters of a message of this package, since a path, a prompt or a picture as text may have megabytes.
 LONGEST_MESSAGE = 500
-# What a message repeats of one value.
+# The most characters that a message repeats of one string or number.
 LONGEST_QUOTE = 80
 
 
 def shortened(text: str, limit: int = LONGEST_MESSAGE) -> str:
-    """The text in at most `limit` characters that UTF-8 can encode; of a longer one the beginning and the end."""
+    """The text in at most `limit` characters that UTF-8 can encode; a longer text keeps its beginning and its end."""
     if len(text) > 4 * limit:
-        # Escapes below make text longer, never shorter, so what lies in the middle cannot come back.
+        # The escapes below only make text longer, so its middle would be left out in any case.
         left_out, head, tail = len(text) - 2 * limit, text[:limit], text[-limit:]
     else:
         left_out, head, tail = 0, text, ""
@@ -34,17 +34,17 @@ class _Quoting(reprlib.Repr):
 
 
 def quoted(value) -> str:
-    """A value as a message repeats it: like `repr`, but short for whatever comes, and without fail."""
+    """A value as a message repeats it: like `repr`, but short for any value, and it never fails."""
     if isinstance(value, (bytes, bytearray, memoryview)):
         return f"{type(value).__name__} of length {len(value)}"
     text = f"an object of type {type(value).__name__}"
-    with contextlib.suppress(Exception):  # A caller's own class may raise anything from its __repr__.
+    with contextlib.suppress(Exception):  # The caller's own class may raise anything from its __repr__.
         text = _Quoting().repr(value)
     return shortened(text, 2 * LONGEST_QUOTE)
 
 
 class MgFastError(Exception):
-    """Base of every error that mg_fast raises on purpose. Its message is at most `LONGEST_MESSAGE` characters long."""
+    """Base of every error that mg_fast raises on purpose; its message has at most `LONGEST_MESSAGE` characters."""
 
     def __init__(self, *args):
         super().__init__(*(shortened(argument) if isinstance(argument, str) else argument for argument in args))
@@ -63,4 +63,4 @@ class PromptError(MgFastError, ValueError):
 
 
 class BackendError(MgFastError, RuntimeError):
-    """A backend was asked for that cannot run here; the message is the reason."""
+    """A requested backend cannot run here; the message is the reason."""

@@ -1,8 +1,8 @@
 """Bridge: makes the top-level `kernels/` folder importable as `mg_fast.kernels`.
 
-A module with `__path__` is a package. In an installed wheel the folder lies beside this file as
-`mg_fast/kernels/`; in a checkout it is the sibling of `mg_fast/`. It is never importable as `kernels`, the
-name of a PyPI package that transformers probes for, and so must not hold an `__init__.py`.
+A module with `__path__` is a package. In an installed wheel the folder lies beside this file as `mg_fast/kernels/`; in
+a checkout it is the sibling of `mg_fast/`. The folder is never importable as `kernels`, the name of a PyPI package that
+transformers probes for, and so it must not hold an `__init__.py`.
 """
 
 import pathlib

@@ -1,10 +1,10 @@
-"""CLIP's vision tower frozen for inference: fewer, larger steps, and no layer whose output nobody reads.
+"""CLIP's vision tower frozen for inference: fewer and larger steps, and no layer whose output is not used.
 
-Of every layer the projections of query, key and value are one product; quick GELU, x * sigmoid(1.702 x), is one pass:
-where y = 1.702 x comes out of the product before it, x * sigmoid(1.702 x) = silu(y) / 1.702, and the product after it
-divides. Both factors are applied to float32 sums, so no weight is rounded anew. Residuals are added in place, attention
-reads and writes [B, N, heads, d] without copies. In float16 pre-activations may grow to 38489, 1/1.702 of what the
-tower's own form allows; beyond, the result is not finite.
+The query, key and value projections of a layer are one product. Quick GELU, x * sigmoid(1.702 x), is one pass: the
+product before it computes y = 1.702 x, so that x * sigmoid(1.702 x) = silu(y) / 1.702, and the product after it divides
+by 1.702. Both factors are applied to float32 sums, so no weight is rounded again. Residuals are added in place, and
+attention reads and writes [B, N, heads, d] without copies. In float16 pre-activations may grow to 38489, which is
+1/1.702 of what the original tower allows; beyond that the result is not finite.
 """
 
 from typing import NamedTuple
@@ -26,7 +26,7 @@ from .. import ops
 from ..ops.torch.pointwise import linear
 from ..runtime.weights import Fingerprint, why_more_than_weights
 
-# of quick GELU
+# Slope of quick GELU.
 SLOPE = 1.702
 # The classes whose arithmetic the packed copy repeats.
 _KNOWN = frozenset(
@@ -36,7 +36,7 @@ _KNOWN = frozenset(
 
 
 class _Layer(NamedTuple):
-    """Tensors of one encoder layer; q, k and v are one, and the first bias of the MLP is multiplied by SLOPE."""
+    """Tensors of one encoder layer; q, k and v are concatenated, and the MLP's first bias is multiplied by SLOPE."""
 
     norm1_weight: torch.Tensor
     norm1_bias: torch.Tensor
@@ -55,13 +55,13 @@ class _Layer(NamedTuple):
 class PackedClip(nn.Module):
     """A snapshot of a CLIP vision tower for inference; `from_tower` makes one.
 
-    A call takes views [B, 3, LR, LR] of any floating dtype to patch features [B, N, D] in the tower's: the hidden state
-    that was selected, without its class token, before any final norm. It has buffers and no parameters, an empty
-    state_dict, and cannot be trained.
+    A call turns views [B, 3, LR, LR] of any floating dtype into patch features [B, N, D] in the tower's dtype: the
+    selected hidden state without its class token, before any final norm. The module has buffers but no parameters, its
+    state_dict is empty, and it cannot be trained.
 
-    The projections of query, key and value are copied (3 D * D elements a layer); all else shares the tower's memory,
-    so a call refuses once any of the tower's weights was changed in place. Moving or converting the tower, or dropping
-    it, changes nothing here.
+    The query, key and value projections are copied (3 D * D elements a layer). All other tensors share the tower's
+    memory, so a call raises an error once any of the tower's weights was changed in place. Moving, converting or
+    deleting the tower changes nothing here.
     """
 
     def __init__(self, tower: CLIPVisionModel, select_layer: int):
@@ -79,7 +79,7 @@ class PackedClip(nn.Module):
         for i, layer in enumerate(layers[: self.depth]):
             for name, tensor in _pack(layer)._asdict().items():
                 self._keep(f"layer{i}_{name}", tensor)
-        # These are the modules whose tensors are read. Their fingerprint tells later whether any of them was changed.
+        # The tensors of these modules are read. Their fingerprint later tells whether any of them was changed.
         self._packed = Fingerprint([tower.embeddings, tower.pre_layrnorm, *layers[: self.depth]])
         self.training = False
 
@@ -93,8 +93,8 @@ class PackedClip(nn.Module):
                 left out.
 
         Raises:
-            ValueError: the tower computes something else than CLIP's layers, or has no such hidden state; the message
-            says what.
+            ValueError: the tower computes something other than CLIP's layers, or has no such hidden state; the message
+                says what.
         """
         if reason := unsuited(tower, select_layer):
             raise ValueError(f"PackedClip: {reason}")
@@ -102,11 +102,14 @@ class PackedClip(nn.Module):
 
     @torch.no_grad()
     def forward(self, views: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
-        """Views [B, 3, LR, LR] to patch features [B, N, D]. `backend` overrides the choice in force for the products
-        with a residual.
+        """Views [B, 3, LR, LR] to patch features [B, N, D].
+
+        Args:
+            views: floating point, on the tower's device.
+            backend: overrides the choice in force, for the products with a residual.
 
         Raises:
-            ValueError: views of another shape or device.
+            ValueError: the views have another shape or device.
             RuntimeError: a gradient to the views is wanted, or the tower's weights were changed since they were packed.
         """
         self._check(views)
@@ -116,7 +119,7 @@ class PackedClip(nn.Module):
         return hidden[:, 1:]
 
     def check_unchanged(self) -> None:
-        """Raises RuntimeError where the tower's weights were changed since they were packed."""
+        """Raises RuntimeError if the tower's weights were changed since they were packed."""
         if self._packed.weights_written():
             raise RuntimeError("PackedClip: the tower's weights were changed since it was packed: pack it again")
 
@@ -126,7 +129,8 @@ class PackedClip(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        return f"image_size={self.image_size}, layers={self.depth}, width={len(self.class_embedding)}, dtype={self.patch_weight.dtype}"
+        width, dtype = len(self.class_embedding), self.patch_weight.dtype
+        return f"image_size={self.image_size}, layers={self.depth}, width={width}, dtype={dtype}"
 
     def _keep(self, name: str, tensor: torch.Tensor) -> None:
         self.register_buffer(name, tensor.detach(), persistent=False)
@@ -135,7 +139,8 @@ class PackedClip(nn.Module):
         expected = (3, self.image_size, self.image_size)
         if views.dim() != 4 or tuple(views.shape[1:]) != expected or not views.is_floating_point():
             raise ValueError(
-                f"PackedClip: expected floating-point views {['B', *expected]}, got {list(views.shape)} of {views.dtype}"
+                f"PackedClip: expected floating-point views {['B', *expected]}, got {list(views.shape)} of "
+                f"{views.dtype}"
             )
         if views.device != self.patch_weight.device:
             raise ValueError(f"PackedClip: the views are on {views.device}, the weights on {self.patch_weight.device}")
@@ -155,7 +160,7 @@ class PackedClip(nn.Module):
         return self._norm(embedded, self.norm_weight, self.norm_bias)
 
     def _run_layer(self, hidden: torch.Tensor, layer: _Layer, backend: str | None) -> None:
-        """One encoder layer on hidden states [B, N, D], in place."""
+        """Runs one encoder layer on hidden states [B, N, D], in place."""
         b, n, d = hidden.shape
         qkv = linear(self._norm(hidden, layer.norm1_weight, layer.norm1_bias), layer.qkv_weight, layer.qkv_bias)
         query, key, value = qkv.view(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
@@ -171,9 +176,9 @@ class PackedClip(nn.Module):
 
 
 def _scaled_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, scale: float) -> torch.Tensor:
-    """scale * (x @ weight^T) + bias."""
+    """Computes scale * (x @ weight^T) + bias."""
     if x.device.type == "cpu" and x.dtype == torch.float32:
-        # the faster products there take no factor, and passes over what lies in the cache cost little
+        # The faster products on a CPU take no factor, and a pass over a result that is in the cache costs little.
         return linear(x, weight, bias / scale).mul_(scale)
     return torch.addmm(bias, x.flatten(0, -2), weight.t(), alpha=scale).view(*x.shape[:-1], len(weight))
 

@@ -1,4 +1,4 @@
-"""The high-resolution tower."""
+"""The high-resolution tower, a ConvNeXt that returns its stage maps, and its packed copy for inference."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ from . import convnext_channels_last as convnext
 class ConvNeXtPyramid(nn.Module):
     """The high-resolution tower: a ConvNeXt trunk that returns its four stage maps.
 
-    state_dict keys as in published checkpoints: `vision_stem.*`, `vision_stages.*`.
+    Its state_dict keys are those of published checkpoints: `vision_stem.*`, `vision_stages.*`.
     """
 
     def __init__(self, stem: nn.Module, stages: nn.Module):
@@ -25,7 +25,7 @@ class ConvNeXtPyramid(nn.Module):
 
     @classmethod
     def from_timm(cls, trunk: nn.Module) -> "ConvNeXtPyramid":
-        """Takes stem and stages of a timm ConvNeXt; its head, if any, is left behind.
+        """Takes the stem and stages of a timm ConvNeXt; a head, if there is one, is left out.
 
         Raises:
             ValueError: the trunk is not a timm ConvNeXt of the first version; the message says what it has instead.
@@ -43,7 +43,7 @@ class ConvNeXtPyramid(nn.Module):
 
     @classmethod
     def from_dims(cls, dims: Sequence[int], depths: Sequence[int], norm_eps: float = 1e-6) -> "ConvNeXtPyramid":
-        """A tower of these stage widths and depths, with timm's own initialisation."""
+        """A tower of these stage widths and depths, with timm's own initialisation of weights."""
         from timm.models.convnext import ConvNeXt
 
         return cls.from_timm(
@@ -62,7 +62,7 @@ class ConvNeXtPyramid(nn.Module):
         pyramid = []
         for stage in self.vision_stages:
             x = stage(x)
-            # a view
+            # This is a view, not a copy.
             pyramid.append(x.permute(0, 2, 3, 1))
         return pyramid
 
@@ -70,8 +70,8 @@ class ConvNeXtPyramid(nn.Module):
     def forward(self, pixels: torch.Tensor, *, backend: str | None = None) -> list[torch.Tensor]:
         """Pictures [B, 3, HR, HR] to stage maps [B, HR / 4 / 2**s, HR / 4 / 2**s, C_s], channels last, s = 0..3.
 
-        The `reference` backend runs timm's modules in NCHW, as the original does; others the same arithmetic on
-        channels-last maps, where the tower computes only what its weights say (`why_more_than_weights`).
+        The `reference` backend runs timm's modules in NCHW, as the original does. The others do the same arithmetic on
+        channels-last maps, if the tower computes only what its weights say (`why_more_than_weights`).
         """
         pixels = pixels.to(self.vision_stem[0].weight.dtype)
         form = backends.choose_form(HIGH_RESOLUTION_TOWER, backend, pixels.device)
@@ -80,10 +80,10 @@ class ConvNeXtPyramid(nn.Module):
         return form(self, pixels, backend)
 
     def why_more_than_weights(self) -> str | None:
-        """Why the tower computes something else than its weights say, as a sentence; None where it does not.
+        """Why the tower computes something other than its weights say, as a sentence; None where it does not.
 
-        Low-rank adapters, hooks, exchanged or quantised layers, gradient checkpointing: then every backend runs the
-        modules themselves.
+        Examples are low-rank adapters, hooks, replaced or quantized layers, and gradient checkpointing. Every backend
+        then runs the modules themselves.
         """
         if reason := why_more_than_weights(self, _known_layers(), placed=True) or unsuited_stem(self.vision_stem):
             return reason
@@ -95,24 +95,24 @@ class ConvNeXtPyramid(nn.Module):
         return None
 
     def pack(self) -> "PackedPyramid":
-        """A frozen copy for inference: layer scale folded once, convolutions as the kernels read them.
+        """A frozen copy for inference: layer scale is folded in once, convolution weights are as the kernels read them.
 
         Raises:
-            ValueError: the tower computes something else than its weights say; the message says what.
+            ValueError: the tower computes something other than its weights say; the message says what.
         """
         return PackedPyramid(self)
 
     def read(self) -> tuple[convnext.DownsampleTensors, list[convnext.StageTensors]]:
-        """The tensors of the tower as they are now, layer scale folded in."""
+        """The tower's tensors as they are now, with layer scale folded in."""
         return convnext.read_tower(self.vision_stem, self.vision_stages)
 
 
 class PackedPyramid:
     """A snapshot of a ConvNeXtPyramid for inference; `ConvNeXtPyramid.pack` makes one.
 
-    Called as the tower is. The contractions and the convolutions' weights are copies, half of the tower's memory; all
-    else is shared with the tower, so a call refuses once any of its weights was changed in place. What is written
-    through `.data` counts no change, and hooks or adapters that come later are not seen: pack again.
+    It is called as the tower is. The contractions' and convolutions' weights are copies, half of the tower's memory.
+    All other tensors are shared with the tower, so a call raises an error once any of its weights was changed in place.
+    Writes through `.data` do not count as changes, and hooks or adapters that are added later are not seen: pack again.
     """
 
     def __init__(self, tower: ConvNeXtPyramid):
@@ -124,7 +124,7 @@ class PackedPyramid:
 
     @torch.no_grad()
     def __call__(self, pixels: torch.Tensor, *, backend: str | None = None) -> list[torch.Tensor]:
-        """Pictures [B, 3, HR, HR] to stage maps, as `ConvNeXtPyramid`; without gradients.
+        """Pictures [B, 3, HR, HR] to stage maps, as in `ConvNeXtPyramid`, without gradients.
 
         Raises:
             RuntimeError: the tower's weights were changed since they were packed.
@@ -134,7 +134,7 @@ class PackedPyramid:
         return convnext.run_tower(self._stem, self._stages, pixels.to(self._stem.weight.dtype), backend)
 
     def check_unchanged(self) -> None:
-        """Raises RuntimeError where the tower's weights were changed since they were packed."""
+        """Raises RuntimeError if the tower's weights were changed since they were packed."""
         if self._packed.weights_written():
             raise RuntimeError("PackedPyramid: the tower's weights were changed since it was packed: pack it again")
 
@@ -149,15 +149,17 @@ def _known_layers() -> frozenset[type]:
 
 
 def unsuited_stem(stem: nn.Module) -> str | None:
-    """Why a timm stem is not one of a ConvNeXt of the first version, as a sentence; None where it is."""
+    """Why a timm stem is not the stem of a ConvNeXt of the first version, as a sentence; None where it is."""
     if [type(layer).__name__ for layer in stem] != ["Conv2d", "LayerNorm2d"]:
-        return f"expected a stem of one convolution and a LayerNorm, got {', '.join(type(layer).__name__ for layer in stem)}"
+        kinds = ", ".join(type(layer).__name__ for layer in stem)
+        return f"expected a stem of one convolution and a LayerNorm, got {kinds}"
     return _overlapping(stem[0])
 
 
 def unsuited_stage(stage: nn.Module) -> str | None:
-    """Why a timm stage is not one of a ConvNeXt of the first version, as a sentence; None where it is, or is one in
-    eval mode.
+    """Why a timm stage is not one of a ConvNeXt of the first version, as a sentence.
+
+    None where it is one, or is one in eval mode.
     """
     if any("grn" in block.mlp._modules for block in stage.blocks):
         return "expected a ConvNeXt of the first version, got one with GlobalResponseNorm (V2)"
@@ -187,7 +189,7 @@ def _unsuited_block(block: nn.Module) -> str | None:
         conv.groups != len(conv.weight) or conv.padding_mode != "zeros"
     ):
         return f"expected a 7x7 depthwise convolution with padding 3, got {conv}"
-    # timm's own GELU ignores its argument and is the exact one
+    # timm's own GELU ignores its argument and is always exact.
     exact = type(activation).__name__ == "GELU" and getattr(activation, "approximate", "none") == "none"
     if not exact:
         return f"expected the exact GELU, got {activation}"
@@ -218,7 +220,7 @@ def _by_modules(tower: ConvNeXtPyramid, pixels: torch.Tensor, backend: str | Non
 
 
 def _on_channels_last_maps(tower: ConvNeXtPyramid, pixels: torch.Tensor, backend: str | None) -> list[torch.Tensor]:
-    """The operations within choose their own backends, by what was asked of the tower."""
+    """Runs the tower on channels-last maps; its operations choose their own backends, from the one asked for here."""
     return convnext.run_tower(*tower.read(), pixels, backend)
 
 

@@ -1,10 +1,10 @@
 """ConvNeXt on channels-last maps: the `torch` and `triton` backends of the high-resolution tower.
 
 A block is three steps: depthwise convolution and norm; expansion and GELU; contraction, with layer scale folded into
-its weight, and residual. Nothing is permuted and nothing copied between them. The expansion of a large map is made in
-chunks of rows, so that its four times wider map never exists as a whole; without gradients the blocks of a stage add to
-one map in place. Source: Liu et al., A ConvNet for the 2020s (2022), section 2; timm/models/convnext.py for the names
-of the parameters.
+its weight, and residual. Nothing is permuted or copied between them. The expansion of a large map is made in chunks of
+rows, so that the expanded map, four times as wide, never exists as a whole. Without gradients the blocks of a stage add
+to one map in place. Source: Liu et al., A ConvNet for the 2020s (2022), section 2; timm/models/convnext.py for the
+names of the parameters.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,14 +17,16 @@ from torch import nn
 from .. import ops
 from ..ops.custom_op_support import autocast
 
-# of a chunk's expansion, in bytes: on a CPU it stays in the cache, on a GPU it is more than enough to keep it busy
+# Bytes of the expansion of one chunk. On a CPU it stays in the cache; on a GPU it is more than enough to keep it busy.
 CPU_EXPANSION = 2**24
 GPU_EXPANSION = 2**28
 
 
 class BlockTensors(NamedTuple):
-    """Tensors of one block. taps [49, C] are the convolution's, tap by tap; contract [C, 4 C] and its bias have layer
-    scale folded in.
+    """Tensors of one block.
+
+    `taps` [49, C] are the convolution's weights, tap by tap. Layer scale is folded into `contract` [C, 4 C] and its
+    bias.
     """
 
     taps: torch.Tensor
@@ -39,8 +41,9 @@ class BlockTensors(NamedTuple):
 
 
 class DownsampleTensors(NamedTuple):
-    """How a stage's map is made: a convolution of `stride` x `stride` pixels that do not overlap, and a LayerNorm
-    before or after it.
+    """Tensors of a stem or downsampling: a convolution of pixel squares, and a LayerNorm before or after it.
+
+    The squares have `stride` x `stride` pixels and do not overlap.
     """
 
     norm_weight: torch.Tensor
@@ -52,7 +55,7 @@ class DownsampleTensors(NamedTuple):
 
 
 class StageTensors(NamedTuple):
-    """The stem or the downsampling before the blocks, None where the map is as it came; the blocks."""
+    """A stage's blocks, and the stem or downsampling before them; `entry` is None where the map enters unchanged."""
 
     entry: DownsampleTensors | None
     blocks: Sequence[BlockTensors]
@@ -70,7 +73,7 @@ def read_stage(stage: nn.Module) -> StageTensors:
 
 
 def read_block(block: nn.Module) -> BlockTensors:
-    """The tensors of a timm ConvNeXtBlock of the first version, its MLP of linear layers or of 1x1 convolutions."""
+    """The tensors of a timm ConvNeXtBlock of the first version, whose MLP has linear layers or 1x1 convolutions."""
     first, second = block.mlp.fc1, block.mlp.fc2
     contract, contract_bias = second.weight.flatten(1), second.bias
     if block.gamma is not None:
@@ -81,17 +84,17 @@ def read_block(block: nn.Module) -> BlockTensors:
 
 
 def _entry(norm: nn.Module, conv: nn.Module) -> DownsampleTensors:
-    # as the library's convolution of a channels-last map wants it: it would convert it in every call
+    # The library's convolution of a channels-last map reads this layout, and would convert another one in every call.
     weight = conv.weight.contiguous(memory_format=torch.channels_last)
     return DownsampleTensors(norm.weight, norm.bias, norm.eps, weight, conv.bias, conv.stride[0])
 
 
 def empty_tower(dims: Sequence[int], depths: Sequence[int], **like) -> tuple[DownsampleTensors, list[StageTensors]]:
-    """What `read_tower` returns of a tower of these widths and depths, without values: to compile for it, and to count.
+    """The result of `read_tower` without values, for a tower of these sizes: to compile for it, and to count.
 
     Args:
-        dims, depths: of the stages.
-        **like: dtype and device; `requires_grad` for what autograd records.
+        dims, depths: widths and depths of the stages.
+        **like: dtype and device of the tensors; `requires_grad` to count what autograd records.
     """
 
     def empty(*shape: int) -> torch.Tensor:
@@ -106,7 +109,7 @@ def empty_tower(dims: Sequence[int], depths: Sequence[int], **like) -> tuple[Dow
             empty(49, c), empty(c), empty(c), empty(c), 1e-6, empty(4 * c, c), empty(4 * c), empty(c, 4 * c), empty(c)
         )
 
-    # the stem's norm is after its convolution, those of downsamplings before
+    # The stem's norm comes after its convolution, the norm of a downsampling before.
     entries = [None, *(entry(before, before, after, 2) for before, after in zip(dims, dims[1:]))]
     stages = [StageTensors(first, [block(c) for _ in range(depth)]) for first, c, depth in zip(entries, dims, depths)]
     return entry(dims[0], 3, dims[0], 4), stages
@@ -115,12 +118,12 @@ def empty_tower(dims: Sequence[int], depths: Sequence[int], **like) -> tuple[Dow
 def run_tower(
     stem: DownsampleTensors, stages: Sequence[StageTensors], pixels: torch.Tensor, backend: str | None = None
 ) -> list[torch.Tensor]:
-    """Stage maps of pictures.
+    """The stage maps of pictures.
 
     Args:
         stem, stages: as `read_tower` returns them.
-        pixels: [B, 3, H, W], of the weights' dtype.
-        backend: of the operations.
+        pixels: [B, 3, H, W], in the weights' dtype.
+        backend: the backend of the operations.
 
     Returns:
         [B, H / 4 / 2**s, W / 4 / 2**s, C_s], contiguous.
@@ -128,7 +131,7 @@ def run_tower(
     x = _norm(_convolve(pixels.permute(0, 2, 3, 1), stem), stem)
     pyramid = []
     for stage in stages:
-        # blocks may add in place to a map that is their own; what was returned is not
+        # Blocks may add in place to a map that belongs to their stage, but not to one that is in the result.
         x = run_stage(stage, x, backend, in_place=not pyramid)
         pyramid.append(x)
     return pyramid
@@ -137,8 +140,9 @@ def run_tower(
 def run_stage(
     stage: StageTensors, x: torch.Tensor, backend: str | None = None, *, in_place: bool = False
 ) -> torch.Tensor:
-    """One stage on [B, H, W, C]; `in_place` where the map may be overwritten, if there is no downsampling to make one
-    anew.
+    """Runs one stage on [B, H, W, C].
+
+    `in_place` says that x may be overwritten; it matters only without a downsampling, which makes a map of its own.
     """
     if stage.entry is not None:
         x, in_place = _convolve(_norm(x, stage.entry), stage.entry), True
@@ -151,7 +155,7 @@ def run_stage(
 def run_block(
     block: BlockTensors, x: torch.Tensor, backend: str | None = None, *, in_place: bool = False
 ) -> torch.Tensor:
-    """One block on [B, H, W, C], to a map of its own; or into `x` where `in_place` is set and no gradient is wanted."""
+    """Runs one block on [B, H, W, C], into a new map; into `x` if `in_place` is set and no gradient is wanted."""
     shape, hidden = x.shape, block.expand.shape[0]
     normed = ops.dwconv_norm(x, block.taps, block.bias, block.norm_weight, block.norm_bias, block.eps, backend=backend)
     normed, residual = normed.reshape(-1, shape[-1]), x.reshape(-1, shape[-1])
@@ -162,7 +166,7 @@ def run_block(
         return ops.linear_residual(expanded, block.contract, block.contract_bias, residual, backend=backend).view(shape)
     if not in_place:
         residual = residual.clone()
-    # once a block, where every chunk would
+    # Weights are cast here once per block, and not in every chunk.
     expand, expand_bias, contract, contract_bias = autocast(
         block.expand, block.expand_bias, block.contract, block.contract_bias
     )
@@ -173,7 +177,7 @@ def run_block(
 
 
 def chunks(rows: int, bytes_per_row: int, device: str) -> Iterator[slice]:
-    """Equal parts of the rows, of a budget's size at most."""
+    """Equal parts of the rows, each within the budget of the device."""
     budget = CPU_EXPANSION if device == "cpu" else GPU_EXPANSION
     parts = -(-rows * bytes_per_row // budget)
     step = -(-rows // max(parts, 1))
@@ -182,8 +186,8 @@ def chunks(rows: int, bytes_per_row: int, device: str) -> Iterator[slice]:
 
 def _convolve(x: torch.Tensor, entry: DownsampleTensors) -> torch.Tensor:
     out = F.conv2d(x.permute(0, 3, 1, 2), entry.weight, entry.bias, entry.stride)
-    # the blocks add to it: where autocast narrowed it, timm's sum with the scaled branch is as wide as the weights
-    # again
+    # The blocks add to this map. Where autocast narrowed it, it is widened to the weights' dtype again, because timm's
+    # sum with the scaled branch has that dtype.
     return out.permute(0, 2, 3, 1).to(torch.promote_types(out.dtype, entry.weight.dtype)).contiguous()
 
 

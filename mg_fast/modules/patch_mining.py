@@ -1,4 +1,4 @@
-"""Patch info mining with its parameters."""
+"""Patch info mining as a module with the original's parameters."""
 
 from collections.abc import Sequence
 
@@ -16,8 +16,8 @@ from ..runtime.weights import why_all_modules_are_hooked, why_not_plain
 class PatchInfoMining(nn.Module):
     """Patch info mining with the original's parameters.
 
-    Parameters are `vlm_uni_query_projector.*`, `vlm_uni_aux_projector.*` and `vlm_uni_val_projector.*`, each a
-    LayerNorm (0) and a Linear (1), so the original's tensors load with strict=True.
+    They are `vlm_uni_query_projector.*`, `vlm_uni_aux_projector.*` and `vlm_uni_val_projector.*`, each a LayerNorm (0)
+    and a Linear (1), so the original's tensors load with strict=True.
 
     Args:
         dim: width D of the queries.
@@ -42,39 +42,39 @@ class PatchInfoMining(nn.Module):
     ):
         if isinstance(queries, Proxy):
             return record_call(self, queries, pyramid, grid=grid, backend=backend)
-        # A trace holds for the sizes that it was made with; the reference's steps are the same on every device.
+        # A trace holds only for the sizes that it was made with. The reference's steps are the same on every device.
         return PatchInfoMining.forward.unrecorded(self, queries, pyramid, grid=grid, backend="reference")
 
     @recorded_as(_recorded)
     def forward(
         self, queries: torch.Tensor, pyramid: Sequence[torch.Tensor], *, grid: int = 1, backend: str | None = None
     ) -> torch.Tensor:
-        """Mined features of the queries' shape, residual not added.
+        """Mined features of the queries' shape; the residual is not added.
 
         Args:
             queries: [B, N, dim] (grid 1) or [B, V, N, dim]; V = grid * grid cells row by row, or one more, the global
                 view last.
             pyramid: list of [B, n_s, n_s, C_s], channels last. The window side n_0 / (grid * sqrt(N)) must be whole.
             grid: cells per side.
-            backend: overrides the choice in force. Where a projection is more than a plain LayerNorm and Linear
-                (adapters, hooks, quantized, parametrized or offloaded layers), or their dtypes differ, every backend
-                calls the projections, pixel by pixel as the reference does.
+            backend: overrides the choice in force. If a projection is more than a plain LayerNorm and Linear (adapters,
+                hooks, quantized, parametrized or offloaded layers), or their dtypes differ, every backend calls the
+                projections pixel by pixel, as the reference does.
         """
         queries = at_seam(queries, self.vlm_uni_query_projector)
-        # autocast casts by itself
+        # Under autocast the projections' inputs are cast anyway.
         dtype = None if autocasting(queries) else queries.dtype
         return ops.patch_mining(queries, pyramid, *self.projections(queries.device, dtype), grid=grid, backend=backend)
 
     def projections(
         self, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> list[Projection | CalledProjection]:
-        """Of queries, keys and values: their tensors where these say all, else what calls the modules.
+        """The projections of queries, keys and values: tensors if these say everything, otherwise calls of the modules.
 
         Args:
-            device: of the queries; a projection on another one is called, as whatever moves its input there belongs to
-                the call.
-            dtype: of the queries; all three are called where any of their tensors has another one, as every layer then
-                casts its input.
+            device: the queries' device. A projection on another device is called, because something moves its input
+                there during the call.
+            dtype: the queries' dtype. All three projections are called if any of their tensors has another one, because
+                every layer then casts its input.
         """
         widths = self.dim, sum(self.pyramid_dims), sum(self.pyramid_dims)
         projectors = self.vlm_uni_query_projector, self.vlm_uni_aux_projector, self.vlm_uni_val_projector
@@ -86,9 +86,10 @@ class PatchInfoMining(nn.Module):
         return found
 
     def __prepare_scriptable__(self):
-        # torch.jit.script asks every module for what it is to read in its place.
+        # torch.jit.script asks every module what to read in its place.
         raise TypeError(
-            "torch.jit.script cannot read PatchInfoMining, whose steps depend on sizes: use torch.jit.trace or torch.export"
+            "torch.jit.script cannot read PatchInfoMining, whose steps depend on sizes: use torch.jit.trace or "
+            "torch.export"
         )
 
     def extra_repr(self) -> str:
@@ -96,17 +97,17 @@ class PatchInfoMining(nn.Module):
 
 
 def unsuited_projector(name: str, projector: nn.Module, *, placed: bool = False) -> str | None:
-    """Why four tensors do not say all that a projector computes, as a sentence; None where they do.
+    """Why a projector computes more than its four tensors say, as a sentence; None where it does not.
 
     Args:
-        name: of the projector, for the sentence.
+        name: name of the projector in the sentence.
         projector: expected to be a Sequential of LayerNorm and Linear.
-        placed: as of `why_not_plain`.
+        placed: see `why_not_plain`.
     """
     if reason := why_all_modules_are_hooked():
         return reason
     layers = list(projector) if type(projector) in (Chain, nn.Sequential) else [projector]
-    # subclasses compute something else: low-rank adapters, quantized layers, parametrizations
+    # Subclasses compute something else: low-rank adapters, quantized layers, parametrizations.
     if [type(layer) for layer in layers] != [nn.LayerNorm, nn.Linear]:
         found = " and ".join(f"{type(layer).__module__}.{type(layer).__qualname__}" for layer in layers)
         return f"{name} is {found}, expected a Sequential of LayerNorm and Linear"

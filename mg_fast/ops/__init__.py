@@ -1,8 +1,7 @@
-"""The functional API: every operation checks its inputs, chooses a backend and calls it; kernels are operators of
-torch.
+"""The functional API: every operation checks its inputs, chooses a backend and calls it.
 
-Every file of this folder is imported, and the names in its `__all__` are names of this package: a new operation is a
-new file, and its function is called `mg_fast.ops.<operation>`.
+The kernels are operators of torch. This package imports every file of its folder and takes over the names in the file's
+`__all__`. A new operation is therefore a new file, and its function is called `mg_fast.ops.<operation>`.
 """
 
 import importlib
@@ -13,6 +12,6 @@ __all__ = []
 for _found in pkgutil.iter_modules(__path__):
     _module = importlib.import_module(f"{__name__}.{_found.name}")
     for _name in getattr(_module, "__all__", ()):
-        # A function takes the place of the module of the same name.
+        # A function replaces the module of the same name.
         globals()[_name] = getattr(_module, _name)
         __all__.append(_name)

@@ -1,9 +1,9 @@
-"""Compiling the Triton kernels for a GPU that is not here.
+"""Compiles the Triton kernels for a GPU that this machine does not have.
 
-The operations themselves run, on fake tensors and under a driver that only names the architecture, so what is compiled,
-and the key it is cached under, is what a launch on such a GPU asks for. Triton's small C launcher is not built here,
-because it links with the GPU's driver
-library: the first launch on a machine still builds it, with the machine's C compiler, in about a second.
+The operations themselves run, on fake tensors and under a driver that only names the architecture. What is compiled,
+and the key that it is cached under, is therefore what a launch on such a GPU asks for. Triton's small C launcher is not
+built here, because it links with the GPU's driver library. The first launch on a machine still builds it, with the
+machine's C compiler, in about a second.
 """
 
 import contextlib
@@ -20,12 +20,12 @@ from . import interpreter
 from .backend import no_triton, only_compiling
 from .patch_mining import pool_windows_backward
 
-# kernels are kept in memory by device: with a number of its own every block asks the cache on disk
+# Triton keeps kernels in memory by device number. Each block uses a number of its own, so that it asks the disk cache.
 _devices = itertools.count(-1, -1)
 
 
 class _Driver:
-    """As much of a Triton driver as compiling needs."""
+    """The part of a Triton driver that compiling needs."""
 
     def __init__(self, architecture: int):
         self.architecture = architecture
@@ -44,7 +44,7 @@ class _Driver:
 
 
 class _Launching(TorchDispatchMode):
-    """Runs mg_fast's operators, which launch, where fake tensors would have only their fakes run."""
+    """Runs mg_fast's operators, so that they launch their kernels; fake tensors alone would run only their fakes."""
 
     def __init__(self, training: bool):
         super().__init__()
@@ -53,10 +53,10 @@ class _Launching(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if not func._schema.name.startswith("mg_fast::"):
             return func(*args, **(kwargs or {}))
-        # the key under which torch.library.custom_op registers what an operator does
+        # torch.library.custom_op registers the body of an operator under this key.
         out = func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **(kwargs or {}))
         if self.training and func is torch.ops.mg_fast.patch_mining.default:
-            # the one gradient with a kernel of its own; autograd's engine does not run on CUDA tensors without a GPU
+            # Only this gradient has a kernel. Autograd's engine does not run on CUDA tensors without a GPU.
             queries, pyramid, grid = args
             with self:
                 pool_windows_backward(out[0], queries, pyramid, out[1], grid)
@@ -65,16 +65,14 @@ class _Launching(TorchDispatchMode):
 
 @contextlib.contextmanager
 def compile_only(architecture: int, *, training: bool = False) -> Iterator[list]:
-    """Within the block tensors are fake, and every Triton launch on CUDA tensors compiles for `architecture` (90:
-    sm_90) instead.
+    """Within the block tensors are fake, and a Triton launch on CUDA tensors compiles for `architecture` instead.
 
-    Pointers are taken to be multiples of 16, as those of whole tensors are; Triton's cache has another entry for
-    others.
+    Pointers are assumed to be multiples of 16, as the pointers of whole tensors are. Triton's cache has another entry
+    for other pointers.
 
     Args:
-        architecture: compute capability.
-        training: after an operator the kernels of its gradient too, if it has any of its own.
-
+        architecture: compute capability; 90 stands for sm_90.
+        training: also compile the kernels of an operator's gradient, if the gradient has kernels of its own.
     Yields:
         The compiled kernels, in the order of the launches.
     """
@@ -85,7 +83,7 @@ def compile_only(architecture: int, *, training: bool = False) -> Iterator[list]
         if isinstance(value, torch.Tensor):
             return MockTensor(value.dtype)
         if isinstance(value, tuple):
-            # kernels know the fields of a named one
+            # Kernels use the field names of a named tuple.
             return value._make(map(mock, value)) if hasattr(value, "_fields") else tuple(map(mock, value))
         return value
 
@@ -107,7 +105,7 @@ def compile_only(architecture: int, *, training: bool = False) -> Iterator[list]
 
 def check_can_compile() -> None:
     """Raises `BackendError` with the reason where kernels cannot be compiled here."""
-    # not whether they run here: a GPU of this machine says nothing of the one that they are for
+    # A GPU of this machine says nothing about the GPU to compile for, so whether kernels run here does not matter.
     reason = no_triton()
     if reason is None and interpreter.requested():
         reason = (
@@ -118,7 +116,7 @@ def check_can_compile() -> None:
 
 
 def cache_folder() -> str:
-    """Where Triton keeps what it compiled."""
+    """The folder where Triton keeps the kernels that it compiled."""
     from triton import knobs
 
     return knobs.cache.dir

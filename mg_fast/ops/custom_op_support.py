@@ -1,4 +1,4 @@
-"""What the operators of torch share."""
+"""Helpers that the operators of torch share."""
 
 import contextlib
 
@@ -9,7 +9,7 @@ from . import interpreter
 
 
 def on_device(tensor: torch.Tensor):
-    """A context for launches: Triton launches on the current device, which need not be the tensor's, or interprets."""
+    """A context for launches on a tensor's device, which need not be the current one; or for interpreted launches."""
     if interpreter.requested():
         return interpreter.launching()
     return (
@@ -21,7 +21,7 @@ def on_device(tensor: torch.Tensor):
 
 @contextlib.contextmanager
 def recording():
-    """Lets autograd see the operations within an operator, whose body runs with autograd's dispatch keys masked."""
+    """Lets autograd record the operations within an operator, whose body runs with autograd's dispatch keys masked."""
     masked = torch._C._dispatch_tls_local_exclude_set()
     for device in ("CPU", "CUDA"):
         masked = masked.remove(getattr(torch._C.DispatchKey, f"Autograd{device}"))
@@ -30,7 +30,7 @@ def recording():
 
 
 def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Cast as F.linear does under autocast, which does not see into the kernels' operators."""
+    """Casts tensors as F.linear does under autocast, which does not look into the kernels' operators."""
     device = tensors[0].device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
@@ -39,15 +39,15 @@ def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def copied(*tensors: torch.Tensor) -> list[int]:
-    """Bytes of the copies that a launcher makes of tensors that it reads in place only where they are contiguous."""
+    """Bytes of the copies that a launcher makes of tensors that it reads in place only if they are contiguous."""
     return [tensor.numel() * tensor.itemsize for tensor in tensors if not tensor.is_contiguous()]
 
 
 def copied_rows(*tensors: torch.Tensor) -> list[int]:
-    """Bytes of the copies that a launcher makes of tensors that it reads in place where their last stride is 1."""
+    """Bytes of the copies that a launcher makes of tensors that it reads in place only if their last stride is 1."""
     return [tensor.numel() * tensor.itemsize for tensor in tensors if tensor.stride(-1) != 1]
 
 
 def one_launch(x: torch.Tensor, weight: torch.Tensor, *_) -> int:
-    """One kernel, or none where there is nothing to write."""
+    """One kernel launch, or none if there is nothing to write."""
     return int(len(x) > 0 and len(weight) > 0)

@@ -1,4 +1,4 @@
-"""Pictures resized to both resolutions: checks the input, chooses the backend, calls it, as an operator of torch."""
+"""Resizes pictures to both resolutions: checks the input, chooses the backend, and runs it as an operator of torch."""
 
 import operator
 
@@ -25,12 +25,11 @@ def dual_resize(
     pad: bool = True,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A decoded picture, squared, resized bicubically with Pillow's own bits, and normalised; and its low-resolution
-    views.
+    """A picture squared, resized bicubically with Pillow's own bits and normalised, and its low-resolution views.
 
     Args:
-        picture: [H, W, 3] uint8, RGB, upright, any strides, on any device. Whole numbers have no gradient, and none is
-            given.
+        picture: [H, W, 3] uint8, RGB, decoded and upright, any strides, on any device. Integers have no gradient, so
+            the picture gets none.
         hr_size: side of the high-resolution picture in pixels.
         lr_size: side of one low-resolution view in pixels.
         grid: LR tiles per side.
@@ -39,11 +38,13 @@ def dual_resize(
         backend: overrides the choice in force; `reference` is Pillow, on the CPU.
 
     Returns:
-        [3, HR, HR], the same bits on every backend, and [V, 3, LR, LR], V = grid * grid tiles row by row, then the
-        global view, within 1e-6; both float32, normalised, on the picture's device.
+        hr [3, HR, HR], with the same bits on every backend, and views [V, 3, LR, LR], equal within 1e-6 on all
+        backends: V = grid * grid tiles row by row, then the global view. Both are float32, normalised, and on the
+        picture's device.
 
     Raises:
-        ValueError: not such a picture; PictureError where it is too thin, or too large, to be squared.
+        ValueError: the picture has another shape or dtype, or a size is below 1; PictureError where it is too thin or
+            too large to be squared.
         BackendError: a backend was named that cannot run here.
     """
     hr_size, lr_size, grid = operator.index(hr_size), operator.index(lr_size), operator.index(grid)
@@ -54,7 +55,7 @@ def dual_resize(
 
 def _check(picture: torch.Tensor, hr_size: int, lr_size: int, grid: int) -> None:
     if picture.dtype != torch.uint8:
-        gradient = ": whole numbers, so that there is no gradient to the picture" if picture.requires_grad else ""
+        gradient = ": integers have no gradient, so the picture gets none" if picture.requires_grad else ""
         raise ValueError(f"dual_resize: the picture must be uint8, got {picture.dtype}{gradient}")
     if picture.dim() != 3 or picture.shape[2] != 3 or 0 in picture.shape:
         raise ValueError(f"dual_resize: the picture must be [H, W, 3] and have pixels, got {list(picture.shape)}")
@@ -81,7 +82,7 @@ def _taps(side: torch_form.Side, device: torch.device) -> tuple[torch.Tensor, to
 def _tables(
     hr_size: int, lr_size: int, grid: int, global_view: bool, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What the kernel's second launch looks up, see `kernels.dual_resize.dual_resize_fwd`."""
+    """The tables that the kernel's second launch looks up (see `kernels.dual_resize.dual_resize_fwd`)."""
     itself = np.arange(hr_size)[None], np.ones((1, hr_size), np.float32)
     taps = [itself, *torch_form.view_taps(hr_size, lr_size, grid, global_view)]
     positions, shares = (
@@ -115,8 +116,11 @@ def _by_kernel(picture: torch.Tensor, hr_size: int, lr_size: int, *, grid: int, 
 def resize_picture(
     picture: torch.Tensor, hr_size: int, lr_size: int, grid: int, global_view: bool, pad: bool, form: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`dual_resize` by a backend: one node of a graph whichever it is, since tables are made from the picture's size."""
-    # what is refused is refused before anything is copied
+    """`dual_resize` on a given backend.
+
+    It is one node of a graph on every backend, because its tables are made from the picture's size.
+    """
+    # A picture that cannot be squared is refused before anything is copied.
     torch_form.place(picture.shape[1], picture.shape[0], hr_size, pad)
     return DUAL_RESIZE.forms[form](picture, hr_size, lr_size, grid=grid, global_view=global_view, pad=pad)
 
@@ -137,7 +141,7 @@ def _only_kernels(form: str) -> None:
 def _launches(
     picture: torch.Tensor, hr_size: int, lr_size: int, grid: int, global_view: bool, pad: bool, form: str
 ) -> int:
-    """One for the columns, one for the rows of both resolutions."""
+    """One launch for the columns, and one for the rows of both resolutions."""
     _only_kernels(form)
     return 2
 
@@ -145,7 +149,7 @@ def _launches(
 def _workspaces(
     picture: torch.Tensor, hr_size: int, lr_size: int, grid: int, global_view: bool, pad: bool, form: str
 ) -> list[int]:
-    """The picture with its columns resized, and a row of padding."""
+    """The picture with its columns resized, and one row of padding."""
     _only_kernels(form)
     low, high = torch_form.span(torch_form.place(picture.shape[1], picture.shape[0], hr_size, pad)[1])
     return [(high - low + 1) * 3 * hr_size]
@@ -157,7 +161,7 @@ DUAL_RESIZE = register(
         check=_check,
         forms={"reference": _by_pillow, "torch": torch_form.dual_resize, "triton": _by_kernel},
         auto=("triton", "torch", "reference"),
-        # It resizes whole numbers: there is no floating-point product to count.
+        # The operator resizes integers, so it has no floating-point product to count.
         operators=(Operator(name="mg_fast::dual_resize", launches=_launches, workspaces=_workspaces),),
     )
 )

@@ -1,4 +1,4 @@
-"""Operations of the ConvNeXt towers, and their kernels as operators of torch."""
+"""Depthwise convolution and LayerNorm of ConvNeXt blocks, with the kernel as an operator of torch."""
 
 import torch
 
@@ -10,7 +10,7 @@ from .torch import dwconv_norm as torch_form
 
 __all__ = ["MAX_CHANNELS", "dwconv_norm", "dwconv_norm_backward", "dwconv_norm_kernel"]
 
-# the widest map whose pixels the kernel's registers hold: xxlarge's last
+# The widest map whose pixels fit in the kernel's registers: the last stage of the xxlarge model.
 MAX_CHANNELS = 3072
 
 
@@ -24,28 +24,29 @@ def dwconv_norm(
     *,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """A ConvNeXt block's first half: 7x7 depthwise convolution (padding 3), bias, LayerNorm over channels.
+    """The first half of a ConvNeXt block: 7x7 depthwise convolution (padding 3), bias, LayerNorm over channels.
 
     Args:
         x: [B, H, W, C], floating point, any strides; fastest with unit channel stride.
-        weight: [49, C], tap 7 * ky + kx of every channel. A published weight [C, 1, 7, 7] is `weight.reshape(C,
-            49).t()`, through which gradients flow; made contiguous once, it saves the kernel a copy a call.
-        bias, norm_weight, norm_bias: [C]. All of x's dtype and device; under autocast all five are cast as F.conv2d
-            casts its own.
+        weight: [49, C], tap 7 * ky + kx of every channel. A published weight [C, 1, 7, 7] becomes
+            `weight.reshape(C, 49).t()`, through which gradients flow. Made contiguous once, it saves the kernel a copy
+            in every call.
+        bias, norm_weight, norm_bias: [C]. All tensors have the dtype and device of x. Under autocast all five are cast
+            as F.conv2d casts its arguments.
         eps: added to the variance; 1e-6 in ConvNeXt, 1e-5 in the xxlarge of OpenCLIP.
         backend: overrides the choice in force.
 
     Returns:
-        [B, H, W, C] of x's dtype, autocast's where it is on.
+        [B, H, W, C] in x's dtype, or in autocast's dtype where autocast is on.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit; the message names expected and actual.
+        ValueError: shapes, dtypes or devices do not fit; the message names what was expected and what came.
         BackendError: a backend was named that cannot run here.
     """
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         given = autocast(x, weight, bias, norm_weight, norm_bias)
-        # which would widen the norm's result, a map that the next product narrows again
+        # Autocast would widen the norm's result, a map that the next product would narrow again.
         with torch.autocast(device, enabled=False):
             return dwconv_norm(*given, eps, backend=backend)
     arguments = x, weight, bias, norm_weight, norm_bias
@@ -83,7 +84,7 @@ def _why_not(x: torch.Tensor, *_: torch.Tensor) -> str | None:
 
 def _dwconv_norm_reference(x, weight, bias, norm_weight, norm_bias, eps: float) -> torch.Tensor:
     kernel = weight.t().reshape(-1, 1, 7, 7)
-    # the original's maps are NCHW in memory
+    # The original's maps are NCHW in memory.
     return reference.dwconv_norm(x.permute(0, 3, 1, 2).contiguous(), kernel, bias, norm_weight, norm_bias, eps)
 
 
@@ -96,7 +97,7 @@ def dwconv_norm_kernel(
     norm_bias: torch.Tensor,
     eps: float,
 ) -> torch.Tensor:
-    """`kernels.dwconv_norm.dwconv_norm_fwd`; gradients recompute by the PyTorch form."""
+    """`kernels.dwconv_norm.dwconv_norm_fwd`; its gradients recompute by the PyTorch form."""
     from ..kernels.dwconv_norm import dwconv_norm_fwd
 
     with on_device(x):
@@ -112,8 +113,9 @@ def _(x, weight, bias, norm_weight, norm_bias, eps):
 def dwconv_norm_backward(
     grad: torch.Tensor, inputs: list[torch.Tensor], wanted: list[bool], eps: float
 ) -> list[torch.Tensor]:
-    """Gradients to those of (x, weight, bias, norm_weight, norm_bias) that are wanted; an operator, so that graphs need
-    not trace it.
+    """Gradients to the `wanted` ones of (x, weight, bias, norm_weight, norm_bias).
+
+    This is an operator so that graphs need not trace it.
     """
     with recording(), torch.enable_grad():
         leaves = [tensor.detach().requires_grad_(want) for tensor, want in zip(inputs, wanted)]

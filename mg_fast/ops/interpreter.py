@@ -1,6 +1,6 @@
-"""Triton's interpreter, which runs the kernels on a CPU for tests and for looking into them (TRITON_INTERPRET=1).
+"""Triton's interpreter, which runs the kernels on a CPU for tests and for debugging (TRITON_INTERPRET=1).
 
-Whatever mends the interpreter is in this file and nowhere else. It holds only while one of this project's kernels runs.
+All corrections of the interpreter are in this file. They apply only while a kernel of this project runs.
 """
 
 import contextlib
@@ -11,11 +11,11 @@ import threading
 
 import torch
 
-# The values that Triton itself takes for true, in lower case.
+# The values that Triton takes for true, in lower case.
 _TRUE = ("1", "true", "on", "yes", "y")
 
-# The interpreter keeps the position in the grid, and the functions it puts in the place of triton.language's, in global
-# variables. Two launches at a time would compute with each other's positions and give wrong numbers.
+# The interpreter keeps the position in the grid, and the functions that replace triton.language's, in global variables.
+# Two launches at the same time would compute with each other's positions and give wrong numbers.
 _one_launch = threading.RLock()
 
 
@@ -28,8 +28,8 @@ def why_not() -> str | None:
     """Why kernels are not interpreted here, as a sentence; None where they are."""
     if not requested():
         return "TRITON_INTERPRET=1, set before Python starts, interprets them on the CPU"
-    # Triton reads the variable once for every function, when the function is defined; its own are defined when it is
-    # imported.
+    # Triton reads the variable once for every function, when the function is defined. Triton's own functions are
+    # defined when it is imported.
     triton = sys.modules.get("triton")
     if triton is None or type(triton.language.cdiv).__name__ == "InterpretedFunction":
         return None
@@ -38,11 +38,11 @@ def why_not() -> str | None:
 
 @contextlib.contextmanager
 def launching():
-    """Within the block this thread alone launches interpreted kernels, and bfloat16 numbers are rounded as on a GPU."""
+    """Within the block only this thread launches interpreted kernels, and bfloat16 numbers are rounded as on a GPU."""
     from triton.runtime import interpreter
 
     with _one_launch:
-        # A Triton without this function has another way of converting, which is then left alone.
+        # A Triton without this function converts in another way, which is left alone.
         original = getattr(interpreter, "_convert_float", None)
         if original is None:
             yield
@@ -55,11 +55,11 @@ def launching():
 
 
 def _convert_float(original, values, source, target, rounding):
-    """Triton's conversion, with the right numbers between float32 and bfloat16.
+    """Triton's conversion, corrected between float32 and bfloat16.
 
-    Triton's own drops the low bits of a float32 where a GPU rounds to the nearest bfloat16. Over the steps of a model
-    that is a bias towards zero. A kernel cannot ask for another rounding: the interpreter passes on no rounding mode
-    for plain conversions.
+    Triton's own conversion drops the low bits of a float32, where a GPU rounds to the nearest bfloat16. Over the steps
+    of a model that becomes a bias towards zero. A kernel cannot ask for another rounding, because the interpreter
+    passes on no rounding mode for plain conversions.
     """
     from triton import language
 

@@ -1,8 +1,7 @@
-"""The record of an operation: what the rest of the project needs to know of it, said once, beside the operation itself.
+"""The record of an operation: what the rest of the project needs to know about it, kept beside the operation.
 
 Every file of operations registers its records when it is imported. The backend choice, `mg-fast doctor`, the launch
-counter and the benchmark read them here, so that a new operation is seen by all of these without a change to any of
-them.
+counter and the benchmark read the records here, so none of them has to change when an operation is added.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,22 +11,23 @@ import torch
 
 
 def _accept(*arguments) -> None:
-    """Refuses nothing."""
+    """Accepts any arguments."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Operator:
-    """What a registered operator of torch makes a GPU do. Every field but the name is a function of the operator's own
-    arguments.
+    """What one registered operator of torch makes a GPU do.
+
+    Every field but the name is a function that takes the operator's own arguments.
 
     Attributes:
-        name: as it is registered, such as `mg_fast::dwconv_norm`.
-        launches: how many kernels it launches. The copies that a launcher makes of what it cannot read in place are not
-            counted: a published tower's maps and its packed weights need none.
-        workspaces: bytes of each block of memory that it allocates beside what it returns, the launchers' copies
-            included.
-        flop: floating-point operations of its products and convolutions; None where it computes none.
-        reads_again: the tensors that a launch after the first reads once more; None where every tensor is read once.
+        name: the registered name, such as `mg_fast::dwconv_norm`.
+        launches: how many kernels the operator launches. Copies of inputs that a launcher cannot read in place are not
+            counted; the maps and packed weights of a published tower need none.
+        workspaces: bytes of each block of memory that it allocates in addition to its results, including the
+            launchers' copies.
+        flop: floating-point operations of its products and convolutions; None if it has none.
+        reads_again: the tensors that a later launch reads once more; None if every tensor is read once.
     """
 
     name: str
@@ -39,17 +39,17 @@ class Operator:
 
 @dataclass(frozen=True, kw_only=True)
 class Operation:
-    """Everything that is said of an operation.
+    """Everything that the project knows about an operation.
 
     Attributes:
-        name: the name that it has in every place: its function, its tests, its group in the benchmark.
-        check: raises ValueError for arguments that do not fit, whatever the backend; the message names expected and
-            actual.
-        why_not: the sentence that says why the kernels do not take arguments that fit, None where they do.
-        forms: what computes it, by backend. There is always a `reference`.
-        auto: the backends of `forms` in the order in which `auto` prefers them: the first that can run is taken.
-        operators: the operators of torch that its kernels are registered as; none for a choice that has no kernels of
-            its own.
+        name: the operation's name everywhere: its function, its tests, its group in the benchmark.
+        check: raises ValueError, on every backend, for arguments that do not fit; the message names what was expected
+            and what came.
+        why_not: a sentence that says why the kernels do not take arguments that fit; None where they do.
+        forms: the implementations, by backend. There is always a `reference`.
+        auto: the backends of `forms` in the order in which `auto` prefers them; it takes the first that can run.
+        operators: the operators of torch that its kernels are registered as; empty for an operation that only chooses
+            a backend and has no kernels of its own.
     """
 
     name: str
@@ -68,8 +68,8 @@ class Operation:
             )
 
 
-# By name, in the order in which they were imported. `import mg_fast.ops` registers the operations; the two towers,
-# which choose a backend and have no kernels of their own, are registered by the modules that they live in.
+# The operations by name, in the order in which they were registered. `import mg_fast.ops` registers all but the two
+# towers. These choose a backend and have no kernels of their own; the modules that define them register them.
 OPERATIONS: dict[str, Operation] = {}
 
 
@@ -77,7 +77,7 @@ def register(operation: Operation) -> Operation:
     """Adds a record to OPERATIONS and returns it.
 
     Raises:
-        ValueError: there is one of that name.
+        ValueError: an operation of that name exists already.
     """
     if operation.name in OPERATIONS:
         raise ValueError(f"there is an operation called {operation.name} already")
@@ -86,5 +86,5 @@ def register(operation: Operation) -> Operation:
 
 
 def operators() -> dict[str, Operator]:
-    """The operators of all operations, by the name that they are registered under."""
+    """The operators of all operations, by their registered names."""
     return {operator.name: operator for operation in OPERATIONS.values() for operator in operation.operators}

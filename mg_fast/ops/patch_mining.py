@@ -1,4 +1,4 @@
-"""Patch info mining: checks the inputs, chooses the backend, calls it; and its kernels as operators of torch."""
+"""Patch info mining: checks the inputs, chooses the backend and calls it; the kernels are operators of torch."""
 
 import functools
 import math
@@ -16,7 +16,7 @@ from .torch import patch_mining as torch_form
 
 __all__ = ["MAX_WINDOW", "patch_mining", "pool_windows", "pool_windows_backward", "pool_windows_backward_pyramid"]
 
-# pixels along a side of the largest window that the kernel's registers hold
+# Side in pixels of the largest window that fits in the kernel's registers.
 MAX_WINDOW = 16
 
 
@@ -33,12 +33,12 @@ def patch_mining(
     """Patch info mining: every low-resolution query attends to its own window of the high-resolution pyramid.
 
     Args:
-        queries: [B, N, D] (grid 1) or [B, V, N, D], N a square number; V = grid * grid cells row by row, or one more
-            with the global view last. Floating point.
-        pyramid: stage maps [B, n_s, n_s, C_s], channels last, finest first, of the queries' batch.
-        query, key, value: the three projections; key and value take sum(C_s) channels. Where one of them is a
-            `CalledProjection`, every backend calls them for each pixel, in the reference's steps: the faster forms
-            project something else than pixels.
+        queries: [B, N, D] (grid 1) or [B, V, N, D], floating point, N a square number. V is grid * grid cells row by
+            row, or one more with the global view last.
+        pyramid: stage maps [B, n_s, n_s, C_s], channels last, finest first, with the same B as the queries.
+        query, key, value: the three projections; key and value take sum(C_s) channels. If one of them is a
+            `CalledProjection`, every backend calls all three for each pixel, in the reference's steps, because the
+            faster forms do not project pixels.
         grid: cells per side of the low-resolution canvas.
         backend: overrides the choice in force.
 
@@ -46,14 +46,14 @@ def patch_mining(
         Mined features of the queries' shape, residual not added.
 
     Raises:
-        ValueError: shapes that do not fit; the message names expected and actual.
+        ValueError: shapes do not fit; the message names what was expected and what came.
         BackendError: a backend was named that cannot run here.
     """
     views, pyramid = queries[:, None] if queries.dim() == 3 else queries, list(pyramid)
     grid = operator.index(grid)
     if torch.compiler.is_compiling():
         views, *pyramid = (_with_constant_sizes(tensor) for tensor in (views, *pyramid))
-    # chosen in any case: a backend that cannot run here is to say so
+    # A form is chosen even if it is then replaced, so that a backend that cannot run here raises its error.
     form = backends.choose_form(PATCH_MINING, backend, queries.device, views, pyramid, query, key, value, grid)
     if any(isinstance(projection, CalledProjection) for projection in (query, key, value)):
         form = PATCH_MINING.forms["reference"]
@@ -61,8 +61,9 @@ def patch_mining(
 
 
 def _with_constant_sizes(tensor: torch.Tensor) -> torch.Tensor:
-    """In a trace all sizes but the batch are constants, at the price of a graph for each: tables and launches are made
-    from them.
+    """Makes all sizes but the batch constants of a trace, because tables and launches are made from them.
+
+    The price is one graph for each set of sizes.
     """
     return tensor.reshape(tensor.shape[0], *(operator.index(size) for size in tensor.shape[1:]))
 
@@ -85,7 +86,8 @@ def _check(
         raise ValueError(f"patch_mining: the number of queries per view must be a square, got {n}")
     if views not in (grid * grid, grid * grid + 1):
         raise ValueError(
-            f"patch_mining: with grid={grid} expected {grid * grid} views, or {grid * grid + 1} with the global one, got {views}"
+            f"patch_mining: with grid={grid} expected {grid * grid} views, or {grid * grid + 1} with the global one, "
+            f"got {views}"
         )
     if views > grid * grid and grid == 1:
         raise ValueError("patch_mining: a global view needs grid >= 2, got grid=1 with 2 views")
@@ -117,8 +119,8 @@ def _check(
     n0 = pyramid[0].shape[1]
     if n0 % (grid * side):
         raise ValueError(
-            f"patch_mining: the finest map of {n0}x{n0} must be a multiple of the {grid * side}x{grid * side} query grid "
-            f"(grid {grid}, {side}x{side} queries per view)"
+            f"patch_mining: the finest map of {n0}x{n0} must be a multiple of the {grid * side}x{grid * side} query "
+            f"grid (grid {grid}, {side}x{side} queries per view)"
         )
 
 
@@ -147,15 +149,13 @@ def _mine_by_kernel(queries, pyramid, query, key, value, *, grid: int) -> torch.
     return torch_form.patch_mining(queries, pyramid, query, key, value, grid=grid, pool=pool)
 
 
-# The kernels as operators of torch: one node of a graph each, with fakes for tracing. What they launch is documented
-# with the launchers.
+# The kernels as operators of torch. Each is one node of a graph, with a fake for tracing. The launchers' docstrings say
+# what they launch.
 
 
 @torch.library.custom_op("mg_fast::patch_mining", mutates_args=())
 def pool_windows(queries: torch.Tensor, pyramid: list[torch.Tensor], grid: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`kernels.patch_mining.pool_windows_fwd`; the gradient to the pyramid, where one is asked for, recomputes by the
-    PyTorch form.
-    """
+    """`kernels.patch_mining.pool_windows_fwd`; a gradient to the pyramid recomputes by the PyTorch form."""
     from ..kernels.patch_mining import pool_windows_fwd
 
     with on_device(queries):
@@ -190,8 +190,9 @@ def _(grad, queries, pyramid, statistics, grid):
 def pool_windows_backward_pyramid(
     grad: torch.Tensor, queries: torch.Tensor, pyramid: list[torch.Tensor], wanted: list[bool], grid: int
 ) -> list[torch.Tensor]:
-    """Gradients to the levels of the pyramid that are wanted, by way of the PyTorch form; an operator, so that graphs
-    need not trace it.
+    """Gradients to the `wanted` levels of the pyramid, by the PyTorch form.
+
+    This is an operator so that graphs need not trace it.
     """
     with recording(), torch.enable_grad():
         levels = [level.detach().requires_grad_(want) for level, want in zip(pyramid, wanted)]
@@ -226,29 +227,30 @@ torch.library.register_autograd("mg_fast::patch_mining", _pool_windows_gradients
 
 
 def _pool_windows_launches(queries: torch.Tensor, pyramid: list[torch.Tensor], grid: int) -> int:
-    """One for the cells, one for the global view if there is one."""
+    """One launch for the cells, and one for the global view if there is one."""
     return 1 + (queries.shape[1] > grid * grid)
 
 
 def launch_geometries(queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int) -> list[tuple[int, tuple]]:
-    """Programs of every launch of the pooling kernel, and what it knows of the levels (`kernels.windows.Geometry`)."""
+    """For every launch of the pooling kernel, its programs and the levels' `kernels.windows.Geometry`."""
     from ..kernels.patch_mining import launches
 
-    # Empty tensors take the place of those given: the GPU that these say they are on need not be there.
+    # Empty tensors replace those given, because the GPU that these name may not be present.
     queries, *pyramid = (torch.empty(t.shape, dtype=t.dtype, device="meta") for t in (queries, *pyramid))
     return [(programs, arguments["GEOMETRIES"]) for programs, arguments in launches(queries, pyramid, grid)]
 
 
 def pool_windows_flop(queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int) -> int:
-    """FLOP of the pooling kernel: queries [B, V, N, C] and maps [B, n_s, n_s, C_s], whose shapes and dtypes alone are
-    read.
+    """Floating-point operations of the pooling kernel for queries [B, V, N, C] and maps [B, n_s, n_s, C_s].
+
+    Only their shapes and dtypes are read.
     """
     pixels, flop = (pyramid[0].shape[1] // (grid * math.isqrt(queries.shape[2]))) ** 2, 0
     for programs, geometries in launch_geometries(queries, pyramid, grid):
         for level, channels in zip(geometries, (map.shape[-1] for map in pyramid)):
             k = level.taps
-            # pixels by a product of matrices, or tap by tap, which is none; scores; the sum over coarse pixels or over
-            # taps
+            # The three terms: making pixels by a matrix product (making them tap by tap counts as none), scores, and
+            # the sum over coarse pixels or over taps.
             flop += 2 * programs * channels * (pixels * k * k + pixels + (k * k or pixels * level.span**2))
     return flop
 
@@ -266,7 +268,7 @@ PATCH_MINING = register(
                 launches=_pool_windows_launches,
                 workspaces=lambda queries, pyramid, grid: copied(queries) + copied_rows(*pyramid),
                 flop=pool_windows_flop,
-                # The global view's launch reads the maps that the cells' launch has read.
+                # The launch for the global view reads the maps that the launch for the cells has read.
                 reads_again=lambda queries, pyramid, grid: (
                     pyramid * (_pool_windows_launches(queries, pyramid, grid) - 1)
                 ),

@@ -1,5 +1,6 @@
-"""The pointwise layers of a ConvNeXt block: checks the inputs, chooses the backend, calls it; and the kernels as
-operators of torch.
+"""The pointwise layers of a ConvNeXt block: checks the inputs, chooses the backend and calls it.
+
+The kernels are operators of torch.
 """
 
 import torch
@@ -17,10 +18,10 @@ __all__ = ["linear_gelu", "linear_residual", "linear_residual_"]
 def linear_gelu(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, backend: str | None = None
 ) -> torch.Tensor:
-    """gelu(x W^T + b), the exact (erf) GELU: the first pointwise layer of a ConvNeXt block.
+    """Computes gelu(x W^T + b) with the exact (erf) GELU: the first pointwise layer of a ConvNeXt block.
 
     Args:
-        x: [..., K]. Floating point, of one dtype with weight and bias; under autocast all three are cast as F.linear
+        x: [..., K], floating point, in one dtype with weight and bias. Under autocast all three are cast as F.linear
             casts them.
         weight: [N, K].
         bias: [N].
@@ -30,7 +31,7 @@ def linear_gelu(
         [..., N] of x's dtype.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit; the message names expected and actual.
+        ValueError: shapes, dtypes or devices do not fit; the message names what was expected and what came.
         BackendError: a backend was named that cannot run here.
     """
     x, weight, bias = autocast(x, weight, bias)
@@ -40,9 +41,9 @@ def linear_gelu(
 def linear_residual(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor, *, backend: str | None = None
 ) -> torch.Tensor:
-    """r + x W^T + b: the second pointwise layer of a ConvNeXt block, layer scale folded into weight and bias by the
-    caller.
+    """Computes r + x W^T + b: the second pointwise layer of a ConvNeXt block.
 
+    The caller folds layer scale into weight and bias.
     Args:
         x, weight, bias: as in `linear_gelu`.
         residual: [..., N], floating point.
@@ -52,7 +53,7 @@ def linear_residual(
         [..., N] in the wider dtype of x and residual.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit; the message names expected and actual.
+        ValueError: shapes, dtypes or devices do not fit; the message names what was expected and what came.
         BackendError: a backend was named that cannot run here.
     """
     x, weight, bias = autocast(x, weight, bias)
@@ -63,24 +64,26 @@ def linear_residual(
 def linear_residual_(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor, *, backend: str | None = None
 ) -> torch.Tensor:
-    """r += x W^T + b, for inference: `linear_residual` into the residual, which is returned.
+    """Computes r += x W^T + b, for inference: `linear_residual` that writes into the residual and returns it.
 
     Args:
         x, weight, bias, backend: as in `linear_residual`.
         residual: [..., N], contiguous, floating point; it keeps its dtype.
 
     Raises:
-        ValueError: shapes, dtypes, devices or a layout that do not fit; or a gradient is wanted, which needs what would
-        be overwritten. BackendError: a backend was named that cannot run here.
+        ValueError: shapes, dtypes, devices or the layout do not fit, or a gradient is wanted, which needs the values
+            that would be overwritten.
+        BackendError: a backend was named that cannot run here.
     """
     x, weight, bias = autocast(x, weight, bias)
     _check("linear_residual_", x, weight, bias, residual)
     if not residual.is_contiguous():
         raise ValueError(
-            f"linear_residual_: expected a contiguous residual, got strides {list(residual.stride())} for {list(residual.shape)}"
+            f"linear_residual_: expected a contiguous residual, got strides {list(residual.stride())} for "
+            f"{list(residual.shape)}"
         )
     if not torch.compiler.is_compiling() and residual.untyped_storage()._cdata == x.untyped_storage()._cdata:
-        # a program would read what another has overwritten
+        # One program would read what another has overwritten.
         raise ValueError(
             "linear_residual_: x and residual lie in the same memory: hand over a copy of one, or use linear_residual"
         )
@@ -135,7 +138,7 @@ def _why_not(
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """[..., K] as [M, K], in place where the rows are equally far apart."""
+    """[..., K] as [M, K], without a copy where the rows are equally far apart."""
     return x.flatten(0, -2) if x.dim() > 1 else x[None]
 
 
@@ -151,13 +154,13 @@ def _linear_residual_by_kernel_(x, weight, bias, residual) -> None:
     _linear_residual_operator_(_rows(x), weight, bias, _rows(residual))
 
 
-# The kernels as operators of torch: one node of a graph each, with fakes for tracing. What they launch is documented
-# with the launchers.
+# The kernels as operators of torch. Each is one node of a graph, with a fake for tracing. The launchers' docstrings say
+# what they launch.
 
 
 @torch.library.custom_op("mg_fast::linear_gelu", mutates_args=())
 def _linear_gelu_operator(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """`kernels.pointwise.linear_gelu_fwd`; its gradient recomputes the product by the library."""
+    """`kernels.pointwise.linear_gelu_fwd`; its gradient recomputes the product with the library's product."""
     from ..kernels.pointwise import linear_gelu_fwd
 
     with on_device(x):
@@ -173,7 +176,7 @@ def _(x, weight, bias):
 def _linear_residual_operator(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor
 ) -> torch.Tensor:
-    """`kernels.pointwise.linear_residual_fwd`; its gradient is the library's."""
+    """`kernels.pointwise.linear_residual_fwd`; its gradient uses the library's products."""
     from ..kernels.pointwise import linear_residual_fwd
 
     with on_device(x):
@@ -189,7 +192,7 @@ def _(x, weight, bias, residual):
 def _linear_residual_operator_(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor
 ) -> None:
-    """`kernels.pointwise.linear_residual_fwd` into the residual."""
+    """`kernels.pointwise.linear_residual_fwd`, written into the residual."""
     from ..kernels.pointwise import linear_residual_fwd
 
     with on_device(x):
@@ -202,7 +205,7 @@ def _(x, weight, bias, residual):
 
 
 def _linear_gradients(wanted, grad, x, weight) -> tuple[torch.Tensor | None, ...]:
-    """Of x W^T + b, to x, weight and bias, those that are wanted."""
+    """Gradients of x W^T + b to x, weight and bias; None for each that is not wanted."""
     return grad @ weight if wanted[0] else None, grad.T @ x if wanted[1] else None, grad.sum(0) if wanted[2] else None
 
 
@@ -243,7 +246,7 @@ def _residual_workspaces(
     return copied_rows(x, residual) + copied(weight, bias)
 
 
-# `auto` takes the library's products until a GPU has measured ours: to have it take the kernels, put them first.
+# `auto` prefers the library's products until the kernels are measured on a GPU; to change that, put `triton` first.
 LINEAR_GELU = register(
     Operation(
         name="linear_gelu",
@@ -278,7 +281,7 @@ LINEAR_RESIDUAL = register(
         ),
     )
 )
-# The forms of `linear_residual_`, which shares the record of `linear_residual`: they write into the residual.
+# The forms of `linear_residual_` write into the residual. They share the record of `linear_residual`.
 _INTO_THE_RESIDUAL = {
     "reference": lambda x, weight, bias, residual: residual.copy_(reference.linear_residual(x, weight, bias, residual)),
     "torch": torch_form.linear_residual_,

@@ -1,8 +1,8 @@
 """Every operation as the original Mini-Gemini does it: definition, oracle and baseline.
 
-The original's operations in the original's order and dtypes, its copies included, no more and no fewer, so that a
-speedup over this path is a speedup over the original. Evaluation mode only: the original's stochastic depth is left
-out.
+It runs the original's operations in the original's order and dtypes, with its copies, no more and no fewer, so that a
+speedup over this path is a speedup over the original. It covers evaluation mode only: the original's stochastic depth
+is left out.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ LAYER_NORM_EPS = 1e-5
 
 
 class Projection(NamedTuple):
-    """LayerNorm and Linear of one `vlm_uni_*_projector`: gain [C_in], bias [C_in], weight [C_out, C_in], bias [C_out]."""
+    """LayerNorm and Linear of one `vlm_uni_*_projector`: gain and bias [C_in], weight [C_out, C_in], bias [C_out]."""
 
     norm_weight: torch.Tensor
     norm_bias: torch.Tensor
@@ -26,12 +26,12 @@ class Projection(NamedTuple):
 
     @property
     def takes(self) -> int:
-        """Width C_in."""
+        """Width C_in of its input."""
         return self.weight.shape[1]
 
     @property
     def gives(self) -> int:
-        """Width C_out."""
+        """Width C_out of its output."""
         return self.weight.shape[0]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -40,16 +40,14 @@ class Projection(NamedTuple):
 
 
 class CalledProjection(NamedTuple):
-    """A projection whose tensors do not say all that it computes, so that its module is called: x [..., takes] -> [...,
-    gives].
-    """
+    """A projection that computes more than its tensors say, so its module is called: x [..., takes] -> [..., gives]."""
 
     module: Callable[[torch.Tensor], torch.Tensor]
     takes: int
     gives: int
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        # A module that is placed elsewhere, or has another dtype, leaves its result so. Autocast casts by itself.
+        # A module on another device or in another dtype returns its result there. Under autocast no cast is needed.
         projected = self.module(x).to(x.device)
         return projected if autocasting(x) else projected.to(x.dtype)
 
@@ -85,7 +83,7 @@ def dwconv_norm(
     norm_bias: torch.Tensor,
     eps: float,
 ) -> torch.Tensor:
-    """The first half of a ConvNeXt block in timm's steps.
+    """The first half of a ConvNeXt block, in timm's steps.
 
     Args:
         x: [B, C, H, W].
@@ -101,7 +99,7 @@ def dwconv_norm(
 
 
 def merge_pyramid(stages: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Stage maps [B, C_s, n_s, n_s] as one channel-concatenated map [B, sum C_s, n_0, n_0].
+    """Stage maps [B, C_s, n_s, n_s] as one map [B, sum C_s, n_0, n_0], concatenated over channels.
 
     Stages 1 and up are resized in float32 (bilinear, align_corners=False) and cast back.
     """
@@ -165,7 +163,7 @@ def patch_mining(
         grid: cells per side.
 
     Returns:
-        Mined features of the queries' shape, residual not added.
+        Mined features of the queries' shape; the residual is not added.
     """
     b, views, n, d = queries.shape
     cells = grid * grid
@@ -184,21 +182,20 @@ def patch_mining(
 
 
 def order_tokens(features: torch.Tensor, *, grid: int) -> torch.Tensor:
-    """Features [B, V, N, D] in view order as the token sequence [B, V * N, D]: the global view first, then the cells
-    row by row.
-    """
+    """Features [B, V, N, D] in view order as tokens [B, V * N, D]: the global view first, then the cells row by row."""
     cells = grid * grid
     ordered = torch.cat([features[:, cells:], features[:, :cells]], dim=1)
     return ordered.flatten(1, 2)
 
 
 def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """First pointwise layer of a ConvNeXt block and its exact GELU: x [..., K], weight [N, K], bias [N] -> [..., N]."""
+    """Computes gelu(x W^T + b), a ConvNeXt block's first pointwise layer: x [..., K], W [N, K], b [N] -> [..., N]."""
     return F.gelu(F.linear(x, weight, bias))
 
 
 def linear_residual(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """Second pointwise layer of a ConvNeXt block, layer scale folded in, and its residual [..., N]; the rest as in
-    `linear_gelu`.
+    """Computes r + x W^T + b, a ConvNeXt block's second pointwise layer: layer scale is folded in, r is [..., N].
+
+    The other tensors are those of `linear_gelu`.
     """
     return residual + F.linear(x, weight, bias)

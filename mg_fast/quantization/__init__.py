@@ -1,5 +1,6 @@
-"""Weight-only quantisation of the language model. Towers, mining, projector, embeddings, norms, routers and the head
-keep their dtype.
+"""Weight-only quantization of the language model.
+
+The towers, patch mining, projector, embeddings, norms, routers and the head keep their dtype.
 """
 
 from .configuration import NAMES, check_cache, check_config, check_savable, named_config

@@ -1,6 +1,4 @@
-"""Quantisation of the language model by name: the torchao configurations that names stand for, and what cannot run
-where.
-"""
+"""Quantization of the language model by name: the torchao configuration for each name, and where it cannot run."""
 
 import importlib.metadata
 import importlib.util
@@ -18,7 +16,8 @@ from .stored import UNQUANTIZED
 logger = logging.getLogger(__name__)
 
 NAMES = ("int8", "int4", "fp8")
-# Mixtral's experts are parameters of three dimensions in no Linear, which only a configuration by name reaches
+# Mixtral's experts are parameters of three dimensions outside of any Linear, which only a configuration by name
+# reaches.
 _EXPERTS = r"model\.language_model\.layers\.\d+\.mlp\.experts\.(gate_up|down)_proj"
 _LINEARS = r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.[a-z]+_proj"
 _INT4_GROUPS = (128, 64, 32)
@@ -32,10 +31,10 @@ def named_config(name: str, text_config, device_map, dtype: torch.dtype | None) 
         name: one of `NAMES`.
         text_config: the language model's configuration.
         device_map: as `from_pretrained` takes it.
-        dtype: of the weights to be quantised.
+        dtype: of the weights that are to be quantized.
 
     Raises:
-        BackendError: it cannot run there, and why.
+        BackendError: the configuration cannot run there; the message is the reason.
     """
     if name not in NAMES:
         raise BackendError(
@@ -48,7 +47,7 @@ def named_config(name: str, text_config, device_map, dtype: torch.dtype | None) 
     experts = getattr(text_config, "num_local_experts", None) is not None
     if name == "int4" and experts:
         raise BackendError(
-            "int4 is not offered for fused experts (Mixtral), which torchao packs for no CPU: use int8 or fp8"
+            "int4 is not offered for fused experts (Mixtral), which torchao cannot pack for a CPU: use int8 or fp8"
         )
     try:
         config = _torchao_config(name, text_config, places[0].type)
@@ -64,11 +63,12 @@ def named_config(name: str, text_config, device_map, dtype: torch.dtype | None) 
 
 
 def check_config(config: QuantizationConfigMixin) -> None:
-    """Completes a caller's configuration: the vision parts and the head keep their dtype, unless it says itself what to
-    skip.
+    """Completes a caller's configuration, so that the vision parts and the head keep their dtype.
+
+    A configuration that says itself what to skip is left as it is.
 
     Raises:
-        BackendError: it is none, or the package that it needs is not installed.
+        BackendError: this is not a quantization configuration, or the package that it needs is not installed.
     """
     if not isinstance(config, QuantizationConfigMixin):
         raise BackendError(
@@ -83,7 +83,7 @@ def check_config(config: QuantizationConfigMixin) -> None:
 
 
 def check_cache(options: dict) -> None:
-    """Raises `BackendError` where `generate` is asked for a quantised KV cache whose package is not installed."""
+    """Raises `BackendError` if `generate` is asked for a quantized KV cache whose package is not installed."""
     if options.get("cache_implementation") == "quantized":
         backend = (options.get("cache_config") or {}).get("backend", "quanto")
         package, module = ("optimum-quanto", "optimum.quanto") if backend == "quanto" else (backend, backend)
@@ -97,7 +97,7 @@ def _need(module: str, what: str, remedy: str, package: str | None = None) -> No
 
 
 def _places(name: str, device_map) -> list[torch.device]:
-    """Where the layers go: to devices of one kind."""
+    """The devices that the layers go to, which must be of one kind."""
     places = set(device_map.values()) if isinstance(device_map, dict) else {"cpu" if device_map is None else device_map}
     if places & {"auto", "balanced", "balanced_low_0", "sequential"}:
         places = set(range(torch.cuda.device_count())) or {"cpu"}
@@ -115,9 +115,9 @@ def _places(name: str, device_map) -> list[torch.device]:
 def _check_device(name: str, device: torch.device, dtype: torch.dtype | None) -> None:
     if device.type == "cpu":
         if name == "fp8" or dtype != torch.bfloat16:
-            better = "int8 and int4 in bfloat16 have kernels (dtype='bfloat16', --dtype bfloat16)"
+            better = "only int8 and int4 in bfloat16 have kernels (dtype='bfloat16', --dtype bfloat16)"
             logger.warning(
-                "%s with %s on a CPU saves memory and costs time, %s", name, str(dtype).removeprefix("torch."), better
+                "%s with %s on a CPU saves memory and costs time: %s", name, str(dtype).removeprefix("torch."), better
             )
         return
     needed, found = _CUDA_ARCHITECTURE.get(name, (0, 0)), torch.cuda.get_device_capability(device)
@@ -126,14 +126,15 @@ def _check_device(name: str, device: torch.device, dtype: torch.dtype | None) ->
         raise BackendError(f"{name} needs a GPU of {needed} or newer; {torch.cuda.get_device_name(device)} is {found}")
     if name == "int4" and dtype != torch.bfloat16:
         raise BackendError(
-            f"int4 on a GPU needs bfloat16 weights, these are {dtype}: load them with dtype='bfloat16' (--dtype bfloat16)"
+            f"int4 on a GPU needs bfloat16 weights, these are {dtype}: load them with dtype='bfloat16' "
+            "(--dtype bfloat16)"
         )
 
 
 def _torchao_config(name: str, text_config, device: str):
     from torchao import quantization
 
-    # torchao would else change torch.compile's settings for the whole process
+    # Without this option torchao would change torch.compile's settings for the whole process.
     quiet = {"set_inductor_config": False}
     if name == "int8":
         return quantization.Int8WeightOnlyConfig(**quiet)
@@ -144,13 +145,14 @@ def _torchao_config(name: str, text_config, device: str):
         from torchao.prototype.quantization.int4.inference_workflow import PrototypeInt4WeightOnlyConfig
 
         return PrototypeInt4WeightOnlyConfig(group_size=group, **quiet)
-    # the form that torch's own kernels take; the others need the package mslk
+    # torch's own kernels take this form; the others need the package mslk.
     return quantization.Int4WeightOnlyConfig(group_size=group, int4_packing_format="tile_packed_to_4d", **quiet)
 
 
 def _group_size(text_config, device: str) -> int:
-    """The largest group of int4 that divides every width; torchao would leave the other layers as they are, and say
-    nothing.
+    """The largest int4 group size that divides the width of every layer.
+
+    torchao would silently leave the other layers as they are.
     """
     head = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
     heads, pairs = text_config.num_attention_heads * head, text_config.num_key_value_heads * head
@@ -158,8 +160,8 @@ def _group_size(text_config, device: str) -> int:
     group = next((g for g in _INT4_GROUPS if all(width % g == 0 for width in (hidden, heads, inner))), None)
     if group is None:
         raise BackendError(
-            f"int4 quantises groups of {', '.join(map(str, _INT4_GROUPS))} weights, which must divide all layers' inputs: "
-            f"this model's are {hidden} (hidden), {heads} (heads) and {inner} (intermediate) wide"
+            f"int4 quantizes groups of {', '.join(map(str, _INT4_GROUPS))} weights, which must divide all layers' "
+            f"inputs: this model's are {hidden} (hidden), {heads} (heads) and {inner} (intermediate) wide"
         )
     if device == "cpu" and (odd := [width for width in (hidden, heads, pairs, inner) if width % 16]):
         raise BackendError(f"int4 on a CPU takes outputs in multiples of 16; this model has layers of {odd[0]} outputs")
@@ -170,5 +172,6 @@ def check_savable(model: nn.Module) -> None:
     """Raises `BackendError` for weights that torchao has no file format for."""
     if any(type(parameter.data).__name__ == "Int4OpaqueTensor" for parameter in model.parameters()):
         raise BackendError(
-            "int4 weights packed for a CPU cannot be saved, torchao has no file format for them: int8 and fp8 can"
+            "int4 weights packed for a CPU cannot be saved, because torchao has no file format for them; int8 and fp8 "
+            "can be"
         )

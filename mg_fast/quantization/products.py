@@ -1,4 +1,4 @@
-"""Products with quantised weights that torchao and transformers lack, given to a model after it was loaded."""
+"""Products with quantized weights that torchao and transformers lack, and that a model gets after it was loaded."""
 
 import logging
 
@@ -12,15 +12,17 @@ from .stored import readable, tensor_bytes, weight_format
 
 logger = logging.getLogger(__name__)
 
-# for torch's int8 kernel on a CPU; from 8 rows on a bfloat16 product has been faster
+# Rows up to which torch's int8 kernel is used on a CPU. From 8 rows on, a bfloat16 product was measured to be faster.
 _PACKED_ROWS = 4
-# as transformers knows it; of a prompt's tokens, unlike of a decoded one's, it asks the host which experts they go to
+# The name that transformers knows the experts' function by. For a prompt's tokens, but not for a decoded token, the
+# function asks the host which experts they go to.
 EXPERTS_FUNCTION = "mg_fast_quantized"
 
 
 def finish(model: nn.Module) -> None:
-    """Gives a loaded model the products for its quantised weights that torchao lacks; says where most of it is not
-    quantised.
+    """Gives a loaded model the products for its quantized weights that torchao lacks.
+
+    It logs a warning if most of the language model's layers are not quantized.
     """
     language_model = model.model.language_model
     left = total = 0
@@ -41,8 +43,9 @@ def finish(model: nn.Module) -> None:
         language_model.set_experts_implementation(EXPERTS_FUNCTION)
     if 2 * left > total:
         logger.warning(
-            "%s of the language model's layers, of %s as loaded, are not quantised: the quantization configuration does not reach them. "
-            "A Mixtral's fused experts are parameters of three dimensions, which configurations for Linear layers pass over; "
+            "%s of the language model's layers, of %s as loaded, are not quantized: the quantization configuration "
+            "does not reach them. A Mixtral's fused experts are parameters of three dimensions, which configurations "
+            "for Linear layers pass over; "
             "quantize='int8' and 'fp8' reach them",
             readable(left),
             readable(total),
@@ -50,7 +53,7 @@ def finish(model: nn.Module) -> None:
 
 
 def _is_int8(weight: torch.Tensor) -> bool:
-    """Whether a weight is torchao's int8 with one scale per row and nothing done to activations."""
+    """Whether a weight is torchao's int8 with one scale per row, which leaves activations unchanged."""
     return (
         weight_format(weight) == "int8"
         and getattr(weight, "act_quant_kwargs", weight) is None
@@ -60,11 +63,11 @@ def _is_int8(weight: torch.Tensor) -> bool:
 
 
 class Int8Linear(nn.Linear):
-    """A Linear of torchao's int8 weights. Everything but these two stays torchao's:
+    """A Linear over torchao's int8 weights. It differs from torchao's product in two cases:
 
-    - a few bfloat16 rows on a CPU: torch's own kernel reads the int8 weights, where torchao converts them all in every
-      product;
-    - float16: the weights are scaled before the product, where torchao sums up unscaled ones, beyond float16's range.
+    - A few bfloat16 rows on a CPU: torch's own kernel reads the int8 weights, while torchao converts all of them in
+      every product.
+    - float16: the weights are scaled before the product, while torchao sums unscaled ones, beyond float16's range.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -92,7 +95,7 @@ def _check_experts(name: str, weight: torch.Tensor) -> None:
 def quantized_experts(
     module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """Mixtral's experts over quantised weights; transformers' own forms call what torchao's tensors do not have.
+    """Mixtral's experts over quantized weights; transformers' own forms call what torchao's tensors do not have.
 
     Args:
         module: its `gate_up_proj` [E, 2 I, H] and `down_proj` [E, H, I] are torchao tensors with one scale per row.
@@ -106,7 +109,7 @@ def quantized_experts(
     tokens, k = top_k_index.shape
     experts = top_k_index.reshape(-1)
     if tokens * k <= module.num_experts:
-        # a decoded token: its experts' weights are gathered, the host is not asked which
+        # A decoded token: the weights of its experts are gathered, without asking the host which ones they are.
         rows = hidden_states.repeat_interleave(k, dim=0)
         out = _gathered(module._apply_gate(_gathered(rows, module.gate_up_proj, experts)), module.down_proj, experts)
     else:
@@ -124,7 +127,7 @@ def quantized_experts(
 
 
 def _gathered(rows: torch.Tensor, weight: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
-    """Row i [S, K] times the weight of its expert: [S, N]."""
+    """Row i of [S, K] times the weight of its expert: [S, N]."""
     values, scale = weight.qdata[experts].to(rows.dtype), weight.scale[experts].to(rows.dtype)
     if rows.dtype == torch.float16:
         values, scale = values * scale, None

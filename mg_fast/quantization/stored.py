@@ -1,24 +1,25 @@
-"""What of a model's weights is stored how, in how many bytes."""
+"""How a model's weights are stored, and in how many bytes."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-# full paths: transformers holds these against the start of a parameter's name
+# These are full paths, because transformers compares them with the beginning of a parameter's name.
 UNQUANTIZED = ("model.vision_tower", "model.vision_tower_aux", "model.patch_mining", "model.mm_projector", "lm_head")
 
 
 @dataclass(frozen=True)
 class WeightBytes:
-    """Bytes of a model's parameters and buffers as they are stored, scales and zero points included, shared ones
-    counted once.
+    """Bytes of a model's parameters and buffers as they are stored.
+
+    Scales and zero points are included, and shared tensors are counted once.
 
     Attributes:
-        language_model: of the language model and its head.
-        vision: of everything else: towers, mining and projector.
-        unquantized: what the language model would take in the dtype that it computes in.
-        formats: how its quantised weights are stored, as `("int8",)`; empty where none is.
+        language_model: bytes of the language model and its head.
+        vision: bytes of everything else: towers, patch mining and projector.
+        unquantized: bytes that the language model would take in the dtype that it computes in.
+        formats: how its quantized weights are stored, such as `("int8",)`; empty if none is quantized.
     """
 
     language_model: int
@@ -27,13 +28,14 @@ class WeightBytes:
     formats: tuple[str, ...]
 
     def __str__(self) -> str:
-        quantized = f" ({', '.join(self.formats)}; {readable(self.unquantized)} unquantised)" if self.formats else ""
+        quantized = f" ({', '.join(self.formats)}; {readable(self.unquantized)} unquantized)" if self.formats else ""
         return f"language model {readable(self.language_model)}{quantized}, vision {readable(self.vision)}"
 
 
 def weight_bytes(model: nn.Module) -> WeightBytes:
-    """Counts the weights of a MiniGeminiForConditionalGeneration; bitsandbytes' without their scales, which it keeps
-    aside.
+    """Counts the weights of a MiniGeminiForConditionalGeneration.
+
+    The scales of bitsandbytes' weights are not counted, because it keeps them elsewhere.
     """
     language_model = vision = unquantized = 0
     formats: dict[str, None] = {}
@@ -53,7 +55,7 @@ def weight_bytes(model: nn.Module) -> WeightBytes:
                 unquantized += stored
             else:
                 formats[kind] = None
-                # bitsandbytes' packed tensors have other shapes and dtypes than the weights that they stand for
+                # The packed tensors of bitsandbytes have other shapes and dtypes than the weights that they stand for.
                 shape = (module.out_features, module.in_features) if isinstance(module, nn.Linear) else tensor.shape
                 dtype = tensor.dtype if tensor.is_floating_point() else model.dtype
                 unquantized += torch.Size(shape).numel() * dtype.itemsize
@@ -61,14 +63,14 @@ def weight_bytes(model: nn.Module) -> WeightBytes:
 
 
 def tensor_bytes(tensor: torch.Tensor) -> int:
-    """Bytes of a tensor; of a tensor subclass that wraps others, as torchao's, theirs."""
+    """Bytes of a tensor; for a tensor subclass that wraps others, such as torchao's, the bytes of those."""
     if hasattr(tensor, "__tensor_flatten__"):
         return sum(tensor_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     return tensor.numel() * tensor.element_size()
 
 
 def weight_format(tensor: torch.Tensor) -> str | None:
-    """How a quantised weight is stored; None of any other tensor."""
+    """How a quantized weight is stored; None for any other tensor."""
     kind = type(tensor) if type(tensor) is not nn.Parameter else type(tensor.data)
     if kind in (torch.Tensor, nn.Parameter, nn.Buffer):
         return None

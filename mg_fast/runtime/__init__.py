@@ -1,1 +1,1 @@
-"""What several layers need and none owns; it looks at nothing above it."""
+"""Helpers that several layers need and no layer owns; they import nothing from above."""

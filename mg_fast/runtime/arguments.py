@@ -1,4 +1,4 @@
-"""What callers hand over as numbers and texts, read in one way everywhere."""
+"""Reads the numbers and texts that callers pass, in the same way everywhere."""
 
 import decimal
 import numbers
@@ -8,21 +8,21 @@ from ..errors import PromptError, quoted
 
 
 def plain(value):
-    """The Python number inside a NumPy number, or an array or tensor without dimensions; anything else as it came.
+    """The Python number in a NumPy number or in an array or tensor without dimensions; other values are unchanged.
 
-    So does one that has no value: a masked number, or a tensor on the meta device.
+    A number without a value is unchanged too: a masked one, or a tensor on the meta device.
     """
     if getattr(value, "ndim", None) != 0 or not hasattr(value, "item"):
         return value
     if getattr(value, "is_meta", False) or bool(getattr(value, "mask", False)):
         return value
     value = value.item()
-    # A long double stays one, as it may have more digits than a float.
+    # item() leaves a long double as it is, because it may have more digits than a float.
     return float(value) if isinstance(value, numbers.Real) and hasattr(value, "ndim") else value
 
 
 def plain_numbers(value):
-    """`plain`, for what lies in lists, tuples and dicts too; a row of numbers in an array or tensor becomes a list."""
+    """`plain` applied inside lists, tuples and dicts too; a row of numbers in an array or tensor becomes a list."""
     if getattr(value, "ndim", None) == 1 and hasattr(value, "tolist") and not getattr(value, "is_meta", False):
         return value.tolist()
     if type(value) in (list, tuple):
@@ -33,7 +33,7 @@ def plain_numbers(value):
 
 
 def plain_options(options: dict) -> dict:
-    """Keyword arguments with plain numbers. Tensors that have dimensions stay: they are a model's inputs."""
+    """Keyword arguments with plain numbers; tensors with dimensions stay, because they are a model's inputs."""
     return {
         name: value if getattr(value, "ndim", 0) and hasattr(value, "is_meta") else plain_numbers(value)
         for name, value in options.items()
@@ -41,9 +41,9 @@ def plain_options(options: dict) -> dict:
 
 
 def whole_number(value) -> int | None:
-    """The value as an int, of whatever library it is; None where it is no whole number. True and False are none.
+    """The value as an int, whichever library it comes from; None if it is not a whole number.
 
-    Arrays and tensors that have dimensions are no numbers, of one element or of more.
+    True and False are not numbers, nor are arrays and tensors with dimensions, even with one element.
     """
     value = plain(value)
     if isinstance(value, bool) or hasattr(value, "ndim"):
@@ -55,9 +55,9 @@ def whole_number(value) -> int | None:
 
 
 def real_number(value) -> float | None:
-    """The value as a float, of whatever library it is; None where it is no number, or too large for a float.
+    """The value as a float, whichever library it comes from; None if it is not a number or is too large for a float.
 
-    True and False are no numbers.
+    True and False are not numbers.
     """
     value = plain(value)
     if isinstance(value, bool) or not isinstance(value, (numbers.Real, decimal.Decimal)):
@@ -65,15 +65,15 @@ def real_number(value) -> float | None:
     try:
         return float(value)
     except (OverflowError, ValueError):
-        # A signalling NaN of Decimal's is a ValueError.
+        # Converting a signalling NaN of Decimal raises a ValueError.
         return None
 
 
 def check_stop_strings(strings) -> None:
-    """Refuses stop strings that are no texts, or that UTF-8 cannot encode. None and no strings at all are well.
+    """Refuses stop strings that are not texts or that UTF-8 cannot encode; None and an empty list are accepted.
 
     Raises:
-        PromptError: says which string it is.
+        PromptError: the message says which string is refused.
     """
     if strings is None:
         return
@@ -84,15 +84,15 @@ def check_stop_strings(strings) -> None:
 
 
 def check_text(text: str, what: str) -> None:
-    """Refuses text that UTF-8 cannot encode: no tokenizer takes it.
+    """Refuses text that UTF-8 cannot encode, because no tokenizer takes it.
 
     Args:
-        text: what a caller handed over.
-        what: what the message calls it.
+        text: the value that the caller passed.
+        what: the name of the value in the message.
 
     Raises:
-        PromptError: no text at all, or a surrogate code point, which stands for half a character, or for a byte that
-            was read in another encoding.
+        PromptError: the value is not a text, or has a surrogate code point, which stands for half a character or for a
+            byte that was read in another encoding.
     """
     if not isinstance(text, str):
         raise PromptError(f"{what}: expected a text, got {quoted(text)}")

@@ -1,4 +1,4 @@
-"""Results that were kept, bounded by their bytes."""
+"""A cache of results that is bounded by their bytes."""
 
 import threading
 from collections import OrderedDict
@@ -6,10 +6,10 @@ from collections.abc import Hashable
 
 
 class ByteLRU:
-    """Values by key, whose bytes have a limit: what was used longest ago goes first. Threads may share it.
+    """Values by key, with a limit on their bytes; the least recently used value is dropped first. Threads may share it.
 
     Args:
-        limit: most bytes held; what is larger by itself is not kept. None: everything is kept.
+        limit: most bytes held. A value that is larger by itself is not kept. None keeps everything.
 
     Attributes:
         held_bytes: bytes of the values held now.
@@ -24,7 +24,7 @@ class ByteLRU:
         return len(self._entries)
 
     def get(self, key: Hashable) -> object | None:
-        """What is kept under the key, which is then the one used last; None where there is nothing."""
+        """The value under the key, which becomes the most recently used one; None if there is none."""
         with self._lock:
             if key not in self._entries:
                 return None
@@ -32,15 +32,15 @@ class ByteLRU:
             return self._entries[key][0]
 
     def fits(self, nbytes: int) -> bool:
-        """Whether a value of so many bytes is kept at all."""
+        """Whether a value of this many bytes would be kept at all."""
         return self.limit is None or nbytes <= self.limit
 
     def put(self, key: Hashable, value: object, nbytes: int, *, replace: bool = True) -> None:
-        """Keeps a value that is not None.
+        """Keeps a value, which must not be None.
 
         Args:
-            replace: a value that is already there gives way; without, it stays, since whoever was given it may rely on
-                its being kept.
+            replace: replace a value that is already there. If False, the old value stays, because a caller that was
+                given it may rely on its being kept.
         """
         if not self.fits(nbytes):
             return

@@ -1,7 +1,7 @@
-"""Which dtype `dtype="auto"` loads a checkpoint in on a CPU, and what another one costs.
+"""Chooses the dtype in which `dtype="auto"` loads a checkpoint on a CPU, and says what another one costs.
 
-A CPU without arithmetic for 16-bit numbers converts every operand of a product first. Weights in bfloat16 or float16
-take half of the memory there and several times as long as in float32.
+A CPU without arithmetic for 16-bit numbers first converts every operand of a product. Weights in bfloat16 or float16
+then take half the memory of float32, but products take several times as long.
 """
 
 import logging
@@ -11,20 +11,20 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-# Which of a CPU's features, as Linux and as torch name them, bring arithmetic in a dtype.
+# The CPU features, as Linux and torch name them, that provide arithmetic in a dtype.
 _ARITHMETIC = {
     torch.bfloat16: {"avx512_bf16", "amx_bf16", "bf16", "svebf16"},
     torch.float16: {"avx512_fp16", "amx_fp16", "asimdhp", "fp16_arith", "neon_fp16_arith"},
 }
-# How many times as long as in float32 matrix products of many rows take on a CPU without arithmetic in the dtype: the
-# least and the most of the shapes in bench/results/cpu-dtypes.json. A test holds the numbers against the file.
+# How many times as long as in float32 a matrix product of many rows takes on a CPU without arithmetic in the dtype: the
+# least and the most over the shapes in bench/results/cpu-dtypes.json. A test compares the numbers with the file.
 SLOWER = {torch.bfloat16: (7, 9), torch.float16: (6, 7)}
-# What is kept free besides the weights: packed copies of the towers, activations, keys and values.
-_BESIDES = 1.25
+# Memory needed relative to the weights: packed copies of the towers, activations, keys and values come on top of them.
+_MEMORY_FACTOR = 1.25
 
 
 def features() -> frozenset[str]:
-    """The names of this CPU's features, as far as Linux or torch tell them; empty where neither does."""
+    """The names of this CPU's features, as far as Linux or torch report them; empty if neither does."""
     found = {name for name, there in torch.cpu.get_capabilities().items() if there is True}
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -39,21 +39,21 @@ def features() -> frozenset[str]:
 
 
 def available_bytes() -> int:
-    """The memory that can be taken without swapping, with the limit of a container."""
+    """The bytes of memory that can be taken without swapping, within the limit of a container."""
     import psutil
 
     available = psutil.virtual_memory().available
     group = Path("/sys/fs/cgroup")
     try:
         limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        # Files that were read count as used until somebody needs the memory.
+        # Files that were read count as used until the memory is needed.
         cached = next(
             int(line.split()[1])
             for line in (group / "memory.stat").read_text().splitlines()
             if line.startswith("inactive_file ")
         )
     except (OSError, ValueError, StopIteration):
-        # There is no such file, or no limit, of which it says `max`.
+        # The file does not exist, or it says `max` because there is no limit.
         return available
     return min(available, max(0, limit - used + cached))
 
@@ -65,12 +65,12 @@ def fast_dtypes() -> list[torch.dtype]:
 
 
 def choose(stored: torch.dtype, parameters: int) -> torch.dtype:
-    """The dtype that `auto` takes on this CPU, said in one line where it is not the stored one or is a slow one.
+    """The dtype that `auto` takes on this CPU; logs one line if it is not the stored one, or is a slow one.
 
     Args:
-        stored: of the checkpoint's weights. Wider ones than 16 bits are taken as they are: none is rounded that was not
-            before.
-        parameters: how many numbers the checkpoint's tensors have.
+        stored: dtype of the checkpoint's weights. One wider than 16 bits is taken as it is, so that no weight is
+            rounded that was not rounded before.
+        parameters: how many numbers the checkpoint's tensors hold.
     """
     if stored not in _ARITHMETIC:
         return stored
@@ -78,9 +78,9 @@ def choose(stored: torch.dtype, parameters: int) -> torch.dtype:
     if fastest == stored:
         return stored
     if fastest != torch.float32:
-        logger.warning("%s", _taken(fastest, stored, f"{_name(fastest)} takes as much memory"))
+        logger.warning("%s", _loading_message(fastest, stored, f"{_name(fastest)} takes as much memory"))
         return fastest
-    needed, available = int(parameters * torch.float32.itemsize * _BESIDES), available_bytes()
+    needed, available = int(parameters * torch.float32.itemsize * _MEMORY_FACTOR), available_bytes()
     if needed > available:
         logger.warning(
             "weights stay in %s: %s, but float32 needs %.1f GB of memory and %.1f GB are available",
@@ -90,26 +90,26 @@ def choose(stored: torch.dtype, parameters: int) -> torch.dtype:
             available / 1e9,
         )
         return stored
-    logger.warning("%s", _taken(torch.float32, stored, f"dtype='{_name(stored)}' takes half of the memory"))
+    logger.warning("%s", _loading_message(torch.float32, stored, f"dtype='{_name(stored)}' takes half of the memory"))
     return torch.float32
 
 
 def check(dtype: torch.dtype) -> None:
-    """Warns of a dtype that was asked for and is slow on this CPU."""
+    """Warns about a dtype that was asked for and is slow on this CPU."""
     if dtype in _ARITHMETIC and (fastest := _fastest(dtype)) != dtype:
         message = "weights in %s, as asked for: %s (dtype='auto' or '%s' is faster)"
         logger.warning(message, _name(dtype), cost(dtype), _name(fastest))
 
 
 def cost(dtype: torch.dtype) -> str:
-    """What products in a 16-bit dtype cost on a CPU that has no arithmetic for it."""
+    """A clause that says what products in a 16-bit dtype cost on a CPU that has no arithmetic for it."""
     fewest, most = SLOWER[dtype]
     times = f"{fewest} to {most} times as long as in float32 (measured with AVX2)"
     return f"this CPU has no {_name(dtype)} arithmetic, and products of many rows take {times}"
 
 
 def describe() -> str:
-    """What this CPU computes in and what `auto` therefore takes, in one line, for `mg-fast doctor`."""
+    """One line for `mg-fast doctor`: the dtypes that this CPU computes in, and what `auto` therefore takes."""
     fast = fast_dtypes()
     slow = {dtype: _fastest(dtype) for dtype in _ARITHMETIC if dtype not in fast}
     arithmetic = " and ".join(["float32", *map(_name, fast)])
@@ -126,14 +126,15 @@ def describe() -> str:
 
 
 def _fastest(stored: torch.dtype) -> torch.dtype:
-    """What this CPU multiplies fastest in of what can hold the numbers of a 16-bit dtype; float16 lacks the range for
-    bfloat16's.
+    """The dtype in which this CPU multiplies fastest, among those that can hold the numbers of a 16-bit dtype.
+
+    float16 lacks the range for bfloat16's numbers.
     """
     fast = fast_dtypes()
     return next((dtype for dtype in (stored, torch.bfloat16) if dtype in fast), torch.float32)
 
 
-def _taken(dtype: torch.dtype, stored: torch.dtype, memory: str) -> str:
+def _loading_message(dtype: torch.dtype, stored: torch.dtype, memory: str) -> str:
     return f"weights are loaded in {_name(dtype)}, not in the checkpoint's {_name(stored)}: {cost(stored)} ({memory})"
 
 

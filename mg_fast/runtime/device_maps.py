@@ -1,4 +1,4 @@
-"""Device maps as transformers and accelerate can follow them."""
+"""Rewrites device maps so that transformers and accelerate can follow them."""
 
 from collections.abc import Iterable, Mapping
 
@@ -8,20 +8,20 @@ import torch
 def complete_device_map(
     device_map: Mapping[str, object], names: Iterable[str], tied: Mapping[str, str] | None = None
 ) -> dict[str, object]:
-    """A device map that says the same without entries for a module and for something inside it.
+    """An equivalent device map in which no module has an entry beside an entry for something inside it.
 
-    accelerate cannot place such a module, as with {"": "cpu", "lm_head": "disk"}. And transformers looks a parameter up
-    by the beginning of its name alone, so that an entry for "layers.1" holds for "layers.10" too where that has none of
-    its own. Here every module beside one that has an entry gets its own.
+    accelerate cannot place such a module, as with {"": "cpu", "lm_head": "disk"}. And transformers compares only the
+    beginning of a parameter's name, so that an entry for "layers.1" also holds for "layers.10" if that has none of its
+    own. In the result every module beside one that has an entry gets its own entry.
 
     Args:
         device_map: devices by the names of modules, "" for all others.
-        names: of the model's parameters.
-        tied: names of parameters that are others, by whose names they go. On disk they lie together, as they are loaded
-            together.
+        names: names of the model's parameters.
+        tied: for each tied parameter, the name of the parameter that it shares, under which it is stored. On disk the
+            two are placed together, as they are loaded together.
     """
-    # transformers and accelerate compare devices with "cpu", "disk" and numbers, which a torch.device is equal to none
-    # of
+    # transformers and accelerate compare devices with "cpu", "disk" and numbers, and a torch.device is equal to none of
+    # these.
     device_map = {name: _plain_device(device) for name, device in device_map.items()}
     complete, names = {}, list(names)
 
@@ -54,7 +54,7 @@ def complete_device_map(
 
 
 def _plain_device(device: object) -> object:
-    """A torch.device as the number of a GPU or as its name; anything else as it is."""
+    """A torch.device as the number of a GPU or as its name; anything else unchanged."""
     if not isinstance(device, torch.device):
         return device
     return device.index if device.type == "cuda" and device.index is not None else str(device)

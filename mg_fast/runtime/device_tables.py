@@ -1,4 +1,4 @@
-"""Tables that depend on sizes alone, kept on each device instead of made, or copied there, in every call."""
+"""Tables that depend only on sizes, kept on each device instead of made, or copied there, in every call."""
 
 import functools
 import threading
@@ -11,15 +11,16 @@ from .byte_lru import ByteLRU
 
 
 def kept(limit: int | None = None) -> Callable:
-    """Keeps the tensors that a function returns, alone or in tuples and lists, by its arguments, one of which is a
-    torch.device.
+    """A decorator that keeps the tensors which a function returns, by its arguments.
 
-    Those of a trace belong to it alone, and those of a capture hold nothing until it is replayed: they are made anew.
+    The function returns tensors, alone or in tuples and lists, and one of its arguments is a torch.device. Within a
+    trace they are always made anew, because they belong to the trace alone. Within a CUDA graph capture they are made
+    anew unless they are kept already, and are not kept, because they hold no values until a replay.
 
     Args:
-        limit: most bytes of one function's tensors; what was used longest ago goes first, and what is larger is not
-            kept. Whatever a CUDA graph was captured with stays beyond it, as a replay may read it at any time. None:
-            all is kept for good.
+        limit: most bytes of one function's tensors. The least recently used ones are dropped first, and larger ones are
+            not kept. Tensors that a CUDA graph was captured with are kept beyond the limit, because a replay may read
+            them at any time. None keeps everything for good.
     """
 
     def decorate(make: Callable) -> Callable:
@@ -38,10 +39,10 @@ def kept(limit: int | None = None) -> Callable:
 
 
 class Store:
-    """What is kept of one function, see `kept`.
+    """The tensors that are kept for one function (see `kept`).
 
     Attributes:
-        held_bytes: bytes of the tensors held now, those of captured graphs apart.
+        held_bytes: bytes of the tensors held now, without those of captured graphs.
     """
 
     def __init__(self, make: Callable, limit: int | None):
@@ -56,7 +57,7 @@ class Store:
         return len(self._tables)
 
     def get(self, *arguments):
-        """The function's result for these arguments."""
+        """The function's result for these arguments, kept or made now."""
         device = next(a for a in arguments if isinstance(a, torch.device))
         cuda = device.type == "cuda"
         capturing = cuda and torch.cuda.is_current_stream_capturing()
@@ -68,32 +69,32 @@ class Store:
         if made is None:
             if capturing:
                 return self._make(*arguments)
-            # what is made in inference mode could not be used for training later
+            # Tensors that are made in inference mode could not be used for training later.
             with torch.inference_mode(False):
                 made = self._make(*arguments)
             if cuda:
-                # other streams will read them
+                # Other streams will read the tensors, so they must be complete.
                 torch.cuda.current_stream(device).synchronize()
             self._tables.put(arguments, made, _bytes(made), replace=False)
         if cuda and self._tables.limit is not None and not capturing:
-            # they may be dropped before this stream has read them
+            # The tensors may be dropped before this stream has read them.
             for tensor in _tensors(made):
                 tensor.record_stream(torch.cuda.current_stream(device))
         return made
 
     def clear(self) -> None:
-        """Drops all tables but those of captured graphs."""
+        """Drops all tables except those of captured graphs."""
         self._tables.clear()
 
 
 def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """An array on a device; where tensors are fake, without its values."""
+    """An array as a tensor on a device; without its values where tensors are fake."""
     tensor = torch.from_numpy(array)
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=device) if tensors_are_fake() else tensor.to(device)
 
 
 def tensors_are_fake() -> bool:
-    """Whether new tensors have no values here: something is traced, or compiled for."""
+    """Whether new tensors have no values here, because code is traced or compiled."""
     return type(torch.empty(0, device="cpu")) is not torch.Tensor
 
 

@@ -1,10 +1,11 @@
-"""The dtypes that weights can be loaded in, by all the names that people have for them. Imports torch only where one is
-made.
+"""The dtypes that weights can be loaded in, by all of their usual names.
+
+torch is imported only where a torch.dtype is made.
 """
 
 from ..errors import BackendError, quoted
 
-# What people call a dtype, and what torch calls it.
+# Usual names of a dtype, and torch's name for it.
 _NAMES = {
     "float32": "float32",
     "fp32": "float32",
@@ -21,10 +22,10 @@ CHOICES = "auto, float32, bfloat16, float16 (or fp32, bf16, fp16), or a floating
 
 
 def dtype_name(dtype: str) -> str:
-    """Torch's name for a dtype, from any of its names, also with `torch.` before it; `auto` stays.
+    """Torch's name for a dtype, from any of its usual names, with or without `torch.` before it; `auto` is unchanged.
 
     Raises:
-        BackendError: no such name; the message has the choices.
+        BackendError: there is no such name; the message lists the choices.
     """
     name = dtype.removeprefix("torch.")
     if dtype == "auto":
@@ -35,12 +36,12 @@ def dtype_name(dtype: str) -> str:
 
 
 def wanted_dtype(dtype):
-    """What a caller means by a dtype: a torch.dtype, or `auto`, which None means too.
+    """The dtype that a caller means: a torch.dtype, or `auto`, which None means too.
 
-    A dict with a dtype for each part of a model comes back as it is: transformers reads it.
+    A dict with a dtype for each part of a model is returned unchanged, because transformers reads it.
 
     Raises:
-        BackendError: no floating-point dtype; the message has the choices.
+        BackendError: the value is not a floating-point dtype; the message lists the choices.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Capturing CUDA graphs, from any thread, and keeping those that were captured."""
+"""Captures CUDA graphs from any thread, and keeps them."""
 
 import contextlib
 import gc
@@ -13,29 +13,29 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-# torch captures one graph at a time in a process
+# torch captures one graph at a time in a process.
 _CAPTURING = threading.Lock()
-# torch hands out its streams in turn, and begins again after this many on a device
+# torch hands out this many streams of a device in turn, and then begins again.
 _TORCH_STREAMS = 32
 
 _leases_lock = threading.Lock()
-# device -> addresses of the streams that belong to a living CaptureStream
+# For each device, the addresses of the streams that belong to a living CaptureStream.
 _leases: dict[torch.device, set[int]] = {}
 
 
 class NoStreamLeft(RuntimeError):
-    """There are as many owners of graphs on a device as torch has streams; whoever comes next does without graphs."""
+    """As many owners of graphs are alive on a device as torch has streams; the next owner does without graphs."""
 
 
 class CaptureStream:
-    """A stream that one owner captures its CUDA graphs on, and no other owner while this one lives.
+    """A stream on which one owner captures its CUDA graphs, and no other owner as long as this object lives.
 
     cuBLAS keeps one workspace for each thread and stream, and a captured product goes on writing to the workspace of
     the stream that it was captured on. Two graphs that were captured on one stream must therefore never be replayed at
     the same time. An owner that may have two replays in flight at once needs two of these.
 
-    One case is not covered. The streams are torch's, so a caller who takes streams of his own from torch may be given
-    the same one. He must not multiply matrices on it, in the thread that captured, while a replay runs on another
+    One case is not covered. The streams are torch's, so a caller that takes streams from torch itself may be given the
+    same one. It must not multiply matrices on that stream, in the thread that captured, while a replay runs on another
     stream.
 
     Args:
@@ -51,8 +51,7 @@ class CaptureStream:
     def __init__(self, device: torch.device):
         stream = _lease(device)
         if stream is None:
-            # graphs and the caches that they are of refer to each other, so that those that were dropped may not be
-            # gone yet
+            # Graphs and the caches that hold them refer to each other, so dropped ones may not be collected yet.
             gc.collect()
             stream = _lease(device)
         if stream is None:
@@ -65,7 +64,7 @@ class CaptureStream:
 
 
 def _lease(device: torch.device) -> torch.cuda.Stream | None:
-    """A stream that nobody else has, which is noted; None where there is none."""
+    """Leases a stream that no other owner has; None if there is none."""
     with _leases_lock:
         taken = _leases.setdefault(device, set())
         for _ in range(_TORCH_STREAMS):
@@ -78,12 +77,12 @@ def _lease(device: torch.device) -> torch.cuda.Stream | None:
 
 @contextlib.contextmanager
 def capture(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: tuple | None = None) -> Iterator[None]:
-    """Captures what is launched within the block, while other threads may go on allocating.
+    """Captures the work that is launched within the block, while other threads may go on allocating.
 
     Args:
-        graph: an empty one.
-        stream: that everything in the block goes to.
-        pool: as of `torch.cuda.graph`; graphs that share one must be captured on one stream.
+        graph: an empty graph.
+        stream: the stream that everything in the block is launched on.
+        pool: as in `torch.cuda.graph`; graphs that share a pool must be captured on the same stream.
     """
     with _CAPTURING, torch.cuda.device(stream.device):
         before = torch.cuda.current_stream()
@@ -91,16 +90,16 @@ def capture(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: tuple 
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 yield
         finally:
-            # torch stays on the other one where a capture's end fails
+            # torch leaves the capture's stream current if the end of a capture fails.
             torch.cuda.set_stream(before)
 
 
 class Captures:
-    """Whether one owner may still capture graphs, and how long it took so far, over all of its caches of graphs.
+    """Whether one owner may still capture graphs, and how long its captures took, over all of its graph caches.
 
     Attributes:
-        allowed: False from when a capture failed: what it left of torch's state is not to be relied on for another.
-        first_use: seconds by what was done once, every capture among them.
+        allowed: False once a capture has failed, because torch's state after that cannot be relied on.
+        first_use: seconds that each one-time step took, including every capture.
     """
 
     def __init__(self):
@@ -108,39 +107,38 @@ class Captures:
         self.first_use: dict[str, float] = {}
 
     def noted(self, what: str, began: float) -> None:
-        """Keeps, and logs, what something took that is done once and began at that `time.perf_counter()`."""
+        """Records and logs how long a one-time step took that began at `began`, a value of `time.perf_counter()`."""
         self.first_use[what] = time.perf_counter() - began
         logger.info("%s: %.2f s", what, self.first_use[what])
 
 
 class CapturedGraph:
-    """Work of fixed shapes that was captured.
+    """A captured graph of work with fixed shapes.
 
     Args:
-        graph: holds the work.
-        output: what the work writes its result to, in every replay.
+        graph: the graph that holds the work.
+        output: the tensor that every replay writes its result to.
     """
 
     def __init__(self, graph: torch.cuda.CUDAGraph, output: torch.Tensor):
         self._graph, self._output = graph, output
 
     def replay(self) -> torch.Tensor:
-        """Does the work again on whatever its inputs hold now; a copy of the result, as the next replay writes over it."""
+        """Repeats the work on what its inputs hold now; returns a copy, as the next replay overwrites the result."""
         self._graph.replay()
         return self._output.clone()
 
 
 class GraphCache:
-    """A bounded cache of one owner's captured graphs, one for each shape of its work; the graph that was used longest
-    ago goes first.
+    """A bounded cache of one owner's captured graphs, one for each shape of its work.
 
-    All graphs of one cache are captured on one stream, which no other owner has, so only one of them may be replayed at
-    a time.
+    The least recently used graph is dropped first. All graphs of a cache are captured on one stream, which no other
+    owner has, so only one of them may be replayed at a time.
 
     Args:
         limit: most entries.
-        captures: of the owner, who may have several caches.
-        shared_memory: graphs take what lies between their inputs and their results from one pool of memory. Each then
+        captures: the owner's `Captures`; an owner may have several caches.
+        shared_memory: let all graphs take their intermediate tensors from one pool of memory. Each graph then
             overwrites what the others left there, so a result must be copied before another graph runs.
     """
 
@@ -154,7 +152,7 @@ class GraphCache:
         return len(self._entries)
 
     def entry(self, key: Hashable, make: Callable[[], object]) -> object:
-        """What is kept under the key, or what `make` returns and is kept from now on."""
+        """The object under the key; if there is none, the result of `make`, which is kept from now on."""
         if key not in self._entries:
             self._entries[key] = make()
             while len(self._entries) > self.limit:
@@ -166,12 +164,12 @@ class GraphCache:
         return list(self._entries.values())
 
     def clear(self) -> None:
-        """Drops all graphs and their memory; a pool that no graph is left of takes no other."""
+        """Drops all graphs and their memory; a pool without graphs cannot take new ones."""
         self._entries.clear()
         self.pool = None
 
     def stream(self, device: torch.device) -> torch.cuda.Stream:
-        """The stream that the graphs are captured on, taken at the first call.
+        """The stream that the graphs are captured on, which is leased at the first call.
 
         Raises:
             NoStreamLeft: all of torch's streams on this device are in use.
@@ -183,16 +181,15 @@ class GraphCache:
     def capture(
         self, work: Callable[[], torch.Tensor], device: torch.device, what: str, began: float | None = None
     ) -> CapturedGraph | None:
-        """Captures work on a device; None, with a warning, where it cannot be captured, or captures are not allowed any
-        more.
+        """Captures work on a device; None, with a warning, if it cannot be captured.
 
-        Where memory or streams are short, other work may still be captured. After any other failure nothing is, see
-        `Captures`.
+        After a lack of memory or of streams, other work may still be captured. After any other failure nothing is
+        captured any more (see `Captures`).
 
         Args:
-            work: launches everything and returns what its result lies in.
-            what: it is, for the log.
-            began: the time from which seconds are counted, where preparing for the capture took some.
+            work: launches everything, and returns the tensor that holds its result.
+            what: name of the work in the log.
+            began: the time from which seconds are counted, if preparing for the capture took time.
         """
         if not self.captures.allowed:
             return None
@@ -205,11 +202,11 @@ class GraphCache:
             with capture(graph, stream, self.pool):
                 output = work()
         except (torch.OutOfMemoryError, NoStreamLeft) as error:
-            logger.warning("%s: goes without a CUDA graph: %s", what, error)
+            logger.warning("%s: runs without a CUDA graph: %s", what, error)
             return None
         except RuntimeError as error:
             self.captures.allowed = False
-            logger.warning("%s: goes without a CUDA graph, and no more are captured: %s", what, error)
+            logger.warning("%s: runs without a CUDA graph, and no more graphs are captured: %s", what, error)
             return None
         self.captures.noted(what, began)
         return CapturedGraph(graph, output)

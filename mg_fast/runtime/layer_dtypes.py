@@ -1,4 +1,4 @@
-"""In which dtype the layers of a model compute: parts that stand next to each other may have different ones."""
+"""The dtypes in which the layers of a model compute; neighbouring parts may have different ones."""
 
 import contextlib
 from collections import Counter
@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import BackendError
 
-# how torch's products, convolutions, norms and attention say that their tensors have different dtypes
+# Phrases by which torch's products, convolutions, norms and attention report tensors of different dtypes.
 _REFUSED_MIXTURES = (
     "same dtype",
     "mixed dtype",
@@ -21,7 +21,7 @@ _REFUSED_MIXTURES = (
 
 
 def compute_dtype(module: nn.Module) -> torch.dtype | None:
-    """The dtype that a module takes its input in, by its first parameter of 16 bits or more; None where it has none."""
+    """The dtype in which a module takes its input: that of its first parameter of at least 16 bits, or None."""
     module = running(module)
     for parameter in module.parameters(recurse=False):
         # Quantized weights are stored in fewer bits than they are computed in.
@@ -34,8 +34,9 @@ def compute_dtype(module: nn.Module) -> torch.dtype | None:
 
 
 def running(module: nn.Module) -> nn.Module:
-    """The module that takes the input where peft has wrapped it: a layer below its adapters, or the trained copy of a
-    whole module.
+    """The module that takes the input, where peft has wrapped it.
+
+    It is the layer below its adapters, or the trained copy of a whole module.
     """
     while True:
         parts = module._modules
@@ -53,35 +54,33 @@ def running(module: nn.Module) -> nn.Module:
 
 
 def at_seam(x: torch.Tensor, module: nn.Module) -> torch.Tensor:
-    """A tensor in the dtype of the part of the model that takes it next, which may differ from the part that it comes
-    from.
+    """Casts a tensor to the dtype of the part of the model that takes it next, which may differ from its own.
 
-    Under autocast it stays as it is, as autocast casts it in each operation.
+    Under autocast the tensor stays as it is, because autocast casts it in each operation.
     """
     dtype = compute_dtype(module)
     return x if dtype is None or dtype == x.dtype or autocasting(x) else x.to(dtype)
 
 
 def autocasting(x: torch.Tensor) -> bool:
-    """Whether autocast is on where a tensor lies."""
+    """Whether autocast is on for the device of a tensor."""
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def call(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Calls a part of the model, its input in the dtype that it computes in."""
+    """Calls a part of the model with its input in the dtype that the part computes in."""
     return module(at_seam(x, module))
 
 
 @contextlib.contextmanager
 def mixed_dtypes_named(parts: Mapping[str, nn.Module]):
-    """Where torch refuses a product of two dtypes in parts that cast nothing inside, says which layers differ from the
-    rest of their part.
+    """Where torch refuses a product of two dtypes, names a layer whose dtype differs from the rest of its part.
 
     Args:
-        parts: what runs, by their names.
+        parts: the parts that run within the block, by name. They cast nothing inside.
 
     Raises:
-        BackendError: in place of torch's own error.
+        BackendError: replaces torch's own error.
     """
     try:
         yield
@@ -103,7 +102,7 @@ def mixed_dtypes_named(parts: Mapping[str, nn.Module]):
 
 
 class Chain(nn.Sequential):
-    """Layers one after the other, each in its own dtype: a LayerNorm is often kept in float32 among layers of 16 bits."""
+    """Layers in sequence, each in its own dtype: a LayerNorm is often kept in float32 among layers of 16 bits."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self:

@@ -1,4 +1,4 @@
-"""Time and peak memory of the stages of one answer."""
+"""Measures time and peak memory of the stages of one answer."""
 
 import contextlib
 import ctypes
@@ -13,8 +13,12 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 class StageTime(NamedTuple):
-    """One measured stage: wall-clock seconds, and MiB that its peak rose above what was held at its start (None: not
-    known here).
+    """The measurement of one stage.
+
+    Attributes:
+        name: of the stage.
+        seconds: wall-clock time.
+        peak_mib: MiB that the peak rose above what was held at the start; None where it cannot be measured.
     """
 
     name: str
@@ -25,9 +29,9 @@ class StageTime(NamedTuple):
 class Meter:
     """Measures stages one after another.
 
-    Measuring costs a little time of its own: freed memory is handed back before every stage and has to be taken anew.
-    On CUDA the device is synchronised at both ends and the allocator's peak is read; on Linux CPUs the process's peak
-    resident memory.
+    Measuring itself takes a little time: freed memory is returned before every stage and has to be allocated again. On
+    CUDA the device is synchronised at both ends and the allocator's peak is read; on Linux CPUs it is the process's
+    peak resident memory.
     """
 
     def __init__(self, device: torch.device | str):
@@ -36,7 +40,7 @@ class Meter:
         self._open: tuple[str, float, float | None] | None = None
 
     def start(self, name: str) -> None:
-        """Ends the running stage, if any, and begins another."""
+        """Ends the running stage, if there is one, and begins another."""
         self.stop()
         held = self._reset_peak()
         self._open = (name, time.perf_counter(), held)
@@ -61,14 +65,14 @@ class Meter:
             self.stop()
 
     def _reset_peak(self) -> float | None:
-        """MiB held now; the peak starts from there."""
+        """Resets the peak and returns the MiB held now."""
         if self.cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             return torch.cuda.memory_allocated() / 2**20
         _release_freed()
         try:
-            # "5" resets the peak resident size (proc(5)); the kernel forbids it in some containers
+            # "5" resets the peak resident size (proc(5)); the kernel forbids that in some containers.
             _CLEAR_REFS.write_text("5")
         except OSError:
             return None
@@ -79,7 +83,7 @@ class Meter:
 
 
 def _release_freed() -> None:
-    """Hands freed heap back to the system, where glibc can: else a stage that reuses it would seem to take nothing."""
+    """Returns freed heap to the system, where glibc can; a stage that reuses it would otherwise seem to take none."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):

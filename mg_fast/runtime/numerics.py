@@ -1,14 +1,14 @@
-"""What changes float arithmetic, as one key for everything that is kept of results or captured."""
+"""The settings that change float arithmetic, as one key for kept results and captured graphs."""
 
 import torch
 from torch import _C
 
-# torch's public properties read these, too, and take several times as long.
+# torch's public properties read the same settings, but take several times as long.
 _PRECISIONS = tuple((backend, operation) for backend in ("cuda", "mkldnn") for operation in ("matmul", "conv", "rnn"))
 _SETTINGS = (
     torch.get_default_dtype,
-    # How sums within products of 16-bit numbers are kept. The first two are pairs: in reduced precision, and in several
-    # parts.
+    # How products of 16-bit numbers accumulate their sums. The first two are pairs: whether in reduced precision, and
+    # whether in several parts.
     _C._get_cublas_allow_fp16_reduced_precision_reduction,
     _C._get_cublas_allow_bf16_reduced_precision_reduction,
     _C._get_cublas_allow_fp16_accumulation,
@@ -19,7 +19,7 @@ _SETTINGS = (
     _C._get_math_sdp_enabled,
     _C._get_cudnn_sdp_enabled,
     _C._get_math_sdp_allow_fp16_bf16_reduction,
-    # Which libraries, and which of their kernels, multiply and convolve.
+    # Which libraries, and which of their kernels, compute products and convolutions.
     _C._get_cudnn_enabled,
     _C._get_cudnn_benchmark,
     _C._get_cudnn_deterministic,
@@ -30,24 +30,24 @@ _SETTINGS = (
 
 
 def numerics(device: torch.device) -> tuple:
-    """All of torch's settings by which the same operation on the same numbers may round differently on a device.
+    """All settings of torch by which the same operation on the same numbers may round differently on a device.
 
-    Results that were kept, and CUDA graphs that were captured, under one key are of use under an equal one alone.
-    Settings of the other types of devices are in it, too: they are seldom changed, and a model may be spread over
-    several.
+    Results that were kept, and CUDA graphs that were captured, under one key may only be used under an equal key. The
+    key includes the settings of other types of devices: they are seldom changed, and a model may be spread over several
+    devices.
 
-    Two things are not in it. `torch.set_flush_denormal` cannot be asked for. The number of threads changes the order of
-    sums on a CPU, as the choice of a kernel does in many other places, but is not a setting of precision.
+    Two things are not included. `torch.set_flush_denormal` cannot be queried. The number of threads changes the order
+    of sums on a CPU, as the choice of a kernel does in many other places, but it is not a setting of precision.
 
     Returns:
-        Strings, numbers, dtypes and None, in an order of their own: to be hashed, compared, or written by `repr`.
+        Strings, numbers, dtypes and None in a fixed order, to be hashed, compared, or written by `repr`.
     """
     return (
         # `torch.set_float32_matmul_precision` and the older `allow_tf32` set these as well.
         *(_C._get_fp32_precision_getter(backend, operation) for backend, operation in _PRECISIONS),
         torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None,
         *(setting() for setting in _SETTINGS),
-        # In which order kernels of attention are tried, and which library multiplies on a GPU.
+        # In which order attention's kernels are tried, and which library multiplies on a GPU.
         *_C._get_sdp_priority_order(),
         int(_C._get_blas_preferred_backend()),
     )

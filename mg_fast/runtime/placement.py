@@ -1,4 +1,4 @@
-"""Where a module computes: its weights may be offloaded by accelerate, or moved for each call."""
+"""Where a module computes: accelerate may have offloaded its weights, or may move them for each call."""
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ def execution_device(module: nn.Module) -> torch.device:
     Weights that accelerate has offloaded (`device_map` with "cpu" or "disk") lie on "meta" between calls. A hook brings
     them to the execution device for each call, and that device is what counts.
 
-    Args:
+        module: a module with parameters; if its parts are on several devices, the first one counts.
         module: a module with parameters; of several parts on several devices the first one counts.
     """
     for part in module.modules():
@@ -24,14 +24,13 @@ def execution_device(module: nn.Module) -> torch.device:
 
 
 def accelerate_hooks(module: nn.Module) -> list:
-    """The hooks that accelerate has put around a module's forward; they are not among torch's own."""
+    """The hooks that accelerate has put around a module's forward, which torch does not list."""
     hook = vars(module).get("_hf_hook")
     return [] if hook is None else list(getattr(hook, "hooks", [hook]))
 
 
 def set_offloaded(module: nn.Module, name: str, value: torch.Tensor) -> bool:
-    """Gives an offloaded parameter of a module another value, where its weights lie: on disk, or in memory where there
-    is no folder for it.
+    """Sets an offloaded parameter of a module where its weights lie: on disk, or in memory if there is no folder.
 
     Returns:
         Whether the weights of this module are offloaded at all.
@@ -55,9 +54,7 @@ def set_offloaded(module: nn.Module, name: str, value: torch.Tensor) -> bool:
 
 
 def only_placed(module: nn.Module) -> bool:
-    """Whether the replaced forward of a module is accelerate's, and does no more than move inputs and outputs between
-    devices.
-    """
+    """Whether accelerate replaced the forward of a module only to move inputs and outputs between devices."""
     hooks = accelerate_hooks(module)
     original = getattr(vars(module).get("_old_forward"), "__func__", None)
     placing = all(type(hook).__name__ == "AlignDevicesHook" and not hook.offload for hook in hooks)

@@ -1,7 +1,7 @@
-"""Graphs that torch.jit.trace, torch.jit.script and torch.fx record of a module.
+"""Support for torch.jit.trace, torch.jit.script and torch.fx, which record a graph of a module.
 
-None of the three follows decisions that are made in Python, and what mg_fast runs is chosen by sizes, devices and
-backends. They record the plain form instead: the model's own modules, with the same result. torch.compile and
+None of the three follows decisions that are made in Python, and mg_fast chooses what it runs by sizes, devices and
+backends. They record a plain form instead: the model's own modules, with the same result. torch.compile and
 torch.export need none of this.
 """
 
@@ -16,20 +16,20 @@ from torch.fx import Proxy
 
 
 def is_recorded(*inputs) -> bool:
-    """Whether torch.jit.trace or torch.fx records the operations on these inputs."""
+    """Whether torch.jit.trace or torch.fx is recording the operations on these inputs."""
     return torch.jit.is_tracing() or any(isinstance(value, Proxy) for value in inputs)
 
 
 def recorded_as(plain: Callable) -> Callable[[Callable], Callable]:
-    """A decorator for a method in whose place `plain` is recorded; the method itself is its attribute `unrecorded`.
+    """A decorator for a method in whose place `plain` is recorded; its attribute `unrecorded` is the method itself.
 
     Args:
-        plain: a method of the same arguments, written in what the three can follow as far as they can. It has neither
-            `*args` nor keyword-only arguments, which torch.jit.script does not take.
+        plain: a method with the same arguments, written as far as possible in what the three can follow. It has neither
+            `*args` nor keyword-only arguments, which torch.jit.script does not accept.
     """
 
     def decorate(method: Callable) -> Callable:
-        # Functions handed in: the globals of the function below are those of another module.
+        # The function below gets the globals of another module, so it needs this module's function in its closure.
         recorded = is_recorded
 
         def call(self, *args, **kwargs):
@@ -37,8 +37,8 @@ def recorded_as(plain: Callable) -> Callable[[Callable], Callable]:
                 return plain(self, *args, **kwargs)
             return method(self, *args, **kwargs)
 
-        # torch.jit.script never calls the method. It reads the source of what `__wrapped__` names, and looks up the
-        # names in there in the globals of the function that it was given.
+        # torch.jit.script never calls the method. It reads the source of the function in `__wrapped__`, and looks names
+        # up in the globals of the function that it was given.
         if isinstance(plain, types.FunctionType):
             call = types.FunctionType(call.__code__, plain.__globals__, method.__name__, None, call.__closure__)
         functools.update_wrapper(call, method)
@@ -51,14 +51,14 @@ def recorded_as(plain: Callable) -> Callable[[Callable], Callable]:
 
 
 def record_call(module: nn.Module, first: Proxy, *others, **options) -> Proxy:
-    """Has torch.fx record a call of a module, as of torch.nn's own, and nothing of what is within it.
+    """Makes torch.fx record a call of a module, as it does for torch.nn's own modules, and nothing inside it.
 
     Raises:
-        TypeError: it is the module itself that is being traced.
+        TypeError: the module itself is being traced.
     """
     if not (path := first.tracer.path_of_module(module)):
         raise TypeError(
-            f"torch.fx cannot trace {type(module).__name__} by itself, only record a call of it: trace the module that holds it, "
-            "or use torch.export"
+            f"torch.fx cannot trace {type(module).__name__} by itself, only record a call of it: trace the module that "
+            "holds it, or use torch.export"
         )
     return first.tracer.create_proxy("call_module", path, (first, *others), options)

@@ -1,6 +1,4 @@
-"""What whoever reads a module's weights must know: whether the module computes what they say, and whether they have
-changed.
-"""
+"""Tells code that reads a module's weights whether the module computes only what they say, and whether they changed."""
 
 import functools
 import weakref
@@ -15,17 +13,16 @@ from torch.utils.module_tracker import ModuleTracker
 
 from .placement import accelerate_hooks, only_placed
 
-# Exactly these types: quantized and sharded weights are subclasses, and are not read as they lie in memory. Replicas of
-# DataParallel and calls by torch.func.functional_call have plain tensors in the place of parameters. A fake tensor is
-# one that is traced or compiled for.
+# Exactly these types count as plain. Quantized and sharded weights are subclasses, whose memory cannot be read as it
+# is. Replicas of DataParallel and calls by torch.func.functional_call have plain tensors in place of parameters. A fake
+# tensor occurs in traces and compilation.
 _PLAIN_TENSORS = (nn.Parameter, torch.Tensor, FakeTensor)
 
 
 def why_all_modules_are_hooked() -> str | None:
-    """Says so where hooks are registered for all modules at once, which only calls of the modules run; None where there
-    are none.
+    """A sentence if hooks are registered for all modules at once, which only calls of the modules run; otherwise None.
 
-    Those of torch's ModuleTracker, by which FlopCounterMode tells modules apart, only look on. They do not count.
+    The hooks of torch's ModuleTracker, by which FlopCounterMode tells modules apart, only observe and do not count.
     """
     for registered in (
         torch_modules._global_forward_pre_hooks,
@@ -49,16 +46,17 @@ def why_not_plain(
 ) -> str | None:
     """Why a call of one layer does more than its class and its tensors say, as a sentence; None where it does not.
 
-    What is inside the layer is not looked at, see `why_more_than_weights`.
+    Modules inside the layer are not examined (see `why_more_than_weights`).
 
     Args:
-        name: of the layer, for the sentence.
+        name: name of the layer in the sentence.
         layer: the module.
-        known: the classes whose arithmetic the caller knows, exactly: a subclass computes something else. None: any.
-        reads: attributes that the caller reads and that must be plain tensors: none of them where the layer's own
-            forward runs, as in a CUDA graph that was captured of it. None: whatever parameters the layer has.
-        placed: take a layer as plain that accelerate has put on a device for good, around which it only moves inputs
-            and outputs between devices. A caller who says so brings the input to the layer's device.
+        known: the classes whose arithmetic the caller knows. A subclass is not accepted, because it computes something
+            else. None accepts any class.
+        reads: attributes that the caller reads and that must be plain tensors; empty if the layer's own forward runs,
+            as in a CUDA graph that was captured of it. None stands for all parameters of the layer.
+        placed: accept a layer that accelerate has put on a device for good, around which it only moves inputs and
+            outputs between devices. The caller must then bring the input to the layer's device.
     """
     return why_all_modules_are_hooked() or _why_not_plain(name, layer, known, reads, placed)
 
@@ -66,16 +64,18 @@ def why_not_plain(
 def why_more_than_weights(
     module: nn.Module, known: Collection[type] | None, *, called: bool = False, placed: bool = False
 ) -> str | None:
-    """Why a module, with all that is in it, computes something else than its weights say, as a sentence; None where it
-    does not.
+    """Why a module, with everything inside it, computes something other than its weights say; None where it does not.
+
+    The reason is a sentence.
 
     Args:
         module: the module; its weights are expected in one dtype and on one device.
-        known: the classes that may be in it, its own among them, exactly: subclasses and wrappers compute something
-            else (low-rank adapters, quantized layers, parametrizations). None: the caller looks at the classes.
-        called: the module itself is called, and only what is in it is read: its own hooks, forward and class are as
-            they were.
-        placed: as of `why_not_plain`.
+        known: the classes that may be in it, including its own. Subclasses and wrappers are not accepted, because they
+            compute something else (low-rank adapters, quantized layers, parametrizations). None if the caller checks
+            the classes.
+        called: the module itself is called and only the modules inside it are read, so its own hooks, forward and class
+            are not examined.
+        placed: see `why_not_plain`.
     """
     if reason := why_all_modules_are_hooked():
         return reason
@@ -87,7 +87,8 @@ def why_more_than_weights(
             return reason
         kinds.update((tensor.dtype, tensor.device) for tensor in _parameters(part))
     if len(kinds) > 1:
-        return f"expected one dtype and one device, got {', '.join(sorted(f'{dtype} on {device}' for dtype, device in kinds))}"
+        places = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
+        return f"expected one dtype and one device, got {places}"
     return None
 
 
@@ -110,7 +111,7 @@ def _why_not_plain(
 
 
 def _named_parameters(layer: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """The parameters of a layer itself; a replica of DataParallel has them in another place."""
+    """The parameters of a layer itself; a replica of DataParallel keeps them in another attribute."""
     named = vars(layer).get("_former_parameters") or layer._parameters
     return [(kind, tensor) for kind, tensor in named.items() if tensor is not None]
 
@@ -120,36 +121,37 @@ def _parameters(layer: nn.Module) -> list[torch.Tensor]:
 
 
 class Fingerprint:
-    """What modules compute by at one moment. Two are equal where results of the one moment hold at the other.
+    """A record of everything that modules compute with, at one moment.
 
-    It knows the weights with their places and versions, modules that were exchanged, hooks, replaced forwards, and
-    low-rank adapters with their switches and factors. What is written through `.data`, into inference tensors or into
-    offloaded weights is counted nowhere, and is not seen. It keeps none of the weights. Making one looks at every
-    module, which takes milliseconds for a large model.
+    Two are equal if results that were computed at one moment still hold at the other. The record covers weights with
+    their places and versions, exchanged modules, hooks, replaced forwards, and low-rank adapters with their switches
+    and factors. Writes through `.data`, into inference tensors or into offloaded weights are counted nowhere, so they
+    are not seen. The record keeps no weight alive. Making one visits every module, which takes milliseconds for a large
+    model.
 
-    A copy or a pickle of it knows nothing: what it comes with has memory of its own.
+    A copy or a pickle of a record is empty, because the modules that are copied with it have memory of their own.
 
     Args:
-        parts: the modules, with all that is in them.
+        parts: the modules, with everything inside them.
 
     Attributes:
-        places: where the weights lie: elsewhere after they were moved, converted or replaced.
+        places: where the weights lie; it changes when they are moved, converted or replaced.
     """
 
     def __init__(self, parts: Iterable[nn.Module] = ()):
         places, weights, modules, special = [], [], [], []
         hooks = [*torch_modules._global_forward_pre_hooks, *torch_modules._global_forward_hooks]
-        # To ask later, by themselves, whether they were written.
+        # These weights can later be asked by themselves whether they were written.
         watched: list[tuple[weakref.ref, int]] = []
         for module in _with_all_inside(parts):
             modules.append((weakref.ref(module), type(module), module.training))
             for weight in module._parameters.values():
-                # What stands in for an offloaded weight is made anew after every call. The weight itself lies with the
-                # hook that loads it.
+                # The tensor that stands for an offloaded weight is made anew after every call. The weight itself is
+                # kept by the hook that loads it.
                 if weight is None or weight.is_meta:
                     continue
-                # Some layouts of quantized weights have no address of their own. While a storage is referred to, its
-                # place is not another's.
+                # Some layouts of quantized weights have no address of their own. A reference to a storage keeps its
+                # address from being reused.
                 plain = type(weight) is nn.Parameter
                 places.append((StorageWeakRef(weight.untyped_storage()), weight.data_ptr()) if plain else 0)
                 version = None if weight.is_inference() else weight._version
@@ -164,7 +166,7 @@ class Fingerprint:
             if "_hf_hook" in own:
                 special += map(id, accelerate_hooks(module))
             if _has_adapters(type(module)) or "merged_adapters" in own:
-                # Low-rank adapters are switched and scaled, and merged through `.data`, which weights do not count.
+                # Low-rank adapters are switched, scaled, and merged through `.data`, which the weights do not count.
                 scaling = tuple(getattr(module, "scaling", {}).items())
                 special.append(
                     (tuple(module.active_adapters), module.disable_adapters, tuple(module.merged_adapters), scaling)
@@ -181,24 +183,25 @@ class Fingerprint:
         return Fingerprint, ()
 
     def weights_written(self) -> bool:
-        """Whether a weight was changed in place since.
+        """Whether a weight was changed in place since the record was made.
 
-        This asks the weights themselves and takes microseconds. What became of those that are gone, were moved or
-        converted is not asked.
+        This asks the weights themselves and takes microseconds. It ignores weights that were deleted, moved or
+        converted.
         """
         return any((tensor := weight()) is not None and tensor._version != version for weight, version in self._watched)
 
 
 @functools.cache
 def _has_adapters(kind: type) -> bool:
-    """Whether a class of modules is one of low-rank adapters. A class that lacks an attribute is slow to say so, so it
-    is asked once.
+    """Whether a class of modules holds low-rank adapters.
+
+    The answer is cached, because a class that lacks an attribute is slow to say so.
     """
     return hasattr(kind, "merged_adapters")
 
 
 def _with_all_inside(parts: Iterable[nn.Module]) -> Iterator[nn.Module]:
-    """Every module in the parts once, without the names that `named_modules` spells for each."""
+    """Every module in the parts once, without building the names that `named_modules` builds."""
     seen, left = set(), list(parts)
     while left:
         module = left.pop()

@@ -1,6 +1,4 @@
-"""Layers that are more than their weights: adapters, hooks, parametrizations, quantized and offloaded ones are called,
-by every backend.
-"""
+"""Every backend calls layers that are more than their weights: adapters, hooks, parametrized, quantized, offloaded."""
 
 import copy
 
@@ -20,7 +18,7 @@ PROJECTORS = ("vlm_uni_query_projector", "vlm_uni_aux_projector", "vlm_uni_val_p
 
 @pytest.fixture(autouse=True)
 def quick(one_thread):
-    """All models here are tiny."""
+    """All models here are tiny, so one thread is fastest."""
 
 
 @pytest.fixture(params=["standard", "hd"])
@@ -59,7 +57,7 @@ def forward_replaced(linear):
     linear.forward = lambda x: 2 * original(x)
 
 
-# what is done to a layer, and the weight and bias that a plain layer would have to have for the same
+# A change of a layer, and the weight and bias that would make a plain layer compute the same.
 CHANGES = {
     "forward hook": (hooked, lambda w, b: (2 * w, 2 * b)),
     "forward pre-hook": (hooked_before, lambda w, b: (2 * w, b + 2 * w.sum(1))),
@@ -81,7 +79,7 @@ def test_mining_calls_what_is_not_plain(model, found, change, projector, backend
         layer.bias.copy_(changed[1])
     expected = tokens(plain, found, "reference")
     assert relative_error(tokens(model, found, backend), expected) <= IMAGE_TOKENS
-    # a key's bias alone cancels in the softmax; everything here does more than that
+    # A change of the key's bias alone would cancel in the softmax; every change here does more than that.
     assert relative_error(expected, tokens(found.model, found, "reference")) > 1e-3
 
 
@@ -167,7 +165,7 @@ def test_backward_hooks_run(model, found, part):
 
 
 def test_plain_mining_reads_its_weights(found):
-    """Calling is for what needs it: it takes fifty times the operations."""
+    """Projections that are plain are not called, because calling them takes fifty times the operations."""
     assert not any(
         isinstance(p, mg_fast.ops.reference.CalledProjection) for p in found.model.model.patch_mining.projections()
     )
@@ -175,7 +173,7 @@ def test_plain_mining_reads_its_weights(found):
 
 @BACKENDS
 def test_hooks_on_all_modules_run(model, found, backend):
-    """Doubled by a hook that holds for every module, as those of profilers and probes do."""
+    """A hook that is registered for every module, as profilers and probes register theirs, doubles the result."""
     pipeline = Pipeline(model, found.processor, backend=backend)
     before = pipeline.see(found.pictures[0])
     changed = (
@@ -206,7 +204,7 @@ def test_hooks_on_all_modules_run(model, found, backend):
 
 
 def test_counting_flop_changes_nothing(model):
-    """torch's counter looks on by hooks for all modules."""
+    """The hooks that torch's counter registers for all modules only observe."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False):

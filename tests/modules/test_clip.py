@@ -1,4 +1,4 @@
-"""The packed CLIP tower against transformers' own, in float64 and by the accuracy rule; and what it refuses."""
+"""The packed CLIP tower agrees with transformers' own, in float64 and by the accuracy rule; it refuses other towers."""
 
 import copy
 import pickle
@@ -20,7 +20,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def make(
     dtype=torch.float32, *, seed=0, width=48, heads=3, layers=4, hidden=80, image=42, patch=14, activation="quick_gelu"
 ):
-    """A small tower with biases and gains that matter."""
+    """A small tower whose biases and gains are not trivial."""
     torch.manual_seed(seed)
     tower = CLIPVisionModel(
         CLIPVisionConfig(
@@ -47,7 +47,7 @@ def plain(tower, views, select_layer=-2):
 def check(tower, views, select_layer=-2):
     ours = PackedClip.from_tower(tower, select_layer)(views)
     if not len(views):
-        # transformers' attention does not take it
+        # transformers' attention does not take an empty batch.
         assert ours.shape == (0, tower.embeddings.num_patches, tower.config.hidden_size)
         return
     oracle = plain(copy.deepcopy(tower).double(), views.to(tower.dtype), select_layer)
@@ -68,7 +68,7 @@ def test_every_hidden_state(select_layer):
 
 @dtypes
 def test_wide_enough_for_the_cpus_convolutions(dtype):
-    """512 rows and 2**18 weights: the products take another road in float32."""
+    """With 512 rows and 2**18 weights the float32 products take another path."""
     check(make(dtype, width=512, heads=8, hidden=2048, layers=3, image=70, patch=14), torch.randn(20, 3, 70, 70))
 
 
@@ -83,7 +83,7 @@ def test_views_of_any_layout(dtype):
 
 
 def test_large_offsets():
-    """A residual stream whose values are large beside their differences."""
+    """The tower stays accurate where values of the residual stream are large compared with their differences."""
     tower = make()
     with torch.no_grad():
         tower.embeddings.position_embedding.weight.add_(1000)
@@ -92,7 +92,7 @@ def test_large_offsets():
 
 
 def test_float16_near_its_largest_value():
-    """Pre-activations of 30000: 1.702 times that still fits."""
+    """Pre-activations of 30000 are accurate: 1.702 times that still fits in float16."""
     tower = make(torch.float16, layers=2)
     with torch.no_grad():
         tower.encoder.layers[0].mlp.fc1.bias[:2] = torch.tensor([30000.0, -30000.0])
@@ -130,7 +130,7 @@ def test_only_queries_keys_and_values_are_copied():
     packed = PackedClip.from_tower(tower)
     theirs = {p.data_ptr() for p in tower.parameters()}
     own = sum(b.nbytes for b in packed.buffers() if b.data_ptr() not in theirs)
-    # of three of four layers; and the first bias of the MLP
+    # The query, key and value projections of three of the four layers are copies, and the first bias of their MLPs.
     assert own == 3 * (3 * 48 * 48 + 3 * 48 + 80) * 4
     assert not list(packed.parameters()) and not packed.state_dict()
 
@@ -143,7 +143,7 @@ def test_changed_weights_are_noticed(name):
     packed, views = PackedClip.from_tower(tower), torch.randn(1, 3, 42, 42)
     expected = packed(views).clone()
     kept = copy.deepcopy(packed)
-    # the last layer is not run
+    # The last layer is not run, so its weights do not matter.
     with torch.no_grad():
         tower.encoder.layers[3].get_parameter(name).add_(1)
     assert torch.equal(packed(views), expected)
@@ -151,7 +151,7 @@ def test_changed_weights_are_noticed(name):
         tower.encoder.layers[2].get_parameter(name).add_(1)
     with pytest.raises(RuntimeError, match="weights were changed since it was packed: pack it again"):
         packed(views)
-    # a copy has memory of its own
+    # A copy has memory of its own, so it still works.
     assert torch.equal(kept(views), expected)
     check(tower, views)
 

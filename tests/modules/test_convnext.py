@@ -1,6 +1,4 @@
-"""The high-resolution tower on channels-last maps against timm's, by the accuracy rule; what it refuses; what it needs
-of memory.
-"""
+"""The high-resolution tower on channels-last maps agrees with timm's, refuses other trunks, and bounds its memory."""
 
 import copy
 
@@ -25,8 +23,9 @@ TRUNKS = {
 
 
 def make(dtype=torch.float32, seed=0, **changes):
-    """A trunk whose every parameter matters: timm's own initialisation makes biases zero and layer scales one in a
-    million.
+    """A trunk in which every parameter matters.
+
+    timm's own initialisation sets biases to zero and layer scales to one millionth.
     """
     trunk = ConvNeXt(**(SMALL | changes)).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -59,7 +58,7 @@ def test_accuracy(trunk, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_real_widths(dtype):
-    """Of the large model, with a block or two a stage, at 192 pixels."""
+    """The widths of the large model are accurate, with one or two blocks a stage, at 192 pixels."""
     assert_tower_accurate(make(dtype, dims=(192, 384, 768, 1536), depths=(1, 1, 2, 1)), pictures(192, dtype=dtype))
 
 
@@ -78,7 +77,7 @@ def test_no_picture():
 
 
 def test_a_stage_is_not_changed_by_the_next():
-    """Blocks add in place to maps that are their own."""
+    """Blocks add in place only to maps that belong to their stage."""
     tower, pixels = make(), pictures(64)
     with torch.no_grad():
         alone = convnext.run_tower(*(part if i == 0 else part[:1] for i, part in enumerate(tower.read())), pixels)
@@ -98,13 +97,13 @@ def test_a_block_overwrites_its_input_only_where_it_may(in_place):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_chunks_of_rows(monkeypatch, dtype):
-    # 4 * 8 channels a row: chunks of 7 rows, the last of them shorter
+    # 4 * 8 channels a row make chunks of 7 rows, the last of them shorter.
     monkeypatch.setattr(convnext, "CPU_EXPANSION", 7 * 4 * 8 * dtype.itemsize)
     assert_tower_accurate(make(dtype), pictures(96, batch=2, dtype=dtype))
 
 
 def test_autocast_casts_weights_once_a_block(monkeypatch):
-    """However many chunks there are."""
+    """Weights are cast once for each block, however many chunks there are."""
     block, casts = convnext.read_block(make().vision_stages[0].blocks[0]), []
 
     class Casts(TorchDispatchMode):
@@ -137,7 +136,7 @@ def test_gradients_reach_every_parameter_and_the_picture():
 
 
 def test_a_bias_alone_is_trained():
-    """Of a block whose other tensors are frozen: nothing may be overwritten there."""
+    """In a block whose other tensors are frozen, nothing may be overwritten."""
     gradients = []
     for backend in ("torch", "reference"):
         tower = make().requires_grad_(False)
@@ -148,7 +147,7 @@ def test_a_bias_alone_is_trained():
 
 
 def test_autocast():
-    """Weights in float32: from the first downsampling on the maps are narrower than they."""
+    """The tower is right under autocast, with float32 weights and maps narrower from the first downsampling on."""
     tower = make()
     with torch.no_grad():
         exact = copy.deepcopy(tower).double()(pictures(96).double(), backend="reference")
@@ -207,7 +206,7 @@ def test_not_a_convnext():
 
 
 def by_modules_only(tower):
-    """Whether every backend gives what the tower's own modules give, which its weights alone do not."""
+    """Whether every backend gives what the tower's modules give, and the tower's weights alone do not."""
     pixels = pictures(64)
     with torch.no_grad():
         expected, ours = tower(pixels, backend="reference"), tower(pixels, backend="torch")

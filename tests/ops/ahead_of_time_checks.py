@@ -1,4 +1,4 @@
-"""What is asked of every file of kernels that is compiled ahead of time; tests/ops/*/test_aot_*.py ask it.
+"""The checks of every file of kernels that is compiled ahead of time; tests/ops/*/test_aot_*.py run them.
 
 The real launchers run on fake tensors. What they compile is held against the limits of its architecture, and its
 resources against the table beside the tests, so that a change of them shows as a diff. A kernel is compiled if anything
@@ -20,7 +20,7 @@ import triton
 
 from .ahead_of_time_gate import ARCHITECTURES, TWINS, Case, digest_case, faults, read_table
 
-# one a file of kernels/, found by its name
+# One module for each file of kernels/, found by its name.
 FAMILIES = {
     path.parent.name: importlib.import_module(f"{__package__}.{path.parent.name}.ahead_of_time")
     for path in sorted(Path(__file__).parent.glob("*/ahead_of_time.py"))
@@ -29,7 +29,7 @@ REWRITE = "python -m tests.ops.record_resources"
 
 
 def kernels(family: str) -> list:
-    """Parameters of a test, one a kernel: the case that launches it and its name, `kernel-architecture-configuration`."""
+    """The parameters of a test for each kernel: its case and its name, `kernel-architecture-configuration`."""
     return [pytest.param((case, name), id=name) for case in FAMILIES[family].cases() for name in case.names()]
 
 
@@ -75,26 +75,27 @@ def resources_are_those_recorded(jobs: dict, family: str) -> None:
     table = read_table(family)
     if table["triton"] != triton.__version__:
         pytest.skip(
-            f"recorded with triton {table['triton']}, this is {triton.__version__}: other compilers need other resources"
+            f"recorded with triton {table['triton']}, this is {triton.__version__}: other compilers need other "
+            "resources"
         )
     cases = FAMILIES[family].cases()
     chosen = [case for case in cases if case in jobs]
     found = {name: used for case in chosen for name, used in jobs[case].result().items()}
-    assert found, "run it with the kernels' tests, whose resources it compares"
+    assert found, "run this test with the tests of the kernels whose resources it compares"
     recorded = table["kernels"]
     if chosen == cases:
-        # or kernels that are gone would stay in the table
-        assert list(recorded) == list(found), f"other kernels than recorded; if that is meant: {REWRITE} {family}"
+        # Without this check, kernels that were removed would stay in the table.
+        assert list(recorded) == list(found), f"other kernels than recorded; if this is intended: {REWRITE} {family}"
     changed = [
         f"{name}\n  recorded {recorded.get(name)}\n  found    {used}"
         for name, used in found.items()
         if recorded.get(name) != used
     ]
-    assert not changed, "\n".join(["resources changed", *changed, f"if that is meant: {REWRITE} {family}"])
+    assert not changed, "\n".join(["resources changed", *changed, f"if this is intended: {REWRITE} {family}"])
 
 
 def every_configuration_is_compiled(family: str) -> None:
-    """For the architecture it is keyed by, the defaults for all, or for their twins."""
+    """Each configuration is compiled for its architecture, and each default for all architectures or their twins."""
     compiled = {(case.architecture, bucket) for case in FAMILIES[family].cases() for bucket in case.buckets()}
     assert {architecture for architecture, _ in compiled} == set(ARCHITECTURES)
     compiled |= {
@@ -107,7 +108,10 @@ def every_configuration_is_compiled(family: str) -> None:
 
 
 def twins_need_the_same(family: str) -> None:
-    """As recorded, which what is compiled is held against; their tiles too are the same, or it would mean nothing."""
+    """The recorded resources of twins are equal, and so are their tiles, without which this would mean nothing.
+
+    The recorded resources stand for the compiled ones, which another check compares with them.
+    """
     recorded, table = read_table(family)["kernels"], FAMILIES[family].TABLE
     for twin, other in TWINS.items():
         assert table.get(twin) == table.get(other)

@@ -30,20 +30,21 @@ import triton.compiler
 from mg_fast.kernels.configs import SHARED_MEMORY_LIMITS
 from mg_fast.ops.ahead_of_time import compile_only
 
-# what multiplies matrices best, in the machine's own instructions; products too small for it use HMMA there too, and
-# count as none
+# The machine's fastest instructions for matrix products. Products that are too small for them use HMMA on the newer
+# architectures too, and then count as none.
 TENSOR_CORES = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 ARCHITECTURES = tuple(SHARED_MEMORY_LIMITS)
-# sm_89 has the tiles of sm_86 and needs what it needs, to the instruction: a test holds the cases compiled for both
-# against each other, and the rest is compiled for the other one
+# sm_89 has the tiles of sm_86 and needs the same resources, down to the instruction. A test compares the cases that are
+# compiled for both; the other cases are compiled for sm_86 only.
 TWINS = {89: 86}
 DISTINCT = tuple(a for a in ARCHITECTURES if a not in TWINS)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class Case:
-    """One run of a launcher. A kernel's own cases are tuples of what they depend on, so that they can be sent to
-    another process.
+    """One run of a launcher.
+
+    The cases of a kernel are tuples of what they depend on, so that they can be sent to another process.
 
     Attributes:
         architecture: compute capability, 90 for sm_90.
@@ -52,19 +53,19 @@ class Case:
     architecture: int
 
     def names(self) -> list[str]:
-        """`kernel-architecture-configuration` of every kernel that it launches, in order."""
+        """The name `kernel-architecture-configuration` of every kernel that the case launches, in order."""
         raise NotImplementedError
 
     def launch(self, tile=None) -> None:
-        """On CUDA tensors; with a tile of one's own in place of configs.py's."""
+        """Runs the launcher on CUDA tensors, with `tile` in place of the tile in configs.py if one is given."""
         raise NotImplementedError
 
     def buckets(self) -> list:
-        """Keys of the kernel's table in configs.py that it takes tiles from."""
+        """The keys of the kernel's table in configs.py that the case takes tiles from."""
         raise NotImplementedError
 
     def faults(self, name: str, found: dict[str, int]) -> list[str]:
-        """What is wrong with the resources of one of its kernels, beyond what is wrong with any."""
+        """What is wrong with the resources of one of the case's kernels, in addition to the faults of any kernel."""
         return []
 
 
@@ -150,7 +151,7 @@ def code_of(module: str) -> str:
 
 
 def resources(kernel) -> dict[str, int]:
-    """What a program needs, and counts of instructions."""
+    """The resources that a program of the kernel needs, and counts of its instructions."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -179,7 +180,7 @@ def resources(kernel) -> dict[str, int]:
 
 
 def faults(case: Case, name: str, found: dict[str, int]) -> list[str]:
-    """What is wrong with a kernel's resources."""
+    """What is wrong with a kernel's resources, as sentences."""
     limit = SHARED_MEMORY_LIMITS[case.architecture]
     wrong = []
     if found["stack"] or found["local"]:
@@ -191,13 +192,14 @@ def faults(case: Case, name: str, found: dict[str, int]) -> list[str]:
 
 @contextlib.contextmanager
 def compiling(workers: int = os.cpu_count() or 1):
-    """Gives `compile_case`, put off: it returns a future. Spawned, since a fork would copy the compiler's locks as they
-    are just held.
+    """Gives a function that runs `compile_case` in another process and returns a future.
+
+    The processes are spawned, because a fork would copy the compiler's locks in whatever state they are.
     """
     pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
     before = os.environ.get("TRITON_CACHE_DIR")
     with tempfile.TemporaryDirectory(prefix="mg_fast_aot_") as folder:
-        # for the processes, which start with the first job
+        # The processes, which start with the first job, read this variable.
         os.environ["TRITON_CACHE_DIR"] = folder
         try:
             yield functools.partial(pool.submit, compile_case)
@@ -209,7 +211,7 @@ def compiling(workers: int = os.cpu_count() or 1):
 
 
 def table(family: str) -> Path:
-    """The recorded resources of one file of kernels."""
+    """The path of the recorded resources of one file of kernels."""
     return Path(__file__).parent / family / "resources.json"
 
 
@@ -218,7 +220,7 @@ def read_table(family: str) -> dict:
 
 
 def write_table(family: str, kernels: dict[str, dict]) -> None:
-    """One line a kernel, so that a change shows as one."""
+    """Writes the table with one line for each kernel, so that a changed kernel is one changed line."""
     lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(kernels[name])}" for name in kernels)
     table(family).write_text(
         f'{{\n "triton": "{triton.__version__}",\n "kernels": {{\n{lines}\n }}\n}}\n', encoding="utf-8"

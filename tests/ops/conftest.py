@@ -1,11 +1,11 @@
-"""The processes in which kernels are compiled ahead of time; nothing is started where no test asks for them."""
+"""The processes that compile kernels ahead of time; none is started if no test asks for them."""
 
 import pytest
 
 
 @pytest.fixture(scope="session")
 def put_off():
-    # Here, because Triton is not everywhere, and a process that interprets must not import what compiles.
+    # Imported here, because Triton is not on every platform, and interpreting processes must not import the compiler.
     from tests.ops.ahead_of_time_gate import compiling
 
     with compiling() as put_off:
@@ -14,7 +14,7 @@ def put_off():
 
 @pytest.fixture(scope="session")
 def jobs(request, put_off):
-    """The cases of the tests that were selected, all under way at once: futures by case."""
+    """Futures of the selected tests' cases, by case; all of them are started at once."""
     from tests.ops.ahead_of_time_checks import start
 
     parametrised = (getattr(item, "callspec", None) for item in request.session.items)

@@ -1,9 +1,8 @@
-"""What the files `tests/ops/*/operator_calls.py` share: calls of registered operators on the meta device, for what they
-declare.
+"""Shared parts of the files `tests/ops/*/operator_calls.py`: calls of registered operators on the meta device.
 
-Each of those files has `CALLS`, by name of the case the operator, its arguments and how many kernels they launch, and
-`COPIED`, by name the operator, arguments that its launcher cannot read in place, and the bytes of what it then
-allocates beside its results.
+They check what the operators declare. Each of those files has two tables of cases by name. `CALLS` holds the operator,
+its arguments, and how many kernels they launch. `COPIED` holds the operator, arguments that its launcher cannot read in
+place, and the bytes that it then allocates in addition to its results.
 """
 
 import importlib
@@ -17,12 +16,12 @@ def meta(*shape, dtype=torch.float16):
 
 
 def slanted(*shape, dtype=torch.float16):
-    """Not contiguous, nor of unit stride along the last dimension."""
+    """A tensor that is not contiguous and whose last dimension does not have unit stride."""
     return meta(*shape[::-1], dtype=dtype).permute(*reversed(range(len(shape))))
 
 
 def of_all_operations(table: str) -> dict[str, tuple]:
-    """The cases of all operations, named after their operation's file."""
+    """The cases of all operations, with the name of the operation's file in front."""
     return {
         f"{path.parent.name}: {case}": call
         for path in sorted(Path(__file__).parent.glob("*/operator_calls.py"))

@@ -1,7 +1,7 @@
-"""Compiles kernels ahead of time and records the resources that they need, after a change that is meant.
+"""Compiles kernels ahead of time and records the resources that they need, after an intended change.
 
-python -m tests.ops.record_resources              # all
-python -m tests.ops.record_resources pointwise    # of some files of kernels/
+python -m tests.ops.record_resources              # all kernels
+python -m tests.ops.record_resources pointwise    # the kernels of some files of kernels/
 """
 
 import sys

@@ -1,6 +1,4 @@
-"""That the ahead-of-time gate can fail: for what spills, for what takes too much shared memory, for narrow loads and
-missing products.
-"""
+"""The ahead-of-time gate fails for spills, for too much shared memory, for narrow loads and for missing products."""
 
 import pytest
 
@@ -15,7 +13,7 @@ from tests.ops.pointwise.ahead_of_time import Pointwise
 @pytest.mark.parametrize(
     "case, tile, fault",
     [
-        # a tile of twice the default's channels, and stages that an H100 has room for and this card has not
+        # A tile of twice the default's channels, and one with stages that only an H100 has shared memory for.
         pytest.param(Mining("pool_windows_fwd", 120, "bf16", "768"), Tile(128, 4, 2), "spills", id="spills"),
         pytest.param(
             Mining("pool_windows_fwd", 86, "bf16", "768"),
@@ -23,7 +21,7 @@ from tests.ops.pointwise.ahead_of_time import Pointwise
             "bytes of shared memory, sm_86 has 101376",
             id="shared",
         ),
-        # why products on an H100 are no wider: configs.py says so
+        # This is why products on an H100 have no wider tiles (see configs.py).
         pytest.param(
             Pointwise("linear_gelu_fwd", 90, "bf16", "stage2"),
             ProductTile(128, 256, 64, 8, 8, 3),
@@ -38,8 +36,9 @@ def test_the_gate_can_fail(put_off, case, tile, fault):
 
 
 def test_the_gate_sees_narrow_loads_and_missing_products(put_off):
-    """Of widths that no wide load fits; and of float32, whose products would not be exact in TF32, taken for
-    bfloat16's.
+    """The gate sees widths that allow no wide loads, and products without tensor cores.
+
+    For the latter, the exact products of a float32 kernel are checked as if they were bfloat16's.
     """
     real = Mining("pool_windows_fwd", 90, "bf16", "768")
     [odd] = put_off(real._replace(shape="odd8")).result().values()

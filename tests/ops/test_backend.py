@@ -1,4 +1,4 @@
-"""Which backend runs, who decides, and what is said about those that cannot."""
+"""Which backend runs, in which order requests count, and what the errors say about a backend that cannot run."""
 
 import threading
 
@@ -69,14 +69,14 @@ def test_gpus_too_old_for_the_kernels(monkeypatch):
     assert backend.choose("patch_mining", "auto", "cuda:0") == "torch"
     with pytest.raises(BackendError, match="need a GPU of compute capability 8.0 or newer, this one has 7.5"):
         backend.choose("patch_mining", "triton", "cuda:0")
-    # which says nothing of the GPU elsewhere that kernels are compiled for
+    # A GPU of this machine says nothing about the GPU elsewhere that kernels are compiled for.
     with backend.only_compiling():
         assert backend.choose("patch_mining", "auto", "cuda:0") == "triton"
     assert backend.choose("patch_mining", "auto", "cuda:0") == "torch"
 
 
 def test_auto_never_interprets(monkeypatch):
-    # as if Triton had been imported with TRITON_INTERPRET=1
+    # This pretends that Triton was imported with TRITON_INTERPRET=1.
     monkeypatch.setattr(interpreter, "why_not", lambda: None)
     assert backend.why_not("patch_mining", "triton") is None
     assert backend.choose("patch_mining", "auto") == "torch"
@@ -90,10 +90,10 @@ def test_reference_runs_everything():
 
 
 def test_low_resolution_tower_gives_the_same_bits_on_both(model, processor, photo):
-    """The reference runs the last CLIP layer too, as the original does, and throws its output away."""
+    """The reference also runs the last CLIP layer, as the original does, and discards its output."""
     inputs = processor.image_processor(photo)
     runs = []
-    # the model is shared: with a hook its tower would not be packed any more
+    # The model is shared between tests, and with a hook its tower would no longer be packed.
     hook = model.model.vision_tower.encoder.layers[-1].register_forward_hook(lambda *_: runs.append(1))
     results = {}
     try:

@@ -1,8 +1,7 @@
-"""Every kernel at the shapes of the published models, in every dtype: on a GPU only, as the interpreter would take
-hours.
+"""Every kernel at the shapes of the published models, in every dtype; on a GPU only, as interpreting would take hours.
 
-The benchmark's cases are the inputs, and its check is the tests' accuracy rule. The kernels must also give the same
-bits when they are called again: one whose threads race seldom does.
+The inputs are the benchmark's cases, and its check is the tests' accuracy rule. A kernel must also give the same bits
+when it is called again; a kernel whose threads race seldom does.
 """
 
 import gc
@@ -20,8 +19,9 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="published sizes need a GPU:
 
 
 def published(every: list[str]) -> list[str]:
-    """The names of the cases of operations with kernels, without those of several pictures; what the models run in
-    first.
+    """Names of the cases of operations with kernels, without cases of several pictures.
+
+    The dtype that the models run in comes first.
     """
     order = ("bfloat16", "float16", "float32")
     assert set(order) == set(DTYPES)
@@ -40,6 +40,6 @@ def test_right_and_repeatable(name):
         assert rows["triton"]["ok"], rows["triton"]["why"]
         assert rows["triton"]["equal_bits"]
     finally:
-        # the next size needs the memory
+        # The next size needs the memory.
         gc.collect()
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""TRITON_INTERPRET=1 as a user sets it: in a process of its own, where no test has changed Triton."""
+"""TRITON_INTERPRET=1 works as a user sets it: in a new process, in which no test has changed Triton."""
 
 import importlib.util
 import os
@@ -17,7 +17,7 @@ needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is published for Linux only"
 )
 
-# Every operation that has a kernel, against its reference in float64, in every dtype that the kernels take.
+# This compares every operation that has a kernel with its reference in float64, in every dtype that the kernels take.
 EVERY_OPERATION = """
 import threading, sys, torch
 from mg_fast import ops
@@ -31,14 +31,15 @@ def on_both(operation, *tensors, **options):
     oracle = operation(*wide, backend="reference", **options)
     ours = operation(*tensors, backend="triton", **options).double()
     error = ((ours - oracle).abs().max() / oracle.abs().max()).item()
-    # Rounding to the nearest number makes as many results larger as smaller; dropping bits makes all of them smaller.
+    # Rounding to nearest makes as many results larger as smaller; dropping bits makes all of them smaller.
     bias = ((ours.abs() - oracle.abs()).sum() / oracle.abs().sum()).abs().item()
     return error, bias
 
 
 def mine(queries, *tensors, backend):
     *pyramid, a, b, c, d, e, f, g, h, i, j, k, l = tensors
-    return ops.patch_mining(queries, pyramid, Projection(a, b, c, d), Projection(e, f, g, h), Projection(i, j, k, l), backend=backend)
+    projections = Projection(a, b, c, d), Projection(e, f, g, h), Projection(i, j, k, l)
+    return ops.patch_mining(queries, pyramid, *projections, backend=backend)
 
 
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -52,7 +53,9 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
         "linear_gelu": (ops.linear_gelu, some(40, 24), some(60, 24), some(60)),
         "linear_residual": (ops.linear_residual, some(40, 24), some(60, 24), some(60), some(40, 60)),
         "dwconv_norm": (ops.dwconv_norm, some(1, 5, 7, 20), some(49, 20), some(20), some(20), some(20)),
-        "patch_mining": (mine, some(1, 4, 8), some(1, 8, 8, 6), some(1, 4, 4, 10), *projection(8), *projection(16), *projection(16)),
+        "patch_mining": (
+            mine, some(1, 4, 8), some(1, 8, 8, 6), some(1, 4, 4, 10), *projection(8), *projection(16), *projection(16)
+        ),
     }
     for name, (operation, *tensors) in cases.items():
         print(name, str(dtype)[6:], *on_both(operation, *tensors))
@@ -61,16 +64,20 @@ picture = torch.randint(0, 256, (5, 7, 3), dtype=torch.uint8)
 resized = [ops.dual_resize(picture, 5, 2, backend=backend)[0] for backend in ("reference", "triton")]
 print("dual_resize", torch.equal(*resized))
 
-# Two threads at once, which take turns as often as Python lets them.
+# Two threads at the same time take turns as often as Python lets them.
 sys.setswitchinterval(1e-6)
 found = {}
 
 
 def work(seed):
     generator = torch.Generator().manual_seed(seed)
-    x, weight, bias, residual = (torch.randn(*shape, generator=generator) for shape in ((150, 8), (70, 8), (70,), (150, 70)))
+    shapes = (150, 8), (70, 8), (70,), (150, 70)
+    x, weight, bias, residual = (torch.randn(*shape, generator=generator) for shape in shapes)
     expected = ops.linear_residual(x, weight, bias, residual, backend="reference")
-    right = [torch.allclose(ops.linear_residual(x, weight, bias, residual, backend="triton"), expected, atol=1e-4) for _ in range(5)]
+    right = [
+        torch.allclose(ops.linear_residual(x, weight, bias, residual, backend="triton"), expected, atol=1e-4)
+        for _ in range(5)
+    ]
     found[seed] = all(right)
 
 
@@ -100,21 +107,27 @@ def test_every_operation_with_nothing_mended_by_hand():
         operation, dtype, error, bias = line.split()
         eps = torch.finfo(getattr(torch, dtype)).eps
         assert float(error) < 4 * eps, line
-        # Mining ends in a product of torch's, of few numbers, which says nothing about the kernel's rounding.
+        # Mining ends in a small product of torch's, whose few numbers say nothing about the kernel's rounding.
         assert operation == "patch_mining" or float(bias) < max(eps / 16, 1e-6), line
 
 
 @needs_triton
 @pytest.mark.parametrize("value", ["true", "ON"])
 def test_any_value_that_triton_takes_for_true(value):
-    script = "from mg_fast import backend; print(backend.why_not('dual_resize', 'triton'), backend.choose('dual_resize', 'triton'))"
+    script = (
+        "from mg_fast import backend; "
+        "print(backend.why_not('dual_resize', 'triton'), backend.choose('dual_resize', 'triton'))"
+    )
     done = interpreted(script, value)
     assert done.stdout == "None triton\n", done.stderr
 
 
 @needs_triton
 def test_too_late_is_said_and_not_run_into():
-    script = "import os, triton; from mg_fast import backend; os.environ['TRITON_INTERPRET'] = '1'; backend.choose('dual_resize', 'triton')"
+    script = (
+        "import os, triton; from mg_fast import backend; os.environ['TRITON_INTERPRET'] = '1'; "
+        "backend.choose('dual_resize', 'triton')"
+    )
     done = interpreted(script, "0")
     assert done.returncode == 1
     assert (
@@ -137,7 +150,7 @@ def test_the_recommendation_names_the_variable_and_when(monkeypatch):
 
 @needs_triton
 def test_the_mend_ends_with_the_launch(monkeypatch):
-    """Other people's kernels in the process meet Triton as it is; and a Triton without that function is left alone."""
+    """Kernels of others in the process meet Triton unchanged, and a Triton without that function is left alone."""
     from triton.runtime import interpreter as tritons
 
     original = tritons._convert_float

@@ -1,6 +1,4 @@
-"""The records of the operations: what reads them sees a new operation, and no operation with kernels is forgotten
-anywhere.
-"""
+"""The records of the operations: everything that reads them sees a new operation, and no operation is forgotten."""
 
 import inspect
 import re
@@ -70,7 +68,7 @@ FORMS = {"reference": lambda x: x**2, "torch": lambda x: x.square(), "triton": t
 
 @pytest.fixture
 def toy():
-    """A new operation: nothing but its record is said of it."""
+    """A new operation, of which nothing but its record exists."""
     toy = register(make_toy(FORMS, ("triton", "reference", "torch")))
     yield toy
     del OPERATIONS["toy_square"]
@@ -98,7 +96,7 @@ def test_the_backend_choice_sees_a_new_operation(toy, monkeypatch):
 
 
 def test_a_model_is_refused_where_a_new_operation_cannot_run(monkeypatch):
-    """The first thing that loading asks, of every operation there is."""
+    """Loading a model first asks this of every operation."""
     monkeypatch.setitem(OPERATIONS, "toy_square", make_toy({"reference": FORMS["reference"]}, ("reference",)))
     asked = []
     monkeypatch.setattr(backends, "choose", lambda operation, backend, device: asked.append(operation))
@@ -191,7 +189,7 @@ def test_every_operation_with_kernels_is_a_function_of_its_name_and_is_measured_
 
 
 def test_every_registered_operator_with_a_kernel_is_declared():
-    """By the source: an operator whose body calls a launcher is named in a record."""
+    """The source shows it: an operator whose body calls a launcher is named in a record."""
     launching = set()
     for path in (ROOT / "mg_fast/ops").glob("*.py"):
         for name, body in re.findall(r'custom_op\("(mg_fast::\w+)"(.*?)\n\n\n', path.read_text(), re.DOTALL):
@@ -201,14 +199,13 @@ def test_every_registered_operator_with_a_kernel_is_declared():
 
 
 def test_the_files_of_an_operation_are_at_most_six():
-    """As docs/kernels.md names them for dwconv_norm."""
+    """They are the files that docs/kernels.md names for dwconv_norm."""
     text = (ROOT / "docs/kernels.md").read_text(encoding="utf-8")
     table = text.split("<!-- files of an operation -->")[1].split("<!-- /files of an operation -->")[0]
     files = re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)
     assert 4 <= len(files) <= 6 and len(set(files)) == len(files)
     assert all((ROOT / file).exists() for file in files), files
-    # Beside these no file of the package, the kernels or the benchmark's cases names it only because it is an
-    # operation.
+    # Only these files of the package, the kernels and the benchmark's cases are named after the operation.
     named = [
         path
         for folder in ("kernels", "mg_fast/ops", "bench/cases")

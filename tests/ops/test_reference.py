@@ -1,4 +1,4 @@
-"""The reference path against its definition, written out with loops."""
+"""The reference path agrees with its definition, written out with loops."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def make(batch=2, grid=1, side=3, window=8, dim=12, views=None, seed=0):
 
 
 def by_hand(mining, queries, pyramid, grid):
-    """Every query by itself: LayerNorm, projections, softmax over its window of the upsampled, concatenated map."""
+    """Mines every query by itself: LayerNorm, projections, softmax over its window of the upsampled, joined map."""
     size = pyramid[0].shape[1]
     maps = []
     for level in pyramid:
@@ -47,7 +47,7 @@ def by_hand(mining, queries, pyramid, grid):
                 row, column = divmod(v, grid)
                 cell = full[b, :, row * edge : (row + 1) * edge, column * edge : (column + 1) * edge]
             else:
-                # bilinear without antialiasing: the mean of 2x2 pixels, or the middle one of 3x3
+                # Bilinear without antialiasing takes the mean of 2x2 pixels, or the middle one of 3x3.
                 cell = F.avg_pool2d(full[b : b + 1].float(), 2)[0].double() if grid == 2 else full[b, :, 1::3, 1::3]
             window = cell.shape[-1] // side
             for n in range(side * side):
@@ -63,7 +63,7 @@ def test_patch_mining(grid, side, window):
     mining, queries, pyramid = make(grid=grid, side=side, window=window)
     with torch.no_grad():
         result = mining(queries, pyramid, grid=grid, backend="reference")
-        # the merge runs in float32 even here, as the original's does
+        # The merge runs in float32 even here, as the original's does.
         assert (result - by_hand(mining, queries, pyramid, grid)).abs().max() < 1e-5
 
 
@@ -73,7 +73,7 @@ def test_three_dimensional_queries_mean_one_view():
 
 
 def test_half_precision_scores_do_not_turn_to_nan():
-    """The original replaces infinite scores by the largest finite value; the definition does too."""
+    """The original replaces infinite scores by the largest finite value, and so does the definition."""
     mining, queries, pyramid = make()
     mining = mining.half()
     for p in mining.parameters():

@@ -1,5 +1,6 @@
-"""Quantised language models: what is rounded and what is not, how far, what it takes, and what is refused before any
-weight is read.
+"""Quantized language models: what is rounded and how far, how many bytes it takes, and what is refused.
+
+Refusals come before any weight is read.
 """
 
 import importlib.util
@@ -22,7 +23,7 @@ from tests.checkpoints import load, probe, remake
 torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
 
 LAYERS = "model.language_model.layers."
-# the fused experts of Mixtral have no int4
+# torchao has no int4 for Mixtral's fused experts.
 CASES = [
     (kind, name)
     for kind in ("llama", "gemma", "hd", "mixtral")
@@ -33,7 +34,7 @@ LINEAR = pytest.mark.parametrize("name", quantization.NAMES)
 
 
 def effective(weight: torch.Tensor) -> torch.Tensor:
-    """The float32 matrix that a quantised weight stands for: what its products with the unit vectors are."""
+    """The float32 matrix that a quantized weight stands for, found by its products with the unit vectors."""
     if weight.dim() == 3:
         return weight.qdata.float() * weight.scale
     return F.linear(torch.eye(weight.shape[1]), weight).T
@@ -45,7 +46,7 @@ def is_quantized(parameter: torch.Tensor) -> bool:
 
 @pytest.fixture(scope="module")
 def quantized(built):
-    """(kind, name) -> the model quantised, and as it was; float32."""
+    """A function from (kind, name) to the quantized model and the original one, in float32."""
     models = {}
 
     def get(kind, name):
@@ -62,7 +63,7 @@ def test_only_the_layers_matrices_are_quantised(quantized, kind, name):
     for key, parameter in model.named_parameters():
         router = key.endswith(".mlp.gate.weight")
         if key.startswith(LAYERS) and parameter.dim() > 1 and not router:
-            assert is_quantized(parameter), f"{key} was not quantised"
+            assert is_quantized(parameter), f"{key} was not quantized"
         else:
             assert not is_quantized(parameter) and torch.equal(parameter, plain.get_parameter(key)), (
                 f"{key} was touched"
@@ -79,12 +80,12 @@ def test_weights_are_rounded_by_half_a_step_at_most(quantized, kind, name):
         error = (effective(parameter) - weight).abs()
         largest = weight.abs().amax(-1, keepdim=True)
         if name == "int8":
-            # 255 levels from -127 to 127; torchao's scale is the row's largest over 127.5, so that this one is cut by
-            # half a step
+            # There are 255 levels from -127 to 127. torchao's scale is the row's largest value over 127.5, so that
+            # value is cut by half a step.
             step, bound = largest / 127.5, 0.5
         elif name == "fp8":
-            # 3 bits of mantissa: half of the last one is 2^-4 of the value; below 2^-6 of the scale, steps of 2^-9 of
-            # it
+            # With 3 bits of mantissa, half of the last one is 2^-4 of the value. Below 2^-6 of the scale, steps are
+            # 2^-9 of it.
             step, bound = torch.maximum(weight.abs() / 8, largest / 448 * 2**-9), 0.5
         else:
             groups = weight.unflatten(-1, (-1, 32))
@@ -95,8 +96,9 @@ def test_weights_are_rounded_by_half_a_step_at_most(quantized, kind, name):
 
 @pytest.mark.parametrize("kind, name", CASES)
 def test_it_is_the_plain_model_with_rounded_weights(quantized, built, kind, name):
-    """Nothing but the weights is rounded: with the same ones the plain float32 model gives the logits up to float32's
-    own rounding.
+    """Only the weights are rounded: the plain float32 model with the same rounded weights gives the same logits.
+
+    They agree up to the rounding of float32.
     """
     model, plain = quantized(kind, name)
     rounded = load(built[kind])
@@ -124,7 +126,7 @@ def test_greedy_answers(built, photo, kind, name, dtype):
     assert {p.dtype for p in pipeline.model.model.vision_tower.parameters()} == {dtype}
 
 
-# --- products that torchao lacks
+# ---- Products that torchao lacks.
 
 
 def int8_linear(*, features=(96, 64), bias=False, dtype=torch.bfloat16, outlier=1.0) -> torch.nn.Module:
@@ -149,18 +151,19 @@ def test_few_bfloat16_rows_take_torchs_kernel(monkeypatch, rows, packed, bias):
     exact = x.double() @ (layer.weight.qdata.double() * layer.weight.scale.double()).T + (
         layer.bias.double() if bias else 0
     )
-    # roundings to bfloat16 of the sum, the scale, their product and the sum with the bias
+    # The sum, the scale, their product and the sum with the bias are each rounded to bfloat16.
     assert relative_error(y, exact) < 4 * 2**-8
 
 
 def test_float16_products_stay_in_range():
-    """Unscaled int8 sums are 127 times too large for float16: torchao's own product gives infinities where the result
-    is small.
+    """Small float16 results are finite.
+
+    Unscaled int8 sums are 127 times too large for float16, so torchao's own product gives infinities here.
     """
     layer = int8_linear(features=(2048, 64), dtype=torch.float16)
     x = torch.full((3, 2048), 4.0, dtype=torch.float16) * torch.sign(layer.weight.qdata[0].half())
     torchao_product = F.linear(x, layer.weight)
-    assert torchao_product.isinf().any(), "torchao scales before it sums up: Int8Linear need not"
+    assert torchao_product.isinf().any(), "torchao now scales before it sums: Int8Linear is no longer needed for this"
     exact = x.double() @ (layer.weight.qdata.double() * layer.weight.scale.double()).T
     assert exact.abs().max() < 1000 and relative_error(layer(x), exact) < 2**-9
 
@@ -176,8 +179,9 @@ def test_gradients_pass_through_int8():
 @pytest.mark.parametrize("tokens", [1, 2, 3, 40])
 @pytest.mark.parametrize("name", ["int8", "fp8"])
 def test_experts_are_the_plain_experts(quantized, name, tokens):
-    """Gathered for a few tokens, one by one for many: transformers' own loop over the weights that the quantised ones
-    stand for.
+    """Experts agree with transformers' own loop over the weights that the quantized ones stand for.
+
+    They are gathered for a few tokens, and run one by one for many.
     """
     model, plain = quantized("mixtral", name)
     ours, theirs = (m.model.language_model.layers[0].mlp.experts for m in (model, plain))
@@ -196,7 +200,7 @@ def test_experts_are_the_plain_experts(quantized, name, tokens):
 
 
 def test_what_a_configuration_leaves_is_said(built, caplog):
-    """A configuration for Linear layers passes over a Mixtral's experts, most of its weights."""
+    """The log names what a configuration for Linear layers passes over: a Mixtral's experts, most of its weights."""
     with caplog.at_level(logging.WARNING, "mg_fast"):
         model = load(
             built["mixtral"], quantization_config=TorchAoConfig(torchao.Int8WeightOnlyConfig(set_inductor_config=False))
@@ -207,11 +211,11 @@ def test_what_a_configuration_leaves_is_said(built, caplog):
         if n.startswith(LAYERS) and p.dim() > 1 and not is_quantized(p)
     )
     assert left == 2 * 4 * (4 * (192 * 64 + 64 * 96) + 4 * 64)
-    [message] = [record.getMessage() for record in caplog.records if "are not quantised" in record.getMessage()]
+    [message] = [record.getMessage() for record in caplog.records if "are not quantized" in record.getMessage()]
     assert message.startswith(f"{left / 1e6:.1f} MB of the language model's layers") and "fused experts" in message
     caplog.clear()
     load(built["mixtral"], quantization_config="int8")
-    assert "are not quantised" not in caplog.text
+    assert "are not quantized" not in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["llama", "bfloat16"])
@@ -223,7 +227,7 @@ def test_what_is_slow_on_a_cpu_is_said(built, caplog, kind):
         assert ("on a CPU saves memory and costs time" in caplog.text) == (kind == "llama" or name == "fp8")
 
 
-# --- saved and loaded
+# ---- Saved and loaded.
 
 
 @pytest.mark.parametrize("kind, name", [case for case in CASES if case[1] != "int4"])
@@ -233,7 +237,7 @@ def test_round_trip_and_bytes(quantized, kind, name, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["quant_method"] == "torchao"
     again = load(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(probe(again), probe(model)))
-    # the file holds what is in memory, but for the buffers that are never saved
+    # The file holds what is in memory, except for buffers that are never saved.
     tensors = load_file(tmp_path / "model.safetensors")
     vision = ("model.vision", "model.vlm_uni", "model.mm_projector")
     stored = {True: 0, False: 0}
@@ -266,8 +270,8 @@ def test_bytes_are_those_of_the_inner_tensors(quantized, kind, name):
     layers = 0
     for key, parameter in model.named_parameters():
         if is_quantized(parameter):
-            # rows with a float32 scale each, int8's with a zero point beside it; int4: half bytes, a scale and a zero
-            # point for 32
+            # int8 and fp8 have a float32 scale for each row, int8 also a zero point. int4 has half a byte for each
+            # weight, and a scale and a zero point for every 32 weights.
             rows, count = parameter.shape[:-1].numel(), parameter.numel()
             stored = {"int8": count + 5 * rows, "fp8": count + 4 * rows, "int4": count // 2 + count // 32 * 8}[name]
             assert tensor_bytes(parameter) == stored, key
@@ -287,7 +291,7 @@ def test_shared_weights_count_once(quantized):
 
 def test_bytes_in_words():
     some = quantization.WeightBytes(6_900_000_000, 1_249_000_000, 13_500_000_000, ("int8",))
-    assert str(some) == "language model 6.9 GB (int8; 13.5 GB unquantised), vision 1.2 GB"
+    assert str(some) == "language model 6.9 GB (int8; 13.5 GB unquantized), vision 1.2 GB"
     assert str(quantization.WeightBytes(8_000_000, 500_000, 8_000_000, ())) == "language model 8.0 MB, vision 0.5 MB"
 
 
@@ -316,12 +320,12 @@ def test_command_line(standard, photo, capsys):
     assert smaller["language_model"] < plain["language_model"] and smaller["vision"] == plain["vision"]
 
 
-# --- refused before any weight is read
+# ---- Refused before any weight is read.
 
 
 @pytest.fixture
 def refuse():
-    """Loading must end in a BackendError of this message before weights are read."""
+    """Checks that loading raises a BackendError with this message before weights are read."""
 
     def from_pretrained(*args, **kwargs):
         raise AssertionError("went on to load the weights")
@@ -439,7 +443,7 @@ def test_quantised_cache_reaches_transformers(pipeline, monkeypatch):
         pipeline.chat("Hello.", max_new_tokens=2, cache_implementation="quantized")
 
 
-# --- bitsandbytes
+# ---- bitsandbytes.
 
 
 def test_bitsandbytes_skips_what_is_not_the_language_models(built, monkeypatch):
@@ -455,7 +459,7 @@ def test_bitsandbytes_skips_what_is_not_the_language_models(built, monkeypatch):
     assert own.llm_int8_skip_modules == ["model"]
 
 
-# --- adapters
+# ---- Adapters.
 
 
 @pytest.fixture(scope="module")
@@ -487,14 +491,14 @@ def test_adapters_load(standard, adapter, photo, quantize, how):
         peft.PeftModel.from_pretrained(pipeline.model, folder)
     after = probe(pipeline.model)[1]
     assert relative_error(after, before) > 0.3
-    # as far from the unquantised adapted model as the rounding of these few wide-spread weights takes it: 0, 0.02,
-    # 0.09, 0.2
+    # The rounding of these few wide-spread weights takes the result this far from the unquantized adapted model:
+    # 0, 0.02, 0.09, 0.2.
     assert relative_error(after, adapted) <= {None: 0, "int8": 0.04, "fp8": 0.2, "int4": 0.4}[quantize]
     assert len(pipeline.chat("What?", [photo], max_new_tokens=3, eos_token_id=-1).token_ids) == 3
     assert pipeline.weights.formats == (() if quantize is None else (quantize,))
 
 
-# --- on a GPU
+# ---- On a GPU.
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

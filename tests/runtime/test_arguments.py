@@ -1,4 +1,4 @@
-"""Numbers of NumPy and torch are numbers wherever a caller hands one over, and what was none before is none now."""
+"""Numbers of NumPy and torch count as numbers wherever a caller passes one, and other values still do not."""
 
 import itertools
 import json
@@ -89,7 +89,7 @@ def test_plain():
 @pytest.mark.parametrize("make", WHOLE)
 def test_options_of_an_answer(pipeline, photo, make):
     options = {"max_new_tokens": 4, "top_k": 5, "no_repeat_ngram_size": 2, "min_new_tokens": 2, "seed": 3}
-    # A 16-bit share of 0.5 is exact.
+    # As a 16-bit number 0.5 is exact.
     sampled = {"temperature": 1, "top_p": 0.5, "repetition_penalty": 1.5}
     expected = pipeline.conversation().chat("What?", [photo], **options, **sampled)
     given = {name: make(value) for name, value in options.items()}
@@ -124,7 +124,7 @@ def test_numbers_that_are_none(pipeline):
 
 
 def test_an_integer_temperature_samples_as_a_float_does(pipeline):
-    """transformers' own loop refuses a temperature that is no float."""
+    """An integer works, although transformers' own loop refuses a temperature that is not a float."""
     with mg_fast.use_backend("reference"):
         first, second = (
             pipeline.conversation().chat("What?", temperature=t, seed=1, max_new_tokens=4) for t in (2, 2.0)
@@ -217,7 +217,7 @@ def test_positions_that_get_logits(model):
     ids = torch.tensor([[1, 5, 6, 7]])
 
     def check(keep, expected):
-        # A product of fewer rows may be rounded in another way.
+        # A product of fewer rows may be rounded differently.
         torch.testing.assert_close(model(input_ids=ids, logits_to_keep=keep).logits, expected)
 
     whole = model(input_ids=ids).logits

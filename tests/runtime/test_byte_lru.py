@@ -1,4 +1,4 @@
-"""Values kept by key within a limit of bytes."""
+"""A cache of values by key keeps within its limit of bytes."""
 
 from mg_fast.runtime.byte_lru import ByteLRU
 

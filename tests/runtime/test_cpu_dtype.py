@@ -1,4 +1,4 @@
-"""Which dtype a checkpoint is loaded in on a CPU, by the CPU's features and the memory, both of which are faked here."""
+"""The dtype in which a checkpoint is loaded on a CPU follows the CPU's features and the memory; both are faked here."""
 
 import json
 import math
@@ -59,12 +59,12 @@ def lines(caplog):
         (AMX, BFLOAT, BFLOAT),
         (BF16, HALF, BFLOAT),
         (FP16, HALF, HALF),
-        # float16 has not the range
+        # float16 lacks the range for bfloat16's numbers.
         (FP16, BFLOAT, SINGLE),
         (ARM, BFLOAT, BFLOAT),
         (ARM, HALF, HALF),
         (set(), BFLOAT, SINGLE),
-        # nothing is rounded that was not before
+        # No weight is rounded that was not rounded before.
         (BF16, SINGLE, SINGLE),
         (OLD, SINGLE, SINGLE),
     ],
@@ -92,7 +92,7 @@ def test_float32_only_where_it_fits(machine, caplog):
     assert said.startswith("weights stay in bfloat16: ") and said.endswith(
         "float32 needs 5.0 GB of memory and 5.0 GB are available"
     )
-    # of which a 16-bit dtype that is fast takes no more than the stored one
+    # A fast 16-bit dtype takes no more memory than the stored one, so it is taken even with little memory.
     machine(BF16, 1)
     assert cpu_dtype.choose(HALF, PARAMETERS) == BFLOAT
 
@@ -103,7 +103,7 @@ def test_load(machine, checkpoints, photo, caplog, stored):
     pipeline = mg_fast.load(checkpoints[stored], device="cpu", template="vicuna_v1")
     assert {p.dtype for p in pipeline.model.parameters()} == {SINGLE}
     assert len(lines(caplog)) == 1
-    # transformers' own `auto` keeps its meaning
+    # transformers' own `auto` keeps its meaning.
     plain = mg_fast.MiniGeminiForConditionalGeneration.from_pretrained(checkpoints[stored], dtype="auto")
     assert plain.dtype == stored and len(lines(caplog)) == 1
     assert pipeline.chat("What?", [photo], max_new_tokens=2).text is not None
@@ -208,7 +208,7 @@ def test_quantized_weights_want_bfloat16(machine, checkpoints, caplog):
             == "weights are loaded in bfloat16, not in the checkpoint's float16: kernels for int4 weights take bfloat16"
         )
         caplog.clear()
-        # which are told already what that costs, by what quantizes
+        # What this costs is said by the code that quantizes, so there is no other line.
         assert loading_dtype.resolve("float16", checkpoints[HALF], quantize="int8") == "float16"
         assert loading_dtype.resolve("auto", checkpoints[SINGLE], quantize="int8") == "auto"
         assert loading_dtype.resolve("auto", checkpoints[HALF], quantize=TorchAoConfig) == "auto"
@@ -252,12 +252,13 @@ def test_the_command_line(machine, checkpoints, capsys, caplog):
     [
         (
             OLD,
-            "arithmetic in float32 (bfloat16 {0} to {1} times as long, float16 {2} to {3} times as long); dtype=auto takes "
-            "float32 for bfloat16 and float32 for float16, where float32 fits in 12.3 GB of available memory",
+            "arithmetic in float32 (bfloat16 {0} to {1} times as long, float16 {2} to {3} times as long); dtype=auto "
+            "takes float32 for bfloat16 and float32 for float16, where float32 fits in 12.3 GB of available memory",
         ),
         (
             BF16,
-            "arithmetic in float32 and bfloat16 (float16 {2} to {3} times as long); dtype=auto takes bfloat16 for float16",
+            "arithmetic in float32 and bfloat16 (float16 {2} to {3} times as long); dtype=auto takes bfloat16 for "
+            "float16",
         ),
         (ARM, "arithmetic in float32 and bfloat16 and float16; dtype=auto keeps 16-bit checkpoints as they are"),
     ],

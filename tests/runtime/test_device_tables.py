@@ -1,4 +1,4 @@
-"""Tables kept by their sizes: how many, for how long, and those of a trace not at all."""
+"""Tables are kept by their sizes, within a limit and while they are needed; those of a trace are not kept."""
 
 import threading
 
@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 
 def counted(limit, numbers=25):
-    """A function whose tables have four bytes a number, and its calls."""
+    """A function whose tables take four bytes for each number, and the list of its calls."""
     made = []
 
     @kept(limit)
@@ -58,7 +58,7 @@ def test_tables_of_inference_serve_training():
 
 
 def test_threads():
-    """Many at once over more than fits: the count of bytes stays right."""
+    """With many threads and more tables than fit, the results and the count of bytes stay right."""
     table, _ = counted(8 * 400, numbers=100)
     wrong = []
 

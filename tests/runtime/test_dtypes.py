@@ -1,4 +1,4 @@
-"""Parts of one model in different dtypes: numbers are cast where they pass from one part to the next."""
+"""Parts of one model may have different dtypes: numbers are cast where they pass from one part to the next."""
 
 import copy
 import itertools
@@ -20,7 +20,7 @@ QUESTION = "What is written in the picture?"
 
 @pytest.fixture(autouse=True)
 def quick(one_thread):
-    """All models here are tiny."""
+    """All models here are tiny, so one thread is fastest."""
 
 
 def part(model, name):
@@ -28,7 +28,7 @@ def part(model, name):
 
 
 def in_dtypes(found, dtypes):
-    """The model with its parts in these dtypes, and one of the same rounded weights that computes in float32."""
+    """The model with its parts in these dtypes, and a copy with the same rounded weights that computes in float32."""
     model = MiniGeminiForConditionalGeneration.from_pretrained(found.folder, template=found.processor.template)
     for name, dtype in zip(PARTS, dtypes):
         part(model, name).to(dtype)
@@ -36,7 +36,7 @@ def in_dtypes(found, dtypes):
 
 
 def assert_near(actual, exact, dtypes, context):
-    # a unit in the last place of the coarsest part, grown through a few layers
+    # The bound is a unit in the last place of the coarsest part, which a few layers have enlarged.
     bound = 64 * max(torch.finfo(dtype).eps for dtype in dtypes) if set(dtypes) != {torch.float32} else 1e-4
     assert actual.isfinite().all() and relative_error(actual, exact) <= min(bound, 0.15), context
 
@@ -50,7 +50,7 @@ def assert_works(found, dtypes, backend=None):
         out = model(**inputs, labels=inputs["input_ids"])
     assert_near(out.logits, expected.logits, dtypes, "logits")
     assert out.loss.isfinite()
-    # through the packed encoder, unless the backend is the reference
+    # The pipeline uses the packed encoder, unless the backend is the reference.
     seen = pipeline.see(found.pictures[0])
     assert_near(seen, expected.image_hidden_states[0], dtypes, "image tokens")
     assert seen.dtype == dtypes[PARTS.index("mm_projector")]
@@ -102,7 +102,7 @@ def test_gradients_pass_the_seams():
 
 
 def test_autocast_is_left_alone():
-    """It casts by itself; weights in float32 stay the wider ones."""
+    """Autocast casts by itself, and float32 weights remain wider than its results."""
     found = family("standard")
     inputs = found.processor.image_processor(found.pictures[0])
     with torch.no_grad():
@@ -135,7 +135,7 @@ def assert_near_in_float32(model, found, backend, text):
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("name", INSIDE)
 def test_a_layer_of_a_part_in_float32(name, backend):
-    """As people keep LayerNorms in float32 in a model of 16 bits."""
+    """Users often keep LayerNorms in float32 in a model of 16 bits."""
     found = family("standard")
     model = MiniGeminiForConditionalGeneration.from_pretrained(found.folder, dtype=torch.bfloat16)
     model.get_submodule(name).float()
@@ -187,10 +187,13 @@ def test_a_trained_copy_in_float32(name, backend):
     ],
 )
 def test_a_layer_that_nothing_casts_for_is_named(part, layer, backend):
-    """Inside towers and language model the layers call each other."""
+    """Inside towers and the language model, layers call each other without a cast between them."""
     found = family("standard")
     model = MiniGeminiForConditionalGeneration.from_pretrained(found.folder, dtype=torch.bfloat16)
     model.model.get_submodule(f"{part}.{layer}").float()
-    expected = rf"^{part}: expected all of its layers in one dtype, got {re.escape(layer)}.weight in torch.float32 among torch.bfloat16"
+    expected = (
+        rf"^{part}: expected all of its layers in one dtype, got {re.escape(layer)}.weight in torch.float32 "
+        "among torch.bfloat16"
+    )
     with pytest.raises(BackendError, match=expected):
         Pipeline(model, found.processor, backend=backend).chat(QUESTION, [found.pictures[0]], max_new_tokens=2)

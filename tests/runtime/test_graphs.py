@@ -1,5 +1,6 @@
-"""Streams that graphs are captured on, and caches that change hands between streams, with stand-ins for what only a GPU
-has.
+"""Streams on which graphs are captured, and caches that pass from one stream to another.
+
+Stand-ins replace what only a GPU has.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ DEVICE = torch.device("cuda", 0)
 
 @pytest.fixture
 def torch_streams(monkeypatch):
-    """As torch has it: 32 streams of a device, handed out in turn."""
+    """Streams as torch has them: 32 for a device, handed out in turn."""
     given = []
 
     def stream(device):
@@ -34,7 +35,7 @@ def torch_streams(monkeypatch):
 def test_no_two_living_owners_capture_on_one_stream(torch_streams):
     """cuBLAS has one workspace for each stream of a thread, and graphs captured on one stream write to the same."""
     owners = [graphs.CaptureStream(DEVICE) for _ in range(20)]
-    # somebody else takes streams as well, and torch comes round to those in use
+    # Other code takes streams as well, and torch returns to those in use.
     for _ in range(25):
         torch.cuda.Stream(DEVICE)
     owners += [graphs.CaptureStream(DEVICE) for _ in range(12)]
@@ -52,7 +53,7 @@ def test_a_stream_is_free_again_when_its_owner_is_gone(torch_streams):
 
 @pytest.fixture
 def capturing(monkeypatch, torch_streams):
-    """Passes that are captured, as far as that can be had without a GPU; the streams on which they were."""
+    """The streams on which passes were captured, as far as captures work without a GPU."""
     streams = []
 
     class Capture:
@@ -73,8 +74,9 @@ def capturing(monkeypatch, torch_streams):
 
 
 def test_caches_of_one_thread_capture_on_streams_of_their_own(own, capturing):
-    """Their graphs may be replayed at the same time by two threads. Those of one cache never are: they share its
-    stream.
+    """Two threads may replay the graphs of two caches at the same time, but never those of one cache.
+
+    The graphs of one cache therefore share its stream.
     """
     passes = Decoder(own.model).runner
     caches = [passes.sequences(1, 64) for _ in range(2)]
@@ -89,7 +91,7 @@ def test_caches_of_one_thread_capture_on_streams_of_their_own(own, capturing):
 
 
 class Stream:
-    """Notes what is recorded on it, and what it waits for."""
+    """A stream that records the events that are recorded on it and that it waits for."""
 
     def __init__(self):
         self.device, self.recorded, self.waited = DEVICE, [], []
@@ -103,11 +105,11 @@ class Stream:
 
 
 def test_a_cache_is_taken_over_after_the_pass_that_ran_ahead(own, monkeypatch):
-    """The loop starts a pass before it knows that the answer has ended; the next request may be on another stream."""
+    """The loop starts a pass before it knows that an answer has ended; the next request may be on another stream."""
     of_thread = threading.local()
     decoder = Decoder(own.model, kv_cache_bytes=0)
     used = []
-    # the cache seems to be on a GPU
+    # Let the cache appear to be on a GPU.
     monkeypatch.setattr(model_runner.KVCache, "devices", property(lambda self: [DEVICE]))
     monkeypatch.setattr(model_runner.KVCache, "record_stream", lambda self, stream: used.append(stream))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: of_thread.stream)
@@ -162,9 +164,9 @@ def test_only_a_shortage_lets_others_be_captured(capturing, monkeypatch, caplog,
 
     captures = graphs.Captures()
     cache, of_the_same_owner = (graphs.GraphCache(2, captures) for _ in range(2))
-    # the stand-in for a capture would hide what is raised within
+    # The stand-in for a capture would hide the error that is raised inside.
     monkeypatch.setattr(graphs, "capture", lambda *_: contextlib.nullcontext())
-    assert cache.capture(fail, DEVICE, "large") is None and "large: goes without a CUDA graph" in caplog.text
+    assert cache.capture(fail, DEVICE, "large") is None and "large: runs without a CUDA graph" in caplog.text
     shortage = isinstance(error, torch.OutOfMemoryError)
     assert (
         (of_the_same_owner.capture(lambda: torch.ones(1), DEVICE, "small") is not None) == shortage == captures.allowed
@@ -172,7 +174,7 @@ def test_only_a_shortage_lets_others_be_captured(capturing, monkeypatch, caplog,
 
 
 def test_pictures_are_encoded_without_graphs_where_no_stream_is_left(own, torch_streams, monkeypatch, caplog):
-    """The encoder takes one stream for a tower and one for its graphs; here one is left."""
+    """The encoder needs one stream for a tower and one for its graphs, but only one is left here."""
     others = [graphs.CaptureStream(DEVICE) for _ in range(31)]
     encoder = PictureEncoder(own.model.model)
     encoder.device, encoder._graphs = DEVICE, graphs.GraphCache(2, encoder._captures)

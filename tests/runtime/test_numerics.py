@@ -1,4 +1,4 @@
-"""What changes float arithmetic is in one key, and everything that is kept or captured goes by it."""
+"""All settings that change float arithmetic are in one key, and everything that is kept or captured goes by it."""
 
 import contextlib
 
@@ -101,7 +101,7 @@ def test_all_of_a_setting_for_several_backends():
     assert len(keys) == 2 and numerics(CPU) == before
 
 
-# What each cache missed when it had a key of its own.
+# The settings that each cache missed when it had a key of its own.
 MISSED_BY_IMAGE_TOKENS = [
     "attention step by step",
     "no oneDNN",

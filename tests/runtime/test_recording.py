@@ -1,6 +1,4 @@
-"""Graphs of accelerated models and of our own modules: torch.jit.trace, torch.jit.script, torch.fx, torch.export,
-torch.compile.
-"""
+"""torch.jit.trace, torch.jit.script, torch.fx, torch.export and torch.compile record accelerated and own modules."""
 
 import copy
 import io
@@ -16,7 +14,7 @@ from mg_fast.modules import ConvNeXtPyramid, PatchInfoMining
 from mg_fast.testing.tolerances import relative_error
 from tests.integrations.test_unified_resampler import inputs, make
 
-# wide enough that oneDNN's products with an epilogue are taken, which no trace can hold
+# The widths are large enough for oneDNN's products with an epilogue, which no trace can hold.
 WIDE = dict(dims=(96, 192, 384, 24), depths=(1, 1, 1, 1), num_classes=5)
 
 
@@ -77,7 +75,7 @@ def test_an_accelerated_timm_model(accelerated, recorder):
     with torch.no_grad():
         assert relative_error(recorder(model, picture())(picture()), plain) < 1e-5
         assert relative_error(model(picture()), plain) < 1e-5
-    # the model stays accelerated
+    # The model stays accelerated.
     assert types == [type(part) for part in model.modules()]
 
 

@@ -1,4 +1,4 @@
-"""Whether modules compute what their weights say, and whether these have changed: one set of rules for all who ask."""
+"""One set of rules decides whether modules compute only what their weights say, and whether these have changed."""
 
 import copy
 import gc
@@ -128,7 +128,7 @@ class HalvedTower(CLIPVisionModel):
 
 
 def test_a_tower_with_layers_of_a_subclass_is_not_packed():
-    """Here all layers have it, so that the first one says nothing of what is usual."""
+    """All layers are of the subclass here, so the class of the first layer does not show what is usual."""
     halved = tower()
     for layer in halved.encoder.layers:
         layer.self_attn.__class__ = HalvedAttention
@@ -151,7 +151,7 @@ def test_a_tower_with_a_forward_of_its_own_is_called(kind, backend):
 
 
 def test_a_tower_called_with_other_weights_takes_its_own_form(monkeypatch):
-    """torch.func.functional_call puts plain tensors in the place of parameters."""
+    """torch.func.functional_call puts plain tensors in place of parameters, which are still read."""
     runs = []
     run_tower = channels_last.run_tower
     monkeypatch.setattr(channels_last, "run_tower", lambda *args: runs.append(1) or run_tower(*args))
@@ -173,7 +173,7 @@ def test_a_stage_that_is_traced_with_fake_weights_is_plain():
 
 
 class Language(nn.Sequential):
-    """On one GPU, as far as anybody asks."""
+    """A language model that appears to be on one GPU."""
 
     def parameters(self, recurse=True):
         return iter([types.SimpleNamespace(device=torch.device("cuda", 0))])
@@ -195,7 +195,7 @@ def test_passes_are_not_captured_with_hooks_anywhere(where):
         types.SimpleNamespace(text_config=own.model.text_config, language_model=language, head=head)
     )
     assert runner.graphs_refused(512) is None
-    # quantized weights are captured as they are
+    # Quantized weights are captured as they are.
     quantize(language[0])
     assert runner.graphs_refused(512) is None
     handle = HOOKS[where](language, head)

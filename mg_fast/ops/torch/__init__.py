@@ -1,1 +1,1 @@
-"""The operations' PyTorch forms, on any device: the `torch` backend."""
+"""The `torch` backend: the operations' forms in PyTorch, on any device."""

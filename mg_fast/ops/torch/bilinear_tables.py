@@ -1,6 +1,6 @@
-"""Bilinear resizing as tables: which coarse pixels a window of a resized map is made of, and with which weights.
+"""Bilinear resizing as tables: the coarse pixels that make up a window of a resized map, and their weights.
 
-The map of `size` x `size` pixels is upsampled to `fine` and then, for a global view, reduced by `reduction`, both as
+A map of `size` x `size` pixels is upsampled to `fine` and then, for a global view, reduced by `reduction`, both as
 F.interpolate does it (bilinear, align_corners=False).
 """
 
@@ -20,14 +20,15 @@ def resize_matrix(fine: int, size: int, reduction: int, device: torch.device, dt
 
 @kept()
 def window_tables(fine: int, size: int, reduction: int, regions: int, device: torch.device, dtype: torch.dtype):
-    """Which of size x size coarse pixels the windows need, and with which weights.
+    """Which of the size x size coarse pixels the windows need, and with which weights.
 
     Returns:
-        index [G, G * K * K] of the pixels of each row of windows, window by window, column by column; weights [G, M, K]
-        that make a window's M rows of pixels of its K coarse ones, and its columns likewise.
+        index [G, G * K * K] of the pixels of each row of windows, window by window and column by column; weights
+        [G, M, K] that make the M pixel rows of a window from K rows of coarse pixels. The columns have the same
+        weights.
     """
     k = reach(fine, size, reduction, regions)
-    # in the same whole numbers as the weights; at the end moved inwards, so that all windows are equally wide
+    # The units are those of the weights. Windows at the end are moved inwards, so that all windows are equally wide.
     first = torch.arange(regions, device=device) * (fine // regions) + (reduction - 1) // 2
     first = ((2 * first + 1) * size - fine).clamp(min=0) // (2 * fine)
     taps = first.clamp(max=size - k)[:, None] + torch.arange(k, device=device)
@@ -39,14 +40,15 @@ def window_tables(fine: int, size: int, reduction: int, regions: int, device: to
 def _weights(
     pixels: torch.Tensor, taps: torch.Tensor, fine: int, size: int, reduction: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """How much of each coarse pixel is in each pixel of the resized map: F.interpolate's bilinear
-    (align_corners=False), up, then down.
+    """The share of each coarse pixel in each pixel of the map that is upsampled and then reduced.
+
+    Both steps are F.interpolate's bilinear ones (align_corners=False).
     """
     weights = 0
-    # the middle of what is reduced: one fine pixel, or between two
+    # The middle of a block of fine pixels that are reduced to one: one of them, or between two.
     for middle in ((reduction - 1) // 2, reduction // 2):
         pixel = pixels * reduction + middle
-        # whole numbers, in units of 1 / (2 * fine) coarse pixels
+        # Positions are whole numbers, in units of 1 / (2 * fine) coarse pixels.
         position = ((2 * pixel + 1) * size - fine).clamp(0, 2 * fine * (size - 1))
         weights = weights + (1 - (position - 2 * fine * taps).abs().to(dtype) / (2 * fine)).clamp(min=0) / 2
     return weights
@@ -54,11 +56,11 @@ def _weights(
 
 @kept()
 def strip_tables(fine: int, size: int, reduction: int, regions: int, device: torch.device, dtype: torch.dtype):
-    """As `window_tables`, for windows that are all equally far apart and may begin before the map and end after it.
+    """As `window_tables`, for windows that are equally far apart and may begin before the map and end after it.
 
     Returns:
-        The first coarse pixel of the first window; how many there are from one window to the next, a whole number;
-        weights [G, M, K].
+        The first coarse pixel of the first window; the number of coarse pixels from one window to the next, which is
+        whole; weights [G, M, K].
     """
     side = fine // regions
     begin, end = (reduction - 1) // 2, side - reduction + reduction // 2
@@ -71,12 +73,12 @@ def strip_tables(fine: int, size: int, reduction: int, regions: int, device: tor
 
 @torch.compiler.assume_constant_result
 def reach(fine: int, size: int, reduction: int, regions: int) -> int:
-    """How many coarse pixels along one axis one of `regions` equal parts of the resized map is made of, at most."""
-    return _kept_reach(fine, size, reduction, regions)
+    """The most coarse pixels along one axis that make up one of `regions` equal parts of the resized map."""
+    return _cached_reach(fine, size, reduction, regions)
 
 
 @functools.lru_cache(maxsize=256)
-def _kept_reach(fine: int, size: int, reduction: int, regions: int) -> int:
+def _cached_reach(fine: int, size: int, reduction: int, regions: int) -> int:
     side, reach = fine // regions, 0
     for region in range(regions):
         first, last = region * side + (reduction - 1) // 2, (region + 1) * side - reduction + reduction // 2
@@ -87,5 +89,5 @@ def _kept_reach(fine: int, size: int, reduction: int, regions: int) -> int:
 
 
 def neighbours(fine: int, size: int, reduction: int) -> int:
-    """How many neighbouring coarse pixels one pixel is made of, at most."""
+    """The most neighbouring coarse pixels along one axis that make up one pixel."""
     return reach(fine, size, reduction, fine // reduction)

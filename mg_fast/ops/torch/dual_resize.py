@@ -1,9 +1,9 @@
-"""Pictures to the two resolutions: squared, resized bicubically with Pillow's own bits, normalised, and seen again at
-low resolution.
+"""Resizes pictures to both resolutions in PyTorch: the `torch` backend of `ops.dual_resize`.
 
-Pillow resizes 8-bit pictures in whole numbers: the filter's weights are rounded to multiples of 2**-22, columns are
-resized before rows, and what lies between the two passes is rounded to 8 bits. All sums stay below 2**53, so float64
-holds them exactly, in any order.
+A picture is squared, resized bicubically with Pillow's own bits, normalised, and made into low-resolution views. Pillow
+resizes 8-bit pictures in whole numbers: the filter's weights are rounded to multiples of 2**-22, columns are resized
+before rows, and the picture between the two passes is rounded to 8 bits. All sums stay below 2**53, so float64 holds
+them exactly, in any order.
 """
 
 import functools
@@ -22,16 +22,16 @@ from ..reference import low_resolution_views
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-# int(255 * mean)
+# int(255 * mean) of each channel.
 PAD_COLOUR = (122, 116, 104)
-# a canvas of 18,918 pixels a side, about 1 GiB: beyond it, squaring by padding would take the machine's memory for
-# nothing
+# A canvas of 18,918 pixels a side, which takes about 1 GiB. Squaring a longer picture by padding would only fill the
+# machine's memory.
 MAX_CANVAS_PIXELS = 4 * 89_478_485
-# of a weight in fixed point: Pillow's PRECISION_BITS
+# Fraction bits of a weight in fixed point: Pillow's PRECISION_BITS.
 FRACTION_BITS = 22
-# outputs that are made by one matrix product, and values of the picture that are held in float64 at once
+# Outputs that one matrix product makes, and values of the picture that are held in float64 at the same time.
 BLOCK, CHUNK = 32, 2**19
-# of the tables of one kind that are kept on devices: those of 8 camera pictures in HD, or more
+# Bytes of the tables of one kind that are kept on devices: enough for 8 camera pictures in HD, or more.
 TABLE_BYTES = 2**25
 
 
@@ -39,12 +39,12 @@ class Side(NamedTuple):
     """One side of a picture on its way to the result, in pixels.
 
     Attributes:
-        length: of the picture.
-        offset: of the picture on the canvas.
-        canvas: what is resized: the picture, or the square that it is padded to.
-        resized: what the canvas is resized to.
-        begin: of the result within what is resized.
-        size: of the result.
+        length: length of the picture.
+        offset: offset of the picture on the canvas.
+        canvas: length of what is resized: the picture, or the square that it is padded to.
+        resized: length that the canvas is resized to.
+        begin: where the result begins within what is resized.
+        size: length of the result.
     """
 
     length: int
@@ -56,17 +56,17 @@ class Side(NamedTuple):
 
 
 def place(width: int, height: int, size: int, pad: bool) -> tuple[Side, Side]:
-    """The horizontal and the vertical side of a picture that is squared to size x size, by padding or by cropping the
-    centre.
+    """The horizontal and vertical sides of a picture squared to size x size, by padding or by cropping the centre.
 
     Raises:
-        PictureError: too thin, or too large.
+        PictureError: the picture is too thin or too large.
     """
     long, short = max(width, height), min(width, height)
     if pad:
         if short * size < long:
             raise PictureError(
-                f"{width}x{height} pixels: too thin, squared and resized to {size}x{size} its short side is under one pixel"
+                f"{width}x{height} pixels: too thin, squared and resized to {size}x{size} its short side is under one "
+                "pixel"
             )
         if long * long > MAX_CANVAS_PIXELS:
             limit = math.isqrt(MAX_CANVAS_PIXELS)
@@ -87,10 +87,10 @@ def place(width: int, height: int, size: int, pad: bool) -> tuple[Side, Side]:
 
 
 def square(image: Image.Image, size: int, pad: bool) -> Image.Image:
-    """An RGB picture as size x size, by Pillow, as the original does.
+    """Squares an RGB picture to size x size with Pillow, as the original does.
 
     Raises:
-        PictureError: too thin, or too large.
+        PictureError: the picture is too thin or too large.
     """
     x, y = place(image.width, image.height, size, pad)
     if (x.canvas, y.canvas) != image.size:
@@ -99,8 +99,8 @@ def square(image: Image.Image, size: int, pad: bool) -> Image.Image:
         image = canvas
     if pad:
         return image.resize((size, size), Image.Resampling.BICUBIC)
-    # columns first, as Pillow always did: for tall pictures Pillow 13 changes the order, and with it the rounding
-    # between
+    # Columns are resized first, as Pillow always did. For tall pictures Pillow 13 changes the order, and with it the
+    # rounding between the passes.
     image = image.resize((x.resized, image.height), Image.Resampling.BICUBIC).resize(
         (x.resized, y.resized), Image.Resampling.BICUBIC
     )
@@ -109,8 +109,9 @@ def square(image: Image.Image, size: int, pad: bool) -> Image.Image:
 
 @functools.lru_cache(maxsize=1)
 def level_tables() -> np.ndarray:
-    """[3, 256] float32: (u8 / 255 - mean) / std of every channel, each step rounded to float32 as the original's
-    processor does.
+    """The normalised value (u8 / 255 - mean) / std of every channel and level, [3, 256] float32.
+
+    Each step is rounded to float32, as the original's processor does it.
     """
     levels = (np.arange(256) / 255).astype(np.float32)
     mean, std = np.array(CLIP_MEAN, np.float32), np.array(CLIP_STD, np.float32)
@@ -118,37 +119,36 @@ def level_tables() -> np.ndarray:
 
 
 def normalise(image: Image.Image) -> torch.Tensor:
-    """An RGB image as [3, H, W], float32: (u8 / 255 - mean) / std, each step rounded to float32 as the original's
-    processor does.
-    """
-    # one table of 256 values per channel gives every pixel bit for bit
+    """An RGB image as [3, H, W] float32: (u8 / 255 - mean) / std, with each step rounded as in `level_tables`."""
+    # One table of 256 values per channel gives every pixel bit for bit.
     pixels = np.asarray(image)
     return torch.from_numpy(np.stack([np.take(table, pixels[..., c]) for c, table in enumerate(level_tables())]))
 
 
 def bicubic_taps(side: Side) -> tuple[np.ndarray, np.ndarray]:
-    """Which pixels every pixel of the result is made of, and with which weights: Pillow's `precompute_coeffs` and
-    `normalize_coeffs_8bpc`, in their order of operations.
+    """The pixels that make up each pixel of the result, and their weights.
+
+    This repeats Pillow's `precompute_coeffs` and `normalize_coeffs_8bpc`, in their order of operations.
 
     Returns:
-        first: [size] int32, the first tap as a pixel of the picture; taps outside of the picture have the colour of the
+        first: [size] int32, the first tap as a pixel of the picture; taps outside the picture have the colour of the
             padding.
-        weights: [size, K] int32, in units of 2**-22; zero for taps outside of the canvas.
+        weights: [size, K] int32, in units of 2**-22; zero for taps outside the canvas.
     """
     scale = side.canvas / side.resized
     stretch = max(scale, 1.0)
     support = 2.0 * stretch
     centre = (np.arange(side.begin, side.begin + side.size) + 0.5) * scale
-    # both are cut off as C does it, towards zero
+    # Both are truncated towards zero, as C does it.
     first = np.maximum((centre - support + 0.5).astype(np.int64), 0)
     end = np.minimum((centre + support + 0.5).astype(np.int64), side.canvas)
     taps = first[:, None] + np.arange((end - first).max())
     x = np.abs((taps - centre[:, None] + 0.5) * (1.0 / stretch))
-    # Keys' cubic with a = -0.5
+    # Keys' cubic filter with a = -0.5.
     near = ((-0.5 + 2.0) * x - (-0.5 + 3.0)) * x * x + 1
     far = (((x - 5) * x + 8) * x - 4) * -0.5
     weights = np.where((taps < end[:, None]) & (x < 2.0), np.where(x < 1.0, near, far), 0.0)
-    # one after another, as Pillow adds them up
+    # The weights are added one after another, as Pillow adds them.
     total = np.add.accumulate(weights, axis=1)[:, -1:]
     weights = weights / total * (1 << FRACTION_BITS)
     fixed = np.where(weights < 0, weights - 0.5, weights + 0.5).astype(np.int32)
@@ -157,19 +157,18 @@ def bicubic_taps(side: Side) -> tuple[np.ndarray, np.ndarray]:
 
 @functools.lru_cache(maxsize=64)
 def span(side: Side) -> tuple[int, int]:
-    """The pixels [low, high) of the picture that the result is made of: a crop leaves some out."""
+    """The range [low, high) of the picture's pixels that the result is made of; a crop leaves some out."""
     first, weights = bicubic_taps(side)
     return max(int(first.min()), 0), min(int(first.max()) + weights.shape[1], side.length)
 
 
 class ResizeBlock(NamedTuple):
-    """Outputs [begin, end) of a side from pixels [first, last) of the picture, by a matrix product and a share of the
-    padding.
+    """Makes outputs [begin, end) of a side from pixels [first, last) of the picture and a share of the padding.
 
     Attributes:
-        weights: [last - first, end - begin] float64.
-        padding: [end - begin] float64, the weight of the taps outside of the picture.
-        padded: whether there are any.
+        weights: [last - first, end - begin] float64, for a matrix product.
+        padding: [end - begin] float64, the weight of the taps outside the picture.
+        padded: whether there are such taps.
     """
 
     begin: int
@@ -187,7 +186,7 @@ def _blocks(side: Side, device: torch.device) -> list[ResizeBlock]:
     positions = first[:, None] + np.arange(fixed.shape[1])
     used = (fixed != 0) & (positions >= 0) & (positions < side.length)
     scaled = fixed / (1 << FRACTION_BITS)
-    # where a block without a picture stands, for slices
+    # A block that sees only padding needs an empty slice of the picture, which is placed here.
     seen = span(side)[0]
     blocks = []
     for begin in range(0, side.size, BLOCK):
@@ -203,7 +202,7 @@ def _blocks(side: Side, device: torch.device) -> list[ResizeBlock]:
 
 
 def _rounded(sums: torch.Tensor) -> torch.Tensor:
-    """To 8 bits as Pillow does it, still in float64."""
+    """Rounds sums to 8 bits as Pillow does it, still in float64."""
     return sums.add_(0.5).floor_().clamp_(0, 255)
 
 
@@ -228,7 +227,7 @@ def dual_resize(
             if block.padded:
                 resized[:, block.begin : block.end] += (colour * block.padding).repeat(height, 1)
         between[begin - low : begin - low + height] = _rounded(resized).view(height, 3, hr_size)
-    # a row of the padding; its weights are not quite one in all
+    # This is a row of the padding. It is not exactly the colour, because its weights do not sum to exactly one.
     empty = _rounded(torch.cat([colour * (block.weights.sum(0) + block.padding) for block in columns], dim=1)).flatten()
 
     tables = torch.from_numpy(level_tables()).to(device).flatten()
@@ -246,13 +245,12 @@ def dual_resize(
 
 @functools.lru_cache(maxsize=8)
 def bilinear_taps(before: int, after: int) -> tuple[np.ndarray, np.ndarray]:
-    """[2, after] each: positions int64 and weights float32 by which F.interpolate makes `after` pixels of `before` on
-    this CPU.
+    """Positions int64 and weights float32, both [2, after], by which F.interpolate on this CPU resizes `before` pixels.
 
-    Asked of it, not computed: its positions are float32, and whether a product and a sum are rounded once or twice is
-    its compiler's.
+    They are read off F.interpolate rather than computed, because its positions are float32, and its compiler decides
+    whether a product and a sum are rounded once or twice.
     """
-    # its values are wanted, whoever only compiles
+    # The values are needed even where tensors are fake because code is only compiled.
     with unset_fake_temporarily():
         probe = F.interpolate(
             torch.eye(before, dtype=torch.float32, device="cpu")[None, None],
@@ -267,8 +265,9 @@ def bilinear_taps(before: int, after: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def view_taps(hr_size: int, lr_size: int, grid: int, global_view: bool) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Positions and weights [T, n] along a side, of the canvas of tiles (T = 2) and of the global view (T = 4), from
-    the HR picture.
+    """Positions and weights [T, n] from the HR picture along a side.
+
+    The first pair is for the canvas of tiles (T = 2), the second for the global view (T = 4), if it is wanted.
     """
     positions, weights = bilinear_taps(hr_size, lr_size * grid)
     taps = [(positions, weights)]
@@ -284,14 +283,14 @@ def view_taps(hr_size: int, lr_size: int, grid: int, global_view: bool) -> list[
 
 
 def views_of(hr: torch.Tensor, lr_size: int, *, grid: int, global_view: bool) -> torch.Tensor:
-    """[V, 3, LR, LR] of [3, HR, HR]: `reference.low_resolution_views`, with the CPU's weights on every device."""
+    """Views [V, 3, LR, LR] of hr [3, HR, HR]: `reference.low_resolution_views` with the CPU's weights on any device."""
     if hr.device.type == "cpu":
         return low_resolution_views(hr[None], lr_size, grid=grid, global_view=global_view)[0]
     return views_by_taps(hr, lr_size, grid=grid, global_view=global_view)
 
 
 def views_by_taps(hr: torch.Tensor, lr_size: int, *, grid: int, global_view: bool) -> torch.Tensor:
-    """`views_of` from tables: the positions of F.interpolate on another device may round to other weights."""
+    """`views_of` from tables, because F.interpolate's positions on another device may round to other weights."""
     canvases = []
     for positions, weights in view_taps(hr.shape[-1], lr_size, grid, global_view):
         taps = list(zip(torch.from_numpy(positions).to(hr.device), torch.from_numpy(weights).to(hr.device)))

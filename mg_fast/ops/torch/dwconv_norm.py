@@ -1,4 +1,4 @@
-"""A ConvNeXt block's first half on channels-last maps: the `torch` backend of `ops.dwconv_norm`."""
+"""The first half of a ConvNeXt block on channels-last maps: the `torch` backend of `ops.dwconv_norm`."""
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,9 @@ def dwconv_norm(
     norm_bias: torch.Tensor,
     eps: float,
 ) -> torch.Tensor:
-    """The map as it is, seen as a channels-last NCHW tensor by the convolution."""
+    """`mg_fast.ops.dwconv_norm` in PyTorch; the convolution reads the map as a channels-last NCHW tensor."""
     kernel = weight.t().reshape(-1, 1, 7, 7)
-    # an NHWC map is a channels-last NCHW one; other layouts would take the convolution the slow way
+    # An NHWC map is a channels-last NCHW one. In another layout the convolution would take its slow path.
     seen = x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
     convolved = F.conv2d(seen, kernel, bias, padding=3, groups=x.shape[-1]).permute(0, 2, 3, 1)
     return F.layer_norm(convolved, norm_weight.shape, norm_weight, norm_bias, eps)

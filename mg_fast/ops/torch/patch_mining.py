@@ -1,20 +1,21 @@
-"""Patch info mining by another algebra, in PyTorch: the `torch` backend, for any device, and the algebra around the
-kernels.
+"""Patch info mining by another algebra: the `torch` backend, and the algebra around the Triton kernels.
 
-Exact, not an approximation. With one query to a window the key and value projections move off the pixels:
+The algebra is exact, not an approximation. With one query to a window, the key and value projections need not be
+applied to pixels:
 
-- scores: q . (W_k (g x̂ + b) + c) = (g * W_k^T q) . x̂ + constant, and a constant cancels in the softmax; so the QUERY
-  is projected to the pyramid's channels, once, instead of every pixel to the queries' width;
-- values: the weights sum to 1, so the normalised pixels are pooled first and projected once;
-- resizing is linear: a window needs the scores of the coarse pixels under it only, resized as scalars by a small matrix
-  of bilinear weights, and the weights of the softmax go back through the same matrix; so no upsampled, reduced or
-  concatenated map exists;
-- LayerNorm's mean is linear too, its variance a quadratic form of the inner products of neighbouring coarse pixels.
+- Scores: q . (W_k (g x̂ + b) + c) = (g * W_k^T q) . x̂ + constant, and a constant cancels in the softmax. So the QUERY
+  is projected to the pyramid's channels, once, instead of every pixel to the queries' width.
+- Values: the weights sum to 1, so the normalised pixels are pooled first and projected once.
+- Resizing is linear: a window needs only the scores of the coarse pixels under it, which are resized as scalars by a
+  small matrix of bilinear weights. The softmax's weights go back through the same matrix. So no upsampled, reduced or
+  concatenated map exists.
+- LayerNorm's mean is linear too, and its variance is a quadratic form of the inner products of neighbouring coarse
+  pixels.
 
-By count of the products, 435 GFLOP become 8 for a picture of 768 pixels. Windows share their borders, so coarse pixels
-are read more than once. Slower than the plain form where there is little to save, few queries of few channels:
-milliseconds either way. Something that is not finite makes its whole picture so. Under torch.compile sizes must be
-static (dynamic=False): the tables are made from them.
+For a picture of 768 pixels this reduces the products from 435 to 8 GFLOP, by count. Windows share their borders, so
+coarse pixels are read more than once. For few queries of few channels there is little to save, and the plain form is
+faster; both take milliseconds. A value that is not finite makes the results of its whole picture not finite. Under
+torch.compile sizes must be static (dynamic=False), because the tables are made from them.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,10 +27,10 @@ from ..reference import LAYER_NORM_EPS, Projection
 from .bilinear_tables import neighbours, resize_matrix, strip_tables, window_tables
 from .pointwise import linear
 
-# on a CPU: rows of a map whose inner products are taken together, so that they stay in its cache
+# On a CPU: rows of a map whose inner products are computed together, so that they stay in the cache.
 ROWS = 8
-# on a CPU: bytes of the pyramids, in the accumulator's dtype, that are taken together; their gathered windows take two
-# to four times as much. Of a larger pyramid the windows of one row are taken at a time
+# On a CPU: bytes of the pyramids, in the accumulator's dtype, that are processed together. Their gathered windows take
+# two to four times as much. A larger pyramid is processed one row of windows at a time.
 TOGETHER = 8 * 2**20
 
 
@@ -43,35 +44,33 @@ def patch_mining(
     grid: int = 1,
     pool: Callable[[torch.Tensor, Sequence[torch.Tensor], int], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Same arguments and result as `reference.patch_mining`; `pool` takes the place of `pool_windows`."""
+    """`reference.patch_mining` with the same arguments and result; `pool` replaces `pool_windows`."""
     pool = pool or pool_windows
     absorbed = _absorb(queries, query, key)
     pooled = pool(absorbed, pyramid, grid)
     if torch.is_grad_enabled():
-        # the key's biases have a gradient of zero, not none: optimisers and data-parallel wrappers look for it
+        # The key's biases get a gradient of zero, not None: optimisers and data-parallel wrappers expect a gradient.
         pooled = pooled + (0.0 * key.norm_bias).sum() + (0.0 * key.bias).sum()
     pooled = torch.addcmul(value.norm_bias, pooled, value.norm_weight)
-    # not by convolution: over so many channels its float32 sums have three times the rounding error
+    # `linear` could choose a convolution, whose float32 sums over so many channels have three times the rounding error.
     return F.linear(pooled.to(queries.dtype), value.weight, value.bias)
 
 
 def _absorb(queries: torch.Tensor, query: Projection, key: Projection) -> torch.Tensor:
-    """The queries projected to the pyramid's channels: gains of the key's LayerNorm and the scale of the scores
-    included.
-    """
+    """The queries projected to the pyramid's channels, with the key's LayerNorm gains and the scale of the scores."""
     d = key.weight.shape[0]
     projected = F.layer_norm(queries, query.norm_weight.shape, query.norm_weight, query.norm_bias, LAYER_NORM_EPS)
     projected = linear(projected, query.weight, query.bias)
-    # of the projected ones: under autocast the queries' own says nothing
+    # The dtype of the projected queries decides: under autocast the dtype of the queries does not determine it.
     if projected.dtype != torch.float16:
         return linear(projected, key.weight.t()) * (key.norm_weight * d**-0.5)
-    # float16 could overflow in this product: a power of two per query, which is exact, keeps it small
+    # In float16 this product could overflow. Dividing by a power of two per query, which is exact, keeps it small.
     scale = projected.abs().amax(-1, keepdim=True).float().clamp(min=2.0**-14).log2().ceil().exp2()
     return linear((projected / scale).half(), key.weight.t()).float() * (key.norm_weight.float() * (scale * d**-0.5))
 
 
 def pool_windows(absorbed: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int) -> torch.Tensor:
-    """Softmax-weighted mean of the normalised pixels of every query's window.
+    """The softmax-weighted mean of the normalised pixels of every query's window.
 
     Args:
         absorbed: [B, V, N, C], queries projected to C = sum(C_s) channels; V = grid * grid cells row by row, then
@@ -84,15 +83,15 @@ def pool_windows(absorbed: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: 
     """
     device = absorbed.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
-        # which would round the products of the statistics, in float16 to infinity
+        # Autocast would round the products of the statistics, in float16 to infinity.
         with torch.autocast(device, enabled=False):
             return pool_windows(absorbed, pyramid, grid)
     b, views, n, channels = absorbed.shape
     cells, side = grid * grid, int(n**0.5)
     dtype = torch.float64 if pyramid[0].dtype == torch.float64 else torch.float32
     in_steps = False
-    # a CPU is best kept in its cache, but not for a few windows at a time; a GPU is to be busy, a compiler's graph
-    # small
+    # On a CPU the work should stay in the cache, but not by taking only a few windows at a time. A GPU should be kept
+    # busy, and a compiler's graph small.
     if device == "cpu" and not torch.compiler.is_compiling():
         together = TOGETHER // sum(dtype.itemsize * level.shape[1:].numel() for level in pyramid)
         if b > max(1, together):
@@ -102,12 +101,12 @@ def pool_windows(absorbed: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: 
         in_steps = together == 0
     absorbed = absorbed.to(dtype)
     centres = [level.mean(-1, dtype=dtype) for level in pyramid]
-    # for cells and global view together: it reads every level several times
+    # Inner products are computed once for cells and global view, because this reads every level several times.
     fine, reductions = pyramid[0].shape[1], (1, grid) if views > cells else (1,)
     spans = [max(neighbours(fine, level.shape[1], reduction) for reduction in reductions) for level in pyramid]
     products = [_inner_products(*level, in_steps=in_steps) for level in zip(pyramid, centres, spans)]
-    # the cells lie side by side on one raster, so that a window at a cut sees the neighbouring cell's pixels as the
-    # upsampled map does
+    # The cells lie side by side on one raster, so that a window at a cut sees pixels of the neighbouring cell, as it
+    # does in the upsampled map.
     raster = (
         absorbed[:, :cells]
         .reshape(b, grid, grid, side, side, channels)
@@ -132,21 +131,20 @@ def _pool_raster(
     *,
     in_steps: bool,
 ) -> torch.Tensor:
-    """Queries [B, G, G, C] over the G x G windows of the map upsampled to the finest level and reduced by `reduction`
-    -> [B, G, G, C].
+    """Pools the G x G windows of the map that is upsampled to the finest level and reduced: queries -> [B, G, G, C].
 
     Args:
-        absorbed: in the accumulator's dtype, as `centres` and `products` are.
+        absorbed: queries [B, G, G, C] in the dtype of the accumulator, of `centres` and of `products`.
         pyramid: [B, n_s, n_s, C_s].
         centres: means of the levels' pixels over their channels, [B, n_s, n_s].
         products: `_inner_products` of the levels.
         reduction: 1, or the grid for the global view.
-        in_steps: one row of windows at a time.
+        in_steps: process one row of windows at a time.
     """
     b, g = absorbed.shape[:2]
     fine, widths = pyramid[0].shape[1], [level.shape[-1] for level in pyramid]
     side = fine // reduction // g
-    # of every window's pixels: [B, row of windows, window, pixel row, pixel column]
+    # The statistics of every window's pixels: [B, row of windows, window, pixel row, pixel column].
     deviations, inverse = _statistics(widths, centres, products, reduction)
     *deviations, inverse = (t.reshape(b, g, side, g, side).transpose(2, 3) for t in (*deviations, inverse))
     parts = absorbed.split(widths, dim=-1)
@@ -177,14 +175,14 @@ def _pool_raster(
 def _reader(
     level: torch.Tensor, centre: torch.Tensor, fine: int, reduction: int, g: int, *, in_steps: bool
 ) -> tuple[Callable, torch.Tensor]:
-    """A function that reads rows of windows, and the weights [G, M, K] that make their pixels of the coarse ones.
+    """A function that reads rows of windows, and the weights [G, M, K] that make window pixels from coarse ones.
 
-    The function takes a slice of the rows to coarse pixels [B, rows, G, K * K, C], column by column, less their own
-    means over the level's channels, so that nothing cancels where features have a large common offset.
+    The function turns a slice of rows into coarse pixels [B, rows, G, K * K, C], column by column. Each pixel is less
+    its own mean over the level's channels, so that nothing cancels where features have a large common offset.
     """
     b, n, _, channels = level.shape
     sizes = (fine, n, reduction, g, centre.device, centre.dtype)
-    # gradients need every window as it was
+    # Gradients need every window unchanged, and the strip below is overwritten by every row.
     if not in_steps or torch.is_grad_enabled() or b != 1 or fine // g * n % fine:
         index, resize = window_tables(*sizes)
         pixels, means, k = level.flatten(1, 2), centre.flatten(1), resize.shape[-1]
@@ -196,12 +194,12 @@ def _reader(
 
         return gather, resize
 
-    # faster on a CPU: the windows of a row overlap in one strip of the level, column by column, of which they are views
+    # On a CPU one strip of the level, column by column, is faster: the overlapping windows of a row are views of it.
     first, step, resize = strip_tables(*sizes)
     k = resize.shape[-1]
     strip = centre.new_zeros((g - 1) * step + k, k, channels)
     windows = strip.as_strided((1, 1, g, k * k, channels), (0, 0, step * k * channels, channels, 1))
-    # what lies beyond the map has no weight
+    # Positions outside the map have no weight.
     across = slice(max(first, 0), min(first + len(strip), n))
 
     def cut(rows: slice) -> torch.Tensor:
@@ -220,21 +218,21 @@ def _statistics(
     products: Sequence[dict[tuple[int, int], torch.Tensor]],
     reduction: int,
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """LayerNorm's statistics of the resized levels taken together, [B, n, n] with n = n_0 / reduction.
+    """LayerNorm's statistics over the channels of all resized levels, [B, n, n] with n = n_0 / reduction.
 
     Args:
         widths: channels of the levels.
         centres: means of their pixels over their channels, [B, n_s, n_s].
-        products: their `_inner_products`: the square of a resized pixel is one of inner products of the pixels that it
-            is made of.
+        products: their `_inner_products`. The square of a resized pixel is a sum of inner products of the coarse pixels
+            that it is made of.
         reduction: of the fine map.
 
     Returns:
-        For every level how far the mean over its channels is from the mean over all; the inverse standard deviation
-        over all.
+        For every level, how far the mean over its channels is from the mean over all channels; and the inverse standard
+        deviation over all channels.
     """
     fine, channels = centres[0].shape[1], sum(widths)
-    # one number less everywhere in a picture, so that a large one does not drown the differences
+    # One number is subtracted everywhere in a picture, so that a large offset does not drown the differences.
     offset = sum(centre.mean((1, 2), keepdim=True) * c for centre, c in zip(centres, widths)) / channels
     means, squares = [], 0
     for centre, inner in zip(centres, products):
@@ -258,16 +256,17 @@ def _statistics(
 def _inner_products(
     level: torch.Tensor, centre: torch.Tensor, span: int, *, in_steps: bool
 ) -> dict[tuple[int, int], torch.Tensor]:
-    """Inner products over the channels of every pixel of a level, less its mean, with its neighbours.
+    """Inner products, over the channels, of every pixel of a level less its mean with its neighbours.
 
     Args:
         level: [B, n, n, C].
         centre: [B, n, n], its mean over the channels.
         span: neighbours are less than this many pixels away.
-        in_steps: `ROWS` rows at a time.
+        in_steps: process `ROWS` rows at a time.
 
     Returns:
-        For (down, across) the products [B, n - down, n - across] of pixels so far apart; along both diagonals together.
+        For each (down, across) the products [B, n - down, n - across] of pixels that far apart, summed over both
+        diagonals.
     """
     n = level.shape[1]
     step = ROWS if in_steps else n
@@ -281,7 +280,7 @@ def _inner_products(
                 continue
             here, there = x[:, :count], x[:, down : down + count]
             if not (down or across):
-                # one pass less
+                # The vector norm takes one pass less than a product and a sum.
                 found.append(torch.linalg.vector_norm(here, dim=-1).square())
                 continue
             product = (here[:, :, : n - across] * there[:, :, across:]).sum(-1)

@@ -1,6 +1,6 @@
-"""Linear layers by the library that is faster, and those of a ConvNeXt block: the `torch` backend of `ops.pointwise`.
+"""Linear layers by the faster library, and the pointwise layers of a ConvNeXt block: the `torch` backend.
 
-On CPUs oneDNN's float32 products are faster than those of F.linear, and their rounding errors larger: each sums over
+On CPUs oneDNN's float32 products are faster than F.linear's, but their rounding errors are larger, because each sums
 all of its terms one after the other, or in few blocks. They are used as far as the accuracy rule allows.
 """
 
@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# from which the convolution is faster; in float16 it has not been seen to be
+# Rows from which oneDNN's convolution is faster than F.linear. In float16 no measurement found it faster.
 _FEWEST_ROWS = {torch.float32: 512, torch.bfloat16: 1024}
 _FEWEST_WEIGHTS = 2**17
-# that a float32 convolution, and a float32 product with GELU, may sum up. In bfloat16 the result's own rounding is far
-# larger
+# The most terms that a float32 convolution, or a float32 product with GELU, may sum up within the accuracy rule. In
+# bfloat16 the rounding of the result is far larger than the errors of the sum.
 _MOST_TERMS = {"convolution": 512, "gelu": 1024}
 
 _thread = threading.local()
@@ -25,10 +25,10 @@ _thread = threading.local()
 def linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, precise: bool = False
 ) -> torch.Tensor:
-    """F.linear, by the library that is faster: on CPUs, from some size on, oneDNN's 1x1 convolution.
+    """F.linear by the faster library: on CPUs, from a certain size on, oneDNN's 1x1 convolution.
 
-    `precise` where the product is itself a result, which the accuracy rule is held against; else one step among
-    several, whose error is lost among theirs, and in float32 up to four times that of F.linear.
+    Set `precise` where the product is itself a result that must pass the accuracy rule. Otherwise the product is one
+    step among several: its error, in float32 up to four times that of F.linear, is lost among the errors of the others.
     """
     rows = x.numel() // max(x.shape[-1], 1)
     if x.device.type != "cpu" or weight.numel() < _FEWEST_WEIGHTS or rows < _FEWEST_ROWS.get(x.dtype, math.inf):
@@ -42,18 +42,19 @@ def linear(
 
 
 def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """gelu(x W^T + b): on CPUs oneDNN's product with both, else the library's with its bias, and one pass in place."""
+    """Computes gelu(x W^T + b): on CPUs as one oneDNN product, else as a product with bias and one pass in place."""
     if _has_epilogue(x, weight, bias) and x.shape[-1] <= _MOST_TERMS["gelu"]:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "none")
     y = linear(x, weight, bias, precise=True)
-    # whose gradient needs what it would overwrite
+    # GELU's gradient needs y, which GELU in place would overwrite.
     return F.gelu(y) if y.requires_grad else torch.ops.aten.gelu_(y)
 
 
 def linear_residual(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """r + x W^T + b: on CPUs oneDNN's product with both, else the library's with its bias, and one pass in place.
+    """Computes r + x W^T + b: on CPUs as one oneDNN product, otherwise as a product with bias and one pass in place.
 
-    addmm with the residual in the bias's place would copy it first, and leaves the bias to a pass of its own.
+    addmm with the residual in place of the bias would copy the residual first, and would need another pass for the
+    bias.
     """
     if _has_epilogue(x, weight, bias, residual):
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
@@ -62,23 +63,22 @@ def linear_residual(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, r
 
 
 def linear_residual_(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """The same into the residual."""
+    """Computes `linear_residual` and writes it into the residual."""
     if _has_epilogue(x, weight, bias, residual):
         return residual.copy_(torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add"))
     return residual.add_(linear(x, weight, bias, precise=True))
 
 
 class OneDNNLinear(nn.Linear):
-    """A Linear whose large float32 products on a CPU are oneDNN's, within `by_onednn()` in the same thread; else a
-    Linear.
+    """A Linear that computes large float32 products on a CPU with oneDNN, within `by_onednn()` in the same thread.
 
-    For a language model, whose layers are not ours: timed by hand on an AMD machine, one row (a decoded token) to 256,
-    oneDNN was the faster one but for layers of 1280 x 1280 at 16 to 32 rows. Its errors are as of `linear`: of one step
-    among several.
+    Everywhere else it is a plain Linear. It is for a language model, whose layers come from transformers. Timed by hand
+    on an AMD machine with 1 row (a decoded token) to 256 rows, oneDNN was faster except for layers of 1280 x 1280 at 16
+    to 32 rows. Its errors are those of `linear` without `precise`.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # weights that were quantised since say that they are float32, too
+        # Weights that were quantized since also report float32 as their dtype.
         plain = type(self.weight) is nn.Parameter
         if plain and getattr(_thread, "by_onednn", False) and _has_epilogue(x := x.contiguous(), self.weight):
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
@@ -86,8 +86,9 @@ class OneDNNLinear(nn.Linear):
 
 
 def take_onednn(module: nn.Module) -> None:
-    """Makes the large plain Linears in a module `OneDNNLinear`s, where it is float32 on a CPU; what they compute stays
-    theirs.
+    """Turns the large plain float32 Linears of a module on a CPU into `OneDNNLinear`s.
+
+    Outside `by_onednn()` they compute as before.
     """
     for part in module.modules():
         weight = getattr(part, "weight", None)
@@ -97,7 +98,7 @@ def take_onednn(module: nn.Module) -> None:
 
 @contextlib.contextmanager
 def by_onednn():
-    """Within it and its thread `OneDNNLinear`s are what they are named after."""
+    """Within the block and its thread, `OneDNNLinear`s use oneDNN's products."""
     before, _thread.by_onednn = getattr(_thread, "by_onednn", False), True
     try:
         yield
@@ -106,8 +107,9 @@ def by_onednn():
 
 
 def _has_epilogue(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor) -> bool:
-    """Whether oneDNN's products that end in more than a bias take these. They are what torch.compile calls, and have no
-    gradients.
+    """Whether oneDNN's products that end in more than a bias take these tensors.
+
+    They are the products that torch.compile calls, and have no gradients.
     """
     if torch.compiler.is_compiling():
         return False

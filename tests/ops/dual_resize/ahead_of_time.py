@@ -1,4 +1,4 @@
-"""What kernels/dual_resize.py is compiled for ahead of time."""
+"""The cases for which kernels/dual_resize.py is compiled ahead of time."""
 
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ TABLE = DUAL_RESIZE
 
 
 class Shape(NamedTuple):
-    """A picture's width and height, the sides of both resolutions, tiles along a side of the canvas, whether to pad."""
+    """A picture's width and height, the sides of both resolutions, tiles along the canvas, and whether to pad."""
 
     width: int
     height: int
@@ -25,11 +25,11 @@ class Shape(NamedTuple):
 
 
 SHAPES = {
-    # a photograph for the published models
+    # A photograph for the published models.
     "768": Shape(4000, 3000),
     "HD": Shape(4000, 3000, 1536, grid=2),
     "cropped": Shape(3000, 4000, pad=False),
-    # sizes of one, which Triton would make constants of, and none a multiple of 16
+    # Sizes of one, which Triton would turn into constants, and sizes that are not multiples of 16.
     "upscaled": Shape(1, 1, 97, 35, grid=3),
 }
 
@@ -76,5 +76,5 @@ class Resizing(NamedTuple("Resizing", [("architecture", int), ("shape", str)]), 
 
 
 def cases() -> list[Resizing]:
-    # the kernels are the same for every picture: one architecture shows it
+    # The kernels are the same for every picture, so one architecture suffices to show it.
     return [Resizing(a, shape) for a in ARCHITECTURES for shape in SHAPES if shape == "768" or a == 90]

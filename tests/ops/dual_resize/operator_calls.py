@@ -1,4 +1,4 @@
-"""Calls of dual_resize's operator, see tests/ops/operator_calls.py."""
+"""Calls of dual_resize's operator (see tests/ops/operator_calls.py)."""
 
 import torch
 

@@ -1,5 +1,6 @@
-"""Resizing in PyTorch: Pillow's own bits at high resolution, the reference's views at low; the processor's `device=`;
-what is refused.
+"""Resizing in PyTorch has Pillow's bits at high resolution and the reference's views at low; bad input is refused.
+
+The processor's `device=` is tested here, too.
 """
 
 import io
@@ -21,7 +22,7 @@ from tests.paths import OWN_GOLDEN, original_golden
 
 
 def noise(width, height, seed=0):
-    """Pixels of all values, half of them black or white: overshoots are clipped between the passes and after."""
+    """Pixels of all values, half of them black or white, so that both passes make overshoots, which are clipped."""
     generator = np.random.default_rng(seed)
     picture = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
     return torch.from_numpy(
@@ -30,8 +31,9 @@ def noise(width, height, seed=0):
 
 
 def by_pillow(picture, hr_size, lr_size, grid, pad):
-    """As the processor did it before there was another way: written out, with one call of Pillow's resize where it
-    pads.
+    """Resizes as the processor did before it had another way, written out.
+
+    Where it pads, it calls Pillow's resize once.
     """
     image = Image.fromarray(picture.numpy())
     w, h = image.size
@@ -64,14 +66,14 @@ def assert_as_pillow(picture, hr_size, lr_size, grid=1, pad=True, backend="torch
 @pytest.mark.parametrize("grid", [1, 2])
 @pytest.mark.parametrize("pad", [True, False], ids=["pad", "crop"])
 def test_pillows_bits_at_random_sizes(pad, grid):
-    """With the other cases of this test 320 sizes, up and down, most of them to sizes that nothing divides."""
-    # a second thread only has to be woken up
+    """The cases of this test are 320 sizes in all, up and down, most of them to sizes that nothing divides."""
+    # A second thread would only have to be woken up.
     torch.set_num_threads(1)
     generator = np.random.default_rng(7 + 2 * grid + pad)
     for i in range(80):
         width, height = (int(n) for n in np.exp(generator.uniform(0, np.log(400), 2)))
         hr_size = int(generator.integers(1, 160))
-        # too thin ones are refused, see below; half as thin as that are not
+        # Thinner pictures than these are refused, which is tested below.
         width, height = max(width, -(-height // hr_size)), max(height, -(-width // hr_size))
         assert_as_pillow(noise(width, height, i), hr_size, int(generator.integers(1, 80)), grid, pad)
 
@@ -110,8 +112,11 @@ def test_pillows_bits_of_photographs(path):
 
 @pytest.fixture(scope="module")
 def camera_files(tmp_path_factory):
-    """Photographs as cameras write them: 12 megapixels in landscape, tiled so that every pixel is of the small
-    photograph as it was taken; 24 megapixels in portrait, enlarged, its rows stored as columns."""
+    """Photographs as cameras write them: 12 megapixels in landscape and 24 in portrait.
+
+    The first is tiled, so that every pixel is one of the small photograph. The second is enlarged, and its rows are
+    stored as columns.
+    """
     cbook = pytest.importorskip("matplotlib.cbook")
     with Image.open(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)) as image:
         small = np.array(image.convert("RGB"))
@@ -130,8 +135,8 @@ def camera_files(tmp_path_factory):
     ids=["landscape-768-pad", "landscape-1536-crop", "portrait-768-crop", "portrait-1536-pad"],
 )
 def test_pillows_bits_of_camera_files(camera_files, name, grid, pad):
-    """From the file on, by both ways of the processor."""
-    # as many small products as there are make a second thread spin
+    """From the file on, both ways of the processor give Pillow's bits."""
+    # With so many small products a second thread would only spin.
     torch.set_num_threads(1)
     path, size = camera_files[name]
     with Image.open(path) as image:
@@ -163,7 +168,7 @@ def test_strides(layout):
     "hr_size, lr_size, grid", [(48, 21, 1), (96, 21, 2), (90, 13, 3), (20, 50, 1), (37, 37, 1), (1, 5, 2)]
 )
 def test_views_from_tables(hr_size, lr_size, grid):
-    """What other devices make the views by."""
+    """The tables by which other devices make the views give the reference's views."""
     hr = torch.randn(3, hr_size, hr_size, generator=torch.Generator().manual_seed(0))
     expected = low_resolution_views(hr[None], lr_size, grid=grid, global_view=grid > 1)[0]
     views = resizing.views_by_taps(hr, lr_size, grid=grid, global_view=grid > 1)
@@ -185,7 +190,7 @@ def test_every_backend_gives_the_same():
 
 REFUSED = {
     "float": (torch.rand(4, 4, 3), {}, "must be uint8, got torch.float32"),
-    "with a gradient": (torch.rand(4, 4, 3, requires_grad=True), {}, "whole numbers, so that there is no gradient"),
+    "with a gradient": (torch.rand(4, 4, 3, requires_grad=True), {}, "integers have no gradient"),
     "CHW": (torch.zeros(3, 4, 4, dtype=torch.uint8), {}, r"must be \[H, W, 3\] and have pixels, got \[3, 4, 4\]"),
     "grey": (torch.zeros(4, 4, dtype=torch.uint8), {}, r"got \[4, 4\]"),
     "empty": (torch.zeros(0, 4, 3, dtype=torch.uint8), {}, r"got \[0, 4, 3\]"),
@@ -233,7 +238,7 @@ def test_operator():
         assert_same(compiled(noise(*size)), by_pillow(noise(*size), 16, 7, 2, True))
 
 
-# ---- the processor
+# ---- The processor.
 
 
 @pytest.mark.parametrize("pad", [True, False], ids=["pad", "crop"])
@@ -299,7 +304,7 @@ def test_unknown_decoder(photo):
 
 @pytest.mark.parametrize("orientation", range(10))
 def test_orientation_of_what_nvjpeg_decodes(orientation, tmp_path):
-    """Decoded on the CPU here, which torchvision's decoder can as well."""
+    """A decoded picture is turned upright; it is decoded on the CPU here, where torchvision's decoder works as well."""
     image, exif = Image.fromarray(noise(40, 24).numpy()), Image.Exif()
     exif[ORIENTATION] = orientation
     path = tmp_path / "turned.jpg"
@@ -325,7 +330,7 @@ def test_nvjpeg_says_what_is_broken(photo):
 
 
 def test_taps_add_up():
-    """Fixed-point weights of a pixel are one but for their rounding, wherever the canvas ends."""
+    """The fixed-point weights of a pixel add up to one, except for their rounding, wherever the canvas ends."""
     for canvas, resized in itertools.product((1, 7, 100), (1, 9, 60)):
         first, weights = resizing.bicubic_taps(resizing.Side(canvas, 0, canvas, resized, 0, resized))
         assert (np.abs(weights.sum(1) - 2**22) <= weights.shape[1]).all()
@@ -333,7 +338,7 @@ def test_taps_add_up():
 
 
 def test_tables_of_many_sizes_are_forgotten(monkeypatch):
-    """What is held on the device is bounded, in bytes, whatever pictures come; the last size is found again."""
+    """The bytes held on the device are bounded, whatever pictures come, and the tables of the last size are reused."""
     store = resizing._blocks.store
     made = []
     monkeypatch.setattr(store, "_make", lambda *arguments, make=store._make: made.append(arguments) or make(*arguments))

@@ -1,4 +1,4 @@
-"""Random pictures through the resizing kernel, interpreted, held to Pillow's own bits."""
+"""Random pictures through the interpreted resizing kernel have Pillow's own bits."""
 
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ LAYOUTS = {
 
 
 class Case(NamedTuple):
-    """One draw. The pixels follow from the seed."""
+    """One draw, with the pixels given by the seed."""
 
     width: int
     height: int
@@ -35,13 +35,13 @@ class Case(NamedTuple):
     seed: int
 
 
-# one program is fastest, where several are they end within the picture
+# One program is fastest. Where there are several, they end inside the picture.
 TILES = [ResizeTile(32, 32, 4)] * 7 + [ResizeTile(8, 16, 4)]
-# of the views of several tiles the global one takes as long as three others
+# The global view of several tiles takes as long as three other views, so such grids are rare.
 GRIDS = [1] * 14 + [2, 3]
 CASES = st.builds(
     Case,
-    # a tap takes as long as any other: down to a fourth is as good as down to a sixth
+    # Every tap takes equally long, so shrinking to a fourth tests as much as shrinking to a sixth.
     width=st.integers(1, 20),
     height=st.integers(1, 20),
     hr_size=st.integers(5, 24),
@@ -63,7 +63,7 @@ def tiles_of_configs_again(monkeypatch):
 @given(CASES)
 def test_fuzz(case):
     long, short = max(case.width, case.height), min(case.width, case.height)
-    # thinner ones are refused
+    # Thinner pictures are refused.
     assume(not case.pad or short * case.hr_size >= long)
     picture = LAYOUTS[case.layout](noise(case.width, case.height, case.seed))
     kernels.dual_resize_tile = lambda *_: case.tile

@@ -1,4 +1,4 @@
-"""Resizing by the kernel, interpreted: Pillow's own bits, whatever the layout and wherever the picture ends."""
+"""The interpreted resizing kernel has Pillow's own bits, whatever the layout and wherever the picture ends."""
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ def test_pillows_bits(case):
 
 @pytest.mark.parametrize("tile", [ResizeTile(1, 4, 4), ResizeTile(8, 16, 4), ResizeTile(64, 64, 4)], ids=str)
 def test_any_tile(tile, monkeypatch):
-    """A tile that nothing divides, and one that is larger than everything."""
+    """Any tile gives the same bits: one that nothing divides, and one that is larger than everything."""
     monkeypatch.setattr(kernels, "dual_resize_tile", lambda *_: tile)
     assert_as_pillow(noise(13, 9), 10, 3, 2, backend="triton")
 
@@ -72,7 +72,7 @@ def test_operator():
 
 
 def test_tables_are_made_for_the_size_that_is_asked_for():
-    """Sizes follow each other in one process: tables are kept."""
+    """Sizes that follow each other in one process get tables of their own, although tables are kept."""
     generator = np.random.default_rng(0)
     for _ in range(2):
         for _ in range(3):

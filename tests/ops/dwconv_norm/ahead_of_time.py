@@ -1,4 +1,4 @@
-"""What kernels/dwconv_norm.py is compiled for ahead of time."""
+"""The cases for which kernels/dwconv_norm.py is compiled ahead of time."""
 
 from typing import NamedTuple
 
@@ -39,11 +39,12 @@ class Convolution(
         return [dwconv_norm_bucket(self.channels, self.strides())]
 
     def strides(self) -> tuple[int, int, int]:
-        """Of pictures, rows and columns."""
+        """Strides of pictures, rows and columns."""
         return self.side**2 * self.channels, self.side * self.channels, self.channels
 
     def faults(self, name: str, found: dict[str, int]) -> list[str]:
-        # every chunk's bias, both norm vectors, taps of a column and pixels under its rows, 4 channels a thread
+        # Loads of every chunk's bias, of both norm vectors, of a column's taps, and of the pixels under its rows, with
+        # 4 channels for each thread.
         tile = dwconv_norm_tile(self.architecture, self.channels, self.strides())
         expected = -(-self.channels // tile.channels) * (3 + 7 + tile.rows + 6)
         if self.buckets()[0][1] and found["global loads"] != expected:
@@ -51,16 +52,16 @@ class Convolution(
         return []
 
 
-# ConvNeXt-L's stages at 768 pixels. Those at 1536 are the same kernels: Triton knows of a side whether it is a multiple
-# of 16, and the last is 24 at 768 and 48 at 1536
+# The stages of ConvNeXt-L at 768 pixels. Those at 1536 use the same kernels, because Triton only knows whether a side
+# is a multiple of 16, and the last side is 24 at 768 and 48 at 1536.
 LARGE = [(192, 192), (96, 384), (48, 768), (24, 1536)]
-# the buckets left, and widths that no wide load fits
+# The remaining buckets, and widths that allow no wide loads.
 BUCKETS = [(24, 3072), (9, 131), (9, 3071)]
 
 
 def cases() -> list[Convolution]:
     found = [Convolution(a, "bf16", *shape) for a in DISTINCT for shape in [*LARGE, *BUCKETS]]
     found += [Convolution(a, "bf16", 48, 768) for a in TWINS]
-    # base's first stage, in two chunks in place of three; other dtypes
+    # The first stage of the base model, in two chunks instead of three; and other dtypes.
     found.append(Convolution(90, "bf16", 192, 128))
     return found + [Convolution(a, dtype, 24, 1536) for a, dtype in ((80, "fp32"), (90, "fp32"), (90, "fp16"))]

@@ -1,4 +1,4 @@
-"""Calls of dwconv_norm's operator, see tests/ops/operator_calls.py."""
+"""Calls of dwconv_norm's operator (see tests/ops/operator_calls.py)."""
 
 from tests.ops.operator_calls import meta, slanted
 

@@ -1,6 +1,4 @@
-"""dwconv_norm's PyTorch forms on the CPU: against float64 and timm's own block, other layouts, and what is refused in
-which words.
-"""
+"""dwconv_norm's PyTorch forms on the CPU agree with float64 and with timm's own block, and refuse what does not fit."""
 
 import pytest
 import torch
@@ -13,7 +11,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def make(shape=(2, 9, 13, 24), dtype=torch.float32, offset=0.0, scale=1.0, seed=0):
-    """Arguments of `ops.dwconv_norm` but eps."""
+    """The arguments of `ops.dwconv_norm` without eps."""
     generator = torch.Generator().manual_seed(seed)
     c = shape[-1]
 
@@ -33,7 +31,7 @@ def exact(*inputs, eps=1e-6):
 
 
 def by_hand(x, weight, bias, norm_weight, norm_bias, eps):
-    """Pixel by pixel, tap by tap."""
+    """Computes dwconv_norm pixel by pixel and tap by tap."""
     b, h, w, _ = x.shape
     out = torch.empty_like(x)
     for i in range(b):
@@ -167,7 +165,7 @@ def test_the_kernel_is_refused_on_a_cpu(monkeypatch):
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("given", [torch.float32, torch.bfloat16], ids=str)
 def test_autocast(given, backend):
-    """As autocast has the convolution of the same tensors, and the linear layer after it would have the norm's result."""
+    """Under autocast inputs are cast as for the convolution, and the result has the dtype that the next layer needs."""
     x, *weights = make()
     with torch.autocast("cpu", torch.bfloat16):
         ours = ops.dwconv_norm(x.to(given), *weights, backend=backend)

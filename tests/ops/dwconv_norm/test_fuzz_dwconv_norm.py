@@ -1,4 +1,4 @@
-"""Random shapes, layouts and values through dwconv_norm's kernel, interpreted, held to the accuracy rule."""
+"""Random shapes, layouts and values through dwconv_norm's interpreted kernel keep the accuracy rule."""
 
 import torch
 from hypothesis import given
@@ -14,7 +14,7 @@ NAMES = ["contiguous", *layouts(torch.zeros(1, 1, 1, 1))]
 
 @fuzz(250)
 @given(
-    # channels from 8 on: of a handful of numbers, which LayerNorm may all but cancel, the largest error says little
+    # At least 8 channels: LayerNorm may all but cancel a handful of numbers, and the largest error then says little.
     shape=st.tuples(st.sampled_from([1, 1, 1, 1, 1, 2, 0]), st.integers(1, 8), st.integers(1, 5), st.integers(8, 40)),
     dtype=st.sampled_from(["float32", "float16", "bfloat16"]),
     layout=st.sampled_from(NAMES),
@@ -28,7 +28,7 @@ def test_fuzz(shape, dtype, layout, offset, scale, eps, seed):
     seen = x if layout == "contiguous" else layouts(x)[layout]
     ours = ops.dwconv_norm(seen, *rest, eps, backend="triton")
     assert ours.dtype == x.dtype and ours.shape == x.shape
-    # the plain form at its worst of eight draws: its error on one small map is luck
+    # The plain form counts at its worst of eight draws, because its error on a single small map is a matter of luck.
     draws = [make(shape, getattr(torch, dtype), offset, scale, seed + 10**5 * draw) for draw in range(8)]
     assert_accurate(
         ours,

@@ -1,4 +1,4 @@
-"""dwconv_norm by the kernel, interpreted: against the float64 oracle, and whatever else a caller may rely on."""
+"""The interpreted kernel of dwconv_norm agrees with the float64 oracle, and keeps what else a caller may rely on."""
 
 import math
 
@@ -10,8 +10,8 @@ from mg_fast import BackendError, ops
 from mg_fast.testing.tolerances import assert_accurate
 from tests.ops.dwconv_norm.test_dwconv_norm import DTYPES, exact, gradients, layouts, make, plain
 
-# (B, H, W, C): one pixel, fewer rows and columns than taps, odd sides, tiles that end early, chunks of channels full
-# and not, every bucket
+# (B, H, W, C): one pixel, fewer rows and columns than taps, odd sides, tiles that end early, full and partial chunks of
+# channels, and every bucket.
 SHAPES = [
     (1, 1, 1, 1),
     (1, 1, 1, 32),
@@ -56,13 +56,13 @@ def test_eps(eps):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_common_offset(dtype):
-    """Features whose mean is fifty times their spread: the variance must not drown."""
+    """The variance does not drown where the mean of the features is fifty times their spread."""
     assert_kernel_accurate(make((1, 9, 6, 40), dtype, offset=50.0))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_bias(dtype):
-    """The same after the convolution, where it is common to all channels."""
+    """The variance does not drown in a large bias, which is common to all channels after the convolution."""
     x, weight, bias, *norm = make((1, 9, 6, 40), dtype)
     assert_kernel_accurate([x, weight, bias + 200, *norm])
 
@@ -71,14 +71,14 @@ def test_features_near_the_largest_of_float16():
     x, weight, *vectors = make((1, 9, 6, 40), torch.float16)
     x, rest = x * (6e4 / x.abs().max()), (16 * weight, *vectors)
     ours = kernel(x, *rest)
-    # the plain form overflows, so float32's is the one to be held against
+    # The plain form overflows in float16, so the result is compared with the plain form in float32.
     wide = [tensor.float() for tensor in (x, *rest)]
     assert not plain(x, *rest).isfinite().all() and ours.isfinite().all()
     assert_accurate(ours, plain(*wide), exact(x, *rest))
 
 
 def test_pixels_outside_are_zero_exactly():
-    """A map of ones, weights of ones: how many taps are inside."""
+    """With a map of ones and weights of ones, the result counts the taps inside the map."""
     h, w, c = 9, 8, 16
     one = torch.ones(c)
     x, gain = torch.ones(1, h, w, c), torch.arange(c) / c
@@ -92,8 +92,9 @@ def test_pixels_outside_are_zero_exactly():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_layouts(dtype):
-    """The same whatever the layout: a tile of its own, where loads are narrow, adds up a pixel's channels in another
-    order.
+    """The result is the same for every layout, up to the order of sums.
+
+    Where loads are narrow, another tile adds up the channels of a pixel in another order.
     """
     x, *rest = make((2, 5, 6, 16), dtype)
     expected = kernel(x, *rest)
@@ -142,7 +143,7 @@ def test_gradients(dtype):
 
 
 def test_gradient_of_a_published_weight():
-    """It flows through the packing."""
+    """The gradient flows through the packing of the weight."""
     x, weight, *vectors = make((1, 5, 6, 8))
     published = weight.t().reshape(8, 1, 7, 7).clone().requires_grad_()
     kernel(x, published.reshape(8, 49).t(), *vectors).square().sum().backward()
@@ -169,7 +170,7 @@ def test_operators_keep_torchs_rules():
 
 @pytest.mark.parametrize("given", [torch.float32, torch.bfloat16], ids=str)
 def test_autocast(given):
-    """Which does not see into the operator: cast before it as for the convolution."""
+    """Autocast does not look into the operator, so its inputs are cast before, as for the convolution."""
     x, *weights = make((1, 5, 6, 24))
     with torch.autocast("cpu", torch.bfloat16):
         ours = kernel(x.to(given), *weights)

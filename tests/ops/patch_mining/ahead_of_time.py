@@ -1,4 +1,4 @@
-"""What kernels/patch_mining.py is compiled for ahead of time."""
+"""The cases for which kernels/patch_mining.py is compiled ahead of time."""
 
 from typing import NamedTuple
 
@@ -11,13 +11,15 @@ from ..ahead_of_time_gate import ARCHITECTURES, DISTINCT, DTYPES, Case
 
 TABLE = PATCH_MINING
 LEVELS = 4
-# most loads of a program's vectors by one thread: queries and statistics, not pixels
+# The most loads of vectors by one thread of a program, for queries and statistics; pixels are not counted.
 NARROW = 40
 
 
 class Shape(NamedTuple):
-    """A grid of cells, queries along a view's side, pixels along a window's, widths of the maps, sides of the maps
-    unless they halve.
+    """Sizes of one case.
+
+    They are a grid of cells, queries along a view's side, pixels along a window's side, widths of the maps, and sides
+    of the maps unless they halve.
     """
 
     grid: int
@@ -28,14 +30,14 @@ class Shape(NamedTuple):
 
 
 SHAPES = {
-    # the published models: one view of 768 pixels; four cells and a global view of 1536
+    # The published models: one view of 768 pixels; four cells and a global view of 1536.
     "768": Shape(1, 24, 8, (192, 384, 768, 1536)),
     "HD": Shape(2, 24, 8, (192, 384, 768, 1536)),
-    # every other bucket of configs.py
+    # Every other bucket of configs.py.
     **{f"side{side}": Shape(1, 4, side, (64, 96, 160)) for side in (4, 11, 16)},
-    # a level of 3 / 4 of the finest: pixels are made tap by tap, in the bucket of the published models
+    # A level of 3 / 4 of the finest, whose pixels are made tap by tap, in the bucket of the published models.
     "uneven": Shape(1, 4, 8, (64, 96, 160), (32, 24, 12)),
-    # with widths that no block divides and no wide load fits
+    # Widths that no block divides and that allow no wide loads.
     **{f"odd{side}": Shape(1, 4, side, (24, 37, 131)) for side in (4, 8, 11, 16)},
 }
 
@@ -59,7 +61,7 @@ class Mining(NamedTuple("Mining", [("launcher", str), ("architecture", int), ("d
         if tile is not None:
             patch_mining.patch_mining_tile = lambda *_, **__: tile
         try:
-            # a model in float16 has its queries in float32
+            # A model in float16 has its queries in float32.
             queries = torch.empty(
                 2, views, tokens, sum(shape.dims), device="cuda", dtype=torch.float32 if self.dtype == "fp16" else dtype
             )
@@ -81,10 +83,10 @@ class Mining(NamedTuple("Mining", [("launcher", str), ("architecture", int), ("d
         if self.shape not in ("768", "HD"):
             return []
         wrong = []
-        # pixels 16 bytes at once: at least once a pass and level; the rest are few, for vectors and not for tiles
+        # Pixels are loaded 16 bytes at once, at least once per pass and level. The few other loads are of vectors.
         if found["of 128 bits"] < 2 * LEVELS or found["global loads"] - found["of 128 bits"] > NARROW:
             wrong.append(f"narrow loads: {found['of 128 bits']} of {found['global loads']} are of 128 bits")
-        # in TF32 the products of float32 would not be exact
+        # The products of float32 would not be exact in TF32.
         if (self.dtype == "fp32") != (found["tensor core"] == 0):
             wrong.append(f"{found['tensor core']} instructions on tensor cores for {self.dtype}")
         return wrong
@@ -98,7 +100,7 @@ def cases() -> list[Mining]:
 
     found: list[Mining] = []
     both = ("pool_windows_fwd", "pool_windows_bwd")
-    # the cells of HD are the one view of 768 in all but their number
+    # The cells of HD differ from the one view of 768 only in their number.
     add(both, ARCHITECTURES, ["bf16"], ["HD"])
     add(both[:1], ARCHITECTURES, ["fp32"], ["HD"])
     add(both, (80, 90), ["bf16"], ["768"])
@@ -107,7 +109,7 @@ def cases() -> list[Mining]:
     add(both[:1], (80, 90), ["fp16"], ["768"])
     add(both, (80, 90), ["bf16"], ["uneven"])
     buckets = [name for name in SHAPES if name not in ("768", "HD", "uneven")]
-    # the rest is left to the forward pass, which as a rule needs more
+    # The other cases are compiled for the forward pass only, which as a rule needs more resources.
     add(both[:1], DISTINCT, ["bf16", "fp32"], buckets)
     add(both[1:], (80, 90), ["bf16"], buckets)
     return found

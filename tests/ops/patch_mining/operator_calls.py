@@ -1,4 +1,4 @@
-"""Calls of patch mining's operators, see tests/ops/operator_calls.py."""
+"""Calls of patch mining's operators (see tests/ops/operator_calls.py)."""
 
 import torch
 

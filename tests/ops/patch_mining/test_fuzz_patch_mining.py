@@ -1,5 +1,6 @@
-"""Random shapes, layouts and values through the kernel, interpreted, held to the accuracy rule; `make fuzz` tries twenty
-times as many.
+"""Random shapes, layouts and values through the interpreted kernel keep the accuracy rule.
+
+`make fuzz` tries twenty times as many.
 """
 
 import functools
@@ -21,7 +22,7 @@ from tests.ops.patch_mining.test_torch_patch_mining import oracle, projections_o
 
 
 class Case(NamedTuple):
-    """One draw. Everything that is not named here follows from the seed."""
+    """One draw, in which the seed decides everything that is not named here."""
 
     dtype: str
     grid: int
@@ -39,7 +40,7 @@ class Case(NamedTuple):
 
 
 def within(tensor, dim):
-    """The same values within a wider tensor of NaN."""
+    """The same values inside a wider tensor of NaN."""
     around = torch.full_like(tensor, float("nan"))
     return torch.cat([around, tensor, around], dim=dim).narrow(dim, tensor.shape[dim], tensor.shape[dim])
 
@@ -52,7 +53,7 @@ LAYOUTS = {
     "columns within": lambda level: within(level, 2),
     "channels within": lambda level: within(level, 3),
 }
-# grid, global view, side, batch: many windows take long, and are rare
+# Grid, global view, side, batch. Cases of many windows take long, so they are rare.
 VIEWS = (
     [(1, False, 1, 1)] * 24
     + [(1, False, 1, 2)] * 3
@@ -68,7 +69,7 @@ def cases(draw):
     fine = grid * side * window
     halved = st.just([max(fine >> s, 1) for s in range(5)])
     levels = draw(st.integers(1, 5))
-    # "finest first": none is larger than the first
+    # "Finest first" means that no level is larger than the first one.
     sizes = draw(halved | st.lists(st.integers(1, fine), min_size=4, max_size=4).map(lambda rest: [fine, *rest]))[
         :levels
     ]
@@ -80,13 +81,13 @@ def cases(draw):
         batch=batch,
         window=window,
         sizes=tuple(sizes),
-        # up to two blocks of channels; of one or two channels LayerNorm leaves a sign or nothing: rounding, raised to
-        # the size of a feature
+        # Up to two blocks of channels. Of one or two channels LayerNorm leaves a sign or nothing, which would raise
+        # rounding errors to the size of a feature.
         widths=tuple(
             draw(st.lists(st.integers(1, 24), min_size=levels, max_size=levels).filter(lambda widths: sum(widths) > 3))
         ),
         layouts=tuple(draw(st.lists(st.sampled_from(list(LAYOUTS)), min_size=levels, max_size=levels))),
-        # of a handful of numbers the largest error says little
+        # Over a handful of numbers the largest error says little.
         dim=draw(st.integers(16, 40)),
         scale=draw(st.sampled_from([1.0, 0.05, 20.0])),
         offset=draw(st.sampled_from([0.0, 1.0, -50.0])),
@@ -113,7 +114,7 @@ def build(case):
 
 
 def plain_pool(queries, pyramid, grid):
-    """The definition of pooling: the reference with projections that do nothing, its scaling of the scores taken back."""
+    """The definition of pooling: the reference without projections and without its scaling of the scores."""
     channels = queries.shape[-1]
 
     def normalised(x):
@@ -125,18 +126,18 @@ def plain_pool(queries, pyramid, grid):
 
 
 def gradient(pool, queries, pyramid, grid, upstream):
-    """Of the pooled windows, to the queries."""
+    """The gradient from the pooled windows to the queries."""
     queries = queries.detach().requires_grad_()
     pooled = pool(queries, pyramid, grid)
     return torch.autograd.grad(pooled, queries, upstream.to(pooled.dtype))[0]
 
 
 def pooling(case):
-    """Arguments of `gradient` that follow from a case."""
+    """The arguments of `gradient` that follow from a case."""
     queries, pyramid, _, grid = build(case)
     normal = functools.partial(draws.normal, torch.Generator().manual_seed(case.seed + 1))
     shape = (*queries.shape[:3], sum(case.widths))
-    # scores of order one: one pixel must not take all of the weight, nor all the same
+    # The scores are of order one, so that neither one pixel takes all of the weight nor all pixels take the same.
     absorbed_queries = (normal(*shape) * shape[-1] ** -0.5).to(queries.dtype)
     return absorbed_queries, pyramid, grid, normal(*shape).to(queries.dtype)
 
@@ -148,8 +149,9 @@ def exact_gradient(queries, pyramid, grid, upstream):
 
 
 def compare(case, inputs, ours, plain, exact):
-    """The accuracy rule, with the plain form at its worst of eight draws: the outcome of one window, chosen by a
-    search, is luck.
+    """Applies the accuracy rule, with the plain form at its worst of eight draws.
+
+    The error of a single window that a search has chosen is a matter of luck.
     """
     arguments = inputs(case)
     result, expected = ours(*arguments), exact(*arguments)

@@ -1,4 +1,4 @@
-"""Mining whose projections must be called, by the `triton` backend."""
+"""The `triton` backend calls projections that are more than their weights."""
 
 import torch
 

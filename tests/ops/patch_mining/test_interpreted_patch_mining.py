@@ -1,4 +1,4 @@
-"""Patch mining by the kernel, interpreted: against the float64 oracle, and whatever else a caller may rely on."""
+"""Patch mining by the interpreted kernel agrees with the float64 oracle, and keeps what else a caller may rely on."""
 
 import contextlib
 import functools
@@ -19,7 +19,7 @@ from tests.ops.patch_mining.test_torch_patch_mining import CASES, make, oracle, 
 from tests.paths import OWN_GOLDEN, original_golden
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# a window takes a tenth of a second: these are the others' cases with fewer of them
+# A window takes a tenth of a second, so these are the cases of the other tests with fewer windows.
 SMALLER = {
     "two pictures": dict(side=2, batch=2),
     "windows of 9, maps that do not halve": dict(side=3, window=9),
@@ -74,7 +74,7 @@ def test_no_picture(grid):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("grid", [1, 2])
 def test_large_common_offset(grid, dtype):
-    """Features whose mean is fifty times their spread: the variance must not drown."""
+    """The variance does not drown where the mean of the features is fifty times their spread."""
     assert_accurate_without_gradients(make(1, grid=grid, window=4, dims=(6, 10, 14), offset=50.0, dtype=dtype))
 
 
@@ -95,12 +95,12 @@ def test_float16_does_not_overflow_where_the_scores_do():
     inputs = queries * 100, pyramid, large, grid
     with torch.no_grad():
         q, k = (p(torch.ones_like(p.norm_weight)[None]) for p in large[:2])
-        # so that it is a case of overflow at all
+        # The scores would overflow, which is what this case is about.
         assert (q.float() @ k.float().mT).abs().max() > torch.finfo(torch.float16).max
         ours, exact = kernel(*inputs), oracle(*inputs)
     assert ours.isfinite().all()
-    # weights of nearly one hot: an error of the score in the last place of float16 may choose another pixel, so only
-    # the size is compared
+    # The weights are nearly one-hot. An error in the last place of a float16 score may choose another pixel, so only
+    # the size of the result is compared.
     assert ours.abs().max() <= 4 * exact.abs().max()
 
 
@@ -128,7 +128,7 @@ def strided(queries, pyramid):
     """The same values in other layouts."""
 
     def within(tensor, dim):
-        """A slice of a wider tensor whose other elements would be noticed."""
+        """A slice of a wider tensor, whose other elements would be noticed if they were read."""
         noise = torch.full_like(tensor, float("nan"))
         return torch.cat([noise, tensor, noise], dim=dim).narrow(dim, tensor.shape[dim], tensor.shape[dim])
 
@@ -152,7 +152,7 @@ STRIDED = dict(side=2, window=2, batch=2, dims=(6, 10))
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_strides(dtype):
-    """The same bits whatever the layout, forward and backward."""
+    """The bits are the same for every layout, forward and backward."""
     queries, pyramid, projections, grid = make(**STRIDED, dtype=dtype)
 
     def run(queries, pyramid):
@@ -193,7 +193,7 @@ def test_operators_take_strided_queries_and_gradients():
 
 
 def depend_on(pyramid, s, y, x, grid, views, side):
-    """Which windows [V, N] one pixel of a level has a weight in, found by resizing a map that is zero elsewhere."""
+    """The windows [V, N] in which a pixel of a level has a weight, found by resizing a map that is zero elsewhere."""
     maps = [torch.zeros(1, 1, *level.shape[1:3], dtype=torch.float64) for level in pyramid]
     maps[s][..., y, x] = 1.0
     fine = torch.nn.functional.interpolate(maps[s], size=maps[0].shape[-2:], mode="bilinear", align_corners=False)
@@ -258,7 +258,7 @@ def gradients(function, inputs, upstream):
 
 @contextlib.contextmanager
 def double_throughout():
-    """The reference's own merge rounds to float32, as the original's does."""
+    """Lets the reference's merge, which rounds to float32 as the original's does, compute in float64."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "float32", torch.float64)
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)
@@ -285,10 +285,10 @@ def test_gradients(case, dtype):
     for name, gradient in ours.items():
         assert gradient.dtype == dtype, name
         if name in ("key norm_bias", "key bias"):
-            # a constant added to the scores: it cancels in the softmax
+            # This parameter adds a constant to the scores, which cancels in the softmax.
             assert not gradient.any(), name
             continue
-        # a parameter's gradient is summed over all queries, and rounded as often
+        # The gradient of a parameter is summed over all queries, and rounded as often.
         rows = inputs[0][..., 0].numel() if name.startswith(("query ", "key ", "value ")) else 1
         try:
             assert_accurate(gradient, plain[name], exact[name], rows=rows)
@@ -297,7 +297,7 @@ def test_gradients(case, dtype):
 
 
 def test_gradient_of_a_sum():
-    """Its gradient is one number, expanded."""
+    """The gradient of a sum, which is one expanded number, gives the same result as a full tensor."""
     inputs = make(2, window=4, dims=(6, 10))
     whole = gradients(kernel, inputs, torch.ones(inputs[0].shape))
     expanded = gradients(kernel, inputs, torch.ones(()).expand(inputs[0].shape))
@@ -312,7 +312,7 @@ def counting(monkeypatch, name):
         calls.append(args)
         return operator(*args)
 
-    # of the file, whose name the operation's function has taken
+    # The file is patched through sys.modules, because the operation's function has taken its name in the package.
     monkeypatch.setattr(sys.modules["mg_fast.ops.patch_mining"], name, counted)
     return calls
 
@@ -369,7 +369,7 @@ def test_one_graph_under_compile(grid):
         assert torch.allclose(ours[name], expected[name], rtol=1e-5, atol=1e-6), name
     with torch.no_grad():
         assert torch.allclose(compiled(*inputs), kernel(*inputs), rtol=1e-5, atol=1e-6)
-    # one with gradients, one without
+    # There is one graph with gradients, and one without.
     assert counter.frame_count == 2
 
 
@@ -449,7 +449,7 @@ def test_recorded_outputs(kind, tower, photo):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("offset", [30.0, 1000.0])
 def test_one_pixel_far_from_the_others(dtype, offset):
-    """What is taken off one pixel must not be another's mean."""
+    """The number that is subtracted from a pixel is not the mean of another one."""
     queries, pyramid, projections, grid = make(1, dims=(40, 40), dim=16)
     for level in pyramid:
         level[:, 0, 0] += offset
@@ -484,7 +484,7 @@ def test_statistics_are_not_differentiable():
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("case", [dict(side=3, batch=2), dict(side=2, grid=2)], ids=["standard", "HD"])
 def test_captured_in_a_cuda_graph(case, backend):
-    """Replayed on other numbers than it was captured with."""
+    """A replay is right on other numbers than the graph was captured with."""
     queries, pyramid, projections, grid = make(**case)
 
     def run():

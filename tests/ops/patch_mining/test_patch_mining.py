@@ -1,6 +1,4 @@
-"""Patch info mining as it is called: what is refused and in which words, unusual widths, dtypes, and compiled for sizes
-of all kinds.
-"""
+"""Calls of patch info mining: what is refused and how, unusual widths, dtypes, and compiling for all kinds of sizes."""
 
 import pytest
 import torch
@@ -13,7 +11,7 @@ from tests.ops.patch_mining.test_torch_patch_mining import make, oracle
 
 
 def changed(**changes):
-    """A call of two pictures' worth of good arguments, some of them changed."""
+    """A call with valid arguments for two pictures, some of them changed."""
     queries, pyramid, (query, key, value), grid = make(2, batch=2, dims=(6, 10), dim=8)
     arguments = {"queries": queries, "pyramid": pyramid, "query": query, "key": key, "value": value, "grid": grid}
     arguments |= {name: change(arguments[name]) for name, change in changes.items()}
@@ -85,7 +83,7 @@ def test_large_biases_of_the_keys_leave_no_trace_in_float16():
 
 @pytest.mark.parametrize("dynamic, backend", [(None, "aot_eager"), (True, "eager")])
 def test_one_graph_for_every_size_under_compile(dynamic, backend):
-    """None: torch makes the sizes symbols when they change."""
+    """With `dynamic=None` torch turns sizes into symbols when they change."""
     torch._dynamo.reset()
     mining = PatchInfoMining(12, (6, 10))
     compiled = torch.compile(mining, backend=backend, fullgraph=True, dynamic=dynamic)

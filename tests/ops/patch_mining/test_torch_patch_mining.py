@@ -1,4 +1,4 @@
-"""The absorbed form of patch info mining against the float64 oracle, by the project's accuracy rule."""
+"""The absorbed form of patch info mining agrees with the float64 oracle, by the project's accuracy rule."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ CASES = {
 
 @pytest.fixture(autouse=True, params=["together", "row by row"])
 def taken(request, monkeypatch):
-    """On a CPU pictures as small as these are taken together; large ones, row by row, must come out the same."""
+    """Both ways on a CPU: small pictures are processed together; large ones row by row, with the same results."""
     if request.param == "row by row":
         monkeypatch.setattr(torch_form, "TOGETHER", 0)
 
@@ -69,7 +69,7 @@ def upcast(queries, pyramid, projections, grid):
 
 
 def oracle(queries, pyramid, projections, grid):
-    """The definition in float64 throughout: the reference's own merge rounds to float32, as the original's does."""
+    """The definition in float64 throughout, without the rounding to float32 in the reference's merge."""
     queries, pyramid, projections, grid = upcast(queries, pyramid, projections, grid)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "float32", torch.float64)
@@ -90,7 +90,7 @@ def test_accuracy(case, dtype):
 
 @pytest.mark.parametrize("grid", [1, 2])
 def test_pictures_of_a_batch_do_not_know_each_other(grid, monkeypatch):
-    """Five taken two at a time, forward and backward, as each alone."""
+    """Five pictures, of which two are processed at a time, give the results of each alone, forward and backward."""
     queries, pyramid, _, grid = make(2, batch=5, grid=grid, dim=48)
     monkeypatch.setattr(torch_form, "TOGETHER", sum(10 * level[0].numel() for level in pyramid))
     parts = []
@@ -120,7 +120,7 @@ def test_no_picture(grid):
 
 @pytest.mark.parametrize("grid", [1, 2])
 def test_large_common_offset(grid):
-    """Features whose mean is fifty times their spread: the variance must not drown."""
+    """The variance does not drown where the mean of the features is fifty times their spread."""
     queries, pyramid, projections, grid = inputs = make(2, grid=grid, offset=50.0)
     with torch.no_grad():
         ours = torch_form.patch_mining(queries, pyramid, *projections, grid=grid)
@@ -139,7 +139,7 @@ def test_gradients_reach_everything(grid):
         return torch.autograd.grad((out * upstream).sum(), [*leaves, *(t for p in parameters for t in p)])
 
     for ours, plain in zip(gradients(torch_form.patch_mining), gradients(reference.patch_mining)):
-        # the key's two biases cancel in the softmax: zero here, rounding there
+        # The key's two biases cancel in the softmax, so their gradients are zero here and rounding errors there.
         assert (ours - plain).abs().max() <= 1e-4 * max(plain.abs().max().item(), 1.0)
 
 
@@ -195,7 +195,7 @@ def test_tables_made_in_inference_mode_serve_training():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_rounds_the_projections_only(dtype):
-    """As the plain form does; the sums of these features' squares are beyond float16."""
+    """It does so as the plain form does, although the sums of these features' squares are beyond float16."""
     queries, pyramid, projections, grid = make(2, grid=2)
     pyramid = [100 * level for level in pyramid]
     with torch.no_grad():

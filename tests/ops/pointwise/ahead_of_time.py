@@ -1,4 +1,4 @@
-"""What kernels/pointwise.py is compiled for ahead of time."""
+"""The cases for which kernels/pointwise.py is compiled ahead of time."""
 
 from typing import NamedTuple
 
@@ -10,28 +10,28 @@ from mg_fast.kernels.configs import POINTWISE, pointwise_bucket
 from ..ahead_of_time_gate import ARCHITECTURES, DISTINCT, DTYPES, Case
 
 TABLE = POINTWISE
-# most loads by one thread that are not of 128 bits: of the bias
+# The most loads of one thread that are not of 128 bits, which are loads of the bias.
 NARROW = 32
 
 
 class Shape(NamedTuple):
-    """Pixels and channels of a stage: its block multiplies [M, C] to 4 C channels, and back."""
+    """Pixels and channels of a stage, whose block multiplies [M, C] to 4 C channels, and back."""
 
     pixels: int
     channels: int
 
 
 SHAPES = {
-    # ConvNeXt-L: at 768 pixels the widest map, the 27 blocks of the third stage, and the smallest map, whose way back
-    # fills few programs; at 1536 pixels the last stage
+    # ConvNeXt-L at 768 pixels: the widest map, the 27 blocks of the third stage, and the smallest map, whose second
+    # product fills few programs. At 1536 pixels: the last stage.
     "stage0": Shape(192**2, 192),
     "stage2": Shape(48**2, 768),
     "stage3": Shape(24**2, 1536),
     "HD_stage3": Shape(48**2, 1536),
-    # the last stages of its base form at 384 pixels, both products of which are small, and of xxlarge at 768
+    # The last stages of the base form at 384 pixels, where both products are small, and of xxlarge at 768.
     "base_stage3": Shape(12**2, 1024),
     "xxlarge_stage3": Shape(24**2, 3072),
-    # nothing that a block or a wide load divides
+    # Sizes that no block and no wide load divides.
     "odd": Shape(97, 37),
 }
 
@@ -69,7 +69,7 @@ class Pointwise(
         wrong = []
         if self.shape != "odd" and (found["of 128 bits"] < 2 or found["global loads"] - found["of 128 bits"] > NARROW):
             wrong.append(f"narrow loads: {found['of 128 bits']} of {found['global loads']} are of 128 bits")
-        # in TF32 the products of float32 would not be exact
+        # The products of float32 would not be exact in TF32.
         if (self.dtype == "fp32") != (found["tensor core"] == 0):
             wrong.append(f"{found['tensor core']} instructions on tensor cores for {self.dtype}")
         return wrong
@@ -83,7 +83,7 @@ def cases() -> list[Pointwise]:
     launchers = ("linear_gelu_fwd", "linear_residual_fwd")
     add(["bf16"], ARCHITECTURES, ["stage2"])
     add(["bf16"], DISTINCT, ["base_stage3", "odd"])
-    # what is kept apart from the above by nothing but K is left to one architecture
+    # Cases that differ from those above only in K are compiled for one architecture.
     add(["bf16"], [90], ["stage0", "stage3", "HD_stage3", "xxlarge_stage3"])
     add(["fp32"], DISTINCT, ["stage2", "base_stage3", "odd"])
     add(["fp16"], DISTINCT, ["stage2"])

@@ -1,4 +1,4 @@
-"""Calls of the pointwise layers' operators, see tests/ops/operator_calls.py."""
+"""Calls of the pointwise layers' operators (see tests/ops/operator_calls.py)."""
 
 from tests.ops.operator_calls import meta, slanted
 

@@ -1,6 +1,4 @@
-"""kernels/pointwise.py compiles for every architecture with no GPU: no spills, within shared memory, with the resources
-recorded.
-"""
+"""kernels/pointwise.py compiles for all architectures with no GPU: no spills, within shared memory, as recorded."""
 
 import pytest
 

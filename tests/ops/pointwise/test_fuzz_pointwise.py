@@ -1,4 +1,4 @@
-"""Random shapes, layouts, values and tiles through the pointwise kernels, interpreted, held to the accuracy rule."""
+"""Random shapes, layouts, values and tiles through the interpreted pointwise kernels keep the accuracy rule."""
 
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ LAYOUTS = {
     "every other row": lambda t: t.repeat_interleave(2, dim=0)[::2],
     "one row for all": lambda t: t[:1].expand(len(t), -1),
 }
-# what launches take, and smaller ones, of which a few rows need many
+# Tiles as launches take them, and smaller ones, so that a few rows need many programs.
 TILES = [
     None,
     *POINTWISE[None].values(),
@@ -33,7 +33,7 @@ TILES = [
 
 
 class Case(NamedTuple):
-    """One draw. Everything that is not named here follows from the seed."""
+    """One draw, in which the seed decides everything that is not named here."""
 
     operation: str
     dtype: str

@@ -1,4 +1,4 @@
-"""The pointwise layers by the kernels, interpreted: against the float64 oracle, and whatever else a caller may rely on."""
+"""The interpreted pointwise kernels agree with the float64 oracle, and keep what else a caller may rely on."""
 
 import math
 
@@ -26,11 +26,11 @@ def assert_accurate_without_gradients(operation, inputs):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """So that a few rows are many programs, in groups of which the last is lower."""
+    """Small tiles, so that a few rows need many programs, in groups of which the last one is lower."""
     monkeypatch.setattr(pointwise, "pointwise_tile", lambda *_: ProductTile(16, 16, 16, 3, 4, 2))
 
 
-# (rows, outputs, inputs), and the bucket of the tile
+# (rows, outputs, inputs), and the bucket of the tile.
 SHAPES = {
     "one element": ((1, 1, 1), "narrow"),
     "primes": ((97, 131, 37), "narrow"),
@@ -57,7 +57,7 @@ def test_accuracy(operation, shape, dtype):
 @pytest.mark.parametrize("m, n", [(16, 16), (15, 17), (16 * 3, 16 * 2), (16 * 7 + 1, 16 * 5 - 1), (1, 90), (90, 1)])
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_every_program_has_a_tile_of_its_own(operation, m, n, small_tiles):
-    """Whatever is not written is NaN."""
+    """Every program writes its own tile; elements that no program writes would be NaN."""
     assert_accurate_without_gradients(operation, make(operation, m, n, 20))
 
 
@@ -70,7 +70,7 @@ def test_large_common_offset(operation, dtype, small_tiles):
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_values_near_the_largest_of_float16(operation, small_tiles):
-    """Partial sums are beyond float16, the result is not."""
+    """Results within float16 are right although partial sums are beyond float16."""
     x, weight, bias, *residual = make(operation, 20, 24, 64, dtype=torch.float16)
     x = torch.cat([x[:, :32], -x[:, :32]], dim=1).sign() * 6e4
     weight = weight.sign()
@@ -85,8 +85,9 @@ def test_values_near_the_largest_of_float16(operation, small_tiles):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gelu_is_rounded_once(dtype, small_tiles):
-    """The library rounds the product first, then GELU of that; the kernel's only rounding is the last one, and its GELU
-    the exact one.
+    """The kernel rounds only the last result, and its GELU is the exact one.
+
+    The library rounds the product first, and then GELU of the rounded product.
     """
     inputs = make("linear_gelu", 33, 40, 50, dtype=dtype)
     exact = oracle("linear_gelu", *inputs)
@@ -118,7 +119,7 @@ def test_what_is_not_finite_is_seen_where_it_belongs(operation, bad, dtype, smal
 
 
 def within(tensor, dim):
-    """A slice of a wider tensor whose other elements would be noticed."""
+    """A slice of a wider tensor, whose other elements would be noticed if they were read."""
     noise = torch.full_like(tensor, float("nan"))
     return torch.cat([noise, tensor, noise], dim=dim).narrow(dim, tensor.shape[dim], tensor.shape[dim])
 
@@ -136,7 +137,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_strides(operation, dtype, small_tiles):
-    """The same bits whatever the layout."""
+    """The bits are the same for every layout."""
     inputs = make(operation, (2, 5, 4), 18, 22, dtype=dtype)
     expected = kernel(operation, *inputs)
     for name, layout in LAYOUTS.items():
@@ -188,7 +189,7 @@ def test_gradients(operation, dtype, small_tiles):
     ours = gradients(lambda *leaves: kernel(operation, *leaves), inputs, upstream)
     simple = gradients(lambda *leaves: plain(operation, *leaves), inputs, upstream)
     exact = gradients(lambda *leaves: plain(operation, *leaves), [t.double() for t in inputs], upstream.double())
-    # of a map a value is one row's, of a parameter the sum over all
+    # A value of a map is of one row; a value of a parameter's gradient is the sum over all rows.
     for gradient, other, wanted, rows in zip(ours, simple, exact, [1, 30, 30, 1]):
         assert gradient.dtype == dtype
         assert_accurate(gradient, other, wanted, rows=rows)
@@ -252,7 +253,7 @@ def test_one_graph_under_compile(operation, small_tiles):
         expected = gradients(lambda *leaves: kernel(operation, *leaves), inputs, upstream)
         for ours, wanted in zip(gradients(compiled, inputs, upstream), expected):
             assert torch.allclose(ours, wanted, rtol=1e-5, atol=1e-6)
-    # one without gradients, one with
+    # There is one graph without gradients, and one with them.
     assert counter.frame_count == 2
 
 
@@ -291,7 +292,7 @@ def test_dtypes_that_the_kernels_do_not_take(operation):
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_the_interpreter_needs_operands_widened(operation, monkeypatch, small_tiles):
-    """What WIDEN is for, and when it may go: the day this fails."""
+    """Without WIDEN the interpreter's results are wrong. When this test fails, WIDEN may go."""
     inputs = make(operation, dtype=torch.bfloat16)
     exact = oracle(operation, *inputs)
     launch = pointwise._launch
@@ -306,7 +307,7 @@ def test_the_interpreter_needs_operands_widened(operation, monkeypatch, small_ti
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_in_place(dtype, small_tiles):
-    """Many programs, each of which writes what it alone has read."""
+    """In place the result is right with many programs, because each writes only elements that it alone has read."""
     inputs = make("linear_residual", 50, 40, 33, dtype=dtype)
     with torch.no_grad():
         exact, residual = oracle("linear_residual", *inputs), inputs[3].clone()

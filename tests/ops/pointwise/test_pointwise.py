@@ -1,4 +1,4 @@
-"""The pointwise layers of a ConvNeXt block in PyTorch: against the float64 oracle, and what is refused in which words."""
+"""The pointwise layers in PyTorch agree with the float64 oracle, and refuse what does not fit with a clear message."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ OPERATIONS = ["linear_gelu", "linear_residual"]
 
 
 def make(operation, m=5, n=6, k=7, dtype=torch.float32, seed=0):
-    """Arguments of an operation: outputs of order one. `m` is a number of rows, or all sizes but the channels."""
+    """Arguments whose results are of order one; `m` is a number of rows, or all sizes but the channels."""
     generator = torch.Generator().manual_seed(seed)
     leading = m if isinstance(m, tuple) else (m,)
     x, weight, bias, residual = (
@@ -37,7 +37,7 @@ def gradients(function, inputs, upstream):
     return torch.autograd.grad(function(*leaves), leaves, upstream)
 
 
-# (rows, outputs, inputs)
+# (rows, outputs, inputs).
 SHAPES = {
     "one element": (1, 1, 1),
     "primes": (97, 131, 37),
@@ -66,8 +66,9 @@ def test_accuracy(operation, shape, dtype):
 @pytest.mark.parametrize("channels", [192, 384, 768, 1536])
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_accuracy_of_the_published_sizes(operation, channels):
-    """With two threads, as with one torch does not take oneDNN's convolutions, whose errors grow with the number of
-    terms.
+    """Two threads are used, because with one torch does not take oneDNN's convolutions.
+
+    The errors of these convolutions grow with the number of terms.
     """
     outputs, terms = (4 * channels, channels) if operation == "linear_gelu" else (channels, 4 * channels)
     inputs = make(operation, 600, outputs, terms)
@@ -98,7 +99,7 @@ def test_a_single_row_without_a_batch(operation):
 @pytest.mark.parametrize("rows", [5, 600])
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_inputs_stay_as_they_are(operation, rows):
-    """What is done in place is done in memory of its own, with gradients and without."""
+    """Work in place is done only in memory of its own, with gradients and without."""
     inputs = make(operation, rows, 512, 512)
     before = [t.clone() for t in inputs]
     with torch.no_grad():
@@ -113,7 +114,7 @@ def test_inputs_stay_as_they_are(operation, rows):
 
 
 def test_gelu_is_the_exact_one():
-    """The tanh form differs by up to 5e-4."""
+    """The tanh form would differ by up to 5e-4."""
     x = torch.linspace(-6, 6, 1001)[:, None]
     for name in ("reference", "torch"):
         ours = ops.linear_gelu(x, torch.ones(1, 1), torch.zeros(1), backend=name)

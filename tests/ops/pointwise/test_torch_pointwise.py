@@ -1,4 +1,4 @@
-"""The language model's products by oneDNN: which layers take them, when, and what stays as of a Linear."""
+"""The language model's products by oneDNN: which layers take them, when, and what remains as in a Linear."""
 
 import copy
 import pickle
@@ -26,7 +26,7 @@ def taken():
 
 @pytest.fixture
 def products(monkeypatch):
-    """How often oneDNN was called."""
+    """A list that grows by one entry for every call of oneDNN."""
     calls, plain = [], torch.ops.mkldnn._linear_pointwise
 
     def counted(*args):
@@ -72,7 +72,7 @@ def test_gradients_are_those_of_a_linear(taken, products):
 
 
 def test_weights_quantised_since(taken, products):
-    """The class stays where weights are replaced."""
+    """A layer whose weights are quantized later keeps its class, and computes as before."""
     quantization = pytest.importorskip("torchao.quantization")
     quantization.quantize_(taken, quantization.Int8WeightOnlyConfig(set_inductor_config=False))
     assert isinstance(taken[0], OneDNNLinear)
