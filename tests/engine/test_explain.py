@@ -263,7 +263,7 @@ REFUSED = {
     "no picture's name": (
         2,
         ["--image", "{photo}", "--out", "a.txt"],
-        "expected a file .png, .jpg or .webp, got 'a.txt'",
+        "expected a .png, .jpg or .webp file, got 'a.txt'",
     ),
     "no such folder": (2, ["--image", "{photo}", "--out", "/nonexistent/a.png"], "a folder that does not exist"),
     "empty question": (5, ["--image", "{photo}", "--out", "a.png", "--prompt", " "], "--prompt is empty"),
