@@ -1,12 +1,13 @@
 """Keys and values of prompts seen before, by their tokens: a new prompt is computed only from where it differs."""
 
 import itertools
-import operator
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+
+from ..runtime.arguments import byte_limit
 
 # a copy of the keys and values between two positions: [2, heads, n, d] for every layer
 Segment = list[torch.Tensor]
@@ -41,9 +42,7 @@ class PrefixStore:
     """
 
     def __init__(self, limit: int):
-        self.limit = operator.index(limit)
-        if self.limit < 0:
-            raise ValueError(f"kv_cache_bytes: expected 0 or more bytes, got {limit}")
+        self.limit = byte_limit("kv_cache_bytes", limit)
         self.held_bytes = 0
         self._root = _Node()
         self._clock = itertools.count(1)

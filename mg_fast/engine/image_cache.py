@@ -1,13 +1,13 @@
 """Image tokens of pictures already seen, by what the pictures show."""
 
 import hashlib
-import operator
 from collections.abc import Hashable
 
 import numpy as np
 import torch
 from PIL import Image
 
+from ..runtime.arguments import byte_limit
 from ..runtime.byte_lru import ByteLRU
 
 # image tokens of 56 pictures of a 7B model in half precision, or of 11 in HD
@@ -42,9 +42,7 @@ class ImageCache:
     """
 
     def __init__(self, limit: int = DEFAULT_BYTES):
-        self.limit = operator.index(limit)
-        if self.limit < 0:
-            raise ValueError(f"image_cache_bytes: expected 0 or more bytes, got {limit}")
+        self.limit = byte_limit("image_cache_bytes", limit)
         # A tensor, and on a GPU the event after which it is written.
         self._tokens = ByteLRU(self.limit)
 

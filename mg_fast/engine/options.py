@@ -1,7 +1,6 @@
 """Options of answers and of caches: checked when they are made, and documented here alone."""
 
 import math
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -9,7 +8,7 @@ import torch
 
 from ..errors import PromptError, quoted
 from ..quantization import check_cache
-from ..runtime.arguments import check_stop_strings, plain_numbers, real_number, whole_number
+from ..runtime.arguments import byte_limit, check_stop_strings, plain_numbers, real_number, whole_number
 from .image_cache import DEFAULT_BYTES
 
 # What an answer may grow to when the caller does not say, as in the original's command line.
@@ -47,9 +46,7 @@ class CacheOptions:
     def __post_init__(self):
         for name in ("image_cache_bytes", "kv_cache_bytes"):
             if (value := getattr(self, name)) is not None:
-                if operator.index(value) < 0:
-                    raise ValueError(f"{name}: expected 0 or more bytes, got {value}")
-                object.__setattr__(self, name, operator.index(value))
+                object.__setattr__(self, name, byte_limit(name, value))
 
 
 @dataclass(frozen=True)
