@@ -195,7 +195,7 @@ def test_more_shapes_than_torch_compiles(own, by_graph, monkeypatch, caplog):
                 own.model.generate(**options, custom_generate=decoder.request()), own.model.generate(**options)
             )
     assert len(decoder.runner.first_use) == 2
-    assert "4 sequence(s) over 32 positions: without torch.compile" in caplog.text
+    assert "4 sequence(s) over 32 positions: runs without torch.compile" in caplog.text
 
 
 def prepared(own, rows, padded):
