@@ -218,7 +218,7 @@ class ModelRunner:
         return None
 
     def _asks_host(self, tokens: int) -> bool:
-        """Whether quantized experts ask the host which tokens go to which expert, which no graph can."""
+        """Whether quantized experts ask the host where this many tokens go, which a graph cannot do."""
         config = self.config
         return (
             config._experts_implementation == EXPERTS_FUNCTION
