@@ -205,7 +205,7 @@ def test_quantised(standard, processor, photo):
     assert (explained.relevance > 0).all()
     pipeline = Pipeline(load(standard, quantization_config="int4"), processor)
     assert pipeline.explain(photo).map.sum() > 0.99
-    with pytest.raises(BackendError, match=r"needs gradients, .*\(int4\) do not have: load them unquantised, as int8"):
+    with pytest.raises(BackendError, match=r"needs gradients, .*\(int4\) do not have: load them unquantized, as int8"):
         pipeline.explain(photo, QUESTION, max_new_tokens=2)
 
 
@@ -228,7 +228,7 @@ def test_drawing():
 
 
 def test_what_is_refused(pipeline, photo):
-    with pytest.raises(PictureError, match="expected a picture, got None: a question alone"):
+    with pytest.raises(PictureError, match="expected a picture, got None: without a picture"):
         pipeline.explain(None, QUESTION)
     with pytest.raises(PictureError, match="expected a Pillow image.*got list"):
         pipeline.explain([photo], QUESTION)
