@@ -30,7 +30,7 @@ def register(subparsers) -> None:
 
 def command(args) -> int:
     if not args.prompt.strip():
-        raise PromptError("--prompt is empty")
+        raise PromptError("--prompt is empty: expected a question")
     check_text(args.prompt, "--prompt")
     pictures = loading.open_pictures(args, args.image)
     pipeline = loading.load_to_answer(args)

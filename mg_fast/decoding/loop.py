@@ -110,7 +110,7 @@ class Decoder:
                 `DecodableModel.position_keys`. Without them a prompt with pictures is neither looked up nor remembered.
             streamer: gets the ids. It is an argument here because `generate` passes no streamer to custom loops.
             generator: draws the samples, on the device of the ids. Default: torch's own on a CPU. On a GPU torch's own
-                fails while another thread captures a graph, so a new one is seeded from torch's own of the CPU.
+                fails while another thread captures a graph, so a new one is seeded from torch's CPU generator.
         """
         return DecodingRequest(self, digests, streamer, generator)
 

@@ -155,7 +155,7 @@ class VisionStage:
         self.version += 1
 
     def circumstances(self) -> tuple:
-        """What image tokens depend on beside the picture and the model's state: device, dtype, backends, settings."""
+        """What image tokens depend on beside picture and model: device, dtype, backends, arithmetic, processing."""
         device, images = self.device, self.image_processor
         backends = tuple(choose(operation, None, device) for operation in OPERATIONS)
         return str(device), self.model.dtype, backends, numerics(device), images.settings

@@ -1,4 +1,4 @@
-"""chat_batch answers each question as if it were asked alone, in order; an error stands in its question's place."""
+"""`chat_batch` answers each question as if it were asked alone, in order; an error stands in its question's place."""
 
 import copy
 import gc

@@ -1,4 +1,4 @@
-"""explain shows the mining's own softmax at the right pixels, weighted by what the answer depends on.
+"""`explain` shows the mining's own softmax at the right pixels, weighted by what the answer depends on.
 
 It leaves the model as it was.
 """
@@ -59,7 +59,7 @@ def test_weights_are_the_references_softmax(each):
     side = int(config.tokens_per_view**0.5)
     assert weights.dtype == torch.float32 and weights.shape[:3] == (config.views, side, side)
     torch.testing.assert_close(weights.flatten(3).flatten(1, 2), expected, rtol=0, atol=2e-6)
-    # The weights are not even; otherwise any even softmax would have passed.
+    # The weights are far from even, so an even softmax would not have passed.
     assert weights.amax((3, 4)).max() > 1.2 / weights[0, 0, 0].numel()
     torch.testing.assert_close(weights.sum((3, 4)), torch.ones(weights.shape[:3]))
     assert explanation.answer is None and explanation.relevance.unique().numel() == 1
