@@ -183,7 +183,7 @@ class ModelRunner:
         refused = self.graphs_refused(capacity)
         if refused is not None and self._compiled is not None and not self._told_not_compiled:
             self._told_not_compiled = True
-            logger.warning("nothing is compiled (compiled=True, --compile): %s", refused)
+            logger.warning("compiled=True (--compile) has no effect: %s", refused)
         if refused is not None:
             logger.debug("passes are not captured: %s", refused)
         by_graph = refused is None
