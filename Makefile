@@ -1,4 +1,4 @@
-# Two commands for a fresh machine with Python 3.10+, git and make: `make demo` and `make test`.
+# On a fresh machine with Python 3.10 or newer, git and make, begin with `make demo` or `make test`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,8 +14,9 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Whether kernels are interpreted or compiled is settled when Triton is imported. So tests of either kind have a process of their own, and
-# the names of their files say which: test_interpreted_*, test_fuzz_* (random cases, interpreted) and test_aot_* (compiled ahead of time).
+# Whether kernels are interpreted or compiled is settled when Triton is imported. So the tests of each kind run in a
+# process of their own, and the names of their files say which kind they are: test_interpreted_*, test_fuzz_* (random
+# cases, interpreted) and test_aot_* (compiled ahead of time).
 RANDOM_CASES := $(sort $(shell find tests -name 'test_fuzz_*.py'))
 INTERPRETED := $(sort $(shell find tests -name 'test_interpreted_*.py')) $(RANDOM_CASES)
 AHEAD_OF_TIME := $(sort $(shell find tests -name 'test_aot_*.py'))
@@ -26,14 +27,14 @@ check: $(READY)
 interpreted: $(READY)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(INTERPRETED)
 
-# twenty times the random cases of `interpreted`, others every time
+# Runs twenty times as many random cases as `interpreted` does, with other cases every time.
 fuzz: $(READY)
 	TRITON_INTERPRET=1 MG_FAST_FUZZ=fuzz $(BIN)/python -m pytest -n 2 --dist worksteal $(RANDOM_CASES)
 
 aot: $(READY)
 	$(BIN)/python -m pytest $(AHEAD_OF_TIME)
 
-# compiles every kernel anew, also those that are as they were when their resources were recorded
+# Compiles every kernel, also those that have not changed since their resources were recorded.
 aot-all: $(READY)
 	MG_FAST_AOT=all $(BIN)/python -m pytest $(AHEAD_OF_TIME)
 
@@ -42,7 +43,8 @@ $(READY): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
-	# Hugging Face's own `kernels`, off the path: a test puts it there to see that our folder of that name is no obstacle
+	# Hugging Face's package `kernels` is installed outside the path. A test puts it on the path, to see that the folder
+	# kernels/ of this project does not stand in its way.
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps --upgrade --target $(VENV)/hf-kernels kernels kernels-data
 	@touch $@
 

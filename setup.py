@@ -1,5 +1,6 @@
-"""The package mapping only: the top-level kernels/ folder installs as mg_fast.kernels (see mg_fast/kernels.py), nano's
-weights as data.
+"""Maps folders to packages: the top-level folder kernels/ installs as mg_fast.kernels (see mg_fast/kernels.py).
+
+The weights of nano install as package data. All other metadata is in pyproject.toml.
 """
 
 from setuptools import find_packages, setup

@@ -6,7 +6,7 @@ from .integrations import transformers_auto
 
 __version__ = "0.1.0"
 
-# name -> module; imported on first use, so that `import mg_fast` itself needs neither torch nor triton
+# Public names and their modules, imported on first use, so that `import mg_fast` itself needs neither torch nor triton.
 _PUBLIC = {
     "MiniGeminiForConditionalGeneration": "mg_fast.models.mini_gemini.modeling",
     "MiniGeminiProcessor": "mg_fast.models.mini_gemini.processing",
@@ -22,7 +22,7 @@ _PUBLIC = {
     "PromptError": "mg_fast.errors",
     "BackendError": "mg_fast.errors",
 }
-# the name of a module on the face of the package -> where it lies
+# Modules that are attributes of the package, and their places.
 _MODULES = {
     "backend": "mg_fast.ops.backend",
     "errors": "mg_fast.errors",

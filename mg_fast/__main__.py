@@ -1,4 +1,4 @@
-"""python -m mg_fast: the same as the mg-fast command."""
+"""`python -m mg_fast` does the same as the command `mg-fast`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""From a picture and a question to the answer: the facade over the stages, and loading."""
+"""The pipeline, a facade over the stages that lead from a picture and a question to an answer, and its loading."""
 
 import dataclasses
 import os
@@ -30,20 +30,20 @@ from .runtime.placement import execution_device
 class Pipeline:
     """A loaded model with its processor and one conversation of its own; `load` makes one.
 
-    It owns a vision stage, an answer stage, and the conversation, and hands every call on to them.
+    It owns a vision stage, an answer stage and the conversation, and passes every call on to them.
 
     Args:
         model: the MiniGeminiForConditionalGeneration.
         processor: its MiniGeminiProcessor.
-        backend: for every call of this pipeline.
-        image_cache_bytes, kv_cache_bytes: as of `CacheOptions`.
-        compiled: on a GPU, decode through torch.compile: seconds to a minute at the first answer.
-        cuda_graphs: on a GPU, capture what is launched in CUDA graphs; without, less memory is taken.
+        backend: the backend of every call of this pipeline; None leaves the choice to what is in force at the call.
+        image_cache_bytes, kv_cache_bytes: see `CacheOptions`.
+        compiled: on a GPU, decode through torch.compile, which takes seconds to a minute at the first answer.
+        cuda_graphs: on a GPU, capture the work in CUDA graphs; without graphs less memory is needed.
 
     Attributes:
-        vision: the `VisionStage`, pictures to image tokens.
-        answers: the `AnswerStage`, prompts and image tokens to answers.
-        load_seconds: how long loading took, where `load` did it.
+        vision: the `VisionStage`, which turns pictures into image tokens.
+        answers: the `AnswerStage`, which turns prompts and image tokens into answers.
+        load_seconds: how long loading took; None if `load` did not make this pipeline.
     """
 
     def __init__(
@@ -66,10 +66,11 @@ class Pipeline:
         self._own = Conversation(self.vision, self.answers, processor.template)
 
     def __reduce_ex__(self, protocol):
-        """Copying and pickling, which the locks and the memory of a decoder do not allow."""
+        """Refuses copying and pickling, which the locks and the memory of a decoder do not allow."""
         raise TypeError(
-            "a Pipeline cannot be copied or pickled: pipeline.conversation() opens another conversation over the same model, "
-            "mg_fast.Pipeline(model, processor) makes another pipeline over it, and another process calls mg_fast.load itself"
+            "a Pipeline cannot be copied or pickled: pipeline.conversation() opens another conversation over the same "
+            "model, mg_fast.Pipeline(model, processor) makes another pipeline over it, and another process calls "
+            "mg_fast.load itself"
         )
 
     @property
@@ -84,48 +85,47 @@ class Pipeline:
 
     @property
     def backend(self) -> str | None:
-        """The backend of every call; None leaves the choice to what is in force."""
+        """The backend of every call; None leaves the choice to what is in force at the call."""
         return self.answers.backend
 
     @property
     def template(self) -> str:
-        """Name of the prompt template."""
+        """The name of the prompt template."""
         return self._own.template
 
     @property
     def device(self) -> torch.device:
-        """The device that the language model's input goes to; where its weights are offloaded, the one that they are
-        brought to.
-        """
+        """The device of the language model's input; for offloaded weights, the device that they are brought to."""
         return self.answers.device
 
     @property
     def decoder(self):
-        """The answer stage's decoder, by which all backends but `reference` decode."""
+        """The answer stage's decoder, which all backends but `reference` decode with."""
         return self.answers.decoder
 
     @property
     def weights(self) -> WeightBytes:
-        """Bytes of the language model and of the vision part, as they are stored now."""
+        """The bytes of the language model and of the vision part, as they are stored now."""
         return weight_bytes(self.model)
 
     @property
     def first_use(self) -> dict[str, float]:
-        """Seconds spent so far on what is done once: packing towers, compiling, capturing graphs."""
+        """Seconds spent so far on work that is done once: packing the towers, compiling, and capturing graphs."""
         return {**self.vision.first_use, **self.answers.first_use}
 
     def warm_up(self) -> dict[str, float]:
-        """Answers two questions about a picture of noise, twice, so that what is done at first use is done.
+        """Answers two questions about a picture of noise, twice, so that the work of the first use is done.
 
-        On a GPU, passes over longer conversations than these are still captured when an answer reaches them.
+        Conversations and the image tokens kept so far stay as they are. On a GPU, passes over conversations longer than
+        these two questions are still captured when an answer first reaches them.
 
         Returns:
-            Seconds of each part, and `all` of them; conversations and the image tokens at hand stay as they are.
+            The seconds of each part, and under `all` of the whole.
         """
         return warm_up(self.vision, self.answers, self.template)
 
     def chat(self, text: str, images: Sequence | None = None, **options) -> "Answer | Iterator[str]":
-        """Asks in the pipeline's own conversation; see `Conversation.chat`."""
+        """Asks a question in the pipeline's own conversation; see `Conversation.chat`."""
         return self._own.chat(text, images, **options)
 
     def reset(self) -> None:
@@ -150,23 +150,24 @@ class Pipeline:
         progress: bool = True,
         **generate_options,
     ) -> list[Answer]:
-        """Answers many questions, each by itself, several at once; in their order.
+        """Answers many questions, each by itself but several at once, and returns the answers in their order.
 
-        Prompts of like length go together, filled up on the left. A picture that several ask about is encoded once.
-        What cannot be answered (a broken picture, a prompt too long, numbers that are not finite) stands in its place
-        as an Answer with `finish_reason="error"` and the exception in `error`; the rest goes on. Where memory is short
-        a batch is halved.
+        Prompts of similar length are answered together, filled up on the left. A picture that several questions are
+        about is encoded once. A question that cannot be answered (a broken picture, a prompt that is too long, numbers
+        that are not finite) gets an Answer with `finish_reason="error"` and the exception in `error`, and the other
+        questions go on. If memory is short, a batch is halved.
 
         Args:
-            questions: each a text, (text, images) or {"text": ..., "images": [...]}; pictures as of
+            questions: each a text, (text, images) or {"text": ..., "images": [...]}; for the pictures see
                 `Conversation.chat`.
-            batch_size: most questions at once, default 16.
-            max_new_tokens, temperature, top_p, seed, allow_long, **generate_options: of each answer, see `Sampling`.
-            allow_urls: fetch pictures given as URLs.
-            progress: show a progress bar on stderr; default True.
+            batch_size: most questions answered at once, 16 by default.
+            max_new_tokens, temperature, top_p, seed, allow_long, **generate_options: how each answer is chosen, see
+                `Sampling`.
+            allow_urls: fetch pictures that are given as URLs.
+            progress: show a progress bar on stderr; True by default.
 
         Raises:
-            PromptError: options that would be ignored; before anything is generated.
+            PromptError: an option would be ignored; raised before anything is generated.
         """
         sampling = Sampling(max_new_tokens, temperature, top_p, seed, allow_long, generate_options)
         options = {"batch_size": batch_size, "allow_urls": allow_urls, "progress": progress}
@@ -182,36 +183,41 @@ class Pipeline:
         allow_urls: bool = False,
         windows: bool = False,
     ) -> explaining.Explanation:
-        """Shows which high-resolution pixels each query of a picture mined, and which of them the answer to a question
-        came from.
+        """Shows which high-resolution pixels each query of a picture mined, and which of them an answer depends on.
 
-        Without a question every query counts alike. With one, each counts by how much the greedy answer may depend on
-        its image token:
-        the length of the gradient, to the token, of by how much the answer's words beat the best other word in each
-        place (the difference of the two logits, summed over the whole answer in one pass, its end left out), times how
-        far the token lies from the mean of the picture's tokens. To first order the difference changes by no more where
-        the token becomes like any other. Of the log probability instead, words that the model is sure of would have
-        next to no gradient. The form was chosen among a dozen by trial on the package's small model; it is an estimate,
-        not a proof.
+        Without a question, every query counts alike. With a question, each query counts by how much the greedy answer
+        may depend on its image token. This is the product of two lengths:
 
-        Towers and language model run by themselves, apart from conversations and caches; the model stays as it is. With
-        a question the activations of one whole pass of the language model are held.
+        - The length of a gradient with respect to the token: that of the margin by which the answer's words beat the
+          best other word in each place. The margin is the difference of the two logits, summed over the whole answer in
+          one pass, without the token that ends it.
+        - The distance of the token from the mean of the picture's tokens.
+
+        To first order, the margin changes by no more than this product if the token is replaced by that mean. The
+        gradient is not that of the log probability, because there words that the model is sure of would have next to no
+        gradient. This form was chosen by trial among a dozen, on the package's small model. It is an estimate, not a
+        proof.
+
+        The towers and the language model run apart from conversations and caches, and the model stays as it is. With a
+        question, the activations of one whole pass of the language model are held in memory.
 
         Args:
-            image: as of `see`.
-            question: `<image>` may mark where the picture stands.
-            max_new_tokens: as of `Conversation.chat`.
+            image: as for `see`.
+            question: the question; `<image>` may mark where the picture stands.
+            max_new_tokens: as for `Conversation.chat`.
             allow_long: accept a prompt longer than the model was trained on.
-            allow_urls: fetch a picture given as URL.
-            windows: draw the borders of the windows, too.
+            allow_urls: fetch a picture that is given as a URL.
+            windows: also draw the borders of the windows.
 
         Raises:
-            PromptError, PictureError: before anything is computed.
-            BackendError: a question, and quantised weights without gradients (int4).
+            PromptError, PictureError: raised before anything is computed.
+            BackendError: a question is given, but the quantized weights (int4) have no gradients.
             FloatingPointError: the model's numbers are not finite.
         """
         if image is None:
-            raise PictureError("explain: expected a picture, got None: a question alone mines no pixels")
+            raise PictureError(
+                "explain: expected a picture, got None: without a picture there are no pixels to explain"
+            )
         picture = decoded(image, allow_urls)
         sampling = Sampling(max_new_tokens=max_new_tokens, allow_long=allow_long)
         return explaining.explain(
@@ -219,43 +225,42 @@ class Pipeline:
         )
 
     def see(self, image, *, allow_urls: bool = False, meter: Meter | None = None) -> torch.Tensor:
-        """Image tokens [T, hidden] of one picture (T 576, HD 2880; unscaled, global view first); the caller's own to
-        change.
+        """Image tokens [T, hidden] of one picture (T is 576, in HD 2880; unscaled, the global view first).
 
-        A picture that was seen before, in whatever file or conversation, is decoded and found in the cache by its
-        pixels.
+        The tokens are a copy, which the caller may change. A picture that was seen before, in any file or conversation,
+        is decoded and then found in the cache by its pixels.
 
         Args:
-            image: a Pillow image, path, bytes, or uint8 array or tensor; a URL where `allow_urls` is set.
-            allow_urls: fetch a picture given as URL.
+            image: a Pillow image, path, bytes, or uint8 array or tensor; also a URL if `allow_urls` is set.
+            allow_urls: fetch a picture that is given as a URL.
             meter: measures the stages.
         """
-        # The copy is made outside of inference mode, so that anything may be done with it.
+        # The copy is made outside of inference mode, so that the caller may do anything with it.
         return self.vision.see(image, allow_urls=allow_urls, meter=meter).tokens.clone()
 
     def clear_image_cache(self) -> None:
-        """Forgets the image tokens of pictures seen before and the packed towers; conversations keep the tokens of
-        their own pictures.
-        """
+        """Drops the image tokens of pictures seen before and the packed towers; conversations keep their own tokens."""
         self.vision.clear()
 
     def clear_kv_cache(self) -> None:
-        """Forgets keys and values of prompts and answers; conversations go on, their history is computed once more.
+        """Drops the keys and values of prompts and answers; conversations go on, and compute their history once more.
 
-        Other weights, hooks and adapters are noticed; for whoever writes into the language model's weights through
-        `.data`.
+        This is needed after a write to the language model's weights through `.data`. Other changes of weights, hooks
+        and adapters are noticed without it.
         """
         self.answers.forget()
 
 
 def _known_device(device: str | torch.device) -> torch.device:
-    """The device, if it is there; `BackendError` if not, before any weight is read."""
+    """The device if torch knows it and it exists here, else raises `BackendError`, before any weight is read."""
     try:
         known = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     except RuntimeError as error:
         raise BackendError(f"unknown device {quoted(device)}: {str(error).splitlines()[0]}") from None
     if known.type == "cuda" and not torch.cuda.is_available():
-        raise BackendError(f"device {quoted(str(device))}: torch finds no CUDA device here (mg-fast doctor tells more)")
+        raise BackendError(
+            f"device {quoted(str(device))}: torch finds no CUDA device here (`mg-fast doctor` shows more)"
+        )
     return known
 
 
@@ -275,30 +280,32 @@ def load(
     compiled: bool = False,
     cuda_graphs: bool = True,
 ) -> Pipeline:
-    """Loads a Mini-Gemini checkpoint with everything around it.
+    """Loads a Mini-Gemini checkpoint with its processor, as a pipeline.
 
     Args:
         path: folder or hub id of a checkpoint in the published layout, or the name of one in the package (`nano`).
-        dtype: weights' dtype, by any usual name. `auto`, or None, takes the one that config.json names, else the stored
-            one; on a CPU, for a checkpoint of 16-bit weights, the one that the CPU multiplies fastest in, float32 only
-            where it fits in the memory (`loading_dtype`). A dict is handed on to transformers, which loads the weights
-            in the one under its empty key.
-        device: `cuda`, `cpu`, ..., or `auto` to spread over what is there; default: a GPU if there is one.
+        dtype: the dtype of the weights, by any usual name. `auto` or None takes the one that config.json names, else
+            the stored one. On a CPU, for a checkpoint of 16-bit weights, it takes the dtype that the CPU multiplies
+            fastest in, but float32 only if that fits in memory (`loading_dtype`). A dict is passed on to transformers,
+            which loads the weights in the dtype under the empty key.
+        device: `cuda`, `cpu`, ..., or `auto` to spread the model over all devices; default: a GPU if there is one.
         backend: `auto`, `reference`, `torch` or `triton`, for every call of this pipeline.
-        quantize: `int8`, `int4` or `fp8` (torchao's weight-only ones), or a transformers quantization configuration,
-            for the language model's layers; towers, mining, projector and head keep their dtype.
-        template: overrides the prompt template.
-        base_model: the base language model, for a stage-1 adapter.
-        attn_implementation: as of transformers: `sdpa` (the default, torch's own choice of kernels, and the only one
-            that is captured in CUDA graphs), `flash_attention_2`, `eager`.
+        quantize: `int8`, `int4` or `fp8` (weight-only, by torchao), or a quantization configuration of transformers. It
+            applies to the layers of the language model; towers, mining, projector and head keep their dtype.
+        template: name of a prompt template, in the place of the checkpoint's own.
+        base_model: folder or hub id of the base language model, for a stage-1 adapter.
+        attn_implementation: as in transformers: `sdpa` (the default, which lets torch choose its kernels, and the only
+            one that is captured in CUDA graphs), `flash_attention_2` or `eager`.
         allow_long: accept prompts longer than the model was trained on.
-        image_cache_bytes, kv_cache_bytes: as of `CacheOptions`.
-        compiled: on a GPU, decode through torch.compile: seconds to a minute at the first answer.
-        cuda_graphs: on a GPU, capture what is launched in CUDA graphs; without, less memory is taken.
+        image_cache_bytes, kv_cache_bytes: see `CacheOptions`.
+        compiled: on a GPU, decode through torch.compile, which takes seconds to a minute at the first answer.
+        cuda_graphs: on a GPU, capture the work in CUDA graphs; without graphs less memory is needed.
 
     Raises:
-        CheckpointError, BackendError (a dtype that is none, too), PromptError (unknown template), ValueError (a cache's
-        bytes below 0).
+        CheckpointError: the checkpoint cannot be loaded.
+        BackendError: the backend or the device cannot be used here, or the dtype is unknown.
+        PromptError: the template is unknown.
+        ValueError: a limit of a cache is below 0.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -309,9 +316,9 @@ def load(
     began = time.perf_counter()
     adapter = {} if base_model is None else {"base_model": base_model}
     path = builtin.resolve(path)
-    # a hub id is fetched whole before anything is made of it: the views' size is read from a tensor's shape
+    # A hub id is fetched whole before anything is built, because the size of the views is read from a tensor's shape.
     resolve_folder(path)
-    # the processor first: it is quick, and most things that can be wrong with a folder are found there
+    # The processor comes first: it loads quickly, and it finds most faults of a folder.
     processor = MiniGeminiProcessor.from_pretrained(path, template=template, **adapter)
     if known_device.type == "cpu":
         dtype = loading_dtype.resolve(dtype, path, quantize=quantize, **adapter)

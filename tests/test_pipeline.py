@@ -308,7 +308,7 @@ def test_reset_while_a_stream_is_read(pipeline, photo):
         (dict(temperature=0.7, seed=2**70), "seed: expected a whole number of at most 64 bits"),
         (dict(stopping_criteria=lambda ids, scores: True), "stopping_criteria: expected a list of criteria, got one"),
         (dict(max_new_tokens=2.5), "max_new_tokens: expected a whole number"),
-        (dict(profile=True, stream=True), "not with stream=True"),
+        (dict(profile=True, stream=True), "cannot be combined with stream=True"),
         (dict(num_return_sequences=3), "num_return_sequences is not an option here"),
         (dict(do_sample=True), "do_sample is not an option here: temperature decides"),
         (dict(attention_mask=1), "attention_mask is not an option here: it is made of the text and its images"),

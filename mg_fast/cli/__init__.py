@@ -1,4 +1,4 @@
-"""The command line, `mg-fast`: `program` has the parser and the exit codes, and every command a module of its own."""
+"""The command line `mg-fast`: `program` has the parser and the exit codes, and every command has its own module."""
 
 from .program import main
 

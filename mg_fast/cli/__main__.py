@@ -1,4 +1,4 @@
-"""python -m mg_fast.cli: the same as the mg-fast command."""
+"""`python -m mg_fast.cli` does the same as the command `mg-fast`."""
 
 import sys
 

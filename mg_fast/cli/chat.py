@@ -10,9 +10,9 @@ from .options import answer_options, model_options, sampling_options
 from .streams import print_stream
 
 CHAT_HELP = """\
-/image FILE   show a picture with the next question (again for another one)
+/image FILE   add a picture to the next question (repeat to add more)
 /reset        forget the conversation
-/help         this list
+/help         show this list
 /quit         leave (also Ctrl-D)"""
 
 
@@ -21,7 +21,8 @@ def register(subparsers) -> None:
         "chat",
         parents=[model_options(), answer_options(), sampling_options()],
         help="talk about pictures in the terminal",
-        epilog=CHAT_HELP,
+        description="Loads a model and answers the questions that are typed in the terminal, as one conversation.",
+        epilog=f"commands within the conversation:\n{CHAT_HELP}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(action=command)
@@ -32,7 +33,7 @@ def command(args) -> int:
     import torch
 
     if sys.stdin.isatty():
-        # line editing and history at the prompt, where Python has it
+        # Where Python has readline, importing it gives the prompt line editing and a history.
         if importlib.util.find_spec("readline"):
             import readline  # noqa: F401
         print(CHAT_HELP)
@@ -65,10 +66,10 @@ def command(args) -> int:
                 print_stream(pipeline.chat(line, images, stream=True, **loading.sampling(args)))
                 images = []
         except KeyboardInterrupt:
-            # stops the answer, not the conversation
+            # Ctrl-C stops the answer, not the conversation.
             print("\n(interrupted; this turn is not kept)")
         except (PictureError, PromptError, FloatingPointError, torch.OutOfMemoryError) as error:
-            # They are this question's own, and the next one may well be answered.
+            # These errors belong to this question alone, and the next one may well be answered.
             print(f"{error}")
 
 
@@ -77,7 +78,8 @@ def _checked_picture(pipeline, file: str):
 
     if not file:
         raise PictureError("/image needs a file: /image FILE")
-    # kept decoded, and all of its errors now: one that failed only with its question would fail with every later one
+    # The picture is decoded and processed once now. If its fault showed only with the question, the picture would
+    # still be waiting, and every later question would fail as well.
     image = open_picture(file)
     pipeline.processor.image_processor(image)
     return image

@@ -1,4 +1,4 @@
-"""mg-fast compile: compiles the kernels ahead of time, for a GPU that need not be here."""
+"""mg-fast compile: compiles the kernels ahead of time, for a GPU that this machine need not have."""
 
 from ..errors import BackendError
 from .options import add_debug, architecture, dtype_option
@@ -7,8 +7,9 @@ from .options import add_debug, architecture, dtype_option
 def register(subparsers) -> None:
     parser = subparsers.add_parser(
         "compile",
-        help="compile the kernels ahead of time, for a GPU that need not be here",
-        description="Fills Triton's cache (TRITON_CACHE_DIR, or ~/.triton/cache) with the models' kernels, as when an image is built.",
+        help="compile the kernels ahead of time, for a GPU that this machine need not have",
+        description="Compiles the models' kernels into Triton's cache (TRITON_CACHE_DIR, or ~/.triton/cache), for "
+        "instance while a container image is built.",
     )
     parser.add_argument(
         "--arch",
@@ -16,27 +17,27 @@ def register(subparsers) -> None:
         required=True,
         type=architecture,
         metavar="sm_XX",
-        help="the GPU's, as sm_90; may be given several times",
+        help="architecture of the GPU, such as sm_90; may be given several times",
     )
     parser.add_argument(
         "--model",
         metavar="DIR",
-        help="checkpoint folder (its config.json will do), hub id or nano; default: the published sizes",
+        help="checkpoint folder (its config.json is enough), hub id or nano (default: the published model sizes)",
     )
     parser.add_argument(
         "--dtype",
         action="append",
         type=dtype_option,
         metavar="{float32,bfloat16,float16}",
-        help="may be given several times (default float16 and bfloat16)",
+        help="dtype of the weights; may be given several times (default: float16 and bfloat16)",
     )
     parser.add_argument(
         "--backend",
         choices=("auto", "triton"),
         default="auto",
-        help="triton: those kernels too in whose place auto takes a library's (default auto)",
+        help="auto (default) leaves out the kernels in whose place auto runs a library; triton compiles those, too",
     )
-    parser.add_argument("--training", action="store_true", help="the backward pass too")
+    parser.add_argument("--training", action="store_true", help="also compile the kernels of the backward pass")
     add_debug(parser)
     parser.set_defaults(action=command)
 
@@ -50,7 +51,7 @@ def command(args) -> int:
 
     if "auto" in (args.dtype or ()):
         raise BackendError(
-            "--dtype auto is for `mg-fast warmup`: ahead of time it is not known what a checkpoint holds"
+            "--dtype auto is for `mg-fast warmup`: ahead of time, the dtype that a checkpoint holds is not known"
         )
     dtypes = [wanted_dtype(name) for name in dict.fromkeys(args.dtype or ("float16", "bfloat16"))]
     configs = [model_config(args.model)] if args.model is not None else published_configs()
@@ -68,6 +69,7 @@ def command(args) -> int:
     fresh = sum(kernel.seconds is not None for kernel in done)
     print(f"{len(done)} kernels in {cache_folder()}: {fresh} compiled now, {len(done) - fresh} were there")
     print(
-        "Triton's launchers in C are still built at the first launch on the machine with the GPU, by its C compiler, in about a second."
+        "Triton's launchers in C are still built at the first launch on the machine with the GPU: "
+        "its C compiler takes about a second for them."
     )
     return 0

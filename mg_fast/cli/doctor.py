@@ -1,4 +1,4 @@
-"""mg-fast doctor: what is installed, and which backends can run here."""
+"""mg-fast doctor: shows what is installed, and which backends can run on this machine."""
 
 import argparse
 import importlib.metadata
@@ -9,7 +9,12 @@ from .. import __version__
 
 
 def register(subparsers) -> None:
-    parser = subparsers.add_parser("doctor", help="what is installed, and which backends can run here")
+    parser = subparsers.add_parser(
+        "doctor",
+        help="show what is installed, and which backends can run on this machine",
+        description="Shows the installed packages, the hardware, and, for every operation, which backends can run on "
+        "this machine, or why they cannot.",
+    )
     parser.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
     parser.set_defaults(action=command)
 
@@ -52,7 +57,8 @@ def command(args) -> int:
         for i in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(i)
             print(
-                f"  GPU {i}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB, sm_{properties.major}{properties.minor}"
+                f"  GPU {i}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB, "
+                f"sm_{properties.major}{properties.minor}"
             )
     else:
         built = (
@@ -62,13 +68,12 @@ def command(args) -> int:
         )
         print(f"  GPU: none that torch can use ({built})")
 
-    print("\nbackends (auto takes the fastest that can run, as far as it has been measured)")
+    print("\nbackends (auto takes the fastest one that can run, as far as speeds have been measured)")
     try:
         # The modules that own the two towers register their records when they are imported.
         from ..models.mini_gemini import modeling  # noqa: F401
-    except (
-        Exception
-    ) as error:  # A broken library may raise anything, and what is broken is what this command is asked for.
+    except Exception as error:
+        # A broken library may raise anything, and this command is there to show what is broken.
         print(f"  the towers cannot be imported: {type(error).__name__}: {error}")
     for operation in backends.OPERATIONS:
         for device in devices:

@@ -1,4 +1,4 @@
-"""mg-fast explain: draws which pixels were mined over the picture."""
+"""mg-fast explain: draws a heat map of the mined pixels over the picture."""
 
 import sys
 
@@ -10,25 +10,35 @@ from .options import answer_options, model_options, picture_file
 
 def register(subparsers) -> None:
     parser = subparsers.add_parser(
-        "explain", parents=[model_options(), answer_options()], help="draw which pixels were mined over the picture"
+        "explain",
+        parents=[model_options(), answer_options()],
+        help="draw a heat map over a picture: where the model looked closely",
+        description="Draws a heat map over a picture. It shows which high-resolution pixels the model mined for its "
+        "image tokens and, with a question, which of them the answer depends on.",
     )
     parser.add_argument(
         "--prompt",
         metavar="TEXT",
-        help="a question: show what its answer came from; without it all queries count alike",
+        help="a question: show which pixels its answer depends on (default: all image tokens count alike)",
     )
     parser.add_argument("--image", required=True, metavar="FILE", help="the picture")
     parser.add_argument(
-        "--out", required=True, type=picture_file, metavar="FILE", help="where to write: .png, .jpg or .webp"
+        "--out",
+        required=True,
+        type=picture_file,
+        metavar="FILE",
+        help="where to write the drawing: a .png, .jpg or .webp file",
     )
-    parser.add_argument("--allow-urls", action="store_true", help="fetch a picture given as URL")
-    parser.add_argument("--windows", action="store_true", help="draw the borders of the queries' windows")
+    parser.add_argument("--allow-urls", action="store_true", help="fetch the picture if it is given as a URL")
+    parser.add_argument(
+        "--windows", action="store_true", help="also draw the borders of the windows: one for each image token"
+    )
     parser.set_defaults(action=command)
 
 
 def command(args) -> int:
     if args.prompt is not None and not args.prompt.strip():
-        raise PromptError("--prompt is empty: leave it out, and all queries count alike")
+        raise PromptError("--prompt is empty: give a question, or leave --prompt out to weigh all image tokens alike")
     check_text(args.prompt or "", "--prompt")
     [picture] = loading.open_pictures(args, [args.image])
     pipeline = loading.load_to_answer(args)

@@ -1,4 +1,4 @@
-"""Loads what a command needs: its pictures first, because they are quickly found to be wrong, then the model."""
+"""Loads what a command needs: first its pictures, whose faults are found quickly, then the model."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from ..errors import PictureError
 
 
 def load(args, **options):
-    """The pipeline that the model options ask for, with the options of `mg_fast.load` that not every command has."""
+    """Loads the pipeline that the model options ask for; `options` are further ones of `mg_fast.load`."""
     # The imports take seconds, and usage errors should not wait for them.
     from ..models.templates import get_template
 
@@ -33,7 +33,7 @@ def load(args, **options):
 
 
 def load_to_answer(args):
-    """The pipeline for a command that answers; says on stderr what was loaded."""
+    """Loads the pipeline for a command that answers, and says on stderr what was loaded."""
     pipeline = load(args, allow_long=args.allow_long)
     print(
         f"loaded {args.model} on {pipeline.device} in {pipeline.load_seconds:.1f} s (template {pipeline.template})",
@@ -49,12 +49,12 @@ def sampling(args) -> dict:
 
 
 def open_pictures(args, files: list[str]) -> list:
-    """The pictures of a command, as far as they can be wrong read and tried before the model's gigabytes are read."""
+    """Opens the pictures of a command, and finds their faults before the gigabytes of the model are read."""
     from ..models.base64_text import looks_like_base64, refusal
     from ..models.urls import expanded, is_url
 
     for file in files:
-        # the commonest slip, told before anything is imported
+        # A wrong path is the most common mistake, so it is reported before anything is imported.
         if not (is_url(file) or os.path.exists(expanded(file))):
             raise PictureError(refusal(len(file)) if looks_like_base64(file) else f"{file}: no such file")
     from ..models import builtin
@@ -65,7 +65,7 @@ def open_pictures(args, files: list[str]) -> list:
     if pictures:
         from ..models.mini_gemini.processing import MiniGeminiProcessor
 
-        # and what this model can make of them, which its configuration tells
+        # The model's configuration is enough to find out whether the model can use these pictures.
         MiniGeminiProcessor.from_pretrained(model, template=args.template, base_model=args.model_base).image_processor(
             pictures
         )

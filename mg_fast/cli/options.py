@@ -1,4 +1,4 @@
-"""The parser, the options that several commands share, and the types of options."""
+"""The parser, the options that several commands share, and the types of option values."""
 
 import argparse
 import math
@@ -9,58 +9,72 @@ from ..runtime.dtypes import dtype_name
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors stay short where they repeat an argument."""
+    """A parser whose error messages are shortened when they repeat a long argument."""
 
     def error(self, message: str):
         super().error(shortened(message))
 
 
 def model_options() -> Parser:
-    """The options that say which model to load, and how; a parent of the parsers of the commands that load one."""
+    """A parent parser with the options that say which model to load, and how."""
     parent = Parser(add_help=False)
     parent.add_argument(
-        "--model", required=True, metavar="DIR", help="checkpoint folder, hub id, or `nano`, which is in the package"
+        "--model",
+        required=True,
+        metavar="DIR",
+        help="checkpoint folder, hub id, or `nano`, a small model in the package",
     )
     parent.add_argument(
-        "--model-base", metavar="DIR", help="base language model of a stage-1 adapter (mm_projector.bin)"
+        "--model-base", metavar="DIR", help="base language model, for a stage-1 adapter (mm_projector.bin)"
     )
-    parent.add_argument("--template", metavar="NAME", help="prompt template, where the checkpoint does not tell it")
+    parent.add_argument("--template", metavar="NAME", help="prompt template (default: the checkpoint's own)")
     parent.add_argument(
         "--dtype",
         default="auto",
         type=dtype_option,
         metavar="{auto,float32,bfloat16,float16}",
-        help="auto (default): the checkpoint's; on a CPU that is slow in it a faster one, as far as memory allows",
+        help="dtype of the weights; auto (default) takes the checkpoint's, or, on a CPU that is slow in that dtype, a "
+        "faster one if it fits in memory",
     )
-    parent.add_argument("--device", help="cuda, cpu, ... or auto (default: a GPU if there is one)")
-    parent.add_argument("--backend", choices=("auto", "reference", "torch", "triton"))
+    parent.add_argument("--device", help="cuda, cpu, ..., or auto to use all devices (default: a GPU if there is one)")
     parent.add_argument(
-        "--quantize", choices=("int8", "int4", "fp8"), help="the language model's weights (extra `quant`)"
+        "--backend",
+        choices=("auto", "reference", "torch", "triton"),
+        help="implementation of the operations (default: MG_FAST_BACKEND, else auto: the fastest one that can run)",
     )
     parent.add_argument(
-        "--compile", action="store_true", help="on a GPU: decode through torch.compile, slow at first, then faster"
+        "--quantize",
+        choices=("int8", "int4", "fp8"),
+        help="quantize the language model's weights (needs the extra `quant`)",
+    )
+    parent.add_argument(
+        "--compile", action="store_true", help="on a GPU, decode through torch.compile: slow at first, then faster"
     )
     add_debug(parent)
     return parent
 
 
 def answer_options() -> Parser:
-    """The options about the lengths of a prompt and of its answer, as a parent."""
+    """A parent parser with the options about the lengths of a prompt and its answer."""
     parent = Parser(add_help=False)
     parent.add_argument(
-        "--max-new-tokens", type=positive, metavar="N", help="at most N tokens per answer (default 512)"
+        "--max-new-tokens", type=positive, metavar="N", help="generate at most N tokens per answer (default: 512)"
     )
     parent.add_argument("--allow-long", action="store_true", help="accept prompts longer than the model was trained on")
     return parent
 
 
 def sampling_options() -> Parser:
-    """The options of sampling, as a parent."""
+    """A parent parser with the options of sampling."""
     parent = Parser(add_help=False)
     parent.add_argument(
-        "--temperature", type=temperature, default=0.0, metavar="T", help="0 (default) is greedy; above 0 samples"
+        "--temperature",
+        type=temperature,
+        default=0.0,
+        metavar="T",
+        help="0 (default) decodes greedily; above 0 samples",
     )
-    parent.add_argument("--seed", type=int, help="makes sampling repeatable")
+    parent.add_argument("--seed", type=int, help="a whole number that makes sampling repeatable")
     return parent
 
 
@@ -94,9 +108,9 @@ def dtype_option(text: str) -> str:
 
 def picture_file(text: str) -> str:
     if not text.lower().endswith((".png", ".jpg", ".jpeg", ".webp")):
-        raise argparse.ArgumentTypeError(f"expected a file .png, .jpg or .webp, got {quoted(text)}")
+        raise argparse.ArgumentTypeError(f"expected a .png, .jpg or .webp file, got {quoted(text)}")
     if os.path.isdir(text) or not os.path.isdir(os.path.dirname(text) or "."):
-        raise argparse.ArgumentTypeError(f"{quoted(text)} is a folder, or in a folder that does not exist")
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is a folder, or lies in a folder that does not exist")
     return text
 
 

@@ -1,7 +1,7 @@
 """The program `mg-fast`: its parser, its exit codes, and how it prints errors.
 
-Exit codes: 0 done; 1 unexpected; 2 wrong usage; 3 checkpoint; 4 picture; 5 prompt; 6 backend; 130 interrupted.
-Errors are one line on stderr; --debug shows the traceback.
+Exit codes: 0 success, 1 an unexpected error, 2 wrong usage, 3 a fault of the checkpoint, 4 of a picture, 5 of the
+prompt, 6 of the backend, 130 interrupted. An error is one line on stderr; --debug shows its traceback.
 """
 
 import argparse
@@ -38,14 +38,15 @@ def main(argv: list[str] | None = None) -> int:
     )
     try:
         code = args.action(args)
-        # here, where a reader that went away can be met, and not in the interpreter's own flush at its end
+        # If the reader of stdout has closed it, this raises an error that is handled below. The interpreter's own flush
+        # at exit would be too late for that.
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
         print("mg-fast: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # the reader of our output went away; nothing is left to say to it
+        # The reader of stdout has closed it, so nothing more can be printed there.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:

@@ -13,21 +13,24 @@ from .streams import first_use_lines, print_stream
 
 def register(subparsers) -> None:
     parser = subparsers.add_parser(
-        "run", parents=[model_options(), answer_options(), sampling_options()], help="answer one question"
+        "run",
+        parents=[model_options(), answer_options(), sampling_options()],
+        help="answer one question",
+        description="Answers one question, with or without pictures.",
     )
     parser.add_argument(
-        "--image", action="append", default=[], metavar="FILE", help="a picture; may be given several times"
+        "--image", action="append", default=[], metavar="FILE", help="a picture file; may be given several times"
     )
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the question")
-    parser.add_argument("--allow-urls", action="store_true", help="fetch pictures given as URLs")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.add_argument("--allow-urls", action="store_true", help="fetch pictures that are given as URLs")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
     parser.add_argument("--profile", action="store_true", help="show time and memory of every stage")
     parser.set_defaults(action=command)
 
 
 def command(args) -> int:
     if not args.prompt.strip():
-        raise PromptError("--prompt is empty")
+        raise PromptError("--prompt is empty: expected a question")
     check_text(args.prompt, "--prompt")
     pictures = loading.open_pictures(args, args.image)
     pipeline = loading.load_to_answer(args)
@@ -49,7 +52,7 @@ def command(args) -> int:
 
 
 def _document(pipeline, answer, seconds: float, *, profile: bool) -> dict:
-    """What --json prints."""
+    """The object that --json prints."""
     document = {
         "text": answer.text,
         "token_ids": answer.token_ids,

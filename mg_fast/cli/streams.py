@@ -1,4 +1,4 @@
-"""The streams of the terminal: what they may hold that is not in their encoding, and what the commands print alike."""
+"""The terminal's streams: characters outside their encoding, and output that several commands share."""
 
 import contextlib
 import io
@@ -7,26 +7,26 @@ from collections.abc import Iterable
 
 
 def tolerate_other_encodings() -> None:
-    """Lets a conversation outlive bytes that are not in the encoding of the terminal.
+    """Lets a conversation go on after bytes that are not in the encoding of the terminal.
 
-    Those on stdin become surrogates, which are refused together with the question that they stand in; by default they
-    would be an error of reading, which ends the conversation. On stdout a question mark replaces what its encoding
-    lacks.
+    On stdin such bytes become surrogates, and the question that contains them is refused. By default, reading them
+    would raise an error, which would end the conversation. On stdout a question mark replaces each character that the
+    encoding lacks.
     """
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
-        # Other programs and tests put streams in memory in their place, which decode nothing.
+        # Other programs and tests may replace the streams by streams in memory, which decode nothing.
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             with contextlib.suppress(io.UnsupportedOperation):
                 stream.reconfigure(errors=errors)
 
 
 def print_stream(pieces: Iterable[str]) -> None:
-    """Prints an answer piece by piece, as it comes."""
+    """Prints an answer piece by piece while it is generated."""
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
 
 
 def first_use_lines(seconds: dict[str, float]) -> str:
-    """What is done once, at first use, and how long it took."""
+    """One line for each thing that was done once, at first use, with the seconds it took."""
     return "\n".join(f"at first use: {what}: {s:.2f} s" for what, s in seconds.items())

@@ -1,4 +1,4 @@
-"""mg-fast warmup: runs a model on this machine, so that what is done at first use is done."""
+"""mg-fast warmup: runs a model on this machine, so that the work of the first use is done."""
 
 import argparse
 
@@ -16,7 +16,7 @@ class _CompilesAheadOfTime(argparse.Action):
 
 
 class _NotNeeded(argparse.Action):
-    """An option that asks for what the command does anyway."""
+    """An option that asks for what the command does in any case."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         parser.error(f"`mg-fast warmup` always runs the model on this machine: leave {option_string} out")
@@ -27,11 +27,12 @@ def register(subparsers) -> None:
         "warmup",
         parents=[model_options()],
         help="run the model on this machine, and show what is done at first use",
-        description="Loads the model on this machine's GPU or CPU and answers, and shows what is done at first use and how long it "
-        "takes. What Triton and torch.compile compile stays in their caches (TRITON_CACHE_DIR, TORCHINDUCTOR_CACHE_DIR). "
-        "`mg-fast compile` fills Triton's for a GPU that is not here.",
+        description="Loads the model on this machine's GPU or CPU, answers two questions about a picture of noise, and "
+        "shows what is done only at first use and how long it takes. Kernels that Triton and torch.compile compile "
+        "stay in their caches (TRITON_CACHE_DIR, TORCHINDUCTOR_CACHE_DIR). `mg-fast compile` fills Triton's cache for "
+        "a GPU that this machine does not have.",
     )
-    # `warmup` once compiled ahead of time too: whoever still types the options of that is told what to type instead.
+    # `warmup` once compiled ahead of time, too: someone who still types those options is told what to type instead.
     parser.add_argument("--here", action=_NotNeeded, nargs=0, help=argparse.SUPPRESS)
     parser.add_argument("--arch", action=_CompilesAheadOfTime, nargs="?", help=argparse.SUPPRESS)
     parser.add_argument("--training", action=_CompilesAheadOfTime, nargs=0, help=argparse.SUPPRESS)

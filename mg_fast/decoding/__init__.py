@@ -1,4 +1,4 @@
-"""Decoding: a token at a time over keys and values that are kept."""
+"""Decoding one token at a time, over keys and values that are kept."""
 
 from .loop import Decoder, DecodingRequest
 from .prefix_store import PrefixStore

@@ -1,4 +1,4 @@
-"""Where numbers stop being finite in a language model."""
+"""Finds the layers of a language model where numbers stop being finite."""
 
 import torch
 from torch.nn import functional as F
@@ -11,22 +11,22 @@ def where_not_finite(model: DecodableModel, ids: torch.Tensor, model_inputs: dic
     """Runs the tokens so far once more, and says in which layers NaN or infinity begins.
 
     Args:
-        model: that the logits came from.
+        model: the model that the logits came from.
         ids: [B, L], prompt and answer.
-        model_inputs: what `generate` was called with, attention_mask [B, prompt] among it.
+        model_inputs: the inputs that `generate` was called with, among them attention_mask [B, prompt].
     """
     prompt = model_inputs["attention_mask"].shape[1]
     new = ids.shape[1] - prompt
-    told = f"the logits of new token {new + 1} are not finite"
+    symptom = f"the logits of new token {new + 1} are not finite"
     prompt_inputs = {name: model_inputs.get(name) for name in model.prompt_inputs}
     pass_inputs = model.pass_inputs(model_inputs)
     embeddings = torch.cat([model.embed(ids[:, :prompt], **prompt_inputs), model.embed_ids(ids[:, prompt:])], dim=1)
     infinite = [name for name, tensor in prompt_inputs.items() if tensor is not None and not tensor.isfinite().all()]
-    # A mask among these may hold infinities, so that they are searched for NaN alone.
+    # A mask among these may hold infinities on purpose, so only NaN is looked for.
     nan = [name for name, tensor in {**pass_inputs.constant, **pass_inputs.by_position}.items() if tensor.isnan().any()]
     if nan or not embeddings.isfinite().all():
         source = [*nan, *infinite, "embeddings of the prompt"][0].replace("_", " ")
-        return f"{told}: the {source} are not finite before any layer of the language model"
+        return f"{symptom}: the {source} are not finite before any layer of the language model"
     language, broken = model.language_model, []
     layers = language.layers
 
@@ -41,8 +41,8 @@ def where_not_finite(model: DecodableModel, ids: torch.Tensor, model_inputs: dic
     hooks = [layer.register_forward_hook(watch(i)) for i, layer in enumerate(layers)]
     try:
         mask = F.pad(model_inputs["attention_mask"], (0, new), value=1)
-        besides = pass_inputs.at(torch.arange(ids.shape[1], device=ids.device))
-        hidden = language(inputs_embeds=embeddings, attention_mask=mask, use_cache=False, **besides).last_hidden_state
+        further = pass_inputs.at(torch.arange(ids.shape[1], device=ids.device))
+        hidden = language(inputs_embeds=embeddings, attention_mask=mask, use_cache=False, **further).last_hidden_state
     finally:
         for hook in hooks:
             hook.remove()
@@ -50,10 +50,18 @@ def where_not_finite(model: DecodableModel, ids: torch.Tensor, model_inputs: dic
         first = broken[0]
         parameters = list(layers[first].parameters())
         if any(p.is_meta for p in parameters):
-            weights = "are offloaded, and were not looked at"
+            weights = "are offloaded, and were not checked"
         else:
             weights = "are finite" if all(p.isfinite().all() for p in parameters) else "are not finite either"
-        return f"{told}: that begins in layers {first} to {broken[-1]} of 0 to {len(layers) - 1}; the weights of layer {first} {weights}"
+        return (
+            f"{symptom}: that begins in layers {first} to {broken[-1]} of 0 to {len(layers) - 1}; "
+            f"the weights of layer {first} {weights}"
+        )
     if not hidden[:, -1].isfinite().all() or not call(model.head, hidden[:, -1:]).isfinite().all():
-        return f"{told}: all {len(layers)} layers are finite, the last norm or lm_head is not"
-    return f"{told}, but a second pass over the same tokens is: keys and values or the hardware were at fault, not the weights"
+        return (
+            f"{symptom}: the outputs of all {len(layers)} layers are finite, those of the last norm or lm_head are not"
+        )
+    return (
+        f"{symptom}, but those of a second pass over the same tokens are: "
+        "the kept keys and values or the hardware were at fault, not the weights"
+    )

@@ -1,4 +1,4 @@
-"""Keys and values of the sequences that are decoded now, in memory that is taken once and written in place."""
+"""Keys and values of the sequences being decoded, in memory that is allocated once and written in place."""
 
 from collections.abc import Sequence
 
@@ -7,32 +7,32 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 def position_bytes(config, dtype: torch.dtype) -> int:
-    """Bytes of the keys and values of one position, of a language model's configuration."""
+    """Bytes of the keys and values of one position, from the configuration of a language model."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * config.num_hidden_layers * heads * width * dtype.itemsize
 
 
 class KVCache(Cache):
-    """A cache of fixed capacity for `B` sequences of one length, which transformers' models write and read like their
-    own.
+    """A cache of fixed capacity for `B` sequences of one length, which transformers' models use like their own caches.
 
-    Nothing grows or is concatenated: a pass writes its keys and values at `length` and attends to a view of what is
-    written. Whoever runs the model moves `length` on (`mg_fast.decoding.model_runner`), so a pass that is given up
-    leaves no trace. Memory is taken layer by layer, on the layer's device, when it is first written.
+    Nothing grows and nothing is concatenated: a pass writes its keys and values at `length` and attends to a view of
+    the positions written so far. The code that runs the model (`mg_fast.decoding.model_runner`) advances `length`, so a
+    pass that is given up leaves no trace. The memory of a layer is allocated on the layer's device at its first write.
 
     Args:
-        layers: of the language model.
-        batch: sequences B.
-        capacity: positions of a sequence.
-        masked: passes also attend to positions not yet written, with a weight of 0: there must be no NaN, which would
-            survive it.
+        layers: number of layers of the language model.
+        batch: number of sequences, B.
+        capacity: number of positions of each sequence.
+        masked: passes also attend, with a weight of 0, to positions that are not yet written. The memory then begins as
+            zeros, because 0 times NaN would be NaN.
 
     Attributes:
-        length: positions written.
-        positions: on a GPU while a graph is captured: int64 [Q] where the pass writes, read at every replay; it then
-            attends to all of `window` positions, under the mask it is given.
-        window: positions that a captured pass attends to.
+        length: number of positions written.
+        positions: int64 [Q], the positions that a pass writes, while a pass for a CUDA graph runs; every replay reads
+            them again. The pass then attends to all `window` positions, under the mask that it is given. None
+            otherwise.
+        window: number of positions that a pass for a CUDA graph attends to.
     """
 
     def __init__(self, layers: int, batch: int, capacity: int, *, masked: bool):
@@ -44,11 +44,11 @@ class KVCache(Cache):
 
     @property
     def devices(self) -> list[torch.device]:
-        """The devices on which memory was taken so far."""
+        """The devices on which memory has been allocated so far."""
         return list(dict.fromkeys(layer.keys.device for layer in self.layers if layer.is_initialized))
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
-        """Tells torch's allocator that a stream uses the memory on its device, beside the stream that it was taken on."""
+        """Tells torch's allocator that this stream, too, uses the memory that was allocated on its device."""
         for layer in self.layers:
             if layer.is_initialized and layer.keys.device == stream.device:
                 layer.keys.record_stream(stream)
@@ -56,17 +56,15 @@ class KVCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes taken so far."""
+        """Bytes allocated so far."""
         return sum(part.nbytes for layer in self.layers if layer.is_initialized for part in (layer.keys, layer.values))
 
     def read(self, start: int, stop: int) -> list[torch.Tensor]:
-        """Copies of what one sequence's layers hold between two positions: keys and values [2, heads, stop - start, d]
-        a layer.
-        """
+        """Copies of one sequence's keys and values between two positions: [2, heads, stop - start, d] of each layer."""
         return [torch.stack([layer.keys[0, :, start:stop], layer.values[0, :, start:stop]]) for layer in self.layers]
 
     def write(self, segments: Sequence[Sequence[torch.Tensor]]) -> None:
-        """Begins with what `read` gave, segment after segment."""
+        """Fills the first positions with segments that `read` returned, one after another."""
         at = 0
         for segment in segments:
             size = segment[0].shape[-2]
@@ -95,7 +93,7 @@ class CachedLayer(CacheLayerMixin):
             shape = (self.cache.batch, states.shape[1], self.cache.capacity, states.shape[-1])
             return states.new_zeros(shape) if self.cache.masked else states.new_empty(shape)
 
-        # the memory outlives the call, which may be in inference mode
+        # The call may run in inference mode, but the memory outlives it and must not be inference tensors.
         with torch.inference_mode(False):
             self.keys, self.values = room(key_states), room(value_states)
         self.is_initialized = True
@@ -103,7 +101,7 @@ class CachedLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [B, heads, Q, d] of new positions to those of all positions that they may attend to."""
+        """Writes keys and values [B, heads, Q, d] of new positions; returns all that these positions may attend to."""
         self.lazy_initialization(key_states, value_states)
         cache = self.cache
         if cache.positions is not None:

@@ -1,5 +1,6 @@
-"""A decode loop for `generate(custom_generate=...)`: one fixed cache, nothing computed twice, no wait for the device
-between tokens.
+"""A decode loop for `generate(custom_generate=...)`.
+
+It has one cache of fixed size, computes nothing twice, and does not wait for the device between tokens.
 """
 
 import copy
@@ -26,10 +27,10 @@ from .prefix_store import PrefixStore
 
 logger = logging.getLogger(__name__)
 
-# of keys and values, where nobody says how many: several conversations of a small model
+# The least default limit for remembered keys and values, in bytes: several conversations of a small model.
 LEAST_BYTES = 2**30
-# settings, as they must be, under which `generate` needs nothing that this loop does not have
-_PLAIN = {
+# Settings of `generate`, with the only values that this loop supports.
+_SUPPORTED_SETTINGS = {
     "output_attentions": False,
     "output_hidden_states": False,
     "output_scores": False,
@@ -39,11 +40,11 @@ _PLAIN = {
     "use_cache": True,
     "prefill_chunk_size": None,
     "token_healing": False,
-    # `generate` does not hand its tokenizer on to other loops
+    # They need the tokenizer, which `generate` does not pass to custom loops.
     "stop_strings": None,
 }
-# arguments of `generate` that are no settings, and that this loop does not take
-_FOREIGN = (
+# Arguments of `generate` beside its settings that this loop does not support.
+_UNSUPPORTED_ARGUMENTS = (
     "past_key_values",
     "assistant_model",
     "synced_gpus",
@@ -54,15 +55,15 @@ _FOREIGN = (
 
 
 class Decoder:
-    """Decodes with a model, and remembers the keys and values of what it has read, for prompts that begin alike.
+    """Decodes with a model, and remembers keys and values for later prompts that begin alike.
 
-    Threads may share it: every request has a cache of its own, of which one is kept for the next.
+    Threads may share a decoder: every request has its own cache, and one cache is kept for the next request.
 
     Args:
-        model: what computes; a plain model of transformers goes into `mg_fast.models.causal_lm.CausalLM` first.
-        kv_cache_bytes: most bytes of keys and values remembered, on the model's devices; 0 remembers nothing. Default:
-            those of the longest conversation that the model can hold, but at least `LEAST_BYTES`.
-        graphs, compiled: as of `ModelRunner`.
+        model: the model that computes. Wrap a plain model of transformers in `mg_fast.models.causal_lm.CausalLM` first.
+        kv_cache_bytes: most bytes of keys and values remembered, on the model's devices; 0 remembers nothing. The
+            default holds the longest conversation that fits the model, but is at least `LEAST_BYTES`.
+        graphs, compiled: see `ModelRunner`.
     """
 
     def __init__(
@@ -78,20 +79,21 @@ class Decoder:
         self._idle: Sequences | None = None
         self._state: tuple | None = None
         self._lock = threading.Lock()
-        self._said: set[str] = set()
+        self._reasons_logged: set[str] = set()
 
     def refuses(self, options: dict) -> str | None:
-        """Why `generate` with these options must decode by itself, as the end of a sentence; None where this can. Each
-        is said once.
+        """Why `generate` must use its own loop for these options, as the end of a sentence; None where it need not.
+
+        Each reason is logged once.
         """
         config = copy.deepcopy(options.get("generation_config") or self.model.generation_config)
         config.update(**{name: value for name, value in options.items() if name != "generation_config"})
-        foreign = next((name for name in _FOREIGN if options.get(name) is not None), None)
-        reason = f"{foreign} came" if foreign else _refusal(config, options.get("assistant_model"))
-        if reason is not None and reason not in self._said:
-            self._said.add(reason)
+        unsupported = next((name for name in _UNSUPPORTED_ARGUMENTS if options.get(name) is not None), None)
+        reason = f"they set {unsupported}" if unsupported else _refusal(config, options.get("assistant_model"))
+        if reason is not None and reason not in self._reasons_logged:
+            self._reasons_logged.add(reason)
             logger.warning(
-                "transformers' own loop decodes under these options, and keeps no keys and values: %s", reason
+                "with these options transformers' own loop decodes, and keys and values are not remembered: %s", reason
             )
         return reason
 
@@ -101,37 +103,35 @@ class Decoder:
         streamer: BaseStreamer | None = None,
         generator: torch.Generator | None = None,
     ) -> "DecodingRequest":
-        """What `custom_generate` takes, for one call.
+        """The value of `custom_generate` for one call of `generate`.
 
         Args:
-            digests: for each picture, in order, 16 bytes or more that only the same picture has, as of
-                `DecodableModel.position_keys`; without them a prompt with pictures is neither looked up nor remembered.
-            streamer: gets the ids; here, as `generate` hands none on to other loops.
-            generator: what samples are drawn by, on the device of the ids. Default: torch's own; on a GPU one seeded by
-                torch's own of the CPU, as that of the GPU fails while another thread captures a graph.
+            digests: for each picture, in order, at least 16 bytes that only the same picture has; see
+                `DecodableModel.position_keys`. Without them a prompt with pictures is neither looked up nor remembered.
+            streamer: gets the ids. It is an argument here because `generate` passes no streamer to custom loops.
+            generator: draws the samples, on the device of the ids. Default: torch's own on a CPU. On a GPU torch's own
+                fails while another thread captures a graph, so a new one is seeded from torch's CPU generator.
         """
         return DecodingRequest(self, digests, streamer, generator)
 
     def forget(self) -> None:
-        """Drops all keys and values and captured graphs."""
+        """Drops all keys and values and all captured graphs."""
         self.prefixes.clear()
         with self._lock:
             self._idle = self._state = None
 
     def rest(self) -> None:
-        """Hands back the memory of a cache of several sequences, which is large; what is remembered stays."""
+        """Frees an idle cache of several sequences, which is large; remembered keys and values stay."""
         with self._lock:
             if self._idle is not None and self._idle.cache.batch > 1:
                 self._idle = None
 
     def _take(self, batch: int, positions: int) -> tuple[Sequences, tuple]:
-        """The idle cache, where it is of that batch and large enough, or another; and the model's state, to give it
-        back with.
-        """
+        """A cache for a request, the idle one if it fits, and the state of the model, which `_give_back` takes."""
         state = _state(self.model)
         with self._lock:
             if state != self._state:
-                # the weights are not those that keys, values and graphs were made with
+                # Keys, values and graphs were made with other weights or other arithmetic.
                 self.prefixes.clear()
                 self._idle, self._state = None, state
             state, idle, self._idle = self._state, self._idle, None
@@ -142,29 +142,30 @@ class Decoder:
         return self.runner.sequences(batch, positions), state
 
     def _give_back(self, sequences: Sequences, state: tuple, keys: list[int] | None) -> None:
-        """Keeps the cache for the next request and, by their keys, what is in it."""
+        """Keeps the cache for the next request, and remembers its keys and values under the keys of their positions."""
         with self._lock:
-            # not if all was forgotten meanwhile, though another request of the same state came since
+            # Identity, not equality: if everything was forgotten meanwhile, this cache is dropped as well, even though
+            # a later request may have set an equal state.
             if state is not self._state:
                 return
             cache = sequences.cache
-            # what is larger than all room is not even copied
+            # Keys and values that exceed the whole limit are not even copied.
             if keys is not None and cache.nbytes * len(keys) <= self.prefixes.limit * cache.capacity:
                 try:
                     self.prefixes.put(keys, sequences.cache.read)
                 except torch.OutOfMemoryError as error:
-                    # the answer is there: it is not lost over what the next one would save
+                    # The answer is complete. It must not be lost because its keys and values cannot be remembered.
                     logger.warning("keys and values of an answer are not kept: %s", error)
             sequences.hand_back()
             self._idle = sequences
 
 
 class DecodingRequest:
-    """One call of `generate(custom_generate=...)`; made by `Decoder.request`.
+    """The loop of one call of `generate(custom_generate=...)`; `Decoder.request` makes one.
 
     Attributes:
-        reused: positions of the prompt whose keys and values were at hand.
-        lengths: new tokens of each row up to its end; what follows is filling.
+        reused: number of the prompt's positions whose keys and values were remembered.
+        lengths: number of new tokens of each row up to its end; the tokens after it are filling.
     """
 
     def __init__(
@@ -188,28 +189,32 @@ class DecodingRequest:
         generation_config: GenerationConfig,
         **model_inputs,
     ) -> torch.Tensor:
-        """As GenerationMixin's own loops: ids [B, L] to [B, L + new].
+        """Continues ids [B, L] to [B, L + new], as GenerationMixin's own loops do.
 
         Args:
-            generating: the model of transformers whose `generate` calls this; how it is asked, the decoder's model
-                knows.
-            **model_inputs: what else `generate` was called with.
+            generating: the model of transformers whose `generate` calls this. It is not used: the decoder's model is
+                the one that runs.
+            **model_inputs: the other inputs that `generate` was called with.
 
         Raises:
-            FloatingPointError: logits are not finite; the message names the layers where that begins.
+            PromptError: the settings ask for something that this loop does not support.
+            FloatingPointError: logits are not finite, and the message names the layers where that begins; or no token
+                can be drawn from them.
         """
         if reason := _refusal(generation_config):
-            raise PromptError(f"this loop decodes greedily or samples, and returns ids: {reason}")
+            raise PromptError(
+                f"this loop only decodes greedily or samples, and returns ids, but the settings differ: {reason}"
+            )
         decoder, runner, model = self.decoder, self.decoder.runner, self.decoder.model
         length, limit = input_ids.shape[1], stopping_criteria.max_length
         sequences, state = decoder._take(len(input_ids), limit)
         sequences.fill(model_inputs.get("attention_mask"), model.pass_inputs(model_inputs))
         embeddings = model.embed(input_ids, **{name: model_inputs.get(name) for name in model.prompt_inputs})
         keys = self._keys(input_ids, model_inputs) if sequences.mask is None else None
-        # held to the end: another thread may drop them while they are copied
+        # The segments are held until the end, because another thread may drop them while they are being copied.
         known = []
         if keys is not None:
-            # the last position is run in any case, for its logits
+            # The last position is always run, for its logits.
             self.reused, known = decoder.prefixes.longest(keys[:-1])
             sequences.cache.write(known)
         logits = runner.prefill(sequences, embeddings[:, self.reused :])
@@ -219,9 +224,10 @@ class DecodingRequest:
         ids[:, :length] = input_ids
         choice = _Choice(ids, generation_config, logits_processor, stopping_criteria, self.generator)
         if self.streamer is not None:
-            # as `generate` does; streamers pass over it
+            # `generate` hands over the prompt first, too; streamers skip it.
             self.streamer.put(input_ids.cpu())
-        # a GPU runs the next pass while the host reads this token; a CPU would only work on what may not be needed
+        # A GPU runs the next pass while the host reads this token. On a CPU there is nothing to overlap, and a pass
+        # that turns out not to be needed would cost time.
         ahead = ids.is_cuda
         while True:
             record = choice(logits, length)
@@ -245,7 +251,7 @@ class DecodingRequest:
         if self.streamer is not None:
             self.streamer.end()
         if keys is not None:
-            # No pass was made over the last token, so there are no keys and values of it.
+            # No pass was run over the last token, so it has no keys and values.
             keys = self._keys(ids[:, : length - 1], model_inputs)
         known.clear()
         self.lengths = choice.lengths.tolist()
@@ -253,7 +259,7 @@ class DecodingRequest:
         return ids[:, :length]
 
     def _keys(self, ids: torch.Tensor, model_inputs: dict) -> list[int] | None:
-        """A number for every position, by which keys and values are looked up; None where they cannot be."""
+        """A number for every position, by which its keys and values are looked up; None where they cannot be."""
         if len(ids) > 1 or not self.decoder.prefixes.limit or not fixed_positions(self.decoder.runner.config):
             return None
         return self.decoder.model.position_keys(ids, model_inputs, self.digests)
@@ -277,22 +283,22 @@ class _Choice:
         self.generator = generator
         self.finished = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         self.lengths = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
-        # rows that ended are filled up while others go on
+        # Rows that have ended are filled up while the others go on.
         ends = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         self.filling = config._pad_token_tensor.to(ids.device) if ends else None
 
     def __call__(self, logits: torch.Tensor, length: int) -> "_Record":
-        """The token at `length` of every row, written into the ids."""
+        """Chooses the token at position `length` of every row, and writes it into the ids."""
         logits = logits.to(self.ids.device, torch.float32)
         finite = logits.amax(dim=-1).isfinite()
         scores = self.processors(self.ids[:, :length], logits)
         if self.sampled:
-            # of a row that cannot be drawn anything is, as it is refused below; on a GPU multinomial would end the
-            # process' context
-            shares = scores.softmax(dim=-1)
-            usable = shares.amax(dim=-1).isfinite()
+            # A row without finite probabilities draws from equal ones instead. Its token is refused later; a
+            # multinomial over NaN would make the CUDA context of the whole process unusable.
+            probabilities = scores.softmax(dim=-1)
+            usable = probabilities.amax(dim=-1).isfinite()
             chosen = torch.multinomial(
-                torch.where(usable[:, None], shares, 1.0), num_samples=1, generator=self.generator
+                torch.where(usable[:, None], probabilities, 1.0), num_samples=1, generator=self.generator
             )[:, 0]
         else:
             chosen, usable = scores.argmax(dim=-1), finite
@@ -305,10 +311,10 @@ class _Choice:
 
 
 class _Record:
-    """What the host must know of a token, on its way there while the device goes on."""
+    """What the host must know of a new token, copied to the host while the device goes on."""
 
     def __init__(self, chosen: torch.Tensor, *flags: torch.Tensor):
-        # on a GPU such a copy lands in pinned memory and does not wait
+        # From a GPU, such a copy goes into pinned memory and the host does not wait for it.
         self._flags = len(flags)
         self._host = torch.cat([chosen, torch.stack(flags)]).to("cpu", non_blocking=True)
         self._copied = torch.cuda.current_stream(chosen.device).record_event() if chosen.is_cuda else None
@@ -322,18 +328,18 @@ class _Record:
 
 
 def _refusal(config: GenerationConfig, assistant_model: object = None) -> str | None:
-    """What the settings ask for that is not here; None where all is."""
+    """What the settings ask for that this loop does not support, as the end of a sentence; None if nothing."""
     mode = config.get_generation_mode(assistant_model)
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         return f"they ask for {mode.value.replace('_', ' ')}"
-    for name, plain in _PLAIN.items():
+    for name, plain in _SUPPORTED_SETTINGS.items():
         if (value := getattr(config, name, plain)) not in (plain, None):
             return f"they set {name}={value!r}"
     return None
 
 
 def _state(model: DecodableModel) -> tuple:
-    """What keys, values and graphs depend on beside the tokens: another one means that they are of no use any more."""
+    """What keys, values and graphs depend on beside the tokens: they cannot be used with another state."""
     arithmetic = numerics(execution_device(model.head))
     attention = model.text_config._attn_implementation
     return Fingerprint((model.language_model, model.head)), arithmetic, attention

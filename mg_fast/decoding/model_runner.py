@@ -1,4 +1,4 @@
-"""Passes of a language model over a KVCache: a prompt in chunks, then a token at a time; on a GPU as graphs."""
+"""Passes of a language model over a KVCache: a prompt in chunks, then one token at a time; on a GPU as CUDA graphs."""
 
 import logging
 import time
@@ -18,35 +18,36 @@ from .kv_cache import KVCache
 
 logger = logging.getLogger(__name__)
 
-# positions of a prompt in one pass: enough to keep every product busy, and what lies between the layers stays small in
-# HD
+# Positions of a prompt in one pass: enough to keep every matrix product busy, and in HD the activations stay small.
 PREFILL_CHUNK = 1024
-# a graph's window is a multiple of it, so that graphs serve many lengths; so is a cache's capacity
+# Windows of graphs and capacities of caches are multiples of this, so that one graph serves many lengths.
 WINDOW = 512
-# a cache of one sequence is a multiple of it: a conversation outgrows its cache, and with it all graphs, seldom
+# The capacity of a cache of one sequence is a multiple of this, so that a conversation seldom outgrows its cache and
+# loses all graphs with it.
 ONE_SEQUENCE = 2048
-# widths of prompts' graphs: a prompt is filled up to the next
+# Widths of the graphs for prompts: a chunk of a prompt is filled up to the next width.
 WIDTHS = (64, 128, 192, 256, 384, 512, 640, 768, 896, 1024)
-# graphs kept for a cache, the one used longest ago goes first
+# The most graphs kept for one cache; the one used longest ago is dropped first.
 MAX_GRAPHS = 16
 
 
 @dataclass
 class Sequences:
-    """`B` sequences that are decoded side by side, and what passes over them share.
+    """`B` sequences that are decoded side by side, and what the passes over them share.
 
     Attributes:
-        cache: their keys and values; position j of all rows lies at j.
-        by_graph: whether passes are captured.
-        pads: int64 [B], how many positions at the beginning of each row are filling; None where there is none.
-        mask: int64 [B, capacity], 0 at the filling; None as `pads`.
-        pass_inputs: what every pass takes besides. Where passes are captured, it lies where they read it, with a row
-            for every position of the cache.
-        graphs: captured passes over this cache, by (tokens or embeddings, width, window). They share their memory, as
-            one of them runs at a time. Their stream is not shared with other caches, whose graphs may run at the same
-            time.
-        arithmetic: what changes the arithmetic of passes, see `numerics`, as it was when the prompt came.
-        written: by GPU, an event that was recorded after the last pass of the request that gave the cache back.
+        cache: keys and values of the sequences; position j of every row lies at index j.
+        by_graph: whether passes are captured in CUDA graphs.
+        pads: int64 [B], the number of filling positions at the beginning of each row; None where there is no filling.
+        mask: int64 [B, capacity], 0 at the filling; None where there is no filling.
+        pass_inputs: further inputs of every pass. Where passes are captured, these are the tensors that the captured
+            passes read, with a row for every position of the cache.
+        graphs: captured passes over this cache, by the dtype of tokens or embeddings, width, window and arithmetic.
+            They share their memory, because only one of them runs at a time. Their stream is not shared with other
+            caches, whose graphs may run at the same time.
+        arithmetic: the settings that change the arithmetic of passes (see `numerics`), as they were when the prompt
+            came.
+        written: for each GPU, an event that was recorded after the last pass of the request that gave the cache back.
     """
 
     cache: KVCache
@@ -59,23 +60,25 @@ class Sequences:
     written: dict[torch.device, torch.cuda.Event] = field(default_factory=dict)
 
     def hand_back(self) -> None:
-        """Called on the stream of the request that is done with the cache: a pass that ran ahead of its end may still
-        be writing.
+        """Ends a request's use of the cache. Called on the request's stream.
+
+        A pass that ran ahead of the end of the answer may still be writing to the cache on that stream.
         """
         if not self.by_graph:
-            # a request's features must not stay in memory as long as its cache does
+            # A request's features must not stay in memory for as long as its cache does.
             self.pass_inputs = NO_PASS_INPUTS
         gpus = [device for device in self.cache.devices if device.type == "cuda"]
         self.written = {device: torch.cuda.current_stream(device).record_event() for device in gpus}
 
     def take_over(self) -> None:
-        """Called on the stream of the next request: it waits for the last pass of the one before, which may be on
-        another stream.
+        """Begins the next request's use of the cache. Called on that request's stream.
+
+        The stream waits for the last pass of the request before, which may have run on another stream.
         """
         for device, event in self.written.items():
             stream = torch.cuda.current_stream(device)
             stream.wait_event(event)
-            # torch must not give the memory to anybody else before this stream is done with it, either
+            # torch must not give the memory to anything else before this stream, too, is done with it.
             self.cache.record_stream(stream)
             for tensor in self._read_by_passes():
                 if tensor.device == device:
@@ -83,16 +86,18 @@ class Sequences:
         self.written = {}
 
     def _read_by_passes(self) -> list[torch.Tensor]:
-        """What passes read beside the cache, and whoever runs one writes anew."""
-        kept = [tensor for tensor in (self.mask, self.pads, *self.pass_inputs.tensors) if tensor is not None]
-        return kept + [tensor for graph in self.graphs.entries() for tensor in (graph.inputs, graph.start, graph.last)]
+        """Tensors beside the cache that passes read, and that every request writes anew."""
+        tensors = [tensor for tensor in (self.mask, self.pads, *self.pass_inputs.tensors) if tensor is not None]
+        return tensors + [
+            tensor for graph in self.graphs.entries() for tensor in (graph.inputs, graph.start, graph.last)
+        ]
 
     def fill(self, attention_mask: torch.Tensor | None, pass_inputs: PassInputs = NO_PASS_INPUTS) -> None:
-        """Empties the cache, and takes what the passes of the next request read.
+        """Empties the cache, and takes over what the passes of the next request read.
 
         Args:
-            attention_mask: [B, L], 0 at positions on the left that are filling.
-            pass_inputs: what every pass takes besides.
+            attention_mask: [B, L], 0 at the filling on the left.
+            pass_inputs: further inputs of every pass.
         """
         self.cache.length = 0
         self._take_pass_inputs(pass_inputs)
@@ -108,14 +113,14 @@ class Sequences:
             self.graphs.clear()
             self.mask, self.pads = mask, (mask == 0).sum(dim=1)
         else:
-            # where graphs read them
+            # Captured graphs read these tensors, so their contents are replaced.
             self.mask.copy_(mask)
             self.pads.copy_((mask == 0).sum(dim=1))
 
     def _take_pass_inputs(self, given: PassInputs) -> None:
         if self.by_graph:
-            # Captured passes go on reading the tensors that they were captured with, so later ones are copied into
-            # these.
+            # Captured passes go on reading the tensors that they were captured with, so later inputs are copied into
+            # those tensors.
             given = given.extended(self.cache.capacity)
             if given.layout == self.pass_inputs.layout:
                 for kept, tensor in zip(self.pass_inputs.tensors, given.tensors):
@@ -129,18 +134,18 @@ class Sequences:
 class ModelRunner:
     """Runs a model's language model over sequences.
 
-    On a GPU a pass of a width and window that was met before is captured in a CUDA graph and replayed: a launch instead
-    of a thousand. It then attends to a whole window under a mask. Elsewhere, and where `graphs_refused` has a reason,
-    passes see exactly the positions that are there, by the model's own attention implementation.
+    On a GPU, a pass whose width and window were met before is captured in a CUDA graph and replayed: one launch instead
+    of a thousand. A captured pass attends to a whole window under a mask. Elsewhere, and where `graphs_refused` gives a
+    reason, a pass attends to exactly the positions that exist, by the model's own attention implementation.
 
     Args:
-        model: whose language model and head run.
-        graphs: capture passes in CUDA graphs; without, less memory is taken.
-        compiled: a token's pass goes through torch.compile before it is captured: seconds to a minute at first use,
-            then fewer, larger kernels. Its window is the cache's whole capacity.
+        model: the model whose language model and head run.
+        graphs: capture passes in CUDA graphs; without graphs less memory is needed.
+        compiled: run a one-token pass through torch.compile before it is captured. This takes seconds to a minute at
+            first use, and later passes launch fewer, larger kernels. Such a pass attends to the cache's whole capacity.
 
     Attributes:
-        captures: whether passes may still be captured, and how long captures took, over all sequences.
+        captures: whether passes may still be captured, and how long captures took, for all sequences together.
     """
 
     def __init__(self, model: DecodableModel, *, graphs: bool = True, compiled: bool = False):
@@ -149,12 +154,12 @@ class ModelRunner:
         take_onednn(self.head)
         self._graphs = graphs
         self._compiled = torch.compile(self._pass, fullgraph=True, dynamic=False) if compiled else None
-        self._told = False
+        self._told_not_compiled = False
         self.captures = Captures()
 
     @property
     def first_use(self) -> dict[str, float]:
-        """Seconds that were spent once: on compiling, and on every capture."""
+        """Seconds spent on work that is done once: compiling, and every capture."""
         return self.captures.first_use
 
     @property
@@ -164,7 +169,7 @@ class ModelRunner:
 
     @property
     def language_model(self) -> nn.Module:
-        # looked up: resizing, adapters and loading put other modules in their places
+        # Looked up at every use, because resizing, adapters and loading put another module in its place.
         return self.model.language_model
 
     @property
@@ -172,18 +177,18 @@ class ModelRunner:
         return self.model.head
 
     def sequences(self, batch: int, positions: int) -> Sequences:
-        """Room for so many sequences of at least so many positions."""
+        """Memory for `batch` sequences of at least `positions` positions each."""
         unit = ONE_SEQUENCE if batch == 1 else WINDOW
         capacity = -(-positions // unit) * unit
         refused = self.graphs_refused(capacity)
-        if refused is not None and self._compiled is not None and not self._told:
-            self._told = True
-            logger.warning("nothing is compiled (compiled=True, --compile): %s", refused)
+        if refused is not None and self._compiled is not None and not self._told_not_compiled:
+            self._told_not_compiled = True
+            logger.warning("compiled=True (--compile) has no effect: %s", refused)
         if refused is not None:
             logger.debug("passes are not captured: %s", refused)
         by_graph = refused is None
         if not by_graph:
-            # heads a power of two of bytes apart would share the sets of a CPU's caches
+            # Heads that lie a power of two bytes apart would share the same sets of a CPU's caches.
             capacity += 32
         cache = KVCache(self.config.num_hidden_layers, batch, capacity, masked=by_graph)
         return Sequences(cache, by_graph, GraphCache(MAX_GRAPHS, self.captures, shared_memory=True))
@@ -191,7 +196,7 @@ class ModelRunner:
     def graphs_refused(self, capacity: int) -> str | None:
         """Why passes are not captured, as the end of a sentence; None where they are."""
         if not self._graphs:
-            return "nobody wants them"
+            return "CUDA graphs are switched off"
         language, head = self.language_model, self.head
         devices = {p.device for part in (language, head) for p in part.parameters()}
         if len(devices) > 1 or next(iter(devices)).type != "cuda":
@@ -202,18 +207,18 @@ class ModelRunner:
         if window is not None and window < capacity:
             return f"attention slides over {window} positions"
         if self.config._experts_implementation == "eager" and hasattr(self.config, "num_local_experts"):
-            return "its experts are chosen on the host (experts_implementation eager)"
+            return "the experts are chosen on the host (experts_implementation eager)"
         if not fixed_positions(self.config):
-            return "its rotary positions depend on the length of the sequence"
+            return "the rotary positions depend on the length of the sequence"
         if torch.is_autocast_enabled("cuda"):
-            return "autocast drops its casts of the weights, which a graph would go on reading"
-        # Their own forwards are captured with whatever tensors they have, quantized ones too.
+            return "autocast drops its casts of the weights, but a graph would go on reading them"
+        # Only hooks are looked for: a module's own forward is captured with any tensors, quantized ones, too.
         if any(why_not_plain("it", part, reads=()) for whole in (language, head) for part in whole.modules()):
-            return "hooks on the language model would run at the capture alone"
+            return "hooks on the language model would run only while a graph is captured"
         return None
 
     def _asks_host(self, tokens: int) -> bool:
-        """Whether quantised experts ask the host where so many tokens go, which no graph can."""
+        """Whether quantized experts ask the host where this many tokens go, which a graph cannot do."""
         config = self.config
         return (
             config._experts_implementation == EXPERTS_FUNCTION
@@ -221,16 +226,16 @@ class ModelRunner:
         )
 
     def prefill(self, sequences: Sequences, embeddings: torch.Tensor) -> torch.Tensor:
-        """New positions of all sequences; logits [B, vocabulary] of the last.
+        """Runs new positions of all sequences; returns the logits [B, vocabulary] of the last position.
 
         Args:
             embeddings: [B, L, hidden].
         """
-        # Once a request: captured passes keep the arithmetic that they were captured with.
+        # Read once for each request: captured passes keep the arithmetic that they were captured with.
         sequences.arithmetic = numerics(embeddings.device)
         for chunk in embeddings.split(PREFILL_CHUNK, dim=1):
             width = chunk.shape[1]
-            # filling lies in the cache until what comes next overwrites it
+            # Filling after the chunk stays in the cache until the next positions overwrite it.
             filled = next(w for w in WIDTHS if w >= width)
             fits = sequences.cache.length + filled <= sequences.cache.capacity
             if sequences.by_graph and fits and not self._asks_host(len(chunk) * filled):
@@ -241,8 +246,9 @@ class ModelRunner:
         return logits
 
     def step(self, sequences: Sequences, tokens: torch.Tensor) -> torch.Tensor:
-        """One more token int64 [B] of every sequence; logits [B, vocabulary] of what follows. Nothing waits for the
-        device.
+        """Runs one more token int64 [B] of every sequence; returns the logits [B, vocabulary] of the next token.
+
+        Nothing waits for the device.
         """
         if sequences.by_graph and not self._asks_host(len(tokens)):
             logits = self._by_graph(sequences, tokens[:, None], 1, 1)
@@ -252,11 +258,11 @@ class ModelRunner:
         return logits
 
     def _run(self, sequences: Sequences, embeddings: torch.Tensor) -> torch.Tensor:
-        """Over exactly the positions that there are."""
+        """Runs a pass over exactly the positions that exist."""
         cache = sequences.cache
         stop = cache.length + embeddings.shape[1]
         positions = torch.arange(cache.length, stop, device=embeddings.device)
-        besides, positions, mask = sequences.pass_inputs.at(positions), positions[None], None
+        further, positions, mask = sequences.pass_inputs.at(positions), positions[None], None
         if sequences.mask is not None:
             mask = sequences.mask[:, :stop]
             positions = (positions - sequences.pads[:, None]).clamp(min=0)
@@ -267,13 +273,14 @@ class ModelRunner:
                 position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
-                **besides,
+                **further,
             ).last_hidden_state
             return call(self.head, hidden[:, -1:])[:, -1]
 
     def _by_graph(self, sequences: Sequences, inputs: torch.Tensor, width: int, filled: int) -> torch.Tensor:
-        """Tokens [B, 1] or embeddings [B, width, hidden] through a graph of a width of `filled`, captured when it is
-        met again.
+        """Runs tokens [B, 1] or embeddings [B, width, hidden] through a graph of width `filled`.
+
+        The graph is captured when the same shape is met for the second time.
         """
         cache = sequences.cache
         compiled = filled == 1 and self._compiled is not None
@@ -286,12 +293,12 @@ class ModelRunner:
     def _pass(
         self, sequences: Sequences, inputs: torch.Tensor, start: torch.Tensor, last: torch.Tensor
     ) -> torch.Tensor:
-        """What a graph holds: of fixed shapes, without a word from the host.
+        """The pass that a graph holds: all shapes are fixed, and the host is asked for nothing.
 
         Args:
             inputs: tokens int64 [B, Q] or embeddings [B, Q, hidden].
             start: int64 [1], the first position.
-            last: int64 [1], which of the Q gets logits.
+            last: int64 [1], the index among the Q positions whose logits are returned.
         """
         cache = sequences.cache
         embeddings = inputs if inputs.is_floating_point() else self.model.embed_ids(inputs)
@@ -301,24 +308,24 @@ class ModelRunner:
         mask = (places <= positions[:, None])[None, None]
         ids = positions[None]
         if sequences.mask is not None:
-            # filling sees itself: where a row sees nothing kernels may write NaN, which no mask keeps out of what
-            # follows
+            # A filling position attends to itself. If it attended to nothing, kernels might write NaN there, which no
+            # mask keeps out of the layers that follow.
             mask = (mask & (sequences.mask[:, None, None, : cache.window] != 0)) | (places == positions[:, None])
             ids = (ids - sequences.pads[:, None]).clamp(min=0)
-        besides = sequences.pass_inputs.at(positions)
+        further = sequences.pass_inputs.at(positions)
         hidden = self.language_model(
             inputs_embeds=embeddings,
             attention_mask=mask,
             position_ids=ids,
             past_key_values=cache,
             use_cache=True,
-            **besides,
+            **further,
         ).last_hidden_state
         return call(self.head, hidden.index_select(1, last))[:, 0]
 
 
 class _Graph:
-    """A pass of one width over one window: run as it is when first met, then captured, then replayed."""
+    """A pass of one width over one window: run directly when first met, captured the second time, then replayed."""
 
     def __init__(self, runner: ModelRunner, sequences: Sequences, inputs: torch.Tensor, window: int, compiled: bool):
         self.runner, self.sequences, self.window = runner, sequences, window
@@ -334,7 +341,7 @@ class _Graph:
         self.start.fill_(start)
         self.last.fill_(width - 1)
         self.met += 1
-        # once is luck: most widths never come again
+        # It is captured only when it comes again, because most widths never do.
         if self.graph is None and self.met == 2:
             self.graph = self._capture()
         if self.graph is None:
@@ -356,8 +363,8 @@ class _Graph:
         try:
             logits = self._pass()
         except (exc.TorchDynamoException, exc.FailOnRecompileLimitHit) as error:
-            # the latter comes where a process has met too many shapes
-            logger.warning("%s: without torch.compile: %s", what, error)
+            # FailOnRecompileLimitHit comes where a process has met too many shapes.
+            logger.warning("%s: runs without torch.compile: %s", what, error)
             self.run = self.runner._pass
             return self._pass()
         self.runner.captures.noted(f"{what}, compiled", began)

@@ -1,20 +1,21 @@
-"""Keys and values of prompts seen before, by their tokens: a new prompt is computed only from where it differs."""
+"""Keys and values of earlier prompts, by their tokens: a new prompt is computed only from where it differs."""
 
 import itertools
-import operator
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-# a copy of the keys and values between two positions: [2, heads, n, d] for every layer
+from ..runtime.arguments import byte_limit
+
+# A copy of the keys and values between two positions: [2, heads, n, d] for every layer.
 Segment = list[torch.Tensor]
 
 
 @dataclass(eq=False)
 class _Node:
-    """A run of tokens after those of its parents, with their keys and values."""
+    """A run of tokens that follows the tokens of its parents, with its keys and values."""
 
     tokens: tuple[int, ...] = ()
     segment: Segment = field(default_factory=list)
@@ -28,29 +29,27 @@ class _Node:
 
 
 class PrefixStore:
-    """A tree of token runs, bounded in bytes: what prompts have in common is kept once; the ends used longest ago go
-    first.
+    """A tree of token runs, bounded in bytes, which keeps the common beginnings of prompts only once.
 
-    Threads may share it. It keeps copies, and what it hands out nobody writes into.
+    The ends that were used longest ago are dropped first. Threads may share a store. It keeps copies, and nobody writes
+    into the tensors that it hands out.
 
     Args:
         limit: most bytes of keys and values held; 0 keeps nothing.
 
     Attributes:
-        held_bytes: bytes held now, on whatever devices they are.
+        held_bytes: bytes held now, on all devices together.
     """
 
     def __init__(self, limit: int):
-        self.limit = operator.index(limit)
-        if self.limit < 0:
-            raise ValueError(f"kv_cache_bytes: expected 0 or more bytes, got {limit}")
+        self.limit = byte_limit("kv_cache_bytes", limit)
         self.held_bytes = 0
         self._root = _Node()
         self._clock = itertools.count(1)
         self._lock = threading.Lock()
 
     def longest(self, tokens: Sequence[int]) -> tuple[int, list[Segment]]:
-        """How many of the first tokens are known, and their segments in order.
+        """The number of first tokens that are known, and their segments in order.
 
         Args:
             tokens: one whole number for every position; a picture's positions have numbers that only the same picture
@@ -60,10 +59,10 @@ class PrefixStore:
             return self._walk(tuple(tokens))[1:]
 
     def put(self, tokens: Sequence[int], read: Callable[[int, int], Segment]) -> None:
-        """Keeps a prompt; what is known of it already is not copied again.
+        """Keeps a prompt; the part of it that is already known is not copied again.
 
         Args:
-            tokens: as of `longest`; a prompt that is by itself above the limit is not kept.
+            tokens: as for `longest`. A prompt that exceeds the limit by itself is not kept.
             read: copies the keys and values between two positions.
         """
         tokens = tuple(tokens)
@@ -73,7 +72,8 @@ class PrefixStore:
                 return
             segment = read(known, len(tokens))
             _wait(segment)
-            # with what it begins with: everything else would leave for it, and then itself
+            # The known beginning counts as well. If both exceed the limit, everything else would be dropped for this
+            # prompt, and then the prompt itself.
             if sum(tensor.nbytes for run in [*segments, segment] for tensor in run) > self.limit:
                 return
             if known < (end := self._depth(node)):
@@ -89,7 +89,7 @@ class PrefixStore:
             self.held_bytes = 0
 
     def _walk(self, tokens: tuple[int, ...]) -> tuple[_Node, int, list[Segment]]:
-        """The last node that shares anything with the tokens, how many are shared, and their segments."""
+        """The last node that shares any of the tokens, the number of shared tokens, and their segments."""
         node, known, segments = self._root, 0, []
         while known < len(tokens) and (child := node.children.get(tokens[known])) is not None:
             shared = _common(child.tokens, tokens[known:])
@@ -104,14 +104,17 @@ class PrefixStore:
 
     @staticmethod
     def _depth(node: _Node | None) -> int:
-        """Tokens from the root to the node's end."""
+        """The number of tokens from the root to the end of the node."""
         depth = 0
         while node is not None:
             depth, node = depth + len(node.tokens), node.parent
         return depth
 
     def _split(self, node: _Node, at: int) -> _Node:
-        """Cuts a node in two, and gives the first. Both get memory of their own: one may leave without the other."""
+        """Cuts a node in two and returns the first half.
+
+        Each half gets memory of its own, because one may be dropped before the other.
+        """
         head, tail = (
             [tensor[:, :, part].clone() for tensor in node.segment] for part in (slice(None, at), slice(at, None))
         )
@@ -123,7 +126,7 @@ class PrefixStore:
 
     def _make_room(self, newest: _Node) -> None:
         while self.held_bytes > self.limit:
-            # ends only: without its beginning a run is worth nothing
+            # Only ends are dropped, because a run is of no use without its beginning.
             ends = [node for node in self._nodes() if not node.children]
             node = min((end for end in ends if end is not newest), key=lambda end: end.used)
             del node.parent.children[node.tokens[0]]
@@ -138,15 +141,16 @@ class PrefixStore:
 
 
 def _wait(segment: Segment) -> None:
-    """Until copies on a GPU are made: who finds them, or gets the memory that they were made of, may be on another
-    stream.
+    """Waits until copies on a GPU are complete.
+
+    A thread that finds them, or that gets the memory that was copied, may be on another stream.
     """
     for device in {tensor.device for tensor in segment if tensor.is_cuda}:
         torch.cuda.current_stream(device).synchronize()
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many first elements are equal."""
+    """The number of equal elements at the beginning."""
     length = min(len(first), len(second))
     if first[:length] == second[:length]:
         return length

@@ -1,1 +1,1 @@
-"""From pictures and questions to answers: the stages, conversations and batches."""
+"""The stages, conversations and batches that lead from pictures and questions to answers."""

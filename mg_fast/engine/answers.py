@@ -1,4 +1,4 @@
-"""The answer stage: prompts and image tokens to answers."""
+"""The answer stage: it turns prompts and image tokens into answers."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -20,18 +20,18 @@ from .vision import SeenPicture
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back for one question.
+    """The answer to one question.
 
     Attributes:
-        text: the answer, special tokens left out, white space at both ends removed.
-        token_ids: the generated ids, the one that ended the answer included.
-        finish_reason: `length` (max_new_tokens or the end of the context ended it), `stop` (the model did, or another
-            criterion that was asked for), or `error` (in a batch).
-        prompt_tokens: positions of the prompt, image tokens included.
-        image_tokens: how many of those were image tokens.
-        cached_tokens: how many of the prompt's positions were not computed: their keys and values were at hand.
-        stages: time and memory by stage, where `profile=True` asked for it.
-        error: in a batch, what kept this question from an answer.
+        text: the answer, without special tokens and without white space at both ends.
+        token_ids: the generated ids, including the one that ended the answer.
+        finish_reason: `length` (max_new_tokens or the end of the context ended the answer), `stop` (the model or
+            another criterion that was asked for ended it), or `error` (in a batch).
+        prompt_tokens: number of positions of the prompt, image tokens included.
+        image_tokens: how many of these positions are image tokens.
+        cached_tokens: how many of these positions were not computed, because their keys and values were remembered.
+        stages: time and memory of every stage, if `profile=True` asked for them.
+        error: in a batch, the exception because of which this question has no answer.
     """
 
     text: str
@@ -52,9 +52,9 @@ class Request:
     """An encoded prompt that fits the model; `AnswerStage.request` makes one.
 
     Attributes:
-        ids: of the prompt.
-        marks: 1 where a picture stands, as long as ids.
-        max_new_tokens: at most so many tokens of answer; as many fit.
+        ids: the ids of the prompt.
+        marks: one number for each id, 1 where a picture stands, else 0.
+        max_new_tokens: most tokens of the answer; the context has room for them.
     """
 
     ids: list[int]
@@ -63,19 +63,21 @@ class Request:
 
 
 class AnswerStage:
-    """Answers prompts whose pictures are image tokens already. It owns the decoder with its keys and values, and how
-    tokens are chosen.
+    """Answers prompts whose pictures are already image tokens.
+
+    It owns the decoder with its keys and values, and decides how tokens are chosen.
 
     Args:
-        model: what answers, as MiniGeminiForConditionalGeneration does.
-        processor: its processor, of which `tokenizer`, `encode` and `filler_id` are used.
-        backend: for every call of this stage; None leaves the choice to what is in force where it is called.
-        caches: `kv_cache_bytes` of it counts here.
-        compiled: on a GPU, decode through torch.compile: seconds to a minute at the first answer.
-        cuda_graphs: on a GPU, capture passes of the language model; without, less memory is taken.
+        model: the model that answers, such as MiniGeminiForConditionalGeneration.
+        processor: the model's processor, whose `tokenizer`, `encode` and `filler_id` are used.
+        backend: the backend of every call of this stage; None leaves the choice to what is in force at the call.
+        caches: only `kv_cache_bytes` counts here.
+        compiled: on a GPU, decode through torch.compile, which takes seconds to a minute at the first answer.
+        cuda_graphs: on a GPU, capture passes of the language model in CUDA graphs; without graphs less memory is
+            needed.
 
     Attributes:
-        decoder: the decoder, by which all backends but `reference` decode.
+        decoder: the decoder, which all backends but `reference` decode with.
     """
 
     def __init__(
@@ -94,31 +96,29 @@ class AnswerStage:
 
     @property
     def device(self) -> torch.device:
-        """The device that the language model's input goes to; where its weights are offloaded, the one that they are
-        brought to.
-        """
+        """The device of the language model's input; for offloaded weights, the device that they are brought to."""
         return execution_device(self.model.get_input_embeddings())
 
     @property
     def positions(self) -> int:
-        """How many positions the longest conversation has that the model can hold."""
+        """The number of positions of the longest conversation that fits the model."""
         return self.model.text_config.max_position_embeddings
 
     @property
     def first_use(self) -> dict[str, float]:
-        """Seconds spent so far on what is done once: compiling, capturing graphs."""
+        """Seconds spent so far on work that is done once: compiling, and capturing graphs."""
         return self.decoder.runner.first_use
 
     def remembers(self) -> bool:
-        """Whether keys and values of what is answered here are kept, so that pictures need digests by which they are
-        found again.
-        """
+        """Whether keys and values are remembered here, so that pictures need digests to be found again."""
         with use_backend(self.backend):
             return self.decoder.prefixes.limit > 0 and requested() != "reference"
 
     def request(self, prompt: str, sampling: Sampling) -> Request:
-        """Encodes a prompt; `PromptError` where it is too long for the model's context, or leaves no room for an
-        answer.
+        """Encodes a prompt.
+
+        Raises:
+            PromptError: the prompt is too long for the model's context, or leaves no room for an answer.
         """
         ids, marks = self.processor.encode(prompt)
         most = DEFAULT_NEW_TOKENS if sampling.max_new_tokens is None else sampling.max_new_tokens
@@ -139,14 +139,14 @@ class AnswerStage:
         """Answers requests side by side.
 
         Args:
-            rows: each request with its pictures; the longest one's prompt and the largest max_new_tokens fit the
-                context together.
-            sampling: how tokens are chosen; how many there may be is said by the requests.
-            generator: what samples are drawn by, on the stage's device; the global random state stays as it is.
-                Default: torch's own.
-            meter: measures the stages, of one request.
-            emit: called with pieces of text as they become final, of one request.
-            criterion: ends all answers.
+            rows: each request with its pictures. The longest prompt and the largest max_new_tokens together fit into
+                the context.
+            sampling: how tokens are chosen; their number comes from the requests.
+            generator: draws the samples, on the stage's device; the global random state stays as it is. Default:
+                torch's own.
+            meter: measures the stages; for a single request only.
+            emit: called with pieces of text as they become final; for a single request only.
+            criterion: a further criterion, which ends all answers.
         """
         tokenizer, model, options = self.processor.tokenizer, self.model, sampling.of_generate()
         inputs = self._inputs(rows)
@@ -154,10 +154,11 @@ class AnswerStage:
         criteria = StoppingCriteriaList(options.pop("stopping_criteria", None) or [])
         if criterion is not None:
             criteria.append(criterion)
-        # A request that asks for less than its neighbours is cut below. `generate` takes no streamer with beams.
+        # The answers of several requests are cut to their own lengths at the end. `generate` takes no streamer with
+        # beams.
         alone = len(rows) == 1 and self._setting(options, "num_beams") in (None, 1)
         if strings := options.pop("stop_strings", None):
-            # `generate` would make the same criterion, but it hands no tokenizer on to other loops.
+            # `generate` would make the same criterion, but it passes no tokenizer to custom loops.
             criteria.append(StopStringCriteria(tokenizer, strings))
         first = True
 
@@ -195,21 +196,21 @@ class AnswerStage:
         )
 
     def forget(self) -> None:
-        """Drops keys and values of prompts and answers, and captured graphs."""
+        """Drops the keys and values of prompts and answers, and all captured graphs."""
         self.decoder.forget()
 
     def forget_prompts(self) -> None:
-        """Drops keys and values of prompts and answers alone."""
+        """Drops the keys and values of prompts and answers, but no captured graphs."""
         self.decoder.prefixes.clear()
 
     def rest(self) -> None:
-        """Hands back the memory in which several answers were decoded at once; what is remembered stays."""
+        """Frees the memory in which several answers were decoded at once; remembered keys and values stay."""
         self.decoder.rest()
 
     def _answers(
         self, requests: Sequence[Request], rows: list[list[int]], lengths: list[int] | None, options: dict, **told
     ) -> list[Answer]:
-        """Answers of generated rows of ids; what follows the end of a row is filling, up to the longest answer."""
+        """Makes answers of generated rows of ids, which are filled up after their ends to the longest answer."""
         stops = self._setting(options, "eos_token_id")
         stops = set(stops if isinstance(stops, list) else [stops])
         answers = []
@@ -234,14 +235,14 @@ class AnswerStage:
         return answers
 
     def _setting(self, options: dict, name: str):
-        """What `generate` takes for a setting: from its options, a generation_config among them, or the model's own."""
+        """The value that `generate` has for a setting: the options', their generation_config's, or the model's own."""
         if name in options:
             return options[name]
         given = getattr(options.get("generation_config"), name, None)
         return getattr(self.model.generation_config, name) if given is None else given
 
     def _inputs(self, rows: Sequence[tuple[Request, Sequence[SeenPicture]]]) -> dict:
-        """What `generate` takes: prompts filled up on the left to the longest, and the pictures of all."""
+        """The inputs of `generate`: prompts filled up on the left to the longest, and the pictures of all requests."""
         device, filler = self.device, self.processor.filler_id
         width = max(len(request.ids) for request, _ in rows)
         pads = [width - len(request.ids) for request, _ in rows]
@@ -261,7 +262,7 @@ class AnswerStage:
 
 @contextlib.contextmanager
 def _as_global(generator: torch.Generator) -> Iterator[None]:
-    """Torch's own generator of the device draws in the place of this one: `generate` takes none."""
+    """Makes torch's own generator of the device draw what this one would, because `generate` takes no generator."""
     device = generator.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         own = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator

@@ -1,4 +1,4 @@
-"""Many questions at once, for work that nobody waits for."""
+"""Answers many questions at once, for work that nobody waits for at a terminal."""
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,11 +16,11 @@ from .vision import VisionStage
 
 logger = logging.getLogger(__name__)
 
-# of a 7B model, keys and values of so many prompts with a picture are about 5 GiB
+# Keys and values of this many prompts with a picture take about 5 GiB for a 7B model.
 DEFAULT_BATCH = 16
 
-# What a question of a batch may fail with, as a picture cannot be read, a prompt does not fit, or memory is short.
-_USUAL = (MgFastError, OSError, ValueError, FloatingPointError, torch.OutOfMemoryError)
+# Errors that are expected of a question: its picture cannot be read, its prompt does not fit, or memory is short.
+_EXPECTED = (MgFastError, OSError, ValueError, FloatingPointError, torch.OutOfMemoryError)
 # After this error nothing runs on the GPU any more. Older versions of torch have no class for it.
 _BROKEN_DEVICE = (torch.AcceleratorError,) if hasattr(torch, "AcceleratorError") else ()
 
@@ -36,46 +36,49 @@ def chat_batch(
     allow_urls: bool = False,
     progress: bool = True,
 ) -> list[Answer]:
-    """Answers many questions, each by itself, several at once; in their order. `Pipeline.chat_batch` tells the rest.
+    """Answers many questions, each by itself but several at once, and returns the answers in their order.
+
+    `Pipeline.chat_batch` describes the details.
 
     Args:
-        vision: sees the pictures.
-        answers: answers the prompts.
+        vision: the stage that sees the pictures.
+        answers: the stage that answers the prompts.
         template: name of the prompt template.
         questions: each a text, (text, images) or {"text": ..., "images": [...]}.
         sampling: how the answers are chosen.
-        batch_size: most questions at once.
+        batch_size: most questions answered at once.
         allow_urls: fetch pictures given as URLs.
         progress: show a progress bar on stderr.
 
     Raises:
-        PromptError: no list of questions, or a batch size that is none.
+        PromptError: `questions` is not a list, or `batch_size` is not a whole number of 1 or more.
     """
     if isinstance(questions, (str, Mapping)) or not isinstance(questions, Iterable):
-        raise PromptError(f"expected a list of questions, got {type(questions).__name__}: chat answers one")
+        raise PromptError(
+            f"expected a list of questions, got {type(questions).__name__}: a single question goes to chat"
+        )
     rows = whole_number(batch_size)
     if rows is None or rows < 1:
         raise PromptError(f"batch_size: expected a whole number of 1 or more, got {quoted(batch_size)}")
     sampling.check_for(answers.model.prompt_inputs)
     questions = list(questions)
-    # There is one for all batches. If each was seeded anew, all would draw the same numbers.
+    # All batches share one generator: if each had its own with the same seed, all would draw the same numbers.
     generator = sampling.generator(answers.device)
 
-    said: set[type] = set()
+    logged: set[type] = set()
     found: dict[int, Answer] = {}
     requests: dict[int, tuple[Request, list]] = {}
     for i, item in enumerate(questions):
         try:
             question, images = as_question(*_parts(item))
             requests[i] = answers.request(render(template, [(question, None)]), sampling), images
-        except (
-            Exception
-        ) as error:  # An item may be anything, and a tokenizer or a caller's own class may raise anything.
-            _look_at(error, said)
+        except Exception as error:
+            # An item may be anything, and a tokenizer or a caller's own class may raise anything.
+            _check_and_log(error, logged)
             found[i] = failed(error)
 
     def run(numbers: list[int]) -> None:
-        """Answers some of the requests at once; where one spoils it for all, or memory is short, in two halves."""
+        """Answers some of the requests at once; if one of them spoils the pass or memory is short, in two halves."""
         asked = [(requests[i][0], seen[i]) for i in numbers]
         try:
             given = answers.answer(asked, sampling, generator=generator)
@@ -83,8 +86,10 @@ def chat_batch(
             if len(numbers) == 1:
                 given = [failed(error, requests[numbers[0]][0])]
             else:
-                logger.warning("%d questions at once are tried in two halves: %s", len(numbers), error)
-                # the frames of the error would hold their memory
+                logger.warning(
+                    "%d questions at once have failed and are tried again in two halves: %s", len(numbers), error
+                )
+                # Otherwise the frames of the error would keep their memory.
                 error.__traceback__ = None
                 for half in (numbers[: len(numbers) // 2], numbers[len(numbers) // 2 :]):
                     run(half)
@@ -100,10 +105,9 @@ def chat_batch(
                     try:
                         at_hand = [picture for pictures in seen.values() for picture in pictures]
                         seen[i] = vision.see_all(requests[i][1], at_hand, allow_urls=allow_urls)
-                    except (
-                        Exception
-                    ) as error:  # Libraries that read pictures raise many kinds; the other questions go on.
-                        _look_at(error, said)
+                    except Exception as error:
+                        # Libraries that read pictures raise errors of many kinds, and the other questions go on.
+                        _check_and_log(error, logged)
                         found[i] = failed(error, requests[i][0])
                 if seen:
                     run(list(seen))
@@ -113,29 +117,29 @@ def chat_batch(
     return [found[i] for i in range(len(questions))]
 
 
-def _look_at(error: Exception, said: set[type]) -> None:
-    """Raises what spoils every other question too, and tells once of each kind of error that nobody has thought of.
+def _check_and_log(error: Exception, logged: set[type]) -> None:
+    """Raises an error after which no other question can be answered, and logs unexpected errors, each kind once.
 
     Args:
-        error: of one question.
-        said: the kinds of errors that were told of in this batch.
+        error: the error of one question.
+        logged: the kinds of errors that were already logged in this batch.
     """
     if isinstance(error, _BROKEN_DEVICE):
         raise error
-    if not isinstance(error, _USUAL) and type(error) not in said:
-        said.add(type(error))
-        logger.warning("a question of the batch fails with an unexpected %s", type(error).__name__, exc_info=error)
+    if not isinstance(error, _EXPECTED) and type(error) not in logged:
+        logged.add(type(error))
+        logger.warning("a question of the batch failed with an unexpected %s", type(error).__name__, exc_info=error)
 
 
 def failed(error: Exception, request: Request | None = None) -> Answer:
-    """The place of an answer that there is not."""
+    """The Answer that stands in the place of one that could not be given."""
     tokens, images = (len(request.ids), sum(request.marks)) if request is not None else (0, 0)
-    # the frames of the error would hold their memory for as long as the answers live
+    # Otherwise the frames of the error would keep their memory for as long as the answers live.
     return Answer("", [], "error", tokens, images, error=error.with_traceback(None))
 
 
 def _parts(item) -> tuple:
-    """Text and pictures of one item of a batch."""
+    """The text and the pictures of one item of a batch."""
     if isinstance(item, str):
         return item, None
     if isinstance(item, Mapping) and "text" in item and not item.keys() - {"text", "images"}:
@@ -146,10 +150,10 @@ def _parts(item) -> tuple:
 
 
 def _batches(requests: Mapping[int, tuple[Request, list]], size: int, positions: int) -> list[list[int]]:
-    """Numbers of requests that are answered together: the longest first, where too little memory shows at once.
+    """The numbers of the requests that are answered together, batch by batch, the longest prompts first.
 
-    A shorter prompt is filled up to the longest of its batch, and the longest answer must still fit: what does not goes
-    into another.
+    The longest come first so that too little memory shows at once. A shorter prompt is filled up to the longest of its
+    batch, and the longest answer must still fit after it; a request with which it does not goes into the next batch.
     """
     batches: list[list[int]] = []
     width = new = 0

@@ -1,4 +1,4 @@
-"""Conversations: turns and pictures that are kept, answers whole or piece by piece."""
+"""Conversations, which keep their turns and pictures and give answers whole or piece by piece."""
 
 import copy
 import logging
@@ -19,34 +19,35 @@ logger = logging.getLogger(__name__)
 
 
 class Conversation:
-    """Turns and pictures of one dialogue. Pictures are seen once and their image tokens kept until `reset` or `close`.
+    """The turns and pictures of one dialogue.
 
-    The history is sent whole in every turn, as the original does; what of it the answer stage still has keys and values
-    for is not computed again. Threads may share a conversation: whole answers are given one after another, in the order
-    in which they were asked for.
+    A picture is seen once, and its image tokens are kept until `reset` or `close`. The whole history is sent in every
+    turn, as in the original project, but the part whose keys and values the answer stage still has is not computed
+    again. Threads may share a conversation: whole answers are given one after another, in the order in which they were
+    asked for.
 
     Args:
-        vision: sees the pictures.
-        answers: answers the prompts.
+        vision: the stage that sees the pictures.
+        answers: the stage that answers the prompts.
         template: name of the prompt template.
 
     Attributes:
         turns: questions and answers so far.
-        pictures: image tokens [T, hidden] of its pictures so far, each with its digest.
+        pictures: image tokens [T, hidden] of the pictures so far, each with its digest.
     """
 
     def __init__(self, vision: VisionStage, answers: AnswerStage, template: str):
         self.vision, self.answers, self.template = vision, answers, template
         self.turns: list[tuple[str, str]] = []
         self.pictures: list[SeenPicture] = []
-        # an answer is kept only if the conversation is still the one it was asked in
+        # An answer is kept only if this number is still the one with which the question was asked.
         self._version = 0
         self._answering = threading.RLock()
-        # held for moments, while turns, pictures and version are read or written together
+        # Held only for moments, while turns, pictures and version are read or written together.
         self._changing = threading.Lock()
 
     def __copy__(self) -> "Conversation":
-        """Another conversation with the same past, from where both go on by themselves; the stages are the same ones."""
+        """Another conversation with the same past and the same stages; from here on, each goes on by itself."""
         other = type(self)(self.vision, self.answers, self.template)
         with self._changing:
             # Neither turns nor image tokens are ever changed in place.
@@ -85,33 +86,33 @@ class Conversation:
         profile: bool = False,
         **generate_options,
     ) -> "Answer | Iterator[str]":
-        """Asks a question and keeps it, with its answer, in the conversation.
+        """Asks a question, and keeps the question and its answer in the conversation.
 
         Args:
-            text: the question. `<image>` may mark where each picture stands; without it pictures go before the text.
+            text: the question. `<image>` may mark where each picture stands; without it, pictures come before the text.
             images: new pictures of this turn: Pillow images, paths, bytes, uint8 arrays or tensors.
             max_new_tokens, temperature, top_p, seed, allow_long, **generate_options: how the answer is chosen, see
                 `Sampling`.
-            stream: yield pieces of text that join to the answer's text. A stream that is not read to its end, or whose
-                conversation went on or was reset meanwhile, leaves the conversation as it was.
-            allow_urls: fetch pictures given as URLs.
-            profile: measure time and memory of every stage into `Answer.stages`; not with `stream`.
+            stream: yield pieces of text that join to the text of the answer. The conversation stays as it was if the
+                stream is not read to its end, or if the conversation went on or was reset meanwhile.
+            allow_urls: fetch pictures that are given as URLs.
+            profile: measure time and memory of every stage, for `Answer.stages`; cannot be combined with `stream`.
 
         Raises:
-            PromptError, PictureError: before anything is generated.
-            FloatingPointError: the model's numbers are not finite; the message says from which layer on.
+            PromptError, PictureError: the question cannot be asked; raised before anything is generated.
+            FloatingPointError: the model's numbers are not finite; the message names the layers where that begins.
         """
         sampling = Sampling(max_new_tokens, temperature, top_p, seed, allow_long, generate_options)
         sampling.check_for(self.answers.model.prompt_inputs)
         if stream and profile:
-            raise PromptError("profile=True measures whole answers: not with stream=True")
+            raise PromptError("profile=True measures whole answers and cannot be combined with stream=True")
         if stream and sampling.generate_options.get("num_beams", 1) > 1:
             raise PromptError("beams cannot be streamed: their text is not final before the end")
         generator = sampling.generator(self.answers.device)
         question, images = as_question(text, images)
 
         def ask():
-            """What is asked, and what an answer changes."""
+            """Prepares the question; returns one function that answers it and one that keeps the answer."""
             with self._changing:
                 turns, pictures, version = list(self.turns), list(self.pictures), self._version
             meter = Meter(self.answers.device) if profile else None
@@ -126,12 +127,14 @@ class Conversation:
             def keep(answer: Answer) -> None:
                 with self._changing:
                     if self._version == version:
-                        # a tag that the model itself wrote is text, not the place of a picture
+                        # A tag that the model itself wrote is text, not the place of a picture.
                         self.turns = [*turns, (question, answer.text.replace(IMAGE_TAG, "< image>"))]
                         self.pictures = seen
                         self._version += 1
                         return
-                logger.warning("the conversation went on or was reset while it was answered; that answer is not kept")
+                logger.warning(
+                    "the conversation went on or was reset before this answer was complete, so the answer is not kept"
+                )
 
             return run, keep
 
@@ -145,7 +148,11 @@ class Conversation:
 
 
 def as_question(text: str, images: Sequence | None) -> tuple[str, list]:
-    """A user's text with a tag for every picture, and the pictures as a list; `PromptError` where they do not fit."""
+    """A user's text with a tag for every picture, and the pictures as a list.
+
+    Raises:
+        PromptError: the text is empty or no text, or its tags are not as many as the pictures.
+    """
     if not isinstance(text, str) or not text.strip():
         raise PromptError(f"expected a user text, got {quoted(text)}")
     check_text(text, "the text")

@@ -1,5 +1,6 @@
-"""Which high-resolution pixels every query mined, and which of them an answer came from: as numbers and drawn over the
-picture.
+"""Explains what the model looked at: which high-resolution pixels each query mined, as numbers and drawn as a heat map.
+
+With a question, it is estimated which of these pixels the answer depends on.
 """
 
 from collections.abc import Callable
@@ -23,36 +24,37 @@ from .conversation import as_question
 from .options import Sampling
 from .vision import SeenPicture, VisionStage
 
-# inferno, matplotlib's, at even distances
+# matplotlib's colour map `inferno`, at even distances.
 _COLOURS = np.array(
     [(0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164)], np.float32
 )
-# pixels a side, to which smaller pictures are enlarged by a whole factor before they are drawn on
-_DRAWN = 768
-# positions a side that can still be told apart by eye
-_SEEN = 96
+# Smaller pictures are enlarged by a whole factor, up to this many pixels a side, before they are drawn on.
+_DRAWN_SIDE = 768
+# Most positions a side that can still be told apart by eye.
+_VISIBLE_SIDE = 96
 
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
     """What the queries of one picture mined.
 
-    Views are in the order of pixel_values: V = grid * grid cells row by row, in HD the global view last; each has P x P
-    queries, row by row. A query's window has w x w positions of the high-resolution map, one for every 4 x 4 pixels of
-    `picture`; for the global view one for every 4 grid x 4 grid. A position's features are of those pixels and their
-    surroundings, as wide as the tower's stages see.
+    The V views are in the order of pixel_values: grid * grid cells row by row, then in HD the global view. Each view
+    has P x P queries, row by row. A query's window has w x w positions of the high-resolution map. A position stands
+    for 4 x 4 pixels of `picture`, in the global view for (4 grid) x (4 grid). Its features come from these pixels and
+    their surroundings, as far as the stages of the tower see.
 
     Attributes:
-        picture: the RGB picture as the model saw it: padded or cropped to a square, HR x HR pixels.
+        picture: the RGB picture as the model saw it: padded or cropped to a square of HR x HR pixels.
         image: `picture`, enlarged if it is small, under its heat map; see `draw`.
-        weights: [V, P, P, w, w] float32, the softmax of the mining: for every query (row, column) and position (row,
-            column) of its window.
-        relevance: [V, P, P] float32, the share of every query, 0 or more, together 1: alike without a question; with
-            one, how much the answer depends on the query's image token. All 0 where it depends on none.
-        map: [HR / 4, HR / 4] float32, the share of every position of the high-resolution map: the weights of all views,
-            each query's times its relevance; a position of the global view is shared out evenly to the grid x grid ones
-            that it is made of. Adds up to 1.
-        answer: to the question; None without one.
+        weights: [V, P, P, w, w] float32, the softmax of the mining: for every query (row, column) and every position
+            (row, column) of its window.
+        relevance: [V, P, P] float32, the shares of the queries, each 0 or more and 1 in total. Without a question all
+            are equal. With one they say how much the answer depends on the query's image token, and are all 0 if it
+            depends on none.
+        map: [HR / 4, HR / 4] float32, the share of every position of the high-resolution map, 1 in total. It sums the
+            weights of all views, where the weights of a query are multiplied by its relevance. A position of the global
+            view is divided evenly among the grid x grid positions that it is made of.
+        answer: the answer to the question; None without a question.
     """
 
     picture: Image.Image
@@ -73,31 +75,31 @@ def explain(
     *,
     windows: bool = False,
 ) -> Explanation:
-    """What `Pipeline.explain` does, for an RGB picture; the answer is the greedy one.
+    """Does what `Pipeline.explain` does, for an RGB picture; the answer is decoded greedily.
 
     Args:
-        vision: whose towers see the picture; nothing that it keeps is used.
-        answers: answers the question.
+        vision: the stage whose towers see the picture; its caches are not used.
+        answers: the stage that answers the question.
         template: name of the prompt template.
-        picture: RGB.
-        question: None weighs every query alike.
+        picture: the RGB picture.
+        question: the question; with None all queries have the same weight.
         sampling: how many tokens the answer may have, and whether a long prompt is accepted.
-        windows: draw the borders of the windows, too.
+        windows: also draw the borders of the windows.
     """
     request, sampling = None, sampling or Sampling()
     if question is not None:
         request = answers.request(render(template, [(as_question(question, [picture])[0], None)]), sampling)
     model, images = vision.model.model, vision.image_processor
     grid = model.config.image_grid
-    # A caller within inference mode would get no gradients.
+    # Gradients are needed even if the caller is in inference mode.
     with use_backend(vision.backend), torch.inference_mode(False), torch.no_grad():
         pixels = images(picture).to(vision.device)
-        # Without a question nobody reads what would be mined.
+        # Without a question the mined image tokens are not needed, so mining is skipped.
         parts = {} if request is not None else {"mine": lambda queries, pyramid: (None, None)}
         features = model.picture_features(**pixels, **parts)
         mining = model.patch_mining
         query, key, _ = mining.projections(features.queries.device)
-        # called projections take their own dtype, and those whose tensors are read are read in float32
+        # A projection that is called gets its own dtype; of the others, the tensors are read in float32.
         asked = at_seam(features.queries[0], mining.vlm_uni_query_projector)
         weights = mining_weights(asked, [level[0] for level in features.pyramid], query, key, grid=grid).cpu()
         relevance, given = torch.full(weights.shape[:3], 1 / weights[..., 0, 0].numel()), None
@@ -105,7 +107,7 @@ def explain(
             tokens = features.image_tokens[0]
             given = answers.answer([(request, [SeenPicture(tokens, b"")])], sampling)[0]
             shares = answer_relevance(answers, request, tokens, given).cpu()
-            # of tokens, the global view first, to views, the global one last
+            # Among the tokens the global view comes first; among the views it comes last.
             views = shares.unflatten(0, weights.shape[:3])
             relevance = views.roll(-1, 0) if len(views) > grid * grid else views
     shares = compose(weights, relevance, grid)
@@ -124,13 +126,13 @@ def mining_weights(
 ) -> torch.Tensor:
     """The softmax of patch info mining, computed in float32, one row of windows of the high-resolution map at a time.
 
-    As in `mg_fast.ops.torch.patch_mining`, the queries are projected to the pyramid's channels, not the pixels to the
-    queries' width: what the two differ by is the same for a whole window, and cancels in its softmax. Where a
-    projection has to be called, the pixels are projected to keys.
+    As in `mg_fast.ops.torch.patch_mining`, the queries are projected to the channels of the pyramid, instead of the
+    pixels to the width of the queries. The scores of the two forms differ by a number that is the same for a whole
+    window, so it cancels in the softmax. Where a projection has to be called, the pixels are projected to keys.
 
     Args:
-        queries: [V, N, D], grid * grid cells row by row, then possibly the global view.
-        pyramid: [n_s, n_s, C_s], finest first.
+        queries: [V, N, D], grid * grid cells row by row, then the global view if there is one.
+        pyramid: maps [n_s, n_s, C_s], the finest first.
         query, key: the projections of queries and keys.
         grid: cells per side.
 
@@ -153,7 +155,7 @@ def mining_weights(
 
     views, n, width = projected.shape
     cells, side = grid * grid, int(n**0.5)
-    # the cells lie side by side over one map
+    # The cells lie side by side on one map.
     raster = (
         projected[:cells]
         .reshape(grid, grid, side, side, width)
@@ -171,13 +173,13 @@ def mining_weights(
 def _raster_weights(
     projected: torch.Tensor, pyramid: list[torch.Tensor], reduction: int, keys: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    """The softmax of queries over the windows of the map, which is upsampled to the finest level and reduced.
+    """The softmax of queries over the windows of the map, whose levels are upsampled to the finest one and reduced.
 
     Args:
-        projected: queries [G, G, D], the scale of the scores included; G x G windows lie side by side.
-        pyramid: [n_s, n_s, C_s], finest first.
+        projected: queries [G, G, D], already multiplied by the scale of the scores; G x G windows lie side by side.
+        pyramid: maps [n_s, n_s, C_s], the finest first.
         reduction: 1, or the grid for the global view.
-        keys: makes keys [..., D] of the map's pixels [..., sum(C_s)] in float32.
+        keys: makes keys [..., D] of pixels [..., sum(C_s)] of the map, which are float32.
 
     Returns:
         [G, G, w, w].
@@ -189,8 +191,8 @@ def _raster_weights(
         levels = []
         for level, (index, resize) in zip(pyramid, tables):
             k = resize.shape[-1]
-            # the coarse pixels of every window, column by column, and the window's positions made of them: [G, w, w,
-            # C], likewise
+            # x holds the coarse pixels of every window of this row, column by column. Of these the positions of the
+            # windows are made: [G, w, w, C], column by column, too.
             x = level.flatten(0, 1)[index[row]].float().reshape(g, k, k * level.shape[-1])
             levels.append(resize[row] @ (resize @ x).unflatten(2, (k, -1)))
         x = keys(torch.cat(levels, -1))
@@ -200,23 +202,22 @@ def _raster_weights(
 
 
 def answer_relevance(answers: AnswerStage, request: Request, tokens: torch.Tensor, given: Answer) -> torch.Tensor:
-    """How much an answer may depend on every image token, as shares of the sum; `Pipeline.explain` says how it is
-    estimated.
+    """Estimates how much an answer depends on each image token; `Pipeline.explain` describes how.
 
     Args:
-        answers: whose model gave the answer.
+        answers: the stage whose model gave the answer.
         request: the prompt, with one picture.
-        tokens: its image tokens [T, hidden].
+        tokens: image tokens [T, hidden] of the picture.
         given: the answer.
 
     Returns:
-        [T] float32, together 1; or all 0.
+        Shares [T] float32, 1 in total; or all 0.
 
     Raises:
-        BackendError: products of the language model have no gradients.
+        BackendError: matrix products of the language model have no gradients.
         FloatingPointError: gradients are not finite.
     """
-    # that the answer ends says little of the picture
+    # The token that ends the answer is left out, because it says little about the picture.
     ids = given.token_ids[:-1] if given.finish_reason == "stop" and len(given.token_ids) > 1 else given.token_ids
     model, device = answers.model, answers.device
     chosen, text = torch.tensor(ids)[:, None], [*request.ids, *ids[:-1]]
@@ -233,7 +234,7 @@ def answer_relevance(answers: AnswerStage, request: Request, tokens: torch.Tenso
             logits = call(model.head, output.last_hidden_state[0, -len(ids) :]).float()
             chosen = chosen.to(logits.device)
             margin = logits.gather(1, chosen) - logits.scatter(1, chosen, -torch.inf).amax(1, keepdim=True)
-            # the model's own gradients stay as they are
+            # Unlike backward(), this leaves the gradients that the model's parameters hold unchanged.
             [gradient] = torch.autograd.grad(margin.sum(), tokens)
     except RuntimeError as error:
         if "derivative for" not in str(error):
@@ -241,7 +242,7 @@ def answer_relevance(answers: AnswerStage, request: Request, tokens: torch.Tenso
         formats = ", ".join(weight_bytes(model).formats)
         raise BackendError(
             f"explain: a question needs gradients, which products with these weights ({formats}) do not have: "
-            "load them unquantised, as int8 or as fp8, or explain the picture without a question"
+            "load them unquantized, as int8 or as fp8, or explain the picture without a question"
         ) from error
     tokens = tokens.detach().float()
     relevance = gradient.float().norm(dim=-1) * (tokens - tokens.mean(0)).norm(dim=-1)
@@ -253,9 +254,9 @@ def answer_relevance(answers: AnswerStage, request: Request, tokens: torch.Tenso
 
 
 def compose(weights: torch.Tensor, relevance: torch.Tensor, grid: int) -> torch.Tensor:
-    """`Explanation.map` of its weights and relevance."""
+    """Makes `Explanation.map` of the weights and the relevance."""
     shares = weights * relevance[..., None, None]
-    # [V, row of windows, row of positions, window, position]
+    # The shares become [V, row of windows, row of positions, window, position], then whole rows.
     views = shares.transpose(2, 3).flatten(3, 4).flatten(1, 2)
     side = views.shape[1]
     cells = views[: grid * grid].unflatten(0, (grid, grid)).transpose(1, 2).reshape(grid * side, grid * side)
@@ -265,24 +266,24 @@ def compose(weights: torch.Tensor, relevance: torch.Tensor, grid: int) -> torch.
 
 
 def draw(picture: Image.Image, shares: torch.Tensor, *, windows: int = 0) -> Image.Image:
-    """A picture in grey under a heat map, from purple over orange to light yellow, the more opaque the hotter.
+    """Draws a picture in grey under a heat map, from purple over orange to light yellow; hotter is also more opaque.
 
-    Shares are smoothed over 5 x 5 positions, since features see wider than a position, so that what is bright is where
-    much of the whole lies, not where single positions do. No colour is up to an even share; the last one is the
-    highest, if that is twice an even share or more. Of more than 96 positions along a side neighbours are averaged
-    first, or single ones could not be seen.
+    Shares are smoothed over 5 x 5 positions, because features see further than one position. A place is therefore
+    bright where a large part of the whole lies, not where single positions have much. Shares up to an even share get no
+    colour. The highest share gets the last colour, if it is at least twice an even share. If there are more than 96
+    positions along a side, neighbours are averaged first, because single positions could not be seen.
 
     Args:
-        picture: square.
-        shares: [n, n], a map as of `Explanation.map`.
-        windows: draw the borders of so many windows along a side; 0 draws none.
+        picture: the square picture.
+        shares: [n, n], a map such as `Explanation.map`.
+        windows: number of windows along a side whose borders are drawn; 0 draws none.
 
     Returns:
-        An RGB picture of the same side, small ones enlarged by a whole factor.
+        An RGB picture of the same side; a small picture is enlarged by a whole factor.
     """
-    factor = max(1, _DRAWN // picture.width)
+    factor = max(1, _DRAWN_SIDE // picture.width)
     size = (picture.width * factor, picture.height * factor)
-    seen = F.adaptive_avg_pool2d(shares[None].float(), min(len(shares), _SEEN))
+    seen = F.adaptive_avg_pool2d(shares[None].float(), min(len(shares), _VISIBLE_SIDE))
     for _ in range(2):
         seen = F.avg_pool2d(seen, 3, 1, 1, count_include_pad=False)
     seen = seen[0]
@@ -290,7 +291,7 @@ def draw(picture: Image.Image, shares: torch.Tensor, *, windows: int = 0) -> Ima
     heat = over / over.max().clamp(min=1)
     heat = np.asarray(Image.fromarray(heat.numpy()).resize(size, Image.Resampling.BILINEAR))[..., None]
     colours = [np.interp(heat, np.linspace(0, 1, len(_COLOURS)), channel) for channel in _COLOURS.T]
-    # with less contrast: on black nothing but the hottest would show
+    # The contrast is lowered, because on black only the hottest places would show.
     grey = 40 + 0.75 * np.asarray(picture.resize(size, Image.Resampling.BICUBIC).convert("L"), np.float32)[..., None]
     drawn = Image.fromarray(
         ((1 - 0.8 * heat) * grey + 0.8 * heat * np.concatenate(colours, -1)).round().astype(np.uint8)

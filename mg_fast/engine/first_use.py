@@ -1,4 +1,4 @@
-"""What is done once, at first use, done before anybody waits for it."""
+"""Does the work of the first use before anybody waits for it."""
 
 import itertools
 import time
@@ -19,9 +19,9 @@ def warm_up(vision: VisionStage, answers: AnswerStage, template: str) -> dict[st
     """
     began = time.perf_counter()
     noise = Image.effect_noise((64, 64), 64).convert("RGB")
-    # Passes are captured when their shape comes again.
+    # A pass is captured when its shape comes for the second time.
     for _ in range(2):
-        # All of the prompt is to be computed both times.
+        # The whole prompt must be computed both times.
         answers.forget_prompts()
         conversation = Conversation(vision, answers, template)
         for question, images in (("What is shown here?", [noise]), ("And what else?", None)):
@@ -31,6 +31,6 @@ def warm_up(vision: VisionStage, answers: AnswerStage, template: str) -> dict[st
 
 
 def _after(tokens: int):
-    """A stopping criterion: so many new tokens."""
+    """A stopping criterion that ends an answer after this many new tokens."""
     calls = itertools.count(1)
     return lambda ids, scores, **_: torch.full((len(ids),), next(calls) >= tokens, device=ids.device)

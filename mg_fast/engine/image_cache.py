@@ -1,25 +1,25 @@
-"""Image tokens of pictures already seen, by what the pictures show."""
+"""Image tokens of pictures seen before, found by the contents of the pictures."""
 
 import hashlib
-import operator
 from collections.abc import Hashable
 
 import numpy as np
 import torch
 from PIL import Image
 
+from ..runtime.arguments import byte_limit
 from ..runtime.byte_lru import ByteLRU
 
-# image tokens of 56 pictures of a 7B model in half precision, or of 11 in HD
+# Room for the image tokens of 56 pictures of a 7B model in half precision, or of 11 in HD.
 DEFAULT_BYTES = 256 * 2**20
-# Pixels of a picture that are read at once for its digest.
+# Number of pixels that are read at once for a digest.
 _STRIP = 2**22
 
 
 def picture_digest(picture: Image.Image) -> bytes:
-    """SHA-256 of a decoded picture's mode, size and pixels: files that decode to the same have the same."""
+    """SHA-256 of a decoded picture's mode, size and pixels; it is the same for all files with these pixels."""
     digest = hashlib.sha256(f"{picture.mode} {picture.width}x{picture.height} ".encode())
-    # NumPy gets its pixels as a copy, so a large picture is read in strips.
+    # NumPy gets a copy of the pixels, so a large picture is read in strips.
     rows = max(1, _STRIP // picture.width)
     for top in range(0, picture.height, rows):
         strip = (
@@ -30,22 +30,21 @@ def picture_digest(picture: Image.Image) -> bytes:
 
 
 class ImageCache:
-    """Tensors by key, bounded in bytes; the one used longest ago goes first. Threads may share it.
+    """Tensors by key, bounded in bytes; the tensor used longest ago is dropped first.
 
-    It keeps copies and gives copies, so nobody who writes into a tensor of his own changes what another gets.
+    Threads may share a cache. It keeps copies and returns copies, so writing into a tensor does not change what others
+    get.
 
     Args:
-        limit: most bytes of tensors held; 0 keeps nothing. A tensor above it is not kept.
+        limit: most bytes of tensors held; 0 keeps nothing. A tensor that exceeds the limit by itself is not kept.
 
     Attributes:
-        held_bytes: bytes of the tensors held now, on whatever device they are.
+        held_bytes: bytes of the tensors held now, on all devices together.
     """
 
     def __init__(self, limit: int = DEFAULT_BYTES):
-        self.limit = operator.index(limit)
-        if self.limit < 0:
-            raise ValueError(f"image_cache_bytes: expected 0 or more bytes, got {limit}")
-        # A tensor, and on a GPU the event after which it is written.
+        self.limit = byte_limit("image_cache_bytes", limit)
+        # An entry is a tensor and, for a tensor on a GPU, the event after which it is completely written.
         self._tokens = ByteLRU(self.limit)
 
     @property
@@ -63,7 +62,7 @@ class ImageCache:
         if written is None:
             return tensor.clone()
         with torch.cuda.device(tensor.device):
-            # it may have been written on another stream, and may be dropped before this one has read it
+            # The tensor may have been written on another stream, and may be dropped before this stream has read it.
             stream = torch.cuda.current_stream()
             stream.wait_event(written)
             tensor.record_stream(stream)
@@ -73,7 +72,7 @@ class ImageCache:
         """Keeps a copy of the tensor under the key."""
         if not self._tokens.fits(tensor.nbytes):
             return
-        # contiguous: a copy of a slice must not keep, or count, what it was cut from
+        # Contiguous, so that the copy of a slice neither keeps nor counts the tensor that it was cut from.
         tensor, written = tensor.detach().clone(memory_format=torch.contiguous_format), None
         if tensor.is_cuda:
             with torch.cuda.device(tensor.device):

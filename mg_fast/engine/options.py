@@ -1,7 +1,6 @@
-"""Options of answers and of caches: checked when they are made, and documented here alone."""
+"""The options of answers and of caches. They are checked when they are made, and documented here only."""
 
 import math
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -9,21 +8,21 @@ import torch
 
 from ..errors import PromptError, quoted
 from ..quantization import check_cache
-from ..runtime.arguments import check_stop_strings, plain_numbers, real_number, whole_number
+from ..runtime.arguments import byte_limit, check_stop_strings, plain_numbers, real_number, whole_number
 from .image_cache import DEFAULT_BYTES
 
-# What an answer may grow to when the caller does not say, as in the original's command line.
+# Most tokens of an answer if the caller does not say, as in the original's command line.
 DEFAULT_NEW_TOKENS = 512
 
-# Options of `generate` that would contradict how a question is asked here, and what to do instead.
+# Options of `generate` that would contradict how a question is asked here, and what to use instead.
 _REFUSED = {
-    "do_sample": "temperature decides",
-    "num_return_sequences": "a question has one answer; use model.generate",
-    "streamer": "stream=True of chat yields the text",
+    "do_sample": "temperature decides whether tokens are sampled",
+    "num_return_sequences": "a question has one answer; use model.generate for several",
+    "streamer": "chat(..., stream=True) yields the text",
     "return_dict_in_generate": "use model.generate",
-    "stream": "chat streams",
+    "stream": "only chat can stream an answer",
 }
-_MADE_HERE = "it is made of the text and its images; use model.generate"
+_MADE_HERE = "it is made of the text and its images; use model.generate to set it"
 
 
 @dataclass(frozen=True)
@@ -31,14 +30,15 @@ class CacheOptions:
     """How much is kept from call to call.
 
     Attributes:
-        image_cache_bytes: most bytes of image tokens kept, by picture content, on the model's device; 0 keeps none.
-        kv_cache_bytes: most bytes of keys and values kept of prompts and answers, on the model's devices; 0 keeps none.
-            None: 1 GiB, or as many as the longest conversation has that the model can hold. Not counted is the memory
-            that the last answer was decoded in, of its length rounded up to 2048 positions, which stays for the next
-            one until `Pipeline.clear_kv_cache`.
+        image_cache_bytes: most bytes of image tokens kept, by the contents of the pictures, on the model's device; 0
+            keeps none.
+        kv_cache_bytes: most bytes of keys and values of prompts and answers kept, on the model's devices; 0 keeps none.
+            None keeps 1 GiB, or more if the longest conversation that fits the model needs more. The memory in which
+            the last answer was decoded is not counted. Its length is rounded up to 2048 positions, and it stays for the
+            next answer until `Pipeline.clear_kv_cache`.
 
     Raises:
-        ValueError: fewer than 0 bytes.
+        ValueError: a limit is below 0.
     """
 
     image_cache_bytes: int = DEFAULT_BYTES
@@ -47,25 +47,25 @@ class CacheOptions:
     def __post_init__(self):
         for name in ("image_cache_bytes", "kv_cache_bytes"):
             if (value := getattr(self, name)) is not None:
-                if operator.index(value) < 0:
-                    raise ValueError(f"{name}: expected 0 or more bytes, got {value}")
-                object.__setattr__(self, name, operator.index(value))
+                object.__setattr__(self, name, byte_limit(name, value))
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the tokens of an answer are chosen, and how many there may be. Numbers may be NumPy's or torch's; they become
-    Python's own.
+    """How the tokens of an answer are chosen, and how many there may be.
+
+    Numbers of NumPy and torch are accepted and become Python's own.
 
     Attributes:
-        max_new_tokens: at most so many tokens, default 512; where the context holds fewer, the answer ends with it.
+        max_new_tokens: most tokens of the answer, 512 by default. If the context has room for fewer, the answer ends
+            where the context ends.
         temperature: 0 decodes greedily; above 0 samples.
-        top_p: nucleus of the sampling, with a temperature above 0.
+        top_p: the nucleus of the sampling; needs a temperature above 0.
         seed: makes sampling repeatable; the global random state stays as it is. Where transformers' own loop decodes,
-            as long as nothing else in the process draws from torch's global generator meanwhile. In a batch it holds
-            for the same questions in the same order and batches.
+            it is repeatable only as long as nothing else in the process draws from torch's global generator meanwhile.
+            In a batch it is repeatable for the same questions in the same order and batches.
         allow_long: accept a prompt longer than the model was trained on; None takes the model's `allow_long`.
-        generate_options: anything else `generate` takes for one answer.
+        generate_options: any other option that `generate` takes for one answer.
 
     Raises:
         PromptError: an option that would be ignored, contradicts another, or is out of range.
@@ -95,7 +95,7 @@ class Sampling:
         options = {name: plain_numbers(value) for name, value in self.generate_options.items()}
         check_cache(options)
         if callable(options.get("stopping_criteria")):
-            raise PromptError("stopping_criteria: expected a list of criteria, got one")
+            raise PromptError("stopping_criteria: expected a list of criteria, got one criterion")
         _refuse(options, _REFUSED)
         check_stop_strings(options.get("stop_strings"))
         seed = whole_number(self.seed)
@@ -112,18 +112,18 @@ class Sampling:
             object.__setattr__(self, name, value)
 
     def check_for(self, prompt_inputs: Sequence[str]) -> None:
-        """Raises PromptError where an option is one of a model's inputs, which are made of the text and its images."""
+        """Raises PromptError if an option is one of the model's inputs, which are made of the text and its images."""
         _refuse(self.generate_options, dict.fromkeys(("input_ids", "attention_mask", *prompt_inputs), _MADE_HERE))
 
     def of_generate(self) -> dict:
-        """The options of `generate`, but for the number of new tokens: that depends on the prompt, too."""
+        """The options of `generate`, except the number of new tokens, which also depends on the prompt."""
         if self.temperature > 0:
             top_p = 1.0 if self.top_p is None else self.top_p
             return {**self.generate_options, "do_sample": True, "temperature": self.temperature, "top_p": top_p}
         return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, **self.generate_options}
 
     def generator(self, device: torch.device) -> torch.Generator | None:
-        """A generator on a device, which draws what torch's own would after `manual_seed`; None where there is no seed."""
+        """A generator that draws what torch's own would draw after `manual_seed`; None if there is no seed."""
         return None if self.seed is None else torch.Generator(device).manual_seed(self.seed)
 
 

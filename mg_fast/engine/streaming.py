@@ -1,6 +1,4 @@
-"""Token ids to text while they come, such that the pieces join to the text of all of them; and answers that are read
-piece by piece.
-"""
+"""Turns token ids into text while they are generated, in pieces that join to the text of the whole answer."""
 
 import queue
 import re
@@ -13,24 +11,24 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..ops.backend import requested, use_backend
 
-# sentencepiece's byte pieces: several make one character, and a run of them decodes as a whole
+# A byte piece of sentencepiece. Several of them make one character, and a run of them decodes as a whole.
 _BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 def decode_answer(tokenizer, ids: list[int]) -> str:
-    """The text of an answer: special tokens left out, white space at both ends removed (as the original does)."""
+    """The text of an answer, without special tokens and without white space at both ends, as in the original."""
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
 
 
 class PieceStream(BaseStreamer):
-    """A streamer for `generate` that hands on text as it becomes final.
+    """A streamer for `generate` that emits text as it becomes final.
 
     Text is held back while it may still change: a run of byte pieces, an incomplete character, trailing white space.
 
     Args:
         tokenizer: the model's tokenizer.
         emit: called with each piece of text.
-        on_token: called when each token comes, before its text is known.
+        on_token: called when a token comes, before its text is known.
     """
 
     def __init__(
@@ -46,7 +44,7 @@ class PieceStream(BaseStreamer):
 
     def put(self, value) -> None:
         if not self._prompt_seen:
-            # generate() hands over the prompt first
+            # `generate` hands over the prompt first.
             self._prompt_seen = True
             return
         self.on_token()
@@ -60,8 +58,9 @@ class PieceStream(BaseStreamer):
         self._send(decode_answer(self.tokenizer, self.ids))
 
     def _open_ended(self, token: int) -> bool:
-        """Whether what follows may still change how this token decodes; special tokens are left out, so a run of bytes
-        spans them.
+        """Whether later tokens may still change how this token decodes.
+
+        Special tokens count as such, because they are left out of the text and a run of bytes may go on after them.
         """
         return token in self._special or bool(_BYTE_PIECE.fullmatch(self.tokenizer.convert_ids_to_tokens(token) or ""))
 
@@ -72,18 +71,18 @@ class PieceStream(BaseStreamer):
 
 
 def pieces(run: Callable, keep: Callable, device: torch.device) -> Iterator[str]:
-    """Pieces of text from a generation in a thread of its own; its errors come out here.
+    """Yields the pieces of text of a generation that runs in its own thread, and raises the errors of that thread.
 
     Args:
-        run: generates; called with `emit`, which takes pieces of text, and `criterion`, which ends the generation once
-            nobody reads on.
-        keep: called with what `run` returned, when all pieces have been read.
-        device: that is generated on.
+        run: the generation; called with `emit`, which takes pieces of text, and `criterion`, which ends the generation
+            when the pieces are no longer read.
+        keep: called with the result of `run` when all pieces have been read.
+        device: the device of the generation.
     """
     found: queue.SimpleQueue = queue.SimpleQueue()
     abandoned = threading.Event()
-    # What is set per thread is handed over: the choice of backend, autocast, and the stream on which the pictures were
-    # seen.
+    # Settings of this thread are handed over: the choice of backend, autocast, and the stream on which the pictures
+    # were seen.
     backend, kind = requested(), device.type
     autocast = torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind))
     stream = torch.cuda.current_stream(device) if kind == "cuda" else None
@@ -96,7 +95,7 @@ def pieces(run: Callable, keep: Callable, device: torch.device) -> Iterator[str]
         try:
             with use_backend(backend), autocast, torch.cuda.stream(stream):
                 found.put(run(emit=found.put, criterion=Abandoned()))
-        except BaseException as error:  # Handed to the reader, whoever raised it.
+        except BaseException as error:  # Any error is handed over to the reader.
             found.put(error)
 
     def read() -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The vision stage: pictures to image tokens, with those of pictures seen before kept by what the pictures show."""
+"""The vision stage: it turns pictures into image tokens, and keeps those of earlier pictures by their contents."""
 
 import contextlib
 import hashlib
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class SeenPicture:
-    """A picture as the language model gets it: image tokens [T, hidden], and a digest that only the same tokens have."""
+    """A picture as the language model gets it: image tokens [T, hidden], and a digest that only these tokens have."""
 
     tokens: torch.Tensor
     digest: bytes
@@ -34,24 +34,27 @@ class SeenPicture:
 class VisionStage:
     """Turns pictures into image tokens.
 
-    Pictures go through packed copies of the towers (the model's `picture_encoder`), made at the first picture and of a
-    third of their size; by the `reference` backend, or where a tower is more than its weights, through the model's own
-    modules. Image tokens are kept by picture content. Both are made anew once the picture side has changed: weights
-    that were written to in place, moved or exchanged, hooks, and adapters that were added, switched, scaled or merged.
-    Whoever writes to weights through `.data` (or to offloaded ones, or to inference tensors) calls `clear`. Threads may
-    share a stage.
+    Pictures go through packed copies of the towers (the model's `picture_encoder`), which are made at the first picture
+    and have a third of the towers' size. With the `reference` backend, or where a tower computes something that its
+    weights alone do not tell, pictures go through the model's own modules. Image tokens are kept by the contents of the
+    pictures.
+
+    The packed towers and the kept image tokens are dropped when the picture side has changed: when weights were written
+    in place, moved or exchanged, when hooks changed, or when adapters were added, switched, scaled or merged. A change
+    of weights through `.data`, of offloaded weights or of inference tensors is not noticed: call `clear` after it.
+    Threads may share a stage.
 
     Args:
-        model: what sees, as MiniGeminiForConditionalGeneration does.
-        image_processor: its image processor: pictures to pixels.
-        backend: for every call of this stage; None leaves the choice to what is in force where it is called.
-        caches: `image_cache_bytes` of it counts here.
-        cuda_graphs: on a GPU, capture the towers and the mining in CUDA graphs; without, less memory is taken.
+        model: the model that sees, such as MiniGeminiForConditionalGeneration.
+        image_processor: the model's image processor, which makes pixels of pictures.
+        backend: the backend of every call of this stage; None leaves the choice to what is in force at the call.
+        caches: only `image_cache_bytes` counts here.
+        cuda_graphs: on a GPU, capture the towers and the mining in CUDA graphs; without graphs less memory is needed.
 
     Attributes:
         cache: the image tokens kept.
         encoder: the packed towers; None before the first picture, and where they cannot be packed.
-        version: a number that is another one once image tokens of the same picture may be others.
+        version: a number that changes when the same picture may get other image tokens than before.
     """
 
     def __init__(
@@ -73,14 +76,12 @@ class VisionStage:
 
     @property
     def device(self) -> torch.device:
-        """The device that pixels go to: that of the language model's input, or the one that offloaded weights are
-        brought to.
-        """
+        """The device of the pixels, which is that of the language model's input; see `AnswerStage.device`."""
         return execution_device(self.model.get_input_embeddings())
 
     @property
     def first_use(self) -> dict[str, float]:
-        """Seconds spent so far on what is done once: packing towers, capturing graphs."""
+        """Seconds spent so far on work that is done once: packing the towers, and capturing graphs."""
         return self.encoder.first_use if self.encoder is not None else {}
 
     @torch.inference_mode()
@@ -93,27 +94,26 @@ class VisionStage:
         at_hand: Iterable[SeenPicture] | None = None,
         with_digest: bool = False,
     ) -> SeenPicture:
-        """Image tokens [T, hidden] of one picture (T 576, HD 2880; unscaled, global view first).
+        """Image tokens [T, hidden] of one picture (T is 576, in HD 2880; unscaled, the global view first).
 
-        A picture that was seen before, in whatever file, is decoded and found in the cache by its pixels. The tokens
-        are inference tensors, which gradients do not pass; `Pipeline.see` gives copies that are not.
+        A picture that was seen before, from any file, is decoded and then found in the cache by its pixels. The tokens
+        are inference tensors, through which no gradients pass; `Pipeline.see` returns ordinary copies.
 
         Args:
-            image: a Pillow image, path, bytes, or uint8 array or tensor; a URL where `allow_urls` is set.
-            allow_urls: fetch pictures given as URLs.
+            image: a Pillow image, path, bytes, or uint8 array or tensor; also a URL if `allow_urls` is set.
+            allow_urls: fetch pictures that are given as URLs.
             meter: measures the steps.
-            at_hand: pictures that are not encoded again, whatever the cache holds.
-            with_digest: give a digest, even where nothing is kept by it here, if the towers are no more than their
-                weights.
+            at_hand: pictures that are not encoded again, whether the cache holds them or not.
+            with_digest: make a digest even if this stage keeps no tokens by it, provided that the towers can be packed.
         """
         stage = meter.stage if meter is not None else contextlib.nullcontext
         with use_backend(self.backend):
             with stage("preprocess"):
-                # This comes first, because it forgets what was seen with other weights.
+                # This comes first, because it drops image tokens that were made with other weights.
                 version, encoder = self._current_encoder(packed=requested() != "reference")
                 digest = b""
-                # Towers that cannot be packed may be changed by what no digest knows, as a hook that does something
-                # else each time.
+                # Towers that cannot be packed may depend on something that no digest covers, such as a hook that does
+                # something else each time.
                 if self.cache.limit or at_hand is not None or (with_digest and encoder is not None):
                     image = decoded(image, allow_urls)
                     digest = hashlib.sha256(
@@ -125,7 +125,7 @@ class VisionStage:
                         return known
                     if (tokens := self.cache.get(digest)) is not None:
                         return SeenPicture(tokens, digest)
-                # The pixels are the same to the last bit on either device; on a CPU Pillow is the faster one.
+                # Both ways give the same pixels to the last bit; on a CPU Pillow is the faster one.
                 device = self.device if self.device.type == "cuda" and requested() != "reference" else None
                 pixels = self.image_processor(image, allow_urls=allow_urls, device=device).to(self.device)
             measured = {"stage": meter.stage} if meter is not None else {}
@@ -141,7 +141,7 @@ class VisionStage:
     def see_all(
         self, images: Sequence, at_hand: Iterable[SeenPicture], *, allow_urls: bool = False
     ) -> list[SeenPicture]:
-        """Pictures of one question of a batch; none is encoded twice, nor one of those at hand again."""
+        """The pictures of one question of a batch; a picture that comes twice or is at hand is not encoded again."""
         seen = list(at_hand)
         before = len(seen)
         for image in images:
@@ -149,24 +149,22 @@ class VisionStage:
         return seen[before:]
 
     def clear(self) -> None:
-        """Forgets the image tokens of pictures seen before, and the packed towers."""
+        """Drops the image tokens of pictures seen before, and the packed towers."""
         self.cache.clear()
         self.encoder = None
         self.version += 1
 
     def circumstances(self) -> tuple:
-        """What image tokens depend on beside the picture and the state of the model: how it is processed, and what
-        computes it.
-        """
+        """What image tokens depend on beside picture and model: device, dtype, backends, arithmetic, processing."""
         device, images = self.device, self.image_processor
         backends = tuple(choose(operation, None, device) for operation in OPERATIONS)
         return str(device), self.model.dtype, backends, numerics(device), images.settings
 
     def _current_encoder(self, *, packed: bool) -> tuple[int, PackedPictureEncoder | None]:
-        """The number of the picture side's present state, and the packed towers of it.
+        """The version of the picture side, and its packed towers.
 
-        Image tokens and towers of another state are dropped. The towers are None where none are asked for, or the model
-        cannot be packed.
+        Image tokens and towers of an earlier state are dropped. The towers are None if none are asked for, or if the
+        model cannot be packed.
         """
         with self._packing:
             state = self.model.picture_state()
@@ -176,7 +174,7 @@ class VisionStage:
                 self._state = state
             if packed and self.encoder is None:
                 try:
-                    # The encoder's weights must not be inference tensors, which count no changes.
+                    # The encoder's weights must not be inference tensors, which do not count changes.
                     with torch.inference_mode(False):
                         self.encoder = self.model.picture_encoder(graphs=self._cuda_graphs)
                 except ValueError as error:
@@ -185,7 +183,7 @@ class VisionStage:
 
 
 def decoded(image, allow_urls: bool) -> Image.Image:
-    """The picture in RGB, named as what it was read from."""
+    """The picture in RGB, with the name of the file that it was read from."""
     picture = open_picture(image, allow_urls=allow_urls)
     if name := getattr(image, "filename", None):
         picture.filename = name

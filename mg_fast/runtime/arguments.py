@@ -69,6 +69,22 @@ def real_number(value) -> float | None:
         return None
 
 
+def byte_limit(name: str, limit) -> int:
+    """The limit of a cache as an int.
+
+    Args:
+        name: what the message calls it.
+        limit: a whole number of bytes.
+
+    Raises:
+        ValueError: below 0.
+        TypeError: not a whole number.
+    """
+    if operator.index(limit) < 0:
+        raise ValueError(f"{name}: expected 0 or more bytes, got {limit}")
+    return operator.index(limit)
+
+
 def check_stop_strings(strings) -> None:
     """Refuses stop strings that are not texts or that UTF-8 cannot encode; None and an empty list are accepted.
 

@@ -1,4 +1,4 @@
-"""The command line: answers, exit codes, errors of one line, the conversation in the terminal, the doctor."""
+"""The command line: answers, exit codes, one-line errors, the conversation in the terminal, and the doctor."""
 
 import importlib.metadata
 import io
@@ -34,7 +34,7 @@ KEYS |= {"load_s", "answer_s"}
 
 @pytest.fixture
 def run(standard, capsys):
-    """mg-fast run on the tiny checkpoint: (exit code, stdout, stderr)."""
+    """Runs `mg-fast run` on the tiny checkpoint and returns (exit code, stdout, stderr)."""
 
     def run(*arguments, model=standard):
         code = cli.main(["run", "--model", str(model), "--device", "cpu", *map(str, arguments)])
@@ -70,7 +70,7 @@ def test_json(run, pipeline, photo, drawing):
     assert document["prompt_tokens"] == answer.prompt_tokens and document["image_tokens"] == 2 * 25
     assert document["load_s"] > 0 and document["answer_s"] > 0
     pipeline.reset()
-    # or the order of the pictures would not have been tried
+    # Otherwise the order of the pictures would not have been tested.
     assert pipeline.chat("Compare.", [drawing, photo], max_new_tokens=8).token_ids != answer.token_ids
 
 
@@ -164,7 +164,7 @@ def named(tmp_path):
 
 
 def only_error(err):
-    """The error's line, after what is said of loading; there must be no other."""
+    """The line of the error, which must be the only one beside those about loading."""
     [line] = [line for line in err.splitlines() if not line.startswith(("loaded ", "weights: ", "mg-fast: WARNING: "))]
     assert line.startswith("mg-fast: error: ")
     return line.removeprefix("mg-fast: error: ")
@@ -267,7 +267,7 @@ def process(*arguments, code=None, **options):
 
 
 def test_json_is_all_that_comes_out(standard, photo, pipeline):
-    """Of the process as a whole: warnings, progress bars and what libraries print go elsewhere."""
+    """A whole process writes nothing else to stdout: warnings, progress bars and prints of libraries go elsewhere."""
     arguments = ("--image", photo, "--prompt", "What?", "--max-new-tokens", 4, "--json")
     done = process("run", "--model", standard, "--device", "cpu", *arguments)
     assert done.returncode == 0
@@ -318,7 +318,7 @@ def test_help_and_wrong_usage_need_no_torch():
 
 @pytest.mark.parametrize("unbuffered", [True, False])
 def test_a_reader_that_goes_away(unbuffered):
-    """As with `| true`: no traceback, not even from Python's own flush at the end."""
+    """A closed reader, as with `| true`, causes no traceback, not even from Python's own flush at the end."""
     read, write = os.pipe()
     os.close(read)
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
@@ -335,7 +335,7 @@ def test_a_reader_that_goes_away(unbuffered):
 
 @pytest.fixture
 def chat(standard, capsys, monkeypatch):
-    """mg-fast chat with these lines typed: what was printed after each (and after the end of input)."""
+    """Runs `mg-fast chat` with typed lines; returns what was printed after each line and after the end of input."""
 
     def chat(*lines, code=0, stdin=io.StringIO):
         monkeypatch.setattr(sys, "stdin", stdin("".join(f"{line}\n" for line in lines)))
@@ -353,7 +353,7 @@ def answered(pipeline, *question):
 
 
 def test_chat(chat, pipeline, photo, drawing):
-    """A picture stays through the turns that follow, and /reset forgets it."""
+    """A picture stays for the turns that follow, and /reset forgets it."""
     expected = [
         "(1 picture with the next question)\n",
         answered(pipeline, "What is it?", [photo]),
@@ -364,7 +364,7 @@ def test_chat(chat, pipeline, photo, drawing):
     ]
     pipeline.reset()
     expected += [answered(pipeline, "Are you sure?"), "\n"]
-    # or a reset that forgets nothing would pass
+    # Otherwise a reset that forgets nothing would pass.
     assert expected[2] != expected[6]
     lines = [
         f"/image {photo}",
@@ -408,7 +408,7 @@ def test_chat_shows_its_commands_to_a_person(chat):
 
 
 def test_chat_goes_on_after_errors(chat, pipeline, photo, named):
-    """What is wrong is said in one line, and neither turns nor pictures of it stay behind."""
+    """An error is told in one line, and the turn and the pictures that caused it leave nothing behind."""
     printed = chat(
         "/image /nonexistent.png",
         "/image",
@@ -425,7 +425,8 @@ def test_chat_goes_on_after_errors(chat, pipeline, photo, named):
         "/image needs a file: /image FILE\n",
         f"{named[EMPTY_FOLDER]}: a folder, expected a picture file\n",
         f"{named[TEXT_FILE]}: not a picture that Pillow can read\n",
-        f"{named[THIN_PICTURE]}: 1x999 pixels: too thin, squared and resized to 160x160 its short side is under one pixel\n",
+        f"{named[THIN_PICTURE]}: 1x999 pixels: too thin, squared and resized to 160x160 its short side is "
+        "under one pixel\n",
         "model> the text has 1 <image> tag(s), but 0 picture(s) came\n",
         printed[6],
     ]
@@ -434,7 +435,7 @@ def test_chat_goes_on_after_errors(chat, pipeline, photo, named):
 
 
 def test_chat_survives_an_interrupted_answer(chat, pipeline, photo, monkeypatch):
-    """Ctrl-C stops the answer; the turn is as if never asked, its picture still waiting."""
+    """Ctrl-C stops the answer. The turn is as if it had never been asked, and its picture is still waiting."""
     original, calls = chat_command.print_stream, []
 
     def interrupted_once(pieces):
@@ -485,7 +486,7 @@ def test_doctor(capsys, monkeypatch):
 
 def test_doctor_lists_backends_and_reasons(capsys, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    # what `auto` takes does not depend on what the environment asks for
+    # What `auto` takes does not depend on the backend that the environment asks for.
     monkeypatch.setenv("MG_FAST_BACKEND", "reference")
     assert cli.main(["doctor"]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]

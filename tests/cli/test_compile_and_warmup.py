@@ -1,5 +1,6 @@
-"""mg-fast compile: what it compiles is what a model launches, counted in processes of their own; its errors, and those
-of warmup.
+"""`mg-fast compile` compiles the kernels that a model launches; the errors of `compile` and `warmup`.
+
+The kernels are counted in separate processes.
 """
 
 import importlib.util
@@ -17,8 +18,8 @@ needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is published for Linux only"
 )
 
-# A model as loaded, on a GPU that is not here: what a picture's way launches is looked up in Triton's cache, or
-# compiled. Case by case.
+# For each case, this program runs a picture through a model as if it were loaded on a GPU. Each kernel launched on the
+# way is looked up in Triton's cache, or compiled.
 LAUNCH = """
 import json, sys
 import timm.models.convnext
@@ -30,7 +31,7 @@ from mg_fast.models.mini_gemini.launches import model_config
 from mg_fast.ops.ahead_of_time import compile_only
 
 folder, *cases = json.loads(sys.argv[1])
-# reads numbers, which fake tensors have not
+# timm's own function reads numbers, which fake tensors do not have.
 timm.models.convnext.calculate_drop_path_rates = lambda rate, depths, **_: [[0.0] * depth for depth in depths]
 config = model_config(folder)
 side, high, grid = config.vision_config.image_size, config.image_size_aux, config.image_grid
@@ -56,7 +57,7 @@ def process(*command, cache):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {
         "TRITON_CACHE_DIR": str(cache)
     }
-    # whatever an environment asks for, what is compiled is what the command line says
+    # The command line says what is compiled, and the environment must not change that.
     environment["MG_FAST_BACKEND"] = "torch"
     done = python(*command, env=environment)
     assert done.returncode == 0, done.stderr
@@ -64,14 +65,15 @@ def process(*command, cache):
 
 
 def launch(folder, cache, *cases):
-    """For each case, one after another, how many of the kernels it launches were there, and how many it had to compile."""
+    """For each case in turn, how many of the launched kernels were in the cache, and how many had to be compiled."""
     default = {"architecture": 90, "dtype": "float16", "batch": 1, "training": False, "backend": "auto"}
     out = process("-c", LAUNCH, json.dumps([str(folder), *(default | case for case in cases)]), cache=cache)
     found = json.loads(out.splitlines()[-1])
     return [(counts["hits"], counts["misses"]) for counts in found]
 
 
-# in the order of a picture's way: a norm a stage of the tower, mining of the cells and of the global view
+# In the order of launches for one picture: one norm for each stage of the tower, then mining of the cells and of the
+# global view.
 HD_KERNELS = [
     *("resize_columns_fwd_kernel", "resize_rows_fwd_kernel"),
     *["dwconv_norm_fwd_kernel"] * 4,
@@ -81,7 +83,7 @@ HD_KERNELS = [
 
 @needs_triton
 def test_the_first_launch_compiles_nothing(tmp_path):
-    """In HD, whose mining is of two kernels; for any batch; and not for what was not asked for."""
+    """In HD, where mining has two kernels, everything asked for is compiled, for any batch, and nothing else is."""
     folder, arguments = (
         OWN_GOLDEN / "hd",
         ("-m", "mg_fast", "compile", "--arch", "sm_90", "--dtype", "float16", "--model", OWN_GOLDEN / "hd"),
@@ -92,9 +94,10 @@ def test_the_first_launch_compiles_nothing(tmp_path):
     assert (
         count == f"8 kernels in {tmp_path}: 8 compiled now, 0 were there" and "launchers in C are still built" in note
     )
-    # nor does the second time
+    # A second run compiles nothing, either.
     assert all(line.endswith(" cached") for line in process(*arguments, cache=tmp_path).splitlines()[:8])
-    # the last two need others, or the counts before would mean nothing; those of resizing are the same for all dtypes
+    # The last two cases need other kernels; otherwise the counts of the first two would mean nothing. The kernels of
+    # resizing are the same for all dtypes.
     cases = [{}, {"batch": 8}, {"dtype": "bfloat16"}, {"training": True}]
     assert launch(folder, tmp_path, *cases) == [(8, 0), (8, 0), (2, 6), (8, 2)]
 
@@ -109,17 +112,20 @@ def test_training_and_several_architectures(tmp_path):
 
 @needs_triton
 def test_all_kernels(tmp_path):
-    """Those too that `auto` takes the library for: of few pictures, and of many, whose products have other tiles."""
+    """Kernels in whose place `auto` runs a library are compiled, too, for few pictures and for many.
+
+    The products of many pictures have other tiles.
+    """
     folder = OWN_GOLDEN / "standard"
     arguments = ("--arch", "sm_90", "--dtype", "float16", "--backend", "triton", "--model", folder)
     lines = process("-m", "mg_fast", "compile", *arguments, cache=tmp_path).splitlines()[:-2]
     assert all(line.split()[1:4] == ["sm_90", "float16", "160"] for line in lines)
-    # the folder holds what is said to have been compiled, for that architecture, and nothing else
+    # The folder holds exactly the kernels that were reported as compiled, for that architecture.
     compiled = sorted(line.split()[0] for line in lines if line.endswith(" s"))
     assert sorted(path.stem for path in tmp_path.rglob("*.cubin")) == compiled
     assert {name: compiled.count(name) for name in compiled} == {
         "dwconv_norm_fwd_kernel": 4,
-        # more than the four stages of one picture: products of few rows have other tiles
+        # More than one for each of the four stages, because products of few rows have other tiles.
         "linear_gelu_fwd_kernel": 5,
         "linear_residual_fwd_kernel": 5,
         "pool_windows_fwd_kernel": 1,
@@ -196,7 +202,7 @@ def test_a_dtype_that_only_a_checkpoint_tells(capsys, monkeypatch):
         ),
         (["compile", "--arch", "sm_90", "--device", "cuda"], "unrecognized arguments: --device cuda"),
         (["warmup"], "the following arguments are required: --model"),
-        # what `warmup` took when it did both
+        # Options of the time when `warmup` compiled ahead of time, too.
         (["warmup", "--arch", "sm_90"], "compiling ahead of time is `mg-fast compile --arch sm_90`"),
         (["warmup", "--arch"], "compiling ahead of time is `mg-fast compile --arch`"),
         (["warmup", "--model", "nano", "--training"], "compiling ahead of time is `mg-fast compile --training`"),

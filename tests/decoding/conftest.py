@@ -7,7 +7,10 @@ from mg_fast.decoding import model_runner
 
 @pytest.fixture
 def by_graph(monkeypatch):
-    """As on a GPU, but never captured; with small chunks and windows, which prompts cross at odd places."""
+    """Passes run as on a GPU, but are never captured; the test gets the list of these passes.
+
+    Chunks and windows are small, so that prompts cross their borders at odd places.
+    """
     monkeypatch.setattr(model_runner.ModelRunner, "graphs_refused", lambda self, capacity: None)
     monkeypatch.setattr(model_runner._Graph, "_capture", lambda self: None)
     monkeypatch.setattr(model_runner, "PREFILL_CHUNK", 24)

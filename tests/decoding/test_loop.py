@@ -1,5 +1,6 @@
-"""The lean loop against transformers' own: the same ids, in every order in which prompts can come; nothing grows;
-nothing is stale.
+"""The decode loop gives the same ids as transformers' own loop, in every order in which prompts can come.
+
+Its memory does not grow, and nothing outdated is reused.
 """
 
 import copy
@@ -25,12 +26,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def changeable(own):
-    """A model that a test may change."""
+    """A copy of the model, which a test may change."""
     return copy.deepcopy(own.model)
 
 
 def lean(model, processor, prompts, pictures=None, max_new_tokens=8, decoder=None, **options):
-    """New ids by the lean loop, of prompts filled up on the left to the longest; and how many were reused."""
+    """New ids by the decode loop, for prompts that are filled up on the left, and the number of reused positions."""
     decoder = decoder or Decoder(model)
     inputs = processor(text=prompts, images=pictures, return_tensors="pt", padding=True)
     request = decoder.request()
@@ -51,7 +52,7 @@ def test_what_the_original_answered(each):
         for question, pictures, ids in each.recorded():
             conversation = pipeline.conversation()
             if streamed:
-                # all but the first token is known by now
+                # The same prompts were answered whole before this, so their keys and values are known by now.
                 pieces = list(conversation.chat(question, pictures, max_new_tokens=16, stream=True))
                 assert "".join(pieces) == pipeline.conversation().chat(question, pictures, max_new_tokens=16).text
             else:
@@ -64,7 +65,7 @@ def test_what_the_original_answered(each):
 
 @pytest.mark.parametrize("kv_cache_bytes", [2**30, 150_000, 0], ids=["all kept", "one kept", "none kept"])
 def test_turns_equal_the_history_sent_fresh(each, kv_cache_bytes):
-    """Three conversations in turn, of two and three turns, with a picture in the first or a later turn."""
+    """Three conversations take turns, with pictures in their first or a later turn."""
     pipeline = each.pipeline(kv_cache_bytes=kv_cache_bytes)
     first, second = each.pictures
     told, seen, previous = [[], [], []], [[], [], []], {}
@@ -83,7 +84,7 @@ def test_turns_equal_the_history_sent_fresh(each, kv_cache_bytes):
             assert answer.token_ids == each.plain([*told[i], (tagged, None)], seen[i], 5), (i, turn)
             told[i].append((tagged, answer.text.replace("<image>", "< image>")))
             if kv_cache_bytes == 2**30 and turn:
-                # all of the last prompt, and of its answer what is tokenised alike within the history
+                # The last prompt is reused whole, and its answer as far as it is tokenized alike within the history.
                 assert answer.cached_tokens >= previous[i]
             if not kv_cache_bytes:
                 assert answer.cached_tokens == 0
@@ -96,20 +97,20 @@ def test_a_shared_beginning_is_computed_once(each):
     first = pipeline.conversation().chat("What is it?", [each.pictures[0]], max_new_tokens=4)
     assert first.cached_tokens == 0
     second = pipeline.conversation().chat("Who made it?", [each.pictures[0]], max_new_tokens=4)
-    # the template's beginning and the whole picture
+    # The beginning of the template and the whole picture are reused.
     assert second.cached_tokens > second.image_tokens > 0
     assert second.token_ids == each.plain([("<image>\nWho made it?", None)], [each.pictures[0]], 4)
-    # another picture in the same words has no position in common from where it stands
+    # With another picture and the same words, only the positions before the picture are reused.
     third = pipeline.conversation().chat("What is it?", [each.pictures[1]], max_new_tokens=4)
     assert third.cached_tokens < second.cached_tokens - second.image_tokens + 1
     assert third.token_ids == each.plain([("<image>\nWhat is it?", None)], [each.pictures[1]], 4)
-    # the very same request: all but the last position, whose logits are wanted
+    # The very same request reuses all positions but the last, whose logits are needed.
     again = pipeline.conversation().chat("What is it?", [each.pictures[0]], max_new_tokens=4)
     assert again.cached_tokens == again.prompt_tokens - 1 and again.token_ids == first.token_ids
 
 
 def test_ragged_batches(each):
-    """Filled up on the left, pictures in some rows; rows end at different tokens."""
+    """Rows of a batch are filled up on the left, some have pictures, and they end at different tokens."""
     texts = ["<image>\n" + QUESTIONS[0], "Hi.", "<image>\n<image>\nCompare these two, please, and be brief about it."]
     prompts = [render(each.processor.template, [(text, None)]) for text in texts]
     pictures = [each.pictures[0], *each.pictures]
@@ -124,12 +125,12 @@ def test_ragged_batches(each):
         expected = each.model.generate(**inputs, max_new_tokens=10, do_sample=False, **options)[:, width:]
         assert torch.equal(lean(each.model, each.processor, prompts, pictures, 10, **options)[0], expected)
         if not options:
-            # filling follows where a row ended
+            # After the end of a row there is filling.
             assert [row[: len(ids)] for row, ids in zip(expected.tolist(), alone)] == alone
 
 
 def test_products_by_onednn(each, monkeypatch):
-    """Which takes larger layers than these checkpoints have."""
+    """The answers stay the same where oneDNN computes the products, which normally needs larger layers than these."""
     monkeypatch.setattr("mg_fast.ops.torch.pointwise._FEWEST_WEIGHTS", 1)
     pipeline = Pipeline(copy.deepcopy(each.model), each.processor)
     assert any(type(part) is OneDNNLinear for part in pipeline.model.modules())
@@ -141,9 +142,7 @@ def test_products_by_onednn(each, monkeypatch):
 
 
 def test_attention_that_slides(own):
-    """Mistral's window is shorter than the prompts; their keys and values are all kept, and the mask keeps to the
-    window.
-    """
+    """Where the window is shorter than the prompt, all keys and values are kept, and the mask follows the window."""
     config = MistralConfig(
         **{
             name: getattr(own.model.config.text_config, name)
@@ -175,7 +174,7 @@ def test_attention_that_slides(own):
 
 
 class Only(LogitsProcessor):
-    """Leaves a few tokens, evenly spread enough that all of them are drawn."""
+    """Leaves a few tokens, whose probabilities are even enough for all of them to be drawn."""
 
     def __init__(self, tokens):
         self.tokens = tokens
@@ -197,9 +196,10 @@ SAMPLING = [
 
 @pytest.mark.parametrize("options", SAMPLING, ids=str)
 def test_the_distribution_of_samples(own, options):
-    """The second new token of 4,000 rows against its exact probabilities.
+    """The first two new tokens of 4,000 rows follow their exact probabilities.
 
-    Chi-square of at most 11 degrees of freedom: above 40 with probability 4e-5 at most, were the seeds not fixed.
+    Chi-square has at most 11 degrees of freedom. If the seeds were not fixed, it would exceed 40 with a probability of
+    at most 4e-5.
     """
     tokens, rows = list(range(60, 84, 2)), 4000
     ids = own.processor(text="What is it? What", return_tensors="pt")["input_ids"]
@@ -226,7 +226,7 @@ def test_the_distribution_of_samples(own, options):
         )
         drawn.append(out[:, ids.shape[1] :])
     drawn = torch.cat(drawn)
-    # by hand, in double precision, from one plain pass over every first token
+    # The exact probabilities come from one plain pass over each possible first token, in double precision.
     first = probabilities(own.model, ids, options, tokens)
     exact = torch.zeros(len(first), dtype=torch.float64)
     for token in first.nonzero().flatten().tolist():
@@ -237,7 +237,7 @@ def test_the_distribution_of_samples(own, options):
         counts = torch.bincount(drawn[:, position], minlength=len(expected)).double()
         possible = expected > 0
         assert counts[~possible].sum() == 0
-        # cells so small that the approximation fails go together
+        # Cells that are too small for the approximation are taken together.
         large = expected * rows >= 5
         cells = [
             (counts[large], expected[large] * rows),
@@ -249,7 +249,7 @@ def test_the_distribution_of_samples(own, options):
 
 @torch.inference_mode()
 def probabilities(model, ids, options, tokens):
-    """[vocabulary], float64, by the definitions of the options in the order in which transformers applies them."""
+    """Probabilities [vocabulary] in float64, by definition, with the options in transformers' order."""
     scores = model(input_ids=ids).logits[0, -1].double()
     if penalty := options.get("repetition_penalty"):
         seen = ids[0].unique()
@@ -285,11 +285,11 @@ def test_the_same_seed_draws_the_same(own, options):
 
 
 def live():
-    """Bytes of all tensors that Python can reach, each storage once; and the caches among the objects."""
+    """The bytes of all tensors that Python can reach, with each storage counted once, and all caches."""
     gc.collect()
     tensors, caches = {}, []
     for x in gc.get_objects():
-        # by type: asking an object for its class can run code of its own, and fake tensors have no memory
+        # `type` is used because asking an object for its class can run its own code. Fake tensors have no memory.
         if type(x) in (torch.Tensor, torch.nn.Parameter) and x.device.type == "cpu":
             tensors[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         elif type(x) is KVCache:
@@ -310,7 +310,7 @@ def test_a_thousand_tokens_take_no_more_memory(own):
 
     pipeline.chat("Hello?", max_new_tokens=1000, min_new_tokens=1000, stopping_criteria=[watch])
     assert len(sizes) == 2 and max(sizes) - min(sizes) < 20_000
-    # one cache, of one size
+    # There is one cache, whose size does not change.
     assert len(set(taken)) == 1 and len(taken) == 2
     pipeline.reset()
     before = live()[0]
@@ -321,7 +321,7 @@ def test_a_thousand_tokens_take_no_more_memory(own):
 
 
 class Asked(TorchDispatchMode):
-    """Counts what a GPU would have to be waited for."""
+    """Counts the operations for which the host would have to wait for a GPU."""
 
     def __init__(self):
         super().__init__()
@@ -339,7 +339,7 @@ class Asked(TorchDispatchMode):
 
 @pytest.mark.parametrize("options", [{}, *(dict(do_sample=True, **kind) for kind in SAMPLING)], ids=str)
 def test_the_host_asks_twice_a_token(own, options):
-    """Whether all is done, and whether all is finite; on a GPU both lie in pinned memory by then."""
+    """The host asks only whether all is done and all is finite; a GPU has copied both to pinned memory by then."""
     prompt = render(own.processor.template, [("Hello?", None)])
     counts = []
     for new in (4, 14):

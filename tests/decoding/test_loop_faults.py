@@ -1,5 +1,6 @@
-"""The decode loop where something goes wrong or changes under it: full contexts, streams given up, threads, NaN, other
-weights, options.
+"""The decode loop when something goes wrong or changes during it.
+
+Tests of full contexts, streams that are given up, threads, NaN, changed weights, and options.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def changeable(own):
-    """A pipeline over a model that the test may change."""
+    """A pipeline over a copy of the model, which the test may change."""
     return Pipeline(copy.deepcopy(own.model), own.processor)
 
 
@@ -42,7 +43,7 @@ def stream_threads():
 
 @pytest.fixture
 def short(own):
-    """The model with room for few positions."""
+    """A pipeline whose model has room for few positions."""
     model = copy.deepcopy(own.model)
     model.config.text_config.max_position_embeddings = 300
     return Pipeline(model, own.processor)
@@ -67,7 +68,7 @@ def test_an_answer_ends_with_the_context(short, own, streamed):
             answer = conversation.chat(text, max_new_tokens=asked, eos_token_id=None)
             assert answer.finish_reason == "length" and answer.prompt_tokens + len(answer.token_ids) == 300
             assert answer.token_ids == whole.token_ids[:room]
-        # there is no room for another turn, and it is said
+        # There is no room for another turn, and the error says so.
         with pytest.raises(PromptError, match="300 positions"):
             conversation.chat("And?" + " word" * 30)
         assert len(conversation.turns) == 1
@@ -101,7 +102,7 @@ def test_a_cancelled_stream_leaves_nothing(own, after):
     assert not stream_threads() and conversation.turns == []
     del stream
     assert len(live_caches()) <= max(1, before)
-    # the cache is handed back, and the next answer is as if nothing had been
+    # The cache is handed back, and the next answer is as if there had been no stream.
     assert after == 0 or pipeline.decoder._idle is not None
     again = conversation.chat(QUESTION, [own.pictures[0]], max_new_tokens=6)
     assert again.token_ids == expected.token_ids and again.cached_tokens == again.prompt_tokens - 1
@@ -119,11 +120,11 @@ def test_a_dropped_stream_ends_too(own):
 
 
 def together(*tasks):
-    """Runs tasks at once; what they raise comes out."""
+    """Runs tasks at once, each in a thread, and raises the first error of any of them."""
     errors, gate = [], threading.Barrier(len(tasks))
 
     def run(task):
-        # the number of threads is each thread's own
+        # Every thread has its own number of torch threads.
         torch.set_num_threads(1)
         gate.wait()
         try:
@@ -155,7 +156,7 @@ def test_threads_on_one_conversation_take_turns(own):
     together(*(ask(name) for name in "ab"))
     texts = [question for question, _ in conversation.turns]
     assert sorted(texts) == sorted(given) and [t for t in texts if t[0] == "a"] == ["a0?", "a1?", "a2?"]
-    # each turn is the answer to what stood before it, and to nothing else
+    # Each turn is the answer to exactly the turns before it.
     history = []
     for question, answer in conversation.turns:
         assert given[question].token_ids == own.plain([*history, (question, None)], [], 4)
@@ -164,8 +165,9 @@ def test_threads_on_one_conversation_take_turns(own):
 
 
 def test_threads_on_one_decoder(own):
-    """Conversations of their own, streamed and whole and in batches, over one model and one store that holds a few of
-    them.
+    """Conversations in several threads answer as alone, over one model and one store that holds only a few of them.
+
+    Some are streamed, some are answered whole, and some run in batches.
     """
     alone, pipeline = {}, own.pipeline(kv_cache_bytes=300_000)
     plans = [
@@ -235,7 +237,7 @@ def test_reset_by_another_thread_while_it_answers(own, caplog):
 
 
 def test_reset_between_the_reading_of_turns_and_pictures(own):
-    """What is asked comes from one state of the conversation: never a turn with the tag of a picture that is gone."""
+    """A question is made from one state of the conversation: no turn keeps the tag of a picture that is gone."""
     pipeline = own.pipeline()
 
     class Turns(list):
@@ -251,11 +253,11 @@ def test_reset_between_the_reading_of_turns_and_pictures(own):
     history = [*conversation.turns, ("And?", None)]
     conversation.turns = Turns(conversation.turns)
     assert conversation.chat("And?", max_new_tokens=4).token_ids == own.plain(history, own.pictures[:1], 4)
-    # the reset holds
+    # The reset stays in force.
     assert conversation.turns == [] and conversation.pictures == []
 
 
-# --- numbers that are none ---
+# --- numbers that are not finite ---
 
 
 @contextlib.contextmanager
@@ -281,8 +283,12 @@ BROKEN = [
         torch.nan,
         "begins in layers 0 to 1 of 0 to 1; the weights of layer 0 are not",
     ),
-    ("lm_head.weight", torch.inf, "all 2 layers are finite, the last norm or lm_head is not"),
-    ("model.language_model.norm.weight", torch.nan, "all 2 layers are finite, the last norm or lm_head is not"),
+    ("lm_head.weight", torch.inf, "all 2 layers are finite, those of the last norm or lm_head are not"),
+    (
+        "model.language_model.norm.weight",
+        torch.nan,
+        "all 2 layers are finite, those of the last norm or lm_head are not",
+    ),
 ]
 
 
@@ -311,7 +317,7 @@ def test_not_finite_weights_are_named(changeable, own, name, value, message, str
     ids=["temperature", "processor"],
 )
 def test_nothing_left_to_draw_from(own, options):
-    """On a GPU multinomial would end the process' context."""
+    """A token that cannot be drawn is an error; on a GPU, multinomial would make the process's context unusable."""
     pipeline = own.pipeline()
     with pytest.raises(FloatingPointError, match="new token 1 cannot be drawn: temperature or logits processors"):
         pipeline.chat(QUESTION, max_new_tokens=3, **options)
@@ -341,7 +347,7 @@ def test_seeded_answers_in_threads_and_whatever_else_draws(own):
 
 @pytest.mark.parametrize("beams", [1, 2])
 def test_a_seed_by_their_loop_is_that_of_ours(own, beams):
-    """And the global state stays as it is."""
+    """A seed gives the same answer by transformers' loop and by ours, and the global state stays as it is."""
     options = dict(max_new_tokens=12, temperature=1.5, seed=3)
     theirs = dict(output_scores=True, num_beams=beams)
     torch.manual_seed(4)
@@ -385,7 +391,7 @@ def test_not_finite_image_tokens(own, sampling):
 
 
 def test_not_finite_in_the_middle_of_an_answer(own):
-    """From a position on: nothing of it is remembered."""
+    """If logits stop being finite at some position, nothing of that answer is remembered."""
     pipeline = own.pipeline()
     free = pipeline.chat("Hello.", max_new_tokens=8)
     calls = []
@@ -397,7 +403,7 @@ def test_not_finite_in_the_middle_of_an_answer(own):
     hook = pipeline.model.lm_head.register_forward_hook(spoil)
     try:
         with pytest.raises(
-            FloatingPointError, match="new token 5 are not finite, but a second pass over the same tokens is"
+            FloatingPointError, match="new token 5 are not finite, but those of a second pass over the same tokens are"
         ):
             pipeline.conversation().chat("Hello.", max_new_tokens=8)
     finally:
@@ -516,7 +522,7 @@ CHANGES = [
 ]
 
 
-# the others do not change, or hardly, what the model says
+# The other changes do not alter the answers, or hardly.
 SHOWN = (
     in_place,
     load_state_dict,
@@ -544,7 +550,7 @@ def test_a_changed_model_answers_as_a_fresh_one(changeable, own, before, change)
     change(changeable)
     turns = [*history, ("Why?", None)]
     third = conversation.chat("Why?", max_new_tokens=6)
-    # the conversation keeps its image tokens, which none of these changes touch
+    # The conversation keeps its image tokens, which none of these changes affects.
     assert third.token_ids == plain(changeable.model, own.processor, turns, own.pictures[:1], 6)
     fresh = Pipeline(changeable.model, own.processor).chat(QUESTION, [own.pictures[0]], max_new_tokens=6)
     again = changeable.conversation().chat(QUESTION, [own.pictures[0]], max_new_tokens=6)
@@ -554,8 +560,9 @@ def test_a_changed_model_answers_as_a_fresh_one(changeable, own, before, change)
 
 
 def test_other_weights_at_the_same_place(changeable, own):
-    """What `to` does to weights: they are replaced through `.data`, which counts no change; twice, and the first place
-    is free again.
+    """Weights that are replaced through `.data`, as `to` does, are noticed even at the same address.
+
+    Such a change is not counted by the tensor. After a second one, the first address is free and may be used again.
     """
     weight = changeable.model.model.language_model.layers[0].self_attn.v_proj.weight
     changeable.chat(QUESTION, max_new_tokens=2)
@@ -569,7 +576,7 @@ def test_other_weights_at_the_same_place(changeable, own):
 
 
 def test_weights_changed_while_another_thread_answers(changeable, own):
-    """What was computed with old weights is not remembered once another request has come with new ones."""
+    """Values computed with old weights are not remembered once another request has come with new weights."""
     pipeline = changeable
     began, went_on = threading.Event(), threading.Event()
 
@@ -594,7 +601,7 @@ def test_weights_changed_while_another_thread_answers(changeable, own):
 
 
 def test_kept_values_are_dropped_for_a_request_in_flight(own):
-    """`clear_kv_cache` while a request is in flight: it leaves nothing behind, also where another came since."""
+    """A request that was running at `clear_kv_cache` leaves nothing behind, even if another request came after it."""
     pipeline = own.pipeline()
     began, went_on = threading.Event(), threading.Event()
 
@@ -626,12 +633,12 @@ def test_pictures_are_told_apart_by_content(own, tmp_path):
     copied = pipeline.conversation().chat(QUESTION, [same], max_new_tokens=6)
     assert copied == first and copied.cached_tokens == copied.prompt_tokens - 1
     flipped = pipeline.conversation().chat(QUESTION, [other], max_new_tokens=6)
-    # up to where the picture stands
+    # Positions up to the picture are reused.
     assert flipped.cached_tokens == own.processor.encode(render("vicuna_v1", [("<image>\n" + QUESTION, None)]))[
         1
     ].index(1)
     assert flipped.token_ids == plain(own.model, own.processor, [("<image>\n" + QUESTION, None)], [other], 6)
-    # two pictures in the other order
+    # The same two pictures are asked about in both orders.
     both = pipeline.conversation().chat(QUESTION, [own.pictures[0], other], max_new_tokens=6)
     turned = pipeline.conversation().chat(QUESTION, [other, own.pictures[0]], max_new_tokens=6)
     for answer, pictures in ((both, [own.pictures[0], other]), (turned, [other, own.pictures[0]])):
@@ -725,7 +732,7 @@ def test_an_end_in_a_generation_config(own):
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=str)
 def test_strings_that_end_an_answer(own, options):
-    """This model says "%tion" first of the picture."""
+    """Stop strings end an answer; this model begins its answer about the picture with "%tion"."""
     turns, strings = [("<image>\n" + QUESTION, None)], ["nowhere", "tio"]
     expected = own.plain(
         turns, own.pictures[:1], 12, stop_strings=strings, tokenizer=own.processor.tokenizer, **options

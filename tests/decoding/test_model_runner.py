@@ -1,8 +1,7 @@
-"""Passes as a GPU captures them, over fixed windows under a mask: run on the CPU they give the ids of transformers' own
-loop.
+"""Passes as a GPU captures them, over fixed windows under a mask, give the ids of transformers' own loop on a CPU.
 
-Here nothing is captured, so what a graph would hold is run anew each time; that a pass asks the host for nothing, and
-reads nothing but tensors, is shown by tracing it.
+Nothing is captured here: what a graph would hold is run anew each time. Tracing a pass shows that it asks the host for
+nothing and reads nothing but tensors.
 """
 
 import contextlib
@@ -38,7 +37,7 @@ def test_turns(each, by_graph):
         history[-1] = (history[-1][0], answer.text)
         answers.append(answer)
     assert all(answer.cached_tokens for answer in answers[1:])
-    # prompts were filled up, windows grew, and passes began in the middle of both
+    # Prompts were filled up, windows grew, and passes began in the middle of windows.
     assert any(width < filled for width, filled, *_ in by_graph) and len({window for *_, window, _ in by_graph}) > 2
     assert all(start + filled <= window for _, filled, window, start in by_graph)
 
@@ -69,7 +68,7 @@ def test_lengths_around_every_border(own, by_graph, length):
 
 
 def test_one_cache_for_prompts_with_and_without_filling(own, by_graph):
-    """Filling and what earlier requests left behind are masked, whatever came before on the same cache."""
+    """Filling and the remains of earlier requests are masked, in any order of requests on the same cache."""
     decoder = Decoder(own.model, kv_cache_bytes=0)
     generator = torch.Generator().manual_seed(3)
     for pads in ((0, 9), (0, 0), (14, 3), (2, 0), (0, 0)):
@@ -139,7 +138,7 @@ def test_graphs_that_left_take_their_pool_along(own):
 
 
 def test_every_row_of_a_pass_sees_something(own, by_graph, monkeypatch):
-    """Kernels may make NaN of a row that sees nothing, as filling in front of a prompt would."""
+    """Every row attends to something, filling before a prompt included, because kernels may make NaN of others."""
     seen = []
 
     def watch(module, args, kwargs):
@@ -165,7 +164,7 @@ def test_every_row_of_a_pass_sees_something(own, by_graph, monkeypatch):
 
 
 def test_quantised_experts_of_many_tokens_are_not_captured(by_graph, monkeypatch):
-    """They ask the host which experts the tokens go to, beyond a few tokens."""
+    """For more than a few tokens, quantized experts ask the host where they go, so such passes are not captured."""
     mixtral = family("mgm-mixtral")
     passes = Decoder(mixtral.model).runner
     monkeypatch.setattr(passes.config, "_experts_implementation_internal", model_runner.EXPERTS_FUNCTION)
@@ -195,11 +194,11 @@ def test_more_shapes_than_torch_compiles(own, by_graph, monkeypatch, caplog):
                 own.model.generate(**options, custom_generate=decoder.request()), own.model.generate(**options)
             )
     assert len(decoder.runner.first_use) == 2
-    assert "4 sequence(s) over 32 positions: without torch.compile" in caplog.text
+    assert "4 sequence(s) over 32 positions: runs without torch.compile" in caplog.text
 
 
 def prepared(own, rows, padded):
-    """Sequences with a prompt in them, as before the next token."""
+    """A runner and sequences that hold a prompt, ready for the next token."""
     decoder = Decoder(own.model)
     sequences = decoder.runner.sequences(rows, 40)
     mask = torch.ones(rows, 20, dtype=torch.long)
@@ -218,7 +217,7 @@ def prepared(own, rows, padded):
     "name,padded", [("standard", True), ("mgm-gemma", False), ("mgm-llama3", False), ("mgm-mixtral", True)]
 )
 def test_a_pass_is_traced_whole(name, padded, by_graph):
-    """Whatever would ask the host, or depends on a number, breaks a full graph."""
+    """A pass is traced as one full graph, which a question to the host or a dependence on a number would break."""
     own = family(name)
     with torch.no_grad():
         passes, sequences = prepared(own, 2, padded)
@@ -229,7 +228,7 @@ def test_a_pass_is_traced_whole(name, padded, by_graph):
         torch._dynamo.reset()
         traced = torch.compile(passes._pass, fullgraph=True, backend="eager", dynamic=False)
         assert torch.allclose(traced(sequences, inputs, start, last), expected, atol=1e-5)
-        # at the next position the same graph serves
+        # The same graph serves the next position.
         start += 1
         with torch._dynamo.config.patch(error_on_recompile=True):
             sequences.cache.positions = None
@@ -238,7 +237,7 @@ def test_a_pass_is_traced_whole(name, padded, by_graph):
 
 
 def test_a_pass_needs_no_values(own, by_graph):
-    """Fake tensors have none: whoever asked one for a number would be told."""
+    """A pass runs on fake tensors, which have no values: asking one for a number would be an error."""
     model, mode = copy.deepcopy(own.model), FakeTensorMode()
     for part in model.modules():
         part._parameters = {
@@ -265,14 +264,13 @@ def test_compiling_that_is_not_done_is_said_once(own, caplog):
     for _ in range(2):
         pipeline.chat("Hello?", max_new_tokens=2)
         pipeline.clear_kv_cache()
-    assert (
-        caplog.text.count("nothing is compiled (compiled=True, --compile): the language model is not on one GPU") == 1
-    )
+    assert caplog.text.count("compiled=True (--compile) has no effect: the language model is not on one GPU") == 1
 
 
 def test_a_stale_number_in_the_filling_stays_out(own, by_graph):
-    """A graph's input keeps what lay behind an earlier, longer prompt; also NaN in the cache of a request that failed
-    must not last.
+    """NaN of an earlier request does not reach later ones, though the cache and a graph's input keep old numbers.
+
+    A graph's input keeps numbers after the end of a shorter prompt, and the cache keeps those of a failed request.
     """
     pipeline = own.pipeline()
     good = pipeline.chat("What is it?", [own.pictures[0]], max_new_tokens=4)

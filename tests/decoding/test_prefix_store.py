@@ -1,4 +1,4 @@
-"""PrefixStore: what is found is what was kept, the bytes are counted, the ends used longest ago go first."""
+"""PrefixStore finds what was kept, counts its bytes, and drops the ends that were used longest ago first."""
 
 import gc
 import weakref
@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from mg_fast.decoding import PrefixStore
 from tests.fuzzing import fuzz
 
-# bytes of one position: two layers of keys and values, of other heads and sizes each
+# Heads and sizes of two layers, and the bytes of one position of their keys and values.
 SHAPES = ((1, 2), (2, 3))
 POSITION = sum(2 * heads * d * 4 for heads, d in SHAPES)
 
 
 def reader(tokens):
-    """What a cache holds after these tokens: a position's keys depend on all tokens up to it."""
+    """Reads a cache as it is after these tokens, where the keys of a position depend on all tokens up to it."""
     rolling, seen = [], 7
     for token in tokens:
         seen = (seen * 31 + token) % 1_000_003
@@ -52,13 +52,13 @@ def test_against_sets_of_prefixes(steps, positions):
             store.put(tokens, reader(tokens))
             everything |= {tokens[: i + 1] for i in range(len(tokens))}
             now = kept(store)
-            # nothing comes from nowhere, and nothing leaves without need
+            # Only these tokens are new, and nothing is dropped without need.
             assert now <= before | {tokens[: i + 1] for i in range(len(tokens))}
             if len(before | {tokens[: i + 1] for i in range(len(tokens))}) <= positions:
                 assert before <= now and all(tokens[: i + 1] in now for i in range(len(tokens)))
         held = kept(store)
         assert held <= everything
-        # every prefix of what is kept is kept
+        # Every prefix of a kept prompt is kept, too.
         assert all(entry[:-1] in held for entry in held if len(entry) > 1)
         assert store.held_bytes == len(held) * POSITION <= store.limit
         known, segments = store.longest(tokens)
@@ -69,7 +69,7 @@ def test_against_sets_of_prefixes(steps, positions):
 
 
 def kept(store) -> set[tuple]:
-    """All prefixes of what the tree holds; and that each node owns its memory."""
+    """All prefixes that the tree holds; also checks that each node owns its memory."""
     found = set()
 
     def walk(node, before):
@@ -98,11 +98,11 @@ def test_the_ends_used_longest_ago_leave_first():
     store = PrefixStore(9 * POSITION)
     a, b, c = (1, 1, 1), (2, 2, 2), (3, 3, 3)
     put(store, a, b, c)
-    # asked for again: now b is the oldest
+    # `a` is asked for again, so that `b` is now the oldest.
     store.longest(a)
     put(store, (4, 4, 4))
     assert [known(store, tokens) for tokens in (b, c, a, (4, 4, 4))] == [0, 3, 3, 3]
-    # of those, c was asked for first: it leaves, and with its place two tokens come
+    # Of the rest, `c` was asked for first: it is dropped, and two tokens take its place.
     put(store, (5, 5))
     assert [known(store, tokens) for tokens in (c, a, (4, 4, 4), (5, 5))] == [0, 3, 3, 2]
 
@@ -112,7 +112,7 @@ def test_a_common_beginning_outlives_its_ends():
     put(store, (1, 1, 1, 2, 2), (1, 1, 1, 3, 3))
     assert store.held_bytes == 7 * POSITION
     put(store, (9, 9))
-    # the end used longest ago left; what both began with is still the other's
+    # The end used longest ago was dropped; the common beginning is still needed by the other end.
     assert known(store, (1, 1, 1, 2, 2)) == 3 and known(store, (1, 1, 1, 3, 3)) == 5
     assert store.held_bytes == 7 * POSITION
 
@@ -123,7 +123,7 @@ def test_half_of_a_split_run_frees_its_bytes():
     whole = [weakref.ref(tensor) for node in store._nodes() for tensor in node.segment]
     put(store, (1, 1, 1, 3))
     gc.collect()
-    # the tensors of the whole run are gone, and with them their memory
+    # The tensors of the whole run are gone, and their memory with them.
     assert not any(reference() is not None for reference in whole)
     store.longest((1, 1, 1, 3))
     put(store, (9, 9))
@@ -134,7 +134,7 @@ def test_half_of_a_split_run_frees_its_bytes():
 def test_what_cannot_be_kept_throws_nothing_out():
     store = PrefixStore(6 * POSITION)
     put(store, (1, 1, 1), (2, 2))
-    # too long by itself, and with what is known of it
+    # The first prompt is too long by itself, the second together with its known beginning.
     put(store, (3,) * 7, (1, 1, 1, 4, 4, 4, 4))
     assert known(store, (1, 1, 1)) == 3 and known(store, (2, 2)) == 2
 

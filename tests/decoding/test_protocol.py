@@ -1,5 +1,6 @@
-"""The decode loop over models that are no Mini-Gemini: text-only ones of transformers, and one that attends to features
-at every pass.
+"""The decode loop decodes models other than Mini-Gemini.
+
+These are text-only models of transformers, and a model that attends to features in every pass.
 """
 
 import ast
@@ -39,7 +40,7 @@ SIZES = dict(
     num_attention_heads=4,
     num_key_value_heads=2,
     max_position_embeddings=256,
-    # spread so wide that every prompt is answered by its own ids
+    # The weights are spread so wide that every prompt has its own answer.
     initializer_range=0.3,
     pad_token_id=0,
     bos_token_id=1,
@@ -70,7 +71,7 @@ def text_only(request):
 
 
 class CrossLayer(LlamaDecoderLayer):
-    """A decoder layer that attends to those features that its positions may see, through a gate."""
+    """A decoder layer whose positions attend, through a gate, to the features that they may see."""
 
     def __init__(self, config, layer_idx):
         super().__init__(config, layer_idx)
@@ -81,11 +82,17 @@ class CrossLayer(LlamaDecoderLayer):
         self.gate = nn.Parameter(torch.tensor([0.7]))
 
     def forward(self, hidden_states, features=None, feature_mask=None, **kwargs):
-        """features [B, n, tokens, FEATURE_WIDTH]; feature_mask [B, Q, n], 1 where a position sees a picture's features."""
+        """Runs the layer.
+
+        Args:
+            hidden_states: as of the Llama layer.
+            features: [B, n, tokens, FEATURE_WIDTH].
+            feature_mask: [B, Q, n], 1 where a position sees the features of a picture.
+        """
         hidden = super().forward(hidden_states, **kwargs)
         if features is None:
             return hidden
-        # transformers' own loop hands over the prompt's mask at every pass, of which a new token takes the last row
+        # transformers' own loop passes the mask of the prompt to every pass; a new token takes the last row of it.
         mask = feature_mask[:, -hidden.shape[1] :]
         scores = torch.einsum("bqd,bntd->bqnt", self.query(hidden), features) + (1 - mask[..., None]) * -1e4
         shares = torch.cat([scores.flatten(2), scores.new_zeros(*scores.shape[:2], 1)], dim=-1).softmax(dim=-1)[
@@ -96,7 +103,7 @@ class CrossLayer(LlamaDecoderLayer):
 
 
 class SeeingLlama(LlamaForCausalLM):
-    """A Llama whose second layer looks at features."""
+    """A Llama whose second layer attends to features."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -108,7 +115,7 @@ class SeeingLlama(LlamaForCausalLM):
 
 
 class SeeingLM(CausalLM):
-    """How the loop asks it."""
+    """A SeeingLlama as the decode loop calls it."""
 
     def pass_inputs(self, model_inputs):
         if model_inputs.get("features") is None:
@@ -116,28 +123,28 @@ class SeeingLM(CausalLM):
         return PassInputs({"features": model_inputs["features"]}, {"feature_mask": model_inputs["feature_mask"]})
 
     def position_keys(self, ids, model_inputs, digests):
-        """A position's number stands for its id, and for what the position sees."""
+        """The number of a position stands for its id and for the features that it sees."""
         keys = super().position_keys(ids, model_inputs, digests)
         if model_inputs.get("features") is None:
             return keys
         if not digests:
             return None
         rows = model_inputs["feature_mask"][0].tolist()
-        # an answer sees what the end of the prompt does
+        # The answer sees the same features as the end of the prompt.
         rows += rows[-1:] * (len(keys) - len(rows))
         seen = [b"".join(digest for digest, sees in zip(digests, row) if sees) for row in rows]
         return [content_key(hashlib.sha256(what).digest(), key) for what, key in zip(seen, keys)]
 
 
 class BlindKeysLM(SeeingLM):
-    """A wrong one: its keys leave out what positions see."""
+    """A wrong model: its keys leave out the features that positions see."""
 
     def position_keys(self, ids, model_inputs, digests):
         return CausalLM.position_keys(self, ids, model_inputs, digests)
 
 
 class ForgetfulLM(CausalLM):
-    """One that takes features in every pass, and says nothing of keys."""
+    """A model that takes features in every pass, but does not define keys for them."""
 
     pass_inputs = SeeingLM.pass_inputs
 
@@ -156,7 +163,7 @@ def features(seed, pictures=1, rows=1):
 
 
 def seen_from(length, *places, rows=1):
-    """The mask of pictures, each of which is seen from its place on."""
+    """The feature mask for pictures that are each seen from their own place on."""
     return torch.stack([torch.arange(length) >= place for place in places], dim=1).float().expand(rows, -1, -1).clone()
 
 
@@ -180,7 +187,7 @@ def test_text_only_alone(text_only):
         expected = text_only.generate(**options(ids))
         assert torch.equal(decoded(text_only, decoder, ids=ids), expected)
         answers.add(tuple(expected[0, length:].tolist()))
-    # a model that says the same to everything would show nothing
+    # A model with the same answer to everything would prove nothing.
     assert len(answers) == 3
 
 
@@ -204,7 +211,7 @@ def test_text_only_second_turn(text_only):
     second = torch.cat([first, prompt(6, 3)], dim=1)
     request = decoder.request()
     assert torch.equal(decoded(text_only, decoder, request, ids=second), text_only.generate(**options(second)))
-    # of the last new token of the first turn no pass was made
+    # No pass was run over the last new token of the first turn.
     assert request.reused == first.shape[1] - 1
 
 
@@ -235,7 +242,7 @@ def test_text_only_sampled(text_only):
 
 @pytest.mark.parametrize("name", sorted(TEXT_ONLY.keys() - {"mistral"}))
 def test_text_only_by_graph(name, by_graph):
-    """Without Mistral, whose attention slides: no passes of it are captured."""
+    """Passes as captured give transformers' ids. Mistral is left out: its attention slides, so it is never captured."""
     model = TEXT_ONLY[name]()
     decoder = Decoder(CausalLM(model), kv_cache_bytes=0)
     for length in (3, 30, 50):
@@ -253,7 +260,7 @@ def test_layers_that_are_not_finite_are_named():
         decoded(model, Decoder(CausalLM(model)), ids=prompt(5, 0))
 
 
-# --- what no model of this loop is ---
+# --- models that this loop refuses ---
 
 
 def test_logits_that_are_not_the_head_s_are_refused():
@@ -302,7 +309,7 @@ def test_features_alone(seeing):
 
 @pytest.mark.parametrize("graph", [False, True], ids=["as it is", "by graph"])
 def test_features_in_a_ragged_batch(seeing, graph, request):
-    """Two pictures a row, seen from other places in every row."""
+    """Rows of a batch with two pictures each, seen from different places, are answered as alone."""
     run = request.getfixturevalue("by_graph") if graph else None
     decoder, ids, mask = Decoder(SeeingLM(seeing)), prompt(30, 6, rows=3), torch.ones(3, 30, dtype=torch.long)
     mask[0, :11] = mask[2, :3] = 0
@@ -320,15 +327,17 @@ def test_features_in_a_ragged_batch(seeing, graph, request):
 
 
 def test_long_prompts_in_chunks(seeing, monkeypatch):
-    """Every chunk takes the rows of its own positions."""
+    """Each chunk of a prompt takes the mask's rows of its own positions."""
     monkeypatch.setattr(model_runner, "PREFILL_CHUNK", 7)
     given = dict(ids=prompt(40, 7), features=features(1, pictures=3), feature_mask=seen_from(40, 4, 17, 33))
     assert torch.equal(decoded(seeing, Decoder(SeeingLM(seeing)), **given), seeing.generate(**options(**given)))
 
 
 def turns(seeing, decoder, digests):
-    """A second turn over the first one's picture, then the same ids over another; checked against transformers' loop.
-    What was reused.
+    """Runs a second turn with the picture of the first, then with another; checks both against transformers' own loop.
+
+    Returns:
+        The length of the first turn, and the numbers of positions that the two second turns reused.
     """
     ids, seen, reused = prompt(20, 8), seen_from(20, 6), []
     first = decoded(
@@ -351,7 +360,7 @@ def test_a_second_turn_reuses_what_the_same_features_gave(seeing, graph, request
     if graph:
         request.getfixturevalue("by_graph")
     length, reused = turns(seeing, Decoder(SeeingLM(seeing)), DIGESTS)
-    # other features have in common what lies before the first position that sees any
+    # With other features, only the positions before the first one that sees features are reused.
     assert reused == [length - 1, 6]
 
 
@@ -366,7 +375,7 @@ def test_without_keys_of_its_own_a_model_with_features_reuses_nothing(seeing):
 
 
 def test_keys_that_ignore_features_give_wrong_answers(seeing):
-    """So that the tests above would notice."""
+    """Wrong keys make the tests above fail, so these tests prove something."""
     with pytest.raises(AssertionError):
         turns(seeing, Decoder(BlindKeysLM(seeing)), DIGESTS)
 
@@ -384,7 +393,7 @@ def test_a_later_picture_leaves_earlier_positions_as_they_were(seeing):
 
 
 def test_features_by_graph(seeing, by_graph):
-    """One cache serves requests with other features, other numbers of pictures, and none."""
+    """One cache serves requests with different features, different numbers of pictures, and none."""
     decoder = Decoder(SeeingLM(seeing), kv_cache_bytes=0)
     places = (3, 9)
     for length, seed, pictures in ((20, 1, 1), (30, 2, 1), (50, 3, 2), (50, 4, 0), (20, 1, 1)):
@@ -396,9 +405,7 @@ def test_features_by_graph(seeing, by_graph):
 
 
 def test_captured_passes_find_later_features_where_they_read(seeing, by_graph):
-    """A graph reads the tensors that it was captured with: requests alike must write into these, others must drop the
-    graphs.
-    """
+    """Requests of the same layout write into the tensors that graphs read; other requests drop the graphs."""
     runner = Decoder(SeeingLM(seeing)).runner
     sequences = runner.sequences(1, 40)
 
@@ -421,7 +428,7 @@ def test_captured_passes_find_later_features_where_they_read(seeing, by_graph):
 
 
 def test_a_pass_with_features_is_traced_whole(seeing, by_graph):
-    """Whatever would ask the host breaks a full graph."""
+    """A pass with features is traced as one full graph, which a question to the host would break."""
     runner = Decoder(SeeingLM(seeing)).runner
     sequences = runner.sequences(1, 40)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""chat_batch: each answer as if asked alone, in order; what cannot be answered stands in its place."""
+"""`chat_batch` answers each question as if it were asked alone, in order; an error stands in its question's place."""
 
 import copy
 import gc
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def mixed(own, count=9):
-    """Questions of different lengths with no, one and two pictures, in every form."""
+    """Questions of different lengths, with no, one and two pictures, in every accepted form."""
     first, second = own.pictures
     questions = []
     for i in range(count):
@@ -207,7 +207,7 @@ def test_the_progress_bar(own, capsys):
 
 
 def test_room_near_the_end_of_the_context(own):
-    """A long prompt ends early; short ones of the same list have all the room they ask for."""
+    """The answer to a long prompt ends early; short prompts of the same list have all the room that they ask for."""
     model = copy.deepcopy(own.model)
     model.config.text_config.max_position_embeddings = 220
     pipeline, free = Pipeline(model, own.processor), own.pipeline()
@@ -293,7 +293,7 @@ def test_a_row_that_is_not_finite_fails_alone(own, sampling, caplog):
         hook.remove()
     assert [answer.finish_reason for answer in answers] == ["length", "length", "error", "length", "length"]
     assert isinstance(answers[2].error, FloatingPointError)
-    # what is kept of the error does not keep the memory of the attempt
+    # The kept error does not keep the memory of the failed attempt.
     gc.collect()
     caches = [x for x in gc.get_objects() if type(x) is KVCache]
     idle = pipeline.decoder._idle
@@ -317,13 +317,13 @@ def test_sampling_is_repeatable_and_not_alike_everywhere(own):
             for seed in (5, 5, 6)
         )
         assert first == again != other
-        # the same question is not answered with the same numbers drawn, in whatever batch it is
+        # The same question draws different numbers each time, in one batch or in several.
         assert len({tuple(ids) for ids in first}) == 6
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_other_ends_of_rows(own):
-    """A row that a criterion or a string ended is not filled up in the answer."""
+    """If a criterion or a string ended a row, its answer has no filling."""
     pipeline = own.pipeline()
     questions = ["Tell me a story.", "Hello.", ("What?", [own.pictures[0]])]
     free = [pipeline.conversation().chat(*parts(question), max_new_tokens=10) for question in questions]

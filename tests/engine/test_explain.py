@@ -1,5 +1,6 @@
-"""explain: the mining's own softmax, at the right pixels, weighted by what the answer depends on; and a model that is
-left as it was.
+"""`explain` shows the mining's own softmax at the right pixels, weighted by what the answer depends on.
+
+It leaves the model as it was.
 """
 
 import numpy as np
@@ -22,7 +23,7 @@ BOTH = pytest.mark.parametrize("name", ["standard", "hd"])
 
 @pytest.fixture(autouse=True)
 def quick(one_thread):
-    """All models here are tiny."""
+    """One thread is enough, because all models here are tiny."""
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def found(name):
 
 @torch.no_grad()
 def plain_softmax(model, processor, picture) -> torch.Tensor:
-    """[V, N, M] by the steps of `reference.mine`, whole maps at once."""
+    """The softmax [V, N, M] by the steps of `reference.mine`, for whole maps at once."""
     pixels = processor.image_processor(picture)
     queries = model.model.low_resolution_queries(pixels["pixel_values"])[0]
     pyramid = model.model.vision_tower_aux(pixels["pixel_values_hr"])
@@ -58,7 +59,7 @@ def test_weights_are_the_references_softmax(each):
     side = int(config.tokens_per_view**0.5)
     assert weights.dtype == torch.float32 and weights.shape[:3] == (config.views, side, side)
     torch.testing.assert_close(weights.flatten(3).flatten(1, 2), expected, rtol=0, atol=2e-6)
-    # or any other would have passed
+    # The weights are far from even, so an even softmax would not have passed.
     assert weights.amax((3, 4)).max() > 1.2 / weights[0, 0, 0].numel()
     torch.testing.assert_close(weights.sum((3, 4)), torch.ones(weights.shape[:3]))
     assert explanation.answer is None and explanation.relevance.unique().numel() == 1
@@ -68,7 +69,7 @@ def test_weights_are_the_references_softmax(each):
 @BOTH
 @pytest.mark.parametrize("place", [(3, 29), (37, 10)])
 def test_the_winning_position_lies_at_its_pixels(found, place):
-    """All of the map is nothing but one position, which is what its query looks for."""
+    """The map is zero but for one position, which its query looks for; that position is hottest and is drawn there."""
     model, pipeline = found.model.model, found.pipeline()
     query, key, _ = model.patch_mining.projections()
     grid, side = model.config.image_grid, int(model.config.tokens_per_view**0.5)
@@ -89,12 +90,12 @@ def test_the_winning_position_lies_at_its_pixels(found, place):
     finally:
         hook.remove()
     assert divmod(int(explanation.map.argmax()), len(explanation.map)) == place
-    # colour is what the picture in grey has not
+    # The picture is grey, so any colour belongs to the heat map.
     drawn = np.asarray(explanation.image).astype(int)
     colour = drawn.max(-1) - drawn.min(-1)
     factor = 4 * explanation.image.width // explanation.picture.width
     y, x = np.unravel_index(colour.argmax(), colour.shape)
-    # drawn a little wider than a position
+    # A hot place is drawn a little wider than one position.
     assert colour.max() > 20 and max(abs(y // factor - place[0]), abs(x // factor - place[1])) <= 1
 
 
@@ -128,7 +129,10 @@ def test_a_token_that_the_language_model_does_not_see_is_irrelevant(found, token
 
 @BOTH
 def test_relevance_is_how_far_the_answers_lead_reaches(found):
-    """By the model's own forward pass: every word's logit less the best other's, and where each token lies."""
+    """Relevance equals the gradient of the answer's margin times the distance from the mean token, by a plain pass.
+
+    The margin is the logit of every word minus the best other logit.
+    """
     pipeline, model, picture = found.pipeline(), found.model, found.pictures[0]
     explanation = pipeline.explain(picture, QUESTION, max_new_tokens=3)
     ids = explanation.answer.token_ids
@@ -146,7 +150,7 @@ def test_relevance_is_how_far_the_answers_lead_reaches(found):
     model.zero_grad()
     reach = torch.stack([moved.grad[i].norm() * (token - tokens.mean(0)).norm() for i, token in enumerate(tokens)])
     expected = reach / reach.sum()
-    # the global view's tokens come first, its queries last
+    # The tokens of the global view come first, its queries last.
     ordered = reference.order_tokens(
         explanation.relevance.flatten(1)[None, ..., None], grid=model.config.image_grid
     ).flatten()
@@ -158,7 +162,7 @@ def test_relevance_is_how_far_the_answers_lead_reaches(found):
 def test_the_global_views_part_is_shared_out(hd_model, hd_processor, photo):
     explanation = Pipeline(hd_model, hd_processor).explain(photo)
     n, weights = len(explanation.map), explanation.weights / 125
-    # pixel by pixel, as the docstring says it
+    # The expected values follow the docstring, pixel by pixel.
     for y, x in ((0, 0), (13, 50), (n - 1, 3), (47, n - 1)):
         cell, (cy, cx) = (y // 40) * 2 + x // 40, (y % 40, x % 40)
         gy, gx = y // 2, x // 2
@@ -192,7 +196,7 @@ def test_sixteen_bits(built, photo):
     explained = mg_fast.load(built["bfloat16"], device="cpu").explain(photo, QUESTION, max_new_tokens=2)
     exact = mg_fast.load(built["bfloat16"], device="cpu", dtype="float32").explain(photo)
     assert explained.weights.dtype == explained.map.dtype == explained.relevance.dtype == torch.float32
-    # the towers' own rounding
+    # The tolerance covers the rounding of the towers.
     torch.testing.assert_close(explained.weights, exact.weights, rtol=0.1, atol=0)
     torch.testing.assert_close(explained.map.sum(), torch.tensor(1.0))
 
@@ -205,7 +209,7 @@ def test_quantised(standard, processor, photo):
     assert (explained.relevance > 0).all()
     pipeline = Pipeline(load(standard, quantization_config="int4"), processor)
     assert pipeline.explain(photo).map.sum() > 0.99
-    with pytest.raises(BackendError, match=r"needs gradients, .*\(int4\) do not have: load them unquantised, as int8"):
+    with pytest.raises(BackendError, match=r"needs gradients, .*\(int4\) do not have: load them unquantized, as int8"):
         pipeline.explain(photo, QUESTION, max_new_tokens=2)
 
 
@@ -228,7 +232,7 @@ def test_drawing():
 
 
 def test_what_is_refused(pipeline, photo):
-    with pytest.raises(PictureError, match="expected a picture, got None: a question alone"):
+    with pytest.raises(PictureError, match="expected a picture, got None: without a picture"):
         pipeline.explain(None, QUESTION)
     with pytest.raises(PictureError, match="expected a Pillow image.*got list"):
         pipeline.explain([photo], QUESTION)
@@ -263,7 +267,7 @@ REFUSED = {
     "no picture's name": (
         2,
         ["--image", "{photo}", "--out", "a.txt"],
-        "expected a file .png, .jpg or .webp, got 'a.txt'",
+        "expected a .png, .jpg or .webp file, got 'a.txt'",
     ),
     "no such folder": (2, ["--image", "{photo}", "--out", "/nonexistent/a.png"], "a folder that does not exist"),
     "empty question": (5, ["--image", "{photo}", "--out", "a.png", "--prompt", " "], "--prompt is empty"),

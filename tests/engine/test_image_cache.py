@@ -1,4 +1,4 @@
-"""Image tokens kept by picture content: what is found again, what is not, and how much is kept."""
+"""Image tokens are kept by the contents of pictures: what is found again, what is not, and how much is kept."""
 
 import threading
 
@@ -15,14 +15,16 @@ from mg_fast.modules.clip import PackedClip
 from mg_fast.modules.convnext import ConvNeXtPyramid, PackedPyramid
 
 QUESTION = "What is written in the picture?"
-# image tokens of one picture of the tiny checkpoint, float32
+# Bytes of the float32 image tokens of one picture of the tiny checkpoint.
 BYTES = 25 * 64 * 4
 
 
 @pytest.fixture
 def runs(monkeypatch):
-    """One entry for every run of a tower, packed or by its modules. Counted by their classes: hooks would keep the
-    towers from being packed."""
+    """One entry for every run of a tower, packed or by its modules.
+
+    Runs are counted by methods of the classes, because hooks would keep the towers from being packed.
+    """
     runs = []
 
     def count(owner, method, entry):
@@ -53,7 +55,7 @@ def test_the_content_counts_not_the_file(pipeline, photo, tmp_path, runs):
     rgb.save(tmp_path / "copy.bmp")
     turned = rgb.rotate(-90, expand=True)
     exif = Image.Exif()
-    # "the picture lies on its side: turn it by 270 degrees"
+    # This EXIF orientation means that the picture lies on its side and must be turned by 270 degrees.
     exif[0x0112] = 8
     turned.save(tmp_path / "turned.png", exif=exif)
     kinds = [
@@ -107,7 +109,7 @@ def test_whoever_writes_into_a_tensor_harms_nobody(pipeline, photo):
 def test_backends_have_tokens_of_their_own(pipeline, photo, runs):
     pipeline.see(photo)
     with mg_fast.use_backend("torch"):
-        # what `auto` takes here
+        # `auto` takes this backend here, too.
         pipeline.see(photo)
     assert len(runs) == 2
     with mg_fast.use_backend("reference"):
@@ -116,7 +118,7 @@ def test_backends_have_tokens_of_their_own(pipeline, photo, runs):
 
 
 def test_towers_that_cannot_be_packed(pipeline, model, photo, runs):
-    """Their tokens are kept as well."""
+    """The tokens of towers that cannot be packed are kept as well."""
     handle = model.model.vision_tower_aux.vision_stages[0].register_forward_hook(lambda *_: None)
     try:
         first = pipeline.see(photo)
@@ -164,7 +166,7 @@ def test_the_one_used_longest_ago_goes_first(model, processor, photo, drawing, r
 
 
 def test_clear(model, processor, photo):
-    """After a write through `.data`, which no weight counts."""
+    """Clearing the cache makes a write through `.data`, which is not noticed, take effect."""
     pipeline = Pipeline(model, processor)
     before = pipeline.see(photo)
     bias = model.model.mm_projector[0].bias
@@ -207,7 +209,7 @@ def test_bytes_are_counted_exactly():
 
 
 def test_threads():
-    """Many at once, over more than fits: nobody gets another's tensor, and the count of bytes stays right."""
+    """With many threads and more tensors than fit, each key gets its own tensor and the count of bytes stays right."""
     cache, failures = ImageCache(8 * 400), []
 
     def work(seed):

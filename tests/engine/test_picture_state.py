@@ -1,4 +1,4 @@
-"""Whatever the picture side computes by: once it has changed, image tokens seen before are not given again."""
+"""Once anything that the picture side computes with has changed, earlier image tokens are not given again."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ LAYERS = {
 
 @pytest.fixture(autouse=True)
 def quick(one_thread):
-    """All models here are tiny."""
+    """One thread is enough, because all models here are tiny."""
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def model(found):
 
 
 def fresh(pipe, found):
-    """The tokens of a pipeline that has seen nothing before."""
+    """The image tokens of a new pipeline, which has seen nothing before."""
     return Pipeline(pipe.model, found.processor, backend=pipe.backend).see(found.pictures[0])
 
 
@@ -105,7 +105,7 @@ def test_a_step_of_an_optimizer(model, found, backend):
 )
 @pytest.mark.parametrize("hooked", ["", "vision_tower.encoder.layers.0", "vision_tower_aux"])
 def test_weights_changed_in_place(model, found, layer, hooked, backend):
-    """Where a hook keeps the towers from being packed, too."""
+    """Weights changed in place are noticed, also where a hook keeps the towers from being packed."""
     if hooked:
         model.model.get_submodule(hooked).register_forward_hook(lambda *_: None)
     pipe = Pipeline(model, found.processor, backend=backend)

@@ -200,7 +200,7 @@ def test_passes_are_not_captured_with_hooks_anywhere(where):
     assert runner.graphs_refused(512) is None
     handle = HOOKS[where](language, head)
     try:
-        assert runner.graphs_refused(512) == "hooks on the language model would run at the capture alone"
+        assert runner.graphs_refused(512) == "hooks on the language model would run only while a graph is captured"
     finally:
         handle.remove()
 
