@@ -291,7 +291,7 @@ def test_a_file_of_that_name_does_not(tmp_path, monkeypatch):
 
 
 def test_unknown_names_are_told_what_there_is(capsys):
-    message = "'nono' is neither a folder here nor a checkpoint of the package (nano): a hub id reads owner/name"
+    message = "'nono' is neither a folder here nor a checkpoint of the package (nano): a hub id has the form owner/name"
     with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
         mg_fast.load("nono")
     with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
