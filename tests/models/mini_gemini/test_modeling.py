@@ -279,7 +279,7 @@ def short(model, monkeypatch):
     monkeypatch.setattr(model.config, "tokenizer_model_max_length", 40)
     monkeypatch.setattr(model.config.text_config, "max_position_embeddings", 60)
     # it says so once in its life, which other tests share
-    monkeypatch.setattr(model, "_long_said", False)
+    monkeypatch.setattr(model, "_warned_of_length", False)
     return model
 
 
