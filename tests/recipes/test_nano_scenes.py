@@ -483,7 +483,7 @@ def test_codes_are_blurred_anew_at_every_step(tmp_path, monkeypatch):
         (evaluation, ["NANO", "--without", "NANO"], "was trained with the high-resolution branch"),
         (evaluation, ["FILE"], "expected a folder that recipes.nano.train wrote"),
         (train, ["FILE"], "expected a folder to train in"),
-        (train, ["NEW", "--minutes", "0"], "expected more than no time, got --minutes 0"),
+        (train, ["NEW", "--minutes", "0"], "expected more than 0 minutes, got --minutes 0"),
     ],
 )
 def test_wrong_arguments_are_refused_before_any_work(command, arguments, said, tmp_path, monkeypatch, capsys):
