@@ -256,7 +256,8 @@ class Run:
         for name, ours in self._what().items():
             if (theirs := state["run"][name]) != ours:
                 raise SystemExit(
-                    """Keeps the log up to where the run continues; the later steps of a killed run are made again."""
+                    f"{self.out} holds a run of other {name}: "
+                    f"give another folder (it holds {theirs}, asked for was {ours})"
                 )
         self.model.load_state_dict(state["model"])
         self.heads.load_state_dict(state["heads"])
