@@ -301,7 +301,7 @@ def test_another_method_of_that_name_stays():
         (another(lambda self, a, b: original(self, a)), "fails: TypeError"),
         (another(lambda self, a, b, is_video=False: original(self, a, b)), "takes .*is_video=False.*two tensors"),
         (patched, "set on the object"),
-        (make().model, "hand over the model around it"),
+        (make().model, "pass in the model around it"),
     ):
         before = state(model)
         assert re.search(reason, mg_fast.accelerate(model).skipped[0].reason) and state(model) == before

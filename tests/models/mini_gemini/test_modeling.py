@@ -237,7 +237,9 @@ def test_the_whole_model_is_one_graph(name):
     compiled = torch.compile(found.model, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(compiled(**inputs).logits, found.model(**inputs).logits, rtol=1e-4, atol=1e-4)
-        with pytest.raises(RuntimeError, match="not as many places of pictures as image tokens"):
+        with pytest.raises(
+            RuntimeError, match="number of picture places in the prompt differs from that of image tokens"
+        ):
             compiled(**{**inputs, "mm_token_type_ids": torch.zeros_like(inputs["mm_token_type_ids"])})
 
 
