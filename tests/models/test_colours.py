@@ -1,4 +1,4 @@
-"""Pictures of every pixel type, and animations, show the colours of Pillow's own conversion, opened or through `see`."""
+"""Pictures of every pixel type, and animations, show the colours of Pillow's own conversion, also through `see`."""
 
 import io
 import logging
