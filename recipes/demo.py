@@ -85,7 +85,7 @@ def compare(pipeline: mg_fast.Pipeline, file: Path) -> None:
         f"Medians of {TURNS} turns, {pipeline.device}, {model.dtype}, {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}. {same}"
     )
-    print("This says little about the published sizes: what was measured there is in the README's tables.")
+    print("This says little about the published sizes. The README links to what was measured there.")
 
 
 def main() -> None:
@@ -103,7 +103,7 @@ def main() -> None:
         except mg_fast.MgFastError as error:
             parser.error(str(error))
         print(f"picture: {file}")
-        print("nano knows 64 words, four shapes and small printed numbers: of a photograph its answers say nothing")
+        print("nano knows 64 words, four shapes and small printed numbers: its answers about a photograph mean nothing")
     else:
         seed = random.SystemRandom().randrange(10**6) if args.seed is None else args.seed
         file, turns = draw(seed, Path(tempfile.gettempdir()))

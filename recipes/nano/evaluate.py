@@ -86,7 +86,7 @@ def answer_seconds(pipeline: mg_fast.Pipeline, seed: int, count: int = 5) -> lis
 
 
 def accuracy_table(recorded: dict, *others: dict) -> str:
-    """The table in the README: a recorded result with a model trained without mining, and results of other seeds.
+    """The Markdown table of a recorded result, with a model trained without mining, and of results of other seeds.
 
     The other seeds are those of trainings with mining.
     """

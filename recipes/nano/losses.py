@@ -13,8 +13,8 @@ from . import data
 from .model import LR_SIDE
 from .towers import Codes, TowerHeads, character_loss, high_loss, low_loss, token_loss
 
-# Digits and places weigh this many times as much as another token. Digits are few. Places, of which
-# every cell has one, were learned last.
+# Digits and places weigh this many times as much as another token. Digits are few, and places were learned last: every
+# cell has one.
 HEAVY = {"digit": 3.0, "place": 3.0}
 
 

@@ -97,7 +97,7 @@ def low_loss(heads: TowerHeads, queries: torch.Tensor, batch: Batch) -> tuple[to
 
 
 def token_loss(tables: list[torch.Tensor], seen: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
-    """The loss of image tokens [B, N, width], by which of the codes in each of the `tables` is nearest."""
+    """The loss of image tokens [B, N, width], by which code in each of the `tables` is nearest."""
     seen = seen.float().unflatten(1, batch["kind"].shape[1:])
     return _scene_loss(torch.cat([seen @ table.T - table.square().sum(-1) / 2 for table in tables], -1), batch)
 

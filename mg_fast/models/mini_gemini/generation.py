@@ -68,7 +68,7 @@ class GenerationWithPictures:
             pictures = kwargs.get("pixel_values") is not None or kwargs.get("image_tokens") is not None
             if pictures and (kwargs.get("prefill_chunk_size") or given.prefill_chunk_size):
                 raise PromptError(
-                    "prefill_chunk_size cuts a prompt without regard to its pictures: expected none with pictures"
+                    "prefill_chunk_size cuts a prompt without regard to its pictures: it cannot be used with pictures"
                 )
         if allow_long is not None:
             kwargs["allow_long"] = allow_long

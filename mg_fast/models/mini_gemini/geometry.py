@@ -34,7 +34,7 @@ def blaming(path: Path):
         TypeError,
         ValueError,
     ) as error:
-        raise CheckpointError(f"{path} holds something that cannot be: {' '.join(str(error).split())}") from error
+        raise CheckpointError(f"{path} holds content that cannot be used: {' '.join(str(error).split())}") from error
 
 
 def tower_folder(config: MiniGeminiConfig, prefix: str, folder: Path) -> Path | None:
