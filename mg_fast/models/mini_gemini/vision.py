@@ -45,7 +45,7 @@ def low_resolution_features(
         [B, N, D] in the tower's dtype. The `reference` backend runs every layer, as the original does. Other backends
         stop at the layer that is wanted.
     """
-    # The layers are called one by one below, so this check need not cover what their calls read.
+    # The layers are called one by one below, and no tensor of the tower and the encoder themselves is read.
     called = {"reads": (), "placed": True}
     if why_not_plain("tower", tower, known={CLIPVisionModel}, **called) or why_not_plain(
         "encoder", tower.encoder, known={CLIPEncoder}, **called
