@@ -1,1 +1,1 @@
-"""Short programs to start from."""
+"""Short programs to start from and change."""

@@ -1,8 +1,8 @@
-"""Nano, the Mini-Gemini in the package, reads small print in a picture that nobody prepared: `make demo`.
+"""Nano, the Mini-Gemini in the package, reads small print in a new picture: `make demo`.
 
 python -m recipes.demo                    # a fresh scene with a random number
 python -m recipes.demo --seed 7           # the scene of that seed again
-python -m recipes.demo --photo FILE       # a picture of your own, of which nano understands nothing but print and simple shapes
+python -m recipes.demo --photo FILE       # your own picture; nano understands only print and simple shapes in it
 """
 
 import argparse
@@ -22,16 +22,16 @@ from mg_fast.models.pictures import open_picture
 from .nano.scenes import draw_number, draw_scene
 from .nano.talk import ask
 
-# of each backend, one after the other, so that both meet the same machine
+# The number of turns of each backend. The backends take turns, so that both meet the same state of the machine.
 TURNS = 5
-# tokens; the longest answer that nano learned has fewer
+# The largest number of tokens in an answer. The longest answer that nano learned has fewer.
 MOST = 64
-# asked about a picture whose answers nobody knows
+# The questions about a picture whose right answers are not known.
 QUESTIONS = ("What does the sign say?", "Describe the picture.", "What colour is the background?")
 
 
 def draw(seed: int, folder: Path) -> tuple[Path, list[tuple[str, str | None]]]:
-    """Draws and saves the scene of a seed; returns its file, and what to ask with the right answers."""
+    """Draws and saves the scene of a seed, and returns its file and the questions with their right answers."""
     rng = random.Random(seed)
     scene = draw_scene(seed, 0, split="unseen", number=draw_number(rng, training=False))
     file = folder / f"mg_fast-demo-{seed}.png"
@@ -44,7 +44,7 @@ def draw(seed: int, folder: Path) -> tuple[Path, list[tuple[str, str | None]]]:
 
 
 def talk(pipeline: mg_fast.Pipeline, file: Path, turns: list[tuple[str, str | None]]) -> None:
-    """One conversation, its answers token by token, the right ones beside them."""
+    """Holds one conversation and prints its answers token by token, with the right answers beside them."""
     for i, (question, right) in enumerate(turns):
         print(f"\nyou:    {question}\nnano:   ", end="", flush=True)
         began, pieces = time.perf_counter(), []
@@ -57,21 +57,21 @@ def talk(pipeline: mg_fast.Pipeline, file: Path, turns: list[tuple[str, str | No
 
 
 def compare(pipeline: mg_fast.Pipeline, file: Path) -> None:
-    """What the stages of one answer take by the original's own steps and by ours, in turns, both warm."""
+    """Compares the stages of one answer with the original's own steps and with mg_fast, in turns, both warm."""
     model, processor, question = pipeline.model, pipeline.processor, "What does the sign say?"
     names = {"reference": "the original's steps", "auto": "mg_fast"}
-    # nothing is kept, or the second answer would have no stages
+    # Nothing is cached. Otherwise the second answer would have no stages.
     pipelines = {
         name: mg_fast.Pipeline(model, processor, backend=name, image_cache_bytes=0, kv_cache_bytes=0) for name in names
     }
     times: dict[str, dict[str, list[float]]] = {name: {} for name in names}
-    said = {}
+    texts = {}
     for turn in range(-2, TURNS):
         for name, one in pipelines.items():
             answer = one.chat(question, [file], max_new_tokens=MOST, profile=True)
             one.reset()
-            said[name] = answer.text
-            # the first ones make what is made once
+            texts[name] = answer.text
+            # The first turns include work that is done only once.
             if turn >= 0:
                 for stage in answer.stages:
                     times[name].setdefault(stage.name, []).append(stage.seconds * 1e3)
@@ -80,18 +80,19 @@ def compare(pipeline: mg_fast.Pipeline, file: Path) -> None:
     for stage in medians["auto"]:
         print(f"{stage:<24}" + "".join(f"{medians[name][stage]:>21.1f} ms" for name in names))
     print(f"{'all':<24}" + "".join(f"{sum(medians[name].values()):>21.1f} ms" for name in names))
-    same = "The words are the same." if len(set(said.values())) == 1 else f"THE WORDS DIFFER: {said}"
+    same = "The words are the same." if len(set(texts.values())) == 1 else f"THE WORDS DIFFER: {texts}"
     print(
-        f"Medians of {TURNS} turns, {pipeline.device}, {model.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}. {same}"
+        f"Medians of {TURNS} turns, {pipeline.device}, {model.dtype}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}. {same}"
     )
-    print("This says little about the published sizes: what was measured there is in the README's tables.")
+    print("This says little about the published sizes. The README links to what was measured there.")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--seed", type=int, help="of the scene (default: a random one, which is printed)")
-    what.add_argument("--photo", type=Path, metavar="FILE", help="ask about this picture instead")
+    what.add_argument("--seed", type=int, help="seed of the scene (default: a random one, which is printed)")
+    what.add_argument("--photo", type=Path, metavar="FILE", help="ask about this picture instead of a scene")
     args = parser.parse_args()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -102,7 +103,7 @@ def main() -> None:
         except mg_fast.MgFastError as error:
             parser.error(str(error))
         print(f"picture: {file}")
-        print("nano knows 64 words, four shapes and small printed numbers: of a photograph its answers say nothing")
+        print("nano knows 64 words, four shapes and small printed numbers: its answers about a photograph mean nothing")
     else:
         seed = random.SystemRandom().randrange(10**6) if args.seed is None else args.seed
         file, turns = draw(seed, Path(tempfile.gettempdir()))
@@ -117,7 +118,8 @@ def main() -> None:
     lr, hr = config.vision_config.image_size, config.image_size_aux
     print(f"{size} pixels -> {hr}x{hr} for the high-resolution tower, {lr}x{lr} for the low-resolution one")
     print(
-        f"{grid}x{grid} queries, each mines its own window of the high-resolution pyramid -> {config.tokens_per_picture} image tokens"
+        f"{grid}x{grid} queries, each mines its own window of the high-resolution pyramid "
+        f"-> {config.tokens_per_picture} image tokens"
     )
     talk(pipeline, file, turns)
     compare(pipeline, file)

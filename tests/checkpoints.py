@@ -1,4 +1,4 @@
-"""Checkpoint folders made over: the same tensors in other files, or with something changed."""
+"""Makes new checkpoint folders from existing ones: the same tensors in other files, or with something changed."""
 
 import functools
 import json
@@ -14,12 +14,12 @@ from mg_fast import CheckpointError, MiniGeminiForConditionalGeneration
 
 CLIP = "model.vision_tower.vision_tower.vision_model."
 CONVNEXT = "model.vision_tower_aux."
-# as a config.json value: no such key
+# As a value for config.json, this means that the key is absent.
 GONE = object()
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a folder's own weight files, read without mg_fast."""
+    """Every tensor in a folder's own weight files, read without mg_fast."""
     tensors = {}
     for path in sorted(folder.glob("model*.safetensors")):
         tensors.update(load_file(path))
@@ -29,7 +29,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def copy_small(source: Path, target: Path, **config) -> Path:
-    """Everything but the weights and the recorded answers; keyword arguments change config.json."""
+    """Copies everything except the weights and the recorded answers; keyword arguments change config.json."""
     target.mkdir(parents=True, exist_ok=True)
     for path in source.iterdir():
         if (
@@ -87,13 +87,13 @@ def _write(folder, tensors, shards, stem, suffix, save):
 
 
 def remake(source: Path, target: Path, *, tensors: dict | None = None, **config) -> Path:
-    """A copy as one safetensors file, with other tensors or another config.json."""
+    """Writes a copy as one safetensors file, with other tensors or another config.json."""
     copy_small(source, target, **config)
     return write_safetensors(target, tensors_of(source) if tensors is None else tensors)
 
 
 def hub_cache(cache: Path, repositories: dict[str, Path]) -> Path:
-    """A cache folder as huggingface_hub keeps it, of `owner/name` (or `owner/name@revision`) -> folder."""
+    """Fills a cache folder as huggingface_hub keeps it, from `owner/name` (or `owner/name@revision`) -> folder."""
     for i, (key, folder) in enumerate(repositories.items()):
         name, _, revision = key.partition("@")
         repository, commit = cache / f"models--{name.replace('/', '--')}", f"{i:040x}"
@@ -109,10 +109,11 @@ def hub_cache(cache: Path, repositories: dict[str, Path]) -> Path:
 
 @torch.inference_mode()
 def probe(model) -> tuple[torch.Tensor, torch.Tensor]:
-    """Image tokens and logits of a fixed random picture in a fixed prompt: two models with the same weights answer the
-    same bits.
+    """The image tokens and logits of a fixed random picture in a fixed prompt.
+
+    Two models with the same weights give the same bits.
     """
-    # so small a model is slower on two threads, much slower where another program has one of the cores
+    # So small a model is slower on two threads, and much slower where another program uses one of the cores.
     torch.set_num_threads(1)
     config, device, dtype = model.config, model.get_input_embeddings().weight.device, model.dtype
     generator = torch.Generator().manual_seed(0)
@@ -129,19 +130,19 @@ def probe(model) -> tuple[torch.Tensor, torch.Tensor]:
 
 @functools.cache
 def answers(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `probe` gives for a checkpoint folder that no test changes."""
+    """The result of `probe` for a checkpoint folder that no test changes."""
     return probe(MiniGeminiForConditionalGeneration.from_pretrained(folder))
 
 
 def same_answers(model, other) -> bool:
-    """Bit for bit; `other` is a model, or a folder as `answers` takes it."""
+    """Whether the answers agree bit for bit. `other` is a model, or a folder as in `answers`."""
     return all(
         torch.equal(a, b) for a, b in zip(probe(model), answers(other) if isinstance(other, Path) else probe(other))
     )
 
 
 def refused(folder, match: str, **arguments) -> str:
-    """Loading must end in a CheckpointError whose message matches, before any weight is read; returns the message."""
+    """Asserts that loading ends in a matching CheckpointError before any weight is read, and returns its message."""
 
     def load(*args, **kwargs):
         raise AssertionError("went on to load the weights")
@@ -157,7 +158,7 @@ def load(folder, **arguments):
 
 
 def towers_of(tensors, clip_folder, convnext_folder, *, extra=True):
-    """The tensors' towers as their makers publish them, beside things that nobody here wants."""
+    """Writes the towers among the tensors as their makers publish them, together with tensors that are not needed."""
     clip = {"vision_model." + name.removeprefix(CLIP): t for name, t in tensors.items() if name.startswith(CLIP)}
     convnext = {}
     for name, t in tensors.items():
@@ -190,7 +191,7 @@ def is_adapters(name):
 
 
 def make_adapter(source, adapter, base):
-    """A stage-1 release: everything but the language model in one file; the language model as its makers publish it."""
+    """Writes a stage-1 release, with all but the language model in one file, and the language model as published."""
     tensors = tensors_of(source)
     copy_small(source, adapter)
     for tokenizer in adapter.glob("tokenizer*"):

@@ -1,9 +1,9 @@
-"""Fixtures: checkpoints to test on, and the folder of the original's own answers."""
+"""Fixtures: checkpoints for the tests, and the folder with the original's own answers."""
 
 import os
 from pathlib import Path
 
-# nothing here may reach for the network
+# No test may use the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
@@ -43,7 +43,7 @@ def hd() -> Path:
 
 @pytest.fixture(scope="session")
 def built(standard, hd, tmp_path_factory):
-    """Tiny checkpoints by family."""
+    """Tiny checkpoints by the name of their family."""
     folder = tmp_path_factory.mktemp("built")
     made = {kind: random_checkpoint.build(folder / kind, size=f"tiny-{kind}") for kind in ("gemma", "mixtral")}
     bfloat16 = random_checkpoint.build(folder / "bfloat16", size="tiny", dtype=torch.bfloat16)
@@ -82,25 +82,25 @@ def hd_processor(hd):
 
 @pytest.fixture
 def pipeline(model, processor):
-    """A fresh pipeline over the shared model; it starts without a conversation."""
+    """A fresh pipeline over the shared model, without a conversation."""
     return mg_fast.Pipeline(model, processor)
 
 
 @pytest.fixture(autouse=True)
 def two_threads():
-    """Or one, where two processes share the tests."""
+    """Sets two threads, or one where two processes share the tests."""
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture(autouse=True)
 def float32_is_float32():
-    """On a GPU the plain forms' error in float32 is what ours is measured by, so it must not be TF32's."""
+    """Keeps TF32 off: on a GPU, the plain forms' float32 error is the standard for ours, so it must not be TF32's."""
     ieee_float32()
 
 
 @pytest.fixture
 def one_thread(two_threads):
-    """For models so small that they are slower on two."""
+    """Sets one thread, for models so small that they are slower on two."""
     torch.set_num_threads(1)
 
 
@@ -112,5 +112,5 @@ def own():
 
 @pytest.fixture(params=[*OWN, *ORIGINAL])
 def each(request):
-    """Every tiny checkpoint, the original's as far as they are here."""
+    """Every tiny checkpoint, including those of the original that are on this machine."""
     return family(request.param)

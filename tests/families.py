@@ -1,4 +1,4 @@
-"""Checkpoints of all families, each loaded once, and what transformers' own loop answers with them."""
+"""Checkpoints of all families, each loaded once, and the answers that transformers' own loop gives with them."""
 
 import functools
 import json
@@ -20,7 +20,7 @@ ORIGINAL = ["mgm-gemma", "mgm-llama", "mgm-llama-hd", "mgm-llama3", "mgm-mixtral
 
 @dataclass(frozen=True)
 class Family:
-    """A checkpoint: its model (which tests leave as it is), processor and two pictures."""
+    """A checkpoint with its model (which tests must not change), its processor and two pictures."""
 
     name: str
     folder: Path
@@ -32,8 +32,9 @@ class Family:
         return Pipeline(self.model, self.processor, **options)
 
     def plain(self, turns, pictures, max_new_tokens=8, **options) -> list[int]:
-        """New ids by transformers' own loop, for turns [(user, assistant or None)] with `<image>` tags; asked for once
-        a session.
+        """The new ids of transformers' own loop for turns [(user, assistant or None)] with `<image>` tags.
+
+        They are computed once per session.
         """
         key = self.name, repr(turns), tuple(pictures), max_new_tokens, repr(options)
         if key not in _PLAIN:
@@ -41,7 +42,7 @@ class Family:
         return _PLAIN[key]
 
     def recorded(self) -> list[tuple[str, list[Path], list[int]]]:
-        """(question, pictures, ids) as the original answered; none for the project's own checkpoints."""
+        """(question, pictures, ids) of the original's answers; an empty list for the project's own checkpoints."""
         if self.name in OWN:
             return []
         cases, tensors = (
@@ -65,7 +66,7 @@ def plain(model, processor, turns, pictures, max_new_tokens=8, **options) -> lis
 
 @functools.cache
 def family(name: str) -> Family:
-    """A family by name; the test is skipped where the original's checkpoints are not here."""
+    """A family by name. The test is skipped where the original's checkpoints are not on this machine."""
     if name in OWN:
         folder, pictures = OWN_GOLDEN / name, (OWN_GOLDEN / "photo.png", OWN_GOLDEN / "drawing.png")
     else:
@@ -73,7 +74,7 @@ def family(name: str) -> Family:
             pytest.skip("the original's outputs are not here: set MG_FAST_GOLDEN to their folder")
         folder = original_golden() / name
         pictures = (folder / "image0.png", folder / "image1.png")
-    # nothing in the folders tells it, and the names of two families do not either
+    # Nothing in the folders names the template, nor do the names of two of the families.
     template = "vicuna_v1" if name in OWN else json.loads((folder / "expected.json").read_text())["conv"]
     model = MiniGeminiForConditionalGeneration.from_pretrained(folder, template=template)
     return Family(name, folder, model, MiniGeminiProcessor.from_pretrained(folder, template=template), pictures)

@@ -1,4 +1,4 @@
-"""What the project's modules import, and which underscored names they define and use, read from their source."""
+"""Reads from the source what the project's modules import, and which underscored names they define and use."""
 
 import ast
 import functools
@@ -13,16 +13,16 @@ PACKAGES = ("mg_fast", "bench", "recipes", "tests")
 
 @dataclass
 class Source:
-    """One module.
+    """What the source of one module says.
 
     Attributes:
-        name: dotted; the files of the top-level kernels/ folder are `mg_fast.kernels.*`.
-        path: of the file.
-        imports: modules of the project that it imports, wherever in the file: also within functions.
-        from_face: names that it takes from the face of mg_fast, which are no modules.
-        defines: underscored names that it defines, at any depth: functions, classes, variables and attributes.
-        uses: underscored names that it takes from elsewhere, with the line: imported, or attributes of something that
-            is not `self`.
+        name: dotted name; the files of the top-level kernels/ folder are `mg_fast.kernels.*`.
+        path: the file.
+        imports: modules of the project that it imports anywhere in the file, functions included.
+        from_face: names that it imports from mg_fast itself and that are not modules.
+        defines: underscored names that it defines at any depth: functions, classes, variables and attributes.
+        uses: underscored names that it takes from elsewhere, with the line: imported names, and attributes of
+            something other than `self`.
     """
 
     name: str
@@ -35,14 +35,14 @@ class Source:
 
 @functools.cache
 def sources() -> dict[str, Source]:
-    """All modules of the project by name, in the checkout."""
+    """All modules of the project in the checkout, by name."""
     paths = {_name(path): path for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
     paths |= {f"mg_fast.kernels.{path.stem}": path for path in (ROOT / "kernels").glob("*.py")}
     return {name: _read(name, path, paths.keys()) for name, path in paths.items()}
 
 
 def cycle(of: dict[str, set[str]]) -> list[str] | None:
-    """A circle in a graph of imports, from a module back to itself; None where there is none."""
+    """A circle in a graph of imports, from a module back to itself, or None where there is none."""
     done: set[str] = set()
 
     def visit(name: str, way: list[str]) -> list[str] | None:
@@ -91,8 +91,9 @@ def _read(name: str, path: Path, known) -> Source:
 
 
 def _from(node: ast.ImportFrom, package: str, known) -> Iterator[tuple[str, str | None]]:
-    """The modules of a `from ... import ...`, each with the name that is taken from it; None where the module itself is
-    taken.
+    """The modules of a `from ... import ...`, each with the name that is imported from it.
+
+    The name is None where the module itself is imported.
     """
     base = node.module or ""
     if node.level:

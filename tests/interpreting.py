@@ -1,5 +1,6 @@
-"""Kernels on a GPU, or interpreted on the CPU: where they run, how to interpret faster, and memory that shows what was
-not written.
+"""Sets up kernel tests, on a GPU or interpreted on the CPU: where they run, and memory that shows what was not written.
+
+Interpreting is also made faster here.
 """
 
 import dataclasses
@@ -14,22 +15,25 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
 
 
-# A process either interprets kernels or compiles them: that is settled when Triton is imported. So the name of a file
-# says which it needs.
+# A process either interprets kernels or compiles them; this is fixed when Triton is imported. Therefore the name of a
+# file says which of the two it needs.
 _KERNEL_TESTS = ("test_interpreted_", "test_fuzz_")
 _AHEAD_OF_TIME_TESTS = "test_aot"
 
 
 def is_kernel_test(path: Path) -> bool:
-    """Whether a file's tests run kernels, interpreted or on a GPU."""
+    """Whether the tests in a file run kernels, interpreted or on a GPU."""
     return path.name.startswith(_KERNEL_TESTS)
 
 
 def why_skipped(path: Path) -> str | None:
-    """Why the tests of a file cannot run in this process; None where they can."""
+    """The reason why the tests in a file cannot run in this process, or None where they can."""
     has_triton = importlib.util.find_spec("triton") is not None
     if is_kernel_test(path) and not INTERPRETED and not (has_triton and torch.cuda.is_available()):
-        return "needs Triton and a GPU, or a process of its own: `make interpreted`, or TRITON_INTERPRET=1 python -m pytest FILE"
+        return (
+            "needs Triton and a GPU, or a process of its own: "
+            "`make interpreted`, or TRITON_INTERPRET=1 python -m pytest FILE"
+        )
     if path.name.startswith(_AHEAD_OF_TIME_TESTS):
         if not has_triton:
             return "triton is published for Linux only"
@@ -39,7 +43,7 @@ def why_skipped(path: Path) -> str | None:
 
 
 class _SkippedFile(pytest.Module):
-    """A file that is not imported here, and is reported with the reason."""
+    """A file that is not imported in this process and is reported with the reason."""
 
     def collect(self):
         pytest.skip(why_skipped(self.path), allow_module_level=True)
@@ -55,17 +59,19 @@ if INTERPRETED:
     import triton
     from triton.runtime import interpreter
 
-    # every integer operation is done a second time in 64 bits to see whether it overflowed: half of the run time
+    # The interpreter repeats every integer operation in 64 bits to detect an overflow. That is half of the run time.
     interpreter.interpreter_builder.options = dataclasses.replace(
         interpreter.interpreter_builder.options, sanitize_overflow=False
     )
-    # a call of a jit function from a jit function patches all of triton.language again, most of the rest of it: the
-    # launch has done so, but for what Triton's own library sees as `core`, which stays patched
+    # When a jit function calls another one, the interpreter patches all of triton.language again, which is most of the
+    # remaining run time. The launch has patched it already, except for what Triton's own library sees as `core`, which
+    # therefore stays patched.
     interpreter._patch_lang(triton.language.zeros.fn)
     interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
-    # every shape is a tuple whose type is spelt out, for a compiler that is not there: a third of what is left
+    # The interpreter spells out the type of every shape tuple for a compiler that is not used. That is a third of the
+    # rest.
     triton.language.core._type_for_tuple_values = lambda values, fields=None: None
-    # a table of all dtypes is built for every look-up in it
+    # The interpreter builds a table of all dtypes for every look-up in it.
     _numpy_dtype, _numpy_dtypes = interpreter._get_np_dtype, {}
 
     def numpy_dtype(dtype):
@@ -75,20 +81,19 @@ if INTERPRETED:
         return _numpy_dtypes[name]
 
     interpreter._get_np_dtype = numpy_dtype
-    # CPython maps memory for every 16 KiB of frames, and a call back and forth across that line does so each time:
-    # under pytest's frames the line lies in the innermost loop, half of the run time; a thread begins with an empty
-    # stack
+    # CPython maps memory for every 16 KiB of frames, and does so again at every call that crosses this border. Under
+    # pytest's frames the border lies in the innermost loop and costs half of the run time. A thread begins with an
+    # empty stack.
     _launch, _thread = interpreter.GridExecutor.__call__, ThreadPoolExecutor(1)
     interpreter.GridExecutor.__call__ = lambda *args, **kwargs: _thread.submit(_launch, *args, **kwargs).result()
 
 
 @pytest.fixture(autouse=True)
 def kernel_conditions(request, two_threads):
-    """For tests that run kernels: what they make is there where the kernels run, and memory shows what was not written.
+    """Prepares tests that run kernels: their tensors are made on the kernels' device, and unwritten memory shows.
 
-    Fresh memory is NaN, so that an element that a kernel does not write fails whatever looks at it. One thread, as the
-    tensors are tiny:
-    a second one only has to be woken up.
+    Fresh memory is NaN, so that an element that a kernel does not write makes any later check fail. One thread is used,
+    because the tensors are tiny and waking a second thread would only cost time.
     """
     if not is_kernel_test(request.path):
         yield

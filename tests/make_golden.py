@@ -1,9 +1,9 @@
-"""Records tests/golden: two tiny checkpoints and what the reference path answers for them.
+"""Records tests/golden: two tiny checkpoints and the answers of the reference path for them.
 
     python -m tests.make_golden
 
 Run it only after tests/models/mini_gemini/test_original.py has passed on the machine: these outputs stand in for the
-original's where those are not at hand.
+original's outputs where those are missing.
 """
 
 import json
@@ -63,10 +63,12 @@ def record(name: str, hd: bool, seed: int) -> None:
 if __name__ == "__main__":
     if original_golden() is None:
         raise SystemExit(
-            "the original's outputs are not here: without test_original.py passing, these recordings would prove nothing"
+            "the original's outputs are not here: "
+            "without test_original.py passing, these recordings would prove nothing"
         )
     OWN_GOLDEN.mkdir(exist_ok=True)
     make_pictures()
-    # seeds whose greedy choices are clear by more than rounding, so that the ids hold on every machine
+    # With these seeds, the greedy choices are clear by more than rounding errors, so that the ids hold on every
+    # machine.
     record("standard", hd=False, seed=3)
     record("hd", hd=True, seed=8)

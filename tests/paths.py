@@ -1,10 +1,10 @@
-"""Where the test data lies."""
+"""The places of the test data."""
 
 import os
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-# small cases of the project's own, recorded by make_golden.py
+# Small cases of this project's own, recorded by make_golden.py.
 OWN_GOLDEN = Path(__file__).parent / "golden"
 
 

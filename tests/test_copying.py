@@ -1,4 +1,4 @@
-"""Copies and pickles of what callers hold: each works, or says in one short message what to do instead."""
+"""Every object that callers hold can be copied and pickled, or one short message says what to do instead."""
 
 import copy
 import pickle
@@ -33,7 +33,7 @@ def test_a_conversation_goes_on_twice(pipeline, photo, drawing, how):
     straight.chat("What is it?", [photo], max_new_tokens=4)
     expected = straight.chat("And this?", [drawing], max_new_tokens=4)
     assert second.chat("And this?", [drawing], max_new_tokens=4) == expected
-    # The first one knows nothing of that turn.
+    # The first conversation does not know of that turn.
     assert len(first.turns) == len(first.pictures) == 1 and len(second.turns) == len(second.pictures) == 2
     assert first.chat("And this?", [drawing], max_new_tokens=4) == expected
 
@@ -54,7 +54,7 @@ def test_processors_models_and_answers(pipeline, model, photo, how):
     assert COPIES[how](model.config).to_dict() == model.config.to_dict()
 
 
-# ---- the folder of an adapter, which is no copy of a model either
+# ---- The folder of an adapter is not a copy of a model either.
 
 
 @pytest.fixture
@@ -70,7 +70,10 @@ def adapted(model, tmp_path):
 
 def test_the_folder_of_a_lora_says_what_it_is(adapted, standard):
     _, folder = adapted
-    message = rf"lora holds a LoRA or another adapter .*: load its base model '{standard}' first, .*pipeline.model.load_adapter\(folder\)"
+    message = (
+        rf"lora holds a LoRA or another adapter .*: load its base model '{standard}' first, "
+        r".*pipeline.model.load_adapter\(folder\)"
+    )
     for call in (
         lambda: mg_fast.load(folder),
         lambda: mg_fast.load(standard, base_model=folder),
@@ -79,7 +82,7 @@ def test_the_folder_of_a_lora_says_what_it_is(adapted, standard):
     ):
         with pytest.raises(CheckpointError, match=message):
             call()
-    # Trainers write the model's configuration and tokenizer beside it.
+    # Trainers write the model's configuration and tokenizer beside the adapter.
     for file in standard.glob("*.json"):
         if "index" not in file.name:
             (folder / file.name).write_bytes(file.read_bytes())

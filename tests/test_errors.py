@@ -1,4 +1,4 @@
-"""Messages stay short and printable, whatever came in: no error of the package is longer than 500 characters."""
+"""Messages stay short and printable for any input: no error of the package is longer than 500 characters."""
 
 import copy
 import io
@@ -75,7 +75,7 @@ def test_errors_survive_copies_and_pickles():
 
 
 def calls(pipeline, standard, tmp_path):
-    """(name, call) of many errors with huge input; each call must raise."""
+    """Yields (name, call) for many errors with huge input. Each call must raise."""
     processor, images = pipeline.processor, pipeline.processor.image_processor
     part = {"type": "image", "path": LONG}
     yield from {
@@ -246,7 +246,7 @@ def test_warnings_about_pictures_are_short(caplog):
 
 
 def test_the_messages_module_needs_no_library():
-    """The command line tells wrong usage before anything large is imported."""
+    """The errors module imports no library, so that the command line reports wrong usage before any large import."""
     imports = "import sys, mg_fast.errors, mg_fast.runtime.arguments, mg_fast.cli.options"
     code = f"{imports}; assert not {{'torch', 'numpy', 'PIL'}} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -1,4 +1,4 @@
-"""Layers look down only, nothing goes in a circle, no module takes another's underscored names, and files stay short."""
+"""Layers look down only, imports form no circle, no module takes another's underscored names, and files stay short."""
 
 import collections
 import re
@@ -10,7 +10,7 @@ from torch import nn
 from tests.imports import cycle, sources
 from tests.paths import ROOT
 
-# From the bottom to the top; a module imports from its own line's packages only what is in its own package.
+# The layers from bottom to top. Beside the layers below, a module may import only from its own package.
 LAYERS = (
     ("mg_fast.errors",),
     ("mg_fast.runtime", "mg_fast.quantization"),
@@ -29,7 +29,7 @@ MOST_LOOSE_FILES = 8
 
 
 def layer(module: str) -> tuple[int, str]:
-    """The height of a module's layer, and the package by which it belongs there."""
+    """The height of a module's layer, and the package that puts it there."""
     named = [(height, package) for height, packages in enumerate(LAYERS) for package in packages]
     return max(
         (
@@ -42,13 +42,13 @@ def layer(module: str) -> tuple[int, str]:
 
 
 def ours() -> dict[str, set[str]]:
-    """The imports of mg_fast's modules, but for the package itself, of which they take the version alone."""
+    """The imports of mg_fast's modules, without mg_fast itself, from which they take only the version."""
     found = {name: source.imports for name, source in sources().items() if name.split(".")[0] == "mg_fast"}
     return {name: {other for other in imports if other != "mg_fast"} for name, imports in found.items()}
 
 
 def looks_up(name: str, imported: str) -> str | None:
-    """Why a module must not import another, by their layers; None where it may."""
+    """The reason why the layers forbid one module to import another, or None where they allow it."""
     (own, own_package), (other, other_package) = layer(name), layer(imported)
     if other > own:
         return f"{name} imports {imported}, of a layer above it"
@@ -83,9 +83,9 @@ def test_looking_up_is_seen():
 
 @pytest.mark.parametrize("package", ["mg_fast", "bench", "recipes"])
 def test_no_circle(package):
-    """Imports within functions count too: what a module needs, whenever it needs it, lies below it."""
+    """Imports form no circle. Imports within functions count too: whatever a module needs at any time is below it."""
     inside = {name: source.imports for name, source in sources().items() if name.split(".")[0] == package}
-    # A package's own face imports its modules, and these may not import the face.
+    # A package's face imports its modules, so these must not import the face.
     assert cycle(inside) is None
 
 
@@ -95,7 +95,7 @@ def test_a_circle_is_seen():
 
 
 def test_what_each_tree_may_import():
-    """mg_fast stands alone; the benchmark needs mg_fast alone; recipes are programs, which nobody imports but tests."""
+    """mg_fast imports only itself, the benchmark only mg_fast, and recipes are imported by no one but tests."""
     may = {"mg_fast": {"mg_fast"}, "bench": {"mg_fast", "bench"}, "recipes": {"mg_fast", "recipes"}}
     for name, source in sources().items():
         tree = name.split(".")[0]
@@ -105,7 +105,7 @@ def test_what_each_tree_may_import():
 
 
 def test_no_underscored_name_crosses_a_module():
-    """Told by the name: one that another module of the project defines, and this one does not."""
+    """No module uses an underscored name that another module of the project defines and that it does not define."""
     theirs = {tree: {} for tree in ("mg_fast", "bench", "recipes")}
     for name, source in sources().items():
         for defined in source.defines:
@@ -122,7 +122,7 @@ def test_no_underscored_name_crosses_a_module():
 
 
 def _is_a_library_s(name: str) -> bool:
-    """Whether torch's tensors and modules, or named tuples, have an attribute of that name."""
+    """Whether torch's tensors or modules, or named tuples, have an attribute with this name."""
     return any(hasattr(kind, name) for kind in (torch.Tensor, nn.Module(), collections.namedtuple("Any", "")))
 
 
@@ -140,7 +140,7 @@ def test_few_files_lie_loose():
 
 
 def test_class_names_have_one_meaning():
-    """Within mg_fast and the benchmark, private classes included."""
+    """No two classes within mg_fast and the benchmark share a name, private classes included."""
     seen: dict[str, str] = {}
     twice = []
     for name, source in sources().items():

@@ -1,4 +1,4 @@
-"""The kernels/ folder: importable as mg_fast.kernels from a checkout and from a wheel, never as `kernels`."""
+"""The folder kernels/ is importable as mg_fast.kernels from a checkout and from a wheel, and never as `kernels`."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ import pytest
 
 from tests.paths import ROOT
 
-# the checkpoint in the package
+# The files of the checkpoint in the package.
 NANO = (
     "config.json",
     "generation_config.json",
@@ -19,7 +19,7 @@ NANO = (
     "training.json",
 )
 
-# run from the repository root, with it first on the path: the hardest case
+# This code runs with the repository root as the working directory and first on the path, which is the hardest case.
 PROBE = """
 import importlib.util, sys
 spec = importlib.util.find_spec("kernels")
@@ -57,7 +57,7 @@ def test_transformers_imports_from_the_root():
 
 
 def test_transformers_imports_beside_hugging_faces_kernels():
-    """The PyPI package of that name, later on the path than our folder, is the one that transformers finds and uses."""
+    """transformers finds and uses the PyPI package `kernels`, although it is later on the path than this folder."""
     site = Path(sys.prefix) / "hf-kernels"
     if not site.is_dir():
         pytest.skip("Hugging Face's `kernels` is not here: `make` installs it into .venv/hf-kernels")
@@ -75,7 +75,7 @@ def test_transformers_imports_beside_hugging_faces_kernels():
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
-    # not in the checkout's own build folder: what is left there of an earlier tree would be packed too
+    # The build does not use the checkout's own build folder: files left there from an earlier tree would be packed too.
     apart = ["-C--global-option=build", f"-C--global-option=--build-base={folder / 'build'}"]
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", *apart, "--outdir", str(folder), str(ROOT)]
     done = subprocess.run(command, capture_output=True, text=True)

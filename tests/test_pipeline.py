@@ -1,4 +1,4 @@
-"""load, see, chat: conversations, streaming, sampling, and what is refused before any work."""
+"""load, see and chat: conversations, streaming, sampling, and requests that are refused before any work."""
 
 import io
 
@@ -82,7 +82,7 @@ def test_stream_joins_to_the_text(request, photo, prefix):
 
 @pytest.mark.parametrize("seed", range(40))
 def test_pieces_join_for_any_ids(processor, seed):
-    """Random ids: byte pieces in every order, special tokens, white space."""
+    """Pieces join to the text for random ids: byte pieces in every order, special tokens, white space."""
     tokenizer = processor.tokenizer
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, 300 if seed % 2 else 400, (60,), generator=generator)
@@ -172,7 +172,7 @@ def test_sampling_is_seeded_and_leaves_the_global_state(pipeline, photo):
 
 
 def test_picture_kinds(model, processor, photo):
-    # without a cache, which would answer for all of them
+    # There is no cache, because it would answer for all of these pictures.
     pipeline = Pipeline(model, processor, image_cache_bytes=0)
     with Image.open(photo) as image:
         rgb = image.convert("RGB")

@@ -1,4 +1,4 @@
-"""Text that UTF-8 cannot encode is refused with its place in every way that text comes in, and the rest goes on."""
+"""Text that UTF-8 cannot encode is refused, with the place of the fault, on every path, and other work goes on."""
 
 import io
 import json
@@ -13,7 +13,7 @@ from mg_fast import PromptError, cli
 from mg_fast.models.templates import render
 from tests.paths import ROOT
 
-# Half of a surrogate pair (as of a cut JSON escape), a whole pair as two halves, and a byte that Python read as it was.
+# Half of a surrogate pair (as in a cut JSON escape), a whole pair as two halves, and a byte that Python kept as it was.
 TEXTS = {
     "half": ("bad \ud83d one", r"character 5 of 9, \\ud83d, is half of a surrogate pair"),
     "pair": (json.loads('"\\ud83d"') + "\ude00", r"character 1 of 2, \\ud83d, is half of a surrogate pair"),
@@ -59,7 +59,7 @@ def test_every_way_in(pipeline, photo, kind):
 
 
 def test_the_remedy_works(pipeline):
-    """What the message advises makes text that the model takes."""
+    """What the error message advises turns the text into text that the model accepts."""
     mended = "\ud83d\ude00 and \ud83d".encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     assert mended == "\U0001f600 and �"
     assert pipeline.chat(mended, max_new_tokens=2).token_ids
@@ -87,7 +87,7 @@ class Picture:
 
 
 def test_no_item_ends_a_batch(pipeline, monkeypatch):
-    """Whatever a caller's class, a tokenizer or a library that reads pictures raises, the other questions are answered."""
+    """Other questions are answered even if a caller's class, a tokenizer or a library for pictures raises any error."""
     encode = type(pipeline.processor).encode
 
     def fussy(self, prompt, **options):
@@ -125,12 +125,12 @@ def test_interruptions_still_end_a_batch(pipeline, monkeypatch):
         pipeline.chat_batch([("a", ["b"])], progress=False)
 
 
-# ---- the command line
+# ---- The command line
 
 
 @pytest.mark.parametrize("command", (["run"], ["explain", "--image", "PHOTO", "--out", "out.png"]))
 def test_prompts_of_the_command_line(command, standard, photo, monkeypatch, capsys):
-    """Python hands over arguments that are not UTF-8 as surrogates. They are refused before the model is loaded."""
+    """Python passes arguments that are not UTF-8 as surrogates. They are refused before the model is loaded."""
     monkeypatch.setattr("mg_fast.cli.loading.load", None)
     command = [str(photo) if word == "PHOTO" else word for word in command]
     assert cli.main([*command, "--model", str(standard), "--prompt", TEXTS["byte"][0]]) == 5
@@ -138,7 +138,7 @@ def test_prompts_of_the_command_line(command, standard, photo, monkeypatch, caps
 
 
 def talk(standard, typed, **environment):
-    """What `mg-fast chat` prints when these bytes are typed, by lines of input."""
+    """The output of `mg-fast chat` for these typed bytes, by lines of input."""
     command = [
         sys.executable,
         "-m",

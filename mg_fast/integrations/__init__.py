@@ -1,1 +1,1 @@
-"""What ties mg_fast to other libraries. It imports nothing: `import mg_fast` itself goes through here."""
+"""Ties mg_fast to other libraries. This package imports nothing, because `import mg_fast` itself passes through it."""

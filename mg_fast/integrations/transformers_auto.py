@@ -1,10 +1,10 @@
 """Teaches transformers' Auto classes about Mini-Gemini without importing transformers.
 
-Registering needs transformers' auto modules, which take seconds and torch to import. So an import hook waits for them:
-once one is imported, by anybody, the module of ours that registers itself there is imported too.
+Registering needs transformers' auto modules, whose import takes seconds and brings in torch. Therefore an import hook
+waits for them: when anyone imports one of them, it also imports the module of mg_fast that registers itself there.
 
-That cannot always be done at once. `from transformers import LlamaForCausalLM` imports an auto module when half of what
-our module needs is not there yet. Then the table that ours belongs in imports it when it is looked into.
+That cannot always be done at once. `from transformers import LlamaForCausalLM` imports an auto module while half of
+what the module of mg_fast needs is still missing. Then the registry table imports it when it is first looked into.
 """
 
 import importlib
@@ -12,13 +12,13 @@ import importlib.abc
 import importlib.machinery
 import sys
 
-# transformers' module -> ours, which registers itself when it is imported
+# transformers' module, and the module of mg_fast that registers itself there when it is imported.
 _REGISTRANTS = {
     "transformers.models.auto.configuration_auto": "mg_fast.models.mini_gemini.configuration",
     "transformers.models.auto.modeling_auto": "mg_fast.models.mini_gemini.modeling",
     "transformers.models.auto.processing_auto": "mg_fast.models.mini_gemini.processing",
 }
-# Of those that may have to wait, the table in transformers' module that lists what others have registered.
+# For those that may have to wait: the table in transformers' module that lists what others have registered.
 _TABLES = {
     "transformers.models.auto.modeling_auto": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
     "transformers.models.auto.processing_auto": "PROCESSOR_MAPPING",
@@ -26,7 +26,7 @@ _TABLES = {
 
 
 class _Loader(importlib.abc.Loader):
-    """The real loader, with our registration after it."""
+    """The real loader, followed by the registration of mg_fast."""
 
     def __init__(self, loader):
         self.loader = loader
@@ -54,23 +54,23 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 def _register(auto_module: str) -> None:
     ours = _REGISTRANTS[auto_module]
-    # already there, or being imported and the one that pulled the auto module in: it registers itself at its end
+    # The module is there already, or its own import brought in the auto module. It registers itself at its end.
     if ours in sys.modules:
         return
     if auto_module in _TABLES and _being_imported(besides=auto_module):
         table = getattr(sys.modules[auto_module], _TABLES[auto_module])
         table._extra_content = _RegisteredOnUse(table._extra_content, ours)
     else:
-        # Our configuration needs nothing that may be half imported then.
+        # The configuration needs nothing that may be half imported at this point.
         importlib.import_module(ours)
 
 
 class _RegisteredOnUse(dict):
-    """What was registered with an Auto class; a look into it imports our module, which registers itself here.
+    """The table of what was registered with an Auto class. A look into it imports our module, which registers itself.
 
     Args:
-        registered: so far.
-        ours: name of our module.
+        registered: the entries so far.
+        ours: the name of the module of mg_fast.
     """
 
     def __init__(self, registered: dict, ours: str):
@@ -107,7 +107,7 @@ class _RegisteredOnUse(dict):
 
 
 def _being_imported(besides: str | None = None) -> bool:
-    """Whether any module of transformers is half imported now, besides one."""
+    """Whether any module of transformers except `besides` is half imported now."""
     return any(
         getattr(getattr(module, "__spec__", None), "_initializing", False)
         for name, module in list(sys.modules.items())
@@ -116,7 +116,7 @@ def _being_imported(besides: str | None = None) -> bool:
 
 
 def register_when_imported() -> None:
-    """Registers now with what is imported already, and with the rest when it is. Safe to call again."""
+    """Registers with the modules that are imported already, and with the others when they are. Safe to call again."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
     for name in _REGISTRANTS:

@@ -1,1 +1,1 @@
-"""The models, and how checkpoints, prompts and pictures become what they take."""
+"""The models, and how checkpoints, prompts and pictures become their inputs."""

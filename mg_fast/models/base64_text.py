@@ -1,4 +1,4 @@
-"""Pictures written as base64 text: how to tell such text from a path, and how to decode it."""
+"""Tells pictures that are written as base64 text from paths, and decodes them."""
 
 import base64
 import binascii
@@ -7,33 +7,33 @@ from urllib.parse import unquote_to_bytes
 
 from .urls import is_data_uri
 
-# What files of the usual picture formats begin with.
+# The first bytes of files in the usual picture formats.
 _SIGNATURE = re.compile(
     rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF|BM....\0\0\0\0|II\*\0|MM\0\*|\0\0\0\x0cjP|P[1-6]\n|P[1-6] \d",
     re.DOTALL,
 )
-# Characters that are looked at: more than any signature has, and than any name in a path.
+# The number of characters that are examined: more than any signature has, and more than any name in a path.
 _HEAD = 512
-# No name in a path is longer on the usual file systems. A longer text of nothing but base64's characters is no path.
+# Names in a path are no longer than this on the usual file systems. A longer word of base64 characters is not a path.
 _LONGEST_NAME = 255
-# Kinds of characters that so much base64 text of any picture has, and that other long words rarely have together.
+# Long base64 text of a picture contains all of these kinds of characters; other long words rarely do.
 _MIXED = (re.compile(rb"[A-Z]"), re.compile(rb"[a-z]"), re.compile(rb"[0-9+/]"))
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 _DATA_URI = re.compile(rb"\s*data:[^,]{0,200},", re.IGNORECASE)
-# Python's own way to write bytes, which text has that was made by str() of them.
+# Text that str() made from bytes begins like this.
 _WRITTEN_BYTES = re.compile(rb"\s*b['\"]")
 _ALPHABET = re.compile(rb"[A-Za-z0-9+/]+={0,2}")
 
 
 def looks_like_base64(data: str | bytes) -> bool:
-    """Whether a text, or the bytes of one, begins like a picture's base64 text, with or without a data URI's header."""
+    """Whether text, or the bytes of text, begins like a picture in base64, with or without the header of a data URI."""
     if isinstance(data, str):
         data = data[:_HEAD].encode("utf-8", "replace")
     data = bytes(data[:_HEAD])
     if _DATA_URI.match(data):
         return True
     data = _WRITTEN_BYTES.sub(b"", data, count=1) if _WRITTEN_BYTES.match(data) else data
-    # Line breaks are usual in base64 text. Spaces and tabs in the midst of it stand in prose, too.
+    # Line breaks are usual in base64 text. Spaces and tabs in the middle occur in prose instead.
     spaced = any(space in data.strip() for space in b" \t")
     data = b"".join(data.split()).translate(_URL_SAFE)
     if not (found := _ALPHABET.match(data)):
@@ -48,10 +48,10 @@ def looks_like_base64(data: str | bytes) -> bool:
 
 
 def decode_base64(text: str | bytes) -> bytes:
-    """The bytes that base64 text stands for: with line breaks or without, of either alphabet, padded or not.
+    """Decodes base64 text of either alphabet to bytes, with or without line breaks and padding.
 
     Raises:
-        ValueError: a character that is in neither alphabet, or a length that no bytes have.
+        ValueError: a character belongs to neither alphabet, or the length is impossible.
     """
     data = text.encode("ascii", "replace") if isinstance(text, str) else bytes(text)
     data = b"".join(data.split()).translate(_URL_SAFE).rstrip(b"=")
@@ -62,7 +62,7 @@ def decode_base64(text: str | bytes) -> bytes:
 
 
 def decode_data_uri(uri: str) -> bytes:
-    """The bytes that a data URI holds, as base64 text or with percent signs."""
+    """The bytes that a data URI holds, as base64 text or with percent escapes."""
     header, _, data = uri.partition(",")
     if header.lower().rstrip().endswith(";base64"):
         return decode_base64(unquote_to_bytes(data))
@@ -70,15 +70,16 @@ def decode_data_uri(uri: str) -> bytes:
 
 
 def as_data_uri(text: str | bytes) -> str:
-    """The data URI of base64 text, or of one already, or of the bytes of either."""
+    """The data URI of base64 text. Text that is a data URI already, and the bytes of either kind, are accepted too."""
     text = bytes(text).decode("ascii", "replace") if isinstance(text, (bytes, bytearray, memoryview)) else str(text)
     return text if is_data_uri(text) else f"data:image;base64,{text}"
 
 
 def refusal(length: int) -> str:
-    """What is said of base64 text of so many characters that was handed over as a picture."""
+    """The error text for base64 text of `length` characters that was given as a picture."""
     return (
-        f"this is base64 text ({length} characters), expected a picture: hand over the bytes that base64.b64decode makes "
-        "of it (base64.urlsafe_b64decode where it has - or _; of a data URI, of what follows its first comma), "
+        f"this is base64 text ({length} characters), expected a picture: "
+        "pass the bytes that base64.b64decode returns for it "
+        "(base64.urlsafe_b64decode where it has - or _; for a data URI, decode what follows the first comma), "
         "or give the text as the `base64` key of a message"
     )

@@ -1,4 +1,4 @@
-"""A plain language model of transformers as the decode loop asks for one: Llama, Gemma, Mistral, Qwen2 and their like."""
+"""Wraps a plain language model of transformers (Llama, Gemma, Mistral, Qwen2 and others) for the decode loop."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,25 +10,25 @@ from ..errors import PromptError
 from ..runtime.layer_dtypes import at_seam
 from .protocol import NO_PASS_INPUTS, PassInputs
 
-# Settings by which some models change logits after their head, with the values that change nothing.
+# Settings with which some models change logits after their head, and the values that change nothing.
 _LOGIT_SETTINGS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
-# Kinds of layers whose whole state is one key and one value for every position.
+# Kinds of layers whose whole state is one key and one value per position.
 _KEPT_LAYERS = {"full_attention", "sliding_attention"}
-# Tensors that `generate` or a tokenizer gives, and that the loop makes by itself or that text alone does not need.
+# Tensors that `generate` or a tokenizer gives, and that the loop makes itself or that text alone does not need.
 _USUAL_INPUTS = {"attention_mask", "position_ids", "cache_position", "token_type_ids"}
 
 
 class CausalLM:
     """Lets `mg_fast.decoding.Decoder` decode with a text-only model: `Decoder(CausalLM(model))`.
 
-    It is the base for models of other inputs too: override `prompt_inputs` and `embed` for inputs of the prompt alone,
-    `pass_inputs` for those of every pass, and `position_keys` in both cases.
+    It is also the base for models with other inputs: override `prompt_inputs` and `embed` for inputs of the prompt
+    alone, `pass_inputs` for inputs of every pass, and `position_keys` in both cases.
 
     Args:
         model: a decoder-only model with a language-model head, for instance LlamaForCausalLM.
 
     Raises:
-        ValueError: a model that computes more than its layers and its head, or that has layers without keys and values.
+        ValueError: the model computes more than its layers and its head, or has layers without keys and values.
     """
 
     prompt_inputs: Sequence[str] = ()
@@ -81,6 +81,6 @@ class CausalLM:
         kind = type(self)
         takes_more = kind.pass_inputs is not CausalLM.pass_inputs or self.prompt_inputs
         if takes_more and kind.position_keys is CausalLM.position_keys:
-            # A subclass that takes more than ids has to say what stands for it; until then nothing is reused.
+            # A subclass with further inputs must say what its positions depend on. Until it does, nothing is reused.
             return None
         return ids[0].tolist()

@@ -1,6 +1,6 @@
-"""How a stored picture has to be turned to stand upright.
+"""Tells how a stored picture has to be turned to stand upright.
 
-Metadata is read and never written, so that none of it can spoil a picture.
+Metadata is read and never written, so broken metadata cannot spoil a picture.
 """
 
 import re
@@ -9,12 +9,12 @@ import struct
 import torch
 from PIL import Image
 
-# The EXIF tag, and the property of the same meaning that Adobe's XMP metadata may hold instead.
+# The EXIF tag, and the property with the same meaning that Adobe's XMP metadata may hold instead.
 ORIENTATION = 0x0112
 _XMP_PROPERTY = re.compile(rb"""tiff:Orientation\s*(?:=\s*["']|>)\s*([1-8])""")
 _XMP_KEYS = ("XML:com.adobe.xmp", "xmp")
-# The types of EXIF that Pillow reads as whole numbers, by their number, as `struct` spells them: SHORT and LONG, then
-# those with a sign, BYTE with a sign, and IFD.
+# The EXIF types that Pillow reads as whole numbers, by their number, with their letters in `struct`: SHORT and LONG,
+# the signed SHORT and LONG, the signed BYTE, and IFD.
 _INTEGERS = {3: "H", 4: "L", 8: "h", 9: "l", 6: "b", 13: "L"}
 # The sub-directories of EXIF that Pillow follows while it loads a TIFF file: Exif, GPS, and interoperability.
 _POINTER_TAGS = (0x8769, 0x8825, 0xA005)
@@ -31,11 +31,11 @@ _TURNS = {
 
 
 def read_orientation(image: Image.Image) -> int:
-    """The orientation that the picture's EXIF, or else its XMP, states: 1 to 8.
+    """The orientation, 1 to 8, that the picture's EXIF states, or its XMP where EXIF states none.
 
-    It is 1, which turns nothing, where neither states one, where the value is none of the eight numbers, and where the
-    metadata cannot be read. `PIL.ImageOps.exif_transpose` answers alike but also rewrites the EXIF, which fails on any
-    tag of an unexpected type.
+    The result is 1, which turns nothing, where neither states an orientation, where the value is none of the eight
+    numbers, and where the metadata cannot be read. `PIL.ImageOps.exif_transpose` gives the same answers but also
+    rewrites the EXIF, which fails on any tag of an unexpected type.
     """
     stated = _stated_in_exif(image)
     if stated is None:
@@ -56,7 +56,7 @@ def _stated_in_exif(image: Image.Image) -> int | None:
 
 
 def _scanned(raw: bytes) -> int | None:
-    """The orientation in the first directory of EXIF as it is stored; no other tag is looked at."""
+    """The orientation in the first directory of raw EXIF bytes. No other tag is read."""
     while raw.startswith(b"Exif\0\0"):
         raw = raw[6:]
     order = {b"II": "<", b"MM": ">"}.get(raw[:2])
@@ -84,23 +84,22 @@ def _stated_in_xmp(image: Image.Image) -> int | None:
 
 
 def turn_upright(image: Image.Image) -> Image.Image:
-    """The loaded picture as its orientation says, or the very same object where it stands upright already."""
+    """The loaded picture, turned as its orientation says, or the very same object where it is upright already."""
     turn = _TURNS.get(read_orientation(image))
     return image if turn is None else image.transpose(turn)
 
 
 def upright(picture: torch.Tensor, orientation: int) -> torch.Tensor:
-    """A picture [H, W, C] turned as the orientation 1 to 8 says. Turns that strides can express make no copy."""
+    """A picture [H, W, C], turned as orientation 1 to 8 says. Turns that strides can express make no copy."""
     turned = picture.transpose(0, 1) if orientation in (5, 6, 7, 8) else picture
     flipped = {2: [1], 3: [0, 1], 4: [0], 6: [1], 7: [0, 1], 8: [0]}.get(orientation, [])
     return turned.flip(flipped) if flipped else turned
 
 
 def drop_broken_metadata(image: Image.Image) -> None:
-    """Takes out of a TIFF file's metadata, in memory, what Pillow cannot read.
+    """Removes from a TIFF file's metadata, in memory, what Pillow cannot read.
 
-    Pillow reads the metadata of a TIFF file together with its pixels, which are lost where it stumbles over one of its
-    tags.
+    Pillow reads the metadata of a TIFF file together with its pixels. An unreadable tag would lose the pixels too.
     """
     if image.format != "TIFF":
         return
@@ -112,5 +111,5 @@ def drop_broken_metadata(image: Image.Image) -> None:
         try:
             if tag in exif:
                 exif.get_ifd(tag)
-        except Exception:  # broken in any way
+        except Exception:  # The directory may be broken in any way.
             del exif[tag]

@@ -1,4 +1,4 @@
-"""Anything a caller may call a picture, as an upright RGB Pillow image; or an error that says what came."""
+"""Opens anything that a caller may pass as a picture, as an upright RGB Pillow image, or says what came instead."""
 
 import io
 import logging
@@ -17,31 +17,31 @@ from .urls import expanded, is_data_uri, is_url
 
 logger = logging.getLogger(__name__)
 
-# Pixels of a grey picture of more than 8 bits that are converted at once: NumPy needs several times the memory that
-# Pillow does.
+# Grey pictures of more than 8 bits are converted in strips of this many pixels, because NumPy needs several times the
+# memory that Pillow does.
 _STRIP = 2**22
-# The TIFF tags for the bits of a pixel, and for what its lowest value means: 0 is white where they say 0.
+# TIFF tags for the bits per pixel and for the meaning of the lowest value: 0 is white where the second tag says 0.
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
 
 
 def open_picture(source, *, allow_urls: bool = False, label: str | None = None) -> Image.Image:
-    """A picture in mode RGB, upright, without metadata.
+    """Opens a picture in mode RGB, upright and without metadata.
 
     Args:
         source: a Pillow image, a path, bytes, a binary file, or a uint8 array or tensor [H, W], [H, W, C] or (tensor)
-            [C, H, W], C 1, 3 or 4. A str that begins with http://, https:// or data: only where `allow_urls` is set.
+            [C, H, W], with C 1, 3 or 4. A str that begins with http://, https:// or data: needs `allow_urls`.
         allow_urls: fetch URLs.
-        label: what error messages call the picture; default: its path or type.
+        label: what error messages call the picture. Default: its path or type.
 
     Returns:
-        The orientation that EXIF or XMP states is applied; no other metadata matters. Alpha is dropped, as the original
-        does:
-        transparent pixels show their hidden colour (a warning says so). Greys of 16 bits keep their high byte, and
-        those of 12 bits their upper 8 bits. Of an animation the first frame is taken (a warning says so). An RGB image
-        of one frame that has no metadata comes back as the very same object.
+        The picture. The orientation that EXIF or XMP states is applied; no other metadata matters. Alpha is dropped, as
+        in the original: transparent pixels show their hidden colour, and a warning says so. Greys of 16 bits keep their
+        high byte, and greys of 12 bits their upper 8 bits. The first frame of an animation is taken, and a warning says
+        so. An RGB image of one frame without metadata is returned as the very same object.
 
     Raises:
-        PictureError: not a picture, truncated, empty, too large, or of a pixel type whose range is unknown.
+        PictureError: the source is not a picture, or it is truncated, empty, too large, or of a pixel type whose range
+            is unknown.
     """
     if isinstance(source, Image.Image):
         return _to_rgb(source, label or f"picture of mode {source.mode}", owned=False)
@@ -50,7 +50,8 @@ def open_picture(source, *, allow_urls: bool = False, label: str | None = None) 
     if is_url(source):
         shown = label or (source if len(source) <= 80 else source[:77] + "...")
         if not allow_urls:
-            message = f"{shown}: URLs are fetched only when asked for (allow_urls=True, --allow-urls, or a message's `url` key)"
+            asked_for = "allow_urls=True, --allow-urls, or a message's `url` key"
+            message = f"{shown}: URLs are fetched only when asked for ({asked_for})"
             raise PictureError(f"{message}; {refusal(len(source))}" if looks_like_base64(source) else message)
         return _decode(io.BytesIO(_fetch(source, shown)), shown)
     if isinstance(source, (str, os.PathLike)):
@@ -64,7 +65,7 @@ def open_picture(source, *, allow_urls: bool = False, label: str | None = None) 
 
 
 def check_decoder(decoder: str, device: torch.device | str | None) -> None:
-    """Raises ValueError for a decoder that is not known, BackendError with the reason for one that cannot run."""
+    """Raises ValueError for an unknown decoder, and BackendError with the reason for one that cannot run."""
     if decoder not in ("pillow", "nvjpeg"):
         raise ValueError(f"unknown decoder {quoted(decoder)}: expected pillow or nvjpeg")
     if decoder == "nvjpeg" and (device is None or torch.device(device).type != "cuda"):
@@ -76,8 +77,9 @@ def check_decoder(decoder: str, device: torch.device | str | None) -> None:
 
 
 def decode_on_device(source, device: torch.device | str) -> torch.Tensor | None:
-    """A JPEG file or bytes as an upright RGB tensor [H, W, 3] uint8 on a CUDA device, by nvJPEG; None for anything
-    else.
+    """Decodes a JPEG file or bytes with nvJPEG to an upright RGB tensor [H, W, 3] uint8 on a CUDA device.
+
+    Returns None for anything else.
     """
     from torchvision.io import ImageReadMode, decode_jpeg
 
@@ -88,13 +90,13 @@ def decode_on_device(source, device: torch.device | str) -> torch.Tensor | None:
         if not isinstance(source, (bytes, bytearray, memoryview)) or bytes(source[:3]) != b"\xff\xd8\xff":
             return None
     except (OSError, ValueError):
-        # Pillow's way has the words for it. A path that no file system can have is a ValueError.
+        # The path through Pillow reports this error in words. A path that no file system can have is a ValueError.
         return None
     data = bytes(source)
     try:
         orientation = read_orientation(Image.open(io.BytesIO(data)))
         picture = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB, device)
-    except Exception as error:  # decoders raise anything on broken data
+    except Exception as error:  # Decoders raise any kind of error on broken data.
         raise PictureError(f"picture of {len(data)} bytes: nvJPEG cannot decode it: {_first_line(error)}") from None
     return upright(picture.permute(1, 2, 0), orientation)
 
@@ -105,7 +107,7 @@ def _fetch(url: str, label: str) -> bytes:
             return decode_data_uri(url)
         with urllib.request.urlopen(url, timeout=30) as reply:
             return reply.read()
-    except Exception as error:  # whatever the transport raises
+    except Exception as error:  # Transports raise any kind of error.
         raise PictureError(f"{label}: cannot be fetched or decoded: {_first_line(error)}") from error
 
 
@@ -117,7 +119,7 @@ def _from_path(path: str | bytes, label: str | None) -> Image.Image:
     if os.path.isdir(path):
         raise PictureError(f"{path}: a folder, expected a picture file")
     image = _decode(path, label or path)
-    # As Pillow's own files carry it, for what is said of the picture later.
+    # Pillow sets this attribute on the files that it opens itself. Later messages about the picture use it.
     image.filename = path
     return image
 
@@ -132,7 +134,7 @@ def _opened(file, label: str) -> Image.Image:
     except Image.DecompressionBombError as error:
         limit = "PIL.Image.MAX_IMAGE_PIXELS sets the limit"
         raise PictureError(f"{label}: refused as a decompression bomb: {_first_line(error)} ({limit})") from None
-    except Exception as error:  # decoders raise anything on broken headers
+    except Exception as error:  # Decoders raise any kind of error on broken headers.
         if size := _base64_size(file):
             raise PictureError(f"{label}: {refusal(size)}") from None
         if isinstance(error, UnidentifiedImageError):
@@ -141,26 +143,26 @@ def _opened(file, label: str) -> Image.Image:
 
 
 def _base64_size(file) -> int:
-    """The number of characters of a file that holds base64 text of a picture; 0 for any other file."""
+    """The number of characters of a file that holds a picture as base64 text; 0 for any other file."""
     try:
         if isinstance(file, (str, bytes)):
             with open(file, "rb") as opened:
                 return _base64_size(opened)
         file.seek(0)
         return file.seek(0, os.SEEK_END) if looks_like_base64(file.read(512)) else 0
-    except Exception:  # A caller's file object may raise anything, and what went wrong before is what counts.
+    except Exception:  # A caller's file object may raise anything, and the error before this one is the one to report.
         return 0
 
 
 def _to_rgb(image: Image.Image, label: str, *, owned: bool) -> Image.Image:
-    """The picture as RGB; one that nobody else holds (`owned`) is not copied, as it may be large."""
+    """The picture as RGB. A picture that nothing else refers to (`owned`) is not copied, because it may be large."""
     label = shortened(str(label), 300)
     if 0 in image.size:
         raise PictureError(f"{label}: expected at least 1x1 pixels, got {image.width}x{image.height}")
     try:
         animated = getattr(image, "is_animated", False)
         if animated:
-            # A file just opened stands at its first frame; where a caller has moved on, that was meant.
+            # A file that was just opened stands at its first frame. A caller who moved on meant another frame.
             which = f"number {number}" if (number := image.tell() + 1) > 1 else "the first one"
             logger.warning("%s: has %d frames, %s is used", label, image.n_frames, which)
         drop_broken_metadata(image)
@@ -179,21 +181,21 @@ def _to_rgb(image: Image.Image, label: str, *, owned: bool) -> Image.Image:
             rgb = image
         else:
             with warnings.catch_warnings():
-                # The transparency of palettes is said above, in our own words.
+                # The warning above already covers Pillow's own one about transparent palettes.
                 warnings.simplefilter("ignore", UserWarning)
-                # Pillow has no direct way from premultiplied greys.
+                # Pillow cannot convert premultiplied greys directly.
                 rgb = (image.convert("LA") if image.mode == "La" else image).convert("RGB")
-        # All that it says has been applied or said: nothing may apply it, or warn of it, again.
+        # All metadata has been applied or reported. Nothing may apply it, or warn about it, again.
         rgb.info = {}
         return rgb
     except PictureError:
         raise
-    except Exception as error:  # decoders raise anything on truncated or broken data
+    except Exception as error:  # Decoders raise any kind of error on truncated or broken data.
         raise PictureError(f"{label}: broken or truncated: {_first_line(error)}") from None
 
 
 def _meaning_of_greys(image: Image.Image) -> tuple[int | None, bool]:
-    """The bits of a grey pixel where the file tells them, and whether 0 is white."""
+    """The number of bits of a grey pixel, where the file tells it, and whether 0 is white."""
     if image.format == "PPM":
         # Pillow scales the greys of a file with more than 8 bits to 16 bits.
         return 16, False
@@ -202,8 +204,9 @@ def _meaning_of_greys(image: Image.Image) -> tuple[int | None, bool]:
 
 
 def _to_eight_bits(image: Image.Image, bits: int, white_is_zero: bool) -> Image.Image:
-    """A grey picture's upper 8 of so many bits. Pillow's own conversion clips at 255, which turns nearly everything
-    white.
+    """Keeps the upper 8 of the `bits` of a grey picture.
+
+    Pillow's own conversion clips at 255, which turns nearly everything white.
     """
     grey, rows = Image.new("L", image.size), max(1, _STRIP // image.width)
     for top in range(0, image.height, rows):

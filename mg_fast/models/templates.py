@@ -1,8 +1,8 @@
-"""Prompt templates and their rendering, byte for byte as Mini-Gemini's checkpoints were trained.
+"""Prompt templates, rendered byte for byte as Mini-Gemini's checkpoints were trained.
 
 One table (`TEMPLATES`) feeds both `render` and the Jinja chat templates of the processor, so that the two cannot drift
-apart. Beginning-of-sequence tokens are the tokenizer's business and never part of a template (except the literal `<s>`
-between Mixtral turns, which the original puts there).
+apart. The tokenizer adds beginning-of-sequence tokens; they are never part of a template, except the literal `<s>`
+between Mixtral turns, which the original puts there.
 """
 
 import dataclasses
@@ -16,15 +16,15 @@ IMAGE_TAG = "<image>"
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """How one family writes a conversation. `{}` stands for the text.
+    """How one model family writes a conversation. `{}` stands for the text.
 
     Attributes:
-        system: wraps the system text; empty where the family has none.
-        system_text: the system text the checkpoints were trained with.
-        user: wraps a user turn.
-        assistant: wraps an answer, its terminator included.
+        system: the pattern around the system text; empty where the family has none.
+        system_text: the system text that the checkpoints were trained with.
+        user: the pattern around a user turn.
+        assistant: the pattern around an answer, including its terminator.
         generation: what follows the last user turn when an answer is wanted.
-        between: put before every user turn but the first.
+        between: what stands before every user turn except the first.
         stops: the strings that end an answer.
     """
 
@@ -73,15 +73,16 @@ TEMPLATES: dict[str, Template] = {
         assistant="<|im_start|>assistant\n{}<|im_end|>",
         generation="<|im_start|>assistant\n",
         between="",
-        # the base model's own end token is taken from the tokenizer, since Yi releases spell it differently
+        # The base model's own end token comes from the tokenizer, because Yi releases spell it differently.
         stops=("<|im_end|>",),
     ),
     "llama_3": Template(
         system="<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
-        system_text="You are a helpful language and vision assistant. You are able to understand the visual content that the "
-        "user provides, and assist the user with a variety of tasks using natural language.",
+        system_text="You are a helpful language and vision assistant. "
+        "You are able to understand the visual content that the user provides, "
+        "and assist the user with a variety of tasks using natural language.",
         user="<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>",
-        # the answer's role really is "system": the checkpoints were trained so
+        # The role of the answer really is "system": the checkpoints were trained that way.
         assistant="<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
         generation="<|start_header_id|>system<|end_header_id|>\n\n",
         between="",
@@ -91,7 +92,7 @@ TEMPLATES: dict[str, Template] = {
 
 
 def get_template(name: str) -> Template:
-    """The template of that name; `PromptError` lists the known ones."""
+    """The template with this name. `PromptError` lists the known names."""
     if name not in TEMPLATES:
         raise PromptError(f"unknown template {quoted(name)}: expected one of {', '.join(TEMPLATES)}")
     return TEMPLATES[name]
@@ -103,15 +104,15 @@ def render(template: str, turns: Sequence[tuple[str, str | None]], *, system: st
     Args:
         template: one of `TEMPLATES`.
         turns: (user, assistant) pairs in order. An assistant of None, allowed in the last pair only, asks for an
-            answer. A picture stands as `<image>` in a user text, by convention `<image>\\n` before the question.
-        system: replaces the family's system text, where it has one.
+            answer. `<image>` stands for a picture in a user text, by convention `<image>\\n` before the question.
+        system: replaces the family's system text, where the family has one.
 
     Returns:
-        The text without a beginning-of-sequence token. With two or more pictures every tag reads `Image k:<image>`.
+        The text without a beginning-of-sequence token. With two or more pictures, every tag reads `Image k:<image>`.
 
     Raises:
-        PromptError: unknown template, no turns, an empty user text, an unanswered turn that is not the last, or a
-            system text for a family without one.
+        PromptError: the template is unknown, there are no turns, a user text is empty, a turn other than the last has
+            no answer, or a system text came for a family without one.
     """
     style = get_template(template)
     if not turns:
@@ -149,7 +150,7 @@ def _number_pictures(prompt: str) -> str:
 
 
 def chat_template(template: str) -> str:
-    """The same template as a Jinja chat template for `apply_chat_template`.
+    """The template as a Jinja chat template for `apply_chat_template`.
 
     Message content is a string, or a list of {"type": "image"} and {"type": "text", "text": ...} items; pictures go
     before the text of their message, as in training.
@@ -163,7 +164,9 @@ def chat_template(template: str) -> str:
     system = (
         f"{{%- set ns.text = {around(style.system, 'system')} %}}"
         if style.system
-        else f"{{%- if custom_system %}}{{{{ raise_exception('template {template} has no system text') }}}}{{%- endif %}}"
+        else "{%- if custom_system %}"
+        f"{{{{ raise_exception('template {template} has no system text') }}}}"
+        "{%- endif %}"
     )
     return "".join(
         [
@@ -189,7 +192,9 @@ def chat_template(template: str) -> str:
             f"{{%- set ns.body = {around(style.assistant, 'ns.content')} %}}",
             "{%- set ns.text = ns.text ~ ns.body %}",
             "{%- endif %}{%- endfor %}",
-            f"{{%- if add_generation_prompt %}}{{%- set ns.text = ns.text ~ {_jinja(style.generation)} %}}{{%- endif %}}",
+            "{%- if add_generation_prompt %}",
+            f"{{%- set ns.text = ns.text ~ {_jinja(style.generation)} %}}",
+            "{%- endif %}",
             "{%- set pieces = ns.text.split('<image>') %}",
             "{%- if pieces | length > 2 %}{{ pieces[0] }}{%- for piece in pieces[1:] %}",
             "{{ 'Image ' ~ loop.index ~ ':<image>' ~ piece }}{%- endfor %}",
@@ -204,14 +209,14 @@ def _jinja(text: str) -> str:
 
 
 def detect_template(text_model_type: str, tokenizer) -> tuple[str, bool]:
-    """Which template a checkpoint was trained with: from the text model's class, then from what the tokenizer knows.
+    """Finds the template that a checkpoint was trained with, from the text model's class and then from the tokenizer.
 
     Args:
         text_model_type: `gemma`, `mixtral`, `mistral` or `llama`.
-        tokenizer: a transformers tokenizer.
+        tokenizer: a tokenizer of transformers.
 
     Returns:
-        (template name, certain). Certain is False where a Llama-type checkpoint shows no mark of its family.
+        (template name, certain). `certain` is False where a Llama-type checkpoint shows no mark of its family.
     """
     if text_model_type == "gemma":
         return "gemma", True
@@ -221,20 +226,23 @@ def detect_template(text_model_type: str, tokenizer) -> tuple[str, bool]:
         return "llama_3", True
     if single_token_ids(tokenizer, ("<|im_start|>", "<|im_end|>"))[1] == []:
         return "chatml_direct", True
-    # Vicuna adds no token of its own; its vocabulary of 32,000 is the only mark it leaves
+    # Vicuna adds no token of its own. Its vocabulary of 32,000 tokens is its only mark.
     return "vicuna_v1", len(tokenizer) == 32000
 
 
 def single_token_ids(tokenizer, strings: Sequence[str]) -> tuple[list[int], list[str]]:
-    """The ids of those strings that the tokenizer knows as one token each, and the strings that it does not."""
+    """The ids of the strings that the tokenizer knows as one token each, and the strings that it does not know."""
     vocabulary = tokenizer.get_vocab()
     known = [vocabulary[s] for s in strings if s in vocabulary]
     return known, [s for s in strings if s not in vocabulary]
 
 
 def stop_ids(template: str, tokenizer) -> list[int]:
-    """The token ids that end an answer under this template: its stop strings, where the tokenizer has them as single
-    tokens, and the tokenizer's own end-of-sequence token."""
+    """The token ids that end an answer under this template.
+
+    These are its stop strings, where the tokenizer has them as single tokens, and the tokenizer's own end-of-sequence
+    token.
+    """
     ids, _ = single_token_ids(tokenizer, get_template(template).stops)
     if tokenizer.eos_token_id is not None:
         ids.append(tokenizer.eos_token_id)

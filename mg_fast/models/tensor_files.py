@@ -1,4 +1,4 @@
-"""The files of a checkpoint: found by folder or hub id, their tensors listed from the headers, nothing executed."""
+"""Finds the files of a checkpoint by folder or hub id and lists their tensors from the headers, executing nothing."""
 
 import dataclasses
 import json
@@ -16,14 +16,14 @@ from ..errors import CheckpointError, quoted, shortened
 
 ADAPTER_FILE = "mm_projector.bin"
 HUB_ARGUMENTS = ("cache_dir", "revision", "token", "local_files_only", "force_download")
-# What holds the weights of a whole model, or lists the files that do.
+# The files that hold the weights of a whole model, or that list the files which do.
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """One stored tensor: the file it lies in, its name there and its shape."""
+    """One stored tensor: its file, its name in that file and its shape."""
 
     file: Path
     name: str
@@ -34,9 +34,9 @@ Table = dict[str, TensorInfo]
 
 
 def resolve_folder(name_or_path: str | os.PathLike, *, weights: bool = True, **hub) -> Path:
-    """The local folder of a checkpoint; a hub id is downloaded, or found in the cache, file by file as needed."""
+    """The local folder of a checkpoint. The files of a hub id are downloaded, or found in the cache, as needed."""
     path, name = Path(name_or_path).expanduser(), str(name_or_path)
-    # Path's own questions are errors where the name is too long for a file system.
+    # os.path is used because Path's own methods raise where the name is too long for a file system.
     if os.path.isdir(path):
         check_whole_model(path)
         return path
@@ -55,11 +55,10 @@ def resolve_folder(name_or_path: str | os.PathLike, *, weights: bool = True, **h
 
 
 def check_whole_model(folder: Path) -> None:
-    """Refuses the folder of a LoRA or another adapter of peft, which holds differences to a model's weights and no
-    model.
+    """Refuses the folder of a LoRA or another peft adapter, which holds differences to a model's weights and no model.
 
     Raises:
-        CheckpointError: it says what the adapter's base model is, and how the two are loaded.
+        CheckpointError: the folder holds an adapter. The message names its base model and how to load the two.
     """
     described = folder / "adapter_config.json"
     if not described.is_file() or any((folder / name).is_file() for name in _WEIGHTS):
@@ -87,7 +86,7 @@ def _download_weights(name: str, folder: Path, hub: dict) -> None:
             hf_hub_download(name, single, **hub)
             return
         except LocalEntryNotFoundError as error:
-            # not in the cache, and the hub could not be asked: another of the files may be cached
+            # The file is not in the cache and the hub could not be reached, but another of the files may be cached.
             unreachable = error
         except EntryNotFoundError:
             continue
@@ -106,14 +105,15 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def read_table(folder: Path, *, partial: bool = False) -> Table:
-    """Every tensor of a folder's weights by its published name, from the files' headers. Empty where there are no
-    weights.
+    """Every tensor of a folder's weights by its published name, read from the files' headers.
 
-    Looks where transformers does: safetensors before .bin, single file before sharded.
+    The table is empty where there are no weights.
+
+    The search order is that of transformers: safetensors before .bin, a single file before shards.
 
     Args:
         folder: a local folder.
-        partial: pass over shards that are not there.
+        partial: skip shards that are missing.
     """
     for kind in ("model.safetensors", "pytorch_model.bin"):
         if (folder / kind).is_file():
@@ -134,7 +134,7 @@ def read_table(folder: Path, *, partial: bool = False) -> Table:
 
 
 def read_file(path: Path) -> Table:
-    """Names and shapes of the tensors of one file; its weights stay on disk."""
+    """The names and shapes of one file's tensors. The weights stay on disk."""
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt") as f:
@@ -146,19 +146,19 @@ def read_file(path: Path) -> Table:
 
 
 def _load_bin(path: Path) -> dict[str, torch.Tensor]:
-    """A .bin file's tensors, memory-mapped. Only tensors are unpickled, never code."""
+    """The tensors of a .bin file, memory-mapped. Only tensors are unpickled, never code."""
     try:
         try:
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:
-            # files written before torch 1.6 cannot be mapped
+            # Files written before torch 1.6 cannot be memory-mapped.
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # torch's own message advises to load the file unsafely; only the name in it is of use
+        # torch's own message advises loading the file unsafely. Only the name in it is useful.
         named = re.search(r"GLOBAL (\S+)", str(error))
         found = f"it calls for {named.group(1)}" if named else "it holds something else, or is corrupt"
         raise CheckpointError(f"{path} is refused: expected tensors and nothing else, {found}") from None
-    except Exception as error:  # bytes that are no pickle can raise anything
+    except Exception as error:  # Bytes that are not a pickle can raise any kind of error.
         raise CheckpointError(f"{path} is corrupt or not a PyTorch file: {first_line(error)}") from None
     if not isinstance(loaded, dict) or not all(
         isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in loaded.items()
@@ -172,7 +172,7 @@ def first_line(error: Exception) -> str:
 
 
 def read_tensors(table: Table):
-    """Yields (published name, tensor) of a table, opening each file once."""
+    """Yields (published name, tensor) for every tensor of a table, opening each file once."""
     by_file: dict[Path, list[tuple[str, TensorInfo]]] = {}
     for name, info in table.items():
         by_file.setdefault(info.file, []).append((name, info))
@@ -188,7 +188,7 @@ def read_tensors(table: Table):
 
 
 def some_names(names: list[str], *, most: int = 4, room: int = 320) -> str:
-    """The first of the names, at least one and at most as many as `room` characters hold, and how many more there are."""
+    """Lists the first names and counts the rest: at least one name, and at most as many as `room` characters hold."""
     shown: list[str] = []
     for name in names[:most]:
         name = shortened(name, room)

@@ -1,4 +1,4 @@
-"""The machine and the software that a figure was measured on."""
+"""Describes the machine and the software that a figure was measured on."""
 
 import importlib.metadata
 import os
@@ -11,9 +11,9 @@ import torch
 
 
 def environment() -> dict:
-    """The machine and the stack: gpu, driver, clocks, cpu, threads, memory, load, versions, commit.
+    """Returns the machine and the stack: gpu, driver, clocks, cpu, threads, memory, load, versions, commit.
 
-    The commit is git's; where the code was copied without its history, it is what MG_FAST_COMMIT says.
+    The commit comes from git, or from MG_FAST_COMMIT where the code was copied without its history.
     """
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     clocks = "clocks.sm,clocks.mem,clocks.max.sm,power.limit"
@@ -25,10 +25,11 @@ def environment() -> dict:
         "cpu": _cpu(),
         "threads": torch.get_num_threads(),
         "memory_gib": _memory_gib(),
-        # processes that ran on average in the last minute: what else kept the machine busy
+        # The average number of running processes in the last minute shows what else kept the machine busy.
         "load": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
-        # a plain one: its own kind is refused where a checkpoint of tensors and plain values is read
+        # torch's own string class is refused where a checkpoint of tensors and plain values is read, so a plain one is
+        # made.
         "torch": str(torch.__version__),
         "triton": _version("triton"),
         "transformers": _version("transformers"),
@@ -58,7 +59,7 @@ def _memory_gib() -> float | None:
 
 
 def _version(package: str) -> str | None:
-    """Of an installed package, without importing it."""
+    """The version of an installed package, without importing it."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

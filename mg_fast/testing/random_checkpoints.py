@@ -1,5 +1,4 @@
-"""Random Mini-Gemini checkpoints in the published layout, of any size: for tests and timing where real weights cannot
-be had.
+"""Random Mini-Gemini checkpoints in the published layout, of any size, for tests and timings without real weights.
 
 python -m mg_fast.testing.random_checkpoints FOLDER --size demo
 python -m mg_fast.testing.random_checkpoints FOLDER --size 2b --dtype bfloat16     # 6 GB: MGM-2B at its real size
@@ -18,7 +17,7 @@ from mg_fast.models.mini_gemini.configuration import MiniGeminiConfig
 from mg_fast.models.mini_gemini.modeling import MiniGeminiForConditionalGeneration
 from mg_fast.models.templates import TEMPLATES
 
-# the towers of the published models, and narrow ones of the same geometry (336/768: 576 image tokens)
+# The towers of the published models, and narrow towers with the same geometry (336/768: 576 image tokens).
 PUBLISHED_TOWERS = {"clip": None, "convnext": None}
 NARROW_TOWERS = {
     "clip": dict(
@@ -38,7 +37,7 @@ TINY_TOWERS = {
     "convnext": {"dims": [8, 16, 24, 32], "depths": [1, 1, 2, 1], "norm_eps": 1e-6},
 }
 LLM_7B = dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=11008)
-# wider than usual an initial spread, or small random models say the same token over and over
+# The initial spread is wider than usual. Otherwise small random models repeat the same token.
 LLM_DEMO = dict(
     initializer_range=0.1,
     hidden_size=192,
@@ -56,7 +55,7 @@ LLM_TINY = dict(
     intermediate_size=96,
     vocab_size=400,
 )
-# size -> (model_type, language model, towers)
+# For every size: (model_type, language model, towers).
 SIZES = {
     "tiny": ("mgm", LLM_TINY, TINY_TOWERS),
     "tiny-gemma": ("mgm_gemma", LLM_TINY | {"head_dim": 16}, TINY_TOWERS),
@@ -131,11 +130,11 @@ SIZES = {
 
 
 def make_config(size: str = "demo", *, hd: bool = False) -> MiniGeminiConfig:
-    """The flat configuration of one of `SIZES`, standard or HD."""
+    """Returns the flat configuration of one of `SIZES`, standard or HD."""
     model_type, text, towers = SIZES[size]
     published = towers is PUBLISHED_TOWERS
     lr = 336 if published else towers["clip"]["image_size"]
-    # as in the published models, 8x8 high-resolution pixels lie under every query
+    # As in the published models, 8x8 high-resolution pixels lie under every query.
     hr = lr // 14 * 32 * (2 if hd else 1)
     return MiniGeminiConfig(
         model_type=model_type,
@@ -154,7 +153,7 @@ def make_config(size: str = "demo", *, hd: bool = False) -> MiniGeminiConfig:
 def make_model(
     config: MiniGeminiConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> MiniGeminiForConditionalGeneration:
-    """A model with seeded random weights."""
+    """Returns a model with seeded random weights."""
     torch.manual_seed(seed)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -165,17 +164,18 @@ def make_model(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(".gamma"):
-                # timm starts layer scale at 1e-6, which would leave the blocks without effect
+                # timm initialises layer scale at 1e-6, which would leave the blocks without effect.
                 parameter.uniform_(0.2, 0.8)
             elif parameter.dim() == 1:
-                # zero biases and unit gains would hide a forgotten one
+                # Zero biases and unit gains would hide one that the code forgets to apply.
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     return model
 
 
 def make_tokenizer(folder: Path, vocab_size: int, template: str) -> None:
-    """A small sentencepiece tokenizer, as the Llama and Gemma families ship it, trained on the prompt templates and the
-    licence.
+    """Writes a small sentencepiece tokenizer as the Llama and Gemma families ship it.
+
+    It is trained on the prompt templates and the licence.
     """
     text = (Path(__file__).parents[2] / "LICENSE").read_text(encoding="utf-8")
     lines = [line.strip() for line in text.splitlines() if line.strip()] + [
@@ -230,18 +230,18 @@ def make_tokenizer(folder: Path, vocab_size: int, template: str) -> None:
 def build(
     folder: str | Path, *, size: str = "demo", hd: bool = False, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> Path:
-    """Writes a random checkpoint as the original would have published it; returns its folder."""
+    """Writes a random checkpoint as the original would have published it and returns its folder."""
     return save(make_model(make_config(size, hd=hd), seed=seed, dtype=dtype), folder)
 
 
 def save(model: MiniGeminiForConditionalGeneration, folder: str | Path) -> Path:
-    """Writes a model as the original would have published it, with a small tokenizer; returns the folder."""
+    """Writes a model as the original would have published it, with a small tokenizer, and returns the folder."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     written = json.loads((folder / "config.json").read_text())
     for ours in ("vision_config", "vision_config_aux"):
-        # published checkpoints have no such keys: the towers' shapes are read from the tensors
+        # Published checkpoints do not have these keys: the towers' shapes are read from the tensors.
         del written[ours]
     (folder / "config.json").write_text(json.dumps(written, indent=1, sort_keys=True))
     text = model.config.text_config

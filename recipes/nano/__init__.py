@@ -1,1 +1,1 @@
-"""A Mini-Gemini small enough to train on a laptop's processor, and the pictures it is trained on."""
+"""A Mini-Gemini that is small enough to train on a laptop's CPU, and the pictures that it is trained on."""

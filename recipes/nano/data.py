@@ -1,4 +1,4 @@
-"""Scenes as training batches: pixels, what lies in every cell, and conversations as token ids."""
+"""Makes training batches of scenes: pixels, the content of every cell, and conversations as token ids."""
 
 import functools
 import itertools
@@ -16,25 +16,27 @@ from mg_fast.ops.torch.dual_resize import square
 from .scenes import BACKGROUNDS, CELL, COLOURS, DRAWN, KINDS, MAX_DIGITS, SIDE, THIRDS, WORDS, Print, Scene, draw_scene
 from .talk import PLACES, SHORT, ask, bare, careless, conversation, text_only
 
-# the high-resolution tower's finest map has a position every so many pixels
+# The distance in pixels between two positions of the high-resolution tower's finest map.
 STRIDE = 4
 IGNORED = -100
-# shapes and numbers of a crowded scene
+# The number of shapes, and of numbers, in a crowded scene.
 CROWD = 6
-# shapes of scenes that are described: long lists are the hardest
+# Numbers of shapes in scenes that are described. Long lists are the hardest.
 DESCRIBED = (2, 3, 4, 4)
-# what of a short answer depends on the scene, besides digits
+# The words of a short answer that depend on the scene, apart from digits.
 CONTENT = {"colour": (*COLOURS, *BACKGROUNDS), "count": WORDS, "place": (*THIRDS[0], *THIRDS[1])}
 CELL_KINDS = (None, *KINDS, "number")
 
 Batch = dict[str, "torch.Tensor | Batch"]
-# ids of a conversation, marks of its pictures, and 1 at every token that is to be said
+# The ids of a conversation, the marks of its pictures, and 1 at every token that the model has to say.
 Row = tuple[list[int], list[int], list[int]]
 
 
 def pages(draw: Callable, seed: int, step: int, size: int) -> Batch:
-    """Pages drawn by `draw_lines` or `draw_numbers`: `pixels` uint8 [B, side, side, 3] and the towers' labels of
-    `label`.
+    """Draws a batch of pages with `draw_lines` or `draw_numbers`.
+
+    Returns:
+        `pixels` uint8 [B, side, side, 3], and the labels for the towers that `label` returns.
     """
     drawn = [draw(seed, step * size + i) for i in range(size)]
     side = drawn[0][0].width // DRAWN
@@ -45,8 +47,10 @@ def pages(draw: Callable, seed: int, step: int, size: int) -> Batch:
 
 
 def scenes(seed: int, step: int, size: int) -> Batch:
-    """Scenes: `pixels` uint8 [B, 192, 192, 3] and the towers' labels of `label`. Every second one is crowded, to show
-    more.
+    """Draws a batch of scenes. Every second one is crowded, so that it shows more.
+
+    Returns:
+        `pixels` uint8 [B, 192, 192, 3], and the labels for the towers that `label` returns.
     """
     crowd = dict(shapes=CROWD, numbers=CROWD)
     return _of_scenes([draw_scene(seed, i, **(crowd if i % 2 else {})) for i in range(step * size, (step + 1) * size)])
@@ -74,27 +78,28 @@ def told(
     shown: bool = False,
     described: float = 0.0,
 ) -> Batch:
-    """Conversations about scenes that are told in codes, or shown.
+    """Makes conversations about scenes that are told in codes or shown.
 
     Args:
-        cells: so many of the 36 stand where image tokens will stand: those with a thing in them, and some without.
-        turns: of a conversation.
-        answers_only: short answers follow one another as `bare` leaves them. Of those without a question only the words
-            that depend on the scene are to be said.
-        shown: all cells stand, as a picture.
-        described: the share of the scenes that hold more shapes than others, half of them no number, and are described
-            first, where there are answers only. Then follow places and the number, which a description does not tell.
+        cells: how many of the 36 cells are present where image tokens will stand later: all cells with a thing in them,
+            and some without.
+        turns: the number of turns of a conversation.
+        answers_only: short answers follow one another as `bare` returns them. In an answer without a question, only the
+            words that depend on the scene have to be said.
+        shown: all cells are present, as a picture.
+        described: the share of scenes that hold more shapes than others, half of them without a number, and that are
+            described first, if there are only answers. Places and the number follow, which a description does not tell.
 
     Returns:
-        As `conversations`, with `pixels` of scenes that are shown, and `cells` [n, cells]: the numbers of those that
-        stand.
+        The same as `conversations`, with `pixels` of scenes that are shown, and `cells` [n, cells], the numbers of the
+        cells that are present.
     """
     content = {i for ids in content_ids(processor).values() for i in ids}
     rows, drawn, labels, standing = [], [], [], []
     for i in range(step * size, (step + 1) * size):
         rng = random.Random(f"told/{seed}/{i}")
         describes = answers_only and rng.random() < described
-        # a description must learn to leave the number out, too
+        # The model must also learn to leave the number out of a description.
         things = dict(shapes=rng.choice(DESCRIBED), numbers=rng.choice((0, 1))) if describes else {}
         scene = draw_scene(seed, i, **things)
         drawn.append(scene)
@@ -119,33 +124,35 @@ def told(
 
 
 def _answers(processor: MiniGeminiProcessor, said: Iterable[tuple[str, str]], cells: int, content: set[int]) -> Row:
-    """As `encode`, of answers that follow so many cells, each after its question or none; without one only `content` is
-    to be said.
+    """Encodes answers that follow `cells` cells, each with its question or without one; see `encode`.
+
+    In an answer without a question, only the tokens in `content` have to be said.
     """
     tokens = functools.partial(processor.tokenizer, add_special_tokens=False)
     words, wanted = [], []
     for question, answer in said:
         asked, given = (tokens(text).input_ids if text else [] for text in (question, answer))
         words += asked + given
-        # with its question an answer is settled to the last word
+        # With its question, an answer is determined to the last word.
         wanted += [0] * len(asked) + [int(bool(asked) or i in content) for i in given]
     ids = [processor.tokenizer.bos_token_id, *[0] * cells, *words]
     return ids, [0, *[1] * cells, *[0] * len(words)], [0, *[0] * cells, *wanted]
 
 
 def content_ids(processor: MiniGeminiProcessor) -> dict[str, list[int]]:
-    """Tokens of what depends on the scene: `digit`, and the words of `CONTENT`."""
+    """The tokens that depend on the scene: `digit`, and the words of `CONTENT`."""
     tokenize = functools.partial(processor.tokenizer, add_special_tokens=False)
     words = {name: [i for word in words for i in tokenize(f" {word}").input_ids] for name, words in CONTENT.items()}
     return {"digit": processor.tokenizer.convert_tokens_to_ids(list("0123456789")), **words}
 
 
 def conversations(processor: MiniGeminiProcessor, seed: int, step: int, size: int, *, turns: int = 6) -> Batch:
-    """Conversations about scenes, one in sixteen without a picture.
+    """Makes conversations about scenes. One in sixteen has no picture.
 
     Returns:
-        `ids`, `marks` (1 where a picture stands), `answers` (1 where a token of an answer or its end is to be said),
-        `mask` [B, L], padded on the right; of the pictures `pixels` uint8 [n, 192, 192, 3] and what `label` returns.
+        `ids`, `marks` (1 where a picture stands), `answers` (1 where a token of an answer or its end has to be said)
+        and `mask`, all [B, L] and padded on the right; for the pictures, `pixels` uint8 [n, 192, 192, 3] and what
+        `label` returns.
     """
     rows, pictures = [], []
     for i in range(step * size, (step + 1) * size):
@@ -171,7 +178,7 @@ def _padded(rows: Sequence[Row]) -> Batch:
 
 
 def encode(processor: MiniGeminiProcessor, turns: Sequence[tuple[str, str]]) -> Row:
-    """Ids of a conversation, marks of its pictures, and 1 at every token of an answer, its end included."""
+    """The ids of a conversation, the marks of its pictures, and 1 at every token of an answer, its end included."""
     ids, marks = processor.encode(render(processor.template, turns))
     to_id = processor.tokenizer.convert_tokens_to_ids
     opening = processor.tokenizer("<|im_start|>assistant\n", add_special_tokens=False).input_ids
@@ -186,12 +193,13 @@ def encode(processor: MiniGeminiProcessor, turns: Sequence[tuple[str, str]]) -> 
 
 
 def label(prints: Sequence[Print], shapes: Sequence, background: str | None, side: int) -> dict[str, np.ndarray]:
-    """What towers are pretrained to tell, with n = side / 32 cells and m = side / 4 positions along a side.
+    """The labels that the towers are pretrained on, with n = side / 32 cells and m = side / 4 positions along a side.
 
     Returns:
-        kind [n, n]: index into `CELL_KINDS` of the thing whose centre lies there. colour [n, n] of shapes. digits [n,
-        n, 4]: of the number that stands alone, 0 for none, else 1 + digit. background []. character, rank [m, m]: 1 +
-        digit, and 1 + its place in its number. `IGNORED` where there is nothing to tell.
+        kind [n, n]: index into `CELL_KINDS` of the thing whose centre lies in the cell. colour [n, n]: the colours of
+        shapes. digits [n, n, 4]: the digits of the single number there, 0 for none and otherwise 1 + digit.
+        background []. character, rank [m, m]: 1 + digit, and 1 + the digit's place in its number. `IGNORED` stands
+        where there is nothing to tell.
     """
     cells, fine = side // CELL, side // STRIDE
     kind = np.zeros((cells, cells), np.int64)
@@ -210,7 +218,7 @@ def label(prints: Sequence[Print], shapes: Sequence, background: str | None, sid
         spots = iter((int(y // STRIDE), int(x // STRIDE)) for x, y in sign.digits)
         for number in numbers:
             at = [next(spots) for _ in number]
-            # of a number that runs over a page's edge nobody can tell which digit is the first
+            # If a number runs over the edge of the page, nobody can tell which digit is the first.
             whole = all(0 <= v < fine for spot in at for v in spot)
             for place, (digit, spot) in enumerate(zip(number, at)):
                 if min(spot) >= 0 and max(spot) < fine:
@@ -224,14 +232,14 @@ def _stack(labels: Sequence[dict[str, np.ndarray]]) -> Batch:
 
 
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
-    """The batch, and one that goes along with it, on a device."""
+    """Moves a batch, and the batches inside it, to a device."""
     return {
         name: to_device(value, device) if isinstance(value, dict) else value.to(device) for name, value in batch.items()
     }
 
 
 class Steps(Dataset):
-    """Batches by the number of their step, so that a resumed run sees what the first would have seen."""
+    """A dataset of batches by the number of their step, so that a resumed run sees what an unbroken run would see."""
 
     def __init__(self, make, first: int, last: int):
         self.make, self.first, self.last = make, first, last
@@ -244,7 +252,7 @@ class Steps(Dataset):
 
 
 def loader(make, first: int, last: int, workers: int = 1) -> DataLoader:
-    """Batches of the steps from `first` up to `last`, drawn beside the training. `make` takes a step's number."""
+    """Batches for the steps from `first` up to `last`, drawn while training runs. `make` takes the number of a step."""
     return DataLoader(
         Steps(make, first, last), batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None
     )

@@ -1,9 +1,9 @@
-"""Exact answers about unseen scenes, by type of question: what the high-resolution branch is worth.
+"""Measures exact answers about unseen scenes by type of question, which shows what the high-resolution branch is worth.
 
 python -m recipes.nano.evaluate CHECKPOINT --without CHECKPOINT --out RESULT.json
 
-Every scene is asked one question of every type that it allows, each as the first of a conversation. Numbers are counted
-once more among those that no training scene ever showed.
+Every scene is asked one question of every type that it allows, each as the first of a conversation. Numbers that no
+training scene ever showed are also counted separately.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from .scenes import TYPES, Scene, draw_scene, held_out
 from .talk import ask
 
 KINDS = ("number", "number, never seen", "no number", *TYPES[1:])
-# scenes that are in memory together, questions that are answered together, tokens of an answer
+# The number of scenes in memory together, of questions answered together, and of tokens in an answer.
 CHUNK = 50
 BATCH = 64
 MOST = 64
@@ -34,15 +34,15 @@ MOST = 64
 def evaluate(
     pipelines: dict[str, mg_fast.Pipeline], *, seed: int, count: int
 ) -> tuple[dict[str, dict[str, float]], list[dict]]:
-    """Share of exact answers.
+    """Measures the share of exact answers.
 
     Args:
-        pipelines: by the name of what is compared.
-        seed, count: of the unseen scenes.
+        pipelines: the pipelines to compare, by name.
+        seed, count: the seed and the number of the unseen scenes.
 
     Returns:
-        Per pipeline and type, with `number, never seen`, `asked` for how many there were of each; and every wrong
-        answer.
+        The shares by pipeline and type, `number, never seen` included, with `asked` for the number of questions of each
+        type; and every wrong answer.
     """
     right = {name: defaultdict(int) for name in pipelines}
     asked: dict[str, int] = defaultdict(int)
@@ -75,7 +75,7 @@ def evaluate(
 
 
 def answer_seconds(pipeline: mg_fast.Pipeline, seed: int, count: int = 5) -> list[float]:
-    """Seconds from a picture that was not seen before to the whole answer, the first of all first."""
+    """Seconds from a new picture to the whole answer, beginning with the very first answer."""
     seconds = []
     for i in range(count):
         image = draw_scene(seed, i, split="unseen").image
@@ -86,7 +86,10 @@ def answer_seconds(pipeline: mg_fast.Pipeline, seed: int, count: int = 5) -> lis
 
 
 def accuracy_table(recorded: dict, *others: dict) -> str:
-    """The README's table of a recorded result with a model trained without, and of ones whose training had other seeds."""
+    """The Markdown table of a recorded result, with a model trained without mining, and of results of other seeds.
+
+    The other seeds are those of trainings with mining.
+    """
     columns = {name: recorded["exact"][name] for name in ("with mining", "mined features zero", "trained without")}
     for other in others:
         seed = other["conditions"]["training"]["with mining"]["seed"]
@@ -102,7 +105,7 @@ def _digest(folder: Path) -> str:
 
 
 def _training(folder: Path) -> dict | None:
-    """What `recipes.nano.train` wrote of the checkpoint; None where others made it."""
+    """What `recipes.nano.train` recorded of the checkpoint, or None for a checkpoint from elsewhere."""
     file = folder / "training.json"
     return json.loads(file.read_text()) if file.is_file() else None
 
@@ -117,9 +120,9 @@ def _kinds(kind: str, scene: Scene) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="trained with the high-resolution branch")
-    parser.add_argument("--without", type=Path, help="trained without")
-    parser.add_argument("--seed", type=int, default=7000, help="of the unseen scenes")
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint trained with the high-resolution branch")
+    parser.add_argument("--without", type=Path, help="a checkpoint trained without the high-resolution branch")
+    parser.add_argument("--seed", type=int, default=7000, help="seed of the unseen scenes")
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

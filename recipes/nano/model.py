@@ -1,4 +1,4 @@
-"""The published layout in miniature: configuration, first weights, tokenizer, and how a checkpoint is written."""
+"""Nano in the published layout: its configuration, initial weights, tokenizer, and the writing of its checkpoint."""
 
 import copy
 import io
@@ -21,12 +21,12 @@ VOCABULARY = 640
 EMBEDDING_SPREAD = 0.3
 POSITION_SPREAD = 0.5
 LR_SIDE = 14 * (SIDE // CELL)
-# what an answer may hold whole: a digit or a tag is one token
+# Pieces that answers may contain and that are one token each. Digits are one token each as well.
 MARKS = ["<|im_start|>", "<|im_end|>", "<GEN>", "<h>", "</h>", "\n"]
 
 
 def make_config() -> MiniGeminiConfig:
-    """36 queries, each over 8x8 positions of the pyramid as in the published models; 3.4 M parameters."""
+    """A configuration with 36 queries, each over 8x8 positions of the pyramid as published, and 3.4 M parameters."""
     dims = [32, 64, 128, 192]
     return MiniGeminiConfig(
         model_type="mgm",
@@ -59,14 +59,16 @@ def make_config() -> MiniGeminiConfig:
 
 
 def make_model(seed: int) -> MiniGeminiForConditionalGeneration:
-    """A model with first weights from a seed, float32."""
+    """A float32 model with initial weights from a seed."""
     torch.manual_seed(seed)
     model = MiniGeminiForConditionalGeneration(make_config())
     with torch.no_grad():
-        # the library's own, 25 times smaller, is hardly seen beside the patches in so short a schedule
+        # transformers' own initial weights are 25 times smaller. Beside the patches they would hardly be seen in so
+        # short a schedule.
         nn.init.normal_(model.model.vision_tower.embeddings.position_embedding.weight, std=POSITION_SPREAD)
         for name, parameter in model.model.vision_tower_aux.named_parameters():
-            # timm's own start (spread 0.02, layer scale 1e-6) is meant for widths and schedules a hundred times these
+            # timm's own initial values (spread 0.02, layer scale 1e-6) are meant for widths and schedules a hundred
+            # times as large.
             if name.endswith(".gamma"):
                 parameter.fill_(0.5)
             elif parameter.dim() > 1:
@@ -77,7 +79,7 @@ def make_model(seed: int) -> MiniGeminiForConditionalGeneration:
         language_model = model.model.language_model
         for name, parameter in language_model.named_parameters():
             if parameter is language_model.embed_tokens.weight:
-                # smaller ones drown in what the first layers add to them
+                # Smaller embeddings are lost in what the first layers add to them.
                 nn.init.normal_(parameter, std=EMBEDDING_SPREAD)
             elif parameter.dim() > 1:
                 layers = 2 * len(language_model.layers) if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
@@ -87,14 +89,15 @@ def make_model(seed: int) -> MiniGeminiForConditionalGeneration:
 
 @torch.no_grad()
 def forget_mined(model: MiniGeminiForConditionalGeneration) -> None:
-    """Sets the mined features to zero, for good: what is left sees the low-resolution picture alone."""
+    """Sets the mined features to zero, for good, so that the model sees only the low-resolution picture."""
     for parameter in model.model.patch_mining.vlm_uni_val_projector[1].parameters():
         parameter.zero_()
 
 
 def make_tokenizer(folder: Path) -> None:
-    """A sentencepiece tokenizer of the scenes' language, as the Llama family ships it: a digit is a token, what is
-    unknown its bytes.
+    """Writes a sentencepiece tokenizer of the scenes' language, as the Llama family ships it.
+
+    Every digit is a token. Unknown text becomes its bytes.
     """
     lines = [line for line in every_sentence() for _ in range(2)] + [
         TEMPLATES[TEMPLATE].system_text,
@@ -142,14 +145,14 @@ def make_tokenizer(folder: Path) -> None:
 
 
 def save(model: MiniGeminiForConditionalGeneration, folder: Path) -> None:
-    """Writes a checkpoint in the published layout, half precision, with its tokenizer."""
+    """Writes a checkpoint in the published layout, in half precision and with its tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     copy.deepcopy(model).half().save_pretrained(folder)
     written = json.loads((folder / "config.json").read_text())
     for ours in ("vision_config", "vision_config_aux"):
-        # published checkpoints have no such keys: the towers' shapes are read from the tensors
+        # Published checkpoints do not have these keys: the towers' shapes are read from the tensors.
         del written[ours]
-    # stored in half the bytes, run in float32, which CPUs are faster at
+    # Weights are stored in half the bytes and run in float32, which is faster on CPUs.
     written["torch_dtype"] = "float32"
     (folder / "config.json").write_text(json.dumps(written, indent=1, sort_keys=True))
     make_tokenizer(folder)

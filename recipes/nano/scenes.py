@@ -1,10 +1,9 @@
-"""Scenes drawn from a seed: coloured shapes, clutter and one small printed number, with questions about them and their
-answers.
+"""Draws scenes from a seed: coloured shapes, clutter and one small printed number.
 
-The print is 10 to 12 pixels high where the picture is seen at 192 pixels, and 4 to 5 where it is seen at 84: legible to
-the high-resolution branch alone.
+The print is 10 to 12 pixels high where the picture is seen at 192 pixels, and 4 to 5 pixels where it is seen at 84.
+Only the high-resolution branch can read it.
 
-`python -m recipes.nano.write_scenes FOLDER` writes a few as PNG files, with what is asked about them.
+`python -m recipes.nano.write_scenes FOLDER` writes a few scenes as PNG files, with the questions about them.
 """
 
 import functools
@@ -16,13 +15,13 @@ from pathlib import Path
 import matplotlib
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
-# a scene is drawn at twice the size at which the high-resolution branch sees it; all measures below are in pixels of
-# that branch
+# A scene is drawn at twice the size at which the high-resolution branch sees it. All measures below are in the pixels
+# of that branch.
 SIDE = 192
 CELL = 32
 DRAWN = 2
 PRINT_HEIGHT = (10.0, 12.0)
-# of four digits in the widest font, most of its plate with them
+# The width of four digits in the widest font, with most of their plate.
 PRINT_WIDTH = 46
 MAX_DIGITS = 4
 
@@ -45,13 +44,13 @@ BACKGROUNDS = {
     "teal": (60, 160, 165),
 }
 KINDS = ("circle", "square", "star", "triangle")
-# words for where in the picture something is, down and across; none says both
+# Words for the place of something in the picture, down and across. No word is in both lists.
 THIRDS = (("top", "middle", "bottom"), ("left", "centre", "right"))
 WORDS = ("no", "one", "two", "three", "four", "five")
 TYPES = ("number", "where", "colour", "count", "background", "describe", "draw")
 CLUTTER = {"train": ("lines", "dots", "blobs"), "unseen": ("arcs", "crosses", "dashes")}
 
-# font files of matplotlib; None is Pillow's own
+# Font files of matplotlib; None is Pillow's own font.
 FONTS = (
     None,
     "DejaVuSans.ttf",
@@ -67,7 +66,7 @@ FONTS = (
 
 @dataclass(frozen=True)
 class Shape:
-    """A shape of one of `KINDS` and `COLOURS`; centre and diameter in pixels of 192."""
+    """A shape of one of `KINDS` and `COLOURS`, with its centre and diameter in pixels of 192."""
 
     kind: str
     colour: str
@@ -78,7 +77,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Print:
-    """A printed number, or a line of them; its centre, height and the centres of its digits in pixels of 192."""
+    """A printed number or a line of numbers, with its centre, its height and its digits' centres in pixels of 192."""
 
     text: str
     x: float
@@ -89,7 +88,7 @@ class Print:
 
 @dataclass
 class Scene:
-    """What was drawn. `image` is an RGB picture of 384x384 pixels."""
+    """A drawn scene. `image` is an RGB picture of 384x384 pixels."""
 
     background: str
     shapes: list[Shape]
@@ -98,7 +97,7 @@ class Scene:
 
     @property
     def print(self) -> Print | None:
-        """The number, where there is one; a crowded scene has several, and nobody asks about them."""
+        """The number, if there is one. A crowded scene has several, and no question is asked about them."""
         return self.prints[0] if self.prints else None
 
     def of(self, kind: str) -> list[Shape]:
@@ -106,12 +105,12 @@ class Scene:
 
 
 def held_out(number: str) -> bool:
-    """Whether a number is kept from training: one in seven is, so that an evaluation can tell reading from remembering."""
+    """Whether a number is kept from training, as one in seven is, so that evaluation can tell reading from memory."""
     return int(number) % 7 == 3
 
 
 def draw_number(rng: random.Random, *, training: bool) -> str:
-    """2 to 4 digits, no leading zero; while training none that is held out."""
+    """A number of 2 to 4 digits without a leading zero. In training it is never one that is held out."""
     while True:
         digits = rng.choice((2, 3, 3, 4, 4))
         number = str(rng.randrange(10 ** (digits - 1), 10**digits))
@@ -128,16 +127,16 @@ def draw_scene(
     shapes: int | None = None,
     numbers: int | None = None,
 ) -> Scene:
-    """The scene of a seed and an index; the same every time.
+    """Draws the scene of a seed and an index, which is the same every time.
 
     Args:
-        seed, index: together name the scene.
-        split: `train` or `unseen`, whose scenes differ for the same seed: unseen ones have other clutter, and any
+        seed, index: together they name the scene.
+        split: `train` or `unseen`. Their scenes differ for the same seed: unseen ones have other clutter, and any
             number.
-        number: printed in place of a random one.
-        shapes: so many, where there are room and colours for them, in place of one to four.
-        numbers: so many, where there is room, in place of one in nine scenes of ten; random ones, so not beside
-            `number`.
+        number: the number to print instead of a random one.
+        shapes: how many shapes to draw, as far as there are room and colours, instead of one to four.
+        numbers: how many random numbers to print, as far as there is room, instead of one in nine scenes of ten. It
+            cannot be combined with `number`.
     """
     if number is not None and numbers is not None:
         raise ValueError(
@@ -150,7 +149,7 @@ def draw_scene(
         numbers = int(number is not None or rng.random() < 0.9)
     boxes: list[tuple[float, float, float, float]] = []
     taken: set[tuple[int, int]] = set()
-    # print is placed first, shapes around it
+    # Prints are placed first, and shapes around them.
     texts = [number or draw_number(rng, training=split == "train") for _ in range(numbers)]
     places = [_place(rng, PRINT_WIDTH / 2, 10, boxes, taken) for _ in texts]
     placed: list[Shape] = []
@@ -158,9 +157,9 @@ def draw_scene(
         size = rng.uniform(22, 40)
         spot = _place(rng, size / 2, size / 2, boxes, taken)
         if spot is not None:
-            # a kind that is there already comes back half of the time, or counts would rarely go beyond one
+            # Half of the time a kind that is there already comes again. Otherwise counts would rarely exceed one.
             kind = rng.choice(placed).kind if placed and rng.random() < 0.5 else rng.choice(KINDS)
-            # no two shapes alike, so that each can be named
+            # No two shapes are alike, so that each can be named.
             there = {shape.colour for shape in placed if shape.kind == kind}
             colours = [name for name, rgb in COLOURS.items() if _apart(rgb, base) > 110 and name not in there]
             if colours:
@@ -177,12 +176,12 @@ def draw_scene(
 
 
 def draw_lines(seed: int, index: int, *, side: int = 2 * CELL) -> tuple[Image.Image, list[Print]]:
-    """A page of `side` pixels of 192, full of lines of print: what the high-resolution tower learns its digits from."""
+    """Draws a page of `side` pixels of 192 full of lines of print, from which the HR tower learns its digits."""
     rng = random.Random(f"lines/{seed}/{index}")
     base = rng.choice(list(BACKGROUNDS.values()))
     image = _background(rng, base, side)
     lines = []
-    # plates need more room, or they would hide what was printed before them
+    # Plates need more room. Otherwise they would hide what was printed before them.
     plates = rng.random() < 0.4
     pitch = rng.uniform(22, 25) if plates else rng.uniform(14, 17)
     y = rng.uniform(6, pitch)
@@ -194,8 +193,9 @@ def draw_lines(seed: int, index: int, *, side: int = 2 * CELL) -> tuple[Image.Im
 
 
 def draw_numbers(seed: int, index: int, *, side: int = 4 * CELL) -> tuple[Image.Image, list[Print]]:
-    """A page with as many numbers as find room, one to a cell at most, and clutter: the HR tower learns whole numbers
-    from it.
+    """Draws a page with as many numbers as there is room for, at most one per cell, and clutter.
+
+    The high-resolution tower learns whole numbers from it.
     """
     rng = random.Random(f"numbers/{seed}/{index}")
     base = rng.choice(list(BACKGROUNDS.values()))
@@ -220,8 +220,10 @@ def draw_print(
     *,
     plated: bool | None = None,
 ) -> Print:
-    """Prints a number on the picture, on a plate or on the ground as it is (None: either); returns where it and its
-    digits lie.
+    """Prints a number on the picture, on a plate or directly on the ground (None: either).
+
+    Returns:
+        The print, with its place and the places of its digits.
     """
     height = rng.uniform(*PRINT_HEIGHT)
     font = _font(rng.choice(FONTS), round(height * DRAWN * 2) / 2)
@@ -242,7 +244,7 @@ def draw_print(
     cx, cy = x * DRAWN, y * DRAWN
 
     def turned(dx: float, dy: float) -> tuple[float, float]:
-        # counter-clockwise, y downwards
+        # The angle is counter-clockwise, and y points downwards.
         return cx + dx * cos + dy * sin, cy - dx * sin + dy * cos
 
     if plate is not None:
@@ -282,11 +284,11 @@ def _advance(font: ImageFont.FreeTypeFont, character: str) -> float:
 def _place(
     rng: random.Random, half_width: float, half_height: float, boxes: list, taken: set, side: int = SIDE
 ) -> tuple[float, float] | None:
-    """A free spot, its box and its cell marked as taken; None where none was found."""
+    """Finds a free spot and marks its box and its cell as taken; None where none was found."""
     for _ in range(40):
         x = rng.uniform(half_width + 2, side - half_width - 2)
         y = rng.uniform(half_height + 2, side - half_height - 2)
-        # so that two neighbouring queries cannot quarrel about whose it is, nor anybody about where in a scene it lies
+        # Things keep away from edges, so that it is clear which query each belongs to and which third it lies in.
         thirds = (SIDE // 3, 2 * SIDE // 3) if side == SIDE else ()
         if any(abs(v - edge) < (7 if edge in thirds else 4) for v in (x, y) for edge in range(CELL, side, CELL)):
             continue
@@ -316,7 +318,7 @@ def _jitter(rng: random.Random, rgb: tuple, by: int = 12) -> tuple[int, int, int
 
 
 def _background(rng: random.Random, base: tuple, side: int = SIDE) -> Image.Image:
-    """One colour that grows a little lighter or darker in some direction."""
+    """A background of one colour that becomes a little lighter or darker in some direction."""
     size = (side * DRAWN, side * DRAWN)
     one, other = (_jitter(rng, base, 10) for _ in range(2))
     mask = Image.linear_gradient("L").resize(size, Image.Resampling.NEAREST)
@@ -345,7 +347,7 @@ def _draw_shape(rng: random.Random, canvas: ImageDraw.ImageDraw, shape: Shape) -
 def _draw_clutter(
     rng: random.Random, canvas: ImageDraw.ImageDraw, kind: str, base: tuple, boxes: list, side: int = SIDE
 ) -> None:
-    """Small things nobody asks about, clear of shapes and print."""
+    """Draws small things that no question is about, clear of shapes and print."""
     for _ in range(rng.randrange(0, 5 * side // SIDE + 1)):
         x, y, reach = (
             rng.uniform(4, side - 4),

@@ -1,4 +1,4 @@
-"""What is asked about a scene, in several phrasings, and the one right answer to each."""
+"""The questions about a scene, in several phrasings, and the one right answer to each."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -61,8 +61,8 @@ PHRASINGS = {
         "I want a picture of {}.",
     ),
 }
-# types of questions, each as often as it is asked: short answers, all, and of the number and what a description does
-# not tell
+# Types of questions, each as many times as its relative frequency: those with short answers, all types, and the types
+# that, beside the number, a description does not answer.
 SHORT = ("number", "where", "where", "colour", "colour", "count", "count", "count", "background")
 MIXED = (*SHORT, "describe", "describe", "draw")
 PLACES = ("where",)
@@ -77,7 +77,7 @@ TEXT_ONLY = (
 
 
 def ask(scene: Scene, kind: str, rng: random.Random) -> tuple[str, str] | None:
-    """A question of one of `TYPES`, and its answer; None where the scene allows none of that type."""
+    """A question of one of `TYPES` and its answer, or None where the scene allows no question of that type."""
     phrase = rng.choice(PHRASINGS[kind])
     single = [k for k in KINDS if len(scene.of(k)) == 1]
     if kind == "number":
@@ -95,7 +95,7 @@ def ask(scene: Scene, kind: str, rng: random.Random) -> tuple[str, str] | None:
         thing = rng.choice(single)
         return phrase.format(thing), f"The {thing} is {scene.of(thing)[0].colour}."
     if kind == "count":
-        # one that is there, most of the time
+        # Most of the time, the kind is one that the scene contains.
         thing = rng.choice((*KINDS, "shape", *(shape.kind for shape in scene.shapes)))
         return phrase.format(thing + "s"), count(thing, scene.shapes if thing == "shape" else scene.of(thing))
     if kind == "background":
@@ -106,13 +106,14 @@ def ask(scene: Scene, kind: str, rng: random.Random) -> tuple[str, str] | None:
 
 
 def region(x: float, y: float) -> str:
-    """Where a point lies, in words: the picture's thirds, down and across."""
+    """Where a point lies, in words for the thirds of the picture, down and across."""
     return f"at the {THIRDS[0][int(3 * y / SIDE)]} {THIRDS[1][int(3 * x / SIDE)]}"
 
 
 def count(thing: str, shapes: Sequence[Shape]) -> str:
-    """How many shapes of one kind there are, each named before the number is said: a small model counts its own words,
-    not pixels.
+    """How many shapes of one kind there are. Each shape is named before the number is said.
+
+    A small model counts its own words, not pixels.
     """
     if not shapes:
         return f"There are {WORDS[0]} {thing}s."
@@ -121,20 +122,20 @@ def count(thing: str, shapes: Sequence[Shape]) -> str:
 
 
 def describe(scene: Scene) -> str:
-    """All that is in a scene but the print's own digits, in one fixed order."""
+    """All that is in a scene except the digits of the print, in one fixed order."""
     return wish([(shape.kind, shape.colour) for shape in scene.shapes], scene.background, scene.print is not None)
 
 
 def wish(shapes: list[tuple[str, str]], background: str, number: bool = False) -> str:
-    """Shapes (kind, colour) on a background, in words, and that there is a number, if there is one."""
+    """Shapes (kind, colour) on a background, in words, with a mention of a number if there is one."""
     return f"{_listed(shapes) if shapes else 'nothing'} on a {background} background{', with a number' * number}"
 
 
 def _listed(shapes: list[tuple[str, str]]) -> str:
-    """Shapes (kind, colour) in words, those that are alike together, in one fixed order.
+    """Shapes (kind, colour) in words, equal ones together, in one fixed order.
 
-    It is the order of the words, colour before kind, and no "and" stands before the last: a small model says the next
-    word well, not what comes two things later.
+    The order is that of the words, colour before kind, and no "and" stands before the last: a small model predicts the
+    next word well, but not what comes two things later.
     """
     named = []
     for colour, kind in sorted({(colour, kind) for kind, colour in shapes}):
@@ -150,18 +151,18 @@ def _capital(said: str) -> str:
 
 
 def text_only(rng: random.Random) -> tuple[str, str]:
-    """A turn without a picture: small talk, or a wish for a drawing."""
+    """A turn without a picture: small talk, or a request for a drawing."""
     if rng.random() < 0.2:
         return rng.choice(TEXT_ONLY)
     shapes = [(rng.choice(KINDS), rng.choice(list(COLOURS))) for _ in range(rng.choice((1, 1, 2, 2, 3)))]
     said = wish(shapes, rng.choice(list(BACKGROUNDS)))
-    # with "and", as people say it, but always in the answer's order: other orders are not learned
+    # Requests may have an "and", as people say it, but always keep the answer's order: other orders are not learned.
     asked = " and ".join(said.rsplit(", ", 1)) if rng.random() < 0.5 else said
     return rng.choice(PHRASINGS["wish"]).format(asked) + GEN, f"<h>{said}, {STYLE}</h>"
 
 
 def careless(question: str, rng: random.Random) -> str:
-    """The question as people type it: some without a capital, some without a mark at the end."""
+    """The question as people type it: sometimes without a capital, sometimes without a mark at the end."""
     if rng.random() < 0.3:
         question = question[0].lower() + question[1:]
     body, marker, _ = question.partition(GEN)
@@ -173,12 +174,13 @@ def careless(question: str, rng: random.Random) -> str:
 def conversation(
     scene: Scene, rng: random.Random, turns: int = 4, *, others: Sequence[str] = MIXED
 ) -> list[tuple[str, str]]:
-    """A conversation about a scene: the number early or late, other questions in any order, none with an answer that
-    was given before.
+    """A conversation about a scene: the question for the number early or late, other questions in any order.
+
+    No answer is given twice.
 
     Args:
-        turns: at most so many.
-        others: types of the questions beside the number's.
+        turns: the largest number of turns.
+        others: the types of the questions other than that for the number.
     """
     kinds = ["number", *rng.choices(others, k=turns - 1)]
     rng.shuffle(kinds)
@@ -187,11 +189,11 @@ def conversation(
 
 
 def bare(question: str, answer: str) -> tuple[str, str]:
-    """What goes before an answer among answers alone, and the answer.
+    """The text that stands before an answer where answers follow one another, and the answer.
 
-    Nothing goes before answers that say what they are about before what they say of it. Counts and places do not ("A
-    red circle" may lead to the count of circles or of shapes, "The circle is" to a colour): their questions go before
-    them.
+    Nothing stands before an answer that names its subject before what it says about it. For counts and places, the
+    question stands before the answer, because they name their subject too late ("A red circle" may begin the count of
+    circles or of shapes, "The circle is" may lead to a colour).
     """
     counts = ": " in answer or answer.startswith(f"There are {WORDS[0]} ")
     asks = counts or " is at the " in answer
@@ -199,7 +201,7 @@ def bare(question: str, answer: str) -> tuple[str, str]:
 
 
 def every_sentence() -> Iterator[str]:
-    """Sentences that hold every word and every phrasing of this language: what the tokenizer is made from."""
+    """Sentences with every word and every phrasing of this language, from which the tokenizer is made."""
     for kind, phrases in PHRASINGS.items():
         for phrase in phrases:
             things = {"where": (*KINDS, "number"), "colour": KINDS, "count": [k + "s" for k in (*KINDS, "shape")]}.get(
@@ -229,6 +231,6 @@ def every_sentence() -> Iterator[str]:
             yield count(
                 thing, [Shape(rng.choice(KINDS) if thing == "shape" else thing, colour, 0, 0, 0) for colour in some]
             )
-    # "and" stands in wishes alone
+    # "and" occurs only in requests for drawings.
     yield from (text_only(rng)[0] for _ in range(100))
     yield from (NO_NUMBER, *(f"The number is {number}." for number in range(10, 100)))

@@ -1,4 +1,4 @@
-"""How the towers are pretrained, as published ones are: told directly what lies where, by heads that are thrown away."""
+"""Pretrains the towers, as the published ones are: heads, discarded later, tell them directly what lies where."""
 
 import torch
 import torch.nn.functional as F
@@ -9,15 +9,17 @@ from mg_fast.models.mini_gemini.configuration import MiniGeminiConfig
 from .data import CELL_KINDS, IGNORED, Batch
 from .scenes import BACKGROUNDS, COLOURS, MAX_DIGITS, THIRDS
 
-# classes of every question to a cell: what, which colour, on which background, and each digit or none
+# The number of classes for every question about a cell: which thing, which colour, on which background, and for each
+# digit which one or none.
 CELL_CLASSES = (len(CELL_KINDS), len(COLOURS), len(BACKGROUNDS), *[11] * MAX_DIGITS)
-# and in which third of the picture it lies, down and across
+# The same, and in which third of the picture the cell lies, down and across.
 SCENE_CLASSES = (sum(CELL_CLASSES), *map(len, THIRDS))
 
 
 class TowerHeads(nn.Module):
-    """Linear heads on the towers' features: per cell on both towers, per character on the high-resolution tower's
-    finest maps.
+    """Linear heads on the towers' features.
+
+    There is one per cell on both towers, and one per character on the high-resolution tower's finest maps.
     """
 
     def __init__(self, config: MiniGeminiConfig):
@@ -29,17 +31,17 @@ class TowerHeads(nn.Module):
 
 
 class Codes(nn.Module):
-    """A scene told to the language model before there are image tokens: a cell is the sum of its words; thrown away
-    like the heads.
+    """Tells a scene to the language model before there are image tokens. A cell's code is the sum of its words.
 
-    The words are the language model's own embeddings, so that what is asked and what is there look alike: of what is in
-    a cell, and of the third of the picture, across and down, in which the cell lies. Every digit has an embedding for
-    every place in a number, or their order would be lost.
+    The codes are discarded after training, like the heads. The words are the language model's own embeddings, so that
+    questions and contents look alike. They name what is in a cell, and the third of the picture, across and down, in
+    which the cell lies. Every digit has an embedding for every place in a number; otherwise the order of digits would
+    be lost.
 
     Args:
         tokenizer: every word of `CELL_KINDS`, `COLOURS`, `BACKGROUNDS` and `THIRDS` becomes the mean of its tokens.
-        width: of the embeddings.
-        spread: of the embeddings, which that of what is learned here must match.
+        width: width of the embeddings.
+        spread: spread of the embeddings. The parameters that are learned here start with the same spread.
     """
 
     def __init__(self, tokenizer, width: int, spread: float):
@@ -51,8 +53,9 @@ class Codes(nn.Module):
         self.digits = nn.Parameter(spread * torch.randn(MAX_DIGITS, 10, width))
 
     def forward(self, batch: Batch, embeddings: nn.Embedding) -> torch.Tensor:
-        """Labels [B, n, n] of scenes to [B, n * n, width], or of those `cells` [B, k] to [B, k, width] where the batch
-        names them.
+        """Turns labels [B, n, n] of scenes into codes [B, n * n, width].
+
+        Where the batch names `cells` [B, k], only their codes [B, k, width] are returned.
         """
         kind = batch["kind"]
         ground = batch["background"][:, None, None].expand_as(kind)
@@ -75,8 +78,9 @@ class Codes(nn.Module):
         return told
 
     def tables(self, embeddings: nn.Embedding) -> list[torch.Tensor]:
-        """[classes, width] for every question of `CELL_CLASSES`, then thirds down and across. No thing, and no digit,
-        is zero.
+        """[classes, width] for every question of `CELL_CLASSES`, then for the thirds down and across.
+
+        The row for no thing, and the row for no digit, are zero.
         """
         weight = embeddings.weight
         nothing = weight.new_zeros(1, weight.shape[1])
@@ -87,24 +91,24 @@ class Codes(nn.Module):
 
 
 def low_loss(heads: TowerHeads, queries: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
-    """Loss of the low-resolution tower's features [B, N, D]."""
-    # it is to try to read too, but not to drown in what it cannot
+    """The loss of the low-resolution tower's features [B, N, D]."""
+    # The tower should also try to read, but the part that it cannot learn must not dominate.
     return _scene_loss(heads.low(queries).unflatten(1, batch["kind"].shape[1:]).float(), batch, reading=0.25)
 
 
 def token_loss(tables: list[torch.Tensor], seen: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
-    """Loss of image tokens [B, N, width] by which of the codes in each of the `tables` is nearest."""
+    """The loss of image tokens [B, N, width], by which code in each of the `tables` is nearest."""
     seen = seen.float().unflatten(1, batch["kind"].shape[1:])
     return _scene_loss(torch.cat([seen @ table.T - table.square().sum(-1) / 2 for table in tables], -1), batch)
 
 
 def thirds(side: int, device: torch.device) -> torch.Tensor:
-    """In which third of the picture each of `side` rows or columns of cells lies."""
+    """The third of the picture in which each of `side` rows or columns of cells lies."""
     return torch.arange(side, device=device) * 3 // side
 
 
 def high_loss(heads: TowerHeads, pyramid: list[torch.Tensor], batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
-    """Loss of the high-resolution tower's stage maps [B, n_s, n_s, C_s]."""
+    """The loss of the high-resolution tower's stage maps [B, n_s, n_s, C_s]."""
     loss, said = character_loss(heads, pyramid, batch)
     coarse, seen = _cell_loss(heads.high(pyramid[-1]).float(), batch)
     return loss + coarse, said | seen
@@ -113,13 +117,13 @@ def high_loss(heads: TowerHeads, pyramid: list[torch.Tensor], batch: Batch) -> t
 def character_loss(
     heads: TowerHeads, pyramid: list[torch.Tensor], batch: Batch
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """Loss of the two finest stage maps alone: which digit lies where, and which place it has in its number."""
+    """The loss of the two finest stage maps alone: which digit lies where, and which place it has in its number."""
     wider = pyramid[1].repeat_interleave(2, 1).repeat_interleave(2, 2)
     scores = heads.characters(torch.cat([pyramid[0], wider], -1)).float()
     character, rank = scores.split((11, 1 + MAX_DIGITS), -1)
     loss, said = 0.0, {}
     for name, s in (("character", character), ("rank", rank)):
-        # many positions hold none
+        # Many positions hold no digit.
         weight = s.new_tensor([0.05] + [1.0] * (s.shape[-1] - 1))
         loss = loss + F.cross_entropy(s.flatten(0, 2), batch[name].flatten(), weight=weight, ignore_index=IGNORED)
         at = batch[name] > 0
@@ -132,7 +136,7 @@ def _head(width: int, classes: int) -> nn.Module:
 
 
 def _scene_loss(scores: torch.Tensor, batch: Batch, reading: float = 1.0) -> tuple[torch.Tensor, dict[str, float]]:
-    """`_cell_loss`, and that of where in the picture cells lie, for what sees the whole of it."""
+    """`_cell_loss`, and the loss of where in the picture cells lie, for features that see the whole picture."""
     things, down, across = scores.split(SCENE_CLASSES, -1)
     loss, said = _cell_loss(things, batch, reading)
     third = thirds(scores.shape[1], scores.device)
@@ -145,8 +149,9 @@ def _scene_loss(scores: torch.Tensor, batch: Batch, reading: float = 1.0) -> tup
 
 
 def _cell_loss(scores: torch.Tensor, batch: Batch, reading: float = 1.0) -> tuple[torch.Tensor, dict[str, float]]:
-    """Scores [B, n, n, classes] against the labels, numbers weighted by `reading`; the loss, and how often things and
-    numbers are right.
+    """The loss of scores [B, n, n, classes] against the labels, and how often things and numbers are right.
+
+    `reading` is the weight of numbers.
     """
     kind, colour, background, *digits = scores.split(CELL_CLASSES, -1)
     loss = F.cross_entropy(
@@ -158,7 +163,7 @@ def _cell_loss(scores: torch.Tensor, batch: Batch, reading: float = 1.0) -> tupl
         loss = loss + 0.3 * F.cross_entropy(background.flatten(0, 2), everywhere.flatten())
     at = batch["digits"][..., 0] != IGNORED
     slots, wanted = torch.stack(digits, -2)[at], batch["digits"][at]
-    # no number on any page of a batch is next to impossible, and would be a mean over nothing
+    # A batch without a number on any page is next to impossible. Its loss would be a mean over nothing.
     loss = loss + reading * MAX_DIGITS * F.cross_entropy(slots.flatten(0, 1), wanted.flatten())
     exact = (slots.argmax(-1) == wanted).all(-1).float().mean().item()
     things = batch["kind"] > 0

@@ -1,4 +1,4 @@
-"""Writes a few of nano's scenes as PNG files, and what is asked about them.
+"""Writes a few of nano's scenes as PNG files, together with the questions about them.
 
 python -m recipes.nano.write_scenes FOLDER
 """

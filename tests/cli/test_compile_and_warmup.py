@@ -177,7 +177,7 @@ def test_errors(capsys, monkeypatch, tmp_path):
     config = {"model_type": "mgm", "image_size_aux": 768, "mm_vision_select_layer": -2, "mm_hidden_size_aux": 1234}
     (tmp_path / "config.json").write_text(json.dumps(config))
     code, message = failed(capsys, "--model", tmp_path)
-    assert code == 3 and "mm_hidden_size_aux=1234 and not the widths that add up to it" in message
+    assert code == 3 and "mm_hidden_size_aux=1234 but does not give the widths that add up to it" in message
 
 
 @needs_triton

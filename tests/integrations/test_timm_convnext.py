@@ -1,4 +1,4 @@
-"""accelerate() and timm's ConvNeXt stages: in timm's models, in OpenCLIP's, and in a stand-in of the original's tower."""
+"""accelerate() on timm's ConvNeXt stages: in timm's models, in OpenCLIP's, in a stand-in for the original's tower."""
 
 import copy
 import pickle
@@ -26,8 +26,9 @@ SMALL = dict(dims=(8, 12, 20, 36), depths=(2, 1, 3, 1), num_classes=5)
 
 
 def make(dtype=torch.float32, **changes):
-    """A timm model whose every parameter matters: timm's own initialisation makes biases zero and layer scales one in a
-    million.
+    """A timm model in which every parameter matters.
+
+    timm's own initialisation makes biases zero and layer scales one in a million.
     """
     return matter(ConvNeXt(**(SMALL | changes))).to(dtype).eval()
 
@@ -43,8 +44,9 @@ def matter(model):
 
 
 class Tower(nn.Module):
-    """The original's high-resolution tower, written after the specification (3.2): in training mode, as the original
-    leaves it.
+    """The original's high-resolution tower, written after the specification (3.2).
+
+    It is in training mode, as the original leaves it.
     """
 
     def __init__(self, drop_path_rate=0.1):
@@ -73,12 +75,12 @@ def pictures(height=64, width=64, batch=2, dtype=torch.float32):
 
 
 def state(model):
-    """All that a swap and its undo may leave no trace in."""
+    """Everything in which a swap and its undo must leave no trace."""
     return [(type(m), sorted(vars(m)), m.training) for m in model.modules()], list(model.state_dict())
 
 
 def assert_swap_accurate(model, run, *given):
-    """`run(model, *given)`, a list of tensors, before and after a swap; returns the report and both results."""
+    """Compares `run(model, *given)`, a list of tensors, before and after a swap; returns report and both results."""
     with torch.no_grad():
         plain = run(model, *given)
         oracle = run(copy.deepcopy(model).double(), *(tensor.double() for tensor in given))
@@ -86,7 +88,7 @@ def assert_swap_accurate(model, run, *given):
         report = mg_fast.accelerate(model)
         with mock.patch.object(convnext, "run_stage", wraps=convnext.run_stage) as ran:
             ours = run(model, *given)
-    # the swap took place
+    # The swap took place.
     assert ran.call_count and not ran.call_count % len(report.swapped)
     assert not report.skipped and all(map(torch.equal, given, before))
     for mine, expected, exact in zip(ours, plain, oracle, strict=True):
@@ -113,7 +115,7 @@ def intermediates(model, x):
     ids=str,
 )
 def test_a_timm_model(changes, dtype):
-    """Its head, and every stage's map."""
+    """The head's output and every stage's map stay accurate."""
     model = make(dtype, **changes)
     report = assert_swap_accurate(model, intermediates, pictures(96, 64, dtype=dtype))
     assert [e.name for e in report.swapped] == [f"stages.{i}" for i in range(4)]
@@ -166,13 +168,13 @@ def test_tower_and_mining_of_one_model():
 
 
 def test_stochastic_depth_at_work_is_timms():
-    """In the training mode of the call, whatever it was at the swap."""
+    """Active stochastic depth is timm's to run in the training mode of the call, whatever the mode was at the swap."""
     model, plain = Tower(), Tower()
     report = mg_fast.accelerate(model)
     assert len(
         report.swapped
     ) == 4 and "for now it runs as timm wrote it, because its stochastic depth is at work" in str(report.swapped[3])
-    # the trial, made with it off, put it back
+    # The trial turned training mode off and put it back.
     assert all(layer.training for layer in model.modules())
     with torch.no_grad():
         with warnings.catch_warnings(record=True) as caught:
@@ -181,7 +183,8 @@ def test_stochastic_depth_at_work_is_timms():
                 torch.manual_seed(3)
                 ours = model(pictures())
         assert [str(w.message) for w in caught] == [
-            "mg_fast.accelerate: a ConvNeXt stage runs as timm wrote it, because its stochastic depth is at work in training mode: "
+            "mg_fast.accelerate: a ConvNeXt stage runs as timm wrote it, "
+            "because its stochastic depth is at work in training mode: "
             "eval() makes it deterministic"
         ]
         torch.manual_seed(3)
@@ -244,7 +247,7 @@ def test_a_map_is_not_changed_by_the_stage_that_reads_it(i, layout):
 
 
 def test_maps_between_stages_are_not_copied(monkeypatch):
-    """From stage to stage they are channels last in memory: the next stage takes them as they are."""
+    """Maps between stages are channels last in memory, so that the next stage takes them without a copy."""
     model, taken = make(), []
     mg_fast.accelerate(model)
     run = convnext.run_stage
@@ -277,7 +280,7 @@ def test_no_picture():
     ]
 
 
-# timm itself fails on weights in bfloat16 under autocast in float16
+# timm itself fails with weights in bfloat16 under autocast in float16.
 @pytest.mark.parametrize(
     "weights,cast",
     [(torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.bfloat16, torch.bfloat16)],
@@ -292,7 +295,7 @@ def test_autocast(weights, cast):
 
     model = make(weights)
     assert_swap_accurate(model, run, pictures(dtype=weights))
-    # a map as an autocast layer before the stage leaves it
+    # This is a map as an autocast layer before the stage leaves it.
     x = torch.randn(1, 8, 9, 9).to(cast)
     with torch.no_grad(), torch.autocast("cpu", cast):
         expected = make(weights).stages[0](x)
@@ -317,7 +320,7 @@ def test_one_graph_under_compile():
     compiled = torch.compile(lambda x: model.forward_features(x), backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         assert relative_error(compiled(pictures()), model.forward_features(pictures())) < 1e-5
-        # stochastic depth's warning is left out
+        # The warning about stochastic depth is left out in a graph.
         model.train()
         assert compiled(pictures()).shape == (2, 36, 2, 2)
 
@@ -430,22 +433,22 @@ def test_unusual_stages_are_timms_to_run(reason, after):
         try:
             expected = plain(x)
         except RuntimeError as error:
-            # timm cannot run it either: its own error
+            # timm cannot run the stage either, so its own error is raised.
             with pytest.raises(RuntimeError, match=re.escape(str(error)[:40])):
                 stage(x)
         else:
             assert torch.equal(stage(x), expected)
 
 
-def quantised(stage):
-    class Quantised(torch.Tensor):
+def quantized(stage):
+    class Quantized(torch.Tensor):
         pass
 
-    stage.blocks[1].mlp.fc1.weight = nn.Parameter(stage.blocks[1].mlp.fc1.weight.data.as_subclass(Quantised))
+    stage.blocks[1].mlp.fc1.weight = nn.Parameter(stage.blocks[1].mlp.fc1.weight.data.as_subclass(Quantized))
 
 
 REFUSED = {
-    "blocks.1.mlp.fc1's Linear is Quantised, expected a plain parameter": quantised,
+    "blocks.1.mlp.fc1's Linear is Quantized, expected a plain parameter": quantized,
     "meta device": lambda s: s.to("meta"),
     "forward was set on the object": lambda s: setattr(s, "forward", torch.relu),
     "OtherStage has a forward of its own": lambda s: exchange(s, OtherStage),
@@ -456,7 +459,7 @@ REFUSED = {
     "blocks.0: expected a 7x7 depthwise": lambda s: setattr(
         s.blocks[0], "conv_dw", nn.Conv2d(20, 20, 5, padding=2, groups=20)
     ),
-    # what only a trial shows
+    # Only a trial shows these.
     "tried on a map of .*away from": lambda s: setattr(s.blocks[0].conv_dw, "_conv_forward", lambda x, *_: 2 * x),
     "tried on a map of .* fails": lambda s: s.blocks[0].conv_dw.register_parameter(
         "bias", nn.Parameter(torch.zeros(3))

@@ -1,6 +1,4 @@
-"""transformers' Auto classes know Mini-Gemini, in whatever order things are imported; and mg_fast breaks no import of
-transformers.
-"""
+"""transformers' Auto classes know Mini-Gemini in any order of imports, and mg_fast breaks no import of transformers."""
 
 import pytest
 
@@ -13,7 +11,7 @@ folder = {str(OWN_GOLDEN / "standard")!r}
 assert type(AutoConfig.from_pretrained(folder)).__name__ == "MiniGeminiConfig"
 assert type(AutoModelForImageTextToText.from_pretrained(folder)).__name__ == "MiniGeminiForConditionalGeneration"
 """
-# The folder that a processor was saved in names its class, so that nobody makes a configuration.
+# The folder of a saved processor names the processor's class, so that no configuration is made.
 PROCESSOR = """
 from transformers import AutoProcessor
 assert type(AutoProcessor.from_pretrained({folder!r})).__name__ == "MiniGeminiProcessor"
@@ -25,7 +23,7 @@ def run(code: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-# Some of these import the auto classes while modules that ours needs are half imported.
+# Some of these import the auto classes while modules that mg_fast's needs are half imported.
 FIRST = [
     "from transformers import LlamaForCausalLM",
     "from transformers import CLIPVisionModel",
@@ -44,7 +42,10 @@ def test_any_import_of_transformers_works_after_ours(first, processor, tmp_path)
 def test_a_pipeline_of_transformers_finds_the_model():
     folder = str(OWN_GOLDEN / "standard")
     imports = "import mg_fast\nfrom transformers import LlamaForCausalLM, pipeline\n"
-    made = f"assert type(pipeline('image-text-to-text', {folder!r}).model).__name__ == 'MiniGeminiForConditionalGeneration'"
+    made = (
+        f"assert type(pipeline('image-text-to-text', {folder!r}).model).__name__ "
+        "== 'MiniGeminiForConditionalGeneration'"
+    )
     run(imports + made)
 
 

@@ -1,5 +1,6 @@
-"""accelerate() on a stand-in of the original's model: its attribute names and call protocol, written after the
-specification.
+"""accelerate() on a stand-in for the original's model.
+
+Its attribute names and its call protocol are written after the specification.
 """
 
 import copy
@@ -42,7 +43,10 @@ class Resampler:
         return images, (scores.nan_to_num().softmax(-1) @ value).mean(2)
 
     def encode(self, images, hr_map, grid=1):
-        """The call sites: one view; or HD's cells, and its global view, which comes last and leaves first."""
+        """The original's calls: one for a single view; for HD, one for the global view and one for the cells.
+
+        The global view is last in the input and first in the output.
+        """
         if grid == 1:
             return sum(self.unified_resampler(images, hr_map))
         b, channels, size = len(hr_map), hr_map.shape[1], hr_map.shape[-1] // grid
@@ -92,7 +96,7 @@ def inputs(grid=1, dtype=torch.float32):
 
 
 def state(model):
-    """All that a swap and its undo may leave no trace in."""
+    """Everything in which a swap and its undo must leave no trace."""
     return [(type(m), sorted(vars(m))) for m in model.modules()], list(model.state_dict())
 
 
@@ -120,7 +124,7 @@ def test_numbers(dtype, grid):
         ("unified_resampler", "patch info mining of Original")
     ] and not report.skipped
     assert_accurate(ours, plain, oracle)
-    # another algebra's rounding: the swap took place
+    # Another algebra rounds differently, so a difference shows that the swap took place.
     assert not torch.equal(ours, plain)
 
 
@@ -128,8 +132,9 @@ def test_numbers(dtype, grid):
     "given,cast", [(torch.float32, torch.float16), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)]
 )
 def test_autocast(given, cast):
-    """Weights in float32, features as the towers gave them: large ones, whose squares add up to more than float16
-    holds.
+    """Weights in float32 and features in the towers' dtype give accurate results under autocast.
+
+    The features are large: their squares add up to more than float16 can hold.
     """
     model, (images, hr_map, _) = make(), inputs()
     images, hr_map = images.to(given), (100 * hr_map + 20).to(given)
@@ -142,7 +147,7 @@ def test_autocast(given, cast):
             returned, ours = model.unified_resampler(images=images, images_aux=hr_map)
             with mg_fast.use_backend("reference"):
                 assert torch.equal(model.unified_resampler(images, hr_map)[1], plain)
-            # autocast leaves this dtype alone
+            # Autocast does not change float64.
             assert model.double().unified_resampler(images.double(), hr_map.double())[1].dtype == torch.float64
     assert returned is images and ours.dtype == plain.dtype == cast
     assert_accurate(ours, plain, oracle)
@@ -191,7 +196,7 @@ def test_twice(order):
     for i in order:
         reports[i].undo()
         assert state(model) == before
-    # an undo that is spent leaves a later swap alone
+    # An undo that is spent does not affect a later swap.
     mg_fast.accelerate(model)
     reports[0].undo()
     assert state(model) != before
@@ -205,7 +210,7 @@ def test_copies_use_their_own_projectors(duplicate):
     mg_fast.accelerate(model)
     twin = duplicate(model)
     if twin.model is model.model:
-        # DataParallel gives a replica its own inner model afterwards
+        # DataParallel gives a replica its own inner model afterwards.
         twin._modules["model"] = copy.deepcopy(model.model)
     change_weights(twin, changed)
     assert_same_numbers(twin, changed)
@@ -221,7 +226,7 @@ def test_undo_out_of_turn():
     with pytest.raises(MgFastError, match="unified_resampler: its class was exchanged again since, for Sharded"):
         report.undo()
     model.__class__ = swapped
-    # neither does the report keep a model alive, nor need it to be
+    # The report does not keep the model alive, and undo() works without it.
     reference = weakref.ref(model)
     del model
     assert reference() is None
@@ -234,7 +239,7 @@ class Wrapper(nn.Module):
         self.inside = nn.ModuleList(inside)
 
     def __getattr__(self, name):
-        # passes attributes through, as adapters do
+        # Attributes are passed through, as in adapters.
         return super().__getattr__(name) if name == "inside" else getattr(self.inside[0], name)
 
 
@@ -301,7 +306,7 @@ def test_another_method_of_that_name_stays():
         (another(lambda self, a, b: original(self, a)), "fails: TypeError"),
         (another(lambda self, a, b, is_video=False: original(self, a, b)), "takes .*is_video=False.*two tensors"),
         (patched, "set on the object"),
-        (make().model, "hand over the model around it"),
+        (make().model, "pass in the model around it"),
     ):
         before = state(model)
         assert re.search(reason, mg_fast.accelerate(model).skipped[0].reason) and state(model) == before
@@ -324,7 +329,7 @@ def test_shapes_that_do_not_fit_are_named():
     model = make()
     mg_fast.accelerate(model)
     for queries, shape, message in (
-        # here the original lets each query see the whole map; elsewhere it fails in a reshape or a product
+        # Here the original lets each query see the whole map. For the other shapes it fails in a reshape or a product.
         (3, (CHANNELS, 24, 24), "must be a square, got 3"),
         (9, (CHANNELS, 23, 23), "23x23 must be a multiple of the 3x3 query grid"),
         (9, (CHANNELS, 24), r"a map \[B, C, S, S\], got \[2, 9, 12\] and \[2, 48, 24\]"),

@@ -1,4 +1,4 @@
-"""Base64 text handed over as a picture: the error says what it is and how to decode it, and what it says works."""
+"""Base64 text given as a picture: the error says what it is and how to decode it, and following the advice works."""
 
 import base64
 import io
@@ -62,7 +62,7 @@ def test_files_on_disk(tmp_path):
 
 
 def test_of_no_known_format(tmp_path):
-    """A long text of base64's characters alone is no path, whatever it decodes to."""
+    """A long text of base64 characters alone is not taken for a path, whatever it decodes to."""
     with pytest.raises(PictureError, match="base64"):
         open_picture(base64.b64encode(np.random.default_rng(0).bytes(3000)).decode())
     with pytest.raises(PictureError, match="base64"):
@@ -109,7 +109,7 @@ def test_other_bytes_are_not_named_so(data):
 @pytest.mark.parametrize("written", [name for name in WRITTEN if "file" not in name and name != "str of bytes"])
 @pytest.mark.parametrize("kind", ("PNG", "BMP"))
 def test_as_the_base64_key_of_a_message(processor, written, kind):
-    """What the message advises."""
+    """The `base64` key of a message takes such text, as the error message advises."""
     data, text = stored(kind), WRITTEN[written](stored(kind))
     part = {"type": "image", "base64": text}
     messages = [{"role": "user", "content": [part, {"type": "text", "text": "What?"}]}]

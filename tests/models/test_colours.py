@@ -1,6 +1,4 @@
-"""Pictures of every pixel type and animations show the colours that Pillow's own conversion gives, whole and through
-`see`.
-"""
+"""Pictures of every pixel type, and animations, show the colours of Pillow's own conversion, also through `see`."""
 
 import io
 import logging
@@ -20,7 +18,7 @@ SIZE = (48, 32)
 
 
 def ramps():
-    """An RGB picture with many colours, smooth enough for every format."""
+    """An RGB picture with many colours that is smooth enough for every format."""
     y, x = np.mgrid[0 : SIZE[1], 0 : SIZE[0]]
     return Image.fromarray(np.stack([x * 5, y * 8, 255 - x * 3 - y], axis=2).astype(np.uint8))
 
@@ -32,7 +30,7 @@ def stored(image, kind, **options):
 
 
 def greys(bits, dtype=np.uint16):
-    """Greys of so many bits that use the whole range."""
+    """Greys of `bits` bits that use the whole range."""
     return np.linspace(0, 2**bits - 1, SIZE[0] * SIZE[1]).round().astype(dtype).reshape(SIZE[1], SIZE[0])
 
 
@@ -70,7 +68,7 @@ PILLOWS = {
     "HSV": lambda: ramps().convert("HSV"),
     "LAB": lab,
 }
-# Files of kinds that few pictures have, converted by Pillow too.
+# Files of unusual kinds, which Pillow also converts.
 FILES = {
     "CMYK JPEG": lambda: stored(ramps().convert("CMYK"), "JPEG", quality=95),
     "CMYK TIFF": lambda: stored(ramps().convert("CMYK"), "TIFF"),
@@ -110,7 +108,7 @@ def test_pixel_types(pipeline, kind):
     image = PILLOWS[kind]()
     assert image.mode == kind.split()[0]
     expected = expected_of(image)
-    # Nothing but the rounding of the type itself lies between it and the picture that it was made of.
+    # Only the rounding of the pixel type lies between the result and the picture that it was made from.
     if kind not in ("1",) and not kind.startswith(("P", "LAB")):
         grey = kind in ("L", "LA")
         near = np.asarray(ramps().convert("L").convert("RGB") if grey else ramps()).astype(int)
@@ -134,7 +132,7 @@ def test_files(pipeline, kind, tmp_path):
 
 
 def tiff_of_greys(values, bits, photometric=1):
-    """A TIFF file of one strip, of 12 bits packed as the standard says, or 16."""
+    """A TIFF file of one strip, with 12 bits packed as the standard says, or with 16 bits."""
     if bits == 12:
         pairs = values.reshape(-1, 2).astype(np.uint32)
         packed = np.stack(
@@ -179,10 +177,10 @@ WIDE = {
 
 @pytest.mark.parametrize("kind", WIDE)
 def test_greys_of_more_than_8_bits(pipeline, kind):
-    """They look as the same greys of 8 bits do, of which Pillow converts those alone."""
+    """Greys of more than 8 bits look like the same greys of 8 bits. Only the latter can be converted by Pillow."""
     source = WIDE[kind]()
     eight = Image.fromarray((greys(16) >> 8).astype(np.uint8))
-    # Whole numbers of 10 and 12 bits lie between those of 16.
+    # Values of 10 and 12 bits lie between those of 16 bits, so they may differ by one.
     assert np.abs(np.asarray(open_picture(source)).astype(int) - expected_of(eight)).max() <= (
         1 if "of 1" in kind else 0
     )
@@ -198,7 +196,7 @@ def test_large_greys_are_converted_in_strips(monkeypatch):
 
 
 def test_premultiplied_greys():
-    """Pillow has no conversion of these to RGB at all, but one to greys with alpha."""
+    """Pillow cannot convert premultiplied greys to RGB, only to greys with alpha."""
     image = alpha("LA").convert("La")
     assert shows(image, expected_of(image.convert("LA")))
 
@@ -215,7 +213,7 @@ def test_pixels_of_no_known_range(mode):
             open_picture(image)
 
 
-# ---- transparency and animations are said once
+# ---- Transparency and animations are reported once.
 
 
 def warnings_of(caplog, call):
@@ -283,7 +281,7 @@ def test_a_gif_whose_first_frame_is_partly_transparent():
     assert np.asarray(open_picture(file))[0, 0].tolist() == [0, 0, 255]
 
 
-# ---- memory
+# ---- Memory
 
 MEASURED = """
 import re, sys
@@ -308,9 +306,7 @@ print(see(sys.argv[1]), see(sys.argv[2]))
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="only Linux tells a program's peak of memory")
 @pytest.mark.parametrize("kind, mode", (("JPEG", "RGB"), ("PNG", "1"), ("TIFF", "I;16")))
 def test_memory_of_large_pictures(kind, mode, tmp_path):
-    """A large picture takes the memory of its pixels and of the square that it is padded to, 4 bytes a pixel, and that
-    of no copy.
-    """
+    """A large picture takes the memory of its pixels and of the padded square, 4 bytes a pixel, and of no copy."""
     small, large = (64, 48), (8000, 6000)
     options = {"compression": "tiff_adobe_deflate"} if kind == "TIFF" else {}
     for size in (small, large):
@@ -323,7 +319,7 @@ def test_memory_of_large_pictures(kind, mode, tmp_path):
 
 
 def test_too_many_pixels_are_refused_with_the_limit(monkeypatch):
-    """Pillow refuses more than twice its limit, about 179 million pixels; who has such pictures can raise it."""
+    """Pillow refuses more than twice its limit, about 179 million pixels. The message names the limit, to be raised."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(
         PictureError, match="refused as a decompression bomb: .* \\(PIL.Image.MAX_IMAGE_PIXELS sets the limit\\)"

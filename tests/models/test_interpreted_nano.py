@@ -1,4 +1,4 @@
-"""Nano through our kernels, from the picture to the words."""
+"""Nano with our kernels, from the picture to the words."""
 
 import torch
 
@@ -7,7 +7,7 @@ from recipes.nano.scenes import draw_scene
 from tests.interpreting import INTERPRETED
 
 QUESTION = "What does the sign say?"
-# tokens; the longest answer that nano learned has fewer
+# The largest number of tokens in an answer. The longest answer that nano learned has fewer.
 MOST = 64
 
 
@@ -20,6 +20,6 @@ def test_the_same_words_as_by_torch():
         tokens[backend] = pipeline.see(scene.image)
         words[backend] = pipeline.chat(QUESTION, [scene.image], max_new_tokens=MOST).text
     assert words["triton"] == words["torch"] != ""
-    # other arithmetic, or the kernels were not asked
+    # The arithmetic differs, so equal tokens would mean that the kernels were not used.
     assert not torch.equal(tokens["triton"], tokens["torch"])
     torch.testing.assert_close(tokens["triton"], tokens["torch"], rtol=1e-3, atol=1e-3)

@@ -1,6 +1,4 @@
-"""Nano, the trained checkpoint in the package, from end to end: what it reads, says and refuses, by every way of
-asking.
-"""
+"""Nano, the trained checkpoint in the package, from end to end: what it reads, says and refuses, asked in every way."""
 
 import copy
 import hashlib
@@ -29,9 +27,9 @@ from tests.forked_python import python
 from tests.paths import ROOT
 
 QUESTION = "What does the sign say?"
-# tokens; the longest answer that nano learned has fewer
+# The largest number of tokens in an answer. The longest answer that nano learned has fewer.
 MOST = 64
-# scenes that no training draws, nor the evaluation
+# Scenes that neither training nor the evaluation draws.
 SCENES = [draw_scene(20, i, split="unseen", number=draw_number(random.Random(i), training=False)) for i in range(12)]
 
 
@@ -42,30 +40,30 @@ def nano():
 
 @pytest.fixture(autouse=True)
 def forgotten(nano, one_thread):
-    """Every test begins its own conversation."""
+    """Lets every test begin its own conversation."""
     nano.reset()
 
 
 def asked(kind: str) -> list[tuple[str, str, Image.Image]]:
-    """Questions of a type about all scenes that allow one, with the right answers."""
+    """Questions of a type about all scenes that allow one, with their right answers and pictures."""
     turns = [(ask(scene, kind, random.Random(i)), scene.image) for i, scene in enumerate(SCENES)]
     return [(*turn, image) for turn, image in turns if turn is not None]
 
 
 def said(pipeline, questions, **options) -> list[str]:
-    """Answers to (text, images), each in a conversation of its own."""
+    """Answers to (text, images), each in its own conversation."""
     answers = pipeline.chat_batch(questions, max_new_tokens=MOST, progress=False, **options)
     assert [answer.error for answer in answers] == [None] * len(answers)
     return [answer.text for answer in answers]
 
 
 def read(pipeline) -> int:
-    """How many of the scenes' numbers are said exactly."""
+    """How many of the scenes' numbers are read exactly."""
     answers = said(pipeline, [(QUESTION, [scene.image]) for scene in SCENES])
     return sum(answer == f"The number is {scene.print.text}." for answer, scene in zip(answers, SCENES))
 
 
-# ---- what it has learned
+# ---- What it has learned
 
 
 def test_small_print_is_read(nano):
@@ -78,7 +76,7 @@ def test_without_the_mined_features_it_is_not(nano):
     assert read(mg_fast.Pipeline(model, nano.processor)) <= 1
 
 
-# how many may be wrong: what is recorded says how well it does
+# `most` is how many answers may be wrong. The recorded results say how well nano does.
 @pytest.mark.parametrize(
     ("kind", "most"), [("colour", 0), ("background", 0), ("where", 0), ("count", 1), ("describe", 1)]
 )
@@ -112,9 +110,7 @@ def test_without_a_picture(nano):
 
 
 def test_explain_shows_the_print(nano):
-    """Where the answer is a number, the most relevant query is the one in whose window its centre is, and there is most
-    of the colour.
-    """
+    """For a number, the most relevant query, and most of the colour, lie at the cell that holds the print's centre."""
     relevant = coloured = 0
     for scene in SCENES[:6]:
         explanation = nano.explain(scene.image, QUESTION, max_new_tokens=MOST)
@@ -122,13 +118,13 @@ def test_explain_shows_the_print(nano):
         relevant += int(explanation.relevance.argmax()) == 6 * row + column
         pixels = torch.from_numpy(np.asarray(explanation.image).astype(np.float32))
         colour = (pixels.amax(-1) - pixels.amin(-1)).unflatten(1, (6, -1)).unflatten(0, (6, -1)).sum((1, 3))
-        # what is mined may lie across the border of the window
+        # Mined features may come from beyond the border of the window.
         y, x = divmod(int(colour.argmax()), 6)
         coloured += abs(row - y) <= 1 and abs(column - x) <= 1
     assert relevant >= 5 and coloured >= 5
 
 
-# ---- the same words by every way of asking
+# ---- The words are the same by every way of asking.
 
 MIXED = [
     ("What does the sign say?", [SCENES[0].image]),
@@ -142,12 +138,12 @@ MIXED = [
 
 @pytest.fixture(scope="module")
 def alone(nano):
-    """Whole answers to `MIXED`, one after the other."""
+    """Whole answers to `MIXED`, asked one after the other."""
     given = []
     for question in MIXED:
         text, images = (question, None) if isinstance(question, str) else question
         given.append(nano.conversation().chat(text, images, max_new_tokens=MOST).text)
-    # or the comparisons would tell nothing
+    # With fewer different answers, the comparisons would tell nothing.
     assert len(set(given)) >= 4
     return given
 
@@ -171,7 +167,7 @@ def test_by_backend(nano, alone, backend):
 
 
 def test_by_plain_generate(nano, alone):
-    """transformers' own loop over the ordinary classes, without a pipeline."""
+    """transformers' own loop over the ordinary classes, without a pipeline, gives the same words."""
     folder = builtin.resolve("nano")
     processor = mg_fast.MiniGeminiProcessor.from_pretrained(folder)
     model = MiniGeminiForConditionalGeneration.from_pretrained(folder)
@@ -203,7 +199,7 @@ def test_by_the_command_line(nano, alone, tmp_path):
     assert re.search(r"^loaded nano on cpu in .* \(template chatml_direct\)$", done.stderr, re.M)
 
 
-# ---- pictures that it was not made for
+# ---- Pictures that it was not made for
 
 
 def strange(name: str) -> Image.Image:
@@ -228,9 +224,9 @@ def test_any_picture_gets_an_answer(nano, name):
     assert answer.image_tokens == 36 and answer.text
 
 
-# ---- what is claimed
+# ---- Recorded results
 
-# the first is of the weights in the package
+# The first result belongs to the weights in the package.
 RESULTS = sorted((ROOT / "bench" / "results").glob("nano-*.json"))
 
 
@@ -246,13 +242,13 @@ def test_the_record_is_of_these_weights_and_of_unseen_scenes_enough():
     assert weights.startswith(recorded[0]["conditions"]["sha256 of weights"]["with mining"])
     for result in recorded:
         assert result["conditions"]["scenes"] >= 500 and result["conditions"]["split"] == "unseen"
-        # by one command, that nobody stopped
+        # Each training is one command that was never stopped.
         for name, training in result["conditions"]["training"].items():
             assert training["hr"] == (name == "with mining") and training["starts"] == 1
     assert len({result["conditions"]["training"]["with mining"]["seed"] for result in recorded}) == len(recorded) >= 2
 
 
-# ---- the package
+# ---- The package
 
 
 def test_the_box():
@@ -260,14 +256,15 @@ def test_the_box():
     assert folder == ROOT / "mg_fast" / "nano" and builtin.names() == ["nano"]
     assert (folder / "model.safetensors").stat().st_size <= 8e6
     with safe_open(folder / "model.safetensors", framework="pt") as weights:
-        assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"F16"}  # noqa: SIM118 it is no dictionary
+        # A safetensors file is not a dictionary.
+        assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"F16"}  # noqa: SIM118
 
 
 def test_what_load_makes_of_it(nano):
-    """By what the checkpoint's own files say."""
+    """`load` takes template, sizes and stop ids from the checkpoint's own files."""
     images = nano.processor.image_processor
     assert (nano.template, images.lr_size, images.hr_size, images.tokens_per_picture) == ("chatml_direct", 84, 192, 36)
-    # stored in half precision, run in single: a CPU is slower in half
+    # Weights are stored in half precision and run in single precision, because half is slower on a CPU.
     assert nano.model.dtype == torch.float32
     assert nano.processor.tokenizer.convert_tokens_to_ids("<|im_end|>") in nano.model.generation_config.eos_token_id
 
@@ -275,7 +272,7 @@ def test_what_load_makes_of_it(nano):
 def test_a_local_checkpoint_of_that_name_wins(tmp_path, monkeypatch):
     (tmp_path / "nano").mkdir()
     monkeypatch.chdir(tmp_path)
-    # a folder with something else in it, as recipes/nano
+    # A folder with other content, such as recipes/nano, is not a checkpoint.
     assert builtin.resolve("nano") == ROOT / "mg_fast" / "nano"
     (tmp_path / "nano" / "config.json").write_text("{}")
     assert builtin.resolve("nano") == "nano" and builtin.resolve(Path("nano")) == Path("nano")
@@ -290,7 +287,7 @@ def test_a_file_of_that_name_does_not(tmp_path, monkeypatch):
 
 
 def test_unknown_names_are_told_what_there_is(capsys):
-    message = "'nono' is neither a folder here nor a checkpoint of the package (nano): a hub id reads owner/name"
+    message = "'nono' is neither a folder here nor a checkpoint of the package (nano): a hub id has the form owner/name"
     with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
         mg_fast.load("nono")
     with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
@@ -306,7 +303,7 @@ def test_paths_and_hub_ids_are_left_alone(name):
 
 
 def test_from_pretrained_stays_ordinary():
-    """Offline, as all tests: the name is a hub id there."""
+    """`from_pretrained` takes the name as a hub id, which is unreachable offline."""
     with pytest.raises(CheckpointError, match="nano is neither a folder nor a hub id that can be loaded"):
         MiniGeminiForConditionalGeneration.from_pretrained("nano")
 
@@ -315,7 +312,7 @@ def test_kernels_are_compiled_for_it_too():
     assert launches.model_config("nano").tokens_per_picture == 36
 
 
-# ---- the demo
+# ---- The demo
 
 
 def demo(*arguments, tmp_path):

@@ -23,23 +23,24 @@ TURNS = {
     7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
     8: lambda a: np.rot90(a, 1),
 }
-# Tags that describe a picture without a say in how its pixels are stored; sub-directories and what people edit are
-# among them.
+# Tags that describe a picture and do not affect how its pixels are stored. They include sub-directories and tags that
+# people edit.
 ODD_TAGS = (
-    0x010E, 0x010F, 0x0110, 0x011A, 0x011B, 0x0128, 0x0131, 0x0132, 0x013B, 0x4746, 0x8298, 0x8769, 0x8825, 0x927C, 0x9286, 0xA005
+    0x010E, 0x010F, 0x0110, 0x011A, 0x011B, 0x0128, 0x0131, 0x0132,
+    0x013B, 0x4746, 0x8298, 0x8769, 0x8825, 0x927C, 0x9286, 0xA005,
 )  # fmt: skip
 BYTE, ASCII, SHORT, LONG, RATIONAL, UNDEFINED, SLONG, DOUBLE = TYPES = (1, 2, 3, 4, 5, 7, 9, 12)
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "MPO")
 
 
 def picture():
-    """Smooth colours, which JPEG keeps, that differ in every corner."""
+    """Smooth colours, which JPEG keeps, with different values in every corner."""
     y, x = np.mgrid[0:HEIGHT, 0:WIDTH]
     return np.stack([x * 6, y * 10, (x + y) * 4], axis=2).astype(np.uint8)
 
 
 def directory(entries, order="<", at=8):
-    """A TIFF directory of (tag, type, count, four bytes or a number) that begins at this offset."""
+    """A TIFF directory of (tag, type, count, four bytes or a number) that begins at offset `at`."""
     rows = [
         struct.pack(order + "HHL", *entry[:3])
         + (entry[3] if isinstance(entry[3], bytes) else struct.pack(order + "L", entry[3]))
@@ -63,7 +64,7 @@ def stated(orientation, order="<"):
 
 
 def tiff(*entries):
-    """An uncompressed TIFF of the picture with these entries besides."""
+    """An uncompressed TIFF file of the picture with these additional entries."""
     pixels = picture().tobytes()
     bits = 8 + len(pixels)
     own = [
@@ -91,7 +92,7 @@ def stored(kind, *entries, **options):
 
 def opened(data):
     with warnings.catch_warnings():
-        # Pillow warns of what it cannot read.
+        # Pillow warns of metadata that it cannot read.
         warnings.simplefilter("ignore")
         return np.asarray(open_picture(data)).astype(int)
 
@@ -106,7 +107,7 @@ def stands(data, orientation):
 def test_every_orientation_in_every_format(kind, orientation):
     data = stored(kind, stated(orientation))
     assert stands(data, orientation)
-    # What comes out holds no orientation any more, so nothing turns it a second time.
+    # The result states no orientation, so nothing turns it a second time.
     assert np.array_equal(np.asarray(open_picture(open_picture(data))), np.asarray(open_picture(data)))
     image = Image.open(io.BytesIO(data))
     assert np.array_equal(opened(image), np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data)))).astype(int))
@@ -119,7 +120,7 @@ def test_every_orientation_in_every_format(kind, orientation):
 def test_no_other_tag_matters(kind, tag):
     for odd_type in TYPES:
         values = [(1, 6), (0, 0)]
-        # Pillow cannot open a TIFF file whose pixels' tags come after one whose value lies beyond the file.
+        # Pillow cannot open a TIFF file where a tag whose value lies beyond the file precedes the tags of the pixels.
         values += [(1, 70000), (40, 2**31 - 1)] if kind != "TIFF" or tag > 0x0112 else []
         for count, value in values:
             data = stored(kind, stated(6), (tag, odd_type, count, value))
@@ -133,19 +134,19 @@ def test_both_byte_orders(order):
 
 @pytest.mark.parametrize("kind", ("JPEG", "PNG", "WEBP", "MPO"))
 def test_orientations_that_are_none_turn_nothing(kind):
-    """As in Pillow, and in viewers."""
+    """Values outside 1 to 8 turn nothing, as in Pillow and in viewers."""
     for value in (0, 9, 65535):
         assert stands(stored(kind, stated(value)), 1)
     for entry in ((ASCII, 2, b"6\0\0\0"), (UNDEFINED, 1, b"\6\0\0\0"), (DOUBLE, 1, 99999), (RATIONAL, 1, 4)):
         assert opened(stored(kind, (0x0112, *entry))).shape == (HEIGHT, WIDTH, 3), entry
-    # A number of another width is still the number that it is.
+    # A number stored in another integer type counts by its value.
     for entry in ((LONG, 1, 6), (SLONG, 1, 6), (SHORT, 2, short(6))):
         assert stands(stored(kind, (0x0112, *entry)), 6), entry
 
 
 @pytest.mark.parametrize("order", "<>")
 def test_every_integer_type_with_and_without_pillow(order, monkeypatch):
-    """Where Pillow cannot read the metadata, the orientation is found in every type in which Pillow turns the picture."""
+    """Without Pillow's help, the orientation is found in every integer type in which Pillow turns the picture."""
     values = {3: "HH", 4: "L", 6: "bbbb", 8: "hh", 9: "l", 13: "L"}
     image = Image.fromarray(picture())
     for kind, spelled in values.items():
@@ -167,7 +168,7 @@ def test_truncated_exif():
 
 
 def test_changed_exif():
-    """Bytes changed anywhere in the metadata: there is always a picture, whichever way it stands."""
+    """Wherever bytes of the metadata are changed, there is a picture, in one orientation or another."""
     rng = np.random.default_rng(0)
     whole = exif(
         stated(6), (0x8769, LONG, 1, 50), (0x8825, LONG, 1, 50), (0x011A, RATIONAL, 1, 50), (0x0128, SHORT, 1, short(2))
@@ -188,7 +189,7 @@ XMP = "<x:xmpmeta xmlns:x='adobe:ns:meta/'><rdf:Description {}/></x:xmpmeta>"
 )
 @pytest.mark.parametrize("broken", (False, True))
 def test_an_orientation_in_xmp_alone(written, broken):
-    """It is found where there is no EXIF, and where there is one that cannot be read."""
+    """The orientation in XMP is found where there is no EXIF, and where the EXIF cannot be read."""
     for orientation in TURNS:
         xmp = XMP.format(written.format(orientation)).encode()
         options = {"exif": b"Exif\0\0XX*\0\0\0\0\0"} if broken else {"exif": b""}
@@ -203,7 +204,7 @@ def test_exif_outranks_xmp():
 
 
 def test_a_broken_raw_profile_of_png():
-    """ImageMagick writes EXIF as hexadecimal text."""
+    """A PNG with EXIF as hexadecimal text, as ImageMagick writes it, opens even if that text is broken."""
     from PIL.PngImagePlugin import PngInfo
 
     for text, orientation in (

@@ -1,4 +1,4 @@
-"""Pictures of every kind as upright RGB, the preprocessing bit for bit, and what is said about what is no picture."""
+"""Pictures of every kind open as upright RGB, preprocessing is bit exact, and errors name what is not a picture."""
 
 import base64
 import http.server
@@ -47,11 +47,11 @@ def pixels(source, **options):
     return np.asarray(image)
 
 
-# ---- every source
+# ---- Every kind of source
 
 
 def sources(folder):
-    """(name, source) of one picture of 7x5 pixels, in every way a caller may hold it."""
+    """Yields (name, source) for one picture of 7x5 pixels in every form that a caller may hold."""
     array = noise(7, 5)
     image, path = Image.fromarray(array), folder / "picture.png"
     path.write_bytes(stored(image))
@@ -107,7 +107,7 @@ def test_grey_arrays():
 
 
 def test_tensor_with_three_columns_is_taken_as_rows_columns_channels():
-    """[3, W, 3] could be either order; channels last wins, as for arrays."""
+    """[3, W, 3] could be in either order. It is read as channels last, as for arrays."""
     array = noise(3, 3)
     assert np.array_equal(pixels(torch.from_numpy(array.copy())), array)
 
@@ -120,7 +120,7 @@ def test_callers_array_is_left_alone():
     assert np.array_equal(array, before)
 
 
-# ---- every mode, against pixels worked out by hand
+# ---- Every mode, against pixels worked out by hand
 
 HIDDEN = (10, 20, 30)
 
@@ -166,7 +166,7 @@ def test_modes(mode, caplog):
 
 
 def test_sixteen_bit_files_keep_their_high_byte():
-    """Pillow's own conversion clips at 255 and makes nearly everything white."""
+    """16-bit greys keep their high byte; Pillow's own conversion clips at 255 and makes nearly everything white."""
     values = np.array([[0, 255, 256, 32767, 32768, 65535]], np.uint16)
     expected = np.repeat((values >> 8).astype(np.uint8)[..., None], 3, axis=2)
     png = stored(Image.fromarray(values))
@@ -179,7 +179,7 @@ def test_sixteen_bit_files_keep_their_high_byte():
 
 
 def test_cmyk_jpeg():
-    """Photoshop's and Pillow's CMYK JPEGs hold inverted values."""
+    """CMYK JPEGs of Photoshop and Pillow hold inverted values, and still open in the right colours."""
     file = stored(Image.new("RGB", (32, 32), (200, 60, 20)).convert("CMYK"), "JPEG", quality=95)
     assert Image.open(io.BytesIO(file)).mode == "CMYK"
     assert np.abs(pixels(file).astype(int) - [200, 60, 20]).max() <= 3
@@ -229,7 +229,7 @@ def test_opaque_alpha_is_not_worth_a_word(caplog):
     assert caplog.records == []
 
 
-# what a viewer does to the stored pixels, by the EXIF standard's numbers
+# What a viewer does to the stored pixels, by the numbers of the EXIF standard.
 ORIENTATIONS = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -265,7 +265,7 @@ def test_animation_gives_its_first_frame_and_a_warning(kind, caplog):
     assert "has 3 frames, the first one is used" in record.getMessage()
 
 
-# ---- preprocessing, worked out again from the specification
+# ---- Preprocessing, computed again from the specification
 
 
 def squared(image):
@@ -293,7 +293,7 @@ def normalised(array):
 
 
 def bilinear(array, size):
-    """Half-pixel centres, no antialiasing, in float64: every output is made of its four nearest inputs."""
+    """Resizes with half-pixel centres and no antialiasing, in float64, from the four nearest inputs of every output."""
     count = array.shape[-1]
     at = ((np.arange(size) + 0.5) * count / size - 0.5).clip(0)
     low = np.floor(at).astype(int)
@@ -314,8 +314,8 @@ def check(processor, image, expected):
     assert np.array_equal(found["pixel_values_hr"][0].numpy(), expected)
     low = views(expected, processor.lr_size, processor.grid, processor.global_view)
     assert found["pixel_values"].shape == (1, *low.shape)
-    # positions are rounded to float32 there, which on noise shows in proportion to the side; one wrong neighbour shows
-    # by tenths
+    # The code rounds positions to float32. On noise, the resulting error grows with the side; one wrong neighbour would
+    # change values by tenths.
     assert np.abs(found["pixel_values"][0].numpy() - low).max() < 1e-6 * processor.hr_size
 
 
@@ -358,7 +358,7 @@ def test_preprocessing_hd(hd_processor, size):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_preprocessing_by_a_centre_crop(size):
-    """`image_aspect_ratio` other than `pad`."""
+    """An `image_aspect_ratio` other than `pad` crops the centre."""
     image = picture(*size)
     processor = MiniGeminiImageProcessor(hr_size=160, lr_size=70, pad=False)
     check(processor, image, normalised(cropped(image, 160)))
@@ -376,7 +376,7 @@ def test_preprocessing_as_transformers_does_it(pad, size):
 
 @pytest.mark.parametrize("hd", [False, True])
 def test_published_sizes(hd):
-    """768 to 336, and 1536 to four tiles and their whole: where the whole is the canvas's 2x2 mean."""
+    """768 becomes 336, and 1536 becomes four tiles and a whole view that is the 2x2 mean of the canvas."""
     image = picture(60, 40)
     hr = 1536 if hd else 768
     processor = MiniGeminiImageProcessor(hr_size=hr, grid=2, global_view=True) if hd else MiniGeminiImageProcessor()
@@ -412,11 +412,11 @@ def test_return_tensors(processor, photo):
         assert np.array_equal(torches[key].numpy(), arrays[key])
 
 
-# ---- what is no picture
+# ---- What is not a picture
 
 
 def png_header(width, height):
-    """A PNG of a few bytes that says it is of this size."""
+    """The few bytes of a PNG whose header states this size."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -481,8 +481,8 @@ def test_bad_files(tmp_path, name):
 )
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 def test_broken_files_raise_nothing_else(kind, monkeypatch):
-    """Cut anywhere, bytes changed anywhere: a picture, or a PictureError of one line. Pillow raises a dozen kinds."""
-    # a changed byte can ask for gigabytes
+    """Files cut or changed anywhere give a picture or a PictureError of one line; Pillow raises a dozen kinds."""
+    # A changed byte can ask for gigabytes.
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
     kind, _, animated = kind.partition(" ")
     file = stored(
@@ -620,7 +620,7 @@ def test_errors_do_not_repeat_a_whole_data_url(data, message):
 
 @pytest.fixture
 def web():
-    """A web server of this machine's own."""
+    """A web server on this machine."""
     answers = {"/a.png": stored(picture(7, 5)), "/page.html": b"<html></html>"}
 
     class Handler(http.server.BaseHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""Nano's scenes, what is said about them, and that its training learns and can be taken up again."""
+"""Nano's scenes and what is said about them, and its training, which learns and can be continued after a stop."""
 
 import dataclasses
 import json
@@ -107,7 +107,7 @@ def test_what_is_drawn_is_what_the_scene_says(scene):
         xs = [x for x, _ in scene.print.digits]
         assert xs == sorted(xs) and min(xs) > 0 and max(xs) < SIDE
         for x, y in scene.print.digits:
-            # ink and ground both lie within half a digit of its centre
+            # Ink and ground both lie within half a digit of the digit's centre.
             around = pixels[round(y * DRAWN) - 9 : round(y * DRAWN) + 9, round(x * DRAWN) - 6 : round(x * DRAWN) + 6]
             assert np.ptp(around, axis=(0, 1)).max() > 60
 
@@ -178,7 +178,7 @@ def test_lists_go_in_the_order_of_their_words():
     )
     wishes = [text_only(random.Random(i)) for i in range(60)]
     asked, said = (" ".join(texts) for texts in zip(*(turn for turn in wishes if "<GEN>" in turn[0])))
-    # as people ask, but never before the last of what is said
+    # "and" occurs in requests, as people speak, but never before the last item of an answer.
     assert " and " in asked and ", a" in said and " and " not in said
 
 
@@ -240,10 +240,10 @@ def test_of_bare_answers_only_what_depends_on_the_scene_is_to_be_said(processor)
         }
         for flag in (1, 0)
     )
-    # nothing says beforehand that the background's colour is asked for
+    # Nothing before the answer says that the background's colour is asked for.
     assert "background" in given and "background" not in said
     assert said & set("0123456789") and not given & {*"0123456789", "red", "teal"}
-    # counts and places are settled to the last word by their questions
+    # Questions about counts and places determine the answer to the last word.
     assert {"There", "at", "many"} <= said | given and {"There", "at"} <= said and "many" not in said
 
 
@@ -265,7 +265,7 @@ def test_a_bare_answer_has_its_question_where_it_does_not_say_it_itself(answer, 
 
 
 def told_by(batch: data.Batch, row: int) -> str:
-    """The description of a scene by its labels."""
+    """The description of a scene, made from its labels."""
     kinds, colours = (batch[name][row].flatten().tolist() for name in ("kind", "colour"))
     things = [data.CELL_KINDS[kind] for kind in kinds]
     shapes = [(thing, list(COLOURS)[colour]) for thing, colour in zip(things, colours) if thing in KINDS]
@@ -284,12 +284,12 @@ def test_some_scenes_are_described_first(processor):
         ]
         assert sum(text.startswith(told_by(batch, row)) for row, text in enumerate(said)) == share, said
         if share:
-            # nothing follows that could be copied from the description
+            # Nothing follows that could be copied from the description.
             follows = [text.split(".", 1)[1] for text in said]
             assert not any(word in text for text in follows for word in (":", *COLOURS, *BACKGROUNDS)) and any(
                 follows
             ), follows
-    # with and without a number, or it would be said of all
+    # Scenes with and without a number are described. Otherwise every description would mention one.
     assert 2 <= (described["kind"] == data.CELL_KINDS.index("number")).flatten(1).any(1).sum() <= 7
 
 
@@ -311,7 +311,7 @@ def test_questions_of_a_conversation_do_not_ask_for_what_was_said():
         assert len(set(answers)) == len(answers) and not any(" on a " in answer for answer in answers)
 
 
-# steps, pictures and rate, enough to see the longer ones learn
+# Steps, pictures and rate of stages. They are enough to see the longer stages learn.
 LESSONS = dict(digits=(3, 2, 1e-3), lookup=(10, 4, 5e-3), scenes=(8, 2, 1e-3))
 
 
@@ -325,9 +325,9 @@ def test_training_learns_and_goes_on_where_it_stopped(tmp_path):
         return train.Run(tmp_path / "run", seed=0, hr=True, stages=stages, workers=0)
 
     assert not run().train(minutes=0)
-    # nothing that could be taken for a trained checkpoint
+    # Nothing is there that could be taken for a trained checkpoint.
     assert not (tmp_path / "run" / "model").exists()
-    # a killed run's log goes beyond what it kept, to half a line
+    # The log of a killed run reaches beyond its saved state and may end in half a line.
     with (tmp_path / "run" / "log.jsonl").open("a") as log:
         log.write('{"stage": "digits", "step": 2, "loss"')
     resumed = run()
@@ -337,7 +337,7 @@ def test_training_learns_and_goes_on_where_it_stopped(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [(row["stage"], row["step"]) for row in rows] == [(s.name, i + 1) for s in stages for i in range(s.steps)]
     for name in ("lookup", "scenes"):
-        # the same batch at the stage's first step and after all of them
+        # The losses compare the same batch at the stage's first step and after all stages.
         first = next(row["loss"] for row in rows if row["stage"] == name)
         stage = next(stage for stage in stages if stage.name == name)
         with torch.no_grad():
@@ -353,7 +353,7 @@ def test_training_learns_and_goes_on_where_it_stopped(tmp_path):
         seed=0, hr=True, device="cpu", starts=2
     )
     assert list(json.loads(record)["minutes"]) == [*(stage.name for stage in stages), "all"]
-    # what is done stays as it was
+    # A finished run stays as it was.
     done = run()
     assert done.at == len(stages) and done.train()
     assert (tmp_path / "run" / "model" / "training.json").read_text() == record
@@ -408,7 +408,7 @@ def test_digits_and_places_weigh_more(tmp_path):
 
 
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path):
-    """With the state of both optimizers, the same batches and the same noise."""
+    """A stopped run ends like an unbroken one: same state of both optimizers, same batches and same noise."""
     search = next(stage for stage in train.STAGES if stage.name == "search")
     stages = (dataclasses.replace(search, steps=3, batch=2),)
 
@@ -458,7 +458,7 @@ def test_codes_are_blurred_anew_at_every_step(tmp_path, monkeypatch):
         with torch.no_grad():
             losses.append(run._loss(stage, batch)[0].item())
     assert losses[0] != losses[1] == losses[2]
-    # conversations and the facts beside them, and stages at the same step
+    # Noise differs between conversations and the facts beside them, and between stages at the same step.
     seen = []
     monkeypatch.setattr(
         train, "blurred", lambda codes, noise, generator: seen.append(torch.randn(3, generator=generator)) or codes
@@ -483,7 +483,7 @@ def test_codes_are_blurred_anew_at_every_step(tmp_path, monkeypatch):
         (evaluation, ["NANO", "--without", "NANO"], "was trained with the high-resolution branch"),
         (evaluation, ["FILE"], "expected a folder that recipes.nano.train wrote"),
         (train, ["FILE"], "expected a folder to train in"),
-        (train, ["NEW", "--minutes", "0"], "expected more than no time, got --minutes 0"),
+        (train, ["NEW", "--minutes", "0"], "expected more than 0 minutes, got --minutes 0"),
     ],
 )
 def test_wrong_arguments_are_refused_before_any_work(command, arguments, said, tmp_path, monkeypatch, capsys):
@@ -503,7 +503,7 @@ def test_without_the_high_resolution_branch_nothing_is_mined(tmp_path):
     )
     run = train.Run(tmp_path, seed=0, hr=False, stages=stages, workers=0)
     assert run.train()
-    # pages of print are for the tower that is not there
+    # Pages of print would only train the tower that is missing.
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1
     model = MiniGeminiForConditionalGeneration.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
     low, high = torch.randn(1, 1, 3, LR_SIDE, LR_SIDE), torch.randn(1, 3, SIDE, SIDE)

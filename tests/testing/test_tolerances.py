@@ -1,4 +1,4 @@
-"""The checks themselves."""
+"""The accuracy checks themselves hold to their own conditions."""
 
 import pytest
 import torch
@@ -10,9 +10,7 @@ from mg_fast.testing.tolerances import ieee_float32
     "backend", [torch.backends.cudnn, torch.backends.cuda.matmul], ids=["convolutions", "products"]
 )
 def test_float32_is_not_rounded_to_tf32_in_tests(backend):
-    """cuDNN's convolutions are by default, so that plain forms on a GPU would be a thousand times less accurate than
-    ours may be.
-    """
+    """TF32 is off: cuDNN's default would make plain forms on a GPU a thousand times less accurate than ours may be."""
     assert backend.allow_tf32 is False
     backend.allow_tf32 = True
     ieee_float32()

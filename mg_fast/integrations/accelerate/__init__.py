@@ -1,7 +1,7 @@
-"""`accelerate(model)`: puts mg_fast's operations into a model that someone else built, says what it did, and undoes it.
+"""`accelerate(model)` puts mg_fast's operations into a model that someone else built, reports it, and can undo it.
 
-A rule recognises one kind of thing and says for each find what becomes of it. What cannot be swapped without other
-numbers stays as it is, with the reason.
+A rule recognises one kind of module and says for each find what becomes of it. Whatever could not be swapped without a
+change in numbers stays as it is, and the report gives the reason.
 """
 
 from .report import Finding, Report

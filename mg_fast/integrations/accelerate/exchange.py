@@ -1,7 +1,7 @@
-"""How a swap is made and undone.
+"""Makes and undoes a swap.
 
-It exchanges the object's class for a subclass and sets nothing on the object: `self` stays whoever is called, in deep
-copies, pickles and the replicas of DataParallel too, and the object's own state is untouched.
+A swap exchanges the object's class for a subclass and sets nothing on the object. `self` therefore stays the called
+object, also in deep copies, pickles and the replicas of DataParallel, and the object's own state is untouched.
 """
 
 import functools
@@ -17,15 +17,16 @@ from ...errors import MgFastError
 from ...runtime.recording import recorded_as
 from .report import Finding
 
-# From the class of an object to the methods of its subclass, by name. A function of a module: pickles find it there.
+# From an object's class to the methods of its subclass, by name. It must be a module-level function, so that pickle
+# finds it.
 Methods = Callable[[type], dict[str, Callable]]
 
 
 def offer(
     name: str, what: str, module: nn.Module, methods: Methods, why_not: Callable[[nn.Module], str | None], becomes: str
 ) -> Finding:
-    """A finding: swapped already; left as it is, because of `why_not(module)`; or to be swapped."""
-    # weak: a report does not keep the model alive
+    """A finding that was swapped already, that is left alone because of `why_not(module)`, or that can be swapped."""
+    # The reference is weak because a report must not keep the model alive.
     reference = weakref.ref(module)
     restore = functools.partial(_restore, reference)
     if hasattr(type(module), "_mg_fast_original"):
@@ -37,24 +38,25 @@ def offer(
 
 
 def replaced_on_object(module: nn.Module, method: str) -> bool:
-    """Whether the object has something of its own in the place of its class's method."""
+    """Whether the object has an attribute of its own in place of its class's method."""
     return method in vars(module) or method in module._modules
 
 
 def warn(message: str) -> None:
-    """A warning where the swapped method was called; Python shows it once, whatever number of objects and calls it
-    comes from.
+    """Warns where the swapped method was called.
+
+    Python shows the warning once, for any number of objects and calls.
     """
-    # a graph cannot hold one
+    # A graph of torch.compile cannot contain a warning.
     if not torch.compiler.is_compiling():
-        # Between this function and the caller lie the swapped method and what `recorded_as` puts around it.
+        # Two frames lie between this function and the caller: the swapped method, and the wrapper of `recorded_as`.
         warnings.warn(f"mg_fast.accelerate: {message}", RuntimeWarning, stacklevel=4)
 
 
 @functools.cache
 def _exchanged(original: type, methods: Methods) -> type:
     def __reduce_ex__(self, protocol):
-        # a pickle finds classes by name, and this one's name is the original's
+        # pickle finds classes by name, and the name of this class is the original's.
         make, (_, *arguments), *state = super(_exchanged(original, methods), self).__reduce_ex__(protocol)
         return _remake, (original, methods, make, *arguments), *state
 

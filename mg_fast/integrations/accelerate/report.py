@@ -1,4 +1,4 @@
-"""What `accelerate` did, for reading and for undoing."""
+"""The report of what `accelerate` did, for reading and for undoing."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,9 +11,9 @@ class Finding:
     """One thing that `accelerate` recognised.
 
     Attributes:
-        name: where it is, as a dotted name from the model that was handed over.
+        name: its place, as a dotted name from the given model.
         what: what was found there.
-        reason: what took its place, or why nothing did.
+        reason: what replaced it, or why nothing did.
     """
 
     name: str
@@ -28,11 +28,11 @@ class Finding:
 
 @dataclass
 class Report:
-    """What `accelerate` did to a model, for reading (`print(report)`) and for undoing. It does not keep the model
-    alive.
+    """What `accelerate` did to a model, for reading (`print(report)`) and for undoing.
 
+    The report does not keep the model alive.
     Attributes:
-        model: class of the model.
+        model: the class name of the model.
         swapped: what was swapped.
         skipped: what was recognised and left as it is.
         looked_for: what every rule looks for, in words.
@@ -44,11 +44,11 @@ class Report:
     looked_for: list[str] = field(repr=False)
 
     def undo(self) -> None:
-        """Puts the originals back, those included that an earlier call had swapped already. A second time it does
-        nothing.
+        """Puts the originals back, including those that an earlier call had swapped already.
 
+        A second call does nothing.
         Raises:
-            MgFastError: something else has been put over a swap since; that one stays until this is called again.
+            MgFastError: something else has replaced a swap since. That one stays until `undo` is called again.
         """
         stuck = []
         for entry in self.swapped + self.skipped:
@@ -56,7 +56,7 @@ class Report:
                 continue
             try:
                 entry.undo()
-                # spent: a later call's swap is undone by its own report
+                # This undo is spent. The swap of a later call is undone by that call's report.
                 entry.undo = None
             except MgFastError as error:
                 stuck.append(f"{entry.name}: {error}")

@@ -1,4 +1,4 @@
-"""What is looked for in a model, and `accelerate` itself."""
+"""The rules for what is looked for in a model, and `accelerate` itself."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -13,32 +13,31 @@ from .report import Finding, Report
 def accelerate(model: nn.Module) -> Report:
     """Swaps mg_fast's operations into a model, in place.
 
-    Wherever they sit in `model`, from then on these are computed by mg_fast, with the same arguments and results, from
-    the model's own
-    tensors as they are at each call:
+    From then on mg_fast computes the following parts, wherever they are in `model`. Their arguments and results stay
+    the same, and the model's own tensors are read as they are at each call:
 
     - patch info mining of the original Mini-Gemini, by `mg_fast.ops.patch_mining`;
     - the stages of timm's ConvNeXt (first version), by `mg_fast.modules.convnext_channels_last` on channels-last maps:
-      in a timm model or what extracts its features, in OpenCLIP's `visual.trunk`, in the original's high-resolution
-      tower. Their maps look as before, [B, C, H, W]. Stochastic depth at work (training mode, in which the original
-      leaves its tower) stays timm's to run: `eval()` the tower to have it swapped.
+      in a timm model or a feature extractor around one, in OpenCLIP's `visual.trunk`, in the original's high-resolution
+      tower. Their maps keep the layout [B, C, H, W]. Active stochastic depth (training mode, in which the original
+      leaves its tower) is still run by timm: call `eval()` on the tower to have it swapped.
 
     Parameters, state_dict, training, device moves, copies and pickles work as before; a pickle of the swapped model
     needs mg_fast to be read. torch.jit.trace, torch.jit.script and torch.fx.symbolic_trace record the model's own code,
     not the swapped code, so what they return is not accelerated.
 
     Args:
-        model: any module. The original's model itself, or something that holds it.
+        model: any module: the original's model itself, or a module that holds it.
 
     Returns:
-        What was swapped and what was not, with the reasons; `print` it. Its `undo()` puts the originals back.
+        A report of what was swapped and what was not, with the reasons; `print` it. `undo()` puts the originals back.
 
     Raises:
         TypeError: `model` is not a torch.nn.Module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate: expected a torch.nn.Module, got {model!r:.80} of type {type(model).__name__}")
-    # everything is recognised before anything is changed: an error on the way leaves the model as it was
+    # Everything is recognised before anything is changed, so that an error leaves the model as it was.
     entries = [entry for rule in RULES for entry in rule.recognise(model)]
     for entry in entries:
         if entry.apply:
@@ -55,8 +54,9 @@ def _ours(model: nn.Module) -> Iterator[Finding]:
 
 
 class Rule(NamedTuple):
-    """One kind of thing: what it looks for, in words, and the finds in a model; a find with `apply` and `undo` can be
-    swapped.
+    """One rule: what it looks for, in words, and a function that yields its finds in a model.
+
+    A find with `apply` and `undo` can be swapped.
     """
 
     looks_for: str

@@ -1,6 +1,4 @@
-"""Stages of timm's ConvNeXt: what they look like, and `mg_fast.modules.convnext_channels_last` on channels-last maps in
-their place.
-"""
+"""Recognises stages of timm's ConvNeXt and runs `mg_fast.modules.convnext_channels_last` in their place."""
 
 import contextlib
 import sys
@@ -22,8 +20,8 @@ STOCHASTIC = "its stochastic depth is at work in training mode: eval() makes it 
 
 
 def recognise(model: nn.Module) -> Iterator[Finding]:
-    """Every stage that is not one of a tower of ours."""
-    # a model that has stages has imported them; timm is slow to import for one that has none
+    """Yields every stage that is not part of one of mg_fast's own towers."""
+    # A model with such stages has imported timm already. For a model without them, importing timm would be slow.
     timm_convnext = sys.modules.get("timm.models.convnext")
     if timm_convnext is None:
         return
@@ -40,29 +38,29 @@ def recognise(model: nn.Module) -> Iterator[Finding]:
 
 
 def channels_last(original: type) -> dict[str, Callable]:
-    """`forward` by `convnext.run_stage`, for a subclass of timm's stage."""
+    """The method `forward` by `convnext.run_stage`, for a subclass of timm's stage."""
 
-    # here, as a graph's tracer does not see into caches
+    # The roles are looked up here because the tracer of a graph cannot see into caches.
     roles = roles_in_a_stage()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Runs the stage.
 
         Args:
-            x: map [B, C, H, W], any strides; fastest where it is channels last in memory. Never changed.
+            x: map [B, C, H, W], any strides; fastest if it is channels last in memory. It is never changed.
 
         Returns:
             [B, C', H', W'], channels last in memory.
 
         Raises:
-            ValueError: shapes, dtypes or devices that do not fit.
+            ValueError: shapes, dtypes or devices do not fit.
         """
         if x.dim() != 4:
             raise ValueError(f"ConvNeXt stage: expected a map [B, C, H, W], got {list(x.shape)}")
         if backends.choose("high_resolution_tower", None, x.device) == "reference":
             return original.forward(self, x)
         if reason := why_not_a_first_version(self, roles) or _unusual_autocast(self, x):
-            # what changed after the swap, training mode included, is timm's to run
+            # What has changed since the swap, training mode included, is run by timm.
             warn(f"a ConvNeXt stage runs as timm wrote it, because {reason}")
             return original.forward(self, x)
         return _run(self, x)
@@ -72,18 +70,19 @@ def channels_last(original: type) -> dict[str, Callable]:
 
 def _run(stage: nn.Module, x: torch.Tensor, backend: str | None = None) -> torch.Tensor:
     if torch.is_autocast_enabled(x.device.type):
-        # what timm's sum of the residual and the scaled branch comes to
+        # This is the dtype of timm's sum of the residual and the scaled branch.
         x = x.to(torch.promote_types(x.dtype, stage.blocks[0].conv_dw.weight.dtype))
     pixels = x.permute(0, 2, 3, 1)
-    # a copy is nobody else's
+    # A copy belongs to this call alone, so it may be overwritten.
     copied = not pixels.is_contiguous()
     out = convnext.run_stage(convnext.read_stage(stage), pixels.contiguous(), backend, in_place=copied)
     return out.permute(0, 3, 1, 2)
 
 
 def roles_in_a_stage() -> dict[str, tuple[type, ...]]:
-    """Whose arithmetic `convnext` knows, by the name within a stage; subclasses compute something else: adapters,
-    quantised layers.
+    """The layer classes whose arithmetic `convnext` knows, by their name within a stage.
+
+    Subclasses compute something else: adapters, quantized layers.
     """
     from timm.layers import DropPath, LayerNorm, LayerNorm2d, Mlp
     from timm.layers.activations import GELU
@@ -109,8 +108,9 @@ def roles_in_a_stage() -> dict[str, tuple[type, ...]]:
 
 
 def why_not_a_first_version(stage: nn.Module, roles: dict[str, tuple[type, ...]]) -> str | None:
-    """None where the stage's layers are those of a ConvNeXt of the first version, and nothing but their tensors enters
-    the result.
+    """None where the stage is that of a ConvNeXt of the first version and only its tensors enter the result.
+
+    Otherwise the text is the reason.
     """
     for name, layer in stage.named_modules():
         if layer is stage:
@@ -118,11 +118,12 @@ def why_not_a_first_version(stage: nn.Module, roles: dict[str, tuple[type, ...]]
         last = name.rpartition(".")[2]
         role = name if name.startswith("downsample") else "block" if last.isdigit() else last
         if type(layer) not in roles.get(role, ()):
-            return f"{name} is {type(layer).__module__}.{type(layer).__qualname__}, not a layer of a ConvNeXt of the first version"
+            found = f"{type(layer).__module__}.{type(layer).__qualname__}"
+            return f"{name} is {found}, not a layer of a ConvNeXt of the first version"
         if _stochastic(layer):
             return STOCHASTIC
-    # The stage itself is called, so that its own hooks run as before. Whether accelerate's hooks within would move a
-    # map to another device is not known here: a layer that has one is not plain.
+    # The stage itself is called, so that its own hooks run as before. A layer inside it with a hook of accelerate's is
+    # not plain, because it is unknown here whether the hook would move a map to another device.
     if reason := why_more_than_weights(stage, None, called=True, placed=False):
         return reason
     if stage.grad_checkpointing:
@@ -137,7 +138,7 @@ def _stochastic(layer: nn.Module) -> bool:
 
 def _unusual_autocast(stage: nn.Module, x: torch.Tensor) -> str | None:
     if torch.is_autocast_enabled(x.device.type) and any(block.gamma is None for block in stage.blocks):
-        # timm's map is then of autocast's dtype from block to block, ours of the weights'
+        # timm's map then has autocast's dtype from block to block, while ours has that of the weights.
         return "without layer scale its maps are of another dtype under autocast"
     return None
 
@@ -157,7 +158,10 @@ def _why_not(stage: nn.Module) -> str | None:
 
 @contextlib.contextmanager
 def _deterministic(stage: nn.Module):
-    """Within, stochastic depth is off: it does not keep a stage from being swapped, and is looked at in every call."""
+    """Turns stochastic depth off within the context.
+
+    It does not keep a stage from being swapped, because every call checks it again.
+    """
     active = [layer for layer in stage.modules() if _stochastic(layer)]
     try:
         for layer in active:
@@ -169,7 +173,7 @@ def _deterministic(stage: nn.Module):
 
 
 def _differs(stage: nn.Module) -> str | None:
-    """None where the stage, tried on a tiny map, does what `convnext` does."""
+    """None where the stage, tried on a tiny map, computes what `convnext` computes; otherwise the difference."""
     block = stage.blocks[0]
     like = block.conv_dw.weight
     if like.is_meta:
@@ -183,10 +187,10 @@ def _differs(stage: nn.Module) -> str | None:
             if ours.shape != expected.shape:
                 return f"{tried} returns {list(expected.shape)}, expected {list(ours.shape)}"
             error, largest = (ours - expected).abs().max().item(), expected.abs().max().item()
-        # whatever it is that somebody else's code does not take
+        # The code belongs to someone else and may raise any kind of error.
         except Exception as error:
             return f"{tried} fails: {error!r}"
-    # the library's convolutions on a GPU round float32 to 10 bits, if they are not told otherwise
+    # The library's convolutions on a GPU round float32 to 10 bits unless they are told otherwise.
     eps = torch.finfo(like.dtype).eps if like.device.type == "cpu" else max(torch.finfo(like.dtype).eps, 2**-10)
     if not error <= max(1e-4, 8 * eps) * largest:
         return f"{tried} is {error:.2g} away from a ConvNeXt of the first version (largest value {largest:.2g})"

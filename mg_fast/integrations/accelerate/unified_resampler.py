@@ -1,4 +1,4 @@
-"""Patch info mining of the original project: what it looks like, and `ops.patch_mining` in its place."""
+"""Recognises patch info mining of the original project and runs `ops.patch_mining` in its place."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -17,16 +17,17 @@ from .report import Finding
 METHOD = "unified_resampler"
 PROJECTORS = ("vlm_uni_query_projector", "vlm_uni_aux_projector", "vlm_uni_val_projector")
 LOOKS_FOR = (
-    f"patch info mining of the original project: a method `{METHOD}`, with {', '.join(f'`{name}`' for name in PROJECTORS)} "
+    f"patch info mining of the original project: a method `{METHOD}`, "
+    f"with {', '.join(f'`{name}`' for name in PROJECTORS)} "
     "on the same object, its get_model() or its `model`"
 )
 
 
 def recognise(model: nn.Module) -> Iterator[Finding]:
-    """Every object with the original's method, and projectors whose object was not handed over."""
+    """Yields every object with the original's method, and projectors whose owner was not passed in."""
     owners, inner_models = [], set()
     for name, module in model.named_modules():
-        # the class's own: wrappers that pass attributes through hold the model as a submodule
+        # Only the class's own method counts: wrappers that forward attributes hold the model as a submodule.
         if callable(getattr(type(module), METHOD, None)) or replaced_on_object(module, METHOD):
             owners.append((f"{name}.{METHOD}".lstrip("."), module))
             inner_models.add(id(_inner(module)))
@@ -36,28 +37,28 @@ def recognise(model: nn.Module) -> Iterator[Finding]:
     for name, module in model.named_modules():
         has_all = all(projector in module._modules for projector in PROJECTORS)
         if has_all and id(module) not in inner_models and not isinstance(module, PatchInfoMining):
-            reason = f"no {METHOD} here that uses them: hand over the model around it, whose get_model() this is"
+            reason = f"no {METHOD} here uses them: pass in the model around it, whose get_model() this is"
             yield Finding(f"{name}.{PROJECTORS[0]}".lstrip("."), f"projectors of {type(module).__name__}", reason)
 
 
 def mined(original: type) -> dict[str, Callable]:
-    """`unified_resampler` by `ops.patch_mining`, for a subclass of the original's model."""
+    """The method `unified_resampler` by `ops.patch_mining`, for a subclass of the original's model."""
 
     def unified_resampler(self, images: torch.Tensor, images_aux: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mines a map with queries.
+        """Mines the map for every query.
 
         Args:
-            images: queries [B, N, D], N a square number.
-            images_aux: the channel-concatenated map [B, C, S, S], S a multiple of sqrt(N).
+            images: queries [B, N, D], where N is a square number.
+            images_aux: the channel-concatenated map [B, C, S, S], where S is a multiple of sqrt(N).
 
         Returns:
-            The queries themselves, and the mined features [B, N, D], residual not added.
+            The queries themselves, and the mined features [B, N, D] without the residual.
 
         Raises:
-            ValueError: shapes that do not fit.
+            ValueError: the shapes do not fit.
         """
         if reason := _unusual(self):
-            # the projectors were changed after the swap: what they are now is the original's to run
+            # The projectors were changed after the swap, so the original runs them as they are now.
             warn(f"{METHOD} runs as the original wrote it, because {reason}")
             return original.unified_resampler(self, images, images_aux)
         if images.dim() != 3 or images_aux.dim() != 4:
@@ -71,13 +72,13 @@ def mined(original: type) -> dict[str, Callable]:
 def _mine(images: torch.Tensor, images_aux: torch.Tensor, projections: list[Projection]) -> torch.Tensor:
     pixels = images_aux.permute(0, 2, 3, 1)
     if backends.choose("patch_mining", None, images.device) != "reference":
-        # the copy that the original makes too: the other forms read a pixel's channels together
+        # The original makes this copy too. The other forms read the channels of a pixel together.
         pixels = pixels.contiguous()
     return ops.patch_mining(images, [pixels], *projections)
 
 
 def _inner(owner: nn.Module):
-    """The object on which the original's method finds its projectors; None where there is none."""
+    """The object on which the original's method finds its projectors, or None where there is none."""
     get_model = getattr(owner, "get_model", None)
     for candidate in (get_model() if callable(get_model) else None, getattr(owner, "model", None), owner):
         if all(hasattr(candidate, name) for name in PROJECTORS):
@@ -91,8 +92,9 @@ def _projections(owner: nn.Module) -> list[Projection]:
 
 
 def _unusual(owner: nn.Module) -> str | None:
-    """None where the projectors are the original's: plain LayerNorm and Linear, of which nothing but four tensors
-    enters the result.
+    """None where the projectors are the original's: plain LayerNorm and Linear, and only four tensors of each matter.
+
+    Otherwise the text is the reason.
     """
     inner = _inner(owner)
     if inner is None:
@@ -105,13 +107,15 @@ def _unusual(owner: nn.Module) -> str | None:
     for name, projection, width in zip(PROJECTORS, (query, key, value), (dim, channels, channels)):
         shapes = [[*projection.norm_weight.shape], [*projection.weight.shape]]
         if shapes != [[width], [dim, width]]:
-            return f"{name} has a LayerNorm of {shapes[0]} and a Linear of {shapes[1]}, expected [{width}] and [{dim}, {width}]"
+            found = f"a LayerNorm of {shapes[0]} and a Linear of {shapes[1]}"
+            return f"{name} has {found}, expected [{width}] and [{dim}, {width}]"
     return None
 
 
 def _differs(owner: nn.Module) -> str | None:
-    """None where the method, tried on a tiny map, does what the original's does: another project may use the name for
-    something else.
+    """None where the method, tried on a tiny map, computes what the original's does; otherwise the difference.
+
+    Another project may use the name for something else.
     """
     projections = _projections(owner)
     like, channels = projections[0].weight, projections[1].weight.shape[1]
@@ -129,9 +133,9 @@ def _differs(owner: nn.Module) -> str | None:
                 return (
                     f"{tried} does not return its first argument as it is and mined features of {list(expected.shape)}"
                 )
-            # the original's very steps agree to the last bit; the room is for the same mathematics in other steps
+            # The original's own steps agree to the last bit. The tolerance is for the same mathematics in other steps.
             error, largest = (mined - expected).abs().max().item(), expected.abs().max().item()
-        # whatever it is that somebody else's code does not take
+        # The code belongs to someone else and may raise any kind of error.
         except Exception as error:
             return f"{tried} fails: {error!r}"
     if not error <= max(1e-4, 8 * torch.finfo(like.dtype).eps) * largest:
@@ -141,7 +145,7 @@ def _differs(owner: nn.Module) -> str | None:
 
 def _why_not(owner: nn.Module) -> str | None:
     if replaced_on_object(owner, METHOD):
-        return f"{METHOD} was set on the object, over the method of its class: not the original's"
+        return f"{METHOD} was set on the object, over the method of its class: it is not the original's"
     takes = inspect.signature(getattr(owner, METHOD))
     if len(takes.parameters) != 2:
         return f"it takes {takes}, expected two tensors"

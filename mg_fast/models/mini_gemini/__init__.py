@@ -1,1 +1,1 @@
-"""Mini-Gemini: configuration, checkpoints, pictures and prompts in, the model."""
+"""Mini-Gemini: its configuration, checkpoints and model, and the pictures and prompts that go into it."""

@@ -1,9 +1,9 @@
-"""A checkpoint, resolved: its configuration, where each of its tensors lies, and whether they are the right ones.
+"""Resolves a checkpoint: its configuration, where each of its tensors lies, and whether they are the right ones.
 
-Everything is decided from files' headers before any weight is read: a missing, unexpected or mis-shaped tensor is named
-at once (quantised saves store other tensors; there transformers' report after loading must do). The published folder
-holds all weights. A CLIP or OpenCLIP folder serves only where it lacks a tower; a stage-1 adapter (`mm_projector.bin`)
-needs its base language model.
+Everything is decided from file headers before any weight is read, so that a missing, unexpected or mis-shaped tensor is
+named at once. Quantized checkpoints store other tensors; for them, transformers' report after loading does this. The
+published folder holds all weights. A CLIP or OpenCLIP folder is used only where the checkpoint lacks that tower. A
+stage-1 adapter (`mm_projector.bin`) needs its base language model.
 """
 
 import dataclasses
@@ -37,26 +37,26 @@ from .geometry import CLIP_PREFIX, CONVNEXT_PREFIX, blaming, complete_config, to
 
 logger = logging.getLogger(__name__)
 
-# the towers of every published model (issue 51 of the original's tracker)
+# The towers of every published model, according to issue 51 in the original project's tracker.
 _TOWER_HUB_IDS = {
     CLIP_PREFIX: "openai/clip-vit-large-patch14-336",
     CONVNEXT_PREFIX: "laion/CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup",
 }
-# buffers that older transformers wrote into checkpoints; they hold no weights
+# Older versions of transformers wrote these buffers into checkpoints. They hold no weights.
 _LEFTOVERS = re.compile(r"\.position_ids$|\.rotary_emb\.inv_freq$")
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "vocab.json")
 
 
 @dataclasses.dataclass
 class Checkpoint:
-    """A resolved checkpoint.
+    """A checkpoint whose files have been found.
 
     Attributes:
-        folder: local folder with config.json and the tokenizer.
-        weights_folder: local folder that `from_pretrained` reads the weights from (the base LLM's, for an adapter).
-        config: with both towers' geometry filled in from the tensor shapes.
+        folder: the local folder with config.json and the tokenizer.
+        weights_folder: the local folder that `from_pretrained` reads weights from (the base LLM's, for an adapter).
+        config: the configuration, with both towers' geometry filled in from the tensor shapes.
         tensors: every tensor by its published name.
-        extra: those of `tensors` that lie outside `weights_folder`: from an adapter file or a tower folder.
+        extra: the part of `tensors` that lies outside `weights_folder`, in an adapter file or a tower folder.
     """
 
     folder: Path
@@ -66,7 +66,7 @@ class Checkpoint:
     extra: Table
 
     def stored_dtype(self) -> torch.dtype:
-        """What `dtype="auto"` means to transformers: the dtype that config.json names, else that of the stored weights."""
+        """The dtype that `dtype="auto"` means in transformers: config.json's, or else that of the stored weights."""
         dtype = self.config.dtype
         if dtype is None:
             name = "model.norm.weight"
@@ -74,7 +74,7 @@ class Checkpoint:
         try:
             return wanted_dtype(dtype)
         except BackendError as error:
-            raise CheckpointError(f"{self.folder} names a dtype that is none for weights: {error}") from None
+            raise CheckpointError(f"{self.folder} names a dtype that weights cannot have: {error}") from None
 
 
 def open_checkpoint(
@@ -84,12 +84,12 @@ def open_checkpoint(
 
     Args:
         name_or_path: a folder or a hub id (HF_HUB_OFFLINE is respected).
-        base_model: folder or hub id of the base language model, for a stage-1 adapter.
+        base_model: the folder or hub id of the base language model, for a stage-1 adapter.
         config: overrides the folder's config.json.
         **kwargs: hub arguments (`cache_dir`, `revision`, `token`, `local_files_only`, `force_download`).
 
     Raises:
-        CheckpointError: nothing there, no config.json, an unreadable file, or no weights.
+        CheckpointError: there is nothing, no config.json, no weights, or a file is unreadable.
     """
     if kwargs.get("subfolder"):
         raise CheckpointError(f"subfolder={quoted(kwargs['subfolder'])} is not supported: name the folder itself")
@@ -112,7 +112,8 @@ def open_checkpoint(
         )
     if not tensors:
         raise CheckpointError(
-            f"{weights_folder} holds no weights: expected *.safetensors or pytorch_model*.bin, with its index if sharded"
+            f"{weights_folder} holds no weights: "
+            "expected *.safetensors or pytorch_model*.bin, with its index if sharded"
         )
 
     of_base = config is None and not (folder / "config.json").is_file()
@@ -125,8 +126,9 @@ def open_checkpoint(
             if not tower:
                 wanted = config.mm_vision_tower if prefix == CLIP_PREFIX else config.mm_vision_tower_aux
                 raise CheckpointError(
-                    f"{weights_folder} has no {prefix}* tensors, and the tower's own weights were not found: looked for "
-                    f"{' or '.join(_TOWER_FILES[prefix])} in {quoted(wanted)} beside {folder} and from the working directory, "
+                    f"{weights_folder} has no {prefix}* tensors, and the tower's own weights were not found: "
+                    f"looked for {' or '.join(_TOWER_FILES[prefix])} in {quoted(wanted)} "
+                    f"beside {folder} and from the working directory, "
                     f"then in the hub's {_TOWER_HUB_IDS[prefix]}"
                 )
             extra |= tower
@@ -136,7 +138,7 @@ def open_checkpoint(
 
 
 def read_config(folder: Path, fallback: Path | None = None) -> MiniGeminiConfig:
-    """The configuration of a local folder; of `fallback` where an adapter folder has none."""
+    """The configuration of a local folder, or of `fallback` where an adapter folder has none."""
     source = folder if (folder / "config.json").is_file() or fallback is None else fallback
     if not (source / "config.json").is_file():
         raise CheckpointError(f"{source} has no config.json: expected a Mini-Gemini checkpoint folder")
@@ -158,11 +160,10 @@ def read_config(folder: Path, fallback: Path | None = None) -> MiniGeminiConfig:
 
 
 def geometry_config(folder: Path, base: Path | None = None) -> MiniGeminiConfig:
-    """Configuration of a local folder for its processor, from what lies there; `base` is the base model of a stage-1
-    adapter.
+    """The configuration that a processor needs, from a local folder alone.
 
-    The views' side is read from the position embedding's shape where that file is at hand; else it is the published
-    towers'.
+    The side of the views is read from the shape of the position embedding where that file is at hand. Otherwise it is
+    that of the published towers. `base` is the folder of the base model of a stage-1 adapter.
     """
     config = read_config(folder, fallback=base)
     tensors = read_table(folder, partial=True)
@@ -179,7 +180,7 @@ _TOWER_FILES = {
     CLIP_PREFIX: ("model.safetensors", "pytorch_model.bin"),
     CONVNEXT_PREFIX: ("open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
 }
-# names in a tower's own file -> published names
+# Names in a tower's own file, and the published names.
 _TOWER_RENAMES = {
     CLIP_PREFIX: (("vision_model.", CLIP_PREFIX),),
     CONVNEXT_PREFIX: (
@@ -190,14 +191,14 @@ _TOWER_RENAMES = {
 
 
 def _tower_table(config: MiniGeminiConfig, prefix: str, folder: Path, hub: dict | None = None) -> Table:
-    """The tensors of a tower that the checkpoint lacks, by their published names; empty where they are not found.
+    """The tensors of a tower that the checkpoint lacks, by their published names. The table is empty if none are found.
 
-    Looks in the tower's own folder, then, with hub arguments, in the hub repository of the published models' tower.
+    It looks in the tower's own folder and then, given hub arguments, in the hub repository of the published tower.
     """
     found = tower_folder(config, prefix, folder)
     path = next((found / f for f in _TOWER_FILES[prefix] if (found / f).is_file()), None) if found else None
     if path is None and hub is not None:
-        # the checkpoint's own revision means nothing in another repository
+        # The checkpoint's own revision has no meaning in another repository.
         hub = {key: value for key, value in hub.items() if key != "revision"}
         for file in _TOWER_FILES[prefix]:
             try:
@@ -220,14 +221,14 @@ def _tower_table(config: MiniGeminiConfig, prefix: str, folder: Path, hub: dict 
 
 
 def check_names(expected: dict[str, tuple[int, ...]], tensors: Table, *, tied: bool, where: Path) -> None:
-    """Holds a checkpoint's tensors against the model's, by published name and shape.
+    """Compares a checkpoint's tensors with the model's, by published name and shape.
 
     Raises:
-        CheckpointError: names every kind of difference, a few tensors of each.
+        CheckpointError: tensors differ. The message names every kind of difference and a few tensors of each.
     """
     found = {name: info.shape for name, info in tensors.items() if not _LEFTOVERS.search(name)}
     if tied and found.get("lm_head.weight") == expected["model.embed_tokens.weight"]:
-        # a tied head may be stored a second time; it is the embedding
+        # A tied head may be stored a second time. It is the embedding.
         del found["lm_head.weight"]
     missing = sorted(expected.keys() - found.keys())
     unexpected = sorted(found.keys() - expected.keys())
@@ -240,14 +241,14 @@ def check_names(expected: dict[str, tuple[int, ...]], tensors: Table, *, tied: b
     }
     if kinds:
         holder = shortened(str(where), 120)
-        # Every kind is to be named, in a message that is not cut.
+        # The message must name every kind of difference without being cut.
         room = (LONGEST_MESSAGE - 60 - len(holder)) // len(kinds) - 40
         told = "; ".join(f"{len(names)} {kind}: {some_names(names, room=room)}" for kind, names in kinds.items())
         raise CheckpointError(f"{holder} does not hold the tensors its config.json calls for. {told}")
 
 
 def load_tokenizer(*folders: Path | None):
-    """The tokenizer of the first folder that has one, padding on the left as generation needs it."""
+    """The tokenizer of the first folder that has one. It pads on the left, as generation needs."""
     present = [folder for folder in dict.fromkeys(folders) if folder is not None]
     holder = next((f for f in present if any((f / name).is_file() for name in _TOKENIZER_FILES)), None)
     if holder is None:
@@ -256,13 +257,14 @@ def load_tokenizer(*folders: Path | None):
         )
     try:
         return AutoTokenizer.from_pretrained(holder, padding_side="left")
-    except Exception as error:  # the tokenizer libraries raise bare Exceptions on broken files
+    except Exception as error:  # The tokenizer libraries raise bare Exceptions on broken files.
         raise CheckpointError(f"the tokenizer in {holder} cannot be loaded: {first_line(error)}") from error
 
 
 def decide_template(config: MiniGeminiConfig, tokenizer, override: str | None = None) -> str:
-    """The prompt template: the override, what the checkpoint saved, else decided from text class and tokenizer (said
-    once if a guess).
+    """The prompt template: the override, or the one that the checkpoint saved, or one by text class and tokenizer.
+
+    Where the last is a guess, one warning says so.
     """
     if override is not None:
         get_template(override)
@@ -271,12 +273,12 @@ def decide_template(config: MiniGeminiConfig, tokenizer, override: str | None = 
         get_template(config.conversation_template)
         return config.conversation_template
     name, certain = detect_template(config.text_config.model_type, tokenizer)
-    if not certain and tokenizer.name_or_path not in _said:
-        _said.add(tokenizer.name_or_path)
+    if not certain and tokenizer.name_or_path not in _warned_of_template:
+        _warned_of_template.add(tokenizer.name_or_path)
         logger.warning(
             "nothing in this checkpoint tells its prompt template: using %s; template= (--template) overrides it", name
         )
     return name
 
 
-_said: set[str] = set()
+_warned_of_template: set[str] = set()

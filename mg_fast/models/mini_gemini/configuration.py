@@ -1,4 +1,4 @@
-"""MiniGeminiConfig: the flat config.json of published checkpoints, with the language model's part built from it."""
+"""MiniGeminiConfig: the flat config.json of published checkpoints, and the language model's configuration in it."""
 
 import copy
 import dataclasses
@@ -12,8 +12,8 @@ from ...runtime.arguments import plain_numbers, whole_number
 from ..templates import TEMPLATES
 from .registration import register_configuration
 
-# `model_type` as published (the March-2024 uploads said mini_gemini*), and the bare base models that a folder may still
-# name
+# `model_type` as published (the uploads of March 2024 say mini_gemini*), and the bare base models that a folder may
+# still name.
 TEXT_MODEL_TYPES = {
     "mgm": "llama",
     "mgm_gemma": "gemma",
@@ -36,7 +36,7 @@ PUBLISHED_ARCHITECTURES = {
     "mistral": "MGMMistralForCausalLM",
 }
 
-# The towers of every published checkpoint: what a configuration means that has no other word on them
+# The towers of every published checkpoint. A configuration that does not describe its towers means these.
 CLIP_VIT_L_14_336 = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -49,10 +49,10 @@ CLIP_VIT_L_14_336 = {
 }
 CONVNEXT_LARGE = {"dims": [192, 384, 768, 1536], "depths": [3, 3, 27, 3], "norm_eps": 1e-6}
 
-# what the original takes an absent key of a published config.json to mean
+# What the original assumes for a key that is absent from a published config.json.
 _ABSENT = {"image_aspect_ratio": None, "mm_projector_type": "linear", "tokenizer_model_max_length": None}
 
-# keys that belong to transformers' own machinery rather than to the language model
+# Keys that belong to transformers' own machinery, not to the language model.
 _OWN_KEYS = (
     "name_or_path",
     "_name_or_path",
@@ -67,24 +67,24 @@ class MiniGeminiConfig(PreTrainedConfig):
     """Configuration of a Mini-Gemini model, read from and written as the flat config.json of published checkpoints.
 
     The language model's keys (`hidden_size`, `rope_theta`, ...) lie flat beside the `mm_*` and `image_*` keys;
-    `text_config` is built from them. Two keys are this project's additions, written on save so that a round trip loses
-    nothing that the tensor shapes do not tell: `vision_config` (CLIP) and `vision_config_aux` (ConvNeXt: `dims`,
-    `depths`, `norm_eps`). Without them both towers are those of the published models until `from_pretrained` reads the
+    `text_config` is built from them. This project adds two keys, which are written on save so that a round trip keeps
+    what tensor shapes do not tell: `vision_config` (CLIP) and `vision_config_aux` (ConvNeXt: `dims`, `depths`,
+    `norm_eps`). Without them, both towers are those of the published models until `from_pretrained` reads the
     checkpoint's own shapes.
 
-    Attributes (config.json's names; spec of the original):
+    Attributes (named as in config.json; the original specifies them):
         text_config: LlamaConfig, GemmaConfig, MixtralConfig or MistralConfig.
         image_size_aux: side of the high-resolution picture in pixels.
-        image_grid: LR tiles per side; 2 in HD models.
+        image_grid: number of LR tiles per side; 2 in HD models.
         image_global: whether a global LR view joins the tiles.
-        image_aspect_ratio: `pad` squares by padding, anything else by a centre crop.
+        image_aspect_ratio: `pad` makes pictures square by padding; any other value crops the centre.
         tokenizer_model_max_length: trained context length in tokens, or None.
-        conversation_template: prompt template saved with the checkpoint, or None to decide from the tokenizer.
+        conversation_template: prompt template saved with the checkpoint; None decides by the tokenizer.
     """
 
     model_type = "mgm"
     sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
-    # Trainer's evaluation stacks what a batch returns over all batches, and these have other shapes in each.
+    # Trainer's evaluation stacks what every batch returns, but these differ in shape from batch to batch.
     keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
 
     text_config: dict | PreTrainedConfig | None = None
@@ -107,13 +107,13 @@ class MiniGeminiConfig(PreTrainedConfig):
     tie_word_embeddings: bool | None = None
 
     def __post_init__(self, **kwargs):
-        # Numbers of NumPy's are none to the strict checks of transformers, nor to JSON.
+        # Neither the strict checks of transformers nor JSON accept NumPy's numbers.
         kwargs = {key: plain_numbers(value) for key, value in kwargs.items()}
         for key in _field_names(MiniGeminiConfig):
             setattr(self, key, plain_numbers(getattr(self, key)))
         model_type = kwargs.pop("published_model_type", kwargs.pop("model_type", None))
         text = _text_model_type(model_type, self.architectures)
-        # written back as they came, where they are Mini-Gemini's
+        # Mini-Gemini's own spellings are written back unchanged.
         self.spelled = (model_type, self.architectures)
         kwargs.pop("transformers_version", None)
         hub = {key: kwargs.pop(key) for key in _OWN_KEYS if key in kwargs}
@@ -122,22 +122,22 @@ class MiniGeminiConfig(PreTrainedConfig):
             self.dtype = dtype
 
         if kwargs.get("quantization_config"):
-            # of a quantised save: transformers and `from_pretrained` look for it here
+            # transformers and `from_pretrained` look here for the settings of a quantized checkpoint.
             self.quantization_config = kwargs.pop("quantization_config")
 
-        # everything else is the language model's, or a leftover that a round trip hands back untouched
+        # Every other key belongs to the language model, or is passed through a round trip unchanged.
         self.flat = kwargs
         if self.text_config is None:
             rest = copy.deepcopy(kwargs)
             if self.tie_word_embeddings is not None:
-                # where config.json is silent the family's class default holds (Gemma ties)
+                # Where config.json is silent, the default of the family's class holds. Gemma's ties the weights.
                 rest["tie_word_embeddings"] = self.tie_word_embeddings
             self.text_config = CONFIG_MAPPING[text](**rest, dtype=self.dtype)
         elif isinstance(self.text_config, dict):
             self.text_config = CONFIG_MAPPING[self.text_config.get("model_type", text)](**self.text_config)
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
 
-        # what config.json said itself outranks a tower folder's word; tensor shapes outrank the defaults below
+        # Towers in config.json override a tower folder's settings. Tensor shapes override the defaults below.
         self.towers_given = self.vision_config is not None and self.vision_config_aux is not None
         if self.vision_config is None:
             self.vision_config = clip_config(**CLIP_VIT_L_14_336)
@@ -151,8 +151,8 @@ class MiniGeminiConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
         if "image_size_aux" in config_dict:
-            # a published file: where it is silent the original's defaults hold, not those of a configuration made from
-            # nothing
+            # This is a published file. Where it is silent, the original's defaults hold, not the defaults of a
+            # configuration that is made from nothing.
             config_dict = {**_ABSENT, **config_dict}
         return super().from_dict(config_dict, **kwargs)
 
@@ -160,14 +160,15 @@ class MiniGeminiConfig(PreTrainedConfig):
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if config_dict:
-            # one class serves every spelling; transformers would warn about each but its own
+            # This class serves every spelling of the model type. transformers would warn about all but its own.
             config_dict["published_model_type"] = config_dict.get("model_type")
             config_dict["model_type"] = cls.model_type
         return config_dict, kwargs
 
     def check(self) -> None:
-        """Refuses what the published layout can say but no published checkpoint uses, rather than computing something
-        else.
+        """Refuses values that the published layout allows but no published checkpoint uses.
+
+        Accepting them would compute something else than the original does.
         """
         for key in ("image_size_aux", "image_grid"):
             if (whole_number(getattr(self, key)) or 0) < 1:
@@ -187,7 +188,7 @@ class MiniGeminiConfig(PreTrainedConfig):
                 "mm_use_im_start_end=true is not supported: no published checkpoint adds these tokens"
             )
         tower = (self.mm_vision_tower or "").lower()
-        # the original looks for CLIP first, so that these may stand elsewhere in CLIP's path
+        # The original looks for CLIP first, so "eva" and "lavis" may stand elsewhere in a CLIP path.
         if ("eva" in tower or "lavis" in tower) and "openai" not in tower and "sharegpt4v" not in tower:
             raise CheckpointError(
                 f"mm_vision_tower {quoted(self.mm_vision_tower)}: the EVA tower is not supported, only CLIP is"
@@ -195,17 +196,17 @@ class MiniGeminiConfig(PreTrainedConfig):
 
     @property
     def views(self) -> int:
-        """Low-resolution views per picture."""
+        """The number of low-resolution views per picture."""
         return self.image_grid**2 + int(self.image_global)
 
     @property
     def tokens_per_view(self) -> int:
-        """Image tokens per view: the number of CLIP patches."""
+        """The number of image tokens per view, which is the number of CLIP patches."""
         return (self.vision_config.image_size // self.vision_config.patch_size) ** 2
 
     @property
     def tokens_per_picture(self) -> int:
-        """Image tokens per picture: 576, or 2880 in HD, for the published towers."""
+        """The number of image tokens per picture: 576, or 2880 in HD, for the published towers."""
         return self.views * self.tokens_per_view
 
     def to_dict(self) -> dict[str, Any]:
@@ -229,7 +230,7 @@ class MiniGeminiConfig(PreTrainedConfig):
         quantization = getattr(self, "quantization_config", None)
         if quantization is not None:
             out["quantization_config"] = quantization if isinstance(quantization, dict) else quantization.to_dict()
-        # Attributes may have been set to numbers of NumPy's since, which JSON does not know.
+        # Attributes may have been set to NumPy numbers since, which JSON does not know.
         return plain_numbers(out)
 
     def _flat_text(self) -> dict[str, Any]:
@@ -240,7 +241,7 @@ class MiniGeminiConfig(PreTrainedConfig):
         out["rope_theta"] = rope.pop("rope_theta", None)
         if rope.get("rope_type", "default") != "default":
             out["rope_scaling"] = rope
-        # null where the published file is silent would only be noise
+        # A null where the published file has no key would only add noise.
         return {key: value for key, value in out.items() if value is not None or key in self.flat}
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -248,7 +249,7 @@ class MiniGeminiConfig(PreTrainedConfig):
 
 
 def _text_model_type(model_type: str | None, architectures: list[str] | None) -> str:
-    """The language model's class, from `model_type` and, where that is silent or general, from `architectures`."""
+    """The language model's type, from `model_type` and, where that is absent or general, from `architectures`."""
     if model_type is not None and model_type not in TEXT_MODEL_TYPES:
         raise CheckpointError(
             f"model_type {quoted(model_type)} is not a Mini-Gemini one: expected one of {', '.join(TEXT_MODEL_TYPES)}"
@@ -257,17 +258,19 @@ def _text_model_type(model_type: str | None, architectures: list[str] | None) ->
     if model_type is None:
         if named is None and architectures:
             raise CheckpointError(
-                f"config.json has no model_type, and architectures {quoted(architectures)} names no known language model"
+                "config.json has no model_type, and "
+                f"architectures {quoted(architectures)} names no known language model"
             )
         return named or "llama"
     text = TEXT_MODEL_TYPES[model_type]
-    # the plain spellings were every family's ancestor's before they were Llama's
+    # Early checkpoints of every family used the plain spelling, which now stands for Llama.
     return named if named is not None and text == "llama" else text
 
 
 def clip_config(**kwargs) -> PreTrainedConfig:
-    """A CLIPVisionConfig. Looked up late: its module needs transformers' model tables, which may still be loading above
-    this one.
+    """Makes a CLIPVisionConfig.
+
+    The class is looked up late: its module needs transformers' model tables, which may be loading this very module.
     """
     return CONFIG_MAPPING["clip_vision_model"](**kwargs)
 
@@ -276,5 +279,5 @@ def _field_names(config_class: type) -> set[str]:
     return {f.name for f in dataclasses.fields(config_class)}
 
 
-# llama, gemma, ... stay transformers' own: such a folder loads through the MiniGemini* classes only
+# llama, gemma and the other plain types stay with transformers; such folders load only through the MiniGemini* classes.
 register_configuration(MiniGeminiConfig, [name for name in TEXT_MODEL_TYPES if name.startswith(("mgm", "mini_gemini"))])

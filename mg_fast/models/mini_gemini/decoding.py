@@ -1,4 +1,4 @@
-"""Mini-Gemini's answers to what the decode loop asks of a model (`mg_fast.models.protocol`)."""
+"""Mini-Gemini's answers to the questions that the decode loop asks a model (`mg_fast.models.protocol`)."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,7 +11,7 @@ from .places import PICTURE_INPUTS
 
 
 class MiniGeminiDecoding:
-    """A base of MiniGeminiForConditionalGeneration, which makes it a DecodableModel."""
+    """A base class that makes MiniGeminiForConditionalGeneration a DecodableModel."""
 
     prompt_inputs = PICTURE_INPUTS
 
@@ -28,8 +28,9 @@ class MiniGeminiDecoding:
         return self.config.text_config
 
     def set_decoder(self, decoder: nn.Module) -> None:
-        """Puts another language model in the place of this one. transformers' own method would set `language_model`, a
-        property here.
+        """Replaces the language model.
+
+        The method of transformers would set `language_model`, which is a property here.
         """
         self.model.set_decoder(decoder)
 
@@ -40,7 +41,7 @@ class MiniGeminiDecoding:
         return self.model.embed_ids(input_ids)
 
     def pass_inputs(self, model_inputs: Mapping[str, object]) -> PassInputs:
-        # pictures reach the language model as embeddings alone
+        # Pictures reach the language model only as embeddings.
         return NO_PASS_INPUTS
 
     def position_keys(
@@ -54,6 +55,6 @@ class MiniGeminiDecoding:
         firsts = [content_key(digest, 0) for digest in digests] if places else []
         for i, place in enumerate(places):
             picture, position = divmod(i, len(places) // len(firsts))
-            # The same as `content_key(digest, position)`, without reading the digest for each of up to 2880 positions.
+            # This equals `content_key(digest, position)`, without reading the digest for each of up to 2880 positions.
             keys[place] = firsts[picture] - position
         return keys

@@ -1,5 +1,6 @@
-"""From a picture's pixels to image tokens, frozen for inference: both towers packed and, on a GPU, at once and in one
-graph.
+"""Encodes pictures from pixels to image tokens, frozen for inference.
+
+Both towers are packed. On a GPU they run at the same time and in one CUDA graph.
 """
 
 import contextlib
@@ -20,37 +21,37 @@ from ...runtime.layer_dtypes import Chain
 from ...runtime.numerics import numerics
 from ...runtime.weights import Fingerprint, why_more_than_weights
 
-# graphs kept, each with memory of its own for everything between the pixels and the tokens
+# The number of CUDA graphs that are kept. Each has its own memory for everything between the pixels and the tokens.
 MAX_GRAPHS = 4
-# The classes in mining and projector whose calls do no more than a graph of them.
+# The classes in mining and projector whose calls do no more than a graph of them does.
 _PLAIN_AFTER_TOWERS = frozenset({PatchInfoMining, Chain, nn.Sequential, nn.LayerNorm, nn.Linear, nn.GELU, nn.Identity})
-# a graph's inputs and outputs are one request's at a time
+# A graph's inputs and outputs belong to one request at a time.
 _LOCK = threading.Lock()
 
 logger = logging.getLogger(__name__)
 
 
 class PictureEncoder:
-    """Image tokens of pictures by packed copies of a model's towers.
+    """Computes image tokens of pictures with packed copies of a model's towers.
 
-    What is packed is a snapshot; mining and projector are the model's own. A call refuses once a tower was changed (its
-    weights in place, by hooks, adapters or otherwise), or the model was moved or converted: make another. Writes
-    through `.data` are not seen. On a GPU the towers run at once on two streams, and all of it is captured in a CUDA
-    graph for each shape: a call then is one launch. While mining or projector compute something else than their weights
-    say (hooks, adapters), calls go without graphs.
+    The packed towers are a snapshot; mining and projector are the model's own. A call refuses to run once a tower was
+    changed (its weights in place, by hooks, adapters or otherwise), or once the model was moved or converted: make
+    another encoder then. Writes through `.data` are not seen. On a GPU the towers run at the same time on two streams,
+    and the whole is captured in a CUDA graph for each shape, so that a call is one launch. While mining or projector
+    compute something else than their weights say (hooks, adapters), calls run without graphs.
 
     Args:
-        model: the MiniGeminiModel, its picture side on one device.
+        model: the MiniGeminiModel. Its picture side must be on one device.
         graphs: capture CUDA graphs.
 
     Raises:
-        ValueError: a tower computes something else than its weights say; the message says what.
+        ValueError: a tower computes something else than its weights say. The message says what.
     """
 
     def __init__(self, model: nn.Module, *, graphs: bool = True):
         began = time.perf_counter()
         self._model = model
-        # before anything is copied
+        # This is checked before anything is copied.
         if reason := model.vision_tower_aux.why_more_than_weights():
             raise ValueError(f"PictureEncoder: the high-resolution tower: {reason}")
         devices = {p.device for part in _parts(model) for p in part.parameters()}
@@ -67,23 +68,23 @@ class PictureEncoder:
         self._captures = Captures()
         self._graphs = GraphCache(MAX_GRAPHS, self._captures) if graphs and cuda else None
         self._side = self._take_streams() if cuda else None
-        # a graph's inputs and outputs are the same memory in every call: the next one waits until this one's tokens are
-        # copied
+        # A graph's inputs and outputs are the same memory in every call. The next call waits for this event, which says
+        # that the tokens of the call before have been copied.
         self._copied = torch.cuda.Event() if cuda else None
         self.first_use["towers packed"] = time.perf_counter() - began
 
     @property
     def first_use(self) -> dict[str, float]:
-        """Seconds that were spent once: on packing, and on every capture."""
+        """Seconds spent on work that is done once: packing, and every capture."""
         return self._captures.first_use
 
     def _take_streams(self) -> torch.cuda.Stream:
-        """The stream of the low-resolution tower; the one that graphs are captured on is taken as well.
+        """Takes the stream of the low-resolution tower, and the stream that graphs are captured on.
 
-        No other owner of graphs has them, since what is captured keeps the workspaces that cuBLAS has for a stream.
+        No other owner of graphs has these streams, because a capture keeps the workspaces that cuBLAS has for a stream.
         """
         try:
-            # Without graphs of its own, too: another owner may have captured products on a stream that torch hands out.
+            # This is needed without graphs too: another owner may have captured products on a stream of torch's pool.
             self._leased = CaptureStream(self.device)
             if self._graphs is not None:
                 self._graphs.stream(self.device)
@@ -94,21 +95,23 @@ class PictureEncoder:
         return self._leased.stream
 
     def _check_current(self) -> None:
-        """Raises RuntimeError where the model is not as it was packed any more."""
+        """Raises RuntimeError where the model is no longer as it was when it was packed."""
         towers = Fingerprint(_towers(self._model))
-        # A graph reads the weights of mining and projector where they lie, whatever they are.
+        # A graph reads the weights of mining and projector in place, so only their places must stay the same.
         moved = Fingerprint(_after_towers(self._model)).places != self._after_towers.places
         configured = self._model.config.mm_vision_select_layer != self._select_layer
         if towers == self._towers and not moved and not configured:
             return
         if moved or configured or towers.places != self._towers.places:
             raise RuntimeError(
-                "PictureEncoder: the model was moved, converted or configured otherwise since it was packed: make another"
+                "PictureEncoder: the model was moved, converted or configured otherwise since it was packed: "
+                "make another one"
             )
         self._clip.check_unchanged()
         self._tower.check_unchanged()
         raise RuntimeError(
-            "PictureEncoder: a tower was changed, by a hook, an adapter or otherwise, since it was packed: make another"
+            "PictureEncoder: a tower was changed, by a hook, an adapter or otherwise, since it was packed: "
+            "make another one"
         )
 
     @torch.inference_mode()
@@ -126,7 +129,7 @@ class PictureEncoder:
             pixel_values: [n_images, V, 3, LR, LR], as the processor returns them.
             pixel_values_hr: [n_images, 3, HR, HR].
             backend: overrides the choice in force.
-            stage: as of `get_image_features`; where it is given the stages run one after the other, to be measured.
+            stage: as in `get_image_features`. Where it is given, the stages run one after the other, to be measured.
         """
         self._check_current()
         return self.encode(pixel_values, pixel_values_hr, backend=backend, stage=stage)
@@ -140,7 +143,7 @@ class PictureEncoder:
         backend: str | None = None,
         stage: Callable | None = None,
     ) -> torch.Tensor:
-        """The same, for a caller who knows that the model is as it was packed; `__call__` asks all parameters."""
+        """Encodes as a call does, for a caller who knows that the model is unchanged; a call checks all parameters."""
         self._model.check_pixels(pixel_values, pixel_values_hr)
         pixels = pixel_values.to(self.device), pixel_values_hr.to(self.device)
         if stage is not None:
@@ -151,7 +154,7 @@ class PictureEncoder:
             return self._replay(pixels, backend)
 
     def _encode(self, pixel_values, pixel_values_hr, backend: str | None, stage: Callable) -> torch.Tensor:
-        """The model's own order of steps, with the packed towers in the place of the model's."""
+        """Runs the model's own order of steps, with the packed towers in place of the model's."""
         parts = {
             "see_low": functools.partial(self._queries, backend=backend),
             "see_high": functools.partial(self._tower, backend=backend),
@@ -161,7 +164,10 @@ class PictureEncoder:
         ).image_tokens
 
     def _encode_at_once(self, pixel_values, pixel_values_hr, backend: str | None) -> torch.Tensor:
-        """The towers need nothing of each other, so that on a GPU the low-resolution one runs on a stream of its own."""
+        """Runs both towers at the same time on a GPU, the low-resolution one on its own stream.
+
+        Neither tower needs results of the other.
+        """
         if self._side is None:
             return self._encode(pixel_values, pixel_values_hr, backend, contextlib.nullcontext)
         main = torch.cuda.current_stream(self.device)
@@ -173,7 +179,7 @@ class PictureEncoder:
 
         def see_high(pixels: torch.Tensor) -> list[torch.Tensor]:
             levels = self._tower(pixels, backend=backend)
-            # Mining, which comes next, reads the queries.
+            # Mining comes next and reads the queries.
             main.wait_stream(self._side)
             return levels
 
@@ -185,7 +191,7 @@ class PictureEncoder:
         return features.image_tokens
 
     def _graphs_show_all(self) -> bool:
-        """Whether a replay does what a call would: hooks on mining or projector would run at the capture alone."""
+        """Whether a replay does what a call would do. Hooks on mining or projector would run only at the capture."""
         parts = self._model.patch_mining, self._model.mm_projector
         return not any(why_more_than_weights(part, _PLAIN_AFTER_TOWERS, placed=True) for part in parts)
 
@@ -193,7 +199,7 @@ class PictureEncoder:
         return self._model.low_resolution_queries(pixel_values, tower=lambda views: self._clip(views, backend=backend))
 
     def _replay(self, pixels: tuple[torch.Tensor, ...], backend: str | None) -> torch.Tensor:
-        # A graph keeps the arithmetic that it was captured with.
+        # The key includes the numeric settings, because a graph keeps the arithmetic that it was captured with.
         key = (*((t.shape, t.dtype) for t in pixels), backends.requested(backend), numerics(self.device))
         captured = self._graphs.entry(key, lambda: self._capture(pixels, backend))
         if captured is None:
@@ -210,12 +216,12 @@ class PictureEncoder:
     def _capture(
         self, pixels: tuple[torch.Tensor, ...], backend: str | None
     ) -> tuple[CapturedGraph, list[torch.Tensor]] | None:
-        """A graph and its inputs; None where it cannot be captured."""
+        """A graph and its inputs, or None where it cannot be captured."""
         if not self._captures.allowed:
             return None
         began, capturing = time.perf_counter(), self._graphs.stream(self.device)
         inputs = [t.clone() for t in pixels]
-        # kernels are compiled, libraries make their workspaces, and tables are made before anything is captured
+        # Before a capture, kernels must be compiled, and libraries' workspaces and the tables must be made.
         capturing.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(capturing):
             for _ in range(2):
@@ -239,6 +245,6 @@ def _after_towers(model: nn.Module) -> tuple[nn.Module, ...]:
 
 
 def picture_state(model: nn.Module) -> tuple:
-    """What image tokens depend on beside the pixels and how they are encoded; compared by `==`, see `Fingerprint`."""
+    """What image tokens depend on apart from pixels and encoding. It is compared by `==`; see `Fingerprint`."""
     settings = model.config.mm_vision_select_layer, model.config.vision_config._attn_implementation
     return Fingerprint(_parts(model)), settings

@@ -1,4 +1,4 @@
-"""What transformers' `generate` has to know about prompts with pictures, and the check of their lengths."""
+"""What transformers' `generate` needs to know about prompts with pictures, and the check of prompt lengths."""
 
 import logging
 
@@ -15,15 +15,15 @@ logger = logging.getLogger(__name__)
 class GenerationWithPictures:
     """Generation with prompts that hold pictures.
 
-    Its methods extend those of transformers' GenerationMixin, before which it stands among the bases of the model.
+    Its methods extend those of transformers' GenerationMixin, so it stands before that class among the model's bases.
     """
 
-    # whether prompts longer than the model was trained on are accepted, and whether the warning about it was given
+    # Whether prompts longer than the trained length are accepted, and whether the warning about one was given.
     allow_long = False
-    _long_said = False
+    _warned_of_length = False
 
     def check_length(self, prompt: int, new: int = 0, allow_long: bool | None = None) -> None:
-        """Holds a prompt of so many tokens, and so many new ones, against the context; `PromptError` has the numbers."""
+        """Checks `prompt` tokens and `new` further ones against the context; `PromptError` gives the numbers."""
         limit = self.config.text_config.max_position_embeddings
         trained = min(self.config.tokenizer_model_max_length or limit, limit)
         if prompt > limit:
@@ -31,11 +31,14 @@ class GenerationWithPictures:
                 f"the prompt has {prompt} tokens, the model has {limit} positions (max_position_embeddings)"
             )
         if prompt > trained:
-            message = f"the prompt has {prompt} tokens, the model was trained on at most {trained} (tokenizer_model_max_length)"
+            message = (
+                f"the prompt has {prompt} tokens, "
+                f"the model was trained on at most {trained} (tokenizer_model_max_length)"
+            )
             if not (self.allow_long if allow_long is None else allow_long):
                 raise PromptError(f"{message}; allow_long=True (--allow-long) runs it all the same, up to {limit}")
-            if not self._long_said:
-                self._long_said = True
+            if not self._warned_of_length:
+                self._warned_of_length = True
                 logger.warning("%s; running it because allow_long is set", message)
         if prompt + new > limit:
             raise PromptError(
@@ -44,14 +47,14 @@ class GenerationWithPictures:
             )
 
     def generate(self, inputs: torch.Tensor | None = None, *, allow_long: bool | None = None, **kwargs):
-        """GenerationMixin's `generate`, after a check of the lengths.
+        """Generates as GenerationMixin's `generate` does, after a check of the lengths.
 
         Args:
             allow_long: accept prompts between the trained length and max_position_embeddings, with one warning.
 
         Raises:
-            PromptError: the prompt, or the prompt and `max_new_tokens` together, are too long (nothing is ever cut); or
-                stop strings that are no texts.
+            PromptError: the prompt alone, or the prompt and `max_new_tokens` together, are too long (nothing is ever
+                cut), or a stop string is not text.
         """
         kwargs = plain_options(kwargs)
         ids = inputs if inputs is not None else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
@@ -64,7 +67,9 @@ class GenerationWithPictures:
             self.check_length(ids.shape[1], new, allow_long)
             pictures = kwargs.get("pixel_values") is not None or kwargs.get("image_tokens") is not None
             if pictures and (kwargs.get("prefill_chunk_size") or given.prefill_chunk_size):
-                raise PromptError("prefill_chunk_size cuts a prompt without regard to its pictures: not with pictures")
+                raise PromptError(
+                    "prefill_chunk_size cuts a prompt without regard to its pictures: it cannot be used with pictures"
+                )
         if allow_long is not None:
             kwargs["allow_long"] = allow_long
         return super().generate(inputs, **kwargs)
@@ -78,14 +83,14 @@ class GenerationWithPictures:
             model_inputs.update(pictures)
             marks, ids = pictures.get("mm_token_type_ids"), model_inputs.get("input_ids")
             if marks is not None and ids is not None:
-                # prompt lookup appends guesses to the prompt, which are text
+                # Prompt lookup appends guessed tokens to the prompt, and those are text.
                 model_inputs["mm_token_type_ids"] = F.pad(marks, (0, input_ids.shape[1] - marks.shape[1]))
         return model_inputs
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """Beams: pictures are encoded once, and every row's image tokens are repeated as a block.
+        """Repeats the inputs for beams: pictures are encoded once, and a row's image tokens are repeated as a block.
 
-        The stock version repeats pictures one by one, which hands the two pictures of a prompt to the wrong beams.
+        The method of transformers repeats pictures one by one, which gives the two pictures of a prompt to wrong beams.
         """
         if expand_size > 1:
             marks, pictures = (
@@ -113,8 +118,9 @@ class GenerationWithPictures:
 
 
 def kept_positions(logits_to_keep) -> "slice | torch.Tensor | list":
-    """The index of the positions that get logits. Python's own numbers and tensors take no step that torch.compile
-    cannot trace.
+    """The index of the positions that get logits.
+
+    Python's own numbers and tensors take only steps that torch.compile can trace.
     """
     if isinstance(logits_to_keep, (int, torch.SymInt)):
         return slice(-logits_to_keep, None)

@@ -1,4 +1,4 @@
-"""What the shapes of a checkpoint's tensors say about its towers, and whether a configuration's parts fit each other."""
+"""Derives the towers' geometry from a checkpoint's tensor shapes, and checks that a configuration's parts fit."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ CONVNEXT_PREFIX = "model.vision_tower_aux."
 
 @contextlib.contextmanager
 def blaming(path: Path):
-    """Names the JSON file whose content made transformers, or us, stumble."""
+    """Names the JSON file whose content made transformers or this package fail."""
     try:
         yield
     except CheckpointError:
@@ -34,26 +34,27 @@ def blaming(path: Path):
         TypeError,
         ValueError,
     ) as error:
-        raise CheckpointError(f"{path} holds something that cannot be: {' '.join(str(error).split())}") from error
+        raise CheckpointError(f"{path} holds content that cannot be used: {' '.join(str(error).split())}") from error
 
 
 def tower_folder(config: MiniGeminiConfig, prefix: str, folder: Path) -> Path | None:
-    """A tower's own folder, beside the checkpoint or by the config's relative path."""
+    """The folder of a tower's own files, beside the checkpoint or at the configuration's relative path."""
     relative = config.mm_vision_tower if prefix == CLIP_PREFIX else config.mm_vision_tower_aux
     if not relative:
         return None
     candidates = (folder / relative, folder / Path(relative).name, folder.parent / Path(relative).name, Path(relative))
-    # Path.is_dir is an error where the name is too long for a file system.
+    # Path.is_dir raises where the name is too long for a file system.
     return next((candidate for candidate in candidates if os.path.isdir(candidate)), None)
 
 
 def complete_config(config: MiniGeminiConfig, tensors: Table, folder: Path, *, of_base: bool = False) -> None:
-    """Fills in both towers' geometry, in place: shapes from the tensors, the rest from config.json, the towers' folders
-    or constants.
+    """Fills in the geometry of both towers, in place.
+
+    Shapes come from the tensors, everything else from config.json, the towers' folders or constants.
 
     Args:
-        of_base: the configuration is only the base language model's. A stage-1 adapter without one of its own is taken
-            for a standard model: 8x8 high-resolution pixels to a query.
+        of_base: the configuration is only that of the base language model. A stage-1 adapter without a configuration
+            of its own is taken for a standard model, with 8x8 high-resolution pixels per query.
 
     Raises:
         CheckpointError: the shapes contradict config.json.
@@ -73,7 +74,7 @@ def complete_config(config: MiniGeminiConfig, tensors: Table, folder: Path, *, o
     )
     widths = [("mm_hidden_size", config.vision_config.hidden_size, clip)]
     if config.towers_given or any(name.startswith(CONVNEXT_PREFIX) for name in shapes):
-        # a processor may be made where no ConvNeXt tensor is at hand, and has no use for its widths
+        # A processor may be made where no ConvNeXt tensor is at hand, and it does not need the widths.
         widths.append(
             ("mm_hidden_size_aux", sum(config.vision_config_aux["dims"]), "the sum of the ConvNeXt stage widths")
         )
@@ -94,8 +95,8 @@ def check_geometry(config: MiniGeminiConfig, folder: Path) -> None:
     queries = config.image_grid * math.isqrt(config.tokens_per_view)
     if config.image_size_aux % (4 * queries):
         raise CheckpointError(
-            f"{folder}: image_size_aux={config.image_size_aux} does not give every one of {queries}x{queries} queries a whole window "
-            f"(a multiple of {4 * queries} is needed)"
+            f"{folder}: image_size_aux={config.image_size_aux} does not give each of {queries}x{queries} queries "
+            f"a whole window (a multiple of {4 * queries} is needed)"
         )
 
 
@@ -107,7 +108,7 @@ def _complete_clip(config: MiniGeminiConfig, shapes: dict[str, tuple[int, ...]],
             stored = CLIPVisionConfig.from_pretrained(tower).to_dict()
             written = json.loads((tower / "config.json").read_text(encoding="utf-8"))
         known = {key: stored[key] for key in ("num_attention_heads", "hidden_act", "layer_norm_eps")}
-        # only what is written: a default would say nothing of this tower
+        # Only what the file states counts: a default value would say nothing about this tower.
         least = written.get("vision_config", written).get("num_hidden_layers", 0)
     positions = shapes.get(CLIP_PREFIX + "embeddings.position_embedding.weight")
     patches = shapes.get(CLIP_PREFIX + "embeddings.patch_embedding.weight")
@@ -115,13 +116,13 @@ def _complete_clip(config: MiniGeminiConfig, shapes: dict[str, tuple[int, ...]],
     if positions is None or patches is None or ffn is None:
         return
     width = positions[1]
-    # what the caller chose before the shapes were known
+    # The caller chose this before the shapes were known.
     attention = config.vision_config._attn_implementation
     defaults = {"num_attention_heads": max(1, width // 64), "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
     config.vision_config = CLIPVisionConfig(
         hidden_size=width,
         intermediate_size=ffn[0],
-        # a tower that lacks its last layers must not pass for a shallower one
+        # A tower that lacks its last layers must not be taken for a shallower tower.
         num_hidden_layers=max(
             _count(shapes, CLIP_PREFIX + r"encoder.layers.(\d+)."), least, 24 if (width, ffn[0]) == (1024, 4096) else 0
         ),
@@ -140,7 +141,7 @@ def _complete_convnext(config: MiniGeminiConfig, shapes: dict[str, tuple[int, ..
     dims = [shapes.get(f"{at}{s}.blocks.0.conv_dw.weight", (0,))[0] for s in range(stages)]
     depths = [_count(shapes, rf"{at}{s}.blocks.(\d+).") for s in range(stages)]
     depths = _at_least(depths, _CONVNEXT_DEPTHS.get(tuple(dims)))
-    # timm's own default, which only convnext_xxlarge overrides
+    # This is timm's default, which only convnext_xxlarge overrides.
     norm_eps = 1e-5 if dims == [384, 768, 1536, 3072] else 1e-6
     if tower is not None and (tower / "open_clip_config.json").is_file():
         with blaming(tower / "open_clip_config.json"):
@@ -154,7 +155,7 @@ def _complete_convnext(config: MiniGeminiConfig, shapes: dict[str, tuple[int, ..
     config.vision_config_aux = {"dims": dims, "depths": depths, "norm_eps": norm_eps}
 
 
-# open_clip's convnext_base_w, convnext_large_d and convnext_xxlarge
+# The depths of open_clip's convnext_base_w, convnext_large_d and convnext_xxlarge, by their widths.
 _CONVNEXT_DEPTHS = {
     (128, 256, 512, 1024): (3, 3, 27, 3),
     (192, 384, 768, 1536): (3, 3, 27, 3),
@@ -163,7 +164,10 @@ _CONVNEXT_DEPTHS = {
 
 
 def _at_least(depths: list[int], known) -> list[int]:
-    """Stage depths as counted, or as known where that is more: a stage that lacks its last blocks is then told as such."""
+    """The stage depths as counted, or the known ones where those are larger.
+
+    A stage that lacks its last blocks is then reported as incomplete.
+    """
     return [max(pair) for pair in zip(depths, known)] if known and len(known) == len(depths) else depths
 
 

@@ -1,4 +1,4 @@
-"""Pictures to the model's pixels."""
+"""Turns pictures into the pixels that the model takes."""
 
 import numpy as np
 import torch
@@ -16,15 +16,15 @@ from .configuration import MiniGeminiConfig
 
 
 class MiniGeminiImageProcessor(ImageProcessingMixin):
-    """Pictures to normalised high- and low-resolution tensors, exactly as the original.
+    """Turns pictures into normalised high- and low-resolution tensors, exactly as the original does.
 
     Args:
         hr_size: side of the high-resolution picture in pixels.
         lr_size: side of one low-resolution view in pixels.
-        grid: LR tiles per side.
+        grid: number of LR tiles per side.
         global_view: append a global LR view.
-        pad: square by padding; False resizes the shortest side and crops the centre.
-        tokens_per_picture: how many image tokens the model makes of a picture.
+        pad: make pictures square by padding; False resizes the shortest side and crops the centre.
+        tokens_per_picture: the number of image tokens that the model makes of a picture.
     """
 
     model_input_names = ["pixel_values", "pixel_values_hr"]
@@ -45,7 +45,7 @@ class MiniGeminiImageProcessor(ImageProcessingMixin):
 
     @property
     def settings(self) -> tuple:
-        """Everything by which the pixels of one picture may come out different."""
+        """All settings that change the pixels of a picture."""
         return self.hr_size, self.lr_size, self.grid, self.global_view, self.pad
 
     @classmethod
@@ -67,24 +67,24 @@ class MiniGeminiImageProcessor(ImageProcessingMixin):
         device: torch.device | str | None = None,
         decoder: str = "pillow",
     ) -> BatchFeature:
-        """Pictures to tensors.
+        """Turns pictures into tensors.
 
         Args:
             images: one picture or a list of them; see `open_picture`.
             return_tensors: `pt` or `np`.
             allow_urls: fetch pictures given as URLs.
-            device: resize the decoded pictures there (`mg_fast.ops.dual_resize`): pixels of the same bits, views within
-                1e-6. None: by Pillow, on the CPU.
-            decoder: `pillow`, or `nvjpeg`: JPEG files and bytes are decoded on the CUDA `device` by torchvision, to
-                other pixels than Pillow's; whatever else comes is still decoded by Pillow.
+            device: resize the decoded pictures on this device (`mg_fast.ops.dual_resize`). The high-resolution pixels
+                have the same bits, and the views agree within 1e-6. None: resize with Pillow, on the CPU.
+            decoder: `pillow`, or `nvjpeg`: torchvision decodes JPEG files and bytes on the CUDA `device`. Its
+                pixels differ from Pillow's. Everything else is still decoded by Pillow.
 
         Returns:
-            `pixel_values` [n, V, 3, lr_size, lr_size] (V = 1, or in HD the tiles row by row, the global view last) and
-            `pixel_values_hr` [n, 3, hr_size, hr_size], both float32, on `device` (as NumPy arrays in memory).
+            `pixel_values` [n, V, 3, lr_size, lr_size] (V = 1, or in HD the tiles row by row and the global view last)
+            and `pixel_values_hr` [n, 3, hr_size, hr_size], both float32 and on `device` (NumPy arrays are in memory).
 
         Raises:
-            PictureError: with the picture's number, where several came.
-            BackendError: `nvjpeg` without a CUDA device.
+            PictureError: a picture cannot be used; the message has its number where several came.
+            BackendError: `nvjpeg` was asked for without a CUDA device.
         """
         check_decoder(decoder, device)
         images = list(images) if isinstance(images, (list, tuple)) else [images]
@@ -103,7 +103,7 @@ class MiniGeminiImageProcessor(ImageProcessingMixin):
     def _one(
         self, source, index: int, count: int, allow_urls: bool, device, decoder: str
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The HR picture and, where a device makes them, its LR views."""
+        """The HR picture and, where it is resized on a device, its LR views."""
         try:
             image = decode_on_device(source, device) if decoder == "nvjpeg" else None
             if image is None:
@@ -121,11 +121,11 @@ class MiniGeminiImageProcessor(ImageProcessingMixin):
     def _resized(self, image: Image.Image | torch.Tensor, device) -> tuple[torch.Tensor, torch.Tensor | None]:
         if device is None:
             return normalise(square(image, self.hr_size, self.pad)), None
-        # before anything that is too large for it goes to the device
+        # This check comes before a picture that is too large goes to the device.
         height, width = image.shape[:2] if isinstance(image, torch.Tensor) else (image.height, image.width)
         place(width, height, self.hr_size, self.pad)
         if not isinstance(image, torch.Tensor):
-            # a copy: torch has no tensors that must not be written to
+            # The picture is copied because torch has no read-only tensors.
             image = torch.from_numpy(np.array(image)).to(device)
         return ops.dual_resize(
             image, self.hr_size, self.lr_size, grid=self.grid, global_view=self.global_view, pad=self.pad

@@ -1,6 +1,4 @@
-"""Compiles, for a GPU that is not here, the kernels that a Mini-Gemini launches: for resizing, the high-resolution
-tower and mining.
-"""
+"""Compiles, without a GPU, the kernels that a Mini-Gemini launches: for resizing, high-resolution tower and mining."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -19,13 +17,13 @@ from ..tensor_files import resolve_folder
 from .checkpoint import geometry_config
 from .configuration import MiniGeminiConfig
 
-# pictures at once: a product of few rows has other tiles than one of many, and of the second number no published
-# model's has few
+# Numbers of pictures per batch. A product of few rows has other tiles than one of many rows; with the second number, no
+# published model has few rows.
 BATCHES = (1, 64)
 
 
 class Compiled(NamedTuple):
-    """A kernel that is in Triton's cache now; `seconds` is None where it already was."""
+    """A kernel that is now in Triton's cache. `seconds` is None where it already was there."""
 
     name: str
     architecture: int
@@ -35,7 +33,7 @@ class Compiled(NamedTuple):
 
 
 def published_configs() -> list[MiniGeminiConfig]:
-    """Configurations of the published models, as far as kernels tell them apart: 768 pixels, and HD."""
+    """Configurations of the published models, as far as their kernels differ: 768 pixels, and HD."""
     return [
         MiniGeminiConfig(image_size_aux=768),
         MiniGeminiConfig(image_size_aux=1536, image_grid=2, image_global=True),
@@ -43,16 +41,17 @@ def published_configs() -> list[MiniGeminiConfig]:
 
 
 def model_config(name_or_path: str) -> MiniGeminiConfig:
-    """The configuration of a checkpoint folder, hub id or checkpoint of the package; weights are not needed.
+    """The configuration of a checkpoint folder, hub id or checkpoint of the package. It needs no weights.
 
     Raises:
-        CheckpointError: there is none, or it does not tell the widths of the high-resolution tower.
+        CheckpointError: there is no checkpoint, or it does not tell the widths of the high-resolution tower.
     """
     config = geometry_config(resolve_folder(builtin.resolve(name_or_path), weights=False))
     dims = config.vision_config_aux["dims"]
     if sum(dims) != config.mm_hidden_size_aux:
         raise CheckpointError(
-            f"{name_or_path}: config.json says mm_hidden_size_aux={config.mm_hidden_size_aux} and not the widths that add up to it; "
+            f"{name_or_path}: config.json says mm_hidden_size_aux={config.mm_hidden_size_aux} "
+            "but does not give the widths that add up to it; "
             f"without vision_config_aux or the tower's tensors they would be {dims}"
         )
     return config
@@ -66,18 +65,19 @@ def compile_kernels(
     training: bool = False,
     backend: str = "auto",
 ) -> Iterator[Compiled]:
-    """Fills Triton's cache (TRITON_CACHE_DIR) with the kernels that models of these configurations launch, for one
-    picture or many.
+    """Fills Triton's cache (TRITON_CACHE_DIR) with the kernels that models of these configurations launch.
+
+    Kernels are compiled both for one picture and for many.
 
     Args:
-        architectures: compute capabilities, 90 for sm_90.
+        architectures: compute capabilities, for instance 90 for sm_90.
         dtypes: of the models' weights.
         configs: MiniGeminiConfigs; by default those of the published models.
-        training: the kernels of the backward pass too.
-        backend: of the models: `auto`; or `triton` for those kernels too in whose place `auto` takes a library's.
+        training: compile the kernels of the backward pass too.
+        backend: the models' backend: `auto`, or `triton` to include the kernels that `auto` replaces by a library's.
 
     Yields:
-        One `Compiled` a kernel, as it is done.
+        One `Compiled` per kernel, as soon as it is done.
 
     Raises:
         BackendError: this process cannot compile kernels.
@@ -86,7 +86,7 @@ def compile_kernels(
     from triton import knobs
 
     def listener(src, metadata, metadata_group, times, cache_hit):
-        # of the times, in microseconds
+        # Triton reports times in microseconds.
         events.append((src.name, None if cache_hit else times.total / 1e6))
 
     for architecture, dtype, config in itertools.product(
@@ -106,8 +106,9 @@ def compile_kernels(
 
 
 def launch_resize(config: MiniGeminiConfig) -> None:
-    """Both resolutions of a decoded picture; for use within `compile_only`. The kernels are the same for every picture
-    and model.
+    """Launches the resizing of a decoded picture to both resolutions; for use within `compile_only`.
+
+    The kernels are the same for every picture and model.
     """
     picture = torch.empty(480, 640, 3, dtype=torch.uint8, device="cuda")
     ops.dual_resize(
@@ -120,8 +121,9 @@ def launch_resize(config: MiniGeminiConfig) -> None:
 
 
 def launch_vision(config: MiniGeminiConfig, dtype: torch.dtype, *, batch: int = 1, training: bool = False) -> None:
-    """The high-resolution tower and patch info mining on CUDA tensors of a model's shapes and layouts; for use within
-    `compile_only`.
+    """Launches the high-resolution tower and patch info mining with a model's shapes; for use within `compile_only`.
+
+    The tensors are CUDA tensors and also have the model's layouts.
     """
     dims, like = config.vision_config_aux["dims"], {"dtype": dtype, "device": "cuda", "requires_grad": training}
     width, size = config.vision_config.hidden_size, config.image_size_aux
@@ -133,7 +135,7 @@ def launch_vision(config: MiniGeminiConfig, dtype: torch.dtype, *, batch: int = 
     queries = torch.empty(batch, config.views, config.tokens_per_view, width, **like)
     pixels = torch.empty(batch, 3, size, size, dtype=dtype, device="cuda")
     with torch.set_grad_enabled(training):
-        # the blocks of a stage are alike
+        # One block per stage is enough, because all blocks of a stage are alike.
         pyramid = convnext.run_tower(*convnext.empty_tower(dims, [1] * len(dims), **like), pixels)
         ops.patch_mining(
             queries, pyramid, projection(width), projection(sum(dims)), projection(sum(dims)), grid=config.image_grid

@@ -1,4 +1,4 @@
-"""Loads published checkpoints into the model, and writes them back."""
+"""Loads published checkpoints into the model and writes them back."""
 
 import contextlib
 import copy
@@ -25,9 +25,9 @@ logger = logging.getLogger(__name__)
 
 
 class PublishedCheckpoints:
-    """Reading and writing checkpoints in the published layout.
+    """Reads and writes checkpoints in the published layout.
 
-    Its methods extend those of transformers' PreTrainedModel, before which it stands among the bases of the model.
+    Its methods extend those of transformers' PreTrainedModel, so it stands before that class among the model's bases.
     """
 
     @classmethod
@@ -40,20 +40,22 @@ class PublishedCheckpoints:
         allow_long: bool = False,
         **kwargs,
     ):
-        """Loads a checkpoint in the published layout, by folder or hub id; see transformers' method for the other
-        arguments.
+        """Loads a checkpoint in the published layout, by folder or hub id.
+
+        The other arguments are those of transformers' method.
 
         Args:
-            template: overrides the prompt template; saved by `save_pretrained`. It decides the stop ids in
+            template: overrides the prompt template, and is saved by `save_pretrained`. It decides the stop ids in
                 `generation_config`.
             base_model: the base language model of a stage-1 adapter folder (`mm_projector.bin`).
             allow_long: accept prompts longer than the model was trained on.
-            quantization_config: `int8`, `int4` or `fp8` (torchao's weight-only ones), or a transformers quantization
-                configuration, for the language model's layers; everything else keeps its dtype.
+            quantization_config: `int8`, `int4` or `fp8` (torchao's weight-only schemes), or a quantization
+                configuration of transformers, for the language model's layers. Everything else keeps its dtype.
 
         Raises:
-            BackendError: a quantisation that cannot run here, or a dtype that is none. CheckpointError: not a
-            Mini-Gemini checkpoint, an unreadable file, or missing, unexpected or mis-shaped tensors, by name.
+            BackendError: the quantization cannot run here, or the dtype is unknown.
+            CheckpointError: this is not a Mini-Gemini checkpoint, a file is unreadable, or tensors are missing,
+                unexpected or mis-shaped; the message names them.
         """
         if template is not None:
             get_template(template)
@@ -75,7 +77,8 @@ class PublishedCheckpoints:
         check_geometry(config, checkpoint.folder)
         quantized = getattr(config, "quantization_config", None)
         if quantized is None:
-            # a quantised save stores other tensors under other names; there the report after loading must do
+            # A quantized checkpoint stores other tensors under other names. transformers' report after loading covers
+            # them.
             check_names(
                 cls.published_shapes(config),
                 checkpoint.tensors,
@@ -86,7 +89,8 @@ class PublishedCheckpoints:
         if isinstance(quantization, str):
             if quantized is not None:
                 raise CheckpointError(
-                    f"{checkpoint.folder} is quantised already (quantization_config in its config.json): not by {quantization!r} again"
+                    f"{checkpoint.folder} is quantized already (quantization_config in its config.json): "
+                    f"it cannot be quantized by {quantization!r} again"
                 )
             dtype = _weights_dtype(kwargs, checkpoint)
             kwargs["quantization_config"] = named_config(
@@ -115,8 +119,8 @@ class PublishedCheckpoints:
 
         embedding = model.get_input_embeddings()
         if config.tie_word_embeddings and model.lm_head.weight is not embedding.weight and not embedding.weight.is_meta:
-            # a stored head that differs would be kept by transformers; a tied model's head is its embedding, as the
-            # original has it
+            # transformers keeps a stored head that differs. In a tied model the head is the embedding, as in the
+            # original.
             logger.warning(
                 "%s stores an lm_head.weight beside tied embeddings; the embedding is used", checkpoint.weights_folder
             )
@@ -130,7 +134,7 @@ class PublishedCheckpoints:
 
     @classmethod
     def published_shapes(cls, config: MiniGeminiConfig) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor of a published checkpoint of this configuration. Allocates nothing."""
+        """The name and shape of every tensor of a published checkpoint of this configuration. Allocates nothing."""
         model = cls._on_meta(config)
         state = dict(model.state_dict())
         if config.tie_word_embeddings:
@@ -139,7 +143,7 @@ class PublishedCheckpoints:
 
     @classmethod
     def _on_meta(cls, config: MiniGeminiConfig) -> "PublishedCheckpoints":
-        """A model without weights."""
+        """A model on the meta device, without weights."""
         try:
             with torch.device("meta"):
                 return cls(copy.deepcopy(config))
@@ -149,10 +153,10 @@ class PublishedCheckpoints:
             raise CheckpointError(f"config.json describes no model that can be built: {error!r}") from error
 
     def _fill(self, tensors: Table) -> None:
-        """Copies tensors that lie outside the weights folder into the model."""
+        """Copies tensors that are stored outside the weights folder into the model."""
         if tensors:
-            # transformers remembers only the renamings that it needed itself; without them a save takes all that are
-            # registered
+            # transformers remembers only the renamings that it needed for its own files. Without this record, a save
+            # applies all registered renamings.
             self._weight_conversions = None
         parameters = dict(self.named_parameters())
         for name, tensor in read_tensors(tensors):
@@ -170,8 +174,9 @@ class PublishedCheckpoints:
                 parameters[ours].copy_(tensor)
 
     def _set_stop_ids(self, *folders) -> None:
-        """Writes the template's stop ids into generation_config, beside those it has: published ones miss the turn's
-        end.
+        """Writes the template's stop ids into generation_config, after those that it has already.
+
+        Published files lack the id that ends a turn.
         """
         try:
             tokenizer = load_tokenizer(*folders)
@@ -186,8 +191,8 @@ class PublishedCheckpoints:
     def save_pretrained(self, save_directory, **kwargs):
         """Writes the checkpoint back in the published layout: names, shapes, values and flat config keys.
 
-        Quantised weights are written as they are stored, and load again without a `quantization_config`; int4 packed
-        for a CPU cannot be.
+        Quantized weights are written as they are stored, and load again without a `quantization_config`. int4 weights
+        that are packed for a CPU cannot be saved.
         """
         check_savable(self)
         kwargs["save_original_format"] = True
@@ -195,7 +200,7 @@ class PublishedCheckpoints:
 
 
 def _override(config: MiniGeminiConfig, kwargs: dict) -> None:
-    """Moves those keyword arguments that are configuration keys into the configuration, as transformers does."""
+    """Moves the keyword arguments that are configuration keys into the configuration, as transformers does."""
     for key in kwargs.keys() - {"dtype", "torch_dtype", "quantization_config", "name_or_path"}:
         for part in (config, config.text_config):
             if hasattr(part, key):
@@ -204,17 +209,17 @@ def _override(config: MiniGeminiConfig, kwargs: dict) -> None:
 
 
 def _weights_dtype(kwargs: dict, checkpoint: Checkpoint) -> torch.dtype | None:
-    """The dtype that transformers will load the weights in: the one asked for, else that of the checkpoint."""
+    """The dtype in which transformers will load the weights: the requested one, or else that of the checkpoint."""
     dtype = wanted_dtype(kwargs.get("dtype", kwargs.get("torch_dtype")))
     if isinstance(dtype, dict):
-        # Under its empty key transformers looks for the dtype that it makes the weights in.
+        # Under its empty key, transformers looks up the dtype in which it creates the weights.
         dtype = wanted_dtype(dtype.get("", torch.get_default_dtype()))
     return checkpoint.stored_dtype() if dtype == "auto" else dtype
 
 
 @contextlib.contextmanager
 def _quiet_report(quiet: bool):
-    """Keeps transformers from reporting as missing what is filled in right after."""
+    """Keeps transformers from reporting tensors as missing that are filled in right afterwards."""
     level = transformers_logging.get_verbosity()
     if quiet:
         transformers_logging.set_verbosity_error()

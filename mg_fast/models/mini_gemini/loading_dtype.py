@@ -1,4 +1,4 @@
-"""What dtype a checkpoint's weights are loaded in on this machine's CPU."""
+"""Chooses the dtype in which a checkpoint's weights are loaded on this machine's CPU."""
 
 import logging
 import math
@@ -20,20 +20,20 @@ def resolve(
     quantize=None,
     base_model: str | os.PathLike | None = None,
 ) -> str | torch.dtype | dict:
-    """What to hand on as `dtype` to `from_pretrained` for a model on this machine's CPU.
+    """The `dtype` to pass to `from_pretrained` for a model on this machine's CPU.
 
-    A dtype that was asked for is kept, with a warning where it is a slow one. `auto` stays where the checkpoint's own
-    dtype is to be taken. Reads the headers of the checkpoint's files, no weights.
+    A dtype that was asked for is kept, with a warning where it is slow. `auto` stays where the checkpoint's own dtype
+    is right. Only the headers of the checkpoint's files are read, no weights.
 
     Args:
-        dtype: as of `mg_fast.load`.
-        path, base_model: the checkpoint, as of `open_checkpoint`.
-        quantize: as of `mg_fast.load`. By name it wants bfloat16, which the kernels for quantized weights take; a
-            configuration object knows itself what it wants.
+        dtype: as in `mg_fast.load`.
+        path, base_model: the checkpoint, as in `open_checkpoint`.
+        quantize: as in `mg_fast.load`. A scheme by name calls for bfloat16, which the kernels for quantized weights
+            take. A configuration object decides for itself.
     """
     wanted = wanted_dtype(dtype)
     if wanted != "auto":
-        # A dict of dtypes is its caller's own affair.
+        # A dict of dtypes is left to the caller.
         if quantize is None and isinstance(wanted, torch.dtype):
             cpu_dtype.check(wanted)
         return dtype

@@ -1,4 +1,4 @@
-"""MiniGeminiForConditionalGeneration: towers, mining, projector and language model as one transformers model."""
+"""MiniGeminiForConditionalGeneration: towers, mining, projector and language model as one model of transformers."""
 
 import contextlib
 import functools
@@ -26,8 +26,9 @@ from .vision import PictureFeatures, build_projector, low_resolution_features
 
 @dataclass
 class MiniGeminiOutput(CausalLMOutputWithPast):
-    """Language-model output; `image_hidden_states` are the unscaled image tokens [n_images, T, hidden] that were
-    spliced in.
+    """Language-model output with the image tokens [n_images, T, hidden], unscaled, that were spliced into the prompt.
+
+    The image tokens are in `image_hidden_states`.
     """
 
     image_hidden_states: torch.Tensor | None = None
@@ -58,12 +59,12 @@ class MiniGeminiPreTrainedModel(PreTrainedModel):
 
     @property
     def device(self) -> torch.device:
-        """The device that the model computes on; where weights are offloaded, the one that they are brought to."""
+        """The device that the model computes on. Offloaded weights are brought to this device."""
         return execution_device(self)
 
 
 class MiniGeminiModel(MiniGeminiPreTrainedModel):
-    """Everything but the language-model head."""
+    """Everything except the language-model head."""
 
     def __init__(self, config: MiniGeminiConfig):
         super().__init__(config)
@@ -90,17 +91,18 @@ class MiniGeminiModel(MiniGeminiPreTrainedModel):
         backend: str | None = None,
         stage: Callable = contextlib.nullcontext,
     ) -> BaseModelOutputWithPooling:
-        """Image tokens of pictures.
+        """Computes the image tokens of pictures.
 
         Args:
-            pixel_values: [n_images, V, 3, LR, LR], V = 1, or in HD the tiles row by row and the global view last.
+            pixel_values: [n_images, V, 3, LR, LR] with V = 1, or in HD the tiles row by row and the global view last.
             pixel_values_hr: [n_images, 3, HR, HR].
             backend: overrides the choice in force.
-            stage: called with the name of every stage, gives the context it runs in (`Meter.stage` measures them).
+            stage: called with the name of every stage; returns the context that the stage runs in (`Meter.stage`
+                measures stages).
 
         Returns:
             `pooler_output`: image tokens [n_images, T, hidden], T = 576 or 2880, global view first, unscaled.
-            `last_hidden_state`: the same before the projector, [n_images, T, D].
+            `last_hidden_state`: the tokens before the projector, [n_images, T, D].
         """
         features = self.picture_features(pixel_values, pixel_values_hr, backend=backend, stage=stage)
         return BaseModelOutputWithPooling(last_hidden_state=features.tokens, pooler_output=features.image_tokens)
@@ -116,18 +118,18 @@ class MiniGeminiModel(MiniGeminiPreTrainedModel):
         backend: str | None = None,
         stage: Callable = contextlib.nullcontext,
     ) -> PictureFeatures:
-        """Everything from pixels to image tokens, in its order: low-resolution tower, high-resolution tower, mining,
-        projector.
+        """Runs all steps from pixels to image tokens: low-resolution tower, high-resolution tower, mining, projector.
 
-        Packed or compiled parts may stand in for the model's own; they are given as functions of one call each.
+        Packed or compiled parts may replace the model's own. Each is given as a function that is called once.
 
         Args:
-            pixel_values, pixel_values_hr: as of `get_image_features`.
-            see_low: pixel_values to queries; default `low_resolution_queries`.
-            see_high: pixel_values_hr to stage maps, channels last; default the high-resolution tower.
-            mine: queries and stage maps to image tokens, and the same before the projector; default `mine_and_project`.
+            pixel_values, pixel_values_hr: as in `get_image_features`.
+            see_low: from pixel_values to queries; default `low_resolution_queries`.
+            see_high: from pixel_values_hr to stage maps, channels last; default the high-resolution tower.
+            mine: from queries and stage maps to image tokens, and the tokens before the projector; default
+                `mine_and_project`.
             backend: for those of the three that are the model's own; overrides the choice in force.
-            stage: as of `get_image_features`; a part that stands in for mining and projector is one stage.
+            stage: as in `get_image_features`. A part that replaces mining and projector is one stage.
         """
         self.check_pixels(pixel_values, pixel_values_hr)
         see_low = see_low or functools.partial(self.low_resolution_queries, backend=backend)
@@ -148,20 +150,20 @@ class MiniGeminiModel(MiniGeminiPreTrainedModel):
         backend: str | None = None,
         stage: Callable = contextlib.nullcontext,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The towers' features to image tokens.
+        """Turns the towers' features into image tokens.
 
         Args:
             queries: [n_images, V, N, D], views in the order of pixel_values.
             pyramid: stage maps of the pictures, channels last.
-            backend, stage: as of `get_image_features`.
+            backend, stage: as in `get_image_features`.
 
         Returns:
-            Image tokens [n_images, T, hidden], global view first, unscaled; the same before the projector, [n_images,
-            T, D].
+            Image tokens [n_images, T, hidden], global view first, unscaled; and the tokens before the projector,
+            [n_images, T, D].
         """
         with stage("patch info mining"):
             mined = self.patch_mining(queries, pyramid, grid=self.config.image_grid, backend=backend)
-            # in the wider of two dtypes, where CLIP and mining have different ones
+            # The sum has the wider dtype where those of CLIP and mining differ.
             tokens = reference.order_tokens(queries + mined.to(queries.device), grid=self.config.image_grid)
         with stage("projector"):
             return call(self.mm_projector, tokens), tokens
@@ -173,12 +175,13 @@ class MiniGeminiModel(MiniGeminiPreTrainedModel):
         backend: str | None = None,
         tower: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Low-resolution views [n_images, V, 3, LR, LR] to queries [n_images, V, N, D], in the same order of views;
-        `tower` for CLIP's.
+        """Turns low-resolution views [n_images, V, 3, LR, LR] into queries [n_images, V, N, D] in the same order.
+
+        `tower` replaces CLIP.
         """
         n, cells = len(pixel_values), self.config.image_grid**2
-        # all tiles of all pictures, then the global views: the original's batch, kept so that numbers match to the last
-        # bit
+        # The batch holds all tiles of all pictures and then the global views. This is the original's order, kept so
+        # that numbers match to the last bit.
         tiles = pixel_values[:, :cells].flatten(0, 1)
         views = torch.cat([tiles, pixel_values[:, cells:].flatten(0, 1)])
         if tower is None:
@@ -192,7 +195,7 @@ class MiniGeminiModel(MiniGeminiPreTrainedModel):
         )
 
     def check_pixels(self, pixel_values: torch.Tensor, pixel_values_hr: torch.Tensor | None) -> None:
-        """Raises ValueError for pixels of other shapes than the model takes."""
+        """Raises ValueError for pixels of shapes that the model does not take."""
         if pixel_values_hr is None:
             raise ValueError("pixel_values came without pixel_values_hr: the processor returns both")
         config, n = self.config, len(pixel_values)
@@ -205,7 +208,7 @@ class MiniGeminiModel(MiniGeminiPreTrainedModel):
     def splice(
         self, inputs_embeds: torch.Tensor, image_tokens: torch.Tensor, mm_token_type_ids: torch.Tensor | None
     ) -> torch.Tensor:
-        """Text embeddings with the picture positions replaced by image tokens, in order.
+        """Replaces the picture positions of text embeddings by image tokens, in order.
 
         Args:
             inputs_embeds: [B, L, hidden].
@@ -213,26 +216,27 @@ class MiniGeminiModel(MiniGeminiPreTrainedModel):
             mm_token_type_ids: [B, L], 1 where a picture stands.
 
         Raises:
-            PromptError: the number of picture positions is not the number of image tokens.
+            PromptError: the number of picture positions differs from the number of image tokens.
         """
         check_places(mm_token_type_ids, image_tokens)
         mask = mm_token_type_ids == 1
         image_tokens = image_tokens.to(inputs_embeds.device, inputs_embeds.dtype)
         if self.config.text_config.model_type == "gemma":
-            # Gemma scales in its embedding module, which image tokens do not pass; the factor is rounded to the model's
-            # dtype there too
+            # Gemma scales in its embedding module, which image tokens bypass. There, too, the factor is rounded to the
+            # model's dtype.
             image_tokens = image_tokens * torch.tensor(
                 self.config.text_config.hidden_size**0.5, dtype=inputs_embeds.dtype
             )
         return inputs_embeds.masked_scatter(mask.unsqueeze(-1).to(inputs_embeds.device), image_tokens)
 
     def embed(self, input_ids: torch.Tensor, **pictures: torch.Tensor | None) -> torch.Tensor:
-        """Embeddings [B, L, hidden] of a prompt [B, L], with its pictures, named as `PICTURE_INPUTS`, in their places."""
+        """Embeddings [B, L, hidden] of a prompt [B, L], with its pictures (see `PICTURE_INPUTS`) in their places."""
         return self._with_pictures(self.embed_ids(input_ids), **pictures)[0]
 
     def embed_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Embeddings [B, L, hidden] of ids alone, in the dtype of the layers; a tied head may have given the embeddings
-        another one.
+        """Embeddings [B, L, hidden] of ids alone, in the dtype of the layers.
+
+        A tied head may have given the embedding weights another dtype.
         """
         return at_seam(self.get_input_embeddings()(input_ids), self.language_model.layers)
 
@@ -284,9 +288,9 @@ class MiniGeminiForConditionalGeneration(
     MiniGeminiPreTrainedModel,
     GenerationMixin,
 ):
-    """Mini-Gemini with its language-model head.
+    """Mini-Gemini with a language-model head.
 
-    Loads published checkpoints by folder or hub id with `from_pretrained`, and writes them back with `save_pretrained`.
+    It loads published checkpoints by folder or hub id with `from_pretrained`, and `save_pretrained` writes them back.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -305,7 +309,7 @@ class MiniGeminiForConditionalGeneration(
         backend: str | None = None,
         stage: Callable = contextlib.nullcontext,
     ) -> BaseModelOutputWithPooling:
-        """Image tokens [n_images, T, hidden] as `.pooler_output`; see `MiniGeminiModel.get_image_features`."""
+        """Image tokens [n_images, T, hidden] as `pooler_output`; see `MiniGeminiModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, pixel_values_hr, backend=backend, stage=stage)
 
     def forward(
@@ -324,32 +328,31 @@ class MiniGeminiForConditionalGeneration(
         return_dict: bool | None = None,
         **kwargs,
     ) -> MiniGeminiOutput | tuple:
-        """One pass of the whole model.
+        """Runs one pass of the whole model.
 
         Args:
-            input_ids: [B, L]; a picture stands as T copies of a filler id.
+            input_ids: [B, L]; a picture is T copies of a filler id.
             pixel_values, pixel_values_hr: pictures in the order of their places in the batch.
-            image_tokens: [n_images, T, hidden] from `get_image_features`, instead of the pixels.
+            image_tokens: [n_images, T, hidden] from `get_image_features`, instead of pixels.
             mm_token_type_ids: [B, L], 1 at picture positions.
-            past_key_values: keys and values of the positions before. Pictures whose places are among these may come
-                once more, with mm_token_type_ids for the whole prompt; they are not encoded again.
+            past_key_values: keys and values of earlier positions. Pictures whose places are among these may be given
+                again, with mm_token_type_ids for the whole prompt; they are not encoded again.
             labels: [B, L], -100 where no loss is wanted.
-            logits_to_keep: only that many last positions (0: all) get logits, or those that a list or a tensor [n]
-                names.
+            logits_to_keep: only that many last positions get logits (0: all), or the positions in a list or tensor [n].
             allow_long: accept prompts beyond the trained length; None takes the model's `allow_long`.
             return_dict: False returns a tuple.
-            **kwargs: reach the language model and `loss_function`, as in transformers' own models:
+            **kwargs: passed to the language model and `loss_function`, as in transformers' own models:
                 `num_items_in_batch`, by which Trainer weighs the parts of an accumulated batch, `shift_labels`,
                 `ignore_index`, ...
 
         Raises:
-            PromptError: a prompt longer than the model was trained for, or pictures that do not match their places.
+            PromptError: the prompt is longer than the model was trained for, or pictures do not match their places.
         """
         length = (input_ids if input_ids is not None else inputs_embeds).shape[1]
         pictures = dict(zip(PICTURE_INPUTS, (pixel_values, pixel_values_hr, image_tokens, mm_token_type_ids)))
         cached = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         if not cached:
-            # only prompts: an answer may grow past the trained length
+            # Only prompts are checked: an answer may grow past the trained length.
             self.check_length(length, 0, allow_long)
         elif any(tensor is not None for tensor in pictures.values()):
             pictures = of_new_positions(pictures, length, cached, self.config.tokens_per_picture)

@@ -1,9 +1,10 @@
-"""Published tensor names and ours."""
+"""Maps published tensor names to the parameter names of MiniGeminiForConditionalGeneration."""
 
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
-# published name -> ours; reversed on save. Mixtral's expert fusion is transformers' own, scoped to the language model.
+# Published name and our name; the mapping is reversed on save. Transformers itself fuses Mixtral's experts, within the
+# language model.
 RENAMINGS = (
     (r"^model.layers.", "^model.language_model.layers."),
     (r"^model.embed_tokens.", "^model.language_model.embed_tokens."),
@@ -19,7 +20,7 @@ register_checkpoint_conversion_mapping(
 
 
 def published_to_ours(name: str) -> str:
-    """The parameter name in `MiniGeminiForConditionalGeneration` of a published tensor (Mixtral's experts aside)."""
+    """The name in `MiniGeminiForConditionalGeneration` of a published tensor, except for Mixtral's experts."""
     for source, target in RENAMINGS:
         prefix = source.removeprefix("^")
         if name.startswith(prefix):

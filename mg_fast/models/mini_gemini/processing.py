@@ -1,4 +1,4 @@
-"""Pictures and prompts to the model's inputs."""
+"""Turns pictures and prompts into the model's inputs."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from .configuration import MiniGeminiConfig
 from .image_processing import MiniGeminiImageProcessor
 from .registration import register_processor
 
-# what transformers' Auto classes and pipelines pass along and this processor has no use for
+# Arguments that transformers' Auto classes and pipelines pass along and that this processor does not need.
 _AUTO_ARGUMENTS = {
     "dtype",
     "torch_dtype",
@@ -34,7 +34,7 @@ _AUTO_ARGUMENTS = {
 
 
 class MiniGeminiProcessor(ProcessorMixin):
-    """Prompts and pictures to model inputs.
+    """Turns prompts and pictures into model inputs.
 
     Args:
         image_processor: a `MiniGeminiImageProcessor`.
@@ -46,7 +46,7 @@ class MiniGeminiProcessor(ProcessorMixin):
         get_template(template)
         self.template = template
         super().__init__(image_processor, tokenizer, chat_template=chat_template or templates.chat_template(template))
-        # whoever goes through the tokenizer alone must not meet a base model's own template
+        # A caller who uses only the tokenizer must not get a base model's own template.
         tokenizer.chat_template = self.chat_template
         self.filler_id = _filler_id(tokenizer)
 
@@ -59,17 +59,19 @@ class MiniGeminiProcessor(ProcessorMixin):
         base_model: str | os.PathLike | None = None,
         **kwargs,
     ) -> "MiniGeminiProcessor":
-        """The processor of a checkpoint, by folder or hub id; published folders need no preprocessor_config.json.
+        """Loads the processor of a checkpoint, by folder or hub id.
+
+        Published folders need no preprocessor_config.json.
 
         Args:
-            template: overrides the prompt template that is otherwise read or decided from the checkpoint.
-            base_model: the base language model of a stage-1 adapter folder; its tokenizer and, if the folder has none,
-                its config.json.
+            template: overrides the prompt template, which is otherwise read or decided from the checkpoint.
+            base_model: the base language model of a stage-1 adapter folder. Its tokenizer is used, and its config.json
+                if the folder has none.
             **kwargs: hub arguments (`cache_dir`, `revision`, `token`, `local_files_only`, `force_download`).
 
         Raises:
-            CheckpointError: no configuration or no tokenizer there.
-            PromptError: unknown template.
+            CheckpointError: there is no configuration or no tokenizer.
+            PromptError: the template is unknown.
         """
         unknown = (
             {key for key, value in kwargs.items() if value not in (None, "")} - set(HUB_ARGUMENTS) - _AUTO_ARGUMENTS
@@ -84,7 +86,7 @@ class MiniGeminiProcessor(ProcessorMixin):
         stored_file = folder / "processor_config.json"
         stored = json.loads(stored_file.read_text(encoding="utf-8")) if stored_file.is_file() else {}
         if stored and not (folder / "config.json").is_file():
-            # a processor saved on its own, apart from its model
+            # The processor was saved on its own, without its model.
             return cls(
                 MiniGeminiImageProcessor(**stored["image_processor"]),
                 load_tokenizer(folder),
@@ -93,7 +95,7 @@ class MiniGeminiProcessor(ProcessorMixin):
         config = geometry_config(folder, base)
         tokenizer = load_tokenizer(folder, base)
         saved = folder / "chat_template.jinja"
-        # only a file of our own saving: a base model's template is not what these checkpoints were trained with
+        # Only a template that this class saved counts: these checkpoints were not trained with a base model's template.
         own = saved.read_text(encoding="utf-8") if stored and template is None and saved.is_file() else None
         template = decide_template(config, tokenizer, template or stored.get("template"))
         images = MiniGeminiImageProcessor.from_config(config)
@@ -112,29 +114,29 @@ class MiniGeminiProcessor(ProcessorMixin):
         decoder: str = "pillow",
         **kwargs,
     ) -> BatchFeature:
-        """Model inputs of one prompt or a batch.
+        """Makes the model inputs of one prompt or a batch.
 
         Args:
-            images: pictures in the order of their tags: one, a flat list, or one list per text.
+            images: pictures in the order of their tags: one picture, a flat list, or one list per text.
             text: prompts; each holds one `<image>` per picture.
             return_tensors: `pt`, `np` or None for lists.
-            padding: pad a batch on the left to its longest prompt; default: when there are several prompts.
+            padding: pad a batch on the left to its longest prompt. Default: only when there are several prompts.
             add_special_tokens: let the tokenizer add its beginning-of-sequence token.
             allow_urls: fetch pictures given as URLs.
-            device, decoder: where pictures are resized, and by what they are decoded, see `MiniGeminiImageProcessor`;
-                ids and marks stay on the CPU.
+            device, decoder: where pictures are resized and how they are decoded, see `MiniGeminiImageProcessor`. Ids
+                and marks stay on the CPU.
 
         Returns:
             `input_ids`, `attention_mask`, `mm_token_type_ids` [B, L] (1 where a picture stands), and with pictures
             `pixel_values` [n_images, V, 3, LR, LR] and `pixel_values_hr` [n_images, 3, HR, HR].
 
         Raises:
-            PromptError: no text, an empty prompt, or another number of `<image>` than of pictures.
-            PictureError: a picture that cannot be read.
+            PromptError: there is no text, a prompt is empty, or the numbers of `<image>` tags and pictures differ.
+            PictureError: a picture cannot be read.
         """
         if kwargs.get("truncation"):
             raise TypeError("MiniGeminiProcessor: truncation is not offered, a cut prompt would lose its question")
-        # transformers' apply_chat_template names the modalities it found nothing of
+        # apply_chat_template of transformers passes None for the modalities that it did not find.
         unknown = {key for key, value in kwargs.items() if not (key in ("videos", "audio") and value is None)} - {
             "truncation"
         }
@@ -175,12 +177,12 @@ class MiniGeminiProcessor(ProcessorMixin):
         return BatchFeature(data, tensor_type=return_tensors)
 
     def encode(self, prompt: str, *, add_special_tokens: bool = True) -> tuple[list[int], list[int]]:
-        """Ids and picture marks (1 at picture positions) of one prompt.
+        """The ids and picture marks (1 at picture positions) of one prompt.
 
-        Every piece between `<image>` tags is tokenised by itself and one BOS is kept, as the original does.
+        Every piece between `<image>` tags is tokenised by itself and only one BOS is kept, as in the original.
 
         Raises:
-            PromptError: text that UTF-8 cannot encode.
+            PromptError: UTF-8 cannot encode the text.
         """
         check_text(prompt, "the prompt")
         pieces = [
@@ -191,18 +193,17 @@ class MiniGeminiProcessor(ProcessorMixin):
         ids, marks = list(pieces[0]), [0] * len(pieces[0])
         for piece in pieces[1:]:
             picture = self.image_processor.tokens_per_picture
-            # without special tokens only the first piece can have one, written out in the prompt
+            # Without special tokens, only the first piece can have a BOS, which the prompt spells out.
             piece = piece[1:] if has_bos and piece[:1] == [bos] else piece
             ids += [self.filler_id] * picture + piece
             marks += [1] * picture + [0] * len(piece)
         return ids, marks
 
     def apply_chat_template(self, messages, chat_template=None, **kwargs):
-        """Messages to a prompt or, with tokenize=True, to model inputs; see transformers' method of the same name.
+        """Turns messages into a prompt or, with tokenize=True, into model inputs, like the method of transformers.
 
-        Pictures are taken from the messages' content: {"type": "image", "image" | "path" | "url" | "base64": ...}.
-        `url` may be a web
-        address: writing it there is asking for it. `processor_kwargs` ({"device": "cuda"}) go to the processor.
+        Pictures come from the messages' content: {"type": "image", "image" | "path" | "url" | "base64": ...}. `url` may
+        be a web address, which is then fetched. `processor_kwargs` ({"device": "cuda"}) are passed to the processor.
         """
         if not messages:
             raise PromptError("a conversation needs at least one message, got none")
@@ -218,7 +219,7 @@ class MiniGeminiProcessor(ProcessorMixin):
 
 
 def match_pictures(texts: Sequence[str], images) -> list:
-    """The pictures of a batch as one flat list, after holding them against the prompts' tags."""
+    """The pictures of a batch as one flat list, after a check against the prompts' tags."""
     counts = [prompt.count(IMAGE_TAG) for prompt in texts]
     if images is None:
         groups = None
@@ -236,17 +237,18 @@ def match_pictures(texts: Sequence[str], images) -> list:
                 raise PromptError(f"{where} has {count} {IMAGE_TAG} tag(s), but {len(group)} picture(s) came")
     if sum(counts) != len(flat):
         raise PromptError(
-            f"the prompt{'s have' if len(texts) > 1 else ' has'} {sum(counts)} {IMAGE_TAG} tag(s), but {len(flat)} picture(s) came"
+            f"the prompt{'s have' if len(texts) > 1 else ' has'} {sum(counts)} {IMAGE_TAG} tag(s), "
+            f"but {len(flat)} picture(s) came"
         )
     return flat
 
 
 def _load_pictures(messages: Sequence[dict], opened: bool) -> list[dict]:
-    """A copy of the messages, with every picture opened where wanted; transformers writes into what it is given.
+    """A copy of the messages, with every picture opened if `opened`. transformers writes into the messages it gets.
 
     Raises:
-        PromptError: text that UTF-8 cannot encode.
-        PictureError: a picture that cannot be read.
+        PromptError: UTF-8 cannot encode a text.
+        PictureError: a picture cannot be read.
     """
     out = []
     for message in messages:
@@ -276,7 +278,7 @@ def _load_part(part: dict) -> dict:
 
 
 def _filler_id(tokenizer) -> int:
-    """The in-vocabulary id that marks a picture's places: unk, or Llama-3's reserved token; never eos."""
+    """The in-vocabulary id that marks a picture's places: unk, or Llama-3's reserved token, or pad; never eos."""
     vocabulary = tokenizer.get_vocab()
     for candidate in (tokenizer.unk_token_id, vocabulary.get("<|reserved_special_token_0|>"), tokenizer.pad_token_id):
         if candidate is not None and candidate != tokenizer.eos_token_id:

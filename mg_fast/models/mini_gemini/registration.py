@@ -1,8 +1,8 @@
 """Registers Mini-Gemini with transformers' Auto classes.
 
 The modules `configuration`, `modeling` and `processing` each call their function at their end, so it does not matter
-who imports them. The functions import transformers' auto modules only when they are called, because those modules may
-be the ones that are loading just then: see `mg_fast.integrations.transformers_auto`.
+which import brings them in. The functions import transformers' auto modules only when they are called, because those
+modules may be loading at that very moment: see `mg_fast.integrations.transformers_auto`.
 """
 
 
@@ -15,7 +15,7 @@ def register_configuration(config_class: type, model_types) -> None:
 
 
 def register_model(config_class: type, model_class: type) -> None:
-    """Lets the Auto classes build the model, and the other parts of transformers know what it can do."""
+    """Lets the Auto classes build the model, and tells the other parts of transformers what the model can do."""
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -23,9 +23,9 @@ def register_model(config_class: type, model_class: type) -> None:
     )
 
     AutoModelForImageTextToText.register(config_class, model_class, exist_ok=True)
-    # Other parts of transformers look models up by these tables of class names, which `register` does not fill. By the
-    # first one Trainer shifts the labels of its label smoothing, which would be held against the wrong positions
-    # otherwise. By the second one `transformers serve` knows that the model takes pictures.
+    # Other parts of transformers look models up in these tables of class names, which `register` does not fill. With
+    # the first one, Trainer shifts the labels for its label smoothing, which would otherwise be compared with the wrong
+    # positions. From the second one, `transformers serve` learns that the model takes pictures.
     for names in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES):
         names[config_class.model_type] = model_class.__name__
 

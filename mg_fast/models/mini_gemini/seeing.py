@@ -1,4 +1,4 @@
-"""Mini-Gemini's answers to what the vision stage asks of a model (`mg_fast.models.protocol`)."""
+"""Mini-Gemini's answers to the questions that the vision stage asks a model (`mg_fast.models.protocol`)."""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,7 @@ from .encoder import PictureEncoder, picture_state
 
 
 class MiniGeminiSeeing:
-    """A base of MiniGeminiForConditionalGeneration, which makes it a SeeingModel."""
+    """A base class that makes MiniGeminiForConditionalGeneration a SeeingModel."""
 
     @property
     def picture_parts(self) -> Mapping[str, nn.Module]:

@@ -1,4 +1,4 @@
-"""The two towers of Mini-Gemini and what lies between them and the language model."""
+"""Mini-Gemini's low-resolution features and its projector, the parts on either side of mining."""
 
 from typing import NamedTuple
 
@@ -15,13 +15,13 @@ from ...runtime.weights import why_not_plain
 
 
 class PictureFeatures(NamedTuple):
-    """What the picture side computes of pictures, step by step.
+    """What the picture side computes from pictures, step by step.
 
     Attributes:
-        queries: [n_images, V, N, D] of the low-resolution tower, views in the order of pixel_values.
+        queries: [n_images, V, N, D] from the low-resolution tower, views in the order of pixel_values.
         pyramid: stage maps [n_images, HR / 4 / 2**s, HR / 4 / 2**s, C_s] of the high-resolution tower, s = 0..3.
-        tokens: [n_images, T, D], queries with what they mined, global view first.
-        image_tokens: [n_images, T, hidden], the same through the projector, unscaled.
+        tokens: [n_images, T, D], queries with the features that they mined, global view first.
+        image_tokens: [n_images, T, hidden], the tokens after the projector, unscaled.
     """
 
     queries: torch.Tensor
@@ -33,24 +33,24 @@ class PictureFeatures(NamedTuple):
 def low_resolution_features(
     tower: CLIPVisionModel, views: torch.Tensor, select_layer: int = -2, *, backend: str | None = None
 ) -> torch.Tensor:
-    """CLIP patch features of low-resolution views: a hidden state without its CLS token.
+    """CLIP's patch features of low-resolution views: one hidden state without its CLS token.
 
     Args:
         tower: the CLIP vision model.
         views: [B, 3, LR, LR].
-        select_layer: index into the hidden states; -2 is the output of the last layer but one, before any final norm.
+        select_layer: index into the hidden states; -2 is the output of the second-to-last layer, before any final norm.
         backend: overrides the choice in force.
 
     Returns:
-        [B, N, D] in the tower's dtype. The `reference` backend runs every layer, as the original does; others stop at
-        the one wanted.
+        [B, N, D] in the tower's dtype. The `reference` backend runs every layer, as the original does. Other backends
+        stop at the layer that is wanted.
     """
-    # Their layers are called one by one below; here no tensor of them is read.
+    # The layers are called one by one below, and no tensor of the tower and the encoder themselves is read.
     called = {"reads": (), "placed": True}
     if why_not_plain("tower", tower, known={CLIPVisionModel}, **called) or why_not_plain(
         "encoder", tower.encoder, known={CLIPEncoder}, **called
     ):
-        # what they do beside calling their layers is theirs alone
+        # The tower or encoder does more than call its layers, so it has to run as it is.
         return tower(views, output_hidden_states=True).hidden_states[select_layer][:, 1:]
     layers = len(tower.encoder.layers)
     wanted = select_layer if select_layer >= 0 else layers + 1 + select_layer
@@ -58,7 +58,7 @@ def low_resolution_features(
 
 
 def _through_every_layer(tower: CLIPVisionModel, views: torch.Tensor, wanted: int) -> torch.Tensor:
-    """The original finishes the tower and throws the rest away."""
+    """Finishes the tower and discards the rest, as the original does."""
     layers = len(tower.encoder.layers)
     selected, hidden = _hidden_state(tower, views, wanted, layers)
     if layers > wanted:
@@ -73,10 +73,10 @@ def _up_to_the_layer_wanted(tower: CLIPVisionModel, views: torch.Tensor, wanted:
 def _hidden_state(
     tower: CLIPVisionModel, views: torch.Tensor, wanted: int, run: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output of layer `wanted`, counted from 1, and that of the last layer run."""
+    """The output of layer `wanted`, counted from 1, and the output of the last layer that was run."""
     weight = tower.pre_layrnorm.weight
     if not weight.is_meta:
-        # layers are called one by one, past the hook that moves inputs where a device map has spread the model
+        # The layers are called one by one, which bypasses the hook that moves inputs under a device map.
         views = views.to(weight.device)
     hidden = tower.pre_layrnorm(tower.embeddings(views))
     selected = hidden
@@ -97,7 +97,7 @@ LOW_RESOLUTION_TOWER = register(
 
 
 def build_projector(kind: str, width: int, hidden: int) -> nn.Module:
-    """`mm_projector` of a config's `mm_projector_type`: `linear`, `identity` or `mlpNx_gelu` (exact GELU)."""
+    """Builds `mm_projector` from a config's `mm_projector_type`: `linear`, `identity` or `mlpNx_gelu` (exact GELU)."""
     if kind == "linear":
         return nn.Linear(width, hidden)
     if kind == "identity":

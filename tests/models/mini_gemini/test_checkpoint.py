@@ -1,4 +1,4 @@
-"""Where a checkpoint's tensors may lie, and that saving loses nothing."""
+"""The files in which a checkpoint's tensors may lie, and saving, which loses nothing."""
 
 import json
 import logging
@@ -35,7 +35,7 @@ from tests.checkpoints import (
 )
 
 GOLDEN = ["mgm-gemma", "mgm-llama", "mgm-llama-hd", "mgm-llama3", "mgm-mixtral", "mgm-yi-hd"]
-# --- the same weights in other files
+# --- The same weights in other files
 
 
 FILES = {
@@ -58,9 +58,7 @@ def test_same_weights_in_every_kind_of_file(standard, tmp_path, files):
 
 
 def test_mixtral_and_gemma_as_bin(built, tmp_path):
-    """Mixtral's experts are fused while loading; Gemma's .bin files hold the tied head as well, in the embedding's
-    storage.
-    """
+    """Mixtral's experts are fused while loading; Gemma's .bin may hold the tied head in the embedding's storage."""
     for kind in ("mixtral", "gemma"):
         tensors = tensors_of(built[kind])
         if kind == "gemma":
@@ -95,12 +93,12 @@ def test_tied_head_stored_a_second_time(built, tmp_path):
     refused(cut, r"lm_head\.weight")
 
 
-# --- by hub id, without a network
+# --- By hub id, without a network
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """Fills the default cache of huggingface_hub, which is a new folder here."""
+    """Fills the default cache of huggingface_hub, which is a new folder in these tests."""
     cache = tmp_path / "hub"
     cache.mkdir()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
@@ -171,7 +169,7 @@ def test_a_file_is_no_folder(standard):
     refused(standard / "model.safetensors", "is not a folder")
 
 
-# --- towers that the checkpoint lacks
+# --- Towers that the checkpoint lacks
 
 
 def test_towers_from_the_shared_folders(golden, tmp_path):
@@ -198,7 +196,7 @@ def test_towers_from_folders(standard, tmp_path, lacking, caplog):
         assert (f"{prefix}* is not in the checkpoint" in caplog.text) == (prefix in lacking)
     assert {p.dtype for p in load(folder, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
     assert MiniGeminiProcessor.from_pretrained(folder).image_processor.lr_size == 70
-    # saved, the checkpoint is whole
+    # The saved checkpoint includes the towers.
     loaded.save_pretrained(tmp_path / "saved")
     assert tensors_of(tmp_path / "saved").keys() == tensors_of(standard).keys()
 
@@ -212,7 +210,7 @@ def test_towers_of_a_checkpoint_that_has_them_are_not_opened(standard, tmp_path)
 
 
 def test_towers_from_the_hub(standard, tmp_path, hub):
-    """By the ids of the published models' towers; the checkpoint's own revision means nothing there."""
+    """Towers come from the hub ids of the published towers, whatever revision of the checkpoint was asked for."""
     folder = without_towers(standard, tmp_path / "checkpoint")
     towers_of(tensors_of(standard), tmp_path / "clip", tmp_path / "convnext")
     clip, convnext = "openai/clip-vit-large-patch14-336", "laion/CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup"
@@ -244,7 +242,7 @@ def test_towers_that_are_nowhere(standard, tmp_path, hub):
 
 
 def test_tower_of_another_size(standard, tmp_path):
-    """Half a tower in the folder: its missing tensors are named, not left as they were initialised."""
+    """Where a folder holds half a tower, the missing tensors are named and not left as they were initialised."""
     folder = without_towers(standard, tmp_path / "checkpoint", mm_vision_tower="clip", mm_vision_tower_aux="convnext")
     tensors = tensors_of(standard)
     del tensors[CLIP + "encoder.layers.1.mlp.fc2.bias"]
@@ -252,7 +250,7 @@ def test_tower_of_another_size(standard, tmp_path):
     refused(folder, re.escape("1 missing: " + CLIP + "encoder.layers.1.mlp.fc2.bias"))
 
 
-# --- stage-1 adapters
+# --- Stage-1 adapters
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma", "mixtral", "hd"])
@@ -268,7 +266,7 @@ def test_adapter_over_its_base(built, tmp_path, kind):
     )
     assert processor.template == expected.template
     assert processor.image_processor.to_dict() == expected.image_processor.to_dict()
-    # saved, it is a checkpoint like any other
+    # A saved model with an adapter is a checkpoint like any other.
     model.save_pretrained(tmp_path / "saved")
     assert same_tensors(tensors_of(tmp_path / "saved"), tensors_of(source))
 
@@ -298,7 +296,7 @@ def test_adapter_in_another_dtype(standard, tmp_path):
 
 
 def test_adapter_that_is_one_file(standard, tmp_path):
-    """The published stage-1 repositories hold mm_projector.bin and nothing else: a standard model of the shapes in it."""
+    """mm_projector.bin alone, as in the published stage-1 repositories, is loaded as a standard model of its shapes."""
     adapter, base = make_adapter(standard, tmp_path / "adapter", tmp_path / "base")
     for file in adapter.iterdir():
         if file.name != "mm_projector.bin":
@@ -351,7 +349,7 @@ def test_adapter_that_lacks_a_tensor(standard, tmp_path):
     refused(adapter, r"1 missing: model\.vlm_uni_val_projector\.1\.bias", base_model=base)
 
 
-# --- round trips
+# --- Round trips
 
 
 def same_tensors(one, other):
@@ -387,7 +385,7 @@ def test_round_trip_of_the_original_layout(golden, tmp_path, name):
     check_round_trip(golden / name, tmp_path)
 
 
-# what spec 5.1 allows a published file to hold
+# The names that section 5.1 of the specification allows in a published file.
 PUBLISHED = re.compile(
     r"model\.(embed_tokens|norm)\.weight|lm_head\.weight"
     r"|model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj|input_layernorm|post_attention_layernorm)\.weight"
@@ -427,7 +425,7 @@ def test_template_is_saved(standard, tmp_path):
     MiniGeminiProcessor.from_pretrained(standard).tokenizer.save_pretrained(tmp_path)
     assert MiniGeminiProcessor.from_pretrained(tmp_path).template == "llama_3"
     assert mg_fast.load(tmp_path).template == "llama_3"
-    # another override outranks what was saved
+    # Another override takes precedence over the saved template.
     assert mg_fast.load(tmp_path, template="gemma").template == "gemma"
     load(standard).save_pretrained(tmp_path / "without")
     assert "conversation_template" not in json.loads((tmp_path / "without" / "config.json").read_text())
@@ -439,7 +437,7 @@ def test_unknown_template_is_refused_before_loading(standard, monkeypatch):
         load(standard, template="nope")
 
 
-# --- dtype, device_map, quantisation
+# --- dtype, device_map, quantization
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16", torch.float16])
@@ -481,7 +479,7 @@ def test_quantised_language_model(built, photo, kind):
     for name, parameter in model.named_parameters():
         linear = name.startswith("model.language_model.layers.") and parameter.dim() == 2
         if linear:
-            assert type(parameter.data) is not torch.Tensor, f"{name} was not quantised"
+            assert type(parameter.data) is not torch.Tensor, f"{name} was not quantized"
         else:
             assert type(parameter.data) is torch.Tensor and torch.equal(parameter, plain.get_parameter(name)), (
                 f"{name} was touched"
@@ -504,7 +502,7 @@ def test_quantised_adapter_through_load(standard, photo, tmp_path):
     assert len(pipeline.chat("What?", [photo], max_new_tokens=3).token_ids) == 3
 
 
-# --- stop ids
+# --- Stop ids
 
 
 STOPS = {
@@ -528,12 +526,12 @@ def test_template_decides_the_stop_ids(golden):
     assert load(golden / "mgm-gemma", template="vicuna_v1").generation_config.eos_token_id == [tokenizer.eos_token_id]
     tokenizer = load_tokenizer(golden / "mgm-llama3")
     assert load(golden / "mgm-llama3", template="vicuna_v1").generation_config.eos_token_id == [tokenizer.eos_token_id]
-    # a template whose marks this tokenizer has not adds nothing
+    # A template whose marks this tokenizer does not have adds nothing.
     assert load(golden / "mgm-llama", template="gemma").generation_config.eos_token_id == [2]
 
 
 def test_override_where_the_tokenizer_knows_the_strings(standard, built, tmp_path):
-    """A Llama with Gemma's tokenizer: <end_of_turn> stops it only under Gemma's template."""
+    """A Llama with Gemma's tokenizer stops at <end_of_turn> only under Gemma's template."""
     folder = remake(standard, tmp_path)
     for file in ("tokenizer.model", "tokenizer_config.json"):
         shutil.copyfile(built["gemma"] / file, folder / file)

@@ -1,4 +1,4 @@
-"""config.json read and written, what the Auto classes make of it, and the towers' geometry from shapes and folders."""
+"""config.json as it is read and written, the Auto classes, and the towers' geometry from shapes and folders."""
 
 import json
 import subprocess
@@ -40,7 +40,7 @@ SPELLINGS = {
 
 @pytest.fixture(scope="module")
 def families(standard, tmp_path_factory):
-    """One tiny checkpoint of every text model."""
+    """One tiny checkpoint for every text model."""
     folder = tmp_path_factory.mktemp("families")
     built = {kind: random_checkpoint.build(folder / kind, size=f"tiny-{kind}") for kind in ("gemma", "mixtral")}
     return {"llama": standard, **built}
@@ -60,7 +60,7 @@ def test_every_spelling_of_model_type(families, tmp_path, model_type):
 
 @pytest.mark.parametrize("model_type", ["mgm_mistral", "mini_gemini_mistral", "mistral"])
 def test_mistral_of_which_none_was_published(standard, tmp_path, model_type):
-    """Its tensors have Llama's names, and for a short prompt its arithmetic is the same."""
+    """A Mistral, of which none was published, has tensors with Llama's names, and short prompts give equal numbers."""
     folder = remake(standard, tmp_path, model_type=model_type)
     model = MiniGeminiForConditionalGeneration.from_pretrained(folder)
     assert type(model.model.language_model).__name__ == "MistralModel"
@@ -78,7 +78,7 @@ def test_auto_classes(families, tmp_path, model_type):
     model = AutoModelForImageTextToText.from_pretrained(folder)
     assert type(model) is MiniGeminiForConditionalGeneration
     assert same_answers(model, source)
-    # handed over, as pipelines do: the towers in it are still the published ones' and must give way to the shapes
+    # Pipelines pass the configuration on. Its towers are still the published ones and must give way to the shapes.
     assert config.vision_config.hidden_size == 1024
     assert same_answers(AutoModelForImageTextToText.from_pretrained(folder, config=config), source)
     assert config.vision_config.hidden_size == 1024, "the caller's configuration was changed"
@@ -88,11 +88,13 @@ def test_bare_model_types_stay_transformers_own(standard, tmp_path):
     assert type(AutoConfig.from_pretrained(copy_small(standard, tmp_path, model_type="llama"))) is LlamaConfig
 
 
-# what a program may have imported, in which order, before it asks the Auto classes
+# The orders in which a program may import modules before it uses the Auto classes.
 ORDERS = {
     "mg_fast first": "import mg_fast",
-    "mg_fast last": "import transformers.models.auto.modeling_auto, transformers.models.auto.processing_auto\nimport mg_fast",
-    "mg_fast's own classes between": "from transformers import AutoConfig\nfrom mg_fast import MiniGeminiProcessor, load",
+    "mg_fast last": "import transformers.models.auto.modeling_auto, transformers.models.auto.processing_auto\n"
+    "import mg_fast",
+    "mg_fast's own classes between": "from transformers import AutoConfig\n"
+    "from mg_fast import MiniGeminiProcessor, load",
 }
 USE_AUTO = """
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
@@ -139,8 +141,9 @@ def table(config, folder):
 
 
 def test_published_towers_from_their_shapes(tmp_path):
-    """At real size, from shapes only: a configuration that starts with wrong towers ends with CLIP ViT-L/14-336 and
-    ConvNeXt-L.
+    """A configuration that starts with wrong towers ends with CLIP ViT-L/14-336 and ConvNeXt-L, by shapes alone.
+
+    The shapes are those of the real size.
     """
     tensors = table(random_checkpoint.make_config("2b", hd=True), tmp_path)
     config = MiniGeminiConfig(image_size_aux=1536, image_grid=2, image_global=True)
@@ -181,8 +184,9 @@ def test_norm_eps_of_the_convnext(standard, tmp_path):
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
-    """A checkpoint whose CLIP tower is 128 wide, with 4 heads: more than width/64, so that only a tower folder can
-    tell.
+    """A checkpoint whose CLIP tower is 128 wide and has 4 heads.
+
+    That is more than width/64, so only a tower folder can tell.
     """
     clip = dict(random_checkpoint.TINY_TOWERS["clip"], hidden_size=128, num_attention_heads=4)
     size = ("mgm", random_checkpoint.LLM_TINY, {**random_checkpoint.TINY_TOWERS, "clip": clip})
@@ -206,7 +210,7 @@ def tower_folder(path, nested=False):
         "hidden_act": "gelu",
         "layer_norm_eps": 1e-4,
     }
-    # the published folder holds the whole CLIP's configuration
+    # The published folder holds the configuration of the whole CLIP.
     text = {"model_type": "clip", "text_config": {"num_attention_heads": 2}, "vision_config": clip} if nested else clip
     (path / "config.json").write_text(json.dumps(text))
     return path
@@ -240,7 +244,7 @@ def test_heads_from_the_working_directory(wide, tmp_path, monkeypatch):
     model = MiniGeminiForConditionalGeneration.from_pretrained(folder)
     assert same_answers(model, true)
 
-    # a saved copy needs the tower folder no more, and what it says itself outranks another folder's word
+    # A saved copy no longer needs the tower folder, and its own settings override another folder's.
     model.save_pretrained(tmp_path / "saved")
     monkeypatch.chdir(ROOT)
     assert same_answers(MiniGeminiForConditionalGeneration.from_pretrained(tmp_path / "saved"), true)
@@ -263,7 +267,7 @@ def test_broken_tower_folders(wide, tmp_path):
 
 
 def test_every_key_survives():
-    """Training leftovers, nulls and unknown keys too; and the two keys that transformers spells otherwise today."""
+    """Training leftovers, nulls, unknown keys and the two keys that transformers now spells otherwise survive."""
     given = {
         "model_type": "mgm",
         "architectures": ["MGMLlamaForCausalLM"],
@@ -313,7 +317,7 @@ def test_only_gemma_ties_unless_told():
     assert MiniGeminiConfig(model_type="mgm", tie_word_embeddings=True).text_config.tie_word_embeddings is True
 
 
-# what a config.json says -> what is answered
+# Contents of a config.json, and the error that answers each.
 REFUSED = {
     "EVA tower": (dict(mm_vision_tower="model_zoo/lavis/eva_vit_g.pth"), "eva_vit_g.pth.*EVA.*only CLIP"),
     "global view without tiles": (
@@ -388,7 +392,7 @@ def test_processor_refuses_what_the_model_refuses(standard, tmp_path):
     "path", ["/home/eva/model_zoo/OpenAI/clip-vit-large-patch14-336", "model_zoo/ShareGPT4V/lavis-clip"]
 )
 def test_eva_may_stand_elsewhere_in_clips_path(standard, tmp_path, path):
-    """The original looks for `openai` and `ShareGPT4V` before it looks for EVA."""
+    """EVA may occur in CLIP's path, because the original looks for `openai` and `ShareGPT4V` before EVA."""
     folder = remake(standard, tmp_path, mm_vision_tower=path)
     assert heads(folder) == 1
 

@@ -1,4 +1,4 @@
-"""The packed picture encoder: the model's own image tokens, and what it refuses."""
+"""The packed picture encoder gives the model's own image tokens and refuses a model that it cannot stand for."""
 
 import contextlib
 import copy
@@ -99,11 +99,11 @@ def test_a_tower_that_is_more_than_its_weights(loaded):
 
 @pytest.mark.parametrize("part", ["patch_mining", "mm_projector", "mm_projector.0"])
 def test_hooks_on_mining_or_projector_keep_graphs_away(loaded, photo, monkeypatch, part):
-    """As a replay would not run them."""
+    """Hooks on mining or projector keep graphs away, because a replay would not run them."""
     model, processor = loaded
     inputs, encoder, replayed, called = processor.image_processor(photo), PictureEncoder(model.model), [], []
     expected = encoder(**inputs)
-    # as on a GPU, up to the graphs themselves
+    # This simulates a GPU, up to the graphs themselves.
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(encoder, "_replay", lambda pixels, backend: replayed.append(1))
     monkeypatch.setattr(encoder, "_graphs", {})
@@ -128,7 +128,7 @@ def test_packing_does_not_touch_the_tower():
 @needs_gpu
 @pytest.mark.parametrize("graphs", [True, False])
 def test_on_a_gpu(loaded, photo, drawing, graphs):
-    """At once on two streams and, captured, replayed on other pictures."""
+    """The towers run at the same time on two streams and, once captured, are replayed on other pictures."""
     model, processor = loaded
     model = model.cuda()
     encoder = PictureEncoder(model.model, graphs=graphs)

@@ -1,5 +1,6 @@
-"""Against tests/golden: outputs of the reference path, recorded where it had just matched the original's (see
-make_golden.py).
+"""The model gives the outputs in tests/golden, which the reference path gave when it matched the original's.
+
+See make_golden.py.
 """
 
 import json

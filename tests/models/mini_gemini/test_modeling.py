@@ -58,9 +58,7 @@ def test_same_input_twice_is_bit_equal(model, processor, photo):
 
 
 def test_two_pictures_with_beams(model, processor, photo, drawing):
-    """Every beam sees both pictures in order: the same as when image tokens are encoded beforehand and repeated by
-    hand.
-    """
+    """Every beam sees both pictures in order, as if image tokens had been encoded beforehand and repeated by hand."""
     inputs = processor(text=prompt("Compare.", 2), images=[photo, drawing], return_tensors="pt")
     swapped = processor(text=prompt("Compare.", 2), images=[drawing, photo], return_tensors="pt")
     beams = dict(num_beams=3, num_return_sequences=3)
@@ -110,7 +108,7 @@ def test_static_cache_and_prompt_lookup_give_the_same_ids(model, processor, phot
 
 
 def test_a_cache_of_the_first_turn_can_be_continued(model, processor, photo):
-    """The second turn with the first one's cache equals the history sent fresh."""
+    """A second turn with the first turn's cache gives the same as the whole history sent afresh."""
     first = processor(text=prompt("What?"), images=photo, return_tensors="pt")
     out = model.generate(**first, **GREEDY, return_dict_in_generate=True)
     extra = torch.tensor([processor.tokenizer(" USER: And now? ASSISTANT:", add_special_tokens=False).input_ids])
@@ -128,7 +126,7 @@ def test_a_cache_of_the_first_turn_can_be_continued(model, processor, photo):
 
 
 def turns(processor, model, photo, drawing):
-    """A first turn about two pictures with its cache, and a second one that brings another picture."""
+    """A first turn about two pictures with its cache, and a second turn that adds another picture."""
     first = processor(text=prompt("Compare.", 2), images=[photo, drawing], return_tensors="pt")
     out = model.generate(**first, **GREEDY, return_dict_in_generate=True)
     extra = processor(text="<image>\nAnd this one?", images=[drawing], add_special_tokens=False, return_tensors="pt")
@@ -146,7 +144,7 @@ def turns(processor, model, photo, drawing):
 @pytest.mark.parametrize("given", ["all", "new", "image tokens"])
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=str)
 def test_turns_with_pictures_over_a_cache_of_ones_own(model, processor, photo, drawing, given, options):
-    """Pictures whose places the cache has already may come once more."""
+    """Pictures whose places are in the cache already may be given again."""
     request, cache, every, new = turns(processor, model, photo, drawing)
     if options.get("num_beams"):
         cache = copy.deepcopy(cache)
@@ -166,7 +164,7 @@ def test_turns_with_pictures_over_a_cache_of_ones_own(model, processor, photo, d
 
 
 def test_a_text_turn_over_a_cache_with_pictures(model, processor, photo):
-    """The usual way to go on: everything is sent once more, and the cache has all of the pictures."""
+    """A text turn may send everything again, the usual way to continue, while the cache has all of the pictures."""
     first = processor(text=prompt("What?"), images=photo, return_tensors="pt")
     out = model.generate(**first, **GREEDY, return_dict_in_generate=True)
     extra = torch.tensor([processor.tokenizer(" USER: And now? ASSISTANT:", add_special_tokens=False).input_ids])
@@ -179,7 +177,7 @@ def test_a_text_turn_over_a_cache_with_pictures(model, processor, photo):
         model.generate(**request, past_key_values=copy.deepcopy(out.past_key_values), **GREEDY).tolist()
         == fresh.tolist()
     )
-    # a loop of one's own, by forward
+    # This is a caller's own loop over `forward`.
     start = out.past_key_values.get_seq_length()
     with torch.no_grad():
         whole = model(**request).logits[:, start:]
@@ -194,7 +192,7 @@ def test_a_batch_over_a_cache_keeps_each_rows_new_pictures(model, processor, pho
         text=[prompt("Compare.", 2)] * 2, images=[[photo, drawing], [drawing, photo]], return_tensors="pt"
     )
     n = processor.image_processor.tokens_per_picture
-    # up to the end of each row's first picture
+    # The cut is at the end of each row's first picture.
     cut = inputs["mm_token_type_ids"][0].tolist().index(1) + n
     marks = inputs["mm_token_type_ids"]
     with torch.no_grad():
@@ -231,7 +229,7 @@ def test_pictures_that_do_not_match_a_cache(model, processor, photo):
 
 @pytest.mark.parametrize("name, backend", [("standard", "aot_eager"), ("hd", "eager"), ("mgm-gemma", "eager")])
 def test_the_whole_model_is_one_graph(name, backend):
-    """As `_can_compile_fullgraph` says. Places are still held against the pictures, when the graph runs.
+    """The whole model is one graph, as `_can_compile_fullgraph` says. Places are checked when the graph runs.
 
     Dynamo records each model; AOTAutograd, which takes as long again and sees the same operators, records one of them.
     """
@@ -240,7 +238,9 @@ def test_the_whole_model_is_one_graph(name, backend):
     compiled = torch.compile(found.model, backend=backend, fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(compiled(**inputs).logits, found.model(**inputs).logits, rtol=1e-4, atol=1e-4)
-        with pytest.raises(RuntimeError, match="not as many places of pictures as image tokens"):
+        with pytest.raises(
+            RuntimeError, match="number of picture places in the prompt differs from that of image tokens"
+        ):
             compiled(**{**inputs, "mm_token_type_ids": torch.zeros_like(inputs["mm_token_type_ids"])})
 
 
@@ -278,11 +278,11 @@ def test_pictures_that_do_not_match_their_places(model, processor, photo):
 
 @pytest.fixture
 def short(model, monkeypatch):
-    """The model with a trained length of 40 and 60 positions in all."""
+    """The model with a trained length of 40 tokens and 60 positions in all."""
     monkeypatch.setattr(model.config, "tokenizer_model_max_length", 40)
     monkeypatch.setattr(model.config.text_config, "max_position_embeddings", 60)
-    # it says so once in its life, which other tests share
-    monkeypatch.setattr(model, "_long_said", False)
+    # The model warns once in its life, and other tests share the model.
+    monkeypatch.setattr(model, "_warned_of_length", False)
     return model
 
 
@@ -317,13 +317,13 @@ def test_decoding_may_pass_the_trained_length(short):
 
 
 def test_gradients_reach_every_trained_part(standard, processor, photo):
-    """Stage two trains mining, projector and language model; both towers are frozen there but can be trained."""
+    """Stage two trains mining, projector and language model. Both towers are frozen in it but can be trained."""
     model = MiniGeminiForConditionalGeneration.from_pretrained(standard).train()
     inputs = processor(text=prompt("What?"), images=photo, return_tensors="pt")
     loss = model(**inputs, labels=inputs["input_ids"]).loss
     loss.backward()
     without = {name for name, p in model.named_parameters() if p.grad is None}
-    # what comes after the selected CLIP layer has no part in the answer
+    # Layers after the selected CLIP layer do not contribute to the answer.
     assert all(
         name.startswith(("model.vision_tower.encoder.layers.2.", "model.vision_tower.post_layernorm."))
         for name in without
@@ -388,9 +388,9 @@ def test_compiled_forward_gives_the_same(model, processor, photo):
 
 
 def test_chunked_prefill_is_refused_with_pictures(model, processor, photo):
-    """transformers cuts the prompt without regard to where its pictures stand."""
+    """Chunked prefill, which cuts a prompt without regard to its pictures, is refused with pictures."""
     inputs = processor(text=prompt("What?"), images=photo, return_tensors="pt")
-    with pytest.raises(PromptError, match="not with pictures"):
+    with pytest.raises(PromptError, match="cannot be used with pictures"):
         model.generate(**inputs, **GREEDY, prefill_chunk_size=8)
     text = processor(text=prompt("Hello there", 0), return_tensors="pt")
     assert ids_of(model, text, prefill_chunk_size=8) == ids_of(model, text)

@@ -1,4 +1,4 @@
-"""Parts of the model on disk or in a CPU's memory (`device_map`): the same answers as with everything in place."""
+"""A model with parts on disk or in a CPU's memory (`device_map`) answers as with everything in place."""
 
 import shutil
 
@@ -32,7 +32,7 @@ PARTS = [
 
 @pytest.fixture(autouse=True)
 def quick(one_thread):
-    """All models here are tiny."""
+    """One thread for every test, because all models here are tiny."""
 
 
 @pytest.fixture(params=["mgm-llama", "mgm-gemma", "mgm-llama-hd"])
@@ -51,7 +51,7 @@ def load(found, folder, device_map, **options):
 
 
 def assert_answers_as(pipeline, found, *, explained=False):
-    """Everything that a pipeline does, held against the model in place."""
+    """Asserts that everything a pipeline does agrees with the model in place."""
     expected = found.pipeline()
     assert pipeline.device == torch.device("cpu") == pipeline.model.device
     assert relative_error(pipeline.see(found.pictures[0]), expected.see(found.pictures[0])) <= IMAGE_TOKENS
@@ -65,7 +65,7 @@ def assert_answers_as(pipeline, found, *, explained=False):
     )
     assert (first.token_ids, again.token_ids) == (own.token_ids, own_again.token_ids)
     if pipeline.backend != "reference":
-        # the first turn's keys and values are still there
+        # The first turn's keys and values are still in the cache.
         assert again.cached_tokens == own_again.cached_tokens > 0
     if explained:
         ours, theirs = (p.explain(found.pictures[0], QUESTION, max_new_tokens=2) for p in (pipeline, expected))
@@ -79,7 +79,7 @@ def test_each_part_on_disk(found, part, tmp_path):
     meta = {name for name, p in model.named_parameters() if p.is_meta}
     others = {name for name in meta if not name.startswith(f"{part}.")}
     if found.model.config.tie_word_embeddings:
-        # a tied head lies where the embeddings are
+        # A tied head lies in the same place as the embeddings.
         assert bool(meta) == (part != "lm_head") and others <= {"lm_head.weight"}
     else:
         assert meta and not others, "exactly that part is meant to be offloaded"
@@ -98,7 +98,7 @@ def test_all_on_disk(found, tmp_path):
 
 
 def test_as_little_memory_as_a_machine_may_have(found, tmp_path):
-    """What accelerate puts where by itself."""
+    """accelerate's own choice of places under tight memory limits gives the same answers."""
     model = load(found, tmp_path, "auto", max_memory={"cpu": 1_500_000})
     assert {"cpu", "disk"} >= set(model.hf_device_map.values()) > {"cpu"}
     assert_answers_as(Pipeline(model, found.processor), found)
@@ -106,7 +106,7 @@ def test_as_little_memory_as_a_machine_may_have(found, tmp_path):
 
 @pytest.mark.parametrize("part", PARTS)
 def test_each_part_in_memory_beside_the_device(part):
-    """As `device_map` does it with "cpu" beside a GPU: weights are brought to the execution device for every call."""
+    """Weights are brought to the execution device for every call, as `device_map` with "cpu" beside a GPU does it."""
     found = family("mgm-llama")
     model = MiniGeminiForConditionalGeneration.from_pretrained(found.folder, template=found.processor.template)
     accelerate.cpu_offload(model.get_submodule(part), execution_device="cpu")
@@ -138,7 +138,7 @@ def test_a_batch_a_stream_and_transformers_own_loop(tmp_path):
 
 
 def test_parts_that_stay_keep_their_fast_path(tmp_path):
-    """accelerate's hooks around what is not offloaded only move tensors: those modules' weights may still be read."""
+    """accelerate's hooks around parts that are not offloaded only move tensors, so their weights may still be read."""
     found = family("mgm-llama")
     model = on_disk(found, tmp_path, "lm_head")
     assert vars(model.model.patch_mining.vlm_uni_query_projector[1]).keys() >= {"forward", "_hf_hook"}
@@ -151,7 +151,7 @@ def test_parts_that_stay_keep_their_fast_path(tmp_path):
 
 
 def test_a_whole_number_of_layers_is_not_taken_for_a_longer_one(tmp_path):
-    """transformers takes the names of a device map as beginnings of names: `layers.1` would take `layers.10` with it."""
+    """`layers.1` does not match `layers.10`, although transformers treats names in a device map as prefixes."""
     found = family("mgm-llama")
     model = on_disk(found, tmp_path, "model.vision_tower")
     assert not any(p.is_meta for p in model.model.vision_tower_aux.parameters())

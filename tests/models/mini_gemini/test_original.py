@@ -1,4 +1,4 @@
-"""Against what the original's own code answered, for six families' checkpoints."""
+"""The model gives what the original's own code answered, for checkpoints of six families."""
 
 import json
 
@@ -60,7 +60,7 @@ def test_pixels_and_prompt_ids(recorded):
     folder, processor, _, expected, recorded_cases = recorded
     for key, numbers, prompt in recorded_cases:
         inputs = processor(text=prompt, images=[folder / f"image{i}.png" for i in numbers], return_tensors="pt")
-        # the original marks a picture by one -200, ours by as many fillers as it has tokens
+        # The original marks a picture by one -200. This project marks it by as many fillers as it has tokens.
         ids, marks = inputs["input_ids"][0].tolist(), inputs["mm_token_type_ids"][0].tolist()
         folded = [-200 if mark else i for i, mark, before in zip(ids, marks, [0, *marks]) if not (mark and before)]
         assert folded == expected[f"{key}.input_ids"][0].tolist(), key
@@ -99,7 +99,7 @@ def test_prompts(golden):
 
 
 def test_chat_templates(golden):
-    """The processor's Jinja templates say the same as `render`, for text and for structured content."""
+    """The processor's Jinja templates give the same text as `render`, for plain and for structured content."""
     folder = golden / "mgm-llama"
     for template in mg_fast.models.templates.TEMPLATES:
         processor = MiniGeminiProcessor.from_pretrained(folder, template=template)

@@ -1,4 +1,4 @@
-"""Prompts and pictures to model inputs, chat templates, and the processor's round trip to disk."""
+"""Prompts and pictures become model inputs, chat templates render, and the processor survives a round trip to disk."""
 
 import base64
 import copy
@@ -16,15 +16,13 @@ from mg_fast import CheckpointError, MiniGeminiProcessor, PictureError, PromptEr
 from mg_fast.models.mini_gemini.processing import MiniGeminiImageProcessor
 from mg_fast.models.templates import TEMPLATES, detect_template, get_template, render, stop_ids, with_picture_tags
 
-# image tokens of the tiny checkpoints: 5x5 patches, and five times as many in HD
+# Numbers of image tokens of the tiny checkpoints: 5x5 patches, and five times as many in HD.
 STANDARD, HD = 25, 125
 QUESTION = "USER: <image>\nWhat is it? ASSISTANT:"
 
 
 def by_hand(processor, prompt, tokens):
-    """Ids and marks as the original makes them: every piece by itself, the beginning-of-sequence token of the first
-    kept.
-    """
+    """Ids and marks as the original makes them: piece by piece, with only the first beginning-of-sequence token."""
     filler = processor.tokenizer.unk_token_id
     ids, marks = [], []
     for i, piece in enumerate(prompt.split("<image>")):
@@ -39,7 +37,7 @@ def by_hand(processor, prompt, tokens):
     return ids, marks
 
 
-# ---- prompts to ids
+# ---- From prompts to ids
 
 
 @pytest.mark.parametrize(
@@ -57,7 +55,7 @@ def test_ids_are_made_piece_by_piece(processor, hd_processor, photo, prompt, pic
 
 
 def test_the_pieces_around_a_picture_begin_with_sentencepieces_prefix(processor):
-    """... : ▁ [picture] ▁ <0x0A> ..., as the original's tokenisation of the trained prompts has it."""
+    """The ids read ... : ▁ [picture] ▁ <0x0A> ..., as in the original's tokenisation of the trained prompts."""
     ids, marks = processor.encode("USER: <image>\nWhat?")
     start, end = marks.index(1), len(marks) - 1 - marks[::-1].index(1)
     tokens = processor.tokenizer.convert_ids_to_tokens
@@ -79,7 +77,7 @@ def test_without_special_tokens_nothing_is_dropped(processor):
 
 
 def test_a_tokenizer_that_adds_no_bos(standard, processor):
-    """As Yi's: nothing is dropped from the pieces."""
+    """With a tokenizer that adds no BOS, such as Yi's, nothing is dropped from the pieces."""
     tokenizer = AutoTokenizer.from_pretrained(standard, add_bos_token=False)
     bare = MiniGeminiProcessor(processor.image_processor, tokenizer, template="chatml_direct")
     with_bos, _ = processor.encode(QUESTION)
@@ -87,7 +85,7 @@ def test_a_tokenizer_that_adds_no_bos(standard, processor):
 
 
 def test_filler(processor):
-    """Marks a picture's places: unk, else Llama-3's reserved token, else a pad token that is not eos."""
+    """The filler is unk, or else Llama-3's reserved token, or else a pad token that is not eos."""
 
     def filler(**changes):
         tokenizer = copy.deepcopy(processor.tokenizer)
@@ -106,7 +104,7 @@ def test_filler(processor):
             filler(unk_token=None, pad_token=pad)
 
 
-# ---- batches
+# ---- Batches
 
 
 def test_ragged_batches_are_padded_on_the_left(processor, photo):
@@ -196,7 +194,7 @@ def test_model_input_names_are_what_comes(processor, photo):
     assert set(processor.model_input_names) == processor(text=QUESTION, images=photo).keys()
 
 
-# ---- what does not fit
+# ---- Inputs that do not fit
 
 MISMATCHES = [
     (QUESTION, 0, "the prompt has 1 <image> tag.s., but 0 picture.s. came"),
@@ -218,7 +216,7 @@ def test_as_many_pictures_as_tags(processor, photo, text, pictures, message):
 
 
 def test_as_many_pictures_as_tags_in_every_prompt(processor, photo):
-    """The sums agree, the prompts do not: one's picture must not go to another."""
+    """Equal totals are not enough: the picture of one prompt must not go to another."""
     with pytest.raises(PromptError, match="prompt 1 of 2 has 1 <image> tag.s., but 2 picture.s. came"):
         processor(text=[QUESTION, QUESTION], images=[[photo, photo], []])
     with pytest.raises(PromptError, match="prompt 2 of 2 has 1 <image> tag.s., but 0 picture.s. came"):
@@ -263,29 +261,33 @@ def test_arguments_that_would_be_ignored_are_refused(processor):
         processor(text="Hi", max_length=5, videos=[1])
 
 
-# ---- templates, written out by hand
+# ---- Templates, written out by hand
 
 LLAMA_3 = (
-    "<|start_header_id|>system<|end_header_id|>\n\nYou are a helpful language and vision assistant. You are able to understand the visual "
-    "content that the user provides, and assist the user with a variety of tasks using natural language.<|eot_id|>"
+    "<|start_header_id|>system<|end_header_id|>\n\nYou are a helpful language and vision assistant. "
+    "You are able to understand the visual content that the user provides, "
+    "and assist the user with a variety of tasks using natural language.<|eot_id|>"
 )
 VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions. "
 )
-# of the turns ("<image>\nWhat is this?", "A cat.") and ("What colour?", None)
+# The prompts of the turns ("<image>\nWhat is this?", "A cat.") and ("What colour?", None).
 TWO_TURNS = {
     "vicuna_v1": VICUNA + "USER: <image>\nWhat is this? ASSISTANT: A cat.</s>USER: What colour? ASSISTANT:",
-    "gemma": "<start_of_turn>user\n<image>\nWhat is this?<end_of_turn>\n<start_of_turn>model\nA cat.<end_of_turn>\n<eos>"
+    "gemma": "<start_of_turn>user\n<image>\nWhat is this?<end_of_turn>\n"
+    "<start_of_turn>model\nA cat.<end_of_turn>\n<eos>"
     "<start_of_turn>user\nWhat colour?<end_of_turn>\n<start_of_turn>model\n",
     "mistral_instruct": "[INST] <image>\nWhat is this? [/INST] A cat. </s><s>[INST] What colour? [/INST]",
-    "chatml_direct": "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n<image>\nWhat is this?<|im_end|>"
+    "chatml_direct": "<|im_start|>system\nAnswer the questions.<|im_end|>"
+    "<|im_start|>user\n<image>\nWhat is this?<|im_end|>"
     "<|im_start|>assistant\nA cat.<|im_end|><|im_start|>user\nWhat colour?<|im_end|><|im_start|>assistant\n",
     "llama_3": LLAMA_3 + "<|start_header_id|>user<|end_header_id|>\n\n<image>\nWhat is this?<|eot_id|>"
-    "<|start_header_id|>system<|end_header_id|>\n\nA cat.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nWhat colour?<|eot_id|>"
+    "<|start_header_id|>system<|end_header_id|>\n\nA cat.<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\nWhat colour?<|eot_id|>"
     "<|start_header_id|>system<|end_header_id|>\n\n",
 }
-# of the turn ("<image>\n<image>\nCompare.", None)
+# The prompts of the turn ("<image>\n<image>\nCompare.", None).
 TWO_PICTURES = {
     "vicuna_v1": VICUNA + "USER: Image 1:<image>\nImage 2:<image>\nCompare. ASSISTANT:",
     "gemma": "<start_of_turn>user\nImage 1:<image>\nImage 2:<image>\nCompare.<end_of_turn>\n<start_of_turn>model\n",
@@ -315,7 +317,7 @@ def test_render(name):
 
 @pytest.mark.parametrize("name", TWO_TURNS)
 def test_chat_template(templated, name):
-    """The same from messages, with pictures as tags in the text or as parts of their own."""
+    """Messages give the same prompt, with pictures as tags in the text or as separate parts."""
     picture, answer, more = (
         {"type": "image"},
         {"role": "assistant", "content": "A cat."},
@@ -413,7 +415,7 @@ def test_picture_tags_are_put_before_a_text_without_any():
 
 
 class Tokenizer:
-    """As much of a tokenizer as the templates look at."""
+    """The members of a tokenizer that the templates use."""
 
     def __init__(self, tokens, size, eos=None):
         self.tokens, self.size, self.eos_token_id = tokens, size, eos
@@ -441,7 +443,7 @@ FAMILIES = [
     ("llama", Tokenizer(LLAMA_3_TOKENS, 128256), ("llama_3", True)),
     ("llama", Tokenizer(CHATML_TOKENS, 64002), ("chatml_direct", True)),
     ("llama", Tokenizer(VICUNA_TOKENS, 32000), ("vicuna_v1", True)),
-    # Vicuna with a token added, and a Yi base without its chat tokens: nothing tells
+    # Nothing tells the template of a Vicuna with an added token, or of a Yi base model without its chat tokens.
     ("llama", Tokenizer(VICUNA_TOKENS, 32001), ("vicuna_v1", False)),
     ("llama", Tokenizer({**VICUNA_TOKENS, "<|im_start|>": 6}, 64000), ("vicuna_v1", False)),
 ]
@@ -468,7 +470,7 @@ def test_stop_ids(template, tokenizer, expected):
     assert stop_ids(template, tokenizer) == expected
 
 
-# ---- messages to model inputs
+# ---- From messages to model inputs
 
 
 def as_base64(path):
@@ -570,7 +572,7 @@ def test_bad_pictures_of_messages(processor, part, error, message):
 
 
 def test_sixteen_bit_pictures_of_messages(processor):
-    """By base64 as by path: each keeps its high byte."""
+    """16-bit pictures keep their high byte, given by base64 as well as by path."""
     buffer = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 65536, (9, 9), dtype=np.uint16)).save(buffer, "PNG")
     part = {"type": "image", "base64": base64.b64encode(buffer.getvalue()).decode()}
@@ -594,7 +596,7 @@ def test_roles_out_of_order(processor, roles):
         processor.apply_chat_template([{"role": role, "content": "Hi"} for role in roles])
 
 
-# ---- to disk and back
+# ---- To disk and back
 
 
 @pytest.mark.parametrize("template", [None, "llama_3"])

@@ -1,4 +1,4 @@
-"""Published sizes, without their memory: every tensor's name and shape in the published layout, on the meta device."""
+"""Published sizes without their memory: the name and shape of every published tensor, on the meta device."""
 
 import pytest
 import torch
@@ -11,9 +11,7 @@ CONVNEXT = "model.vision_tower_aux."
 
 
 def towers_and_mining(hidden):
-    """The published layout of everything around the language model, written out from its description (spec of the
-    original, 3-5).
-    """
+    """The published layout around the language model, written out from its description (the original's spec, 3-5)."""
     shapes = {
         f"{CLIP}embeddings.class_embedding": (1024,),
         f"{CLIP}embeddings.patch_embedding.weight": (1024, 3, 14, 14),
@@ -112,8 +110,9 @@ def test_every_tensor_of_the_published_layout(size, hd):
 
 
 def test_counts_of_the_published_7b():
-    """Parameter counts that the original's files confirm: 6.738 B, 303.5 M, 196.2 M and 6.96 M; 14.53 GB in half
-    precision.
+    """The parameter counts are those of the original's files: 6.738 B, 303.5 M, 196.2 M and 6.96 M.
+
+    In half precision these are 14.53 GB.
     """
     shapes = MiniGeminiForConditionalGeneration.published_shapes(make_config("7b"))
 
@@ -129,7 +128,7 @@ def test_counts_of_the_published_7b():
 
 
 def test_a_picture_through_the_7b_hd_on_the_meta_device():
-    """Shapes all the way from pixels to logits at real size: 2880 image tokens, one row of logits."""
+    """Shapes fit all the way from pixels to logits at real size: 2880 image tokens, one row of logits."""
     config = make_config("7b", hd=True)
     with torch.device("meta"):
         model = MiniGeminiForConditionalGeneration(config).eval()

@@ -1,4 +1,4 @@
-"""Checkpoints that are refused: broken files, files that hold code, tensors that do not fit, and in which words."""
+"""Broken files, files that hold code, and tensors that do not fit are refused, and in clear words."""
 
 import json
 import pickle
@@ -24,7 +24,7 @@ from tests.checkpoints import (
     write_safetensors,
 )
 
-# --- broken folders and files
+# --- Broken folders and files
 
 
 def test_no_config(standard, tmp_path):
@@ -101,7 +101,7 @@ def test_bin_that_is_no_flat_dictionary(standard, tmp_path, content):
 
 
 class Code:
-    """What a hostile file would hold: unpickling it writes a file."""
+    """What a hostile file would hold: an object that writes a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -116,7 +116,7 @@ def write_code(path, target, form):
         path.write_bytes(pickle.dumps(content, protocol=2))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
-    # it is live: read without care, it does write
+    # The code is live: a careless reader would run it and write the file.
     torch.load(path, weights_only=False) if form != "bare pickle" else pickle.loads(path.read_bytes())
     assert target.exists()
     target.unlink()
@@ -163,7 +163,7 @@ def test_tower_holding_code(standard, tmp_path, file):
     assert not (tmp_path / "written").exists()
 
 
-# --- tensors that do not fit the configuration
+# --- Tensors that do not fit the configuration
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_missing_and_misshaped_tensors(standard, tmp_path, name):
 
 
 def test_misshaped_position_embedding(standard, tmp_path):
-    """One of the tensors that the geometry is read from: 30 positions are no square."""
+    """A wrong position embedding, from which the geometry is read, is refused: 30 positions do not form a square."""
     name = CLIP + "embeddings.position_embedding.weight"
     folder = remake(standard, tmp_path, tensors={**tensors_of(standard), name: torch.zeros(30, 64)})
     refused(folder, rf"mis-shaped: {re.escape(name)} \[30, 64\], expected \[26, 64\]")
@@ -222,7 +222,7 @@ def test_another_familys_tensors(built, tmp_path):
         remake(built["mixtral"], tmp_path / "b", **gemma),
         r"missing: model\.layers\.0\.mlp.*unexpected: .*block_sparse_moe",
     )
-    # Gemma's have Llama's names, all but the head
+    # Gemma's tensors have Llama's names, except for the head.
     refused(
         remake(built["gemma"], tmp_path / "c", model_type="mgm", tie_word_embeddings=False),
         r"1 missing: lm_head\.weight$",
@@ -237,7 +237,7 @@ def test_vocabulary_of_another_size(standard, tmp_path):
 
 @pytest.mark.parametrize("name", [CLIP + "encoder.layers.2.", CONVNEXT + "vision_stages.2.blocks.1."])
 def test_the_last_layers_of_a_tower_are_missed(standard, tmp_path, name):
-    """A tower is as deep as its index, its folder or its published size says, not as its tensors happen to be."""
+    """A tower is as deep as its index, its folder or its published size says, not as deep as its tensors suggest."""
     kept = {key: tensor for key, tensor in tensors_of(standard).items() if not key.startswith(name)}
     folder = copy_small(standard, tmp_path / "sharded")
     write_safetensors(folder, kept, 3)

@@ -1,4 +1,4 @@
-"""Training by transformers' Trainer: the gradient of an accumulated batch, held against transformers' own Llama."""
+"""Training with transformers' Trainer: the gradient of an accumulated batch, compared with transformers' own Llama."""
 
 import pytest
 import torch
@@ -8,25 +8,25 @@ from mg_fast import MiniGeminiForConditionalGeneration
 from mg_fast.models.templates import render
 from tests.families import family
 
-# Rows of different lengths: the parts of an accumulated batch have different numbers of labels, so a mean of means is
-# not the mean of all.
+# Rows of different lengths. The parts of an accumulated batch have different numbers of labels, so the mean of their
+# means is not the mean of all labels.
 TEXTS = [
     "What is this?",
     "Say more, and more than that, of what it is and why.",
     "Why?",
     "Tell me how many of them there are in all.",
 ]
-# how 4 rows are split: (rows at once, parts that are accumulated)
+# Ways to split 4 rows: (rows at once, parts that are accumulated).
 SPLITS = [(4, 1), (2, 2), (1, 4)]
 
 
 @pytest.fixture(autouse=True)
 def quick(one_thread):
-    """All models here are tiny."""
+    """One thread for every test, because all models here are tiny."""
 
 
 class Gradients(TrainerCallback):
-    """Keeps the gradients of the one step that is trained."""
+    """Keeps the gradients of the single step that is trained."""
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -60,7 +60,7 @@ def norm(found: dict[str, torch.Tensor]) -> float:
 
 @pytest.fixture
 def texts():
-    """Rows of text, and what makes a batch of some of them."""
+    """Rows of text, and the function that makes a batch of some of them."""
     processor = family("mgm-llama").processor
 
     def collate(rows):
@@ -74,7 +74,7 @@ def texts():
 
 @pytest.fixture
 def pictures():
-    """Questions about pictures, one of them about two and one about none, and what makes a batch of some of them."""
+    """Questions about one, two, no and one picture, and the function that makes a batch of some of them."""
     found = family("mgm-llama")
     images = [[found.pictures[0]], list(found.pictures), [], [found.pictures[1]]]
     prompts = [
@@ -87,7 +87,7 @@ def pictures():
             images=[own for _, own in rows] if any(own for _, own in rows) else None,
             return_tensors="pt",
         )
-        # the first token of a row is no target: before it there is nothing, or filling
+        # The first token of a row is not a target, because nothing or only padding stands before it.
         asked = (batch["attention_mask"] == 1) & (batch["attention_mask"].cumsum(1) > 1)
         if "mm_token_type_ids" in batch:
             asked &= batch["mm_token_type_ids"] == 0
@@ -152,7 +152,7 @@ def test_an_accumulated_batch_of_adapters_is_the_batch(model, pictures, tmp_path
 
 
 def test_a_mixed_batch_can_be_evaluated(model, pictures, tmp_path):
-    """Batches with and without pictures return other things beside their logits."""
+    """Batches with and without pictures can be evaluated together, although they return different further outputs."""
     rows, collate = pictures
     arguments = TrainingArguments(
         tmp_path,

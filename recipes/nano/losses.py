@@ -1,0 +1,119 @@
+"""The losses of nano's training, each with the shares of right predictions that the log shows."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from mg_fast import MiniGeminiForConditionalGeneration
+from mg_fast.ops.reference import low_resolution_views
+from mg_fast.ops.torch.dual_resize import CLIP_MEAN, CLIP_STD
+
+from . import data
+from .model import LR_SIDE
+from .towers import Codes, TowerHeads, character_loss, high_loss, low_loss, token_loss
+
+# Digits and places weigh this many times as much as another token. Digits are few, and places were learned last: every
+# cell has one.
+HEAVY = {"digit": 3.0, "place": 3.0}
+
+
+def normalise(pixels: torch.Tensor) -> torch.Tensor:
+    """Normalises uint8 pixels [B, H, W, 3] as the processor does, to float32 [B, 3, H, W]."""
+    mean, std = (torch.tensor(v, device=pixels.device)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
+    return (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
+
+
+def see(
+    model: MiniGeminiForConditionalGeneration, pixels: torch.Tensor, *, hr: bool, towers_learn: bool = True
+) -> tuple[torch.Tensor, list[torch.Tensor] | None, torch.Tensor]:
+    """Normalised pictures [n, 3, 192, 192] to queries [n, 1, 36, D], stage maps, and image tokens [n, 36, hidden].
+
+    Without `hr` there are no stage maps, and nothing is mined.
+    """
+    inner = model.model
+    views = low_resolution_views(pixels, LR_SIDE)
+
+    def tower(run: Callable) -> Callable:
+        return run if towers_learn else torch.no_grad()(lambda pictures: run(pictures))
+
+    if not hr:
+        queries = tower(inner.low_resolution_queries)(views)
+        return queries, None, inner.mm_projector(queries.flatten(1, 2))
+    parts = {"see_low": tower(inner.low_resolution_queries), "see_high": tower(inner.vision_tower_aux)}
+    features = inner.picture_features(views, pixels, **parts)
+    return features.queries, features.pyramid, features.image_tokens
+
+
+def chat_loss(
+    model: MiniGeminiForConditionalGeneration, batch: data.Batch, content: dict[str, torch.Tensor], seen: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """The loss on the tokens of answers alone, with pictures given by their image tokens `seen`.
+
+    The shares say how often a token is right, and how often one of each kind of `content`.
+    """
+    inner = model.model
+    embeds = inner.splice(inner.get_input_embeddings()(batch["ids"]), seen, batch["marks"])
+    hidden = inner.language_model(inputs_embeds=embeds, attention_mask=batch["mask"], use_cache=False).last_hidden_state
+    said = batch["answers"][:, 1:] == 1
+    scores, wanted = model.lm_head(hidden[:, :-1][said]).float(), batch["ids"][:, 1:][said]
+    right = scores.argmax(-1) == wanted
+    shares = {name: _mean(right[torch.isin(wanted, ids)]) for name, ids in content.items()}
+    weight = scores.new_ones(scores.shape[-1])
+    for name, times in HEAVY.items():
+        weight[content[name]] = times
+    return F.cross_entropy(scores, wanted, weight=weight), {"token": _mean(right), **shares}
+
+
+def code_loss(seen: torch.Tensor, wanted: torch.Tensor, things: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+    """The squared error of image tokens [B, T, hidden] against codes, and how much of the codes' spread they explain.
+
+    The explained share is taken over the cells with `things` [B, T]. Such cells are few, so they weigh five times
+    as much as the others.
+    """
+    off = (seen.float() - wanted).square().mean(-1)
+    weight = 1.0 + 4.0 * things
+    spread = (wanted[things] - wanted[things].mean(0)).square().mean()
+    return (off * weight).sum() / weight.sum() / spread, {"explained": 1 - (off[things].mean() / spread).item()}
+
+
+def blurred(codes: torch.Tensor, noise: float, generator: torch.Generator) -> torch.Tensor:
+    """Codes [B, N, width] as image tokens will be: most of them too weak, and each of them off by some noise."""
+    strength = torch.empty(*codes.shape[:2], 1).uniform_(0.7, 1.1, generator=generator)
+    off = noise * torch.randn(codes.shape, generator=generator)
+    return codes * strength.to(codes.device) + off.to(codes.device)
+
+
+def page_loss(
+    model: MiniGeminiForConditionalGeneration, heads: TowerHeads, page: data.Batch
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """The loss of the high-resolution tower on pages of print. Lines of print have characters, but no cells."""
+    compute = high_loss if bool((page["kind"] > 0).any()) else character_loss
+    return compute(heads, model.model.vision_tower_aux(normalise(page["pixels"])), page)
+
+
+def sight_loss(
+    model: MiniGeminiForConditionalGeneration, heads: TowerHeads, codes: Codes, batch: data.Batch, *, hr: bool
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """The loss of the whole picture side on scenes.
+
+    It is the sum of the towers' losses under the heads that are discarded later, and of the image tokens' against
+    codes.
+    """
+    embeddings = model.get_input_embeddings()
+    with torch.no_grad():
+        tables, wanted = codes.tables(embeddings), codes(batch, embeddings)
+    queries, pyramid, seen = see(model, normalise(batch["pixels"]), hr=hr)
+    # The squared error alone would teach what cells have in common, and no digit for a long time. The nearest code
+    # alone would not teach how large a token has to be.
+    far, near = code_loss(seen, wanted, batch["kind"].flatten(1) > 0), token_loss(tables, seen, batch)
+    parts = {"low": low_loss(heads, queries[:, 0], batch), "token": near, "code": (6 * far[0], far[1])}
+    if hr:
+        parts["high"] = high_loss(heads, pyramid, batch)
+    return sum(loss for loss, _ in parts.values()), {
+        f"{part} {name}": share for part, (_, shares) in parts.items() for name, share in shares.items()
+    }
+
+
+def _mean(flags: torch.Tensor) -> float:
+    return flags.float().mean().item() if len(flags) else float("nan")

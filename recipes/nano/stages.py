@@ -1,0 +1,43 @@
+"""The schedule of nano's training: its stages in order, and what each of them teaches."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingStage:
+    """One part of the training: its length, its learning rate, and the modules of the model that learn.
+
+    Args:
+        faster: those of the learning modules that learn at three times the rate.
+        told: arguments of `data.told`, where scenes are told in codes instead of shown as pictures.
+        noise: how far codes are off, where the words in them have a spread of 0.3. Image tokens, which replace the
+            codes later, never match them exactly.
+    """
+
+    name: str
+    steps: int
+    batch: int
+    rate: float
+    learns: tuple[str, ...]
+    faster: tuple[str, ...] = ()
+    told: dict | None = None
+    noise: float = 0.0
+
+
+TOWERS = ("vision_tower", "vision_tower_aux")
+BRIDGE = ("mm_projector", "patch_mining")
+# Answers alone, without the turns of a conversation around them. This way one scene holds many of them.
+FACTS = dict(cells=36, turns=16, answers_only=True)
+TALK = dict(cells=36, turns=6, answers_only=False)
+STAGES = (
+    TrainingStage("digits", 1200, 32, 3e-3, ("vision_tower_aux",)),
+    TrainingStage("numbers", 1800, 12, 2e-3, ("vision_tower_aux",)),
+    TrainingStage("lookup", 450, 32, 3e-3, ("language_model",), told=FACTS | {"cells": 6}),
+    TrainingStage("search", 200, 32, 2e-3, ("language_model",), told=FACTS, noise=0.4),
+    TrainingStage("language", 900, 10, 2e-3, ("language_model",), told=TALK, noise=0.4),
+    TrainingStage("views", 500, 64, 2e-3, ("vision_tower",)),
+    # The towers continue to learn here, and the modules that use their features begin.
+    TrainingStage("scenes", 1000, 12, 5e-4, (*TOWERS, *BRIDGE), faster=BRIDGE),
+    TrainingStage("alignment", 150, 16, 1e-3, BRIDGE),
+    TrainingStage("everything", 900, 10, 5e-4, (*BRIDGE, "language_model")),
+)
