@@ -143,9 +143,12 @@ def cell(text: str) -> str:
 
 
 def wrapped(text: str) -> str:
-    return textwrap.fill(
-        text, 140, subsequent_indent="  " * text.startswith("- "), break_long_words=False, break_on_hyphens=False
-    )
+    return textwrap.fill(text, 120, subsequent_indent=_indent(text), break_long_words=False, break_on_hyphens=False)
+
+
+def _indent(text: str) -> str:
+    """What every further line of an item, or of a quoted text, begins with."""
+    return {"- ": "  ", "> ": "> "}.get(text[:2], "") + "  " * text.startswith("> - ")
 
 
 def gpu_note(found: Kept) -> str:
