@@ -46,7 +46,7 @@ def nano():
 
 
 @pytest.fixture
-def desk(nano, tmp_path, monkeypatch):
+def desk(nano, one_thread, tmp_path, monkeypatch):
     """A working directory in which nano lies under the names of the pages, with pictures."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(mg_fast, "load", loader(nano))

@@ -139,26 +139,6 @@ def test_picture_table(results):
     ]
 
 
-def test_the_readmes_table_has_the_measured_rows(results):
-    table = report.readme_table(report.kept(results))
-    rows = {line.split("|")[1].strip(): cells(table, line.split("|")[1].strip()) for line in table.splitlines()[2:5]}
-    assert rows["one picture of 768x768 pixels to image tokens, float32"] == [
-        *("16.7 s", "8.05 s", "2.1 times", "1742 MiB", "239 MiB")
-    ]
-    assert rows["patch info mining alone, 768x768 pixels, float32"][:3] == ["4.20 s", "114 ms", "36.8 times"]
-    # what was not measured has no row
-    assert table.count("\n| ") == 2 and "Measured on AMD EPYC avx2, 2 threads:" in table
-    assert "nothing yet" in report.readme_table({})
-
-
-def test_the_status_box_follows_the_records(results):
-    found = report.kept(results)
-    assert "On a GPU: predicted, not run yet." in report.status_table({"cpu": found["cpu"]})
-    told = " ".join(report.status_table(found).replace("\n> ", " ").split())
-    assert told.startswith("> - **nvidia-h200**, measured on 2026-11-22 at commit 0123456789ab: 1 cases")
-    assert "predicted, not run yet" not in told
-
-
 def test_nothing_recorded():
     for table in (report.picture_table, report.mining_table):
         made = table({})
