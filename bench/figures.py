@@ -143,12 +143,9 @@ def cell(text: str) -> str:
 
 
 def wrapped(text: str) -> str:
-    return textwrap.fill(text, 120, subsequent_indent=_indent(text), break_long_words=False, break_on_hyphens=False)
-
-
-def _indent(text: str) -> str:
-    """What every further line of an item, or of a quoted text, begins with."""
-    return {"- ": "  ", "> ": "> "}.get(text[:2], "") + "  " * text.startswith("> - ")
+    """A paragraph or an item of a list in lines of Markdown."""
+    indent = "  " * text.startswith("- ")
+    return textwrap.fill(text, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def gpu_note(found: Kept) -> str:

@@ -1,5 +1,7 @@
 """The two tables of the README: what was measured where, and the original's steps against mg_fast in a few cases."""
 
+import textwrap
+
 from .figures import Kept, cell, duration, gpus, is_measured, ratio, remarks, row_of, shown, wrapped
 from .registry import OURS
 
@@ -54,7 +56,7 @@ def readme_table(found: Kept) -> str:
 def status_table(found: Kept) -> str:
     """What has been measured on GPUs: the cases, which of our providers were wrong, and which were slower."""
     if not gpus(found):
-        return wrapped(
+        return _quoted(
             "> **Measured on a CPU. On a GPU: predicted, not run yet.** The kernels were interpreted on a CPU and "
             "compiled ahead of time for [six GPU architectures](docs/kernels.md#what-runs-on-which-gpu). "
             "[docs/gpu.md](docs/gpu.md) describes how everything is to be measured on a GPU that is borrowed for a "
@@ -77,11 +79,17 @@ def _measured_on(device: str, cases: dict[str, dict]) -> str:
         if is_measured(row) and row.get("speedup") and row["speedup"] < 1
     ]
     conditions = sorted({f"{document['date']} at commit {document['commit']}" for document in documents})
-    return wrapped(
+    return _quoted(
         f"> - **{device}**, measured on {', '.join(conditions)}: {len(cases)} cases, in which {len(rows)} providers of "
         f"this project ran. Wrong or broken: {'; '.join(wrong) or 'none'}. "
         f"Slower than the baseline: {'; '.join(slower) or 'none'}."
     )
+
+
+def _quoted(text: str) -> str:
+    """A paragraph or an item of a list, within a block of quoted lines."""
+    indent = "> " + "  " * text.startswith("> - ")
+    return textwrap.fill(text, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _peak(row: dict) -> str:
