@@ -149,10 +149,14 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "report", help="tables and a page from bench/results; without an option the tables are printed"
     )
-    command.add_argument("--readme", action="store_true", help="put the tables between the markers of README.md")
+    command.add_argument(
+        "--readme", action="store_true", help="write the tables between the markers of README.md and docs/benchmarks.md"
+    )
     command.add_argument("--html", type=Path, metavar="FILE", help="write one self-contained page of pictures")
     command.add_argument(
-        "--check", action="store_true", help="write nothing; exit status 1 where README.md is not what the records give"
+        "--check",
+        action="store_true",
+        help="write nothing; exit status 1 where one of the two is not what the records give",
     )
     command.set_defaults(run=_report)
 

@@ -143,9 +143,9 @@ def cell(text: str) -> str:
 
 
 def wrapped(text: str) -> str:
-    return textwrap.fill(
-        text, 140, subsequent_indent="  " * text.startswith("- "), break_long_words=False, break_on_hyphens=False
-    )
+    """A paragraph or an item of a list in lines of Markdown."""
+    indent = "  " * text.startswith("- ")
+    return textwrap.fill(text, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def gpu_note(found: Kept) -> str:

@@ -1,4 +1,4 @@
-"""Tables of the README and a page of pictures, from what is kept under bench/results."""
+"""The tables of README.md and docs/benchmarks.md, and a page of pictures, from what is kept under bench/results."""
 
 import json
 import re
@@ -9,7 +9,6 @@ from . import records
 from .figures import (
     NOT_YET,
     Kept,
-    cell,
     conditions,
     duration,
     figure,
@@ -17,16 +16,17 @@ from .figures import (
     gpus,
     is_measured,
     kept,
-    ratio,
     row_of,
     shown,
     wrapped,
 )
+from .readme_table import readme_table, status_table
 from .records import BadRecord
-from .registry import OURS
 from .report_page import page
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+# The files with tables between markers.
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 MEND = "python -m bench report --readme"
 
 _MARKED = re.compile(r"(<!-- bench:(?P<name>[\w-]+) -->\n)(?P<table>.*?)(<!-- /bench -->)", re.DOTALL)
@@ -128,38 +128,6 @@ def answers_table(found: Kept) -> str:
     return "\n".join([*lines, "", wrapped(notes + gpu_note(found)), *conditions(found, list(cases))])
 
 
-def status_table(found: Kept) -> str:
-    """What has been measured on GPUs: which cases, whether our providers were right, and where one was slower than the
-    original's steps.
-    """
-    if not gpus(found):
-        told = "**On a GPU: nothing has been measured yet.** The kernels were interpreted on a CPU and compiled ahead of time for six"
-        told += " architectures. [docs/gpu.md](docs/gpu.md) describes how everything is to be measured on a GPU that is borrowed for a"
-        told += " quarter of an hour."
-        return wrapped(told)
-    lines = []
-    for device in gpus(found):
-        documents = found[device].values()
-        rows = [row for document in documents for row in document["cases"] if row["provider"] in OURS and shown(row)]
-        wrong = [
-            f"{row['name']} by `{row['provider']}` ({cell(row['why'] or 'no reason kept')})"
-            for row in rows
-            if row["ok"] is False
-        ]
-        slower = [
-            f"{row['name']} by `{row['provider']}` ({ratio(row['speedup'])})"
-            for row in rows
-            if is_measured(row) and row.get("speedup") and row["speedup"] < 1
-        ]
-        conditions = sorted({f"{document['date']} at commit {document['commit']}" for document in documents})
-        told = f"- **{device}**, measured on {', '.join(conditions)}: {len(documents)} cases, in which {len(rows)} providers of ours ran."
-        told += (
-            f" Wrong or broken: {'; '.join(wrong) or 'none'}. Slower than the baseline: {'; '.join(slower) or 'none'}."
-        )
-        lines.append(wrapped(told))
-    return "\n".join(lines)
-
-
 def predicted_table(found: Kept) -> str:
     """What was counted of a GPU that is not here; where one was, what was measured."""
     parts = {"patch info mining": "patch_mining", "high-resolution tower": "tower", "picture to tokens": "picture"}
@@ -189,11 +157,12 @@ def _counted(row: Mapping) -> str:
 
 
 TABLES = {
+    "status": status_table,
+    "readme": readme_table,
     "picture": picture_table,
     "patch_mining": mining_table,
     "answers": answers_table,
     "predicted": predicted_table,
-    "status": status_table,
 }
 
 
@@ -202,20 +171,20 @@ def _stage(row: Mapping | None, name: str) -> str:
     return duration(found["ms"]) if found else NOT_YET
 
 
-# ---- the README
+# ---- the documents
 
 
-def fill(text: str, found: Kept) -> str:
-    """The README with the tables that stand between its markers made anew.
+def fill(text: str, found: Kept, name: str = "README.md") -> str:
+    """A document with the tables between its markers made anew.
 
     Raises:
-        BadRecord: it has no marker, or one of a table that there is not.
+        BadRecord: the document has no marker, or a marker with an unknown name.
     """
     names = [match["name"] for match in _MARKED.finditer(text)]
     if not names or (unknown := [name for name in names if name not in TABLES]):
         what = f"a table called {unknown[0]!r}" if names else "no marker"
         raise BadRecord(
-            f"the README has {what}: expected <!-- bench:NAME --> ... <!-- /bench -->, NAME one of {', '.join(TABLES)}"
+            f"{name} has {what}: expected <!-- bench:NAME --> ... <!-- /bench -->, NAME one of {', '.join(TABLES)}"
         )
     return _MARKED.sub(lambda match: f"{match[1]}{TABLES[match['name']](found)}\n{match[4]}", text)
 
@@ -224,20 +193,21 @@ def report(*, readme: bool, check: bool, html: Path | None) -> list[str]:
     """Writes what was asked for.
 
     Args:
-        readme: the README's tables.
-        check: write nothing, and say where the README is not what the records give.
-        html: the page.
+        readme: write the tables of DOCUMENTS.
+        check: write nothing, and say where a document is not what the records give.
+        html: write the page here.
 
     Returns:
-        What to tell: in a check what differs; nothing where all is well.
+        Lines to print: in a check, the differences; none where there are none.
     """
-    found, text = kept(), README.read_text(encoding="utf-8")
+    found = kept()
+    texts = {path: path.read_text(encoding="utf-8") for path in DOCUMENTS} if readme or check else {}
     if check:
-        return differences(text, found)
+        return [line for path, text in texts.items() for line in differences(text, found, path.name)]
     told = []
-    if readme:
-        README.write_text(fill(text, found), encoding="utf-8")
-        told.append(f"{README.name}: {', '.join(TABLES)} as recorded")
+    for path, text in texts.items():
+        path.write_text(fill(text, found, path.name), encoding="utf-8")
+        told.append(f"{path.name}: {', '.join(match['name'] for match in _MARKED.finditer(text))} as recorded")
     if html is not None:
         html.parent.mkdir(parents=True, exist_ok=True)
         html.write_text(page(found), encoding="utf-8")
@@ -245,11 +215,11 @@ def report(*, readme: bool, check: bool, html: Path | None) -> list[str]:
     return told or [f"{title}\n{table(found)}\n" for title, table in TABLES.items()]
 
 
-def differences(text: str, found: Kept) -> list[str]:
-    """One line per table of a README that is not what the records give."""
-    made = _MARKED.finditer(fill(text, found))
+def differences(text: str, found: Kept, name: str = "README.md") -> list[str]:
+    """One line for each table of a document that is not what the records give."""
+    made = _MARKED.finditer(fill(text, found, name))
     return [
-        f"README.md: the table {before['name']!r} is not what bench/results gives: run `{MEND}` and commit what it changes"
+        f"{name}: the table {before['name']!r} is not what bench/results gives: run `{MEND}` and commit what it changes"
         for before, after in zip(_MARKED.finditer(text), made, strict=True)
         if before["table"] != after["table"]
     ]

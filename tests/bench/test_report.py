@@ -37,15 +37,16 @@ def results(tmp_path):
 # ---- tables
 
 
-def test_the_readme_is_what_the_records_give(capsys):
+def test_the_documents_are_what_the_records_give(capsys):
     """Mended by `python -m bench report --readme`."""
-    assert report.differences(report.README.read_text(encoding="utf-8"), report.kept()) == []
+    for path in report.DOCUMENTS:
+        assert report.differences(path.read_text(encoding="utf-8"), report.kept()) == []
     assert main(["report", "--check"]) == 0
     assert capsys.readouterr() == ("", "")
 
 
 def test_the_commands_of_the_records_can_be_run_today():
-    """A reader copies them from the README."""
+    """A reader copies them from docs/benchmarks.md."""
     commands = {
         document["command"]
         for cases in report.kept().values()
@@ -60,20 +61,19 @@ def test_the_commands_of_the_records_can_be_run_today():
 
 
 def test_check_says_what_differs_and_how_to_mend_it(tmp_path, monkeypatch, capsys):
-    readme = tmp_path / "README.md"
-    text = report.README.read_text(encoding="utf-8")
-    readme.write_text(
-        text.replace("<!-- bench:patch_mining -->\n", "<!-- bench:patch_mining -->\n41 times\n", 1), encoding="utf-8"
-    )
-    monkeypatch.setattr(report, "README", readme)
+    copies = {tmp_path / path.name: path.read_text(encoding="utf-8") for path in report.DOCUMENTS}
+    for copy, text in copies.items():
+        changed = text.replace("<!-- bench:patch_mining -->\n", "<!-- bench:patch_mining -->\n41 times\n", 1)
+        copy.write_text(changed.replace("**Measured on a CPU.", "**Measured on a GPU.", 1), encoding="utf-8")
+    monkeypatch.setattr(report, "DOCUMENTS", tuple(copies))
     assert main(["report", "--check"]) == 1
     err = capsys.readouterr().err
-    assert (
-        "the table 'patch_mining' is not what bench/results gives: run `python -m bench report --readme`" in err
-        and "'picture'" not in err
-    )
+    for name, table in (("README.md", "status"), ("benchmarks.md", "patch_mining")):
+        told = f"{name}: the table {table!r} is not what bench/results gives: run `python -m bench report --readme`"
+        assert told in err
+    assert err.count("is not what") == 2
     assert main(["report", "--readme"]) == 0
-    assert readme.read_text(encoding="utf-8") == text
+    assert {copy: copy.read_text(encoding="utf-8") for copy in copies} == copies
     assert main(["report", "--check"]) == 0
 
 
@@ -82,7 +82,7 @@ def test_check_says_what_differs_and_how_to_mend_it(tmp_path, monkeypatch, capsy
 )
 def test_a_readme_without_its_markers(text, said, tmp_path, monkeypatch, capsys):
     (tmp_path / "README.md").write_text(text)
-    monkeypatch.setattr(report, "README", tmp_path / "README.md")
+    monkeypatch.setattr(report, "DOCUMENTS", (tmp_path / "README.md",))
     assert main(["report", "--readme"]) == 2
     assert said in capsys.readouterr().err
 

@@ -1,0 +1,96 @@
+"""The two tables of the README: what was measured where, and the original's steps against mg_fast in a few cases."""
+
+import textwrap
+
+from .figures import Kept, cell, duration, gpus, is_measured, ratio, remarks, row_of, shown, wrapped
+from .registry import OURS
+
+# A case, and what it is to a reader. The last one shows where little is gained.
+ON_A_CPU = {
+    "picture/768-b1-float32": "one picture of 768x768 pixels to image tokens, float32",
+    "picture/1536-hd-b1-float32": "one HD picture of 1536x1536 pixels to image tokens, float32",
+    "picture/768-b1-bfloat16": "one picture of 768x768 pixels to image tokens, bfloat16",
+    "patch_mining/768-b1-float32": "patch info mining alone, 768x768 pixels, float32",
+    "end-to-end/0.5b-second-turn-b1-float32": "a second question about a picture, to its first token, float32",
+    "end-to-end/0.5b-decode-b1-bfloat16": "one more token of an answer, bfloat16",
+}
+ON_A_GPU = {
+    "picture/768-b1-bfloat16": "one picture of 768x768 pixels to image tokens, bfloat16",
+    "picture/1536-hd-b1-bfloat16": "one HD picture of 1536x1536 pixels to image tokens, bfloat16",
+    "end-to-end/7b-second-turn-b1-bfloat16": "a second question about a picture, to its first token, 7B, bfloat16",
+    "end-to-end/7b-decode-b1-bfloat16": "one more token of an answer, 7B, bfloat16",
+}
+# What runs where no backend is named. An operation alone has no provider of that name; on a CPU `torch` is what runs.
+OF_MG_FAST = ("auto", "torch")
+
+
+def readme_table(found: Kept) -> str:
+    """Time and memory of the original's steps and of mg_fast, a row for every case that was measured."""
+    lines = [
+        "| what | time, original | time, mg_fast | speedup | memory, original | memory, mg_fast |",
+        "|---" * 6 + "|",
+    ]
+    machines = []
+    for device in ("cpu", *gpus(found)):
+        for case, title in (ON_A_CPU if device == "cpu" else ON_A_GPU).items():
+            before = row_of(found, device, case, "reference")
+            after = next(filter(None, (row_of(found, device, case, name) for name in OF_MG_FAST)), None)
+            if not (is_measured(before) and is_measured(after)):
+                continue
+            document = found[device][case]
+            machine = f"{document['cpu']}, {document['threads']} threads" if device == "cpu" else document["gpu"]
+            machines.append(machine)
+            what = title if device == "cpu" else f"{machine}: {title}"
+            ratios = "; ".join([ratio(after["speedup"]), *map(cell, remarks(after))])
+            times, peaks = zip(*((duration(row["median_ms"]), _peak(row)) for row in (before, after)))
+            lines.append(f"| {' | '.join([what, *times, ratios, *peaks])} |")
+    where = "; ".join(dict.fromkeys(machines)) or "nothing yet"
+    notes = (
+        f"Measured on {where}: medians, with random weights, whose values change no work. Memory is the peak above "
+        "inputs and weights. For answers, the original is transformers' `generate`, on a CPU with a language model of "
+        "0.56 B parameters. [All results, with their conditions](docs/benchmarks.md)."
+    )
+    return "\n".join([*lines, "", wrapped(notes)])
+
+
+def status_table(found: Kept) -> str:
+    """What has been measured on GPUs: the cases, which of our providers were wrong, and which were slower."""
+    if not gpus(found):
+        return _quoted(
+            "> **Measured on a CPU. On a GPU: predicted, not run yet.** The kernels were interpreted on a CPU and "
+            "compiled ahead of time for [six GPU architectures](docs/kernels.md#what-runs-on-which-gpu). "
+            "[docs/gpu.md](docs/gpu.md) describes how everything is to be measured on a GPU that is borrowed for a "
+            "quarter of an hour."
+        )
+    return "\n".join(_measured_on(device, found[device]) for device in gpus(found))
+
+
+def _measured_on(device: str, cases: dict[str, dict]) -> str:
+    documents = cases.values()
+    rows = [row for document in documents for row in document["cases"] if row["provider"] in OURS and shown(row)]
+    wrong = [
+        f"{row['name']} by `{row['provider']}` ({cell(row['why'] or 'no reason kept')})"
+        for row in rows
+        if row["ok"] is False
+    ]
+    slower = [
+        f"{row['name']} by `{row['provider']}` ({ratio(row['speedup'])})"
+        for row in rows
+        if is_measured(row) and row.get("speedup") and row["speedup"] < 1
+    ]
+    conditions = sorted({f"{document['date']} at commit {document['commit']}" for document in documents})
+    return _quoted(
+        f"> - **{device}**, measured on {', '.join(conditions)}: {len(cases)} cases, in which {len(rows)} providers of "
+        f"this project ran. Wrong or broken: {'; '.join(wrong) or 'none'}. "
+        f"Slower than the baseline: {'; '.join(slower) or 'none'}."
+    )
+
+
+def _quoted(text: str) -> str:
+    """A paragraph or an item of a list, within a block of quoted lines."""
+    indent = "> " + "  " * text.startswith("> - ")
+    return textwrap.fill(text, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+def _peak(row: dict) -> str:
+    return "not measured" if row["peak_mib"] is None else f"{row['peak_mib']:.0f} MiB"
