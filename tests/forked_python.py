@@ -84,7 +84,7 @@ def _parent(imported: tuple[str, ...]) -> subprocess.Popen:
 
 
 def _serve(imported: list[str]) -> dict | None:
-    """Forks a process for each line of standard input; returns the request in the fork, and None at the end of input."""
+    """Forks a process for each line of standard input. Returns the request in a fork, and None at the end of input."""
     for name in imported:
         importlib.import_module(name)
     # A fork has only the thread that called it, so a library that has started threads would wait for them for ever.
@@ -105,9 +105,8 @@ def _become(request: dict) -> None:
         opened = os.open(path, flags, 0o600)
         os.dup2(opened, number)
         os.close(opened)
-    sys.stdin = open(0, encoding="utf-8", closefd=False)
-    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
-    sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1, errors="backslashreplace")
+    sys.stdin.reconfigure(encoding="utf-8")
+    sys.stdout.reconfigure(encoding="utf-8")
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])

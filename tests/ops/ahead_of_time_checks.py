@@ -4,8 +4,8 @@ The real launchers run on fake tensors. What they compile is held against the li
 resources against the table beside the tests, so that a change of them shows as a diff. A kernel is compiled if anything
 that goes into the compiler differs from what was recorded, and one kernel of each launcher and architecture is always
 compiled, so that a table that is wrong does not go unseen. `make aot-all` compiles every kernel.
-After a change that is meant: `python -m tests.ops.record_resources`, or with the names of the kernels' files after it for
-some of them.
+After an intended change run `python -m tests.ops.record_resources`, optionally with the names of some of the kernels'
+files.
 """
 
 import concurrent.futures

@@ -1,8 +1,8 @@
-"""The ahead-of-time gate: the resources that a kernel needs of a GPU, read from machine code that is compiled without one.
+"""The ahead-of-time gate: limits on what a kernel needs, read from machine code that is compiled without a GPU.
 
 Compiling a kernel takes seconds, and what comes out depends only on what goes in. So the digest of everything that goes
-into the compiler (`ingredients`) is recorded beside the resources, and a kernel whose digest is the recorded one need not
-be compiled again.
+into the compiler (`ingredients`) is recorded beside the resources, and a kernel whose digest is the recorded one need
+not be compiled again.
 """
 
 import ast
@@ -134,7 +134,7 @@ def ingredients(source: triton.compiler.ASTSource, *, target, options: dict) -> 
 
 @functools.cache
 def code_of(module: str) -> str:
-    """The code of a kernel's file and of the kernels' files that it imports, without comments, docstrings and places."""
+    """The code of a kernel's file and of the kernels' files that it imports, without comments and docstrings."""
     found, names = [], [module]
     for name in names:
         loaded = importlib.import_module(name)

@@ -416,7 +416,7 @@ def test_backward_remembers_the_backend(monkeypatch):
 
 
 def image_tokens(folder, picture, *, tower):
-    """The image tokens of a checkpoint by the kernels; those of the high-resolution tower only if `tower` is "triton"."""
+    """The image tokens of a checkpoint by the kernels, with the high-resolution tower by the backend `tower`."""
     processor = MiniGeminiProcessor.from_pretrained(folder)
     device = torch.get_default_device()
     model = MiniGeminiForConditionalGeneration.from_pretrained(folder).to(device).model

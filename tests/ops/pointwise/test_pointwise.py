@@ -44,8 +44,8 @@ SHAPES = {
     "a map of two pictures": ((2, 6, 5), 24, 8),
     "no rows": (0, 6, 7),
     "no picture": ((0, 4, 4), 6, 7),
-    # Widths of the stages 0 and 3 of ConvNeXt-L. With so many rows, stage 0 is a convolution on a CPU in float32; the test
-    # of the published sizes has all stages with as many.
+    # Widths of the stages 0 and 3 of ConvNeXt-L. With so many rows, stage 0 is a convolution on a CPU in float32; the
+    # test of the published sizes has all stages with as many.
     "stage 0": (600, 768, 384),
     "stage 3": (40, 1536, 6144),
 }
