@@ -105,7 +105,8 @@ def _become(request: dict) -> None:
         opened = os.open(path, flags, 0o600)
         os.dup2(opened, number)
         os.close(opened)
-    sys.stdin.reconfigure(encoding="utf-8")
+    # The parent has read from its own standard input, so this one needs a buffer of its own.
+    sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
     sys.stdout.reconfigure(encoding="utf-8")
     os.environ.clear()
     os.environ.update(request["env"])
