@@ -4,11 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint check interpreted fuzz aot aot-all clean
+.PHONY: demo test check lint tests interpreted fuzz aot aot-all clean
 demo: $(READY)
 	$(BIN)/python -m recipes.demo
 
-test: lint check interpreted aot
+test: lint tests interpreted aot
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -21,8 +21,14 @@ RANDOM_CASES := $(sort $(shell find tests -name 'test_fuzz_*.py'))
 INTERPRETED := $(sort $(shell find tests -name 'test_interpreted_*.py')) $(RANDOM_CASES)
 AHEAD_OF_TIME := $(sort $(shell find tests -name 'test_aot_*.py'))
 
-check: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(addprefix --ignore=,$(INTERPRETED) $(AHEAD_OF_TIME))
+ORDINARY := -n 2 --dist worksteal $(addprefix --ignore=,$(INTERPRETED) $(AHEAD_OF_TIME))
+
+# What a developer runs while working: ruff, and the ordinary tests that are not marked as slow.
+check: lint
+	$(BIN)/python -m pytest $(ORDINARY) -m "not slow"
+
+tests: $(READY)
+	$(BIN)/python -m pytest $(ORDINARY)
 
 interpreted: $(READY)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(INTERPRETED)
@@ -39,13 +45,15 @@ aot-all: $(READY)
 	MG_FAST_AOT=all $(BIN)/python -m pytest $(AHEAD_OF_TIME)
 
 $(READY): pyproject.toml setup.py constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "mg_fast needs Python 3.10 or newer, this is $$($(PYTHON) --version)"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "mg_fast needs Python 3.10 or newer, this is $$($(PYTHON) --version)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	# Hugging Face's package `kernels` is installed outside the path. A test puts it on the path, to see that the folder
 	# kernels/ of this project does not stand in its way.
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps --upgrade --target $(VENV)/hf-kernels kernels kernels-data
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps --upgrade --target $(VENV)/hf-kernels \
+		kernels kernels-data
 	@touch $@
 
 clean:

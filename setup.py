@@ -6,7 +6,8 @@ The weights of nano install as package data. All other metadata is in pyproject.
 from setuptools import find_packages, setup
 
 setup(
-    packages=[*find_packages(include=["mg_fast", "mg_fast.*"]), "mg_fast.kernels"],
+    # setuptools wants folders of data to be named as packages, too.
+    packages=[*find_packages(include=["mg_fast", "mg_fast.*"]), "mg_fast.kernels", "mg_fast.nano"],
     package_dir={"mg_fast": "mg_fast", "mg_fast.kernels": "kernels"},
-    package_data={"mg_fast": ["nano/*"]},
+    package_data={"mg_fast.nano": ["*"]},
 )

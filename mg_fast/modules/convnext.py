@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from ..ops import backend as backends
 from ..ops.operation import Operation, register
@@ -43,19 +44,15 @@ class ConvNeXtPyramid(nn.Module):
 
     @classmethod
     def from_dims(cls, dims: Sequence[int], depths: Sequence[int], norm_eps: float = 1e-6) -> "ConvNeXtPyramid":
-        """A tower of these stage widths and depths, with timm's own initialisation of weights."""
+        """A tower of these stage widths and depths, with timm's own initialisation of weights.
+
+        On the meta device the initialisation is left out, as there are no values to set.
+        """
         from timm.models.convnext import ConvNeXt
 
-        return cls.from_timm(
-            ConvNeXt(
-                dims=tuple(dims),
-                depths=tuple(depths),
-                norm_eps=norm_eps,
-                num_classes=0,
-                global_pool="",
-                drop_path_rate=0.0,
-            )
-        )
+        sizes = dict(dims=tuple(dims), depths=tuple(depths), norm_eps=norm_eps)
+        with _NoFillingOnMeta():
+            return cls.from_timm(ConvNeXt(**sizes, num_classes=0, global_pool="", drop_path_rate=0.0))
 
     def _forward_by_modules(self, pixels: torch.Tensor, backend: str | None = None) -> list[torch.Tensor]:
         x = self.vision_stem(pixels.to(self.vision_stem[0].weight.dtype))
@@ -137,6 +134,21 @@ class PackedPyramid:
         """Raises RuntimeError if the tower's weights were changed since they were packed."""
         if self._packed.weights_written():
             raise RuntimeError("PackedPyramid: the tower's weights were changed since it was packed: pack it again")
+
+
+class _NoFillingOnMeta(TorchFunctionMode):
+    """Within it, operations that fill a tensor in place do nothing to tensors of the meta device.
+
+    They have no values, but torch would decompose each of timm's fillings into many operations on them: 60 ms for the
+    smallest tower, at every loading of a checkpoint.
+    """
+
+    NAMES = frozenset({"uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_", "zero_", "fill_"})
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if args and getattr(func, "__name__", "") in self.NAMES and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def _known_layers() -> frozenset[type]:

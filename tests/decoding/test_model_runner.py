@@ -121,7 +121,7 @@ def test_a_capture_that_failed_is_the_last(own, by_graph, monkeypatch, caplog):
         answer.token_ids
         == own.pipeline(backend="reference").chat("Hello?", max_new_tokens=40, min_new_tokens=40).token_ids
     )
-    assert len(tried) == 1 and "no more are captured" in caplog.text
+    assert len(tried) == 1 and "no more graphs are captured" in caplog.text
 
 
 def test_graphs_that_left_take_their_pool_along(own):
@@ -163,7 +163,7 @@ def test_every_row_of_a_pass_sees_something(own, by_graph, monkeypatch):
     assert not seen[0][1, 0, 9:20, :9].any()
 
 
-def test_quantised_experts_of_many_tokens_are_not_captured(by_graph, monkeypatch):
+def test_quantized_experts_of_many_tokens_are_not_captured(by_graph, monkeypatch):
     """For more than a few tokens, quantized experts ask the host where they go, so such passes are not captured."""
     mixtral = family("mgm-mixtral")
     passes = Decoder(mixtral.model).runner

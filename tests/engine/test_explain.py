@@ -201,7 +201,7 @@ def test_sixteen_bits(built, photo):
     torch.testing.assert_close(explained.map.sum(), torch.tensor(1.0))
 
 
-def test_quantised(standard, processor, photo):
+def test_quantized(standard, processor, photo):
     pytest.importorskip("torchao.quantization", reason="torchao is not installed")
     explained = Pipeline(load(standard, quantization_config="int8"), processor).explain(
         photo, QUESTION, max_new_tokens=2

@@ -248,3 +248,16 @@ def test_other_padding_is_refused():
     trunk.stages[0].blocks[0].conv_dw.padding_mode = "reflect"
     with pytest.raises(ValueError, match="expected a 7x7 depthwise convolution with padding 3"):
         ConvNeXtPyramid.from_timm(trunk)
+
+
+def test_a_tower_on_the_meta_device_is_that_of_the_cpu():
+    """Its weights are not filled there, and everything else is as on a CPU, whose weights are timm's own."""
+    dims, depths = (8, 16, 24, 32), (1, 1, 2, 1)
+    with torch.device("meta"):
+        shapes = ConvNeXtPyramid.from_dims(dims, depths)
+    tower = ConvNeXtPyramid.from_dims(dims, depths)
+    assert all(p.is_meta and p.requires_grad for p in shapes.parameters())
+    found = [[(name, p.shape, p.dtype) for name, p in made.state_dict().items()] for made in (shapes, tower)]
+    assert found[0] == found[1]
+    weight = tower.vision_stages[1].blocks[0].mlp.fc1.weight
+    assert 0.015 < weight.std() < 0.025 and weight.abs().max() <= 2

@@ -58,7 +58,7 @@ def quantized(built):
 
 
 @pytest.mark.parametrize("kind, name", CASES)
-def test_only_the_layers_matrices_are_quantised(quantized, kind, name):
+def test_only_the_layers_matrices_are_quantized(quantized, kind, name):
     model, plain = quantized(kind, name)
     for key, parameter in model.named_parameters():
         router = key.endswith(".mlp.gate.weight")
@@ -256,10 +256,10 @@ def test_int4_on_a_cpu_cannot_be_saved(quantized, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_quantised_twice(quantized, tmp_path, standard):
+def test_quantized_twice(quantized, tmp_path, standard):
     remake(standard, tmp_path)
     quantized("llama", "int8")[0].save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="quantised already.*not by 'fp8' again"):
+    with pytest.raises(CheckpointError, match="quantized already.*not by 'fp8' again"):
         mg_fast.load(tmp_path, quantize="fp8", device="cpu")
 
 
@@ -424,7 +424,7 @@ def test_int4_needs_groups_that_divide(refuse, built):
 
 
 @pytest.mark.parametrize("backend, package", [(None, "optimum-quanto"), ("hqq", "hqq")])
-def test_quantised_cache_needs_its_package(pipeline, monkeypatch, backend, package):
+def test_quantized_cache_needs_its_package(pipeline, monkeypatch, backend, package):
     without(monkeypatch, ("optimum", "hqq"))
     config = {} if backend is None else {"cache_config": {"backend": backend, "nbits": 4}}
     for stream in (False, True):
@@ -434,7 +434,7 @@ def test_quantised_cache_needs_its_package(pipeline, monkeypatch, backend, packa
             pipeline.chat("Hello.", cache_implementation="quantized", stream=stream, **config)
 
 
-def test_quantised_cache_reaches_transformers(pipeline, monkeypatch):
+def test_quantized_cache_reaches_transformers(pipeline, monkeypatch):
     if importlib.util.find_spec("optimum"):
         assert len(pipeline.chat("Hello.", max_new_tokens=2, cache_implementation="quantized").token_ids) == 2
         return

@@ -474,7 +474,7 @@ def int8():
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma", "hd"])
-def test_quantised_language_model(built, photo, kind):
+def test_quantized_language_model(built, photo, kind):
     model, plain = load(built[kind], quantization_config=int8()), load(built[kind])
     for name, parameter in model.named_parameters():
         linear = name.startswith("model.language_model.layers.") and parameter.dim() == 2
@@ -494,7 +494,7 @@ def test_quantised_language_model(built, photo, kind):
     assert generated.shape[1] == inputs["input_ids"].shape[1] + 4
 
 
-def test_quantised_adapter_through_load(standard, photo, tmp_path):
+def test_quantized_adapter_through_load(standard, photo, tmp_path):
     adapter, base = make_adapter(standard, tmp_path / "adapter", tmp_path / "base")
     pipeline = mg_fast.load(adapter, base_model=base, quantize=int8(), device="cpu")
     assert type(pipeline.model.model.language_model.layers[0].mlp.up_proj.weight.data) is not torch.Tensor

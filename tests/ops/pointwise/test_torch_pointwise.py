@@ -71,7 +71,7 @@ def test_gradients_are_those_of_a_linear(taken, products):
         assert torch.equal(ours.grad, theirs.grad)
 
 
-def test_weights_quantised_since(taken, products):
+def test_weights_quantized_since(taken, products):
     """A layer whose weights are quantized later keeps its class, and computes as before."""
     quantization = pytest.importorskip("torchao.quantization")
     quantization.quantize_(taken, quantization.Int8WeightOnlyConfig(set_inductor_config=False))
