@@ -190,8 +190,8 @@ def _device(args: argparse.Namespace) -> str:
 
 def _list(args: argparse.Namespace) -> int:
     from .cases import all_cases
+    from .errors import NoDevice
     from .registry import choose
-    from .run import NoDevice
 
     if args.device not in (None, "cpu", "cuda"):
         # `list` needs no GPU to tell what there is for one

@@ -30,6 +30,7 @@ from mg_fast.testing.random_checkpoints import make_config
 from . import records
 from .cases.settings import DIMS, LR, PATCHES, PICTURE, SETTINGS, WIDTH, Setting
 from .counting import Count
+from .errors import BadRecord
 from .registry import choose_names
 
 PREDICTED = records.RESULTS / "predicted.json"
@@ -369,10 +370,10 @@ def recorded() -> dict[str, dict[str, dict[str, int]]]:
         BadRecord: there is nothing, or it was made by other versions of what it depends on.
     """
     if not PREDICTED.exists():
-        raise records.BadRecord(f"{PREDICTED} is missing: `python -m bench memory --save` writes it")
+        raise BadRecord(f"{PREDICTED} is missing: `python -m bench memory --save` writes it")
     document = json.loads(PREDICTED.read_text(encoding="utf-8"))
     if document["versions"] != versions():
-        raise records.BadRecord(
+        raise BadRecord(
             f"{PREDICTED.name} was recorded with {_named(document['versions'])}, here are {_named(versions())}"
         )
     return document["cases"]
@@ -461,7 +462,7 @@ def main(patterns: Sequence[str] = (), *, hd: bool = False, check: bool = False,
         BadRecord: what is recorded was made by other versions, or only a part is to be recorded.
     """
     if save and (patterns or hd):
-        raise records.BadRecord("--save records the predictions of all cases: name none, and leave out --hd")
+        raise BadRecord("--save records the predictions of all cases: name none, and leave out --hd")
     chosen = choose_names(names(), patterns, "memory")
     chosen = [name for name in chosen if "-hd-" in name or name.endswith("-hd")] if hd else chosen
     predictions = predict(chosen) if chosen else {}

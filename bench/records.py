@@ -8,16 +8,14 @@ import os
 import tempfile
 from pathlib import Path
 
+from .errors import BadRecord
+
 RESULTS = Path(__file__).parent / "results"
 # what every document has, and what is the same where two can be one
 CONDITIONS = ("date", "device", "gpu", "cpu", "threads", "torch", "commit")
 SAME = ("gpu", "driver", "cpu", "threads", "torch", "triton", "transformers", "commit")
 # what every row of a document has; the rest is there where it was measured
 ROW = ("name", "provider", "ok", "why", "median_ms", "p20_ms", "p80_ms", "peak_mib", "first_call_ms")
-
-
-class BadRecord(ValueError):
-    """A file is no document of this benchmark; the message says what is wrong."""
 
 
 def device_name(document: dict) -> str:

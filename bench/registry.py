@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from .errors import UnknownCase
+
 # what a provider returns: a tensor or several, compared by the tests' accuracy rule
 Outputs = torch.Tensor | Sequence[torch.Tensor]
 # of a clocked case: Callable[[], tuple[Outputs, list[float]]]
@@ -30,10 +32,6 @@ QUICK_PROVIDERS = ("reference", "torch", "triton")
 
 class NotHere(Exception):
     """A provider cannot run on this machine; the message says why."""
-
-
-class UnknownCase(ValueError):
-    """A name or pattern chooses no case; the message lists what there is."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from . import records
+from .errors import BadRecord
 from .figures import (
     NOT_YET,
     Kept,
@@ -22,7 +23,6 @@ from .figures import (
     shown,
     wrapped,
 )
-from .records import BadRecord
 from .registry import OURS
 from .report_page import page
 

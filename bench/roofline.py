@@ -19,11 +19,8 @@ from mg_fast.testing.random_checkpoints import PUBLISHED_TOWERS, SIZES, make_con
 
 from . import accounting, records
 from .cases.settings import PICTURE
+from .errors import BadRecord, UnknownName
 from .registry import Ceilings, Cost
-
-
-class UnknownName(ValueError):
-    """No GPU, model or dtype is called that; the message lists what there is."""
 
 
 @dataclass(frozen=True)
@@ -410,12 +407,12 @@ def table(gpu_name: str, answer: ModelledAnswer, measured: Path | None = None) -
     if measured is not None:
         document = records.read(measured)
         if document.get("device") != "cuda" or (recorded := recorded_ceilings(document)) is None:
-            raise records.BadRecord(
+            raise BadRecord(
                 f"{measured}: expected documents measured on a GPU, with their ceilings; --measured needs such"
             )
         ceilings, source, times = recorded, f"measured on {document['gpu']}", measured_stages(document["cases"], answer)
         if answer.dtype not in ceilings.matmul_tflops:
-            raise records.BadRecord(
+            raise BadRecord(
                 f"{measured}: no ceiling of {answer.dtype} products among {', '.join(ceilings.matmul_tflops)}"
             )
     total, dtype = answer.first_token_ms(ceilings), answer.dtype

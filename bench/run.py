@@ -14,6 +14,7 @@ from mg_fast.testing.tolerances import assert_accurate, errors, ieee_float32
 
 from . import measure, records
 from .clocks import ClockLog
+from .errors import NoDevice
 from .kernel_table import kernel_table
 from .registry import Call, Case, Ceilings, NotHere, Outputs
 from .watch import Watchdog
@@ -24,10 +25,6 @@ TAIL = 200
 
 # providers that are kernels of ours alone: they have no reason to return other bits when they are called again
 REPEATABLE = ("triton",)
-
-
-class NoDevice(RuntimeError):
-    """A device was asked for that is not here; the message says so."""
 
 
 def check_device(device: str) -> str:

@@ -18,8 +18,9 @@ import torch
 from mg_fast.testing.tolerances import ieee_float32
 
 from .cases import all_cases
-from .registry import QUICK_PROVIDERS, Call, Case, UnknownCase, choose
-from .run import NoDevice, check, check_device, empty_row
+from .errors import NoDevice, UnknownCase
+from .registry import QUICK_PROVIDERS, Call, Case, choose
+from .run import check, check_device, empty_row
 
 # of a case that takes its time itself: the plug-in cannot find out how many there should be
 ROUNDS = 5

@@ -35,7 +35,7 @@ from mg_fast.testing.tolerances import assert_accurate, ieee_float32
 from . import measure
 from .accounting import Sizes
 from .cases.settings import DIMS, LR, PICTURE, SETTINGS
-from .registry import UnknownCase
+from .errors import UnknownCase
 from .run import check_device
 
 # of the accumulators and rows that a thread holds in registers, 32 bits each

@@ -11,6 +11,7 @@ from mg_fast.testing.environment import environment
 
 from .. import records
 from ..cases import all_cases
+from ..errors import BadRecord
 from ..registry import Ceilings
 from ..run import check_device, run
 from ..watch import Watchdog
@@ -91,7 +92,7 @@ def _check_same(resume: Path, device: str) -> None:
         return
     before, now = records.read(found), environment()
     if different := [f"{key} {before.get(key)} there, {now[key]} here" for key in SAME if before.get(key) != now[key]]:
-        raise records.BadRecord(
+        raise BadRecord(
             f"{resume} cannot be resumed, since its figures would not belong together with new ones: {'; '.join(different)}"
         )
 
@@ -157,9 +158,7 @@ def keep(folder: Path) -> list[Path]:
     documents = [records.read(folder / name) for name in (plans.CASES, plans.END_TO_END) if (folder / name).exists()]
     documents = [document for document in documents if document["cases"]]
     if not documents:
-        raise records.BadRecord(
-            f"{folder} holds no cases: expected {plans.CASES} or {plans.END_TO_END} of a `bench gpu`"
-        )
+        raise BadRecord(f"{folder} holds no cases: expected {plans.CASES} or {plans.END_TO_END} of a `bench gpu`")
     paths = [path for document in documents for path in records.save(document)]
     where = paths[0].parent
     for name in (plans.SUMMARY, plans.CORRECTNESS):

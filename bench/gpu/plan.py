@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..registry import Case, UnknownCase, choose, choose_names
+from ..errors import UnknownCase
+from ..registry import Case, choose, choose_names
 
 ROOT = Path(__file__).parents[2]
 SUMMARY, LOG = "summary.md", "log.txt"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from .. import records, watch
 from ..cases import all_cases
+from ..errors import BadRecord
 from ..registry import OURS, Case
 from ..run import empty_row
 from . import plan as plans
@@ -117,7 +118,7 @@ def is_finished(step: Step, outcome: Outcome | None, out: Path, device: str) -> 
 def _rows(path: Path) -> list[dict]:
     try:
         return records.read(path)["cases"]
-    except records.BadRecord:
+    except BadRecord:
         return []
 
 
@@ -253,7 +254,7 @@ def _keeper(step: Step, out: Path, part: Path, output: Path, errors: Path, setti
         if not step.into.endswith(".json"):
             into.write_text(_end(before_text + title + _text(output)), encoding="utf-8")
         elif part.exists() and (stamp := part.stat().st_mtime_ns) != written:
-            with suppress(records.BadRecord):
+            with suppress(BadRecord):
                 records.write(into, joined(before, records.read(part)))
                 written = stamp
 

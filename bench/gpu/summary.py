@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .. import records
+from ..errors import BadRecord
 from . import plan as plans
 
 # kernels of a table that are shown
@@ -66,11 +67,11 @@ def earlier_outcomes(folder: Path) -> list[Outcome]:
         found = _KEPT.search(path.read_text(encoding="utf-8"))
         return [Outcome(**kept) for kept in json.loads(found[1])]
     except OSError as error:
-        raise records.BadRecord(
+        raise BadRecord(
             f"{path} cannot be read: {error.strerror}: expected the folder of an earlier `bench gpu`"
         ) from None
     except (TypeError, ValueError):
-        raise records.BadRecord(f"{path} does not hold the steps of an earlier `bench gpu`") from None
+        raise BadRecord(f"{path} does not hold the steps of an earlier `bench gpu`") from None
 
 
 def summarise(out: Path, outcomes: Sequence[Outcome]) -> str:

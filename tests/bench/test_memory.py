@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench import memory, records
+from bench import memory
 from bench.__main__ import main
 from bench.cases import all_cases
 from bench.counting import Count
+from bench.errors import BadRecord
 from bench.memory import Prediction
 from mg_fast.modules import convnext_channels_last as convnext
 from mg_fast.modules.clip import PackedClip
@@ -34,7 +35,7 @@ def test_as_recorded(predictions):
     """Deterministic: what got worse or better is said by how much, and how to accept it."""
     try:
         recorded = memory.recorded()
-    except records.BadRecord as error:
+    except BadRecord as error:
         pytest.skip(str(error))
     found = list(memory.differences(recorded, predictions))
     assert not found, "\n".join(found)

@@ -14,8 +14,9 @@ from bench import cases as registered
 from bench import measure, records
 from bench.cases import all_cases
 from bench.compare import compare
-from bench.registry import Case, Ceilings, Cost, NotHere, UnknownCase, choose, choose_providers
-from bench.run import NoDevice, check_device, empty_row, format_rows, run, run_case
+from bench.errors import BadRecord, NoDevice, UnknownCase
+from bench.registry import Case, Ceilings, Cost, NotHere, choose, choose_providers
+from bench.run import check_device, empty_row, format_rows, run, run_case
 from tests.paths import ROOT
 
 
@@ -179,9 +180,9 @@ def test_bad_records(tmp_path, text, message):
     path = tmp_path / "bad.json"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(records.BadRecord, match=message):
+    with pytest.raises(BadRecord, match=message):
         records.read(path)
-    with pytest.raises(records.BadRecord, match="holds no document"):
+    with pytest.raises(BadRecord, match="holds no document"):
         records.read(tmp_path)
 
 
@@ -264,10 +265,10 @@ def test_saved_beside_what_was_measured_before(tmp_path, monkeypatch):
 def test_nowhere_to_write_is_said_first(tmp_path):
     called = []
     case = square(reference=lambda x: called.append(x))
-    with pytest.raises(records.BadRecord, match="is a folder"):
+    with pytest.raises(BadRecord, match="is a folder"):
         run([case], "cpu", out=tmp_path)
     (tmp_path / "file").touch()
-    with pytest.raises(records.BadRecord, match="cannot be written"):
+    with pytest.raises(BadRecord, match="cannot be written"):
         run([case], "cpu", out=tmp_path / "file" / "run.json")
     assert not called
 

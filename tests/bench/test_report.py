@@ -13,6 +13,7 @@ from PIL import Image
 
 from bench import memory_curve, records, report
 from bench.__main__ import _parser, main
+from bench.errors import BadRecord
 from bench.report_page import page
 from tests.bench import documents as bench_documents
 
@@ -185,7 +186,7 @@ def test_a_busy_machine_is_told():
 
 def test_a_record_of_no_benchmark(results):
     (results / "cpu" / "odd.json").write_text("{}")
-    with pytest.raises(records.BadRecord, match="odd.json"):
+    with pytest.raises(BadRecord, match="odd.json"):
         report.kept(results)
 
 
