@@ -1,7 +1,22 @@
 """The first half of a ConvNeXt block, at the shapes that ConvNeXt-L gives it."""
 
+import math
+
+from mg_fast.kernels import configs
+
 from ..registry import Case, Cost
-from .operations import Launch, StageMap, stage_maps, tensors_case, tensors_launch
+from .operations import (
+    MOST_REGISTERS,
+    POWERS,
+    Launch,
+    Problem,
+    StageMap,
+    Tunable,
+    stage_maps,
+    tensors_case,
+    tensors_launch,
+    tensors_problem,
+)
 
 
 def cases() -> list[Case]:
@@ -16,3 +31,24 @@ def _case(stage_map: StageMap) -> Case:
 
 def launches() -> dict[str, Launch]:
     return {"dwconv_norm": tensors_launch("dwconv_norm", (1, 5, 6, 64), (49, 64), (64,), (64,), (64,))}
+
+
+def tunable() -> Tunable:
+    space = {"rows": (2, 3, 4, 6, 8, 12), "columns": POWERS[:5], "channels": POWERS[5:], "warps": POWERS[1:5]}
+    return Tunable(space, _fits, _problems)
+
+
+def _problems() -> list[Problem]:
+    found = []
+    for stage_map in stage_maps(["bfloat16"], [1]):
+        strides = [math.prod(stage_map.shape[i:]) for i in (1, 2, 3)]
+        key = configs.dwconv_norm_bucket(stage_map.channels, strides)
+        found.append(tensors_problem(stage_map.name, key, _case(stage_map)))
+    return found
+
+
+def _fits(key: tuple, tile: configs.ConvolutionTile, shared: int) -> bool:
+    chunks = -(-key[0] // tile.channels)
+    loaded = tile.columns * tile.channels // (32 * tile.warps)
+    # A thread holds every chunk of every row, and all of them are unrolled.
+    return loaded >= 1 and chunks <= 4 and loaded * tile.rows * chunks <= MOST_REGISTERS

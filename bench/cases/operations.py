@@ -1,11 +1,12 @@
-"""What the files of single operations share: a case and a launch made of an operation's name and the shapes of its
-tensors.
+"""What the files of single operations share: cases, launches and tuning made of an operation's name and the shapes of
+its tensors.
 
-A file named after a file of mg_fast/ops has `cases()`, the sizes that are timed, and `launches()`, small calls of each
-of its kernels for `python -m bench smoke`. The providers are the forms that the operation's record has.
+A file named after a file of mg_fast/ops has `cases()`, the sizes that are timed; `launches()`, small calls of each of
+its kernels for `python -m bench smoke`; and `tunable()`, what `python -m bench tune` may change. The providers are the
+forms that the operation's record has.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,8 +16,8 @@ from mg_fast import ops
 from mg_fast.ops.backend import BACKENDS
 from mg_fast.ops.operation import OPERATIONS
 
-from ..registry import DTYPES, Call, Case, Cost
-from .settings import DIMS, SETTINGS, compiled, own_graphs, require
+from ..registry import DTYPES, Call, Case, Cost, Provider
+from .settings import DIMS, SETTINGS, compiled, require
 
 
 @dataclass
@@ -26,12 +27,66 @@ class OperationInputs:
 
 
 class Launch(NamedTuple):
-    """A small call of an operation: its inputs in a dtype, and from them and a backend to the outputs of our kernels
-    alone.
+    """A small call of an operation.
+
+    Attributes:
+        make: from a dtype to the inputs.
+        run: from the inputs and a backend to the outputs of the kernels alone.
     """
 
     make: Callable[[torch.dtype], Any]
     run: Callable[[Any, str], list[torch.Tensor]]
+
+
+class Task(NamedTuple):
+    """A kernel on inputs: the call that is timed, what the library has in its place, and the result in float64. None of
+    it has run yet.
+    """
+
+    kernel: Callable[[], torch.Tensor]
+    library: Callable[[], torch.Tensor]
+    exact: Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A kernel at a published shape.
+
+    Args:
+        name: of the shape.
+        key: of the entry in the kernel's table that its tile is taken from.
+        make: from the type of a device to the task.
+    """
+
+    name: str
+    key: object
+    make: Callable[[str], Task]
+
+
+@dataclass(frozen=True)
+class Tunable:
+    """What can be tuned of a kernel whose table in configs.py has the name of its file.
+
+    Args:
+        space: by field of its tile, the values that may be tried.
+        fits: whether a tile can run, by its key and the bytes of shared memory of a block.
+        problems: the kernel at the published shapes, what most models run in first.
+        prepare: makes and keeps the tables that a launch computes on the CPU, which cannot be computed among fake
+            tensors.
+        library_graphed: whether the library's form can be captured in a CUDA graph. Otherwise its time includes the
+            host's launches.
+    """
+
+    space: Mapping[str, Sequence[int]]
+    fits: Callable[[Any, Any, int], bool]
+    problems: Callable[[], list[Problem]]
+    prepare: Callable[[], None] | None = None
+    library_graphed: bool = True
+
+
+# The 32-bit accumulators and rows that one thread may hold in registers.
+MOST_REGISTERS = 128
+POWERS = tuple(2**i for i in range(11))
 
 
 @dataclass(frozen=True)
@@ -40,7 +95,7 @@ class StageMap:
 
     Attributes:
         name: of the case that is made of it.
-        devices: where it is measured unasked.
+        devices: where it is measured without being named.
     """
 
     name: str
@@ -57,14 +112,14 @@ class StageMap:
         return self.shape[-1]
 
 
-def stage_maps() -> Iterator[StageMap]:
+def stage_maps(dtypes: Sequence[str] = DTYPES, batches: Sequence[int] = (1, 8)) -> Iterator[StageMap]:
     """The maps of ConvNeXt-L's stages, what the published models run in first."""
-    for dtype in DTYPES:
-        for batch in (1, 8):
+    for dtype in dtypes:
+        for batch in batches:
             for setting in SETTINGS:
                 for stage, channels in enumerate(DIMS):
                     side = setting.side // 4 >> stage
-                    # small enough for a CPU; the rest is for GPUs
+                    # These are small enough for a CPU; the rest is for GPUs.
                     devices = ("cpu", "cuda") if (batch, dtype, setting.grid) == (1, "float32", 1) else ("cuda",)
                     name = f"{setting.side}-stage{stage}-b{batch}-{dtype}"
                     yield StageMap(name, (batch, side, side, channels), getattr(torch, dtype), devices)
@@ -88,19 +143,20 @@ def forms(operation: str, call: Callable[[Any, str], Call]) -> dict[str, Callabl
     return {backend: provider(backend) for backend in BACKENDS if backend in OPERATIONS[operation].forms}
 
 
-def tensors_case(operation: str, stage_map: StageMap, shapes: list[tuple[int, ...]], least: Cost) -> Case:
-    """A case of an operation that takes random tensors of these shapes, the first and the fourth as large as what a
-    network computes.
+def random_tensors(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: str) -> tuple[torch.Tensor, ...]:
+    """Random inputs of an operation: the first and the fourth are as large as what a network computes, the others as
+    small as trained weights, so that results keep the size of what goes in.
     """
+    torch.manual_seed(0)
+    scales = [1.0 if i in (0, 3) else shape[-1] ** -0.5 for i, shape in enumerate(shapes)]
+    return tuple((torch.randn(shape, device=device) * scale).to(dtype) for shape, scale in zip(shapes, scales))
+
+
+def tensors_case(operation: str, stage_map: StageMap, shapes: Sequence[tuple[int, ...]], least: Cost) -> Case:
+    """A case of an operation that takes random tensors of these shapes."""
 
     def make(device: str) -> OperationInputs:
-        torch.manual_seed(0)
-        # weights as small as trained ones: results keep the size of what goes in
-        scales = [1.0 if i in (0, 3) else shape[-1] ** -0.5 for i, shape in enumerate(shapes)]
-        tensors = (
-            (torch.randn(shape, device=device) * scale).to(stage_map.dtype) for shape, scale in zip(shapes, scales)
-        )
-        return OperationInputs(device, tuple(tensors))
+        return OperationInputs(device, random_tensors(shapes, stage_map.dtype, device))
 
     def exact(inputs: OperationInputs) -> torch.Tensor:
         return function(*(tensor.double() for tensor in inputs.tensors), backend="reference")
@@ -108,16 +164,15 @@ def tensors_case(operation: str, stage_map: StageMap, shapes: list[tuple[int, ..
     function = getattr(ops, operation)
     plain = forms(operation, lambda inputs, backend: lambda: function(*inputs.tensors, backend=backend))
     providers = {"reference": plain["reference"], **compiled(plain["torch"], "torch"), **plain}
+    providers["triton"] = Provider(plain["triton"], work=least)
     return Case(
         f"{operation}/{stage_map.name}",
         make,
         providers,
         exact,
         least=least,
-        work={"triton": least},
         devices=stage_map.devices,
         capturable=stage_map.shape[0] == 1,
-        own_graphs=own_graphs(providers),
     )
 
 
@@ -127,3 +182,13 @@ def tensors_launch(operation: str, *shapes: tuple[int, ...]) -> Launch:
         lambda dtype: [(torch.randn(shape) / 8).to(dtype) for shape in shapes],
         lambda tensors, backend: [getattr(ops, operation)(*tensors, backend=backend)],
     )
+
+
+def tensors_problem(name: str, key: object, case: Case) -> Problem:
+    """A case of `tensors_case` as a problem of the tuner."""
+
+    def make(device: str) -> Task:
+        inputs = case.make(device)
+        return Task(case.providers["triton"](inputs), case.providers["torch"](inputs), lambda: case.exact(inputs))
+
+    return Problem(name, key, make)

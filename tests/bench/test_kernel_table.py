@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from bench import kernel_table as tables
+from bench.gpu_timing import same_bits
 from bench.kernel_table import kernel_table, spans
-from bench.measure import same_bits
 
 
 def test_a_call_by_its_operators():
