@@ -45,7 +45,7 @@ def check(
         watch.begin(case.name, [name], "its first call")
         try:
             call, outputs, row["first_call_ms"] = first_call(lambda name=name: case.providers[name](inputs), device)
-            outputs = _several(outputs[0] if case.clocked else outputs)
+            outputs = several(outputs[0] if case.clocked else outputs)
             if name == case.baseline:
                 plain = outputs
             if exact is None:
@@ -53,7 +53,7 @@ def check(
             elif plain is None:
                 row["why"] = f"accuracy unknown: {case.baseline} gave no result to compare with"
             else:
-                _compare(outputs, plain, _several(exact), row)
+                _compare(outputs, plain, several(exact), row)
             if device == "cuda" and not case.clocked:
                 row["equal_bits"] = gpu_timing.same_bits(call, outputs)
                 if name in REPEATABLE:
@@ -96,5 +96,6 @@ def _compare(outputs: list[torch.Tensor], plain: list[torch.Tensor], exact: list
     row["ok"] = True
 
 
-def _several(outputs: Outputs) -> list[torch.Tensor]:
+def several(outputs: Outputs) -> list[torch.Tensor]:
+    """The outputs of a provider as a list."""
     return [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)

@@ -28,16 +28,20 @@ from mg_fast.testing.tolerances import assert_accurate, ieee_float32
 
 from . import gpu_timing
 from .cases import operation_modules
-from .cases.operations import Problem, Tunable
+from .cases.operations import Tunable
+from .check import several
 from .devices import check_device
 from .errors import UnknownCase
+from .registry import Call, Case
 
 # The part of the time that is for compiling.
 COMPILING = 0.5
 # Further candidates of an entry are never reached.
 MOST_CANDIDATES = 64
 
-TUNABLE: dict[str, Tunable] = {name: module.tunable() for name, module in operation_modules().items()}
+TUNABLE: dict[str, Tunable] = {
+    name: module.tunable() for name, module in operation_modules().items() if hasattr(module, "tunable")
+}
 
 
 @dataclass
@@ -95,9 +99,9 @@ def candidates(kernel: str, architecture: int | None, key: object) -> list[Named
     return [today, *sorted(others, key=lambda tile: (distance(tile), tile))][:MOST_CANDIDATES]
 
 
-def problems_of(kernel: str, key: object) -> list[Problem]:
-    """The published shapes of an entry."""
-    return [problem for problem in TUNABLE[kernel].problems() if problem.key == key]
+def cases_of(kernel: str, key: object) -> list[Case]:
+    """The cases of an entry, one for each published shape."""
+    return [case for found, case in TUNABLE[kernel].problems() if found == key]
 
 
 def entries(kernels: Sequence[str]) -> list[tuple[str, object]]:
@@ -109,7 +113,7 @@ def entries(kernels: Sequence[str]) -> list[tuple[str, object]]:
     unknown = [name for name in kernels if name not in TUNABLE]
     if unknown:
         raise UnknownCase(f"no kernel is called {unknown[0]!r}: expected some of {', '.join(TUNABLE)}")
-    keys = [[(kernel, p.key) for p in TUNABLE[kernel].problems()] for kernel in kernels or TUNABLE]
+    keys = [[(kernel, key) for key, _ in TUNABLE[kernel].problems()] for kernel in kernels or TUNABLE]
     # Each kernel's first entry comes first, then each one's second: where time runs out, no kernel was left out.
     rounds = itertools.zip_longest(*(dict.fromkeys(entries) for entries in keys))
     return [entry for turn in rounds for entry in turn if entry is not None]
@@ -121,9 +125,9 @@ def precompile(kernel: str, architecture: int, key: object, tile: NamedTuple) ->
 
     if prepare := TUNABLE[kernel].prepare:
         prepare()
-    for problem in problems_of(kernel, key):
+    for case in cases_of(kernel, key):
         with compile_only(architecture), configs.replaced_tile(table_of(kernel), architecture, key, tile):
-            problem.make("cuda").kernel()
+            case.providers["triton"](case.make("cuda"))()
 
 
 def compile_candidates(
@@ -157,8 +161,8 @@ def tune_entry(
     seconds: float,
     *,
     device: str = "cuda",
-    time_call: Callable[[Callable, bool], float],
-    problems: Sequence[Problem] | None = None,
+    time_call: Callable[[Call, bool], float],
+    cases: Sequence[Case] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Result:
     """Checks and times tiles of an entry until its time is spent, but the first, today's, in any case; then the
@@ -168,14 +172,15 @@ def tune_entry(
 
     Args:
         time_call: the milliseconds of a call, and whether it is timed as the replay of a graph.
-        problems: the shapes; default: those published.
+        cases: one for each shape; default: the published shapes.
     """
     deadline, result = clock() + seconds, Result(kernel, key)
-    tasks, library, exact = {}, {}, {}
+    calls, libraries, plain, exact = {}, {}, {}, {}
     try:
-        for problem in problems_of(kernel, key) if problems is None else problems:
-            task = problem.make(device)
-            tasks[problem.name], library[problem.name], exact[problem.name] = task, task.library(), task.exact()
+        for case in cases_of(kernel, key) if cases is None else cases:
+            inputs = case.make(device)
+            calls[case.name], libraries[case.name] = (case.providers[name](inputs) for name in ("triton", "torch"))
+            plain[case.name], exact[case.name] = several(libraries[case.name]()), several(case.exact(inputs))
     except Exception as error:
         result.error, result.lost, result.left = _told(error), _lost(error, device), len(tiles)
         return result
@@ -186,9 +191,10 @@ def tune_entry(
         try:
             times = {}
             with configs.replaced_tile(table_of(kernel), architecture, key, tile):
-                for name, task in tasks.items():
-                    assert_accurate(task.kernel(), library[name], exact[name])
-                    times[name] = time_call(task.kernel, True)
+                for name, call in calls.items():
+                    for out, baseline, truth in zip(several(call()), plain[name], exact[name], strict=True):
+                        assert_accurate(out, baseline, truth)
+                    times[name] = time_call(call, True)
         except Exception as error:
             # Whatever is wrong with a candidate, the next one may be right.
             result.rejected[tile], result.lost = _told(error), _lost(error, device)
@@ -197,8 +203,8 @@ def tune_entry(
     if today := result.times.get(tiles[0]):
         result.tiles = {tile: _geometric_mean(today, times) for tile, times in result.times.items()}
     try:
-        for name, task in () if result.lost else tasks.items():
-            result.library_ms[name] = time_call(task.library, TUNABLE[kernel].library_graphed)
+        for name, call in () if result.lost else libraries.items():
+            result.library_ms[name] = time_call(call, TUNABLE[kernel].library_graphed)
     except Exception as error:
         result.error, result.lost = f"the library's form: {_told(error)}", _lost(error, device)
     return result
@@ -305,7 +311,7 @@ def tune(kernels: Sequence[str], seconds: float, *, best: int = 3, device: str =
     return report(results, architecture, best) + ended
 
 
-def _milliseconds(call: Callable, graph: bool) -> float:
+def _milliseconds(call: Call, graph: bool) -> float:
     """The time of a call, measured in some hundredths of a second with the second-level cache flushed: as the replay of
     a graph, or with its launches.
     """

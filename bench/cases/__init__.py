@@ -11,7 +11,7 @@ from mg_fast import ops
 
 from ..registry import Case
 
-FIRST = ("patch_mining", "towers", "dual_resize", "picture", "pixels")
+FIRST = ("patch_mining", "towers", "dual_resize", "picture")
 LAST = ("end_to_end", "stress")
 
 

@@ -1,6 +1,6 @@
 """A picture's preprocessing alone: a camera's picture to both resolutions."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -9,7 +9,7 @@ from mg_fast.kernels import configs
 from mg_fast.ops.torch import dual_resize as torch_form
 
 from ..registry import Case, Cost
-from .operations import POWERS, Launch, Problem, Task, Tunable, forms
+from .operations import POWERS, Launch, Tunable, forms
 from .settings import LR, PICTURE, SETTINGS, Setting, picture_pixels
 
 
@@ -62,25 +62,13 @@ def _keep_tables() -> None:
         torch_form.view_taps(setting.side, LR, setting.grid, setting.views > setting.grid**2)
 
 
-def _problems() -> list[Problem]:
-    return [
-        Problem(
-            f"{setting.name}-{PICTURE[0]}x{PICTURE[1]}", key, lambda device, setting=setting: _task(setting, device)
-        )
-        for setting in SETTINGS
-        for key in ("columns", "rows")
-    ]
+def _problems() -> list[tuple[object, Case]]:
+    return [(key, replace(_case(setting), make=_random_pixels)) for setting in SETTINGS for key in ("columns", "rows")]
 
 
-def _task(setting: Setting, device: str) -> Task:
+def _random_pixels(device: str) -> Pixels:
     torch.manual_seed(0)
-    pixels = torch.randint(0, 256, (*PICTURE[::-1], 3), dtype=torch.uint8, device=device)
-
-    def by(backend: str) -> torch.Tensor:
-        hr, views = ops.dual_resize(pixels, **setting.resize, backend=backend)
-        return torch.cat([hr.flatten(), views.flatten()])
-
-    return Task(lambda: by("triton"), lambda: by("torch"), lambda: by("reference").double())
+    return Pixels(device, torch.randint(0, 256, (*PICTURE[::-1], 3), dtype=torch.uint8, device=device))
 
 
 def _fits(key: str, tile: configs.ResizeTile, shared: int) -> bool:

@@ -2,8 +2,8 @@
 its tensors.
 
 A file named after a file of mg_fast/ops has `cases()`, the sizes that are timed; `launches()`, small calls of each of
-its kernels for `python -m bench smoke`; and `tunable()`, what `python -m bench tune` may change. The providers are the
-forms that the operation's record has.
+its kernels for `python -m bench smoke`; and `tunable()`, where `python -m bench tune` can search for its tiles. The
+providers are the forms that the operation's record has.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,31 +38,6 @@ class Launch(NamedTuple):
     run: Callable[[Any, str], list[torch.Tensor]]
 
 
-class Task(NamedTuple):
-    """A kernel on inputs: the call that is timed, what the library has in its place, and the result in float64. None of
-    it has run yet.
-    """
-
-    kernel: Callable[[], torch.Tensor]
-    library: Callable[[], torch.Tensor]
-    exact: Callable[[], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A kernel at a published shape.
-
-    Args:
-        name: of the shape.
-        key: of the entry in the kernel's table that its tile is taken from.
-        make: from the type of a device to the task.
-    """
-
-    name: str
-    key: object
-    make: Callable[[str], Task]
-
-
 @dataclass(frozen=True)
 class Tunable:
     """What can be tuned of a kernel whose table in configs.py has the name of its file.
@@ -70,7 +45,8 @@ class Tunable:
     Args:
         space: by field of its tile, the values that may be tried.
         fits: whether a tile can run, by its key and the bytes of shared memory of a block.
-        problems: the kernel at the published shapes, what most models run in first.
+        problems: the kernel at the published shapes, what most models run in first: the keys of the entries that tiles
+            are taken from, each with a case that has the providers `triton` and `torch`, the library's form.
         prepare: makes and keeps the tables that a launch computes on the CPU, which cannot be computed among fake
             tensors.
         library_graphed: whether the library's form can be captured in a CUDA graph. Otherwise its time includes the
@@ -79,7 +55,7 @@ class Tunable:
 
     space: Mapping[str, Sequence[int]]
     fits: Callable[[Any, Any, int], bool]
-    problems: Callable[[], list[Problem]]
+    problems: Callable[[], list[tuple[object, Case]]]
     prepare: Callable[[], None] | None = None
     library_graphed: bool = True
 
@@ -182,13 +158,3 @@ def tensors_launch(operation: str, *shapes: tuple[int, ...]) -> Launch:
         lambda dtype: [(torch.randn(shape) / 8).to(dtype) for shape in shapes],
         lambda tensors, backend: [getattr(ops, operation)(*tensors, backend=backend)],
     )
-
-
-def tensors_problem(name: str, key: object, case: Case) -> Problem:
-    """A case of `tensors_case` as a problem of the tuner."""
-
-    def make(device: str) -> Task:
-        inputs = case.make(device)
-        return Task(case.providers["triton"](inputs), case.providers["torch"](inputs), lambda: case.exact(inputs))
-
-    return Problem(name, key, make)

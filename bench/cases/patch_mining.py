@@ -17,7 +17,7 @@ from mg_fast.ops.torch.pointwise import linear
 from .. import accounting
 from ..accounting import Sizes
 from ..registry import Call, Case, Cost, NotHere, Provider
-from .operations import MOST_REGISTERS, POWERS, Launch, Problem, Task, Tunable, forms
+from .operations import MOST_REGISTERS, POWERS, Launch, Tunable, forms
 from .settings import COMBINATIONS, SETTINGS, compiled, devices_of
 
 
@@ -174,7 +174,7 @@ def tunable() -> Tunable:
     return Tunable({"channels": POWERS[3:8], "warps": POWERS[1:5], "stages": (1, 2, 3, 4)}, _fits, _problems)
 
 
-def _problems() -> list[Problem]:
+def _problems() -> list[tuple[object, Case]]:
     found = []
     for dtype in (torch.bfloat16, torch.float32):
         for setting in SETTINGS:
@@ -182,26 +182,31 @@ def _problems() -> list[Problem]:
             bucket = configs.patch_mining_bucket(dtype.itemsize, sizes.window, [c for _, c in sizes.levels])
             # The global view of HD is a launch of its own, with a tile of its own where it has one.
             keys = [bucket, (*bucket, "reduced")] if sizes.grid > 1 else [bucket]
-            name = f"{setting.name}-b1-{str(dtype).removeprefix('torch.')}"
-            found += [Problem(name, key, lambda device, sizes=sizes: _task(sizes, device)) for key in keys]
+            name = f"patch_mining/{setting.name}-b1-{str(dtype).removeprefix('torch.')}"
+            found += [(key, _pooling_case(name, sizes)) for key in keys]
     return found
 
 
-def _task(sizes: Sizes, device: str) -> Task:
-    torch.manual_seed(0)
-    # Scaled like this the scores are as large as those of trained weights: the softmax is neither flat nor a single
-    # pixel.
-    shape = (sizes.batch, sizes.views, sizes.side**2, sizes.channels)
-    queries = torch.randn(shape, dtype=sizes.dtype, device=device) * sizes.channels**-0.5
-    pyramid = _random_pyramid(sizes, device)
+def _pooling_case(name: str, sizes: Sizes) -> Case:
+    """The kernel alone, without the projections around it."""
 
-    def library() -> torch.Tensor:
-        return torch_form.pool_windows(queries, pyramid, sizes.grid).to(sizes.dtype)
+    def make(device: str) -> tuple[torch.Tensor, list[torch.Tensor], int]:
+        torch.manual_seed(0)
+        # Scaled like this the scores are as large as those of trained weights: the softmax is neither flat nor a single
+        # pixel.
+        shape = (sizes.batch, sizes.views, sizes.side**2, sizes.channels)
+        queries = torch.randn(shape, dtype=sizes.dtype, device=device) * sizes.channels**-0.5
+        return queries, _random_pyramid(sizes, device), sizes.grid
 
-    def exact() -> torch.Tensor:
-        return torch_form.pool_windows(queries.double(), [level.double() for level in pyramid], sizes.grid)
+    def exact(inputs: tuple) -> torch.Tensor:
+        queries, pyramid, grid = inputs
+        return torch_form.pool_windows(queries.double(), [level.double() for level in pyramid], grid)
 
-    return Task(lambda: pool_windows(queries, pyramid, sizes.grid)[0], library, exact)
+    providers = {
+        "torch": lambda inputs: lambda: torch_form.pool_windows(*inputs).to(sizes.dtype),
+        "triton": lambda inputs: lambda: pool_windows(*inputs)[0],
+    }
+    return Case(name, make, providers, exact, baseline="torch")
 
 
 def _fits(key: tuple, tile: configs.Tile, shared: int) -> bool:

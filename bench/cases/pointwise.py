@@ -3,24 +3,14 @@
 from mg_fast.kernels import configs
 
 from ..registry import Case, Cost
-from .operations import (
-    MOST_REGISTERS,
-    POWERS,
-    Launch,
-    Problem,
-    StageMap,
-    Tunable,
-    stage_maps,
-    tensors_case,
-    tensors_launch,
-    tensors_problem,
-)
+from . import operations
+from .operations import POWERS, Launch, StageMap, Tunable
 
 OPERATIONS = ("linear_gelu", "linear_residual")
 
 
 def cases() -> list[Case]:
-    return [_case(operation, stage_map) for operation in OPERATIONS for stage_map in stage_maps()]
+    return [_case(operation, stage_map) for operation in OPERATIONS for stage_map in operations.stage_maps()]
 
 
 def _case(operation: str, stage_map: StageMap) -> Case:
@@ -32,7 +22,9 @@ def _case(operation: str, stage_map: StageMap) -> Case:
     if operation == "linear_residual":
         shapes.append((pixels, outputs))
         moved += pixels * channels
-    return tensors_case(operation, stage_map, shapes, Cost(8 * pixels * channels**2, moved * stage_map.dtype.itemsize))
+    return operations.tensors_case(
+        operation, stage_map, shapes, Cost(8 * pixels * channels**2, moved * stage_map.dtype.itemsize)
+    )
 
 
 def _widths(operation: str, channels: int) -> tuple[int, int]:
@@ -42,8 +34,8 @@ def _widths(operation: str, channels: int) -> tuple[int, int]:
 
 def launches() -> dict[str, Launch]:
     return {
-        "linear_gelu": tensors_launch("linear_gelu", (20, 64), (128, 64), (128,)),
-        "linear_residual": tensors_launch("linear_residual", (20, 128), (64, 128), (64,), (20, 64)),
+        "linear_gelu": operations.tensors_launch("linear_gelu", (20, 64), (128, 64), (128,)),
+        "linear_residual": operations.tensors_launch("linear_residual", (20, 128), (64, 128), (64,), (20, 64)),
     }
 
 
@@ -59,19 +51,17 @@ def tunable() -> Tunable:
     return Tunable(space, _fits, _problems)
 
 
-def _problems() -> list[Problem]:
+def _problems() -> list[tuple[object, Case]]:
     found = []
-    for stage_map in stage_maps(["bfloat16", "float32"], [1]):
+    for stage_map in operations.stage_maps(["bfloat16", "float32"], [1]):
         for operation in OPERATIONS:
-            channels = stage_map.channels
-            outputs, inputs = (4 * channels, channels) if operation == "linear_gelu" else (channels, 4 * channels)
-            key = configs.pointwise_bucket(stage_map.dtype.itemsize, stage_map.pixels, outputs, [inputs, outputs])
-            case = _case(operation, stage_map)
-            found.append(tensors_problem(case.name, key, case))
+            widths = _widths(operation, stage_map.channels)
+            key = configs.pointwise_bucket(stage_map.dtype.itemsize, stage_map.pixels, widths[1], widths)
+            found.append((key, _case(operation, stage_map)))
     return found
 
 
 def _fits(key: tuple, tile: configs.ProductTile, shared: int) -> bool:
     accumulators = tile.rows * tile.columns // (32 * tile.warps)
     loaded = (tile.rows + tile.columns) * tile.depth * key[0] * tile.stages
-    return 8 <= accumulators <= MOST_REGISTERS and loaded <= shared
+    return 8 <= accumulators <= operations.MOST_REGISTERS and loaded <= shared

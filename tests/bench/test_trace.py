@@ -35,7 +35,7 @@ def small_picture(monkeypatch):
     changed = towers | {"mm_hidden_size": 128, "mm_hidden_size_aux": 360, "hidden_size": 128}
     monkeypatch.setattr(picture, "SMALL_LANGUAGE_MODEL", picture.SMALL_LANGUAGE_MODEL | changed)
     name = "picture/768-b1-float32"
-    case = picture.picture_case(settings.SETTINGS[0], "float32")
+    case = picture.picture_case("picture", settings.SETTINGS[0], "float32")
     monkeypatch.setattr(bench_cases, "all_cases", lambda: {name: case.only(["auto"])})
     return name
 

@@ -2,12 +2,15 @@
 be pasted.
 """
 
+import dataclasses
+
 import pytest
 import torch
 
 from bench import gpu_timing, measure, tune
 from bench.__main__ import main
-from bench.cases.operations import MOST_REGISTERS, Problem, Task
+from bench.cases.operations import MOST_REGISTERS
+from bench.registry import Case
 from mg_fast.kernels import configs
 
 ENTRIES = tune.entries([])
@@ -58,9 +61,10 @@ def test_launches_take_a_replaced_tile():
     assert 90 not in configs.PATCH_MINING
 
 
-def fake_problem(name, key, kernel):
-    x = torch.arange(1.0, 5.0)
-    return Problem(name, key, lambda device: Task(lambda: kernel(x), lambda: 2 * x, lambda: 2 * x.double()))
+def fake_case(name, kernel):
+    """A case of one shape, which the library computes by doubling."""
+    providers = {"torch": lambda x: lambda: 2 * x, "triton": lambda x: lambda: kernel(x)}
+    return Case(name, lambda device: torch.arange(1.0, 5.0), providers, lambda x: 2 * x.double(), baseline="torch")
 
 
 def rows_of_tile(call, graph):
@@ -70,7 +74,7 @@ def rows_of_tile(call, graph):
 
 def tune_fake(kernel, tiles, seconds=1e9, clock=lambda: 0.0, time_call=rows_of_tile, **options):
     """Tiles of dual_resize's columns at two shapes."""
-    options = {"problems": [fake_problem(name, "columns", kernel) for name in ("first", "second")]} | options
+    options = {"cases": [fake_case(name, kernel) for name in ("first", "second")]} | options
     return tune.tune_entry(
         "dual_resize", "columns", tiles, None, seconds, device="cpu", clock=clock, time_call=time_call, **options
     )
@@ -133,7 +137,8 @@ def test_inputs_that_do_not_fit_are_told():
     def make(device):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
 
-    result = tune_fake(None, [TODAY, FASTER], problems=[Problem("large", "columns", make)])
+    case = dataclasses.replace(fake_case("large", None), make=make)
+    result = tune_fake(None, [TODAY, FASTER], cases=[case])
     assert result.error.startswith("OutOfMemoryError: CUDA out of memory") and result.left == 2 and not result.lost
     assert "# 'columns': OutOfMemoryError" in tune.report([result], 90, best=1)
 

@@ -179,7 +179,7 @@ def test_every_file_of_kernels_has_a_record_tests_and_a_benchmark():
         ]
         assert not missing, f"tests/ops/{file} has no {', '.join(missing)}"
     assert files == operation_modules().keys()
-    assert all(module.launches() and module.tunable() for module in operation_modules().values())
+    assert all(module.launches() for module in operation_modules().values())
 
 
 def test_every_operation_with_kernels_is_a_function_of_its_name_and_is_measured_at_published_sizes():
