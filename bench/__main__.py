@@ -1,6 +1,4 @@
-"""python -m bench list | run | compare | ...: shows what can be measured, measures it, and compares it with what was
-measured before.
-"""
+"""python -m bench list | run | compare | ...: measures cases, and compares figures with what was measured before."""
 
 import argparse
 import json

@@ -73,9 +73,7 @@ def check(
 
 
 def first_call(build: Callable[[], Call], device: str) -> tuple[Call, object, float]:
-    """A call, what it returns first, and how many milliseconds it took to build and to call it, with everything that is
-    compiled, packed or made into tables.
-    """
+    """A call, its first result, and the milliseconds of both, with all that is compiled, packed or made into tables."""
     began = time.perf_counter()
     call = build()
     out = call()

@@ -14,8 +14,10 @@ FLUSHED_BYTES = 2**28
 
 
 class GpuLost(RuntimeError):
-    """The process can do no more on its GPU: the GPU's context is broken, or a capture failed, after which torch's
-    random generator and allocator stay as they were within the capture.
+    """The process can do no more on its GPU.
+
+    The GPU's context is broken; or a capture failed, after which torch's random generator and allocator stay as they
+    were within the capture.
     """
 
 
@@ -62,8 +64,9 @@ def time_on_gpu(call: Call, seconds: float) -> Timing:
 
 
 def time_graph(call: Call, seconds: float) -> float:
-    """The median of a warm call's replay as a CUDA graph, in milliseconds, with the cache flushed; the host has no part
-    in it.
+    """The median of a warm call's replay as a CUDA graph, in milliseconds, with the cache flushed.
+
+    The host has no part in it.
 
     Raises:
         GpuLost: the call could not be captured.

@@ -46,8 +46,9 @@ class Timing:
 
 
 class Others:
-    """What part of the machine's CPU time other processes took since the last question; None where the system does not
-    tell.
+    """The part of the machine's CPU time that other processes took since the last question.
+
+    It is None where the system does not tell.
     """
 
     def __init__(self):
@@ -62,8 +63,9 @@ class Others:
 
     @staticmethod
     def _read() -> tuple[float, float, float] | None:
-        """Seconds of CPU time since the machine began: of all processes and of other virtual machines on it; of this
-        process; idle.
+        """Seconds of CPU time since the machine began: busy, of this process, idle.
+
+        Other virtual machines on the same processors count as busy.
         """
         try:
             fields = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
@@ -85,9 +87,7 @@ def quantile(values: list[float], fraction: float) -> float:
 
 
 def halves_differ(ratios: list[float], least: int = 4) -> float | None:
-    """By how much the median ratios of the first and the second half of the turns differ; None for fewer turns than
-    `least`.
-    """
+    """By how much the median ratios of the two halves of the turns differ; None for fewer turns than `least`."""
     if len(ratios) < least:
         return None
     first, second = statistics.median(ratios[: len(ratios) // 2]), statistics.median(ratios[len(ratios) // 2 :])

@@ -23,8 +23,9 @@ def peak_mib(call: Call, device: str) -> float | None:
 
 
 def peak_in_child(case: str, provider: str, timeout_s: float = 600) -> float | None:
-    """The peak of a provider on the CPU, measured in a process of its own, whose heap no other provider has stretched;
-    None where that failed.
+    """The peak of a provider on the CPU, measured in a process of its own; None where that failed.
+
+    No other provider has stretched the heap of that process.
     """
     words = [sys.executable, "-m", "bench", "peak", case, provider]
     try:
@@ -37,8 +38,9 @@ def peak_in_child(case: str, provider: str, timeout_s: float = 600) -> float | N
 
 @contextlib.contextmanager
 def memory_within_reach(device: str) -> Iterator[None]:
-    """Within the block, an allocation beyond the free memory of a Linux CPU fails, as on a GPU; without it the system
-    would kill the process.
+    """Within the block, an allocation beyond the free memory of a Linux CPU fails, as on a GPU.
+
+    Otherwise the system would kill the process.
     """
     limit = None if device == "cuda" else _bytes_within_reach()
     if limit is None:

@@ -29,9 +29,7 @@ ROUNDS = 5
 
 
 class OwnClock:
-    """A timer, in seconds, that goes on by what clocked calls say they took: by the median, where a call is many
-    requests in one.
-    """
+    """A timer, in seconds, that goes on by what clocked calls say they took; by the median of many requests."""
 
     def __init__(self):
         self.seconds = 0.0

@@ -1,11 +1,11 @@
-"""Tiles of the kernels, timed on the GPU at hand, and printed as entries of kernels/configs.py to review. Nothing is
-written.
+"""Tiles of the kernels, timed on the GPU at hand, and printed as entries of kernels/configs.py to review.
 
-What can be tuned of a kernel stands beside its cases, see `cases.operations.Tunable`. Candidates are the tiles around
-today's, nearest first, that fit a program's registers and the architecture's shared memory. All are compiled first,
-side by side and without the GPU, as far as half of the time allows. Then each has its result held against the float64
-result by the tests' accuracy rule, and is timed, at every published shape of its bucket. It is timed as the replay of a
-CUDA graph, since the host takes longer to launch most of these kernels than the GPU takes to run them.
+Nothing is written. What can be tuned of a kernel stands beside its cases, see `cases.operations.Tunable`. Candidates
+are the tiles around today's, nearest first, that fit a program's registers and the architecture's shared memory. All
+are compiled first, side by side and without the GPU, as far as half of the time allows. Then each has its result held
+against the float64 result by the tests' accuracy rule, and is timed, at every published shape of its bucket. It is
+timed as the replay of a CUDA graph, since the host takes longer to launch most of these kernels than the GPU takes to
+run them.
 """
 
 import contextlib
@@ -75,8 +75,9 @@ def table_of(kernel: str) -> dict:
 
 
 def tile_of(kernel: str, architecture: int | None, key: object) -> NamedTuple:
-    """Today's tile of an entry: the architecture's own, or that of any; a global view that has none of its own takes
-    the tile of its bucket.
+    """Today's tile of an entry: the architecture's own, or that of any architecture.
+
+    A global view that has no tile of its own takes that of its bucket.
     """
     table = table_of(kernel)
     tiles = table[None] | table.get(architecture, {})
@@ -84,9 +85,7 @@ def tile_of(kernel: str, architecture: int | None, key: object) -> NamedTuple:
 
 
 def candidates(kernel: str, architecture: int | None, key: object) -> list[NamedTuple]:
-    """Tiles to try for an entry: today's first, then by how many times a number must be doubled or halved to reach
-    them.
-    """
+    """Tiles to try for an entry: today's first, then by how many doublings or halvings lead to them."""
     space, fits = TUNABLE[kernel].space, TUNABLE[kernel].fits
     shared = configs.SHARED_MEMORY_LIMITS.get(architecture, max(configs.SHARED_MEMORY_LIMITS.values()))
     today = tile_of(kernel, architecture, key)
@@ -165,8 +164,9 @@ def tune_entry(
     cases: Sequence[Case] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Result:
-    """Checks and times tiles of an entry until its time is spent, but the first, today's, in any case; then the
-    library's form.
+    """Checks and times tiles of an entry, and then the library's form.
+
+    It ends when its time is spent, but the first tile, today's, is timed in any case.
 
     Errors are told in what is returned, with what was found before them.
 
@@ -225,9 +225,7 @@ def _lost(error: Exception, device: str) -> bool:
 
 
 def report(results: Sequence[Result], architecture: int | None, best: int) -> str:
-    """Python: by kernel a table as in configs.py with the fastest tile of each entry; the next tiles and the times as
-    comments.
-    """
+    """Python: by kernel a table as in configs.py, of the fastest tiles; the next tiles and the times as comments."""
     lines = []
     for kernel in dict.fromkeys(result.kernel for result in results):
         lines += [f"{kernel.upper()} = {{", f"    {architecture}: {{"]
@@ -312,8 +310,9 @@ def tune(kernels: Sequence[str], seconds: float, *, best: int = 3, device: str =
 
 
 def _milliseconds(call: Call, graph: bool) -> float:
-    """The time of a call, measured in some hundredths of a second with the second-level cache flushed: as the replay of
-    a graph, or with its launches.
+    """Milliseconds of a call with the cache flushed: as the replay of a graph, or with its launches.
+
+    It measures for some hundredths of a second.
     """
     if graph:
         return gpu_timing.time_graph(call, 0.015)

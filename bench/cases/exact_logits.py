@@ -32,8 +32,9 @@ def _dense(parameter: nn.Parameter) -> torch.Tensor:
 
 
 def exact_logits(shared: Session, count: int, prompt: str) -> torch.Tensor:
-    """Logits [count, vocabulary] of the first tokens of the answer to a prompt with one picture, by the same weights in
-    a wider dtype: float64, or float32 for 16 bits.
+    """Logits [count, vocabulary] of the first tokens of the answer to a prompt with one picture, in a wider dtype.
+
+    The weights are the same. The dtype is float64, or float32 for 16 bits.
     """
     dtype = torch.float64 if shared.model.dtype == torch.float32 else torch.float32
     model = shared.model.model

@@ -1,5 +1,4 @@
-"""What the files of single operations share: cases, launches and tuning made of an operation's name and the shapes of
-its tensors.
+"""What the files of single operations share: cases, launches and tuning, made of names and shapes of tensors.
 
 A file named after a file of mg_fast/ops has `cases()`, the sizes that are timed; `launches()`, small calls of each of
 its kernels for `python -m bench smoke`; and `tunable()`, where `python -m bench tune` can search for its tiles. The
@@ -120,8 +119,9 @@ def forms(operation: str, call: Callable[[Any, str], Call]) -> dict[str, Callabl
 
 
 def random_tensors(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: str) -> tuple[torch.Tensor, ...]:
-    """Random inputs of an operation: the first and the fourth are as large as what a network computes, the others as
-    small as trained weights, so that results keep the size of what goes in.
+    """Random inputs of an operation, which keep its results as large as what goes in.
+
+    The first and the fourth are as large as what a network computes, the others as small as trained weights.
     """
     torch.manual_seed(0)
     scales = [1.0 if i in (0, 3) else shape[-1] ** -0.5 for i, shape in enumerate(shapes)]

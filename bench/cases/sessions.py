@@ -29,8 +29,11 @@ ANSWER, COMPARED = 33, 4
 
 @dataclass(frozen=True)
 class Size:
-    """One of `random_checkpoints.SIZES`, the dtype that it is run in, the devices on which it is run without being
-    named, and how its weights are rounded.
+    """A size of `random_checkpoints.SIZES` and how it is run.
+
+    Args:
+        devices: on which it is run without being named.
+        quantize: how its weights are rounded.
     """
 
     size: str
@@ -61,11 +64,11 @@ SIZES = (
 
 
 class ForcedAnswer(LogitsProcessor):
-    """Makes `generate` give the tokens that are set, keeps the last sequence's first logits, and takes the time of the
-    first and the last token.
+    """Makes `generate` give the tokens that are set, and keeps the first logits and two times.
 
     Attributes:
-        logits: [vocabulary] each, of the first tokens, in the model's dtype, which they were computed in.
+        logits: [vocabulary] each, of the last sequence's first tokens, in the model's dtype, which they were computed
+            in.
         times: in seconds, when the first and the last token's logits were there.
     """
 
@@ -112,8 +115,9 @@ class Session:
     request_s: float | None = None
 
     def pipeline(self, backend: str, *, graphs: bool = True, **options) -> mg_fast.Pipeline:
-        """One pipeline for all cases that ask for the same. Unless options say so it keeps nothing: every picture is
-        encoded, and every prompt computed.
+        """One pipeline for all cases that ask for the same.
+
+        Unless options say so it keeps nothing: every picture is encoded, and every prompt computed.
 
         Args:
             graphs: capture CUDA graphs. A pipeline without them serves to measure memory, since the allocator's peak

@@ -49,8 +49,9 @@ COMBINATIONS = tuple((setting, batch, dtype) for batch in (1, 8) for dtype in DT
 
 
 def picture() -> Image.Image:
-    """A photograph of a camera's size: one that comes with matplotlib, enlarged. Noise would be no fair picture for a
-    resize.
+    """A photograph of a camera's size: one that comes with matplotlib, enlarged.
+
+    Noise would be no fair picture for a resize.
     """
     from matplotlib import cbook
 
@@ -65,8 +66,9 @@ def picture_pixels(device: str) -> torch.Tensor:
 
 
 def devices_of(setting: Setting, batch: int, dtype: str) -> tuple[str, ...]:
-    """Where a combination is measured without being named. A CPU takes minutes for the rest, and its float16 is tens of
-    times slower than bfloat16.
+    """Where a combination is measured without being named.
+
+    A CPU takes minutes for the rest, and its float16 is tens of times slower than bfloat16.
     """
     at_hand = batch == 1 and (dtype == "float32" or (dtype == "bfloat16" and setting.grid == 1))
     return ("cpu", "cuda") if at_hand else ("cuda",)

@@ -77,8 +77,9 @@ def gpu(
 
 
 def verdict(steps: Sequence[Step], outcomes: Sequence[Outcome]) -> int:
-    """The exit status of a run. A slow case or an opponent that fails is a finding; a wrong or unproven kernel is a
-    failure.
+    """The exit status of a run: 1 for a wrong or unproven kernel.
+
+    A slow case, or an opponent that fails, is a finding and no failure.
     """
     unproven = any(outcome.state != "done" for step, outcome in zip(steps, outcomes) if step.into == plans.CORRECTNESS)
     return int(unproven or any(outcome.state == "failed" for outcome in outcomes))

@@ -26,8 +26,9 @@ TEST_HANGS_AFTER = 40.0
 
 @dataclass(frozen=True)
 class Part:
-    """Cases, and the providers of these that are measured; both by name or shell pattern. Cases come in the order of
-    their patterns.
+    """Cases, and the providers of these that are measured; both by name or shell pattern.
+
+    Cases come in the order of their patterns.
 
     Args:
         baseline: what the providers are compared with, instead of the case's own baseline, which is then not measured.
@@ -221,8 +222,9 @@ def budget(steps: Sequence[Step]) -> float:
 
 
 def describe(steps: Sequence[Step], seconds: float, plan: str = "full", device: str = "cuda") -> str:
-    """The plan: each step with its budget, when it begins if all steps before it take theirs, its command and what it
-    measures.
+    """The plan: each step with its budget, its command and what it measures.
+
+    A step begins at the time that is shown if all steps before it take their budgets.
     """
     lines, begin = [], 0.0
     for step in steps:

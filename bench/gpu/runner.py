@@ -262,8 +262,9 @@ def _keeper(step: Step, out: Path, part: Path, output: Path, errors: Path, setti
 
 
 def joined(before: dict | None, document: dict) -> dict:
-    """Two documents as one. The conditions are those of the first; of a provider of a case that is in both, the first
-    row that has a time is kept.
+    """Two documents as one, with the conditions of the first.
+
+    Of a provider of a case that is in both, the first row that has a time is kept.
     """
     first = before or document
     rows = {}

@@ -1,5 +1,6 @@
-"""What a run on a GPU found, in one page of Markdown. The page also holds how its steps ended, from which a later run
-goes on.
+"""What a run on a GPU found, in one page of Markdown.
+
+The page also holds how its steps ended, from which a later run goes on.
 """
 
 import json

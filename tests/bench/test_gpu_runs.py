@@ -1,5 +1,4 @@
-"""Runs of `bench gpu` with stand-ins for its cases: a hang, a crash or a cut-off in a step leaves valid files, and
-`--resume` goes on.
+"""Runs of `bench gpu` around toy cases: a hang, a crash or a cut-off leaves valid files, and `--resume` goes on.
 
 Every step is run by the same code. The tests therefore take one or two of each kind: `smoke` and `tests` print text,
 `kernels` has a baseline of its own, `decode` has cases that are in several parts and a document of its own.

@@ -144,9 +144,7 @@ def test_ceilings():
 
 
 def original_mining(mining, queries, pyramid):
-    """The steps for one view as the original's code has them in openclip_encoder.backbone and
-    mgm_arch.unified_resampler.
-    """
+    """The steps for one view of the original's openclip_encoder.backbone and mgm_arch.unified_resampler."""
     maps = [level.permute(0, 3, 1, 2) for level in pyramid]
     size = maps[0].shape[-2:]
     for i in range(1, len(maps)):

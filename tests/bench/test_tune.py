@@ -1,6 +1,4 @@
-"""Tuning without a GPU: which tiles are tried, how one replaces another, what is rejected, and that what is printed can
-be pasted.
-"""
+"""Tuning without a GPU: the tiles that are tried, replaced and rejected; and what is printed can be pasted."""
 
 import dataclasses
 
