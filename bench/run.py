@@ -130,7 +130,7 @@ def run_case(
     rows = {name: empty_row(case, name) for name in case.providers} if rows is None else rows
     if "torch._dynamo" in sys.modules:
         # Cases share their code: after eight shapes torch.compile would give up and run it eagerly.
-        torch._dynamo.reset()
+        torch.compiler.reset()
     with peaks.memory_within_reach(device), torch.no_grad():
         try:
             options.watch.begin(case.name, list(rows), "making its inputs")

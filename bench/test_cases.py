@@ -67,7 +67,7 @@ def inputs_of(name: str, device: str) -> tuple[object, object]:
     case = all_cases()[name]
     ieee_float32()
     # Cases share their code: after eight shapes torch.compile would give up and run it eagerly.
-    torch._dynamo.reset()
+    torch.compiler.reset()
     inputs = case.make(device)
     return inputs, case.exact(inputs) if case.exact else None
 

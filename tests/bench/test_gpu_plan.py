@@ -292,7 +292,7 @@ def test_tests_that_passed_are_told_from_verbose_output():
     }
 
 
-@pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["one process", "workers"])
+@pytest.mark.parametrize("workers", [[], ["-n", "1"]], ids=["one process", "a worker"])
 def test_tests_that_passed_are_not_run_again(workers, tmp_path, monkeypatch):
     code = "import pytest\n@pytest.mark.parametrize('i', [1, 2, 3])\ndef test_it(i): assert i != 2\n"
     (tmp_path / "test_it.py").write_text(code)
