@@ -7,7 +7,7 @@ from .measure import BUSY, STEADY, Timing, halves_differ, quantile
 from .peaks import out_of_memory
 from .registry import Case, Ceilings
 
-# From this many samples on, the slowest hundredth is told.
+# The slowest hundredth is reported where there are at least this many samples.
 TAIL = 200
 UNMEASURED = ("median_ms", "p20_ms", "p80_ms", "warm_ms", "graphed_ms", "first_call_ms", "peak_mib", "relative_error")
 UNMEASURED += ("speedup", "speedup_graphed", "equal_bits", "clocks")

@@ -2,8 +2,8 @@
 
 Measures: `first-token` (a new conversation: picture and question to the first token), `second-turn` (the same for a
 second question, of text alone, after a first that is not timed), `decode` (milliseconds for one more token of every
-sequence of a batch), `arrivals50`, `arrivals80`, `arrivals95` (the first tokens of requests that arrive at random, in
-so many per cent of the number that the reference can serve), `load` (from a checkpoint whose files the system has in
+sequence of a batch), `arrivals50`, `arrivals80`, `arrivals95` (the first tokens of requests that arrive at random, at
+50, 80 or 95 per cent of the rate that the reference can serve), `load` (from a checkpoint whose files the system has in
 memory) and `ready` (the same, and the first answer's first token).
 
 All times are by the host's clock, since that is what a user waits for. The values of weights do not change the work.
@@ -31,7 +31,7 @@ from .settings import picture
 QUESTION = "Describe the picture in detail: what is shown, what colours are there, and is anything written in it?"
 SECOND = "And what is in the background?"
 BATCHES = (1, 8, 32)
-# Per cent of the requests that the reference can serve.
+# Per cent of the rate of requests that the reference can serve.
 LOADS = (50, 80, 95)
 # Requests that are really answered in one turn, and requests that arrive on the virtual clock.
 SERVED, ARRIVALS = 4, 1000

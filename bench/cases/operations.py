@@ -88,7 +88,7 @@ class StageMap:
 
 
 def stage_maps(dtypes: Sequence[str] = DTYPES, batches: Sequence[int] = (1, 8)) -> Iterator[StageMap]:
-    """The maps of ConvNeXt-L's stages, what the published models run in first."""
+    """The maps of ConvNeXt-L's stages, by dtype, batch and picture size."""
     for dtype in dtypes:
         for batch in batches:
             for setting in SETTINGS:
@@ -118,21 +118,18 @@ def forms(operation: str, call: Callable[[Any, str], Call]) -> dict[str, Callabl
     return {backend: provider(backend) for backend in BACKENDS if backend in OPERATIONS[operation].forms}
 
 
-def random_tensors(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: str) -> tuple[torch.Tensor, ...]:
-    """Random inputs of an operation, which keep its results as large as what goes in.
-
-    The first and the fourth are as large as what a network computes, the others as small as trained weights.
-    """
-    torch.manual_seed(0)
-    scales = [1.0 if i in (0, 3) else shape[-1] ** -0.5 for i, shape in enumerate(shapes)]
-    return tuple((torch.randn(shape, device=device) * scale).to(dtype) for shape, scale in zip(shapes, scales))
-
-
 def tensors_case(operation: str, stage_map: StageMap, shapes: Sequence[tuple[int, ...]], least: Cost) -> Case:
-    """A case of an operation that takes random tensors of these shapes."""
+    """A case of an operation that takes random tensors of these shapes.
+
+    The first and the fourth are as large as what a network computes, the others as small as trained weights, so that
+    results keep the size of what goes in.
+    """
 
     def make(device: str) -> OperationInputs:
-        return OperationInputs(device, random_tensors(shapes, stage_map.dtype, device))
+        torch.manual_seed(0)
+        scales = [1.0 if i in (0, 3) else shape[-1] ** -0.5 for i, shape in enumerate(shapes)]
+        tensors = ((torch.randn(s, device=device) * scale).to(stage_map.dtype) for s, scale in zip(shapes, scales))
+        return OperationInputs(device, tuple(tensors))
 
     def exact(inputs: OperationInputs) -> torch.Tensor:
         return function(*(tensor.double() for tensor in inputs.tensors), backend="reference")

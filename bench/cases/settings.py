@@ -44,7 +44,7 @@ class Setting:
 
 
 SETTINGS = (Setting("768", 768, 1, 1), Setting("1536-hd", 1536, 2, 5))
-# Batch 1 comes first, and the dtype that the published models run in.
+# Batch 1, which the published models run in, comes first.
 COMBINATIONS = tuple((setting, batch, dtype) for batch in (1, 8) for dtype in DTYPES for setting in SETTINGS)
 
 

@@ -15,7 +15,7 @@ SUMMARY, LOG = "summary.md", "log.txt"
 ENVIRONMENT, CASES, END_TO_END = "environment.json", "cases.json", "end-to-end.json"
 CORRECTNESS, TUNING = "correctness.txt", "tuning.txt"
 FILES = (SUMMARY, LOG, ENVIRONMENT, CASES, END_TO_END, CORRECTNESS, TUNING)
-# Minutes of a default run, and of these the seconds that are kept for what is written at the end.
+# Minutes of a default run, and the seconds of it that are left for writing at its end.
 MINUTES, RESERVE = 6.0, 5.0
 # Seconds after which a provider that does not come back is given up, and its process with it. A compiler gets nearly a
 # step's budget.
@@ -44,15 +44,15 @@ class Step:
     """One process.
 
     Args:
-        name: by which it is asked for.
+        name: the name that --steps takes.
         finds: what it finds out.
         seconds: its budget. None: what is left, if that is at least `least`.
-        into: the file that it adds to. A document (.json) is written by the process itself, by `--out`; a text is its
+        into: the file that it adds to. The process writes a document (.json) itself, by its option --out; a text is its
             standard output.
         words: the command after `python -m`. For a step of cases it is made from the parts.
         parts: the cases that it measures, in this order.
         environment: variables of its own.
-        least: with fewer seconds left it is not worth beginning.
+        least: with fewer seconds left the step is not begun.
     """
 
     name: str

@@ -21,7 +21,7 @@ from . import plan as plans
 from .plan import Step
 from .summary import Outcome, conclude, text_of
 
-# A text is kept by its end, so that all of them together stay below what one file may have.
+# Only the end of a longer text is kept, so that all texts together stay below the size that one file may have.
 MOST_CHARACTERS = 2**20
 
 
@@ -30,9 +30,9 @@ class Settings:
     """How a plan is run.
 
     Args:
-        plan: its name in `plans.PLANS`, by which a child finds its step again.
+        plan: its name in `plans.PLANS`, which the process of a step is given.
         device: "cuda", or "cpu" to try it out.
-        program: the module that runs the words of our own commands: `bench`, or a test's stand-in.
+        program: the module that runs the commands of the benchmark itself: `bench`, or a test's stand-in.
         poll: seconds between two looks at a step.
         grace: seconds that an interrupted step has to write what it has.
         hangs_after, compiling_hangs_after: seconds, the limits of `watch.Watchdog`.
@@ -53,7 +53,7 @@ class Settings:
 def run_plan(
     steps: Sequence[Step], out: Path, seconds: float, settings: Settings, earlier: Sequence[Outcome] = ()
 ) -> list[Outcome]:
-    """Runs steps one after another within this time.
+    """Runs steps one after another within the given time.
 
     An interrupt ends the running step and the plan; what was found is kept.
 
