@@ -13,6 +13,8 @@ from bench import gpu_timing, measure, peaks
 from bench.accounting import Sizes
 from bench.cases.patch_mining import mining_case
 from bench.ceilings import measure_ceilings
+from bench.check import check
+from bench.rows import empty_row
 from mg_fast.modules import ConvNeXtPyramid
 
 
@@ -171,6 +173,17 @@ def assert_as_fast(original, reference):
         if 0.8 <= found[-1] <= 1.25:
             return
     raise AssertionError(f"expected the original's time to be 0.8 to 1.25 times the reference's, got {found}")
+
+
+@pytest.mark.parametrize("grid", [1, 2], ids=["standard", "hd"])
+@torch.no_grad()
+def test_opponents_of_mining_are_right(grid):
+    levels = ((24 * grid, 6), (12 * grid, 10))
+    sizes = Sizes(torch.float32, grid=grid, views=1 if grid == 1 else 5, side=3, dim=12, levels=levels)
+    case = mining_case("patch_mining/small-float32", sizes).only(["reference, SDPA*", "reference, oneDNN"])
+    rows = {name: empty_row(case, name) for name in case.providers}
+    assert list(check(case, case.make("cpu"), "cpu", rows)) == list(case.providers) and len(rows) == 4
+    assert all(row["ok"] for row in rows.values()), [row["why"] for row in rows.values()]
 
 
 @torch.no_grad()
