@@ -123,9 +123,10 @@ def _parser() -> argparse.ArgumentParser:
     option("--measured", type=Path, help=measured)
 
     option = add("report", _report, help="tables and a page from bench/results; without an option prints the tables")
-    option("--readme", action="store_true", help="put the tables between the markers of README.md")
+    readme = "write the tables between the markers of README.md and docs/benchmarks.md"
+    option("--readme", action="store_true", help=readme)
     option("--html", type=Path, metavar="FILE", help="write one self-contained page of pictures")
-    check = "write nothing; exit status 1 where README.md is not what the records give"
+    check = "write nothing; exit status 1 where one of the two is not what the records give"
     option("--check", action="store_true", help=check)
 
     # `gpu` runs this, since each of its steps is a process of its own.

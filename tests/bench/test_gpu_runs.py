@@ -34,7 +34,7 @@ ROOM = 60.0
 # Seconds of a step that is to be cut off: enough to begin where the machine is quiet; a step of text imports nothing.
 CUT, CUT_TEXT = 8.0, 2.0
 # A stand-in that takes longer is taken for one that hangs.
-PATIENCE = 3.0
+PATIENCE = 4.0
 EVERY_KIND = ("smoke", "kernels", "decode", "tests")
 
 
