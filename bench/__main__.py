@@ -261,7 +261,8 @@ def _memory(args: argparse.Namespace) -> int:
 
 
 def _roofline(args: argparse.Namespace) -> int:
-    from .roofline import ModelledAnswer, table
+    from .costs.answer import ModelledAnswer
+    from .roofline import table
 
     answer = ModelledAnswer(args.model, args.dtype, args.batch, args.text_tokens, args.new_tokens)
     print(table(args.gpu, answer, args.measured))

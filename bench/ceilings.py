@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 
+from mg_fast.ops.operation import product_flop
 from mg_fast.runtime import cpu_dtype
 
 from .gpu_timing import event_times
@@ -24,7 +25,8 @@ def measure_ceilings(device: str) -> Ceilings:
     products = {}
     for dtype in dtypes:
         a = torch.randn(side, side, device=device).to(dtype)
-        products[str(dtype).removeprefix("torch.")] = 2 * side**3 / _best_seconds(lambda a=a: a @ a, device) / 1e12
+        flops = product_flop(side, side, side) / _best_seconds(lambda a=a: a @ a, device)
+        products[str(dtype).removeprefix("torch.")] = flops / 1e12
     return Ceilings(round(copy, 2), {dtype: round(value, 4) for dtype, value in products.items()})
 
 

@@ -5,7 +5,7 @@ live.
         model(pixels)
     count.peak, count.total, count.launches
 
-counts fake tensors on a GPU that need not be there. Formulas by sizes are in bench.accounting, tables of the models in
+counts fake tensors on a GPU that need not be there. Formulas by sizes are in bench.costs, tables of the models in
 bench.memory.
 """
 
@@ -23,6 +23,7 @@ from torch.utils.flop_counter import flop_registry
 
 from mg_fast.ops.operation import Operator, operators
 
+from .costs.operators import attention_flop
 from .registry import Cost
 
 ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
@@ -40,8 +41,8 @@ BLOCK = 512
 
 
 def _attention_flop(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_, **__) -> int:
-    """Of all pairs, masked or not, as torch counts them."""
-    return 2 * query[..., 0].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+    """All pairs, masked or not, as torch counts them."""
+    return attention_flop(query[..., 0].numel() * key.shape[-2], query.shape[-1], value.shape[-1])
 
 
 # of torch's operators that torch has no formula for
@@ -53,7 +54,7 @@ OURS = "mg_fast::"
 class Count(TorchDispatchMode):
     """Counts what operators do, of real tensors, of fake ones and on the meta device.
 
-    Bytes are by the convention of bench.accounting, and so are FLOP. A launch is an ATen operator that writes memory,
+    Bytes are by the convention of bench.costs, and so are FLOP. A launch is an ATen operator that writes memory,
     whatever the library beneath it launches, or what the records of mg_fast's operations declare of their operators
     (`mg_fast.ops.operation.Operator`); views and allocations launch nothing. Enter it within torch.inference_mode():
     only there an operator of FUSED arrives whole.

@@ -13,10 +13,13 @@ from pathlib import Path
 
 import torch
 
-from . import memory_curve, roofline
+from . import roofline
+from .costs import peaks
+from .costs.answer import ModelledAnswer
+from .costs.gpus import GPUS
+from .costs.mining import Sizes
 from .figures import NOT_YET, Kept, busy, condition, duration, gpus, is_measured, remarks, shown
 from .registry import Ceilings
-from .roofline import GPUS, ModelledAnswer
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 # what rooflines and waterfalls are drawn for where nothing was measured
@@ -383,26 +386,22 @@ def _memory(found: Kept) -> str:
         "l-ours", "mg_fast by its kernel, by formula"
     )
     dots = _dot_key("b-plain", "measured, the original's steps") + _dot_key("b-ours", "measured, mg_fast")
-    weights, packed = ModelledAnswer(MODELS[0]).weight_bytes, memory_curve.packed_bytes(torch.bfloat16)
+    weights, packed = ModelledAnswer(MODELS[0]).weight_bytes, peaks.packed_bytes(torch.bfloat16)
     plots = []
     for batch in (1, 8):
         title = f"A 7B model in bfloat16 with {'one picture' if batch == 1 else f'{batch} pictures at once'}"
-        sizes = {side: memory_curve.sizes_at(side, torch.bfloat16, batch) for side in memory_curve.SIDES}
+        sizes = {side: Sizes.of_picture(side, torch.bfloat16, batch) for side in peaks.SIDES}
         series = {
-            "l-plain": [
-                (side, (weights + memory_curve.reference_picture_peak(of)) / 1e9) for side, of in sizes.items()
-            ],
-            "l-ours": [
-                (side, (weights + packed + memory_curve.kernel_picture_peak(of)) / 1e9) for side, of in sizes.items()
-            ],
+            "l-plain": [(side, (weights + peaks.reference_picture_peak(of)) / 1e9) for side, of in sizes.items()],
+            "l-ours": [(side, (weights + packed + peaks.kernel_picture_peak(of)) / 1e9) for side, of in sizes.items()],
         }
         note = "weights, packed copies, and the peak on the pictures' way to tokens; no KV cache"
         plots.append(_size_plot(title, note, series, [], Axis(0, 1, False), _fits(series)))
     for device, dtype in [("cpu", torch.float32), *((device, torch.bfloat16) for device in gpus(found))]:
         points = _peaks(found, device, str(dtype).removeprefix("torch."))
         series = {
-            kind: [(side, peak(memory_curve.sizes_at(side, dtype)) / 1e9) for side in memory_curve.SIDES]
-            for kind, peak in (("l-plain", memory_curve.reference_peak), ("l-ours", memory_curve.kernel_peak))
+            kind: [(side, peak(Sizes.of_picture(side, dtype)) / 1e9) for side in peaks.SIDES]
+            for kind, peak in (("l-plain", peaks.reference_peak), ("l-ours", peaks.kernel_peak))
         }
         title = f"Mining alone, {_device(device)}, {str(dtype).removeprefix('torch.')}: above inputs and weights"
         note = (

@@ -8,7 +8,8 @@ from mg_fast import ops
 from mg_fast.kernels import configs
 from mg_fast.ops.torch import dual_resize as torch_form
 
-from ..registry import Case, Cost
+from ..costs import floors
+from ..registry import Case
 from .operations import POWERS, Launch, Tunable, forms
 from .settings import LR, PICTURE, SETTINGS, Setting, picture_pixels
 
@@ -36,7 +37,7 @@ def _case(setting: Setting) -> Case:
         lambda device: Pixels(device, picture_pixels(device)),
         forms("dual_resize", lambda inputs, backend: lambda: resize(inputs.pixels, backend)),
         exact,
-        least=Cost(0, 3 * PICTURE[0] * PICTURE[1] + 4 * 3 * (setting.side**2 + setting.views * LR**2)),
+        least=floors.preprocess(setting.side, LR, setting.views),
         stage="preprocess",
     )
 

@@ -4,7 +4,8 @@ import math
 
 from mg_fast.kernels import configs
 
-from ..registry import Case, Cost
+from ..costs import operators as costs
+from ..registry import Case
 from . import operations
 from .operations import POWERS, Launch, StageMap, Tunable
 
@@ -15,7 +16,7 @@ def cases() -> list[Case]:
 
 def _case(stage_map: StageMap) -> Case:
     channels, pixels = stage_map.channels, stage_map.pixels
-    least = Cost(2 * 49 * pixels * channels, (2 * pixels + 52) * channels * stage_map.dtype.itemsize)
+    least = costs.dwconv_norm(pixels, channels, stage_map.dtype.itemsize)
     shapes = [stage_map.shape, (49, channels), *[(channels,)] * 3]
     return operations.tensors_case("dwconv_norm", stage_map, shapes, least)
 

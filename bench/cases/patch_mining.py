@@ -14,9 +14,8 @@ from mg_fast.ops.patch_mining import pool_windows
 from mg_fast.ops.torch import patch_mining as torch_form
 from mg_fast.ops.torch.pointwise import linear
 
-from .. import accounting
-from ..accounting import Sizes
-from ..registry import Call, Case, Cost, NotHere, Provider
+from ..costs.mining import MINING, Sizes, mining_floor
+from ..registry import Call, Case, NotHere, Provider
 from .operations import MOST_REGISTERS, POWERS, Launch, Tunable, forms
 from .settings import COMBINATIONS, SETTINGS, compiled, devices_of
 
@@ -41,13 +40,9 @@ def cases() -> list[Case]:
     found = []
     for setting, batch, dtype in COMBINATIONS:
         name, quick = f"patch_mining/{setting.name}-b{batch}-{dtype}", (batch, dtype, setting.grid) == (1, "float32", 1)
-        sizes = _sizes(setting.grid, getattr(torch, dtype), batch)
+        sizes = Sizes.of_picture(setting.side, getattr(torch, dtype), batch)
         found.append(mining_case(name, sizes, devices=devices_of(setting, batch, dtype), quick=quick))
     return found
-
-
-def _sizes(grid: int, dtype: torch.dtype, batch: int = 1) -> Sizes:
-    return (Sizes.hd if grid > 1 else Sizes.standard)(dtype, batch)
 
 
 def mining_case(name: str, sizes: Sizes, **options) -> Case:
@@ -56,12 +51,7 @@ def mining_case(name: str, sizes: Sizes, **options) -> Case:
     Args:
         options: of the case.
     """
-    own = forms("patch_mining", _call)
-    work = {
-        "reference": accounting.reference_mining(sizes),
-        "torch": accounting.torch_mining(sizes),
-        "triton": accounting.triton_mining(sizes),
-    }
+    own, work = forms("patch_mining", _call), {form: cost(sizes) for form, cost in MINING.items()}
     providers = {
         "reference": Provider(own["reference"], work["reference"]),
         "reference, SDPA": _with_sdpa,
@@ -77,7 +67,7 @@ def mining_case(name: str, sizes: Sizes, **options) -> Case:
         lambda device: _make(sizes, device),
         providers,
         _exact,
-        least=Cost(min(cost.flop for cost in work.values()), accounting.floor_bytes(sizes)),
+        least=mining_floor(sizes),
         capturable=sizes.batch == 1,
         stage="patch info mining",
         **options,
@@ -178,7 +168,7 @@ def _problems() -> list[tuple[object, Case]]:
     found = []
     for dtype in (torch.bfloat16, torch.float32):
         for setting in SETTINGS:
-            sizes = _sizes(setting.grid, dtype)
+            sizes = Sizes.of_picture(setting.side, dtype)
             bucket = configs.patch_mining_bucket(dtype.itemsize, sizes.window, [c for _, c in sizes.levels])
             # The global view of HD is a launch of its own, with a tile of its own where it has one.
             keys = [bucket, (*bucket, "reduced")] if sizes.grid > 1 else [bucket]

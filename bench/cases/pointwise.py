@@ -2,7 +2,8 @@
 
 from mg_fast.kernels import configs
 
-from ..registry import Case, Cost
+from ..costs import operators as costs
+from ..registry import Case
 from . import operations
 from .operations import POWERS, Launch, StageMap, Tunable
 
@@ -18,13 +19,12 @@ def _case(operation: str, stage_map: StageMap) -> Case:
     channels, pixels = stage_map.channels, stage_map.pixels
     inputs, outputs = _widths(operation, channels)
     shapes = [(pixels, inputs), (outputs, inputs), (outputs,)]
-    moved = 5 * pixels * channels + 4 * channels**2 + outputs
+    cost = costs.linear
     if operation == "linear_residual":
         shapes.append((pixels, outputs))
-        moved += pixels * channels
-    return operations.tensors_case(
-        operation, stage_map, shapes, Cost(8 * pixels * channels**2, moved * stage_map.dtype.itemsize)
-    )
+        cost = costs.linear_residual
+    least = cost(pixels, inputs, outputs, stage_map.dtype.itemsize)
+    return operations.tensors_case(operation, stage_map, shapes, least)
 
 
 def _widths(operation: str, channels: int) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..accounting import Sizes
+from ..costs.mining import Sizes
 from ..registry import Case
 from .patch_mining import mining_case
 

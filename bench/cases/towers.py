@@ -13,12 +13,13 @@ from mg_fast.models.mini_gemini.vision import build_projector, low_resolution_fe
 from mg_fast.modules import ConvNeXtPyramid
 from mg_fast.modules.clip import PackedClip
 
-from .. import accounting
-from ..registry import Call, Case, Cost, NotHere, Provider
+from ..costs import floors
+from ..costs.tower import Tower, tower_cost, tower_floor
+from ..registry import Call, Case, NotHere, Provider
 from .settings import COMBINATIONS, DEPTHS, DIMS, LR, PATCHES, WIDTH, Setting, compiled, devices_of, require
 
-# CLIP ViT-L/14-336: tokens of a view, layers of which the last but one is read, width of the MLP.
-TOKENS, LAYERS, MLP = PATCHES**2 + 1, 24, 4096
+# CLIP ViT-L/14-336: layers of which the last but one is read, width of the MLP.
+LAYERS, MLP = 24, 4096
 # The forms of torch's scaled_dot_product_attention. `reference` is the form that torch takes by itself.
 SDPA = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -63,23 +64,21 @@ def _inputs(
 
 
 def _tower(name: str, setting: Setting, batch: int, dtype: torch.dtype, options: dict) -> Case:
-    sizes = accounting.Tower(dtype, batch, setting.side)
-    triton_work = accounting.triton_tower(sizes)
+    sizes = Tower(dtype, batch, setting.side)
     providers = {
         "reference": _as_modules,
         "reference, channels last": _channels_last,
         **compiled(_channels_last, "reference, channels last"),
         "reference, native depthwise": _native_depthwise,
         **compiled(_as_modules, "reference"),
-        "torch": Provider(_packed_tower("torch"), accounting.torch_tower(sizes)),
+        "torch": Provider(_packed_tower("torch"), tower_cost(sizes, "torch")),
         **compiled(_packed_tower("torch"), "torch"),
         # This runs where no backend is named: our convolution, the library's products.
-        "auto": Provider(_packed_tower("auto"), accounting.auto_tower(sizes)),
-        "triton": Provider(_packed_tower("triton"), triton_work),
+        "auto": Provider(_packed_tower("auto"), tower_cost(sizes, "auto")),
+        "triton": Provider(_packed_tower("triton"), tower_cost(sizes, "triton")),
     }
-    least = Cost(triton_work.flop, accounting.tower_floor_bytes(sizes))
     make = _inputs(random_tower, (batch, 3, setting.side, setting.side), dtype)
-    return Case(name, make, providers, _exact_tower, least=least, stage="HR tower", **options)
+    return Case(name, make, providers, _exact_tower, least=tower_floor(sizes), stage="HR tower", **options)
 
 
 def random_tower() -> ConvNeXtPyramid:
@@ -134,11 +133,8 @@ def _packed_tower(backend: str) -> Callable[[ModuleInputs], Call]:
 
 
 def _clip(name: str, setting: Setting, batch: int, dtype: torch.dtype, options: dict) -> Case:
-    # The floor: the products of 23 layers and their attention; weights, pictures and features moved once.
     views = batch * setting.views
-    rows, layer = views * TOKENS, 4 * WIDTH * WIDTH + 2 * WIDTH * MLP
-    flop = 23 * (2 * rows * layer + 4 * rows * TOKENS * WIDTH) + 2 * views * PATCHES**2 * 3 * 14**2 * WIDTH
-    least = Cost(flop, (23 * layer + 3 * LR**2 * views + rows * WIDTH) * dtype.itemsize)
+    least = floors.clip(_clip_config(), LAYERS - 1, views, dtype.itemsize)
     providers = {
         "reference": _layers("reference"),
         "reference, eager attention": _attention("eager"),
@@ -154,9 +150,13 @@ def _clip(name: str, setting: Setting, batch: int, dtype: torch.dtype, options: 
     return Case(name, make, providers, _exact_clip, least=least, stage="LR tower", **options)
 
 
-def _random_clip() -> CLIPVisionModel:
+def _clip_config() -> CLIPVisionConfig:
     sizes = {"hidden_size": WIDTH, "intermediate_size": MLP, "num_hidden_layers": LAYERS, "num_attention_heads": 16}
-    return CLIPVisionModel(CLIPVisionConfig(image_size=LR, patch_size=14, **sizes))
+    return CLIPVisionConfig(image_size=LR, patch_size=14, **sizes)
+
+
+def _random_clip() -> CLIPVisionModel:
+    return CLIPVisionModel(_clip_config())
 
 
 def _exact_clip(inputs: ModuleInputs) -> torch.Tensor:
@@ -200,8 +200,8 @@ def _packed_clip(inputs: ModuleInputs) -> Call:
 
 
 def _projector(name: str, setting: Setting, batch: int, dtype: torch.dtype, options: dict) -> Case:
-    rows, weights = batch * setting.views * PATCHES**2, WIDTH * HIDDEN + HIDDEN * HIDDEN
-    least = Cost(2 * rows * weights, (weights + rows * (WIDTH + HIDDEN)) * dtype.itemsize)
+    rows = batch * setting.views * PATCHES**2
+    least = floors.projector(rows, WIDTH, HIDDEN, dtype.itemsize)
     make = _inputs(lambda: build_projector("mlp2x_gelu", WIDTH, HIDDEN), (rows, WIDTH), dtype)
     providers = {"reference": _call, **compiled(_call, "reference")}
     return Case(name, make, providers, _exact_projector, least=least, stage="projector", **options)

@@ -15,6 +15,11 @@ def _accept(*arguments) -> None:
     """Refuses nothing."""
 
 
+def product_flop(rows: int, terms: int, columns: int) -> int:
+    """FLOP of a matrix product [rows, terms] x [terms, columns]: a multiplication and an addition for every term."""
+    return 2 * rows * terms * columns
+
+
 @dataclass(frozen=True, kw_only=True)
 class Operator:
     """What a registered operator of torch makes a GPU do. Every field but the name is a function of the operator's own

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.accounting import Sizes
+from bench.costs.mining import Sizes
 from bench.counting import Count
 from mg_fast import ops
 from mg_fast.modules import ConvNeXtPyramid

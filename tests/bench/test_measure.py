@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from timm.models.convnext import ConvNeXt
 
 from bench import gpu_timing, measure, peaks
-from bench.accounting import Sizes
 from bench.cases.patch_mining import mining_case
 from bench.ceilings import measure_ceilings
 from bench.check import check
+from bench.costs.mining import Sizes
 from bench.rows import empty_row
 from mg_fast.modules import ConvNeXtPyramid
 

@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from bench import memory_curve, records, report
+from bench import records, report
 from bench.__main__ import _parser, main
 from bench.errors import BadRecord
 from bench.report_page import page
@@ -201,29 +201,6 @@ def test_cases_are_in_the_registrys_order(results):
         "picture/768-b1-float32",
         "gone/768",
     ]
-
-
-# ---- memory by formula
-
-
-def test_memory_by_formula():
-    """Against what was measured of the original's steps in float32 on a CPU, 1508 and 6446 MiB, and what HD is to hold."""
-    standard, hd = (memory_curve.sizes_at(side, memory_curve.torch.float32) for side in (768, 1536))
-    assert memory_curve.reference_peak(standard) / 2**20 == pytest.approx(1508, rel=0.01)
-    assert memory_curve.reference_peak(hd) / 2**20 == pytest.approx(6446, rel=0.01)
-    half = memory_curve.sizes_at(1536, memory_curve.torch.bfloat16)
-    assert memory_curve.reference_peak(half) > 3e9 and memory_curve.kernel_peak(half) < 0.3e9
-    # what a counter of live memory at torch's dispatcher found, of fake tensors: pictures to tokens of 768 and 1536
-    # pixels; packed copies
-    for side, reference, ours in ((768, 829.6e6, 112.2e6), (1536, 3747e6, 451.5e6)):
-        sizes = memory_curve.sizes_at(side, memory_curve.torch.bfloat16)
-        assert memory_curve.reference_picture_peak(sizes) == pytest.approx(reference, rel=0.01)
-        assert memory_curve.kernel_picture_peak(sizes) == pytest.approx(ours, rel=0.01)
-    assert memory_curve.packed_bytes(memory_curve.torch.bfloat16) == pytest.approx(348.6e6, rel=0.01)
-    for side in memory_curve.SIDES:
-        sizes = memory_curve.sizes_at(side, memory_curve.torch.bfloat16)
-        # windows and maps are whole
-        assert sizes.window * sizes.grid * sizes.side == sizes.levels[0][0] and side % 32 == 0
 
 
 # ---- the page

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import roofline
 from bench.__main__ import main
-from bench.roofline import GPUS, MODELS, ModelledAnswer, find_gpu
+from bench.costs import floors
+from bench.costs.answer import MODELS, ModelledAnswer, parameters
+from bench.costs.gpus import GPUS, find_gpu
 from mg_fast import MiniGeminiForConditionalGeneration
 from mg_fast.models.mini_gemini.vision import build_projector, low_resolution_features
 from mg_fast.testing.random_checkpoints import SIZES, make_config
@@ -31,7 +32,7 @@ def flop_of(call):
 @pytest.mark.parametrize("size", ["2b", "7b", "8b", "13b", "8x7b", "34b"])
 def test_parameters_of_every_part(size):
     model = empty_model(size)
-    parts = roofline.parameters(make_config(size))
+    parts = parameters(make_config(size))
     held = {
         "LR tower": model.model.vision_tower,
         "HR tower": model.model.vision_tower_aux,
@@ -50,10 +51,10 @@ def test_flop_of_clip_and_projector(model):
     answer = ModelledAnswer(model, batch=2)
     tower = empty_model("7b").model.vision_tower
     views = torch.empty(2 * answer.views, 3, 336, 336, device="meta")
-    assert flop_of(lambda: low_resolution_features(tower, views, backend="torch")) == roofline.clip_cost(answer).flop
+    assert flop_of(lambda: low_resolution_features(tower, views, backend="torch")) == answer.clip_cost.flop
     with torch.device("meta"):
         projector, features = build_projector("mlp2x_gelu", 1024, 4096), torch.empty(2, answer.image_tokens, 1024)
-    assert flop_of(lambda: projector(features)) == roofline.projector_cost(answer).flop
+    assert flop_of(lambda: projector(features)) == answer.projector_cost.flop
 
 
 class Small(ModelledAnswer):
@@ -75,15 +76,15 @@ def test_flop_of_the_language_model(size):
         model.set_experts_implementation("eager")
     text, rows, tokens = answer.config.text_config, 2 * answer.prompt_tokens, answer.prompt_tokens
     ids = torch.ones(2, tokens, dtype=torch.long)
-    square = 4 * rows * tokens * text.num_attention_heads * roofline._head(text) * text.num_hidden_layers
+    square = 4 * rows * tokens * text.num_attention_heads * floors.head_width(text) * text.num_hidden_layers
     counted = flop_of(lambda: model(input_ids=ids, logits_to_keep=1, use_cache=False))
     # the rest is what positions are turned by
-    assert roofline.prefill_cost(answer).flop + square // 2 == pytest.approx(counted, rel=1e-3)
+    assert answer.prefill_cost.flop + square // 2 == pytest.approx(counted, rel=1e-3)
     cache = model(input_ids=ids, logits_to_keep=1).past_key_values
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert held == rows * roofline.cache_bytes_per_token(answer.config, 4)
+    assert held == rows * floors.cache_bytes_per_token(text, 4)
     counted = flop_of(lambda: model(input_ids=ids[:, :1], past_key_values=cache, logits_to_keep=1))
-    assert roofline.decode_cost(answer, tokens + 1).flop == pytest.approx(counted, rel=1e-3)
+    assert answer.decode_cost(tokens + 1).flop == pytest.approx(counted, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -123,8 +124,8 @@ def test_experts():
     """One token reads two of eight experts, a prompt all of them, and multiplies with two."""
     answer = ModelledAnswer("8x7b")
     experts = 2 * answer.config.text_config.num_hidden_layers * 8 * 3 * 4096 * 14336
-    assert roofline.decode_cost(answer, 1).bytes == pytest.approx(experts / 4, rel=0.15)
-    assert roofline.prefill_cost(answer).bytes == pytest.approx(experts, rel=0.05)
+    assert answer.decode_cost(1).bytes == pytest.approx(experts / 4, rel=0.15)
+    assert answer.prefill_cost.bytes == pytest.approx(experts, rel=0.05)
     assert ModelledAnswer("8x7b", batch=4).decode.cost.bytes > 2 * answer.decode.cost.bytes
 
 

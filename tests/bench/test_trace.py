@@ -55,7 +55,7 @@ def test_stages_of_a_picture(small_picture, tmp_path, capsys):
 
 def test_operators_are_in_their_stage_and_warm_up_is_not(tmp_path, monkeypatch):
     monkeypatch.setattr(mining, "compiled", lambda build, name: {})
-    sizes = mining.accounting.Sizes(torch.float32, side=3, dim=12, levels=((24, 6), (12, 10)))
+    sizes = mining.Sizes(torch.float32, side=3, dim=12, levels=((24, 6), (12, 10)))
     case = mining.mining_case("patch_mining/small", sizes).only(["torch"])
     trace.trace([case], "cpu", tmp_path / "trace.json")
     names = [name for name, _, _ in ranges(tmp_path / "trace.json")]
