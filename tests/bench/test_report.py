@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from bench import records, report
+from bench import figures, records, report, tables
 from bench.__main__ import _parser, main
 from bench.errors import BadRecord
 from bench.report_page import page
@@ -40,7 +40,7 @@ def results(tmp_path):
 
 def test_the_readme_is_what_the_records_give(capsys):
     """Mended by `python -m bench report --readme`."""
-    assert report.differences(report.README.read_text(encoding="utf-8"), report.kept()) == []
+    assert report.differences(report.README.read_text(encoding="utf-8"), figures.kept()) == []
     assert main(["report", "--check"]) == 0
     assert capsys.readouterr() == ("", "")
 
@@ -49,7 +49,7 @@ def test_the_commands_of_the_records_can_be_run_today():
     """A reader copies them from the README."""
     commands = {
         document["command"]
-        for cases in report.kept().values()
+        for cases in figures.kept().values()
         for document in cases.values()
         if document.get("command")
     }
@@ -91,14 +91,14 @@ def test_a_readme_without_its_markers(text, said, tmp_path, monkeypatch, capsys)
 def test_nothing_but_the_tables_changes(results):
     text = "before\n\n<!-- bench:patch_mining -->\nold\n<!-- /bench -->\nbetween | with \\1 and $1\n"
     text += "<!-- bench:picture -->\n<!-- /bench -->\nafter"
-    filled = report.fill(text, report.kept(results))
+    filled = report.fill(text, figures.kept(results))
     assert filled.startswith("before\n\n<!-- bench:patch_mining -->\n| patch info mining by |")
     assert filled.endswith("<!-- /bench -->\nafter")
     assert (
         "<!-- /bench -->\nbetween | with \\1 and $1\n<!-- bench:picture -->\n| one picture" in filled
         and "old" not in filled
     )
-    assert report.fill(filled, report.kept(results)) == filled
+    assert report.fill(filled, figures.kept(results)) == filled
 
 
 def cells(table, first):
@@ -107,7 +107,7 @@ def cells(table, first):
 
 
 def test_mining_table(results):
-    table = report.mining_table(report.kept(results))
+    table = tables.mining_table(figures.kept(results))
     assert cells(table, "patch info mining by") == ["CPU, 768-b1-float32", "CPU, 1536-hd-b1-float32"] + [
         "nvidia-h200, 768-b1-bfloat16",
         "nvidia-h200, 1536-hd-b1-bfloat16",
@@ -129,7 +129,7 @@ def test_mining_table(results):
 
 
 def test_picture_table(results):
-    table = report.picture_table(report.kept(results))
+    table = tables.picture_table(figures.kept(results))
     # 768 in float32; HD; 768 in bfloat16; a GPU's 768 and HD
     assert cells(table, "preprocess") == ["75.4 ms", "106 ms", *["not measured yet"] * 8]
     assert cells(table, "**patch info mining**")[:2] == ["5.59 s", "180 ms"]
@@ -141,7 +141,7 @@ def test_picture_table(results):
 
 
 def test_nothing_recorded():
-    for table in (report.picture_table, report.mining_table):
+    for table in (tables.picture_table, tables.mining_table):
         made = table({})
         rows = [line for line in made.splitlines()[2:] if line.startswith("|")]
         assert rows and all(
@@ -151,7 +151,7 @@ def test_nothing_recorded():
 
 
 def test_predictions():
-    table = report.predicted_table({})
+    table = tables.predicted_table({})
     mining = cells(table, "patch info mining, 1536-hd")
     assert mining[0].startswith("2,181 GFLOP, 23,768 MB, 41 launches, 3,417 MiB") and mining[1] == mining[2]
     assert len(cells(table, "picture to tokens, 768")) == 3
@@ -161,7 +161,7 @@ def test_a_graph_is_told_beside_the_eager_time():
     row = bench_documents.row(
         "patch_mining/x", "torch", True, None, 1.5, 20.0, 3.0, graphed_ms=0.5, speedup_graphed=2.0
     )
-    assert report.figure(row) == "1.50 ms, 20 MiB (3.0 times; as CUDA graphs 0.50 ms, 2.0 times)"
+    assert figures.figure(row) == "1.50 ms, 20 MiB (3.0 times; as CUDA graphs 0.50 ms, 2.0 times)"
 
 
 def test_what_a_figure_must_not_be_read_without():
@@ -169,7 +169,7 @@ def test_what_a_figure_must_not_be_read_without():
         "patch_mining/x", "torch", None, "accuracy unknown: out of memory", 1500.0, None, 3.0, halves_differ=0.3
     )
     assert (
-        report.figure(row)
+        figures.figure(row)
         == "1.50 s (3.0 times; accuracy unknown: out of memory; unsteady: halves of the turns differ by 30%)"
     )
 
@@ -179,7 +179,7 @@ def test_a_busy_machine_is_told():
         [bench_documents.row("patch_mining/768-b1-float32", "reference", others=0.4, left_out=2)]
     )
     found = {"cpu": {"patch_mining/768-b1-float32": document}}
-    told = " ".join(report.mining_table(found).split())
+    told = " ".join(tables.mining_table(found).split())
     assert "7 turns, 2 disturbed ones left out, BUSY: other processes took 40% of the machine in every turn" in told
     assert "BUSY: other processes took 40%" in page(found)
 
@@ -187,13 +187,13 @@ def test_a_busy_machine_is_told():
 def test_a_record_of_no_benchmark(results):
     (results / "cpu" / "odd.json").write_text("{}")
     with pytest.raises(BadRecord, match="odd.json"):
-        report.kept(results)
+        figures.kept(results)
 
 
 def test_cases_are_in_the_registrys_order(results):
     document = bench_documents.document([bench_documents.row("gone/768", "reference")])
     records.write(results / "cpu" / "a.json", document)
-    found = report.kept(results)
+    found = figures.kept(results)
     assert list(found) == ["cpu", "nvidia-h200"]
     assert list(found["cpu"]) == [
         "patch_mining/768-b1-float32",
@@ -220,8 +220,8 @@ class Resources(HTMLParser):
 
 PAGES = {
     "nothing": lambda results: {},
-    "a CPU": lambda results: {"cpu": report.kept(results)["cpu"]},
-    "both": report.kept,
+    "a CPU": lambda results: {"cpu": figures.kept(results)["cpu"]},
+    "both": figures.kept,
 }
 pages = pytest.mark.parametrize("name", PAGES)
 
@@ -250,7 +250,7 @@ def test_page_stands_alone(name, results):
 
 
 def test_page_says_what_is_slower_and_what_failed(results):
-    html = page(report.kept(results))
+    html = page(figures.kept(results))
     assert "0.89x slower" in html and re.search(r'class="fail">FAIL</span> wrong result: error 1e-2 \| expected', html)
     assert "conditions, and 2 that did not run" in html and "not here: mode max-autotune is for GPUs" in html
     # a wrong result has no bar
@@ -339,7 +339,7 @@ def browse(folder, file, *options):
 @pytest.mark.parametrize("width", [1100, 390])
 @pytest.mark.parametrize("scheme", ["dark", "light"])
 def test_drawn_in_a_browser(scheme, width, results, tmp_path):
-    (tmp_path / "report.html").write_text(page(report.kept(results)), encoding="utf-8")
+    (tmp_path / "report.html").write_text(page(figures.kept(results)), encoding="utf-8")
     (tmp_path / "frame.html").write_text(FRAME.format(width=width, height=3000))
     done = browse(
         tmp_path,
@@ -373,7 +373,7 @@ READ = """<script>
 @pytest.mark.parametrize("added, resources", [("", 0), ('<img src="http://localhost:9/picture.png">', 1)])
 def test_nothing_is_asked_for_and_nothing_runs_over(added, resources, results, tmp_path):
     """The page is as wide as its window, on a phone too; and the browser's list of what it loads would tell of more."""
-    html = page(report.kept(results)).replace("</body>", f"{added}{PROBE}</body>")
+    html = page(figures.kept(results)).replace("</body>", f"{added}{PROBE}</body>")
     (tmp_path / "report.html").write_text(html, encoding="utf-8")
     (tmp_path / "frame.html").write_text(FRAME.format(width=390, height=800) + READ)
     done = browse(tmp_path, "frame.html", "--allow-file-access-from-files", "--virtual-time-budget=3000", "--dump-dom")
