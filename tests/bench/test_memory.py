@@ -12,6 +12,7 @@ from bench.__main__ import main
 from bench.cases import all_cases
 from bench.counting import Count
 from bench.errors import BadRecord
+from bench.fake_models import case_names, empty_model
 from bench.memory import Prediction
 from mg_fast.modules import convnext_channels_last as convnext
 from mg_fast.modules.clip import PackedClip
@@ -40,7 +41,7 @@ def test_as_recorded(predictions):
     found = list(memory.differences(recorded, predictions))
     assert not found, "\n".join(found)
     # the others too are recorded, of every provider
-    assert list(recorded) == memory.names()
+    assert list(recorded) == case_names()
 
 
 def test_mining_in_hd(predictions):
@@ -141,7 +142,7 @@ def test_predicted_is_what_a_gpu_allocates(predictions, name, provider):
 def towers():
     """Both towers of the published models on a GPU that is not here."""
     with FakeTensorMode():
-        inner = memory.empty_model("7b", hd=False).model
+        inner = empty_model("7b", hd=False).model
         yield inner.vision_tower, inner.vision_tower_aux
 
 
