@@ -46,6 +46,10 @@ def gpus(found: Kept) -> list[str]:
     return [device for device in found if device != "cpu"]
 
 
+def device_title(device: str) -> str:
+    return "CPU" if device == "cpu" else device
+
+
 def is_measured(row: Mapping | None) -> bool:
     return row is not None and row["median_ms"] is not None and row["ok"] is not False
 

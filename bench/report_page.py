@@ -13,7 +13,7 @@ from .costs import peaks
 from .costs.answer import ModelledAnswer
 from .costs.gpus import GPUS
 from .costs.mining import Sizes
-from .figures import NOT_YET, Kept, busy, condition, duration, gpus, is_measured, remarks, rows_of, shown
+from .figures import NOT_YET, Kept, busy, condition, device_title, duration, gpus, is_measured, remarks, rows_of, shown
 from .registry import OURS, Ceilings
 from .roofline import recorded_ceilings
 from .svg import Axis, Plot, key, quiet
@@ -42,10 +42,6 @@ def page(found: Kept) -> str:
     )
 
 
-def _device(device: str) -> str:
-    return "CPU" if device == "cpu" else device
-
-
 def _is_baseline(row: Mapping) -> bool:
     return row["provider"] == row.get("baseline", "reference")
 
@@ -68,7 +64,9 @@ def _conditions(found: Kept) -> str:
     told = ("command", "load", "cases")
     for device, cases in found.items():
         common = ({k: v for k, v in document.items() if k not in told} | {"cases": []} for document in cases.values())
-        lines += [f"<b>{escape(_device(device))}</b>: {escape(line)}" for line in dict.fromkeys(map(condition, common))]
+        lines += [
+            f"<b>{escape(device_title(device))}</b>: {escape(line)}" for line in dict.fromkeys(map(condition, common))
+        ]
     if not gpus(found):
         lines.append(f"<b>GPU</b>: {NOT_YET}; <code>python -m bench gpu --out DIR</code> measures one.")
     return "".join(map(quiet, lines))
@@ -90,7 +88,7 @@ def _speedups(found: Kept) -> str:
     spread = "the thin line is from the 20th to the 80th percentile of the turns' ratios."
     parts = [f"<p>{keys}</p>", quiet(f"Logarithmic; {spread}")]
     for device, cases in found.items():
-        parts.append(f"<h3>{escape(_device(device))}</h3>")
+        parts.append(f"<h3>{escape(device_title(device))}</h3>")
         rows = [row for document in cases.values() for row in document["cases"] if is_measured(row) and row["speedup"]]
         ratios = [row.get(name) or row["speedup"] for row in rows for name in ("speedup", "speedup_p20", "speedup_p80")]
         axis = Axis(min([0.5, *(0.9 * r for r in ratios)]), max([2.0, *(1.1 * r for r in ratios)]))
@@ -176,7 +174,7 @@ def _rooflines(found: Kept) -> str:
         ending = "-b1-float32" if device == "cpu" else "-b1-bfloat16"
         chosen = [name for name in cases if name.endswith(ending) and _group(name) in STAGE_GROUPS]
         points = [point for name in chosen for point in _points(cases[name]["cases"])]
-        plots.append(_roofline(_device(device), ceilings, "ceilings measured with the cases", points))
+        plots.append(_roofline(device_title(device), ceilings, "ceilings measured with the cases", points))
     for gpu in GPUS.values():
         if gpu.name.lower().replace(" ", "-") not in drawn:
             reached = "memory and bfloat16 as one card reached them, float32 by the data sheet"
@@ -282,7 +280,7 @@ def _memory(found: Kept) -> str:
         note = f"{NOT_YET}: lines are the formula"
         if _draw_peaks(plot, found, device, name):
             note = "points were measured" + ", mg_fast's of its PyTorch form" * (device == "cpu")
-        plots.append(plot.html(f"Mining alone, {_device(device)}, {name}: above inputs and weights", note))
+        plots.append(plot.html(f"Mining alone, {device_title(device)}, {name}: above inputs and weights", note))
     lead = (
         "Side of the picture in pixels. Up to 768 one view; beyond it cells of at most 768 pixels and the global view, "
     )
@@ -342,7 +340,7 @@ def _waterfalls(found: Kept) -> str:
                 stages = {row["provider"]: _to_first_token(row["stages"]) for row in rows}
                 longest = max((sum(ms for _, ms, _ in each) for each in stages.values()), default=0)
                 for row in rows:
-                    title = f"{name} {row['provider']}, {_device(device)}"
+                    title = f"{name} {row['provider']}, {device_title(device)}"
                     kind = "b-plain" if _is_baseline(row) else "b-ours"
                     parts.append(_waterfall(title, "measured", kind, stages[row["provider"]], longest))
     if not parts:

@@ -9,6 +9,7 @@ from .figures import (
     Kept,
     cell,
     conditions,
+    device_title,
     duration,
     figure,
     gpu_note,
@@ -72,7 +73,7 @@ def mining_table(found: Kept) -> str:
     """Patch info mining by every provider that was measured."""
     columns = [("cpu", f"patch_mining/{setting}-b1-float32") for setting in SETTINGS]
     columns += [(device, f"patch_mining/{setting}-b1-bfloat16") for device in gpus(found) for setting in SETTINGS]
-    titles = [f"{_device(device)}, {case.removeprefix('patch_mining/')}" for device, case in columns]
+    titles = [f"{device_title(device)}, {case.removeprefix('patch_mining/')}" for device, case in columns]
     measured = [row["provider"] for column in columns for row in rows_of(found, *column) if shown(row)]
     names = {"reference": "`reference`: the original's steps", "torch": "`torch` backend"}
     rows = [
@@ -105,7 +106,7 @@ def answers_table(found: Kept) -> str:
         "decode-b32": "one more token of 32 sequences each",
     }
     titles = {
-        (device, f"end-to-end/{size}-{name}-{dtype}"): f"{_device(device)}, {size}, {dtype}: {told}"
+        (device, f"end-to-end/{size}-{name}-{dtype}"): f"{device_title(device)}, {size}, {dtype}: {told}"
         for device, size, dtype in columns
         for name, told in measures.items()
     }
@@ -186,7 +187,3 @@ def _measured_on_gpu(found: Kept, case: str, form: str) -> str:
 def _counted(row: Mapping) -> str:
     moved, peak = row["moved"] / 1e6, row["peak"] / 2**20
     return f"{row['flop'] / 1e9:,.0f} GFLOP, {moved:,.0f} MB, {row['launches']} launches, {peak:,.0f} MiB"
-
-
-def _device(device: str) -> str:
-    return "CPU" if device == "cpu" else device
