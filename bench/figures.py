@@ -130,7 +130,7 @@ def condition(document: Mapping) -> str:
         several = f"{turns[0]} to {turns[-1]}" if len(turns) > 1 else str(turns[0])
         told.append(f"{several} {'samples' if on_gpu else 'turns'}")
     if left_out := max((row.get("left_out") or 0 for row in document["cases"]), default=0):
-        told.append(f"{left_out} disturbed ones left out")
+        told.append(f"{left_out} disturbed one{'s' * (left_out > 1)} left out")
     told.append(busy(document))
     if document.get("load") is not None:
         told.append(f"load {document['load']}")
@@ -147,7 +147,7 @@ def cell(text: str) -> str:
 def wrapped(text: str) -> str:
     """A paragraph or an item of a list in lines of Markdown."""
     indent = "  " * text.startswith("- ")
-    return textwrap.fill(text, 140, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(text, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def gpu_note(found: Kept) -> str:

@@ -85,8 +85,8 @@ def _speedups(found: Kept) -> str:
         return f'<p class="empty">Speedups are {NOT_YET}: {how}</p>'
     keys = key("bar", "b-ours", "mg_fast") + key("bar", "b-plain", "other forms")
     keys += key("bar", "b-slower", "slower than the original's steps")
-    spread = "the thin line is from the 20th to the 80th percentile of the turns' ratios."
-    parts = [f"<p>{keys}</p>", quiet(f"Logarithmic; {spread}")]
+    spread = "The thin line reaches from the 20th to the 80th percentile of the ratios within the turns."
+    parts = [f"<p>{keys}</p>", quiet(f"The scale is logarithmic. {spread}")]
     for device, cases in found.items():
         parts.append(f"<h3>{escape(device_title(device))}</h3>")
         rows = [row for document in cases.values() for row in document["cases"] if is_measured(row) and row["speedup"]]
@@ -108,7 +108,7 @@ def _case(name: str, document: Mapping, axis: Axis) -> str:
     labels = "".join(svg.text(axis(tick), 100, f"{tick:g}x", dy=-4, anchor=svg.anchor_at(axis(tick))) for tick in ticks)
     lines = [f"<h4>{escape(name)}</h4>"]
     if disturbed := busy(document):
-        lines.append(quiet(f"{escape(disturbed)}: neither times nor ratios hold for a quiet one."))
+        lines.append(quiet(f"{escape(disturbed)}: neither times nor ratios hold for a quiet machine."))
     if len(absent) < len(document["cases"]):
         lines.append(svg.row("", f'<svg aria-hidden="true">{labels}</svg>', "", "row axis"))
     lines += [_bar(row, axis, grid) for row in document["cases"] if shown(row)]
@@ -180,8 +180,8 @@ def _rooflines(found: Kept) -> str:
             reached = "memory and bfloat16 as one card reached them, float32 by the data sheet"
             source = "data sheet" if gpu.reached is None else reached
             plots.append(_roofline(gpu.name, gpu.ceilings, source, _predicted(gpu.ceilings)))
-    lead = "FLOP per byte moved, and TFLOP/s; both logarithmic. "
-    lead += "Under the slope memory is what holds back, under the roof the products."
+    lead = "FLOP per byte moved, and TFLOP/s, both on logarithmic scales. "
+    lead += "Under the slope memory limits the speed, under the roof the matrix products do."
     return _section(keys, lead, plots)
 
 
@@ -282,10 +282,10 @@ def _memory(found: Kept) -> str:
             note = "points were measured" + ", mg_fast's of its PyTorch form" * (device == "cpu")
         plots.append(plot.html(f"Mining alone, {device_title(device)}, {name}: above inputs and weights", note))
     lead = (
-        "Side of the picture in pixels. Up to 768 one view; beyond it cells of at most 768 pixels and the global view, "
+        "The horizontal axis is the side of the picture in pixels. Up to 768 there is one view; beyond it there are "
+        "cells of at most 768 pixels and the global view, as in HD. Where a curve crosses the line of a card, it no "
+        "longer fits there; the driver and the libraries need memory of their own on top."
     )
-    lead += "as in HD. Where a line crosses that of a card, it no longer fits there; "
-    lead += "what the driver and libraries take for themselves comes on top."
     return _section(keys, lead, plots)
 
 
@@ -352,7 +352,7 @@ def _waterfalls(found: Kept) -> str:
         title = f"{model} in bfloat16, {answer.prompt_tokens} tokens of prompt, {WATERFALL_GPU.name}"
         longest = sum(ms for _, ms, _ in stages)
         parts.append(_waterfall(title, "floor from shapes, not measured", "b-third", stages, longest))
-    note = "Stages that follow one another, from left to right; what was measured together shares its scale. "
+    note = "Stages follow one another from left to right. Bars that were measured together share a scale. "
     note += "Cases of the group picture end with the image tokens, before the language model."
     return quiet(note) + "".join(parts)
 

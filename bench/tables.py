@@ -55,9 +55,9 @@ def picture_table(found: Kept) -> str:
     rows = [[title, *(_stage(row, stage) for row in measured)] for stage, title in STAGES.items()]
     whole = [f"**{figure(row)}**" if is_measured(row) else figure(row) for row in measured]
     notes = (
-        "Pictures of 768 pixels, and HD's of 1536 in five views; on a CPU where no device is named. Medians; stages "
-        "from runs of their own; memory is the peak above inputs and weights; random weights, whose values change no "
-        "work."
+        "Pictures of 768 pixels, and HD pictures of 1536 pixels in five views, on a CPU where no device is named. "
+        "Times are medians; those of the stages come from runs of their own. Memory is the peak above inputs and "
+        "weights. Weights are random: their values do not change the work."
     )
     head = ["one picture to image tokens", *titles]
     table = markdown(head, [*rows, ["**all of it**", *whole]], notes + gpu_note(found))
@@ -81,8 +81,8 @@ def mining_table(found: Kept) -> str:
         for provider in dict.fromkeys(measured) or names
     ]
     notes = (
-        "Medians; the ratio is to the original's steps, its median over the turns; memory is the peak above inputs and "
-        "weights."
+        "Times are medians. The ratio to the original's steps is the median of the ratios within the turns. Memory is "
+        "the peak above inputs and weights."
     )
     table = markdown(["patch info mining by", *titles], rows, notes + gpu_note(found))
     return "\n".join([table, *conditions(found, columns)])
@@ -117,11 +117,11 @@ def answers_table(found: Kept) -> str:
         cells = [row_of(found, *pair, form) for form in forms]
         if any(row is not None for row in cells):
             rows.append([title, *map(figure, cells)])
-    notes = "Medians; random weights. `generate` is transformers' with its default cache, towers and mining by the "
-    notes += (
-        "original's steps; it keeps image tokens between questions, too. 0.5b: a Llama of 0.56 B parameters behind "
+    notes = (
+        "Times are medians; weights are random. `generate` is transformers' own loop with its default cache, where "
+        "towers and mining take the original's steps; it keeps image tokens between questions, as mg_fast does. 0.5b "
+        "is a Llama of 0.56 B parameters behind narrow towers, with 576 image tokens."
     )
-    notes += "narrow towers, 576 image tokens."
     table = markdown(["an answer's part", *forms.values()], rows, notes + gpu_note(found))
     return "\n".join([table, *conditions(found, list(titles))])
 
@@ -169,12 +169,10 @@ def predicted_table(found: Kept) -> str:
             cells = [_measured_on_gpu(found, case, form) or told for form, told in zip(forms, counted)]
             rows.append([f"{title}, {setting}", *cells])
     notes = (
-        "bfloat16, one picture. GFLOP of products, MB that operators read and write one by one, launches, and the most "
+        "One picture in bfloat16: GFLOP of matrix products and convolutions, MB that the operators read and write one "
+        "by one, launches of kernels, and the most memory that is allocated at once above weights and inputs. All were "
+        "counted on tensors without values (`python -m bench memory`), without what libraries take for themselves."
     )
-    notes += (
-        "allocated at once above weights and inputs; counted on tensors without values (`python -m bench memory`), "
-    )
-    notes += "without what libraries take."
     return markdown(["on a GPU, predicted", *forms.values()], rows, notes)
 
 
