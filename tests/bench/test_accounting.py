@@ -1,6 +1,4 @@
-"""FLOP and bytes by formula against torch's FlopCounterMode, a counter at the dispatcher, and the kernel's own loads
-and stores.
-"""
+"""FLOP and bytes by formula, against torch's FlopCounterMode, the count at the dispatcher, and a kernel's own loads."""
 
 import contextlib
 import os
@@ -55,11 +53,11 @@ def inputs(sizes, device):
 
 
 def count(function, sizes, device):
-    """FLOP and bytes on a device ("cuda": of fake tensors), the tables of the PyTorch form left out."""
+    """FLOP and bytes on a device, without the tables of the PyTorch form; on "cuda" the tensors are fake."""
     with FakeTensorMode() if device == "cuda" else contextlib.nullcontext(), torch.no_grad():
         given = inputs(sizes, device)
         if device != "cuda":
-            # real tables are made on the first call; their products are no part of the second
+            # The first call makes real tables; their products are no part of the second call.
             function(*given, grid=sizes.grid)
         with FlopCounterMode(display=False) as flop, Count(device) as counter:
             function(*given, grid=sizes.grid)
@@ -69,7 +67,7 @@ def count(function, sizes, device):
 @dtypes
 @published
 def test_reference_at_the_published_sizes(side, dtype):
-    """Of fake tensors on a GPU."""
+    """Counted on fake tensors of a GPU."""
     sizes = Sizes.of_picture(side, dtype)
     flop, counter = count(reference.patch_mining, sizes, "cuda")
     assert reference_mining(sizes) == replace(counter.total, flop=flop)
@@ -81,13 +79,13 @@ def test_reference_at_any_size(case, dtype):
     sizes = Sizes(dtype, **SMALL[case])
     flop, counter = count(reference.patch_mining, sizes, "meta")
     assert reference_mining(sizes) == replace(counter.total, flop=flop)
-    # with numbers, on a CPU
+    # The FLOP are the same with numbers on a CPU.
     assert count(reference.patch_mining, sizes, "cpu")[0] == flop
 
 
 @pytest.mark.parametrize("together", [0, torch_form.TOGETHER])
 def test_absorbed_on_a_cpu(together, monkeypatch):
-    """Row by row or pictures together, a CPU makes the same products."""
+    """A CPU computes the same products, whether row by row or for all pictures together."""
     monkeypatch.setattr(torch_form, "TOGETHER", together)
     sizes = Sizes(torch.float32, batch=16, side=6, dim=512, levels=((12, 128), (6, 128), (3, 256)))
     assert count(torch_form.patch_mining, sizes, "cpu")[0] == torch_mining(sizes).flop
@@ -100,14 +98,14 @@ def test_absorbed_at_the_published_sizes(side, dtype):
     flop, counter = count(torch_form.patch_mining, sizes, "meta")
     cost = torch_mining(sizes)
     assert cost.flop == flop
-    # numbers per pixel are left out
+    # The formula leaves out tensors of one number per pixel.
     assert 0.96 * counter.total.bytes < cost.bytes <= counter.total.bytes
 
 
 @dtypes
 @small
 def test_absorbed_at_any_size(case, dtype):
-    """What is left out of the bytes does not grow with the channels: by how much they grow is exact."""
+    """The bytes that the formula leaves out do not grow with the channels, so the growth of the rest is exact."""
     sizes = Sizes(dtype, **SMALL[case])
     wide = replace(sizes, levels=tuple((n, 3 * c) for n, c in sizes.levels))
     (flop, counter), (wide_flop, wide_counter) = (count(torch_form.patch_mining, s, "meta") for s in (sizes, wide))
@@ -122,7 +120,7 @@ def test_absorbed_at_any_size(case, dtype):
 @dtypes
 @published
 def test_triton_at_the_published_sizes(side, dtype):
-    """The kernel as one operator."""
+    """The kernel counts as one operator."""
     pytest.importorskip("triton")
     sizes = Sizes.of_picture(side, dtype)
     gemms, counter = count(OPERATIONS["patch_mining"].forms["triton"], sizes, "meta")
@@ -130,7 +128,7 @@ def test_triton_at_the_published_sizes(side, dtype):
     assert (cost.bytes_read, cost.bytes_written) == (counter.total.bytes_read, counter.total.bytes_written)
     assert cost.flop == counter.total.flop
     if side == 768:
-        # of a window of 8 x 8: taps of the resizing matrix, or taps of one pixel
+        # A window of 8 x 8 pixels takes the taps of the resizing matrix, or the taps of each pixel.
         product = {192: 64 + 64, 384: 64 * 36 + 64 + 36, 768: 64 * 16 + 64 + 16, 1536: 64 * 9 + 64 + 9}
         by_tap = {192: 64 + 64, 384: 64 + 64 * 4, 768: 64 + 64 * 4, 1536: 64 + 64 * 4}
         work = by_tap if dtype == torch.float32 else product
@@ -173,7 +171,7 @@ ASKED = [
 
 
 def test_what_the_programs_ask_for():
-    """Loads and stores of the kernel, interpreted, by their masks."""
+    """The masks of the interpreted kernel's loads and stores count the same bytes."""
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(
@@ -198,14 +196,12 @@ towers = pytest.mark.parametrize("side", [768, 1536])
 needs_cudnn = pytest.mark.skipif(
     not torch.backends.cudnn.is_available(), reason="takes a torch that is built for CUDA: no GPU"
 )
-# of bfloat16 torch asks the GPU, which is not here, whether its convolutions take it
+# torch asks the GPU, which is not here, whether its convolutions take bfloat16.
 sixteen = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 
 
 def count_tower(tower):
-    """FLOP and bytes of the PyTorch form, of fake tensors on a GPU: on the meta device convolutions return other
-    strides.
-    """
+    """FLOP and bytes of the PyTorch form on fake tensors of a GPU; on the meta device strides would be others."""
     like = {"dtype": tower.dtype, "device": "cuda"}
     with FakeTensorMode(), torch.no_grad():
         stem, stages = convnext.empty_tower(tower.dims, tower.depths, **like)
@@ -234,7 +230,7 @@ def test_tower_at_any_size(case, dtype):
 @needs_cudnn
 @pytest.mark.parametrize("budget", [7 * 4 * 8 * 4, 1000, 2000])
 def test_tower_in_chunks(budget, monkeypatch):
-    """Of any size, the last of them shorter; each reads the weights again."""
+    """Chunks may have any size, and the last one may be shorter; each reads the weights again."""
     tower = Tower(torch.float32, **TOWERS["two pictures"])
     whole = tower_cost(tower, "torch")
     monkeypatch.setattr(convnext, "GPU_EXPANSION", budget)
@@ -245,7 +241,7 @@ def test_tower_in_chunks(budget, monkeypatch):
 @pytest.mark.parametrize("form", FORMS)
 @towers
 def test_blocks_by_kernels(side, form, dtype):
-    """Each kernel as one operator, on fake tensors of a GPU; beside the blocks all forms run the same."""
+    """Each kernel counts as one operator, on fake tensors of a GPU; all forms run the same beside the blocks."""
     pytest.importorskip("triton")
     tower = Tower(dtype, size=side)
     with FakeTensorMode(), torch.no_grad():
@@ -265,7 +261,7 @@ def test_blocks_by_kernels(side, form, dtype):
 
 @pytest.mark.parametrize("case", TOWERS)
 def test_floor_of_the_tower(case):
-    """The picture, every tensor that the tower is made of, and the maps it returns, once."""
+    """The floor has the picture, every tensor of the tower, and the maps that it returns, each once."""
     tower = Tower(torch.bfloat16, **TOWERS[case])
     stem, stages = convnext.empty_tower(tower.dims, tower.depths, dtype=tower.dtype, device="meta")
     pixels = torch.empty(tower.batch, 3, tower.size, tower.size, dtype=tower.dtype, device="meta")
@@ -286,7 +282,7 @@ def test_an_empty_tower_is_made_of_the_tensors_of_a_real_one():
 
 
 def test_known_figures_of_the_tower():
-    """FLOP as timm's tower has been counted; bytes by another's estimate: 13 maps moved a block, and the weights."""
+    """FLOP as counted for timm's tower; bytes as estimated: 13 maps are moved per block, and the weights."""
     standard, hd = (Tower(torch.bfloat16, size=side) for side in (768, 1536))
     assert tower_cost(standard, "torch").flop == pytest.approx(0.808e12, rel=1e-3)
     assert tower_cost(hd, "torch").flop == pytest.approx(3.231e12, rel=1e-3)
@@ -295,7 +291,7 @@ def test_known_figures_of_the_tower():
 
 
 def test_known_figures():
-    """The projections of the original by hand; the bytes by another's estimate, of the large tensors alone."""
+    """The projections of the original are computed by hand; the bytes are an estimate of the large tensors alone."""
     standard, hd = (Sizes.of_picture(side, torch.bfloat16) for side in (768, 1536))
     pixels = 192 * 192
     assert (
@@ -308,7 +304,7 @@ def test_known_figures():
 
 
 def test_floor():
-    """Every tensor that goes in or comes out, once; the key's biases change nothing."""
+    """The floor has every tensor that goes in or comes out, once, without the key's biases, which change nothing."""
     sizes = Sizes(torch.bfloat16, **SMALL["HD"])
     queries, pyramid, query, key, value = inputs(sizes, "meta")
     tensors = [queries, queries, *pyramid, *query, key.norm_weight, key.weight, *value]

@@ -1,4 +1,4 @@
-"""The report: tables that are what the records give, and a page that stands alone."""
+"""The report: its tables are what the records give, and its page needs nothing beside it."""
 
 import os
 import re
@@ -25,7 +25,7 @@ needs_browser = pytest.mark.skipif(BROWSER is None, reason="needs Chromium on th
 
 @pytest.fixture
 def results(tmp_path):
-    """A folder like bench/results, with the older documents that lie beside the devices' folders."""
+    """A folder like bench/results, with an older document beside the folders of the devices."""
     folder = tmp_path / "results"
     documents = [bench_documents.mining(), bench_documents.mining("1536-hd", scale=4.2), bench_documents.picture()]
     for document in [*documents, bench_documents.mining("768", "bfloat16", "cuda", 1e-3)]:
@@ -39,14 +39,14 @@ def results(tmp_path):
 
 
 def test_the_readme_is_what_the_records_give(capsys):
-    """Mended by `python -m bench report --readme`."""
+    """`python -m bench report --readme` mends it."""
     assert report.differences(report.README.read_text(encoding="utf-8"), figures.kept()) == []
     assert main(["report", "--check"]) == 0
     assert capsys.readouterr() == ("", "")
 
 
 def test_the_commands_of_the_records_can_be_run_today():
-    """A reader copies them from the README."""
+    """Readers copy the commands from the tables."""
     commands = {
         document["command"]
         for cases in figures.kept().values()
@@ -114,7 +114,7 @@ def test_mining_table(results):
     ]
     assert cells(table, "`reference`") == ["4.20 s, 1508 MiB", "17.6 s, 6334 MiB", "4.20 ms, 2 MiB", "not measured yet"]
     assert cells(table, "`torch`")[0] == "114 ms, 41 MiB (36.8 times)"
-    # what is slower or wrong stands there like the rest; what cannot run does not
+    # A slower or wrong provider stands there like the rest; one that cannot run does not.
     assert cells(table, "reference, SDPA")[0] == "4.70 s, 1720 MiB (slower: 0.89 times)"
     assert cells(table, "reference, compiled")[0].startswith("FAIL: wrong result: error 1e-2 / expected")
     assert "max-autotune" not in table and "triton" not in table
@@ -130,7 +130,7 @@ def test_mining_table(results):
 
 def test_picture_table(results):
     table = tables.picture_table(figures.kept(results))
-    # 768 in float32; HD; 768 in bfloat16; a GPU's 768 and HD
+    # The columns are 768 in float32, HD, and 768 in bfloat16 on a CPU; then 768 and HD on a GPU.
     assert cells(table, "preprocess") == ["75.4 ms", "106 ms", *["not measured yet"] * 8]
     assert cells(table, "**patch info mining**")[:2] == ["5.59 s", "180 ms"]
     assert cells(table, "**all of it**")[:3] == [
@@ -207,7 +207,7 @@ def test_cases_are_in_the_registrys_order(results):
 
 
 class Resources(HTMLParser):
-    """What a page asks for, and its elements."""
+    """The addresses that a page asks for, and its elements."""
 
     def __init__(self):
         super().__init__()
@@ -231,7 +231,7 @@ def test_page_stands_alone(name, results):
     html = page(PAGES[name](results))
     parser = Resources()
     parser.feed(html)
-    # an icon of its own, or browsers ask the server for one
+    # The page names an icon of its own; otherwise browsers ask the server for one.
     assert parser.asked == ["data:,"] and not {"script", "iframe", "img", "object"} & set(parser.tags)
     assert not re.search(r"https?://|@import|url\(", html)
     pictures = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
@@ -253,7 +253,7 @@ def test_page_says_what_is_slower_and_what_failed(results):
     html = page(figures.kept(results))
     assert "0.89x slower" in html and re.search(r'class="fail">FAIL</span> wrong result: error 1e-2 \| expected', html)
     assert "conditions, and 2 that did not run" in html and "not here: mode max-autotune is for GPUs" in html
-    # a wrong result has no bar
+    # A wrong result has no bar.
     assert html.count("<title>reference, compiled:") == 0 and html.count("<title>torch: 36.80x") == 3
 
 
@@ -273,7 +273,7 @@ def test_page_of_no_data_says_so():
 
 
 def contrast(one, other):
-    """As WCAG 2 counts it."""
+    """The contrast of two colours as WCAG 2 defines it."""
 
     def luminance(colour):
         parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
@@ -292,12 +292,10 @@ def test_colours_can_be_read(scheme):
     )
     colours = light if scheme == "light" else dark
     assert set(light) == set(dark) and light != dark
-    for name in ("text", "quiet", "slower", "fail", "ours"):
-        # text
-        assert contrast(colours[name], colours["page"]) >= 4.5, name
-    for name in ("plain", "third"):
-        # bars and lines
-        assert contrast(colours[name], colours["page"]) >= 3, name
+    of_text, of_shapes = ("text", "quiet", "slower", "fail", "ours"), ("plain", "third")
+    for least, names in ((4.5, of_text), (3, of_shapes)):
+        for name in names:
+            assert contrast(colours[name], colours["page"]) >= least, name
 
 
 def test_html_is_written(tmp_path, capsys):
@@ -307,8 +305,9 @@ def test_html_is_written(tmp_path, capsys):
 
 # ---- in a browser
 
-# drawn at a phone's width: headless windows are not narrower than 500 pixels
-FRAME = '<!doctype html><body style="margin:0"><iframe id="page" src="report.html" style="border:0;width:{width}px;height:{height}px"></iframe>'
+# A frame as wide as a phone, since headless windows are not narrower than 500 pixels.
+FRAME = """<!doctype html><body style="margin:0">
+<iframe id="page" src="report.html" style="border:0;width:{width}px;height:{height}px"></iframe>"""
 
 
 def browse(folder, file, *options):
@@ -328,7 +327,7 @@ def browse(folder, file, *options):
         *options,
         (folder / file).as_uri(),
     ]
-    # a proxy that is not there: what would leave this machine fails, and is told
+    # There is no such proxy: a request that would leave this machine fails, and the browser logs it.
     words.insert(1, "--proxy-server=127.0.0.1:9")
     done = subprocess.run(words, capture_output=True, text=True, timeout=120, env={**os.environ, "HOME": str(folder)})
     assert done.returncode == 0, done.stderr[-2000:]
@@ -354,15 +353,16 @@ def test_drawn_in_a_browser(scheme, width, results, tmp_path):
     colours = {"light": ((255, 255, 255), (11, 99, 197)), "dark": ((20, 24, 29), (108, 178, 255))}[scheme]
     counted = {colour: count for count, colour in shown.getcolors(shown.width * shown.height)}
     assert shown.getpixel((2, 2)) == colours[0] and counted[colours[0]] > 0.6 * shown.width * shown.height
-    # bars, in this scheme's blue
+    # There are bars, in the blue of this scheme.
     assert counted.get(colours[1], 0) > 1000
-    # and everywhere down the page
+    # Something is drawn everywhere down the page.
     for top in range(0, 3000, 500):
         assert len(shown.crop((0, top, width, top + 500)).getcolors(width * 500)) > 5
 
 
 PROBE = """<script>
-  onload = () => document.title = [document.documentElement.scrollWidth, innerWidth, performance.getEntriesByType("resource").length].join()
+  onload = () => document.title =
+    [document.documentElement.scrollWidth, innerWidth, performance.getEntriesByType("resource").length].join()
 </script>"""
 READ = """<script>
   onload = () => setTimeout(() => document.title = document.getElementById("page").contentDocument.title, 50)
@@ -372,7 +372,7 @@ READ = """<script>
 @needs_browser
 @pytest.mark.parametrize("added, resources", [("", 0), ('<img src="http://localhost:9/picture.png">', 1)])
 def test_nothing_is_asked_for_and_nothing_runs_over(added, resources, results, tmp_path):
-    """The page is as wide as its window, on a phone too; and the browser's list of what it loads would tell of more."""
+    """The page is as wide as its window, on a phone too, and the browser's list of loaded resources stays empty."""
     html = page(figures.kept(results)).replace("</body>", f"{added}{PROBE}</body>")
     (tmp_path / "report.html").write_text(html, encoding="utf-8")
     (tmp_path / "frame.html").write_text(FRAME.format(width=390, height=800) + READ)

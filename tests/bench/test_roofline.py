@@ -1,4 +1,4 @@
-"""Floors from shapes: against torch's FLOP counter, real models' parameters, and floors that others computed."""
+"""Floors from shapes, against torch's FLOP counter, the parameters of real models, and floors computed by hand."""
 
 import json
 import re
@@ -58,7 +58,7 @@ def test_flop_of_clip_and_projector(model):
 
 
 class Small(ModelledAnswer):
-    """Of one of the small random models."""
+    """An answer by one of the small random models."""
 
     def __post_init__(self):
         pass
@@ -66,8 +66,9 @@ class Small(ModelledAnswer):
 
 @pytest.mark.parametrize("size", ["tiny", "tiny-gemma", "tiny-mixtral"])
 def test_flop_of_the_language_model(size):
-    """Run with numbers, as Mixtral's routing needs some; of torch's attentions the counter sees the eager one: a whole
-    square.
+    """The model runs with numbers, because Mixtral's routing needs them.
+
+    Of torch's attentions the counter sees only the eager one, which computes the whole square.
     """
     answer = Small(size, "float32", batch=2, text_tokens=39)
     model = MiniGeminiForConditionalGeneration(answer.config).eval()
@@ -78,7 +79,7 @@ def test_flop_of_the_language_model(size):
     ids = torch.ones(2, tokens, dtype=torch.long)
     square = 4 * rows * tokens * text.num_attention_heads * floors.head_width(text) * text.num_hidden_layers
     counted = flop_of(lambda: model(input_ids=ids, logits_to_keep=1, use_cache=False))
-    # the rest is what positions are turned by
+    # The rest of the FLOP belongs to the rotation by positions.
     assert answer.prefill_cost.flop + square // 2 == pytest.approx(counted, rel=1e-3)
     cache = model(input_ids=ids, logits_to_keep=1).past_key_values
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
@@ -90,7 +91,7 @@ def test_flop_of_the_language_model(size):
 @pytest.mark.parametrize(
     "model, first_token_ms, prefill_ms, tokens_per_second",
     [
-        # floors of an H200 at 4.3 TB/s and 790 TFLOP/s, computed by hand for 64 text tokens
+        # Floors of an H200 at 4.3 TB/s and 790 TFLOP/s, computed by hand for 64 text tokens.
         ("7b", 12.3, 10.6, 317),
         ("7b-hd", 58, 51.1, None),
         ("2b", 5.0, 3.3, 856),
@@ -121,7 +122,7 @@ def test_floor_is_the_larger_of_both():
 
 
 def test_experts():
-    """One token reads two of eight experts, a prompt all of them, and multiplies with two."""
+    """One token reads two of eight experts; a prompt reads all of them, and each token is multiplied with two."""
     answer = ModelledAnswer("8x7b")
     experts = 2 * answer.config.text_config.num_hidden_layers * 8 * 3 * 4096 * 14336
     assert answer.decode_cost(1).bytes == pytest.approx(experts / 4, rel=0.15)
@@ -135,7 +136,7 @@ def test_every_gpu_and_model(gpu, capsys):
         assert main(["roofline", "--gpu", gpu, "--model", model]) == 0
     out = capsys.readouterr().out
     assert not re.search(r"\b(nan|inf)\b", out)
-    # 34B in bfloat16 are 70 GB
+    # A 34B model in bfloat16 takes 70 GB.
     assert out.count("DOES NOT FIT") >= 2 or find_gpu(gpu).memory_gb > 90
 
 
@@ -187,9 +188,9 @@ def test_beside_measurements(tmp_path, capsys):
     assert main(["roofline", "--model", "7b-hd", "--measured", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "measured on NVIDIA H200: 4.00 TB/s, 700 TFLOP/s" in out
-    # the fastest of the right ones
+    # The fastest right provider is shown.
     assert "0.500 torch" in out and "triton" not in out
-    # what has no case of its own, from a whole answer
+    # The stage that has no case of its own comes from a whole answer.
     assert "71.500 auto" in out and "5.000" not in out
     assert main(["roofline", "--dtype", "float32", "--measured", str(tmp_path)]) == 2
     (tmp_path / "all.json").write_text(json.dumps(document | {"device": "cpu"}))
