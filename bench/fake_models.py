@@ -33,7 +33,7 @@ TABLES = ("resize_matrix", "strip_tables", "window_tables")
 MODELS = {"7b": ("7b", SETTINGS[0]), "7b-hd": ("7b", SETTINGS[1]), "34b-hd": ("34b", SETTINGS[1])}
 
 
-class Provider(NamedTuple):
+class FakeCall(NamedTuple):
     """A way to compute a case: the bytes of its weights and packed copies of them, and the call."""
 
     weights: int
@@ -73,7 +73,7 @@ def weight_bytes(*modules: nn.Module) -> int:
     return count.live
 
 
-class Picture:
+class FakePicture:
     """One picture of a setting as empty tensors, and the model that sees it, made when it is first needed."""
 
     def __init__(self, size: str, setting: Setting):
@@ -109,13 +109,13 @@ def _empty(*shape: int, dtype: torch.dtype = DTYPE) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="cuda")
 
 
-def _providers(weights: int, calls: dict[str, Callable[[str], object]]) -> dict[str, Provider]:
+def _providers(weights: int, calls: dict[str, Callable[[str], object]]) -> dict[str, FakeCall]:
     """Providers by the backend that each call is given."""
-    return {backend: Provider(weights, functools.partial(call, backend)) for backend, call in calls.items()}
+    return {backend: FakeCall(weights, functools.partial(call, backend)) for backend, call in calls.items()}
 
 
-def _preprocess(of: Picture) -> dict[str, Provider]:
-    return {"triton": Provider(0, lambda: _resize(of.setting))}
+def _preprocess(of: FakePicture) -> dict[str, FakeCall]:
+    return {"triton": FakeCall(0, lambda: _resize(of.setting))}
 
 
 def _resize(setting: Setting) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,7 +125,7 @@ def _resize(setting: Setting) -> tuple[torch.Tensor, torch.Tensor]:
     return ops.dual_resize(picture, setting.side, LR, **sizes, backend="triton")
 
 
-def _clip(of: Picture) -> dict[str, Provider]:
+def _clip(of: FakePicture) -> dict[str, FakeCall]:
     module, (held, packed) = of.model.model.vision_tower, of.clip
 
     def plain(backend: str) -> torch.Tensor:
@@ -139,18 +139,18 @@ def _clip(of: Picture) -> dict[str, Provider]:
     return found | _providers(weights + held, {"auto": by_packed, "triton": by_packed})
 
 
-def _tower(of: Picture) -> dict[str, Provider]:
+def _tower(of: FakePicture) -> dict[str, FakeCall]:
     module, (held, packed) = of.model.model.vision_tower_aux, of.tower
 
     def by_packed(backend: str) -> list[torch.Tensor]:
         return packed(of.pixels, backend=backend)
 
     weights = weight_bytes(module)
-    found = {"reference": Provider(weights, lambda: module(of.pixels, backend="reference"))}
+    found = {"reference": FakeCall(weights, lambda: module(of.pixels, backend="reference"))}
     return found | _providers(weights + held, dict.fromkeys(("torch", "auto", "triton"), by_packed))
 
 
-def _mining(of: Picture) -> dict[str, Provider]:
+def _mining(of: FakePicture) -> dict[str, FakeCall]:
     module = of.model.model.patch_mining
 
     def mine(backend: str) -> torch.Tensor:
@@ -159,12 +159,12 @@ def _mining(of: Picture) -> dict[str, Provider]:
     return _providers(weight_bytes(module), dict.fromkeys(("reference", "torch", "triton"), mine))
 
 
-def _projector(of: Picture) -> dict[str, Provider]:
+def _projector(of: FakePicture) -> dict[str, FakeCall]:
     module, tokens = of.model.model.mm_projector, of.queries.flatten(1, 2)
-    return {"reference": Provider(weight_bytes(module), lambda: module(tokens))}
+    return {"reference": FakeCall(weight_bytes(module), lambda: module(tokens))}
 
 
-def _picture(of: Picture) -> dict[str, Provider]:
+def _picture(of: FakePicture) -> dict[str, FakeCall]:
     inner = of.model.model
     weights = weight_bytes(inner.vision_tower, inner.vision_tower_aux, inner.patch_mining, inner.mm_projector)
     plain, packed = functools.partial(_encode, of), functools.partial(_encode_packed, of)
@@ -172,7 +172,7 @@ def _picture(of: Picture) -> dict[str, Provider]:
     return found | _providers(weights + of.clip[0] + of.tower[0], {"auto": packed, "triton": packed})
 
 
-def _encode(of: Picture, backend: str) -> torch.Tensor:
+def _encode(of: FakePicture, backend: str) -> torch.Tensor:
     """The image tokens of a picture by the model's own modules; its pixels come from a CPU, in float32."""
     views, side = of.setting.views, of.setting.side
     pixels = _empty(1, views, 3, LR, LR, dtype=torch.float32), _empty(1, 3, side, side, dtype=torch.float32)
@@ -180,7 +180,7 @@ def _encode(of: Picture, backend: str) -> torch.Tensor:
     return of.model.model.get_image_features(*(p.to(DTYPE) for p in pixels), backend=backend).pooler_output
 
 
-def _encode_packed(of: Picture, backend: str) -> torch.Tensor:
+def _encode_packed(of: FakePicture, backend: str) -> torch.Tensor:
     """The same as the pipeline does it: resized on the GPU, by packed towers, here one after the other."""
     inner, (high, low) = of.model.model, _resize(of.setting)
     with use_backend(backend):
@@ -192,7 +192,7 @@ def _encode_packed(of: Picture, backend: str) -> torch.Tensor:
         ).image_tokens
 
 
-def _whole(of: Picture) -> dict[str, Provider]:
+def _whole(of: FakePicture) -> dict[str, FakeCall]:
     """A picture and a prompt to the first token's logits."""
     model = of.model
 
@@ -207,12 +207,12 @@ def _whole(of: Picture) -> dict[str, Provider]:
         return model.lm_head(hidden[:, -1:]).float(), cache
 
     weights = weight_bytes(model)
-    found = {"original": Provider(weights, lambda: original("eager"))}
-    found["original, SDPA"] = Provider(weights, lambda: original("sdpa"))
+    found = {"original": FakeCall(weights, lambda: original("eager"))}
+    found["original, SDPA"] = FakeCall(weights, lambda: original("sdpa"))
     return found | _providers(weights + of.clip[0] + of.tower[0], {"auto": ours, "triton": ours})
 
 
-def _prefill(of: Picture, attention: str, tokens: torch.Tensor) -> tuple[torch.Tensor, DynamicCache]:
+def _prefill(of: FakePicture, attention: str, tokens: torch.Tensor) -> tuple[torch.Tensor, DynamicCache]:
     """The language model's last hidden states [1, L, hidden] over a picture and a text, and its cache."""
     of.model.set_attn_implementation({"text_config": attention})
     inner, length = of.model.model, tokens.shape[1] + TEXT_TOKENS
@@ -236,7 +236,7 @@ def case_names() -> list[str]:
     ]
 
 
-def cases_of(model: str) -> dict[str, Callable[[Picture], dict[str, Provider]]]:
+def cases_of(model: str) -> dict[str, Callable[[FakePicture], dict[str, FakeCall]]]:
     """What makes the providers of a model's cases, by case."""
     setting = MODELS[model][1]
     found = {f"end-to-end/{model}-b1-bfloat16": _whole}

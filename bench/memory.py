@@ -17,7 +17,7 @@ from mg_fast.testing.environment import environment
 from . import records
 from .counting import Count
 from .errors import BadRecord
-from .fake_models import MODELS, Picture, Provider, case_names, cases_of, kept_tables, tables_made
+from .fake_models import MODELS, FakeCall, FakePicture, case_names, cases_of, kept_tables, tables_made
 from .registry import choose_names
 
 PREDICTED = records.RESULTS / "predicted.json"
@@ -76,14 +76,14 @@ def predict(patterns: Sequence[str] = ()) -> Predictions:
     # Only one model exists at a time. Making the modules of one takes seconds.
     for model in MODELS:
         with FakeTensorMode(), kept_tables():
-            picture = Picture(*MODELS[model])
+            picture = FakePicture(*MODELS[model])
             for name, make in cases_of(model).items():
                 if name in chosen:
                     found[name] = {label: _predict(provider) for label, provider in make(picture).items()}
     return {name: found[name] for name in chosen}
 
 
-def _predict(provider: Provider) -> Prediction:
+def _predict(provider: FakeCall) -> Prediction:
     with torch.inference_mode():
         made = None
         # A first call also makes tables; it is not the one that counts.

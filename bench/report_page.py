@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from . import svg
-from .costs import peaks
+from .costs import peak_memory
 from .costs.answer import ModelledAnswer
 from .costs.gpus import GPUS
 from .costs.mining import Sizes
@@ -252,12 +252,12 @@ def _memory(found: Kept) -> str:
     keys = [key("line", "l-plain", "the original's steps, by formula")]
     keys += [key("line", "l-ours", "mg_fast by its kernel, by formula")]
     keys += [key("dot", "b-plain", "measured, the original's steps"), key("dot", "b-ours", "measured, mg_fast")]
-    weights, packed = ModelledAnswer(MODELS[0]).weight_bytes, peaks.packed_bytes(torch.bfloat16)
+    weights, packed = ModelledAnswer(MODELS[0]).weight_bytes, peak_memory.packed_bytes(torch.bfloat16)
     plots = []
     for batch in (1, 8):
-        sizes = {side: Sizes.of_picture(side, torch.bfloat16, batch) for side in peaks.SIDES}
-        plain = {side: (weights + peaks.reference_picture_peak(of)) / 1e9 for side, of in sizes.items()}
-        ours = {side: (weights + packed + peaks.kernel_picture_peak(of)) / 1e9 for side, of in sizes.items()}
+        sizes = {side: Sizes.of_picture(side, torch.bfloat16, batch) for side in peak_memory.SIDES}
+        plain = {side: (weights + peak_memory.reference_picture_peak(of)) / 1e9 for side, of in sizes.items()}
+        ours = {side: (weights + packed + peak_memory.kernel_picture_peak(of)) / 1e9 for side, of in sizes.items()}
         title = f"A 7B model in bfloat16 with {'one picture' if batch == 1 else f'{batch} pictures at once'}"
         note = "weights, packed copies, and the peak on the pictures' way to tokens; no KV cache"
         # The cards that the curves reach, and the next.
@@ -271,12 +271,12 @@ def _memory(found: Kept) -> str:
         fits = _fits(plain, ours)
         plots.append(plot.html(title, note, quiet(escape(fits)) if fits else ""))
     for device, dtype in [("cpu", torch.float32), *((device, torch.bfloat16) for device in gpus(found))]:
-        sizes = {side: Sizes.of_picture(side, dtype) for side in peaks.SIDES}
+        sizes = {side: Sizes.of_picture(side, dtype) for side in peak_memory.SIDES}
         plot, name = Plot(SIDE, Axis(0.01, 60)), str(dtype).removeprefix("torch.")
         for tick in (0.01, 0.1, 1, 10):
             plot.tick_y(tick, f"{1e3 * tick:g} MB" if tick < 1 else f"{tick:g} GB")
-        plain = {side: peaks.reference_peak(of) / 1e9 for side, of in sizes.items()}
-        _draw_curves(plot, plain, {side: peaks.kernel_peak(of) / 1e9 for side, of in sizes.items()})
+        plain = {side: peak_memory.reference_peak(of) / 1e9 for side, of in sizes.items()}
+        _draw_curves(plot, plain, {side: peak_memory.kernel_peak(of) / 1e9 for side, of in sizes.items()})
         note = f"{NOT_YET}: lines are the formula"
         if _draw_peaks(plot, found, device, name):
             note = "points were measured" + ", mg_fast's of its PyTorch form" * (device == "cpu")

@@ -25,7 +25,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageCost:
     """A part of an answer: its name in the meter's tables, and its floor."""
 
     name: str
@@ -136,22 +136,22 @@ class ModelledAnswer:
         return floors.decode(self.config.text_config, self.batch, context, self.torch_dtype.itemsize)
 
     @cached_property
-    def stages(self) -> list[Stage]:
+    def stages(self) -> list[StageCost]:
         """The stages up to the first token, under the names of the meter."""
         low, high = self.config.vision_config.image_size, self.config.image_size_aux
         return [
-            Stage("preprocess", floors.preprocess(high, low, self.views) * self.batch),
-            Stage("LR tower", self.clip_cost),
-            Stage("HR tower", tower_floor(self.tower)),
-            Stage("patch info mining", mining_floor(self.mining)),
-            Stage("projector", self.projector_cost),
-            Stage("prefill to first token", self.prefill_cost),
+            StageCost("preprocess", floors.preprocess(high, low, self.views) * self.batch),
+            StageCost("LR tower", self.clip_cost),
+            StageCost("HR tower", tower_floor(self.tower)),
+            StageCost("patch info mining", mining_floor(self.mining)),
+            StageCost("projector", self.projector_cost),
+            StageCost("prefill to first token", self.prefill_cost),
         ]
 
     @cached_property
-    def decode(self) -> Stage:
+    def decode(self) -> StageCost:
         """One step in the middle of the answer."""
-        return Stage("decode, a token", self.decode_cost(self.prompt_tokens + self.new_tokens // 2))
+        return StageCost("decode, a token", self.decode_cost(self.prompt_tokens + self.new_tokens // 2))
 
     @cached_property
     def original_mining(self) -> Cost:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import accounting
-from bench.costs import peaks
+from bench.costs import peak_memory
 from bench.costs.mining import Sizes, mining_floor, reference_mining, torch_mining, triton_mining
 from bench.costs.tower import FORMS, Tower, tower_cost, tower_floor
 from bench.counting import Count
@@ -317,18 +317,18 @@ def test_memory_by_formula():
     The original's steps were measured in float32 on a CPU: 1508 and 6446 MiB.
     """
     standard, hd = (Sizes.of_picture(side, torch.float32) for side in (768, 1536))
-    assert peaks.reference_peak(standard) / 2**20 == pytest.approx(1508, rel=0.01)
-    assert peaks.reference_peak(hd) / 2**20 == pytest.approx(6446, rel=0.01)
+    assert peak_memory.reference_peak(standard) / 2**20 == pytest.approx(1508, rel=0.01)
+    assert peak_memory.reference_peak(hd) / 2**20 == pytest.approx(6446, rel=0.01)
     half = Sizes.of_picture(1536, torch.bfloat16)
-    assert peaks.reference_peak(half) > 3e9 and peaks.kernel_peak(half) < 0.3e9
+    assert peak_memory.reference_peak(half) > 3e9 and peak_memory.kernel_peak(half) < 0.3e9
     # These were counted at torch's dispatcher with fake tensors: pictures of 768 and 1536 pixels to tokens; the copies
     # that the packed towers hold.
     for side, original, ours in ((768, 829.6e6, 112.2e6), (1536, 3747e6, 451.5e6)):
         sizes = Sizes.of_picture(side, torch.bfloat16)
-        assert peaks.reference_picture_peak(sizes) == pytest.approx(original, rel=0.01)
-        assert peaks.kernel_picture_peak(sizes) == pytest.approx(ours, rel=0.01)
-    assert peaks.packed_bytes(torch.bfloat16) == pytest.approx(348.6e6, rel=0.01)
-    for side in peaks.SIDES:
+        assert peak_memory.reference_picture_peak(sizes) == pytest.approx(original, rel=0.01)
+        assert peak_memory.kernel_picture_peak(sizes) == pytest.approx(ours, rel=0.01)
+    assert peak_memory.packed_bytes(torch.bfloat16) == pytest.approx(348.6e6, rel=0.01)
+    for side in peak_memory.SIDES:
         sizes = Sizes.of_picture(side, torch.bfloat16)
         # Windows and maps are whole.
         assert sizes.window * sizes.grid * sizes.side == sizes.levels[0][0] and side % 32 == 0
