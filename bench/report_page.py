@@ -259,7 +259,7 @@ def _memory(found: Kept) -> str:
         plain = {side: (weights + peak_memory.reference_picture_peak(of)) / 1e9 for side, of in sizes.items()}
         ours = {side: (weights + packed + peak_memory.kernel_picture_peak(of)) / 1e9 for side, of in sizes.items()}
         title = f"A 7B model in bfloat16 with {'one picture' if batch == 1 else f'{batch} pictures at once'}"
-        note = "weights, packed copies, and the peak on the pictures' way to tokens; no KV cache"
+        note = "weights, packed copies, and the peak until all image tokens are made; without a KV cache"
         # The cards that the curves reach, and the next.
         top = max(*plain.values(), *ours.values())
         cards = CARDS_GB[: sum(card < top for card in CARDS_GB) + 1]
@@ -277,9 +277,9 @@ def _memory(found: Kept) -> str:
             plot.tick_y(tick, f"{1e3 * tick:g} MB" if tick < 1 else f"{tick:g} GB")
         plain = {side: peak_memory.reference_peak(of) / 1e9 for side, of in sizes.items()}
         _draw_curves(plot, plain, {side: peak_memory.kernel_peak(of) / 1e9 for side, of in sizes.items()})
-        note = f"{NOT_YET}: lines are the formula"
+        note = f"{NOT_YET}: the lines are the formula"
         if _draw_peaks(plot, found, device, name):
-            note = "points were measured" + ", mg_fast's of its PyTorch form" * (device == "cpu")
+            note = "points were measured" + "; those of mg_fast with its PyTorch form" * (device == "cpu")
         plots.append(plot.html(f"Mining alone, {device_title(device)}, {name}: above inputs and weights", note))
     lead = (
         "The horizontal axis is the side of the picture in pixels. Up to 768 there is one view; beyond it there are "

@@ -84,7 +84,7 @@ def table(gpu_name: str, answer: ModelledAnswer, measured: Path | None = None) -
     original = answer.original_mining
     products, copies = original.flop / tflops / 1e9, original.bytes / bandwidth / 1e6
     room = gpu.memory_gb - (answer.weight_bytes + answer.cache_bytes) / 1e9
-    fits = f"fits into {gpu.memory_gb:g} GB, {room:.1f} GB are left for what a call makes on the way"
+    fits = f"fits into {gpu.memory_gb:g} GB, {room:.1f} GB are left for the tensors that a call makes"
     does_not = f"DOES NOT FIT into {gpu.memory_gb:g} GB, {-room:.1f} GB are missing"
     lines += [
         "",
@@ -92,7 +92,7 @@ def table(gpu_name: str, answer: ModelledAnswer, measured: Path | None = None) -
         f"{max(products, copies):.2f} ms where products and copies overlap, {products + copies:.2f} ms where they take "
         "turns",
         f"time to first token: at least {total:.1f} ms, "
-        f"{total - answer.stages[-1].floor_ms(ceilings, dtype):.1f} ms of which are the picture's way to tokens",
+        f"{total - answer.stages[-1].floor_ms(ceilings, dtype):.1f} ms of which pass before the language model begins",
         f"decode: at most {answer.tokens_per_second(ceilings):.0f} tokens/s"
         + " of the whole batch" * (answer.batch > 1),
         f"memory: weights {answer.weight_bytes / 1e9:.1f} GB, KV cache {answer.cache_bytes / 1e9:.2f} GB: "

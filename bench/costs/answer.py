@@ -132,7 +132,7 @@ class ModelledAnswer:
         return floors.prefill(self.config.text_config, self.batch, self.prompt_tokens, self.torch_dtype.itemsize)
 
     def decode_cost(self, context: int) -> Cost:
-        """One step of the answer after so many tokens."""
+        """One step of the answer after `context` tokens."""
         return floors.decode(self.config.text_config, self.batch, context, self.torch_dtype.itemsize)
 
     @cached_property

@@ -27,9 +27,10 @@ def clip_layer_weights(config: PretrainedConfig) -> int:
 
 
 def clip(config: PretrainedConfig, layers: int, views: int, itemsize: int) -> Cost:
-    """So many layers of CLIP, its weights read once.
+    """The first layers of CLIP, whose weights are read once.
 
     Args:
+        layers: how many.
         views: of all pictures.
     """
     patches, width, pixels = (config.image_size // config.patch_size) ** 2, config.hidden_size, config.image_size**2
@@ -41,7 +42,7 @@ def clip(config: PretrainedConfig, layers: int, views: int, itemsize: int) -> Co
 
 
 def projector(rows: int, width: int, hidden: int, itemsize: int) -> Cost:
-    """Both layers of the projector over so many image tokens."""
+    """Both layers of the projector over all image tokens, `rows`."""
     weights = width * hidden + hidden * hidden
     read = weights + rows * width
     return Cost(product_flop(rows, weights, 1), itemsize * read, itemsize * rows * hidden)
@@ -75,13 +76,13 @@ def prefill(text: PretrainedConfig, batch: int, tokens: int, itemsize: int) -> C
 
 
 def decode(text: PretrainedConfig, batch: int, context: int, itemsize: int) -> Cost:
-    """One token for each sequence, each of which reads a cache of so many tokens."""
+    """One more token for each sequence, which reads a cache of `context` tokens."""
     cache = Cost(0, batch * context * cache_bytes_per_token(text, itemsize))
     return _layers(text, batch, batch * context, itemsize) + cache + _logits(text, batch, itemsize)
 
 
 def _layers(text: PretrainedConfig, rows: int, pairs: int, itemsize: int) -> Cost:
-    """All layers over so many tokens, and so many pairs of a query and a key in each; the cache is written."""
+    """All layers over `rows` tokens, with `pairs` of a query and a key in each layer; the cache is written."""
     dense, experts = text_layer_weights(text)
     count = getattr(text, "num_local_experts", 1)
     # A token is multiplied with some of the experts; several tokens, each of which goes its own way, read more of them.

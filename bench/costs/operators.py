@@ -1,4 +1,4 @@
-"""The cost of single operators, of which the formulas for whole modules are sums.
+"""The cost of single operators; the formulas for whole modules are sums of these.
 
 `itemsize` is the bytes of one element.
 """
@@ -30,7 +30,7 @@ def depthwise_flop(elements: int) -> int:
 
 
 def copy(size: int) -> Cost:
-    """An operator that reads and writes this many bytes."""
+    """An operator that reads `size` bytes and writes as many."""
     return Cost(0, size, size)
 
 
@@ -40,7 +40,7 @@ def cast(elements: int, before: int, after: int) -> Cost:
 
 
 def resize(before: int, after: int, itemsize: int) -> Cost:
-    """Resizing in float32, from and to so many elements, with the casts around it."""
+    """Resizing in float32 between two numbers of elements, with the casts around it."""
     resized = Cost(0, before * FLOAT32, after * FLOAT32)
     return cast(before, itemsize, FLOAT32) + resized + cast(after, FLOAT32, itemsize)
 

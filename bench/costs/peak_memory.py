@@ -1,7 +1,7 @@
 """Peak memory on a GPU against the size of the picture: the large tensors that are held at once, in bytes.
 
-The peaks are above inputs and weights. Each function takes the sizes of mining, from which the rest of a picture's way
-to image tokens follows.
+The peaks are above inputs and weights. Each function takes the sizes of mining, from which the sizes of both towers
+follow.
 """
 
 import torch
@@ -53,7 +53,7 @@ def _finest_bytes(sizes: Sizes) -> int:
 
 
 def reference_picture_peak(sizes: Sizes) -> int:
-    """A picture's way to tokens by the original's steps.
+    """From a picture to its image tokens by the original's steps.
 
     The peak is in the tower as timm runs it, which holds eleven maps of its first stage, or in mining beside the maps.
     """
@@ -61,7 +61,10 @@ def reference_picture_peak(sizes: Sizes) -> int:
 
 
 def kernel_picture_peak(sizes: Sizes) -> int:
-    """A picture's way to tokens by mg_fast, whose tower holds three maps and an expansion of four, or of a chunk."""
+    """From a picture to its image tokens by mg_fast.
+
+    Its tower holds three maps, and an expansion that is as large as four maps or as a chunk.
+    """
     finest = _finest_bytes(sizes)
     return _pixel_bytes(sizes) + max(3 * finest + min(4 * finest, GPU_EXPANSION), map_bytes(sizes) + kernel_peak(sizes))
 
