@@ -16,9 +16,10 @@ from ..registry import DTYPES, Call, NotHere, Outputs, Provider
 # Widths of the stage maps of ConvNeXt-L, and the number of blocks of each stage.
 DIMS = (192, 384, 768, 1536)
 DEPTHS = (3, 3, 27, 3)
-# CLIP ViT-L/14-336: patches along a side of a view, and their width.
+# CLIP ViT-L/14-336: patches along a side of a view, their width, and the layers, of which the last but one is read.
 PATCHES = 24
 WIDTH = 1024
+LAYERS = 24
 # The side of a low-resolution view, and the size of a camera's picture.
 LR = 336
 PICTURE = (4000, 3000)

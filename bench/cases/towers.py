@@ -16,10 +16,10 @@ from mg_fast.modules.clip import PackedClip
 from ..costs import floors
 from ..costs.tower import Tower, tower_cost, tower_floor
 from ..registry import Call, Case, NotHere, Provider
-from .settings import COMBINATIONS, DEPTHS, DIMS, LR, PATCHES, WIDTH, Setting, compiled, devices_of, require
+from .settings import COMBINATIONS, DEPTHS, DIMS, LAYERS, LR, PATCHES, WIDTH, Setting, compiled, devices_of, require
 
-# CLIP ViT-L/14-336: layers of which the last but one is read, width of the MLP.
-LAYERS, MLP = 24, 4096
+# CLIP ViT-L/14-336: the width of its MLP.
+MLP = 4096
 # The forms of torch's scaled_dot_product_attention. `reference` is the form that torch takes by itself.
 SDPA = {
     "flash": SDPBackend.FLASH_ATTENTION,

@@ -8,8 +8,7 @@ import torch
 
 from mg_fast.modules.convnext_channels_last import GPU_EXPANSION
 
-from ..cases.settings import DEPTHS, DIMS, LR, WIDTH
-from ..cases.towers import LAYERS
+from ..cases.settings import DEPTHS, DIMS, LAYERS, LR, WIDTH
 from .mining import Sizes
 from .operators import FLOAT32
 
