@@ -1,6 +1,4 @@
-"""Clock rates, power and temperature of a GPU while it works: without them nobody can tell a slow kernel from a slow
-clock.
-"""
+"""Clock rates, power and temperature of a GPU while it works: without them a slow clock looks like a slow kernel."""
 
 import contextlib
 import statistics
@@ -10,22 +8,22 @@ import time
 
 QUERIES = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
 EVERY_MS = 100
+COMMAND = ("nvidia-smi", "--id=0", f"--query-gpu={','.join(QUERIES)}", "--format=csv,noheader,nounits")
+COMMAND += (f"--loop-ms={EVERY_MS}",)
 
 
 class ClockLog:
     """Reads the first GPU's clocks ten times a second, in a process of its own, while the block runs.
 
-    Where there is no GPU, or no nvidia-smi, nothing is read and `since` gives None.
+    Where there is no GPU, or no nvidia-smi, nothing is read, and `since` returns None.
 
     Args:
-        device: "cuda", or another type of device, of which nothing is read.
-        command: what prints a line of comma-separated numbers for every reading.
+        device: "cuda"; of another type of device nothing is read.
+        command: prints a line of comma-separated numbers for every reading.
     """
 
-    def __init__(self, device: str, command: tuple[str, ...] | None = None):
-        query = f"--query-gpu={','.join(QUERIES)}"
-        reading = ("nvidia-smi", "--id=0", query, "--format=csv,noheader,nounits", f"--loop-ms={EVERY_MS}")
-        self._command = (command or reading) if device == "cuda" else None
+    def __init__(self, device: str, command: tuple[str, ...] = COMMAND):
+        self._command = command if device == "cuda" else None
         self._readings: list[tuple[float, tuple[float, ...]]] = []
         self._process: subprocess.Popen | None = None
 
@@ -45,7 +43,7 @@ class ClockLog:
 
     def _follow(self, lines) -> None:
         for line in lines:
-            # "[N/A]" where a card does not say
+            # A card that does not tell a number prints "[N/A]".
             with contextlib.suppress(ValueError):
                 numbers = tuple(float(word) for word in line.split(","))
                 if len(numbers) == len(QUERIES):

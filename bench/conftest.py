@@ -8,6 +8,7 @@ def pytest_addoption(parser):
         nargs="+",
         default=[],
         metavar="PATTERN",
-        help="names, shell patterns or groups, after the folder; default: the quick cases on a CPU, those made for it on a GPU",
+        help="names, shell patterns or groups, written after the folder; default: the quick cases on a CPU, "
+        "the cases made for it on a GPU",
     )
     group.addoption("--bench-device", help="cpu or cuda; default: a GPU where there is one")

@@ -1,11 +1,10 @@
-"""Counting at torch's dispatcher, with or without a GPU: bytes that operators move, FLOP, launches, and memory that is
-live.
+"""Counting at torch's dispatcher, with or without a GPU: bytes moved, FLOP, launches, and live memory.
 
     with FakeTensorMode(), torch.inference_mode(), Count("cuda") as count:
         model(pixels)
     count.peak, count.total, count.launches
 
-counts fake tensors on a GPU that need not be there. Formulas by sizes are in bench.accounting, tables of the models in
+counts fake tensors on a GPU that need not be there. Formulas by sizes are in bench.costs, the counted models in
 bench.memory.
 """
 
@@ -23,53 +22,54 @@ from torch.utils.flop_counter import flop_registry
 
 from mg_fast.ops.operation import Operator, operators
 
+from .costs.operators import attention_flop
 from .registry import Cost
 
 ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
-# what they change in place they do not read
+# Operators that change a tensor in place without reading it.
 OVERWRITES = ("copy_", "fill_", "zero_", "normal_", "uniform_")
-# they read as many elements of their first input as they write
+# Operators that read as many elements of their first input as they write.
 GATHERS = ("index_select", "index", "gather", "embedding")
-# one kernel on a GPU, though torch would take it apart on the meta device
+# Operators that are one kernel on a GPU, though torch takes them apart on the meta device.
 FUSED = ("aten::scaled_dot_product_attention",)
-# the key under which operators that are made of others are registered
+# The key under which operators that are made of others are registered.
 COMPOSITE = "CompositeImplicitAutograd"
-# of CUDA's caching allocator, whose blocks are multiples of it; what it gives beyond, up to 1 MiB of a large block that
-# it does not split, depends on what was allocated before and is not counted
+# Bytes; the blocks of CUDA's caching allocator are multiples of it. The allocator may give more, up to 1 MiB of a large
+# block that it does not split. That depends on what was allocated before, and is not counted.
 BLOCK = 512
 
 
 def _attention_flop(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_, **__) -> int:
-    """Of all pairs, masked or not, as torch counts them."""
-    return 2 * query[..., 0].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+    """All pairs, masked or not, as torch counts them."""
+    return attention_flop(query[..., 0].numel() * key.shape[-2], query.shape[-1], value.shape[-1])
 
 
-# of torch's operators that torch has no formula for
+# FLOP of operators of torch for which torch has no formula.
 FLOP: dict[str, Callable[..., int]] = {"aten::scaled_dot_product_attention": _attention_flop}
-# our operators, which declare what they do in the records of their operations
+# The namespace of our operators, which declare what they do in the records of their operations.
 OURS = "mg_fast::"
 
 
 class Count(TorchDispatchMode):
-    """Counts what operators do, of real tensors, of fake ones and on the meta device.
+    """Counts what operators do with real tensors, with fake ones, and on the meta device.
 
-    Bytes are by the convention of bench.accounting, and so are FLOP. A launch is an ATen operator that writes memory,
-    whatever the library beneath it launches, or what the records of mg_fast's operations declare of their operators
+    Bytes and FLOP follow the convention of bench.costs. An ATen operator that writes memory counts as one launch,
+    whatever its library launches; operators of mg_fast declare their launches in the records of their operations
     (`mg_fast.ops.operation.Operator`); views and allocations launch nothing. Enter it within torch.inference_mode():
     only there an operator of FUSED arrives whole.
 
-    Memory is what was allocated since it was entered and is not free again, by storage: results, and the workspaces
-    that operators of mg_fast declare; on a GPU each in blocks of the caching allocator. What libraries allocate for
-    themselves is not seen.
+    Memory is what was allocated since the block was entered and is not free again, by storage: results, and the
+    workspaces that operators of mg_fast declare; on a GPU each in blocks of the caching allocator. What libraries
+    allocate for themselves is not seen.
 
     Args:
         device: type of the only device whose tensors count, such as "cuda"; None: all.
 
     Attributes:
         costs: Cost by the operator's name.
-        launches: by the operator's name.
+        launches: number by the operator's name.
         live: bytes that are allocated.
-        peak: the most they have been.
+        peak: the most bytes that have been allocated at once.
     """
 
     def __init__(self, device: str | None = None):
@@ -87,24 +87,23 @@ class Count(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func.namespace == "prim":
-            # fake tensors ask for their device in this way, which the dispatcher does not know
+            # Fake tensors ask for their device in this way, which the dispatcher does not know.
             return func(*args, **kwargs)
         name = func._schema.name
         if name not in FUSED and _is_composite(func):
-            # inference mode hands over operators that are made of others
+            # Inference mode hands over operators that are made of others.
             with self:
                 return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
         out, workspaces = _as_on_a_gpu(func, args, kwargs)
         inputs, changed, created = _tensors_of(func, args, kwargs, out)
         if not (changed or created) or not self._on_device(inputs + changed + created):
-            # a view, or on another device
+            # This is a view, or on another device.
             return out
         declared = operators().get(name) if name.startswith(OURS) else None
         if (cost := self._cost(func, inputs, changed, created)) is not None:
             again = declared.reads_again(*args, **kwargs) if declared and declared.reads_again else []
-            self.costs[str(func)] += cost + Cost(
-                _flop(func, declared, args, kwargs, out), _distinct_bytes(self._on_device(again))
-            )
+            flop = _flop(func, declared, args, kwargs, out)
+            self.costs[str(func)] += cost + Cost(flop, _distinct_bytes(self._on_device(again)))
         if launches := self._launches(func, declared, args, kwargs):
             self.launches[str(func)] += launches
         if declared:
@@ -122,14 +121,13 @@ class Count(TorchDispatchMode):
         if name in ALLOCATIONS:
             return None
         if name.endswith("_like") or name.startswith("new_"):
-            # only the shape and the dtype are taken from them
+            # Such an operator takes only the shape and the dtype of its inputs.
             inputs = []
-        inputs, written = self._on_device(inputs), self._on_device(changed + created)
+        inputs, created = self._on_device(inputs), self._on_device(created)
+        read = _distinct_bytes(inputs)
         if name in GATHERS and created:
-            return Cost(
-                0, _distinct_bytes(self._on_device(created)) + _distinct_bytes(inputs[1:]), _distinct_bytes(written)
-            )
-        return Cost(0, _distinct_bytes(inputs), _distinct_bytes(written))
+            read = _distinct_bytes(created) + _distinct_bytes(inputs[1:])
+        return Cost(0, read, _distinct_bytes(self._on_device(changed) + created))
 
     def _launches(self, func, declared: Operator | None, args: tuple, kwargs: dict) -> int:
         name = func._schema.name
@@ -140,7 +138,7 @@ class Count(TorchDispatchMode):
         return declared.launches(*args, **kwargs)
 
     def allocate(self, created: list[torch.Tensor], workspaces: Sequence[int] = ()) -> None:
-        """Counts the memory of tensors until it is freed, and of workspaces for the moment."""
+        """Counts the memory of tensors until it is freed, and that of workspaces, in bytes, for the moment."""
         for tensor in created:
             storage = tensor.untyped_storage()
             key = storage._cdata
@@ -165,25 +163,26 @@ def _is_composite(func) -> bool:
 
 
 def _as_on_a_gpu(func, args: tuple, kwargs: dict) -> tuple[object, list[int]]:
-    """What an operator returns, and bytes that it allocates beside, where fake tensors on a GPU would tell otherwise
-    than the GPU does.
+    """What an operator returns on a GPU, and the bytes of each block that it allocates beside.
+
+    Fake tensors on a GPU that is not here differ from that in a few operators.
     """
     first, name = args[0] if args else None, func._schema.name
     if name == "aten::_to_copy" and isinstance(first, FakeTensor) and first.constant is not None:
-        # of torch.tensor(1.0, device="cuda"), which would be made indeed
+        # torch.tensor(1.0, device="cuda") would make a tensor on a real GPU.
         return func(torch.empty_like(first), **kwargs), []
     if not (isinstance(first, FakeTensor) and first.device.type == "cuda"):
         return func(*args, **kwargs), []
     if name == "aten::convolution" and first.dtype == torch.bfloat16:
-        # of bfloat16 torch asks the GPU, which is not here, whether its convolutions take it: the other 16-bit dtype
-        # does the same
+        # torch asks the GPU, which is not here, whether its convolutions take bfloat16. The other 16-bit dtype does the
+        # same work.
         narrow = (a.to(torch.float16) if isinstance(a, torch.Tensor) else a for a in args)
         return func(*narrow, **kwargs).to(torch.bfloat16), []
     if name == "aten::native_layer_norm" and not first.is_contiguous():
-        # which copies its input, and returns it contiguous
+        # The norm copies its input, and returns a contiguous result.
         return func(first.contiguous(), *args[1:], **kwargs), [_bytes_of(first)]
     if name == "aten::scaled_dot_product_attention":
-        # flash attention: [B, N, heads, d] in memory, and a logarithm per row
+        # Flash attention has its result as [B, N, heads, d] in memory, and allocates a logarithm for each row.
         value = args[2]
         out = first.new_empty(len(first), first.shape[2], first.shape[1], value.shape[-1]).transpose(1, 2)
         return out, [4 * first[..., 0].numel()]
@@ -202,7 +201,7 @@ def _bytes_of(tensor: torch.Tensor) -> int:
 
 
 def _distinct_bytes(tensors: list[torch.Tensor]) -> int:
-    """Bytes of tensors, what is the same counted once: a tensor given twice, an expanded dimension."""
+    """Bytes of tensors. A tensor that is given twice counts once, and so does an expanded dimension."""
     views = {(_storage(t), t.storage_offset(), t.shape, t.stride()): t for t in tensors}
     return sum(
         t.itemsize * math.prod(size for size, stride in zip(t.shape, t.stride()) if stride or not size)
@@ -217,13 +216,13 @@ def _name(func) -> str:
 def _tensors_of(
     func, args: tuple, kwargs: dict, out
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-    """What an operator reads, what it changes in place, and what it returns in memory of its own."""
+    """The tensors that an operator reads, those that it changes in place, and its results in memory of their own."""
     inputs, changed = [], []
     for i, argument in enumerate(func._schema.arguments):
         tensors = _tensors(args[i] if i < len(args) else kwargs.get(argument.name))
         writes = argument.alias_info is not None and argument.alias_info.is_write
         changed += tensors if writes else []
-        # `out=` is only written
+        # An argument of `out=` is only written.
         inputs += [] if writes and (argument.kwarg_only or _name(func) in OVERWRITES) else tensors
     storages = {_storage(t) for t in (*inputs, *changed)}
     return inputs, changed, [t for t in _tensors(out) if _storage(t) not in storages]

@@ -1,7 +1,6 @@
-"""python -m bench.dtypes: how long a CPU's products take in bfloat16 and float16, against float32, in the models'
-shapes.
+"""python -m bench.dtypes: the time of a CPU's products in bfloat16 and float16, against float32, in the models' shapes.
 
-`mg_fast.runtime.cpu_dtype` takes the factors that it names from the file that this writes.
+`mg_fast.runtime.cpu_dtype` names factors from the file that this command writes.
 """
 
 import argparse
@@ -19,7 +18,7 @@ from . import records
 FILE = records.RESULTS / "cpu-dtypes.json"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Rows, inputs and outputs of linear layers: of Gemma-2B, and of both towers of every published model.
+# Rows, inputs and outputs of linear layers of Gemma-2B, and of both towers of every published model.
 PRODUCTS = {
     "language model, a prompt": (640, 2048, 2048),
     "language model, one token": (1, 2048, 16384),
@@ -30,7 +29,7 @@ CONVOLUTION = "high-resolution tower, depthwise convolution"
 
 
 def work(name: str, dtype: torch.dtype):
-    """A function that does one of the products."""
+    """A function that computes one of the products."""
     if name == CONVOLUTION:
         x = torch.randn(1, 768, 48, 48).to(dtype).contiguous(memory_format=torch.channels_last)
         weight, bias = torch.randn(768, 1, 7, 7).to(dtype), torch.randn(768).to(dtype)
@@ -41,7 +40,7 @@ def work(name: str, dtype: torch.dtype):
 
 
 def measure(name: str, turns: int) -> dict:
-    """Medians in milliseconds by dtype, and of the ratios to float32 within the turns; the dtypes take turns."""
+    """Medians by dtype, in milliseconds and as ratios to float32 within the turns; the dtypes take turns."""
     works = {dtype: work(name, dtype) for dtype in DTYPES}
     milliseconds = {dtype: [] for dtype in DTYPES}
     for turn in range(turns + 1):

@@ -9,45 +9,45 @@ from .cases import all_cases
 
 NOT_YET = "not measured yet"
 
-# device -> case -> the document that was kept of it
+# The document that was kept of each case, by device and case.
 Kept = Mapping[str, Mapping[str, dict]]
 
 
 def kept(results: Path = records.RESULTS) -> Kept:
-    """What was measured, by device: the folders of bench/results.
+    """What was measured by device, a CPU first, and by case, in the order of the registry.
 
     Raises:
-        BadRecord: a file there is no document of this benchmark.
+        BadRecord: a file in the folder of a device is not a document of this benchmark.
     """
-    devices = {}
-    for folder in sorted(path for path in results.glob("*") if path.is_dir()):
-        for path in sorted(folder.rglob("*.json")):
-            document = records.read(path)
-            for name in dict.fromkeys(row["name"] for row in document["cases"]):
-                rows = [row for row in document["cases"] if row["name"] == name]
-                devices.setdefault(folder.name, {})[name] = document | {"cases": rows}
-    order = list(all_cases())
-    in_order = {
-        device: dict(sorted(cases.items(), key=lambda item: _place(order, item[0])))
-        for device, cases in devices.items()
+    devices: dict[str, dict[str, dict]] = {}
+    for path in sorted(results.glob("*/**/*.json")):
+        document, cases = records.read(path), devices.setdefault(path.relative_to(results).parts[0], {})
+        for name in dict.fromkeys(row["name"] for row in document["cases"]):
+            cases[name] = document | {"cases": [row for row in document["cases"] if row["name"] == name]}
+    # A case that the registry no longer has comes last.
+    places = {name: place for place, name in enumerate(all_cases())}
+    return {
+        device: dict(sorted(devices[device].items(), key=lambda item: (places.get(item[0], len(places)), item[0])))
+        for device in sorted(devices, key=lambda device: (device != "cpu", device))
     }
-    # a CPU first
-    return dict(sorted(in_order.items(), key=lambda item: (item[0] != "cpu", item[0])))
 
 
-def _place(order: list[str], name: str) -> tuple[int, str]:
-    """As the registry lists them; what it no longer has comes last."""
-    return (order.index(name) if name in order else len(order), name)
+def rows_of(found: Kept, device: str, case: str) -> list[dict]:
+    """The rows of a case; none where nothing is kept of it."""
+    return found.get(device, {}).get(case, {"cases": []})["cases"]
 
 
 def row_of(found: Kept, device: str, case: str, provider: str) -> dict | None:
-    """A provider's row; None where nothing is kept of it."""
-    rows = found.get(device, {}).get(case, {"cases": []})["cases"]
-    return next((row for row in rows if row["provider"] == provider), None)
+    """The row of a provider; None where nothing is kept of it."""
+    return next((row for row in rows_of(found, device, case) if row["provider"] == provider), None)
 
 
 def gpus(found: Kept) -> list[str]:
     return [device for device in found if device != "cpu"]
+
+
+def device_title(device: str) -> str:
+    return "CPU" if device == "cpu" else device
 
 
 def is_measured(row: Mapping | None) -> bool:
@@ -55,35 +55,33 @@ def is_measured(row: Mapping | None) -> bool:
 
 
 def shown(row: Mapping) -> bool:
-    """Whether it has something to say: what cannot run on a device has not."""
+    """Whether a row has something to say: a provider that cannot run on a device has not."""
     return row["median_ms"] is not None or row["ok"] is False
 
 
 def figure(row: Mapping | None) -> str:
-    """Time, memory and ratio; FAIL with its reason instead of any of them."""
+    """Time, memory and ratio; for a wrong result FAIL with its reason instead of these."""
     if row is None:
         return NOT_YET
     if row["ok"] is False:
         return f"FAIL: {cell(row['why'] or 'no reason kept')}"
     if row["median_ms"] is None:
         return cell(row["why"] or NOT_YET)
-    parts = [duration(row["median_ms"])]
+    told, notes = duration(row["median_ms"]), []
     if row["peak_mib"] is not None:
-        parts.append(f"{row['peak_mib']:.0f} MiB")
-    notes = (
-        [ratio(row["speedup"])] if row["provider"] != row.get("baseline", "reference") and row.get("speedup") else []
-    )
+        told += f", {row['peak_mib']:.0f} MiB"
+    if row["provider"] != row.get("baseline", "reference") and row.get("speedup"):
+        notes.append(ratio(row["speedup"]))
     if row.get("graphed_ms"):
-        # without it a gain at batch 1 may be launches only
-        notes.append(
-            f"as CUDA graphs {duration(row['graphed_ms'])}" + (f", {ratio(row['speedup_graphed'])}" if notes else "")
-        )
-    notes += [cell(remark) for remark in remarks(row)]
-    return ", ".join(parts) + (f" ({'; '.join(notes)})" if notes else "")
+        # Without this figure a gain at batch 1 could come from launches alone.
+        compared = f", {ratio(row['speedup_graphed'])}" if notes else ""
+        notes.append(f"as CUDA graphs {duration(row['graphed_ms'])}{compared}")
+    notes += map(cell, remarks(row))
+    return told + (f" ({'; '.join(notes)})" if notes else "")
 
 
 def remarks(row: Mapping) -> list[str]:
-    """What a figure must not be read without."""
+    """What a reader must know beside a figure."""
     told = []
     if row["ok"] is None:
         told.append(row["why"] or "accuracy unknown")
@@ -93,18 +91,21 @@ def remarks(row: Mapping) -> list[str]:
 
 
 def ratio(speedup: float) -> str:
-    """2.1 times; of what takes longer, how much slower."""
     return f"{speedup:.1f} times" if speedup >= 1 else f"slower: {speedup:.2f} times"
 
 
 def duration(ms: float) -> str:
-    """Three digits, in seconds from one on."""
+    """Three digits, in seconds from one second on."""
     value, unit = (ms / 1e3, "s") if ms >= 1e3 else (ms, "ms")
-    return f"{value:.0f} {unit}" if value >= 100 else f"{value:.1f} {unit}" if value >= 10 else f"{value:.2f} {unit}"
+    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f} {unit}"
 
 
 def conditions(found: Kept, used: list[tuple[str, str]]) -> list[str]:
-    """A line for what was measured under the same conditions."""
+    """A line for all cases that were measured under the same conditions.
+
+    Args:
+        used: devices and cases.
+    """
     lines: dict[str, list[str]] = {}
     for device, case in used:
         if document := found.get(device, {}).get(case):
@@ -119,26 +120,27 @@ def busy(document: Mapping) -> str | None:
 
 
 def condition(document: Mapping) -> str:
-    """Machine, stack, date, load and the command of a document, in one line."""
-    if document.get("device") == "cuda":
+    """Machine, stack, date, load and command of a document, in one line."""
+    on_gpu = document.get("device") == "cuda"
+    where = f"{document['cpu']}, {document['threads']} threads, {document.get('memory_gib')} GiB of memory"
+    if on_gpu:
         where = f"{document['gpu']}, driver {document.get('driver')}, clocks {document.get('clocks')}"
-    else:
-        where = f"{document['cpu']}, {document['threads']} threads, {document.get('memory_gib')} GiB of memory"
-    turns = sorted({row["samples"] for row in document["cases"] if row.get("samples")})
     told = [where, f"torch {document['torch']}", document["date"], f"commit {document['commit']}"]
-    if turns:
-        several = f" to {turns[-1]}" if len(turns) > 1 else ""
-        told.append(f"{turns[0]}{several} {'samples' if document.get('device') == 'cuda' else 'turns'}")
+    if turns := sorted({row["samples"] for row in document["cases"] if row.get("samples")}):
+        several = f"{turns[0]} to {turns[-1]}" if len(turns) > 1 else str(turns[0])
+        told.append(f"{several} {'samples' if on_gpu else 'turns'}")
     if left_out := max((row.get("left_out") or 0 for row in document["cases"]), default=0):
-        told.append(f"{left_out} disturbed ones left out")
-    if disturbed := busy(document):
-        told.append(disturbed)
-    told += [f"load {document['load']}" if document.get("load") is not None else None]
-    told += [f"`{document['command']}`" if document.get("command") else None]
-    return ", ".join(part for part in told if part) + "."
+        told.append(f"{left_out} disturbed one{'s' * (left_out > 1)} left out")
+    told.append(busy(document))
+    if document.get("load") is not None:
+        told.append(f"load {document['load']}")
+    if document.get("command"):
+        told.append(f"`{document['command']}`")
+    return ", ".join(filter(None, told)) + "."
 
 
 def cell(text: str) -> str:
+    """Text as it may stand in a table of Markdown."""
     return text.replace("|", "/").replace("\n", " ")
 
 

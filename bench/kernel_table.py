@@ -1,4 +1,4 @@
-"""Where the time of one call goes, kernel by kernel, as torch.profiler sees it."""
+"""The time of one call, kernel by kernel, as torch.profiler sees it."""
 
 import statistics
 import time
@@ -9,11 +9,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from .registry import Call
 
-# calls that are profiled
+# How many calls are profiled.
 CALLS = 5
-# kernels that are kept by name; the others are added up
+# How many kernels are kept by name; the others are added up.
 MOST_KERNELS = 60
-# of a kernel's name: templates of C++ run to thousands of characters
+# How much of a kernel's name is kept: templates of C++ run to thousands of characters.
 MOST_CHARACTERS = 120
 
 
@@ -21,24 +21,26 @@ def kernel_table(call: Call, device: str) -> dict:
     """Profiles warm calls. On a CPU the table holds torch's operators, since there are no kernels.
 
     Returns:
-        `wall_us`: from the start of a call's first kernel to the end of its last one, median of `CALLS`, so that what
-        the host does before is not in it; on a CPU the whole call. None where the profiler did not see the same kernels
-        in every call; `busy_us`: the kernels' own times, added up: more than `wall_us` where some run at the same time,
-        less where there are gaps; `launches`: kernels, copies and fills of a call; `kernels`: by time, each with
-        `name`, `launches` and `us` of one call.
+        `wall_us`: the time from the start of a call's first kernel to the end of its last one, median of `CALLS`, which
+        leaves out what the host does before; on a CPU the whole call; None where the profiler did not see the same
+        kernels in every call.
+        `busy_us`: the sum of the kernels' own times: more than `wall_us` where some run at the same time, less where
+        there are gaps.
+        `launches`: kernels, copies and fills of a call.
+        `kernels`: sorted by time, each with `name`, `launches` and `us` of one call.
     """
     for _ in range(3):
         call()
     on_gpu = device == "cuda"
     walls = []
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    # one cycle; without the option torch warns that it would drop all others
+    # There is one cycle of profiling; without the option torch warns that it would drop all others.
     with profile(activities=activities, acc_events=True) as profiler:
         for _ in range(CALLS):
             began = time.perf_counter()
             call()
             if on_gpu:
-                # one call's kernels end before the next one's begin
+                # The kernels of one call end before those of the next one begin.
                 torch.cuda.synchronize()
             walls.append(1e6 * (time.perf_counter() - began))
     if on_gpu:
@@ -49,19 +51,12 @@ def kernel_table(call: Call, device: str) -> dict:
     for event in profiler.key_averages():
         us = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         if event.device_type == kind and us > 0:
-            rows.append(
-                {"name": event.key[:MOST_CHARACTERS], "launches": event.count / CALLS, "us": round(us / CALLS, 2)}
-            )
+            rows.append(_row(event.key[:MOST_CHARACTERS], event.count / CALLS, us / CALLS))
     rows.sort(key=lambda row: -row["us"])
     kept, others = rows[:MOST_KERNELS], rows[MOST_KERNELS:]
     if others:
-        kept.append(
-            {
-                "name": f"{len(others)} others",
-                "launches": sum(row["launches"] for row in others),
-                "us": round(sum(row["us"] for row in others), 2),
-            }
-        )
+        launches, us = (sum(row[key] for row in others) for key in ("launches", "us"))
+        kept.append(_row(f"{len(others)} others", launches, us))
     return {
         "wall_us": round(statistics.median(walls), 1) if walls else None,
         "busy_us": round(sum(row["us"] for row in rows), 1),
@@ -70,14 +65,18 @@ def kernel_table(call: Call, device: str) -> dict:
     }
 
 
+def _row(name: str, launches: float, us: float) -> dict:
+    return {"name": name, "launches": launches, "us": round(us, 2)}
+
+
 def spans(times: list[tuple[float, float]], calls: int) -> list[float]:
-    """How long each of several like calls took, from the start of its first kernel to the end of its last one.
+    """How long each of several equal calls took, from the start of its first kernel to the end of its last one.
 
     Args:
-        times: starts and ends of the kernels of all calls, of which none overlaps with another call's.
+        times: starts and ends of the kernels of all calls; kernels of different calls do not overlap.
 
     Returns:
-        A time for each call; nothing where the kernels cannot be shared out evenly.
+        A time for each call; nothing where the number of kernels is not a multiple of the number of calls.
     """
     if not times or len(times) % calls:
         return []

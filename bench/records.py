@@ -1,5 +1,6 @@
-"""Documents of figures: written as they grow, read and checked. `mg_fast.testing.environment` says what they were
-measured on.
+"""Documents of figures: written as they grow, read and checked.
+
+`mg_fast.testing.environment` gives the part that says what they were measured on.
 """
 
 import contextlib
@@ -8,25 +9,23 @@ import os
 import tempfile
 from pathlib import Path
 
+from .errors import BadRecord
+
 RESULTS = Path(__file__).parent / "results"
-# what every document has, and what is the same where two can be one
+# The keys that every document has, and those that must be equal where two documents are joined.
 CONDITIONS = ("date", "device", "gpu", "cpu", "threads", "torch", "commit")
 SAME = ("gpu", "driver", "cpu", "threads", "torch", "triton", "transformers", "commit")
-# what every row of a document has; the rest is there where it was measured
+# The keys that every row of a document has. Others are there where they were measured.
 ROW = ("name", "provider", "ok", "why", "median_ms", "p20_ms", "p80_ms", "peak_mib", "first_call_ms")
 
 
-class BadRecord(ValueError):
-    """A file is no document of this benchmark; the message says what is wrong."""
-
-
 def device_name(document: dict) -> str:
-    """The folder under bench/results: `cpu`, or the GPU's name as in `nvidia-h200`."""
+    """The name of a device's folder under bench/results: `cpu`, or the GPU's name as in `nvidia-h200`."""
     return (document["gpu"] or "cpu").lower().replace(" ", "-") if document["device"] == "cuda" else "cpu"
 
 
 def write(path: Path, document: dict) -> None:
-    """Puts a document in the place of a file, whole or not at all."""
+    """Writes a document in place of a file; a reader finds either of them whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     part.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
@@ -48,8 +47,11 @@ def check_writable(path: Path) -> None:
 def save(document: dict) -> list[Path]:
     """Keeps every case of a document under bench/results, in a file of its own by device and name.
 
-    Providers that were not measured this time stay, where they were under the same conditions: on this commit and
+    Rows of providers that were not measured this time stay if their conditions were the same, as the commit and the
     machine.
+
+    Returns:
+        The files.
     """
     paths = []
     for name in dict.fromkeys(row["name"] for row in document["cases"]):
@@ -64,15 +66,15 @@ def save(document: dict) -> list[Path]:
 
 
 def read(path: Path) -> dict:
-    """A document; or one of all the documents in a folder and its folders, the conditions being those of the first.
+    """The document in a file, or all documents below a folder as one, which has the conditions of the first.
 
     Raises:
-        BadRecord: the file is missing, no JSON, or no document of this benchmark; the folder holds none.
+        BadRecord: the file is missing, is not JSON, or is not a document of this benchmark; the folder holds none.
     """
     if path.is_dir():
         documents = []
         for file in sorted(path.rglob("*.json")):
-            # what else is kept beside: predictions, steps
+            # Predictions and the steps of a run are kept beside the documents.
             with contextlib.suppress(BadRecord):
                 documents.append(read(file))
         if not documents:
@@ -88,9 +90,8 @@ def read(path: Path) -> dict:
         raise BadRecord(f"{path} is no JSON: {error}") from None
     rows = document.get("cases") if isinstance(document, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) and set(ROW) <= row.keys() for row in rows):
-        raise BadRecord(
-            f"{path} is no document of this benchmark: expected an object with `cases`, each of which has {', '.join(ROW)}"
-        )
+        expected = f"expected an object with `cases`, each of which has {', '.join(ROW)}"
+        raise BadRecord(f"{path} is no document of this benchmark: {expected}")
     if missing := [key for key in CONDITIONS if key not in document]:
         raise BadRecord(f"{path} does not say what it was measured on: {', '.join(missing)} missing")
     return document

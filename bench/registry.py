@@ -1,6 +1,6 @@
-"""What a case of the benchmark is, and how the names on a command line choose some.
+"""What a case of the benchmark is, and how the names on a command line choose cases.
 
-A case is one operation at one size in one dtype; its providers are the ways to compute it, all over the same inputs.
+A case is one operation at one size in one dtype. Its providers are the ways to compute it, all over the same inputs.
 Names are `group/setting-batch-dtype`, as in `patch_mining/768-b1-float32`.
 """
 
@@ -15,25 +15,23 @@ from typing import Any
 
 import torch
 
-# what a provider returns: a tensor or several, compared by the tests' accuracy rule
+from .errors import UnknownCase
+
+# What a provider returns: one tensor or several, which are compared by the tests' accuracy rule.
 Outputs = torch.Tensor | Sequence[torch.Tensor]
-# of a clocked case: Callable[[], tuple[Outputs, list[float]]]
+# The calls of a clocked case return tuple[Outputs, list[float]].
 Call = Callable[[], Outputs]
 
 DTYPES = ("float32", "bfloat16", "float16")
-# providers that are our own forms; the others are the original's steps, opponents and variants, and one that fails is a
-# finding
+# The providers that are this project's own forms. The others are the original's steps, opponents and variants; one of
+# those that fails is a finding and no error.
 OURS = ("torch", "auto", "triton", "packed", "23 layers")
-# of a quick run: compiling takes longer than everything else together
+# The providers of a quick run: compiling takes longer than everything else together.
 QUICK_PROVIDERS = ("reference", "torch", "triton")
 
 
 class NotHere(Exception):
     """A provider cannot run on this machine; the message says why."""
-
-
-class UnknownCase(ValueError):
-    """A name or pattern chooses no case; the message lists what there is."""
 
 
 @dataclass(frozen=True)
@@ -58,54 +56,77 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Provider:
+    """One way to compute a case.
+
+    Args:
+        build: from the inputs to a call without arguments. Building may convert or pack weights, and raises NotHere
+            with the reason where the provider cannot run.
+        work: FLOP and bytes of the provider's own steps, where they were counted.
+        stages: from the inputs to the stages of a call, each a mapping of name, ms and peak_mib.
+        profiled: builds the call whose kernels are worth a table, see `kernel_table`.
+        own_graphs: on a GPU the call replays CUDA graphs of its own. It is then not captured in another graph, and its
+            memory cannot be seen, since a replay allocates nothing.
+        without_graphs: for such a provider, builds a call that does the same without a graph, to measure its memory.
+    """
+
+    build: Callable[[Any], Call]
+    work: Cost | None = None
+    stages: Callable[[Any], list[dict]] | None = None
+    profiled: Callable[[Any], Call] | None = None
+    own_graphs: bool = False
+    without_graphs: Callable[[Any], Call] | None = None
+
+    def __call__(self, inputs: Any) -> Call:
+        return self.build(inputs)
+
+
+@dataclass(frozen=True)
 class Case:
     """One operation at one size.
 
     Args:
         name: `group/setting`, unique.
-        make: builds inputs and weights on a device of this type ("cpu", "cuda"); what it returns every provider is
-            given.
-        providers: by name, from the inputs to a call without arguments. Building may convert or pack weights, and
-            raises NotHere with the reason where the provider cannot run.
-        exact: the outputs in a wider dtype, from the inputs; what accuracy is measured against. None: nothing to
-            compare.
+        make: builds inputs and weights on a device of this type ("cpu", "cuda"). Every provider is given what it
+            returns.
+        providers: by name; a plain function stands for Provider(function).
+        exact: from the inputs to the outputs in a wider dtype, which accuracy is measured against. None: there is
+            nothing to compare with.
         baseline: the provider that the others are compared with.
-        least: FLOP and bytes that no form can do without: the floor.
-        work: FLOP and bytes of a provider's own steps, where they were accounted.
-        devices: types of devices on which the case is run where no case is named: what would take minutes on a CPU is
-            left out.
-        quick: one of those that `--quick` runs.
-        stages: per provider, from the inputs to its stages, each a mapping of name, ms and peak_mib, where it has some.
-        capturable: on a GPU the providers can be captured in a CUDA graph, timed too. One that cannot ends the
-            process's use of it.
-        own_graphs: providers that replay CUDA graphs of their own: not captured, and their memory is not seen.
-        memory: of those, builds that do the same without a graph, for their memory.
-        clocked: calls return their outputs and a list of the milliseconds that count, taken by themselves and with the
-            device synchronised:
-            for what is a part of a call, or many requests in one.
-        tokens: that a sample's time gives, where it is a step of decoding.
-        profiled: of some providers, builds of the call whose kernels are worth a table, see `kernel_table`.
-        release: called after the last of the cases in a row that share it: frees what `make` keeps from one to the
-            next.
+        least: the floor: FLOP and bytes that no form can do without.
+        devices: types of devices on which the case is run where no case is named. What would take minutes on a CPU is
+            left out there.
+        quick: one of the cases of `--quick`.
+        capturable: on a GPU the providers can be captured in a CUDA graph, which is then timed too. After a capture
+            that fails the process cannot use the GPU any more.
+        clocked: a call returns its outputs and a list of the milliseconds that count, which it measures itself with the
+            device synchronised: for what is a part of a call, or many requests in one.
+        tokens: where the case is a step of decoding, the tokens that it gives.
+        stage: the name of the only stage of a call that does not name its stages itself.
+        release: called after the last of the cases in a row that share it; frees what `make` keeps from one case to
+            the next.
     """
 
     name: str
     make: Callable[[str], Any]
-    providers: Mapping[str, Callable[[Any], Call]]
+    providers: Mapping[str, Provider | Callable[[Any], Call]]
     exact: Callable[[Any], Outputs] | None
     baseline: str = "reference"
     least: Cost = Cost()
-    work: Mapping[str, Cost] | None = None
     devices: tuple[str, ...] = ("cpu", "cuda")
     quick: bool = False
-    stages: Mapping[str, Callable[[Any], list[dict]]] | None = None
     capturable: bool = False
-    own_graphs: frozenset[str] = frozenset()
-    memory: Mapping[str, Callable[[Any], Call]] | None = None
     clocked: bool = False
     tokens: int | None = None
-    profiled: Mapping[str, Callable[[Any], Call]] | None = None
+    stage: str | None = None
     release: Callable[[], None] | None = None
+
+    def __post_init__(self):
+        providers = {
+            name: provider if isinstance(provider, Provider) else Provider(provider)
+            for name, provider in self.providers.items()
+        }
+        object.__setattr__(self, "providers", providers)
 
     @property
     def group(self) -> str:
@@ -116,56 +137,48 @@ class Case:
         return next((dtype for dtype in DTYPES if self.name.endswith(dtype)), "float32")
 
     def only(self, patterns: Sequence[str]) -> Case:
-        """The same with its baseline and the providers that shell patterns name."""
-        kept = {
-            n: p
-            for n, p in self.providers.items()
-            if n == self.baseline or any(fnmatch.fnmatch(n, pattern) for pattern in patterns)
-        }
-        return dataclasses.replace(self, providers=kept)
+        """The same case with its baseline and the providers that shell patterns name."""
+        named = [name for pattern in patterns for name in fnmatch.filter(self.providers, pattern)]
+        return self.restricted([self.baseline, *named])
 
-    def restricted(self, providers: Sequence[str]) -> Case:
-        """The same with these providers, in its own order; the baseline only if it is one of them."""
-        return dataclasses.replace(
-            self, providers={name: build for name, build in self.providers.items() if name in providers}
-        )
+    def restricted(self, names: Sequence[str]) -> Case:
+        """The same case with these providers, in its own order; with the baseline only where it is one of them."""
+        providers = {name: provider for name, provider in self.providers.items() if name in names}
+        return dataclasses.replace(self, providers=providers)
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this machine reaches: GB/s of a copy (bytes read and written), TFLOP/s of a large matrix product by dtype."""
+    """What a machine reaches: GB/s of a copy (bytes read and written), TFLOP/s of a large matrix product by dtype."""
 
     copy_gbps: float
     matmul_tflops: Mapping[str, float]
 
     def floor_ms(self, least: Cost, dtype: str) -> float | None:
         """The time that the least work takes at least; None where nothing is known of it."""
-        seconds = max(
-            least.flop / (self.matmul_tflops.get(dtype, math.inf) * 1e12), least.bytes / (self.copy_gbps * 1e9)
-        )
-        return 1e3 * seconds or None
+        computing = least.flop / (self.matmul_tflops.get(dtype, math.inf) * 1e12)
+        return 1e3 * max(computing, least.bytes / (self.copy_gbps * 1e9)) or None
 
 
 def choose(cases: Mapping[str, Case], patterns: Sequence[str], device: str, *, quick: bool = False) -> list[Case]:
-    """The cases that patterns name, in the registry's order; without patterns those made for the device.
+    """The cases that patterns name, in the registry's order; without patterns the cases made for the device.
 
     Args:
         patterns: names, shell patterns, or groups: `patch_mining/768-b1-float32`, `patch_mining/*`, `patch_mining`.
 
     Raises:
-        UnknownCase: a pattern names none.
+        UnknownCase: a pattern names no case.
     """
     if not patterns:
         return [case for case in cases.values() if device in case.devices and (case.quick or not quick)]
-    chosen = set(choose_names(list(cases), patterns))
-    return [case for name, case in cases.items() if name in chosen]
+    return [cases[name] for name in choose_names(list(cases), patterns)]
 
 
 def choose_providers(cases: Sequence[Case], patterns: Sequence[str]) -> list[Case]:
-    """The cases with their baselines and the providers that patterns name; without patterns with all.
+    """The cases with their baselines and the providers that patterns name; without patterns with all providers.
 
     Raises:
-        UnknownCase: a pattern names none.
+        UnknownCase: a pattern names no provider.
     """
     names = list(dict.fromkeys(name for case in cases for name in case.providers))
     for pattern in patterns:
@@ -175,10 +188,14 @@ def choose_providers(cases: Sequence[Case], patterns: Sequence[str]) -> list[Cas
 
 
 def choose_names(names: Sequence[str], patterns: Sequence[str], command: str = "list") -> list[str]:
-    """The names that patterns choose, in order; without patterns all. Raises UnknownCase where a pattern chooses none.
+    """The names that patterns choose, in order; without patterns all.
 
     Args:
-        command: of `python -m bench`, that prints the names.
+        patterns: as of `choose`.
+        command: of `python -m bench`, which prints the names.
+
+    Raises:
+        UnknownCase: a pattern chooses no name.
     """
     chosen = set() if patterns else set(names)
     for pattern in patterns:

@@ -4,8 +4,8 @@
     pytest bench --cases 'patch_mining/768-b1-*' 'tower/*' --benchmark-compare
 
 Here each provider is timed by itself: `python -m bench run` takes them in turns, flushes a GPU's cache, and measures
-memory too. Cases that take their time themselves, being a part of a call or many requests in one, are timed by that:
-the plug-in's clock is theirs.
+memory too. A case that measures its time itself, because it is a part of a call or many requests in one, is timed by
+that: the plug-in's clock then goes on by what the case says.
 """
 
 import dataclasses
@@ -18,17 +18,18 @@ import torch
 from mg_fast.testing.tolerances import ieee_float32
 
 from .cases import all_cases
-from .registry import QUICK_PROVIDERS, Call, Case, UnknownCase, choose
-from .run import NoDevice, check, check_device, empty_row
+from .check import check
+from .devices import check_device
+from .errors import BenchError
+from .registry import QUICK_PROVIDERS, Call, Case, choose
+from .rows import empty_row
 
-# of a case that takes its time itself: the plug-in cannot find out how many there should be
+# For a case that measures its time itself: the plug-in cannot find out how many rounds there should be.
 ROUNDS = 5
 
 
 class OwnClock:
-    """A timer, in seconds, that goes on by what clocked calls say they took; by the median of those that are many
-    requests in one.
-    """
+    """A timer, in seconds, that goes on by what clocked calls say they took; by the median of many requests."""
 
     def __init__(self):
         self.seconds = 0.0
@@ -46,22 +47,16 @@ OWN_CLOCK = OwnClock()
 def pytest_generate_tests(metafunc):
     patterns = metafunc.config.getoption("--cases")
     try:
-        device = check_device(
-            metafunc.config.getoption("--bench-device") or ("cuda" if torch.cuda.is_available() else "cpu")
-        )
+        device = check_device(metafunc.config.getoption("--bench-device"))
         quick = device == "cpu" and not patterns
         cases = choose(all_cases(), patterns, device, quick=quick)
-    except (NoDevice, UnknownCase) as error:
+    except BenchError as error:
         raise pytest.UsageError(str(error)) from None
-    pairs = [
-        (case, provider)
-        for case in (case.only(QUICK_PROVIDERS) if quick else case for case in cases)
-        for provider in case.providers
-    ]
     clock = pytest.mark.benchmark(timer=OWN_CLOCK)
     chosen = [
-        pytest.param(*pair, device, id=f"{pair[0].name}-{pair[1]}", marks=[clock] if pair[0].clocked else [])
-        for pair in pairs
+        pytest.param(case, name, device, id=f"{case.name}-{name}", marks=[clock] if case.clocked else [])
+        for case in (case.only(QUICK_PROVIDERS) if quick else case for case in cases)
+        for name in case.providers
     ]
     metafunc.parametrize(("case", "provider", "device"), chosen)
 
@@ -71,8 +66,8 @@ def inputs_of(name: str, device: str) -> tuple[object, object]:
     """A case's inputs and its exact result, shared by its providers."""
     case = all_cases()[name]
     ieee_float32()
-    # cases share their code: after eight shapes torch.compile would give up and run it eagerly
-    torch._dynamo.reset()
+    # Cases share their code: after eight shapes torch.compile would give up and run it eagerly.
+    torch.compiler.reset()
     inputs = case.make(device)
     return inputs, case.exact(inputs) if case.exact else None
 
@@ -80,20 +75,17 @@ def inputs_of(name: str, device: str) -> tuple[object, object]:
 @torch.no_grad()
 def test_case(case: Case, provider: str, device: str, benchmark):
     inputs, exact = inputs_of(case.name, device)
-    pair = dataclasses.replace(
-        case,
-        providers={name: case.providers[name] for name in (case.baseline, provider)},
-        exact=(lambda _: exact) if case.exact else None,
-    )
+    pair = case.restricted([case.baseline, provider])
+    if case.exact:
+        pair = dataclasses.replace(pair, exact=lambda _: exact)
     rows = {name: empty_row(case, name) for name in pair.providers}
     call = check(pair, inputs, device, rows).get(provider)
     row = rows[provider]
     if call is None:
         (pytest.fail if row["ok"] is False else pytest.skip)(row["why"])
     benchmark.group = case.name
-    benchmark.extra_info |= {key: row[key] for key in ("ok", "why", "relative_error", "first_call_ms")} | {
-        "device": device
-    }
+    told = {key: row[key] for key in ("ok", "why", "relative_error", "first_call_ms")}
+    benchmark.extra_info |= {**told, "device": device}
 
     if case.clocked:
         benchmark.pedantic(OWN_CLOCK.advance, args=(call,), rounds=ROUNDS)

@@ -13,17 +13,9 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from . import measure
+from .peaks import memory_within_reach
 from .registry import Call, Case, NotHere
-
-# the stage that a case of one operation is of; what has several stages names them itself
-STAGES = {
-    "dual_resize": "preprocess",
-    "clip": "LR tower",
-    "tower": "HR tower",
-    "patch_mining": "patch info mining",
-    "projector": "projector",
-}
+from .rows import why
 
 
 def trace(cases: Sequence[Case], device: str, path: Path) -> list[dict]:
@@ -32,32 +24,32 @@ def trace(cases: Sequence[Case], device: str, path: Path) -> list[dict]:
     A provider that takes several stages runs them one after the other, without a CUDA graph, so that each has a range.
 
     Returns:
-        Per provider its case's name, its own, and `why` it is not in the trace (None: it is).
+        For each provider its case's name, its own, and `why` it is not in the trace (None: it is).
     """
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
     rows, profiler = [], profile(activities=activities, acc_events=True)
-    with measure.memory_within_reach(device), torch.no_grad():
-        # calls are warmed up outside of it: the profiler is paused between them
+    with memory_within_reach(device), torch.no_grad():
+        # The profiler is paused while calls are warmed up.
         profiler.start()
         for case in cases:
             print(f"{case.name} ...", file=sys.stderr, flush=True)
             profiler.toggle_collection_dynamic(False, activities)
             inputs = case.make(device)
-            for name, build in case.providers.items():
-                why = None
+            for name, provider in case.providers.items():
+                reason = None
                 try:
-                    call = build(inputs)
+                    call = provider(inputs)
                     _run(call, case, device, contextlib.nullcontext)
                     profiler.toggle_collection_dynamic(True, activities)
                     with named_range(f"{case.name} {name}", device):
                         _run(call, case, device, lambda stage: named_range(stage, device))
-                except NotHere as reason:
-                    why = f"not here: {reason}"
+                except NotHere as not_here:
+                    reason = f"not here: {not_here}"
                 except Exception as error:
-                    # an opponent that breaks is reported, and the others are still traced
-                    why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                    # An opponent that breaks is reported, and the others are still traced.
+                    reason = why(error)
                 profiler.toggle_collection_dynamic(False, activities)
-                rows.append({"name": case.name, "provider": name, "why": why})
+                rows.append({"name": case.name, "provider": name, "why": reason})
             del inputs
         profiler.stop()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +61,7 @@ def _run(call: Call, case: Case, device: str, stage) -> None:
     if "stage" in inspect.signature(call).parameters:
         call(stage=stage)
     else:
-        with stage(STAGES.get(case.group, case.group)):
+        with stage(case.stage or case.group):
             call()
     if device == "cuda":
         torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""What a measuring process is at, so that it can be told from outside after the process crashed or hung."""
+"""What a measuring process is doing, so that it can be told from outside after the process crashed or hung."""
 
 import faulthandler
 import json
@@ -11,11 +11,11 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Doing:
-    """What a process was at.
+    """What a process was doing.
 
     Attributes:
         case: the case's name.
-        providers: those that it is about: one, or all of the case while its inputs are made.
+        providers: the providers that it is about: one, or all of the case while its inputs are made.
         what: in words, for the row that will say why there is no figure.
         limit_s: seconds after which the process ends itself; None: never.
     """
@@ -27,15 +27,15 @@ class Doing:
 
 
 class Watchdog:
-    """Keeps in a file what this process is at, and ends the process where one thing takes too long.
+    """Keeps in a file what this process is doing, and ends the process where one thing takes too long.
 
-    A call that never comes back from the GPU cannot be interrupted from within Python. The limit is therefore kept by a
-    thread of the interpreter that needs no lock of it (`faulthandler`): it prints where every thread stands, and ends
-    the process. Whoever started the process finds in the file what it was at, and goes on without that.
+    A call that never comes back from the GPU cannot be interrupted from within Python. The limit is therefore kept by
+    `faulthandler`, in a thread that needs no lock of the interpreter: it prints where every thread stands, and ends the
+    process. The program that started the process finds in the file what it was doing, and goes on without that.
 
     Args:
         path: the file; it is there only while something is being done. None: nothing is kept.
-        limit_s: most seconds for one thing. None: no limit.
+        limit_s: the most seconds for one thing. None: no limit.
         compiling_limit_s: the same for providers that a compiler has to work for first.
     """
 
@@ -43,7 +43,7 @@ class Watchdog:
         self.path, self.limit_s, self.compiling_limit_s = path, limit_s, compiling_limit_s
 
     def begin(self, case: str, providers: Sequence[str], what: str) -> None:
-        """Says what is done from now on; the time for it starts anew."""
+        """Says what is done from now on; its time starts now."""
         if self.path is None:
             return
         limit = self.compiling_limit_s if any(map(compiles, providers)) else self.limit_s
@@ -54,7 +54,7 @@ class Watchdog:
             faulthandler.dump_traceback_later(limit, exit=True, file=sys.__stderr__)
 
     def end(self) -> None:
-        """Nothing is being done any more."""
+        """Says that nothing is being done any more."""
         if self.path is None:
             return
         faulthandler.cancel_dump_traceback_later()
@@ -63,11 +63,11 @@ class Watchdog:
 
 def compiles(provider: str) -> bool:
     """Whether a compiler works for seconds or minutes before a provider's first call is done."""
-    return "compiled" in provider or "max-autotune" in provider or "static cache" in provider
+    return any(word in provider for word in ("compiled", "max-autotune", "static cache"))
 
 
 def read(path: Path) -> Doing | None:
-    """What a process was at when it ended; None where it had nothing left to do."""
+    """What a process was doing when it ended; None where it had nothing left to do."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

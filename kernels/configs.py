@@ -3,7 +3,8 @@
 This file holds data only. Launches take their tiles from here, and nothing is tuned at run time.
 """
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 # The shared memory in bytes that one block may use, by compute capability (CUDA C++ Programming Guide, "Technical
@@ -183,3 +184,20 @@ DUAL_RESIZE = {None: {"columns": ResizeTile(4, 128, 4), "rows": ResizeTile(4, 12
 def dual_resize_tile(architecture: int | None, stage: str) -> ResizeTile:
     """The tile of one pass on a GPU of this compute capability (90 for 9.0)."""
     return (DUAL_RESIZE[None] | DUAL_RESIZE.get(architecture, {}))[stage]
+
+
+@contextlib.contextmanager
+def replaced_tile(table: dict, architecture: int | None, key: object, tile: NamedTuple) -> Iterator[None]:
+    """Within the block, launches on an architecture (None: interpreted) take this tile for one entry of a table.
+
+    This is for a search for faster tiles, which has to launch a kernel with each of them.
+    """
+    before = table.get(architecture)
+    table[architecture] = {**(before or {}), key: tile}
+    try:
+        yield
+    finally:
+        if before is None:
+            del table[architecture]
+        else:
+            table[architecture] = before

@@ -67,7 +67,7 @@ def test_nothing_within_takes_more_of_the_face_than_the_version():
         name: source.from_face - {"__version__"} for name, source in sources().items() if name.startswith("mg_fast.")
     }
     assert {name: names for name, names in taken.items() if names} == {}
-    assert "MiniGeminiProcessor" in sources()["bench.cases.end_to_end"].from_face
+    assert "MiniGeminiProcessor" in sources()["bench.cases.sessions"].from_face
 
 
 def test_layers_look_down_only():

@@ -1,4 +1,4 @@
-"""The registry: what users run first, stress shapes last.
+"""The registry: what users run first comes first, stress shapes come last.
 
 Every file of this folder that has `cases()` is found by itself: a new operation is a new file here.
 """
@@ -11,23 +11,30 @@ from mg_fast import ops
 
 from ..registry import Case
 
-FIRST = ("patch_mining", "towers", "dual_resize", "picture", "pixels")
+FIRST = ("patch_mining", "towers", "dual_resize", "picture")
 LAST = ("end_to_end", "stress")
 
 
 def all_cases() -> dict[str, Case]:
-    """Every case by name, in the order in which they are run."""
-    between = sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in (*FIRST, *LAST))
-    modules = [_module(name) for name in (*FIRST, *between, *LAST)]
+    """Every case by name, in the order in which cases are run."""
+    modules = [_module(name) for name in _names()]
     cases = [case for module in modules if hasattr(module, "cases") for case in module.cases()]
     assert len({case.name for case in cases}) == len(cases)
     return {case.name: case for case in cases}
 
 
-def operation_modules() -> list[ModuleType]:
-    """The files of this folder that bear the name of a file of operations: each has `launches()` too."""
+def operation_modules() -> dict[str, ModuleType]:
+    """The files of this folder that bear the name of a file of operations, by that name; see `operations`.
+
+    No other file is imported: the models' would take seconds.
+    """
     files = {module.name for module in pkgutil.iter_modules(ops.__path__)}
-    return [_module(module.name) for module in pkgutil.iter_modules(__path__) if module.name in files]
+    return {name: _module(name) for name in _names() if name in files}
+
+
+def _names() -> list[str]:
+    between = sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in (*FIRST, *LAST))
+    return [*FIRST, *between, *LAST]
 
 
 def _module(name: str) -> ModuleType:

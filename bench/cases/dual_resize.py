@@ -1,14 +1,17 @@
 """A picture's preprocessing alone: a camera's picture to both resolutions."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from mg_fast import ops
+from mg_fast.kernels import configs
+from mg_fast.ops.torch import dual_resize as torch_form
 
-from ..registry import Case, Cost
-from .operations import Launch, forms
-from .settings import LR, PICTURE, SETTINGS, Setting, picture
+from ..costs import floors
+from ..registry import Case
+from .operations import POWERS, Launch, Tunable, forms
+from .settings import LR, PICTURE, SETTINGS, Setting, picture_pixels
 
 
 @dataclass
@@ -22,30 +25,52 @@ def cases() -> list[Case]:
 
 
 def _case(setting: Setting) -> Case:
-    sizes = dict(hr_size=setting.side, lr_size=LR, grid=setting.grid, global_view=setting.views > setting.grid**2)
-
-    def make(device: str) -> Pixels:
-        import numpy as np
-
-        # a copy, as Pillow's own memory cannot be written to
-        return Pixels(device, torch.from_numpy(np.array(picture())).to(device))
+    def resize(pixels: torch.Tensor, backend: str) -> list[torch.Tensor]:
+        return list(ops.dual_resize(pixels, **setting.resize, backend=backend))
 
     def exact(inputs: Pixels) -> list[torch.Tensor]:
-        return [pixels.double() for pixels in ops.dual_resize(inputs.pixels, **sizes, backend="reference")]
+        return [pixels.double() for pixels in resize(inputs.pixels, "reference")]
 
-    providers = forms(
-        "dual_resize", lambda inputs, backend: lambda: ops.dual_resize(inputs.pixels, **sizes, backend=backend)
+    # Whatever the towers run in, pictures are resized to float32.
+    return Case(
+        f"dual_resize/{setting.name}-float32",
+        lambda device: Pixels(device, picture_pixels(device)),
+        forms("dual_resize", lambda inputs, backend: lambda: resize(inputs.pixels, backend)),
+        exact,
+        least=floors.preprocess(setting.side, LR, setting.views),
+        stage="preprocess",
     )
-    least = Cost(0, 3 * PICTURE[0] * PICTURE[1] + 4 * 3 * (setting.side**2 + setting.views * LR**2))
-    # float32 is what pictures are resized to, whatever the towers run in
-    return Case(f"dual_resize/{setting.name}-float32", make, providers, exact, least=least)
 
 
 def launches() -> dict[str, Launch]:
     return {
-        # both launches of a resize; its numbers are whole, whatever the dtype
+        # This makes both launches of a resize. Its numbers are whole, whatever the dtype.
         "dual_resize": Launch(
             lambda dtype: torch.randint(0, 256, (9, 13, 3), dtype=torch.uint8),
             lambda picture, backend: list(ops.dual_resize(picture, 16, 6, grid=2, global_view=True, backend=backend)),
         )
     }
+
+
+def tunable() -> Tunable:
+    space = {"rows": POWERS[:5], "columns": POWERS[5:10], "warps": POWERS[:4]}
+    # The library's form brings its tables to the GPU in every call, which cannot be captured.
+    return Tunable(space, _fits, _problems, prepare=_keep_tables, library_graphed=False)
+
+
+def _keep_tables() -> None:
+    for setting in SETTINGS:
+        torch_form.view_taps(setting.side, LR, setting.grid, setting.views > setting.grid**2)
+
+
+def _problems() -> list[tuple[object, Case]]:
+    return [(key, replace(_case(setting), make=_random_pixels)) for setting in SETTINGS for key in ("columns", "rows")]
+
+
+def _random_pixels(device: str) -> Pixels:
+    torch.manual_seed(0)
+    return Pixels(device, torch.randint(0, 256, (*PICTURE[::-1], 3), dtype=torch.uint8, device=device))
+
+
+def _fits(key: str, tile: configs.ResizeTile, shared: int) -> bool:
+    return 1 <= tile.rows * tile.columns // (32 * tile.warps) <= 32

@@ -1,21 +1,23 @@
 """Patch info mining."""
 
 import copy
-import unittest.mock
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mg_fast.kernels import configs
 from mg_fast.modules import PatchInfoMining
 from mg_fast.ops import reference
+from mg_fast.ops.patch_mining import pool_windows
+from mg_fast.ops.torch import patch_mining as torch_form
 from mg_fast.ops.torch.pointwise import linear
 
-from .. import accounting
-from ..registry import Call, Case, Cost, NotHere
-from .operations import Launch, forms
-from .settings import COMBINATIONS, compiled, devices_of, own_graphs
+from ..costs.mining import MINING, Sizes, mining_floor
+from ..registry import Call, Case, NotHere, Provider
+from .operations import MOST_REGISTERS, POWERS, Launch, Tunable, forms
+from .settings import COMBINATIONS, SETTINGS, compiled, devices_of
 
 
 @dataclass
@@ -28,57 +30,60 @@ class MiningInputs:
 
     @property
     def projections(self) -> list[reference.Projection]:
-        modules = (
-            self.mining.vlm_uni_query_projector,
-            self.mining.vlm_uni_aux_projector,
-            self.mining.vlm_uni_val_projector,
-        )
+        """Of queries, keys and values."""
+        mining = self.mining
+        modules = mining.vlm_uni_query_projector, mining.vlm_uni_aux_projector, mining.vlm_uni_val_projector
         return [reference.Projection(p[0].weight, p[0].bias, p[1].weight, p[1].bias) for p in modules]
 
 
 def cases() -> list[Case]:
     found = []
     for setting, batch, dtype in COMBINATIONS:
-        hd = setting.grid > 1
-        sizes = (accounting.Sizes.hd if hd else accounting.Sizes.standard)(getattr(torch, dtype), batch)
-        found.append(
-            mining_case(
-                f"patch_mining/{setting.name}-b{batch}-{dtype}",
-                sizes,
-                devices=devices_of(setting, batch, dtype),
-                quick=(batch, dtype, hd) == (1, "float32", False),
-            )
-        )
+        name, quick = f"patch_mining/{setting.name}-b{batch}-{dtype}", (batch, dtype, setting.grid) == (1, "float32", 1)
+        sizes = Sizes.of_picture(setting.side, getattr(torch, dtype), batch)
+        found.append(mining_case(name, sizes, devices=devices_of(setting, batch, dtype), quick=quick))
     return found
 
 
-def mining_case(name: str, sizes: accounting.Sizes, **options) -> Case:
-    """One call of mining of these sizes."""
-    work = {"reference": accounting.reference_mining(sizes), "torch": accounting.torch_mining(sizes)}
-    work |= {"triton": accounting.triton_mining(sizes)}
-    least = Cost(min(cost.flop for cost in work.values()), accounting.floor_bytes(sizes))
-    own = forms("patch_mining", _call)
+def mining_case(name: str, sizes: Sizes, **options) -> Case:
+    """One call of mining of these sizes.
+
+    Args:
+        options: of the case.
+    """
+    own, work = forms("patch_mining", _call), {form: cost(sizes) for form, cost in MINING.items()}
     providers = {
-        "reference": own["reference"],
+        "reference": Provider(own["reference"], work["reference"]),
         "reference, SDPA": _with_sdpa,
         "reference, SDPA math": _with_sdpa_math,
         "reference, oneDNN": _by_one_dnn,
         **compiled(own["reference"], "reference"),
-        "torch": own["torch"],
+        "torch": Provider(own["torch"], work["torch"]),
         **compiled(own["torch"], "torch"),
-        "triton": own["triton"],
+        "triton": Provider(own["triton"], work["triton"]),
     }
-    options |= {"capturable": sizes.batch == 1, "own_graphs": own_graphs(providers)}
-    return Case(name, lambda device: _make(sizes, device), providers, _exact, least=least, work=work, **options)
+    return Case(
+        name,
+        lambda device: _make(sizes, device),
+        providers,
+        _exact,
+        least=mining_floor(sizes),
+        capturable=sizes.batch == 1,
+        stage="patch info mining",
+        **options,
+    )
 
 
-def _make(sizes: accounting.Sizes, device: str) -> MiningInputs:
+def _make(sizes: Sizes, device: str) -> MiningInputs:
     torch.manual_seed(0)
     like = {"dtype": sizes.dtype, "device": device}
     mining = PatchInfoMining(sizes.dim, [c for _, c in sizes.levels], **like)
     queries = torch.randn(sizes.batch, sizes.views, sizes.side**2, sizes.dim, **like)
-    pyramid = [torch.randn(sizes.batch, n, n, c, **like) for n, c in sizes.levels]
-    return MiningInputs(device, mining, queries, pyramid, sizes.grid)
+    return MiningInputs(device, mining, queries, _random_pyramid(sizes, device), sizes.grid)
+
+
+def _random_pyramid(sizes: Sizes, device: str) -> list[torch.Tensor]:
+    return [torch.randn(sizes.batch, n, n, c, dtype=sizes.dtype, device=device) for n, c in sizes.levels]
 
 
 def _exact(inputs: MiningInputs) -> torch.Tensor:
@@ -96,17 +101,17 @@ def _call(inputs: MiningInputs, backend: str) -> Call:
 
 
 def _with_sdpa(inputs: MiningInputs) -> Call:
-    """The original's steps, its attention by torch's fused operator."""
+    """The original's steps, but for the attention, which is torch's fused operator."""
+    options = {"grid": inputs.grid, "attend": _attend_by_sdpa}
+    return lambda: reference.patch_mining(inputs.queries, inputs.pyramid, *inputs.projections, **options)
 
-    def call() -> torch.Tensor:
-        with unittest.mock.patch.object(reference, "mine", _mine_by_sdpa):
-            return reference.patch_mining(inputs.queries, inputs.pyramid, *inputs.projections, grid=inputs.grid)
 
-    return call
+def _attend_by_sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(query[:, :, None], key, value)[:, :, 0]
 
 
 def _with_sdpa_math(inputs: MiningInputs) -> Call:
-    """The same by its plain form. Of the fused ones no other than the memory-efficient takes heads as wide."""
+    """The same by the operator's plain form. Of its fused forms only the memory-efficient one takes heads as wide."""
     call = _with_sdpa(inputs)
 
     def plain() -> torch.Tensor:
@@ -116,23 +121,12 @@ def _with_sdpa_math(inputs: MiningInputs) -> Call:
     return plain
 
 
-def _mine_by_sdpa(queries, hr_map, query, key, value) -> torch.Tensor:
-    patches = int(queries.shape[1] ** 0.5)
-    side = hr_map.shape[-1] // patches
-    windows = hr_map.permute(0, 2, 3, 1).unflatten(2, (patches, side)).unflatten(1, (patches, side)).transpose(2, 3)
-    windows = windows.reshape(len(queries), patches**2, side**2, hr_map.shape[1])
-    return F.scaled_dot_product_attention(query(queries)[:, :, None], key(windows), value(windows))[:, :, 0]
-
-
 class _OneDnnProjection(reference.Projection):
-    """The same by oneDNN's convolution where that is faster: the strongest plain form on a CPU."""
+    """A projection by oneDNN's convolution where that is faster: the strongest plain form on a CPU."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(
-            F.layer_norm(x, self.norm_weight.shape, self.norm_weight, self.norm_bias, reference.LAYER_NORM_EPS),
-            self.weight,
-            self.bias,
-        )
+        x = F.layer_norm(x, self.norm_weight.shape, self.norm_weight, self.norm_bias, reference.LAYER_NORM_EPS)
+        return linear(x, self.weight, self.bias)
 
 
 def _by_one_dnn(inputs: MiningInputs) -> Call:
@@ -147,10 +141,10 @@ def launches() -> dict[str, Launch]:
 
 
 def _launch(grid: int) -> Launch:
-    """The pooling kernel, forward and backward to the queries; with a grid of 2 its global view, too."""
+    """The pooling kernel, forward and backward to the queries; with a grid of 2 also for the global view."""
 
     def make(dtype: torch.dtype) -> tuple[PatchInfoMining, torch.Tensor, list[torch.Tensor]]:
-        # windows of 4 x 4 pixels of the first map
+        # The windows have 4 x 4 pixels of the first map.
         queries = torch.randn(1, 1 if grid == 1 else 5, 1, 32).to(dtype)
         pyramid = [torch.randn(1, n * grid, n * grid, c).to(dtype) for n, c in ((4, 16), (2, 32))]
         return PatchInfoMining(32, (16, 32)).to(dtype), queries, pyramid
@@ -163,3 +157,49 @@ def _launch(grid: int) -> Launch:
         return [mined.detach(), queries.grad]
 
     return Launch(make, run)
+
+
+def tunable() -> Tunable:
+    """The forward pass; the backward pass takes its tiles and has none of its own."""
+    return Tunable({"channels": POWERS[3:8], "warps": POWERS[1:5], "stages": (1, 2, 3, 4)}, _fits, _problems)
+
+
+def _problems() -> list[tuple[object, Case]]:
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        for setting in SETTINGS:
+            sizes = Sizes.of_picture(setting.side, dtype)
+            bucket = configs.patch_mining_bucket(dtype.itemsize, sizes.window, [c for _, c in sizes.levels])
+            # The global view of HD is a launch of its own, with a tile of its own where it has one.
+            keys = [bucket, (*bucket, "reduced")] if sizes.grid > 1 else [bucket]
+            name = f"patch_mining/{setting.name}-b1-{str(dtype).removeprefix('torch.')}"
+            found += [(key, _pooling_case(name, sizes)) for key in keys]
+    return found
+
+
+def _pooling_case(name: str, sizes: Sizes) -> Case:
+    """The kernel alone, without the projections around it."""
+
+    def make(device: str) -> tuple[torch.Tensor, list[torch.Tensor], int]:
+        torch.manual_seed(0)
+        # Scaled like this the scores are as large as those of trained weights: the softmax is neither flat nor a single
+        # pixel.
+        shape = (sizes.batch, sizes.views, sizes.side**2, sizes.channels)
+        queries = torch.randn(shape, dtype=sizes.dtype, device=device) * sizes.channels**-0.5
+        return queries, _random_pyramid(sizes, device), sizes.grid
+
+    def exact(inputs: tuple) -> torch.Tensor:
+        queries, pyramid, grid = inputs
+        return torch_form.pool_windows(queries.double(), [level.double() for level in pyramid], grid)
+
+    providers = {
+        "torch": lambda inputs: lambda: torch_form.pool_windows(*inputs).to(sizes.dtype),
+        "triton": lambda inputs: lambda: pool_windows(*inputs)[0],
+    }
+    return Case(name, make, providers, exact, baseline="torch")
+
+
+def _fits(key: tuple, tile: configs.Tile, shared: int) -> bool:
+    # A program holds a chunk of channels in float32 for the pixels of a window, or for the coarse pixels under it.
+    registers = key[1] * tile.channels // (32 * tile.warps)
+    return 1 <= registers <= MOST_REGISTERS and key[1] * tile.channels * key[0] * tile.stages <= shared

@@ -1,4 +1,10 @@
-"""A picture's whole way to image tokens."""
+"""A picture's way to image tokens, from three places on.
+
+`picture` starts from the photograph on the host. `decoded` starts from its decoded pixels on the device, and `pixels`
+from the resized and normalised tensors that the towers take: what a GPU does for a picture, without the host's part.
+The original resizes on the host only. In `decoded` its steps therefore get this project's resizing in plain PyTorch;
+its own resizing is in the group `picture`.
+"""
 
 import contextlib
 import copy
@@ -8,19 +14,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from PIL import Image
 
-from mg_fast import use_backend
+from mg_fast import ops, use_backend
 from mg_fast.models.mini_gemini.configuration import MiniGeminiConfig
 from mg_fast.models.mini_gemini.encoder import PictureEncoder
 from mg_fast.models.mini_gemini.modeling import MiniGeminiModel
 from mg_fast.models.mini_gemini.processing import MiniGeminiImageProcessor
+from mg_fast.models.mini_gemini.vision import low_resolution_features
 from mg_fast.runtime.meter import Meter
 
-from ..registry import Call, Case
-from .settings import COMBINATIONS, Setting, devices_of, picture, require
+from ..registry import Call, Case, Provider
+from .settings import COMBINATIONS, Setting, devices_of, picture, picture_pixels, require
 
-# image tokens are as wide as those of a 7B model, which itself is not run
+# Image tokens are as wide as those of a 7B model; the language model itself is not run.
 SMALL_LANGUAGE_MODEL = {
     "model_type": "mgm",
     "hidden_size": 4096,
@@ -32,95 +38,113 @@ SMALL_LANGUAGE_MODEL = {
 }
 
 
-def cases() -> list[Case]:
-    found = []
-    for setting, batch, dtype in COMBINATIONS:
-        if batch == 1:
-            found.append(
-                _picture_to_tokens(
-                    f"picture/{setting.name}-b1-{dtype}", setting, dtype, devices_of(setting, batch, dtype)
-                )
-            )
-    return found
-
-
 @dataclass
-class Model:
+class PictureInputs:
+    """A model and a picture.
+
+    Attributes:
+        pixels: makes the model's arguments `pixel_values` and `pixel_values_hr` of the picture: for None as the
+            original does, or by this project's resizing, with this backend.
+    """
+
     device: str
     model: MiniGeminiModel
-    processor: MiniGeminiImageProcessor
-    picture: Image.Image
+    pixels: Callable[[str | None], dict[str, torch.Tensor]]
 
 
-def make_model(setting: Setting, dtype: str, device: str) -> MiniGeminiModel:
-    """A model of a picture size with random weights, whose language model is next to nothing."""
-    hd = setting.grid > 1
+def cases() -> list[Case]:
+    chosen = [(setting, dtype) for setting, batch, dtype in COMBINATIONS if batch == 1]
+    found = [picture_case("picture", *one) for one in chosen]
+    return found + [picture_case(group, *one) for one in chosen for group in ("pixels", "decoded")]
+
+
+def picture_case(group: str, setting: Setting, dtype: str) -> Case:
+    """A picture of this size in this dtype, from where its group starts."""
+    devices, reference = devices_of(setting, 1, dtype), _by_model("reference")
+    providers = {"reference": Provider(reference, stages=_stages(reference))}
+    if group != "picture":
+        devices = tuple(device for device in devices if device == "cuda")
+        providers = {"reference": reference, "reference, channels last, compiled": _compiled_parts}
+    providers |= {
+        "torch": _by_model("torch"),
+        "auto": _by_encoder("auto", stages=group == "picture", profiled=group != "picture"),
+        "triton": _by_encoder("triton"),
+    }
+    return Case(
+        f"{group}/{setting.name}-b1-{dtype}",
+        lambda device: _make(group, setting, dtype, device),
+        providers,
+        _exact,
+        devices=devices,
+        # In plain PyTorch a resize copies its tables from the host, which cannot be captured.
+        capturable=group == "pixels",
+    )
+
+
+def _make(group: str, setting: Setting, dtype: str, device: str) -> PictureInputs:
     config = MiniGeminiConfig(
-        image_size_aux=setting.side, image_grid=setting.grid, image_global=hd, **SMALL_LANGUAGE_MODEL
+        image_size_aux=setting.side, image_grid=setting.grid, image_global=setting.grid > 1, **SMALL_LANGUAGE_MODEL
     )
     torch.manual_seed(0)
     with torch.device(device):
-        return MiniGeminiModel(config).eval().to(getattr(torch, dtype))
+        model = MiniGeminiModel(config).eval().to(getattr(torch, dtype))
+    if group == "picture":
+        processor, photo = MiniGeminiImageProcessor.from_config(config), picture()
+
+        def process(backend: str | None) -> dict[str, torch.Tensor]:
+            # Pillow resizes on the host. On a GPU this project's kernel can take its place.
+            by_kernel = backend is not None and device == "cuda"
+            return processor(photo, device=device if by_kernel else None).to(device)
+
+        return PictureInputs(device, model, process)
+
+    decoded = picture_pixels(device)
+
+    def resize(backend: str | None) -> dict[str, torch.Tensor]:
+        hr, views = ops.dual_resize(decoded, **setting.resize, backend=backend or "torch")
+        return {"pixel_values": views[None], "pixel_values_hr": hr[None]}
+
+    resized = None if group == "decoded" else resize(None)
+    return PictureInputs(device, model, resize if resized is None else lambda backend: resized)
 
 
-def _picture_to_tokens(name: str, setting: Setting, dtype: str, devices: tuple[str, ...]) -> Case:
-    hd = setting.grid > 1
+def _exact(inputs: PictureInputs) -> torch.Tensor:
+    """Image tokens by the same weights in float64.
 
-    def make(device: str) -> Model:
-        model = make_model(setting, dtype, device)
-        return Model(device, model, MiniGeminiImageProcessor.from_config(model.config), picture())
-
-    def exact(inputs: Model) -> torch.Tensor:
-        # the original's mining in float64 would need 13 GB in HD: there our form of it, which the tests hold against
-        # the original's
-        with use_backend("torch" if hd else "reference"):
-            pixels = inputs.processor(inputs.picture).to(inputs.device)
-            wide = copy.deepcopy(inputs.model).double()
-            return wide.get_image_features(**{key: value.double() for key, value in pixels.items()}).pooler_output
-
-    providers = {
-        "reference": _by_model("reference"),
-        "torch": _by_model("torch"),
-        "auto": _by_encoder_with("auto"),
-        "triton": _by_encoder_with("triton"),
-    }
-    stages = {provider: _stages(providers[provider]) for provider in ("reference", "auto")}
-    # on a GPU the encoder replays graphs, which allocate nothing
-    memory = {"auto": _by_encoder_with("auto", graphs=False), "triton": _by_encoder_with("triton", graphs=False)}
-    return Case(
-        name, make, providers, exact, devices=devices, stages=stages, own_graphs=frozenset(memory), memory=memory
-    )
+    In HD the original's mining would need 13 GB in float64. This project's form of it, which the tests hold against the
+    original's, stands in for it there.
+    """
+    backend = "torch" if inputs.model.config.image_grid > 1 else "reference"
+    pixels = {name: value.double() for name, value in inputs.pixels(None).items()}
+    return copy.deepcopy(inputs.model).double().get_image_features(**pixels, backend=backend).pooler_output
 
 
-def _stages(build: Callable[[Model], Call]) -> Callable[[Model], list[dict]]:
-    """Medians of three calls, or as many as are made in half a minute; memory of the first."""
+def _stages(build: Callable[[PictureInputs], Call]) -> Callable[[PictureInputs], list[dict]]:
+    """The medians of three calls, or of as many as are made in half a minute; memory of the first."""
 
-    def measured(inputs: Model) -> list[dict]:
+    def measured(inputs: PictureInputs) -> list[dict]:
         call, calls, began = build(inputs), [], time.perf_counter()
         while len(calls) < 3 and (not calls or time.perf_counter() - began < 30):
             meter = Meter(inputs.device)
             call(stage=meter.stage)
             calls.append(meter.stages)
-        return [
-            {
-                "name": same[0].name,
-                "ms": 1e3 * statistics.median(stage.seconds for stage in same),
-                "peak_mib": same[0].peak_mib,
-            }
-            for same in zip(*calls)
-        ]
+        found = []
+        for same in zip(*calls):
+            ms = 1e3 * statistics.median(stage.seconds for stage in same)
+            found.append({"name": same[0].name, "ms": ms, "peak_mib": same[0].peak_mib})
+        return found
 
     return measured
 
 
-def _by_model(backend: str):
+def _by_model(backend: str) -> Callable[[PictureInputs], Call]:
     """The model's own modules, as transformers runs them."""
 
-    def build(inputs: Model) -> Call:
+    def build(inputs: PictureInputs) -> Call:
         def call(stage: Callable = contextlib.nullcontext) -> torch.Tensor:
             with use_backend(backend):
                 with stage("preprocess"):
-                    pixels = inputs.processor(inputs.picture).to(inputs.device)
+                    pixels = inputs.pixels(None)
                 return inputs.model.get_image_features(**pixels, stage=stage).pooler_output
 
         return call
@@ -128,23 +152,58 @@ def _by_model(backend: str):
     return build
 
 
-def _by_encoder_with(backend: str, *, graphs: bool = True):
-    """The packed towers, as the pipeline runs them: on a CPU Pillow resizes, on a GPU the kernel."""
+def _compiled_parts(inputs: PictureInputs) -> Call:
+    """The strongest plain form: channels-last towers, and every part through torch.compile.
 
-    def build(inputs: Model) -> Call:
+    Captured, it is one CUDA graph.
+
+    The parts are compiled one by one: a compiler cannot fuse more than a whole tower, and what it made of a tower
+    before is found in its cache.
+    """
+    model = copy.deepcopy(inputs.model)
+    tower = model.vision_tower_aux.to(memory_format=torch.channels_last)
+    select = model.config.mm_vision_select_layer
+
+    def part(function: Callable) -> Callable:
+        return torch.compile(function, dynamic=False)
+
+    high = part(lambda x: tower(x, backend="reference"))
+    low = part(lambda views: low_resolution_features(model.vision_tower, views, select, backend="reference"))
+    mine = part(lambda queries, pyramid: model.mine_and_project(queries, pyramid, backend="reference"))
+
+    def call() -> torch.Tensor:
+        return model.picture_features(
+            **inputs.pixels(None),
+            see_low=lambda pixels: model.low_resolution_queries(pixels.to(model.dtype), tower=low),
+            see_high=lambda pixels: high(pixels.to(model.dtype).contiguous(memory_format=torch.channels_last)),
+            mine=mine,
+        ).image_tokens
+
+    return call
+
+
+def _by_encoder(backend: str, *, stages: bool = False, profiled: bool = False) -> Provider:
+    """The packed towers, as the pipeline runs them."""
+
+    def build(inputs: PictureInputs, graphs: bool = True) -> Call:
         if backend != "auto":
             require("high_resolution_tower", backend, inputs.device)
         with torch.enable_grad():
             encoder = PictureEncoder(inputs.model, graphs=graphs)
-        device = inputs.device if inputs.device == "cuda" else None
 
         def call(stage: Callable | None = None) -> torch.Tensor:
             with use_backend(backend):
                 with (stage or contextlib.nullcontext)("preprocess"):
-                    pixels = inputs.processor(inputs.picture, device=device).to(inputs.device)
-                # without a context for them the stages are one graph on a GPU
+                    pixels = inputs.pixels(backend)
+                # Where nobody asks for the stages, they are one graph on a GPU.
                 return encoder(**pixels, stage=stage)
 
         return call
 
-    return build
+    return Provider(
+        build,
+        stages=_stages(build) if stages else None,
+        profiled=build if profiled else None,
+        own_graphs=True,
+        without_graphs=lambda inputs: build(inputs, graphs=False),
+    )

@@ -1,48 +1,58 @@
 """Sizes of the published models that several cases share, and opponents that any module has."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
 from mg_fast.ops.backend import why_not
 
-from ..registry import DTYPES, Call, NotHere
+from ..registry import DTYPES, Call, NotHere, Outputs, Provider
 
-# of the stage maps of ConvNeXt-L, and blocks of each stage
+# Widths of the stage maps of ConvNeXt-L, and the number of blocks of each stage.
 DIMS = (192, 384, 768, 1536)
 DEPTHS = (3, 3, 27, 3)
-# CLIP ViT-L/14-336: patches along a side of a view, and their width
+# CLIP ViT-L/14-336: patches along a side of a view, their width, and the layers, of which the last but one is read.
 PATCHES = 24
 WIDTH = 1024
-# the side of a low-resolution view, and the size of a camera's picture
+LAYERS = 24
+# The side of a low-resolution view, and the size of a camera's picture.
 LR = 336
 PICTURE = (4000, 3000)
-# modes of torch.compile; None is its default. The others are CUDA graphs, and a search that takes minutes on a CPU
+# Modes of torch.compile; None is its default. The other two replay CUDA graphs, and their search would take minutes on
+# a CPU.
 COMPILE_MODES = (None, "reduce-overhead", "max-autotune")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A published picture size: side in pixels, cells along a side, views (one more than cells with the global view)."""
+    """A published picture size: side in pixels, cells along a side, views (one more than cells with a global view)."""
 
     name: str
     side: int
     grid: int
     views: int
 
+    @property
+    def resize(self) -> dict[str, int | bool]:
+        """The arguments of `ops.dual_resize`."""
+        global_view = self.views > self.grid**2
+        return {"hr_size": self.side, "lr_size": LR, "grid": self.grid, "global_view": global_view}
+
 
 SETTINGS = (Setting("768", 768, 1, 1), Setting("1536-hd", 1536, 2, 5))
-# batch 1 first, and what the published models run in
+# Batch 1, which the published models run in, comes first.
 COMBINATIONS = tuple((setting, batch, dtype) for batch in (1, 8) for dtype in DTYPES for setting in SETTINGS)
 
 
 def picture() -> Image.Image:
-    """A photograph of a camera's size: one that comes with matplotlib, enlarged, as noise would be no picture for a
-    resize.
+    """A photograph of a camera's size: one that comes with matplotlib, enlarged.
+
+    Noise would be no fair picture for a resize.
     """
     from matplotlib import cbook
 
@@ -50,15 +60,22 @@ def picture() -> Image.Image:
         return photo.convert("RGB").resize(PICTURE, Image.Resampling.BICUBIC)
 
 
+def picture_pixels(device: str) -> torch.Tensor:
+    """The photograph as uint8 [height, width, 3]."""
+    # Pillow's own memory cannot be written to, so the pixels are copied.
+    return torch.from_numpy(np.array(picture())).to(device)
+
+
 def devices_of(setting: Setting, batch: int, dtype: str) -> tuple[str, ...]:
-    """Where a combination is measured unasked. A CPU takes minutes for the rest; its float16 is tens of times slower
-    than bfloat16.
+    """Where a combination is measured without being named.
+
+    A CPU takes minutes for the rest, and its float16 is tens of times slower than bfloat16.
     """
     at_hand = batch == 1 and (dtype == "float32" or (dtype == "bfloat16" and setting.grid == 1))
     return ("cpu", "cuda") if at_hand else ("cuda",)
 
 
-def compiled(build: Callable[[Any], Call], name: str) -> dict[str, Callable[[Any], Call]]:
+def compiled(build: Callable[[Any], Call], name: str) -> dict[str, Provider]:
     """A provider under torch.compile, by mode."""
 
     def under(mode: str | None) -> Callable[[Any], Call]:
@@ -68,20 +85,18 @@ def compiled(build: Callable[[Any], Call], name: str) -> dict[str, Callable[[Any
             call = torch.compile(build(inputs), mode=mode, dynamic=False)
             if mode is None:
                 return call
-            # its graphs write every result into the same memory
+            # The graphs of these modes write every result into the same memory.
             return lambda: _clone(call())
 
         return make
 
-    return {f"{name}, compiled" + (f" {mode}" if mode else ""): under(mode) for mode in COMPILE_MODES}
+    return {
+        f"{name}, compiled" + (f" {mode}" if mode else ""): Provider(under(mode), own_graphs=mode is not None)
+        for mode in COMPILE_MODES
+    }
 
 
-def own_graphs(providers: Iterable[str]) -> frozenset[str]:
-    """Those that torch.compile replays as CUDA graphs."""
-    return frozenset(name for name in providers if name.endswith(("reduce-overhead", "max-autotune")))
-
-
-def _clone(outputs):
+def _clone(outputs: Outputs) -> Outputs:
     return outputs.clone() if isinstance(outputs, torch.Tensor) else [output.clone() for output in outputs]
 
 

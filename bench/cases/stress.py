@@ -1,19 +1,19 @@
-"""Shapes that no published model has, for what breaks first: where the kernels are slow, it should be known."""
+"""Shapes that no published model has, for what breaks first: it should be known where the kernels are slow."""
 
 import torch
 
-from ..accounting import Sizes
+from ..costs.mining import Sizes
 from ..registry import Case
 from .patch_mining import mining_case
 
 
 def cases() -> list[Case]:
     sizes = {
-        # 16x16 pixels to a window, the most there is a kernel for
+        # 16 x 16 pixels to a window are the most that there is a kernel for.
         "window16-b1": Sizes(torch.bfloat16, levels=((384, 192), (192, 384), (96, 768), (48, 1536))),
-        # widths whose rows are no multiple of 16 bytes: narrow loads
+        # The rows of these widths are no multiple of 16 bytes, so that loads are narrow.
         "unaligned-b1": Sizes(torch.bfloat16, levels=((192, 100), (96, 202), (48, 404), (24, 806))),
-        # many pictures at once
+        # Many pictures at once.
         "768-b32": Sizes(torch.bfloat16, batch=32),
     }
     return [

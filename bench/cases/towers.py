@@ -13,20 +13,21 @@ from mg_fast.models.mini_gemini.vision import build_projector, low_resolution_fe
 from mg_fast.modules import ConvNeXtPyramid
 from mg_fast.modules.clip import PackedClip
 
-from .. import accounting
-from ..registry import Call, Case, Cost, NotHere
-from .settings import COMBINATIONS, DEPTHS, DIMS, PATCHES, WIDTH, Setting, compiled, devices_of, own_graphs, require
+from ..costs import floors
+from ..costs.tower import Tower, tower_cost, tower_floor
+from ..registry import Call, Case, NotHere, Provider
+from .settings import COMBINATIONS, DEPTHS, DIMS, LAYERS, LR, PATCHES, WIDTH, Setting, compiled, devices_of, require
 
-# CLIP ViT-L/14-336: tokens of a view, layers of which the last but one is read, width of the MLP
-TOKENS, LAYERS, MLP = PATCHES**2 + 1, 24, 4096
-# of torch's scaled_dot_product_attention; what it takes by itself is `reference`
+# CLIP ViT-L/14-336: the width of its MLP.
+MLP = 4096
+# The forms of torch's scaled_dot_product_attention. `reference` is the form that torch takes by itself.
 SDPA = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cuDNN": SDPBackend.CUDNN_ATTENTION,
     "math": SDPBackend.MATH,
 }
-# of the 7B model
+# The hidden size of the 7B model.
 HIDDEN = 4096
 
 
@@ -40,42 +41,44 @@ class ModuleInputs:
 def cases() -> list[Case]:
     found = []
     for setting, batch, dtype in COMBINATIONS:
-        name, options = f"{setting.name}-b{batch}-{dtype}", {"devices": devices_of(setting, batch, dtype)}
-        found += [_tower(f"tower/{name}", setting, batch, getattr(torch, dtype), options)]
-        found += [_clip(f"clip/{name}", setting, batch, getattr(torch, dtype), options)]
-        found += [_projector(f"projector/{name}", setting, batch, getattr(torch, dtype), options)]
+        options = {"devices": devices_of(setting, batch, dtype), "capturable": batch == 1}
+        for group, make_case in (("tower", _tower), ("clip", _clip), ("projector", _projector)):
+            name = f"{group}/{setting.name}-b{batch}-{dtype}"
+            found.append(make_case(name, setting, batch, getattr(torch, dtype), options))
     return found
 
 
-def _tower(name: str, setting: Setting, batch: int, dtype: torch.dtype, options: dict) -> Case:
+def _inputs(
+    make_module: Callable[[], nn.Module], shape: tuple[int, ...], dtype: torch.dtype
+) -> Callable[[str], ModuleInputs]:
+    """The `make` of a case of one module and one input."""
+
     def make(device: str) -> ModuleInputs:
         torch.manual_seed(0)
-        # drawn there: 200 million random numbers take a CPU seconds
+        # The weights are drawn on the device: 200 million random numbers take a CPU seconds.
         with torch.device(device):
-            tower = random_tower().to(dtype)
-        return ModuleInputs(device, tower, torch.randn(batch, 3, setting.side, setting.side, device=device).to(dtype))
+            module = make_module().eval().to(dtype)
+        return ModuleInputs(device, module, torch.randn(shape, device=device).to(dtype))
 
-    sizes = accounting.Tower(dtype, batch, setting.side)
-    work = {
-        "torch": accounting.torch_tower(sizes),
-        "auto": accounting.auto_tower(sizes),
-        "triton": accounting.triton_tower(sizes),
-    }
+    return make
+
+
+def _tower(name: str, setting: Setting, batch: int, dtype: torch.dtype, options: dict) -> Case:
+    sizes = Tower(dtype, batch, setting.side)
     providers = {
         "reference": _as_modules,
         "reference, channels last": _channels_last,
         **compiled(_channels_last, "reference, channels last"),
         "reference, native depthwise": _native_depthwise,
         **compiled(_as_modules, "reference"),
-        "torch": _packed_tower("torch"),
+        "torch": Provider(_packed_tower("torch"), tower_cost(sizes, "torch")),
         **compiled(_packed_tower("torch"), "torch"),
-        # what runs where no backend is named: our convolution, the library's products
-        "auto": _packed_tower("auto"),
-        "triton": _packed_tower("triton"),
+        # This runs where no backend is named: our convolution, the library's products.
+        "auto": Provider(_packed_tower("auto"), tower_cost(sizes, "auto")),
+        "triton": Provider(_packed_tower("triton"), tower_cost(sizes, "triton")),
     }
-    least = Cost(work["triton"].flop, accounting.tower_floor_bytes(sizes))
-    options = options | {"capturable": batch == 1, "own_graphs": own_graphs(providers)}
-    return Case(name, make, providers, _exact_tower, least=least, work=work, **options)
+    make = _inputs(random_tower, (batch, 3, setting.side, setting.side), dtype)
+    return Case(name, make, providers, _exact_tower, least=tower_floor(sizes), stage="HR tower", **options)
 
 
 def random_tower() -> ConvNeXtPyramid:
@@ -84,7 +87,7 @@ def random_tower() -> ConvNeXtPyramid:
     with torch.no_grad():
         for name, p in tower.named_parameters():
             if name.endswith("gamma"):
-                # timm begins with layer scales of one in a million, under which the blocks would do nothing
+                # timm begins with layer scales of one in a million, with which the blocks would do nothing.
                 p.uniform_(0.1, 0.5)
     return tower.eval()
 
@@ -131,38 +134,29 @@ def _packed_tower(backend: str) -> Callable[[ModuleInputs], Call]:
 
 def _clip(name: str, setting: Setting, batch: int, dtype: torch.dtype, options: dict) -> Case:
     views = batch * setting.views
-
-    def make(device: str) -> ModuleInputs:
-        torch.manual_seed(0)
-        config = CLIPVisionConfig(
-            hidden_size=WIDTH,
-            intermediate_size=MLP,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=16,
-            image_size=336,
-            patch_size=14,
-        )
-        with torch.device(device):
-            clip = CLIPVisionModel(config).eval().to(dtype)
-        return ModuleInputs(device, clip, torch.randn(views, 3, 336, 336, device=device).to(dtype))
-
-    # products of 23 layers and their attention; weights, pictures and features once
-    rows, layer = views * TOKENS, 4 * WIDTH * WIDTH + 2 * WIDTH * MLP
-    flop = 23 * (2 * rows * layer + 4 * rows * TOKENS * WIDTH) + 2 * views * PATCHES**2 * 3 * 14**2 * WIDTH
-    least = Cost(flop, (23 * layer + 3 * 336**2 * views + rows * WIDTH) * dtype.itemsize)
+    least = floors.clip(_clip_config(), LAYERS - 1, views, dtype.itemsize)
     providers = {
         "reference": _layers("reference"),
         "reference, eager attention": _attention("eager"),
         "reference, flash attention": _attention("flash_attention_2"),
         **{f"reference, SDPA {name}": _sdpa(backend) for name, backend in SDPA.items()},
         **compiled(_layers("reference"), "reference"),
-        # the modules, without the last layer
+        # The modules without the last layer.
         "23 layers": _layers("torch"),
         "packed": _packed_clip,
         **compiled(_packed_clip, "packed"),
     }
-    options = options | {"capturable": batch == 1, "own_graphs": own_graphs(providers)}
-    return Case(name, make, providers, _exact_clip, least=least, **options)
+    make = _inputs(_random_clip, (views, 3, LR, LR), dtype)
+    return Case(name, make, providers, _exact_clip, least=least, stage="LR tower", **options)
+
+
+def _clip_config() -> CLIPVisionConfig:
+    sizes = {"hidden_size": WIDTH, "intermediate_size": MLP, "num_hidden_layers": LAYERS, "num_attention_heads": 16}
+    return CLIPVisionConfig(image_size=LR, patch_size=14, **sizes)
+
+
+def _random_clip() -> CLIPVisionModel:
+    return CLIPVisionModel(_clip_config())
 
 
 def _exact_clip(inputs: ModuleInputs) -> torch.Tensor:
@@ -207,25 +201,14 @@ def _packed_clip(inputs: ModuleInputs) -> Call:
 
 def _projector(name: str, setting: Setting, batch: int, dtype: torch.dtype, options: dict) -> Case:
     rows = batch * setting.views * PATCHES**2
-
-    def make(device: str) -> ModuleInputs:
-        torch.manual_seed(0)
-        with torch.device(device):
-            projector = build_projector("mlp2x_gelu", WIDTH, HIDDEN).to(dtype)
-        return ModuleInputs(device, projector, torch.randn(rows, WIDTH, device=device).to(dtype))
-
-    weights = WIDTH * HIDDEN + HIDDEN * HIDDEN
-    least = Cost(2 * rows * weights, (weights + rows * (WIDTH + HIDDEN)) * dtype.itemsize)
+    least = floors.projector(rows, WIDTH, HIDDEN, dtype.itemsize)
+    make = _inputs(lambda: build_projector("mlp2x_gelu", WIDTH, HIDDEN), (rows, WIDTH), dtype)
     providers = {"reference": _call, **compiled(_call, "reference")}
-    options = options | {"capturable": batch == 1, "own_graphs": own_graphs(providers)}
-    return Case(
-        name,
-        make,
-        providers,
-        lambda inputs: copy.deepcopy(inputs.module).double()(inputs.x.double()),
-        least=least,
-        **options,
-    )
+    return Case(name, make, providers, _exact_projector, least=least, stage="projector", **options)
+
+
+def _exact_projector(inputs: ModuleInputs) -> torch.Tensor:
+    return copy.deepcopy(inputs.module).double()(inputs.x.double())
 
 
 def _call(inputs: ModuleInputs) -> Call:

@@ -1,4 +1,4 @@
-"""`python -m bench gpu` and `python -m bench step`: from words to a run."""
+"""`python -m bench gpu`, `step` and `keep`: from words to a run."""
 
 import shlex
 import shutil
@@ -11,15 +11,17 @@ from mg_fast.testing.environment import environment
 
 from .. import records
 from ..cases import all_cases
+from ..devices import check_device
+from ..errors import BadRecord
 from ..registry import Ceilings
-from ..run import check_device, run
+from ..run import RunOptions, run
 from ..watch import Watchdog
 from . import plan as plans
 from .plan import Step
 from .runner import Settings, run_plan
 from .summary import Outcome, earlier_outcomes
 
-# what two runs must have in common to be one: figures of different machines or versions do not belong into one table
+# What two runs must have in common to be one: figures of different machines or versions do not belong into one table.
 SAME = ("gpu", "torch", "triton", "transformers", "commit")
 
 
@@ -36,17 +38,17 @@ def gpu(
     """Runs a plan, or prints it.
 
     Args:
-        out: the folder for what is found; where it is resumed, by default the earlier run's own.
-        names: of the steps to run; without, all.
-        resume: the folder of an earlier run, whose results are taken over, and whose finished steps and measured cases
-            are not run again.
+        out: the folder for what is found; for a resumed run by default the earlier run's own.
+        names: of the steps to run; without names all.
+        resume: the folder of an earlier run. Its results are taken over, and its finished steps and measured cases are
+            not run again.
 
     Returns:
         The exit status: 1 where a step failed or the kernels were not found right, 2 where a folder cannot be used.
 
     Raises:
         NoDevice: the device is not here.
-        UnknownCase: no step is called so.
+        UnknownCase: a name asks for no step.
         BadRecord: the earlier run cannot be read, or was made on something else.
     """
     steps = plans.choose_steps(plans.PLANS[plan](device), names)
@@ -58,16 +60,16 @@ def gpu(
     earlier: list[Outcome] = []
     if resume is not None:
         earlier = earlier_outcomes(resume)
-        _check_same(resume, device)
+        _check_same(resume)
     if reason := _unusable(out, resume):
         print(f"bench: {reason}", file=sys.stderr)
         return 2
     if resume is not None and out.resolve() != resume.resolve():
         for name in plans.FILES:
             if (resume / name).exists():
-                # the content alone: what came back from a lent machine may be read-only
+                # Only the content is copied: a file that came back from a lent machine may be read-only.
                 shutil.copyfile(resume / name, out / name)
-    # a caller's time limit ends it as an interrupt does
+    # When a caller's time limit ends this process, it ends like after an interrupt.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     outcomes = run_plan(steps, out, 60 * minutes, Settings(plan, device), earlier)
     print(f"kept in {out}: {', '.join(name for name in plans.FILES if (out / name).exists())}")
@@ -75,37 +77,40 @@ def gpu(
 
 
 def verdict(steps: Sequence[Step], outcomes: Sequence[Outcome]) -> int:
-    """The exit status of a run: what is slow, and opponents that fail, are findings; what is wrong or unproven is a
-    failure.
+    """The exit status of a run: 1 for a wrong or unproven kernel.
+
+    A slow case, or an opponent that fails, is a finding and no failure.
     """
     unproven = any(outcome.state != "done" for step, outcome in zip(steps, outcomes) if step.into == plans.CORRECTNESS)
     return int(unproven or any(outcome.state == "failed" for outcome in outcomes))
 
 
-def _check_same(resume: Path, device: str) -> None:
+def _check_same(resume: Path) -> None:
     """Raises BadRecord where an earlier run was made on another GPU, stack or commit."""
-    found = next(
-        (resume / name for name in (plans.ENVIRONMENT, plans.CASES, plans.END_TO_END) if (resume / name).exists()), None
-    )
+    files = [resume / name for name in (plans.ENVIRONMENT, plans.CASES, plans.END_TO_END)]
+    found = next((path for path in files if path.exists()), None)
     if found is None:
         return
     before, now = records.read(found), environment()
     if different := [f"{key} {before.get(key)} there, {now[key]} here" for key in SAME if before.get(key) != now[key]]:
-        raise records.BadRecord(
-            f"{resume} cannot be resumed, since its figures would not belong together with new ones: {'; '.join(different)}"
+        raise BadRecord(
+            f"{resume} cannot be resumed, since its figures would not belong together with new ones: "
+            f"{'; '.join(different)}"
         )
 
 
 def _unusable(out: Path, resume: Path | None) -> str | None:
-    """Why nothing can be kept in a folder, which may not be there yet; None where it can."""
+    """Why nothing can be kept in a folder, which may not exist yet; None where it can."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         found = sorted({path.name for path in out.iterdir()}.intersection(plans.FILES))
     except OSError as error:
         return f"{out} cannot be used: {error.strerror}: expected a folder to write to"
-    if found and (resume is None or out.resolve() != resume.resolve()):
-        return f"{out} holds {', '.join(found)} of an earlier run: expected a new folder, or --resume {out} to go on with it"
-    return None
+    if not found or (resume is not None and out.resolve() == resume.resolve()):
+        return None
+    return (
+        f"{out} holds {', '.join(found)} of an earlier run: expected a new folder, or --resume {out} to go on with it"
+    )
 
 
 def step(
@@ -131,21 +136,11 @@ def step(
     [chosen] = plans.choose_steps(plans.PLANS[plan](device), [name])
     cases = plans.cases_of(chosen, all_cases(), device)
     cases = plans.remaining(cases, records.read(done)["cases"]) if done is not None else cases
-    known = None
-    if ceilings is not None:
-        found = records.read(ceilings)["ceilings"]
-        known = Ceilings(found["copy_gbps"], found["matmul_tflops"])
-    return run(
-        cases,
-        device,
-        seconds=4 if device == "cuda" else 0.1,
-        memory=device == "cuda",
-        kernels=True,
-        ceilings=known,
-        watch=watch,
-        out=out,
-        command=shlex.join(["python", "-m", "bench", "gpu", "--steps", name]),
-    )
+    known = Ceilings(**records.read(ceilings)["ceilings"]) if ceilings is not None else None
+    seconds = 4 if device == "cuda" else 0.1
+    options = RunOptions(seconds, memory=device == "cuda", kernels=True, watch=watch or Watchdog())
+    words = shlex.join(["python", "-m", "bench", "gpu", "--steps", name])
+    return run(cases, device, options, ceilings=known, out=out, command=words)
 
 
 def keep(folder: Path) -> list[Path]:
@@ -157,9 +152,7 @@ def keep(folder: Path) -> list[Path]:
     documents = [records.read(folder / name) for name in (plans.CASES, plans.END_TO_END) if (folder / name).exists()]
     documents = [document for document in documents if document["cases"]]
     if not documents:
-        raise records.BadRecord(
-            f"{folder} holds no cases: expected {plans.CASES} or {plans.END_TO_END} of a `bench gpu`"
-        )
+        raise BadRecord(f"{folder} holds no cases: expected {plans.CASES} or {plans.END_TO_END} of a `bench gpu`")
     paths = [path for document in documents for path in records.save(document)]
     where = paths[0].parent
     for name in (plans.SUMMARY, plans.CORRECTNESS):

@@ -1,8 +1,8 @@
 """A plug-in of pytest for the tests of a GPU run.
 
-Tests that passed in an earlier run are left out, as its verbose output tells. MG_FAST_PASSED_BEFORE names the file,
-which must not change while tests run: every worker of pytest-xdist reads it, those included that take the place of
-another one, and all must collect the same tests. Without the variable, or where there is no such file, all tests run.
+Tests that passed in an earlier run are left out, as its verbose output tells. MG_FAST_PASSED_BEFORE names the file that
+holds this output. The file must not change while tests run: every worker of pytest-xdist reads it, also one that takes
+the place of another, and all must collect the same tests. Without the variable or the file all tests run.
 
 A test that breaks the GPU's context takes all later ones of its process with it. A worker therefore ends after such a
 test, and pytest-xdist puts another one in its place.
@@ -15,13 +15,13 @@ from pathlib import Path
 
 # "path::test PASSED [ 10%]", and by a worker of pytest-xdist "[gw3] [ 10%] PASSED path::test"
 _PASSED = re.compile(
-    r"^(?:\[gw\d+\] \[ *\d+%\] PASSED (?P<theirs>\S.*?)|(?P<ours>\S.*?::.*?) PASSED(?: +\[ *\d+%\])?) *$", re.MULTILINE
+    r"^(?:\[gw\d+\] \[ *\d+%\] PASSED (?P<worker>\S.*?)|(?P<alone>\S.*?::.*?) PASSED(?: +\[ *\d+%\])?) *$", re.MULTILINE
 )
 
 
 def passed(text: str) -> set[str]:
     """The tests that a verbose output says have passed."""
-    return {match["theirs"] or match["ours"] for match in _PASSED.finditer(text)}
+    return {match["worker"] or match["alone"] for match in _PASSED.finditer(text)}
 
 
 def pytest_configure(config):
@@ -38,29 +38,28 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_report_header(config):
-    return (
-        f"{len(config.passed_before)} tests passed in an earlier run and are left out" if config.passed_before else None
-    )
+    if config.passed_before:
+        return f"{len(config.passed_before)} tests passed in an earlier run and are left out"
 
 
 def pytest_sessionfinish(session, exitstatus):
     if exitstatus == 5 and session.config.passed_before:
-        # no test is left: all had passed
+        # No test is left, since all had passed.
         session.exitstatus = 0
 
 
 def pytest_runtest_logfinish(nodeid, location):
-    # the reports of the test have left this process
+    # By now the reports of the test have left this process.
     if "PYTEST_XDIST_WORKER" in os.environ and is_lost():
         os._exit(70)
 
 
 def is_lost() -> bool:
     """Whether an earlier kernel has broken this process' GPU context."""
-    # Neither is imported at the top: what no test has needed would cost the collection seconds.
+    # Neither module is imported at the top: what no test has needed would cost the collection seconds.
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         return False
-    from bench.measure import why_lost
+    from bench.gpu_timing import why_lost
 
     return why_lost() is not None

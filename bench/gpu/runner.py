@@ -14,18 +14,15 @@ from pathlib import Path
 
 from .. import records, watch
 from ..cases import all_cases
-from ..registry import OURS, Case
-from ..run import empty_row
+from ..errors import BadRecord
+from ..registry import OURS
+from ..rows import empty_row
 from . import plan as plans
 from .plan import Step
-from .summary import Outcome, conclude
+from .summary import Outcome, conclude, text_of
 
-# of a text, its end: all of them together stay below what one file may have
+# Only the end of a longer text is kept, so that all texts together stay below the size that one file may have.
 MOST_CHARACTERS = 2**20
-# seconds that an interrupted step has to write what it has
-GRACE = 5.0
-# with less left, a process is not started again for what its predecessor left: it would not get past its imports
-RESTART = 12.0
 
 
 @dataclass(frozen=True)
@@ -33,29 +30,30 @@ class Settings:
     """How a plan is run.
 
     Args:
-        plan: its name in `plans.PLANS`, by which a child finds its step again.
+        plan: its name in `plans.PLANS`, which the process of a step is given.
         device: "cuda", or "cpu" to try it out.
-        program: the module that runs the words of our own commands: `bench`, or a test's stand-in.
+        program: the module that runs the commands of the benchmark itself: `bench`, or a test's stand-in.
         poll: seconds between two looks at a step.
-        grace: seconds that an interrupted step has.
+        grace: seconds that an interrupted step has to write what it has.
         hangs_after, compiling_hangs_after: seconds, the limits of `watch.Watchdog`.
-        restart: with less time left no process is started for what another one left.
+        restart: with fewer seconds left no process is started for what another one left: it would not get past its
+            imports.
     """
 
     plan: str
     device: str
     program: str = "bench"
     poll: float = 1.0
-    grace: float = GRACE
+    grace: float = 5.0
     hangs_after: float = plans.HANGS_AFTER
     compiling_hangs_after: float = plans.COMPILING_HANGS_AFTER
-    restart: float = RESTART
+    restart: float = 12.0
 
 
 def run_plan(
     steps: Sequence[Step], out: Path, seconds: float, settings: Settings, earlier: Sequence[Outcome] = ()
 ) -> list[Outcome]:
-    """Runs steps one after another within so many seconds.
+    """Runs steps one after another within the given time.
 
     An interrupt ends the running step and the plan; what was found is kept.
 
@@ -64,22 +62,19 @@ def run_plan(
         earlier: how that run's steps ended. What they finished is not run again.
     """
     deadline = time.monotonic() + seconds
-    # the steps' processes run in another folder than their caller
+    # The steps' processes run in another folder than their caller.
     out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     before = {outcome.name: outcome for outcome in earlier}
-    # the first call imports what all models need, which takes seconds: better while the first step runs than between
-    # two steps
+    # The first call imports what all models need, which takes seconds. It is made while the first step runs, and not
+    # between two steps.
     threading.Thread(target=all_cases, daemon=True).start()
     outcomes: list[Outcome] = []
     for step in steps:
         left = deadline - plans.RESERVE - time.monotonic()
         limit = left if step.seconds is None else min(step.seconds, left)
-        outcome = Outcome(
-            step.name,
-            plans.shown(plans.command(step, settings.plan, settings.device), step.environment),
-            round(max(0.0, limit), 1),
-        )
+        command = plans.shown(step, settings.plan, settings.device)
+        outcome = Outcome(step.name, command, round(max(0.0, limit), 1))
         outcomes.append(outcome)
         if is_finished(step, before.get(step.name), out, settings.device):
             outcomes[-1] = replace(before[step.name], earlier=True)
@@ -110,14 +105,14 @@ def is_finished(step: Step, outcome: Outcome | None, out: Path, device: str) -> 
         return False
     if step.parts:
         return not plans.remaining(plans.cases_of(step, all_cases(), device), _rows(out / step.into))
-    # tests that fail, fail again; what was cut off or crashed is run again
+    # Tests that failed would fail again. What was cut off or crashed is run again.
     return outcome.state in ("done", "failed") and outcome.status in (0, 1)
 
 
 def _rows(path: Path) -> list[dict]:
     try:
         return records.read(path)["cases"]
-    except records.BadRecord:
+    except BadRecord:
         return []
 
 
@@ -141,7 +136,7 @@ def _run_step(step: Step, out: Path, end: float, settings: Settings) -> tuple[st
         if not plans.remaining(every, rows):
             return _verdict(rows), status
         if len(_rows(out / step.into)) == known:
-            # another one would end as this one did
+            # Another process would end as this one did.
             return "failed", status
         if end - time.monotonic() < settings.restart:
             return "stopped", status
@@ -149,65 +144,55 @@ def _run_step(step: Step, out: Path, end: float, settings: Settings) -> tuple[st
 
 def _verdict(rows: Sequence[Mapping]) -> str:
     failed = {row["provider"] for row in rows if row["ok"] is False}
-    return (
-        "failed" if failed.intersection(OURS) or "reference" in failed else "done, with failures" if failed else "done"
-    )
+    if failed.intersection((*OURS, "reference")):
+        return "failed"
+    return "done, with failures" if failed else "done"
 
 
 def _blame(doing: watch.Doing, status: int, path: Path) -> None:
-    """Gives what a process was at when it ended a row that says so; it is not tried again."""
+    """Adds a row for what a process was doing when it ended. It says so, and the provider is not tried again."""
+    case = all_cases().get(doing.case)
+    if case is None:
+        return
     limit = "" if doing.limit_s is None else f" of {doing.limit_s:.0f} s"
-    # the interpreter's own thread ends a process with 1, and so does an error of Python's, which takes its mark away
-    how = (
-        f"it did not come back within its limit{limit}"
-        if status == 1
-        else f"the process ended with exit status {status}"
-    )
+    # The interpreter's own thread ends a process with 1. So does an error of Python's, which removes the file first.
+    how = f"the process ended with exit status {status}"
+    how = f"it did not come back within its limit{limit}" if status == 1 else how
     document = records.read(path)
-    case: Case | None = all_cases().get(doing.case)
     have = {(row["name"], row["provider"]) for row in document["cases"]}
     for provider in doing.providers:
-        if case is None or (doing.case, provider) in have:
-            continue
-        row = empty_row(case, provider)
-        # a compiler that is slower than our patience has not shown that its provider is wrong
-        row["ok"] = None if status == 1 and watch.compiles(provider) else False
-        row["why"] = f"{doing.what}: {how}"
-        document["cases"].append(row)
+        if (doing.case, provider) not in have:
+            # A compiler that is slower than the limit has not shown that its provider is wrong.
+            unknown = status == 1 and watch.compiles(provider)
+            row = empty_row(case, provider) | {"ok": None if unknown else False, "why": f"{doing.what}: {how}"}
+            document["cases"].append(row)
     records.write(path, document)
 
 
 def _run_process(step: Step, out: Path, limit: float, settings: Settings) -> tuple[int, bool, watch.Doing | None]:
-    """Its exit status, whether its limit ended it, and what it was at where it ended by itself in the middle of
-    something.
+    """Runs a process of a step for this time at most.
+
+    Returns:
+        Its exit status; whether its limit ended it; and what it was doing where it ended by itself in the middle of
+        something.
     """
     with tempfile.TemporaryDirectory(prefix="mg_fast_gpu_") as temporary:
         folder = Path(temporary)
-        part, output, errors, doing = (folder / name for name in ("part.json", "output", "errors", "doing.json"))
+        part, doing, output, errors = (folder / name for name in ("part.json", "doing.json", "output", "errors"))
         keep = _keeper(step, out, part, output, errors, settings)
-        words = list(plans.command(step, settings.plan, settings.device))
-        if step.into.endswith(".json"):
-            words += ["--out", str(part)]
-        if step.parts:
-            words += ["--watch", str(doing), "--hangs-after", str(settings.hangs_after)]
-            words += ["--compiling-hangs-after", str(settings.compiling_hangs_after)]
-            for option, file in (("--ceilings", plans.ENVIRONMENT), ("--done", step.into)):
-                if (out / file).exists():
-                    words += [option, str(out / file)]
-        if words[0] == "bench":
-            words[0] = settings.program
-        # as it is now: the file itself grows while the tests run
+        words = _words(step, out, part, doing, settings)
+        # This is a copy, since the file itself grows while the tests run.
         passed = folder / "passed_before.txt"
-        passed.write_text(_text(out / plans.CORRECTNESS), encoding="utf-8")
+        passed.write_text(text_of(out / plans.CORRECTNESS), encoding="utf-8")
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "MG_FAST_PASSED_BEFORE": str(passed), **step.environment}
         supervised = [sys.executable, "-m", "bench.gpu.supervise", str(os.getpid()), sys.executable, "-m", *words]
         with output.open("wb") as to, errors.open("wb") as errors_to:
-            # a group of its own, so that what it has started goes with it
+            # It has a process group of its own, so that what it has started ends with it.
             process = subprocess.Popen(
                 supervised, cwd=plans.ROOT, env=environment, stdout=to, stderr=errors_to, start_new_session=True
             )
             try:
-                # what it has to write is within its time
+                # What it has to write when it is interrupted belongs to its time.
                 end, stopped = time.monotonic() + max(limit - settings.grace, limit / 2), False
                 while (status := _wait(process, settings.poll)) is None:
                     keep()
@@ -218,11 +203,30 @@ def _run_process(step: Step, out: Path, limit: float, settings: Settings) -> tup
                     elif time.monotonic() > end:
                         _signal(process, signal.SIGKILL)
             finally:
-                # whatever is left of it
+                # This ends whatever it has left behind.
                 _signal(process, signal.SIGKILL)
                 process.wait()
                 keep()
         return status, stopped, None if stopped else watch.read(doing)
+
+
+def _words(step: Step, out: Path, part: Path, doing: Path, settings: Settings) -> list[str]:
+    """The command of a process after `python -m`.
+
+    Args:
+        part: the file that its document goes to.
+        doing: the file in which it says what it is doing.
+    """
+    words = list(plans.command(step, settings.plan, settings.device))
+    if step.into.endswith(".json"):
+        words += ["--out", str(part)]
+    if step.parts:
+        words += ["--watch", str(doing), "--hangs-after", str(settings.hangs_after)]
+        words += ["--compiling-hangs-after", str(settings.compiling_hangs_after)]
+        for option, file in (("--ceilings", plans.ENVIRONMENT), ("--done", step.into)):
+            if (out / file).exists():
+                words += [option, str(out / file)]
+    return [settings.program if words[0] == "bench" else words[0], *words[1:]]
 
 
 def _wait(process: subprocess.Popen, seconds: float) -> int | None:
@@ -238,44 +242,38 @@ def _signal(process: subprocess.Popen, number: int) -> None:
 
 def _keeper(step: Step, out: Path, part: Path, output: Path, errors: Path, settings: Settings) -> Callable[[], None]:
     """A call that brings the files of `out` up to date with what a step has written so far."""
-    log, into = out / plans.LOG, out / step.into
-    title = f"=== {step.name}: {plans.shown(plans.command(step, settings.plan, settings.device), step.environment)}\n"
-    before_log, before_text, before = _text(log), "", None
-    if step.into.endswith(".json"):
-        before = records.read(into) if into.exists() else None
-    else:
-        before_text = _text(into)
+    log, into, is_document = out / plans.LOG, out / step.into, step.into.endswith(".json")
+    title = f"=== {step.name}: {plans.shown(step, settings.plan, settings.device)}\n"
+    log_before, text_before = text_of(log), "" if is_document else text_of(into)
+    document_before = records.read(into) if is_document and into.exists() else None
     written = None
 
     def keep() -> None:
         nonlocal written
-        log.write_text(_end(before_log + title + _text(errors)), encoding="utf-8")
-        if not step.into.endswith(".json"):
-            into.write_text(_end(before_text + title + _text(output)), encoding="utf-8")
+        log.write_text(_end(log_before + title + text_of(errors)), encoding="utf-8")
+        if not is_document:
+            into.write_text(_end(text_before + title + text_of(output)), encoding="utf-8")
         elif part.exists() and (stamp := part.stat().st_mtime_ns) != written:
-            with suppress(records.BadRecord):
-                records.write(into, joined(before, records.read(part)))
+            with suppress(BadRecord):
+                records.write(into, joined(document_before, records.read(part)))
                 written = stamp
 
     return keep
 
 
 def joined(before: dict | None, document: dict) -> dict:
-    """Two documents as one: conditions of the first; of a provider of a case that is in both, the first row that has a
-    time.
+    """Two documents as one, with the conditions of the first.
+
+    Of a provider of a case that is in both, the first row that has a time is kept.
     """
     first = before or document
     rows = {}
-    # a baseline is measured once for every part of a step that has its case
+    # A baseline is measured once for every part of a step that has its case.
     for row in [*(before["cases"] if before else ()), *document["cases"]]:
         key = row["name"], row["provider"]
         if key not in rows or rows[key]["median_ms"] is None:
             rows[key] = row
     return first | {"complete": first["complete"] and document["complete"], "cases": list(rows.values())}
-
-
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
 def _end(text: str) -> str:

@@ -23,22 +23,19 @@ import torch
 
 from mg_fast.testing.tolerances import assert_accurate, ieee_float32
 
-from .. import measure
+from .. import gpu_timing
 from ..cases import operation_modules
 from ..cases.operations import Launch
 
 ROOT = Path(__file__).parents[2]
 TOOLS = ("memcheck", "racecheck")
-# for all of it
-SECONDS = 50.0
-# exit status of a process in which a tool found something
+# The exit status of a process in which a tool found something.
 FOUND = 99
 DTYPES = (torch.bfloat16, torch.float32)
 
-
-# by the name that is printed: those of every operation, beside its cases
+# The launches of every operation, which stand beside its cases, by the name that is printed.
 LAUNCHES: dict[str, Launch] = {
-    name: launch for module in operation_modules() for name, launch in module.launches().items()
+    name: launch for module in operation_modules().values() for name, launch in module.launches().items()
 }
 
 
@@ -46,12 +43,12 @@ def launch_all(device: str, *, checked: bool = True) -> bool:
     """Launches every kernel, prints a line for each, and returns whether all are right.
 
     Args:
-        checked: hold the results against float64's, and call again to see the same bits; without, nothing but the
-            kernels runs.
+        checked: hold the results against those in float64, and call again to see the same bits. Otherwise nothing but
+            the kernels runs.
     """
     ieee_float32()
     right = True
-    # interpreted, one dtype takes long enough; and what runs in one thread has nothing to race with
+    # Interpreted, one dtype takes long enough, and everything runs in one thread, which has nothing to race with.
     dtypes = DTYPES[-1:] if device == "cpu" else DTYPES
     left = [(name, dtype) for name in LAUNCHES for dtype in dtypes]
     while left:
@@ -60,17 +57,13 @@ def launch_all(device: str, *, checked: bool = True) -> bool:
             with torch.device(device):
                 told = _check(LAUNCHES[name], dtype, device) if checked else _launch(LAUNCHES[name], dtype)
         except Exception as error:
-            # one that breaks must not hide the others
-            right, told = (
-                False,
-                f"WRONG: {type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}",
-            )
+            # A kernel that breaks must not hide the others.
+            first_line = str(error).splitlines()[0][:300] if str(error) else ""
+            right, told = False, f"WRONG: {type(error).__name__}: {first_line}"
         print(f"{name}, {_name(dtype)}: {told} ({time.perf_counter() - began:.1f} s)", flush=True)
-        if not right and device == "cuda" and (lost := measure.why_lost()):
-            print(
-                f"{lost}; not launched: {', '.join(f'{name} in {_name(dtype)}' for name, dtype in left) or 'none'}",
-                flush=True,
-            )
+        if not right and device == "cuda" and (lost := gpu_timing.why_lost()):
+            never = ", ".join(f"{name} in {_name(dtype)}" for name, dtype in left)
+            print(f"{lost}; not launched: {never or 'none'}", flush=True)
             break
     return right
 
@@ -84,12 +77,13 @@ def _launch(launch: Launch, dtype: torch.dtype) -> str:
 def _check(launch: Launch, dtype: torch.dtype, device: str) -> str:
     torch.manual_seed(0)
     inputs = launch.make(dtype)
-    ours, plain = launch.run(inputs, "triton"), launch.run(inputs, "reference")
-    for found, theirs, truth in zip(ours, plain, launch.run(_widened(inputs), "reference"), strict=True):
-        assert found.isfinite().all(), "it is not finite"
-        assert_accurate(found, theirs, truth)
+    outputs, plain = launch.run(inputs, "triton"), launch.run(inputs, "reference")
+    for out, baseline, truth in zip(outputs, plain, launch.run(_widened(inputs), "reference"), strict=True):
+        assert out.isfinite().all(), "it is not finite"
+        assert_accurate(out, baseline, truth)
     if device != "cpu":
-        assert measure.same_bits(lambda: launch.run(inputs, "triton"), ours), "other bits when it was called again"
+        same = gpu_timing.same_bits(lambda: launch.run(inputs, "triton"), outputs)
+        assert same, "other bits when it was called again"
     return "right"
 
 
@@ -106,16 +100,18 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def smoke(device: str, *, once: bool = False, seconds: float = SECONDS) -> int:
-    """Launches every kernel here and under each tool; the exit status is 0 where all is right and no tool found
-    anything in our kernels.
+def smoke(device: str, *, once: bool = False, seconds: float = 50.0) -> int:
+    """Launches every kernel here and under each tool.
 
-    A tool that is not here, cannot run here or does not end in time leaves something unchecked; that is said, and is no
+    A tool that is not installed, cannot run or does not end in time leaves something unchecked; that is said, and is no
     failure.
 
     Args:
         once: launch in this process alone, and check nothing.
         seconds: for all of it.
+
+    Returns:
+        The exit status: 0 where all is right and no tool found anything in our kernels.
     """
     if once:
         return int(not launch_all(device, checked=False))
@@ -157,26 +153,24 @@ def _tools(device: str) -> Iterator[dict[str, tuple[subprocess.Popen, Path]]]:
 def _start(sanitizer: str, tool: str, output: Path) -> subprocess.Popen:
     words = [sanitizer, "--tool", tool, "--report-api-errors", "no", "--error-exitcode", str(FOUND)]
     words += [sys.executable, "-m", "bench", "smoke", "--device", "cuda", "--once"]
-    # torch would otherwise take large blocks and cut them up, within which an access beyond a tensor's end goes unseen
+    # Otherwise torch would take large blocks and cut them up, and an access beyond a tensor's end would go unseen.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     with output.open("wb") as to:
-        # a group of its own, as the tool starts another process
+        # It has a process group of its own, as the tool starts another process.
         return subprocess.Popen(
             words, cwd=ROOT, env=environment, stdout=to, stderr=subprocess.STDOUT, preexec_fn=os.setpgrp
         )
 
 
 def _ended(process: subprocess.Popen, left: float, output: Path) -> tuple[str, bool]:
-    """What a tool came to, in words, and whether it found nothing in our kernels."""
+    """How a tool ended, in words, and whether it found nothing in our kernels."""
     try:
         status = process.wait(max(0.0, left))
     except subprocess.TimeoutExpired:
         return "not checked to the end, no time was left", True
-    if status == FOUND:
-        ours = sorted(set(re.findall(r"\b\w+_(?:fwd|bwd)_kernel\b", output.read_text(errors="replace"))))
-        return (
-            (f"FOUND something in {', '.join(ours)}", False)
-            if ours
-            else ("found something, but not in our kernels", True)
-        )
-    return ("nothing found", True) if status == 0 else (f"not checked, exit status {status}", True)
+    if status != FOUND:
+        return "nothing found" if status == 0 else f"not checked, exit status {status}", True
+    kernels = sorted(set(re.findall(r"\b\w+_(?:fwd|bwd)_kernel\b", output.read_text(errors="replace"))))
+    if not kernels:
+        return "found something, but not in our kernels", True
+    return f"FOUND something in {', '.join(kernels)}", False

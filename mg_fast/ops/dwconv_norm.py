@@ -5,7 +5,7 @@ import torch
 from . import backend as backends
 from . import reference
 from .custom_op_support import autocast, copied, copied_rows, on_device, one_launch, recording
-from .operation import Operation, Operator, register
+from .operation import Operation, Operator, product_flop, register
 from .torch import dwconv_norm as torch_form
 
 __all__ = ["MAX_CHANNELS", "dwconv_norm", "dwconv_norm_backward", "dwconv_norm_kernel"]
@@ -154,7 +154,7 @@ DWCONV_NORM = register(
                 name="mg_fast::dwconv_norm",
                 launches=one_launch,
                 workspaces=lambda x, *weights: copied_rows(x) + copied(*weights[:4]),
-                flop=lambda x, *_: 2 * 49 * x.numel(),
+                flop=lambda x, taps, *_: product_flop(x.numel(), len(taps), 1),
             ),
         ),
     )

@@ -14,6 +14,11 @@ def _accept(*arguments) -> None:
     """Accepts any arguments."""
 
 
+def product_flop(rows: int, terms: int, columns: int) -> int:
+    """FLOP of a matrix product [rows, terms] x [terms, columns]: a multiplication and an addition for every term."""
+    return 2 * rows * terms * columns
+
+
 @dataclass(frozen=True, kw_only=True)
 class Operator:
     """What one registered operator of torch makes a GPU do.

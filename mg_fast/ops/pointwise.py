@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from . import backend as backends
 from . import reference
 from .custom_op_support import autocast, copied, copied_rows, on_device, one_launch
-from .operation import Operation, Operator, register
+from .operation import Operation, Operator, product_flop, register
 from .torch import pointwise as torch_form
 
 __all__ = ["linear_gelu", "linear_residual", "linear_residual_"]
@@ -237,7 +237,8 @@ torch.library.register_autograd(
 
 
 def _flop(x: torch.Tensor, weight: torch.Tensor, *_) -> int:
-    return 2 * len(x) * weight.numel()
+    outputs, inputs = weight.shape
+    return product_flop(len(x), inputs, outputs)
 
 
 def _residual_workspaces(

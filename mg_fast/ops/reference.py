@@ -111,12 +111,28 @@ def merge_pyramid(stages: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat(maps, dim=1)
 
 
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """The attention of each query to the pixels of its own window, in the original's steps.
+
+    Args:
+        query: [B, N, D].
+        key, value: [B, N, P, D], P pixels of each query's window.
+
+    Returns:
+        [B, N, D].
+    """
+    scores = query[:, :, None] @ (key.transpose(-1, -2) / (key.shape[-1] ** 0.5))
+    scores = scores.nan_to_num()
+    return (scores.softmax(-1) @ value).mean(2)
+
+
 def mine(
     queries: torch.Tensor,
     hr_map: torch.Tensor,
     query: Projection | CalledProjection,
     key: Projection | CalledProjection,
     value: Projection | CalledProjection,
+    attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] = attend,
 ) -> torch.Tensor:
     """Patch info mining of one square tile: each query attends to the window of the map under its own patch.
 
@@ -125,6 +141,7 @@ def mine(
         hr_map: [B, C, S, S], S a multiple of sqrt(N).
         query, key, value: `vlm_uni_query_projector` (D -> D), `vlm_uni_aux_projector` (C -> D), `vlm_uni_val_projector`
             (C -> D).
+        attend: computes the attention from the projected queries, keys and values; by default in the original's steps.
 
     Returns:
         Mined features [B, N, D]; the residual is not added (paper, section 3.1; `unified_resampler` in the original
@@ -137,12 +154,7 @@ def mine(
     windows = windows.permute(0, 1, 3, 2, 4, 5)
     windows = windows.reshape(len(windows), patches**2, side**2, windows.shape[-1]).contiguous()
 
-    q = query(queries)
-    k = key(windows)
-    v = value(windows)
-    scores = q[:, :, None] @ (k.transpose(-1, -2) / (k.shape[-1] ** 0.5))
-    scores = scores.nan_to_num()
-    return (scores.softmax(-1) @ v).mean(2)
+    return attend(query(queries), key(windows), value(windows))
 
 
 def patch_mining(
@@ -153,6 +165,7 @@ def patch_mining(
     value: Projection | CalledProjection,
     *,
     grid: int = 1,
+    attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] = attend,
 ) -> torch.Tensor:
     """Patch info mining of every view of a picture, standard (grid 1) or HD.
 
@@ -161,6 +174,7 @@ def patch_mining(
         pyramid: stage maps [B, n_s, n_s, C_s], channels last.
         query, key, value: the three projections.
         grid: cells per side.
+        attend: as of `mine`.
 
     Returns:
         Mined features of the queries' shape; the residual is not added.
@@ -172,12 +186,12 @@ def patch_mining(
     mined = []
     if views > cells:
         reduced = F.interpolate(hr_map.float(), scale_factor=1 / grid, mode="bilinear", align_corners=False)
-        mined.append(mine(queries[:, cells], reduced.to(hr_map.dtype), query, key, value)[:, None])
+        mined.append(mine(queries[:, cells], reduced.to(hr_map.dtype), query, key, value, attend)[:, None])
     if grid > 1:
         channels, size = hr_map.shape[1], hr_map.shape[-1] // grid
         hr_map = hr_map.reshape(b, channels, grid, size, grid, size).permute(0, 2, 4, 1, 3, 5)
         hr_map = hr_map.reshape(b * cells, channels, size, size).contiguous()
-    local = mine(queries[:, :cells].reshape(b * cells, n, d), hr_map, query, key, value)
+    local = mine(queries[:, :cells].reshape(b * cells, n, d), hr_map, query, key, value, attend)
     return torch.cat([local.reshape(b, cells, n, d), *mined], dim=1)
 
 

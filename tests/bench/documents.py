@@ -1,7 +1,7 @@
-"""Documents of the benchmark with made-up figures, for tests of what reads them."""
+"""Documents of the benchmark with made-up figures, for the tests of the code that reads them."""
 
 PROVIDERS = {
-    # provider -> ok, why, median_ms, peak_mib, speedup
+    # By provider: ok, why, median_ms, peak_mib, speedup.
     "reference": (True, None, 4200.0, 1508.0, 1.0),
     "reference, SDPA": (True, None, 4700.0, 1720.0, 0.89),
     "reference, oneDNN": (True, None, 3100.0, 1508.0, 1.35),

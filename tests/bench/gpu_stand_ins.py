@@ -1,5 +1,4 @@
-"""What stands in for the benchmark's own program in tests of `bench gpu`: the real code around toy cases, some of which
-fail on request.
+"""A stand-in for the benchmark's own program in tests of `bench gpu`: the real code around toy cases that can fail.
 
     python -m tests.bench.gpu_stand_ins step NAME --plan full ...     # as `python -m bench step`
     python -m tests.bench.gpu_stand_ins text NAME                     # a step whose output is text
@@ -29,19 +28,20 @@ def settings() -> dict:
 
 def fail(kind: str) -> None:
     if kind == "hang":
-        # in C, with the interpreter's lock: as a compiler or a driver that never comes back, which no signal interrupts
+        # This sleeps in C and holds the interpreter's lock, like a compiler or a driver that never comes back.
+        # No signal interrupts it.
         ctypes.PyDLL(None).sleep(600)
     elif kind == "crash":
         signal.signal(signal.SIGSEGV, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGSEGV)
     else:
-        # slow, until it is interrupted
+        # It is slow until it is interrupted.
         time.sleep(600)
 
 
 def stand_ins(cases: dict[str, list[str]], faults: list[list[str]]) -> "dict[str, Case]":
     """Cases of these names and providers that multiply two small matrices."""
-    # here, since a step of text needs none of it
+    # These are imported here, since a step of text needs none of it.
     import torch
 
     from bench.registry import Case

@@ -1,4 +1,4 @@
-"""A process that hangs, with a child that hangs; neither is interrupted."""
+"""A process that hangs, with a child that hangs; an interrupt ends neither."""
 
 import os
 import signal

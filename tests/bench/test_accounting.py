@@ -1,6 +1,4 @@
-"""FLOP and bytes by formula against torch's FlopCounterMode, a counter at the dispatcher, and the kernel's own loads
-and stores.
-"""
+"""FLOP and bytes by formula, against torch's FlopCounterMode, the count at the dispatcher, and a kernel's own loads."""
 
 import contextlib
 import os
@@ -15,7 +13,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import accounting
-from bench.accounting import Sizes, Tower
+from bench.costs import peak_memory
+from bench.costs.mining import Sizes, mining_floor, reference_mining, torch_mining, triton_mining
+from bench.costs.tower import FORMS, Tower, tower_cost, tower_floor
 from bench.counting import Count
 from mg_fast.modules import ConvNeXtPyramid
 from mg_fast.modules import convnext_channels_last as convnext
@@ -35,7 +35,7 @@ SMALL = {
     "HD without the global view": dict(batch=2, grid=2, views=4, side=3, dim=12, levels=HALVING),
     "three cells a side": dict(grid=3, views=10, side=2, dim=12, levels=((24, 6), (12, 10))),
 }
-published = pytest.mark.parametrize("make", [Sizes.standard, Sizes.hd], ids=["standard", "hd"])
+published = pytest.mark.parametrize("side", [768, 1536])
 small = pytest.mark.parametrize("case", SMALL)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -53,11 +53,11 @@ def inputs(sizes, device):
 
 
 def count(function, sizes, device):
-    """FLOP and bytes on a device ("cuda": of fake tensors), the tables of the PyTorch form left out."""
+    """FLOP and bytes on a device, without the tables of the PyTorch form; on "cuda" the tensors are fake."""
     with FakeTensorMode() if device == "cuda" else contextlib.nullcontext(), torch.no_grad():
         given = inputs(sizes, device)
         if device != "cuda":
-            # real tables are made on the first call; their products are no part of the second
+            # The first call makes real tables; their products are no part of the second call.
             function(*given, grid=sizes.grid)
         with FlopCounterMode(display=False) as flop, Count(device) as counter:
             function(*given, grid=sizes.grid)
@@ -66,10 +66,11 @@ def count(function, sizes, device):
 
 @dtypes
 @published
-def test_reference_at_the_published_sizes(make, dtype):
-    """Of fake tensors on a GPU."""
-    flop, counter = count(reference.patch_mining, make(dtype), "cuda")
-    assert accounting.reference_mining(make(dtype)) == replace(counter.total, flop=flop)
+def test_reference_at_the_published_sizes(side, dtype):
+    """Counted on fake tensors of a GPU."""
+    sizes = Sizes.of_picture(side, dtype)
+    flop, counter = count(reference.patch_mining, sizes, "cuda")
+    assert reference_mining(sizes) == replace(counter.total, flop=flop)
 
 
 @dtypes
@@ -77,37 +78,38 @@ def test_reference_at_the_published_sizes(make, dtype):
 def test_reference_at_any_size(case, dtype):
     sizes = Sizes(dtype, **SMALL[case])
     flop, counter = count(reference.patch_mining, sizes, "meta")
-    assert accounting.reference_mining(sizes) == replace(counter.total, flop=flop)
-    # with numbers, on a CPU
+    assert reference_mining(sizes) == replace(counter.total, flop=flop)
+    # The FLOP are the same with numbers on a CPU.
     assert count(reference.patch_mining, sizes, "cpu")[0] == flop
 
 
 @pytest.mark.parametrize("together", [0, torch_form.TOGETHER])
 def test_absorbed_on_a_cpu(together, monkeypatch):
-    """Row by row or pictures together, a CPU makes the same products."""
+    """A CPU computes the same products, whether row by row or for all pictures together."""
     monkeypatch.setattr(torch_form, "TOGETHER", together)
     sizes = Sizes(torch.float32, batch=16, side=6, dim=512, levels=((12, 128), (6, 128), (3, 256)))
-    assert count(torch_form.patch_mining, sizes, "cpu")[0] == accounting.torch_mining(sizes).flop
+    assert count(torch_form.patch_mining, sizes, "cpu")[0] == torch_mining(sizes).flop
 
 
 @dtypes
 @published
-def test_absorbed_at_the_published_sizes(make, dtype):
-    flop, counter = count(torch_form.patch_mining, make(dtype), "meta")
-    cost = accounting.torch_mining(make(dtype))
+def test_absorbed_at_the_published_sizes(side, dtype):
+    sizes = Sizes.of_picture(side, dtype)
+    flop, counter = count(torch_form.patch_mining, sizes, "meta")
+    cost = torch_mining(sizes)
     assert cost.flop == flop
-    # numbers per pixel are left out
+    # The formula leaves out tensors of one number per pixel.
     assert 0.96 * counter.total.bytes < cost.bytes <= counter.total.bytes
 
 
 @dtypes
 @small
 def test_absorbed_at_any_size(case, dtype):
-    """What is left out of the bytes does not grow with the channels: by how much they grow is exact."""
+    """The bytes that the formula leaves out do not grow with the channels, so the growth of the rest is exact."""
     sizes = Sizes(dtype, **SMALL[case])
     wide = replace(sizes, levels=tuple((n, 3 * c) for n, c in sizes.levels))
     (flop, counter), (wide_flop, wide_counter) = (count(torch_form.patch_mining, s, "meta") for s in (sizes, wide))
-    cost, wide_cost = accounting.torch_mining(sizes), accounting.torch_mining(wide)
+    cost, wide_cost = torch_mining(sizes), torch_mining(wide)
     assert (cost.flop, wide_cost.flop) == (flop, wide_flop)
     assert wide_cost.bytes_read - cost.bytes_read == wide_counter.total.bytes_read - counter.total.bytes_read
     assert (
@@ -117,16 +119,16 @@ def test_absorbed_at_any_size(case, dtype):
 
 @dtypes
 @published
-def test_triton_at_the_published_sizes(make, dtype):
-    """The kernel as one operator."""
+def test_triton_at_the_published_sizes(side, dtype):
+    """The kernel counts as one operator."""
     pytest.importorskip("triton")
-    sizes = make(dtype)
+    sizes = Sizes.of_picture(side, dtype)
     gemms, counter = count(OPERATIONS["patch_mining"].forms["triton"], sizes, "meta")
-    cost = accounting.triton_mining(sizes)
+    cost = triton_mining(sizes)
     assert (cost.bytes_read, cost.bytes_written) == (counter.total.bytes_read, counter.total.bytes_written)
     assert cost.flop == counter.total.flop
-    if make == Sizes.standard:
-        # of a window of 8 x 8: taps of the resizing matrix, or taps of one pixel
+    if side == 768:
+        # A window of 8 x 8 pixels takes the taps of the resizing matrix, or the taps of each pixel.
         product = {192: 64 + 64, 384: 64 * 36 + 64 + 36, 768: 64 * 16 + 64 + 16, 1536: 64 * 9 + 64 + 9}
         by_tap = {192: 64 + 64, 384: 64 + 64 * 4, 768: 64 + 64 * 4, 1536: 64 + 64 * 4}
         work = by_tap if dtype == torch.float32 else product
@@ -169,7 +171,7 @@ ASKED = [
 
 
 def test_what_the_programs_ask_for():
-    """Loads and stores of the kernel, interpreted, by their masks."""
+    """The masks of the interpreted kernel's loads and stores count the same bytes."""
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(
@@ -179,7 +181,7 @@ def test_what_the_programs_ask_for():
     for sizes, line in zip(ASKED, done.stdout.splitlines(), strict=True):
         counter = count(OPERATIONS["patch_mining"].forms["triton"], sizes, "meta")[1]
         around = counter.total + counter.costs["mg_fast.patch_mining.default"] * -1
-        cost = accounting.triton_mining(sizes, cached=False)
+        cost = triton_mining(sizes, cached=False)
         assert f"{cost.bytes_read - around.bytes_read} {cost.bytes_written - around.bytes_written}" == line
 
 
@@ -190,18 +192,16 @@ TOWERS = {
     "sides that do not halve": dict(size=100, dims=(7, 13, 29), depths=(1, 2, 1)),
     "one stage": dict(size=32, dims=(8,), depths=(2,)),
 }
-towers = pytest.mark.parametrize("make", [Tower.standard, Tower.hd], ids=["768", "1536"])
+towers = pytest.mark.parametrize("side", [768, 1536])
 needs_cudnn = pytest.mark.skipif(
     not torch.backends.cudnn.is_available(), reason="takes a torch that is built for CUDA: no GPU"
 )
-# of bfloat16 torch asks the GPU, which is not here, whether its convolutions take it
+# torch asks the GPU, which is not here, whether its convolutions take bfloat16.
 sixteen = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 
 
 def count_tower(tower):
-    """FLOP and bytes of the PyTorch form, of fake tensors on a GPU: on the meta device convolutions return other
-    strides.
-    """
+    """FLOP and bytes of the PyTorch form on fake tensors of a GPU; on the meta device strides would be others."""
     like = {"dtype": tower.dtype, "device": "cuda"}
     with FakeTensorMode(), torch.no_grad():
         stem, stages = convnext.empty_tower(tower.dims, tower.depths, **like)
@@ -214,8 +214,9 @@ def count_tower(tower):
 @needs_cudnn
 @sixteen
 @towers
-def test_tower_at_the_published_sizes(make, dtype):
-    assert accounting.torch_tower(make(dtype)) == count_tower(make(dtype))
+def test_tower_at_the_published_sizes(side, dtype):
+    tower = Tower(dtype, size=side)
+    assert tower_cost(tower, "torch") == count_tower(tower)
 
 
 @needs_cudnn
@@ -223,26 +224,26 @@ def test_tower_at_the_published_sizes(make, dtype):
 @pytest.mark.parametrize("case", TOWERS)
 def test_tower_at_any_size(case, dtype):
     tower = Tower(dtype, **TOWERS[case])
-    assert accounting.torch_tower(tower) == count_tower(tower)
+    assert tower_cost(tower, "torch") == count_tower(tower)
 
 
 @needs_cudnn
 @pytest.mark.parametrize("budget", [7 * 4 * 8 * 4, 1000, 2000])
 def test_tower_in_chunks(budget, monkeypatch):
-    """Of any size, the last of them shorter; each reads the weights again."""
+    """Chunks may have any size, and the last one may be shorter; each reads the weights again."""
     tower = Tower(torch.float32, **TOWERS["two pictures"])
-    whole = accounting.torch_tower(tower)
+    whole = tower_cost(tower, "torch")
     monkeypatch.setattr(convnext, "GPU_EXPANSION", budget)
-    assert accounting.torch_tower(tower) == count_tower(tower) != whole
+    assert tower_cost(tower, "torch") == count_tower(tower) != whole
 
 
 @dtypes
-@pytest.mark.parametrize("form", ["torch", "auto", "triton"])
+@pytest.mark.parametrize("form", FORMS)
 @towers
-def test_blocks_by_kernels(make, form, dtype):
-    """Each kernel as one operator, on fake tensors of a GPU; beside the blocks all forms run the same."""
+def test_blocks_by_kernels(side, form, dtype):
+    """Each kernel counts as one operator, on fake tensors of a GPU; all forms run the same beside the blocks."""
     pytest.importorskip("triton")
-    tower = make(dtype)
+    tower = Tower(dtype, size=side)
     with FakeTensorMode(), torch.no_grad():
         _, stages = convnext.empty_tower(tower.dims, tower.depths, dtype=dtype, device="cuda")
         maps = [
@@ -252,27 +253,22 @@ def test_blocks_by_kernels(make, form, dtype):
         with Count("cuda") as counter:
             for stage, x in zip(stages, maps):
                 convnext.run_stage(convnext.StageTensors(None, stage.blocks), x, form, in_place=True)
-    cost = (
-        getattr(accounting, f"{form}_tower")(tower)
-        + getattr(accounting, f"{form}_tower")(replace(tower, depths=(0, 0, 0, 0))) * -1
-    )
+    cost = tower_cost(tower, form) + tower_cost(replace(tower, depths=(0, 0, 0, 0)), form) * -1
     assert (cost.bytes_read, cost.bytes_written) == (counter.total.bytes_read, counter.total.bytes_written)
-    # the same arithmetic in every form
-    assert (
-        accounting.triton_tower(tower).flop == accounting.auto_tower(tower).flop == accounting.torch_tower(tower).flop
-    )
+    # The arithmetic is the same in every form.
+    assert len({tower_cost(tower, form).flop for form in FORMS}) == 1
 
 
 @pytest.mark.parametrize("case", TOWERS)
 def test_floor_of_the_tower(case):
-    """The picture, every tensor that the tower is made of, and the maps it returns, once."""
+    """The floor has the picture, every tensor of the tower, and the maps that it returns, each once."""
     tower = Tower(torch.bfloat16, **TOWERS[case])
     stem, stages = convnext.empty_tower(tower.dims, tower.depths, dtype=tower.dtype, device="meta")
     pixels = torch.empty(tower.batch, 3, tower.size, tower.size, dtype=tower.dtype, device="meta")
     tensors = [t for t in tree_leaves([stem, stages]) if isinstance(t, torch.Tensor)]
     with torch.no_grad():
         maps = convnext.run_tower(stem, stages, pixels, "torch")
-    assert accounting.tower_floor_bytes(tower) == sum(t.nbytes for t in (pixels, *tensors, *maps))
+    assert tower_floor(tower).bytes == sum(t.nbytes for t in (pixels, *tensors, *maps))
 
 
 def test_an_empty_tower_is_made_of_the_tensors_of_a_real_one():
@@ -286,34 +282,56 @@ def test_an_empty_tower_is_made_of_the_tensors_of_a_real_one():
 
 
 def test_known_figures_of_the_tower():
-    """FLOP as timm's tower has been counted; bytes by another's estimate: 13 maps moved a block, and the weights."""
-    standard, hd = Tower.standard(torch.bfloat16), Tower.hd(torch.bfloat16)
-    assert accounting.torch_tower(standard).flop == pytest.approx(0.808e12, rel=1e-3)
-    assert accounting.torch_tower(hd).flop == pytest.approx(3.231e12, rel=1e-3)
-    assert accounting.triton_tower(standard).bytes == pytest.approx(2.62e9, rel=0.03)
-    assert accounting.triton_tower(hd).bytes == pytest.approx(9.3e9, rel=0.03)
+    """FLOP as counted for timm's tower; bytes as estimated: 13 maps are moved per block, and the weights."""
+    standard, hd = (Tower(torch.bfloat16, size=side) for side in (768, 1536))
+    assert tower_cost(standard, "torch").flop == pytest.approx(0.808e12, rel=1e-3)
+    assert tower_cost(hd, "torch").flop == pytest.approx(3.231e12, rel=1e-3)
+    assert tower_cost(standard, "triton").bytes == pytest.approx(2.62e9, rel=0.03)
+    assert tower_cost(hd, "triton").bytes == pytest.approx(9.3e9, rel=0.03)
 
 
 def test_known_figures():
-    """The projections of the original by hand; the bytes by another's estimate, of the large tensors alone."""
-    standard, hd = Sizes.standard(torch.bfloat16), Sizes.hd(torch.bfloat16)
+    """The projections of the original are computed by hand; the bytes are an estimate of the large tensors alone."""
+    standard, hd = (Sizes.of_picture(side, torch.bfloat16) for side in (768, 1536))
     pixels = 192 * 192
     assert (
-        accounting.reference_mining(standard).flop
-        == 2 * pixels * 2880 * 1024 * 2 + 2 * 576 * 1024 * 1024 + 2 * pixels * 1024 * 2
+        reference_mining(standard).flop == 2 * pixels * 2880 * 1024 * 2 + 2 * 576 * 1024 * 1024 + 2 * pixels * 1024 * 2
     )
-    assert accounting.reference_mining(standard).bytes == pytest.approx(3.58e9, rel=0.03)
-    assert accounting.reference_mining(hd).flop == 5 * accounting.reference_mining(standard).flop
-    assert accounting.reference_mining(hd).bytes == pytest.approx(23.5e9, rel=0.03)
-    assert accounting.torch_mining(standard).flop == pytest.approx(8.2e9, rel=0.02)
+    assert reference_mining(standard).bytes == pytest.approx(3.58e9, rel=0.03)
+    assert reference_mining(hd).flop == 5 * reference_mining(standard).flop
+    assert reference_mining(hd).bytes == pytest.approx(23.5e9, rel=0.03)
+    assert torch_mining(standard).flop == pytest.approx(8.2e9, rel=0.02)
 
 
 def test_floor():
-    """Every tensor that goes in or comes out, once; the key's biases change nothing."""
+    """The floor has every tensor that goes in or comes out, once, without the key's biases, which change nothing."""
     sizes = Sizes(torch.bfloat16, **SMALL["HD"])
     queries, pyramid, query, key, value = inputs(sizes, "meta")
     tensors = [queries, queries, *pyramid, *query, key.norm_weight, key.weight, *value]
-    assert accounting.floor_bytes(sizes) == sum(t.nbytes for t in tensors)
+    assert mining_floor(sizes).bytes == sum(t.nbytes for t in tensors)
+
+
+def test_memory_by_formula():
+    """Peaks against those that were measured or counted.
+
+    The original's steps were measured in float32 on a CPU: 1508 and 6446 MiB.
+    """
+    standard, hd = (Sizes.of_picture(side, torch.float32) for side in (768, 1536))
+    assert peak_memory.reference_peak(standard) / 2**20 == pytest.approx(1508, rel=0.01)
+    assert peak_memory.reference_peak(hd) / 2**20 == pytest.approx(6446, rel=0.01)
+    half = Sizes.of_picture(1536, torch.bfloat16)
+    assert peak_memory.reference_peak(half) > 3e9 and peak_memory.kernel_peak(half) < 0.3e9
+    # These were counted at torch's dispatcher with fake tensors: pictures of 768 and 1536 pixels to tokens; the copies
+    # that the packed towers hold.
+    for side, original, ours in ((768, 829.6e6, 112.2e6), (1536, 3747e6, 451.5e6)):
+        sizes = Sizes.of_picture(side, torch.bfloat16)
+        assert peak_memory.reference_picture_peak(sizes) == pytest.approx(original, rel=0.01)
+        assert peak_memory.kernel_picture_peak(sizes) == pytest.approx(ours, rel=0.01)
+    assert peak_memory.packed_bytes(torch.bfloat16) == pytest.approx(348.6e6, rel=0.01)
+    for side in peak_memory.SIDES:
+        sizes = Sizes.of_picture(side, torch.bfloat16)
+        # Windows and maps are whole.
+        assert sizes.window * sizes.grid * sizes.side == sizes.levels[0][0] and side % 32 == 0
 
 
 def test_table(capsys):

@@ -1,4 +1,4 @@
-"""Clocks are read while a block runs, by a stand-in for nvidia-smi."""
+"""Clocks are read while a block runs. The test has a stand-in for nvidia-smi."""
 
 import time
 
@@ -10,7 +10,7 @@ def log(script: str, device: str = "cuda") -> ClockLog:
 
 
 def readings(clocks: ClockLog, began: float, count: int) -> dict | None:
-    """As soon as there are so many."""
+    """What was read, as soon as there are this many readings."""
     end = time.monotonic() + 30
     while time.monotonic() < end and (clocks.since(began) or {"readings": 0})["readings"] < count:
         time.sleep(0.01)
@@ -19,9 +19,8 @@ def readings(clocks: ClockLog, began: float, count: int) -> dict | None:
 
 def test_what_was_read():
     began = time.monotonic()
-    with log(
-        "echo '1980, 3201, 120.5, 40'; echo '[N/A], 3201, 1, 1'; echo '1755, 3201, 690.0, 61'; echo '345, 3201, 99, 41'; exec sleep 60"
-    ) as clocks:
+    lines = ("1980, 3201, 120.5, 40", "[N/A], 3201, 1, 1", "1755, 3201, 690.0, 61", "345, 3201, 99, 41")
+    with log("".join(f"echo '{line}'; " for line in lines) + "exec sleep 60") as clocks:
         assert readings(clocks, began, 3) == {
             "sm_mhz": [345.0, 1755.0, 1980.0],
             "memory_mhz": 3201.0,
@@ -30,7 +29,7 @@ def test_what_was_read():
             "readings": 3,
         }
         assert clocks.since(time.monotonic()) is None
-    assert clocks._process.poll() is not None, "what reads them ends with the block"
+    assert clocks._process.poll() is not None, "the process that reads them ends with the block"
 
 
 def test_nothing_to_read():

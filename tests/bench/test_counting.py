@@ -1,6 +1,4 @@
-"""The count at the dispatcher: bytes and launches of functions that are known, FLOP against torch's, memory against
-what was allocated.
-"""
+"""The count at the dispatcher, against known functions, torch's FLOP, and the memory that was allocated."""
 
 import contextlib
 import functools
@@ -15,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.accounting import Sizes
+from bench.costs.mining import Sizes
 from bench.counting import Count
 from mg_fast import ops
 from mg_fast.modules import ConvNeXtPyramid
@@ -109,15 +107,15 @@ def test_attention_is_one_launch(device):
     assert counter.launches == {"aten.scaled_dot_product_attention.default": 1}
 
 
-# arguments of mg_fast's operators on the meta device, and what they launch
+# Arguments of mg_fast's operators on the meta device, and their numbers of launches.
 OPERATORS = of_all_operations("CALLS")
-# beside OPERATORS: arguments that the launchers cannot read in place, and bytes of the copies that they make
+# More arguments, which the launchers cannot read in place, and the bytes of the copies that they make.
 COPIED = of_all_operations("COPIED")
 
 
 @pytest.fixture
 def launches(monkeypatch):
-    """Grids of the kernels that launchers call, which do not run."""
+    """The grids of the kernels that launchers call; the kernels do not run."""
     pytest.importorskip("triton")
     launched = []
 
@@ -134,13 +132,13 @@ def launches(monkeypatch):
 
 
 def run_body(operator, arguments):
-    """What it does, where the meta device has its shapes alone."""
+    """Runs an operator's own code, which the meta device does not: it computes shapes alone."""
     return operator._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *arguments)
 
 
 @pytest.mark.parametrize("case", OPERATORS)
 def test_what_is_declared_is_what_is_launched(case, launches):
-    """Counted where the launchers call their kernels."""
+    """The launches are counted where the launchers call their kernels."""
     name, arguments, expected = OPERATORS[case]
     operator = getattr(torch.ops.mg_fast, name).default
     with torch.inference_mode(), Count() as counter:
@@ -152,11 +150,11 @@ def test_what_is_declared_is_what_is_launched(case, launches):
 
 @pytest.mark.parametrize("case", [*OPERATORS, *COPIED])
 def test_what_is_declared_is_what_is_allocated(case, launches):
-    """Counted where the launchers allocate: results, workspaces and copies."""
+    """The bytes are counted where the launchers allocate results, workspaces and copies."""
     name, arguments, expected = (COPIED.get(case) or OPERATORS[case])[:3]
     operator = getattr(torch.ops.mg_fast, name).default
     with torch.inference_mode():
-        # tables are made once
+        # The first call makes the tables.
         run_body(operator, arguments)
         with Count() as declared:
             out = operator(*arguments)
@@ -191,7 +189,7 @@ def test_an_operator_that_declares_nothing_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("device, block", [("cpu", 1), ("cuda", 512)])
 def test_memory_of_steps(device, block):
-    """Of what was made before nothing counts, of a view nothing, of what is freed nothing from then on."""
+    """Older tensors and views do not count, and a freed tensor counts no more."""
 
     def blocks(size):
         return -(-size // block) * block
@@ -206,7 +204,7 @@ def test_memory_of_steps(device, block):
             torch.empty(300, device="meta")
             assert count.live == count.peak == blocks(4000)
             y = torch.cat([y, y])
-            # kept by its view
+            # A view keeps the storage.
             assert count.live == count.peak == blocks(4000) + blocks(8000)
             del z
             assert count.live == blocks(8000)
@@ -217,8 +215,9 @@ def test_memory_of_steps(device, block):
 
 
 def test_what_a_gpu_makes_of_fake_tensors():
-    """bfloat16 convolutions; norms of what is not contiguous, and attention, with the results' strides and what they
-    allocate beside.
+    """bfloat16 convolutions, norms of tensors that are not contiguous, and attention.
+
+    The results have the strides that they have on a GPU, and what is allocated beside them counts.
     """
     with FakeTensorMode(), torch.inference_mode(), Count("cuda") as count:
         x = torch.empty(1, 64, 32, 32, dtype=torch.bfloat16, device="cuda")
@@ -227,7 +226,7 @@ def test_what_a_gpu_makes_of_fake_tensors():
         assert count.total.flop == 2 * 49 * x.numel()
         before = count.live
         normed = F.layer_norm(x.permute(0, 2, 3, 1), (64,))
-        # the map and its statistics in float32; for the moment a copy
+        # The map and its statistics in float32 are allocated, and for the moment a copy.
         assert normed.is_contiguous() and count.live == before + x.nbytes
         assert count.peak == before + 2 * x.nbytes + 2 * 4 * 32 * 32
         q = torch.empty(1, 2, 256, 64, dtype=torch.bfloat16, device="cuda")
@@ -268,7 +267,7 @@ def calls_on(device):
 
 
 def allocated_on_cpu(call):
-    """Bytes that torch's allocator gave out, at most and in the end."""
+    """Bytes that torch's allocator had given out, at the peak and in the end."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         out = call()
     events = [
@@ -283,7 +282,7 @@ def allocated_on_cpu(call):
 
 @pytest.mark.parametrize("name", calls_on("meta"))
 def test_memory_is_what_was_allocated_on_a_cpu(name):
-    """By torch's profiler. Without the tables, which are made once; oneDNN may keep memory of its own."""
+    """torch's profiler measures it, without the tables, which are made once; oneDNN may keep memory of its own."""
     call = calls_on("cpu")[name]
     with torch.inference_mode():
         call()
@@ -299,10 +298,10 @@ def test_memory_is_what_was_allocated_on_a_cpu(name):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="measures a GPU's allocator: no GPU")
 @pytest.mark.parametrize("name", calls_on("meta"))
 def test_memory_is_what_was_allocated_on_a_gpu(name):
-    """By its caching allocator, which may give up to 1 MiB more with each of the few blocks that are live at the peak."""
+    """The caching allocator may give up to 1 MiB more with each of the few blocks that are live at the peak."""
     call = calls_on("cuda")[name]
     with torch.inference_mode():
-        # with tables, and the libraries' workspaces
+        # The first call makes the tables and the workspaces of the libraries.
         call()
         with Count("cuda") as count:
             call()
@@ -328,7 +327,7 @@ def test_flop_are_torchs(name):
 
 
 def test_flop_of_attention():
-    """Of grouped queries too, as the language models have them."""
+    """Grouped queries count too, as the language models have them."""
     with torch.inference_mode():
         q, kv = torch.ones(2, 6, 5, 8), torch.ones(2, 2, 7, 8)
         with Count() as count:

@@ -1,6 +1,4 @@
-"""The smoke test of a GPU run: it launches every kernel that there is, and says what is wrong, breaks or was found by a
-tool.
-"""
+"""The smoke test of a GPU run launches every kernel, and says what is wrong, what breaks and what a tool found."""
 
 import contextlib
 import re
@@ -10,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.__main__ import main
 from bench.gpu import smoke
 from tests.interpreting import INTERPRETED
 
@@ -27,14 +26,11 @@ def test_every_kernel_is_launched_and_right(monkeypatch, capsys):
         return launch(self, *args, **kwargs)
 
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", counted)
-    assert smoke.smoke("cpu") == 0, capsys.readouterr().out
+    assert main(["smoke", "--device", "cpu"]) == 0, capsys.readouterr().out
     out = capsys.readouterr().out
     assert out.count(": right (") == len(smoke.LAUNCHES) == len(out.splitlines())
-    defined = {
-        name
-        for path in KERNELS.glob("*.py")
-        for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE)
-    }
+    sources = "\n".join(path.read_text() for path in KERNELS.glob("*.py"))
+    defined = set(re.findall(r"^def (\w+_kernel)\(", sources, re.MULTILINE))
     assert launched == defined and len(defined) >= 7
 
 
@@ -55,28 +51,24 @@ def test_what_is_wrong_is_said_and_the_others_go_on(monkeypatch, capsys):
     assert not smoke.launch_all("cpu")
     first, second, third = capsys.readouterr().out.splitlines()
     assert first.startswith("wrong, float32: WRONG: AssertionError: relative to the largest value")
-    assert second.startswith("broken, float32: WRONG: RuntimeError: no kernel image") and third.startswith(
-        "fine, float32: right"
-    )
+    assert second.startswith("broken, float32: WRONG: RuntimeError: no kernel image")
+    assert third.startswith("fine, float32: right")
 
 
 def test_what_a_broken_context_takes_with_it_is_not_called_wrong(monkeypatch, capsys):
     def broken(*_):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    # a device that has dtypes of its own to go through, and on which nothing works any more
-    monkeypatch.setattr(
-        smoke, "LAUNCHES", {"first": smoke.Launch(broken, broken), "second": smoke.Launch(same, lambda x, backend: [x])}
-    )
+    # On this device, which has two dtypes to go through, nothing works any more.
+    launches = {"first": smoke.Launch(broken, broken), "second": smoke.Launch(same, lambda x, backend: [x])}
+    monkeypatch.setattr(smoke, "LAUNCHES", launches)
     monkeypatch.setattr(torch.cuda, "synchronize", broken)
     monkeypatch.setattr(torch, "device", lambda device: contextlib.nullcontext())
     assert not smoke.launch_all("cuda")
     first, lost = capsys.readouterr().out.splitlines()
     assert first.startswith("first, bfloat16: WRONG: RuntimeError: CUDA error")
-    assert (
-        lost.endswith("not launched: first in float32, second in bfloat16, second in float32")
-        and "context is lost" in lost
-    )
+    assert lost.endswith("not launched: first in float32, second in bfloat16, second in float32")
+    assert "context is lost" in lost
 
 
 def test_inputs_are_the_same_numbers_in_float64():

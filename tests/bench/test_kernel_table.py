@@ -1,11 +1,11 @@
-"""The table of a call's kernels; on a CPU, of torch's operators."""
+"""The table of a call's kernels; on a CPU it has torch's operators."""
 
 import pytest
 import torch
 
 from bench import kernel_table as tables
+from bench.gpu_timing import same_bits
 from bench.kernel_table import kernel_table, spans
-from bench.measure import same_bits
 
 
 def test_a_call_by_its_operators():
@@ -29,14 +29,14 @@ def test_a_call_lasts_from_its_first_kernel_to_its_last():
     """Kernels of one call may overlap, and there may be gaps between them; the profiler lists them in any order."""
     assert spans([(0.0, 4.0), (3.0, 9.0), (20.0, 21.0), (25.0, 30.0)], 2) == [9.0, 10.0]
     assert spans([(25.0, 30.0), (0.0, 12.0), (20.0, 21.0), (3.0, 9.0)], 2) == [12.0, 10.0]
-    # one was not seen
+    # One kernel was not seen.
     assert spans([(0.0, 4.0), (20.0, 21.0), (25.0, 30.0)], 2) == spans([], 2) == []
 
 
 def test_bits_that_repeat_and_bits_that_do_not():
     x = torch.tensor([1.0, float("nan"), -0.0])
     assert same_bits(lambda: x.clone(), [x]) and same_bits(lambda: [x, x], [x, x])
-    # equal numbers of other bits
+    # The numbers are equal, but not the bits.
     assert not same_bits(lambda: x.abs(), [x])
     answers = iter([x, x, x + 1])
     assert not same_bits(lambda: next(answers), [x])

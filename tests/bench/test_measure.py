@@ -1,4 +1,4 @@
-"""Clocks: what drift, other processes and repetition do to a comparison; and that the reference is a fair opponent."""
+"""What drift, other processes and repetition do to a comparison; and that the reference is a fair opponent."""
 
 import copy
 import random
@@ -9,9 +9,12 @@ import torch
 import torch.nn.functional as F
 from timm.models.convnext import ConvNeXt
 
-from bench import measure
-from bench.accounting import Sizes
+from bench import gpu_timing, measure, peaks
 from bench.cases.patch_mining import mining_case
+from bench.ceilings import measure_ceilings
+from bench.check import check
+from bench.costs.mining import Sizes
+from bench.rows import empty_row
 from mg_fast.modules import ConvNeXtPyramid
 
 
@@ -26,7 +29,7 @@ class Machine:
         return self.now
 
     def call(self, seconds, suffers=1.0):
-        """`suffers`: by how much more than others this one is slowed by other processes."""
+        """`suffers`: how much more than another call this one is slowed by other processes."""
 
         def run():
             self.slowness *= self.random.uniform(0.93, 1.075)
@@ -71,7 +74,7 @@ def test_disturbed_turns_are_left_out():
 def test_a_machine_that_never_rests_is_reported():
     timings = compare(0, burst=1.0)
     assert timings["ours"].others == 0.6 and timings["ours"].left_out == 0
-    # the first turn was begun before the others came
+    # The first turn began before the other processes came.
     assert statistics.median(timings["ours"].ratios) < 20
 
 
@@ -94,14 +97,14 @@ def test_short_calls_are_repeated():
 
 
 def test_passes_on_a_gpu(monkeypatch):
-    """The second in reverse, after three calls that nobody times; a drift between them shows."""
+    """The second pass is in reverse. Three calls come first that are not timed. A drift between the passes shows."""
     order, slowness = [], iter([1.0, 1.0, 1.2, 2.0])
     monkeypatch.setattr(
-        measure, "_event_times", lambda call, seconds, flush: [call() * (next(slowness) if flush else 1)] * 3
+        gpu_timing, "event_times", lambda call, seconds, flush: [call() * (next(slowness) if flush else 1)] * 3
     )
     calls = {"reference": lambda: order.append("reference") or 8.0, "ours": lambda: order.append("ours") or 2.0}
-    timings = measure.time_in_passes(calls, "reference", 1)
-    # three that warm up, one for either kind of time
+    timings = gpu_timing.time_in_passes(calls, "reference", 1)
+    # Three calls warm up, and one is made for either kind of time.
     assert order == ["reference"] * 5 + ["ours"] * 10 + ["reference"] * 5
     assert timings["ours"].samples == [2.0] * 3 + [2.4] * 3 and timings["ours"].warm_ms == 2.0
     assert timings["ours"].ratios == [4.0, pytest.approx(16 / 2.4)]
@@ -123,29 +126,27 @@ def test_peak_in_this_process():
     def call():
         return torch.ones(64 * 2**18).sum()
 
-    peak = measure.peak_mib(call, "cpu")
+    peak = peaks.peak_mib(call, "cpu")
     if peak is None:
         pytest.skip("this system forbids resetting the peak of resident memory")
     assert 60 < peak < 80
 
 
 def test_memory_within_reach():
-    with measure.memory_within_reach("cpu"), pytest.raises((RuntimeError, MemoryError)) as caught:
+    with peaks.memory_within_reach("cpu"), pytest.raises((RuntimeError, MemoryError)) as caught:
         torch.ones(2**48)
-    assert measure.out_of_memory(caught.value)
-    assert not measure.out_of_memory(RuntimeError("shapes differ"))
-    assert measure.out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert peaks.out_of_memory(caught.value)
+    assert not peaks.out_of_memory(RuntimeError("shapes differ"))
+    assert peaks.out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
 
 
 def test_ceilings():
-    ceilings = measure.measure_ceilings("cpu")
+    ceilings = measure_ceilings("cpu")
     assert 0.5 < ceilings.copy_gbps < 5000 and 0.001 < ceilings.matmul_tflops["float32"] < 500
 
 
 def original_mining(mining, queries, pyramid):
-    """The steps of the original's code for one view, from its text (openclip_encoder.backbone,
-    mgm_arch.unified_resampler).
-    """
+    """The steps for one view of the original's openclip_encoder.backbone and mgm_arch.unified_resampler."""
     maps = [level.permute(0, 3, 1, 2) for level in pyramid]
     size = maps[0].shape[-2:]
     for i in range(1, len(maps)):
@@ -164,19 +165,30 @@ def original_mining(mining, queries, pyramid):
 
 
 def assert_as_fast(original, reference):
-    """On a machine that other processes keep busy, one comparison says little: an unfair opponent fails all of three."""
+    """On a machine that other processes keep busy one comparison says little; an unfair opponent fails all three."""
     found = []
     while len(found) < 3:
-        timings = measure.time_in_turns({"original": original, "reference": reference}, "original", 5)
+        timings = measure.time_in_turns({"original": original, "reference": reference}, "original", 1.5)
         found.append(statistics.median(timings["reference"].ratios))
         if 0.8 <= found[-1] <= 1.25:
             return
     raise AssertionError(f"expected the original's time to be 0.8 to 1.25 times the reference's, got {found}")
 
 
+@pytest.mark.parametrize("grid", [1, 2], ids=["standard", "hd"])
+@torch.no_grad()
+def test_opponents_of_mining_are_right(grid):
+    levels = ((24 * grid, 6), (12 * grid, 10))
+    sizes = Sizes(torch.float32, grid=grid, views=1 if grid == 1 else 5, side=3, dim=12, levels=levels)
+    case = mining_case("patch_mining/small-float32", sizes).only(["reference, SDPA*", "reference, oneDNN"])
+    rows = {name: empty_row(case, name) for name in case.providers}
+    assert list(check(case, case.make("cpu"), "cpu", rows)) == list(case.providers) and len(rows) == 4
+    assert all(row["ok"] for row in rows.values()), [row["why"] for row in rows.values()]
+
+
 @torch.no_grad()
 def test_reference_is_a_fair_opponent():
-    """Its time is that of the original's steps, written out anew: neither a straw man nor helped."""
+    """Its time is that of the original's steps, which are written out anew here: it is neither slowed nor helped."""
     sizes = Sizes(torch.float32, side=4, levels=((32, 192), (16, 384), (8, 768), (4, 1536)))
     case = mining_case("patch_mining/fair-float32", sizes)
     inputs = case.make("cpu")

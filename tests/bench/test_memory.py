@@ -1,4 +1,4 @@
-"""What is predicted of the published models without a GPU, held against what is recorded and against what is known."""
+"""Predictions of the published models' memory, against those that are recorded and against known figures."""
 
 import functools
 import json
@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench import memory, records
+from bench import memory
 from bench.__main__ import main
 from bench.cases import all_cases
 from bench.counting import Count
+from bench.errors import BadRecord
+from bench.fake_models import case_names, empty_model
 from bench.memory import Prediction
 from mg_fast.modules import convnext_channels_last as convnext
 from mg_fast.modules.clip import PackedClip
@@ -20,7 +22,7 @@ pytestmark = pytest.mark.skipif(
     not torch.backends.cudnn.is_available(), reason="takes a torch that is built for CUDA: no GPU"
 )
 
-# all but the larger whole models, which take as long again: `python -m bench memory --check`
+# All cases but the larger whole models, which take as long again: `python -m bench memory --check` has them too.
 CHEAP = ("dual_resize", "clip", "tower", "patch_mining", "projector", "picture", "end-to-end/7b-b1-bfloat16")
 GB = 10**9
 
@@ -31,19 +33,19 @@ def predictions():
 
 
 def test_as_recorded(predictions):
-    """Deterministic: what got worse or better is said by how much, and how to accept it."""
+    """The figures are deterministic; a difference is told with its size, and with how to accept it."""
     try:
         recorded = memory.recorded()
-    except records.BadRecord as error:
+    except BadRecord as error:
         pytest.skip(str(error))
     found = list(memory.differences(recorded, predictions))
     assert not found, "\n".join(found)
-    # the others too are recorded, of every provider
-    assert list(recorded) == memory.names()
+    # All other cases are recorded too.
+    assert list(recorded) == case_names()
 
 
 def test_mining_in_hd(predictions):
-    """The original's steps take 3 GB at least; the kernels' at most 0.3 GB above the stage maps."""
+    """The original's steps take at least 3 GB, the kernel at most 0.3 GB above the stage maps."""
     peaks = {provider: p.peak for provider, p in predictions["patch_mining/1536-hd-b1-bfloat16"].items()}
     print("mining, HD, transient peak in GB:", {provider: round(peak / GB, 3) for provider, peak in peaks.items()})
     assert peaks["reference"] >= 3 * GB
@@ -51,9 +53,7 @@ def test_mining_in_hd(predictions):
 
 
 def test_what_is_held(predictions):
-    """What calls leave behind: in bfloat16 stage maps, image tokens, the language model's cache; the first token's
-    logits in float32.
-    """
+    """Calls leave stage maps, image tokens and the cache in bfloat16, and the first token's logits in float32."""
     maps = 2 * sum((192 >> s) ** 2 * (192 << s) for s in range(4))
     assert {p.held for p in predictions["tower/768-b1-bfloat16"].values()} == {maps}
     assert {p.held for p in predictions["tower/1536-hd-b1-bfloat16"].values()} == {4 * maps}
@@ -65,11 +65,11 @@ def test_what_is_held(predictions):
 
 
 def test_known_figures(predictions):
-    """Weights as published; FLOP by another's count, of 23 layers of CLIP and of 24."""
+    """Weights are as published; FLOP as counted elsewhere, for 23 layers of CLIP and for 24."""
     whole = predictions["end-to-end/7b-b1-bfloat16"]
     weights = 6_738_415_616 + 304e6 + 196e6 + 7e6 + 21e6
     assert whole["original"].weights == pytest.approx(2 * weights, rel=1e-3)
-    # q, k and v of 23 layers; of ConvNeXt's blocks the contractions, of all convolutions the weights
+    # The packed copies are q, k and v of 23 layers, the contractions of ConvNeXt's blocks, and all convolutions.
     blocks = sum(depth * (4 * c * c + 49 * c) for depth, c in zip((3, 3, 27, 3), (192, 384, 768, 1536)))
     merges = 48 * 192 + sum(4 * c * 2 * c for c in (192, 384, 768))
     packed = whole["triton"].weights - whole["original"].weights
@@ -78,28 +78,27 @@ def test_known_figures(predictions):
     assert clip["triton"].flop == pytest.approx(366e9, rel=1e-3) and clip["reference"].flop == pytest.approx(
         382e9, rel=1e-3
     )
-    # of every position a logit; the picture, the body and the head
+    # The original computes the logits of every position. The sum below is the picture and the language model.
     assert whole["original"].flop - whole["triton"].flop > 2 * 639 * 4096 * 32000
     assert whole["triton"].flop == pytest.approx(1.21e12 + 8.4e12, rel=0.02)
 
 
 def test_half_a_picture_is_not_made_twice(predictions):
-    """The whole takes no less than its largest part, and no more launches than its parts and what lies between."""
+    """The whole takes no less than its largest part, and the launches of its parts and of the steps between them."""
     for setting in ("768", "1536-hd"):
         parts = [predictions[f"{part}/{setting}-b1-bfloat16"]["triton"] for part in ("clip", "tower", "patch_mining")]
         parts.append(predictions[f"projector/{setting}-b1-bfloat16"]["reference"])
         parts.append(predictions[f"dual_resize/{setting}-float32"]["triton"])
         whole = predictions[f"picture/{setting}-b1-bfloat16"]["triton"]
-        # views and features put together, both pixels in bfloat16, the residual and the order of tokens
+        # Between the parts views and features are put together, both pixels become bfloat16, and tokens are added and
+        # put in order.
         assert whole.launches == sum(part.launches for part in parts) + 6
         assert max(part.peak for part in parts) <= whole.peak <= sum(part.peak for part in parts)
         assert whole.flop == sum(part.flop for part in parts)
 
 
 def test_few_launches(predictions):
-    """High-resolution tower, mining and projector together, with what lies between: half of timm's tower alone; with
-    CLIP at most 350.
-    """
+    """High-resolution tower, mining and projector together launch half of timm's tower alone; with CLIP at most 350."""
     for setting in ("768", "1536-hd"):
         by = {
             part: predictions[f"{part}/{setting}-b1-bfloat16"]
@@ -121,11 +120,11 @@ def test_few_launches(predictions):
     [("patch_mining", "reference"), ("patch_mining", "torch"), ("patch_mining", "triton"), ("tower", "auto")],
 )
 def test_predicted_is_what_a_gpu_allocates(predictions, name, provider):
-    """HD at its real size; what the allocator gives beyond its blocks and cuDNN's workspaces are within the tolerance."""
+    """HD at its real size; the tolerance covers what the allocator gives beyond its blocks, and cuDNN's workspaces."""
     case = all_cases()[f"{name}/1536-hd-b1-bfloat16"]
     with torch.inference_mode():
         call = case.providers[provider](case.make("cuda"))
-        # with tables, and the libraries' workspaces
+        # The first call makes the tables and the workspaces of the libraries.
         call()
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -140,7 +139,7 @@ def test_predicted_is_what_a_gpu_allocates(predictions, name, provider):
 def towers():
     """Both towers of the published models on a GPU that is not here."""
     with FakeTensorMode():
-        inner = memory.empty_model("7b", hd=False).model
+        inner = empty_model("7b", hd=False).model
         yield inner.vision_tower, inner.vision_tower_aux
 
 
@@ -151,8 +150,9 @@ def launches(call):
 
 
 def test_launches_of_a_packed_clip(towers):
-    """A layer: two norms, four products, attention, SiLU, two residuals; before the layers: patches, class token,
-    positions, norm.
+    """A layer launches two norms, four products, attention, SiLU and two residuals.
+
+    Before the layers come patches, class token, positions and norm.
     """
     packed, views = PackedClip.from_tower(towers[0]), torch.empty(1, 3, 336, 336, dtype=torch.bfloat16, device="cuda")
     found = launches(functools.partial(packed, views))
@@ -160,8 +160,9 @@ def test_launches_of_a_packed_clip(towers):
 
 
 def test_launches_of_the_high_resolution_tower(towers, monkeypatch):
-    """Four convolutions and norms, and in each of 36 blocks three kernels; or, with a library's products, their GELU
-    and sum apart.
+    """Four convolutions and norms, and three kernels in each of 36 blocks.
+
+    The library's products have their GELU and their sum apart.
     """
     tower, pixels = towers[1], torch.empty(1, 3, 768, 768, dtype=torch.bfloat16, device="cuda")
     packed = tower.pack()
@@ -174,12 +175,12 @@ def test_launches_of_the_high_resolution_tower(towers, monkeypatch):
     }
     convolved = {"aten.convolution.default": 4 + 36, "aten.native_layer_norm.default": 4 + 36}
     assert launches(functools.partial(packed, pixels, backend="torch")) == convolved | products
-    # 40 convolutions, 40 norms, and in each of 36 blocks two products, GELU, gamma and the residual
+    # There are 40 convolutions, 40 norms, and in each of 36 blocks two products, GELU, gamma and the residual.
     assert launches(functools.partial(tower, pixels, backend="reference")).total() == 40 + 40 + 36 * 5
-    # of every block the taps laid out, and layer scale folded into a weight and a bias; of every convolution the weight
-    # laid out
+    # Packing lays out the taps of every block and the weight of every convolution, and folds layer scale into a weight
+    # and a bias.
     assert launches(tower.pack) == {"aten.clone.default": 36 + 4, "aten.mul.Tensor": 36 * 2}
-    # half of a stage's rows at a time: two products more in each of its three blocks
+    # With half of a stage's rows at a time there are two more products in each of its three blocks.
     monkeypatch.setattr(convnext, "GPU_EXPANSION", 192 * 192 * 4 * 192 * 2 // 2)
     assert launches(functools.partial(packed, pixels, backend="triton")).total() == 116 + 3 * 2
 
@@ -220,7 +221,7 @@ def test_table(predicted, capsys):
     assert main(["memory"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["patch_mining/1536-hd-b1-bfloat16", "triton", "0.00", "0.0", "3.0", "0.00", "7", "0.0"] in lines
-    # 41 GB: too much for 40
+    # 41 GB are too much for a card of 40.
     assert ["end-to-end/7b-b1-bfloat16", "auto", "41.0", "no", "no", "no", "yes", "yes", "yes"] in lines
     assert main(["memory", "--hd"]) == 0
     out = capsys.readouterr().out

@@ -1,8 +1,8 @@
-"""The benchmark's registry, its runs and documents; and that the programs run and their last line is one JSON document."""
+"""The benchmark's registry, its runs and documents; and that the program's last line is one JSON document."""
 
+import copy
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 
@@ -11,24 +11,28 @@ import torch
 
 from bench import __main__ as program
 from bench import cases as registered
-from bench import measure, records
+from bench import ceilings as machine
+from bench import check as checking
+from bench import gpu_timing, measure, peaks, records
 from bench.cases import all_cases
 from bench.compare import compare
-from bench.registry import Case, Ceilings, Cost, NotHere, UnknownCase, choose, choose_providers
-from bench.run import NoDevice, check_device, empty_row, format_rows, run, run_case
+from bench.devices import check_device
+from bench.errors import BadRecord, NoDevice, UnknownCase
+from bench.registry import Case, Ceilings, Cost, NotHere, Provider, choose, choose_providers
+from bench.rows import empty_row, format_rows
+from bench.run import RunOptions, run, run_case
 from tests.paths import ROOT
 
-
-def start(*words, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", *words], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
-    )
+CEILINGS = Ceilings(10.0, {"float32": 0.1})
+QUICK = RunOptions(seconds=0.02, memory=False)
 
 
-def out_of(*words, **environment):
-    done = start(*words, **environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture(autouse=True, scope="module")
+def short_turns():
+    """Calls are repeated for 10 ms a turn; what follows from their times does not depend on it."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(measure, "SHORTEST_TURN_S", 0.01)
+        yield
 
 
 def square(name="toy/square-float32", **providers):
@@ -44,10 +48,10 @@ def square(name="toy/square-float32", **providers):
         raise ValueError("unsupported shape\nand a long story")
 
     every = {
-        "reference": lambda x: lambda: x @ x,
-        "right": lambda x: lambda: torch.mm(x, x),
+        "reference": Provider(lambda x: lambda: x @ x, work=Cost(3 * 64**3, 64**2)),
+        "right": Provider(lambda x: lambda: torch.mm(x, x), work=Cost(64**3, 64**2)),
         "wrong": lambda x: lambda: x @ x + 0.01,
-        # which would compare by repeating itself
+        # By repeating itself it could be compared with the others.
         "another shape": lambda x: lambda: (x @ x)[:1],
         "not a number": lambda x: lambda: x @ x * float("nan"),
         "missing": missing,
@@ -60,48 +64,42 @@ def square(name="toy/square-float32", **providers):
         every | providers,
         lambda x: x.double() @ x.double(),
         least=Cost(2 * 64**3, 8 * 64**2, 4 * 64**2),
-        work={"reference": Cost(3 * 64**3, 64**2), "right": Cost(64**3, 64**2)},
     )
 
 
-CEILINGS = Ceilings(10.0, {"float32": 0.1})
+def rows_of(case):
+    return {row["provider"]: row for row in run_case(case, "cpu", CEILINGS, QUICK)}
 
 
-def rows_of(case, **options):
-    options = {"seconds": 0.5, "memory": False} | options
-    return {row["provider"]: row for row in run_case(case, "cpu", CEILINGS, **options)}
+def run_here(*cases, **options):
+    return run(cases, "cpu", QUICK, ceilings=CEILINGS, **options)
 
 
-def test_right_and_wrong_opponents():
-    rows = rows_of(square())
+@pytest.fixture(scope="module")
+def document():
+    """The document of one case, all of whose providers are tried."""
+    return run_here(square())
+
+
+def test_right_and_wrong_opponents(document):
+    rows = {row["provider"]: row for row in document["cases"]}
     for name in ("reference", "right"):
         row = rows[name]
-        assert (
-            row["ok"]
-            and row["why"] is None
-            and 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
-            and row["first_call_ms"] > 0
-        )
-        assert row["relative_error"] < 1e-6 and row["samples"] >= 3
+        assert row["ok"] and row["why"] is None and 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+        assert row["first_call_ms"] > 0 and row["relative_error"] < 1e-6 and row["samples"] >= 2
         assert row["floor_ms"] == pytest.approx(1e3 * max(2 * 64**3 / 1e11, 12 * 64**2 / 1e10))
         assert row["of_floor"] == pytest.approx(row["floor_ms"] / row["median_ms"])
     reference = rows["reference"]
     assert reference["speedup"] == 1
-    # of its own work, and nothing of the other's, which was accounted for GPUs
+    # The rates are those of its own work. The other's work was counted for GPUs.
     assert reference["tflops"] == pytest.approx(3 * 64**3 / reference["median_ms"] / 1e9) and reference["gbps"] > 0
     assert "tflops" not in rows["right"]
     for name in ("another shape", "not a number"):
-        assert (
-            rows[name]["ok"] is False
-            and rows[name]["why"].startswith("wrong result: ")
-            and rows[name]["relative_error"] is None
-        )
+        assert rows[name]["ok"] is False and rows[name]["relative_error"] is None
+    for name in ("another shape", "not a number", "wrong"):
+        assert rows[name]["why"].startswith("wrong result: ")
     assert "shapes [[1, 64]], expected [[64, 64]]" in rows["another shape"]["why"]
-    assert (
-        rows["wrong"]["ok"] is False
-        and rows["wrong"]["why"].startswith("wrong result: ")
-        and rows["wrong"]["median_ms"] is None
-    )
+    assert rows["wrong"]["ok"] is False and rows["wrong"]["median_ms"] is None
     assert rows["missing"]["ok"] is None and rows["missing"]["why"] == "not here: no such library"
     assert rows["hungry"]["ok"] is False and rows["hungry"]["why"].startswith("out of memory: ")
     assert rows["broken"]["ok"] is False and rows["broken"]["why"] == "ValueError: unsupported shape"
@@ -112,20 +110,14 @@ def test_right_and_wrong_opponents():
 def test_without_its_baseline_nothing_is_called_faster():
     rows = rows_of(square(reference=lambda x: lambda: torch.ones(2**48)))
     assert rows["reference"]["why"].startswith("out of memory: ")
-    assert (
-        rows["right"]["ok"] is None and "accuracy unknown" in rows["right"]["why"] and rows["right"]["speedup"] is None
-    )
-    assert rows["right"]["median_ms"] > 0
+    assert rows["right"]["ok"] is None and "accuracy unknown" in rows["right"]["why"]
+    assert rows["right"]["speedup"] is None and rows["right"]["median_ms"] > 0
 
 
 def test_inputs_that_do_not_fit():
-    def make(device):
-        return torch.ones(2**48)
-
-    rows = run_case(
-        Case("toy/large", make, {"reference": lambda x: lambda: x}, None), "cpu", CEILINGS, seconds=1, memory=False
-    )
-    assert [row["ok"] for row in rows] == [False] and rows[0]["why"].startswith("inputs: out of memory")
+    case = Case("toy/large", lambda device: torch.ones(2**48), {"reference": lambda x: lambda: x}, None)
+    [row] = run_case(case, "cpu", CEILINGS, QUICK)
+    assert row["ok"] is False and row["why"].startswith("inputs: out of memory")
 
 
 def test_a_document_grows_as_cases_end(tmp_path):
@@ -136,11 +128,10 @@ def test_a_document_grows_as_cases_end(tmp_path):
         assert [row["name"] for row in kept["cases"]] == ["toy/first"] * 8 and kept["complete"] is False
         raise KeyboardInterrupt
 
-    cases = [square("toy/first"), square("toy/second", right=interrupted)]
-    document = run(cases, "cpu", seconds=0.3, memory=False, out=out)
+    document = run_here(square("toy/first"), square("toy/second", right=interrupted), out=out)
     assert document["complete"] is False and {row["name"] for row in document["cases"]} == {"toy/first"}
     assert records.read(out) == json.loads(json.dumps(document))
-    assert {
+    conditions = {
         "gpu",
         "driver",
         "clocks",
@@ -152,15 +143,16 @@ def test_a_document_grows_as_cases_end(tmp_path):
         "device",
         "ceilings",
         "load",
-    } <= document.keys()
+    }
+    assert conditions <= document.keys()
     assert not list(tmp_path.glob(".*"))
 
 
-def test_saved_by_device_and_case(tmp_path, monkeypatch):
+def test_saved_by_device_and_case(tmp_path, monkeypatch, document):
     monkeypatch.setattr(records, "RESULTS", tmp_path)
-    document = run([square("toy/a-b1"), square("toy/b-b1")], "cpu", seconds=0.3, memory=False)
-    assert records.save(document) == [tmp_path / "cpu" / "toy-a-b1.json", tmp_path / "cpu" / "toy-b-b1.json"]
-    assert {row["name"] for row in records.read(tmp_path / "cpu" / "toy-b-b1.json")["cases"]} == {"toy/b-b1"}
+    document = {**document, "cases": [row | {"name": name} for name in ("toy/a", "toy/b") for row in document["cases"]]}
+    assert records.save(document) == [tmp_path / "cpu" / "toy-a.json", tmp_path / "cpu" / "toy-b.json"]
+    assert {row["name"] for row in records.read(tmp_path / "cpu" / "toy-b.json")["cases"]} == {"toy/b"}
     assert records.read(tmp_path)["cases"] == document["cases"]
     assert records.device_name(document | {"device": "cuda", "gpu": "NVIDIA H200"}) == "nvidia-h200"
 
@@ -179,38 +171,33 @@ def test_bad_records(tmp_path, text, message):
     path = tmp_path / "bad.json"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(records.BadRecord, match=message):
+    with pytest.raises(BadRecord, match=message):
         records.read(path)
-    with pytest.raises(records.BadRecord, match="holds no document"):
+    with pytest.raises(BadRecord, match="holds no document"):
         records.read(tmp_path)
 
 
-def test_compare():
-    document = run([square()], "cpu", seconds=0.5, memory=False)
+def test_compare(document):
     table, agree = compare(document, document, 0.1)
     assert agree and "ratios agree within 10%" in table and table.count("toy/square-float32") == 2
-    other = json.loads(json.dumps(document))
+    other = copy.deepcopy(document)
     other["cases"][1]["speedup"] *= 1.3
     table, agree = compare(document, other, 0.1)
     assert not agree and "DO NOT agree" in table and "30.0% <<<" in table
-    broken = json.loads(json.dumps(document))
+    broken = copy.deepcopy(document)
     broken["cases"][1] |= {"ok": False, "median_ms": None, "why": "out of memory"}
     table, agree = compare(document, broken, 0.1)
     assert not agree and "before: measured; after: out of memory <<<" in table
     table, agree = compare(document, document | {"cases": document["cases"][:1]}, 0.1)
     assert agree and "measured before and not after: toy/square-float32, right" in table
-    table, _ = compare(document, other, 0.1)
-    assert compare(document, other | {"cases": []}, 0.1) == (
-        table.split("case ")[0] + "nothing was measured in both",
-        False,
-    )
+    table, agree = compare(document, other | {"cases": []}, 0.1)
+    assert not agree and table.splitlines()[2:] == ["nothing was measured in both"]
 
 
 def test_choosing():
     cases = all_cases()
-    assert [case.name for case in choose(cases, ["patch_mining/768-b1-float32"], "cpu")] == [
-        "patch_mining/768-b1-float32"
-    ]
+    [only] = choose(cases, ["patch_mining/768-b1-float32"], "cpu")
+    assert only.name == "patch_mining/768-b1-float32"
     assert {case.group for case in choose(cases, ["patch_mining", "clip/*"], "cpu")} == {"patch_mining", "clip"}
     assert all("cpu" in case.devices for case in choose(cases, [], "cpu"))
     assert [case.name for case in choose(cases, [], "cpu", quick=True)] == ["patch_mining/768-b1-float32"]
@@ -219,21 +206,13 @@ def test_choosing():
 
 
 def test_registry_covers_the_published_sizes():
-    names = set(all_cases())
+    cases = all_cases()
+    dtypes = ("float32", "bfloat16", "float16")
     for group in ("patch_mining", "tower", "clip", "projector"):
-        assert {
-            f"{group}/{s}-b{b}-{d}"
-            for s in ("768", "1536-hd")
-            for b in (1, 8)
-            for d in ("float32", "bfloat16", "float16")
-        } <= names
-    assert {
-        f"{kernel}/{side}-stage{i}-b8-bfloat16"
-        for kernel in ("dwconv_norm", "linear_gelu")
-        for side in (768, 1536)
-        for i in range(4)
-    } <= names
-    for case in all_cases().values():
+        assert {f"{group}/{s}-b{b}-{d}" for s in ("768", "1536-hd") for b in (1, 8) for d in dtypes} <= cases.keys()
+    for kernel in ("dwconv_norm", "linear_gelu"):
+        assert {f"{kernel}/{side}-stage{i}-b8-bfloat16" for side in (768, 1536) for i in range(4)} <= cases.keys()
+    for case in cases.values():
         assert case.baseline in case.providers and case.least.bytes >= 0
 
 
@@ -249,14 +228,13 @@ def test_only_some_providers():
         choose_providers([square()], ["rigth"])
 
 
-def test_saved_beside_what_was_measured_before(tmp_path, monkeypatch):
+def test_saved_beside_what_was_measured_before(tmp_path, monkeypatch, document):
     monkeypatch.setattr(records, "RESULTS", tmp_path)
-    document = run([square().only(["right"])], "cpu", seconds=0.3, memory=False)
-    [path] = records.save(document)
-    only = document | {"cases": document["cases"][:1]}
+    [path] = records.save({**document, "cases": document["cases"][:2]})
+    only = {**document, "cases": document["cases"][:1]}
     records.save(only)
     assert [row["provider"] for row in records.read(path)["cases"]] == ["reference", "right"]
-    # another commit: other conditions
+    # Another commit means other conditions.
     records.save(only | {"commit": "another"})
     assert [row["provider"] for row in records.read(path)["cases"]] == ["reference"]
 
@@ -264,11 +242,11 @@ def test_saved_beside_what_was_measured_before(tmp_path, monkeypatch):
 def test_nowhere_to_write_is_said_first(tmp_path):
     called = []
     case = square(reference=lambda x: called.append(x))
-    with pytest.raises(records.BadRecord, match="is a folder"):
-        run([case], "cpu", out=tmp_path)
+    with pytest.raises(BadRecord, match="is a folder"):
+        run_here(case, out=tmp_path)
     (tmp_path / "file").touch()
-    with pytest.raises(records.BadRecord, match="cannot be written"):
-        run([case], "cpu", out=tmp_path / "file" / "run.json")
+    with pytest.raises(BadRecord, match="cannot be written"):
+        run_here(case, out=tmp_path / "file" / "run.json")
     assert not called
 
 
@@ -290,51 +268,48 @@ def test_a_call_that_fails_while_it_is_timed():
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A GPU that is none: what is timed on it takes one millisecond, a graph half of it."""
+    """A pretended GPU: what is timed on it takes one millisecond, a graph half of it."""
     for name in ("synchronize", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
-    monkeypatch.setattr(measure, "_event_times", lambda call, seconds, flush: [1.0, 1.0])
-    monkeypatch.setattr(measure, "time_graph", lambda call, seconds: 0.5)
-    monkeypatch.setattr(measure, "peak_mib", lambda call, device: 7.0)
-    monkeypatch.setattr(measure, "keep_busy", lambda seconds: 0.0)
+    monkeypatch.setattr(gpu_timing, "event_times", lambda call, seconds, flush: [1.0, 1.0])
+    monkeypatch.setattr(gpu_timing, "time_graph", lambda call, seconds: 0.5)
+    monkeypatch.setattr(peaks, "peak_mib", lambda call, device: 7.0)
+    monkeypatch.setattr(machine, "keep_busy", lambda seconds: 0.0)
     return monkeypatch
 
 
 def on_gpu(case, rows=None):
-    return {row["provider"]: row for row in run_case(case, "cuda", CEILINGS, seconds=1, memory=True, rows=rows)}
+    return {row["provider"]: row for row in run_case(case, "cuda", CEILINGS, RunOptions(seconds=1), rows=rows)}
+
+
+def with_own_graphs(**options):
+    right = dataclasses.replace(square().providers["right"], own_graphs=True, **options)
+    return dataclasses.replace(square(right=right), capturable=True)
 
 
 def test_rows_of_a_gpu(gpu):
-    case = dataclasses.replace(square(), capturable=True, own_graphs=frozenset({"right"}))
-    rows = on_gpu(case)
-    assert (
-        rows["reference"]["graphed_ms"] == 0.5
-        and rows["reference"]["speedup_graphed"] == 1
-        and rows["reference"]["peak_mib"] == 7.0
-    )
-    assert rows["reference"]["warm_ms"] == 1.0 and rows["reference"]["halves_differ"] == 0
-    # it replays a graph of its own, in which nothing is allocated
-    assert (
-        rows["right"]["median_ms"] == 1.0 and rows["right"]["graphed_ms"] is None and rows["right"]["peak_mib"] is None
-    )
-    assert rows["hungry"]["why"].startswith("out of memory") and rows["right"]["tflops"] > 0
-    assert on_gpu(dataclasses.replace(case, memory={"right": lambda x: lambda: x}))["right"]["peak_mib"] == 7.0
+    rows = on_gpu(with_own_graphs())
+    reference, right = rows["reference"], rows["right"]
+    assert reference["graphed_ms"] == 0.5 and reference["speedup_graphed"] == 1 and reference["peak_mib"] == 7.0
+    assert reference["warm_ms"] == 1.0 and reference["halves_differ"] == 0
+    # It replays a graph of its own, in which nothing is allocated.
+    assert right["median_ms"] == 1.0 and right["graphed_ms"] is None and right["peak_mib"] is None
+    assert rows["hungry"]["why"].startswith("out of memory") and right["tflops"] > 0
+    assert on_gpu(with_own_graphs(without_graphs=lambda x: lambda: x))["right"]["peak_mib"] == 7.0
 
 
 def test_a_lost_gpu_ends_the_run_and_keeps_what_there_is(gpu, tmp_path):
     def lost(call, seconds):
-        raise measure.GpuLost("it cannot be captured: operation not permitted")
+        raise gpu_timing.GpuLost("it cannot be captured: operation not permitted")
 
-    gpu.setattr(measure, "time_graph", lost)
-    gpu.setattr(measure, "measure_ceilings", lambda device: CEILINGS)
+    gpu.setattr(gpu_timing, "time_graph", lost)
+    gpu.setattr(machine, "measure_ceilings", lambda device: CEILINGS)
     out = tmp_path / "run.json"
     document = run([dataclasses.replace(square(), capturable=True), square("toy/next")], "cuda", out=out)
     assert document["complete"] is False and document["ended"].startswith("the GPU is lost to this process")
     kept = {row["provider"]: row for row in records.read(out)["cases"]}
-    assert (
-        kept["right"]["median_ms"] == 1.0
-        and kept["reference"]["why"] == "as a graph: it cannot be captured: operation not permitted"
-    )
+    assert kept["right"]["median_ms"] == 1.0
+    assert kept["reference"]["why"] == "as a graph: it cannot be captured: operation not permitted"
     assert {row["name"] for row in kept.values()} == {"toy/square-float32"}
 
 
@@ -343,55 +318,55 @@ def test_a_broken_context_is_not_blamed_on_those_after(gpu):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     gpu.setattr(torch.cuda, "synchronize", broken)
+    gpu.setattr(checking, "first_call", lambda build, device: (build(), build()(), 1.0))
     rows = {name: empty_row(square(), name) for name in ("reference", "right", "broken")}
-    case = dataclasses.replace(
-        square(), providers={"broken": square().providers["broken"], "right": square().providers["right"]}
-    )
-    gpu.setattr(measure, "first_call", lambda build, device: (build(), build()(), 1.0))
-    with pytest.raises(measure.GpuLost, match="illegal memory access"):
-        on_gpu(dataclasses.replace(case, baseline="broken"), rows)
+    case = dataclasses.replace(square().restricted(["broken", "right"]), baseline="broken")
+    with pytest.raises(gpu_timing.GpuLost, match="illegal memory access"):
+        on_gpu(case, rows)
     assert rows["broken"]["ok"] is False and rows["right"]["why"] is None
 
 
-def test_no_gpu_here():
-    if torch.cuda.is_available():
-        pytest.skip("a GPU is here")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_no_gpu_here(capsys):
     with pytest.raises(NoDevice, match="torch sees none here"):
         check_device("cuda")
     with pytest.raises(NoDevice, match="expected cpu or cuda"):
         check_device("tpu")
-    done = start("bench", "run", "--device", "cuda")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    assert check_device(None) == "cpu"
+    assert program.main(["run", "--device", "cuda"]) == 2
+    out = capsys.readouterr()
+    assert out.err.startswith("bench: a GPU was asked for") and out.err.count("\n") == 1 and not out.out
 
 
-def test_program_says_what_is_wrong_in_one_line():
-    done = start("bench", "run", "nothing/here")
-    assert (
-        done.returncode == 2 and done.stderr.startswith("bench: no case is called 'nothing/here'") and not done.stdout
-    )
-    done = start("bench", "compare", "nowhere.json", "nowhere.json")
+def test_program_says_what_is_wrong_in_one_line(capsys):
+    assert program.main(["run", "nothing/here", "--device", "cpu"]) == 2
+    out = capsys.readouterr()
+    assert out.err.startswith("bench: no case is called 'nothing/here'") and not out.out
+    words = [sys.executable, "-m", "bench", "compare", "nowhere.json", "nowhere.json"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr == "bench: nowhere.json cannot be read: No such file or directory\n"
 
 
 def test_program_prints_one_document_last(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(machine, "measure_ceilings", lambda device: CEILINGS)
     monkeypatch.setattr(registered, "all_cases", lambda: {case.name: case for case in [square()]})
     assert program.main(["list"]) == 0
     assert capsys.readouterr().out.startswith("toy/square-float32 ")
-    # an opponent failed
-    out = tmp_path / "run.json"
-    assert program.main(["run", "toy", "--device", "cpu", "--seconds", "0.3", "--no-memory", "--out", str(out)]) == 1
+    # The exit status is 1, since an opponent failed.
+    out, words = tmp_path / "run.json", ["run", "toy", "--device", "cpu", "--seconds", "0.02", "--no-memory"]
+    assert program.main([*words, "--out", str(out)]) == 1
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [row["provider"] for row in document["cases"]][:2] == ["reference", "right"] and document["complete"]
-    assert (
-        program.main(["run", "toy", "--device", "cpu", "--seconds", "0.3", "--no-memory", "--provider", "right"]) == 0
-    )
+    assert program.main([*words, "--provider", "right"]) == 0
     assert program.main(["compare", str(out), str(out)]) == 0
 
 
-def test_memory_of_a_provider_in_a_process_of_its_own():
-    mib = measure.peak_in_child("projector/768-b1-float32", "reference")
+def test_memory_of_a_provider_in_a_process_of_its_own(monkeypatch):
+    mib = peaks.peak_in_child("projector/768-b1-float32", "reference")
     if mib is None:
         pytest.skip("this system forbids resetting the peak of resident memory")
-    # 576 tokens of 4096 numbers, four times: of both products, the GELU between, and a copy
+    # 576 tokens of 4096 numbers, four times: of both products, the GELU between, and a copy.
     assert 9 <= mib <= 45
-    assert measure.peak_in_child("projector/768-b1-float32", "no such provider") is None
+    # A process that fails tells nothing.
+    monkeypatch.setattr(sys, "executable", "false")
+    assert peaks.peak_in_child("projector/768-b1-float32", "reference") is None

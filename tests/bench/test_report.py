@@ -1,4 +1,4 @@
-"""The report: tables that are what the records give, and a page that stands alone."""
+"""The report: its tables are what the records give, and its page needs nothing beside it."""
 
 import os
 import re
@@ -11,8 +11,9 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from bench import memory_curve, records, report
+from bench import figures, records, report, tables
 from bench.__main__ import _parser, main
+from bench.errors import BadRecord
 from bench.report_page import page
 from tests.bench import documents as bench_documents
 
@@ -24,7 +25,7 @@ needs_browser = pytest.mark.skipif(BROWSER is None, reason="needs Chromium on th
 
 @pytest.fixture
 def results(tmp_path):
-    """A folder like bench/results, with the older documents that lie beside the devices' folders."""
+    """A folder like bench/results, with an older document beside the folders of the devices."""
     folder = tmp_path / "results"
     documents = [bench_documents.mining(), bench_documents.mining("1536-hd", scale=4.2), bench_documents.picture()]
     for document in [*documents, bench_documents.mining("768", "bfloat16", "cuda", 1e-3)]:
@@ -38,18 +39,18 @@ def results(tmp_path):
 
 
 def test_the_documents_are_what_the_records_give(capsys):
-    """Mended by `python -m bench report --readme`."""
+    """`python -m bench report --readme` mends them."""
     for path in report.DOCUMENTS:
-        assert report.differences(path.read_text(encoding="utf-8"), report.kept()) == []
+        assert report.differences(path.read_text(encoding="utf-8"), figures.kept()) == []
     assert main(["report", "--check"]) == 0
     assert capsys.readouterr() == ("", "")
 
 
 def test_the_commands_of_the_records_can_be_run_today():
-    """A reader copies them from docs/benchmarks.md."""
+    """Readers copy the commands from docs/benchmarks.md."""
     commands = {
         document["command"]
-        for cases in report.kept().values()
+        for cases in figures.kept().values()
         for document in cases.values()
         if document.get("command")
     }
@@ -90,14 +91,14 @@ def test_a_readme_without_its_markers(text, said, tmp_path, monkeypatch, capsys)
 def test_nothing_but_the_tables_changes(results):
     text = "before\n\n<!-- bench:patch_mining -->\nold\n<!-- /bench -->\nbetween | with \\1 and $1\n"
     text += "<!-- bench:picture -->\n<!-- /bench -->\nafter"
-    filled = report.fill(text, report.kept(results))
+    filled = report.fill(text, figures.kept(results))
     assert filled.startswith("before\n\n<!-- bench:patch_mining -->\n| patch info mining by |")
     assert filled.endswith("<!-- /bench -->\nafter")
     assert (
         "<!-- /bench -->\nbetween | with \\1 and $1\n<!-- bench:picture -->\n| one picture" in filled
         and "old" not in filled
     )
-    assert report.fill(filled, report.kept(results)) == filled
+    assert report.fill(filled, figures.kept(results)) == filled
 
 
 def cells(table, first):
@@ -106,14 +107,14 @@ def cells(table, first):
 
 
 def test_mining_table(results):
-    table = report.mining_table(report.kept(results))
+    table = tables.mining_table(figures.kept(results))
     assert cells(table, "patch info mining by") == ["CPU, 768-b1-float32", "CPU, 1536-hd-b1-float32"] + [
         "nvidia-h200, 768-b1-bfloat16",
         "nvidia-h200, 1536-hd-b1-bfloat16",
     ]
     assert cells(table, "`reference`") == ["4.20 s, 1508 MiB", "17.6 s, 6334 MiB", "4.20 ms, 2 MiB", "not measured yet"]
     assert cells(table, "`torch`")[0] == "114 ms, 41 MiB (36.8 times)"
-    # what is slower or wrong stands there like the rest; what cannot run does not
+    # A slower or wrong provider stands there like the rest; one that cannot run does not.
     assert cells(table, "reference, SDPA")[0] == "4.70 s, 1720 MiB (slower: 0.89 times)"
     assert cells(table, "reference, compiled")[0].startswith("FAIL: wrong result: error 1e-2 / expected")
     assert "max-autotune" not in table and "triton" not in table
@@ -128,8 +129,8 @@ def test_mining_table(results):
 
 
 def test_picture_table(results):
-    table = report.picture_table(report.kept(results))
-    # 768 in float32; HD; 768 in bfloat16; a GPU's 768 and HD
+    table = tables.picture_table(figures.kept(results))
+    # The columns are 768 in float32, HD, and 768 in bfloat16 on a CPU; then 768 and HD on a GPU.
     assert cells(table, "preprocess") == ["75.4 ms", "106 ms", *["not measured yet"] * 8]
     assert cells(table, "**patch info mining**")[:2] == ["5.59 s", "180 ms"]
     assert cells(table, "**all of it**")[:3] == [
@@ -140,7 +141,7 @@ def test_picture_table(results):
 
 
 def test_nothing_recorded():
-    for table in (report.picture_table, report.mining_table):
+    for table in (tables.picture_table, tables.mining_table):
         made = table({})
         rows = [line for line in made.splitlines()[2:] if line.startswith("|")]
         assert rows and all(
@@ -150,7 +151,7 @@ def test_nothing_recorded():
 
 
 def test_predictions():
-    table = report.predicted_table({})
+    table = tables.predicted_table({})
     mining = cells(table, "patch info mining, 1536-hd")
     assert mining[0].startswith("2,181 GFLOP, 23,768 MB, 41 launches, 3,417 MiB") and mining[1] == mining[2]
     assert len(cells(table, "picture to tokens, 768")) == 3
@@ -160,7 +161,7 @@ def test_a_graph_is_told_beside_the_eager_time():
     row = bench_documents.row(
         "patch_mining/x", "torch", True, None, 1.5, 20.0, 3.0, graphed_ms=0.5, speedup_graphed=2.0
     )
-    assert report.figure(row) == "1.50 ms, 20 MiB (3.0 times; as CUDA graphs 0.50 ms, 2.0 times)"
+    assert figures.figure(row) == "1.50 ms, 20 MiB (3.0 times; as CUDA graphs 0.50 ms, 2.0 times)"
 
 
 def test_what_a_figure_must_not_be_read_without():
@@ -168,7 +169,7 @@ def test_what_a_figure_must_not_be_read_without():
         "patch_mining/x", "torch", None, "accuracy unknown: out of memory", 1500.0, None, 3.0, halves_differ=0.3
     )
     assert (
-        report.figure(row)
+        figures.figure(row)
         == "1.50 s (3.0 times; accuracy unknown: out of memory; unsteady: halves of the turns differ by 30%)"
     )
 
@@ -178,21 +179,21 @@ def test_a_busy_machine_is_told():
         [bench_documents.row("patch_mining/768-b1-float32", "reference", others=0.4, left_out=2)]
     )
     found = {"cpu": {"patch_mining/768-b1-float32": document}}
-    told = " ".join(report.mining_table(found).split())
+    told = " ".join(tables.mining_table(found).split())
     assert "7 turns, 2 disturbed ones left out, BUSY: other processes took 40% of the machine in every turn" in told
     assert "BUSY: other processes took 40%" in page(found)
 
 
 def test_a_record_of_no_benchmark(results):
     (results / "cpu" / "odd.json").write_text("{}")
-    with pytest.raises(records.BadRecord, match="odd.json"):
-        report.kept(results)
+    with pytest.raises(BadRecord, match="odd.json"):
+        figures.kept(results)
 
 
 def test_cases_are_in_the_registrys_order(results):
     document = bench_documents.document([bench_documents.row("gone/768", "reference")])
     records.write(results / "cpu" / "a.json", document)
-    found = report.kept(results)
+    found = figures.kept(results)
     assert list(found) == ["cpu", "nvidia-h200"]
     assert list(found["cpu"]) == [
         "patch_mining/768-b1-float32",
@@ -202,34 +203,11 @@ def test_cases_are_in_the_registrys_order(results):
     ]
 
 
-# ---- memory by formula
-
-
-def test_memory_by_formula():
-    """Against what was measured of the original's steps in float32 on a CPU, 1508 and 6446 MiB, and what HD is to hold."""
-    standard, hd = (memory_curve.sizes_at(side, memory_curve.torch.float32) for side in (768, 1536))
-    assert memory_curve.reference_peak(standard) / 2**20 == pytest.approx(1508, rel=0.01)
-    assert memory_curve.reference_peak(hd) / 2**20 == pytest.approx(6446, rel=0.01)
-    half = memory_curve.sizes_at(1536, memory_curve.torch.bfloat16)
-    assert memory_curve.reference_peak(half) > 3e9 and memory_curve.kernel_peak(half) < 0.3e9
-    # what a counter of live memory at torch's dispatcher found, of fake tensors: pictures to tokens of 768 and 1536
-    # pixels; packed copies
-    for side, reference, ours in ((768, 829.6e6, 112.2e6), (1536, 3747e6, 451.5e6)):
-        sizes = memory_curve.sizes_at(side, memory_curve.torch.bfloat16)
-        assert memory_curve.reference_picture_peak(sizes) == pytest.approx(reference, rel=0.01)
-        assert memory_curve.kernel_picture_peak(sizes) == pytest.approx(ours, rel=0.01)
-    assert memory_curve.packed_bytes(memory_curve.torch.bfloat16) == pytest.approx(348.6e6, rel=0.01)
-    for side in memory_curve.SIDES:
-        sizes = memory_curve.sizes_at(side, memory_curve.torch.bfloat16)
-        # windows and maps are whole
-        assert sizes.window * sizes.grid * sizes.side == sizes.levels[0][0] and side % 32 == 0
-
-
 # ---- the page
 
 
 class Resources(HTMLParser):
-    """What a page asks for, and its elements."""
+    """The addresses that a page asks for, and its elements."""
 
     def __init__(self):
         super().__init__()
@@ -242,8 +220,8 @@ class Resources(HTMLParser):
 
 PAGES = {
     "nothing": lambda results: {},
-    "a CPU": lambda results: {"cpu": report.kept(results)["cpu"]},
-    "both": report.kept,
+    "a CPU": lambda results: {"cpu": figures.kept(results)["cpu"]},
+    "both": figures.kept,
 }
 pages = pytest.mark.parametrize("name", PAGES)
 
@@ -253,7 +231,7 @@ def test_page_stands_alone(name, results):
     html = page(PAGES[name](results))
     parser = Resources()
     parser.feed(html)
-    # an icon of its own, or browsers ask the server for one
+    # The page names an icon of its own; otherwise browsers ask the server for one.
     assert parser.asked == ["data:,"] and not {"script", "iframe", "img", "object"} & set(parser.tags)
     assert not re.search(r"https?://|@import|url\(", html)
     pictures = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
@@ -272,10 +250,10 @@ def test_page_stands_alone(name, results):
 
 
 def test_page_says_what_is_slower_and_what_failed(results):
-    html = page(report.kept(results))
+    html = page(figures.kept(results))
     assert "0.89x slower" in html and re.search(r'class="fail">FAIL</span> wrong result: error 1e-2 \| expected', html)
     assert "conditions, and 2 that did not run" in html and "not here: mode max-autotune is for GPUs" in html
-    # a wrong result has no bar
+    # A wrong result has no bar.
     assert html.count("<title>reference, compiled:") == 0 and html.count("<title>torch: 36.80x") == 3
 
 
@@ -295,7 +273,7 @@ def test_page_of_no_data_says_so():
 
 
 def contrast(one, other):
-    """As WCAG 2 counts it."""
+    """The contrast of two colours as WCAG 2 defines it."""
 
     def luminance(colour):
         parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
@@ -314,12 +292,10 @@ def test_colours_can_be_read(scheme):
     )
     colours = light if scheme == "light" else dark
     assert set(light) == set(dark) and light != dark
-    for name in ("text", "quiet", "slower", "fail", "ours"):
-        # text
-        assert contrast(colours[name], colours["page"]) >= 4.5, name
-    for name in ("plain", "third"):
-        # bars and lines
-        assert contrast(colours[name], colours["page"]) >= 3, name
+    of_text, of_shapes = ("text", "quiet", "slower", "fail", "ours"), ("plain", "third")
+    for least, names in ((4.5, of_text), (3, of_shapes)):
+        for name in names:
+            assert contrast(colours[name], colours["page"]) >= least, name
 
 
 def test_html_is_written(tmp_path, capsys):
@@ -329,8 +305,9 @@ def test_html_is_written(tmp_path, capsys):
 
 # ---- in a browser
 
-# drawn at a phone's width: headless windows are not narrower than 500 pixels
-FRAME = '<!doctype html><body style="margin:0"><iframe id="page" src="report.html" style="border:0;width:{width}px;height:{height}px"></iframe>'
+# A frame as wide as a phone, since headless windows are not narrower than 500 pixels.
+FRAME = """<!doctype html><body style="margin:0">
+<iframe id="page" src="report.html" style="border:0;width:{width}px;height:{height}px"></iframe>"""
 
 
 def browse(folder, file, *options):
@@ -350,7 +327,7 @@ def browse(folder, file, *options):
         *options,
         (folder / file).as_uri(),
     ]
-    # a proxy that is not there: what would leave this machine fails, and is told
+    # There is no such proxy: a request that would leave this machine fails, and the browser logs it.
     words.insert(1, "--proxy-server=127.0.0.1:9")
     done = subprocess.run(words, capture_output=True, text=True, timeout=120, env={**os.environ, "HOME": str(folder)})
     assert done.returncode == 0, done.stderr[-2000:]
@@ -361,7 +338,7 @@ def browse(folder, file, *options):
 @pytest.mark.parametrize("width", [1100, 390])
 @pytest.mark.parametrize("scheme", ["dark", "light"])
 def test_drawn_in_a_browser(scheme, width, results, tmp_path):
-    (tmp_path / "report.html").write_text(page(report.kept(results)), encoding="utf-8")
+    (tmp_path / "report.html").write_text(page(figures.kept(results)), encoding="utf-8")
     (tmp_path / "frame.html").write_text(FRAME.format(width=width, height=3000))
     done = browse(
         tmp_path,
@@ -376,15 +353,16 @@ def test_drawn_in_a_browser(scheme, width, results, tmp_path):
     colours = {"light": ((255, 255, 255), (11, 99, 197)), "dark": ((20, 24, 29), (108, 178, 255))}[scheme]
     counted = {colour: count for count, colour in shown.getcolors(shown.width * shown.height)}
     assert shown.getpixel((2, 2)) == colours[0] and counted[colours[0]] > 0.6 * shown.width * shown.height
-    # bars, in this scheme's blue
+    # There are bars, in the blue of this scheme.
     assert counted.get(colours[1], 0) > 1000
-    # and everywhere down the page
+    # Something is drawn everywhere down the page.
     for top in range(0, 3000, 500):
         assert len(shown.crop((0, top, width, top + 500)).getcolors(width * 500)) > 5
 
 
 PROBE = """<script>
-  onload = () => document.title = [document.documentElement.scrollWidth, innerWidth, performance.getEntriesByType("resource").length].join()
+  onload = () => document.title =
+    [document.documentElement.scrollWidth, innerWidth, performance.getEntriesByType("resource").length].join()
 </script>"""
 READ = """<script>
   onload = () => setTimeout(() => document.title = document.getElementById("page").contentDocument.title, 50)
@@ -394,8 +372,8 @@ READ = """<script>
 @needs_browser
 @pytest.mark.parametrize("added, resources", [("", 0), ('<img src="http://localhost:9/picture.png">', 1)])
 def test_nothing_is_asked_for_and_nothing_runs_over(added, resources, results, tmp_path):
-    """The page is as wide as its window, on a phone too; and the browser's list of what it loads would tell of more."""
-    html = page(report.kept(results)).replace("</body>", f"{added}{PROBE}</body>")
+    """The page is as wide as its window, on a phone too, and the browser's list of loaded resources stays empty."""
+    html = page(figures.kept(results)).replace("</body>", f"{added}{PROBE}</body>")
     (tmp_path / "report.html").write_text(html, encoding="utf-8")
     (tmp_path / "frame.html").write_text(FRAME.format(width=390, height=800) + READ)
     done = browse(tmp_path, "frame.html", "--allow-file-access-from-files", "--virtual-time-budget=3000", "--dump-dom")

@@ -1,4 +1,4 @@
-"""Floors from shapes: against torch's FLOP counter, real models' parameters, and floors that others computed."""
+"""Floors from shapes, against torch's FLOP counter, the parameters of real models, and floors computed by hand."""
 
 import json
 import re
@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import roofline
 from bench.__main__ import main
-from bench.roofline import GPUS, MODELS, ModelledAnswer, find_gpu
+from bench.costs import floors
+from bench.costs.answer import MODELS, ModelledAnswer, parameters
+from bench.costs.gpus import GPUS, find_gpu
 from mg_fast import MiniGeminiForConditionalGeneration
 from mg_fast.models.mini_gemini.vision import build_projector, low_resolution_features
 from mg_fast.testing.random_checkpoints import SIZES, make_config
@@ -31,7 +32,7 @@ def flop_of(call):
 @pytest.mark.parametrize("size", ["2b", "7b", "8b", "13b", "8x7b", "34b"])
 def test_parameters_of_every_part(size):
     model = empty_model(size)
-    parts = roofline.parameters(make_config(size))
+    parts = parameters(make_config(size))
     held = {
         "LR tower": model.model.vision_tower,
         "HR tower": model.model.vision_tower_aux,
@@ -50,14 +51,14 @@ def test_flop_of_clip_and_projector(model):
     answer = ModelledAnswer(model, batch=2)
     tower = empty_model("7b").model.vision_tower
     views = torch.empty(2 * answer.views, 3, 336, 336, device="meta")
-    assert flop_of(lambda: low_resolution_features(tower, views, backend="torch")) == roofline.clip_cost(answer).flop
+    assert flop_of(lambda: low_resolution_features(tower, views, backend="torch")) == answer.clip_cost.flop
     with torch.device("meta"):
         projector, features = build_projector("mlp2x_gelu", 1024, 4096), torch.empty(2, answer.image_tokens, 1024)
-    assert flop_of(lambda: projector(features)) == roofline.projector_cost(answer).flop
+    assert flop_of(lambda: projector(features)) == answer.projector_cost.flop
 
 
 class Small(ModelledAnswer):
-    """Of one of the small random models."""
+    """An answer by one of the small random models."""
 
     def __post_init__(self):
         pass
@@ -65,8 +66,9 @@ class Small(ModelledAnswer):
 
 @pytest.mark.parametrize("size", ["tiny", "tiny-gemma", "tiny-mixtral"])
 def test_flop_of_the_language_model(size):
-    """Run with numbers, as Mixtral's routing needs some; of torch's attentions the counter sees the eager one: a whole
-    square.
+    """The model runs with numbers, because Mixtral's routing needs them.
+
+    Of torch's attentions the counter sees only the eager one, which computes the whole square.
     """
     answer = Small(size, "float32", batch=2, text_tokens=39)
     model = MiniGeminiForConditionalGeneration(answer.config).eval()
@@ -75,21 +77,21 @@ def test_flop_of_the_language_model(size):
         model.set_experts_implementation("eager")
     text, rows, tokens = answer.config.text_config, 2 * answer.prompt_tokens, answer.prompt_tokens
     ids = torch.ones(2, tokens, dtype=torch.long)
-    square = 4 * rows * tokens * text.num_attention_heads * roofline._head(text) * text.num_hidden_layers
+    square = 4 * rows * tokens * text.num_attention_heads * floors.head_width(text) * text.num_hidden_layers
     counted = flop_of(lambda: model(input_ids=ids, logits_to_keep=1, use_cache=False))
-    # the rest is what positions are turned by
-    assert roofline.prefill_cost(answer).flop + square // 2 == pytest.approx(counted, rel=1e-3)
+    # The rest of the FLOP belongs to the rotation by positions.
+    assert answer.prefill_cost.flop + square // 2 == pytest.approx(counted, rel=1e-3)
     cache = model(input_ids=ids, logits_to_keep=1).past_key_values
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert held == rows * roofline.cache_bytes_per_token(answer.config, 4)
+    assert held == rows * floors.cache_bytes_per_token(text, 4)
     counted = flop_of(lambda: model(input_ids=ids[:, :1], past_key_values=cache, logits_to_keep=1))
-    assert roofline.decode_cost(answer, tokens + 1).flop == pytest.approx(counted, rel=1e-3)
+    assert answer.decode_cost(tokens + 1).flop == pytest.approx(counted, rel=1e-3)
 
 
 @pytest.mark.parametrize(
     "model, first_token_ms, prefill_ms, tokens_per_second",
     [
-        # floors of an H200 at 4.3 TB/s and 790 TFLOP/s, computed by hand for 64 text tokens
+        # Floors of an H200 at 4.3 TB/s and 790 TFLOP/s, computed by hand for 64 text tokens.
         ("7b", 12.3, 10.6, 317),
         ("7b-hd", 58, 51.1, None),
         ("2b", 5.0, 3.3, 856),
@@ -120,11 +122,11 @@ def test_floor_is_the_larger_of_both():
 
 
 def test_experts():
-    """One token reads two of eight experts, a prompt all of them, and multiplies with two."""
+    """One token reads two of eight experts; a prompt reads all of them, and each token is multiplied with two."""
     answer = ModelledAnswer("8x7b")
     experts = 2 * answer.config.text_config.num_hidden_layers * 8 * 3 * 4096 * 14336
-    assert roofline.decode_cost(answer, 1).bytes == pytest.approx(experts / 4, rel=0.15)
-    assert roofline.prefill_cost(answer).bytes == pytest.approx(experts, rel=0.05)
+    assert answer.decode_cost(1).bytes == pytest.approx(experts / 4, rel=0.15)
+    assert answer.prefill_cost.bytes == pytest.approx(experts, rel=0.05)
     assert ModelledAnswer("8x7b", batch=4).decode.cost.bytes > 2 * answer.decode.cost.bytes
 
 
@@ -134,7 +136,7 @@ def test_every_gpu_and_model(gpu, capsys):
         assert main(["roofline", "--gpu", gpu, "--model", model]) == 0
     out = capsys.readouterr().out
     assert not re.search(r"\b(nan|inf)\b", out)
-    # 34B in bfloat16 are 70 GB
+    # A 34B model in bfloat16 takes 70 GB.
     assert out.count("DOES NOT FIT") >= 2 or find_gpu(gpu).memory_gb > 90
 
 
@@ -186,9 +188,9 @@ def test_beside_measurements(tmp_path, capsys):
     assert main(["roofline", "--model", "7b-hd", "--measured", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "measured on NVIDIA H200: 4.00 TB/s, 700 TFLOP/s" in out
-    # the fastest of the right ones
+    # The fastest right provider is shown.
     assert "0.500 torch" in out and "triton" not in out
-    # what has no case of its own, from a whole answer
+    # The stage that has no case of its own comes from a whole answer.
     assert "71.500 auto" in out and "5.000" not in out
     assert main(["roofline", "--dtype", "float32", "--measured", str(tmp_path)]) == 2
     (tmp_path / "all.json").write_text(json.dumps(document | {"device": "cpu"}))

@@ -1,4 +1,4 @@
-"""A trace holds the stages, in order and nested in their providers, and opens as the format that Perfetto reads."""
+"""A trace holds the stages, in order and nested in their providers, in the format that Perfetto reads."""
 
 import json
 
@@ -17,7 +17,7 @@ STAGES = ["preprocess", "LR tower", "HR tower", "patch info mining", "projector"
 
 
 def ranges(path):
-    """Of a trace's ranges name, start and end, in order."""
+    """The name, start and end of a trace's ranges, in order."""
     events = json.loads(path.read_text())["traceEvents"]
     found = [
         (e["name"], e["ts"], e["ts"] + e["dur"])
@@ -29,13 +29,13 @@ def ranges(path):
 
 @pytest.fixture
 def small_picture(monkeypatch):
-    """The case at its real geometry with narrow towers and a small photograph."""
+    """The case at its real geometry, with narrow towers and a small photograph."""
     monkeypatch.setattr(settings, "PICTURE", (400, 300))
     towers = {"vision_config": NARROW_TOWERS["clip"], "vision_config_aux": NARROW_TOWERS["convnext"]}
     changed = towers | {"mm_hidden_size": 128, "mm_hidden_size_aux": 360, "hidden_size": 128}
     monkeypatch.setattr(picture, "SMALL_LANGUAGE_MODEL", picture.SMALL_LANGUAGE_MODEL | changed)
     name = "picture/768-b1-float32"
-    case = picture._picture_to_tokens(name, settings.SETTINGS[0], "float32", ("cpu",))
+    case = picture.picture_case("picture", settings.SETTINGS[0], "float32")
     monkeypatch.setattr(bench_cases, "all_cases", lambda: {name: case.only(["auto"])})
     return name
 
@@ -55,7 +55,7 @@ def test_stages_of_a_picture(small_picture, tmp_path, capsys):
 
 def test_operators_are_in_their_stage_and_warm_up_is_not(tmp_path, monkeypatch):
     monkeypatch.setattr(mining, "compiled", lambda build, name: {})
-    sizes = mining.accounting.Sizes(torch.float32, side=3, dim=12, levels=((24, 6), (12, 10)))
+    sizes = mining.Sizes(torch.float32, side=3, dim=12, levels=((24, 6), (12, 10)))
     case = mining.mining_case("patch_mining/small", sizes).only(["torch"])
     trace.trace([case], "cpu", tmp_path / "trace.json")
     names = [name for name, _, _ in ranges(tmp_path / "trace.json")]

@@ -1,4 +1,4 @@
-"""What a process was at when it crashed or hung can be told from outside."""
+"""What a process was doing when it crashed or hung can be told from outside."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ if sys.argv[2] == "end":
 watch.begin("a/case", ["torch"], "its first call")
 if sys.argv[2] == "crash":
     os._exit(77)
-# in C, with the interpreter's lock held
+# This sleeps in C and holds the interpreter's lock.
 ctypes.PyDLL(None).sleep(60)
 """
 
@@ -34,13 +34,13 @@ ctypes.PyDLL(None).sleep(60)
         ("end", 1, None),
     ],
 )
-def test_what_a_process_was_at(ending, status, doing, tmp_path):
+def test_what_a_process_was_doing(ending, status, doing, tmp_path):
     path = tmp_path / "doing.json"
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(path), ending], cwd=ROOT, capture_output=True, text=True, timeout=50
     )
     assert (done.returncode, watch.read(path)) == (status, doing), done.stderr
-    # where it stood
+    # The output tells where it stood.
     assert ("Timeout (0:00:00.500000)!" in done.stderr) == (ending == "hang")
 
 

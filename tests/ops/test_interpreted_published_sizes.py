@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from bench.cases import all_cases
+from bench.check import check
 from bench.registry import DTYPES
-from bench.run import check, empty_row
+from bench.rows import empty_row
 from mg_fast.ops.operation import OPERATIONS
 from tests.interpreting import INTERPRETED
 

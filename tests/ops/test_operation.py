@@ -176,8 +176,8 @@ def test_every_file_of_kernels_has_a_record_tests_and_a_benchmark():
             if not (ROOT / "tests/ops" / file / name.format(file)).is_file()
         ]
         assert not missing, f"tests/ops/{file} has no {', '.join(missing)}"
-    assert files == {module.__name__.split(".")[-1] for module in operation_modules()}
-    assert all(module.launches() for module in operation_modules())
+    assert files == operation_modules().keys()
+    assert all(module.launches() for module in operation_modules().values())
 
 
 def test_every_operation_with_kernels_is_a_function_of_its_name_and_is_measured_at_published_sizes():
