@@ -1,4 +1,4 @@
-"""python -m bench list | run | compare | ...: measures cases, and compares figures with what was measured before."""
+"""The command `python -m bench`: its parser, and a function for each of its subcommands."""
 
 import argparse
 import json
@@ -15,7 +15,7 @@ from .errors import BenchError, NoDevice
 
 def main(words: list[str] | None = None) -> int:
     args = _parser().parse_args(words)
-    # A job that a script started in the background inherits that interrupts are ignored.
+    # A job that a shell script starts in the background would ignore interrupts; here they must end it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return args.run(args)
@@ -28,105 +28,124 @@ def main(words: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m bench", description="Latency and memory of mg_fast against the plain PyTorch path."
+        prog="python -m bench", description="Measures latency and memory of mg_fast against the plain PyTorch path."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, run: Callable[[argparse.Namespace], int], **options) -> Callable[..., argparse.Action]:
         """Adds a command, and returns what adds its arguments."""
-        command = commands.add_parser(name, **options)
+        told = options.get("help")
+        command = commands.add_parser(name, description=told and f"{told[0].upper()}{told[1:]}.", **options)
         command.set_defaults(run=run, parser=command)
         return command.add_argument
 
-    cases = {"nargs": "*", "help": "names, shell patterns or groups; default: the cases made for the device"}
-    device = {"help": "cpu or cuda; default: a GPU where there is one"}
+    cases = {"nargs": "*", "help": "names, shell patterns or groups (default: the cases made for the device)"}
+    device = {"help": "cpu or cuda (default: a GPU if there is one)"}
 
-    option = add("list", _list, help="the cases and their providers")
+    option = add("list", _list, help="print the cases and their providers")
     option("cases", **cases)
     option("--device", **device)
 
-    option = add("run", _run, help="measure cases; the last line of stdout is one JSON document")
+    option = add("run", _run, help="measure cases; the last line on stdout is one JSON document")
     option("cases", **cases)
     option("--device", **device)
     option("--quick", action="store_true", help="patch info mining at its real size, in two minutes on two cores")
-    one = "only this provider and the baseline; may be repeated"
+    one = "measure only this provider and the baseline; may be given several times"
     option("--provider", action="append", default=[], metavar="NAME", help=one)
-    seconds = "for one case, on a GPU a tenth of it for each provider; default 20"
+    seconds = "time for the turns of one case; on a GPU each provider gets a tenth of it (default: 20)"
     option("--seconds", type=float, default=20, help=seconds)
-    kernels = "also a table of the kernels of the providers that have one"
+    kernels = "also record a table of kernels, for the providers that offer one"
     option("--kernels", action="store_true", help=kernels)
-    option("--no-memory", action="store_true", help="leave out peak memory (on a CPU a process for each provider)")
-    option("--out", type=Path, help="keep the document here, as it grows")
-    option("--save", action="store_true", help="keep every case under bench/results, by device")
+    option(
+        "--no-memory",
+        action="store_true",
+        help="do not measure peak memory, which on a CPU takes a process for each provider",
+    )
+    option("--out", type=Path, help="write the document to this file, case by case")
+    option("--save", action="store_true", help="write a record of every case under bench/results, by device")
     trace = "measure nothing: run every provider once under torch.profiler, and write a trace for Perfetto here"
     option("--trace", type=Path, help=trace)
 
-    option = add("compare", _compare, help="two documents, or folders of them: do their ratios agree?")
-    option("before", type=Path)
-    option("after", type=Path)
-    within = "how far ratios may differ; exit status 1 where they differ by more; default 0.10"
+    option = add(
+        "compare", _compare, help="say whether the ratios of two documents, or of two folders of documents, agree"
+    )
+    option("before", type=Path, help="a document that `run --out` wrote, or a folder such as bench/results/cpu")
+    option("after", type=Path, help="the document or folder to compare with it")
+    within = "share by which ratios may differ; if one differs by more, the exit status is 1 (default: 0.10)"
     option("--within", type=float, default=0.10, help=within)
 
-    option = add(
-        "tune", _tune, help="times tiles of the kernels on the GPU at hand; prints entries of configs.py to review"
-    )
-    named = "a file under kernels/, such as patch_mining; default: all of them"
+    option = add("tune", _tune, help="time tiles of the kernels on this GPU, and print entries of configs.py to review")
+    named = "a file under kernels/, such as patch_mining (default: all of them)"
     option("kernels", nargs="*", metavar="KERNEL", help=named)
-    option("--seconds", type=float, default=60, help="for all of it; default 60")
-    option("--best", type=int, default=3, help="how many tiles of each entry to print; default 3")
+    option("--seconds", type=float, default=60, help="time for the whole command (default: 60)")
+    option("--best", type=int, default=3, help="how many tiles of each entry to print (default: 3)")
 
-    option = add("gpu", _gpu, help="everything that a borrowed GPU should tell, within minutes, into at most 7 files")
-    option("--out", type=Path, help="the folder")
-    steps = "only these steps, by name or shell pattern; see --dry-run"
+    option = add("gpu", _gpu, help="measure everything on a borrowed GPU, in minutes, and write at most 7 files")
+    option("--out", type=Path, help="the folder for the results")
+    steps = "run only these steps, by name or shell pattern; --dry-run lists them"
     option("--steps", nargs="+", default=[], metavar="NAME", help=steps)
-    resume = "go on where an earlier run was cut; without --out in its own folder"
+    resume = "continue an earlier run that was cut off; without --out, in its own folder"
     option("--resume", type=Path, metavar="DIR", help=resume)
-    option("--minutes", type=float, default=6, help="for all of it; default 6")
-    option("--device", default="cuda", help="cpu or cuda; default cuda")
-    option("--plan", choices=("full", "tiny"), default="full", help="tiny: a minute on a CPU, to try it out")
+    option("--minutes", type=float, default=6, help="time for the whole command (default: 6)")
+    option("--device", default="cuda", help="cpu or cuda (default: cuda)")
+    option(
+        "--plan",
+        choices=("full", "tiny"),
+        default="full",
+        help="tiny: one to two minutes on a CPU, to try the command out",
+    )
     dry_run = "print the steps, their budgets and what they measure, and run none"
     option("--dry-run", action="store_true", help=dry_run)
 
-    option = add("keep", _keep, help="keep what `gpu` found under bench/results, by device")
-    option("folder", type=Path, help="the --out of `gpu`")
+    option = add("keep", _keep, help="copy the records of a `gpu` run to bench/results, by device")
+    option("folder", type=Path, help="the folder that was the --out of `gpu`")
 
     option = add(
         "smoke", _smoke, help="launch every kernel once on a small input, on a GPU also under compute-sanitizer"
     )
     option("--device", **device)
     option("--once", action="store_true", help="launch in this process alone, and check nothing")
-    option("--seconds", type=float, default=50, help="for all of it; default 50")
+    option("--seconds", type=float, default=50, help="time for the whole command (default: 50)")
 
-    option = add("ceilings", _ceilings, help="the machine, and what a copy and large matrix products reach on it")
+    option = add(
+        "ceilings", _ceilings, help="print the machine, and the rates of a copy and of large matrix products on it"
+    )
     option("--device", **device)
-    option("--out", type=Path, help="keep the document here")
+    option("--out", type=Path, help="write the document to this file")
 
     option = add(
-        "memory", _memory, help="memory, bytes, launches and FLOP of the published models, predicted without a GPU"
+        "memory", _memory, help="predict memory, bytes, launches and FLOP of the published models, without a GPU"
     )
-    option("cases", nargs="*", help="names, shell patterns or groups; default: all")
+    option("cases", nargs="*", help="names, shell patterns or groups (default: all)")
     option("--hd", action="store_true", help="only the cases of the HD models")
-    check = "compare them with what is recorded; exit status 1 where they differ"
+    check = "compare the predictions with the recorded ones; if they differ, the exit status is 1"
     option("--check", action="store_true", help=check)
-    option("--save", action="store_true", help="record all of them in bench/results/predicted.json")
+    option("--save", action="store_true", help="record all predictions in bench/results/predicted.json")
 
     option = add(
-        "roofline", _roofline, help="from shapes alone: FLOP, bytes and the least time of an answer's stages on a GPU"
+        "roofline", _roofline, help="compute FLOP, bytes and least time of an answer's stages on a GPU, from shapes"
     )
-    option("--gpu", default="h200", help="a100-40, a100-80, h100, h200, b200, l40s or 4090; default h200")
-    option("--model", default="7b", help="2b, 7b, 8b, 13b, 8x7b or 34b, each also as 7b-hd; default 7b")
-    option("--dtype", default="bfloat16", help="bfloat16, float16 or float32; default bfloat16")
-    option("--text-tokens", type=int, default=64, help="of the prompt, beside the picture's; default 64")
-    option("--new-tokens", type=int, default=128, help="of the answer; default 128")
-    option("--batch", type=int, default=1, help="answers at once, a picture each; default 1")
-    measured = "a document measured on a GPU, or a folder of documents: also shows its rates and times"
+    option("--gpu", default="h200", help="a100-40, a100-80, h100, h200 (default), b200, l40s or 4090")
+    option("--model", default="7b", help="2b, 7b (default), 8b, 13b, 8x7b or 34b; with -hd for HD, as in 7b-hd")
+    option("--dtype", default="bfloat16", help="bfloat16 (default), float16 or float32")
+    option(
+        "--text-tokens",
+        type=int,
+        default=64,
+        help="number of text tokens in the prompt, besides the image tokens (default: 64)",
+    )
+    option("--new-tokens", type=int, default=128, help="number of tokens in the answer (default: 128)")
+    option("--batch", type=int, default=1, help="number of answers at once, each about one picture (default: 1)")
+    measured = "also show the rates and times of this document (or folder of documents) from a GPU"
     option("--measured", type=Path, help=measured)
 
-    option = add("report", _report, help="tables and a page from bench/results; without an option prints the tables")
+    option = add(
+        "report", _report, help="make tables and a page from bench/results; without an option, print the tables"
+    )
     readme = "write the tables between the markers of README.md and docs/benchmarks.md"
     option("--readme", action="store_true", help=readme)
     option("--html", type=Path, metavar="FILE", help="write one self-contained page of pictures")
-    check = "write nothing; exit status 1 where one of the two is not what the records give"
+    check = "write nothing; if a table of these pages is not what the records give, the exit status is 1"
     option("--check", action="store_true", help=check)
 
     # `gpu` runs this, since each of its steps is a process of its own.
@@ -153,7 +172,7 @@ def _list(args: argparse.Namespace) -> int:
     if args.device not in (None, "cpu", "cuda"):
         # `list` needs no GPU to tell what there is for one.
         raise NoDevice(f"unknown device {args.device!r}: expected cpu or cuda")
-    # Unless a device is asked for, this is what there is on either.
+    # Without --device, the cases of both devices are listed.
     patterns = args.cases or ([] if args.device else ["*"])
     for case in choose(all_cases(), patterns, args.device or "cpu"):
         quick, devices = "quick" if case.quick else "", "/".join(case.devices)
@@ -179,7 +198,7 @@ def _run(args: argparse.Namespace) -> int:
         traced = {"device": device, "trace": str(args.trace), "cases": trace(cases, device, args.trace)}
         print(json.dumps({**environment(), **traced}))
         return 0
-    # Where the document is kept says nothing of how it was measured.
+    # The recorded command leaves --out out, because the place of a document does not change what was measured.
     words = [word for i, word in enumerate(sys.argv[1:]) if word != "--out" and sys.argv[i] != "--out"]
     options = RunOptions(args.seconds, memory=not args.no_memory, kernels=args.kernels)
     document = run(cases, device, options, out=args.out, command=shlex.join(["python", "-m", "bench", *words]))

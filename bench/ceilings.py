@@ -17,7 +17,7 @@ def measure_ceilings(device: str) -> Ceilings:
     if device == "cuda":
         elements, side, dtypes = 2**30, 8192, (torch.float32, torch.bfloat16, torch.float16)
     else:
-        # In a dtype that the CPU has no arithmetic for, a product would take a minute and be a ceiling of nothing.
+        # In a dtype that the CPU has no arithmetic for, a product would take a minute and show no limit of the machine.
         elements, side, dtypes = 2**27, 1536, (torch.float32, *cpu_dtype.fast_dtypes())
     source = torch.ones(elements, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
@@ -44,10 +44,10 @@ def _best_seconds(call: Callable[[], object], device: str) -> float:
 
 
 def keep_busy(seconds: float) -> float:
-    """Has a GPU multiply matrices for this long.
+    """Lets a GPU multiply matrices for this long.
 
     Returns:
-        The time of `time.monotonic` from which on the GPU's clocks were those under load.
+        The value of `time.monotonic` from which on the GPU ran at the clock rates that it has under load.
     """
     a = torch.randn(8192, 8192, device="cuda").bfloat16()
     began = time.monotonic()

@@ -23,11 +23,11 @@ def check(
     """Calls each provider once, and holds what it returns against the exact result.
 
     Args:
-        rows: by provider, as of `empty_row`; filled with what was found.
-        watch: told what is being done.
+        rows: the rows of `empty_row`, by provider; the findings are written into them.
+        watch: records what the process is doing.
 
     Returns:
-        The calls that are right, or of which nothing is known; they are warm.
+        The warm calls of the providers that are right, or whose accuracy is unknown.
 
     Raises:
         GpuLost: the process can do no more on the GPU.
@@ -73,7 +73,7 @@ def check(
 
 
 def first_call(build: Callable[[], Call], device: str) -> tuple[Call, object, float]:
-    """A call, its first result, and the milliseconds of both, with all that is compiled, packed or made into tables."""
+    """The call, its first result, and the milliseconds that both took, with compiling, packing and making tables."""
     began = time.perf_counter()
     call = build()
     out = call()

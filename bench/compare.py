@@ -4,11 +4,11 @@
 def compare(before: dict, after: dict, within: float) -> tuple[str, bool]:
     """A table of what both documents have, and whether all their ratios to the baseline agree.
 
-    Ratios are compared and not times: two runs on one machine differ in its clock and its other work, two machines in
-    everything.
+    Ratios are compared, not times: clock rate and other load differ between two runs on one machine, and between two
+    machines everything differs.
 
     Args:
-        within: by what part ratios may differ.
+        within: the share by which ratios may differ.
     """
     rows = {_key(row): row for row in before["cases"]}
     lines = [f"before: {_conditions(before)}", f"after:  {_conditions(after)}"]
@@ -45,7 +45,7 @@ def _key(row: dict) -> tuple[str, str]:
 
 
 def _conditions(document: dict) -> str:
-    """One line of where and when."""
+    """The machine, the versions and the date of a document, in one line."""
     where = document["gpu"] if document["device"] == "cuda" else f"{document['cpu']}, {document['threads']} threads"
     when = f"commit {document['commit']}, {document['date']}, load {document.get('load')}"
     return f"{where}, torch {document['torch']}, {when}"

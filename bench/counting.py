@@ -97,7 +97,7 @@ class Count(TorchDispatchMode):
         out, workspaces = _as_on_a_gpu(func, args, kwargs)
         inputs, changed, created = _tensors_of(func, args, kwargs, out)
         if not (changed or created) or not self._on_device(inputs + changed + created):
-            # This is a view, or on another device.
+            # The tensor is a view, or lies on another device.
             return out
         declared = operators().get(name) if name.startswith(OURS) else None
         if (cost := self._cost(func, inputs, changed, created)) is not None:

@@ -41,7 +41,7 @@ class FakeCall(NamedTuple):
 
 
 def kept_tables() -> contextlib.AbstractContextManager:
-    """Keeps the tables that are made of fake tensors, as those of a GPU are kept."""
+    """Within the block, tables of fake tensors are kept, as tables on a real GPU are."""
     tables = {table: functools.cache(getattr(mining_form, table)) for table in TABLES}
     return unittest.mock.patch.multiple(mining_form, **tables)
 
@@ -181,7 +181,7 @@ def _encode(of: FakePicture, backend: str) -> torch.Tensor:
 
 
 def _encode_packed(of: FakePicture, backend: str) -> torch.Tensor:
-    """The same as the pipeline does it: resized on the GPU, by packed towers, here one after the other."""
+    """The image tokens as the pipeline makes them: resized on the GPU, by packed towers, here one after the other."""
     inner, (high, low) = of.model.model, _resize(of.setting)
     with use_backend(backend):
         return inner.picture_features(
@@ -237,7 +237,7 @@ def case_names() -> list[str]:
 
 
 def cases_of(model: str) -> dict[str, Callable[[FakePicture], dict[str, FakeCall]]]:
-    """What makes the providers of a model's cases, by case."""
+    """Functions that make the providers of a model's cases, by the name of the case."""
     setting = MODELS[model][1]
     found = {f"end-to-end/{model}-b1-bfloat16": _whole}
     if model == next(name for name, (_, of) in MODELS.items() if of == setting):

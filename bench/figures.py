@@ -1,4 +1,4 @@
-"""What was measured, as it is kept under bench/results, and how a figure of it is told."""
+"""Reads the records under bench/results, and writes their figures as text."""
 
 import textwrap
 from collections.abc import Mapping
@@ -33,12 +33,12 @@ def kept(results: Path = records.RESULTS) -> Kept:
 
 
 def rows_of(found: Kept, device: str, case: str) -> list[dict]:
-    """The rows of a case; none where nothing is kept of it."""
+    """The rows of a case; empty if there is no record of it."""
     return found.get(device, {}).get(case, {"cases": []})["cases"]
 
 
 def row_of(found: Kept, device: str, case: str, provider: str) -> dict | None:
-    """The row of a provider; None where nothing is kept of it."""
+    """The row of a provider; None if there is no record of it."""
     return next((row for row in rows_of(found, device, case) if row["provider"] == provider), None)
 
 
@@ -55,7 +55,7 @@ def is_measured(row: Mapping | None) -> bool:
 
 
 def shown(row: Mapping) -> bool:
-    """Whether a row has something to say: a provider that cannot run on a device has not."""
+    """Whether a row has a result to show; a provider that cannot run on the device has none."""
     return row["median_ms"] is not None or row["ok"] is False
 
 
@@ -81,7 +81,7 @@ def figure(row: Mapping | None) -> str:
 
 
 def remarks(row: Mapping) -> list[str]:
-    """What a reader must know beside a figure."""
+    """The remarks that must stand beside a figure."""
     told = []
     if row["ok"] is None:
         told.append(row["why"] or "accuracy unknown")
@@ -95,7 +95,7 @@ def ratio(speedup: float) -> str:
 
 
 def duration(ms: float) -> str:
-    """Three digits, in seconds from one second on."""
+    """A time with three digits, in seconds from one second on and in milliseconds below."""
     value, unit = (ms / 1e3, "s") if ms >= 1e3 else (ms, "ms")
     return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f} {unit}"
 

@@ -51,12 +51,12 @@ def time_in_passes(
 
 
 def time_on_gpu(call: Call, seconds: float) -> Timing:
-    """Times a call, with what the host takes to launch it: for a short call that is all there is to see.
+    """Times a call, including the host's time to launch it, which is nearly all of the time of a short call.
 
     Args:
-        seconds: of device time, about.
+        seconds: roughly how much device time to spend.
     """
-    # By the third call everything is there that is compiled, made into tables or recorded on the way.
+    # After three calls everything is compiled, and all tables and graphs are made.
     for _ in range(3):
         call()
     samples = event_times(call, seconds / 2, flush=True)
@@ -73,7 +73,7 @@ def time_graph(call: Call, seconds: float) -> float:
     """
     graph = torch.cuda.CUDAGraph()
     try:
-        # What a first call on another stream makes must not be made within the graph.
+        # The first call on a new stream makes workspaces and tables, which must not happen within the capture.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

@@ -38,7 +38,7 @@ What libraries take for themselves is not in these figures:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What one call takes; bytes where nothing else is said.
+    """The resources that one call takes, in bytes unless the list below says otherwise.
 
     Args:
         weights: of parameters and packed copies of them.
@@ -57,9 +57,9 @@ class Prediction:
     flop: int
 
 
-# The figures of a prediction in the order in which differences are told.
+# The figures of a prediction, in the order in which differences are reported.
 FIGURES = ("peak", "held", "moved", "launches", "flop", "weights")
-# By case and provider.
+# Predictions by case, then by provider.
 Predictions = dict[str, dict[str, Prediction]]
 
 
@@ -86,7 +86,7 @@ def predict(patterns: Sequence[str] = ()) -> Predictions:
 def _predict(provider: FakeCall) -> Prediction:
     with torch.inference_mode():
         made = None
-        # A first call also makes tables; it is not the one that counts.
+        # The first call also makes tables, so a later call, which makes none, is counted.
         while made != tables_made():
             made = tables_made()
             with Count("cuda") as count:

@@ -14,7 +14,7 @@ from .registry import Call
 
 
 def peak_mib(call: Call, device: str) -> float | None:
-    """MiB by which a warm call's peak rises above what is held before it: inputs, weights, what was packed."""
+    """MiB by which a warm call's peak rises above the memory held before it (inputs, weights, packed copies)."""
     meter = Meter(device)
     with meter.stage("call"):
         out = call()

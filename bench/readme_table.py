@@ -1,11 +1,11 @@
-"""The two tables of the README: what was measured where, and the original's steps against mg_fast in a few cases."""
+"""The README's status box, and its table of the original's steps against mg_fast in a few cases."""
 
 import textwrap
 
 from .figures import Kept, cell, duration, gpus, is_measured, ratio, remarks, row_of, shown, wrapped
 from .registry import OURS
 
-# A case, and what it is to a reader. The last one shows where little is gained.
+# The cases of the table, and their titles for a reader. The last one shows where little is gained.
 ON_A_CPU = {
     "picture/768-b1-float32": "one picture of 768x768 pixels to image tokens, float32",
     "picture/1536-hd-b1-float32": "one HD picture of 1536x1536 pixels to image tokens, float32",
@@ -20,7 +20,7 @@ ON_A_GPU = {
     "end-to-end/7b-second-turn-b1-bfloat16": "a second question about a picture, to its first token, 7B, bfloat16",
     "end-to-end/7b-decode-b1-bfloat16": "one more token of an answer, 7B, bfloat16",
 }
-# What runs where no backend is named. An operation alone has no provider of that name; on a CPU `torch` is what runs.
+# The provider that stands for mg_fast: `auto`. Cases of one operation have none; on a CPU `auto` would run `torch`.
 OF_MG_FAST = ("auto", "torch")
 
 

@@ -87,11 +87,11 @@ def read(path: Path) -> dict:
     except OSError as error:
         raise BadRecord(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise BadRecord(f"{path} is no JSON: {error}") from None
+        raise BadRecord(f"{path} is not valid JSON: {error}") from None
     rows = document.get("cases") if isinstance(document, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) and set(ROW) <= row.keys() for row in rows):
         expected = f"expected an object with `cases`, each of which has {', '.join(ROW)}"
-        raise BadRecord(f"{path} is no document of this benchmark: {expected}")
+        raise BadRecord(f"{path} is not a document of this benchmark: {expected}")
     if missing := [key for key in CONDITIONS if key not in document]:
         raise BadRecord(f"{path} does not say what it was measured on: {', '.join(missing)} missing")
     return document

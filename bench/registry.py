@@ -155,7 +155,7 @@ class Ceilings:
     matmul_tflops: Mapping[str, float]
 
     def floor_ms(self, least: Cost, dtype: str) -> float | None:
-        """The time that the least work takes at least; None where nothing is known of it."""
+        """The least time in which this machine could do the least work; None if that work is not known."""
         computing = least.flop / (self.matmul_tflops.get(dtype, math.inf) * 1e12)
         return 1e3 * max(computing, least.bytes / (self.copy_gbps * 1e9)) or None
 

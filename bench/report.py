@@ -26,7 +26,7 @@ _MARKED = re.compile(r"(<!-- bench:(?P<name>[\w-]+) -->\n)(?P<table>.*?)(<!-- /b
 
 
 def report(*, readme: bool, check: bool, html: Path | None) -> list[str]:
-    """Writes what was asked for, or returns the tables where nothing was.
+    """Writes the documents and the page that are asked for; if nothing is asked for, returns the tables.
 
     Args:
         readme: write the tables of DOCUMENTS.
@@ -34,7 +34,7 @@ def report(*, readme: bool, check: bool, html: Path | None) -> list[str]:
         html: where to write the page.
 
     Returns:
-        Lines to print: of a check the differences, none where there are none.
+        Lines to print; for a check one line for each table that differs.
     """
     found = kept()
     texts = {path: path.read_text(encoding="utf-8") for path in DOCUMENTS} if readme or check else {}

@@ -60,7 +60,7 @@ def _conditions(found: Kept) -> str:
     lines = []
     if "cpu" not in found:
         lines.append(f"<b>CPU</b>: {NOT_YET}; <code>python -m bench run --device cpu --save</code> measures it.")
-    # Commands, turns and loads differ from case to case: they are told with each case.
+    # Commands, turns and loads differ from case to case, so they are shown with each case.
     told = ("command", "load", "cases")
     for device, cases in found.items():
         common = ({k: v for k, v in document.items() if k not in told} | {"cases": []} for document in cases.values())
@@ -260,7 +260,7 @@ def _memory(found: Kept) -> str:
         ours = {side: (weights + packed + peak_memory.kernel_picture_peak(of)) / 1e9 for side, of in sizes.items()}
         title = f"A 7B model in bfloat16 with {'one picture' if batch == 1 else f'{batch} pictures at once'}"
         note = "weights, packed copies, and the peak until all image tokens are made; without a KV cache"
-        # The cards that the curves reach, and the next.
+        # The cards whose memory the curves exceed, and the next larger one.
         top = max(*plain.values(), *ours.values())
         cards = CARDS_GB[: sum(card < top for card in CARDS_GB) + 1]
         plot = Plot(SIDE, Axis(0, 1.12 * max(top, *cards), logarithmic=False))

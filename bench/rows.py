@@ -26,7 +26,7 @@ def why(error: BaseException) -> str:
 
 
 def fill_times(row: dict, case: Case, timing: Timing, ceilings: Ceilings, device: str) -> None:
-    """Puts a provider's times into its row, with what follows from them."""
+    """Fills a provider's row with its times and the figures that follow from them."""
     row["median_ms"] = median = statistics.median(timing.samples)
     row["p20_ms"], row["p80_ms"] = quantile(timing.samples, 0.2), quantile(timing.samples, 0.8)
     row["warm_ms"], row["samples"] = timing.warm_ms, len(timing.samples)

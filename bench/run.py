@@ -30,7 +30,7 @@ class RunOptions:
         seconds: for the turns of one case, of which at least four are taken; on a GPU a tenth of it for each provider.
         memory: also measure peak memory, on a CPU in a process for each provider.
         kernels: also profile the providers that name a call for it, kernel by kernel.
-        watch: told what is being done.
+        watch: records what the process is doing.
     """
 
     seconds: float = 20
@@ -150,7 +150,7 @@ def run_case(
             if options.memory:
                 _gpu_memory(case, calls, inputs, rows, options.watch)
             if case.capturable:
-                # This comes last, since a capture that fails ends it all.
+                # This comes last, because after a failed capture the process cannot use the GPU any more.
                 _time_graphs(case, calls, rows, options)
         del inputs
     if device == "cpu" and options.memory:
@@ -162,7 +162,7 @@ def run_case(
 def _time(
     case: Case, calls: dict[str, Call], device: str, rows: dict[str, dict], options: RunOptions
 ) -> dict[str, measure.Timing]:
-    """The times of calls. A call that fails meanwhile leaves `calls`, and the others are timed without it."""
+    """The times of calls. A call that fails is removed from `calls`, and the others are timed without it."""
     current = ""
 
     def begin(name: str) -> None:

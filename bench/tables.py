@@ -124,7 +124,7 @@ def answers_table(found: Kept) -> str:
 
 
 def predicted_table(found: Kept) -> str:
-    """What was counted for a GPU that is not here; where one was, what was measured."""
+    """Predictions for a GPU; measured figures take their place as soon as there are any."""
     parts = {"patch info mining": "patch_mining", "high-resolution tower": "tower", "picture to tokens": "picture"}
     forms = {"reference": "the original's steps", "auto": "mg_fast", "triton": "mg_fast, kernels everywhere"}
     predicted = json.loads((records.RESULTS / "predicted.json").read_text(encoding="utf-8"))["cases"]
@@ -132,7 +132,7 @@ def predicted_table(found: Kept) -> str:
     for setting in SETTINGS:
         for title, group in parts.items():
             case = f"{group}/{setting}-b1-bfloat16"
-            # Where a case has no form called auto, it is the kernel.
+            # A case without a form called `auto` shows the kernel in its place.
             counted = [_counted(predicted[case].get(form) or predicted[case]["triton"]) for form in forms]
             cells = [_measured_on_gpu(found, case, form) or told for form, told in zip(forms, counted)]
             rows.append([f"{title}, {setting}", *cells])

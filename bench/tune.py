@@ -113,7 +113,7 @@ def entries(kernels: Sequence[str]) -> list[tuple[str, object]]:
     if unknown:
         raise UnknownCase(f"no kernel is called {unknown[0]!r}: expected some of {', '.join(TUNABLE)}")
     keys = [[(kernel, key) for key, _ in TUNABLE[kernel].problems()] for kernel in kernels or TUNABLE]
-    # Each kernel's first entry comes first, then each one's second: where time runs out, no kernel was left out.
+    # The first entries of all kernels come first, then all second ones, so no kernel is left out if time runs out.
     rounds = itertools.zip_longest(*(dict.fromkeys(entries) for entries in keys))
     return [entry for turn in rounds for entry in turn if entry is not None]
 
@@ -225,7 +225,7 @@ def _lost(error: Exception, device: str) -> bool:
 
 
 def report(results: Sequence[Result], architecture: int | None, best: int) -> str:
-    """Python: by kernel a table as in configs.py, of the fastest tiles; the next tiles and the times as comments."""
+    """Python source: a table of the fastest tiles for each kernel, as in configs.py, with comments on the others."""
     lines = []
     for kernel in dict.fromkeys(result.kernel for result in results):
         lines += [f"{kernel.upper()} = {{", f"    {architecture}: {{"]

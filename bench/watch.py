@@ -31,7 +31,7 @@ class Watchdog:
 
     A call that never comes back from the GPU cannot be interrupted from within Python. The limit is therefore kept by
     `faulthandler`, in a thread that needs no lock of the interpreter: it prints where every thread stands, and ends the
-    process. The program that started the process finds in the file what it was doing, and goes on without that.
+    process. The program that started the process reads the file and goes on with everything else.
 
     Args:
         path: the file; it is there only while something is being done. None: nothing is kept.
@@ -43,7 +43,7 @@ class Watchdog:
         self.path, self.limit_s, self.compiling_limit_s = path, limit_s, compiling_limit_s
 
     def begin(self, case: str, providers: Sequence[str], what: str) -> None:
-        """Says what is done from now on; its time starts now."""
+        """Records what the process begins to do now, and starts its time limit."""
         if self.path is None:
             return
         limit = self.compiling_limit_s if any(map(compiles, providers)) else self.limit_s
@@ -54,7 +54,7 @@ class Watchdog:
             faulthandler.dump_traceback_later(limit, exit=True, file=sys.__stderr__)
 
     def end(self) -> None:
-        """Says that nothing is being done any more."""
+        """Records that the process is doing nothing that could hang."""
         if self.path is None:
             return
         faulthandler.cancel_dump_traceback_later()

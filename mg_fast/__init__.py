@@ -1,4 +1,4 @@
-"""mg_fast: high-resolution vision-language inference at the speed of the hardware."""
+"""Answers questions about pictures with the models of the paper Mini-Gemini, in less time and memory."""
 
 import importlib
 

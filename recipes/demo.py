@@ -89,7 +89,9 @@ def compare(pipeline: mg_fast.Pipeline, file: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m recipes.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--seed", type=int, help="seed of the scene (default: a random one, which is printed)")
     what.add_argument("--photo", type=Path, metavar="FILE", help="ask about this picture instead of a scene")

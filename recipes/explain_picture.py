@@ -32,7 +32,9 @@ def draw(seed: int, number: str, questions: Sequence[str]) -> tuple[Image.Image,
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = argparse.ArgumentParser(
+        "python -m recipes.explain_picture", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     made.add_argument("out", type=Path, help="where to write the picture")
     made.add_argument("--seed", type=int, default=SEED, help=f"seed of the scene; default {SEED}")
     made.add_argument("--number", default=NUMBER, help=f"the number in the scene; default {NUMBER}")

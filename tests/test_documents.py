@@ -27,7 +27,7 @@ PAGES = sorted(
     [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "bench" / "README.md", *(ROOT / "docs").glob("*.md")]
     + list((ROOT / "recipes").rglob("*.md"))
 )
-# What the blocks of the pages call a model and a picture.
+# The names of models and pictures in the blocks of the pages.
 MODELS = ("nano", "YanweiLi/MGM-7B")
 PICTURES = ("photo.jpg", "a.jpg", "b.jpg")
 MOST_SKIPPED = 3
@@ -69,7 +69,7 @@ def loader(nano: mg_fast.Pipeline) -> Callable[..., mg_fast.Pipeline]:
 
 
 def run_python(page: Path) -> tuple[int, list[str]]:
-    """Runs the Python blocks of a page in one namespace: how many ran, and why the others are skipped."""
+    """Runs the Python blocks of a page in one namespace; returns how many ran, and why the others are skipped."""
     ran, skipped = 0, []
     for example in Sybil([PythonCodeBlockParser(), SkipParser()]).parse(page):
         try:
@@ -113,7 +113,7 @@ class Command(NamedTuple):
 _FENCE = re.compile(r"^ *```(?P<language>\w*)[^\n]*\n(?P<body>.*?)^ *```", re.MULTILINE | re.DOTALL)
 _SPAN = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 _WITHIN_SENTENCES = re.compile(r"(?:[A-Z_]+=\S+ )*(?:mg-fast|make|pip|pytest|(?:\S*/)?python -m)(?: |$)")
-# Programs of others, of which no more is known than that they are meant.
+# Programs of others, whose arguments are not checked.
 _FOREIGN = ("git", "cd")
 
 
@@ -131,13 +131,13 @@ def commands(text: str) -> Iterator[Command]:
 
 
 def faults(text: str) -> list[str]:
-    """What is wrong with the commands of a page."""
+    """A line for each wrong command of a page."""
     found = ((command, fault(command.text, command.mention)) for command in commands(text))
     return [f"line {command.line}: `{command.text}`: {wrong}" for command, wrong in found if wrong]
 
 
 def fault(text: str, mention: bool) -> str | None:
-    """Why a command would be refused; None where it would not."""
+    """The reason why a command would be refused; None if it would be accepted."""
     words = shlex.split(text, comments=True)
     while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
         words.pop(0)
@@ -161,7 +161,7 @@ def fault(text: str, mention: bool) -> str | None:
 
 
 def _refusal(parser: argparse.ArgumentParser, words: list[str], mention: bool) -> str | None:
-    """What a parser says against words; a command that is only mentioned must be one that it has."""
+    """A parser's error for these words; of a command that is only mentioned, the parser must know the name."""
     if mention and (not words or len(words) == 1 and not words[0].startswith("-")):
         found = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
         if not words or (found and words[0] in found[0].choices):

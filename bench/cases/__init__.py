@@ -1,6 +1,6 @@
-"""The registry: what users run first comes first, stress shapes come last.
+"""The list of all cases: those that users run first come first, stress shapes come last.
 
-Every file of this folder that has `cases()` is found by itself: a new operation is a new file here.
+Every file of this folder that has `cases()` is found automatically, so a new operation only adds a file.
 """
 
 import importlib
@@ -24,9 +24,9 @@ def all_cases() -> dict[str, Case]:
 
 
 def operation_modules() -> dict[str, ModuleType]:
-    """The files of this folder that bear the name of a file of operations, by that name; see `operations`.
+    """The modules of this folder that are named after a file of mg_fast/ops, by that name (see `operations`).
 
-    No other file is imported: the models' would take seconds.
+    No other module is imported, because those about whole models take seconds to import.
     """
     files = {module.name for module in pkgutil.iter_modules(ops.__path__)}
     return {name: _module(name) for name in _names() if name in files}

@@ -31,7 +31,7 @@ def _case(setting: Setting) -> Case:
     def exact(inputs: Pixels) -> list[torch.Tensor]:
         return [pixels.double() for pixels in resize(inputs.pixels, "reference")]
 
-    # Whatever the towers run in, pictures are resized to float32.
+    # Pictures are resized to float32, in whichever dtype the towers run.
     return Case(
         f"dual_resize/{setting.name}-float32",
         lambda device: Pixels(device, picture_pixels(device)),
@@ -44,7 +44,7 @@ def _case(setting: Setting) -> Case:
 
 def launches() -> dict[str, Launch]:
     return {
-        # This makes both launches of a resize. Its numbers are whole, whatever the dtype.
+        # One call makes both launches of a resize. It computes with integers, so the dtype does not matter.
         "dual_resize": Launch(
             lambda dtype: torch.randint(0, 256, (9, 13, 3), dtype=torch.uint8),
             lambda picture, backend: list(ops.dual_resize(picture, 16, 6, grid=2, global_view=True, backend=backend)),

@@ -33,12 +33,12 @@ SECOND = "And what is in the background?"
 BATCHES = (1, 8, 32)
 # Per cent of the rate of requests that the reference can serve.
 LOADS = (50, 80, 95)
-# Requests that are really answered in one turn, and requests that arrive on the virtual clock.
+# How many requests are really answered in one turn, and how many arrive on the virtual clock.
 SERVED, ARRIVALS = 4, 1000
 # The language model's attention, as transformers chooses it.
 USUAL_ATTENTION = "sdpa"
 
-# A measure: from the session, a pipeline and options of `generate` to the call.
+# A measure is a function that makes the timed call from the session, a pipeline and options of `generate`.
 Measure = Callable[..., Call]
 
 
@@ -47,7 +47,7 @@ def cases() -> list[Case]:
 
 
 def cases_of(size: Size) -> list[Case]:
-    """The cases of one size. A picture of HD is encoded before decoding begins, so that HD has the first token only."""
+    """The cases of one size; HD has only the first token, because a picture is encoded before decoding begins."""
 
     def case(name: str, providers: dict[str, Provider], exact: Callable[[Session], torch.Tensor], **options) -> Case:
         return Case(
@@ -130,7 +130,7 @@ def _providers(
             own_graphs=True,
             without_graphs=_by(take, "auto", graphs=False, **static, disable_compile=True),
         )
-        # Its memory is that of auto, less what torch.compile's kernels save of it.
+        # Its memory is not measured: it is that of `auto`, minus what the kernels of torch.compile save.
         providers["auto, compiled"] = Provider(_by(take, "auto", {**pipeline, "compiled": True}), own_graphs=True)
     return providers
 
@@ -142,8 +142,8 @@ def _by(
 
     Args:
         pipeline: options of the pipeline.
-        graphs: as of `Session.pipeline`.
-        options: of `generate`, which then decodes by transformers' own loop.
+        graphs: see `Session.pipeline`.
+        options: options of `generate`, which then decodes by transformers' own loop.
     """
 
     def build(shared: Session) -> Call:
@@ -155,7 +155,7 @@ def _by(
 
 
 def _with_flash_attention(take: Measure) -> Callable[[Session], Call]:
-    """The reference, but for the language model's attention, which is flash-attn's."""
+    """The reference, with flash-attn as the language model's attention."""
 
     def build(shared: Session) -> Call:
         language = shared.model.model.language_model
@@ -208,7 +208,7 @@ def _stages(backend: str) -> Callable[[Session], list[dict]]:
     def stages(shared: Session) -> list[dict]:
         conversation = shared.pipeline(backend).conversation()
         answer = _ask(conversation, QUESTION, [shared.photo], shared.forced(1), profile=True)
-        # What follows the only token is not a part of it.
+        # Only the stages up to the first token are wanted.
         kept = [stage for stage in answer.stages if stage.name != "decode"]
         return [{"name": stage.name, "ms": 1e3 * stage.seconds, "peak_mib": stage.peak_mib} for stage in kept]
 
@@ -268,7 +268,7 @@ def _decoding(batch: int) -> Measure:
 
 
 def _one_step(batch: int) -> Callable[[Session], Call]:
-    """The pass for one more token alone, over a prompt that was read before; for the table of its kernels."""
+    """Builds the pass for one more token, over a prompt that was read before; its kernels are listed in a table."""
 
     def build(shared: Session) -> Call:
         pipeline = shared.pipeline("auto", kv_cache_bytes=0)
@@ -280,7 +280,7 @@ def _one_step(batch: int) -> Callable[[Session], Call]:
         length, token = sequences.cache.length, torch.tensor([shared.answer[0]] * batch, device=shared.device)
 
         def call() -> torch.Tensor:
-            # Every call is at the same position.
+            # Every call computes the same position.
             sequences.cache.length = length
             with torch.inference_mode():
                 return passes.step(sequences, token)

@@ -11,13 +11,13 @@ from .sessions import Session
 class WidenedPart(nn.Module):
     """Calls a part of a model with its weights in another dtype, to which they are converted in every call.
 
-    So the largest model has room beside itself: one part at a time is wide.
+    Only one part is wide at a time, so even the largest model leaves enough memory for it.
     """
 
     def __init__(self, part: nn.Module, dtype: torch.dtype):
         super().__init__()
-        # In a list the part is no child of this module. A module without weights has no dtype of its own, so that the
-        # model does not round what goes into it.
+        # The list keeps the part from being a submodule. Without weights this module has no dtype, so the model does
+        # not round its inputs.
         self.part, self.dtype = [part], dtype
 
     def forward(self, *args, **kwargs):

@@ -30,7 +30,7 @@ class MiningInputs:
 
     @property
     def projections(self) -> list[reference.Projection]:
-        """Of queries, keys and values."""
+        """The projections of queries, keys and values, in this order."""
         mining = self.mining
         modules = mining.vlm_uni_query_projector, mining.vlm_uni_aux_projector, mining.vlm_uni_val_projector
         return [reference.Projection(p[0].weight, p[0].bias, p[1].weight, p[1].bias) for p in modules]
@@ -101,7 +101,7 @@ def _call(inputs: MiningInputs, backend: str) -> Call:
 
 
 def _with_sdpa(inputs: MiningInputs) -> Call:
-    """The original's steps, but for the attention, which is torch's fused operator."""
+    """The original's steps, with torch's fused operator for the attention."""
     options = {"grid": inputs.grid, "attend": _attend_by_sdpa}
     return lambda: reference.patch_mining(inputs.queries, inputs.pyramid, *inputs.projections, **options)
 
@@ -111,7 +111,7 @@ def _attend_by_sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
 
 
 def _with_sdpa_math(inputs: MiningInputs) -> Call:
-    """The same by the operator's plain form. Of its fused forms only the memory-efficient one takes heads as wide."""
+    """The same with the operator's plain form, because only one fused form takes heads as wide."""
     call = _with_sdpa(inputs)
 
     def plain() -> torch.Tensor:
@@ -131,7 +131,7 @@ class _OneDnnProjection(reference.Projection):
 
 def _by_one_dnn(inputs: MiningInputs) -> Call:
     if inputs.device != "cpu":
-        raise NotHere("for CPUs")
+        raise NotHere("it runs on CPUs only")
     projections = [_OneDnnProjection(*projection) for projection in inputs.projections]
     return lambda: reference.patch_mining(inputs.queries, inputs.pyramid, *projections, grid=inputs.grid)
 
@@ -160,7 +160,7 @@ def _launch(grid: int) -> Launch:
 
 
 def tunable() -> Tunable:
-    """The forward pass; the backward pass takes its tiles and has none of its own."""
+    """What can be tuned of the forward pass; the backward pass takes the same tiles."""
     return Tunable({"channels": POWERS[3:8], "warps": POWERS[1:5], "stages": (1, 2, 3, 4)}, _fits, _problems)
 
 
@@ -170,7 +170,7 @@ def _problems() -> list[tuple[object, Case]]:
         for setting in SETTINGS:
             sizes = Sizes.of_picture(setting.side, dtype)
             bucket = configs.patch_mining_bucket(dtype.itemsize, sizes.window, [c for _, c in sizes.levels])
-            # The global view of HD is a launch of its own, with a tile of its own where it has one.
+            # The global view of HD takes a separate launch, with its own tile if the table has one.
             keys = [bucket, (*bucket, "reduced")] if sizes.grid > 1 else [bucket]
             name = f"patch_mining/{setting.name}-b1-{str(dtype).removeprefix('torch.')}"
             found += [(key, _pooling_case(name, sizes)) for key in keys]

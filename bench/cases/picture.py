@@ -1,4 +1,4 @@
-"""A picture's way to image tokens, from three places on.
+"""From a picture to its image tokens, beginning at three different places.
 
 `picture` starts from the photograph on the host. `decoded` starts from its decoded pixels on the device, and `pixels`
 from the resized and normalised tensors that the towers take: what a GPU does for a picture, without the host's part.
@@ -195,7 +195,7 @@ def _by_encoder(backend: str, *, stages: bool = False, profiled: bool = False) -
             with use_backend(backend):
                 with (stage or contextlib.nullcontext)("preprocess"):
                     pixels = inputs.pixels(backend)
-                # Where nobody asks for the stages, they are one graph on a GPU.
+                # Without a `stage`, the stages are captured as one CUDA graph on a GPU.
                 return encoder(**pixels, stage=stage)
 
         return call

@@ -23,7 +23,7 @@ from mg_fast.testing import random_checkpoints
 
 from .settings import picture
 
-# Tokens of an answer where more than its first token is timed, and of these the tokens whose logits are compared.
+# The number of tokens of an answer if more than the first is timed, and how many of them have their logits compared.
 ANSWER, COMPARED = 33, 4
 
 
@@ -115,9 +115,9 @@ class Session:
     request_s: float | None = None
 
     def pipeline(self, backend: str, *, graphs: bool = True, **options) -> mg_fast.Pipeline:
-        """One pipeline for all cases that ask for the same.
+        """Returns the pipeline with these options, which all cases that ask for it share.
 
-        Unless options say so it keeps nothing: every picture is encoded, and every prompt computed.
+        By default it keeps nothing: every picture is encoded, and every prompt is computed.
 
         Args:
             graphs: capture CUDA graphs. A pipeline without them serves to measure memory, since the allocator's peak
@@ -147,7 +147,7 @@ def release() -> None:
 
 
 def _free() -> None:
-    """Hands back what nothing needs any more."""
+    """Frees memory that nothing refers to any more."""
     # A pipeline and its own conversation hold each other.
     gc.collect()
     if torch.cuda.is_available():

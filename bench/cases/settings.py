@@ -67,7 +67,7 @@ def picture_pixels(device: str) -> torch.Tensor:
 
 
 def devices_of(setting: Setting, batch: int, dtype: str) -> tuple[str, ...]:
-    """Where a combination is measured without being named.
+    """The devices on which a combination is measured even if no case is named.
 
     A CPU takes minutes for the rest, and its float16 is tens of times slower than bfloat16.
     """

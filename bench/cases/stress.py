@@ -1,4 +1,4 @@
-"""Shapes that no published model has, for what breaks first: it should be known where the kernels are slow."""
+"""Shapes that no published model has. They show where the kernels are slow, or fail first."""
 
 import torch
 
@@ -9,7 +9,7 @@ from .patch_mining import mining_case
 
 def cases() -> list[Case]:
     sizes = {
-        # 16 x 16 pixels to a window are the most that there is a kernel for.
+        # The kernel takes windows of at most 16 x 16 pixels.
         "window16-b1": Sizes(torch.bfloat16, levels=((384, 192), (192, 384), (96, 768), (48, 1536))),
         # The rows of these widths are no multiple of 16 bytes, so that loads are narrow.
         "unaligned-b1": Sizes(torch.bfloat16, levels=((192, 100), (96, 202), (48, 404), (24, 806))),

@@ -73,7 +73,7 @@ def _tower(name: str, setting: Setting, batch: int, dtype: torch.dtype, options:
         **compiled(_as_modules, "reference"),
         "torch": Provider(_packed_tower("torch"), tower_cost(sizes, "torch")),
         **compiled(_packed_tower("torch"), "torch"),
-        # This runs where no backend is named: our convolution, the library's products.
+        # By default this project's convolution and the library's products run.
         "auto": Provider(_packed_tower("auto"), tower_cost(sizes, "auto")),
         "triton": Provider(_packed_tower("triton"), tower_cost(sizes, "triton")),
     }
@@ -82,12 +82,12 @@ def _tower(name: str, setting: Setting, batch: int, dtype: torch.dtype, options:
 
 
 def random_tower() -> ConvNeXtPyramid:
-    """ConvNeXt-L in float32, its blocks not idle."""
+    """ConvNeXt-L in float32, with layer scales at which every block changes the map."""
     tower = ConvNeXtPyramid.from_dims(DIMS, DEPTHS)
     with torch.no_grad():
         for name, p in tower.named_parameters():
             if name.endswith("gamma"):
-                # timm begins with layer scales of one in a million, with which the blocks would do nothing.
+                # timm initialises layer scales to one in a million, with which the blocks would change nothing.
                 p.uniform_(0.1, 0.5)
     return tower.eval()
 
@@ -109,9 +109,9 @@ def _channels_last(inputs: ModuleInputs) -> Call:
 
 
 def _native_depthwise(inputs: ModuleInputs) -> Call:
-    """torch's own depthwise convolution in the place of cuDNN's, where torch lets one choose."""
+    """The tower with torch's own depthwise convolution instead of cuDNN's, if this torch offers the choice."""
     if inputs.device != "cuda":
-        raise NotHere("for GPUs")
+        raise NotHere("it runs on GPUs only")
     if not hasattr(torch.backends.cudnn, "depthwise_kernel"):
         raise NotHere(f"torch {torch.__version__} has no torch.backends.cudnn.depthwise_kernel")
 
@@ -141,7 +141,7 @@ def _clip(name: str, setting: Setting, batch: int, dtype: torch.dtype, options: 
         "reference, flash attention": _attention("flash_attention_2"),
         **{f"reference, SDPA {name}": _sdpa(backend) for name, backend in SDPA.items()},
         **compiled(_layers("reference"), "reference"),
-        # The modules without the last layer.
+        # This runs the modules without the last layer, whose output is not used.
         "23 layers": _layers("torch"),
         "packed": _packed_clip,
         **compiled(_packed_clip, "packed"),
@@ -183,7 +183,7 @@ def _attention(implementation: str) -> Callable[[ModuleInputs], Call]:
 def _sdpa(backend: SDPBackend) -> Callable[[ModuleInputs], Call]:
     def make(inputs: ModuleInputs) -> Call:
         if inputs.device != "cuda":
-            raise NotHere("for GPUs")
+            raise NotHere("it runs on GPUs only")
 
         def call() -> torch.Tensor:
             with sdpa_kernel(backend):

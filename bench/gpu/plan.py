@@ -76,7 +76,7 @@ def cases_of(step: Step, cases: Mapping[str, Case], device: str) -> list[Case]:
 
 
 def remaining(chosen: Sequence[Case], rows: Sequence[Mapping]) -> list[Case]:
-    """What of the chosen cases has no row yet.
+    """The part of the chosen cases that has no row yet.
 
     The baseline is measured again beside what is left of a case, for the ratios, unless it failed before.
     """
@@ -173,7 +173,7 @@ def _tests() -> tuple[str, ...]:
 
 
 def tiny_plan(device: str = "cpu") -> list[Step]:
-    """The same kinds of steps in a minute on a CPU: what a test runs."""
+    """A plan with the same kinds of steps for a CPU, where it takes one to two minutes; a test runs it."""
     interpreted = {"TRITON_INTERPRET": "1"} if device == "cpu" else {}
     environment = "the machine, and what a copy and a product reach"
     smoke = ("every kernel launched once and right", 60, CORRECTNESS, ("bench", "smoke", "--device", device))

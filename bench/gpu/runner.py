@@ -192,7 +192,7 @@ def _run_process(step: Step, out: Path, limit: float, settings: Settings) -> tup
                 supervised, cwd=plans.ROOT, env=environment, stdout=to, stderr=errors_to, start_new_session=True
             )
             try:
-                # What it has to write when it is interrupted belongs to its time.
+                # The time that an interrupted process needs to write its results is part of its limit.
                 end, stopped = time.monotonic() + max(limit - settings.grace, limit / 2), False
                 while (status := _wait(process, settings.poll)) is None:
                     keep()
@@ -203,7 +203,7 @@ def _run_process(step: Step, out: Path, limit: float, settings: Settings) -> tup
                     elif time.monotonic() > end:
                         _signal(process, signal.SIGKILL)
             finally:
-                # This ends whatever it has left behind.
+                # This ends all processes that it has started and left running.
                 _signal(process, signal.SIGKILL)
                 process.wait()
                 keep()

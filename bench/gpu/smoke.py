@@ -103,7 +103,7 @@ def _name(dtype: torch.dtype) -> str:
 def smoke(device: str, *, once: bool = False, seconds: float = 50.0) -> int:
     """Launches every kernel here and under each tool.
 
-    A tool that is not installed, cannot run or does not end in time leaves something unchecked; that is said, and is no
+    If a tool is not installed, cannot run or does not end in time, the output says what was not checked. That is not a
     failure.
 
     Args:

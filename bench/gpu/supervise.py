@@ -2,7 +2,7 @@
 
     python -m bench.gpu.supervise PARENT WORD ...
 
-A measuring process that lives on after its parent was killed would take part of the GPU from whatever is measured next.
+A measuring process that lives on after its parent was killed would take a part of the GPU from the next measurement.
 Linux tells this process when its parent ends, however it ends. It then ends the command and everything that the command
 has started, all of which are in its process group. It imports nothing but the standard library, so that it costs next
 to no time.

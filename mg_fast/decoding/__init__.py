@@ -1,4 +1,4 @@
-"""Decoding one token at a time, over keys and values that are kept."""
+"""Decoding one token at a time, with the keys and values of all earlier positions in memory."""
 
 from .loop import Decoder, DecodingRequest
 from .prefix_store import PrefixStore

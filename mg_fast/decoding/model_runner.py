@@ -169,7 +169,7 @@ class ModelRunner:
 
     @property
     def language_model(self) -> nn.Module:
-        # Looked up at every use, because resizing, adapters and loading put another module in its place.
+        # It is looked up at every use, because resizing, adapters and loading put another module in its place.
         return self.model.language_model
 
     @property
@@ -231,7 +231,7 @@ class ModelRunner:
         Args:
             embeddings: [B, L, hidden].
         """
-        # Read once for each request: captured passes keep the arithmetic that they were captured with.
+        # The settings are read once for each request, because captured passes keep the arithmetic of their capture.
         sequences.arithmetic = numerics(embeddings.device)
         for chunk in embeddings.split(PREFILL_CHUNK, dim=1):
             width = chunk.shape[1]

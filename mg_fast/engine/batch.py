@@ -153,7 +153,7 @@ def _batches(requests: Mapping[int, tuple[Request, list]], size: int, positions:
     """The numbers of the requests that are answered together, batch by batch, the longest prompts first.
 
     The longest come first so that too little memory shows at once. A shorter prompt is filled up to the longest of its
-    batch, and the longest answer must still fit after it; a request with which it does not goes into the next batch.
+    batch, and the longest answer must still fit after it. A request that does not fit so begins the next batch.
     """
     batches: list[list[int]] = []
     width = new = 0

@@ -43,7 +43,7 @@ class Conversation:
         # An answer is kept only if this number is still the one with which the question was asked.
         self._version = 0
         self._answering = threading.RLock()
-        # Held only for moments, while turns, pictures and version are read or written together.
+        # This lock is held only for moments, while turns, pictures and version are read or written together.
         self._changing = threading.Lock()
 
     def __copy__(self) -> "Conversation":

@@ -191,8 +191,8 @@ def _raster_weights(
         levels = []
         for level, (index, resize) in zip(pyramid, tables):
             k = resize.shape[-1]
-            # x holds the coarse pixels of every window of this row, column by column. Of these the positions of the
-            # windows are made: [G, w, w, C], column by column, too.
+            # x holds the coarse pixels of every window of this row, column by column. The positions of the windows
+            # [G, w, w, C] are made of them, column by column as well.
             x = level.flatten(0, 1)[index[row]].float().reshape(g, k, k * level.shape[-1])
             levels.append(resize[row] @ (resize @ x).unflatten(2, (k, -1)))
         x = keys(torch.cat(levels, -1))

@@ -72,7 +72,7 @@ class ImageCache:
         """Keeps a copy of the tensor under the key."""
         if not self._tokens.fits(tensor.nbytes):
             return
-        # Contiguous, so that the copy of a slice neither keeps nor counts the tensor that it was cut from.
+        # The copy is contiguous, so that the copy of a slice neither keeps nor counts the tensor that it was cut from.
         tensor, written = tensor.detach().clone(memory_format=torch.contiguous_format), None
         if tensor.is_cuda:
             with torch.cuda.device(tensor.device):

@@ -10,8 +10,8 @@ def execution_device(module: nn.Module) -> torch.device:
     Weights that accelerate has offloaded (`device_map` with "cpu" or "disk") lie on "meta" between calls. A hook brings
     them to the execution device for each call, and that device is what counts.
 
+    Args:
         module: a module with parameters; if its parts are on several devices, the first one counts.
-        module: a module with parameters; of several parts on several devices the first one counts.
     """
     for part in module.modules():
         for hook in accelerate_hooks(part):

@@ -119,7 +119,9 @@ def _kinds(kind: str, scene: Scene) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m recipes.nano.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint", type=Path, help="a checkpoint trained with the high-resolution branch")
     parser.add_argument("--without", type=Path, help="a checkpoint trained without the high-resolution branch")
     parser.add_argument("--seed", type=int, default=7000, help="seed of the unseen scenes")

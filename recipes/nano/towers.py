@@ -12,7 +12,7 @@ from .scenes import BACKGROUNDS, COLOURS, MAX_DIGITS, THIRDS
 # The number of classes for every question about a cell: which thing, which colour, on which background, and for each
 # digit which one or none.
 CELL_CLASSES = (len(CELL_KINDS), len(COLOURS), len(BACKGROUNDS), *[11] * MAX_DIGITS)
-# The same, and in which third of the picture the cell lies, down and across.
+# The total for a cell seen with the whole picture: also in which third it lies, down and across.
 SCENE_CLASSES = (sum(CELL_CLASSES), *map(len, THIRDS))
 
 
@@ -97,7 +97,7 @@ def low_loss(heads: TowerHeads, queries: torch.Tensor, batch: Batch) -> tuple[to
 
 
 def token_loss(tables: list[torch.Tensor], seen: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
-    """The loss of image tokens [B, N, width], by which code in each of the `tables` is nearest."""
+    """The classification loss of image tokens [B, N, width]: which code in each of the `tables` is nearest."""
     seen = seen.float().unflatten(1, batch["kind"].shape[1:])
     return _scene_loss(torch.cat([seen @ table.T - table.square().sum(-1) / 2 for table in tables], -1), batch)
 

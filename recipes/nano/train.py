@@ -311,7 +311,9 @@ def _cosine(step: int, steps: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m recipes.nano.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path)
     parser.add_argument("--no-hr", action="store_true", help="train without the high-resolution branch")
     parser.add_argument("--seed", type=int, default=0)

@@ -71,7 +71,7 @@ def run(tmp_path, monkeypatch, registry):
             for step in steps
         ]
         told.write_text(json.dumps({"cases": CASES, "faults": faults}))
-        # What is slow is to be cut off by its step's limit, and not given up.
+        # A slow call must be cut off by its step's limit, and must not be given up as if it hung.
         patience = 600.0 if any(fault[0] == "slow" for found in faults.values() for fault in found) else PATIENCE
         limits = {"hangs_after": patience, "compiling_hangs_after": patience}
         settings = Settings("full", "cpu", "tests.bench.gpu_stand_ins", poll=0.1, grace=2.0, restart=0.0, **limits)

@@ -1,4 +1,4 @@
-"""What drift, other processes and repetition do to a comparison; and that the reference is a fair opponent."""
+"""A comparison withstands drift, other processes and repetition, and the reference is a fair opponent."""
 
 import copy
 import random

@@ -26,7 +26,7 @@ def bench(*words):
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory):
-    """What was printed of two cases, what the plug-in wrote into its own file, and the seconds that it took."""
+    """The output of a run of two cases, the records in the plug-in's own file, and the seconds that the run took."""
     path, began = tmp_path_factory.mktemp("benchmark") / "kept.json", time.perf_counter()
     words = ["--cases", "dwconv_norm/768-stage3-b1-float32", "end-to-end/tiny-decode-b1-float32", "-k"]
     words += ["dwconv_norm and not compiled or tiny and reference"]

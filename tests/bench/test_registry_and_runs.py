@@ -1,4 +1,4 @@
-"""The benchmark's registry, its runs and documents; and that the program's last line is one JSON document."""
+"""The benchmark's registry, runs and documents; the last line that the program prints is one JSON document."""
 
 import copy
 import dataclasses
@@ -160,7 +160,7 @@ def test_saved_by_device_and_case(tmp_path, monkeypatch, document):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("", "is no JSON"),
+        ("", "is not valid JSON"),
         ("[]", "no document"),
         ('{"cases": [{"name": "a"}]}', "no document"),
         ('{"cases": [], "gpu": null}', "does not say what it was measured on: date, device, cpu"),

@@ -5,7 +5,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def put_off():
-    # Imported here, because Triton is not on every platform, and interpreting processes must not import the compiler.
+    # This import is late: Triton is not on every platform, and interpreting processes must not import its compiler.
     from tests.ops.ahead_of_time_gate import compiling
 
     with compiling() as put_off:

@@ -68,7 +68,7 @@ FORMS = {"reference": lambda x: x**2, "torch": lambda x: x.square(), "triton": t
 
 @pytest.fixture
 def toy():
-    """A new operation, of which nothing but its record exists."""
+    """A new operation that has a record and nothing else."""
     toy = register(make_toy(FORMS, ("triton", "reference", "torch")))
     yield toy
     del OPERATIONS["toy_square"]

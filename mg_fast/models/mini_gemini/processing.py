@@ -179,7 +179,7 @@ class MiniGeminiProcessor(ProcessorMixin):
     def encode(self, prompt: str, *, add_special_tokens: bool = True) -> tuple[list[int], list[int]]:
         """The ids and picture marks (1 at picture positions) of one prompt.
 
-        Every piece between `<image>` tags is tokenised by itself and only one BOS is kept, as in the original.
+        Every piece between `<image>` tags is tokenized by itself and only one BOS is kept, as in the original.
 
         Raises:
             PromptError: UTF-8 cannot encode the text.

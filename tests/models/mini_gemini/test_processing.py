@@ -55,7 +55,7 @@ def test_ids_are_made_piece_by_piece(processor, hd_processor, photo, prompt, pic
 
 
 def test_the_pieces_around_a_picture_begin_with_sentencepieces_prefix(processor):
-    """The ids read ... : ▁ [picture] ▁ <0x0A> ..., as in the original's tokenisation of the trained prompts."""
+    """The ids read ... : ▁ [picture] ▁ <0x0A> ..., as in the original's tokenization of the trained prompts."""
     ids, marks = processor.encode("USER: <image>\nWhat?")
     start, end = marks.index(1), len(marks) - 1 - marks[::-1].index(1)
     tokens = processor.tokenizer.convert_ids_to_tokens
