@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.forked_python import LIBRARIES, python
 from tests.paths import ROOT
 
 # The files of the checkpoint in the package.
@@ -38,13 +39,10 @@ LlamaForCausalLM(LlamaConfig(**small, vocab_size=8))
 """
 
 
-def run(code, *, cwd=ROOT, path=None):
+def run(code, *, cwd=ROOT):
     environment = {"PATH": "/usr/bin:/bin", "HOME": "/nonexistent", "HF_HUB_OFFLINE": "1"}
-    if path is not None:
-        environment["PYTHONPATH"] = str(path)
-    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
+    done = python("-c", code, imported=LIBRARIES, cwd=cwd, env=environment)
     assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_no_regular_package():
@@ -100,6 +98,7 @@ def test_wheel_works_outside_the_checkout(wheel, tmp_path, standard, photo):
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     code = (
+        f"import sys; sys.path.insert(0, {str(site)!r})\n"
         "import mg_fast, mg_fast.kernels, mg_fast.kernels.configs\n"
         f"assert mg_fast.__file__.startswith({str(site)!r}), mg_fast.__file__\n"
         f"assert list(mg_fast.kernels.__path__) == [{str(site / 'mg_fast' / 'kernels')!r}]\n"
@@ -107,4 +106,4 @@ def test_wheel_works_outside_the_checkout(wheel, tmp_path, standard, photo):
         "assert len(answer.token_ids) == 3\n"
         f"assert mg_fast.load('nano').chat('What?', [{str(photo)!r}], max_new_tokens=3).image_tokens == 36\n"
     )
-    run(code, cwd=tmp_path, path=site)
+    run(code, cwd=tmp_path)

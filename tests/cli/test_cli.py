@@ -16,6 +16,7 @@ from mg_fast import CheckpointError, cli
 from mg_fast.cli import chat as chat_command
 from mg_fast.cli.chat import CHAT_HELP
 from mg_fast.ops import backend
+from tests.forked_python import python
 from tests.paths import ROOT
 
 STAGES = ["preprocess", "LR tower", "HR tower", "patch info mining", "projector", "prefill to first token", "decode"]
@@ -261,26 +262,21 @@ def test_debug_lets_the_error_through(run):
 # ---- as a process
 
 
-def process(*arguments, code=None, **options):
-    command = [sys.executable, *(["-c", code] if code else ["-m", "mg_fast", *map(str, arguments)])]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL, **options)
-
-
 def test_json_is_all_that_comes_out(standard, photo, pipeline):
     """A whole process writes nothing else to stdout: warnings, progress bars and prints of libraries go elsewhere."""
     arguments = ("--image", photo, "--prompt", "What?", "--max-new-tokens", 4, "--json")
-    done = process("run", "--model", standard, "--device", "cpu", *arguments)
+    done = python("-m", "mg_fast", "run", "--model", standard, "--device", "cpu", *arguments)
     assert done.returncode == 0
     assert json.loads(done.stdout)["token_ids"] == pipeline.chat("What?", [photo], max_new_tokens=4).token_ids
     assert "nothing in this checkpoint tells its prompt template: using vicuna_v1" in done.stderr
 
 
 def test_one_line_or_a_traceback(standard):
-    wrong = ("run", "--model", standard, "--prompt", "What?", "--template", "nosuch")
-    done = process(*wrong)
+    wrong = ("-m", "mg_fast", "run", "--model", standard, "--prompt", "What?", "--template", "nosuch")
+    done = python(*wrong)
     assert (done.returncode, done.stdout) == (5, "")
     assert only_error(done.stderr).startswith("unknown template 'nosuch'") and done.stderr.count("\n") == 1
-    done = process(*wrong, "--debug")
+    done = python(*wrong, "--debug")
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("Traceback") and "PromptError: unknown template 'nosuch'" in done.stderr
 
@@ -301,7 +297,7 @@ assert not heavy, heavy
 
 
 def test_help_and_wrong_usage_need_no_torch():
-    done = process(code=HELP)
+    done = subprocess.run([sys.executable, "-c", HELP], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for word in (
         "run",
