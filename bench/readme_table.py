@@ -2,7 +2,7 @@
 
 import textwrap
 
-from .figures import Kept, cell, duration, gpus, is_measured, ratio, remarks, row_of, shown, wrapped
+from .figures import Records, cell, duration, gpus, is_measured, ratio, remarks, row_of, shown, wrapped
 from .registry import OURS
 
 # The cases of the table, and their titles for a reader. The last one shows where little is gained.
@@ -24,7 +24,7 @@ ON_A_GPU = {
 OF_MG_FAST = ("auto", "torch")
 
 
-def readme_table(found: Kept) -> str:
+def readme_table(found: Records) -> str:
     """Time and memory of the original's steps and of mg_fast, a row for every case that was measured."""
     lines = [
         "| what | time, original | time, mg_fast | speedup | memory, original | memory, mg_fast |",
@@ -46,14 +46,14 @@ def readme_table(found: Kept) -> str:
             lines.append(f"| {' | '.join([what, *times, ratios, *peaks])} |")
     where = "; ".join(dict.fromkeys(machines)) or "nothing yet"
     notes = (
-        f"Measured on {where}: medians, with random weights, whose values change no work. Memory is the peak above "
-        "inputs and weights. For answers, the original is transformers' `generate`, on a CPU with a language model of "
-        "0.56 B parameters. [All results, with their conditions](docs/benchmarks.md)."
+        f"Measured on {where}: medians. Weights are random, because their values do not change the work. Memory is the "
+        "peak above inputs and weights. For answers, the original is transformers' `generate`, on a CPU with a "
+        "language model of 0.56 B parameters. [All results, with their conditions](docs/benchmarks.md)."
     )
     return "\n".join([*lines, "", wrapped(notes)])
 
 
-def status_table(found: Kept) -> str:
+def status_table(found: Records) -> str:
     """What has been measured on GPUs: the cases, which of our providers were wrong, and which were slower."""
     if not gpus(found):
         return _quoted(

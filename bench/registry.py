@@ -26,8 +26,15 @@ DTYPES = ("float32", "bfloat16", "float16")
 # The providers that are this project's own forms. The others are the original's steps, opponents and variants; one of
 # those that fails is a finding and no error.
 OURS = ("torch", "auto", "triton", "packed", "23 layers")
+# Groups of cases of a whole stage or more; the other groups are single kernels and stress shapes.
+STAGE_GROUPS = ("patch_mining", "tower", "clip", "dual_resize", "projector", "picture", "end-to-end")
 # The providers of a quick run: compiling takes longer than everything else together.
 QUICK_PROVIDERS = ("reference", "torch", "triton")
+
+
+def group_of(name: str) -> str:
+    """The group of a case, by its name."""
+    return name.split("/")[0]
 
 
 class NotHere(Exception):
@@ -130,7 +137,7 @@ class Case:
 
     @property
     def group(self) -> str:
-        return self.name.split("/")[0]
+        return group_of(self.name)
 
     @property
     def dtype(self) -> str:
@@ -199,9 +206,9 @@ def choose_names(names: Sequence[str], patterns: Sequence[str], command: str = "
     """
     chosen = set() if patterns else set(names)
     for pattern in patterns:
-        found = [name for name in names if fnmatch.fnmatch(name, pattern) or name.split("/")[0] == pattern]
+        found = [name for name in names if fnmatch.fnmatch(name, pattern) or group_of(name) == pattern]
         if not found:
-            groups = ", ".join(dict.fromkeys(name.split("/")[0] for name in names))
+            groups = ", ".join(dict.fromkeys(map(group_of, names)))
             raise UnknownCase(
                 f"no case is called {pattern!r}: `python -m bench {command}` prints them all; groups are {groups}"
             )

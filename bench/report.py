@@ -5,9 +5,9 @@ from pathlib import Path
 
 from . import tables
 from .errors import BadRecord
-from .figures import Kept, kept
+from .figures import Records, records_by_device
+from .page import page
 from .readme_table import readme_table, status_table
-from .report_page import page
 
 ROOT = Path(__file__).parents[1]
 # The files with tables between markers.
@@ -36,7 +36,7 @@ def report(*, readme: bool, check: bool, html: Path | None) -> list[str]:
     Returns:
         Lines to print; for a check one line for each table that differs.
     """
-    found = kept()
+    found = records_by_device()
     texts = {path: path.read_text(encoding="utf-8") for path in DOCUMENTS} if readme or check else {}
     if check:
         return [line for path, text in texts.items() for line in differences(text, found, path.name)]
@@ -51,7 +51,7 @@ def report(*, readme: bool, check: bool, html: Path | None) -> list[str]:
     return told or [f"{title}\n{table(found)}\n" for title, table in TABLES.items()]
 
 
-def fill(text: str, found: Kept, name: str = "README.md") -> str:
+def fill(text: str, found: Records, name: str = "README.md") -> str:
     """A document with the tables between its markers made anew.
 
     Raises:
@@ -65,7 +65,7 @@ def fill(text: str, found: Kept, name: str = "README.md") -> str:
     return _MARKED.sub(lambda match: f"{match[1]}{TABLES[match['name']](found)}\n{match[4]}", text)
 
 
-def differences(text: str, found: Kept, name: str = "README.md") -> list[str]:
+def differences(text: str, found: Records, name: str = "README.md") -> list[str]:
     """A line for each table of a document that is not what the records give."""
     made = _MARKED.finditer(fill(text, found, name))
     return [

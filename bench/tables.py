@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from . import records
 from .figures import (
     NOT_YET,
-    Kept,
+    Records,
     conditions,
     device_title,
     duration,
@@ -38,7 +38,7 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], notes: str) -> 
     return "\n".join([*lines, "", wrapped(notes)])
 
 
-def picture_table(found: Kept) -> str:
+def picture_table(found: Records) -> str:
     """One picture to image tokens, stage by stage: the original's steps and mg_fast."""
     columns = [("cpu", "768", "float32"), ("cpu", "1536-hd", "float32"), ("cpu", "768", "bfloat16")]
     columns += [(device, setting, "bfloat16") for device in gpus(found) for setting in SETTINGS]
@@ -66,7 +66,7 @@ def _stage(row: Mapping | None, name: str) -> str:
     return duration(found["ms"]) if found else NOT_YET
 
 
-def mining_table(found: Kept) -> str:
+def mining_table(found: Records) -> str:
     """Patch info mining by every provider that was measured."""
     columns = [("cpu", f"patch_mining/{setting}-b1-float32") for setting in SETTINGS]
     columns += [(device, f"patch_mining/{setting}-b1-bfloat16") for device in gpus(found) for setting in SETTINGS]
@@ -85,7 +85,7 @@ def mining_table(found: Kept) -> str:
     return "\n".join([table, *conditions(found, columns)])
 
 
-def answers_table(found: Kept) -> str:
+def answers_table(found: Records) -> str:
     """The language model's part of an answer: by transformers' own loop, and by mg_fast."""
     columns = [("cpu", "0.5b", "float32"), ("cpu", "0.5b", "bfloat16"), ("cpu", "0.5b-int8", "bfloat16")]
     columns += [(device, size, "bfloat16") for device in gpus(found) for size in ("7b", "7b-int8", "7b-hd", "34b")]
@@ -123,7 +123,7 @@ def answers_table(found: Kept) -> str:
     return "\n".join([table, *conditions(found, list(titles))])
 
 
-def predicted_table(found: Kept) -> str:
+def predicted_table(found: Records) -> str:
     """Predictions for a GPU; measured figures take their place as soon as there are any."""
     parts = {"patch info mining": "patch_mining", "high-resolution tower": "tower", "picture to tokens": "picture"}
     forms = {"reference": "the original's steps", "auto": "mg_fast", "triton": "mg_fast, kernels everywhere"}
@@ -144,7 +144,7 @@ def predicted_table(found: Kept) -> str:
     return markdown(["on a GPU, predicted", *forms.values()], rows, notes)
 
 
-def _measured_on_gpu(found: Kept, case: str, form: str) -> str:
+def _measured_on_gpu(found: Records, case: str, form: str) -> str:
     """The figures of a case on every GPU that it was measured on."""
     rows = {device: row_of(found, device, case, form) for device in gpus(found)}
     return "; ".join(f"measured on {device}: {figure(row)}" for device, row in rows.items() if is_measured(row))

@@ -25,7 +25,9 @@ from mg_fast.models.templates import render, with_picture_tags
 from ..registry import Call, Case, NotHere, Provider
 from .arrivals import first_tokens
 from .exact_logits import exact_logits
-from .sessions import COMPARED, SIZES, ForcedAnswer, Session, Size, checkpoint, now, release, session
+from .forced_answer import COMPARED, ForcedAnswer, now
+from .random_models import SIZES, Size
+from .sessions import Session, checkpoint, release, session
 from .settings import picture
 
 QUESTION = "Describe the picture in detail: what is shown, what colours are there, and is anything written in it?"

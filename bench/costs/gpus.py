@@ -50,6 +50,10 @@ GPUS = {
 }
 
 
+# Memory of common cards in 10^9 bytes. Cards sold by 2^30 have 7 % more, which is left to the driver and the libraries.
+CARDS_GB = (16, 24, 40, 48, 80, 141)
+
+
 def find_gpu(name: str) -> Gpu:
     """The GPU of this name in GPUS.
 

@@ -58,6 +58,11 @@ def row(name: str, picture: str, value: str, kind: str = "row") -> str:
     return f'<div class="{kind}"><span class="name">{name}</span>{picture}<span class="value">{value}</span></div>'
 
 
+def section(keys: Sequence[str], lead: str, plots: Sequence[str]) -> str:
+    """A legend, a paragraph in small print, and plots."""
+    return f'<p>{"".join(keys)}</p>{quiet(lead)}<div class="plots">{"".join(plots)}</div>'
+
+
 def key(shape: str, kind: str, words: str) -> str:
     """An entry of a legend: a "bar", a "line" or a "dot" of a class, and what it stands for."""
     sign = {
