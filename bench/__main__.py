@@ -1,6 +1,7 @@
 """The command `python -m bench`: its parser, and a function for each of its subcommands."""
 
 import argparse
+import importlib
 import json
 import shlex
 import signal
@@ -14,11 +15,19 @@ from .errors import BenchError, NoDevice
 
 
 def main(words: list[str] | None = None) -> int:
+    """Runs a command; returns its exit status, and prints the text of a command that returns one."""
     options = vars(_parser().parse_args(words))
+    run = options.pop("run")
     # A job that a shell script starts in the background would ignore interrupts; here they must end it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        return options.pop("run")(**options) or 0
+        if isinstance(run, str):
+            module, function = run.split(":")
+            run = getattr(importlib.import_module(f".{module}", __package__), function)
+        result = run(**options)
+        if isinstance(result, str):
+            print(result)
+        return result if isinstance(result, int) else 0
     except KeyboardInterrupt:
         return 130
     except BenchError as error:
@@ -32,8 +41,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, run: Callable[..., int | None], told: str | None = None) -> Callable[..., argparse.Action]:
-        """Adds a command that calls `run` with its arguments by name; returns what adds these arguments."""
+    def add(name: str, run: Callable | str, told: str | None = None) -> Callable[..., argparse.Action]:
+        """Adds a command that calls `run`, or "module:function", with its options; returns what adds an option."""
         words = {"help": told, "description": f"{told[0].upper()}{told[1:]}."} if told else {}
         command = commands.add_parser(name, **words)
         command.set_defaults(run=run)
@@ -69,16 +78,18 @@ def _parser() -> argparse.ArgumentParser:
     within = "share by which ratios may differ; if one differs by more, the exit status is 1 (default: 0.10)"
     option("--within", type=float, default=0.10, help=within)
 
-    option = add("dtypes", _dtypes, "time a CPU's products in bfloat16 and float16 against float32, in models' shapes")
-    option("--out", type=Path, help="write the document to this file (default: bench/results/cpu-dtypes.json)")
+    option = add("dtypes", "dtypes:measure", "time a CPU's products in 16 bits against float32, in models' shapes")
+    results = Path(__file__).parent / "results"
+    written = "write the document to this file (default: bench/results/cpu-dtypes.json)"
+    option("--out", type=Path, default=results / "cpu-dtypes.json", help=written)
 
-    option = add("tune", _tune, "time tiles of the kernels on this GPU, and print entries of configs.py to review")
+    option = add("tune", "tune:tune", "time tiles of the kernels on this GPU, and print entries of configs.py")
     named = "a file under kernels/, such as patch_mining (default: all of them)"
     option("kernels", nargs="*", metavar="KERNEL", help=named)
     option("--seconds", type=float, default=60, help="time for the whole command (default: 60)")
     option("--best", type=int, default=3, help="how many tiles of each entry to print (default: 3)")
 
-    option = add("gpu", _gpu, "measure everything on a borrowed GPU, in minutes, and write at most 7 files")
+    option = add("gpu", "gpu.command:gpu", "measure everything on a borrowed GPU in minutes, and write at most 7 files")
     option("--out", type=Path, help="the folder for the results")
     steps = "run only these steps, by name or shell pattern; --dry-run lists them"
     option("--steps", dest="names", nargs="+", default=[], metavar="NAME", help=steps)
@@ -91,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     dry_run = "print the steps, their budgets and what they measure, and run none"
     option("--dry-run", dest="dry", action="store_true", help=dry_run)
 
-    option = add("keep", _keep, "copy the records of a `gpu` run to bench/results, by device")
+    option = add("keep", "gpu.command:keep", "copy the records of a `gpu` run to bench/results, by device")
     option("folder", type=Path, help="the folder that was the --out of `gpu`")
 
     option = add("smoke", _smoke, "launch every kernel once on a small input, on a GPU also under compute-sanitizer")
@@ -103,15 +114,19 @@ def _parser() -> argparse.ArgumentParser:
     option("--device", **device)
     option("--out", type=Path, help="write the document to this file")
 
-    option = add("memory", _memory, "predict memory, bytes, launches and FLOP of the published models, without a GPU")
+    option = add("memory", "memory:main", "predict memory, bytes, launches and FLOP of published models, without a GPU")
     option("patterns", nargs="*", metavar="cases", help="names, shell patterns or groups (default: all)")
     check = "compare the predictions with the recorded ones; if they differ, the exit status is 1"
     option("--check", action="store_true", help=check)
     option("--save", action="store_true", help="record all predictions in bench/results/predicted.json")
 
-    add("formulas", _formulas, "print FLOP and bytes of patch info mining and of the high-resolution tower, by formula")
+    add(
+        "formulas",
+        "formulas:table",
+        "print FLOP and bytes of patch info mining and of the ConvNeXt tower, by formula",
+    )
 
-    option = add("roofline", _roofline, "compute FLOP, bytes and least times of an answer on a GPU, from shapes")
+    option = add("roofline", "roofline:table", "compute FLOP, bytes and least times of an answer on a GPU, from shapes")
     option("--gpu", default="h200", help="a100-40, a100-80, h100, h200 (default), b200, l40s or 4090")
     option("--model", default="7b", help="2b, 7b (default), 8b, 13b, 8x7b or 34b; with -hd for HD, as in 7b-hd")
     option("--dtype", default="bfloat16", help="bfloat16 (default), float16 or float32")
@@ -205,36 +220,11 @@ def _compare(before: Path, after: Path, within: float) -> int:
     return int(not agree)
 
 
-def _dtypes(out: Path | None) -> None:
-    from . import dtypes
-
-    dtypes.measure(out or dtypes.FILE)
-
-
-def _tune(**options) -> None:
-    from .tune import tune
-
-    print(tune(**options))
-
-
-def _gpu(**options) -> int:
-    from .gpu.command import gpu
-
-    return gpu(**options)
-
-
 def _step(name: str, watch: Path | None, hangs_after: float, compiling_hangs_after: float, **options) -> int:
     from .gpu.command import step
     from .watch import Watchdog
 
     return _status(step(name, watch=Watchdog(watch, hangs_after, compiling_hangs_after), **options))
-
-
-def _keep(folder: Path) -> None:
-    from .gpu.command import keep
-
-    for path in keep(folder):
-        print(f"kept {path}")
 
 
 def _smoke(device: str | None, **options) -> int:
@@ -249,25 +239,6 @@ def _ceilings(device: str | None, out: Path | None) -> None:
     from .run import run
 
     print(json.dumps(run([], check_device(device), out=out)))
-
-
-def _memory(**options) -> int:
-    from .memory import main
-
-    return main(**options)
-
-
-def _formulas() -> None:
-    from .formulas import table
-
-    print(table())
-
-
-def _roofline(gpu: str, measured: Path | None, **answer) -> None:
-    from .costs.answer import ModelledAnswer
-    from .roofline import table
-
-    print(table(gpu, ModelledAnswer(**answer), measured))
 
 
 def _report(check: bool, **options) -> int:

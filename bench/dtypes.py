@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from mg_fast.testing.environment import environment
 
 from . import records
+from .registry import dtype_name
 
-FILE = records.RESULTS / "cpu-dtypes.json"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TURNS = 7
 
@@ -58,7 +58,7 @@ def _measure(name: str) -> dict:
     for dtype, times in milliseconds.items():
         ratios = [own / single for own, single in zip(times, milliseconds[torch.float32])]
         ms, ratio = round(statistics.median(times), 3), round(statistics.median(ratios), 2)
-        row[str(dtype).removeprefix("torch.")] = {"median_ms": ms, "times_float32": ratio}
+        row[dtype_name(dtype)] = {"median_ms": ms, "times_float32": ratio}
     return row
 
 

@@ -1,7 +1,7 @@
 """Reads the records under bench/results, and writes their figures as text."""
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from . import measure, records
@@ -114,11 +114,7 @@ def time_and_peak(ms: float, peak_mib: float | None) -> str:
 
 
 def conditions(found: Records, used: list[tuple[str, str]]) -> list[str]:
-    """A line for all cases that were measured under the same conditions.
-
-    Args:
-        used: devices and cases.
-    """
+    """A line for all cases, of pairs of a device and a case, that were measured under the same conditions."""
     lines: dict[str, list[str]] = {}
     for device, case in used:
         if document := found.get(device, {}).get(case):
@@ -158,9 +154,15 @@ def cell(text: str) -> str:
 
 
 def wrapped(text: str) -> str:
-    """A paragraph or an item of a list in lines of Markdown."""
-    indent = "  " * text.startswith("- ")
+    """A paragraph or an item of a list in lines of Markdown, also within a block of quoted lines."""
+    indent = "> " * text.startswith("> ") + "  " * text.removeprefix("> ").startswith("- ")
     return textwrap.fill(text, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    lines = [f"| {' | '.join(cells)} |" for cells in [head, *rows]]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
 def gpu_note(found: Records) -> str:

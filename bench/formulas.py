@@ -6,7 +6,7 @@ import torch
 
 from .costs.mining import MINING, Sizes, mining_floor, triton_mining
 from .costs.tower import FORMS, Tower, tower_cost, tower_floor
-from .registry import Cost
+from .registry import Cost, dtype_name
 
 
 def table() -> str:
@@ -27,12 +27,8 @@ def _settings() -> Iterator[tuple[str, dict[str, Cost], Cost]]:
         sizes = Sizes.of_picture(pixels, dtype)
         costs = {form: cost(sizes) for form, cost in MINING.items()}
         costs["triton, without cache"] = triton_mining(sizes, cached=False)
-        yield f"{pixels}{' HD' * (sizes.grid > 1)} {_name(dtype)}", costs, mining_floor(sizes)
+        yield f"{pixels}{' HD' * (sizes.grid > 1)} {dtype_name(dtype)}", costs, mining_floor(sizes)
     for pixels, dtype in settings:
         tower = Tower(dtype, size=pixels)
         costs = {form: tower_cost(tower, form) for form in FORMS}
-        yield f"tower {pixels} {_name(dtype)}", costs, tower_floor(tower)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+        yield f"tower {pixels} {dtype_name(dtype)}", costs, tower_floor(tower)

@@ -37,6 +37,10 @@ def group_of(name: str) -> str:
     return name.split("/")[0]
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 class NotHere(Exception):
     """A provider cannot run on this machine; the message says why."""
 
@@ -54,9 +58,8 @@ class Cost:
         return self.bytes_read + self.bytes_written
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            self.flop + other.flop, self.bytes_read + other.bytes_read, self.bytes_written + other.bytes_written
-        )
+        read, written = self.bytes_read + other.bytes_read, self.bytes_written + other.bytes_written
+        return Cost(self.flop + other.flop, read, written)
 
     def __mul__(self, times: int) -> Cost:
         return Cost(self.flop * times, self.bytes_read * times, self.bytes_written * times)
@@ -129,11 +132,8 @@ class Case:
     release: Callable[[], None] | None = None
 
     def __post_init__(self):
-        providers = {
-            name: provider if isinstance(provider, Provider) else Provider(provider)
-            for name, provider in self.providers.items()
-        }
-        object.__setattr__(self, "providers", providers)
+        made = {name: p if isinstance(p, Provider) else Provider(p) for name, p in self.providers.items()}
+        object.__setattr__(self, "providers", made)
 
     @property
     def group(self) -> str:
@@ -182,11 +182,7 @@ def choose(cases: Mapping[str, Case], patterns: Sequence[str], device: str, *, q
 
 
 def choose_providers(cases: Sequence[Case], patterns: Sequence[str]) -> list[Case]:
-    """The cases with their baselines and the providers that patterns name; without patterns with all providers.
-
-    Raises:
-        UnknownCase: a pattern names no provider.
-    """
+    """The cases with their baselines and the providers that patterns name; without patterns with all providers."""
     names = list(dict.fromkeys(name for case in cases for name in case.providers))
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
@@ -195,15 +191,7 @@ def choose_providers(cases: Sequence[Case], patterns: Sequence[str]) -> list[Cas
 
 
 def choose_names(names: Sequence[str], patterns: Sequence[str], command: str = "list") -> list[str]:
-    """The names that patterns choose, in order; without patterns all.
-
-    Args:
-        patterns: as of `choose`.
-        command: of `python -m bench`, which prints the names.
-
-    Raises:
-        UnknownCase: a pattern chooses no name.
-    """
+    """The names that patterns choose (see `choose`), in order; `command` of `python -m bench` prints all names."""
     chosen = set() if patterns else set(names)
     for pattern in patterns:
         found = [name for name in names if fnmatch.fnmatch(name, pattern) or group_of(name) == pattern]

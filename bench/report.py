@@ -26,15 +26,10 @@ _MARKED = re.compile(r"(<!-- bench:(?P<name>[\w-]+) -->\n)(?P<table>.*?)(<!-- /b
 
 
 def report(*, readme: bool, check: bool, html: Path | None) -> list[str]:
-    """Writes the documents and the page that are asked for; if nothing is asked for, returns the tables.
+    """Writes the tables of DOCUMENTS and the page that are asked for, and returns lines to print.
 
-    Args:
-        readme: write the tables of DOCUMENTS.
-        check: write nothing, and find where a document is not what the records give.
-        html: where to write the page.
-
-    Returns:
-        Lines to print; for a check one line for each table that differs.
+    If nothing is asked for, these are all tables; for a check, which writes nothing, a line for each table that differs
+    from what the records give.
     """
     found = records_by_device()
     texts = {path: path.read_text(encoding="utf-8") for path in DOCUMENTS} if readme or check else {}
@@ -52,11 +47,7 @@ def report(*, readme: bool, check: bool, html: Path | None) -> list[str]:
 
 
 def fill(text: str, found: Records, name: str = "README.md") -> str:
-    """A document with the tables between its markers made anew.
-
-    Raises:
-        BadRecord: the document has no marker, or one for a table that does not exist.
-    """
+    """A document with the tables between its markers made anew."""
     names = [match["name"] for match in _MARKED.finditer(text)]
     if not names or (unknown := [name for name in names if name not in TABLES]):
         what = f"a table called {unknown[0]!r}" if names else "no marker"

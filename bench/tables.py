@@ -1,7 +1,7 @@
 """The report's tables in Markdown, each made of what is kept of the cases."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 
 from . import records
 from .figures import (
@@ -14,6 +14,7 @@ from .figures import (
     gpu_note,
     gpus,
     is_measured,
+    markdown,
     row_of,
     rows_of,
     shown,
@@ -29,13 +30,6 @@ STAGES = {
     "projector": "projector",
 }
 SETTINGS = ("768", "1536-hd")
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], notes: str) -> str:
-    """A table with a paragraph of notes below it."""
-    lines = [f"| {' | '.join(cells)} |" for cells in [head, *rows]]
-    lines.insert(1, "|---" * len(head) + "|")
-    return "\n".join([*lines, "", wrapped(notes)])
 
 
 def picture_table(found: Records) -> str:
@@ -57,8 +51,8 @@ def picture_table(found: Records) -> str:
         "weights. Weights are random: their values do not change the work."
     )
     head = ["one picture to image tokens", *titles]
-    table = markdown(head, [*rows, ["**all of it**", *whole]], notes + gpu_note(found))
-    return "\n".join([table, *conditions(found, pairs)])
+    table = markdown(head, [*rows, ["**all of it**", *whole]])
+    return "\n".join([table, "", wrapped(notes + gpu_note(found)), *conditions(found, pairs)])
 
 
 def _stage(row: Mapping | None, name: str) -> str:
@@ -81,8 +75,8 @@ def mining_table(found: Records) -> str:
         "Times are medians. The ratio to the original's steps is the median of the ratios within the turns. Memory is "
         "the peak above inputs and weights."
     )
-    table = markdown(["patch info mining by", *titles], rows, notes + gpu_note(found))
-    return "\n".join([table, *conditions(found, columns)])
+    table = markdown(["patch info mining by", *titles], rows)
+    return "\n".join([table, "", wrapped(notes + gpu_note(found)), *conditions(found, columns)])
 
 
 def answers_table(found: Records) -> str:
@@ -119,8 +113,8 @@ def answers_table(found: Records) -> str:
         "towers and mining take the original's steps; it keeps image tokens between questions, as mg_fast does. 0.5b "
         "is a Llama of 0.56 B parameters behind narrow towers, with 576 image tokens."
     )
-    table = markdown(["an answer's part", *forms.values()], rows, notes + gpu_note(found))
-    return "\n".join([table, *conditions(found, list(titles))])
+    table = markdown(["an answer's part", *forms.values()], rows)
+    return "\n".join([table, "", wrapped(notes + gpu_note(found)), *conditions(found, list(titles))])
 
 
 def predicted_table(found: Records) -> str:
@@ -141,7 +135,7 @@ def predicted_table(found: Records) -> str:
         "by one, launches of kernels, and the most memory that is allocated at once above weights and inputs. All were "
         "counted on tensors without values (`python -m bench memory`), without what libraries take for themselves."
     )
-    return markdown(["on a GPU, predicted", *forms.values()], rows, notes)
+    return "\n".join([markdown(["on a GPU, predicted", *forms.values()], rows), "", wrapped(notes)])
 
 
 def _measured_on_gpu(found: Records, case: str, form: str) -> str:

@@ -11,12 +11,7 @@ from mg_fast.testing import random_checkpoints
 
 @dataclass(frozen=True)
 class Size:
-    """A size of `random_checkpoints.SIZES` and how it is run.
-
-    Args:
-        devices: on which it is run without being named.
-        quantize: how its weights are rounded.
-    """
+    """A size of `random_checkpoints.SIZES`, and the devices on which it is run without being named."""
 
     size: str
     hd: bool

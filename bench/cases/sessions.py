@@ -43,12 +43,8 @@ class Session:
     def pipeline(self, backend: str, *, graphs: bool = True, **options) -> mg_fast.Pipeline:
         """Returns the pipeline with these options, which all cases that ask for it share.
 
-        By default it keeps nothing: every picture is encoded, and every prompt is computed.
-
-        Args:
-            graphs: capture CUDA graphs. A pipeline without them serves to measure memory, since the allocator's peak
-                leaves out what lies in a graph's pool.
-            options: of Pipeline.
+        By default it keeps nothing: every picture is encoded, and every prompt is computed. A pipeline without graphs
+        serves to measure memory, since the allocator's peak leaves out what lies in a CUDA graph's pool.
         """
         key = (backend, graphs, *options.items())
         if key not in self.pipelines:

@@ -55,11 +55,7 @@ CARDS_GB = (16, 24, 40, 48, 80, 141)
 
 
 def find_gpu(name: str) -> Gpu:
-    """The GPU of this name in GPUS.
-
-    Raises:
-        UnknownName: there is none.
-    """
+    """The GPU of this name in GPUS; raises UnknownName where there is none."""
     if name not in GPUS:
         raise UnknownName(f"no GPU is called {name!r}: expected one of {', '.join(GPUS)}")
     return GPUS[name]

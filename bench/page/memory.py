@@ -10,6 +10,7 @@ from ..costs.answer import ModelledAnswer
 from ..costs.gpus import CARDS_GB
 from ..costs.mining import Sizes
 from ..figures import NOT_YET, Records, device_title, gpus, is_baseline, is_measured, rows_of
+from ..registry import dtype_name
 from .svg import Axis, Plot, key, quiet, section
 
 # The values of a line of a plot, by the side of the picture in pixels.
@@ -55,7 +56,7 @@ def _model(batch: int) -> str:
 def _mining(found: Records, device: str, dtype: torch.dtype) -> str:
     """Mining alone on a device."""
     sizes = {side: Sizes.of_picture(side, dtype) for side in peak_memory.SIDES}
-    plot, name = Plot(SIDE, Axis(0.01, 60)), str(dtype).removeprefix("torch.")
+    plot, name = Plot(SIDE, Axis(0.01, 60)), dtype_name(dtype)
     for tick in (0.01, 0.1, 1, 10):
         plot.tick_y(tick, f"{1e3 * tick:g} MB" if tick < 1 else f"{tick:g} GB")
     plain = {side: peak_memory.reference_peak(of) / 1e9 for side, of in sizes.items()}
