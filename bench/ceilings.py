@@ -9,7 +9,7 @@ from mg_fast.ops.operation import product_flop
 from mg_fast.runtime import cpu_dtype
 
 from .gpu_timing import event_times
-from .registry import Ceilings
+from .registry import Ceilings, dtype_name
 
 
 def measure_ceilings(device: str) -> Ceilings:
@@ -26,7 +26,7 @@ def measure_ceilings(device: str) -> Ceilings:
     for dtype in dtypes:
         a = torch.randn(side, side, device=device).to(dtype)
         flops = product_flop(side, side, side) / _best_seconds(lambda a=a: a @ a, device)
-        products[str(dtype).removeprefix("torch.")] = flops / 1e12
+        products[dtype_name(dtype)] = flops / 1e12
     return Ceilings(round(copy, 2), {dtype: round(value, 4) for dtype, value in products.items()})
 
 

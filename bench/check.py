@@ -20,11 +20,7 @@ REPEATABLE = ("triton",)
 def check(
     case: Case, inputs: object, device: str, rows: dict[str, dict], watch: Watchdog | None = None
 ) -> dict[str, Call]:
-    """Calls each provider once, and holds what it returns against the exact result.
-
-    Args:
-        rows: the rows of `empty_row`, by provider; the findings are written into them.
-        watch: records what the process is doing.
+    """Calls each provider once, and writes into its row (see `empty_row`) how it agrees with the exact result.
 
     Returns:
         The warm calls of the providers that are right, or whose accuracy is unknown.

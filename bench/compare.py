@@ -2,13 +2,10 @@
 
 
 def compare(before: dict, after: dict, within: float) -> tuple[str, bool]:
-    """A table of what both documents have, and whether all their ratios to the baseline agree.
+    """A table of what both documents have, and whether all their ratios to the baseline agree within this share.
 
     Ratios are compared, not times: clock rate and other load differ between two runs on one machine, and between two
     machines everything differs.
-
-    Args:
-        within: the share by which ratios may differ.
     """
     rows = {_key(row): row for row in before["cases"]}
     lines = [f"before: {_conditions(before)}", f"after:  {_conditions(after)}"]

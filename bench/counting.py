@@ -180,7 +180,7 @@ def _as_on_a_gpu(func, args: tuple, kwargs: dict) -> tuple[object, list[int]]:
         return func(*narrow, **kwargs).to(torch.bfloat16), []
     if name == "aten::native_layer_norm" and not first.is_contiguous():
         # The norm copies its input, and returns a contiguous result.
-        return func(first.contiguous(), *args[1:], **kwargs), [_bytes_of(first)]
+        return func(first.contiguous(), *args[1:], **kwargs), [first.nbytes]
     if name == "aten::scaled_dot_product_attention":
         # Flash attention has its result as [B, N, heads, d] in memory, and allocates a logarithm for each row.
         value = args[2]
@@ -194,10 +194,6 @@ def _flop(func, declared: Operator | None, args: tuple, kwargs: dict, out) -> in
         return formula(*args, **kwargs)
     formula = flop_registry.get(func._overloadpacket)
     return formula(*args, **kwargs, out_val=out) if formula else 0
-
-
-def _bytes_of(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.itemsize
 
 
 def _distinct_bytes(tensors: list[torch.Tensor]) -> int:

@@ -6,11 +6,7 @@ from .errors import NoDevice
 
 
 def check_device(device: str | None) -> str:
-    """The device's type; for None a GPU where torch sees one, else the CPU.
-
-    Raises:
-        NoDevice: a GPU was asked for and torch sees none, or the device is neither cpu nor cuda.
-    """
+    """The device's type; for None a GPU where torch sees one, else the CPU. Raises NoDevice where it is not here."""
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device not in ("cpu", "cuda"):

@@ -3,9 +3,7 @@
 Everything here is to be made and called within FakeTensorMode.
 """
 
-import contextlib
 import functools
-import unittest.mock
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,11 +13,10 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import DynamicCache
 
 from mg_fast import ops, use_backend
-from mg_fast.models.mini_gemini import modeling
 from mg_fast.models.mini_gemini.modeling import MiniGeminiForConditionalGeneration
 from mg_fast.models.mini_gemini.vision import low_resolution_features
 from mg_fast.modules.clip import PackedClip
-from mg_fast.ops.torch import patch_mining as mining_form
+from mg_fast.ops.torch.bilinear_tables import resize_matrix, strip_tables, window_tables
 from mg_fast.testing.random_checkpoints import make_config
 
 from .cases.settings import DIMS, LR, PATCHES, PICTURE, SETTINGS, WIDTH, Setting
@@ -27,8 +24,8 @@ from .counting import Count
 
 DTYPE = torch.bfloat16
 TEXT_TOKENS = 64
-# Functions of mg_fast.ops.torch.patch_mining that make a table once.
-TABLES = ("resize_matrix", "strip_tables", "window_tables")
+# Functions that make tables of patch info mining once.
+TABLES = (resize_matrix, strip_tables, window_tables)
 # The size and the setting of each whole model. The parts are those of the first model of a setting.
 MODELS = {"7b": ("7b", SETTINGS[0]), "7b-hd": ("7b", SETTINGS[1]), "34b-hd": ("34b", SETTINGS[1])}
 
@@ -38,17 +35,6 @@ class FakeCall(NamedTuple):
 
     weights: int
     call: Callable[[], object]
-
-
-def kept_tables() -> contextlib.AbstractContextManager:
-    """Within the block, tables of fake tensors are kept, as tables on a real GPU are."""
-    tables = {table: functools.cache(getattr(mining_form, table)) for table in TABLES}
-    return unittest.mock.patch.multiple(mining_form, **tables)
-
-
-def tables_made() -> int:
-    """How many tables have been made within `kept_tables`."""
-    return sum(getattr(mining_form, table).cache_info().misses for table in TABLES)
 
 
 def empty_model(size: str, *, hd: bool) -> MiniGeminiForConditionalGeneration:
@@ -217,9 +203,7 @@ def _prefill(of: FakePicture, attention: str, tokens: torch.Tensor) -> tuple[tor
     of.model.set_attn_implementation({"text_config": attention})
     inner, length = of.model.model, tokens.shape[1] + TEXT_TOKENS
     embedded = inner.language_model.get_input_embeddings()(_empty(1, length, dtype=torch.int64))
-    # The check counts the places of image tokens, and fake numbers cannot be counted.
-    with unittest.mock.patch.object(modeling, "check_places", lambda *_: None):
-        embedded = inner.splice(embedded, tokens, _empty(1, length, dtype=torch.int64))
+    embedded = inner.splice(embedded, tokens, _empty(1, length, dtype=torch.int64), checked=False)
     cache = DynamicCache(config=of.model.config.text_config)
     return inner.language_model(inputs_embeds=embedded, past_key_values=cache, use_cache=True).last_hidden_state, cache
 

@@ -1,19 +1,20 @@
 """Reads the records under bench/results, and writes their figures as text."""
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from . import measure, records
 from .cases import all_cases
+from .registry import OURS
 
 NOT_YET = "not measured yet"
 
 # The document that was kept of each case, by device and case.
-Kept = Mapping[str, Mapping[str, dict]]
+Records = Mapping[str, Mapping[str, dict]]
 
 
-def kept(results: Path = records.RESULTS) -> Kept:
+def records_by_device(results: Path = records.RESULTS) -> Records:
     """What was measured by device, a CPU first, and by case, in the order of the registry.
 
     Raises:
@@ -32,17 +33,17 @@ def kept(results: Path = records.RESULTS) -> Kept:
     }
 
 
-def rows_of(found: Kept, device: str, case: str) -> list[dict]:
+def rows_of(found: Records, device: str, case: str) -> list[dict]:
     """The rows of a case; empty if there is no record of it."""
     return found.get(device, {}).get(case, {"cases": []})["cases"]
 
 
-def row_of(found: Kept, device: str, case: str, provider: str) -> dict | None:
+def row_of(found: Records, device: str, case: str, provider: str) -> dict | None:
     """The row of a provider; None if there is no record of it."""
     return next((row for row in rows_of(found, device, case) if row["provider"] == provider), None)
 
 
-def gpus(found: Kept) -> list[str]:
+def gpus(found: Records) -> list[str]:
     return [device for device in found if device != "cpu"]
 
 
@@ -59,6 +60,15 @@ def shown(row: Mapping) -> bool:
     return row["median_ms"] is not None or row["ok"] is False
 
 
+def is_baseline(row: Mapping) -> bool:
+    return row["provider"] == row.get("baseline", "reference")
+
+
+def is_ours(provider: str) -> bool:
+    """Whether a provider is mg_fast's own; the others are the original's steps and opponents."""
+    return provider.split(",")[0] in OURS
+
+
 def figure(row: Mapping | None) -> str:
     """Time, memory and ratio; for a wrong result FAIL with its reason instead of these."""
     if row is None:
@@ -67,10 +77,8 @@ def figure(row: Mapping | None) -> str:
         return f"FAIL: {cell(row['why'] or 'no reason kept')}"
     if row["median_ms"] is None:
         return cell(row["why"] or NOT_YET)
-    told, notes = duration(row["median_ms"]), []
-    if row["peak_mib"] is not None:
-        told += f", {row['peak_mib']:.0f} MiB"
-    if row["provider"] != row.get("baseline", "reference") and row.get("speedup"):
+    told, notes = time_and_peak(row["median_ms"], row["peak_mib"]), []
+    if row.get("speedup") and not is_baseline(row):
         notes.append(ratio(row["speedup"]))
     if row.get("graphed_ms"):
         # Without this figure a gain at batch 1 could come from launches alone.
@@ -100,12 +108,13 @@ def duration(ms: float) -> str:
     return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f} {unit}"
 
 
-def conditions(found: Kept, used: list[tuple[str, str]]) -> list[str]:
-    """A line for all cases that were measured under the same conditions.
+def time_and_peak(ms: float, peak_mib: float | None) -> str:
+    """A time, and the peak of memory if it was measured."""
+    return duration(ms) + (f", {peak_mib:.0f} MiB" if peak_mib is not None else "")
 
-    Args:
-        used: devices and cases.
-    """
+
+def conditions(found: Records, used: list[tuple[str, str]]) -> list[str]:
+    """A line for all cases, of pairs of a device and a case, that were measured under the same conditions."""
     lines: dict[str, list[str]] = {}
     for device, case in used:
         if document := found.get(device, {}).get(case):
@@ -145,10 +154,16 @@ def cell(text: str) -> str:
 
 
 def wrapped(text: str) -> str:
-    """A paragraph or an item of a list in lines of Markdown."""
-    indent = "  " * text.startswith("- ")
+    """A paragraph or an item of a list in lines of Markdown, also within a block of quoted lines."""
+    indent = "> " * text.startswith("> ") + "  " * text.removeprefix("> ").startswith("- ")
     return textwrap.fill(text, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
-def gpu_note(found: Kept) -> str:
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    lines = [f"| {' | '.join(cells)} |" for cells in [head, *rows]]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
+
+
+def gpu_note(found: Records) -> str:
     return "" if gpus(found) else f" On a GPU: {NOT_YET}."

@@ -30,32 +30,22 @@ def time_in_passes(
         seconds: of device time for each call, about.
         begin: called with the name of every call before it is timed.
     """
-    passes = []
-    for names in (list(calls), list(calls)[::-1]):
-        timings = {}
+    passes: list[dict[str, Timing]] = [{}, {}]
+    for timings, names in zip(passes, (list(calls), list(calls)[::-1])):
         for name in names:
             begin(name)
             timings[name] = time_on_gpu(calls[name], seconds / 2)
-        passes.append(timings)
+    medians = [{name: statistics.median(timing.samples) for name, timing in timings.items()} for timings in passes]
     merged = {}
     for name in calls:
         first, second = (timings[name] for timings in passes)
-        warm_ms, ratios = (first.warm_ms + second.warm_ms) / 2, []
-        if baseline in calls:
-            ratios = [
-                statistics.median(timings[baseline].samples) / statistics.median(timings[name].samples)
-                for timings in passes
-            ]
-        merged[name] = Timing(first.samples + second.samples, warm_ms, ratios)
+        ratios = [by_name[baseline] / by_name[name] for by_name in medians] if baseline in calls else []
+        merged[name] = Timing(first.samples + second.samples, (first.warm_ms + second.warm_ms) / 2, ratios)
     return merged
 
 
 def time_on_gpu(call: Call, seconds: float) -> Timing:
-    """Times a call, including the host's time to launch it, which is nearly all of the time of a short call.
-
-    Args:
-        seconds: roughly how much device time to spend.
-    """
+    """Times a call, including the host's time to launch it, which is nearly all of the time of a short call."""
     # After three calls everything is compiled, and all tables and graphs are made.
     for _ in range(3):
         call()
@@ -64,9 +54,7 @@ def time_on_gpu(call: Call, seconds: float) -> Timing:
 
 
 def time_graph(call: Call, seconds: float) -> float:
-    """The median of a warm call's replay as a CUDA graph, in milliseconds, with the cache flushed.
-
-    The host has no part in it.
+    """The median of a warm call's replay as a CUDA graph, in milliseconds, with the cache flushed, without the host.
 
     Raises:
         GpuLost: the call could not be captured.
@@ -121,10 +109,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def why_lost() -> str | None:
-    """Why this process can do no more on its GPU, where a kernel has broken its context; None where it still can.
-
-    An illegal access, for example, is reported by every later call.
-    """
+    """Why this process can do no more on its GPU, as after an illegal access by a kernel; None where it still can."""
     try:
         torch.cuda.synchronize()
     except RuntimeError as error:

@@ -53,16 +53,13 @@ def kernel_table(call: Call, device: str) -> dict:
         if event.device_type == kind and us > 0:
             rows.append(_row(event.key[:MOST_CHARACTERS], event.count / CALLS, us / CALLS))
     rows.sort(key=lambda row: -row["us"])
-    kept, others = rows[:MOST_KERNELS], rows[MOST_KERNELS:]
+    first, others = rows[:MOST_KERNELS], rows[MOST_KERNELS:]
+    launches, busy = (sum(row[key] for row in rows) for key in ("launches", "us"))
     if others:
-        launches, us = (sum(row[key] for row in others) for key in ("launches", "us"))
-        kept.append(_row(f"{len(others)} others", launches, us))
-    return {
-        "wall_us": round(statistics.median(walls), 1) if walls else None,
-        "busy_us": round(sum(row["us"] for row in rows), 1),
-        "launches": sum(row["launches"] for row in rows),
-        "kernels": kept,
-    }
+        rest = (sum(row[key] for row in others) for key in ("launches", "us"))
+        first.append(_row(f"{len(others)} others", *rest))
+    wall = round(statistics.median(walls), 1) if walls else None
+    return {"wall_us": wall, "busy_us": round(busy, 1), "launches": launches, "kernels": first}
 
 
 def _row(name: str, launches: float, us: float) -> dict:
@@ -72,11 +69,8 @@ def _row(name: str, launches: float, us: float) -> dict:
 def spans(times: list[tuple[float, float]], calls: int) -> list[float]:
     """How long each of several equal calls took, from the start of its first kernel to the end of its last one.
 
-    Args:
-        times: starts and ends of the kernels of all calls; kernels of different calls do not overlap.
-
-    Returns:
-        A time for each call; nothing where the number of kernels is not a multiple of the number of calls.
+    `times` are starts and ends of the kernels of all calls, which do not overlap. Nothing is returned where their
+    number is not a multiple of the number of calls.
     """
     if not times or len(times) % calls:
         return []

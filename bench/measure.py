@@ -6,12 +6,13 @@ the machine are left out: threads that wait for each other suffer from such proc
 more threads suffers more. At the end the first half of the turns is held against the second.
 """
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+
+import numpy as np
+import psutil
 
 from .registry import Call
 
@@ -46,44 +47,29 @@ class Timing:
 
 
 class Others:
-    """The part of the machine's CPU time that other processes took since the last question.
-
-    It is None where the system does not tell.
-    """
+    """The part of the machine's CPU time that other processes took since the last question."""
 
     def __init__(self):
         self._before = self._read()
 
-    def share(self) -> float | None:
+    def share(self) -> float:
         before, self._before = self._before, self._read()
-        if before is None or self._before is None:
-            return None
         busy, own, idle = (after - earlier for after, earlier in zip(self._before, before))
         return max(0.0, busy - own) / max(busy + idle, 1e-9)
 
     @staticmethod
-    def _read() -> tuple[float, float, float] | None:
-        """Seconds of CPU time since the machine began: busy, of this process, idle.
-
-        Other virtual machines on the same processors count as busy.
-        """
-        try:
-            fields = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
-        except (OSError, ValueError):
-            return None
-        ticks = os.sysconf("SC_CLK_TCK")
-        user, nice, system, idle, waiting, interrupts, soft_interrupts, stolen = (field / ticks for field in fields)
-        busy = user + nice + system + interrupts + soft_interrupts + stolen
-        return busy, time.process_time(), idle + waiting
+    def _read() -> tuple[float, float, float]:
+        """Seconds of CPU time: busy (also by other virtual machines), of this process, idle."""
+        times = psutil.cpu_times()._asdict()
+        idle = times.pop("idle") + times.pop("iowait", 0)
+        # Linux counts the time of its guests as time of users, too.
+        busy = sum(seconds for name, seconds in times.items() if not name.startswith("guest"))
+        return busy, time.process_time(), idle
 
 
 def quantile(values: list[float], fraction: float) -> float:
     """The value at a fraction of the sorted values, by linear interpolation."""
-    ordered = sorted(values)
-    position = fraction * (len(ordered) - 1)
-    below = int(position)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (position - below) * (ordered[above] - ordered[below])
+    return float(np.quantile(values, fraction))
 
 
 def halves_differ(ratios: list[float], least: int = 4) -> float | None:
@@ -112,7 +98,6 @@ def time_in_turns(
     spent, or `most_turns` are taken. Where fewer than two turns were undisturbed, all of them count.
 
     Args:
-        clock: seconds.
         others: as `Others.share`, which is the default.
         clocked: the calls return their own milliseconds beside their outputs, see `Case`; the ratio of a turn is then
             the ratio of its medians.

@@ -6,24 +6,24 @@ is not seen (`LIBRARIES`).
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 from torch._subclasses import FakeTensorMode
 
+from mg_fast.runtime.device_tables import caching_fake_tensors
 from mg_fast.testing.environment import environment
 
 from . import records
+from .costs.gpus import CARDS_GB
 from .counting import Count
 from .errors import BadRecord
-from .fake_models import MODELS, FakeCall, FakePicture, case_names, cases_of, kept_tables, tables_made
+from .fake_models import MODELS, TABLES, FakeCall, FakePicture, case_names, cases_of
 from .registry import choose_names
 
 PREDICTED = records.RESULTS / "predicted.json"
 SAVE = "`python -m bench memory --save`"
-# Memory of cards in 10^9 bytes. Cards sold by 2^30 have 7 % more, which is left to the driver and the libraries.
-CARDS_GB = (16, 24, 40, 48, 80, 141)
 LIBRARIES = """\
 What libraries take for themselves is not in these figures:
   cuBLAS      a workspace per handle and stream, twice for two streams: 8.1 MiB, on Hopper 32 MiB
@@ -41,49 +41,40 @@ class Prediction:
     """The resources that one call takes, in bytes unless the list below says otherwise.
 
     Args:
-        weights: of parameters and packed copies of them.
-        held: what the call leaves behind: its results, the language model's cache.
         peak: the most that is allocated at once beside weights and inputs; what is held is part of it.
+        held: what the call leaves behind: its results, the language model's cache.
         moved: read and written.
         launches: number of kernels.
         flop: of products of matrices and convolutions.
+        weights: of parameters and packed copies of them.
     """
 
-    weights: int
-    held: int
     peak: int
+    held: int
     moved: int
     launches: int
     flop: int
+    weights: int
 
 
-# The figures of a prediction, in the order in which differences are reported.
-FIGURES = ("peak", "held", "moved", "launches", "flop", "weights")
 # Predictions by case, then by provider.
 Predictions = dict[str, dict[str, Prediction]]
 
 
 def predict(patterns: Sequence[str] = ()) -> Predictions:
-    """Predictions by case and provider.
-
-    Args:
-        patterns: names, shell patterns or groups; none: all.
-
-    Raises:
-        UnknownCase: a pattern names no case.
-    """
+    """Predictions of the cases that patterns choose; raises UnknownCase for a pattern that names none."""
     chosen, found = choose_names(case_names(), patterns, "memory"), {}
     # Only one model exists at a time. Making the modules of one takes seconds.
     for model in MODELS:
-        with FakeTensorMode(), kept_tables():
+        with FakeTensorMode(), caching_fake_tensors(*TABLES) as tables_made:
             picture = FakePicture(*MODELS[model])
             for name, make in cases_of(model).items():
                 if name in chosen:
-                    found[name] = {label: _predict(provider) for label, provider in make(picture).items()}
+                    found[name] = {label: _predict(provider, tables_made) for label, provider in make(picture).items()}
     return {name: found[name] for name in chosen}
 
 
-def _predict(provider: FakeCall) -> Prediction:
+def _predict(provider: FakeCall, tables_made: Callable[[], int]) -> Prediction:
     with torch.inference_mode():
         made = None
         # The first call also makes tables, so a later call, which makes none, is counted.
@@ -93,7 +84,8 @@ def _predict(provider: FakeCall) -> Prediction:
                 out = provider.call()
                 held = count.live
                 del out
-    return Prediction(provider.weights, held, count.peak, count.total.bytes, count.launches.total(), count.total.flop)
+    moved, flop = count.total.bytes, count.total.flop
+    return Prediction(count.peak, held, moved, count.launches.total(), flop, provider.weights)
 
 
 def record(predictions: Predictions) -> dict:
@@ -128,20 +120,15 @@ def _named(versions: Mapping[str, str | None]) -> str:
 
 
 def differences(recorded: Mapping, predictions: Predictions) -> Iterator[str]:
-    """A sentence for every figure that is not as recorded.
-
-    Args:
-        recorded: as `recorded` returns them.
-        predictions: of some of the same cases.
-    """
+    """A sentence for every figure of some cases that is not as recorded (see `recorded`)."""
     for name, providers in predictions.items():
         for provider, prediction in providers.items():
             before, now = recorded.get(name, {}).get(provider), asdict(prediction)
             if before is None:
                 yield f"{name}, {provider}: not recorded. {SAVE} records it"
                 continue
-            for figure in FIGURES:
-                old, new = before[figure], now[figure]
+            for figure, new in now.items():
+                old = before[figure]
                 if new != old:
                     verdict = "got worse; if it must," if new > old else "got better: record it,"
                     change = f"{figure} {old:,} -> {new:,} ({new / max(old, 1) - 1:+.2%})"
@@ -180,23 +167,15 @@ def _columns(rows: list[tuple[str, ...]]) -> str:
     )
 
 
-def main(patterns: Sequence[str] = (), *, hd: bool = False, check: bool = False, save: bool = False) -> int:
-    """Prints predictions; returns the exit status.
-
-    Args:
-        patterns: names, shell patterns or groups; none: all.
-        hd: only the cases of the HD models.
-        check: compare the predictions with those that are recorded.
-        save: record them.
+def main(patterns: Sequence[str], *, check: bool, save: bool) -> int:
+    """Prints predictions, and compares them with the recorded ones or records them; returns the exit status.
 
     Raises:
         BadRecord: the recorded predictions are of other versions, or only a part is to be recorded.
     """
-    if save and (patterns or hd):
-        raise BadRecord("--save records the predictions of all cases: name none, and leave out --hd")
-    chosen = choose_names(case_names(), patterns, "memory")
-    chosen = [name for name in chosen if "-hd-" in name or name.endswith("-hd")] if hd else chosen
-    predictions = predict(chosen) if chosen else {}
+    if save and patterns:
+        raise BadRecord("--save records the predictions of all cases: name none")
+    predictions = predict(choose_names(case_names(), patterns, "memory"))
     print("\n\n".join(part for part in (table(predictions), fit_table(predictions), LIBRARIES) if part))
     if save:
         records.write(PREDICTED, record(predictions))

@@ -1,8 +1,6 @@
 """The README's status box, and its table of the original's steps against mg_fast in a few cases."""
 
-import textwrap
-
-from .figures import Kept, cell, duration, gpus, is_measured, ratio, remarks, row_of, shown, wrapped
+from .figures import Records, cell, duration, gpus, is_measured, markdown, ratio, remarks, row_of, shown, wrapped
 from .registry import OURS
 
 # The cases of the table, and their titles for a reader. The last one shows where little is gained.
@@ -24,13 +22,10 @@ ON_A_GPU = {
 OF_MG_FAST = ("auto", "torch")
 
 
-def readme_table(found: Kept) -> str:
+def readme_table(found: Records) -> str:
     """Time and memory of the original's steps and of mg_fast, a row for every case that was measured."""
-    lines = [
-        "| what | time, original | time, mg_fast | speedup | memory, original | memory, mg_fast |",
-        "|---" * 6 + "|",
-    ]
-    machines = []
+    head = ["what", "time, original", "time, mg_fast", "speedup", "memory, original", "memory, mg_fast"]
+    rows, machines = [], []
     for device in ("cpu", *gpus(found)):
         for case, title in (ON_A_CPU if device == "cpu" else ON_A_GPU).items():
             before = row_of(found, device, case, "reference")
@@ -43,20 +38,20 @@ def readme_table(found: Kept) -> str:
             what = title if device == "cpu" else f"{machine}: {title}"
             ratios = "; ".join([ratio(after["speedup"]), *map(cell, remarks(after))])
             times, peaks = zip(*((duration(row["median_ms"]), _peak(row)) for row in (before, after)))
-            lines.append(f"| {' | '.join([what, *times, ratios, *peaks])} |")
+            rows.append([what, *times, ratios, *peaks])
     where = "; ".join(dict.fromkeys(machines)) or "nothing yet"
     notes = (
-        f"Measured on {where}: medians, with random weights, whose values change no work. Memory is the peak above "
-        "inputs and weights. For answers, the original is transformers' `generate`, on a CPU with a language model of "
-        "0.56 B parameters. [All results, with their conditions](docs/benchmarks.md)."
+        f"Measured on {where}: medians. Weights are random, because their values do not change the work. Memory is the "
+        "peak above inputs and weights. For answers, the original is transformers' `generate`, on a CPU with a "
+        "language model of 0.56 B parameters. [All results, with their conditions](docs/benchmarks.md)."
     )
-    return "\n".join([*lines, "", wrapped(notes)])
+    return "\n".join([markdown(head, rows), "", wrapped(notes)])
 
 
-def status_table(found: Kept) -> str:
+def status_table(found: Records) -> str:
     """What has been measured on GPUs: the cases, which of our providers were wrong, and which were slower."""
     if not gpus(found):
-        return _quoted(
+        return wrapped(
             "> **Measured on a CPU. On a GPU: predicted, not run yet.** The kernels were interpreted on a CPU and "
             "compiled ahead of time for [six GPU architectures](docs/kernels.md#what-runs-on-which-gpu). "
             "[docs/gpu.md](docs/gpu.md) describes how everything is to be measured on a GPU that is borrowed for a "
@@ -79,17 +74,11 @@ def _measured_on(device: str, cases: dict[str, dict]) -> str:
         if is_measured(row) and row.get("speedup") and row["speedup"] < 1
     ]
     conditions = sorted({f"{document['date']} at commit {document['commit']}" for document in documents})
-    return _quoted(
+    return wrapped(
         f"> - **{device}**, measured on {', '.join(conditions)}: {len(cases)} cases, in which {len(rows)} providers of "
         f"this project ran. Wrong or broken: {'; '.join(wrong) or 'none'}. "
         f"Slower than the baseline: {'; '.join(slower) or 'none'}."
     )
-
-
-def _quoted(text: str) -> str:
-    """A paragraph or an item of a list, within a block of quoted lines."""
-    indent = "> " + "  " * text.startswith("> - ")
-    return textwrap.fill(text, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _peak(row: dict) -> str:

@@ -26,8 +26,19 @@ DTYPES = ("float32", "bfloat16", "float16")
 # The providers that are this project's own forms. The others are the original's steps, opponents and variants; one of
 # those that fails is a finding and no error.
 OURS = ("torch", "auto", "triton", "packed", "23 layers")
+# Groups of cases of a whole stage or more; the other groups are single kernels and stress shapes.
+STAGE_GROUPS = ("patch_mining", "tower", "clip", "dual_resize", "projector", "picture", "end-to-end")
 # The providers of a quick run: compiling takes longer than everything else together.
 QUICK_PROVIDERS = ("reference", "torch", "triton")
+
+
+def group_of(name: str) -> str:
+    """The group of a case, by its name."""
+    return name.split("/")[0]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 class NotHere(Exception):
@@ -47,9 +58,8 @@ class Cost:
         return self.bytes_read + self.bytes_written
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            self.flop + other.flop, self.bytes_read + other.bytes_read, self.bytes_written + other.bytes_written
-        )
+        read, written = self.bytes_read + other.bytes_read, self.bytes_written + other.bytes_written
+        return Cost(self.flop + other.flop, read, written)
 
     def __mul__(self, times: int) -> Cost:
         return Cost(self.flop * times, self.bytes_read * times, self.bytes_written * times)
@@ -122,15 +132,12 @@ class Case:
     release: Callable[[], None] | None = None
 
     def __post_init__(self):
-        providers = {
-            name: provider if isinstance(provider, Provider) else Provider(provider)
-            for name, provider in self.providers.items()
-        }
-        object.__setattr__(self, "providers", providers)
+        made = {name: p if isinstance(p, Provider) else Provider(p) for name, p in self.providers.items()}
+        object.__setattr__(self, "providers", made)
 
     @property
     def group(self) -> str:
-        return self.name.split("/")[0]
+        return group_of(self.name)
 
     @property
     def dtype(self) -> str:
@@ -175,11 +182,7 @@ def choose(cases: Mapping[str, Case], patterns: Sequence[str], device: str, *, q
 
 
 def choose_providers(cases: Sequence[Case], patterns: Sequence[str]) -> list[Case]:
-    """The cases with their baselines and the providers that patterns name; without patterns with all providers.
-
-    Raises:
-        UnknownCase: a pattern names no provider.
-    """
+    """The cases with their baselines and the providers that patterns name; without patterns with all providers."""
     names = list(dict.fromkeys(name for case in cases for name in case.providers))
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
@@ -188,20 +191,12 @@ def choose_providers(cases: Sequence[Case], patterns: Sequence[str]) -> list[Cas
 
 
 def choose_names(names: Sequence[str], patterns: Sequence[str], command: str = "list") -> list[str]:
-    """The names that patterns choose, in order; without patterns all.
-
-    Args:
-        patterns: as of `choose`.
-        command: of `python -m bench`, which prints the names.
-
-    Raises:
-        UnknownCase: a pattern chooses no name.
-    """
+    """The names that patterns choose (see `choose`), in order; `command` of `python -m bench` prints all names."""
     chosen = set() if patterns else set(names)
     for pattern in patterns:
-        found = [name for name in names if fnmatch.fnmatch(name, pattern) or name.split("/")[0] == pattern]
+        found = [name for name in names if fnmatch.fnmatch(name, pattern) or group_of(name) == pattern]
         if not found:
-            groups = ", ".join(dict.fromkeys(name.split("/")[0] for name in names))
+            groups = ", ".join(dict.fromkeys(map(group_of, names)))
             raise UnknownCase(
                 f"no case is called {pattern!r}: `python -m bench {command}` prints them all; groups are {groups}"
             )

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from . import tables
 from .errors import BadRecord
-from .figures import Kept, kept
+from .figures import Records, records_by_device
+from .page import page
 from .readme_table import readme_table, status_table
-from .report_page import page
 
 ROOT = Path(__file__).parents[1]
 # The files with tables between markers.
@@ -26,17 +26,12 @@ _MARKED = re.compile(r"(<!-- bench:(?P<name>[\w-]+) -->\n)(?P<table>.*?)(<!-- /b
 
 
 def report(*, readme: bool, check: bool, html: Path | None) -> list[str]:
-    """Writes the documents and the page that are asked for; if nothing is asked for, returns the tables.
+    """Writes the tables of DOCUMENTS and the page that are asked for, and returns lines to print.
 
-    Args:
-        readme: write the tables of DOCUMENTS.
-        check: write nothing, and find where a document is not what the records give.
-        html: where to write the page.
-
-    Returns:
-        Lines to print; for a check one line for each table that differs.
+    If nothing is asked for, these are all tables; for a check, which writes nothing, a line for each table that differs
+    from what the records give.
     """
-    found = kept()
+    found = records_by_device()
     texts = {path: path.read_text(encoding="utf-8") for path in DOCUMENTS} if readme or check else {}
     if check:
         return [line for path, text in texts.items() for line in differences(text, found, path.name)]
@@ -51,12 +46,8 @@ def report(*, readme: bool, check: bool, html: Path | None) -> list[str]:
     return told or [f"{title}\n{table(found)}\n" for title, table in TABLES.items()]
 
 
-def fill(text: str, found: Kept, name: str = "README.md") -> str:
-    """A document with the tables between its markers made anew.
-
-    Raises:
-        BadRecord: the document has no marker, or one for a table that does not exist.
-    """
+def fill(text: str, found: Records, name: str = "README.md") -> str:
+    """A document with the tables between its markers made anew."""
     names = [match["name"] for match in _MARKED.finditer(text)]
     if not names or (unknown := [name for name in names if name not in TABLES]):
         what = f"a table called {unknown[0]!r}" if names else "no marker"
@@ -65,7 +56,7 @@ def fill(text: str, found: Kept, name: str = "README.md") -> str:
     return _MARKED.sub(lambda match: f"{match[1]}{TABLES[match['name']](found)}\n{match[4]}", text)
 
 
-def differences(text: str, found: Kept, name: str = "README.md") -> list[str]:
+def differences(text: str, found: Records, name: str = "README.md") -> list[str]:
     """A line for each table of a document that is not what the records give."""
     made = _MARKED.finditer(fill(text, found, name))
     return [

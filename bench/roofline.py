@@ -6,6 +6,7 @@ from pathlib import Path
 from . import records
 from .costs.answer import ModelledAnswer
 from .costs.gpus import find_gpu
+from .costs.mining import reference_mining
 from .errors import BadRecord
 from .registry import Ceilings
 
@@ -41,17 +42,15 @@ def recorded_ceilings(document: Mapping) -> Ceilings | None:
     return Ceilings(ceilings["copy_gbps"], ceilings["matmul_tflops"]) if ceilings else None
 
 
-def table(gpu_name: str, answer: ModelledAnswer, measured: Path | None = None) -> str:
+def table(gpu: str, measured: Path | None, **options) -> str:
     """The roofline of an answer on a GPU as text.
 
     Args:
+        options: of `ModelledAnswer`.
         measured: a document, or a folder of them, whose ceilings and times stand beside the floors.
-
-    Raises:
-        UnknownName: there is no such GPU.
-        BadRecord: `measured` holds no documents, or they were not measured on a GPU.
     """
-    gpu, dtype, times = find_gpu(gpu_name), answer.dtype, {}
+    gpu, answer, times = find_gpu(gpu), ModelledAnswer(**options), {}
+    dtype = answer.dtype
     ceilings, source = gpu.ceilings, "the data sheet's, which no program reaches"
     if gpu.reached is not None:
         source = "reached on one card"
@@ -81,7 +80,7 @@ def table(gpu_name: str, answer: ModelledAnswer, measured: Path | None = None) -
         line += f"{stage.intensity:>9.1f}{floor:>10.3f}{stage.bound(ceilings, dtype):>11}{share:>7}"
         ms, provider = times.get(stage.name, (None, None))
         lines.append(line + (f"{ms:>10.3f} {provider}" if provider else ""))
-    original = answer.original_mining
+    original = reference_mining(answer.mining)
     products, copies = original.flop / tflops / 1e9, original.bytes / bandwidth / 1e6
     room = gpu.memory_gb - (answer.weight_bytes + answer.cache_bytes) / 1e9
     fits = f"fits into {gpu.memory_gb:g} GB, {room:.1f} GB are left for the tensors that a call makes"

@@ -24,13 +24,10 @@ from .watch import Watchdog
 
 @dataclass
 class RunOptions:
-    """How cases are measured.
+    """How cases are measured; the options of `python -m bench run` have the same names.
 
     Attributes:
         seconds: for the turns of one case, of which at least four are taken; on a GPU a tenth of it for each provider.
-        memory: also measure peak memory, on a CPU in a process for each provider.
-        kernels: also profile the providers that name a call for it, kernel by kernel.
-        watch: records what the process is doing.
     """
 
     seconds: float = 20
@@ -53,7 +50,6 @@ def run(
     Args:
         ceilings: of this device, where they were measured before.
         out: the file in which the document is kept as it grows.
-        command: the command that asked for it.
 
     Returns:
         The document. `complete` is false where it was interrupted or the GPU was lost; `ended` says which.
@@ -120,9 +116,7 @@ def run_case(
     """Measures a case's providers, and returns a row for each.
 
     Args:
-        rows: the same rows by provider, as of `empty_row`. They are filled as the run goes on, and hold what there is
-            when it is interrupted.
-        clocks: reads the GPU's clocks meanwhile.
+        rows: the same rows by provider (see `empty_row`), for a caller that needs them after an interrupt, too.
 
     Raises:
         GpuLost: the process can do no more on the GPU.

@@ -1,12 +1,12 @@
 """The report's tables in Markdown, each made of what is kept of the cases."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 
 from . import records
 from .figures import (
     NOT_YET,
-    Kept,
+    Records,
     conditions,
     device_title,
     duration,
@@ -14,6 +14,7 @@ from .figures import (
     gpu_note,
     gpus,
     is_measured,
+    markdown,
     row_of,
     rows_of,
     shown,
@@ -31,14 +32,7 @@ STAGES = {
 SETTINGS = ("768", "1536-hd")
 
 
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], notes: str) -> str:
-    """A table with a paragraph of notes below it."""
-    lines = [f"| {' | '.join(cells)} |" for cells in [head, *rows]]
-    lines.insert(1, "|---" * len(head) + "|")
-    return "\n".join([*lines, "", wrapped(notes)])
-
-
-def picture_table(found: Kept) -> str:
+def picture_table(found: Records) -> str:
     """One picture to image tokens, stage by stage: the original's steps and mg_fast."""
     columns = [("cpu", "768", "float32"), ("cpu", "1536-hd", "float32"), ("cpu", "768", "bfloat16")]
     columns += [(device, setting, "bfloat16") for device in gpus(found) for setting in SETTINGS]
@@ -57,8 +51,8 @@ def picture_table(found: Kept) -> str:
         "weights. Weights are random: their values do not change the work."
     )
     head = ["one picture to image tokens", *titles]
-    table = markdown(head, [*rows, ["**all of it**", *whole]], notes + gpu_note(found))
-    return "\n".join([table, *conditions(found, pairs)])
+    table = markdown(head, [*rows, ["**all of it**", *whole]])
+    return "\n".join([table, "", wrapped(notes + gpu_note(found)), *conditions(found, pairs)])
 
 
 def _stage(row: Mapping | None, name: str) -> str:
@@ -66,7 +60,7 @@ def _stage(row: Mapping | None, name: str) -> str:
     return duration(found["ms"]) if found else NOT_YET
 
 
-def mining_table(found: Kept) -> str:
+def mining_table(found: Records) -> str:
     """Patch info mining by every provider that was measured."""
     columns = [("cpu", f"patch_mining/{setting}-b1-float32") for setting in SETTINGS]
     columns += [(device, f"patch_mining/{setting}-b1-bfloat16") for device in gpus(found) for setting in SETTINGS]
@@ -81,11 +75,11 @@ def mining_table(found: Kept) -> str:
         "Times are medians. The ratio to the original's steps is the median of the ratios within the turns. Memory is "
         "the peak above inputs and weights."
     )
-    table = markdown(["patch info mining by", *titles], rows, notes + gpu_note(found))
-    return "\n".join([table, *conditions(found, columns)])
+    table = markdown(["patch info mining by", *titles], rows)
+    return "\n".join([table, "", wrapped(notes + gpu_note(found)), *conditions(found, columns)])
 
 
-def answers_table(found: Kept) -> str:
+def answers_table(found: Records) -> str:
     """The language model's part of an answer: by transformers' own loop, and by mg_fast."""
     columns = [("cpu", "0.5b", "float32"), ("cpu", "0.5b", "bfloat16"), ("cpu", "0.5b-int8", "bfloat16")]
     columns += [(device, size, "bfloat16") for device in gpus(found) for size in ("7b", "7b-int8", "7b-hd", "34b")]
@@ -119,11 +113,11 @@ def answers_table(found: Kept) -> str:
         "towers and mining take the original's steps; it keeps image tokens between questions, as mg_fast does. 0.5b "
         "is a Llama of 0.56 B parameters behind narrow towers, with 576 image tokens."
     )
-    table = markdown(["an answer's part", *forms.values()], rows, notes + gpu_note(found))
-    return "\n".join([table, *conditions(found, list(titles))])
+    table = markdown(["an answer's part", *forms.values()], rows)
+    return "\n".join([table, "", wrapped(notes + gpu_note(found)), *conditions(found, list(titles))])
 
 
-def predicted_table(found: Kept) -> str:
+def predicted_table(found: Records) -> str:
     """Predictions for a GPU; measured figures take their place as soon as there are any."""
     parts = {"patch info mining": "patch_mining", "high-resolution tower": "tower", "picture to tokens": "picture"}
     forms = {"reference": "the original's steps", "auto": "mg_fast", "triton": "mg_fast, kernels everywhere"}
@@ -141,10 +135,10 @@ def predicted_table(found: Kept) -> str:
         "by one, launches of kernels, and the most memory that is allocated at once above weights and inputs. All were "
         "counted on tensors without values (`python -m bench memory`), without what libraries take for themselves."
     )
-    return markdown(["on a GPU, predicted", *forms.values()], rows, notes)
+    return "\n".join([markdown(["on a GPU, predicted", *forms.values()], rows), "", wrapped(notes)])
 
 
-def _measured_on_gpu(found: Kept, case: str, form: str) -> str:
+def _measured_on_gpu(found: Records, case: str, form: str) -> str:
     """The figures of a case on every GPU that it was measured on."""
     rows = {device: row_of(found, device, case, form) for device in gpus(found)}
     return "; ".join(f"measured on {device}: {figure(row)}" for device, row in rows.items() if is_measured(row))

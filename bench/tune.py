@@ -104,11 +104,7 @@ def cases_of(kernel: str, key: object) -> list[Case]:
 
 
 def entries(kernels: Sequence[str]) -> list[tuple[str, object]]:
-    """Kernels with the keys of the entries for which there is a published shape, what most models run in first.
-
-    Raises:
-        UnknownCase: no such kernel.
-    """
+    """Kernels with the keys of the entries for which there is a published shape, what most models run in first."""
     unknown = [name for name in kernels if name not in TUNABLE]
     if unknown:
         raise UnknownCase(f"no kernel is called {unknown[0]!r}: expected some of {', '.join(TUNABLE)}")
@@ -164,11 +160,9 @@ def tune_entry(
     cases: Sequence[Case] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Result:
-    """Checks and times tiles of an entry, and then the library's form.
+    """Checks and times tiles of an entry, and then the library's form; errors stand in the result.
 
     It ends when its time is spent, but the first tile, today's, is timed in any case.
-
-    Errors are told in what is returned, with what was found before them.
 
     Args:
         time_call: the milliseconds of a call, and whether it is timed as the replay of a graph.
@@ -270,10 +264,6 @@ def tune(kernels: Sequence[str], seconds: float, *, best: int = 3, device: str =
 
     Before that it prints what it is measured on, and each entry as soon as it is done, as comments. So a process that
     is killed has said what it found. After an error that loses the GPU no further entry is tried.
-
-    Raises:
-        NoDevice: there is no GPU.
-        UnknownCase: no such kernel.
     """
     chosen = entries(kernels)
     check_device(device)
@@ -310,10 +300,7 @@ def tune(kernels: Sequence[str], seconds: float, *, best: int = 3, device: str =
 
 
 def _milliseconds(call: Call, graph: bool) -> float:
-    """Milliseconds of a call with the cache flushed: as the replay of a graph, or with its launches.
-
-    It measures for some hundredths of a second.
-    """
+    """Milliseconds of a call with the cache flushed: as the replay of a graph, or with its launches."""
     if graph:
         return gpu_timing.time_graph(call, 0.015)
     return statistics.median(gpu_timing.time_on_gpu(call, 0.03).samples)

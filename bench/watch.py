@@ -11,11 +11,9 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Doing:
-    """What a process was doing.
+    """What a process was doing, for one provider of a case, or for all of them while the case's inputs are made.
 
     Attributes:
-        case: the case's name.
-        providers: the providers that it is about: one, or all of the case while its inputs are made.
         what: in words, for the row that will say why there is no figure.
         limit_s: seconds after which the process ends itself; None: never.
     """

@@ -24,14 +24,11 @@ _PUBLIC = {
 }
 # Modules that are attributes of the package, and their places.
 _MODULES = {
-    "backend": "mg_fast.ops.backend",
     "errors": "mg_fast.errors",
     "kernels": "mg_fast.kernels",
-    "mini_gemini": "mg_fast.models.mini_gemini",
     "modules": "mg_fast.modules",
     "ops": "mg_fast.ops",
     "pipeline": "mg_fast.pipeline",
-    "reference": "mg_fast.ops.reference",
     "templates": "mg_fast.templates",
 }
 

@@ -210,7 +210,7 @@ def test_answers_of_a_batch_too(pipeline):
         ["run", "--model", "nano", "--prompt", SURROGATES],
         ["explain", "--model", "nano", "--image", LONG, "--out", LONG],
         ["compile", "--arch", LONG],
-        ["warmup", "--arch", LONG],
+        ["warmup", "--model", LONG],
         [LONG],
         ["doctor", LONG],
     ],

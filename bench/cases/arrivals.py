@@ -10,8 +10,7 @@ def first_tokens(served: Sequence[tuple[float, float]], per_second: float, count
     Args:
         served: seconds to the first token and to the end of an answer, as measured; every request takes one of these
             pairs at random.
-        per_second: how many requests arrive on average, independently of each other.
-        count: of the requests.
+        per_second: how many of the `count` requests arrive on average, independently of each other.
         seed: of the arrivals and of the pairs, the same for every provider.
     """
     draw = random.Random(seed)

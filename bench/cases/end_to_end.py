@@ -25,7 +25,9 @@ from mg_fast.models.templates import render, with_picture_tags
 from ..registry import Call, Case, NotHere, Provider
 from .arrivals import first_tokens
 from .exact_logits import exact_logits
-from .sessions import COMPARED, SIZES, ForcedAnswer, Session, Size, checkpoint, now, release, session
+from .forced_answer import COMPARED, ForcedAnswer, now
+from .random_models import SIZES, Size
+from .sessions import Session, checkpoint, release, session
 from .settings import picture
 
 QUESTION = "Describe the picture in detail: what is shown, what colours are there, and is anything written in it?"
@@ -73,22 +75,12 @@ def cases_of(size: Size) -> list[Case]:
     found += [decode(batch) for batch in BATCHES[1:]]
     found += [case(f"arrivals{load}-b1", _providers(_arrivals(load)), _exact(COMPARED)) for load in LOADS]
     if size.quantize is None:
-        found += [_loading_case(size, name, take) for name, take in (("load", _load), ("ready", _ready))]
+        # These run by name only, since they write a checkpoint of the model's size.
+        options = {"exact": None, "baseline": "auto", "devices": (), "clocked": True, "release": release}
+        for name, answers in (("load", False), ("ready", True)):
+            providers, name = {"auto": _loading(answers)}, f"end-to-end/{size.name}-{name}-b1-{size.dtype}"
+            found.append(Case(name, lambda device: checkpoint(size, device), providers, **options))
     return found
-
-
-def _loading_case(size: Size, name: str, take: Callable) -> Case:
-    """A case that is run by name only, since it writes a checkpoint of the model's size."""
-    return Case(
-        f"end-to-end/{size.name}-{name}-b1-{size.dtype}",
-        lambda device: checkpoint(size, device),
-        {"auto": take},
-        None,
-        baseline="auto",
-        devices=(),
-        clocked=True,
-        release=release,
-    )
 
 
 def _providers(
@@ -105,9 +97,6 @@ def _providers(
     Args:
         decodes: more than one token is decoded, so that other ways to decode are opponents.
         prefills: the prompt is a part of what is timed, so that flash attention is an opponent.
-        stages: the stages of a call are measured too.
-        profiled: builds the call whose kernels are worth a table.
-        kv_cache_bytes: of the pipeline.
     """
     pipeline = {"kv_cache_bytes": kv_cache_bytes}
     providers = {
@@ -138,13 +127,7 @@ def _providers(
 def _by(
     take: Measure, backend: str, pipeline: dict | None = None, *, graphs: bool = True, **options
 ) -> Callable[[Session], Call]:
-    """A measure of a backend.
-
-    Args:
-        pipeline: options of the pipeline.
-        graphs: see `Session.pipeline`.
-        options: options of `generate`, which then decodes by transformers' own loop.
-    """
+    """A measure of a backend; with `options`, `generate` decodes by transformers' own loop."""
 
     def build(shared: Session) -> Call:
         if shared.device == "cpu" and (options or (pipeline or {}).get("compiled")):
@@ -182,8 +165,7 @@ def _exact(count: int) -> Callable[[Session], torch.Tensor]:
 
 
 def _exact_second_turn(shared: Session) -> torch.Tensor:
-    turns = _after_first_turn(shared, shared.pipeline("reference")).turns
-    return exact_logits(shared, 1, _prompt(shared, turns))
+    return exact_logits(shared, 1, _prompt(shared, _after_first_turn(shared, shared.pipeline("reference")).turns))
 
 
 def _prompt(shared: Session, turns: Sequence[tuple[str, str | None]] = ()) -> str:
@@ -319,26 +301,21 @@ def _answer(shared: Session, pipeline: mg_fast.Pipeline) -> tuple[torch.Tensor, 
     return torch.stack(forced.logits), forced.times[0] - began, now(shared.device) - began
 
 
-def _load(shared: tuple[Path, str]) -> Call:
-    folder, device = shared
+def _loading(answers: bool) -> Callable[[tuple[Path, str]], Call]:
+    """From a checkpoint to its model, or to the first token of its first answer."""
 
-    def call():
-        began = now(device)
-        pipeline = mg_fast.load(folder, device=device)
-        return pipeline.model.lm_head.weight[:1, :1].clone(), [1e3 * (now(device) - began)]
+    def take(shared: tuple[Path, str]) -> Call:
+        (folder, device), photo = shared, picture()
 
-    return call
+        def call():
+            began = now(device)
+            pipeline = mg_fast.load(folder, device=device)
+            if not answers:
+                return pipeline.model.lm_head.weight[:1, :1].clone(), [1e3 * (now(device) - began)]
+            forced = ForcedAnswer([1], pipeline.model.dtype)
+            _ask(pipeline.conversation(), QUESTION, [photo], forced)
+            return torch.stack(forced.logits), [1e3 * (now(device) - began)]
 
+        return call
 
-def _ready(shared: tuple[Path, str]) -> Call:
-    folder, device = shared
-    photo = picture()
-
-    def call():
-        began = now(device)
-        pipeline = mg_fast.load(folder, device=device)
-        forced = ForcedAnswer([1], pipeline.model.dtype)
-        _ask(pipeline.conversation(), QUESTION, [photo], forced)
-        return torch.stack(forced.logits), [1e3 * (now(device) - began)]
-
-    return call
+    return take

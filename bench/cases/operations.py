@@ -26,12 +26,7 @@ class OperationInputs:
 
 
 class Launch(NamedTuple):
-    """A small call of an operation.
-
-    Attributes:
-        make: from a dtype to the inputs.
-        run: from the inputs and a backend to the outputs of the kernels alone.
-    """
+    """A small call of an operation: makes inputs of a dtype, and runs a backend's kernels alone on them."""
 
     make: Callable[[torch.dtype], Any]
     run: Callable[[Any, str], list[torch.Tensor]]
@@ -66,12 +61,7 @@ POWERS = tuple(2**i for i in range(11))
 
 @dataclass(frozen=True)
 class StageMap:
-    """A map of ConvNeXt-L [batch, side, side, channels] in a dtype.
-
-    Attributes:
-        name: of the case that is made of it.
-        devices: where it is measured without being named.
-    """
+    """A map of ConvNeXt-L [batch, side, side, channels] in a dtype, with the name and the devices of its case."""
 
     name: str
     shape: tuple[int, int, int, int]
@@ -103,9 +93,7 @@ def stage_maps(dtypes: Sequence[str] = DTYPES, batches: Sequence[int] = (1, 8)) 
 def forms(operation: str, call: Callable[[Any, str], Call]) -> dict[str, Callable[[Any], Call]]:
     """A provider for each form that the operation's record has, the reference first.
 
-    Args:
-        operation: its name.
-        call: from the inputs and a backend to the call that is timed.
+    `call` makes the call that is timed from the inputs and a backend.
     """
 
     def provider(backend: str) -> Callable[[Any], Call]:

@@ -15,7 +15,7 @@ from mg_fast.ops.torch import patch_mining as torch_form
 from mg_fast.ops.torch.pointwise import linear
 
 from ..costs.mining import MINING, Sizes, mining_floor
-from ..registry import Call, Case, NotHere, Provider
+from ..registry import Call, Case, NotHere, Provider, dtype_name
 from .operations import MOST_REGISTERS, POWERS, Launch, Tunable, forms
 from .settings import COMBINATIONS, SETTINGS, compiled, devices_of
 
@@ -46,11 +46,7 @@ def cases() -> list[Case]:
 
 
 def mining_case(name: str, sizes: Sizes, **options) -> Case:
-    """One call of mining of these sizes.
-
-    Args:
-        options: of the case.
-    """
+    """One call of mining of these sizes."""
     own, work = forms("patch_mining", _call), {form: cost(sizes) for form, cost in MINING.items()}
     providers = {
         "reference": Provider(own["reference"], work["reference"]),
@@ -172,7 +168,7 @@ def _problems() -> list[tuple[object, Case]]:
             bucket = configs.patch_mining_bucket(dtype.itemsize, sizes.window, [c for _, c in sizes.levels])
             # The global view of HD takes a separate launch, with its own tile if the table has one.
             keys = [bucket, (*bucket, "reduced")] if sizes.grid > 1 else [bucket]
-            name = f"patch_mining/{setting.name}-b1-{str(dtype).removeprefix('torch.')}"
+            name = f"patch_mining/{setting.name}-b1-{dtype_name(dtype)}"
             found += [(key, _pooling_case(name, sizes)) for key in keys]
     return found
 

@@ -153,9 +153,7 @@ def _by_model(backend: str) -> Callable[[PictureInputs], Call]:
 
 
 def _compiled_parts(inputs: PictureInputs) -> Call:
-    """The strongest plain form: channels-last towers, and every part through torch.compile.
-
-    Captured, it is one CUDA graph.
+    """The strongest plain form: channels-last towers, and every part through torch.compile; one CUDA graph if captured.
 
     The parts are compiled one by one: a compiler cannot fuse more than a whole tower, and what it made of a tower
     before is found in its cache.

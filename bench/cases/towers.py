@@ -146,17 +146,13 @@ def _clip(name: str, setting: Setting, batch: int, dtype: torch.dtype, options: 
         "packed": _packed_clip,
         **compiled(_packed_clip, "packed"),
     }
-    make = _inputs(_random_clip, (views, 3, LR, LR), dtype)
+    make = _inputs(lambda: CLIPVisionModel(_clip_config()), (views, 3, LR, LR), dtype)
     return Case(name, make, providers, _exact_clip, least=least, stage="LR tower", **options)
 
 
 def _clip_config() -> CLIPVisionConfig:
     sizes = {"hidden_size": WIDTH, "intermediate_size": MLP, "num_hidden_layers": LAYERS, "num_attention_heads": 16}
     return CLIPVisionConfig(image_size=LR, patch_size=14, **sizes)
-
-
-def _random_clip() -> CLIPVisionModel:
-    return CLIPVisionModel(_clip_config())
 
 
 def _exact_clip(inputs: ModuleInputs) -> torch.Tensor:
@@ -204,11 +200,11 @@ def _projector(name: str, setting: Setting, batch: int, dtype: torch.dtype, opti
     least = floors.projector(rows, WIDTH, HIDDEN, dtype.itemsize)
     make = _inputs(lambda: build_projector("mlp2x_gelu", WIDTH, HIDDEN), (rows, WIDTH), dtype)
     providers = {"reference": _call, **compiled(_call, "reference")}
-    return Case(name, make, providers, _exact_projector, least=least, stage="projector", **options)
 
+    def exact(inputs: ModuleInputs) -> torch.Tensor:
+        return copy.deepcopy(inputs.module).double()(inputs.x.double())
 
-def _exact_projector(inputs: ModuleInputs) -> torch.Tensor:
-    return copy.deepcopy(inputs.module).double()(inputs.x.double())
+    return Case(name, make, providers, exact, least=least, stage="projector", **options)
 
 
 def _call(inputs: ModuleInputs) -> Call:

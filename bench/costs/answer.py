@@ -4,18 +4,19 @@ The floor of a stage is the larger of two times: its FLOP at the rate of matrix 
 and outputs once) at the rate of a copy. Stages follow one another, so their floors add up.
 """
 
+import functools
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
-from mg_fast import MiniGeminiConfig
+from mg_fast import MiniGeminiConfig, MiniGeminiForConditionalGeneration
 from mg_fast.testing.random_checkpoints import PUBLISHED_TOWERS, SIZES, make_config
 
 from ..errors import UnknownName
 from ..registry import Ceilings, Cost
 from . import floors
-from .mining import Sizes, mining_floor, reference_mining
+from .mining import Sizes, mining_floor
 from .tower import Tower, tower_floor
 
 MODELS = tuple(
@@ -153,15 +154,10 @@ class ModelledAnswer:
         """One step in the middle of the answer."""
         return StageCost("decode, a token", self.decode_cost(self.prompt_tokens + self.new_tokens // 2))
 
-    @cached_property
-    def original_mining(self) -> Cost:
-        """The original's own steps of mining."""
-        return reference_mining(self.mining)
-
     @property
     def weight_bytes(self) -> int:
         """Bytes of the whole model as a checkpoint holds it, the last layer of CLIP included."""
-        return self.torch_dtype.itemsize * sum(parameters(self.config).values())
+        return self.torch_dtype.itemsize * parameters(self.model.removesuffix("-hd"))
 
     @property
     def cache_bytes(self) -> int:
@@ -177,23 +173,9 @@ class ModelledAnswer:
         return self.batch * 1e3 / self.decode.floor_ms(ceilings, self.dtype)
 
 
-def parameters(config: MiniGeminiConfig) -> dict[str, int]:
-    """The number of parameters in each part of the model."""
-    clip, aux, text = config.vision_config, config.vision_config_aux, config.text_config
-    dims, depths, width, hidden = tuple(aux["dims"]), tuple(aux["depths"]), config.mm_hidden_size, text.hidden_size
-    patch = clip.num_channels * clip.patch_size**2 * clip.hidden_size
-    # Class token, positions, and the norms before and after the layers.
-    around = ((clip.image_size // clip.patch_size) ** 2 + 2 + 4) * clip.hidden_size
-    # Each layer has nine vectors of its width, biases and norms, and the bias of the wider half of its MLP.
-    clip_layer = floors.clip_layer_weights(clip) + 9 * clip.hidden_size + clip.intermediate_size
-    # In a checkpoint layer scale is a parameter of its own.
-    scales = sum(depth * c for c, depth in zip(dims, depths))
-    text_layer = sum(floors.text_layer_weights(text)) + 2 * hidden
-    embeddings = text.vocab_size * hidden * (1 if text.tie_word_embeddings else 2)
-    return {
-        "LR tower": patch + around + clip.num_hidden_layers * clip_layer,
-        "HR tower": Tower(torch.float32, dims=dims, depths=depths).weights + scales,
-        "patch info mining": Sizes(torch.float32, dim=width, levels=tuple((1, c) for c in dims)).weights,
-        "projector": width * hidden + hidden + hidden * hidden + hidden,
-        "language model": text.num_hidden_layers * text_layer + hidden + embeddings,
-    }
+@functools.cache
+def parameters(size: str) -> int:
+    """The number of parameters of a published model; HD has no more."""
+    with torch.device("meta"):
+        model = MiniGeminiForConditionalGeneration(make_config(size))
+    return sum(parameter.numel() for parameter in model.parameters())

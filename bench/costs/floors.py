@@ -13,11 +13,7 @@ from .operators import FLOAT32, attention_flop
 
 
 def preprocess(high: int, low: int, views: int) -> Cost:
-    """A camera's 8-bit picture to the float32 tensors of both towers.
-
-    Args:
-        high, low: sides in pixels of the high-resolution picture and of a low-resolution view.
-    """
+    """A camera's 8-bit picture to float32 pixels: high x high, and low x low for each low-resolution view."""
     return Cost(0, 3 * PICTURE[0] * PICTURE[1], FLOAT32 * 3 * (high**2 + views * low**2))
 
 
@@ -27,12 +23,7 @@ def clip_layer_weights(config: PretrainedConfig) -> int:
 
 
 def clip(config: PretrainedConfig, layers: int, views: int, itemsize: int) -> Cost:
-    """The first layers of CLIP, whose weights are read once.
-
-    Args:
-        layers: how many.
-        views: of all pictures.
-    """
+    """The first layers of CLIP over the views of all pictures; the weights are read once."""
     patches, width, pixels = (config.image_size // config.patch_size) ** 2, config.hidden_size, config.image_size**2
     rows, layer, patch = views * (patches + 1), clip_layer_weights(config), config.num_channels * config.patch_size**2
     flop = product_flop(rows, layer, 1) + attention_flop(rows * (patches + 1), width)

@@ -3,7 +3,6 @@
 import shlex
 import shutil
 import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from mg_fast.testing.environment import environment
 from .. import records
 from ..cases import all_cases
 from ..devices import check_device
-from ..errors import BadRecord
+from ..errors import BadRecord, BenchError
 from ..registry import Ceilings
 from ..run import RunOptions, run
 from ..watch import Watchdog
@@ -35,22 +34,19 @@ def gpu(
     plan: str = "full",
     dry: bool = False,
 ) -> int:
-    """Runs a plan, or prints it.
+    """Runs a plan, or prints it; returns the exit status, 1 where a step failed or a kernel was not found right.
 
     Args:
-        out: the folder for what is found; for a resumed run by default the earlier run's own.
-        names: of the steps to run; without names all.
         resume: the folder of an earlier run. Its results are taken over, and its finished steps and measured cases are
             not run again.
-
-    Returns:
-        The exit status: 1 where a step failed or the kernels were not found right, 2 where a folder cannot be used.
 
     Raises:
         NoDevice: the device is not here.
         UnknownCase: a name asks for no step.
-        BadRecord: the earlier run cannot be read, or was made on something else.
+        BadRecord: the earlier run cannot be read, or was made on something else, or the folder cannot be used.
     """
+    if out is None and resume is None and not dry:
+        raise BenchError("expected --out DIR, --resume DIR, or --dry-run")
     steps = plans.choose_steps(plans.PLANS[plan](device), names)
     if dry:
         print(plans.describe(steps, 60 * minutes, plan, device))
@@ -61,9 +57,7 @@ def gpu(
     if resume is not None:
         earlier = earlier_outcomes(resume)
         _check_same(resume)
-    if reason := _unusable(out, resume):
-        print(f"bench: {reason}", file=sys.stderr)
-        return 2
+    _check_usable(out, resume)
     if resume is not None and out.resolve() != resume.resolve():
         for name in plans.FILES:
             if (resume / name).exists():
@@ -99,18 +93,16 @@ def _check_same(resume: Path) -> None:
         )
 
 
-def _unusable(out: Path, resume: Path | None) -> str | None:
-    """Why nothing can be kept in a folder, which may not exist yet; None where it can."""
+def _check_usable(out: Path, resume: Path | None) -> None:
+    """Raises BadRecord where nothing can be kept in a folder, which may not exist yet."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         found = sorted({path.name for path in out.iterdir()}.intersection(plans.FILES))
     except OSError as error:
-        return f"{out} cannot be used: {error.strerror}: expected a folder to write to"
-    if not found or (resume is not None and out.resolve() == resume.resolve()):
-        return None
-    return (
-        f"{out} holds {', '.join(found)} of an earlier run: expected a new folder, or --resume {out} to go on with it"
-    )
+        raise BadRecord(f"{out} cannot be used: {error.strerror}: expected a folder to write to") from None
+    if found and (resume is None or out.resolve() != resume.resolve()):
+        expected = f"expected a new folder, or --resume {out} to go on with it"
+        raise BadRecord(f"{out} holds {', '.join(found)} of an earlier run: {expected}")
 
 
 def step(
@@ -123,14 +115,11 @@ def step(
     ceilings: Path | None = None,
     watch: Watchdog | None = None,
 ) -> dict:
-    """Measures the cases of one step; a process that `run_plan` starts does no more than this.
+    """Measures the cases of one step, for a process that `run_plan` starts, and returns the document.
 
     Args:
         done: a document of cases that are not measured again.
         ceilings: a document that has them, of this device.
-
-    Returns:
-        The document, as of `run`.
     """
     check_device(device)
     [chosen] = plans.choose_steps(plans.PLANS[plan](device), [name])
@@ -143,7 +132,7 @@ def step(
     return run(cases, device, options, ceilings=known, out=out, command=words)
 
 
-def keep(folder: Path) -> list[Path]:
+def keep(folder: Path) -> str:
     """Keeps what a run on a GPU found under bench/results: every case by device and name, and the summary.
 
     Raises:
@@ -158,4 +147,4 @@ def keep(folder: Path) -> list[Path]:
     for name in (plans.SUMMARY, plans.CORRECTNESS):
         if (folder / name).exists():
             paths.append(Path(shutil.copyfile(folder / name, where / f"{documents[0]['date']}-{name}")))
-    return paths
+    return "\n".join(f"kept {path}" for path in paths)

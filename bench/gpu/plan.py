@@ -26,9 +26,7 @@ TEST_HANGS_AFTER = 40.0
 
 @dataclass(frozen=True)
 class Part:
-    """Cases, and the providers of these that are measured; both by name or shell pattern.
-
-    Cases come in the order of their patterns.
+    """Cases, in the order of their names or shell patterns, and the providers of these that are measured.
 
     Args:
         baseline: what the providers are compared with, instead of the case's own baseline, which is then not measured.
@@ -44,14 +42,11 @@ class Step:
     """One process.
 
     Args:
-        name: the name that --steps takes.
         finds: what it finds out.
         seconds: its budget. None: what is left, if that is at least `least`.
         into: the file that it adds to. The process writes a document (.json) itself, by its option --out; a text is its
             standard output.
         words: the command after `python -m`. For a step of cases it is made from the parts.
-        parts: the cases that it measures, in this order.
-        environment: variables of its own.
         least: with fewer seconds left the step is not begun.
     """
 
@@ -193,11 +188,7 @@ PLANS: dict[str, Callable[[str], list[Step]]] = {"full": full_plan, "tiny": tiny
 
 
 def choose_steps(steps: Sequence[Step], names: Sequence[str]) -> list[Step]:
-    """The steps that names or shell patterns ask for, in the plan's order; without names all.
-
-    Raises:
-        UnknownCase: a name asks for no step.
-    """
+    """The steps that names or shell patterns ask for, in the plan's order; without names all."""
     every = [step.name for step in steps]
     for name in names:
         if not fnmatch.filter(every, name):
@@ -222,10 +213,7 @@ def budget(steps: Sequence[Step]) -> float:
 
 
 def describe(steps: Sequence[Step], seconds: float, plan: str = "full", device: str = "cuda") -> str:
-    """The plan: each step with its budget, its command and what it measures.
-
-    A step begins at the time that is shown if all steps before it take their budgets.
-    """
+    """The steps with budgets, commands and cases; they begin as shown if all steps before take their budgets."""
     lines, begin = [], 0.0
     for step in steps:
         takes = f"{step.seconds:>4.0f} s" if step.seconds is not None else "the rest"

@@ -30,12 +30,9 @@ class Settings:
     """How a plan is run.
 
     Args:
-        plan: its name in `plans.PLANS`, which the process of a step is given.
-        device: "cuda", or "cpu" to try it out.
         program: the module that runs the commands of the benchmark itself: `bench`, or a test's stand-in.
         poll: seconds between two looks at a step.
         grace: seconds that an interrupted step has to write what it has.
-        hangs_after, compiling_hangs_after: seconds, the limits of `watch.Watchdog`.
         restart: with fewer seconds left no process is started for what another one left: it would not get past its
             imports.
     """
@@ -74,16 +71,15 @@ def run_plan(
         left = deadline - plans.RESERVE - time.monotonic()
         limit = left if step.seconds is None else min(step.seconds, left)
         command = plans.shown(step, settings.plan, settings.device)
-        outcome = Outcome(step.name, command, round(max(0.0, limit), 1))
-        outcomes.append(outcome)
+        outcomes.append(outcome := Outcome(step.name, command, round(max(0.0, limit), 1)))
         if is_finished(step, before.get(step.name), out, settings.device):
             outcomes[-1] = replace(before[step.name], earlier=True)
             continue
-        if limit < min(step.least, step.seconds or step.least):
-            outcome.state = "skipped"
-            conclude(out, outcomes, earlier)
-            continue
+        skipped = limit < min(step.least, step.seconds or step.least)
+        outcome.state = "skipped" if skipped else outcome.state
         conclude(out, outcomes, earlier)
+        if skipped:
+            continue
         print(f"{step.name}, {limit:.0f} s at most ...", file=sys.stderr, flush=True)
         began = time.monotonic()
         try:
@@ -211,12 +207,7 @@ def _run_process(step: Step, out: Path, limit: float, settings: Settings) -> tup
 
 
 def _words(step: Step, out: Path, part: Path, doing: Path, settings: Settings) -> list[str]:
-    """The command of a process after `python -m`.
-
-    Args:
-        part: the file that its document goes to.
-        doing: the file in which it says what it is doing.
-    """
+    """The command of a process after `python -m`, which writes its document and what it is doing into two files."""
     words = list(plans.command(step, settings.plan, settings.device))
     if step.into.endswith(".json"):
         words += ["--out", str(part)]

@@ -26,6 +26,7 @@ from mg_fast.testing.tolerances import assert_accurate, ieee_float32
 from .. import gpu_timing
 from ..cases import operation_modules
 from ..cases.operations import Launch
+from ..registry import dtype_name
 
 ROOT = Path(__file__).parents[2]
 TOOLS = ("memcheck", "racecheck")
@@ -42,9 +43,8 @@ LAUNCHES: dict[str, Launch] = {
 def launch_all(device: str, *, checked: bool = True) -> bool:
     """Launches every kernel, prints a line for each, and returns whether all are right.
 
-    Args:
-        checked: hold the results against those in float64, and call again to see the same bits. Otherwise nothing but
-            the kernels runs.
+    Where it is not `checked`, nothing but the kernels runs; otherwise results are held against those in float64, and
+    must have the same bits again.
     """
     ieee_float32()
     right = True
@@ -60,9 +60,9 @@ def launch_all(device: str, *, checked: bool = True) -> bool:
             # A kernel that breaks must not hide the others.
             first_line = str(error).splitlines()[0][:300] if str(error) else ""
             right, told = False, f"WRONG: {type(error).__name__}: {first_line}"
-        print(f"{name}, {_name(dtype)}: {told} ({time.perf_counter() - began:.1f} s)", flush=True)
+        print(f"{name}, {dtype_name(dtype)}: {told} ({time.perf_counter() - began:.1f} s)", flush=True)
         if not right and device == "cuda" and (lost := gpu_timing.why_lost()):
-            never = ", ".join(f"{name} in {_name(dtype)}" for name, dtype in left)
+            never = ", ".join(f"{name} in {dtype_name(dtype)}" for name, dtype in left)
             print(f"{lost}; not launched: {never or 'none'}", flush=True)
             break
     return right
@@ -96,19 +96,11 @@ def _widened(inputs: Any) -> Any:
     return copy.deepcopy(inputs).double()
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def smoke(device: str, *, once: bool = False, seconds: float = 50.0) -> int:
     """Launches every kernel here and under each tool.
 
     If a tool is not installed, cannot run or does not end in time, the output says what was not checked. That is not a
     failure.
-
-    Args:
-        once: launch in this process alone, and check nothing.
-        seconds: for all of it.
 
     Returns:
         The exit status: 0 where all is right and no tool found anything in our kernels.

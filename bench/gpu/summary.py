@@ -11,6 +11,7 @@ from pathlib import Path
 
 from .. import records
 from ..errors import BadRecord
+from ..figures import markdown
 from . import plan as plans
 
 # The most kernels of a table that are shown.
@@ -57,11 +58,7 @@ def conclude(out: Path, outcomes: Sequence[Outcome], earlier: Sequence[Outcome] 
 
 
 def earlier_outcomes(folder: Path) -> list[Outcome]:
-    """How the steps of an earlier run ended, as its summary holds it.
-
-    Raises:
-        BadRecord: the folder has no such summary.
-    """
+    """How the steps of an earlier run ended; raises BadRecord for a folder whose summary does not say it."""
     path = folder / plans.SUMMARY
     try:
         found = _STEPS.search(path.read_text(encoding="utf-8"))
@@ -80,8 +77,7 @@ def summary(out: Path, outcomes: Sequence[Outcome]) -> str:
     lines = ["# One run on a GPU", ""]
     if documents:
         lines += [*_conditions(next(iter(documents.values()))), ""]
-    lines += ["| step | outcome |", "|---|---|"]
-    lines += [*(f"| {outcome.name} | {outcome.told()} |" for outcome in outcomes), ""]
+    lines += [markdown(["step", "outcome"], [[outcome.name, outcome.told()] for outcome in outcomes]), ""]
     if tests := text_of(out / plans.CORRECTNESS).strip().splitlines():
         lines += ["## Kernels", "", "```", *tests[-20:], "```", ""]
     for title, name in (("Cases", plans.CASES), ("End to end", plans.END_TO_END)):
@@ -133,26 +129,26 @@ def _table(rows: Sequence[dict]) -> list[str]:
     rows = [row | {"mhz": row["clocks"]["sm_mhz"][1] if row.get("clocks") else None} for row in rows]
     columns = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
     titles = ["case", "provider", "speedup", *(COLUMNS[key] for key in columns), "same bits"]
-    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    cells = []
     order = list(dict.fromkeys(row["name"] for row in rows))
     for row in sorted(rows, key=lambda row: order.index(row["name"])):
         speedup = "FAIL" if row["ok"] is False else f"{row['speedup']:.2f}" if row.get("speedup") else "-"
         values = (f"{row[key]:.4g}" if row.get(key) is not None else "" for key in columns)
         same = {True: "yes", False: "NO", None: ""}[row.get("equal_bits")]
-        lines.append("| " + " | ".join([row["name"], row["provider"], speedup, *values, same]) + " |")
+        cells.append([row["name"], row["provider"], speedup, *values, same])
     reasons = [f"- {row['name']}, {row['provider']}: {row['why']}" for row in rows if row["why"]]
-    return [*lines, *([""] if reasons else []), *reasons]
+    return [markdown(titles, cells), *([""] if reasons else []), *reasons]
 
 
 def _kernels(table: dict) -> list[str]:
     wall, busy = table["wall_us"], table["busy_us"]
     takes = "" if wall is None else f" takes {wall:.0f} us on the device, and"
-    lines = [f"One call{takes} has {table['launches']:.0f} launches, which take {busy:.0f} us together.", ""]
-    lines += ["| kernel | launches | us | share |", "|---|---|---|---|"]
+    first = f"One call{takes} has {table['launches']:.0f} launches, which take {busy:.0f} us together."
+    rows = []
     for row in table["kernels"][:MOST_KERNELS]:
         name, share = row["name"].replace("|", "/"), row["us"] / max(busy, 1e-9)
-        lines.append(f"| {name} | {row['launches']:.0f} | {row['us']:.1f} | {share:.1%} |")
-    return lines
+        rows.append([name, f"{row['launches']:.0f}", f"{row['us']:.1f}", f"{share:.1%}"])
+    return [first, "", markdown(["kernel", "launches", "us", "share"], rows)]
 
 
 def text_of(path: Path) -> str:

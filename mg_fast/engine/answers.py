@@ -208,7 +208,7 @@ class AnswerStage:
         self.decoder.rest()
 
     def _answers(
-        self, requests: Sequence[Request], rows: list[list[int]], lengths: list[int] | None, options: dict, **told
+        self, requests: Sequence[Request], rows: list[list[int]], lengths: list[int] | None, options: dict, **shared
     ) -> list[Answer]:
         """Makes answers of generated rows of ids, which are filled up after their ends to the longest answer."""
         stops = self._setting(options, "eos_token_id")
@@ -229,7 +229,7 @@ class AnswerStage:
                     finish_reason="stop" if ended else "length",
                     prompt_tokens=len(request.ids),
                     image_tokens=sum(request.marks),
-                    **told,
+                    **shared,
                 )
             )
         return answers

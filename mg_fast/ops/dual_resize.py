@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..runtime.device_tables import kept, upload
+from ..runtime.device_tables import cached_on_device, upload
 from . import backend as backends
 from .custom_op_support import on_device
 from .operation import Operation, Operator, register
@@ -72,13 +72,13 @@ def _by_pillow(picture: torch.Tensor, hr_size: int, lr_size: int, *, grid: int, 
     return hr.to(picture.device), views.to(picture.device)
 
 
-@kept(torch_form.TABLE_BYTES)
+@cached_on_device(torch_form.TABLE_BYTES)
 def _taps(side: torch_form.Side, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     first, weights = torch_form.bicubic_taps(side)
     return upload(first, device), upload(np.ascontiguousarray(weights.T), device)
 
 
-@kept(torch_form.TABLE_BYTES)
+@cached_on_device(torch_form.TABLE_BYTES)
 def _tables(
     hr_size: int, lr_size: int, grid: int, global_view: bool, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

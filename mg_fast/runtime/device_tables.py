@@ -1,5 +1,6 @@
 """Tables that depend only on sizes, kept on each device instead of made, or copied there, in every call."""
 
+import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ import torch
 from .byte_lru import ByteLRU
 
 
-def kept(limit: int | None = None) -> Callable:
+def cached_on_device(limit: int | None = None) -> Callable:
     """A decorator that keeps the tensors which a function returns, by its arguments.
 
     The function returns tensors, alone or in tuples and lists, and one of its arguments is a torch.device. Within a
@@ -24,22 +25,38 @@ def kept(limit: int | None = None) -> Callable:
     """
 
     def decorate(make: Callable) -> Callable:
-        store = Store(make, limit)
+        store = DeviceTables(make, limit)
 
         @functools.wraps(make)
         def get(*arguments):
-            if torch.compiler.is_compiling() or tensors_are_fake():
+            if torch.compiler.is_compiling():
                 return make(*arguments)
-            return store.get(*arguments)
+            return get.make_fake(*arguments) if tensors_are_fake() else store.get(*arguments)
 
-        get.store = store
+        get.store, get.make_fake = store, make
         return get
 
     return decorate
 
 
-class Store:
-    """The tensors that are kept for one function (see `kept`).
+@contextlib.contextmanager
+def caching_fake_tensors(*functions: Callable) -> Iterator[Callable[[], int]]:
+    """Within the block, these functions of `cached_on_device` cache fake tensors, too, as they do on a real device.
+
+    Yields:
+        A call that returns how many fake results were made.
+    """
+    for function in functions:
+        function.make_fake = functools.cache(function.__wrapped__)
+    try:
+        yield lambda: sum(function.make_fake.cache_info().misses for function in functions)
+    finally:
+        for function in functions:
+            function.make_fake = function.__wrapped__
+
+
+class DeviceTables:
+    """The tensors that are kept for one function (see `cached_on_device`).
 
     Attributes:
         held_bytes: bytes of the tensors held now, without those of captured graphs.

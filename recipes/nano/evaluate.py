@@ -124,9 +124,9 @@ def main() -> None:
     )
     parser.add_argument("checkpoint", type=Path, help="a checkpoint trained with the high-resolution branch")
     parser.add_argument("--without", type=Path, help="a checkpoint trained without the high-resolution branch")
-    parser.add_argument("--seed", type=int, default=7000, help="seed of the unseen scenes")
-    parser.add_argument("--count", type=int, default=500)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--seed", type=int, default=7000, help="seed of the unseen scenes (default: 7000)")
+    parser.add_argument("--count", type=int, default=500, help="number of scenes (default: 500)")
+    parser.add_argument("--out", type=Path, help="write the result to this JSON file")
     args = parser.parse_args()
     if args.count < 1:
         parser.error(f"expected at least one scene, got --count {args.count}")

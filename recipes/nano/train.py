@@ -314,13 +314,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         "python -m recipes.nano.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("out", type=Path)
+    parser.add_argument(
+        "out", type=Path, help="folder for the checkpoint and the log, from which the same command continues"
+    )
     parser.add_argument("--no-hr", action="store_true", help="train without the high-resolution branch")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights and of the scenes (default: 0)")
     parser.add_argument(
         "--minutes", type=float, help="stop after this many minutes; the same command continues from there"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="cpu or cuda (default: a GPU if there is one)")
     args = parser.parse_args()
     if args.out.exists() and not args.out.is_dir():
         parser.error(f"expected a folder to train in, {args.out} is a file")

@@ -14,10 +14,11 @@ from .talk import ask
 
 def main() -> None:
     parser = argparse.ArgumentParser("python -m recipes.nano.write_scenes", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--count", type=int, default=6)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--split", choices=CLUTTER, default="unseen")
+    parser.add_argument("folder", type=Path, help="where to write the files; made if it is missing")
+    parser.add_argument("--count", type=int, default=6, help="number of scenes (default: 6)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the scenes (default: 0)")
+    split = "unseen scenes have clutter that training never showed, and any number (default: unseen)"
+    parser.add_argument("--split", choices=CLUTTER, default="unseen", help=split)
     args = parser.parse_args()
     if args.folder.exists() and not args.folder.is_dir():
         parser.error(f"expected a folder to write to, {args.folder} is a file")

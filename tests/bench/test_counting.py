@@ -20,7 +20,7 @@ from mg_fast.modules import ConvNeXtPyramid
 from mg_fast.ops import reference
 from mg_fast.ops.operation import OPERATIONS, operators
 from mg_fast.ops.torch import patch_mining as torch_form
-from tests.bench.test_accounting import inputs
+from tests.bench.test_formulas import inputs
 from tests.ops.operator_calls import meta, of_all_operations
 from tests.paths import ROOT
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from bench import ceilings as machine
 from bench import measure, run
-from bench.cases import all_cases, arrivals, end_to_end, exact_logits, sessions
+from bench.cases import all_cases, arrivals, end_to_end, exact_logits, random_models, sessions
 from bench.registry import Ceilings, NotHere, Provider
 from mg_fast import use_backend
 from mg_fast.models.mini_gemini import seeing
@@ -18,7 +18,7 @@ from tests.paths import OWN_GOLDEN
 
 # The model is so small that it is slower on two threads.
 pytestmark = pytest.mark.usefixtures("one_thread")
-TINY = next(size for size in sessions.SIZES if size.size == "tiny")
+TINY = next(size for size in random_models.SIZES if size.size == "tiny")
 CEILINGS = Ceilings(1.0, {})
 MINING = "patch_mining/768-b1-float32"
 STAGES = ("preprocess", "LR tower", "HR tower", "patch info mining", "projector")
@@ -181,14 +181,14 @@ def test_exact_logits_are_those_of_a_model_in_the_wider_dtype(shared):
 
 def test_quantized_weights_are_held_against_their_own_values(small):
     """Rounding is not an error of the decode loop: the exact logits are those of the rounded weights."""
-    size = sessions.Size("tiny", False, "bfloat16", (), "int8")
+    size = random_models.Size("tiny", False, "bfloat16", (), "int8")
     assert size.name == "tiny-int8"
     quantized = sessions.make_session(size, "cpu")
     before = [(name, id(parameter)) for name, parameter in quantized.model.named_parameters()]
     rounded = exact(quantized, 2)
     assert [(name, id(parameter)) for name, parameter in quantized.model.named_parameters()] == before
     assert rounded.dtype == torch.float32 and quantized.pipeline("auto").weights.formats == ("int8",)
-    plain = exact(sessions.make_session(sessions.Size("tiny", False, "bfloat16", ()), "cpu"), 2)
+    plain = exact(sessions.make_session(random_models.Size("tiny", False, "bfloat16", ()), "cpu"), 2)
     case = next(case for case in end_to_end.cases_of(size) if "decode-b1" in case.name)
     logits, _ = case.providers["auto"](quantized)()
     assert (logits[:2] - rounded).norm() < 0.7 * (logits[:2] - plain).norm()

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from bench import test_cases as under_pytest
-from bench.cases.sessions import ANSWER
+from bench.cases.forced_answer import ANSWER
 from tests.paths import ROOT
 
 pytest.importorskip("pytest_benchmark")

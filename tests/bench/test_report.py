@@ -14,7 +14,7 @@ from PIL import Image
 from bench import figures, records, report, tables
 from bench.__main__ import _parser, main
 from bench.errors import BadRecord
-from bench.report_page import page
+from bench.page import page
 from tests.bench import documents as bench_documents
 
 BROWSER = next(
@@ -41,7 +41,7 @@ def results(tmp_path):
 def test_the_documents_are_what_the_records_give(capsys):
     """`python -m bench report --readme` mends them."""
     for path in report.DOCUMENTS:
-        assert report.differences(path.read_text(encoding="utf-8"), figures.kept()) == []
+        assert report.differences(path.read_text(encoding="utf-8"), figures.records_by_device()) == []
     assert main(["report", "--check"]) == 0
     assert capsys.readouterr() == ("", "")
 
@@ -50,7 +50,7 @@ def test_the_commands_of_the_records_can_be_run_today():
     """Readers copy the commands from docs/benchmarks.md."""
     commands = {
         document["command"]
-        for cases in figures.kept().values()
+        for cases in figures.records_by_device().values()
         for document in cases.values()
         if document.get("command")
     }
@@ -91,14 +91,14 @@ def test_a_readme_without_its_markers(text, said, tmp_path, monkeypatch, capsys)
 def test_nothing_but_the_tables_changes(results):
     text = "before\n\n<!-- bench:patch_mining -->\nold\n<!-- /bench -->\nbetween | with \\1 and $1\n"
     text += "<!-- bench:picture -->\n<!-- /bench -->\nafter"
-    filled = report.fill(text, figures.kept(results))
+    filled = report.fill(text, figures.records_by_device(results))
     assert filled.startswith("before\n\n<!-- bench:patch_mining -->\n| patch info mining by |")
     assert filled.endswith("<!-- /bench -->\nafter")
     assert (
         "<!-- /bench -->\nbetween | with \\1 and $1\n<!-- bench:picture -->\n| one picture" in filled
         and "old" not in filled
     )
-    assert report.fill(filled, figures.kept(results)) == filled
+    assert report.fill(filled, figures.records_by_device(results)) == filled
 
 
 def cells(table, first):
@@ -107,7 +107,7 @@ def cells(table, first):
 
 
 def test_mining_table(results):
-    table = tables.mining_table(figures.kept(results))
+    table = tables.mining_table(figures.records_by_device(results))
     assert cells(table, "patch info mining by") == ["CPU, 768-b1-float32", "CPU, 1536-hd-b1-float32"] + [
         "nvidia-h200, 768-b1-bfloat16",
         "nvidia-h200, 1536-hd-b1-bfloat16",
@@ -129,7 +129,7 @@ def test_mining_table(results):
 
 
 def test_picture_table(results):
-    table = tables.picture_table(figures.kept(results))
+    table = tables.picture_table(figures.records_by_device(results))
     # The columns are 768 in float32, HD, and 768 in bfloat16 on a CPU; then 768 and HD on a GPU.
     assert cells(table, "preprocess") == ["75.4 ms", "106 ms", *["not measured yet"] * 8]
     assert cells(table, "**patch info mining**")[:2] == ["5.59 s", "180 ms"]
@@ -187,13 +187,13 @@ def test_a_busy_machine_is_told():
 def test_a_record_of_no_benchmark(results):
     (results / "cpu" / "odd.json").write_text("{}")
     with pytest.raises(BadRecord, match="odd.json"):
-        figures.kept(results)
+        figures.records_by_device(results)
 
 
 def test_cases_are_in_the_registrys_order(results):
     document = bench_documents.document([bench_documents.row("gone/768", "reference")])
     records.write(results / "cpu" / "a.json", document)
-    found = figures.kept(results)
+    found = figures.records_by_device(results)
     assert list(found) == ["cpu", "nvidia-h200"]
     assert list(found["cpu"]) == [
         "patch_mining/768-b1-float32",
@@ -220,8 +220,8 @@ class Resources(HTMLParser):
 
 PAGES = {
     "nothing": lambda results: {},
-    "a CPU": lambda results: {"cpu": figures.kept(results)["cpu"]},
-    "both": figures.kept,
+    "a CPU": lambda results: {"cpu": figures.records_by_device(results)["cpu"]},
+    "both": figures.records_by_device,
 }
 pages = pytest.mark.parametrize("name", PAGES)
 
@@ -250,7 +250,7 @@ def test_page_stands_alone(name, results):
 
 
 def test_page_says_what_is_slower_and_what_failed(results):
-    html = page(figures.kept(results))
+    html = page(figures.records_by_device(results))
     assert "0.89x slower" in html and re.search(r'class="fail">FAIL</span> wrong result: error 1e-2 \| expected', html)
     assert "conditions, and 2 that did not run" in html and "not here: mode max-autotune is for GPUs" in html
     # A wrong result has no bar.
@@ -338,7 +338,7 @@ def browse(folder, file, *options):
 @pytest.mark.parametrize("width", [1100, 390])
 @pytest.mark.parametrize("scheme", ["dark", "light"])
 def test_drawn_in_a_browser(scheme, width, results, tmp_path):
-    (tmp_path / "report.html").write_text(page(figures.kept(results)), encoding="utf-8")
+    (tmp_path / "report.html").write_text(page(figures.records_by_device(results)), encoding="utf-8")
     (tmp_path / "frame.html").write_text(FRAME.format(width=width, height=3000))
     done = browse(
         tmp_path,
@@ -373,7 +373,7 @@ READ = """<script>
 @pytest.mark.parametrize("added, resources", [("", 0), ('<img src="http://localhost:9/picture.png">', 1)])
 def test_nothing_is_asked_for_and_nothing_runs_over(added, resources, results, tmp_path):
     """The page is as wide as its window, on a phone too, and the browser's list of loaded resources stays empty."""
-    html = page(figures.kept(results)).replace("</body>", f"{added}{PROBE}</body>")
+    html = page(figures.records_by_device(results)).replace("</body>", f"{added}{PROBE}</body>")
     (tmp_path / "report.html").write_text(html, encoding="utf-8")
     (tmp_path / "frame.html").write_text(FRAME.format(width=390, height=800) + READ)
     done = browse(tmp_path, "frame.html", "--allow-file-access-from-files", "--virtual-time-budget=3000", "--dump-dom")

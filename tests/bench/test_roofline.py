@@ -1,4 +1,4 @@
-"""Floors from shapes, against torch's FLOP counter, the parameters of real models, and floors computed by hand."""
+"""Floors from shapes, against torch's FLOP counter and floors computed by hand."""
 
 import json
 import re
@@ -8,9 +8,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.__main__ import main
+from bench.cases.settings import DEPTHS, DIMS
 from bench.costs import floors
 from bench.costs.answer import MODELS, ModelledAnswer, parameters
 from bench.costs.gpus import GPUS, find_gpu
+from bench.costs.mining import Sizes
+from bench.costs.tower import Tower
 from mg_fast import MiniGeminiForConditionalGeneration
 from mg_fast.models.mini_gemini.vision import build_projector, low_resolution_features
 from mg_fast.testing.random_checkpoints import SIZES, make_config
@@ -29,21 +32,19 @@ def flop_of(call):
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("size", ["2b", "7b", "8b", "13b", "8x7b", "34b"])
-def test_parameters_of_every_part(size):
-    model = empty_model(size)
-    parts = parameters(make_config(size))
-    held = {
-        "LR tower": model.model.vision_tower,
-        "HR tower": model.model.vision_tower_aux,
-        "patch info mining": model.model.patch_mining,
-        "projector": model.model.mm_projector,
-    }
-    assert {name: sum(p.numel() for p in part.parameters()) for name, part in held.items()} == {
-        name: parts[name] for name in held
-    }
-    assert sum(p.numel() for p in model.parameters()) == sum(parts.values())
-    assert ModelledAnswer(size).weight_bytes == 2 * sum(parts.values())
+def test_weights_of_tower_and_mining():
+    model = empty_model("7b").model
+    tower, mining = (sum(p.numel() for p in part.parameters()) for part in (model.vision_tower_aux, model.patch_mining))
+    # In a checkpoint layer scale is a parameter of its own.
+    scales = sum(depth * c for c, depth in zip(DIMS, DEPTHS))
+    assert (Tower(torch.float32).weights + scales, Sizes(torch.float32).weights) == (tower, mining)
+
+
+def test_bytes_of_weights():
+    """7B: Vicuna has 6,738 million parameters, both towers and the rest 530 million."""
+    assert ModelledAnswer("7b").weight_bytes == pytest.approx(2 * 7.27e9, rel=0.01)
+    assert ModelledAnswer("7b-hd").weight_bytes == ModelledAnswer("7b").weight_bytes
+    assert ModelledAnswer("2b", "float32").weight_bytes == 4 * parameters("2b")
 
 
 @pytest.mark.parametrize("model", ["7b", "7b-hd"])

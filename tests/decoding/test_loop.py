@@ -30,7 +30,7 @@ def changeable(own):
     return copy.deepcopy(own.model)
 
 
-def lean(model, processor, prompts, pictures=None, max_new_tokens=8, decoder=None, **options):
+def by_decode_loop(model, processor, prompts, pictures=None, max_new_tokens=8, decoder=None, **options):
     """New ids by the decode loop, for prompts that are filled up on the left, and the number of reused positions."""
     decoder = decoder or Decoder(model)
     inputs = processor(text=prompts, images=pictures, return_tensors="pt", padding=True)
@@ -123,7 +123,7 @@ def test_ragged_batches(each):
         inputs = each.processor(text=prompts, images=pictures, return_tensors="pt", padding=True)
         width = inputs["input_ids"].shape[1]
         expected = each.model.generate(**inputs, max_new_tokens=10, do_sample=False, **options)[:, width:]
-        assert torch.equal(lean(each.model, each.processor, prompts, pictures, 10, **options)[0], expected)
+        assert torch.equal(by_decode_loop(each.model, each.processor, prompts, pictures, 10, **options)[0], expected)
         if not options:
             # After the end of a row there is filling.
             assert [row[: len(ids)] for row, ids in zip(expected.tolist(), alone)] == alone
@@ -344,7 +344,7 @@ def test_the_host_asks_twice_a_token(own, options):
     counts = []
     for new in (4, 14):
         with Asked() as asked:
-            lean(own.model, own.processor, [prompt], max_new_tokens=new, **{"min_new_tokens": new, **options})
+            by_decode_loop(own.model, own.processor, [prompt], max_new_tokens=new, **{"min_new_tokens": new, **options})
         counts.append(len(asked.names))
     assert counts[1] - counts[0] <= 2 * 10
 

@@ -115,7 +115,7 @@ def test_every_operation_with_nothing_mended_by_hand():
 @pytest.mark.parametrize("value", ["true", "ON"])
 def test_any_value_that_triton_takes_for_true(value):
     script = (
-        "from mg_fast import backend; "
+        "from mg_fast.ops import backend; "
         "print(backend.why_not('dual_resize', 'triton'), backend.choose('dual_resize', 'triton'))"
     )
     done = interpreted(script, value)
@@ -125,7 +125,7 @@ def test_any_value_that_triton_takes_for_true(value):
 @needs_triton
 def test_too_late_is_said_and_not_run_into():
     script = (
-        "import os, triton; from mg_fast import backend; os.environ['TRITON_INTERPRET'] = '1'; "
+        "import os, triton; from mg_fast.ops import backend; os.environ['TRITON_INTERPRET'] = '1'; "
         "backend.choose('dual_resize', 'triton')"
     )
     done = interpreted(script, "0")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from mg_fast.runtime.device_tables import kept
+from mg_fast.runtime.device_tables import cached_on_device
 
 CPU = torch.device("cpu")
 
@@ -15,7 +15,7 @@ def counted(limit, numbers=25):
     """A function whose tables take four bytes for each number, and the list of its calls."""
     made = []
 
-    @kept(limit)
+    @cached_on_device(limit)
     def table(size, device):
         made.append(size)
         return size, [torch.full((numbers,), float(size), device=device)]

@@ -8,17 +8,17 @@ import functools
 
 import torch
 
-from ...runtime.device_tables import kept
+from ...runtime.device_tables import cached_on_device
 
 
-@kept()
+@cached_on_device()
 def resize_matrix(fine: int, size: int, reduction: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """The matrix [fine / reduction, size] that upsamples `size` pixels to `fine` and then reduces them."""
     pixels, taps = torch.arange(fine // reduction, device=device), torch.arange(size, device=device)
     return _weights(pixels[:, None], taps, fine, size, reduction, dtype)
 
 
-@kept()
+@cached_on_device()
 def window_tables(fine: int, size: int, reduction: int, regions: int, device: torch.device, dtype: torch.dtype):
     """Which of the size x size coarse pixels the windows need, and with which weights.
 
@@ -54,7 +54,7 @@ def _weights(
     return weights
 
 
-@kept()
+@cached_on_device()
 def strip_tables(fine: int, size: int, reduction: int, regions: int, device: torch.device, dtype: torch.dtype):
     """As `window_tables`, for windows that are equally far apart and may begin before the map and end after it.
 

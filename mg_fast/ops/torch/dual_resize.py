@@ -17,7 +17,7 @@ from PIL import Image
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from ...errors import PictureError
-from ...runtime.device_tables import kept, upload
+from ...runtime.device_tables import cached_on_device, upload
 from ..reference import low_resolution_views
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -180,7 +180,7 @@ class ResizeBlock(NamedTuple):
     padded: bool
 
 
-@kept(TABLE_BYTES)
+@cached_on_device(TABLE_BYTES)
 def _blocks(side: Side, device: torch.device) -> list[ResizeBlock]:
     first, fixed = bicubic_taps(side)
     positions = first[:, None] + np.arange(fixed.shape[1])

@@ -58,6 +58,11 @@ def row(name: str, picture: str, value: str, kind: str = "row") -> str:
     return f'<div class="{kind}"><span class="name">{name}</span>{picture}<span class="value">{value}</span></div>'
 
 
+def section(keys: Sequence[str], lead: str, plots: Sequence[str]) -> str:
+    """A legend, a paragraph in small print, and plots."""
+    return f'<p>{"".join(keys)}</p>{quiet(lead)}<div class="plots">{"".join(plots)}</div>'
+
+
 def key(shape: str, kind: str, words: str) -> str:
     """An entry of a legend: a "bar", a "line" or a "dot" of a class, and what it stands for."""
     sign = {
@@ -125,12 +130,7 @@ class Plot:
         return left * NARROW / 100, top * HEIGHT / 100
 
     def html(self, title: str, note: str, below: str = "", label: str = "") -> str:
-        """The plot with its heading; texts are drawn over everything else, so that no line runs through them.
-
-        Args:
-            below: HTML of what follows the plot.
-            label: for readers that do not see; by default the title.
-        """
+        """The plot with its heading, and HTML below it; texts are drawn last, so that no line runs through them."""
         drawn = "".join(sorted(self.parts, key=lambda part: part.startswith("<text")))
         picture = f'<svg role="img" aria-label="{escape(label or title)}">{drawn}</svg>'
         return f'<div><h3>{escape(title)}</h3>{quiet(escape(note))}<div class="plot">{picture}</div>{below}</div>'

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import accounting
+from bench.__main__ import main
 from bench.costs import peak_memory
 from bench.costs.mining import Sizes, mining_floor, reference_mining, torch_mining, triton_mining
 from bench.costs.tower import FORMS, Tower, tower_cost, tower_floor
@@ -139,7 +139,7 @@ INTERPRETED = """
 import dataclasses, sys, torch
 from triton.runtime import interpreter
 from mg_fast.kernels.patch_mining import pool_windows_fwd
-from tests.bench.test_accounting import ASKED, inputs
+from tests.bench.test_formulas import ASKED, inputs
 
 builder = interpreter.interpreter_builder
 builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
@@ -336,7 +336,7 @@ def test_memory_by_formula():
 
 def test_table(capsys):
     pytest.importorskip("triton")
-    accounting.main()
+    assert main(["formulas"]) == 0
     out = capsys.readouterr().out
     assert "768 bfloat16        reference                  436.2   3655.9" in out
     assert "tower 768 bfloat16  triton                     807.8   2665.1" in out
