@@ -45,15 +45,18 @@ def run(code, *, cwd=ROOT):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_no_regular_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
     run(PROBE.format(root=str(ROOT)))
 
 
+@pytest.mark.slow
 def test_transformers_imports_from_the_root():
     run(PROBE.format(root=str(ROOT)) + TRANSFORMERS)
 
 
+@pytest.mark.slow
 def test_transformers_imports_beside_hugging_faces_kernels():
     """transformers finds and uses the PyPI package `kernels`, although it is later on the path than this folder."""
     site = Path(sys.prefix) / "hf-kernels"
@@ -94,6 +97,7 @@ def test_wheel_holds_the_packages_and_nothing_else(wheel):
     assert any(name.endswith("LICENSE") for name in names) and any(name.endswith("NOTICE") for name in names)
 
 
+@pytest.mark.slow
 def test_wheel_works_outside_the_checkout(wheel, tmp_path, standard, photo):
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)

@@ -157,6 +157,7 @@ def talk(standard, typed, **environment):
     return done.stdout.decode("utf-8", "replace").split("you> ")[1:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("environment", ({}, {"PYTHONIOENCODING": "utf-8"}, {"PYTHONIOENCODING": "ascii"}))
 def test_a_conversation_outlives_bad_bytes(standard, environment):
     typed = "Hello.\n\udce5\udca5 hi\nHello again.\n/image caf\udce9.png\n/caf\udce9\n/reset\nHello.\nHello again.\n"

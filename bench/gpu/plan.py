@@ -173,13 +173,18 @@ def tiny_plan(device: str = "cpu") -> list[Step]:
     environment = "the machine, and what a copy and a product reach"
     smoke = ("every kernel launched once and right", 60, CORRECTNESS, ("bench", "smoke", "--device", device))
     kernels = Part(("dwconv_norm/768-stage3-b1-float32",), ("torch",))
-    answers = ("end-to-end/tiny-first-token-b1-float32", "end-to-end/tiny-decode-b1-float32")
     tests = ("pytest", "-vv", "tests/bench/test_interpreted_tune.py", *PLUG_IN)
     return [
         Step("environment", environment, 60, ENVIRONMENT, ("bench", "ceilings", "--device", device)),
         Step("smoke", *smoke, environment=interpreted),
         Step("kernels", "a kernel alone", 60, CASES, parts=(kernels,)),
-        Step("decode", "answers of a tiny model", 60, END_TO_END, parts=(Part(answers, ("reference", "auto")),)),
+        Step(
+            "decode",
+            "answers of a tiny model",
+            60,
+            END_TO_END,
+            parts=(Part(("end-to-end/tiny-decode-b1-float32",), ("reference", "auto")),),
+        ),
         Step("tests", "a test of the kernels", 60, CORRECTNESS, tests, environment=interpreted),
     ]
 

@@ -17,7 +17,7 @@ from mg_fast.models.mini_gemini import seeing
 from tests.paths import OWN_GOLDEN
 
 # The model is so small that it is slower on two threads.
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 TINY = next(size for size in random_models.SIZES if size.size == "tiny")
 CEILINGS = Ceilings(1.0, {})
 MINING = "patch_mining/768-b1-float32"

@@ -24,6 +24,8 @@ from mg_fast.ops.operation import OPERATIONS
 from mg_fast.ops.torch import patch_mining as torch_form
 from tests.paths import ROOT
 
+pytestmark = pytest.mark.slow
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HALVING = ((48, 6), (24, 10), (12, 14), (6, 18))
 SMALL = {

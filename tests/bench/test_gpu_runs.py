@@ -28,6 +28,8 @@ from bench.registry import OURS, Case
 from mg_fast.testing.environment import environment
 from tests.bench.gpu_stand_ins import stand_ins
 
+pytestmark = pytest.mark.slow
+
 CASES = {name: list(case.providers) for name, case in all_cases().items()}
 # Seconds of a step that is not cut off: its process imports torch, on a machine that may be busy with other tests.
 ROOM = 60.0
@@ -273,7 +275,7 @@ def test_the_tiny_plan_on_a_cpu(tmp_path):
     assert ceilings["copy_gbps"] > 0 and records.read(out / plans.END_TO_END)["ceilings"] == ceilings
     assert "1 passed" in (out / plans.CORRECTNESS).read_text()
     rows = records.read(out / plans.END_TO_END)["cases"]
-    assert len(rows) == 4 and all(row["ok"] and row["median_ms"] > 0 for row in rows)
+    assert len(rows) == 2 and all(row["ok"] and row["median_ms"] > 0 for row in rows)
     [decode] = [row for row in rows if row["provider"] == "auto" and "decode" in row["name"]]
     assert decode["kernels"]["wall_us"] > 0 and any("mm" in kernel["name"] for kernel in decode["kernels"]["kernels"])
     assert "### Kernels of end-to-end/tiny-decode-b1-float32, auto" in (out / plans.SUMMARY).read_text()

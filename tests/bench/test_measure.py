@@ -17,6 +17,8 @@ from bench.costs.mining import Sizes
 from bench.rows import empty_row
 from mg_fast.modules import ConvNeXtPyramid
 
+pytestmark = pytest.mark.slow
+
 
 class Machine:
     """A machine whose speed wanders, on which calls take scripted times and other processes come and go."""

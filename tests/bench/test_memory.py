@@ -18,9 +18,10 @@ from mg_fast.modules import convnext_channels_last as convnext
 from mg_fast.modules.clip import PackedClip
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(
-    not torch.backends.cudnn.is_available(), reason="takes a torch that is built for CUDA: no GPU"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.backends.cudnn.is_available(), reason="takes a torch that is built for CUDA: no GPU"),
+]
 
 # All cases but the larger whole models, which take as long again: `python -m bench memory --check` has them too.
 CHEAP = ("dual_resize", "clip", "tower", "patch_mining", "projector", "picture", "end-to-end/7b-b1-bfloat16")

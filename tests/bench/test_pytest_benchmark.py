@@ -15,6 +15,8 @@ from tests.paths import ROOT
 
 pytest.importorskip("pytest_benchmark")
 
+pytestmark = pytest.mark.slow
+
 
 def bench(*words):
     # The plug-in times nothing in a process that shares the tests with other processes, and this may be one.

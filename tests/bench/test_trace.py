@@ -13,6 +13,8 @@ from bench.cases import picture, settings
 from bench.registry import Case, NotHere
 from mg_fast.testing.random_checkpoints import NARROW_TOWERS
 
+pytestmark = pytest.mark.slow
+
 STAGES = ["preprocess", "LR tower", "HR tower", "patch info mining", "projector"]
 
 

@@ -262,6 +262,7 @@ def test_debug_lets_the_error_through(run):
 # ---- as a process
 
 
+@pytest.mark.slow
 def test_json_is_all_that_comes_out(standard, photo, pipeline):
     """A whole process writes nothing else to stdout: warnings, progress bars and prints of libraries go elsewhere."""
     arguments = ("--image", photo, "--prompt", "What?", "--max-new-tokens", 4, "--json")
@@ -312,6 +313,7 @@ def test_help_and_wrong_usage_need_no_torch():
         assert word in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unbuffered", [True, False])
 def test_a_reader_that_goes_away(unbuffered):
     """A closed reader, as with `| true`, causes no traceback, not even from Python's own flush at the end."""

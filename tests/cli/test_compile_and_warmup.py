@@ -81,6 +81,7 @@ HD_KERNELS = [
 ]
 
 
+@pytest.mark.slow
 @needs_triton
 def test_the_first_launch_compiles_nothing(tmp_path):
     """In HD, where mining has two kernels, everything asked for is compiled, for any batch, and nothing else is."""
@@ -102,6 +103,7 @@ def test_the_first_launch_compiles_nothing(tmp_path):
     assert launch(folder, tmp_path, *cases) == [(8, 0), (8, 0), (2, 6), (8, 2)]
 
 
+@pytest.mark.slow
 @needs_triton
 def test_training_and_several_architectures(tmp_path):
     folder = OWN_GOLDEN / "standard"
@@ -110,6 +112,7 @@ def test_training_and_several_architectures(tmp_path):
     assert launch(folder, tmp_path, {"architecture": 80, "dtype": "bfloat16", "training": True}) == [(8, 0)]
 
 
+@pytest.mark.slow
 @needs_triton
 def test_all_kernels(tmp_path):
     """Kernels in whose place `auto` runs a library are compiled, too, for few pictures and for many.

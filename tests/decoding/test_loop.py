@@ -63,6 +63,7 @@ def test_what_the_original_answered(each):
     assert [answer.token_ids for answer in batch] == [ids for *_, ids in each.recorded()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_cache_bytes", [2**30, 150_000, 0], ids=["all kept", "one kept", "none kept"])
 def test_turns_equal_the_history_sent_fresh(each, kv_cache_bytes):
     """Three conversations take turns, with pictures in their first or a later turn."""
@@ -109,6 +110,7 @@ def test_a_shared_beginning_is_computed_once(each):
     assert again.cached_tokens == again.prompt_tokens - 1 and again.token_ids == first.token_ids
 
 
+@pytest.mark.slow
 def test_ragged_batches(each):
     """Rows of a batch are filled up on the left, some have pictures, and they end at different tokens."""
     texts = ["<image>\n" + QUESTIONS[0], "Hi.", "<image>\n<image>\nCompare these two, please, and be brief about it."]
@@ -129,6 +131,7 @@ def test_ragged_batches(each):
             assert [row[: len(ids)] for row, ids in zip(expected.tolist(), alone)] == alone
 
 
+@pytest.mark.slow
 def test_products_by_onednn(each, monkeypatch):
     """The answers stay the same where oneDNN computes the products, which normally needs larger layers than these."""
     monkeypatch.setattr("mg_fast.ops.torch.pointwise._FEWEST_WEIGHTS", 1)
@@ -194,6 +197,7 @@ SAMPLING = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", SAMPLING, ids=str)
 def test_the_distribution_of_samples(own, options):
     """The first two new tokens of 4,000 rows follow their exact probabilities.
@@ -297,6 +301,7 @@ def live():
     return sum(tensors.values()), caches
 
 
+@pytest.mark.slow
 def test_a_thousand_tokens_take_no_more_memory(own):
     pipeline = own.pipeline(kv_cache_bytes=500_000)
     sizes, taken = [], []

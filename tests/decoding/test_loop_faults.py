@@ -49,6 +49,7 @@ def short(own):
     return Pipeline(model, own.processor)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streamed", [False, True])
 def test_an_answer_ends_with_the_context(short, own, streamed):
     text = "word " * 15
@@ -89,6 +90,7 @@ def test_the_last_positions(short, own, room):
 # --- streams ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [0, 1, 5])
 def test_a_cancelled_stream_leaves_nothing(own, after):
     pipeline = own.pipeline(kv_cache_bytes=400_000)
@@ -536,6 +538,7 @@ SHOWN = (
 SHOWN += (adapter_rescaled, adapter_trained)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before,change", CHANGES, ids=lambda f: getattr(f, "__name__", str(f)))
 def test_a_changed_model_answers_as_a_fresh_one(changeable, own, before, change):
     if before is not None:

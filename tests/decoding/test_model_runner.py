@@ -23,6 +23,7 @@ CAPTURE = model_runner._Graph._capture
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.slow
 def test_turns(each, by_graph):
     pipeline = each.pipeline()
     history, answers = [], []
@@ -181,6 +182,7 @@ def test_quantized_experts_of_many_tokens_are_not_captured(by_graph, monkeypatch
             assert not by_graph
 
 
+@pytest.mark.slow
 def test_more_shapes_than_torch_compiles(own, by_graph, monkeypatch, caplog):
     torch._dynamo.reset()
     compiler = torch.compile
@@ -213,6 +215,7 @@ def prepared(own, rows, padded):
     return decoder.runner, sequences
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name,padded", [("standard", True), ("mgm-gemma", False), ("mgm-llama3", False), ("mgm-mixtral", True)]
 )

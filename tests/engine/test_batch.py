@@ -43,6 +43,7 @@ def parts(question):
     return tuple(question.values()) if isinstance(question, dict) else question
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*OWN, *ORIGINAL])
 def test_each_as_if_alone(name):
     own = family(name)
@@ -54,6 +55,7 @@ def test_each_as_if_alone(name):
         assert answer.image_tokens == len(pictures) * own.model.config.tokens_per_picture and answer.error is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{}, {"temperature": 0.0, "repetition_penalty": 1.4}, {"eos_token_id": [*range(3, 120)]}], ids=str
 )
@@ -276,6 +278,7 @@ def test_too_little_memory_for_a_picture(own, monkeypatch):
     assert [answer.finish_reason for answer in answers] == ["error", "length"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7, "seed": 3}], ids=["greedy", "sampled"])
 def test_a_row_that_is_not_finite_fails_alone(own, sampling, caplog):
     pipeline = own.pipeline()

@@ -99,6 +99,7 @@ def test_a_step_of_an_optimizer(model, found, backend):
     assert_noticed(pipe, found, before)
 
 
+@pytest.mark.slow
 @BACKENDS
 @pytest.mark.parametrize(
     "layer", ["mm_projector.0", "patch_mining.vlm_uni_val_projector.1", "vision_tower.encoder.layers.0.mlp.fc1"]
@@ -115,6 +116,7 @@ def test_weights_changed_in_place(model, found, layer, hooked, backend):
     assert_noticed(pipe, found, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", LAYERS)
 @pytest.mark.parametrize("kind", ["hook", "pre-hook", "forward"])
 def test_what_is_put_on_a_layer(model, found, where, kind):

@@ -314,6 +314,7 @@ def test_autocast_without_layer_scale_is_timms():
         assert torch.equal(model(pictures()), plain(pictures()))
 
 
+@pytest.mark.slow
 def test_one_graph_under_compile():
     model = make(drop_path_rate=0.1)
     mg_fast.accelerate(model)

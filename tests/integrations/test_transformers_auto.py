@@ -33,12 +33,14 @@ FIRST = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", FIRST)
 def test_any_import_of_transformers_works_after_ours(first, processor, tmp_path):
     processor.save_pretrained(tmp_path)
     run(f"import mg_fast\n{first}\n{PROCESSOR.format(folder=str(tmp_path))}{MODEL}")
 
 
+@pytest.mark.slow
 def test_a_pipeline_of_transformers_finds_the_model():
     folder = str(OWN_GOLDEN / "standard")
     imports = "import mg_fast\nfrom transformers import LlamaForCausalLM, pipeline\n"
@@ -49,5 +51,6 @@ def test_a_pipeline_of_transformers_finds_the_model():
     run(imports + made)
 
 
+@pytest.mark.slow
 def test_imports_before_ours_are_registered_with():
     run(f"from transformers import AutoModelForImageTextToText, LlamaForCausalLM\nimport mg_fast\n{MODEL}")

@@ -247,6 +247,7 @@ def animation(kind, mode="RGB"):
     return stored(frames[0], kind, save_all=True, append_images=frames[1:], **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ("GIF", "WEBP", "PNG", "TIFF", "MPO"))
 def test_the_first_frame_is_used_and_said_once(model, processor, caplog, tmp_path, kind):
     data = animation(kind)
@@ -303,6 +304,7 @@ print(see(sys.argv[1]), see(sys.argv[2]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="only Linux tells a program's peak of memory")
 @pytest.mark.parametrize("kind, mode", (("JPEG", "RGB"), ("PNG", "1"), ("TIFF", "I;16")))
 def test_memory_of_large_pictures(kind, mode, tmp_path):

@@ -321,6 +321,7 @@ def demo(*arguments, tmp_path):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_demo(tmp_path):
     out = demo(tmp_path=tmp_path)
     (picture,) = tmp_path.glob("mg_fast-demo-*.png")
@@ -336,6 +337,7 @@ def test_demo(tmp_path):
     assert answers[0] == answers[1] and len(answers[0]) == 3
 
 
+@pytest.mark.slow
 def test_demo_of_ones_own_picture(tmp_path, photo):
     out = demo("--photo", str(photo), tmp_path=tmp_path)
     assert f"picture: {photo}\n" in out and "(right)" not in out and "WRONG" not in out and out.count("\nnano:   ") == 3

@@ -66,6 +66,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 @BACKENDS
 @pytest.mark.parametrize("projector", PROJECTORS)
 @pytest.mark.parametrize("change", CHANGES)
@@ -106,6 +107,7 @@ def test_quantized_mining_is_called(model, found, backend):
     assert relative_error(tokens(plain, found), tokens(found.model, found)) > 1e-4
 
 
+@pytest.mark.slow
 @BACKENDS
 def test_adapters_on_everything_merge_to_the_same_tokens(model, found, backend):
     from peft import LoraConfig, get_peft_model
@@ -144,6 +146,7 @@ def test_adapters_of_mining_are_trained(model, found, backend):
         assert gradient is not None and gradient.abs().max() > 0, name
 
 
+@pytest.mark.slow
 @BACKENDS
 @pytest.mark.parametrize(
     "part", ["vision_tower", "vision_tower.encoder", "vision_tower.encoder.layers.1.mlp", "vision_tower_aux"]

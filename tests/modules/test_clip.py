@@ -66,6 +66,7 @@ def test_every_hidden_state(select_layer):
     check(make(), torch.randn(2, 3, 42, 42), select_layer)
 
 
+@pytest.mark.slow
 @dtypes
 def test_wide_enough_for_the_cpus_convolutions(dtype):
     """With 512 rows and 2**18 weights the float32 products take another path."""

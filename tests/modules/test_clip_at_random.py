@@ -1,5 +1,6 @@
 """Random small packed towers agree with transformers' own, over widths, depths, hidden states and batch sizes."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,6 +9,7 @@ from tests.fuzzing import fuzz
 from tests.modules.test_clip import DTYPES, check, make
 
 
+@pytest.mark.slow
 @fuzz(250)
 @given(
     seed=st.integers(0, 2**16),

@@ -56,6 +56,7 @@ def test_accuracy(trunk, dtype):
     assert_tower_accurate(make(dtype, **TRUNKS[trunk]), pictures(96, batch=2, dtype=dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_real_widths(dtype):
     """The widths of the large model are accurate, with one or two blocks a stage, at 192 pixels."""
@@ -158,6 +159,7 @@ def test_autocast():
         assert_accurate(level, expected, oracle)
 
 
+@pytest.mark.slow
 def test_one_graph_under_compile():
     tower, pixels = make(), pictures(64)
     compiled = torch.compile(lambda x: tower(x, backend="torch"), backend="aot_eager", fullgraph=True)

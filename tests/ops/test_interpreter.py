@@ -95,6 +95,7 @@ def interpreted(script: str, value: str = "1") -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @needs_triton
 def test_every_operation_with_nothing_mended_by_hand():
     done = interpreted(EVERY_OPERATION)
@@ -111,6 +112,7 @@ def test_every_operation_with_nothing_mended_by_hand():
         assert operation == "patch_mining" or float(bias) < max(eps / 16, 1e-6), line
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("value", ["true", "ON"])
 def test_any_value_that_triton_takes_for_true(value):
@@ -122,6 +124,7 @@ def test_any_value_that_triton_takes_for_true(value):
     assert done.stdout == "None triton\n", done.stderr
 
 
+@pytest.mark.slow
 @needs_triton
 def test_too_late_is_said_and_not_run_into():
     script = (

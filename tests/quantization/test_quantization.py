@@ -57,6 +57,7 @@ def quantized(built):
     return get
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, name", CASES)
 def test_only_the_layers_matrices_are_quantized(quantized, kind, name):
     model, plain = quantized(kind, name)
@@ -94,6 +95,7 @@ def test_weights_are_rounded_by_half_a_step_at_most(quantized, kind, name):
         assert error.max() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, name", CASES)
 def test_it_is_the_plain_model_with_rounded_weights(quantized, built, kind, name):
     """Only the weights are rounded: the plain float32 model with the same rounded weights gives the same logits.
@@ -116,6 +118,7 @@ def test_it_is_the_plain_model_with_rounded_weights(quantized, built, kind, name
     assert relative_error(logits, plain_logits) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind, name", [case for case in CASES if case[0] != "hd"])
 def test_greedy_answers(built, photo, kind, name, dtype):
@@ -477,6 +480,7 @@ def adapter(standard, tmp_path_factory):
     return folder, probe(base)[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["load_adapter", "PeftModel"])
 @pytest.mark.parametrize("quantize", [None, *quantization.NAMES])
 def test_adapters_load(standard, adapter, photo, quantize, how):

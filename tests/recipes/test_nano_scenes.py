@@ -315,6 +315,7 @@ def test_questions_of_a_conversation_do_not_ask_for_what_was_said():
 LESSONS = dict(digits=(3, 2, 1e-3), lookup=(10, 4, 5e-3), scenes=(8, 2, 1e-3))
 
 
+@pytest.mark.slow
 def test_training_learns_and_goes_on_where_it_stopped(tmp_path):
     short = [(stage, LESSONS.get(stage.name, (1, 2, 1e-3))) for stage in train.STAGES]
     stages = tuple(
@@ -407,6 +408,7 @@ def test_digits_and_places_weigh_more(tmp_path):
     torch.testing.assert_close(loss, (surprise * weight).sum() / weight.sum(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path):
     """A stopped run ends like an unbroken one: same state of both optimizers, same batches and same noise."""
     search = next(stage for stage in train.STAGES if stage.name == "search")

@@ -86,6 +86,7 @@ def test_plain():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", WHOLE)
 def test_options_of_an_answer(pipeline, photo, make):
     options = {"max_new_tokens": 4, "top_k": 5, "no_repeat_ngram_size": 2, "min_new_tokens": 2, "seed": 3}

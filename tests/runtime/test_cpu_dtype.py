@@ -143,6 +143,7 @@ def test_a_fast_one_is_not_talked_about(machine, caplog, found, asked):
     assert lines(caplog) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "asked", ["bf16", "torch.bfloat16", "bfloat16", BFLOAT, "half", "fp16", "torch.float16", "fp32", "float", SINGLE]
 )

@@ -74,6 +74,7 @@ def rendered(pipeline):
     return render(pipeline.template, [(f"<image>\n{QUESTION}", None)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "base, other", itertools.permutations(DTYPES, 2), ids=lambda dtype: str(dtype).removeprefix("torch.")
 )
@@ -82,6 +83,7 @@ def test_one_part_in_another_dtype(alone, base, other):
     assert_works(family("standard"), [other if name == alone else base for name in PARTS])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(
     "name, backend", [("hd", None), ("standard", "reference"), ("mgm-gemma", None), ("mgm-mixtral", "torch")]
@@ -132,6 +134,7 @@ def assert_near_in_float32(model, found, backend, text):
     return pipeline
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("name", INSIDE)
 def test_a_layer_of_a_part_in_float32(name, backend):
@@ -154,6 +157,7 @@ def test_hooks_and_layers_in_float32_at_once():
     assert len(called) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("name", ["mm_projector", "lm_head", "vlm_uni_val_projector"])
 def test_a_trained_copy_in_float32(name, backend):
@@ -174,6 +178,7 @@ def test_a_trained_copy_in_float32(name, backend):
         assert pipeline.chat(QUESTION, [found.pictures[0]], max_new_tokens=2).token_ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize(
     "part, layer",

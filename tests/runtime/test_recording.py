@@ -68,6 +68,7 @@ def accelerated():
     return model, plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recorder", RECORDERS)
 def test_an_accelerated_timm_model(accelerated, recorder):
     model, plain = accelerated
@@ -103,6 +104,7 @@ def test_a_warning_points_to_the_caller():
     assert caught[0].filename == __file__
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recorder", RECORDERS)
 def test_our_tower(recorder):
     torch.manual_seed(0)
@@ -129,6 +131,7 @@ class Front(nn.Module):
 MINED = torch.randn(1, 4, 16), [torch.randn(1, 8, 8, 8), torch.randn(1, 4, 4, 12)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recorder", [traced, symbolic, exported, compiled, copied, saved])
 def test_our_mining(recorder):
     front = Front()

@@ -253,6 +253,7 @@ def test_tower_of_another_size(standard, tmp_path):
 # --- Stage-1 adapters
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "gemma", "mixtral", "hd"])
 def test_adapter_over_its_base(built, tmp_path, kind):
     source = built[kind]
@@ -375,11 +376,13 @@ def check_round_trip(source, target):
     assert same_answers(load(target), source)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "gemma", "mixtral", "hd", "bfloat16"])
 def test_round_trip(built, tmp_path, kind):
     check_round_trip(built[kind], tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GOLDEN)
 def test_round_trip_of_the_original_layout(golden, tmp_path, name):
     check_round_trip(golden / name, tmp_path)

@@ -46,6 +46,7 @@ def families(standard, tmp_path_factory):
     return {"llama": standard, **built}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", [*SPELLINGS, "llama", "gemma", "mixtral"])
 def test_every_spelling_of_model_type(families, tmp_path, model_type):
     kind = SPELLINGS.get(model_type, model_type)
@@ -111,6 +112,7 @@ def words_of(done):
     return done.stdout.split()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
 def test_auto_classes_in_a_fresh_process(standard, order):
     printed = words_of(python("-c", ORDERS[order] + USE_AUTO, standard, imported=LIBRARIES))

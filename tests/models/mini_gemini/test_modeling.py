@@ -28,6 +28,7 @@ def trimmed(row, stop=2):
     return row[: row.index(stop) + 1] if stop in row else row
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["tiny", "tiny-gemma", "tiny-mixtral"])
 @pytest.mark.parametrize("hd", [False, True], ids=["standard", "hd"])
 def test_ragged_batch_answers_as_alone(tmp_path, photo, drawing, size, hd):
@@ -227,6 +228,7 @@ def test_pictures_that_do_not_match_a_cache(model, processor, photo):
         model(input_ids=ids[:, place + 3 :], mm_token_type_ids=marks, past_key_values=cache, **pixels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, backend", [("standard", "aot_eager"), ("hd", "eager"), ("mgm-gemma", "eager")])
 def test_the_whole_model_is_one_graph(name, backend):
     """The whole model is one graph, as `_can_compile_fullgraph` says. Places are checked when the graph runs.
@@ -374,6 +376,7 @@ def test_half_precision(standard, processor, photo, dtype):
     assert logits.dtype == dtype and logits.isfinite().all()
 
 
+@pytest.mark.slow
 def test_compiled_forward_gives_the_same(model, processor, photo):
     inputs = processor(text=prompt("What?"), images=photo, return_tensors="pt")
     core = model.model

@@ -73,6 +73,7 @@ def assert_answers_as(pipeline, found, *, explained=False):
         torch.testing.assert_close(ours.relevance, theirs.relevance, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS)
 def test_each_part_on_disk(found, part, tmp_path):
     model = on_disk(found, tmp_path, part)
@@ -86,6 +87,7 @@ def test_each_part_on_disk(found, part, tmp_path):
     assert_answers_as(Pipeline(model, found.processor), found, explained=found.name == "mgm-llama")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("part", ["model.vision_tower", "model.vision_tower_aux", "model.patch_mining", "lm_head"])
 def test_by_each_backend(part, backend, tmp_path):
@@ -93,6 +95,7 @@ def test_by_each_backend(part, backend, tmp_path):
     assert_answers_as(Pipeline(on_disk(found, tmp_path, part), found.processor, backend=backend), found)
 
 
+@pytest.mark.slow
 def test_all_on_disk(found, tmp_path):
     assert_answers_as(Pipeline(load(found, tmp_path, {"": "disk"}), found.processor), found, explained=True)
 
@@ -104,6 +107,7 @@ def test_as_little_memory_as_a_machine_may_have(found, tmp_path):
     assert_answers_as(Pipeline(model, found.processor), found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS)
 def test_each_part_in_memory_beside_the_device(part):
     """Weights are brought to the execution device for every call, as `device_map` with "cpu" beside a GPU does it."""

@@ -100,6 +100,7 @@ PUBLISHED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size,hd", [*((size, False) for size in PUBLISHED), ("7b", True)])
 def test_every_tensor_of_the_published_layout(size, hd):
     config = make_config(size, hd=hd)

@@ -118,6 +118,7 @@ def of_llama(tmp_path_factory):
     return gradients_of_llama
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"label_smoothing_factor": 0.1}], ids=["plain", "label smoothing"])
 @pytest.mark.parametrize("split", SPLITS, ids=str)
 def test_text_is_trained_as_by_llama(model, of_llama, texts, tmp_path, split, options):
@@ -131,6 +132,7 @@ def test_text_is_trained_as_by_llama(model, of_llama, texts, tmp_path, split, op
         torch.testing.assert_close(own, gradient, rtol=1e-4, atol=1e-6 * norm(whole))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"label_smoothing_factor": 0.1}], ids=["plain", "label smoothing"])
 def test_an_accumulated_batch_with_pictures_is_the_batch(model, pictures, tmp_path, options):
     whole, *others = [gradients(model, *pictures, tmp_path, split, **options) for split in SPLITS]
@@ -141,6 +143,7 @@ def test_an_accumulated_batch_with_pictures_is_the_batch(model, pictures, tmp_pa
             torch.testing.assert_close(gradient, whole[name], rtol=1e-3, atol=1e-5 * norm(whole))
 
 
+@pytest.mark.slow
 def test_an_accumulated_batch_of_adapters_is_the_batch(model, pictures, tmp_path):
     from peft import LoraConfig, get_peft_model
 

@@ -103,6 +103,7 @@ def test_pillows_bits_at_the_extremes(case):
 PHOTOGRAPHS = sorted([*OWN_GOLDEN.glob("*.png"), *(original_golden().glob("*/*.png") if original_golden() else [])])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PHOTOGRAPHS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_pillows_bits_of_photographs(path):
     picture = torch.from_numpy(np.array(pictures.open_picture(path)))
@@ -129,6 +130,7 @@ def camera_files(tmp_path_factory):
     return {"landscape": (folder / "landscape.jpg", (4032, 3024)), "portrait": (folder / "portrait.jpg", (3000, 4000))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, grid, pad",
     [("landscape", 1, True), ("landscape", 2, False), ("portrait", 1, False), ("portrait", 2, True)],

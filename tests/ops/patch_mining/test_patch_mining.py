@@ -81,6 +81,7 @@ def test_large_biases_of_the_keys_leave_no_trace_in_float16():
     assert torch.equal(ops.patch_mining(queries, pyramid, query, key, value, backend="torch"), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic, backend", [(None, "aot_eager"), (True, "eager")])
 def test_one_graph_for_every_size_under_compile(dynamic, backend):
     """With `dynamic=None` torch turns sizes into symbols when they change."""

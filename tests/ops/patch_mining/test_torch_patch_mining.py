@@ -159,6 +159,7 @@ def test_what_is_not_finite_stays_visible_in_its_picture(bad):
     assert not out[0, 0, 0].isfinite().any() and out[1].isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", [1, 2])
 def test_one_graph_under_compile(grid):
     queries, pyramid, projections, grid = make(2, grid=grid)

@@ -63,6 +63,7 @@ def test_accuracy(operation, shape, dtype):
         assert_accurate(ours, plain(operation, *inputs), exact)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [192, 384, 768, 1536])
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_accuracy_of_the_published_sizes(operation, channels):
@@ -144,6 +145,7 @@ def test_autocast(operation, residual):
     assert_accurate(ours, wanted, oracle(operation, *inputs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_one_graph_under_compile(operation, backend):
