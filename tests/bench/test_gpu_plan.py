@@ -291,6 +291,7 @@ def test_tests_that_passed_are_told_from_verbose_output():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [[], ["-n", "1"]], ids=["one process", "a worker"])
 def test_tests_that_passed_are_not_run_again(workers, tmp_path, monkeypatch):
     code = "import pytest\n@pytest.mark.parametrize('i', [1, 2, 3])\ndef test_it(i): assert i != 2\n"
@@ -314,6 +315,7 @@ def test_tests_that_passed_are_not_run_again(workers, tmp_path, monkeypatch):
     assert pytest_plugin.passed(output.read_text()) == {f"test_it.py::test_it[{i}]" for i in (1, 2, 3)}
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_replaced_and_the_others_tests_run(tmp_path, monkeypatch):
     """A worker dies where a test hangs or breaks the GPU's context. Some tests have passed before."""
     code = "import os, pytest\n@pytest.mark.parametrize('i', range(12))\ndef test_it(i):\n    if i == 5: os._exit(1)\n"

@@ -361,6 +361,7 @@ def test_program_prints_one_document_last(monkeypatch, capsys, tmp_path):
     assert program.main(["compare", str(out), str(out)]) == 0
 
 
+@pytest.mark.slow
 def test_memory_of_a_provider_in_a_process_of_its_own(monkeypatch):
     mib = peaks.peak_in_child("projector/768-b1-float32", "reference")
     if mib is None:

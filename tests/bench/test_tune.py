@@ -181,6 +181,7 @@ def test_printed_entries_are_those_of_a_table():
     assert "1 rejected, the first for ValueError: nothing, 3 left for want of time" in text
 
 
+@pytest.mark.slow
 def test_compiled_without_a_gpu(tmp_path, monkeypatch):
     """Candidates are in Triton's cache afterwards; one that does not compile is left out."""
     pytest.importorskip("triton")

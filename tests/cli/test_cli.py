@@ -272,6 +272,7 @@ def test_json_is_all_that_comes_out(standard, photo, pipeline):
     assert "nothing in this checkpoint tells its prompt template: using vicuna_v1" in done.stderr
 
 
+@pytest.mark.slow
 def test_one_line_or_a_traceback(standard):
     wrong = ("-m", "mg_fast", "run", "--model", standard, "--prompt", "What?", "--template", "nosuch")
     done = python(*wrong)

@@ -180,6 +180,7 @@ def test_by_plain_generate(nano, alone):
     assert text.strip() == alone[0]
 
 
+@pytest.mark.slow
 def test_by_the_command_line(nano, alone, tmp_path):
     SCENES[0].image.save(tmp_path / "scene.png")
     command = [
