@@ -1,6 +1,7 @@
 """Sizes of the published models that several cases share, and opponents that any module has."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch.utils._pytree import tree_map
 
 from mg_fast.ops.backend import why_not
 
-from ..registry import DTYPES, Call, NotHere, Provider
+from ..registry import DTYPES, Call, NotHere, Outputs, Provider
 
 # Widths of the stage maps of ConvNeXt-L, and the number of blocks of each stage.
 DIMS = (192, 384, 768, 1536)
@@ -92,6 +93,17 @@ def compiled(build: Callable[[Any], Call], name: str) -> dict[str, Provider]:
         title = f"{name}, compiled" + (f" {mode}" if mode else "")
         providers[title] = Provider(partial(under, mode), own_graphs=mode is not None)
     return providers
+
+
+def within(context: Callable[[], AbstractContextManager], build: Callable[[Any], Call], inputs: Any) -> Call:
+    """A provider's call within a context."""
+    call = build(inputs)
+
+    def inside() -> Outputs:
+        with context():
+            return call()
+
+    return inside
 
 
 def require(operation: str, backend: str, device: str) -> None:

@@ -17,7 +17,20 @@ from mg_fast.modules.clip import PackedClip
 from ..costs import floors
 from ..costs.tower import Tower, tower_cost, tower_floor
 from ..registry import Call, Case, NotHere, Provider
-from .settings import COMBINATIONS, DEPTHS, DIMS, LAYERS, LR, PATCHES, WIDTH, Setting, compiled, devices_of, require
+from .settings import (
+    COMBINATIONS,
+    DEPTHS,
+    DIMS,
+    LAYERS,
+    LR,
+    PATCHES,
+    WIDTH,
+    Setting,
+    compiled,
+    devices_of,
+    require,
+    within,
+)
 
 # CLIP ViT-L/14-336: the width of its MLP.
 MLP = 4096
@@ -155,12 +168,7 @@ def _attention(implementation: str, inputs: ModuleInputs) -> Call:
 def _sdpa(backend: SDPBackend, inputs: ModuleInputs) -> Call:
     if inputs.device != "cuda":
         raise NotHere("it runs on GPUs only")
-
-    def call() -> torch.Tensor:
-        with sdpa_kernel(backend):
-            return low_resolution_features(inputs.module, inputs.x, backend="reference")
-
-    return call
+    return within(partial(sdpa_kernel, backend), partial(_layers, "reference"), inputs)
 
 
 def _packed_clip(inputs: ModuleInputs) -> Call:

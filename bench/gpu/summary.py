@@ -32,8 +32,6 @@ class Outcome:
     """
 
     name: str
-    command: str
-    limit_s: float
     state: str = "running"
     status: int | None = None
     seconds: float = 0.0
