@@ -211,7 +211,7 @@ _PARTS = {"clip": _clip, "tower": _tower, "patch_mining": _mining, "projector": 
 
 
 def cases() -> dict[str, tuple[str, Callable[[FakePicture], dict[str, FakeCall]]]]:
-    """By name the model that a case needs, and what makes its providers; parts take the first model of their setting."""
+    """By name the model of a case, and what makes its providers; parts take the first model of their setting."""
     first = {setting: model for model, (_, setting) in reversed(MODELS.items())}
     found = {f"dual_resize/{of.name}-float32": (first[of], _preprocess) for of in SETTINGS}
     found |= {f"{part}/{of.name}-b1-bfloat16": (first[of], make) for part, make in _PARTS.items() for of in SETTINGS}

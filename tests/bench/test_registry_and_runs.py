@@ -162,8 +162,8 @@ def test_saved_by_device_and_case(tmp_path, monkeypatch, document):
     "text, message",
     [
         ("", "is not valid JSON"),
-        ("[]", "no document"),
-        ('{"cases": [{"name": "a"}]}', "no document"),
+        ("[]", "not a document"),
+        ('{"cases": [{"name": "a"}]}', "not a document"),
         ('{"cases": [], "gpu": null}', "does not say what it was measured on: date, device, cpu"),
         (None, "cannot be read"),
     ],
