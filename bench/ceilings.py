@@ -44,11 +44,7 @@ def _best_seconds(call: Callable[[], object], device: str) -> float:
 
 
 def keep_busy(seconds: float) -> float:
-    """Lets a GPU multiply matrices for this long.
-
-    Returns:
-        The value of `time.monotonic` from which on the GPU ran at the clock rates that it has under load.
-    """
+    """Lets a GPU multiply matrices; returns the value of `time.monotonic` from which on it ran as under load."""
     a = torch.randn(8192, 8192, device="cuda").bfloat16()
     began = time.monotonic()
     while time.monotonic() - began < seconds:

@@ -15,11 +15,8 @@ COMMAND += (f"--loop-ms={EVERY_MS}",)
 class ClockLog:
     """Reads the first GPU's clocks ten times a second, in a process of its own, while the block runs.
 
-    Where there is no GPU, or no nvidia-smi, nothing is read, and `since` returns None.
-
-    Args:
-        device: "cuda"; of another type of device nothing is read.
-        command: prints a line of comma-separated numbers for every reading.
+    Where there is no GPU, or no nvidia-smi, nothing is read, and `since` returns None. `command` prints a line of
+    comma-separated numbers for every reading.
     """
 
     def __init__(self, device: str, command: tuple[str, ...] = COMMAND):

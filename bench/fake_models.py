@@ -95,20 +95,19 @@ def _empty(*shape: int, dtype: torch.dtype = DTYPE) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="cuda")
 
 
-def _providers(weights: int, calls: dict[str, Callable[[str], object]]) -> dict[str, FakeCall]:
-    """Providers by the backend that each call is given."""
-    return {backend: FakeCall(weights, functools.partial(call, backend)) for backend, call in calls.items()}
-
-
-def _preprocess(of: FakePicture) -> dict[str, FakeCall]:
-    return {"triton": FakeCall(0, lambda: _resize(of.setting))}
+def _providers(weights: int, call: Callable[[str], object], *backends: str) -> dict[str, FakeCall]:
+    """A provider for each backend, which the call is given."""
+    return {backend: FakeCall(weights, functools.partial(call, backend)) for backend in backends}
 
 
 def _resize(setting: Setting) -> tuple[torch.Tensor, torch.Tensor]:
     """A camera's picture, copied to the GPU and resized there."""
     picture = _empty(PICTURE[1], PICTURE[0], 3, dtype=torch.uint8)
-    sizes = dict(grid=setting.grid, global_view=setting.views > setting.grid**2)
-    return ops.dual_resize(picture, setting.side, LR, **sizes, backend="triton")
+    return ops.dual_resize(picture, **setting.resize, backend="triton")
+
+
+def _preprocess(of: FakePicture) -> dict[str, FakeCall]:
+    return {"triton": FakeCall(0, lambda: _resize(of.setting))}
 
 
 def _clip(of: FakePicture) -> dict[str, FakeCall]:
@@ -121,19 +120,20 @@ def _clip(of: FakePicture) -> dict[str, FakeCall]:
         return packed(of.views, backend=backend)
 
     weights = weight_bytes(module)
-    found = _providers(weights, {"reference": plain, "torch": plain})
-    return found | _providers(weights + held, {"auto": by_packed, "triton": by_packed})
+    return _providers(weights, plain, "reference", "torch") | _providers(weights + held, by_packed, "auto", "triton")
 
 
 def _tower(of: FakePicture) -> dict[str, FakeCall]:
     module, (held, packed) = of.model.model.vision_tower_aux, of.tower
 
+    def plain(backend: str) -> list[torch.Tensor]:
+        return module(of.pixels, backend=backend)
+
     def by_packed(backend: str) -> list[torch.Tensor]:
         return packed(of.pixels, backend=backend)
 
     weights = weight_bytes(module)
-    found = {"reference": FakeCall(weights, lambda: module(of.pixels, backend="reference"))}
-    return found | _providers(weights + held, dict.fromkeys(("torch", "auto", "triton"), by_packed))
+    return _providers(weights, plain, "reference") | _providers(weights + held, by_packed, "torch", "auto", "triton")
 
 
 def _mining(of: FakePicture) -> dict[str, FakeCall]:
@@ -142,7 +142,7 @@ def _mining(of: FakePicture) -> dict[str, FakeCall]:
     def mine(backend: str) -> torch.Tensor:
         return module(of.queries, of.pyramid, grid=of.setting.grid, backend=backend)
 
-    return _providers(weight_bytes(module), dict.fromkeys(("reference", "torch", "triton"), mine))
+    return _providers(weight_bytes(module), mine, "reference", "torch", "triton")
 
 
 def _projector(of: FakePicture) -> dict[str, FakeCall]:
@@ -153,9 +153,8 @@ def _projector(of: FakePicture) -> dict[str, FakeCall]:
 def _picture(of: FakePicture) -> dict[str, FakeCall]:
     inner = of.model.model
     weights = weight_bytes(inner.vision_tower, inner.vision_tower_aux, inner.patch_mining, inner.mm_projector)
-    plain, packed = functools.partial(_encode, of), functools.partial(_encode_packed, of)
-    found = _providers(weights, {"reference": plain, "torch": plain})
-    return found | _providers(weights + of.clip[0] + of.tower[0], {"auto": packed, "triton": packed})
+    packed = _providers(weights + of.clip[0] + of.tower[0], functools.partial(_encode_packed, of), "auto", "triton")
+    return _providers(weights, functools.partial(_encode, of), "reference", "torch") | packed
 
 
 def _encode(of: FakePicture, backend: str) -> torch.Tensor:
@@ -195,7 +194,7 @@ def _whole(of: FakePicture) -> dict[str, FakeCall]:
     weights = weight_bytes(model)
     found = {"original": FakeCall(weights, lambda: original("eager"))}
     found["original, SDPA"] = FakeCall(weights, lambda: original("sdpa"))
-    return found | _providers(weights + of.clip[0] + of.tower[0], {"auto": ours, "triton": ours})
+    return found | _providers(weights + of.clip[0] + of.tower[0], ours, "auto", "triton")
 
 
 def _prefill(of: FakePicture, attention: str, tokens: torch.Tensor) -> tuple[torch.Tensor, DynamicCache]:
@@ -211,20 +210,9 @@ def _prefill(of: FakePicture, attention: str, tokens: torch.Tensor) -> tuple[tor
 _PARTS = {"clip": _clip, "tower": _tower, "patch_mining": _mining, "projector": _projector, "picture": _picture}
 
 
-def case_names() -> list[str]:
-    """The names of all cases, in order."""
-    return [
-        *(f"dual_resize/{setting.name}-float32" for setting in SETTINGS),
-        *(f"{part}/{setting.name}-b1-bfloat16" for part in _PARTS for setting in SETTINGS),
-        *(f"end-to-end/{model}-b1-bfloat16" for model in MODELS),
-    ]
-
-
-def cases_of(model: str) -> dict[str, Callable[[FakePicture], dict[str, FakeCall]]]:
-    """Functions that make the providers of a model's cases, by the name of the case."""
-    setting = MODELS[model][1]
-    found = {f"end-to-end/{model}-b1-bfloat16": _whole}
-    if model == next(name for name, (_, of) in MODELS.items() if of == setting):
-        found |= {f"{part}/{setting.name}-b1-bfloat16": make for part, make in _PARTS.items()}
-        found[f"dual_resize/{setting.name}-float32"] = _preprocess
-    return found
+def cases() -> dict[str, tuple[str, Callable[[FakePicture], dict[str, FakeCall]]]]:
+    """By name the model of a case, and what makes its providers; parts take the first model of their setting."""
+    first = {setting: model for model, (_, setting) in reversed(MODELS.items())}
+    found = {f"dual_resize/{of.name}-float32": (first[of], _preprocess) for of in SETTINGS}
+    found |= {f"{part}/{of.name}-b1-bfloat16": (first[of], make) for part, make in _PARTS.items() for of in SETTINGS}
+    return found | {f"end-to-end/{model}-b1-bfloat16": (model, _whole) for model in MODELS}

@@ -118,11 +118,7 @@ def why_lost() -> str | None:
 
 
 def recover(device: str) -> None:
-    """Frees what a failed call held on the GPU; does nothing on a CPU.
-
-    Raises:
-        GpuLost: the GPU's context is broken, so that everything after it would fail too.
-    """
+    """Frees what a failed call held on the GPU; raises GpuLost if everything after it would fail, too."""
     if device != "cuda":
         return
     if lost := why_lost():

@@ -1,9 +1,7 @@
 """Times of calls on a CPU, taken in turns.
 
-On a CPU other work comes and goes, and the clock rate changes with it. Calls that are compared are therefore timed in
-turns, and the ratio is taken within each turn, so that a drift hits both. Turns in which other processes took much of
-the machine are left out: threads that wait for each other suffer from such processes many times over, and a call with
-more threads suffers more. At the end the first half of the turns is held against the second.
+On a CPU other work comes and goes, and the clock rate changes with it; docs/benchmarks.md ("How it measures") says how
+turns, ratios within turns, and leaving out disturbed turns answer that.
 """
 
 import statistics
@@ -126,7 +124,9 @@ def time_in_turns(
         timings = _timings(turns, shares, baseline)
         if len(turns) >= least_turns and spent >= 2 * seconds:
             break
-        if spent >= seconds and all(_is_enough(timing, len(turns), least_turns) for timing in timings.values()):
+        # All providers have the same turns.
+        undisturbed, others_took = len(turns) - timings[name].left_out, timings[name].others or 0
+        if spent >= seconds and undisturbed >= least_turns and others_took <= BUSY:
             differences = [halves_differ(timing.ratios) for name, timing in timings.items() if name != baseline]
             if all(difference is None or difference <= STEADY for difference in differences):
                 break
@@ -138,11 +138,6 @@ def _mean_ms(call: Call, repeats: int, clock: Callable[[], float]) -> float:
     for _ in range(repeats):
         call()
     return 1e3 * (clock() - start) / repeats
-
-
-def _is_enough(timing: Timing, turns: int, least_turns: int) -> bool:
-    """Whether enough turns were undisturbed."""
-    return turns - timing.left_out >= least_turns and (timing.others or 0) <= BUSY
 
 
 def _timings(turns: list[dict[str, list[float]]], shares: list[float | None], baseline: str) -> dict[str, Timing]:

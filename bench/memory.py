@@ -19,7 +19,7 @@ from . import records
 from .costs.gpus import CARDS_GB
 from .counting import Count
 from .errors import BadRecord
-from .fake_models import MODELS, TABLES, FakeCall, FakePicture, case_names, cases_of
+from .fake_models import MODELS, TABLES, FakeCall, FakePicture, cases
 from .registry import choose_names
 
 PREDICTED = records.RESULTS / "predicted.json"
@@ -63,13 +63,14 @@ Predictions = dict[str, dict[str, Prediction]]
 
 def predict(patterns: Sequence[str] = ()) -> Predictions:
     """Predictions of the cases that patterns choose; raises UnknownCase for a pattern that names none."""
-    chosen, found = choose_names(case_names(), patterns, "memory"), {}
+    chosen, found = choose_names(list(cases()), patterns, "memory"), {}
     # Only one model exists at a time. Making the modules of one takes seconds.
     for model in MODELS:
         with FakeTensorMode(), caching_fake_tensors(*TABLES) as tables_made:
             picture = FakePicture(*MODELS[model])
-            for name, make in cases_of(model).items():
-                if name in chosen:
+            for name in chosen:
+                needed, make = cases()[name]
+                if needed == model:
                     found[name] = {label: _predict(provider, tables_made) for label, provider in make(picture).items()}
     return {name: found[name] for name in chosen}
 
@@ -175,7 +176,7 @@ def main(patterns: Sequence[str], *, check: bool, save: bool) -> int:
     """
     if save and patterns:
         raise BadRecord("--save records the predictions of all cases: name none")
-    predictions = predict(choose_names(case_names(), patterns, "memory"))
+    predictions = predict(choose_names(list(cases()), patterns, "memory"))
     print("\n\n".join(part for part in (table(predictions), fit_table(predictions), LIBRARIES) if part))
     if save:
         records.write(PREDICTED, record(predictions))

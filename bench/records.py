@@ -45,13 +45,9 @@ def check_writable(path: Path) -> None:
 
 
 def save(document: dict) -> list[Path]:
-    """Keeps every case of a document under bench/results, in a file of its own by device and name.
+    """Keeps every case of a document under bench/results, and returns the files, one by device and name for each case.
 
-    Rows of providers that were not measured this time stay if their conditions were the same, as the commit and the
-    machine.
-
-    Returns:
-        The files.
+    Rows of providers that were not measured this time stay if commit, machine and versions were the same.
     """
     paths = []
     for name in dict.fromkeys(row["name"] for row in document["cases"]):

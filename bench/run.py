@@ -18,7 +18,8 @@ from .clocks import ClockLog
 from .gpu_timing import GpuLost
 from .kernel_table import kernel_table
 from .registry import Call, Case, Ceilings
-from .rows import empty_row, fill_times, format_rows, why
+from .row_table import format_rows
+from .rows import empty_row, fill_times, why
 from .watch import Watchdog
 
 
@@ -122,6 +123,7 @@ def run_case(
         GpuLost: the process can do no more on the GPU.
     """
     rows = {name: empty_row(case, name) for name in case.providers} if rows is None else rows
+    one = _CaseRun(case, device, options, rows)
     if "torch._dynamo" in sys.modules:
         # Cases share their code: after eight shapes torch.compile would give up and run it eagerly.
         torch.compiler.reset()
@@ -136,16 +138,16 @@ def run_case(
             return list(rows.values())
         calls = check(case, inputs, device, rows, options.watch)
         began = time.monotonic()
-        for name, timing in _time(case, calls, device, rows, options).items():
+        for name, timing in one.time(calls).items():
             fill_times(rows[name], case, timing, ceilings, device)
             rows[name]["clocks"] = clocks.since(began) if clocks is not None else None
-        _look_closer(case, calls, inputs, device, rows, options)
+        one.look_closer(calls, inputs)
         if device == "cuda":
             if options.memory:
-                _gpu_memory(case, calls, inputs, rows, options.watch)
+                one.measure_gpu_memory(calls, inputs)
             if case.capturable:
                 # This comes last, because after a failed capture the process cannot use the GPU any more.
-                _time_graphs(case, calls, rows, options)
+                one.time_graphs(calls)
         del inputs
     if device == "cpu" and options.memory:
         for name in calls:
@@ -153,75 +155,82 @@ def run_case(
     return list(rows.values())
 
 
-def _time(
-    case: Case, calls: dict[str, Call], device: str, rows: dict[str, dict], options: RunOptions
-) -> dict[str, measure.Timing]:
-    """The times of calls. A call that fails is removed from `calls`, and the others are timed without it."""
-    current = ""
+@dataclass
+class _CaseRun:
+    """The measurements of one case; each fills columns of the providers' rows."""
 
-    def begin(name: str) -> None:
-        nonlocal current
-        current = name
-        options.watch.begin(case.name, [name], "being timed")
+    case: Case
+    device: str
+    options: RunOptions
+    rows: dict[str, dict]
 
-    while calls:
-        try:
-            if device == "cuda" and not case.clocked:
-                return gpu_timing.time_in_passes(calls, case.baseline, options.seconds / 10, begin)
-            seconds = options.seconds / 10 * len(calls) if device == "cuda" else options.seconds
-            return measure.time_in_turns(calls, case.baseline, seconds, clocked=case.clocked, begin=begin)
-        except Exception as error:
-            rows[current]["ok"], rows[current]["why"] = False, f"while it was timed: {why(error)}"
-            del calls[current]
-            gpu_timing.recover(device)
-    return {}
+    def time(self, calls: dict[str, Call]) -> dict[str, measure.Timing]:
+        """The times of calls. A call that fails is removed from `calls`, and the others are timed without it."""
+        current = ""
 
+        def begin(name: str) -> None:
+            nonlocal current
+            current = name
+            self._begin(name, "being timed")
 
-def _look_closer(
-    case: Case, calls: dict[str, Call], inputs: object, device: str, rows: dict[str, dict], options: RunOptions
-) -> None:
-    """Measures the stages of a call, and the table of its kernels, for the providers that have them."""
-    for name in calls:
-        provider = case.providers[name]
-        if provider.stages is not None:
-            options.watch.begin(case.name, [name], "its stages")
-            _try(rows[name], "stages", lambda p=provider: p.stages(inputs), device)
-        if options.kernels and provider.profiled is not None:
-            options.watch.begin(case.name, [name], "the table of its kernels")
-            _try(rows[name], "kernels", lambda p=provider: kernel_table(p.profiled(inputs), device), device)
+        case, seconds = self.case, self.options.seconds
+        while calls:
+            try:
+                if self.device == "cuda" and not case.clocked:
+                    return gpu_timing.time_in_passes(calls, case.baseline, seconds / 10, begin)
+                spent = seconds / 10 * len(calls) if self.device == "cuda" else seconds
+                return measure.time_in_turns(calls, case.baseline, spent, clocked=case.clocked, begin=begin)
+            except Exception as error:
+                self.rows[current]["ok"], self.rows[current]["why"] = False, f"while it was timed: {why(error)}"
+                del calls[current]
+                gpu_timing.recover(self.device)
+        return {}
 
+    def look_closer(self, calls: dict[str, Call], inputs: object) -> None:
+        """Measures the stages of a call, and the table of its kernels, for the providers that have them."""
+        for name in calls:
+            provider = self.case.providers[name]
+            if provider.stages is not None:
+                self._begin(name, "its stages")
+                self._try(name, "stages", lambda p=provider: p.stages(inputs))
+            if self.options.kernels and provider.profiled is not None:
+                self._begin(name, "the table of its kernels")
+                self._try(name, "kernels", lambda p=provider: kernel_table(p.profiled(inputs), self.device))
 
-def _gpu_memory(case: Case, calls: dict[str, Call], inputs: object, rows: dict[str, dict], watch: Watchdog) -> None:
-    for name, call in calls.items():
-        provider = case.providers[name]
-        watch.begin(case.name, [name], "its peak memory")
-        if provider.own_graphs:
-            if provider.without_graphs is None:
+    def measure_gpu_memory(self, calls: dict[str, Call], inputs: object) -> None:
+        for name, call in calls.items():
+            provider = self.case.providers[name]
+            self._begin(name, "its peak memory")
+            if provider.own_graphs:
+                if provider.without_graphs is None:
+                    continue
+                call = provider.without_graphs(inputs)
+            # The first call warms up.
+            self._try(name, "peak_mib", lambda call=call: (call(), peaks.peak_mib(call, "cuda"))[1])
+
+    def time_graphs(self, calls: dict[str, Call]) -> None:
+        baseline = self.rows.get(self.case.baseline)
+        for name, call in calls.items():
+            if self.case.providers[name].own_graphs:
                 continue
-            call = provider.without_graphs(inputs)
-        # The first call warms up.
-        _try(rows[name], "peak_mib", lambda call=call: (call(), peaks.peak_mib(call, "cuda"))[1], "cuda")
+            row = self.rows[name]
+            self._begin(name, "being captured in a CUDA graph")
+            try:
+                row["graphed_ms"] = gpu_timing.time_graph(call, self.options.seconds / 20)
+            except GpuLost as error:
+                row["why"] = f"as a graph: {error}"
+                raise
+            if row["ok"] and baseline and baseline["ok"] and baseline["graphed_ms"]:
+                row["speedup_graphed"] = baseline["graphed_ms"] / row["graphed_ms"]
 
+    def _begin(self, provider: str, what: str) -> None:
+        self.options.watch.begin(self.case.name, [provider], what)
 
-def _time_graphs(case: Case, calls: dict[str, Call], rows: dict[str, dict], options: RunOptions) -> None:
-    baseline = rows.get(case.baseline)
-    for name, call in calls.items():
-        if case.providers[name].own_graphs:
-            continue
-        options.watch.begin(case.name, [name], "being captured in a CUDA graph")
+    def _try(self, provider: str, column: str, measured: Callable[[], object]) -> None:
+        """Fills a column, or says beside the row's figures why it cannot be filled."""
+        row = self.rows[provider]
         try:
-            rows[name]["graphed_ms"] = gpu_timing.time_graph(call, options.seconds / 20)
-        except GpuLost as error:
-            rows[name]["why"] = f"as a graph: {error}"
-            raise
-        if rows[name]["ok"] and baseline and baseline["ok"] and baseline["graphed_ms"]:
-            rows[name]["speedup_graphed"] = baseline["graphed_ms"] / rows[name]["graphed_ms"]
-
-
-def _try(row: dict, key: str, measured: Callable[[], object], device: str) -> None:
-    """Fills a column, or says beside the row's figures why it cannot be filled."""
-    try:
-        row[key] = measured()
-    except Exception as error:
-        row["why"] = f"{key}: {why(error)}"
-        gpu_timing.recover(device)
+            row[column] = measured()
+        except Exception as error:
+            row["why"] = f"{column}: {why(error)}"
+            gpu_timing.recover(self.device)

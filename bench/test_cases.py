@@ -4,8 +4,7 @@
     pytest bench --cases 'patch_mining/768-b1-*' 'tower/*' --benchmark-compare
 
 Here each provider is timed by itself: `python -m bench run` takes them in turns, flushes a GPU's cache, and measures
-memory too. A case that measures its time itself, because it is a part of a call or many requests in one, is timed by
-that: the plug-in's clock then goes on by what the case says.
+memory, too. For a case that measures its time itself, the plug-in's clock goes on by what the case says.
 """
 
 import dataclasses

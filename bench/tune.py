@@ -1,11 +1,9 @@
 """Tiles of the kernels, timed on the GPU at hand, and printed as entries of kernels/configs.py to review.
 
-Nothing is written. What can be tuned of a kernel stands beside its cases, see `cases.operations.Tunable`. Candidates
-are the tiles around today's, nearest first, that fit a program's registers and the architecture's shared memory. All
-are compiled first, side by side and without the GPU, as far as half of the time allows. Then each has its result held
-against the float64 result by the tests' accuracy rule, and is timed, at every published shape of its bucket. It is
-timed as the replay of a CUDA graph, since the host takes longer to launch most of these kernels than the GPU takes to
-run them.
+docs/benchmarks.md ("On a borrowed GPU") says how tiles are compiled, checked and timed. What can be tuned of a kernel
+stands beside its cases, see `cases.operations.Tunable`. Candidates are the tiles around today's, nearest first, that
+fit a program's registers and the architecture's shared memory. They are timed as the replay of a CUDA graph, since the
+host takes longer to launch most of these kernels than the GPU takes to run them.
 """
 
 import contextlib

@@ -1,18 +1,13 @@
 """A whole model, from a picture and a question to the answer, at the published sizes with random weights.
 
-Measures: `first-token` (a new conversation: picture and question to the first token), `second-turn` (the same for a
-second question, of text alone, after a first that is not timed), `decode` (milliseconds for one more token of every
-sequence of a batch), `arrivals50`, `arrivals80`, `arrivals95` (the first tokens of requests that arrive at random, at
-50, 80 or 95 per cent of the rate that the reference can serve), `load` (from a checkpoint whose files the system has in
-memory) and `ready` (the same, and the first answer's first token).
-
-All times are by the host's clock, since that is what a user waits for. The values of weights do not change the work.
+docs/benchmarks.md says what each case measures. All times are by the host's clock, since that is what a user waits for.
 All providers decode the same given tokens, whose logits are held against those of the same weights in a wider dtype
-before anything is timed.
+before anything is timed. `load` finds the checkpoint's files in the system's memory.
 """
 
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -64,21 +59,22 @@ def cases_of(size: Size) -> list[Case]:
         )
 
     def decode(batch: int) -> Case:
-        providers = _providers(_decoding(batch), decodes=True, profiled=_one_step(batch))
-        return case(f"decode-b{batch}", providers, _exact(COMPARED), tokens=batch)
+        providers = _providers(partial(_decoding, batch), decodes=True, profiled=partial(_one_step, batch))
+        return case(f"decode-b{batch}", providers, partial(_exact, COMPARED), tokens=batch)
 
     first_token = _providers(_first_token, decodes=True, prefills=True, stages=True)
-    found = [case("first-token-b1", first_token, _exact(1))]
+    found = [case("first-token-b1", first_token, partial(_exact, 1))]
     if size.hd:
         return found
     found += [decode(1), case("second-turn-b1", _providers(_second_turn, kv_cache_bytes=None), _exact_second_turn)]
     found += [decode(batch) for batch in BATCHES[1:]]
-    found += [case(f"arrivals{load}-b1", _providers(_arrivals(load)), _exact(COMPARED)) for load in LOADS]
+    for load in LOADS:
+        found.append(case(f"arrivals{load}-b1", _providers(partial(_arrivals, load)), partial(_exact, COMPARED)))
     if size.quantize is None:
         # These run by name only, since they write a checkpoint of the model's size.
         options = {"exact": None, "baseline": "auto", "devices": (), "clocked": True, "release": release}
         for name, answers in (("load", False), ("ready", True)):
-            providers, name = {"auto": _loading(answers)}, f"end-to-end/{size.name}-{name}-b1-{size.dtype}"
+            providers, name = {"auto": partial(_loading, answers)}, f"end-to-end/{size.name}-{name}-b1-{size.dtype}"
             found.append(Case(name, lambda device: checkpoint(size, device), providers, **options))
     return found
 
@@ -100,17 +96,17 @@ def _providers(
     """
     pipeline = {"kv_cache_bytes": kv_cache_bytes}
     providers = {
-        "reference": Provider(_by(take, "reference"), stages=_stages("reference") if stages else None),
+        "reference": Provider(_by(take, "reference"), stages=partial(_stages, "reference") if stages else None),
         "auto": Provider(
             _by(take, "auto", pipeline),
-            stages=_stages("auto") if stages else None,
+            stages=partial(_stages, "auto") if stages else None,
             profiled=profiled,
             own_graphs=True,
             without_graphs=_by(take, "auto", pipeline, graphs=False),
         ),
     }
     if prefills:
-        providers["reference, flash attention"] = Provider(_with_flash_attention(take))
+        providers["reference, flash attention"] = Provider(partial(_with_flash_attention, take))
     if decodes:
         # transformers' own way: a cache of fixed size, whose step is compiled, on a GPU as a graph.
         static = {"cache_implementation": "static"}
@@ -137,31 +133,27 @@ def _by(
     return build
 
 
-def _with_flash_attention(take: Measure) -> Callable[[Session], Call]:
+def _with_flash_attention(take: Measure, shared: Session) -> Call:
     """The reference, with flash-attn as the language model's attention."""
+    language = shared.model.model.language_model
 
-    def build(shared: Session) -> Call:
-        language = shared.model.model.language_model
-
-        def with_flash_attention(call: Call):
-            try:
-                language.set_attn_implementation("flash_attention_2")
-                return call()
-            finally:
-                language.set_attn_implementation(USUAL_ATTENTION)
-
+    def with_flash_attention(call: Call):
         try:
-            with_flash_attention(lambda: None)
-        except (ImportError, ValueError) as error:
-            raise NotHere(str(error).splitlines()[0]) from None
-        call = take(shared, shared.pipeline("reference"))
-        return lambda: with_flash_attention(call)
+            language.set_attn_implementation("flash_attention_2")
+            return call()
+        finally:
+            language.set_attn_implementation(USUAL_ATTENTION)
 
-    return build
+    try:
+        with_flash_attention(lambda: None)
+    except (ImportError, ValueError) as error:
+        raise NotHere(str(error).splitlines()[0]) from None
+    call = take(shared, shared.pipeline("reference"))
+    return lambda: with_flash_attention(call)
 
 
-def _exact(count: int) -> Callable[[Session], torch.Tensor]:
-    return lambda shared: exact_logits(shared, count, _prompt(shared))
+def _exact(count: int, shared: Session) -> torch.Tensor:
+    return exact_logits(shared, count, _prompt(shared))
 
 
 def _exact_second_turn(shared: Session) -> torch.Tensor:
@@ -177,34 +169,38 @@ def _ask(conversation, question: str, pictures: list, forced: ForcedAnswer, **op
     return conversation.chat(question, pictures, max_new_tokens=len(forced.answer), logits_processor=forcing, **options)
 
 
+def _timed(
+    shared: Session, conversation, question: str, pictures: list, tokens: int, **options
+) -> tuple[torch.Tensor, float, float]:
+    """The first tokens' logits of an answer with so many tokens; seconds to the first token and to the end."""
+    forced, began = shared.forced(tokens), now(shared.device)
+    _ask(conversation, question, pictures, forced, **options)
+    ended = now(shared.device)
+    return torch.stack(forced.logits), forced.times[0] - began, ended - began
+
+
 def _first_token(shared: Session, pipeline: mg_fast.Pipeline, **options) -> Call:
     def call():
-        forced, began = shared.forced(1), now(shared.device)
-        _ask(pipeline.conversation(), QUESTION, [shared.photo], forced, **options)
-        return torch.stack(forced.logits), [1e3 * (now(shared.device) - began)]
+        logits, _, whole = _timed(shared, pipeline.conversation(), QUESTION, [shared.photo], 1, **options)
+        return logits, [1e3 * whole]
 
     return call
 
 
-def _stages(backend: str) -> Callable[[Session], list[dict]]:
-    def stages(shared: Session) -> list[dict]:
-        conversation = shared.pipeline(backend).conversation()
-        answer = _ask(conversation, QUESTION, [shared.photo], shared.forced(1), profile=True)
-        # Only the stages up to the first token are wanted.
-        kept = [stage for stage in answer.stages if stage.name != "decode"]
-        return [{"name": stage.name, "ms": 1e3 * stage.seconds, "peak_mib": stage.peak_mib} for stage in kept]
-
-    return stages
+def _stages(backend: str, shared: Session) -> list[dict]:
+    conversation = shared.pipeline(backend).conversation()
+    answer = _ask(conversation, QUESTION, [shared.photo], shared.forced(1), profile=True)
+    # Only the stages up to the first token are wanted.
+    first = [stage for stage in answer.stages if stage.name != "decode"]
+    return [{"name": stage.name, "ms": 1e3 * stage.seconds, "peak_mib": stage.peak_mib} for stage in first]
 
 
 def _second_turn(shared: Session, pipeline: mg_fast.Pipeline) -> Call:
     def call():
         # Otherwise the second turn of the call before would be found in the cache.
         pipeline.clear_kv_cache()
-        conversation = _after_first_turn(shared, pipeline)
-        forced, began = shared.forced(1), now(shared.device)
-        _ask(conversation, SECOND, [], forced)
-        return torch.stack(forced.logits), [1e3 * (now(shared.device) - began)]
+        logits, _, whole = _timed(shared, _after_first_turn(shared, pipeline), SECOND, [], 1)
+        return logits, [1e3 * whole]
 
     return call
 
@@ -225,97 +221,78 @@ def _batch(shared: Session, pipeline: mg_fast.Pipeline, batch: int) -> dict[str,
     }
 
 
-def _decoding(batch: int) -> Measure:
+def _decoding(batch: int, shared: Session, pipeline: mg_fast.Pipeline, **options) -> Call:
     """A batch of equal prompts, by the pipeline's loop; for the reference, and with options, by `generate` alone."""
+    inputs = _batch(shared, pipeline, batch)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    tokens = len(shared.answer)
 
-    def take(shared: Session, pipeline: mg_fast.Pipeline, **options) -> Call:
-        inputs = _batch(shared, pipeline, batch)
-        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        tokens = len(shared.answer)
+    def call():
+        forced = shared.forced(tokens)
+        loop = {"max_new_tokens": tokens, "logits_processor": LogitsProcessorList([forced]), **greedy, **options}
+        if pipeline.backend != "reference" and not options:
+            loop["custom_generate"] = pipeline.decoder.request()
+        with use_backend(pipeline.backend), torch.inference_mode():
+            shared.model.generate(**inputs, **loop)
+        first, last = forced.times
+        return torch.stack(forced.logits), [1e3 * (last - first) / (tokens - 1)]
 
-        def call():
-            forced = shared.forced(tokens)
-            loop = {"max_new_tokens": tokens, "logits_processor": LogitsProcessorList([forced]), **greedy, **options}
-            if pipeline.backend != "reference" and not options:
-                loop["custom_generate"] = pipeline.decoder.request()
-            with use_backend(pipeline.backend), torch.inference_mode():
-                shared.model.generate(**inputs, **loop)
-            first, last = forced.times
-            return torch.stack(forced.logits), [1e3 * (last - first) / (tokens - 1)]
-
-        return call
-
-    return take
+    return call
 
 
-def _one_step(batch: int) -> Callable[[Session], Call]:
-    """Builds the pass for one more token, over a prompt that was read before; its kernels are listed in a table."""
+def _one_step(batch: int, shared: Session) -> Call:
+    """The pass for one more token, over a prompt that was read before; its kernels are listed in a table."""
+    pipeline = shared.pipeline("auto", kv_cache_bytes=0)
+    passes, inputs = pipeline.decoder.runner, _batch(shared, pipeline, batch)
+    sequences = passes.sequences(batch, inputs["input_ids"].shape[1] + len(shared.answer))
+    with torch.inference_mode():
+        sequences.fill(None)
+        passes.prefill(sequences, shared.model.model.embed(**inputs))
+    length, token = sequences.cache.length, torch.tensor([shared.answer[0]] * batch, device=shared.device)
 
-    def build(shared: Session) -> Call:
-        pipeline = shared.pipeline("auto", kv_cache_bytes=0)
-        passes, inputs = pipeline.decoder.runner, _batch(shared, pipeline, batch)
-        sequences = passes.sequences(batch, inputs["input_ids"].shape[1] + len(shared.answer))
+    def call() -> torch.Tensor:
+        # Every call computes the same position.
+        sequences.cache.length = length
         with torch.inference_mode():
-            sequences.fill(None)
-            passes.prefill(sequences, shared.model.model.embed(**inputs))
-        length, token = sequences.cache.length, torch.tensor([shared.answer[0]] * batch, device=shared.device)
+            return passes.step(sequences, token)
 
-        def call() -> torch.Tensor:
-            # Every call computes the same position.
-            sequences.cache.length = length
-            with torch.inference_mode():
-                return passes.step(sequences, token)
-
-        return call
-
-    return build
+    return call
 
 
-def _arrivals(load: int) -> Measure:
+def _arrivals(load: int, shared: Session, pipeline: mg_fast.Pipeline) -> Call:
     """The first tokens of requests that arrive at random and are answered one after another, in their order.
 
     What a request takes is measured. When it arrives, and so how long it waits, is on a virtual clock.
     """
 
-    def take(shared: Session, pipeline: mg_fast.Pipeline) -> Call:
-        if shared.request_s is None:
-            reference = shared.pipeline("reference")
-            shared.request_s = statistics.median(_answer(shared, reference)[2] for _ in range(3))
-        per_second = load / 100 / shared.request_s
+    def answer(by: mg_fast.Pipeline) -> tuple[torch.Tensor, float, float]:
+        return _timed(shared, by.conversation(), QUESTION, [shared.photo], len(shared.answer))
 
-        def call():
-            answered = [_answer(shared, pipeline) for _ in range(SERVED)]
-            waits = first_tokens([(first, whole) for _, first, whole in answered], per_second, ARRIVALS)
-            return answered[0][0], [1e3 * wait for wait in waits]
+    if shared.request_s is None:
+        reference = shared.pipeline("reference")
+        shared.request_s = statistics.median(answer(reference)[2] for _ in range(3))
+    per_second = load / 100 / shared.request_s
 
-        return call
+    def call():
+        answered = [answer(pipeline) for _ in range(SERVED)]
+        waits = first_tokens([(first, whole) for _, first, whole in answered], per_second, ARRIVALS)
+        return answered[0][0], [1e3 * wait for wait in waits]
 
-    return take
-
-
-def _answer(shared: Session, pipeline: mg_fast.Pipeline) -> tuple[torch.Tensor, float, float]:
-    """The first tokens' logits; seconds to the first token and to the last."""
-    forced, began = shared.forced(len(shared.answer)), now(shared.device)
-    _ask(pipeline.conversation(), QUESTION, [shared.photo], forced)
-    return torch.stack(forced.logits), forced.times[0] - began, now(shared.device) - began
+    return call
 
 
-def _loading(answers: bool) -> Callable[[tuple[Path, str]], Call]:
+def _loading(answers: bool, shared: tuple[Path, str]) -> Call:
     """From a checkpoint to its model, or to the first token of its first answer."""
+    (folder, device), photo = shared, picture()
 
-    def take(shared: tuple[Path, str]) -> Call:
-        (folder, device), photo = shared, picture()
+    def call():
+        began = now(device)
+        pipeline = mg_fast.load(folder, device=device)
+        if not answers:
+            return pipeline.model.lm_head.weight[:1, :1].clone(), [1e3 * (now(device) - began)]
+        forced = ForcedAnswer([1], pipeline.model.dtype)
+        _ask(pipeline.conversation(), QUESTION, [photo], forced)
+        return torch.stack(forced.logits), [1e3 * (now(device) - began)]
 
-        def call():
-            began = now(device)
-            pipeline = mg_fast.load(folder, device=device)
-            if not answers:
-                return pipeline.model.lm_head.weight[:1, :1].clone(), [1e3 * (now(device) - began)]
-            forced = ForcedAnswer([1], pipeline.model.dtype)
-            _ask(pipeline.conversation(), QUESTION, [photo], forced)
-            return torch.stack(forced.logits), [1e3 * (now(device) - began)]
-
-        return call
-
-    return take
+    return call

@@ -7,6 +7,7 @@ providers are the forms that the operation's record has.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -91,19 +92,13 @@ def stage_maps(dtypes: Sequence[str] = DTYPES, batches: Sequence[int] = (1, 8)) 
 
 
 def forms(operation: str, call: Callable[[Any, str], Call]) -> dict[str, Callable[[Any], Call]]:
-    """A provider for each form that the operation's record has, the reference first.
+    """A provider for each form in the operation's record, the reference first; `call` takes inputs and a backend."""
 
-    `call` makes the call that is timed from the inputs and a backend.
-    """
+    def build(backend: str, inputs: Any) -> Call:
+        require(operation, backend, inputs.device)
+        return call(inputs, backend)
 
-    def provider(backend: str) -> Callable[[Any], Call]:
-        def build(inputs: Any) -> Call:
-            require(operation, backend, inputs.device)
-            return call(inputs, backend)
-
-        return build
-
-    return {backend: provider(backend) for backend in BACKENDS if backend in OPERATIONS[operation].forms}
+    return {backend: partial(build, backend) for backend in BACKENDS if backend in OPERATIONS[operation].forms}
 
 
 def tensors_case(operation: str, stage_map: StageMap, shapes: Sequence[tuple[int, ...]], least: Cost) -> Case:

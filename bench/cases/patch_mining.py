@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from mg_fast.ops.torch.pointwise import linear
 from ..costs.mining import MINING, Sizes, mining_floor
 from ..registry import Call, Case, NotHere, Provider, dtype_name
 from .operations import MOST_REGISTERS, POWERS, Launch, Tunable, forms
-from .settings import COMBINATIONS, SETTINGS, compiled, devices_of
+from .settings import COMBINATIONS, SETTINGS, compiled, devices_of, within
 
 
 @dataclass
@@ -51,7 +52,8 @@ def mining_case(name: str, sizes: Sizes, **options) -> Case:
     providers = {
         "reference": Provider(own["reference"], work["reference"]),
         "reference, SDPA": _with_sdpa,
-        "reference, SDPA math": _with_sdpa_math,
+        # The operator's plain form, because only one fused form takes heads as wide.
+        "reference, SDPA math": partial(within, partial(sdpa_kernel, SDPBackend.MATH), _with_sdpa),
         "reference, oneDNN": _by_one_dnn,
         **compiled(own["reference"], "reference"),
         "torch": Provider(own["torch"], work["torch"]),
@@ -104,17 +106,6 @@ def _with_sdpa(inputs: MiningInputs) -> Call:
 
 def _attend_by_sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return F.scaled_dot_product_attention(query[:, :, None], key, value)[:, :, 0]
-
-
-def _with_sdpa_math(inputs: MiningInputs) -> Call:
-    """The same with the operator's plain form, because only one fused form takes heads as wide."""
-    call = _with_sdpa(inputs)
-
-    def plain() -> torch.Tensor:
-        with sdpa_kernel(SDPBackend.MATH):
-            return call()
-
-    return plain
 
 
 class _OneDnnProjection(reference.Projection):

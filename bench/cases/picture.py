@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -60,13 +61,13 @@ def cases() -> list[Case]:
 
 def picture_case(group: str, setting: Setting, dtype: str) -> Case:
     """A picture of this size in this dtype, from where its group starts."""
-    devices, reference = devices_of(setting, 1, dtype), _by_model("reference")
-    providers = {"reference": Provider(reference, stages=_stages(reference))}
+    devices, reference = devices_of(setting, 1, dtype), partial(_by_model, "reference")
+    providers = {"reference": Provider(reference, stages=partial(_stages, reference))}
     if group != "picture":
         devices = tuple(device for device in devices if device == "cuda")
         providers = {"reference": reference, "reference, channels last, compiled": _compiled_parts}
     providers |= {
-        "torch": _by_model("torch"),
+        "torch": partial(_by_model, "torch"),
         "auto": _by_encoder("auto", stages=group == "picture", profiled=group != "picture"),
         "triton": _by_encoder("triton"),
     }
@@ -119,37 +120,30 @@ def _exact(inputs: PictureInputs) -> torch.Tensor:
     return copy.deepcopy(inputs.model).double().get_image_features(**pixels, backend=backend).pooler_output
 
 
-def _stages(build: Callable[[PictureInputs], Call]) -> Callable[[PictureInputs], list[dict]]:
+def _stages(build: Callable[[PictureInputs], Call], inputs: PictureInputs) -> list[dict]:
     """The medians of three calls, or of as many as are made in half a minute; memory of the first."""
-
-    def measured(inputs: PictureInputs) -> list[dict]:
-        call, calls, began = build(inputs), [], time.perf_counter()
-        while len(calls) < 3 and (not calls or time.perf_counter() - began < 30):
-            meter = Meter(inputs.device)
-            call(stage=meter.stage)
-            calls.append(meter.stages)
-        found = []
-        for same in zip(*calls):
-            ms = 1e3 * statistics.median(stage.seconds for stage in same)
-            found.append({"name": same[0].name, "ms": ms, "peak_mib": same[0].peak_mib})
-        return found
-
-    return measured
+    call, calls, began = build(inputs), [], time.perf_counter()
+    while len(calls) < 3 and (not calls or time.perf_counter() - began < 30):
+        meter = Meter(inputs.device)
+        call(stage=meter.stage)
+        calls.append(meter.stages)
+    found = []
+    for same in zip(*calls):
+        ms = 1e3 * statistics.median(stage.seconds for stage in same)
+        found.append({"name": same[0].name, "ms": ms, "peak_mib": same[0].peak_mib})
+    return found
 
 
-def _by_model(backend: str) -> Callable[[PictureInputs], Call]:
+def _by_model(backend: str, inputs: PictureInputs) -> Call:
     """The model's own modules, as transformers runs them."""
 
-    def build(inputs: PictureInputs) -> Call:
-        def call(stage: Callable = contextlib.nullcontext) -> torch.Tensor:
-            with use_backend(backend):
-                with stage("preprocess"):
-                    pixels = inputs.pixels(None)
-                return inputs.model.get_image_features(**pixels, stage=stage).pooler_output
+    def call(stage: Callable = contextlib.nullcontext) -> torch.Tensor:
+        with use_backend(backend):
+            with stage("preprocess"):
+                pixels = inputs.pixels(None)
+            return inputs.model.get_image_features(**pixels, stage=stage).pooler_output
 
-        return call
-
-    return build
+    return call
 
 
 def _compiled_parts(inputs: PictureInputs) -> Call:
@@ -200,8 +194,8 @@ def _by_encoder(backend: str, *, stages: bool = False, profiled: bool = False) -
 
     return Provider(
         build,
-        stages=_stages(build) if stages else None,
+        stages=partial(_stages, build) if stages else None,
         profiled=build if profiled else None,
         own_graphs=True,
-        without_graphs=lambda inputs: build(inputs, graphs=False),
+        without_graphs=partial(build, graphs=False),
     )

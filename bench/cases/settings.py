@@ -1,13 +1,16 @@
 """Sizes of the published models that several cases share, and opponents that any module has."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils._pytree import tree_map
 
 from mg_fast.ops.backend import why_not
 
@@ -78,26 +81,29 @@ def devices_of(setting: Setting, batch: int, dtype: str) -> tuple[str, ...]:
 def compiled(build: Callable[[Any], Call], name: str) -> dict[str, Provider]:
     """A provider under torch.compile, by mode."""
 
-    def under(mode: str | None) -> Callable[[Any], Call]:
-        def make(inputs: Any) -> Call:
-            if mode is not None and inputs.device == "cpu":
-                raise NotHere(f"mode {mode} is for GPUs")
-            call = torch.compile(build(inputs), mode=mode, dynamic=False)
-            if mode is None:
-                return call
-            # The graphs of these modes write every result into the same memory.
-            return lambda: _clone(call())
+    def under(mode: str | None, inputs: Any) -> Call:
+        if mode is not None and inputs.device == "cpu":
+            raise NotHere(f"mode {mode} is for GPUs")
+        call = torch.compile(build(inputs), mode=mode, dynamic=False)
+        # The graphs of these modes write every result into the same memory.
+        return call if mode is None else lambda: tree_map(torch.clone, call())
 
-        return make
-
-    return {
-        f"{name}, compiled" + (f" {mode}" if mode else ""): Provider(under(mode), own_graphs=mode is not None)
-        for mode in COMPILE_MODES
-    }
+    providers = {}
+    for mode in COMPILE_MODES:
+        title = f"{name}, compiled" + (f" {mode}" if mode else "")
+        providers[title] = Provider(partial(under, mode), own_graphs=mode is not None)
+    return providers
 
 
-def _clone(outputs: Outputs) -> Outputs:
-    return outputs.clone() if isinstance(outputs, torch.Tensor) else [output.clone() for output in outputs]
+def within(context: Callable[[], AbstractContextManager], build: Callable[[Any], Call], inputs: Any) -> Call:
+    """A provider's call within a context."""
+    call = build(inputs)
+
+    def inside() -> Outputs:
+        with context():
+            return call()
+
+    return inside
 
 
 def require(operation: str, backend: str, device: str) -> None:

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -16,7 +17,20 @@ from mg_fast.modules.clip import PackedClip
 from ..costs import floors
 from ..costs.tower import Tower, tower_cost, tower_floor
 from ..registry import Call, Case, NotHere, Provider
-from .settings import COMBINATIONS, DEPTHS, DIMS, LAYERS, LR, PATCHES, WIDTH, Setting, compiled, devices_of, require
+from .settings import (
+    COMBINATIONS,
+    DEPTHS,
+    DIMS,
+    LAYERS,
+    LR,
+    PATCHES,
+    WIDTH,
+    Setting,
+    compiled,
+    devices_of,
+    require,
+    within,
+)
 
 # CLIP ViT-L/14-336: the width of its MLP.
 MLP = 4096
@@ -48,19 +62,15 @@ def cases() -> list[Case]:
     return found
 
 
-def _inputs(
-    make_module: Callable[[], nn.Module], shape: tuple[int, ...], dtype: torch.dtype
-) -> Callable[[str], ModuleInputs]:
-    """The `make` of a case of one module and one input."""
-
-    def make(device: str) -> ModuleInputs:
-        torch.manual_seed(0)
-        # The weights are drawn on the device: 200 million random numbers take a CPU seconds.
-        with torch.device(device):
-            module = make_module().eval().to(dtype)
-        return ModuleInputs(device, module, torch.randn(shape, device=device).to(dtype))
-
-    return make
+def _make(
+    make_module: Callable[[], nn.Module], shape: tuple[int, ...], dtype: torch.dtype, device: str
+) -> ModuleInputs:
+    """One module with random weights, and one input."""
+    torch.manual_seed(0)
+    # The weights are drawn on the device: 200 million random numbers take a CPU seconds.
+    with torch.device(device):
+        module = make_module().eval().to(dtype)
+    return ModuleInputs(device, module, torch.randn(shape, device=device).to(dtype))
 
 
 def _tower(name: str, setting: Setting, batch: int, dtype: torch.dtype, options: dict) -> Case:
@@ -69,15 +79,14 @@ def _tower(name: str, setting: Setting, batch: int, dtype: torch.dtype, options:
         "reference": _as_modules,
         "reference, channels last": _channels_last,
         **compiled(_channels_last, "reference, channels last"),
-        "reference, native depthwise": _native_depthwise,
         **compiled(_as_modules, "reference"),
-        "torch": Provider(_packed_tower("torch"), tower_cost(sizes, "torch")),
-        **compiled(_packed_tower("torch"), "torch"),
+        "torch": Provider(partial(_packed_tower, "torch"), tower_cost(sizes, "torch")),
+        **compiled(partial(_packed_tower, "torch"), "torch"),
         # By default this project's convolution and the library's products run.
-        "auto": Provider(_packed_tower("auto"), tower_cost(sizes, "auto")),
-        "triton": Provider(_packed_tower("triton"), tower_cost(sizes, "triton")),
+        "auto": Provider(partial(_packed_tower, "auto"), tower_cost(sizes, "auto")),
+        "triton": Provider(partial(_packed_tower, "triton"), tower_cost(sizes, "triton")),
     }
-    make = _inputs(random_tower, (batch, 3, setting.side, setting.side), dtype)
+    make = partial(_make, random_tower, (batch, 3, setting.side, setting.side), dtype)
     return Case(name, make, providers, _exact_tower, least=tower_floor(sizes), stage="HR tower", **options)
 
 
@@ -108,45 +117,28 @@ def _channels_last(inputs: ModuleInputs) -> Call:
     return lambda: tower(x, backend="reference")
 
 
-def _native_depthwise(inputs: ModuleInputs) -> Call:
-    """The tower with torch's own depthwise convolution instead of cuDNN's, if this torch offers the choice."""
-    if inputs.device != "cuda":
-        raise NotHere("it runs on GPUs only")
-    if not hasattr(torch.backends.cudnn, "depthwise_kernel"):
-        raise NotHere(f"torch {torch.__version__} has no torch.backends.cudnn.depthwise_kernel")
-
-    def call() -> list[torch.Tensor]:
-        with torch.backends.cudnn.flags(enabled=True, depthwise_kernel="native"):
-            return inputs.module(inputs.x, backend="reference")
-
-    return call
-
-
-def _packed_tower(backend: str) -> Callable[[ModuleInputs], Call]:
-    def make(inputs: ModuleInputs) -> Call:
-        if backend != "auto":
-            require("high_resolution_tower", backend, inputs.device)
-        packed = inputs.module.pack()
-        return lambda: packed(inputs.x, backend=backend)
-
-    return make
+def _packed_tower(backend: str, inputs: ModuleInputs) -> Call:
+    if backend != "auto":
+        require("high_resolution_tower", backend, inputs.device)
+    packed = inputs.module.pack()
+    return lambda: packed(inputs.x, backend=backend)
 
 
 def _clip(name: str, setting: Setting, batch: int, dtype: torch.dtype, options: dict) -> Case:
     views = batch * setting.views
     least = floors.clip(_clip_config(), LAYERS - 1, views, dtype.itemsize)
     providers = {
-        "reference": _layers("reference"),
-        "reference, eager attention": _attention("eager"),
-        "reference, flash attention": _attention("flash_attention_2"),
-        **{f"reference, SDPA {name}": _sdpa(backend) for name, backend in SDPA.items()},
-        **compiled(_layers("reference"), "reference"),
+        "reference": partial(_layers, "reference"),
+        "reference, eager attention": partial(_attention, "eager"),
+        "reference, flash attention": partial(_attention, "flash_attention_2"),
+        **{f"reference, SDPA {name}": partial(_sdpa, backend) for name, backend in SDPA.items()},
+        **compiled(partial(_layers, "reference"), "reference"),
         # This runs the modules without the last layer, whose output is not used.
-        "23 layers": _layers("torch"),
+        "23 layers": partial(_layers, "torch"),
         "packed": _packed_clip,
         **compiled(_packed_clip, "packed"),
     }
-    make = _inputs(lambda: CLIPVisionModel(_clip_config()), (views, 3, LR, LR), dtype)
+    make = partial(_make, lambda: CLIPVisionModel(_clip_config()), (views, 3, LR, LR), dtype)
     return Case(name, make, providers, _exact_clip, least=least, stage="LR tower", **options)
 
 
@@ -160,34 +152,23 @@ def _exact_clip(inputs: ModuleInputs) -> torch.Tensor:
     return torch.cat([low_resolution_features(tower, view.double()[None], backend="reference") for view in inputs.x])
 
 
-def _layers(backend: str) -> Callable[[ModuleInputs], Call]:
-    return lambda inputs: lambda: low_resolution_features(inputs.module, inputs.x, backend=backend)
+def _layers(backend: str, inputs: ModuleInputs) -> Call:
+    return lambda: low_resolution_features(inputs.module, inputs.x, backend=backend)
 
 
-def _attention(implementation: str) -> Callable[[ModuleInputs], Call]:
-    def make(inputs: ModuleInputs) -> Call:
-        tower = copy.deepcopy(inputs.module)
-        try:
-            tower.set_attn_implementation(implementation)
-        except (ImportError, ValueError) as error:
-            raise NotHere(str(error).splitlines()[0]) from None
-        return lambda: low_resolution_features(tower, inputs.x, backend="reference")
-
-    return make
+def _attention(implementation: str, inputs: ModuleInputs) -> Call:
+    tower = copy.deepcopy(inputs.module)
+    try:
+        tower.set_attn_implementation(implementation)
+    except (ImportError, ValueError) as error:
+        raise NotHere(str(error).splitlines()[0]) from None
+    return lambda: low_resolution_features(tower, inputs.x, backend="reference")
 
 
-def _sdpa(backend: SDPBackend) -> Callable[[ModuleInputs], Call]:
-    def make(inputs: ModuleInputs) -> Call:
-        if inputs.device != "cuda":
-            raise NotHere("it runs on GPUs only")
-
-        def call() -> torch.Tensor:
-            with sdpa_kernel(backend):
-                return low_resolution_features(inputs.module, inputs.x, backend="reference")
-
-        return call
-
-    return make
+def _sdpa(backend: SDPBackend, inputs: ModuleInputs) -> Call:
+    if inputs.device != "cuda":
+        raise NotHere("it runs on GPUs only")
+    return within(partial(sdpa_kernel, backend), partial(_layers, "reference"), inputs)
 
 
 def _packed_clip(inputs: ModuleInputs) -> Call:
@@ -198,7 +179,7 @@ def _packed_clip(inputs: ModuleInputs) -> Call:
 def _projector(name: str, setting: Setting, batch: int, dtype: torch.dtype, options: dict) -> Case:
     rows = batch * setting.views * PATCHES**2
     least = floors.projector(rows, WIDTH, HIDDEN, dtype.itemsize)
-    make = _inputs(lambda: build_projector("mlp2x_gelu", WIDTH, HIDDEN), (rows, WIDTH), dtype)
+    make = partial(_make, lambda: build_projector("mlp2x_gelu", WIDTH, HIDDEN), (rows, WIDTH), dtype)
     providers = {"reference": _call, **compiled(_call, "reference")}
 
     def exact(inputs: ModuleInputs) -> torch.Tensor:

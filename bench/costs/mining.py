@@ -7,6 +7,7 @@ import torch
 
 from mg_fast.ops.operation import product_flop
 from mg_fast.ops.patch_mining import launch_geometries, pool_windows_flop
+from mg_fast.ops.torch.bilinear_tables import neighbours, reach
 
 from ..cases.settings import DIMS, PATCHES, WIDTH
 from ..registry import Cost
@@ -164,7 +165,7 @@ def _inner_products(sizes: Sizes, n: int, channels: int) -> Cost:
     level = b * n * n * channels
     # The mean is read from the level; then the level is made float32 and the mean is subtracted.
     cost = Cost(0, level * e) + cast(level, e, FLOAT32) + copy(level * FLOAT32)
-    span = min(n, max(_span(sizes, n, reduction) for _, reduction in sizes.rasters))
+    span = min(n, max(neighbours(sizes.levels[0][0], n, reduction) for _, reduction in sizes.rasters))
     for down, across in ((y, x) for y in range(span) for x in range(span)):
         # A pixel with itself takes one pass. Neighbours, along both diagonals, are multiplied and then summed.
         product = b * (n - down) * (n - across) * channels * FLOAT32
@@ -173,14 +174,10 @@ def _inner_products(sizes: Sizes, n: int, channels: int) -> Cost:
     return cost
 
 
-def _span(sizes: Sizes, n: int, reduction: int) -> int:
-    fine = sizes.levels[0][0]
-    return max(_reach(fine, n, reduction, fine // reduction))
-
-
 def _statistics(sizes: Sizes, n: int, reduction: int) -> Cost:
     """One level's share of `ops.torch.patch_mining._statistics`: its means and inner products resized."""
-    b, m, span = sizes.batch, sizes.levels[0][0] // reduction, min(n, _span(sizes, n, reduction))
+    b, fine = sizes.batch, sizes.levels[0][0]
+    m, span = fine // reduction, min(n, neighbours(fine, n, reduction))
     flop = product_flop(b * m, n, n + m)
     for down, across in ((y, x) for y in range(span) for x in range(span)):
         flop += product_flop(b * m, n - across, n - down + m)
@@ -189,7 +186,7 @@ def _statistics(sizes: Sizes, n: int, reduction: int) -> Cost:
 
 def _windows(sizes: Sizes, n: int, channels: int, windows: int, reduction: int) -> Cost:
     """One level's share of the scores and the pooling of `ops.torch.patch_mining._pool_raster`."""
-    e, m, k = sizes.dtype.itemsize, sizes.window, max(_reach(sizes.levels[0][0], n, reduction, windows))
+    e, m, k = sizes.dtype.itemsize, sizes.window, reach(sizes.levels[0][0], n, reduction, windows)
     count = sizes.batch * windows**2
     gathered, queries = count * k * k * channels, count * channels
     # The windows' coarse pixels are gathered, made float32, and their mean is subtracted.
@@ -256,24 +253,14 @@ def _absorb(sizes: Sizes) -> Cost:
 
 
 def _project(sizes: Sizes, pooled: int) -> Cost:
-    """The end of the PyTorch form: the value's gain and bias, applied to pooled windows, and its projection.
-
-    Args:
-        pooled: bytes of one element of the pooled windows.
-    """
+    """The end of the PyTorch form: the value's gain, bias and projection, on windows of `pooled` bytes an element."""
     rows, c, e = sizes.queries, sizes.channels, sizes.dtype.itemsize
     gained = Cost(0, rows * c * pooled + 2 * c * e, rows * c * pooled)
     return gained + cast(rows * c, pooled, e) + linear(rows, c, sizes.dim, e)
 
 
 def _reach(fine: int, n: int, reduction: int, windows: int) -> list[int]:
-    """How many of n coarse pixels each window (or pixel) spans along an axis of a resized and then reduced map.
-
-    Args:
-        fine: pixels along the map after it is resized, before it is reduced.
-        n: pixels along the map before it is resized.
-        windows: of the reduced map, along the axis.
-    """
+    """How many of n coarse pixels each window spans along an axis of a map that is resized to `fine`, then reduced."""
     counts, width = [], fine // windows
     for start in range(0, fine, width):
         # A reduction takes its middle pixel, or the middle two. Positions are in units of 1 / (2 * fine) coarse pixels.

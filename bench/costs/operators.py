@@ -13,12 +13,9 @@ FLOAT32 = 4
 
 
 def attention_flop(pairs: int, width: int, value_width: int | None = None) -> int:
-    """FLOP of attention over pairs of a query and a key: the scores, and the weighted sum of the values.
+    """FLOP of attention over pairs of a query and a key of all heads, masked or not: scores, and sums of values.
 
-    Args:
-        pairs: of all heads, masked or not.
-        width: channels of a query and a key.
-        value_width: channels of a value; None: as many.
+    Queries and keys have `width` channels, and values as many or `value_width`.
     """
     return product_flop(pairs, width, 1) + product_flop(pairs, value_width or width, 1)
 

@@ -70,8 +70,7 @@ def run_plan(
     for step in steps:
         left = deadline - plans.RESERVE - time.monotonic()
         limit = left if step.seconds is None else min(step.seconds, left)
-        command = plans.shown(step, settings.plan, settings.device)
-        outcomes.append(outcome := Outcome(step.name, command, round(max(0.0, limit), 1)))
+        outcomes.append(outcome := Outcome(step.name))
         if is_finished(step, before.get(step.name), out, settings.device):
             outcomes[-1] = replace(before[step.name], earlier=True)
             continue

@@ -1,7 +1,6 @@
 """The page's plots of memory against the size of the picture: by formula, with what was measured."""
 
 from collections.abc import Mapping
-from html import escape
 
 import torch
 
@@ -11,7 +10,7 @@ from ..costs.gpus import CARDS_GB
 from ..costs.mining import Sizes
 from ..figures import NOT_YET, Records, device_title, gpus, is_baseline, is_measured, rows_of
 from ..registry import dtype_name
-from .svg import Axis, Plot, key, quiet, section
+from .svg import Axis, Plot, key, section
 
 # The values of a line of a plot, by the side of the picture in pixels.
 Curve = Mapping[int, float]
@@ -49,8 +48,7 @@ def _model(batch: int) -> str:
     _draw_curves(plot, plain, ours)
     title = f"A 7B model in bfloat16 with {'one picture' if batch == 1 else f'{batch} pictures at once'}"
     note = "weights, packed copies, and the peak until all image tokens are made; without a KV cache"
-    fits = _fits(plain, ours)
-    return plot.html(title, note, quiet(escape(fits)) if fits else "")
+    return plot.html(title, note)
 
 
 def _mining(found: Records, device: str, dtype: torch.dtype) -> str:
@@ -86,18 +84,3 @@ def _draw_peaks(plot: Plot, found: Records, device: str, dtype: str) -> bool:
         title = f"{row['name']} {row['provider']}: {row['peak_mib']:.0f} MiB"
         plot.dot("b-plain" if is_baseline(row) else "b-ours", side, row["peak_mib"] * 2**20 / 1e9, title, 5.5)
     return bool(drawn)
-
-
-def _fits(plain: Curve, ours: Curve) -> str:
-    """Up to which size each card holds either form."""
-    told = []
-    for card in CARDS_GB:
-        largest, largest_ours = (
-            max((side for side, value in curve.items() if value <= card), default=None) for curve in (plain, ours)
-        )
-        if largest_ours is None:
-            told.append(f"{card} GB: neither")
-        elif largest != largest_ours:
-            original = f"to {largest}" if largest else "not at all"
-            told.append(f"{card} GB: mg_fast to {largest_ours}, the original's steps {original}")
-    return "; ".join(told) + (" pixels. Larger cards hold both at every size drawn." if told else "")

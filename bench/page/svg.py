@@ -65,12 +65,9 @@ def section(keys: Sequence[str], lead: str, plots: Sequence[str]) -> str:
 
 def key(shape: str, kind: str, words: str) -> str:
     """An entry of a legend: a "bar", a "line" or a "dot" of a class, and what it stands for."""
-    sign = {
-        "bar": 'rect class="{}" x="0" y="1" width="22" height="10"',
-        "line": 'line class="{}" x1="0" y1="6" x2="22" y2="6"',
-    }
-    sign["dot"] = 'circle class="{}" cx="11" cy="6" r="4.5"'
-    drawn = f'<svg style="width:22px;height:12px" aria-hidden="true"><{sign[shape].format(kind)}/></svg>'
+    sign = {"bar": 'rect x="0" y="1" width="22" height="10"', "line": 'line x1="0" y1="6" x2="22" y2="6"'}
+    sign["dot"] = 'circle cx="11" cy="6" r="4.5"'
+    drawn = f'<svg style="width:22px;height:12px" aria-hidden="true"><{sign[shape]} class="{kind}"/></svg>'
     return f'<span class="key">{drawn}{escape(words)}</span>'
 
 

@@ -154,8 +154,8 @@ def test_wrong_logits_are_no_speedup(shared, monkeypatch):
 def test_static_cache_gives_the_same_logits(shared):
     """It is not compiled, as on a CPU."""
     inputs = shared, shared.pipeline("auto")
-    plain, _ = end_to_end._decoding(2)(*inputs)()
-    static, [ms] = end_to_end._decoding(2)(*inputs, cache_implementation="static")()
+    plain, _ = end_to_end._decoding(2, *inputs)()
+    static, [ms] = end_to_end._decoding(2, *inputs, cache_implementation="static")()
     torch.testing.assert_close(static, plain, rtol=0, atol=1e-4)
     assert ms > 0
 

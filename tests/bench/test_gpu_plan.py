@@ -142,7 +142,7 @@ def test_nothing_to_resume(content, capsys, tmp_path):
 
 
 def test_figures_of_another_commit_are_not_added_to(capsys, tmp_path):
-    conclude(tmp_path, [Outcome("environment", "", 1, "done", 0)])
+    conclude(tmp_path, [Outcome("environment", "done", 0)])
     records.write(
         tmp_path / plans.ENVIRONMENT,
         {**environment.environment(), "device": "cpu", "cases": [], "ceilings": {}} | {"commit": "before"},
@@ -156,13 +156,13 @@ def test_figures_of_another_commit_are_not_added_to(capsys, tmp_path):
 
 def test_the_summary_holds_the_steps(tmp_path):
     outcomes = [
-        Outcome("patch_mining", "python -m bench", 50.0, "stopped", -9, 50.1),
-        Outcome("tests", "python -m pytest", 3.0, "skipped"),
+        Outcome("patch_mining", "stopped", -9, 50.1),
+        Outcome("tests", "skipped"),
     ]
     conclude(tmp_path, outcomes)
     assert earlier_outcomes(tmp_path) == outcomes
     # A run that reaches one of them leaves the other as it was.
-    conclude(tmp_path, [Outcome("tests", "", 9.0, "done", 0)], earlier_outcomes(tmp_path))
+    conclude(tmp_path, [Outcome("tests", "done", 0)], earlier_outcomes(tmp_path))
     assert [(outcome.name, outcome.state) for outcome in earlier_outcomes(tmp_path)] == [
         ("patch_mining", "stopped"),
         ("tests", "done"),
@@ -190,7 +190,7 @@ def test_what_a_summary_shows(tmp_path):
     ]
     records.write(tmp_path / plans.CASES, document(rows, "cuda", clocks_under_load=clocks))
     (tmp_path / plans.CORRECTNESS).write_text("dwconv_norm, bfloat16: right (0.1 s)\n")
-    conclude(tmp_path, [Outcome("pixels", "", 40.0, "failed", 1, 30.0)])
+    conclude(tmp_path, [Outcome("pixels", "failed", 1, 30.0)])
     text = (tmp_path / plans.SUMMARY).read_text()
     for shown in (
         "- gpu: NVIDIA H200",
@@ -229,7 +229,7 @@ def test_the_exit_status():
     ]
 
     def status(*states):
-        return command.verdict(steps, [Outcome(step.name, "", 1.0, state) for step, state in zip(steps, states)])
+        return command.verdict(steps, [Outcome(step.name, state) for step, state in zip(steps, states)])
 
     assert status("done", "done") == status("stopped", "done") == status("done, with failures", "done") == 0
     # What is wrong is a failure, and so are kernels that were not found right.

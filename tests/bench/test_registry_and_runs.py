@@ -19,7 +19,8 @@ from bench.compare import compare
 from bench.devices import check_device
 from bench.errors import BadRecord, NoDevice, UnknownCase
 from bench.registry import Case, Ceilings, Cost, NotHere, Provider, choose, choose_providers
-from bench.rows import empty_row, format_rows
+from bench.row_table import format_rows
+from bench.rows import empty_row
 from bench.run import RunOptions, run, run_case
 from tests.paths import ROOT
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from mg_fast.runtime.device_tables import cached_on_device
+from mg_fast.runtime.device_tables import cached_on_device, caching_fake_tensors
 
 CPU = torch.device("cpu")
 
@@ -48,6 +48,16 @@ def test_fake_tables_are_not_kept():
     with FakeTensorMode():
         table(1, CPU)
     assert type(table(1, CPU)[1][0]) is torch.Tensor and made == [1, 1]
+
+
+def test_fake_tables_are_cached_where_it_is_asked_for():
+    table, made = counted(None)
+    with FakeTensorMode(), caching_fake_tensors(table) as count:
+        table(1, CPU), table(1, CPU)
+        assert made == [1] and count() == 1
+    with FakeTensorMode():
+        table(1, CPU)
+    assert made == [1, 1]
 
 
 def test_tables_of_inference_serve_training():
