@@ -79,6 +79,7 @@ def _tower(name: str, setting: Setting, batch: int, dtype: torch.dtype, options:
         "reference": _as_modules,
         "reference, channels last": _channels_last,
         **compiled(_channels_last, "reference, channels last"),
+        "reference, native depthwise": _native_depthwise,
         **compiled(_as_modules, "reference"),
         "torch": Provider(partial(_packed_tower, "torch"), tower_cost(sizes, "torch")),
         **compiled(partial(_packed_tower, "torch"), "torch"),
@@ -115,6 +116,20 @@ def _channels_last(inputs: ModuleInputs) -> Call:
     tower = copy.deepcopy(inputs.module).to(memory_format=torch.channels_last)
     x = inputs.x.contiguous(memory_format=torch.channels_last)
     return lambda: tower(x, backend="reference")
+
+
+def _native_depthwise(inputs: ModuleInputs) -> Call:
+    """The modules with torch's own depthwise convolution in place of cuDNN's, where torch lets a caller choose."""
+    if inputs.device != "cuda":
+        raise NotHere("for GPUs")
+    if not hasattr(torch.backends.cudnn, "depthwise_kernel"):
+        raise NotHere(f"torch {torch.__version__} has no torch.backends.cudnn.depthwise_kernel")
+
+    def call() -> list[torch.Tensor]:
+        with torch.backends.cudnn.flags(enabled=True, depthwise_kernel="native"):
+            return inputs.module(inputs.x, backend="reference")
+
+    return call
 
 
 def _packed_tower(backend: str, inputs: ModuleInputs) -> Call:
