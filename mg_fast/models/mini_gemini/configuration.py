@@ -9,6 +9,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConf
 
 from ...errors import CheckpointError, quoted
 from ...runtime.arguments import plain_numbers, whole_number
+from ..protocol import CACHE_NAMES
 from ..templates import TEMPLATES
 from .registration import register_configuration
 
@@ -85,7 +86,7 @@ class MiniGeminiConfig(PreTrainedConfig):
     model_type = "mgm"
     sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
     # Trainer's evaluation stacks what every batch returns, but these differ in shape from batch to batch.
-    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
+    keys_to_ignore_at_inference = [*CACHE_NAMES, "image_hidden_states"]
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None
