@@ -236,7 +236,9 @@ class DecodingRequest:
                 logits = runner.step(sequences, ids[:, length - 1])
             tokens, (done, finite, usable) = record.read()
             if not finite:
-                raise FloatingPointError(where_not_finite(model, ids[:, : length - 1], model_inputs))
+                raise FloatingPointError(
+                    where_not_finite(model, ids[:, : length - 1], input_ids.shape[1], model_inputs)
+                )
             if not usable:
                 new = length - input_ids.shape[1]
                 raise FloatingPointError(
