@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check lint tests interpreted fuzz aot aot-all clean
+.PHONY: demo test test-newest check lint tests interpreted fuzz aot aot-all clean
 demo: $(READY)
 	$(BIN)/python -m recipes.demo
 
@@ -44,6 +44,24 @@ aot: $(READY)
 aot-all: $(READY)
 	MG_FAST_AOT=all $(BIN)/python -m pytest $(AHEAD_OF_TIME)
 
+# The newest releases of torch, transformers and Triton (constraints-newest.txt), in an environment of their own. The part
+# that depends on them most: answers of the original, nano, operators, modules, exchanged towers, decoding, quantization,
+# one shape of each interpreted kernel, and the kernels compiled ahead of time. Other tests run there by hand.
+NEWEST := .venv-newest
+ON_NEWEST := $(NEWEST)/bin/python -m pytest -n 2 --dist worksteal
+test-newest: $(NEWEST)/.ready
+	$(ON_NEWEST) $(addprefix --ignore=,$(INTERPRETED) $(AHEAD_OF_TIME)) tests/test_private_interfaces.py \
+		tests/test_stacks.py tests/models/mini_gemini/test_original.py tests/models/test_nano.py tests/ops \
+		tests/modules tests/integrations tests/decoding tests/quantization
+	TRITON_INTERPRET=1 $(ON_NEWEST) tests/bench/test_interpreted_smoke.py -k every_kernel
+	$(NEWEST)/bin/python -m pytest $(AHEAD_OF_TIME)
+
+$(NEWEST)/.ready: pyproject.toml setup.py constraints-newest.txt
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade "pip>=24"
+	$(NEWEST)/bin/python -m pip install --quiet -c constraints-newest.txt -e ".[dev]"
+	@touch $@
+
 $(READY): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "mg_fast needs Python 3.10 or newer, this is $$($(PYTHON) --version)"; exit 1; }
@@ -57,4 +75,4 @@ $(READY): pyproject.toml setup.py constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from mg_fast import ops, use_backend
 from mg_fast.models.mini_gemini.modeling import MiniGeminiForConditionalGeneration
 from mg_fast.models.mini_gemini.vision import low_resolution_features
+from mg_fast.models.protocol import CACHE
 from mg_fast.modules.clip import PackedClip
 from mg_fast.ops.torch.bilinear_tables import resize_matrix, strip_tables, window_tables
 from mg_fast.testing.random_checkpoints import make_config
@@ -204,7 +205,7 @@ def _prefill(of: FakePicture, attention: str, tokens: torch.Tensor) -> tuple[tor
     embedded = inner.language_model.get_input_embeddings()(_empty(1, length, dtype=torch.int64))
     embedded = inner.splice(embedded, tokens, _empty(1, length, dtype=torch.int64), checked=False)
     cache = DynamicCache(config=of.model.config.text_config)
-    return inner.language_model(inputs_embeds=embedded, past_key_values=cache, use_cache=True).last_hidden_state, cache
+    return inner.language_model(inputs_embeds=embedded, use_cache=True, **{CACHE: cache}).last_hidden_state, cache
 
 
 _PARTS = {"clip": _clip, "tower": _tower, "patch_mining": _mining, "projector": _projector, "picture": _picture}

@@ -4,6 +4,7 @@ This file holds data only. Launches take their tiles from here, and nothing is t
 """
 
 import contextlib
+import importlib.metadata
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -17,6 +18,19 @@ SHARED_MEMORY_LIMITS = {
     100: 232448,
     120: 101376,
 }
+
+
+def _triton() -> tuple[int, int]:
+    """The installed release of Triton, (3, 8) for 3.8; (0, 0) where there is none."""
+    try:
+        major, minor, *_ = importlib.metadata.version("triton").split(".")
+    except importlib.metadata.PackageNotFoundError:
+        return 0, 0
+    return int(major), int(minor)
+
+
+# Some tiles depend on it, because other releases of the compiler take other numbers of registers.
+TRITON = _triton()
 
 
 class Tile(NamedTuple):
@@ -56,6 +70,10 @@ PATCH_MINING = {
     89: {(2, 64, True): Tile(64, 8, 2), (4, 64, True, "reduced"): Tile(16, 4, 2)},
     120: {(2, 64, True): Tile(64, 8, 2), (4, 16, True): Tile(32, 2, 2)},
 }
+if TRITON >= (3, 8):
+    # With the tiles above it would spill 72 bytes of a thread on 8.0, and 8 bytes in the backward pass on 9.0.
+    PATCH_MINING[80][2, 64, True, "reduced"] = Tile(32, 8, 2)
+    PATCH_MINING[90] = {(2, 16, False): Tile(8, 2, 2)}
 
 
 def patch_mining_bucket(element_size: int, side: int, widths: Iterable[int]) -> tuple[int, int, bool]:
@@ -153,6 +171,9 @@ DWCONV_NORM = {
         (3072, False): ConvolutionTile(2, 1, 1024, 16),
     },
 }
+if TRITON >= (3, 8):
+    # With the tiles above it would spill 8 bytes of a thread in bfloat16, and 16 bytes in float32.
+    DWCONV_NORM[90] = {(192, True): ConvolutionTile(6, 8, 64, 8), (1536, True): ConvolutionTile(4, 1, 512, 4)}
 
 
 def dwconv_norm_bucket(channels: int, strides: Iterable[int]) -> tuple[int, bool]:
@@ -179,6 +200,9 @@ class ResizeTile(NamedTuple):
 # Keyed by compute capability (None holds for every architecture without an entry of its own), then by the pass: first
 # over a picture's columns, then over its rows.
 DUAL_RESIZE = {None: {"columns": ResizeTile(4, 128, 4), "rows": ResizeTile(4, 128, 4)}}
+if TRITON >= (3, 8):
+    # With 4 rows and 4 warps it would spill 8 bytes of a thread. This tile has as many pixels for each thread.
+    DUAL_RESIZE[80] = {"rows": ResizeTile(8, 128, 8)}
 
 
 def dual_resize_tile(architecture: int | None, stage: str) -> ResizeTile:

@@ -12,7 +12,7 @@ from tests.paths import ROOT
 
 # The layers from bottom to top. Beside the layers below, a module may import only from its own package.
 LAYERS = (
-    ("mg_fast.errors",),
+    ("mg_fast.errors", "mg_fast.private_interfaces"),
     ("mg_fast.runtime", "mg_fast.quantization"),
     ("mg_fast.kernels",),
     ("mg_fast.ops",),

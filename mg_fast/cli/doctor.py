@@ -7,6 +7,17 @@ import platform
 
 from .. import __version__
 
+# The oldest and the newest release of a package that all tests were run with (constraints.txt, constraints-newest.txt).
+TESTED = {
+    "torch": ("2.11.0", "2.14.1"),
+    "torchvision": ("0.26.0", "0.29.1"),
+    "transformers": ("5.17.0", "5.24.0"),
+    "accelerate": ("1.15.0", "1.15.0"),
+    "timm": ("1.0.31", "1.0.31"),
+    "triton": ("3.6.0", "3.8.0"),
+    "torchao": ("0.18.0", "0.18.0"),
+}
+
 
 def register(subparsers) -> None:
     parser = subparsers.add_parser(
@@ -17,6 +28,21 @@ def register(subparsers) -> None:
     )
     parser.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
     parser.set_defaults(action=command)
+
+
+def beside_tested(name: str, version: str) -> str | None:
+    """Says with which releases of a package mg_fast was tested, and whether `version` lies outside them.
+
+    It returns None for a package that is not in `TESTED`.
+    """
+    if name not in TESTED:
+        return None
+    from packaging.version import Version
+
+    oldest, newest = TESTED[name]
+    tested = f"tested: {oldest}" if oldest == newest else f"tested: {oldest} to {newest}"
+    release, first, last = (Version(text).release for text in (version, oldest, newest))
+    return f"{tested}{', this is newer' if release > last else ', this is older' if release < first else ''}"
 
 
 def command(args) -> int:
@@ -46,6 +72,8 @@ def command(args) -> int:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             version = "not installed"
+        else:
+            why = "; ".join(filter(None, (why, beside_tested(name, version))))
         print(f"  {name:<16} {version}{f'  ({why})' if why else ''}")
 
     print("\nhardware")

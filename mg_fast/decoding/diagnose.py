@@ -7,15 +7,16 @@ from ..models.protocol import DecodableModel
 from ..runtime.layer_dtypes import call
 
 
-def where_not_finite(model: DecodableModel, ids: torch.Tensor, model_inputs: dict) -> str:
+def where_not_finite(model: DecodableModel, ids: torch.Tensor, prompt: int, model_inputs: dict) -> str:
     """Runs the tokens so far once more, and says in which layers NaN or infinity begins.
 
     Args:
         model: the model that the logits came from.
         ids: [B, L], prompt and answer.
-        model_inputs: the inputs that `generate` was called with, among them attention_mask [B, prompt].
+        prompt: the number of positions of the prompt.
+        model_inputs: the inputs that `generate` was called with. transformers from 5.18 on leaves out an attention_mask
+            [B, prompt] that masks nothing.
     """
-    prompt = model_inputs["attention_mask"].shape[1]
     new = ids.shape[1] - prompt
     symptom = f"the logits of new token {new + 1} are not finite"
     prompt_inputs = {name: model_inputs.get(name) for name in model.prompt_inputs}
@@ -40,7 +41,8 @@ def where_not_finite(model: DecodableModel, ids: torch.Tensor, model_inputs: dic
 
     hooks = [layer.register_forward_hook(watch(i)) for i, layer in enumerate(layers)]
     try:
-        mask = F.pad(model_inputs["attention_mask"], (0, new), value=1)
+        mask = model_inputs.get("attention_mask")
+        mask = None if mask is None else F.pad(mask, (0, new), value=1)
         further = pass_inputs.at(torch.arange(ids.shape[1], device=ids.device))
         hidden = language(inputs_embeds=embeddings, attention_mask=mask, use_cache=False, **further).last_hidden_state
     finally:

@@ -15,7 +15,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
 from ..errors import PromptError
-from ..models.protocol import DecodableModel, check_decodable
+from ..models.protocol import CACHE_NAMES, DecodableModel, check_decodable
 from ..runtime.layer_dtypes import compute_dtype
 from ..runtime.numerics import numerics
 from ..runtime.placement import execution_device
@@ -45,7 +45,7 @@ _SUPPORTED_SETTINGS = {
 }
 # Arguments of `generate` beside its settings that this loop does not support.
 _UNSUPPORTED_ARGUMENTS = (
-    "past_key_values",
+    *CACHE_NAMES,
     "assistant_model",
     "synced_gpus",
     "custom_generate",
@@ -236,7 +236,9 @@ class DecodingRequest:
                 logits = runner.step(sequences, ids[:, length - 1])
             tokens, (done, finite, usable) = record.read()
             if not finite:
-                raise FloatingPointError(where_not_finite(model, ids[:, : length - 1], model_inputs))
+                raise FloatingPointError(
+                    where_not_finite(model, ids[:, : length - 1], input_ids.shape[1], model_inputs)
+                )
             if not usable:
                 new = length - input_ids.shape[1]
                 raise FloatingPointError(

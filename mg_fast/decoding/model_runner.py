@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ..models.protocol import NO_PASS_INPUTS, DecodableModel, PassInputs
+from ..models.protocol import CACHE, NO_PASS_INPUTS, DecodableModel, PassInputs
 from ..ops.torch.pointwise import by_onednn, take_onednn
 from ..quantization import EXPERTS_FUNCTION
 from ..runtime.graphs import CapturedGraph, Captures, GraphCache
@@ -271,8 +271,8 @@ class ModelRunner:
                 inputs_embeds=embeddings,
                 attention_mask=mask,
                 position_ids=positions,
-                past_key_values=cache,
                 use_cache=True,
+                **{CACHE: cache},
                 **further,
             ).last_hidden_state
             return call(self.head, hidden[:, -1:])[:, -1]
@@ -317,8 +317,8 @@ class ModelRunner:
             inputs_embeds=embeddings,
             attention_mask=mask,
             position_ids=ids,
-            past_key_values=cache,
             use_cache=True,
+            **{CACHE: cache},
             **further,
         ).last_hidden_state
         return call(self.head, hidden.index_select(1, last))[:, 0]

@@ -1,13 +1,18 @@
 """What the decode loop and the engine may ask of a model."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Protocol
 
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+
+# The argument by which transformers' models take keys and values, and the field of their outputs that returns them.
+# transformers 5.24 renamed `past_key_values` to `cache`.
+CACHE_NAMES = ("cache", "past_key_values")
+CACHE = next(name for name in CACHE_NAMES if name in {field.name for field in fields(BaseModelOutputWithPast)})
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,9 +84,9 @@ class DecodableModel(Protocol):
     def language_model(self) -> nn.Module:
         """The transformer without its head.
 
-        It is called with `inputs_embeds`, `attention_mask`, `position_ids`, `past_key_values`, `use_cache` and the
-        arguments that `pass_inputs` gives, and returns an output with `last_hidden_state`. Its decoder layers are in
-        `layers`. For CUDA graphs, its pass must not ask the host for the value of a tensor.
+        It is called with `inputs_embeds`, `attention_mask`, `position_ids`, `use_cache`, the keys and values under the
+        name in `CACHE`, and the arguments that `pass_inputs` gives. It returns an output with `last_hidden_state`. Its
+        decoder layers are in `layers`. For CUDA graphs, its pass must not ask the host for the value of a tensor.
         """
 
     @property
@@ -185,6 +190,12 @@ class SeeingModel(Protocol):
 
     def picture_state(self) -> object:
         """What image tokens depend on apart from the pixels. It is compared with an earlier state by `==`."""
+
+
+def take_cache(arguments: MutableMapping[str, object]) -> object | None:
+    """Removes the keys and values from the arguments of a call, under either of their names, and returns them."""
+    given = [arguments.pop(name, None) for name in CACHE_NAMES]
+    return next((cache for cache in given if cache is not None), None)
 
 
 def check_decodable(model: object) -> None:

@@ -8,6 +8,7 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ..errors import BackendError
+from ..private_interfaces import find
 from .stored import readable, tensor_bytes, weight_format
 
 logger = logging.getLogger(__name__)
@@ -17,6 +18,7 @@ _PACKED_ROWS = 4
 # The name that transformers knows the experts' function by. For a prompt's tokens, but not for a decoded token, the
 # function asks the host which experts they go to.
 EXPERTS_FUNCTION = "mg_fast_quantized"
+_packed_product = find("torch._weight_int8pack_mm")
 
 
 def finish(model: nn.Module) -> None:
@@ -75,10 +77,10 @@ class Int8Linear(nn.Linear):
             return F.linear(x, self.weight.dequantize(), self.bias)
         rows = x.numel() // max(x.shape[-1], 1)
         packed = x.dtype == torch.bfloat16 and x.device.type == "cpu" and rows <= _PACKED_ROWS
-        if not packed or (torch.is_grad_enabled() and x.requires_grad):
+        if not packed or _packed_product is None or (torch.is_grad_enabled() and x.requires_grad):
             return super().forward(x)
         scale = self.weight.scale.flatten().to(x.dtype)
-        y = torch._weight_int8pack_mm(x.reshape(rows, x.shape[-1]), self.weight.qdata, scale).reshape(*x.shape[:-1], -1)
+        y = _packed_product(x.reshape(rows, x.shape[-1]), self.weight.qdata, scale).reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
 

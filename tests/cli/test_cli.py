@@ -14,6 +14,7 @@ from PIL import Image
 import mg_fast
 from mg_fast import CheckpointError, cli
 from mg_fast.cli import chat as chat_command
+from mg_fast.cli import doctor
 from mg_fast.cli.chat import CHAT_HELP
 from mg_fast.ops import backend
 from tests.forked_python import python
@@ -476,11 +477,28 @@ def test_doctor(capsys, monkeypatch):
     assert err == "" and lines[0].startswith(
         f"mg_fast {mg_fast.__version__}, Python {sys.version_info.major}.{sys.version_info.minor}"
     )
-    for name in ("torch", "torchvision", "transformers", "accelerate", "open_clip_torch", "safetensors"):
+    for name in ("torch", "torchvision", "transformers", "accelerate"):
+        assert f"{name} {version(name)} ({doctor.beside_tested(name, version(name))})" in lines
+    for name in ("open_clip_torch", "safetensors"):
         assert f"{name} {version(name)}" in lines
     assert f"sentencepiece {version('sentencepiece')} (tokenizers)" in lines
     assert "timm not installed (high-resolution tower)" in lines
     assert any(line.startswith(("GPU 0: ", "GPU: none that torch can use")) for line in lines)
+
+
+@pytest.mark.parametrize(
+    "version, told",
+    [
+        ("2.11.0+cu130", "tested: 2.11.0 to 2.14.1"),
+        ("2.14.1", "tested: 2.11.0 to 2.14.1"),
+        ("2.15.0", "tested: 2.11.0 to 2.14.1, this is newer"),
+        ("2.9.1", "tested: 2.11.0 to 2.14.1, this is older"),
+    ],
+)
+def test_doctor_says_what_was_tested(monkeypatch, version, told):
+    monkeypatch.setitem(doctor.TESTED, "torch", ("2.11.0", "2.14.1"))
+    assert doctor.beside_tested("torch", version) == told
+    assert doctor.beside_tested("pillow", version) is None
 
 
 def test_doctor_lists_backends_and_reasons(capsys, monkeypatch):

@@ -211,12 +211,14 @@ def compiling(workers: int = os.cpu_count() or 1):
 
 
 def table(family: str) -> Path:
-    """The path of the recorded resources of one file of kernels."""
-    return Path(__file__).parent / family / "resources.json"
+    """The path of the recorded resources of one file of kernels, as the installed release of Triton compiles them."""
+    return Path(__file__).parent / family / f"resources-{triton.__version__}.json"
 
 
-def read_table(family: str) -> dict:
-    return json.loads(table(family).read_text(encoding="utf-8"))
+def read_table(family: str) -> dict[str, dict]:
+    """The recorded resources by kernel; empty for a release of Triton with which nothing was recorded."""
+    path = table(family)
+    return json.loads(path.read_text(encoding="utf-8"))["kernels"] if path.exists() else {}
 
 
 def write_table(family: str, kernels: dict[str, dict]) -> None:

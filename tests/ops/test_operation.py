@@ -21,7 +21,7 @@ from tests.paths import ROOT
 OF_AN_OPERATION = (
     "ahead_of_time.py",
     "operator_calls.py",
-    "resources.json",
+    "resources-3.6.0.json",
     "test_{}.py",
     "test_aot_{}.py",
     "test_interpreted_{}.py",

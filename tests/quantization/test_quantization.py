@@ -16,7 +16,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 import mg_fast
 from mg_fast import BackendError, CheckpointError, MiniGeminiForConditionalGeneration, cli, quantization
-from mg_fast.quantization import Int8Linear, check_config, quantized_experts, tensor_bytes, weight_bytes
+from mg_fast.quantization import Int8Linear, check_config, products, quantized_experts, tensor_bytes, weight_bytes
 from mg_fast.testing.tolerances import relative_error
 from tests.checkpoints import load, probe, remake
 
@@ -145,8 +145,8 @@ def int8_linear(*, features=(96, 64), bias=False, dtype=torch.bfloat16, outlier=
 @pytest.mark.parametrize("rows, packed", [(1, True), (4, True), (5, False), (64, False)])
 def test_few_bfloat16_rows_take_torchs_kernel(monkeypatch, rows, packed, bias):
     layer, calls = int8_linear(bias=bias), []
-    kernel = torch._weight_int8pack_mm
-    monkeypatch.setattr(torch, "_weight_int8pack_mm", lambda *args: calls.append(1) or kernel(*args))
+    kernel = products._packed_product
+    monkeypatch.setattr(products, "_packed_product", lambda *args: calls.append(1) or kernel(*args))
     x = torch.randn(1, rows, 96).bfloat16()
     with torch.inference_mode():
         y = layer(x)

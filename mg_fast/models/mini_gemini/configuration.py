@@ -9,6 +9,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConf
 
 from ...errors import CheckpointError, quoted
 from ...runtime.arguments import plain_numbers, whole_number
+from ..protocol import CACHE_NAMES
 from ..templates import TEMPLATES
 from .registration import register_configuration
 
@@ -85,7 +86,7 @@ class MiniGeminiConfig(PreTrainedConfig):
     model_type = "mgm"
     sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
     # Trainer's evaluation stacks what every batch returns, but these differ in shape from batch to batch.
-    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
+    keys_to_ignore_at_inference = [*CACHE_NAMES, "image_hidden_states"]
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None
@@ -132,9 +133,9 @@ class MiniGeminiConfig(PreTrainedConfig):
             if self.tie_word_embeddings is not None:
                 # Where config.json is silent, the default of the family's class holds. Gemma's ties the weights.
                 rest["tie_word_embeddings"] = self.tie_word_embeddings
-            self.text_config = CONFIG_MAPPING[text](**rest, dtype=self.dtype)
+            self.text_config = _text_config(text, **rest, dtype=self.dtype)
         elif isinstance(self.text_config, dict):
-            self.text_config = CONFIG_MAPPING[self.text_config.get("model_type", text)](**self.text_config)
+            self.text_config = _text_config(self.text_config.get("model_type", text), **self.text_config)
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
 
         # Towers in config.json override a tower folder's settings. Tensor shapes override the defaults below.
@@ -265,6 +266,20 @@ def _text_model_type(model_type: str | None, architectures: list[str] | None) ->
     text = TEXT_MODEL_TYPES[model_type]
     # Early checkpoints of every family used the plain spelling, which now stands for Llama.
     return named if named is not None and text == "llama" else text
+
+
+def _text_config(text: str, **settings) -> PreTrainedConfig:
+    """Makes the language model's configuration, with the activation function that the settings name.
+
+    For `gelu`, transformers from 5.18 on gives Gemma the tanh approximation; the original computes exact GELU.
+    """
+    exact = text == "gemma" and settings.get("hidden_act") == "gelu"
+    if exact:
+        del settings["hidden_act"]
+    config = CONFIG_MAPPING[text](**settings)
+    if exact:
+        config.hidden_act = "gelu"
+    return config
 
 
 def clip_config(**kwargs) -> PreTrainedConfig:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from ...errors import PromptError, quoted
 from ...runtime.arguments import check_stop_strings, plain_options, whole_number
+from ..protocol import CACHE, take_cache
 from .places import PICTURE_INPUTS, check_places, of_new_positions
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,8 @@ class GenerationWithPictures:
                 cut), or a stop string is not text.
         """
         kwargs = plain_options(kwargs)
+        if (cache := take_cache(kwargs)) is not None:
+            kwargs[CACHE] = cache
         ids = inputs if inputs is not None else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
         given = kwargs.get("generation_config") or self.generation_config
         check_stop_strings(kwargs.get("stop_strings", given.stop_strings))
@@ -97,7 +100,7 @@ class GenerationWithPictures:
                 model_kwargs.get("mm_token_type_ids"),
                 {name: model_kwargs.pop(name, None) for name in PICTURE_INPUTS[:-1]},
             )
-            cache = model_kwargs.get("past_key_values")
+            cache = model_kwargs.get(CACHE)
             if marks is not None and (cached := 0 if cache is None else int(cache.get_seq_length())):
                 pictures["mm_token_type_ids"] = marks
                 pictures = of_new_positions(pictures, marks.shape[1] - cached, cached, self.config.tokens_per_picture)

@@ -14,6 +14,7 @@ from ...modules import ConvNeXtPyramid, PatchInfoMining
 from ...ops import reference
 from ...runtime.layer_dtypes import at_seam, call
 from ...runtime.placement import execution_device
+from ..protocol import CACHE, CACHE_NAMES
 from .configuration import MiniGeminiConfig
 from .decoding import MiniGeminiDecoding
 from .generation import GenerationWithPictures, kept_positions
@@ -50,7 +51,7 @@ class MiniGeminiPreTrainedModel(PreTrainedModel):
         "ConvNeXtPyramid",
         "PatchInfoMining",
     ]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -333,6 +334,7 @@ class MiniGeminiForConditionalGeneration(
         logits_to_keep: int | torch.Tensor = 0,
         allow_long: bool | None = None,
         return_dict: bool | None = None,
+        cache=None,
         **kwargs,
     ) -> MiniGeminiOutput | tuple:
         """Runs one pass of the whole model.
@@ -348,6 +350,7 @@ class MiniGeminiForConditionalGeneration(
             logits_to_keep: only that many last positions get logits (0: all), or the positions in a list or tensor [n].
             allow_long: accept prompts beyond the trained length; None takes the model's `allow_long`.
             return_dict: False returns a tuple.
+            cache: another name of `past_key_values`, by which transformers 5.24 and newer pass it.
             **kwargs: passed to the language model and `loss_function`, as in transformers' own models:
                 `num_items_in_batch`, by which Trainer weighs the parts of an accumulated batch, `shift_labels`,
                 `ignore_index`, ...
@@ -357,7 +360,8 @@ class MiniGeminiForConditionalGeneration(
         """
         length = (input_ids if input_ids is not None else inputs_embeds).shape[1]
         pictures = dict(zip(PICTURE_INPUTS, (pixel_values, pixel_values_hr, image_tokens, mm_token_type_ids)))
-        cached = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        cache = past_key_values if cache is None else cache
+        cached = 0 if cache is None else int(cache.get_seq_length())
         if not cached:
             # Only prompts are checked: an answer may grow past the trained length.
             self.check_length(length, 0, allow_long)
@@ -367,8 +371,8 @@ class MiniGeminiForConditionalGeneration(
             input_ids=input_ids,
             **pictures,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            **{CACHE: cache},
             **kwargs,
         )
         logits = call(self.lm_head, outputs.last_hidden_state[:, kept_positions(logits_to_keep)])
@@ -380,10 +384,10 @@ class MiniGeminiForConditionalGeneration(
         output = MiniGeminiOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=image_tokens,
+            **{CACHE: getattr(outputs, CACHE)},
         )
         return output.to_tuple() if return_dict is False else output
 

@@ -27,13 +27,13 @@ def taken():
 @pytest.fixture
 def products(monkeypatch):
     """A list that grows by one entry for every call of oneDNN."""
-    calls, plain = [], torch.ops.mkldnn._linear_pointwise
+    calls, plain = [], linear._onednn_product
 
     def counted(*args):
         calls.append(args)
         return plain(*args)
 
-    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", counted)
+    monkeypatch.setattr(linear, "_onednn_product", counted)
     return calls
 
 
