@@ -68,8 +68,8 @@ $(READY): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
-	# Hugging Face's package `kernels` is installed outside the path. A test puts it on the path, to see that the folder
-	# kernels/ of this project does not stand in its way.
+	@# Hugging Face's package `kernels` is installed outside the path. A test puts it on the path, to see that the folder
+	@# kernels/ of this project does not stand in its way.
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps --upgrade --target $(VENV)/hf-kernels \
 		kernels kernels-data
 	@touch $@

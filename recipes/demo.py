@@ -52,7 +52,7 @@ def talk(pipeline: mg_fast.Pipeline, file: Path, turns: list[tuple[str, str | No
             pieces.append(piece)
             print(piece, end="", flush=True)
         seconds = time.perf_counter() - began
-        verdict = "" if right is None else "  (right)" if "".join(pieces) == right else f"  (WRONG: {right})"
+        verdict = "" if right is None else "  (correct)" if "".join(pieces) == right else f"  (WRONG: {right})"
         print(f"{verdict}  [{seconds:.2f} s]")
 
 

@@ -4,7 +4,7 @@ With a question, it is estimated which of these pixels the answer depends on.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -59,9 +59,9 @@ class Explanation:
 
     picture: Image.Image
     image: Image.Image
-    weights: torch.Tensor
-    relevance: torch.Tensor
-    map: torch.Tensor
+    weights: torch.Tensor = field(repr=False)
+    relevance: torch.Tensor = field(repr=False)
+    map: torch.Tensor = field(repr=False)
     answer: Answer | None
 
 

@@ -166,8 +166,8 @@ for sizes in ASKED:
     print(*moved)
 """
 ASKED = [
-    Sizes(torch.float32, batch=2, side=3, dim=12, levels=((12, 7), (6, 20))),
-    Sizes(torch.bfloat16, side=3, dim=12, levels=((24, 70), (12, 6), (6, 10))),
+    Sizes(torch.float32, batch=2, side=2, dim=12, levels=((8, 7), (4, 20))),
+    Sizes(torch.bfloat16, side=2, dim=12, levels=((16, 70), (8, 6), (4, 10))),
     Sizes(torch.bfloat16, grid=2, views=5, side=1, dim=12, levels=((16, 6), (8, 10), (4, 14))),
 ]
 

@@ -328,7 +328,7 @@ def test_demo(tmp_path):
     (picture,) = tmp_path.glob("mg_fast-demo-*.png")
     seed = picture.stem.rpartition("-")[2]
     assert f"picture: {picture}  (seed {seed}; " in out
-    assert out.count("\nyou:    ") == out.count("\nnano:   ") == out.count("(right)") + out.count("(WRONG: ") == 3
+    assert out.count("\nyou:    ") == out.count("\nnano:   ") == out.count("(correct)") + out.count("(WRONG: ") == 3
     assert "patch info mining" in out and "The words are the same." in out
     drawn = picture.read_bytes()
     picture.unlink()
@@ -341,4 +341,6 @@ def test_demo(tmp_path):
 @pytest.mark.slow
 def test_demo_of_ones_own_picture(tmp_path, photo):
     out = demo("--photo", str(photo), tmp_path=tmp_path)
-    assert f"picture: {photo}\n" in out and "(right)" not in out and "WRONG" not in out and out.count("\nnano:   ") == 3
+    assert (
+        f"picture: {photo}\n" in out and "(correct)" not in out and "WRONG" not in out and out.count("\nnano:   ") == 3
+    )

@@ -253,13 +253,14 @@ def test_the_command_line(machine, checkpoints, capsys, caplog):
     [
         (
             OLD,
-            "arithmetic in float32 (bfloat16 {0} to {1} times as long, float16 {2} to {3} times as long); dtype=auto "
-            "takes float32 for bfloat16 and float32 for float16, where float32 fits in 12.3 GB of available memory",
+            "arithmetic in float32 (measured with AVX2: bfloat16 {0} to {1} times as long, float16 {2} to {3} times as "
+            "long); dtype=auto takes float32 for bfloat16 and float32 for float16, where float32 fits in 12.3 GB of "
+            "available memory",
         ),
         (
             BF16,
-            "arithmetic in float32 and bfloat16 (float16 {2} to {3} times as long); dtype=auto takes bfloat16 for "
-            "float16",
+            "arithmetic in float32 and bfloat16 (measured with AVX2: float16 {2} to {3} times as long); "
+            "dtype=auto takes bfloat16 for float16",
         ),
         (ARM, "arithmetic in float32 and bfloat16 and float16; dtype=auto keeps 16-bit checkpoints as they are"),
     ],
