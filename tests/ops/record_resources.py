@@ -2,6 +2,9 @@
 
 python -m tests.ops.record_resources              # all kernels
 python -m tests.ops.record_resources pointwise    # the kernels of some files of kernels/
+
+Each release of Triton has tables of its own, and the installed one writes its own. So run this with the Python of both
+environments: .venv/bin/python, and .venv-newest/bin/python, which `make test-newest` makes.
 """
 
 import sys
