@@ -118,10 +118,13 @@ def ingredients(source: triton.compiler.ASTSource, *, target, options: dict) -> 
     # Triton finds the global variables that the kernel uses when it computes its own key, which also depends on
     # comments and on the line that the kernel begins on, and therefore is of no use here.
     assert source.fn.cache_key
+    settings = dict(backend.parse_options(dict(options)).__dict__)
+    # A library that is linked counts by its content, because its path is another one in every environment.
+    settings["extern_libs"] = [(name, _content(path)) for name, path in settings["extern_libs"]]
     parts = [
         triton.__version__,
         backend.hash(),  # the architecture and the version of ptxas
-        sorted(backend.parse_options(dict(options)).__dict__.items()),
+        sorted(settings.items()),
         sorted(source.signature.items()),
         sorted((path, getattr(value, "cache_key", value)) for path, value in source.constants.items()),
         sorted(source.attrs.items()),
@@ -130,6 +133,11 @@ def ingredients(source: triton.compiler.ASTSource, *, target, options: dict) -> 
         code_of(source.fn.module),
     ]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
+
+
+@functools.cache
+def _content(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 @functools.cache
@@ -146,7 +154,8 @@ def code_of(module: str) -> str:
             if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module != "configs":
                 imported = f"{loaded.__package__}.{node.module}"
                 names.extend([imported] if imported not in names else [])
-        found.append(ast.dump(tree))
+        # Unlike a dump of the tree, source that is made of it is the same in all releases of Python from 3.11 on.
+        found.append(ast.unparse(tree))
     return "\n".join(found)
 
 
