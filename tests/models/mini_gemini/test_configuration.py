@@ -312,6 +312,15 @@ def test_rope_scaling_survives(tmp_path):
     assert MiniGeminiConfig.from_pretrained(tmp_path).text_config.rope_parameters == {**scaling, "rope_theta": 5e5}
 
 
+@pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh"])
+def test_gemma_has_the_activation_of_the_file(activation):
+    """transformers from 5.18 on takes `gelu` for the tanh approximation, which the original does not."""
+    config = MiniGeminiConfig(model_type="mgm_gemma", hidden_act=activation)
+    assert config.text_config.hidden_act == config.to_dict()["hidden_act"] == activation
+    nested = MiniGeminiConfig(model_type="mgm_gemma", text_config={"model_type": "gemma", "hidden_act": activation})
+    assert nested.text_config.hidden_act == activation
+
+
 def test_only_gemma_ties_unless_told():
     assert MiniGeminiConfig(model_type="mgm_gemma").tie_word_embeddings is True
     assert MiniGeminiConfig(model_type="mgm_gemma", tie_word_embeddings=False).text_config.tie_word_embeddings is False

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import mg_fast
 from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor, PromptError
+from mg_fast.models.protocol import CACHE_NAMES
 from mg_fast.models.templates import render
 from mg_fast.testing.random_checkpoints import build
 from tests.families import family
@@ -164,8 +165,12 @@ def test_turns_with_pictures_over_a_cache_of_ones_own(model, processor, photo, d
     assert encoded == ([] if given == "image tokens" else [1])
 
 
-def test_a_text_turn_over_a_cache_with_pictures(model, processor, photo):
-    """A text turn may send everything again, the usual way to continue, while the cache has all of the pictures."""
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_a_text_turn_over_a_cache_with_pictures(model, processor, photo, name):
+    """A text turn may send everything again, the usual way to continue, while the cache has all of the pictures.
+
+    The cache goes by the names of older and of newer releases of transformers.
+    """
     first = processor(text=prompt("What?"), images=photo, return_tensors="pt")
     out = model.generate(**first, **GREEDY, return_dict_in_generate=True)
     extra = torch.tensor([processor.tokenizer(" USER: And now? ASSISTANT:", add_special_tokens=False).input_ids])
@@ -174,17 +179,12 @@ def test_a_text_turn_over_a_cache_with_pictures(model, processor, photo):
     pixels = {name: tensor for name, tensor in first.items() if name.startswith("pixel")}
     request = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": marks, **pixels}
     fresh = model.generate(**request, **GREEDY)
-    assert (
-        model.generate(**request, past_key_values=copy.deepcopy(out.past_key_values), **GREEDY).tolist()
-        == fresh.tolist()
-    )
+    assert model.generate(**request, **{name: copy.deepcopy(out.past_key_values)}, **GREEDY).tolist() == fresh.tolist()
     # This is a caller's own loop over `forward`.
     start = out.past_key_values.get_seq_length()
     with torch.no_grad():
         whole = model(**request).logits[:, start:]
-        step = model(
-            **{**request, "input_ids": ids[:, start:]}, past_key_values=copy.deepcopy(out.past_key_values)
-        ).logits
+        step = model(**{**request, "input_ids": ids[:, start:]}, **{name: copy.deepcopy(out.past_key_values)}).logits
     torch.testing.assert_close(step, whole, rtol=1e-4, atol=1e-4)
 
 
