@@ -88,7 +88,8 @@ def _serve(imported: list[str]) -> dict | None:
     for name in imported:
         importlib.import_module(name)
     # A fork has only the thread that called it, so a library that has started threads would wait for them for ever.
-    threads = len(os.listdir("/proc/self/task"))
+    tasks = Path("/proc/self/task")
+    threads = len(list(tasks.iterdir())) if tasks.is_dir() else 1
     if threads != 1:
         raise RuntimeError(f"importing {', '.join(imported)} has started {threads - 1} threads: a fork would lack them")
     for line in sys.stdin:
