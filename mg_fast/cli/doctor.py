@@ -7,7 +7,7 @@ import platform
 
 from .. import __version__
 
-# The oldest and the newest release of a package that all tests were run with (constraints.txt, constraints-newest.txt).
+# The oldest and the newest release of a package that tests were run with (constraints.txt, constraints-newest.txt).
 TESTED = {
     "torch": ("2.11.0", "2.14.1"),
     "torchvision": ("0.26.0", "0.29.1"),
