@@ -327,7 +327,8 @@ def test_a_reader_that_goes_away(unbuffered):
     command = [sys.executable, "-m", "mg_fast", "doctor"]
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
-    assert (done.returncode, done.stderr) == (1, "")
+    # Other libraries may warn: torch 2.14 does, of an enumeration of torchao's.
+    assert done.returncode == 1 and not re.search("Traceback|Error|Exception", done.stderr), done.stderr
 
 
 # ---- chat
