@@ -43,23 +43,20 @@ def python(
     imported: tuple[str, ...] = PACKAGE,
     cwd: Path = ROOT,
     env: dict[str, str] | None = None,
-    input: str = "",
 ) -> subprocess.CompletedProcess:
-    """Runs `python ARGUMENTS` in a process that has imported these modules already.
+    """Runs `python ARGUMENTS` in a process that has imported these modules already, and whose input is empty.
 
     Args:
         arguments: `-c CODE ...` or `-m MODULE ...`, as on a command line.
         imported: modules that the process finds imported.
         cwd: its folder.
         env: its whole environment. Default: this process' own.
-        input: what it reads from its standard input.
 
     Returns:
         Its exit status (the negative number of a signal that ended it), stdout and stderr as text.
     """
     with tempfile.TemporaryDirectory(prefix="mg_fast_forked_") as folder:
-        streams = [str(Path(folder) / name) for name in ("stdin", "stdout", "stderr")]
-        Path(streams[0]).write_text(input, encoding="utf-8")
+        streams = [os.devnull, *(str(Path(folder) / name) for name in ("stdout", "stderr"))]
         words = [str(argument) for argument in arguments]
         request = {"words": words, "cwd": str(cwd), "env": dict(os.environ if env is None else env), "streams": streams}
         parent = _parent(imported)
