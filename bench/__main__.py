@@ -137,6 +137,11 @@ def _parser() -> argparse.ArgumentParser:
     measured = "also show the rates and times of this document (or folder of documents) from a GPU"
     option("--measured", type=Path, help=measured)
 
+    option = add("issue", "issue.command:issue", "predict times of kernels from the instructions they are compiled to")
+    named = "names, shell patterns or groups (default: every kernel at its published shapes, in bfloat16)"
+    option("cases", nargs="*", help=named)
+    option("--device", default="h200", help="the GPU to predict for: h200 (default)")
+
     option = add("report", _report, "make tables and a page from bench/results; without an option, print the tables")
     readme = "write the tables between the markers of README.md and docs/benchmarks.md"
     option("--readme", action="store_true", help=readme)
