@@ -249,6 +249,23 @@ def _shift(thread: _Thread, instruction: Instruction) -> bool:
     return True
 
 
+def _shifted_add(thread: _Thread, instruction: Instruction) -> bool:
+    if "X" in instruction.modifiers or "SX32" in instruction.modifiers:
+        return False
+    target, *rest = instruction.operands
+    carries = [rest.pop(0)] if re.fullmatch(r"U?P(T|\d)", rest[0]) else []
+    a, b, *others = (thread.word(operand) for operand in rest)
+    if None in (a, b, *others):
+        return False
+    # The last operand is the count. The upper half of a pair stands before it where the upper half is wanted.
+    wide = (others[0] << 32 | a if "HI" in instruction.modifiers else a) << others[-1]
+    total = (wide >> 32 if "HI" in instruction.modifiers else wide & MASK) + b
+    thread.write(target, total)
+    for carry in carries:
+        thread.write(carry, total >> 32)
+    return True
+
+
 def _logic(thread: _Thread, instruction: Instruction) -> bool:
     operands = list(instruction.operands)
     result = operands.pop(0) if re.fullmatch(r"U?P\d", operands[0]) else None
@@ -398,6 +415,7 @@ _STEPS: dict[str, Callable[[_Thread, Instruction], bool]] = {
     "VIADD": _add,
     "IMAD": _multiply,
     "SHF": _shift,
+    "LEA": _shifted_add,
     "LOP3": _logic,
     "SEL": _select,
     "ISETP": _compare,
