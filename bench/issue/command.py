@@ -9,6 +9,7 @@ from mg_fast.ops.ahead_of_time import check_can_compile
 from mg_fast.ops.operation import OPERATIONS
 
 from ..cases import all_cases
+from ..check import several
 from ..errors import UnknownName
 from ..registry import choose_names, group_of
 from .launches import recorded
@@ -30,13 +31,14 @@ def _is_one_picture(name: str) -> bool:
     return "-b8" not in name and (name.endswith("bfloat16") or group_of(name) == "dual_resize")
 
 
-def predictions_of(case: str, device: Device) -> list[Prediction]:
-    """A prediction for each launch of the kernels of a case."""
+def predictions_of(case: str, device: Device) -> tuple[int, list[Prediction]]:
+    """The numbers in the result of a case, and a prediction for each launch of its kernels."""
     found = all_cases()[case]
     with recorded(device.architecture) as launches:
-        found.providers["triton"](found.make("cuda"))()
+        result = found.providers["triton"](found.make("cuda"))()
         launches = list(launches)
-    return [predict(launch, device) for launch in launches]
+    outputs = sum(tensor.numel() for tensor in several(result))
+    return outputs, [predict(launch, device) for launch in launches]
 
 
 def issue(cases: Sequence[str], device: str) -> str:
@@ -58,19 +60,27 @@ def issue(cases: Sequence[str], device: str) -> str:
         f"PREDICTED for {gpu.name} at {gpu.gigahertz} GHz from instructions and bytes, nothing of it was measured; "
         f"expect an error of up to {ERROR:.0%}.",
         "",
-        f"{'case, kernel':<58}{'blocks':>7} {'limited by':<14}{'waves':>6}{'instr.':>9}{'slots':>7}"
+        f"{'case, kernel':<46}{'blocks':>7} {'limited by':<14}{'waves':>6}{'instr.':>9}{'/number':>8}{'slots':>6}"
         f"{'issue':>8}{'L2':>8}{'memory':>8}{'us':>8}  binds",
     ]
-    for name, predictions in zip(chosen, found):
+    for name, (outputs, predictions) in zip(chosen, found):
         total = sum(prediction.us for prediction in predictions)
-        lines.append(f"{name:<58}{'':>65}{total:>8.1f}")
-        lines += [_line(prediction) for prediction in predictions]
+        lines.append(f"{name:<46}{'':>74}{total:>8.1f}")
+        lines += [_line(prediction, outputs) for prediction in predictions]
+    lines += [
+        "",
+        "blocks: programs on one multiprocessor at once. waves: rounds of programs over all multiprocessors. instr.:",
+        "what one warp issues. /number: instructions of all threads for each number of the result. slots: the share of",
+        "the issue slots that is used. issue, L2, memory: microseconds to issue all instructions, to deliver what the",
+        "first-level cache is assumed not to hold, and to move every tensor once. The largest one is predicted.",
+    ]
     return "\n".join(lines)
 
 
-def _line(found: Prediction) -> str:
+def _line(found: Prediction, outputs: int) -> str:
+    of_a_number = 32 * found.instructions * found.launch.warps * found.launch.programs / outputs
     return (
-        f"  {found.launch.kernel:<56}{found.resident:>7} {found.limit:<14}{found.waves:>6.2f}{found.instructions:>9,}"
-        f"{found.slots_used:>7.0%}{found.issue_us:>8.1f}{found.l2_us:>8.1f}{found.memory_us:>8.1f}{found.us:>8.1f}"
-        f"  {found.binds}"
+        f"  {found.launch.kernel:<44}{found.resident:>7} {found.limit:<14}{found.waves:>6.2f}{found.instructions:>9,}"
+        f"{of_a_number:>8.1f}{found.slots_used:>6.0%}{found.issue_us:>8.1f}{found.l2_us:>8.1f}{found.memory_us:>8.1f}"
+        f"{found.us:>8.1f}  {found.binds}"
     )

@@ -61,7 +61,7 @@ def issue(
     """Lets the warps of some programs issue their steps.
 
     Args:
-        steps: places of the instructions that a warp issues, in order (`trace.trace`).
+        steps: places of the instructions that a warp issues, in order; those that are turned off as in `trace.trace`.
         warps: of one program.
         blocks: programs that reside on the multiprocessor at once.
         l2_share: the share of the loads from global memory that the first-level cache does not hold.
@@ -86,8 +86,9 @@ def issue(
                 if warp.ready > cycle:
                     soonest = min(soonest, warp.ready)
                     continue
-                place = steps[warp.at]
-                instruction, pipe = instructions[place], pipes[place]
+                place, off = steps[warp.at], steps[warp.at] < 0
+                place = ~place if off else place
+                instruction, pipe = instructions[place], "control" if off else pipes[place]
                 until = 0.0
                 for barrier in instruction.waits:
                     if warp.pending[barrier]:

@@ -9,7 +9,7 @@ from .launches import Launch
 from .multiprocessor import issue
 from .occupancy import blocks_per_multiprocessor
 from .sass import pipe_of, registers_of_a_load
-from .trace import trace
+from .trace import UnknownLoop, trace
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,10 @@ def predict(launch: Launch, device: Device, l2_share: float = L2_SHARE) -> Predi
     """Predicts the time of a launch on a device; see `multiprocessor.ERROR` for how far it may be off."""
     # A program in the middle of the grid is far from the borders, where less is loaded.
     program = tuple(number // 2 for number in launch.grid)
-    steps = trace(launch.instructions, launch.constants, program=program)
+    try:
+        steps = trace(launch.instructions, launch.constants, program=program)
+    except UnknownLoop as error:
+        raise UnknownLoop(f"{launch.kernel}: {error}") from None
     resident, limit = blocks_per_multiprocessor(device.architecture, launch.registers, launch.shared, launch.warps)
     full, rest = divmod(launch.programs, device.multiprocessors * resident)
     last = -(-rest // device.multiprocessors)
@@ -95,12 +98,10 @@ def predict(launch: Launch, device: Device, l2_share: float = L2_SHARE) -> Predi
     )
     cycles = full * found[resident].cycles if full else 0
     cycles += found[last].cycles if last else 0
-    counted = collections.Counter(pipe_of(launch.instructions[step]) for step in steps)
-    loaded = sum(
-        128 * registers_of_a_load(launch.instructions[step])
-        for step in steps
-        if pipe_of(launch.instructions[step]) == "load"
-    )
+    done = [launch.instructions[step] for step in steps if step >= 0]
+    counted = collections.Counter(map(pipe_of, done))
+    counted["turned off"] = len(steps) - len(done)
+    loaded = sum(128 * registers_of_a_load(instruction) for instruction in done if pipe_of(instruction) == "load")
     used = found[resident if full else last].slots_used if found else 0.0
     return Prediction(
         launch=launch,

@@ -34,6 +34,8 @@ def trace(
 ) -> list[int]:
     """The places of all instructions that the warp of a thread issues, in order.
 
+    An instruction that its predicate turns off takes a slot and does nothing: it stands as ~place, a negative number.
+
     Args:
         constants: 32-bit words of the constant bank by their offset, as far as they are known.
         program: the program's number along each axis of the grid.
@@ -46,10 +48,10 @@ def trace(
     places, steps, at, returns = by_address(instructions), [], 0, []
     while at < len(instructions):
         instruction = instructions[at]
-        steps.append(at)
         if len(steps) > MOST_STEPS:
             raise UnknownLoop(f"more than {MOST_STEPS:,} instructions: the loop at {instruction.address:#x} has no end")
         opcode, holds = instruction.opcode, machine.holds(instruction.guard)
+        steps.append(~at if holds is False else at)
         if opcode == "EXIT" and holds:
             break
         if opcode == "RET" and returns:
@@ -221,8 +223,8 @@ def _multiply(thread: _Thread, instruction: Instruction) -> bool:
         thread.write(target, total)
         thread.write(target, None if total is None else total >> 32, 1)
     elif "HI" in modifiers:
-        c = thread.word(sources[2])
-        thread.write(target, None if None in (product, c) else (product >> 32) + c)
+        c = thread.pair(sources[2])
+        thread.write(target, None if None in (product, c) else product + c >> 32)
     else:
         carry = [thread.predicate(operand) for operand in rest if operand not in sources] if "X" in modifiers else []
         values = [product, thread.word(sources[2]), *carry]
@@ -384,7 +386,7 @@ def _from_float(thread: _Thread, instruction: Instruction) -> bool:
     value = thread.word(instruction.operands[1])
     if value is None or not math.isfinite(_float(value)):
         return False
-    thread.write(instruction.operands[0], int(_float(value)))
+    thread.write(instruction.operands[0], min(int(_float(value)), MASK))
     return True
 
 
