@@ -103,6 +103,7 @@ class ProductTile(NamedTuple):
         group: rows of tiles that are taken together.
         warps: warps of the program.
         stages: stages of its software pipeline.
+        registers: the most that the compiler may give to a thread.
     """
 
     rows: int
@@ -111,23 +112,38 @@ class ProductTile(NamedTuple):
     group: int
     warps: int
     stages: int
+    registers: int = 255
 
 
 # Keyed by compute capability (None as above), then by the bytes of one element and by the product's size or layout
-# (`pointwise_bucket`). These are the largest tiles that do not spill; none was tuned on a GPU. A tile of 128 x 256,
-# which a GPU of 9.0 or 10.0 could feed, spills in the epilogue, with 8 warps and with 16.
+# (`pointwise_bucket`). No tile was tuned on a GPU. Those for any architecture are the largest that do not spill. Those
+# of 9.0 are the fastest by `python -m bench issue`: with three stages and 128 registers two programs reside on a
+# multiprocessor, and one of them multiplies while the other applies its epilogue. A tile of 128 x 256 spills there. A
+# third part of a key, "gelu", marks a product with GELU that needs a tile of its own.
 POINTWISE = {
     None: {
         (2, "few"): ProductTile(64, 64, 64, 8, 4, 4),
+        (2, "some"): ProductTile(128, 128, 32, 8, 8, 4),
         (2, "many"): ProductTile(128, 128, 32, 8, 8, 4),
         (2, "narrow"): ProductTile(64, 64, 32, 8, 8, 3),
         (4, "few"): ProductTile(64, 64, 16, 8, 8, 3),
+        (4, "some"): ProductTile(128, 64, 16, 8, 8, 3),
         (4, "many"): ProductTile(128, 64, 16, 8, 8, 3),
         (4, "narrow"): ProductTile(64, 64, 16, 8, 8, 3),
     },
     # These architectures multiply with a whole warp group, and have the shared memory to feed it.
-    90: {(2, "few"): ProductTile(64, 128, 64, 8, 4, 4), (2, "many"): ProductTile(128, 128, 64, 8, 8, 4)},
-    100: {(2, "few"): ProductTile(64, 128, 64, 8, 4, 4), (2, "many"): ProductTile(128, 128, 64, 8, 8, 4)},
+    90: {
+        (2, "few"): ProductTile(64, 64, 128, 8, 4, 3),
+        (2, "some"): ProductTile(128, 64, 64, 8, 8, 4, 128),
+        (2, "many"): ProductTile(128, 128, 64, 8, 8, 3, 128),
+        # The tile above would spill with this epilogue.
+        (2, "many", "gelu"): ProductTile(64, 256, 64, 8, 8, 2, 128),
+    },
+    100: {
+        (2, "few"): ProductTile(64, 128, 64, 8, 4, 4),
+        (2, "some"): ProductTile(128, 128, 64, 8, 8, 4),
+        (2, "many"): ProductTile(128, 128, 64, 8, 8, 4),
+    },
 }
 
 
@@ -136,13 +152,19 @@ def pointwise_bucket(element_size: int, m: int, n: int, strides: Iterable[int]) 
     if any(stride % 16 for stride in strides):
         # Wide loads are impossible, because every element has an address of its own.
         return element_size, "narrow"
-    # Up to 64 tiles of 128 x 128 keep at most half of a large GPU busy.
-    return element_size, "few" if -(-m // 128) * -(-n // 128) <= 64 else "many"
+    # Up to 64 tiles of 128 x 128 keep at most half of a large GPU busy, and up to 132 are at most one for each
+    # multiprocessor of an H200.
+    tiles = -(-m // 128) * -(-n // 128)
+    return element_size, "few" if tiles <= 64 else "some" if tiles <= 132 else "many"
 
 
-def pointwise_tile(architecture: int | None, element_size: int, m: int, n: int, strides: Iterable[int]) -> ProductTile:
-    """The tile for a product of this size on a GPU of this compute capability (90 for 9.0)."""
-    return (POINTWISE[None] | POINTWISE.get(architecture, {}))[pointwise_bucket(element_size, m, n, strides)]
+def pointwise_tile(
+    architecture: int | None, element_size: int, m: int, n: int, strides: Iterable[int], *, gelu: bool
+) -> ProductTile:
+    """The tile for a product of this size on a GPU of this compute capability (90 for 9.0), with GELU or a residual."""
+    table = POINTWISE[None] | POINTWISE.get(architecture, {})
+    bucket = pointwise_bucket(element_size, m, n, strides)
+    return gelu and table.get((*bucket, "gelu")) or table[bucket]
 
 
 class ConvolutionTile(NamedTuple):
