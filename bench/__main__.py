@@ -141,6 +141,10 @@ def _parser() -> argparse.ArgumentParser:
     named = "names, shell patterns or groups (default: every kernel at its published shapes, in bfloat16)"
     option("cases", nargs="*", help=named)
     option("--device", default="h200", help="the GPU to predict for: h200 (default)")
+    keep = "record all predictions in bench/results/issue.json"
+    option("--save", dest="keep", action="store_true", help=keep)
+    measured = "compare the recorded predictions with documents that a GPU measured, in this file or folder"
+    option("--calibrate", type=Path, metavar="DIR", help=measured)
 
     option = add("report", _report, "make tables and a page from bench/results; without an option, print the tables")
     readme = "write the tables between the markers of README.md and docs/benchmarks.md"

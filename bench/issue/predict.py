@@ -40,18 +40,24 @@ L2_SHARE = 0.55
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says of one launch.
+    """What the model says of one launch. It holds plain numbers and texts, so that it can be written as JSON.
 
     Attributes:
+        programs, warps, registers, shared: of the launch, see `launches.Launch`.
         resident: programs on one multiprocessor at once, and `limit`, what limits them.
         waves: rounds of programs over all multiprocessors.
         instructions: that one warp issues; `by_pipe` says on which pipes.
+        slots_used: the share of the issue slots that are used.
         issue_us: the time to issue all instructions of all programs, in microseconds.
         l2_us: the time for what the second-level cache delivers.
         memory_us: the time to move every tensor among the arguments once.
     """
 
-    launch: Launch
+    kernel: str
+    programs: int
+    warps: int
+    registers: int
+    shared: int
     resident: int
     limit: str
     waves: float
@@ -104,14 +110,18 @@ def predict(launch: Launch, device: Device, l2_share: float = L2_SHARE) -> Predi
     loaded = sum(128 * registers_of_a_load(instruction) for instruction in done if pipe_of(instruction) == "load")
     used = found[resident if full else last].slots_used if found else 0.0
     return Prediction(
-        launch=launch,
+        kernel=launch.kernel,
+        programs=launch.programs,
+        warps=launch.warps,
+        registers=launch.registers,
+        shared=launch.shared,
         resident=resident,
         limit=limit,
-        waves=launch.programs / (device.multiprocessors * resident),
+        waves=round(launch.programs / (device.multiprocessors * resident), 3),
         instructions=len(steps),
         by_pipe=dict(counted.most_common()),
-        slots_used=used,
-        issue_us=cycles / device.gigahertz / 1e3,
-        l2_us=loaded * launch.warps * launch.programs * l2_share / device.l2_gbps / 1e3,
-        memory_us=launch.bytes / device.memory_gbps / 1e3,
+        slots_used=round(used, 3),
+        issue_us=round(cycles / device.gigahertz / 1e3, 2),
+        l2_us=round(loaded * launch.warps * launch.programs * l2_share / device.l2_gbps / 1e3, 2),
+        memory_us=round(launch.bytes / device.memory_gbps / 1e3, 2),
     )
