@@ -10,7 +10,7 @@ from .. import records
 from ..errors import BadRecord, UnknownName
 from ..registry import choose_names
 from .multiprocessor import ERROR
-from .predict import DEVICES, Device, Prediction
+from .predict import DEVICES, Device, TimePrediction
 from .published import RECORD, CasePrediction, predict_cases, published, read, save
 
 # What the columns of the table mean, for a reader who has only the table.
@@ -64,7 +64,7 @@ def table(found: Mapping[str, CasePrediction], device: Device) -> list[str]:
     return [*lines, "", *LEGEND]
 
 
-def _line(found: Prediction, outputs: int) -> str:
+def _line(found: TimePrediction, outputs: int) -> str:
     of_a_number = 32 * found.instructions * found.warps * found.programs / outputs
     return (
         f"  {found.kernel:<44}{found.resident:>7} {found.limit:<14}{found.waves:>6.2f}{found.instructions:>9,}"

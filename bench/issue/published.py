@@ -19,7 +19,7 @@ from ..errors import BadRecord
 from ..registry import group_of
 from .launches import recorded
 from .multiprocessor import ERROR
-from .predict import Device, Prediction, predict
+from .predict import Device, TimePrediction, predict
 
 # What is recorded of today's kernels; `python -m bench issue --save` writes it.
 RECORD = records.RESULTS / "issue.json"
@@ -32,7 +32,7 @@ class CasePrediction:
     """What the model says of a case: the numbers in its result, and a prediction for each launch."""
 
     outputs: int
-    launches: Sequence[Prediction]
+    launches: Sequence[TimePrediction]
 
     @property
     def us(self) -> float:
@@ -94,7 +94,7 @@ def read(path: Path = RECORD) -> dict[str, CasePrediction]:
     try:
         cases = json.loads(path.read_text(encoding="utf-8"))["cases"]
         return {
-            name: CasePrediction(case["outputs"], [Prediction(**launch) for launch in case["launches"]])
+            name: CasePrediction(case["outputs"], [TimePrediction(**launch) for launch in case["launches"]])
             for name, case in cases.items()
         }
     except (OSError, ValueError, KeyError, TypeError) as error:

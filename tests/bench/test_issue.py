@@ -9,7 +9,7 @@ from bench.errors import BadRecord
 from bench.issue import launches, multiprocessor
 from bench.issue.command import calibration, table
 from bench.issue.occupancy import blocks_per_multiprocessor
-from bench.issue.predict import DEVICES, Prediction, predict
+from bench.issue.predict import DEVICES, TimePrediction, predict
 from bench.issue.published import CasePrediction, read, save
 from bench.issue.sass import NO_BARRIER, Instruction, parse, pipe_of
 from bench.issue.trace import UnknownLoop, trace
@@ -168,7 +168,9 @@ def test_a_compiled_kernel_loads_as_often_as_it_says(rounds):
 
 
 def prediction(us: float) -> CasePrediction:
-    launch = Prediction("a_kernel", 264, 4, 64, 0, 8, "registers", 0.25, 1000, {"FMA": 1000}, 0.5, us, us / 2, us / 4)
+    launch = TimePrediction(
+        "a_kernel", 264, 4, 64, 0, 8, "registers", 0.25, 1000, {"FMA": 1000}, 0.5, us, us / 2, us / 4
+    )
     return CasePrediction(1000, [launch, launch])
 
 
