@@ -233,6 +233,10 @@ DEFORMABLE_ATTENTION = {
         ("forward", 4, True): SamplingTile(512, 4, 4),
         ("forward", 2, False): SamplingTile(512, 4, 1),
         ("forward", 4, False): SamplingTile(512, 4, 1),
+        ("backward", 2, True): SamplingTile(128, 1, 1),
+        ("backward", 4, True): SamplingTile(128, 1, 1),
+        ("backward", 2, False): SamplingTile(512, 4, 1),
+        ("backward", 4, False): SamplingTile(512, 4, 1),
     },
 }
 
