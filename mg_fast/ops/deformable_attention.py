@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 
 from ..errors import quoted
 from ..runtime.arguments import whole_number
@@ -118,25 +117,13 @@ def reference(
     sampling_locations: torch.Tensor,
     attention_weights: torch.Tensor,
 ) -> torch.Tensor:
-    """The steps of `ms_deform_attn_core_pytorch` of Deformable DETR, and of transformers: grid_sample for each level.
+    """The steps of the original in the dtype of values, to which it casts locations and weights.
 
-    The original casts locations to the dtype of values, because grid_sample takes one dtype. Its CUDA kernel leaves out
-    locations that are not finite. grid_sample does not promise that, so they are moved outside of the map here.
+    grid_sample takes one dtype.
     """
-    batch, _, heads, channels = value.shape
-    queries, levels, points = (sampling_locations.shape[i] for i in (1, 3, 4))
-    finite = sampling_locations.isfinite().all(-1, keepdim=True)
-    grids = (2 * sampling_locations.where(finite, -2.0) - 1).to(value.dtype)
-    samples = []
-    for level, (map, (h, w)) in enumerate(zip(value.split([h * w for h, w in spatial_shapes], dim=1), spatial_shapes)):
-        map = map.flatten(2).transpose(1, 2).reshape(batch * heads, channels, h, w)
-        grid = grids[:, :, :, level].transpose(1, 2).flatten(0, 1)
-        samples.append(F.grid_sample(map, grid, mode="bilinear", padding_mode="zeros", align_corners=False))
-    weights = attention_weights.to(value.dtype).transpose(1, 2)
-    weights = weights.reshape(batch * heads, 1, queries, levels * points)
-    out = (torch.stack(samples, dim=-2).flatten(-2) * weights).sum(-1).view(batch, heads * channels, queries)
-    # Autocast may have widened the result.
-    return out.transpose(1, 2).contiguous().to(value.dtype)
+    given = sampling_locations.to(value.dtype), attention_weights.to(value.dtype)
+    # Autocast widens the result.
+    return torch_form.by_grid_sample(value, spatial_shapes, *given).to(value.dtype)
 
 
 def _why_not(value, spatial_shapes, sampling_locations, attention_weights) -> str | None:
@@ -248,7 +235,7 @@ def _sorted_sum(grad, value, sides, locations, weights) -> torch.Tensor:
     """
     batch, pixels, heads, _ = value.shape
     shapes = list(zip(sides[::2], sides[1::2]))
-    rows = torch.stack(torch_form.pixels_of(locations.float(), shapes).rows, dim=-1).flatten()
+    rows = torch_form.pixel_rows(locations.float(), shapes).flatten()
     rows, order = torch.sort(rows, stable=True)
     every_row = torch.arange(batch * pixels * heads + 1, dtype=rows.dtype, device=rows.device)
     ends = torch.searchsorted(rows, every_row)
