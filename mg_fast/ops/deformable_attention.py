@@ -100,7 +100,8 @@ def check_spatial_shapes(operation: str, spatial_shapes: Sequence[tuple[int, int
             f"{spatial_shapes.device}: pass spatial_shapes.tolist() once, outside of the loop that calls this"
         )
     for size in spatial_shapes:
-        if len(size) != 2 or not all((whole_number(side) or 0) > 0 for side in size):
+        # The sizes of a trace are ints, too, which may stand for any number.
+        if len(size) != 2 or not all((side if isinstance(side, int) else whole_number(side) or 0) > 0 for side in size):
             raise ValueError(
                 f"{operation}: spatial_shapes must be pairs (h, w) of positive numbers, got {quoted(size)}"
             )

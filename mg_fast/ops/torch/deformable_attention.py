@@ -78,7 +78,7 @@ def by_sums_of_rows(
     )
     parts = []
     for picture in range(batch):
-        rows, outside = value[picture].reshape(-1, channels).to(dtype), 0
+        rows, outside = value[picture].reshape(-1, channels).to(dtype).contiguous(), 0
         # What is outside of the maps reads the first row with a weight of zero, or a row of zeros if that would not be
         # zero. A GPU's host would wait for the answer.
         if compiling or device.type != "cpu" or not rows[0].isfinite().all():
