@@ -61,7 +61,7 @@ def deformable_attention(
     """
     arguments = value, spatial_shapes, sampling_locations, attention_weights
     form = backends.choose_form(DEFORMABLE_ATTENTION, backend, value.device, *arguments)
-    return form(value, [(int(h), int(w)) for h, w in spatial_shapes], sampling_locations, attention_weights)
+    return form(value, host_sizes(spatial_shapes), sampling_locations, attention_weights)
 
 
 def _check(value, spatial_shapes, sampling_locations, attention_weights) -> None:
@@ -92,6 +92,12 @@ def _check(value, spatial_shapes, sampling_locations, attention_weights) -> None
         )
 
 
+def host_sizes(spatial_shapes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Sizes that were checked, as pairs of ints."""
+    # To convert an int would make it a constant of a trace, which then would not serve pictures of other sizes.
+    return [tuple(side if isinstance(side, int) else int(side) for side in size) for size in spatial_shapes]
+
+
 def check_spatial_shapes(operation: str, spatial_shapes: Sequence[tuple[int, int]], pixels: int) -> None:
     """Raises ValueError unless the sizes are pairs of positive whole numbers on the host that add up to `pixels`."""
     if isinstance(spatial_shapes, torch.Tensor):
@@ -105,7 +111,7 @@ def check_spatial_shapes(operation: str, spatial_shapes: Sequence[tuple[int, int
             raise ValueError(
                 f"{operation}: spatial_shapes must be pairs (h, w) of positive numbers, got {quoted(size)}"
             )
-    expected = sum(int(h) * int(w) for h, w in spatial_shapes)
+    expected = sum(h * w for h, w in host_sizes(spatial_shapes))
     if not spatial_shapes or expected != pixels:
         raise ValueError(
             f"{operation}: the levels {quoted(list(spatial_shapes))} have {expected} pixels, but value has {pixels}"
