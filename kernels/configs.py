@@ -230,7 +230,7 @@ class SamplingTile(NamedTuple):
 DEFORMABLE_ATTENTION = {
     None: {
         ("forward", 2, True): SamplingTile(512, 2, 2),
-        ("forward", 4, True): SamplingTile(256, 2, 2),
+        ("forward", 4, True): SamplingTile(512, 2, 2),
         ("forward", 2, False): SamplingTile(512, 4, 1),
         ("forward", 4, False): SamplingTile(512, 4, 1),
         ("backward", 2, True): SamplingTile(128, 1, 1),
