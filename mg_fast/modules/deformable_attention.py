@@ -155,7 +155,7 @@ class DeformableAttention(nn.Module):
             self.levels,
             self.points,
         )
-        return attend(parts, query, reference_points, features, spatial_shapes, padding_mask, backend)
+        return attend(parts, query, reference_points, features, spatial_shapes, padding_mask, backend)[0]
 
     def _check(self, query, reference_points, features, spatial_shapes, padding_mask) -> None:
         self._fits("query", query, [None, None, [self.d_model]], query.device)
@@ -203,7 +203,7 @@ def attend(
     spatial_shapes: Sequence[tuple[int, int]],
     padding_mask: torch.Tensor | None = None,
     backend: str | None = None,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The steps of `DeformableAttention.forward` with layers that may belong to another module.
 
     The layers are called, so hooks and adapters on them work. Only the operation checks its inputs.
@@ -213,7 +213,7 @@ def attend(
         query, reference_points, features, spatial_shapes, padding_mask, backend: as in `DeformableAttention.forward`.
 
     Returns:
-        [B, Q, d], d being the width that parts.output_proj gives.
+        [B, Q, d], d being the width that parts.output_proj gives, and the weights of the points, [B, Q, H, L, P].
     """
     divided = *query.shape[:2], parts.heads, parts.levels, parts.points
     value = call(parts.value_proj, features)
@@ -224,7 +224,7 @@ def attend(
     locations = sampling_locations(reference_points, offsets, spatial_shapes)
     value = value.unflatten(-1, (parts.heads, -1))
     out = ops.deformable_attention(value, spatial_shapes, locations, weights, backend=backend)
-    return call(parts.output_proj, out)
+    return call(parts.output_proj, out), weights
 
 
 def sampling_locations(

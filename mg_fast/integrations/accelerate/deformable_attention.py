@@ -12,8 +12,6 @@ from .exchange import offer, replaced_on_object, warn
 from .report import Finding
 
 SAMPLING = "MultiScaleDeformableAttention"
-# The modules around the sampling are called DeformableDetrMultiscaleDeformableAttention and so on.
-ATTENTION = "MultiscaleDeformableAttention"
 PARAMETERS = (
     "value",
     "value_spatial_shapes",
@@ -30,17 +28,13 @@ LOOKS_FOR = (
 
 
 def recognise(model: nn.Module) -> Iterator[Finding]:
-    """Yields every sampling module, and every deformable attention of transformers that has none."""
+    """Yields every sampling module of transformers."""
     becomes = "now mg_fast.ops.deformable_attention"
     for name, module in model.named_modules():
         kind = getattr(type(module), "_mg_fast_original", type(module))
-        if not kind.__module__.startswith("transformers.models."):
-            continue
-        family = kind.__module__.split(".")[2]
-        if kind.__name__ == SAMPLING:
-            yield offer(name or "model", f"deformable sampling of {family}", module, sampled, _why_not, becomes)
-        elif kind.__name__.endswith(ATTENTION) and not _holds_sampling(module):
-            yield Finding(name or "model", f"deformable attention of {family}", _no_module(kind))
+        if kind.__name__ == SAMPLING and kind.__module__.startswith("transformers.models."):
+            what = f"deformable sampling of {kind.__module__.split('.')[2]}"
+            yield offer(name or "model", what, module, sampled, _why_not, becomes)
 
 
 def sampled(original: type) -> dict[str, Callable]:
@@ -86,17 +80,6 @@ def sampled(original: type) -> dict[str, Callable]:
         return out.to(torch.promote_types(value.dtype, widest))
 
     return {"forward": forward}
-
-
-def _holds_sampling(module: nn.Module) -> bool:
-    return any(type(part).__name__ == SAMPLING for part in module.children())
-
-
-def _no_module(kind: type) -> str:
-    """Why an attention whose sampling is a function cannot be exchanged."""
-    called = [name for name in vars(inspect.getmodule(kind)) if name.startswith("multi_scale_deformable_attention")]
-    function = f"the function {called[0]}" if called else "a function"
-    return f"it samples by {function} of its own file, not by a module {SAMPLING} that could be exchanged"
 
 
 def _why_not(module: nn.Module) -> str | None:

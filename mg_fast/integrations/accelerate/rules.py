@@ -6,7 +6,7 @@ from typing import NamedTuple
 from torch import nn
 
 from ...modules import ConvNeXtPyramid, DeformableAttention, PatchInfoMining
-from . import deformable_attention, deformable_protocol, timm_convnext, unified_resampler
+from . import deformable_attention, deformable_functions, deformable_protocol, timm_convnext, unified_resampler
 from .report import Finding, Report
 
 
@@ -23,6 +23,8 @@ def accelerate(model: nn.Module) -> Report:
       leaves its tower) is still run by timm: call `eval()` on the tower to have it swapped.
     - the sampling of transformers' deformable detectors, by `mg_fast.ops.deformable_attention`: in Deformable DETR,
       RT-DETR, RF-DETR, LW-DETR, Grounding DINO, MM Grounding DINO, OmDet-Turbo and PP-DocLayout v2 and v3;
+    - the whole deformable attention of RT-DETR v2, Mask2Former and OneFormer, by the same operation with the module's
+      own layers, because their sampling is a function and no module;
     - modules with the call of Deformable DETR's own `MSDeformAttn`, by the same operation with the module's own layers:
       MM-Interleaved's vision adapter and many detectors outside of transformers. Each call reads the sizes of the maps,
       which such a module gets as a tensor on the device, so it waits for the GPU once, and torch.compile starts a new
@@ -80,6 +82,7 @@ RULES = (
     Rule(unified_resampler.LOOKS_FOR, unified_resampler.recognise),
     Rule(timm_convnext.LOOKS_FOR, timm_convnext.recognise),
     Rule(deformable_attention.LOOKS_FOR, deformable_attention.recognise),
+    Rule(deformable_functions.LOOKS_FOR, deformable_functions.recognise),
     Rule(deformable_protocol.LOOKS_FOR, deformable_protocol.recognise),
     Rule(f"{', '.join(f'mg_fast.modules.{kind.__name__}' for kind in OURS)}, where nothing is left to do", _ours),
 )
