@@ -137,6 +137,7 @@ class Around(nn.Module):
         return self.attention(query, points, features, SIZES)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_recorded(original):
     model, given = Around(loaded(original)).eval(), inputs()
     expected = model(*given)
