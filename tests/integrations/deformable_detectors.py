@@ -1,5 +1,6 @@
 """Tiny random models of every family of transformers with deformable attention, and inputs for them."""
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -297,7 +298,21 @@ def make(family: str) -> tuple[nn.Module, dict]:
     model = build().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            # Fresh attentions have offsets and weights that do not depend on the query.
-            if "sampling_offsets.weight" in name or "attention_weights.weight" in name:
-                parameter.normal_(std=0.3)
-    return model, inputs()
+            if parameter.dim() > 1:
+                # Fresh weights are small, and those of the offsets are zero. Convolutions are many in a row.
+                parameter.normal_(std=(2 if parameter.dim() == 4 else 1) * parameter[0].numel() ** -0.5)
+            elif "sampling_offsets" in name:
+                # Samples that lie exactly on pixels would have no single gradient.
+                parameter.add_(torch.rand(parameter.shape) * 0.8 - 0.4)
+        for part in model.modules():
+            if isinstance(part, nn.BatchNorm2d):
+                part.weight.uniform_(0.5, 1.5)
+        # The statistics of these inputs keep the maps from fading on their way through the layers. A copy runs, because
+        # a run leaves caches behind.
+        given, twin = inputs(), copy.deepcopy(model)
+        for part in twin.modules():
+            if isinstance(part, nn.BatchNorm2d):
+                part.train().momentum = 1.0
+        twin(**given)
+        model.load_state_dict(twin.state_dict())
+    return model, given

@@ -38,13 +38,10 @@ def numbers(output) -> dict[str, torch.Tensor]:
     return {name: t.masked_fill(~t.isfinite(), 0) for name, t in found.items()}
 
 
-def run(model: nn.Module, inputs: dict) -> tuple[dict, dict, int]:
-    """A model's tensors, the gradients of its parameters, and how often our operation ran."""
-    with mock.patch.object(ops, "deformable_attention", wraps=ops.deformable_attention) as operation:
-        found = numbers(model(**inputs))
-    sum(t.square().mean() for t in found.values() if t.requires_grad).backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {name: t.detach() for name, t in found.items()}, gradients, operation.call_count
+def gradients(model: nn.Module, inputs: dict) -> dict[str, torch.Tensor]:
+    """The gradients of a model's parameters by their names."""
+    sum(t.square().mean() for t in numbers(model(**inputs)).values() if t.requires_grad).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 @functools.cache
@@ -65,24 +62,37 @@ def attentions(model: nn.Module) -> list[nn.Module]:
 
 
 @pytest.mark.parametrize("family", EXCHANGED)
-def test_same_outputs_and_gradients(family):
+def test_same_outputs(family):
     model, inputs = fresh(family)
     kinds, state = [type(m) for m in model.modules()], list(model.state_dict())
-    plain, plain_gradients, _ = run(copy.deepcopy(model), inputs)
-    report = mg_fast.accelerate(model)
-    assert len(report.swapped) == len(attentions(model)) >= 2 and not report.skipped
-    assert list(model.state_dict()) == state
-    ours, gradients, calls = run(model, inputs)
-    assert calls == len(report.swapped)
+    with torch.no_grad():
+        plain = numbers(copy.deepcopy(model)(**inputs))
+        report = mg_fast.accelerate(model)
+        assert len(report.swapped) == len(attentions(model)) >= 2 and not report.skipped
+        assert list(model.state_dict()) == state
+        with mock.patch.object(ops, "deformable_attention", wraps=ops.deformable_attention) as operation:
+            ours = numbers(model(**inputs))
+    assert operation.call_count == len(report.swapped)
     for name, expected in plain.items():
         assert relative_error(ours[name], expected) < 1e-5, name
-    assert gradients.keys() == plain_gradients.keys() and any("sampling_offsets" in name for name in gradients)
-    largest = max(g.abs().max().item() for g in plain_gradients.values())
-    for name, expected in plain_gradients.items():
-        error = (gradients[name] - expected).abs().max().item()
-        assert error <= 1e-4 * max(expected.abs().max().item(), 1e-2 * largest), name
     report.undo()
     assert [type(m) for m in model.modules()] == kinds
+
+
+@pytest.mark.parametrize("family", EXCHANGED)
+def test_same_gradients(family):
+    """In float64, because gradients through a whole random model are too badly conditioned in float32."""
+    model, inputs = fresh(family)
+    inputs = {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
+    expected = gradients(copy.deepcopy(model.double()), inputs)
+    mg_fast.accelerate(model)
+    ours = gradients(model, inputs)
+    largest = max(gradient.abs().max() for gradient in expected.values())
+    assert ours.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (ours[name] - gradient).abs().max() <= 1e-7 * max(gradient.abs().max(), 1e-4 * largest), name
+        if "sampling_offsets" in name:
+            assert gradient.abs().max() > 1e-5 * largest, name
 
 
 def test_report():
