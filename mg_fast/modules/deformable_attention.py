@@ -220,9 +220,14 @@ def attend(
     if padding_mask is not None:
         value = value.masked_fill(padding_mask[..., None], 0.0)
     offsets = call(parts.sampling_offsets, query).reshape(*divided, 2)
-    weights = call(parts.attention_weights, query).reshape(*divided[:3], -1).softmax(-1).view(divided)
+    weights = (
+        call(parts.attention_weights, query)
+        .reshape(*divided[:3], parts.levels * parts.points)
+        .softmax(-1)
+        .view(divided)
+    )
     locations = sampling_locations(reference_points, offsets, spatial_shapes)
-    value = value.unflatten(-1, (parts.heads, -1))
+    value = value.reshape(*value.shape[:2], parts.heads, value.shape[-1] // parts.heads)
     out = ops.deformable_attention(value, spatial_shapes, locations, weights, backend=backend)
     return call(parts.output_proj, out), weights
 
@@ -241,8 +246,11 @@ def sampling_locations(
         [B, Q, H, L, P, 2].
 
     Raises:
-        ValueError: a reference point has neither two nor four numbers.
+        ValueError: a reference point has neither two nor four numbers, or there are more or fewer sizes than levels.
     """
+    if len(spatial_shapes) != (levels := offsets.shape[3]):
+        sizes = quoted(list(spatial_shapes))
+        raise ValueError(f"deformable attention: expected the sizes of {levels} levels, got {sizes}")
     if reference_points.shape[-1] not in (2, 4):
         found = list(reference_points.shape)
         raise ValueError(f"deformable attention: reference points must be (x, y) or (x, y, w, h), got {found}")

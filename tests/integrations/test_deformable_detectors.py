@@ -252,8 +252,9 @@ def test_shapes_that_do_not_fit_are_named():
         accelerated()(value, shapes, [(5, 7), *sizes[1:]], *rest)
 
 
-def test_compiled_as_one_graph():
-    model, _ = fresh("rt_detr")
+@pytest.mark.parametrize("family", ["rt_detr", "rt_detr_v2"])
+def test_compiled_as_one_graph(family):
+    model, _ = fresh(family)
     attention = model.model.decoder.layers[0].encoder_attn
     sizes = [(8, 8), (4, 4), (2, 2)]
     inputs = {

@@ -255,6 +255,8 @@ def test_bad_input_is_named():
     query, points, features, shapes, starts, mask = inputs()
     with pytest.raises(ValueError, match=r"reference points must be \(x, y\) or \(x, y, w, h\), got \[2, 6, 3, 3\]"):
         module(query, torch.rand(2, QUERIES, 3, 3), features, shapes, starts, mask)
+    with pytest.raises(ValueError, match=r"expected the sizes of 3 levels, got \[\(17, 3\)\]"):
+        module(query, points, features, torch.tensor([(17, 3)]), starts[:1], mask)
     with pytest.raises(ValueError, match="have 43 pixels, but value has 51"):
         module(query, points, features, torch.tensor([(3, 9), *SIZES[1:]]), starts, mask)
 

@@ -94,6 +94,19 @@ def test_locations_of_a_half_precision_module_are_float32(original, dtype):
     assert (ours - oracle).square().mean() < (plain - oracle).square().mean()
 
 
+def test_autocast(original):
+    given = inputs()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        ours = loaded(original)(*given, SIZES)
+    assert ours.dtype == torch.bfloat16
+    assert relative_error(ours, by_original(original, *given)) < 2**-6
+
+
+def test_no_queries(original):
+    query, points, features = inputs()
+    assert loaded(original)(query[:, :0], points[:, :0], features, SIZES).shape == (2, 0, DIM)
+
+
 def test_one_set_of_points_for_all_pictures_and_levels(original):
     query, points, features = inputs()
     module = loaded(original)
