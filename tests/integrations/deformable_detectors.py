@@ -145,6 +145,14 @@ def pp_doclayout_v3() -> nn.Module:
     return transformers.PPDocLayoutV3ForObjectDetection(config)
 
 
+def pp_doclayout_v4() -> nn.Module:
+    options = {"hidden_size" if name == "d_model" else name: value for name, value in rt_detr_options().items()}
+    config = transformers.PPDocLayoutV4Config(
+        backbone_config=hgnet((2, 3, 4)), global_pointer_head_size=8, num_labels=3, **options
+    )
+    return transformers.PPDocLayoutV4ForObjectDetection(config)
+
+
 def lw_detr() -> nn.Module:
     backbone = transformers.LwDetrViTConfig(
         image_size=SIDE,
@@ -280,6 +288,8 @@ SAMPLING: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict]]] = {
     "rf_detr": (rf_detr, pictures),
     "rt_detr": (rt_detr, pictures),
 }
+if hasattr(transformers, "PPDocLayoutV4Config"):
+    SAMPLING["pp_doclayout_v4"] = (pp_doclayout_v4, pictures)
 # The families that sample by a function, and whose attention is exchanged as a whole.
 WHOLE = {
     "mask2former": (mask2former, pictures),

@@ -164,10 +164,43 @@ def test_other_sampling_is_named(family):
     assert "samples by a function, multi_scale_deformable_attention_v2, which" in report.skipped[0].reason
 
 
-@pytest.mark.parametrize("changes", [{"decoder_method": "discrete"}, {"decoder_offset_scale": 0.25}], ids=str)
-def test_another_arithmetic_stays(changes):
+@pytest.mark.parametrize(
+    "changes,reason",
+    [
+        ({"decoder_method": "discrete"}, "its method is 'discrete', expected 'default'"),
+        ({"decoder_offset_scale": 0.25}, "its offset_scale is 0.25, expected 0.5"),
+    ],
+)
+def test_another_arithmetic_stays(changes, reason):
     report = mg_fast.accelerate(rt_detr_v2(**changes))
-    assert not report.swapped and len(report.skipped) == 2
+    assert not report.swapped and [reason in finding.reason for finding in report.skipped] == [True, True]
+
+
+def test_a_method_that_is_chosen_after_the_swap_is_the_originals_to_run():
+    model, inputs = fresh("rt_detr_v2")
+    plain = copy.deepcopy(model)
+    mg_fast.accelerate(model)
+    for m in (model, plain):
+        for attention in attentions(m):
+            attention.method = "discrete"
+    with torch.no_grad(), pytest.warns(RuntimeWarning, match="runs as transformers wrote it, because its method is"):
+        assert torch.equal(model(**inputs).logits, plain(**inputs).logits)
+
+
+def test_every_kind_of_attention_is_tried():
+    """Whatever computes something else than its attributes say is left alone."""
+    model, _ = fresh("mask2former")
+    attention = attentions(model)[0]
+    original = type(attention).forward
+
+    def doubled(self, *arguments, **options):
+        out, weights = original(self, *arguments, **options)
+        return 2 * out, weights
+
+    doubled.__signature__ = inspect.signature(original)
+    with mock.patch.object(type(attention), "forward", doubled):
+        report = mg_fast.accelerate(model)
+    assert not report.swapped
     assert re.search("tried on maps of .*, it is .* away from Deformable DETR's", report.skipped[0].reason)
 
 

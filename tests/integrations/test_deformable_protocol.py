@@ -104,7 +104,11 @@ def test_it_runs_where_the_original_cannot():
     with pytest.raises(RuntimeError, match="Not implemented on the CPU"):
         module(*inputs())
     state = torch.random.get_rng_state()
-    report = mg_fast.accelerate(module)
+    torch.set_default_dtype(torch.float64)
+    try:
+        report = mg_fast.accelerate(module)
+    finally:
+        torch.set_default_dtype(torch.float32)
     assert torch.equal(torch.random.get_rng_state(), state)
     with mock.patch.object(ops, "deformable_attention", wraps=ops.deformable_attention) as operation:
         assert module(*inputs()).shape == (2, QUERIES, DIM)
@@ -145,7 +149,7 @@ def test_adapters_and_hooks_run(on_the_cpu):
     assert len(adapted) == 4 and all(p.grad is not None for p in module.parameters() if p.requires_grad)
 
 
-def test_meta_device_and_tied_layers():
+def test_on_the_meta_device():
     """Only a twin is tried, so the module's own weights need not be there yet."""
     assert mg_fast.accelerate(make().to("meta")).swapped
 
@@ -159,6 +163,8 @@ def test_the_call_counts_and_not_the_name(on_the_cpu):
     (finding,) = mg_fast.accelerate(module).swapped
     assert finding.what == "deformable attention Renamed"
     assert relative_error(module(*inputs()), make(Renamed)(*inputs())) < 1e-5
+    (finding,) = mg_fast.accelerate(module).skipped
+    assert "already swapped" in finding.reason
 
 
 def varied(forward) -> MSDeformAttn:
@@ -177,6 +183,15 @@ def unmasked(
 ):
     rest = input_spatial_shapes, input_level_start_index
     return MSDeformAttn.forward(self, query, reference_points, input_flatten, *rest)
+
+
+def dropped(
+    self, query, reference_points, input_flatten, input_spatial_shapes, input_level_start_index, input_padding_mask=None
+):
+    """Differs from the original in training alone."""
+    rest = input_spatial_shapes, input_level_start_index, input_padding_mask
+    out = MSDeformAttn.forward(self, query, reference_points, input_flatten, *rest)
+    return nn.functional.dropout(out, 0.5, self.training)
 
 
 def boxed(
@@ -219,21 +234,29 @@ def without_points():
 
 
 OTHERS = {
-    "is .* away from Deformable DETR's attention with reference points of 2": lambda: varied(doubled),
-    "is .* away from .* 2 numbers": lambda: varied(unmasked),
-    "is .* away from .* 4 numbers": lambda: varied(boxed),
-    "it takes query, maps, expected query, reference_points, ": lambda: varied(lambda self, query, maps: query),
-    "its layers are .*, norm, expected sampling_offsets": with_norm,
-    "it has ignore_token of its own, beside its four layers": with_token,
-    "forward was set on the object": replaced,
-    r"the widths of its layers \(.*attention_weights 24 to 25.*\) do not fit 24 samples in 4 heads": wider,
-    "it has no whole number n_points": without_points,
+    "doubled": (
+        lambda: varied(doubled),
+        "is .* away from Deformable DETR's attention with reference points of 2 numbers",
+    ),
+    "unmasked": (lambda: varied(unmasked), "is .* away from .* 2 numbers"),
+    "dropped in training": (lambda: varied(dropped).eval(), "is .* away from .* 2 numbers"),
+    "other boxes": (lambda: varied(boxed), "is .* away from .* 4 numbers"),
+    "other arguments": (
+        lambda: varied(lambda self, query, maps: query),
+        "it takes query, maps, expected query, reference",
+    ),
+    "norm": (with_norm, "its layers are .*, norm, expected sampling_offsets"),
+    "token": (with_token, "it has ignore_token of its own, beside its four layers"),
+    "forward replaced": (replaced, "forward was set on the object"),
+    "widths": (wider, r"the widths of its layers \(.*attention_weights 24 to 25.*\) do not fit 24 samples in 4 heads"),
+    "no points": (without_points, "it has no whole number n_points"),
 }
 
 
-@pytest.mark.parametrize("reason", OTHERS)
-def test_others_stay(on_the_cpu, reason):
-    module = OTHERS[reason]()
+@pytest.mark.parametrize("name", OTHERS)
+def test_others_stay(on_the_cpu, name):
+    build, reason = OTHERS[name]
+    module = build()
     kind = type(module)
     report = mg_fast.accelerate(module)
     assert not report.swapped and type(module) is kind

@@ -102,10 +102,12 @@ def _differs(module: nn.Module) -> str | None:
     Otherwise the text is the difference.
     """
     sizes, generator = [(3, 4), (2, 2)], torch.Generator().manual_seed(0)
-    value = torch.randn(2, 16, 2, 4, generator=generator, device="cpu")
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
+
     # Some of the points lie outside of the maps.
-    locations = torch.rand(2, 3, 2, 2, 2, 2, generator=generator, device="cpu") * 1.5 - 0.25
-    weights = torch.rand(2, 3, 2, 2, 2, generator=generator, device="cpu")
+    value, locations, weights = draw(2, 16, 2, 4) - 0.5, draw(2, 3, 2, 2, 2, 2) * 1.5 - 0.25, draw(2, 3, 2, 2, 2)
     tried = f"tried on maps of {sizes}, it"
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         try:

@@ -74,7 +74,7 @@ def attended(original: type) -> dict[str, Callable]:
         Raises:
             ValueError: shapes, dtypes or devices do not fit.
         """
-        reason = unsuited(self)
+        reason = _unsuited(self)
         if reason or backends.choose("deformable_attention", None, hidden_states.device) == "reference":
             if reason:
                 warn(f"{original.__name__} runs as transformers wrote it, because {reason}")
@@ -98,12 +98,20 @@ def _is_second(kind: type) -> bool:
     return hasattr(inspect.getmodule(kind), f"{FUNCTION}_v2")
 
 
+def _unsuited(module: nn.Module) -> str | None:
+    """`unsuited`, and the attributes by which RT-DETR v2 chooses another arithmetic."""
+    for name, expected in (("method", "default"), ("offset_scale", 0.5)):
+        if (found := getattr(module, name, expected)) != expected:
+            return f"its {name} is {found!r}, expected {expected!r}"
+    return unsuited(module)
+
+
 def _why_not(module: nn.Module) -> str | None:
     kind = type(module)
     alone = f"it samples by a function, {FUNCTION}{'_v2' * _is_second(kind)}, which cannot be exchanged alone"
     if replaced_on_object(module, "forward"):
         return "forward was set on the object, over the method of its class"
-    if reason := unsuited(module):
+    if reason := _unsuited(module):
         return f"{alone}, and {reason}"
     if missing := [name for name in ARGUMENTS if name not in takes(kind)]:
         return f"{alone}, and its forward has no {', '.join(missing)}"

@@ -41,8 +41,11 @@ def has_layers(module: nn.Module) -> bool:
 
 
 def takes(kind: type) -> tuple[str, ...]:
-    """The names of the arguments of a module's forward."""
-    return tuple(inspect.signature(kind.forward).parameters)[1:]
+    """The names of the arguments of a module's forward; none where Python does not know them."""
+    try:
+        return tuple(inspect.signature(kind.forward).parameters)[1:]
+    except (AttributeError, TypeError, ValueError):
+        return ()
 
 
 def parts(module: nn.Module) -> Parts:
@@ -89,7 +92,7 @@ def differs(
     pixels = [h * w for h, w in sizes]
 
     def draw(*shape: int) -> torch.Tensor:
-        return torch.rand(shape, generator=generator, device="cpu")
+        return torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
 
     # There are as many queries as pixels, because an encoder attends to its own pixels.
     query = draw(2, sum(pixels), module.sampling_offsets.in_features) - 0.5
@@ -98,8 +101,9 @@ def differs(
     shapes = torch.tensor(sizes, device="cpu")
     starts = torch.tensor([sum(pixels[:level]) for level in range(len(pixels))], device="cpu")
     tried = f"tried on maps of {sizes}, it"
-    twin = _twin(module)
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+    # A new Linear and a dropout draw from torch's own generator, whose state is the caller's.
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        twin = _twin(module)
         for levels, numbers in points:
             reference = draw(2, sum(pixels), levels, numbers)
             try:
@@ -128,13 +132,14 @@ def _twin(module: nn.Module) -> nn.Module:
     for name, buffer in module._buffers.items():
         twin.register_buffer(name, None if buffer is None else buffer.detach().to("cpu", torch.float32, copy=True))
     generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.float32, device="cpu").uniform_(-1, 1, generator=generator)
+
     for name in LAYERS:
-        # A new Linear draws from torch's own generator, whose state is the caller's.
-        with torch.random.fork_rng(devices=[]):
-            layer = nn.Linear(1, 1, device="cpu", dtype=torch.float32)
         wide, out = module._modules[name].in_features, module._modules[name].out_features
-        weight = torch.empty(out, wide, device="cpu").uniform_(-1, 1, generator=generator) / wide**0.5
-        bias = torch.empty(out, device="cpu").uniform_(-1, 1, generator=generator)
-        layer.weight, layer.bias = nn.Parameter(weight), nn.Parameter(bias)
+        layer = nn.Linear(1, 1, device="cpu", dtype=torch.float32)
+        layer.weight, layer.bias = nn.Parameter(draw(out, wide) / wide**0.5), nn.Parameter(draw(out))
         twin.add_module(name, layer)
-    return twin.eval()
+    # A forward that differs in training differs from Deformable DETR's.
+    return twin.train()

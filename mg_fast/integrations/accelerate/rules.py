@@ -22,7 +22,7 @@ def accelerate(model: nn.Module) -> Report:
       tower. Their maps keep the layout [B, C, H, W]. Active stochastic depth (training mode, in which the original
       leaves its tower) is still run by timm: call `eval()` on the tower to have it swapped.
     - the sampling of transformers' deformable detectors, by `mg_fast.ops.deformable_attention`: in Deformable DETR,
-      RT-DETR, RF-DETR, LW-DETR, Grounding DINO, MM Grounding DINO, OmDet-Turbo and PP-DocLayout v2 and v3;
+      RT-DETR, RF-DETR, LW-DETR, Grounding DINO, MM Grounding DINO, OmDet-Turbo and PP-DocLayout v2 and newer;
     - the whole deformable attention of RT-DETR v2, Mask2Former and OneFormer, by the same operation with the module's
       own layers, because their sampling is a function and no module;
     - modules with the call of Deformable DETR's own `MSDeformAttn`, by the same operation with the module's own layers:
