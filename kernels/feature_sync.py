@@ -114,6 +114,7 @@ def feature_sync_fwd_kernel(
     P: tl.constexpr,
     D: tl.constexpr,
     WIDE: tl.constexpr,
+    ROUNDS: tl.constexpr,
     BQ: tl.constexpr,
     BJ: tl.constexpr,
     BP: tl.constexpr,
@@ -147,9 +148,7 @@ def feature_sync_fwd_kernel(
     b_max = tl.zeros([BQ, BJ * BP], tl.float32)
     b_sum = tl.zeros([BQ, BJ * BP], tl.float32)
     b_acc = tl.zeros([BQ, BJ * BP, BD], tl.float32)
-    i_j = 0
-    # Not a `for`: the interpreter cannot count to a number that is no constant.
-    while i_j < N:
+    for i_j in range(0, ROUNDS * BJ, BJ):
         o_j = (i_j + o_k // BP).to(tl.int64)
         m_k = m_q & (o_j < N) & (o_p < P)
         o_r = tl.load(p_index + o_j * stride_in, mask=m_k, other=0).to(tl.int64)
@@ -185,7 +184,6 @@ def feature_sync_fwd_kernel(
                 b_acc += _sample(
                     p_picture, b_u, b_v, b_w, m_seen, m_d, stride_vs, HEIGHTS[s], WIDTHS[s], STARTS[s], WIDE
                 )
-        i_j += BJ
 
     b_top = tl.max(b_max, axis=1)
     b_share = tl.exp(b_max - b_top[:, None])
@@ -266,6 +264,8 @@ def feature_sync_fwd(
             D=channels,
             # Offsets within a picture are computed in 32 bits where they fit, with a row of room around the map.
             WIDE=(pixels + 2 * max(w for _, w in spatial_shapes)) * values.stride(2) >= 2**31,
+            # A power of two, so that few numbers of pictures need code of their own.
+            ROUNDS=triton.next_power_of_2(triton.cdiv(pictures, tile.pictures)),
             BQ=tile.queries,
             BJ=tile.pictures,
             BP=triton.next_power_of_2(points),
