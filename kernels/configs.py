@@ -216,13 +216,17 @@ class SyncTile(NamedTuple):
     Attributes:
         queries: queries of the program.
         pictures: pictures that are read at once.
-        channels: channels of the program.
+        points: points of a picture that are read at once.
+        channels: channels that are loaded at once.
+        times: how many times as many channels the program has.
         warps: warps of the program.
     """
 
     queries: int
     pictures: int
+    points: int
     channels: int
+    times: int
     warps: int
 
 
@@ -232,12 +236,14 @@ class SyncSlots(NamedTuple):
     Attributes:
         slots: the most queries x pictures x points that are read at once, where points are rounded up to a power of
             two.
-        channels: the most channels of a program.
-        share: numbers of the tile that a thread holds.
+        channels: the most channels that are loaded at once.
+        times: the most times that a program does so.
+        share: numbers of the tile that a thread holds, of each time.
     """
 
     slots: int
     channels: int
+    times: int
     share: int
 
 
@@ -246,14 +252,14 @@ class SyncSlots(NamedTuple):
 # 16-bit tap is half of the cache line of a pixel. None was tuned on a GPU.
 FEATURE_SYNC = {
     None: {
-        (2, "few", True): SyncSlots(128, 32, 16),
-        (4, "few", True): SyncSlots(128, 32, 16),
-        (2, "few", False): SyncSlots(64, 32, 8),
-        (4, "few", False): SyncSlots(64, 32, 8),
-        (2, "many", True): SyncSlots(32, 64, 16),
-        (4, "many", True): SyncSlots(32, 64, 16),
-        (2, "many", False): SyncSlots(32, 32, 8),
-        (4, "many", False): SyncSlots(32, 32, 8),
+        (2, "few", True): SyncSlots(128, 32, 1, 16),
+        (4, "few", True): SyncSlots(128, 32, 1, 16),
+        (2, "few", False): SyncSlots(64, 32, 1, 8),
+        (4, "few", False): SyncSlots(64, 32, 1, 8),
+        (2, "many", True): SyncSlots(32, 32, 2, 8),
+        (4, "many", True): SyncSlots(32, 64, 1, 16),
+        (2, "many", False): SyncSlots(32, 32, 1, 8),
+        (4, "many", False): SyncSlots(32, 32, 1, 8),
     }
 }
 # Up to this number of queries of all rows together are few.
@@ -281,13 +287,15 @@ def feature_sync_tile(
     """The tile for queries of this number (of all rows), pictures of a row, points and channels of a head."""
     table = FEATURE_SYNC[None] | FEATURE_SYNC.get(architecture, {})
     bucket = feature_sync_bucket(element_size, queries, channels, strides)
-    slots, most, share = table[bucket]
+    slots, most, times, share = table[bucket]
     points, most = _power_of_two(points), min(most, _power_of_two(channels))
-    few = bucket[1] == "few"
-    at_once = min(max(1, slots // points), _power_of_two(pictures)) if few else 1
-    together = 1 if few else max(1, slots // points)
+    times = min(times, -(-channels // most))
+    if bucket[1] == "few":
+        together, at_once = 1, min(max(1, slots // points), _power_of_two(pictures))
+    else:
+        together, at_once, points = slots, 1, 1
     warps = max(1, together * at_once * points * most // (32 * share))
-    return SyncTile(together, at_once, most, min(warps, 8))
+    return SyncTile(together, at_once, points, most, times, min(warps, 8))
 
 
 def _power_of_two(number: int) -> int:
