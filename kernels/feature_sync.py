@@ -136,6 +136,7 @@ def feature_sync_fwd_kernel(
     L: tl.constexpr = len(HEIGHTS)
     LOGITS: tl.constexpr = H * P * 2
     W: tl.constexpr = H * P * (2 + L)
+    PARTS: tl.constexpr = (P + BP - 1) // BP
     CHUNKS: tl.constexpr = (D + BD * TIMES - 1) // (BD * TIMES)
     i = tl.program_id(0)
     i_d = i % CHUNKS * (BD * TIMES)
@@ -161,8 +162,9 @@ def feature_sync_fwd_kernel(
     b_acc = ()
     for _ in tl.static_range(TIMES):
         b_acc = b_acc + (tl.zeros([BQ, BJ * BP, BD], tl.float32),)
-    for i_j in range(0, ROUNDS * BJ, BJ):
-        o_j = (i_j + o_k // BP).to(tl.int64)
+    for i_round in range(0, ROUNDS * PARTS):
+        o_j = (i_round // PARTS * BJ + o_k // BP).to(tl.int64)
+        o_p = i_round % PARTS * BP + o_k % BP
         o_r = tl.load(p_index + o_j * stride_in, mask=m_q & (o_j < N), other=0).to(tl.int64)
         # No picture that all queries of the tile leave out costs a load.
         if tl.max(tl.max((o_r != 0).to(tl.int32), axis=1), axis=0) > 0:
@@ -171,50 +173,48 @@ def feature_sync_fwd_kernel(
             b_unseen = tl.where(o_r == 0, float("-inf"), float("nan"))
             p_row = table_ptr + o_r * W
             p_picture = p_values + (o_j * stride_vn)[:, :, None]
-            for i_p in range(0, P, BP):
-                o_p = i_p + o_k % BP
-                m_seen = m_picture & (o_p < P)
-                o_offset = (i_h * P + o_p) * 2
-                b_u = _single(tl.load(p_query + o_offset, mask=m_seen, other=0.0))
-                b_v = _single(tl.load(p_query + o_offset + 1, mask=m_seen, other=0.0))
-                b_u += _single(tl.load(p_row + o_offset, mask=m_seen, other=0.0))
-                b_v += _single(tl.load(p_row + o_offset + 1, mask=m_seen, other=0.0))
-                b_u = b_reference_x + b_u / BASE
-                b_v = b_reference_y + b_v / BASE
-                b_logits = ()
-                b_new = b_max
-                for s in tl.static_range(L):
-                    o_logit = LOGITS + (i_h * L + s) * P + o_p
-                    b_a = _single(tl.load(p_query + o_logit, mask=m_seen, other=0.0))
-                    b_a += _single(tl.load(p_row + o_logit, mask=m_seen, other=0.0))
-                    b_a = tl.where(m_seen, b_a, tl.where(o_p < P, b_unseen, float("-inf")))
-                    b_new = tl.maximum(b_new, b_a)
-                    b_logits = b_logits + (b_a,)
-                b_scale = tl.exp(b_max - b_new)
-                b_max = b_new
-                b_sum *= b_scale
-                b_scaled = ()
-                for c in tl.static_range(TIMES):
-                    b_scaled = b_scaled + (b_acc[c] * b_scale[:, :, None],)
-                b_acc = b_scaled
-                for s in tl.static_range(L):
-                    b_w = tl.exp(b_logits[s] - b_max)
-                    b_sum += b_w
-                    b_acc = _sample(
-                        b_acc,
-                        p_picture,
-                        b_u,
-                        b_v,
-                        b_w,
-                        m_seen,
-                        o_d,
-                        stride_vs,
-                        HEIGHTS[s],
-                        WIDTHS[s],
-                        STARTS[s],
-                        D,
-                        WIDE,
-                    )
+            m_seen = m_picture & (o_p < P)
+            o_offset = (i_h * P + o_p) * 2
+            b_u = _single(tl.load(p_query + o_offset, mask=m_seen, other=0.0))
+            b_v = _single(tl.load(p_query + o_offset + 1, mask=m_seen, other=0.0))
+            b_u += _single(tl.load(p_row + o_offset, mask=m_seen, other=0.0))
+            b_v += _single(tl.load(p_row + o_offset + 1, mask=m_seen, other=0.0))
+            b_u = b_reference_x + b_u / BASE
+            b_v = b_reference_y + b_v / BASE
+            b_logits = ()
+            b_new = b_max
+            for s in tl.static_range(L):
+                o_logit = LOGITS + (i_h * L + s) * P + o_p
+                b_a = _single(tl.load(p_query + o_logit, mask=m_seen, other=0.0))
+                b_a += _single(tl.load(p_row + o_logit, mask=m_seen, other=0.0))
+                b_a = tl.where(m_seen, b_a, tl.where(o_p < P, b_unseen, float("-inf")))
+                b_new = tl.maximum(b_new, b_a)
+                b_logits = b_logits + (b_a,)
+            b_scale = tl.exp(b_max - b_new)
+            b_max = b_new
+            b_sum *= b_scale
+            b_scaled = ()
+            for c in tl.static_range(TIMES):
+                b_scaled = b_scaled + (b_acc[c] * b_scale[:, :, None],)
+            b_acc = b_scaled
+            for s in tl.static_range(L):
+                b_w = tl.exp(b_logits[s] - b_max)
+                b_sum += b_w
+                b_acc = _sample(
+                    b_acc,
+                    p_picture,
+                    b_u,
+                    b_v,
+                    b_w,
+                    m_seen,
+                    o_d,
+                    stride_vs,
+                    HEIGHTS[s],
+                    WIDTHS[s],
+                    STARTS[s],
+                    D,
+                    WIDE,
+                )
 
     b_top = tl.max(b_max, axis=1)
     b_share = tl.exp(b_max - b_top[:, None])
