@@ -28,8 +28,7 @@ def _single(b):
 
 
 @triton.jit
-def _sample(
-    b_acc,
+def _read(
     p_picture,
     b_u,
     b_v,
@@ -41,13 +40,15 @@ def _sample(
     WIDTH: tl.constexpr,
     START: tl.constexpr,
     D: tl.constexpr,
+    TIMES: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Adds the weighted bilinear samples of one level at (u, v), where 0 and 1 are the edges of the map.
+    """The four pixels around the samples of one level at (u, v), where 0 and 1 are the edges of the map.
 
-    `b_acc` is a tuple of tiles [BQ, BK, BD], for BD channels each. `p_picture` [1, BK, BD] points at the first channels
-    o_d of the first pixel of every slot's picture; u, v and the weights b_w are [BQ, BK]. Pixels outside of the map are
-    zero. A location that is not finite fails the comparisons.
+    Returns their weights [BQ, BK, 1], and the pixels themselves: four tiles [BQ, BK, BD] for the first BD channels,
+    then four for the next. `p_picture` [1, BK, BD] points at the first channels o_d of the first pixel of every slot's
+    picture; u, v and the samples' weights b_w are [BQ, BK]. Pixels outside of the map are zero. A location that is not
+    finite fails the comparisons.
     """
     BD: tl.constexpr = o_d.shape[2]
     b_x = b_u * WIDTH - 0.5
@@ -60,15 +61,6 @@ def _sample(
     b_top = tl.floor(b_y)
     o_x = b_left.to(tl.int32)
     o_y = b_top.to(tl.int32)
-    b_right = b_x - b_left
-    b_below = (b_y - b_top) * b_w
-    b_above = b_w - b_below
-    b_11 = b_below * b_right
-    b_01 = b_above * b_right
-    b_10 = (b_below - b_11)[:, :, None]
-    b_00 = (b_above - b_01)[:, :, None]
-    b_11 = b_11[:, :, None]
-    b_01 = b_01[:, :, None]
     m_left = m_in & (o_x >= 0)
     m_right = m_in & (o_x < WIDTH - 1)
     m_00 = (m_left & (o_y >= 0))[:, :, None]
@@ -82,14 +74,32 @@ def _sample(
         row = stride_vs.to(tl.int64) * WIDTH
     p_tap = p_picture + (o_pixel * stride_vs)[:, :, None]
     p_next = p_tap + stride_vs
+    b_taps = ()
+    for c in tl.static_range(TIMES):
+        m_d = c * BD + o_d < D
+        b_00 = tl.load(p_tap + c * BD, mask=m_00 & m_d, other=0.0)
+        b_01 = tl.load(p_next + c * BD, mask=m_01 & m_d, other=0.0)
+        b_10 = tl.load(p_tap + row + c * BD, mask=m_10 & m_d, other=0.0)
+        b_11 = tl.load(p_next + row + c * BD, mask=m_11 & m_d, other=0.0)
+        b_taps = b_taps + (b_00, b_01, b_10, b_11)
+    b_right = b_x - b_left
+    b_below = (b_y - b_top) * b_w
+    b_above = b_w - b_below
+    b_11 = b_below * b_right
+    b_01 = b_above * b_right
+    b_10 = b_below - b_11
+    b_00 = b_above - b_01
+    return (b_00[:, :, None], b_01[:, :, None], b_10[:, :, None], b_11[:, :, None]), b_taps
+
+
+@triton.jit
+def _add(b_acc, b_weights, b_taps):
+    """Adds weighted pixels to the tiles [BQ, BK, BD] of b_acc; the other two are what `_read` returns."""
     b_new = ()
     for c in tl.static_range(len(b_acc)):
-        m_d = c * BD + o_d < D
         b_s = b_acc[c]
-        b_s += b_00 * _single(tl.load(p_tap + c * BD, mask=m_00 & m_d, other=0.0))
-        b_s += b_01 * _single(tl.load(p_next + c * BD, mask=m_01 & m_d, other=0.0))
-        b_s += b_10 * _single(tl.load(p_tap + row + c * BD, mask=m_10 & m_d, other=0.0))
-        b_s += b_11 * _single(tl.load(p_next + row + c * BD, mask=m_11 & m_d, other=0.0))
+        for t in tl.static_range(4):
+            b_s += b_weights[t] * _single(b_taps[4 * c + t])
         b_new = b_new + (b_s,)
     return b_new
 
@@ -126,6 +136,7 @@ def feature_sync_fwd_kernel(
     P: tl.constexpr,
     D: tl.constexpr,
     WIDE: tl.constexpr,
+    AHEAD: tl.constexpr,
     ROUNDS: tl.constexpr,
     BQ: tl.constexpr,
     BJ: tl.constexpr,
@@ -197,11 +208,11 @@ def feature_sync_fwd_kernel(
             for c in tl.static_range(TIMES):
                 b_scaled = b_scaled + (b_acc[c] * b_scale[:, :, None],)
             b_acc = b_scaled
+            b_read = ()
             for s in tl.static_range(L):
                 b_w = tl.exp(b_logits[s] - b_max)
                 b_sum += b_w
-                b_acc = _sample(
-                    b_acc,
+                b_weights, b_taps = _read(
                     p_picture,
                     b_u,
                     b_v,
@@ -213,8 +224,16 @@ def feature_sync_fwd_kernel(
                     WIDTHS[s],
                     STARTS[s],
                     D,
+                    TIMES,
                     WIDE,
                 )
+                if AHEAD:
+                    b_read = b_read + ((b_weights, b_taps),)
+                else:
+                    b_acc = _add(b_acc, b_weights, b_taps)
+            if AHEAD:
+                for s in tl.static_range(L):
+                    b_acc = _add(b_acc, b_read[s][0], b_read[s][1])
 
     b_top = tl.max(b_max, axis=1)
     b_share = tl.exp(b_max - b_top[:, None])
@@ -298,11 +317,15 @@ def feature_sync_fwd(
             WIDE=(pixels + 2 * max(w for _, w in spatial_shapes)) * values.stride(2) >= 2**31,
             # A power of two, so that few numbers of pictures need code of their own.
             ROUNDS=triton.next_power_of_2(triton.cdiv(pictures, tile.pictures)),
+            # A single query has no other to wait with, so the pixels of all its levels are asked for at once.
+            AHEAD=tile.queries == 1,
             BQ=tile.queries,
             BJ=tile.pictures,
             BP=tile.points,
             BD=tile.channels,
             TIMES=tile.times,
             num_warps=tile.warps,
+            # Told so, the assembler does not save registers by waiting for one pixel before it asks for the next.
+            maxnreg=255 if tile.queries == 1 else None,
         )
     return out
