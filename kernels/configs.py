@@ -258,10 +258,10 @@ FEATURE_SYNC = {
         (4, "some", True): SyncSlots(32, 16, 4, 4),
         (2, "many", True): SyncSlots(32, 32, 2, 8),
         (4, "many", True): SyncSlots(32, 16, 4, 4),
-        (2, "few", False): SyncSlots(64, 32, 1, 8),
-        (4, "few", False): SyncSlots(64, 32, 1, 8),
-        (2, "many", False): SyncSlots(32, 32, 1, 8),
-        (4, "many", False): SyncSlots(32, 32, 1, 8),
+        (2, "few", False): SyncSlots(32, 32, 1, 4),
+        (4, "few", False): SyncSlots(32, 32, 1, 4),
+        (2, "many", False): SyncSlots(16, 32, 1, 4),
+        (4, "many", False): SyncSlots(16, 32, 1, 4),
     }
 }
 # A program of a "few" queries has one of them, with many pictures at once, so that few loads wait for each other. One
