@@ -6,8 +6,8 @@ Its tile is [queries, pictures x points, channels]: one query takes many picture
 each other; many queries take one picture after the other. Every slot of the tile keeps a maximum of its own (online,
 from 0 on, the logit of the added one), so logits are read once and no slot waits for another before the end. Levels
 share offsets and have constant sizes. Nothing of the size queries x pictures x levels x points reaches memory. Values
-[B, n, S, H, D] and queries are fp16/bf16/fp32, all arithmetic is float32 from the load on. A program per head and 32
-queries leaves a GPU idle where queries are few, so they get smaller tiles; PyTorch in a CUDA graph may be as fast there.
+[B, n, S, H, D] and queries are fp16/bf16/fp32, all arithmetic is float32 from the load on. Few queries
+leave most of a GPU idle, even with the smaller tiles that they get; PyTorch in a CUDA graph may be as fast there.
 """
 
 from collections.abc import Sequence
