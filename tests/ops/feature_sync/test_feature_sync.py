@@ -208,7 +208,7 @@ def test_reference_is_the_formula():
 # (B, Q, n, H, D, P, sizes of the levels).
 SHAPES = {
     "one query": (2, 1, 5, 2, 16, 8, ((4, 4), (2, 2), (1, 1))),
-    "grid": (1, 12, 1, 3, 8, 4, ((4, 3), (2, 2), (2, 1), (1, 1))),
+    "grid": (1, 7, 1, 2, 8, 4, ((4, 3), (2, 2), (2, 1), (1, 1))),
     "one level": (1, 3, 2, 2, 5, 1, ((3, 5),)),
     "many pictures": (1, 4, 16, 1, 12, 3, SIZES),
     "many points": (2, 5, 2, 2, 6, 7, SIZES),

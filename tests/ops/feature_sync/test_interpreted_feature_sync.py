@@ -116,7 +116,7 @@ def test_arguments_that_all_rows_or_queries_share():
 
 
 def test_layouts():
-    inputs = make(**TINY | dict(channels=16))
+    inputs = make(**TINY | dict(queries=2, points=1, channels=16))
     expected = kernel(inputs)
     for name, layout in layouts(inputs).items():
         assert torch.allclose(kernel(layout), expected, rtol=1e-5, atol=1e-6), name
@@ -242,17 +242,26 @@ def test_nothing(shape):
     assert torch.equal(inputs.ignore.grad, torch.full((6,), float(out[..., 0].numel())))
 
 
-@pytest.mark.parametrize("backend", ["triton", "torch"])
-def test_gradients_of_samples_in_each_form(backend):
-    """The samples' gradients are those of deformable attention, by its kernels where they are asked for."""
+@pytest.mark.parametrize("backend, deterministic", [("triton", False), ("triton", True), ("torch", False)])
+def test_gradients_of_samples_in_each_form(backend, deterministic):
+    """The samples' gradients are those of deformable attention, by its kernels where they are asked for.
+
+    Where torch is asked for deterministic algorithms, the gradient of values is its sorted sum.
+    """
     inputs = make(**TINY)
     upstream = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(1))
     leaves = [leaf.clone().requires_grad_() for leaf in inputs.leaves]
     out = kernel(inputs.with_leaves(*leaves))
-    with use_backend(backend), torch.profiler.profile(acc_events=True) as profile:
-        found = torch.autograd.grad(out, leaves, upstream)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        with use_backend(backend), torch.profiler.profile(acc_events=True) as profile:
+            found = torch.autograd.grad(out, leaves, upstream)
+    finally:
+        torch.use_deterministic_algorithms(before)
     called = {event.key for event in profile.key_averages()}
     assert ("mg_fast::deformable_attention_backward" in called) == (backend == "triton")
+    assert ("mg_fast::deformable_attention_sum" in called) == deterministic
     for ours, other in zip(found, gradients(inputs, "reference", upstream)):
         assert torch.allclose(ours, other, rtol=1e-4, atol=1e-5)
 
