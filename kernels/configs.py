@@ -229,8 +229,8 @@ class SamplingTile(NamedTuple):
 # which are 16 bytes. The tiles were not tuned on a GPU.
 DEFORMABLE_ATTENTION = {
     None: {
-        ("forward", 2, True): SamplingTile(1024, 4, 4),
-        ("forward", 4, True): SamplingTile(512, 4, 4),
+        ("forward", 2, True): SamplingTile(512, 2, 2),
+        ("forward", 4, True): SamplingTile(512, 2, 2),
         ("forward", 2, False): SamplingTile(512, 4, 1),
         ("forward", 4, False): SamplingTile(512, 4, 1),
         ("backward", 2, True): SamplingTile(128, 1, 1),

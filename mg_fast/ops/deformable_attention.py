@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 
 from ..errors import quoted
 from ..runtime.arguments import whole_number
@@ -62,7 +61,7 @@ def deformable_attention(
     """
     arguments = value, spatial_shapes, sampling_locations, attention_weights
     form = backends.choose_form(DEFORMABLE_ATTENTION, backend, value.device, *arguments)
-    return form(value, [(int(h), int(w)) for h, w in spatial_shapes], sampling_locations, attention_weights)
+    return form(value, host_sizes(spatial_shapes), sampling_locations, attention_weights)
 
 
 def _check(value, spatial_shapes, sampling_locations, attention_weights) -> None:
@@ -93,6 +92,12 @@ def _check(value, spatial_shapes, sampling_locations, attention_weights) -> None
         )
 
 
+def host_sizes(spatial_shapes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Sizes that were checked, as pairs of ints."""
+    # To convert an int would make it a constant of a trace, which then would not serve pictures of other sizes.
+    return [tuple(side if isinstance(side, int) else int(side) for side in size) for size in spatial_shapes]
+
+
 def check_spatial_shapes(operation: str, spatial_shapes: Sequence[tuple[int, int]], pixels: int) -> None:
     """Raises ValueError unless the sizes are pairs of positive whole numbers on the host that add up to `pixels`."""
     if isinstance(spatial_shapes, torch.Tensor):
@@ -101,11 +106,12 @@ def check_spatial_shapes(operation: str, spatial_shapes: Sequence[tuple[int, int
             f"{spatial_shapes.device}: pass spatial_shapes.tolist() once, outside of the loop that calls this"
         )
     for size in spatial_shapes:
-        if len(size) != 2 or not all((whole_number(side) or 0) > 0 for side in size):
+        # The sizes of a trace are ints, too, which may stand for any number.
+        if len(size) != 2 or not all((side if isinstance(side, int) else whole_number(side) or 0) > 0 for side in size):
             raise ValueError(
                 f"{operation}: spatial_shapes must be pairs (h, w) of positive numbers, got {quoted(size)}"
             )
-    expected = sum(int(h) * int(w) for h, w in spatial_shapes)
+    expected = sum(h * w for h, w in host_sizes(spatial_shapes))
     if not spatial_shapes or expected != pixels:
         raise ValueError(
             f"{operation}: the levels {quoted(list(spatial_shapes))} have {expected} pixels, but value has {pixels}"
@@ -118,25 +124,13 @@ def reference(
     sampling_locations: torch.Tensor,
     attention_weights: torch.Tensor,
 ) -> torch.Tensor:
-    """The steps of `ms_deform_attn_core_pytorch` of Deformable DETR, and of transformers: grid_sample for each level.
+    """The steps of the original in the dtype of values, to which it casts locations and weights.
 
-    The original casts locations to the dtype of values, because grid_sample takes one dtype. Its CUDA kernel leaves out
-    locations that are not finite. grid_sample does not promise that, so they are moved outside of the map here.
+    grid_sample takes one dtype.
     """
-    batch, _, heads, channels = value.shape
-    queries, levels, points = (sampling_locations.shape[i] for i in (1, 3, 4))
-    finite = sampling_locations.isfinite().all(-1, keepdim=True)
-    grids = (2 * sampling_locations.where(finite, -2.0) - 1).to(value.dtype)
-    samples = []
-    for level, (map, (h, w)) in enumerate(zip(value.split([h * w for h, w in spatial_shapes], dim=1), spatial_shapes)):
-        map = map.flatten(2).transpose(1, 2).reshape(batch * heads, channels, h, w)
-        grid = grids[:, :, :, level].transpose(1, 2).flatten(0, 1)
-        samples.append(F.grid_sample(map, grid, mode="bilinear", padding_mode="zeros", align_corners=False))
-    weights = attention_weights.to(value.dtype).transpose(1, 2)
-    weights = weights.reshape(batch * heads, 1, queries, levels * points)
-    out = (torch.stack(samples, dim=-2).flatten(-2) * weights).sum(-1).view(batch, heads * channels, queries)
-    # Autocast may have widened the result.
-    return out.transpose(1, 2).contiguous().to(value.dtype)
+    given = sampling_locations.to(value.dtype), attention_weights.to(value.dtype)
+    # Autocast widens the result.
+    return torch_form.by_grid_sample(value, spatial_shapes, *given).to(value.dtype)
 
 
 def _why_not(value, spatial_shapes, sampling_locations, attention_weights) -> str | None:
@@ -248,7 +242,7 @@ def _sorted_sum(grad, value, sides, locations, weights) -> torch.Tensor:
     """
     batch, pixels, heads, _ = value.shape
     shapes = list(zip(sides[::2], sides[1::2]))
-    rows = torch.stack(torch_form.pixels_of(locations.float(), shapes).rows, dim=-1).flatten()
+    rows = torch_form.pixel_rows(locations.float(), shapes).flatten()
     rows, order = torch.sort(rows, stable=True)
     every_row = torch.arange(batch * pixels * heads + 1, dtype=rows.dtype, device=rows.device)
     ends = torch.searchsorted(rows, every_row)

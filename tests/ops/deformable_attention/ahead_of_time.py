@@ -38,7 +38,9 @@ SHAPES = {
 }
 
 
-class Sampling(NamedTuple("Sampling", [("launcher", str), ("architecture", int), ("dtype", str), ("shape", str)]), Case):
+class Sampling(
+    NamedTuple("Sampling", [("launcher", str), ("architecture", int), ("dtype", str), ("shape", str)]), Case
+):
     """A launcher of kernels/deformable_attention.py on one of SHAPES."""
 
     def names(self) -> list[str]:
