@@ -9,7 +9,7 @@ from ..errors import quoted
 from ..runtime.arguments import whole_number
 from . import backend as backends
 from .custom_op_support import copied, copied_rows, on_device, recording
-from .deformable_attention import check_spatial_shapes, deformable_attention
+from .deformable_attention import check_spatial_shapes, deformable_attention, host_sizes
 from .deformable_attention import reference as deformable_attention_reference
 from .operation import Operation, Operator, register
 from .torch import feature_sync as torch_form
@@ -50,7 +50,9 @@ def feature_sync(
         queries: [B, Q, H * P * 2 + H * L * P], floating point.
         table: [R, H * P * 2 + H * L * P], in the dtype of queries: what is added for a picture of each index.
         index: [B, Q, n] or [B, 1, n], int32 or int64: the relative index of every picture, below R; 0 for a picture
-            that the query does not see. The most recent visible picture has index 1.
+            that the query does not see. The most recent visible picture has index 1. An index that the table does not
+            have is not looked for, because that would mean to wait for the device: `torch` and `triton` give NaN for
+            its query, and read nothing.
         reference_points: [B, Q, 2], or with 1 in place of B or Q, floating point, (x, y) in [0, 1]; read in float32.
         spatial_shapes: (h, w) of every level, whole numbers on the host. S is the sum of h * w.
         base: the number of offset units in the width and in the height of a map.
@@ -64,12 +66,15 @@ def feature_sync(
         ValueError: shapes, dtypes or devices do not fit; the message names what was expected and what came.
         BackendError: a backend was named that cannot run here.
 
+    Gradients reach values, queries, table, reference_points and ignore. `triton` has a kernel for the forward pass; its
+    gradients recompute locations and weights in PyTorch, and take those of the samples from `deformable_attention`,
+    with its kernels and its deterministic choice.
+
     Source: MM-Interleaved (arXiv 2401.10208), class MMFS.
     """
     arguments = values, queries, table, index, reference_points, spatial_shapes, base, ignore
     form = backends.choose_form(FEATURE_SYNC, backend, values.device, *arguments)
-    shapes = [(int(h), int(w)) for h, w in spatial_shapes]
-    return form(values, queries, table, index, reference_points, shapes, int(base), ignore)
+    return form(values, queries, table, index, reference_points, host_sizes(spatial_shapes), int(base), ignore)
 
 
 def points_of(width: int, heads: int, levels: int) -> int:

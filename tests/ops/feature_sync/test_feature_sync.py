@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench.counting import Count
 from mg_fast import BackendError, ops
 from mg_fast.ops.torch import feature_sync as torch_form
-from mg_fast.testing.tolerances import assert_accurate
+from mg_fast.testing.tolerances import assert_accurate, relative_error
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = ((4, 6), (3, 2))
@@ -205,6 +205,14 @@ def test_reference_is_the_formula():
     assert torch.allclose(plain(inputs), by_hand(inputs), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_reference_reads_pixels_more_than_15_bits_apart(dtype):
+    """torch's own grid_sample of 16-bit numbers does not, on a CPU."""
+    inputs = make(1, 2, 1, 16, 64, 1, ((6, 6),), dtype=dtype)
+    inputs.index[:] = 1
+    assert relative_error(plain(inputs), exact(inputs)) < 8 * torch.finfo(dtype).eps
+
+
 # (B, Q, n, H, D, P, sizes of the levels).
 SHAPES = {
     "one query": (2, 1, 5, 2, 16, 8, ((4, 4), (2, 2), (1, 1))),
@@ -375,9 +383,11 @@ def test_gradients_do_not_see_what_is_masked(way):
 
 
 def test_nothing_waits_for_the_device(way):
+    """Tensors without memory have no numbers to wait for. On a CPU a form may look at some."""
     inputs = make()
+    meta = inputs.with_leaves(*(leaf.to("meta") for leaf in inputs.leaves))
     with NoWaiting():
-        run(inputs, "torch")
+        assert run(meta._replace(index=inputs.index.to("meta")), "torch").shape == (2, 5, 16)
 
 
 def test_peak_memory_of_a_grid():
