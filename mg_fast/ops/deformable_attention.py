@@ -128,9 +128,14 @@ def reference(
 
     grid_sample takes one dtype.
     """
-    given = sampling_locations.to(value.dtype), attention_weights.to(value.dtype)
+    given = value, sampling_locations.to(value.dtype), attention_weights.to(value.dtype)
+    if value.device.type == "cpu" and value.itemsize == 2:
+        # There grid_sample computes addresses with as many bits as the values have, and reads wrong pixels, or memory
+        # that is not its own, where they lie more than 32767 elements apart.
+        given = tuple(tensor.float() for tensor in given)
+    widened, *rest = given
     # Autocast widens the result.
-    return torch_form.by_grid_sample(value, spatial_shapes, *given).to(value.dtype)
+    return torch_form.by_grid_sample(widened, spatial_shapes, *rest).to(value.dtype)
 
 
 def _why_not(value, spatial_shapes, sampling_locations, attention_weights) -> str | None:
