@@ -1,0 +1,173 @@
+"""The cost of deformable attention and of the feature synchronizer.
+
+Sums of samples are no products of matrices, so they count as the bytes that they read.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from mg_fast.ops.operation import product_flop
+
+from ..registry import Cost
+from .operators import FLOAT32
+
+
+@dataclass(frozen=True)
+class SamplingSizes:
+    """The sizes of one call of deformable_attention.
+
+    Args:
+        levels: height and width of every map.
+        channels: of one head.
+        points: of each level.
+        grid: whether there is a query for every pixel of every level, as in an encoder; `queries` is then their sum.
+    """
+
+    dtype: torch.dtype
+    levels: tuple[tuple[int, int], ...]
+    queries: int
+    batch: int = 1
+    heads: int = 8
+    channels: int = 32
+    points: int = 4
+    grid: bool = False
+
+    @property
+    def pixels(self) -> int:
+        return sum(h * w for h, w in self.levels)
+
+    @property
+    def samples(self) -> int:
+        """Samples of all queries and heads."""
+        return self.batch * self.queries * self.heads * len(self.levels) * self.points
+
+    @property
+    def value(self) -> int:
+        """Elements of the maps."""
+        return self.batch * self.pixels * self.heads * self.channels
+
+    @property
+    def output(self) -> int:
+        """Elements of the result."""
+        return self.batch * self.queries * self.heads * self.channels
+
+
+def pixels_read(levels: tuple[tuple[int, int], ...], samples: int) -> int:
+    """The most pixels that so many samples of each level can need: four for a sample, and none twice."""
+    return sum(min(h * w, 4 * samples) for h, w in levels)
+
+
+def deformable_floor(sizes: SamplingSizes) -> Cost:
+    """The floor of one call: the pixels that are sampled once, locations in float32, weights, and the result."""
+    e = sizes.dtype.itemsize
+    read = sizes.batch * pixels_read(sizes.levels, sizes.queries * sizes.points) * sizes.heads * sizes.channels * e
+    return Cost(0, read + sizes.samples * (2 * FLOAT32 + e), sizes.output * e)
+
+
+def deformable_training_floor(sizes: SamplingSizes) -> Cost:
+    """The floor of a call and its backward pass.
+
+    The backward pass reads what the call read and the gradient of the result, and writes a gradient for every element
+    of the maps, locations and weights.
+    """
+    e = sizes.dtype.itemsize
+    forward = deformable_floor(sizes)
+    gradients = sizes.value * e + sizes.samples * (2 * FLOAT32 + e)
+    return forward + Cost(0, forward.bytes_read + sizes.output * e, gradients)
+
+
+@dataclass(frozen=True)
+class SyncSizes:
+    """The sizes of one call of the feature synchronizer.
+
+    Args:
+        width: channels of a query, and of the result.
+        pictures: for each row of the batch.
+        levels: side of every map.
+        base: the number of offset units along the side of a map.
+        relations: rows of the table of relative indices.
+        inner: channels of all heads together.
+        features: channels of a picture's features.
+        block: whether it is a block of the diffusion decoder, with norms, positions, a last product and a residual
+            around the synchronizer; `queries` is then a square.
+    """
+
+    dtype: torch.dtype
+    queries: int
+    pictures: int
+    width: int
+    levels: tuple[int, ...]
+    base: int
+    relations: int
+    batch: int = 1
+    inner: int = 1024
+    features: int = 1024
+    heads: int = 16
+    points: int = 8
+    block: bool = False
+
+    @property
+    def side(self) -> int:
+        """Queries along a side of a block."""
+        return math.isqrt(self.queries)
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        return [(side, side) for side in self.levels]
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of a picture's maps."""
+        return sum(side**2 for side in self.levels)
+
+    @property
+    def logits(self) -> int:
+        """Logits of a query and a picture, without those of the ignored slots."""
+        return self.heads * len(self.levels) * self.points
+
+    @property
+    def offsets(self) -> int:
+        return self.heads * self.points * 2
+
+
+def reference_sync_flop(sizes: SyncSizes) -> int:
+    """FLOP of the original's steps, which project a copy of the query for every picture, and the features each time."""
+    copies, width = sizes.batch * sizes.pictures * sizes.queries, sizes.width
+    ignored = sizes.heads * len(sizes.levels)
+    flop = product_flop(copies, width, width)
+    flop += product_flop(copies, width, sizes.offsets + sizes.logits + ignored)
+    return flop + values_flop(sizes) + _output_flop(sizes, sizes.block)
+
+
+def values_flop(sizes: SyncSizes) -> int:
+    """FLOP of the values of all pictures, which can be kept."""
+    return product_flop(sizes.batch * sizes.pictures * sizes.pixels, sizes.features, sizes.inner)
+
+
+def packed_sync_flop(sizes: SyncSizes) -> int:
+    """FLOP of the packed form with values that were kept: one product for the queries, and one for the result."""
+    rows = sizes.batch * sizes.queries
+    return product_flop(rows, sizes.width, sizes.offsets + sizes.logits) + _output_flop(sizes, False)
+
+
+def _output_flop(sizes: SyncSizes, convolution: bool) -> int:
+    rows, width = sizes.batch * sizes.queries, sizes.width
+    return product_flop(rows, sizes.inner, width) + convolution * product_flop(rows, width, width)
+
+
+def sync_floor(sizes: SyncSizes) -> Cost:
+    """The floor with values that were kept: the packed form's FLOP and weights, queries, result, sampled pixels once.
+
+    The indices of the pictures and the table's rows are left out.
+    """
+    projected, width = sizes.offsets + sizes.logits, sizes.width
+    weights = projected * width + sizes.inner * width
+    pixels = pixels_read(tuple(sizes.shapes), sizes.queries * sizes.points)
+    values = sizes.batch * sizes.pictures * pixels * sizes.inner
+    rows = sizes.batch * sizes.queries * width
+    e = sizes.dtype.itemsize
+    # A block adds a table of projected positions.
+    positions = sizes.queries * projected if sizes.block else 0
+    return Cost(packed_sync_flop(sizes), e * (weights + values + rows + positions), e * rows)
