@@ -48,8 +48,7 @@ def synchronizer_sizes(spatial_shapes: Sequence[int | tuple[int, int]], **number
     plain = {name: whole_number(value) or 0 for name, value in numbers.items()}
     for name, number in plain.items():
         if number <= 0:
-            got = quoted(numbers[name])
-            raise ValueError(f"FeatureSynchronizer: {name} must be a positive whole number, got {got}")
+            raise ValueError(
                 f"FeatureSynchronizer: {name} must be a positive whole number, got {quoted(numbers[name])}"
             )
     if plain["inner_dim"] % plain["heads"]:
