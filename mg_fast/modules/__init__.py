@@ -1,6 +1,8 @@
 """Drop-in modules with the original's parameter names."""
 
 from .convnext import ConvNeXtPyramid
+from .feature_synchronizer import FeatureSynchronizer
+from .packed_feature_synchronizer import PackedFeatureSynchronizer
 from .patch_mining import PatchInfoMining
 
-__all__ = ["ConvNeXtPyramid", "PatchInfoMining"]
+__all__ = ["ConvNeXtPyramid", "FeatureSynchronizer", "PackedFeatureSynchronizer", "PatchInfoMining"]
