@@ -210,6 +210,91 @@ def dual_resize_tile(architecture: int | None, stage: str) -> ResizeTile:
     return (DUAL_RESIZE[None] | DUAL_RESIZE.get(architecture, {}))[stage]
 
 
+class SyncTile(NamedTuple):
+    """The tile of one program of the synchronizer.
+
+    Attributes:
+        queries: queries of the program.
+        pictures: pictures that are read at once.
+        channels: channels of the program.
+        warps: warps of the program.
+    """
+
+    queries: int
+    pictures: int
+    channels: int
+    warps: int
+
+
+class SyncSlots(NamedTuple):
+    """From which a SyncTile is made.
+
+    Attributes:
+        slots: the most queries x pictures x points that are read at once, where points are rounded up to a power of
+            two.
+        channels: the most channels of a program.
+        share: numbers of the tile that a thread holds.
+    """
+
+    slots: int
+    channels: int
+    share: int
+
+
+# Keyed by compute capability as above, then by the bytes of a value, by whether the queries are few, and by whether a
+# load takes several channels at once. Few queries spread their pictures and channels over the GPU; with 32 channels a
+# 16-bit tap is half of the cache line of a pixel. None was tuned on a GPU.
+FEATURE_SYNC = {
+    None: {
+        (2, "few", True): SyncSlots(128, 32, 16),
+        (4, "few", True): SyncSlots(128, 32, 16),
+        (2, "few", False): SyncSlots(64, 32, 8),
+        (4, "few", False): SyncSlots(64, 32, 8),
+        (2, "many", True): SyncSlots(32, 64, 16),
+        (4, "many", True): SyncSlots(32, 64, 16),
+        (2, "many", False): SyncSlots(32, 32, 8),
+        (4, "many", False): SyncSlots(32, 32, 8),
+    }
+}
+# Up to this number of queries of all rows together are few.
+FEW_QUERIES = 16
+
+
+def feature_sync_bucket(
+    element_size: int, queries: int, channels: int, strides: Iterable[int]
+) -> tuple[int, str, bool]:
+    """The bucket of that many queries of all rows; strides between rows, pictures, pixels and heads, in elements."""
+    # Triton knows only whether a stride is a multiple of 16.
+    wide = all(number % 16 == 0 for number in (channels, *strides))
+    return element_size, "few" if queries <= FEW_QUERIES else "many", wide
+
+
+def feature_sync_tile(
+    architecture: int | None,
+    element_size: int,
+    queries: int,
+    pictures: int,
+    points: int,
+    channels: int,
+    strides: Iterable[int],
+) -> SyncTile:
+    """The tile for queries of this number (of all rows), pictures of a row, points and channels of a head."""
+    table = FEATURE_SYNC[None] | FEATURE_SYNC.get(architecture, {})
+    bucket = feature_sync_bucket(element_size, queries, channels, strides)
+    slots, most, share = table[bucket]
+    points, most = _power_of_two(points), min(most, _power_of_two(channels))
+    few = bucket[1] == "few"
+    at_once = min(max(1, slots // points), _power_of_two(pictures)) if few else 1
+    together = 1 if few else max(1, slots // points)
+    warps = max(1, together * at_once * points * most // (32 * share))
+    return SyncTile(together, at_once, most, min(warps, 8))
+
+
+def _power_of_two(number: int) -> int:
+    """The least power of two that is not below the number."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
 @contextlib.contextmanager
 def replaced_tile(table: dict, architecture: int | None, key: object, tile: NamedTuple) -> Iterator[None]:
     """Within the block, launches on an architecture (None: interpreted) take this tile for one entry of a table.

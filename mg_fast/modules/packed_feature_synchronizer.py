@@ -153,6 +153,8 @@ class PackedFeatureSynchronizer(nn.Module):
 
     def __init__(self, sizes: SynchronizerSizes, folded: FoldedWeights, dtype: torch.dtype, watched: nn.Module):
         super().__init__()
+        if not dtype.is_floating_point:
+            raise ValueError(f"FeatureSynchronizer.pack: dtype must be floating point, got {dtype}")
         self.sizes = sizes
         for name, tensor in folded._asdict().items():
             self.register_buffer(name, tensor.to(dtype, copy=True).contiguous(), persistent=False)
@@ -215,6 +217,8 @@ class PackedFeatureSynchronizer(nn.Module):
         check_batch(OWNER, query, "values", values)
         points = read_reference_points(OWNER, reference_points, query)
         index = self._index(query, values, mask, index)
+        if values.shape[1] == 0:
+            return self.without_pictures.to(query.dtype).repeat(*query.shape[:2], 1)
         z = self._project(query)
         read = ops.feature_sync(
             values,

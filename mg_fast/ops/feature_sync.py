@@ -7,10 +7,16 @@ import torch
 
 from . import backend as backends
 from .deformable_attention import check_spatial_shapes
+from .custom_op_support import copied, copied_rows, on_device, recording
 from .deformable_attention import reference as deformable_attention_reference
-from .operation import Operation, register
+from .operation import Operation, Operator, register
+from .torch import feature_sync as torch_form
 
-__all__ = ["feature_sync"]
+__all__ = ["MAX_LEVELS", "MAX_POINTS", "feature_sync", "feature_sync_backward", "feature_sync_kernel"]
+
+# The kernel's code grows with the levels, and its tile with the points.
+MAX_LEVELS = 8
+MAX_POINTS = 32
 
 
 def feature_sync(
@@ -190,6 +196,154 @@ def read_pictures(
     return out
 
 
+def _why_not(values, queries, table, index, reference_points, spatial_shapes, base, ignore) -> str | None:
+    """Why the Triton kernel does not take these arguments; None where it does."""
+    for name, tensor in (("values", values), ("queries", queries)):
+        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            return f"the kernel takes {name} in float16, bfloat16 and float32, got {tensor.dtype}"
+    if len(spatial_shapes) > MAX_LEVELS:
+        return f"the kernel takes up to {MAX_LEVELS} levels, got {len(spatial_shapes)}"
+    points = points_of(queries.shape[-1], values.shape[3], len(spatial_shapes))
+    if points > MAX_POINTS:
+        return f"the kernel takes up to {MAX_POINTS} points, got {points}"
+    return None
+
+
+def _pairs(sides: list[int]) -> list[tuple[int, int]]:
+    """The sizes (h, w) in a flat list of them, as an operator of torch takes them."""
+    return list(zip(sides[::2], sides[1::2]))
+
+
+@torch.library.custom_op("mg_fast::feature_sync", mutates_args=())
+def feature_sync_kernel(
+    values: torch.Tensor,
+    queries: torch.Tensor,
+    table: torch.Tensor,
+    index: torch.Tensor,
+    reference_points: torch.Tensor,
+    sides: list[int],
+    base: int,
+    ignore: torch.Tensor | None,
+) -> torch.Tensor:
+    """`kernels.feature_sync.feature_sync_fwd`, with the sizes of all levels in one list: h, w, h, w, and so on.
+
+    Its gradients recompute by the PyTorch form.
+    """
+    from ..kernels.feature_sync import feature_sync_fwd
+
+    with on_device(values):
+        return feature_sync_fwd(values, queries, table, index, reference_points, _pairs(sides), base, ignore)
+
+
+@feature_sync_kernel.register_fake
+def _(values, queries, table, index, reference_points, sides, base, ignore):
+    return values.new_empty(values.shape[0], queries.shape[1], values.shape[3] * values.shape[4])
+
+
+@torch.library.custom_op("mg_fast::feature_sync_backward", mutates_args=())
+def feature_sync_backward(
+    grad: torch.Tensor,
+    index: torch.Tensor,
+    inputs: list[torch.Tensor],
+    wanted: list[bool],
+    sides: list[int],
+    base: int,
+) -> list[torch.Tensor]:
+    """Gradients to the `wanted` ones of `inputs`: values, queries, table, reference_points, and ignore if there is one.
+
+    They are recomputed by the PyTorch form for some queries at a time, so that the memory does not grow with the
+    queries. This is an operator so that graphs need not trace it.
+    """
+    values, queries, table, reference_points, *ignore = inputs
+    batch, count = queries.shape[:2]
+    samples = max(1, batch * values.shape[1] * queries.shape[2])
+    index, points = index.expand(-1, count, -1), reference_points.expand(-1, count, -1)
+    sums = [
+        torch.zeros(tensor.shape, dtype=torch.promote_types(tensor.dtype, torch.float32), device=tensor.device)
+        for tensor in inputs
+    ]
+    step = max(1, torch_form.SAMPLES // samples)
+    for first in range(0, count, step):
+        some = slice(first, first + step)
+        given = (values, queries[:, some], table, points[:, some], *ignore)
+        with recording(), torch.enable_grad():
+            leaves = [tensor.detach().requires_grad_(want) for tensor, want in zip(given, wanted)]
+            out = torch_form.feature_sync(
+                *leaves[:3], index[:, some], leaves[3], _pairs(sides), base, *(leaves[4:] or [None])
+            )
+            found = iter(
+                torch.autograd.grad(
+                    out,
+                    [leaf for leaf in leaves if leaf.requires_grad],
+                    grad[:, some],
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+            )
+        for i, want in enumerate(wanted):
+            if not want:
+                continue
+            part = next(found)
+            if i == 1 or i == 3 and reference_points.shape[1] > 1:
+                sums[i][:, some] = part
+            else:
+                sums[i] += part if i != 3 else part.sum(1, keepdim=True)
+    return [total.to(tensor.dtype) for total, tensor, want in zip(sums, inputs, wanted) if want]
+
+
+@feature_sync_backward.register_fake
+def _(grad, index, inputs, wanted, sides, base):
+    return [tensor.new_empty(tensor.shape) for tensor, want in zip(inputs, wanted) if want]
+
+
+def _context(ctx, inputs, output):
+    values, queries, table, index, reference_points, ctx.sides, ctx.base, ignore = inputs
+    ctx.save_for_backward(index, values, queries, table, reference_points, *(() if ignore is None else (ignore,)))
+
+
+def _gradients(ctx, grad):
+    index, *tensors = ctx.saved_tensors
+    places = (0, 1, 2, 4, 7)
+    wanted = [ctx.needs_input_grad[place] for place in places[: len(tensors)]]
+    found = iter(feature_sync_backward(grad, index, tensors, wanted, ctx.sides, ctx.base))
+    gradients = [None] * 8
+    for place, want in zip(places, wanted):
+        gradients[place] = next(found) if want else None
+    return tuple(gradients)
+
+
+torch.library.register_autograd("mg_fast::feature_sync", _gradients, setup_context=_context)
+
+
+def _triton(values, queries, table, index, reference_points, spatial_shapes, base, ignore) -> torch.Tensor:
+    sides = [side for size in spatial_shapes for side in size]
+    return feature_sync_kernel(values, queries, table, index, reference_points, sides, base, ignore)
+
+
+def _flop(values, queries, table, index, reference_points, sides, base, ignore) -> int:
+    """Four taps of every sample, as if every query saw every picture: eight operations for each channel."""
+    levels, heads = len(sides) // 2, values.shape[3]
+    points = points_of(queries.shape[-1], heads, levels)
+    samples = queries.shape[0] * queries.shape[1] * values.shape[1] * heads * levels * points
+    return 8 * samples * values.shape[4]
+
+
 FEATURE_SYNC = register(
-    Operation(name="feature_sync", check=_check, forms={"reference": _reference}, auto=("reference",))
+    Operation(
+        name="feature_sync",
+        check=_check,
+        why_not=_why_not,
+        forms={"reference": _reference, "torch": torch_form.feature_sync, "triton": _triton},
+        auto=("triton", "torch", "reference"),
+        operators=(
+            Operator(
+                name="mg_fast::feature_sync",
+                launches=lambda values, queries, *_: int(values.shape[0] * queries.shape[1] * values.shape[4] > 0),
+                workspaces=lambda values, queries, table, index, points, sides, base, ignore: (
+                    copied_rows(values, queries) + copied(table, *(() if ignore is None else (ignore,)))
+                ),
+                flop=_flop,
+            ),
+        ),
+    )
 )
