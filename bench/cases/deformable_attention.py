@@ -5,7 +5,7 @@ its strides of 8 to 64 give maps of 84 x 112, 42 x 56, 21 x 28 and 11 x 14 pixel
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -17,7 +17,7 @@ from ..costs.sampling import SamplingSizes, deformable_floor, deformable_trainin
 from ..registry import DTYPES, Call, Case, Provider
 from . import samplers
 from .operations import Launch, forms
-from .settings import compiled, within
+from .settings import compiled, deterministic, within
 
 DETR = ((84, 112), (42, 56), (21, 28), (11, 14))
 RT_DETR = ((80, 80), (40, 40), (20, 20))
@@ -165,17 +165,6 @@ LIBRARIES: dict[str, Callable[[SamplingInputs], Sample]] = {
         samplers.cuda_extension, inputs.levels, inputs.device, inputs.value.dtype
     ),
 }
-
-
-@contextlib.contextmanager
-def deterministic() -> Iterator[None]:
-    """Within the block torch's algorithms are deterministic."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
 
 
 def _by_library(library: str, step: Callable[[SamplingInputs, Sample], Call], inputs: SamplingInputs) -> Call:
