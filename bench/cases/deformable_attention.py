@@ -1,36 +1,21 @@
-"""Deformable attention at the shapes of detectors and of MM-Interleaved's vision adapter.
-
-Deformable DETR's encoder has a query for every pixel of four levels: 12,502 for a picture of 672 x 896 pixels, where
-its strides of 8 to 64 give maps of 84 x 112, 42 x 56, 21 x 28 and 11 x 14 pixels.
-"""
+"""Deformable attention at the shapes of detectors and of MM-Interleaved's vision adapter (see `costs.sampling`)."""
 
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from types import ModuleType
 
 import torch
 
 from mg_fast import ops
 
-from ..costs.sampling import SamplingSizes, deformable_floor, deformable_training_floor
+from ..costs.sampling import SAMPLERS, SamplingSizes, deformable_floor, deformable_training_floor
 from ..registry import DTYPES, Call, Case, Provider
 from . import samplers
 from .operations import Launch, forms
 from .settings import compiled, deterministic, within
 
-DETR = ((84, 112), (42, 56), (21, 28), (11, 14))
-RT_DETR = ((80, 80), (40, 40), (20, 20))
-# MM-Interleaved's adapter: patches read the maps of its convolutions, and these read the patches.
-MAPS, PATCHES = ((32, 32), (16, 16), (8, 8)), ((16, 16),)
-ENCODER = SamplingSizes(torch.float32, DETR, sum(h * w for h, w in DETR), grid=True)
-SHAPES = {
-    "detr-encoder": ENCODER,
-    "detr-decoder": SamplingSizes(torch.float32, DETR, 300),
-    "rt-detr": SamplingSizes(torch.float32, RT_DETR, 300),
-    "adapter-injector": SamplingSizes(torch.float32, MAPS, 256, heads=16),
-    "adapter-extractor": SamplingSizes(torch.float32, PATCHES, 1344, heads=16),
-}
 # The batches of 8 that are measured, and the training step, whose memory others publish.
 IN_EIGHTS = ("detr-encoder", "rt-detr")
 TRAINING = "detr-encoder-training"
@@ -54,20 +39,16 @@ class SamplingInputs:
         return self.value, self.locations, self.weights
 
 
-# From inputs and their value, locations and weights to the result.
-Sample = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
 def cases() -> list[Case]:
     found = []
     for batch in (1, 8):
         for dtype in DTYPES:
-            for name, shape in SHAPES.items():
+            for name, shape in SAMPLERS.items():
                 if batch == 1 or name in IN_EIGHTS:
                     sizes = replace(shape, dtype=getattr(torch, dtype), batch=batch)
                     found.append(sampling_case(f"deformable_attention/{name}-b{batch}-{dtype}", sizes))
     for dtype in DTYPES:
-        sizes = replace(ENCODER, dtype=getattr(torch, dtype))
+        sizes = replace(SAMPLERS["detr-encoder"], dtype=getattr(torch, dtype))
         found.append(sampling_case(f"deformable_attention/{TRAINING}-b1-{dtype}", sizes, training=True))
     return found
 
@@ -135,18 +116,18 @@ def _grid(levels: Sequence[tuple[int, int]], device: str) -> torch.Tensor:
     return torch.cat(places)
 
 
-def _sample(levels: Sequence[tuple[int, int]], backend: str) -> Sample:
+def _sample(levels: Sequence[tuple[int, int]], backend: str) -> samplers.Sampler:
     def sample(value: torch.Tensor, locations: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return ops.deformable_attention(value, levels, locations, weights, backend=backend)
 
     return sample
 
 
-def _forward(inputs: SamplingInputs, sample: Sample) -> Call:
+def _forward(inputs: SamplingInputs, sample: samplers.Sampler) -> Call:
     return lambda: sample(*inputs.tensors)
 
 
-def _forward_and_backward(inputs: SamplingInputs, sample: Sample) -> Call:
+def _forward_and_backward(inputs: SamplingInputs, sample: samplers.Sampler) -> Call:
     def call() -> list[torch.Tensor]:
         tensors = [tensor.detach().requires_grad_() for tensor in inputs.tensors]
         with torch.enable_grad():
@@ -156,18 +137,19 @@ def _forward_and_backward(inputs: SamplingInputs, sample: Sample) -> Call:
     return call
 
 
-LIBRARIES: dict[str, Callable[[SamplingInputs], Sample]] = {
+def _by_extension(load: Callable[[], ModuleType], inputs: SamplingInputs) -> samplers.Sampler:
+    samplers.require_float32_on_gpu(inputs.device, inputs.value.dtype)
+    return samplers.extension_sampler(load(), inputs.levels, inputs.device)
+
+
+LIBRARIES: dict[str, Callable[[SamplingInputs], samplers.Sampler]] = {
     "deformops": lambda inputs: samplers.deformops_sampler(inputs.levels, inputs.device),
-    "hub kernel": lambda inputs: samplers.extension_sampler(
-        samplers.hub_kernel, inputs.levels, inputs.device, inputs.value.dtype
-    ),
-    "CUDA extension": lambda inputs: samplers.extension_sampler(
-        samplers.cuda_extension, inputs.levels, inputs.device, inputs.value.dtype
-    ),
+    "hub kernel": partial(_by_extension, samplers.hub_kernel),
+    "CUDA extension": partial(_by_extension, samplers.cuda_extension),
 }
 
 
-def _by_library(library: str, step: Callable[[SamplingInputs, Sample], Call], inputs: SamplingInputs) -> Call:
+def _by_library(library: str, step: Callable[[SamplingInputs, samplers.Sampler], Call], inputs: SamplingInputs) -> Call:
     return step(inputs, LIBRARIES[library](inputs))
 
 

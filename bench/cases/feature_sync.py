@@ -16,7 +16,7 @@ import torch
 from mg_fast import ops
 from mg_fast.modules import FeatureSynchronizer
 
-from ..costs.sampling import SyncSizes, reference_sync_flop, sync_floor
+from ..costs.sampling import BLOCKS, LANGUAGE, SyncSizes, block_sizes, reference_sync_flop, sync_floor
 from ..registry import DTYPES, Call, Case, Cost, Provider
 from .operations import Launch, forms
 from .settings import compiled, deterministic
@@ -29,26 +29,10 @@ from .synchronizer_blocks import (
     synchronizer,
 )
 
-# One of the language model's synchronizers: tokens of 5120 channels, a table of 50 positions.
-LANGUAGE = SyncSizes(torch.float32, 1, 1, width=5120, levels=(32, 16, 8), base=16, relations=50)
 # Pictures of a decoding step; of a prompt and its tokens.
 DECODING, PROMPTS = (1, 4, 8), ((512, 4), (512, 8), (2048, 4), (2048, 8))
-# The diffusion decoder's blocks: side and channels of a map, and how many blocks have them.
-BLOCKS = {
-    "unet-64": (64, 320, 3),
-    "unet-32-narrow": (32, 320, 1),
-    "unet-32": (32, 640, 2),
-    "unet-16-narrow": (16, 640, 1),
-    "unet-16": (16, 1280, 2),
-    "unet-8": (8, 1280, 4),
-}
 # Elements of all samples of the queries of which the exact result is made at once.
 SAMPLES_TOGETHER = 2**26
-
-
-def block_sizes(side: int, width: int, dtype: torch.dtype) -> SyncSizes:
-    """One of the decoder's blocks, which reads the picture before."""
-    return SyncSizes(dtype, side**2, 1, width, (64, 32, 16, 8), base=side, relations=10, block=True)
 
 
 def cases() -> list[Case]:

@@ -31,15 +31,8 @@ def deformops_sampler(levels: Sequence[tuple[int, int]], device: str) -> Sampler
     return sample
 
 
-def extension_sampler(
-    load: Callable[[], ModuleType], levels: Sequence[tuple[int, int]], device: str, dtype: torch.dtype
-) -> Sampler:
+def extension_sampler(module: ModuleType, levels: Sequence[tuple[int, int]], device: str) -> Sampler:
     """Deformable DETR's own CUDA kernel, from a module that has its two functions."""
-    if device == "cpu":
-        raise NotHere("it is for GPUs")
-    if dtype != torch.float32:
-        raise NotHere("it takes float32, and converting 16 bits before it would not be its own time")
-    module = load()
     read, read_backward = (_attribute(module, f"ms_deform_attn_{name}") for name in ("forward", "backward"))
     sizes, starts = _level_tensors(levels, device)
 
@@ -56,6 +49,14 @@ def extension_sampler(
             return tuple(read_backward(value, sizes, starts, locations, weights, gradient.contiguous(), together))
 
     return Sampled.apply
+
+
+def require_float32_on_gpu(device: str, dtype: torch.dtype) -> None:
+    """Raises NotHere where Deformable DETR's kernel cannot run."""
+    if device == "cpu":
+        raise NotHere("it is for GPUs")
+    if dtype != torch.float32:
+        raise NotHere("it takes float32, and converting 16 bits before it would not be its own time")
 
 
 def cuda_extension() -> ModuleType:
