@@ -295,6 +295,53 @@ def _power_of_two(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 
 
+class SamplingTile(NamedTuple):
+    """The tile of one program that samples maps.
+
+    Attributes:
+        elements: queries of a program times channels of a head, rounded up to a power of two.
+        warps: warps of the program.
+        unroll: points whose pixels may be on their way at the same time.
+    """
+
+    elements: int
+    warps: int
+    unroll: int
+
+
+# Keyed by compute capability as above, then by the pass, the bytes of one element of the maps, and whether a thread
+# loads several channels of a pixel at once. A thread has 8 channels of a query of 16-bit maps, and 4 of float32 maps,
+# which are 16 bytes. The tiles were not tuned on a GPU.
+DEFORMABLE_ATTENTION = {
+    None: {
+        ("forward", 2, True): SamplingTile(1024, 4, 4),
+        ("forward", 4, True): SamplingTile(512, 4, 4),
+        ("forward", 2, False): SamplingTile(512, 4, 1),
+        ("forward", 4, False): SamplingTile(512, 4, 1),
+        ("backward", 2, True): SamplingTile(128, 1, 1),
+        ("backward", 4, True): SamplingTile(128, 1, 1),
+        ("backward", 2, False): SamplingTile(512, 4, 1),
+        ("backward", 4, False): SamplingTile(512, 4, 1),
+    },
+}
+
+
+def deformable_attention_bucket(
+    stage: str, element_size: int, channels: int, strides: Iterable[int]
+) -> tuple[str, int, bool]:
+    """The bucket of maps: channels of a head, and strides between pictures, pixels and heads, in elements."""
+    # Triton knows only whether a stride is a multiple of 16.
+    return stage, element_size, channels % 8 == 0 and all(stride % 16 == 0 for stride in strides)
+
+
+def deformable_attention_tile(
+    architecture: int | None, stage: str, element_size: int, channels: int, strides: Iterable[int]
+) -> SamplingTile:
+    """The tile of one pass over these maps on a GPU of this compute capability (90 for 9.0)."""
+    table = DEFORMABLE_ATTENTION[None] | DEFORMABLE_ATTENTION.get(architecture, {})
+    return table[deformable_attention_bucket(stage, element_size, channels, strides)]
+
+
 @contextlib.contextmanager
 def replaced_tile(table: dict, architecture: int | None, key: object, tile: NamedTuple) -> Iterator[None]:
     """Within the block, launches on an architecture (None: interpreted) take this tile for one entry of a table.
