@@ -216,13 +216,17 @@ class SyncTile(NamedTuple):
     Attributes:
         queries: queries of the program.
         pictures: pictures that are read at once.
-        channels: channels of the program.
+        points: points of a picture that are read at once.
+        channels: channels that are loaded at once.
+        times: how many times as many channels the program has.
         warps: warps of the program.
     """
 
     queries: int
     pictures: int
+    points: int
     channels: int
+    times: int
     warps: int
 
 
@@ -232,32 +236,38 @@ class SyncSlots(NamedTuple):
     Attributes:
         slots: the most queries x pictures x points that are read at once, where points are rounded up to a power of
             two.
-        channels: the most channels of a program.
-        share: numbers of the tile that a thread holds.
+        channels: the most channels that are loaded at once.
+        times: the most times that a program does so.
+        share: numbers of the tile that a thread holds, of each time.
     """
 
     slots: int
     channels: int
+    times: int
     share: int
 
 
-# Keyed by compute capability as above, then by the bytes of a value, by whether the queries are few, and by whether a
-# load takes several channels at once. Few queries spread their pictures and channels over the GPU; with 32 channels a
-# 16-bit tap is half of the cache line of a pixel. None was tuned on a GPU.
+# Keyed by compute capability as above, then by the bytes of a value, by the number of queries, and by whether a load
+# takes several channels at once. None was tuned on a GPU. With 32 channels at once, two of a warp's 16-bit pixels are a
+# cache line, and each thread computes a sample's place once for 16 channels.
 FEATURE_SYNC = {
     None: {
-        (2, "few", True): SyncSlots(128, 32, 16),
-        (4, "few", True): SyncSlots(128, 32, 16),
-        (2, "few", False): SyncSlots(64, 32, 8),
-        (4, "few", False): SyncSlots(64, 32, 8),
-        (2, "many", True): SyncSlots(32, 64, 16),
-        (4, "many", True): SyncSlots(32, 64, 16),
-        (2, "many", False): SyncSlots(32, 32, 8),
-        (4, "many", False): SyncSlots(32, 32, 8),
+        (2, "few", True): SyncSlots(128, 32, 1, 8),
+        (4, "few", True): SyncSlots(128, 32, 1, 8),
+        (2, "some", True): SyncSlots(32, 32, 2, 8),
+        (4, "some", True): SyncSlots(32, 32, 2, 8),
+        (2, "many", True): SyncSlots(32, 32, 2, 8),
+        (4, "many", True): SyncSlots(32, 32, 2, 8),
+        (2, "few", False): SyncSlots(64, 32, 1, 8),
+        (4, "few", False): SyncSlots(64, 32, 1, 8),
+        (2, "many", False): SyncSlots(32, 32, 1, 8),
+        (4, "many", False): SyncSlots(32, 32, 1, 8),
     }
 }
-# Up to this number of queries of all rows together are few.
-FEW_QUERIES = 16
+# A program of a "few" queries has one of them, with many pictures at once, so that few loads wait for each other. One
+# of "some" queries has several, with the points of one picture, so that there are enough programs. One of "many" takes
+# point after point, which needs the fewest instructions, because nothing is added up across threads.
+_MOST_QUERIES = {"few": 16, "some": 512}
 
 
 def feature_sync_bucket(
@@ -266,7 +276,8 @@ def feature_sync_bucket(
     """The bucket of that many queries of all rows; strides between rows, pictures, pixels and heads, in elements."""
     # Triton knows only whether a stride is a multiple of 16.
     wide = all(number % 16 == 0 for number in (channels, *strides))
-    return element_size, "few" if queries <= FEW_QUERIES else "many", wide
+    number = next((name for name, most in _MOST_QUERIES.items() if queries <= most), "many")
+    return element_size, number if wide or number == "few" else "many", wide
 
 
 def feature_sync_tile(
@@ -279,15 +290,17 @@ def feature_sync_tile(
     strides: Iterable[int],
 ) -> SyncTile:
     """The tile for queries of this number (of all rows), pictures of a row, points and channels of a head."""
-    table = FEATURE_SYNC[None] | FEATURE_SYNC.get(architecture, {})
     bucket = feature_sync_bucket(element_size, queries, channels, strides)
-    slots, most, share = table[bucket]
+    slots, most, times, share = (FEATURE_SYNC[None] | FEATURE_SYNC.get(architecture, {}))[bucket]
     points, most = _power_of_two(points), min(most, _power_of_two(channels))
-    few = bucket[1] == "few"
-    at_once = min(max(1, slots // points), _power_of_two(pictures)) if few else 1
-    together = 1 if few else max(1, slots // points)
-    warps = max(1, together * at_once * points * most // (32 * share))
-    return SyncTile(together, at_once, most, min(warps, 8))
+    times = min(times, -(-channels // most))
+    together, at_once = max(1, slots // points), 1
+    if bucket[1] == "few":
+        together, at_once = 1, min(together, _power_of_two(pictures))
+    elif bucket[1] == "many":
+        together, points = slots, 1
+    warps = together * at_once * points * most // (32 * share)
+    return SyncTile(together, at_once, points, most, times, min(max(warps, 1), 8))
 
 
 def _power_of_two(number: int) -> int:

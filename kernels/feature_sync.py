@@ -28,24 +28,29 @@ def _single(b):
 
 
 @triton.jit
-def _sample(
+def _read(
     p_picture,
     b_u,
     b_v,
     b_w,
     m_seen,
-    m_d,
+    o_d,
     stride_vs,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     START: tl.constexpr,
+    D: tl.constexpr,
+    TIMES: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """The weighted bilinear samples [BQ, BK, BD] of one level at (u, v), where 0 and 1 are the edges of the map.
+    """The four pixels around the samples of one level at (u, v), where 0 and 1 are the edges of the map.
 
-    `p_picture` [1, BK, BD] points at the channels of the first pixel of every slot's picture; u, v and the weights b_w
-    are [BQ, BK]. Pixels outside of the map are zero. A location that is not finite fails the comparisons.
+    Returns their weights [BQ, BK, 1], and the pixels themselves: four tiles [BQ, BK, BD] for the first BD channels,
+    then four for the next. `p_picture` [1, BK, BD] points at the first channels o_d of the first pixel of every slot's
+    picture; u, v and the samples' weights b_w are [BQ, BK]. Pixels outside of the map are zero. A location that is not
+    finite fails the comparisons.
     """
+    BD: tl.constexpr = o_d.shape[2]
     b_x = b_u * WIDTH - 0.5
     b_y = b_v * HEIGHT - 0.5
     m_in = m_seen & (b_x > -1.0) & (b_x < WIDTH) & (b_y > -1.0) & (b_y < HEIGHT)
@@ -56,30 +61,47 @@ def _sample(
     b_top = tl.floor(b_y)
     o_x = b_left.to(tl.int32)
     o_y = b_top.to(tl.int32)
+    m_left = m_in & (o_x >= 0)
+    m_right = m_in & (o_x < WIDTH - 1)
+    m_00 = (m_left & (o_y >= 0))[:, :, None]
+    m_01 = (m_right & (o_y >= 0))[:, :, None]
+    m_10 = (m_left & (o_y < HEIGHT - 1))[:, :, None]
+    m_11 = (m_right & (o_y < HEIGHT - 1))[:, :, None]
+    o_pixel = START + o_y * WIDTH + o_x
+    row = stride_vs * WIDTH
+    if WIDE:
+        o_pixel = o_pixel.to(tl.int64)
+        row = stride_vs.to(tl.int64) * WIDTH
+    p_tap = p_picture + (o_pixel * stride_vs)[:, :, None]
+    p_next = p_tap + stride_vs
+    b_taps = ()
+    for c in tl.static_range(TIMES):
+        m_d = c * BD + o_d < D
+        b_00 = tl.load(p_tap + c * BD, mask=m_00 & m_d, other=0.0)
+        b_01 = tl.load(p_next + c * BD, mask=m_01 & m_d, other=0.0)
+        b_10 = tl.load(p_tap + row + c * BD, mask=m_10 & m_d, other=0.0)
+        b_11 = tl.load(p_next + row + c * BD, mask=m_11 & m_d, other=0.0)
+        b_taps = b_taps + (b_00, b_01, b_10, b_11)
     b_right = b_x - b_left
     b_below = (b_y - b_top) * b_w
     b_above = b_w - b_below
-    o_pixel = START + o_y * WIDTH + o_x
-    if WIDE:
-        o_pixel = o_pixel.to(tl.int64)
-    p_tap = p_picture + (o_pixel * stride_vs)[:, :, None]
-    m_left = m_in & (o_x >= 0)
-    m_right = m_in & (o_x < WIDTH - 1)
-    m_top = o_y >= 0
-    m_below = o_y < HEIGHT - 1
-    p_next = p_tap + stride_vs
-    b_00 = tl.load(p_tap, mask=(m_left & m_top)[:, :, None] & m_d, other=0.0)
-    b_01 = tl.load(p_next, mask=(m_right & m_top)[:, :, None] & m_d, other=0.0)
-    row = stride_vs * WIDTH
-    if WIDE:
-        row = stride_vs.to(tl.int64) * WIDTH
-    b_10 = tl.load(p_tap + row, mask=(m_left & m_below)[:, :, None] & m_d, other=0.0)
-    b_11 = tl.load(p_next + row, mask=(m_right & m_below)[:, :, None] & m_d, other=0.0)
-    b_s = (b_above - b_above * b_right)[:, :, None] * _single(b_00)
-    b_s += (b_above * b_right)[:, :, None] * _single(b_01)
-    b_s += (b_below - b_below * b_right)[:, :, None] * _single(b_10)
-    b_s += (b_below * b_right)[:, :, None] * _single(b_11)
-    return b_s
+    b_11 = b_below * b_right
+    b_01 = b_above * b_right
+    b_10 = b_below - b_11
+    b_00 = b_above - b_01
+    return (b_00[:, :, None], b_01[:, :, None], b_10[:, :, None], b_11[:, :, None]), b_taps
+
+
+@triton.jit
+def _add(b_acc, b_weights, b_taps):
+    """Adds weighted pixels to the tiles [BQ, BK, BD] of b_acc; the other two are what `_read` returns."""
+    b_new = ()
+    for c in tl.static_range(len(b_acc)):
+        b_s = b_acc[c]
+        for t in tl.static_range(4):
+            b_s += b_weights[t] * _single(b_taps[4 * c + t])
+        b_new = b_new + (b_s,)
+    return b_new
 
 
 @triton.jit
@@ -114,27 +136,30 @@ def feature_sync_fwd_kernel(
     P: tl.constexpr,
     D: tl.constexpr,
     WIDE: tl.constexpr,
+    AHEAD: tl.constexpr,
+    ROUNDS: tl.constexpr,
     BQ: tl.constexpr,
     BJ: tl.constexpr,
     BP: tl.constexpr,
     BD: tl.constexpr,
+    TIMES: tl.constexpr,
 ):
     L: tl.constexpr = len(HEIGHTS)
     LOGITS: tl.constexpr = H * P * 2
     W: tl.constexpr = H * P * (2 + L)
-    CHUNKS: tl.constexpr = (D + BD - 1) // BD
-    i = tl.program_id(0).to(tl.int64)
-    i_d = (i % CHUNKS * BD).to(tl.int32)
-    i_h = (i // CHUNKS % H).to(tl.int32)
+    PARTS: tl.constexpr = (P + BP - 1) // BP
+    CHUNKS: tl.constexpr = (D + BD * TIMES - 1) // (BD * TIMES)
+    i = tl.program_id(0)
+    i_d = i % CHUNKS * (BD * TIMES)
+    i_h = i // CHUNKS % H
     i_tile = i // (CHUNKS * H)
     tiles = tl.cdiv(Q, BQ)
-    i_b = i_tile // tiles
-    o_q = i_tile % tiles * BQ + tl.arange(0, BQ)[:, None]  # [BQ, 1]
+    i_b = (i_tile // tiles).to(tl.int64)
+    o_q = (i_tile % tiles * BQ + tl.arange(0, BQ)[:, None]).to(tl.int64)  # [BQ, 1]
     m_q = o_q < Q
-    o_k = tl.arange(0, BJ * BP)[None, :]  # [1, BK]: the points of the first picture, then those of the next.
-    o_p = o_k % BP
+    # [1, BK]: some points of the first picture, then the same points of the next.
+    o_k = tl.arange(0, BJ * BP)[None, :]
     o_d = i_d + tl.arange(0, BD)[None, None, :]
-    m_d = o_d < D
 
     p_reference = reference_ptr + i_b * stride_rb + o_q * stride_rq
     b_reference_x = tl.load(p_reference, mask=m_q, other=0.0).to(tl.float32)
@@ -142,23 +167,25 @@ def feature_sync_fwd_kernel(
     p_query = queries_ptr + i_b * stride_qb + o_q * stride_qq
     p_index = index_ptr + i_b * stride_ib + o_q * stride_iq
     p_values = values_ptr + i_b * stride_vb + i_h.to(tl.int64) * stride_vh + o_d  # [1, 1, BD]
-    o_offset = (i_h * P + o_p) * 2
 
     b_max = tl.zeros([BQ, BJ * BP], tl.float32)
     b_sum = tl.zeros([BQ, BJ * BP], tl.float32)
-    b_acc = tl.zeros([BQ, BJ * BP, BD], tl.float32)
-    i_j = 0
-    # Not a `for`: the interpreter cannot count to a number that is no constant.
-    while i_j < N:
-        o_j = (i_j + o_k // BP).to(tl.int64)
-        m_k = m_q & (o_j < N) & (o_p < P)
-        o_r = tl.load(p_index + o_j * stride_in, mask=m_k, other=0).to(tl.int64)
+    b_acc = ()
+    for _ in tl.static_range(TIMES):
+        b_acc = b_acc + (tl.zeros([BQ, BJ * BP, BD], tl.float32),)
+    for i_round in range(0, ROUNDS * PARTS):
+        o_j = (i_round // PARTS * BJ + o_k // BP).to(tl.int64)
+        o_p = i_round % PARTS * BP + o_k % BP
+        o_r = tl.load(p_index + o_j * stride_in, mask=m_q & (o_j < N), other=0).to(tl.int64)
         # No picture that all queries of the tile leave out costs a load.
         if tl.max(tl.max((o_r != 0).to(tl.int32), axis=1), axis=0) > 0:
             # An index that the table does not have reads nothing, and its query becomes NaN.
-            m_seen = (o_r > 0) & (o_r < R)
+            m_picture = (o_r > 0) & (o_r < R)
             b_unseen = tl.where(o_r == 0, float("-inf"), float("nan"))
             p_row = table_ptr + o_r * W
+            p_picture = p_values + (o_j * stride_vn)[:, :, None]
+            m_seen = m_picture & (o_p < P)
+            o_offset = (i_h * P + o_p) * 2
             b_u = _single(tl.load(p_query + o_offset, mask=m_seen, other=0.0))
             b_v = _single(tl.load(p_query + o_offset + 1, mask=m_seen, other=0.0))
             b_u += _single(tl.load(p_row + o_offset, mask=m_seen, other=0.0))
@@ -171,34 +198,56 @@ def feature_sync_fwd_kernel(
                 o_logit = LOGITS + (i_h * L + s) * P + o_p
                 b_a = _single(tl.load(p_query + o_logit, mask=m_seen, other=0.0))
                 b_a += _single(tl.load(p_row + o_logit, mask=m_seen, other=0.0))
-                b_a = tl.where(m_seen, b_a, b_unseen)
+                b_a = tl.where(m_seen, b_a, tl.where(o_p < P, b_unseen, float("-inf")))
                 b_new = tl.maximum(b_new, b_a)
                 b_logits = b_logits + (b_a,)
             b_scale = tl.exp(b_max - b_new)
             b_max = b_new
             b_sum *= b_scale
-            b_acc *= b_scale[:, :, None]
-            p_picture = p_values + (o_j * stride_vn)[:, :, None]
+            b_scaled = ()
+            for c in tl.static_range(TIMES):
+                b_scaled = b_scaled + (b_acc[c] * b_scale[:, :, None],)
+            b_acc = b_scaled
+            b_read = ()
             for s in tl.static_range(L):
                 b_w = tl.exp(b_logits[s] - b_max)
                 b_sum += b_w
-                b_acc += _sample(
-                    p_picture, b_u, b_v, b_w, m_seen, m_d, stride_vs, HEIGHTS[s], WIDTHS[s], STARTS[s], WIDE
+                b_weights, b_taps = _read(
+                    p_picture,
+                    b_u,
+                    b_v,
+                    b_w,
+                    m_seen,
+                    o_d,
+                    stride_vs,
+                    HEIGHTS[s],
+                    WIDTHS[s],
+                    STARTS[s],
+                    D,
+                    TIMES,
+                    WIDE,
                 )
-        i_j += BJ
+                if AHEAD:
+                    b_read = b_read + ((b_weights, b_taps),)
+                else:
+                    b_acc = _add(b_acc, b_weights, b_taps)
+            if AHEAD:
+                for s in tl.static_range(L):
+                    b_acc = _add(b_acc, b_read[s][0], b_read[s][1])
 
     b_top = tl.max(b_max, axis=1)
     b_share = tl.exp(b_max - b_top[:, None])
     b_rest = tl.exp(-b_top)
     b_total = tl.sum(b_sum * b_share, axis=1) + b_rest
-    b_out = tl.sum(b_acc * b_share[:, :, None], axis=1)  # [BQ, BD]
-    o_d = i_d + tl.arange(0, BD)[None, :]
-    m_out = m_q & (o_d < D)
-    if ignore_ptr is not None:
-        b_out += b_rest[:, None] * _single(tl.load(ignore_ptr + i_h * D + o_d, mask=o_d < D, other=0.0))
-    b_out = b_out / b_total[:, None]
-    p_out = out_ptr + ((i_b * Q + o_q) * H + i_h) * D + o_d
-    tl.store(p_out, b_out.to(out_ptr.dtype.element_ty), mask=m_out)
+    for c in tl.static_range(TIMES):
+        b_out = tl.sum(b_acc[c] * b_share[:, :, None], axis=1)  # [BQ, BD]
+        o_out = i_d + c * BD + tl.arange(0, BD)[None, :]
+        if ignore_ptr is not None:
+            b_ignore = _single(tl.load(ignore_ptr + i_h * D + o_out, mask=o_out < D, other=0.0))
+            b_out += b_rest[:, None] * b_ignore
+        b_out = b_out / b_total[:, None]
+        p_out = out_ptr + ((i_b * Q + o_q) * H + i_h) * D + o_out
+        tl.store(p_out, b_out.to(out_ptr.dtype.element_ty), mask=m_q & (o_out < D))
 
 
 def feature_sync_fwd(
@@ -240,7 +289,7 @@ def feature_sync_fwd(
     tile = feature_sync_tile(
         architecture, values.element_size(), batch * count, pictures, points, channels, values.stride()[:4]
     )
-    programs = batch * triton.cdiv(count, tile.queries) * heads * triton.cdiv(channels, tile.channels)
+    programs = batch * triton.cdiv(count, tile.queries) * heads * triton.cdiv(channels, tile.channels * tile.times)
     if programs > 0:
         feature_sync_fwd_kernel[(programs,)](
             values,
@@ -266,10 +315,17 @@ def feature_sync_fwd(
             D=channels,
             # Offsets within a picture are computed in 32 bits where they fit, with a row of room around the map.
             WIDE=(pixels + 2 * max(w for _, w in spatial_shapes)) * values.stride(2) >= 2**31,
+            # A power of two, so that few numbers of pictures need code of their own.
+            ROUNDS=triton.next_power_of_2(triton.cdiv(pictures, tile.pictures)),
+            # A single query has no other to wait with, so the pixels of all its levels are asked for at once.
+            AHEAD=tile.queries == 1,
             BQ=tile.queries,
             BJ=tile.pictures,
-            BP=triton.next_power_of_2(points),
+            BP=tile.points,
             BD=tile.channels,
+            TIMES=tile.times,
             num_warps=tile.warps,
+            # Told so, the assembler does not save registers by waiting for one pixel before it asks for the next.
+            maxnreg=255 if tile.queries == 1 else None,
         )
     return out

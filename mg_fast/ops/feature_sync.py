@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 
 from . import backend as backends
-from .deformable_attention import check_spatial_shapes
 from .custom_op_support import copied, copied_rows, on_device, recording
+from .deformable_attention import check_spatial_shapes
 from .deformable_attention import reference as deformable_attention_reference
 from .operation import Operation, Operator, register
 from .torch import feature_sync as torch_form
