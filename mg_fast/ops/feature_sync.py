@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 import torch
 
+from ..errors import quoted
+from ..runtime.arguments import whole_number
 from . import backend as backends
 from .custom_op_support import copied, copied_rows, on_device, recording
 from .deformable_attention import check_spatial_shapes
@@ -67,7 +69,7 @@ def feature_sync(
     arguments = values, queries, table, index, reference_points, spatial_shapes, base, ignore
     form = backends.choose_form(FEATURE_SYNC, backend, values.device, *arguments)
     shapes = [(int(h), int(w)) for h, w in spatial_shapes]
-    return form(values, queries, table, index, reference_points, shapes, base, ignore)
+    return form(values, queries, table, index, reference_points, shapes, int(base), ignore)
 
 
 def points_of(width: int, heads: int, levels: int) -> int:
@@ -118,6 +120,8 @@ def _check(values, queries, table, index, reference_points, spatial_shapes, base
             f"feature_sync: table must be [R, {width}] in {queries.dtype} as queries are, got {list(table.shape)} in "
             f"{table.dtype}"
         )
+    if pictures > 0 and len(table) == 0:
+        raise ValueError("feature_sync: table must have at least one row where there are pictures, got none")
     if list(index.shape) not in ([batch, count, pictures], [batch, 1, pictures]):
         raise ValueError(
             f"feature_sync: index must be {[batch, count, pictures]} or {[batch, 1, pictures]}, got {list(index.shape)}"
@@ -131,8 +135,8 @@ def _check(values, queries, table, index, reference_points, spatial_shapes, base
             f"feature_sync: reference_points must be [{batch} or 1, {count} or 1, 2], got "
             f"{list(reference_points.shape)}"
         )
-    if not base > 0:
-        raise ValueError(f"feature_sync: base must be positive, got {base}")
+    if (whole_number(base) or 0) < 1:
+        raise ValueError(f"feature_sync: base must be a positive whole number, got {quoted(base)}")
     if ignore is not None and (list(ignore.shape) != [heads * channels] or ignore.dtype != values.dtype):
         raise ValueError(
             f"feature_sync: ignore must be [{heads * channels}] in {values.dtype} as values are, got "

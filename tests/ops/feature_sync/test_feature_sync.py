@@ -1,0 +1,447 @@
+"""feature_sync's PyTorch forms on the CPU agree with float64 and with the formula, and refuse what does not fit."""
+
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench.counting import Count
+from mg_fast import BackendError, ops
+from mg_fast.ops.torch import feature_sync as torch_form
+from mg_fast.testing.tolerances import assert_accurate
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SIZES = ((4, 6), (3, 2))
+
+
+class Inputs(NamedTuple):
+    """The arguments of `ops.feature_sync`."""
+
+    values: torch.Tensor
+    queries: torch.Tensor
+    table: torch.Tensor
+    index: torch.Tensor
+    reference_points: torch.Tensor
+    spatial_shapes: tuple
+    base: int
+    ignore: torch.Tensor | None
+
+    @property
+    def leaves(self) -> list[torch.Tensor]:
+        """The tensors that have gradients."""
+        return [self.values, self.queries, self.table, self.reference_points, self.ignore]
+
+    def with_leaves(self, values, queries, table, reference_points, ignore) -> "Inputs":
+        return Inputs(values, queries, table, self.index, reference_points, self.spatial_shapes, self.base, ignore)
+
+
+def make(
+    batch=2,
+    queries=5,
+    pictures=3,
+    heads=2,
+    channels=8,
+    points=2,
+    sizes=SIZES,
+    dtype=torch.float32,
+    query_dtype=None,
+    logits=1.0,
+    offsets=2.0,
+    seed=0,
+) -> Inputs:
+    """Random arguments, with about a third of all pictures masked, and offsets of about half a map."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size):
+        return torch.randn(size, generator=generator)
+
+    width, pixels = heads * points * (2 + len(sizes)), sum(h * w for h, w in sizes)
+    scales = torch.cat([torch.full((heads * points * 2,), offsets), torch.full((width - heads * points * 2,), logits)])
+    index = torch.randint(1, pictures + 2, (batch, queries, pictures), generator=generator)
+    index = index * (torch.rand(index.shape, generator=generator) < 0.67)
+    return Inputs(
+        normal(batch, pictures, pixels, heads, channels).to(dtype),
+        (normal(batch, queries, width) * scales).to(query_dtype or dtype),
+        (normal(pictures + 2, width) * scales / 2).to(query_dtype or dtype),
+        index,
+        torch.rand(batch, queries, 2, generator=generator),
+        sizes,
+        4,
+        normal(heads * channels).to(dtype),
+    )
+
+
+def run(inputs: Inputs, backend: str) -> torch.Tensor:
+    return ops.feature_sync(*inputs[:6], base=inputs.base, ignore=inputs.ignore, backend=backend)
+
+
+def plain(inputs: Inputs) -> torch.Tensor:
+    return run(inputs, "reference")
+
+
+def double(inputs: Inputs) -> Inputs:
+    return inputs.with_leaves(*(None if leaf is None else leaf.double() for leaf in inputs.leaves))
+
+
+def exact(inputs: Inputs) -> torch.Tensor:
+    return plain(double(inputs))
+
+
+def by_hand(inputs: Inputs) -> torch.Tensor:
+    """The sum of the formula, sample by sample and pixel by pixel, in float64."""
+    values, queries, table, index, reference_points, sizes, base, ignore = double(inputs)
+    batch, pictures, _, heads, channels = values.shape
+    count, levels = queries.shape[1], len(sizes)
+    points = queries.shape[2] // (heads * (2 + levels))
+    out = values.new_zeros(batch, count, heads, channels)
+    for b in range(batch):
+        for q in range(count):
+            for head in range(heads):
+                found = []
+                for j in range(pictures):
+                    r = index[b, q if index.shape[1] > 1 else 0, j].item()
+                    if r == 0:
+                        continue
+                    z = queries[b, q] + table[r]
+                    for level in range(levels):
+                        start, (h, w) = sum(h * w for h, w in sizes[:level]), sizes[level]
+                        for p in range(points):
+                            at = (head * points + p) * 2
+                            logit = z[heads * points * 2 + (head * levels + level) * points + p].item()
+                            reference = reference_points[b % len(reference_points), q % reference_points.shape[1]]
+                            x = (reference[0] + z[at] / base).item() * w - 0.5
+                            y = (reference[1] + z[at + 1] / base).item() * h - 0.5
+                            sample = torch.zeros(channels, dtype=torch.float64)
+                            for row in range(h):
+                                for column in range(w):
+                                    weight = max(0.0, 1 - abs(x - column)) * max(0.0, 1 - abs(y - row))
+                                    if weight:
+                                        sample += weight * values[b, j, start + row * w + column, head]
+                            found.append((logit, sample))
+                most = max([0.0, *(logit for logit, _ in found)])
+                total = math.exp(-most) + sum(math.exp(logit - most) for logit, _ in found)
+                if ignore is not None:
+                    out[b, q, head] += math.exp(-most) / total * ignore.view(heads, channels)[head]
+                for logit, sample in found:
+                    out[b, q, head] += math.exp(logit - most) / total * sample
+    return out.flatten(2)
+
+
+def layouts(inputs: Inputs) -> dict[str, Inputs]:
+    """The same arguments in other layouts."""
+    values, queries, index = inputs.values, inputs.queries, inputs.index
+    noise = torch.full_like(values, math.nan)
+    return {
+        "head by head": inputs._replace(values=values.transpose(2, 3).contiguous().transpose(2, 3)),
+        "channels first": inputs._replace(values=values.permute(0, 1, 4, 3, 2).contiguous().permute(0, 1, 4, 3, 2)),
+        "pictures of a longer list": inputs._replace(
+            values=torch.cat([noise, values, noise], 1).narrow(1, values.shape[1], values.shape[1])
+        ),
+        "heads of a wider map": inputs._replace(
+            values=torch.cat([noise, values], 3).narrow(3, values.shape[3], values.shape[3])
+        ),
+        "every other channel": inputs._replace(values=values.repeat_interleave(2, dim=4)[..., ::2]),
+        "part of a wider product": inputs._replace(
+            queries=torch.cat([queries, queries * math.nan], 2)[..., : queries.shape[2]]
+        ),
+        "queries first": inputs._replace(queries=queries.transpose(0, 1).contiguous().transpose(0, 1)),
+        "columns of queries": inputs._replace(queries=queries.mT.contiguous().mT),
+        "index by picture": inputs._replace(index=index.mT.contiguous().int().mT),
+        "table by column": inputs._replace(table=inputs.table.t().contiguous().t()),
+    }
+
+
+def padded(inputs: Inputs, more: int) -> Inputs:
+    """With pictures that nobody sees, whose values are NaN: one in front, the others behind."""
+    shape = list(inputs.values.shape)
+    shape[1] = more
+    nan = torch.full(shape, math.nan, dtype=inputs.values.dtype)
+    zero = torch.zeros(*inputs.index.shape[:2], more, dtype=inputs.index.dtype)
+    return inputs._replace(
+        values=torch.cat([nan[:, :1], inputs.values, nan[:, 1:]], 1),
+        index=torch.cat([zero[..., :1], inputs.index, zero[..., 1:]], 2),
+    )
+
+
+def gradients(inputs: Inputs, backend: str, upstream: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in inputs.leaves]
+    return torch.autograd.grad(run(inputs.with_leaves(*leaves), backend), leaves, upstream.to(leaves[0].dtype))
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses every operation that waits for a GPU's result, and every tensor larger than `most` elements."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "item", "is_nonzero", "equal", "masked_select", "unique")
+
+    def __init__(self, most: float = math.inf):
+        super().__init__()
+        self.most = most
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.split("::")[1]
+        assert not name.startswith(self.WAITING), f"{name} waits for the device"
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                assert tensor.untyped_storage().nbytes() // tensor.itemsize <= self.most, (
+                    f"{name} makes {list(tensor.shape)}"
+                )
+        return out
+
+
+TINY = dict(batch=2, queries=3, pictures=2, heads=2, channels=3, points=2)
+
+
+def test_reference_is_the_formula():
+    inputs = double(make(**TINY))
+    assert torch.allclose(plain(inputs), by_hand(inputs), rtol=1e-12, atol=1e-12)
+
+
+# (B, Q, n, H, D, P, sizes of the levels).
+SHAPES = {
+    "one query": (2, 1, 5, 2, 16, 8, ((4, 4), (2, 2), (1, 1))),
+    "grid": (1, 12, 1, 3, 8, 4, ((4, 3), (2, 2), (2, 1), (1, 1))),
+    "one level": (1, 3, 2, 2, 5, 1, ((3, 5),)),
+    "many pictures": (1, 4, 16, 1, 12, 3, SIZES),
+    "many points": (2, 5, 2, 2, 6, 7, SIZES),
+}
+
+
+def shaped(shape: tuple, **rest) -> Inputs:
+    names = ("batch", "queries", "pictures", "heads", "channels", "points", "sizes")
+    return make(**dict(zip(names, shape)), **rest)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", SHAPES)
+def test_accuracy(case, dtype):
+    inputs = shaped(SHAPES[case], dtype=dtype)
+    ours = run(inputs, "torch")
+    assert ours.dtype == dtype and ours.is_contiguous()
+    assert_accurate(ours, plain(inputs), exact(inputs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_queries_of_another_dtype(dtype):
+    inputs = make(dtype=dtype, query_dtype=torch.float32 if dtype != torch.float32 else torch.bfloat16)
+    ours = run(inputs, "torch")
+    assert ours.dtype == dtype
+    assert_accurate(ours, plain(inputs), exact(inputs))
+
+
+@pytest.mark.parametrize("logits", [60.0, 1e4])
+def test_logits_of_any_size(logits):
+    inputs = make(**TINY, logits=logits)
+    assert torch.allclose(run(inputs, "torch").double(), by_hand(inputs), rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_who_sees_nothing_reads_what_is_ignored(backend):
+    inputs = make()
+    inputs.index[0, 2] = 0
+    inputs.index[1] = 0
+    out = run(inputs, backend)
+    for row in (out[0, 2], *out[1]):
+        assert torch.allclose(row, inputs.ignore, rtol=1e-6, atol=0) and (
+            backend == "reference" or row.equal(inputs.ignore)
+        )
+    assert not run(inputs._replace(ignore=None), backend)[0, 2].any()
+
+
+def test_pictures_that_nobody_sees_change_nothing():
+    inputs = make()
+    inputs.table[0] = math.nan
+    assert torch.allclose(run(padded(inputs, 3), "torch"), run(inputs, "torch"), rtol=1e-5, atol=1e-6)
+
+
+def test_one_query_equals_the_last_of_many():
+    inputs = make()
+    last = inputs._replace(
+        queries=inputs.queries[:, -1:], index=inputs.index[:, -1:], reference_points=inputs.reference_points[:, -1:]
+    )
+    assert torch.allclose(run(last, "torch"), run(inputs, "torch")[:, -1:], rtol=1e-5, atol=1e-6)
+
+
+def test_arguments_that_all_rows_or_queries_share():
+    inputs = make()
+    shared = inputs._replace(
+        values=inputs.values[:1].expand_as(inputs.values),
+        index=inputs.index[:, :1],
+        reference_points=inputs.reference_points[:1, :1],
+    )
+    whole = shared._replace(
+        values=shared.values.contiguous(),
+        index=shared.index.expand_as(inputs.index),
+        reference_points=shared.reference_points.expand_as(inputs.reference_points),
+    )
+    for backend in ("reference", "torch"):
+        assert torch.allclose(run(shared, backend), run(whole, backend), rtol=1e-6, atol=1e-6)
+
+
+def test_layouts():
+    inputs = make()
+    expected = run(inputs, "torch")
+    for name, layout in layouts(inputs).items():
+        assert torch.allclose(run(layout, "torch"), expected, rtol=1e-5, atol=1e-6), name
+
+
+@pytest.mark.parametrize("bad", [1e30, math.inf, math.nan])
+def test_offsets_that_lead_outside_read_nothing(bad):
+    inputs = make(**TINY)
+    inputs.queries[0, 0, : 2 * 2 * 2] = bad
+    out = run(inputs, "torch")
+    nothing = inputs._replace(values=torch.zeros_like(inputs.values))
+    assert out[0, 0].isfinite().all() and torch.allclose(out[0, 0], run(nothing, "torch")[0, 0], rtol=1e-5, atol=1e-6)
+
+
+def test_nan_is_seen_where_the_picture_is():
+    inputs = make(offsets=0.1)
+    inputs.index[:] = torch.tensor([1, 0, 2])
+    inputs.index[1, 3] = torch.tensor([2, 1, 0])
+    inputs.values[1, 1] = math.nan
+    out = run(inputs, "torch")
+    assert out[1, 3].isnan().all()
+    out[1, 3] = 0
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("row", [-1, 5, 10**12])
+def test_an_index_that_the_table_does_not_have_makes_its_query_nan(row):
+    inputs = make()
+    expected = run(inputs, "torch")
+    inputs.index[1, 2, 1] = row
+    out = run(inputs, "torch")
+    assert out[1, 2].isnan().all()
+    out[1, 2] = expected[1, 2]
+    assert torch.equal(out, expected)
+
+
+def test_queries_are_taken_in_parts(monkeypatch):
+    inputs = make()
+    expected = run(inputs, "torch")
+    monkeypatch.setattr(torch_form, "SAMPLES", 100)
+    assert torch.allclose(run(inputs, "torch"), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("shape", [dict(batch=0), dict(queries=0), dict(pictures=0)], ids=str)
+def test_nothing(shape, backend):
+    inputs = make(**shape)
+    out = run(inputs, backend)
+    assert out.shape == (len(inputs.values), inputs.queries.shape[1], 16)
+    assert torch.equal(out, inputs.ignore.expand_as(out))
+
+
+def test_gradients():
+    inputs = make(**TINY)
+    upstream = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(1))
+    wanted = gradients(double(inputs), "reference", upstream)
+    for ours, base, oracle in zip(
+        gradients(inputs, "torch", upstream), gradients(inputs, "reference", upstream), wanted
+    ):
+        assert_accurate(ours, base, oracle, rows=6)
+
+
+def test_gradients_do_not_see_what_is_masked():
+    inputs = make(**TINY)
+    upstream = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(1))
+    expected = gradients(inputs, "torch", upstream)
+    more = padded(inputs, 2)
+    more.table[0] = math.nan
+    found = list(gradients(more, "torch", upstream))
+    assert not found[0][:, 0].any() and not found[0][:, 3:].any() and not found[2][0].any()
+    found[0] = found[0][:, 1:3]
+    for ours, other in zip(found, expected):
+        assert torch.allclose(ours, other, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_waits_for_the_device():
+    inputs = make()
+    with NoWaiting():
+        run(inputs, "torch")
+
+
+def test_peak_memory_of_a_grid():
+    """At the largest block of the UNet the form needs less than a quarter of what the reference needs."""
+    sizes = ((64, 64), (32, 32), (16, 16), (8, 8))
+    inputs = make(1, 2, 1, 16, 64, 8, sizes)
+    meta = inputs.with_leaves(*(leaf.to("meta") for leaf in inputs.leaves))
+    width = inputs.queries.shape[2]
+    meta = meta._replace(
+        queries=torch.empty(1, 4096, width, device="meta"),
+        index=torch.empty(1, 1, 1, dtype=torch.int64, device="meta"),
+        reference_points=torch.empty(1, 4096, 2, device="meta"),
+    )
+    peaks = []
+    for backend in ("reference", "torch"):
+        with torch.inference_mode(), Count() as count:
+            run(meta, backend)
+        peaks.append(count.peak)
+    assert peaks[1] < peaks[0] / 4, peaks
+
+
+REFUSED = {
+    "four dimensions": (dict(values=lambda t: t[0]), r"values must be \[B, n, S, H, D\], got \[3, 30, 2, 8\]"),
+    "integer values": (dict(values=lambda t: t.int()), "values must be floating point, got torch.int32"),
+    "an index of floats": (
+        dict(index=lambda t: t.float()),
+        "index must be torch.int32 or torch.int64, got torch.float",
+    ),
+    "another device": (dict(queries=lambda t: t.to("meta")), "queries must be on cpu as values are, got meta"),
+    "another batch": (dict(queries=lambda t: t[:1]), r"queries must be of batch 2 as values are, got \[1, 5, 16\]"),
+    "a width of no points": (
+        dict(queries=lambda t: t[..., :15]),
+        r"width of queries must be a multiple of heads \* \(2 \+ levels\) = 8, got 15",
+    ),
+    "a table of another width": (
+        dict(table=lambda t: t[:, :8]),
+        r"table must be \[R, 16\] in torch.float32 as queries are, got \[5, 8\] in torch.float32",
+    ),
+    "a table of another dtype": (dict(table=lambda t: t.half()), r"as queries are, got \[5, 16\] in torch.float16"),
+    "an empty table": (dict(table=lambda t: t[:0]), "table must have at least one row where there are pictures"),
+    "an index of another length": (
+        dict(index=lambda t: t[..., :2]),
+        r"index must be \[2, 5, 3\] or \[2, 1, 3\], got \[2, 5, 2\]",
+    ),
+    "reference points of another number": (
+        dict(reference_points=lambda t: t[:, :4]),
+        r"reference_points must be \[2 or 1, 5 or 1, 2\], got \[2, 4, 2\]",
+    ),
+    "other levels": (
+        dict(spatial_shapes=lambda _: ((4, 6),)),
+        r"the levels \[\(4, 6\)\] have 24 pixels, but value has 30",
+    ),
+    "no base": (dict(base=lambda _: 0), "base must be a positive whole number, got 0"),
+    "half a base": (dict(base=lambda _: 2.5), "base must be a positive whole number, got 2.5"),
+    "a short ignore": (
+        dict(ignore=lambda t: t[1:]),
+        r"ignore must be \[16\] in torch.float32 as values are, got \[15\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_with_what_was_expected_and_what_came(case):
+    changes, message = REFUSED[case]
+    inputs = make()
+    changed = inputs._replace(**{name: change(getattr(inputs, name)) for name, change in changes.items()})
+    with pytest.raises(ValueError, match=f"feature_sync: .*{message}"):
+        run(changed, "torch")
+
+
+def test_the_kernel_is_refused_on_a_cpu(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(BackendError, match="cannot run feature_sync: triton "):
+        run(make(), "triton")
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_autocast(backend):
+    """Nothing is rounded further: the result has the dtype of values, and the accuracy of the given dtypes."""
+    inputs = make()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = run(inputs, backend)
+    assert ours.dtype == torch.float32
+    assert torch.allclose(ours, run(inputs, backend), rtol=1e-5, atol=1e-5)
