@@ -30,7 +30,7 @@ def synchronizer(sizes: SyncSizes, **like) -> FeatureSynchronizer:
         **like,
     )
     for layer in (module.sampling_offsets, module.attention_weights):
-        nn.init.normal_(layer.weight, std=3 * sizes.width**-0.5)
+        nn.init.normal_(layer.weight, std=sizes.width**-0.5)
     return module
 
 
