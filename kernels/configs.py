@@ -210,6 +210,53 @@ def dual_resize_tile(architecture: int | None, stage: str) -> ResizeTile:
     return (DUAL_RESIZE[None] | DUAL_RESIZE.get(architecture, {}))[stage]
 
 
+class SamplingTile(NamedTuple):
+    """The tile of one program that samples maps.
+
+    Attributes:
+        elements: queries of a program times channels of a head, rounded up to a power of two.
+        warps: warps of the program.
+        unroll: points whose pixels may be on their way at the same time.
+    """
+
+    elements: int
+    warps: int
+    unroll: int
+
+
+# Keyed by compute capability as above, then by the pass, the bytes of one element of the maps, and whether a thread
+# loads several channels of a pixel at once. A thread has 8 channels of a query of 16-bit maps, and 4 of float32 maps,
+# which are 16 bytes. The tiles were not tuned on a GPU.
+DEFORMABLE_ATTENTION = {
+    None: {
+        ("forward", 2, True): SamplingTile(1024, 4, 4),
+        ("forward", 4, True): SamplingTile(512, 4, 4),
+        ("forward", 2, False): SamplingTile(512, 4, 1),
+        ("forward", 4, False): SamplingTile(512, 4, 1),
+        ("backward", 2, True): SamplingTile(128, 1, 1),
+        ("backward", 4, True): SamplingTile(128, 1, 1),
+        ("backward", 2, False): SamplingTile(512, 4, 1),
+        ("backward", 4, False): SamplingTile(512, 4, 1),
+    },
+}
+
+
+def deformable_attention_bucket(
+    stage: str, element_size: int, channels: int, strides: Iterable[int]
+) -> tuple[str, int, bool]:
+    """The bucket of maps: channels of a head, and strides between pictures, pixels and heads, in elements."""
+    # Triton knows only whether a stride is a multiple of 16.
+    return stage, element_size, channels % 8 == 0 and all(stride % 16 == 0 for stride in strides)
+
+
+def deformable_attention_tile(
+    architecture: int | None, stage: str, element_size: int, channels: int, strides: Iterable[int]
+) -> SamplingTile:
+    """The tile of one pass over these maps on a GPU of this compute capability (90 for 9.0)."""
+    table = DEFORMABLE_ATTENTION[None] | DEFORMABLE_ATTENTION.get(architecture, {})
+    return table[deformable_attention_bucket(stage, element_size, channels, strides)]
+
+
 class SyncTile(NamedTuple):
     """The tile of one program of the synchronizer.
 
@@ -258,10 +305,10 @@ FEATURE_SYNC = {
         (4, "some", True): SyncSlots(32, 16, 4, 4),
         (2, "many", True): SyncSlots(32, 32, 2, 8),
         (4, "many", True): SyncSlots(32, 16, 4, 4),
-        (2, "few", False): SyncSlots(64, 32, 1, 8),
-        (4, "few", False): SyncSlots(64, 32, 1, 8),
-        (2, "many", False): SyncSlots(32, 32, 1, 8),
-        (4, "many", False): SyncSlots(32, 32, 1, 8),
+        (2, "few", False): SyncSlots(32, 32, 1, 4),
+        (4, "few", False): SyncSlots(32, 32, 1, 4),
+        (2, "many", False): SyncSlots(16, 32, 1, 4),
+        (4, "many", False): SyncSlots(16, 32, 1, 4),
     }
 }
 # A program of a "few" queries has one of them, with many pictures at once, so that few loads wait for each other. One
@@ -306,53 +353,6 @@ def feature_sync_tile(
 def _power_of_two(number: int) -> int:
     """The least power of two that is not below the number."""
     return 1 << max(number - 1, 0).bit_length()
-
-
-class SamplingTile(NamedTuple):
-    """The tile of one program that samples maps.
-
-    Attributes:
-        elements: queries of a program times channels of a head, rounded up to a power of two.
-        warps: warps of the program.
-        unroll: points whose pixels may be on their way at the same time.
-    """
-
-    elements: int
-    warps: int
-    unroll: int
-
-
-# Keyed by compute capability as above, then by the pass, the bytes of one element of the maps, and whether a thread
-# loads several channels of a pixel at once. A thread has 8 channels of a query of 16-bit maps, and 4 of float32 maps,
-# which are 16 bytes. The tiles were not tuned on a GPU.
-DEFORMABLE_ATTENTION = {
-    None: {
-        ("forward", 2, True): SamplingTile(1024, 4, 4),
-        ("forward", 4, True): SamplingTile(512, 4, 4),
-        ("forward", 2, False): SamplingTile(512, 4, 1),
-        ("forward", 4, False): SamplingTile(512, 4, 1),
-        ("backward", 2, True): SamplingTile(128, 1, 1),
-        ("backward", 4, True): SamplingTile(128, 1, 1),
-        ("backward", 2, False): SamplingTile(512, 4, 1),
-        ("backward", 4, False): SamplingTile(512, 4, 1),
-    },
-}
-
-
-def deformable_attention_bucket(
-    stage: str, element_size: int, channels: int, strides: Iterable[int]
-) -> tuple[str, int, bool]:
-    """The bucket of maps: channels of a head, and strides between pictures, pixels and heads, in elements."""
-    # Triton knows only whether a stride is a multiple of 16.
-    return stage, element_size, channels % 8 == 0 and all(stride % 16 == 0 for stride in strides)
-
-
-def deformable_attention_tile(
-    architecture: int | None, stage: str, element_size: int, channels: int, strides: Iterable[int]
-) -> SamplingTile:
-    """The tile of one pass over these maps on a GPU of this compute capability (90 for 9.0)."""
-    table = DEFORMABLE_ATTENTION[None] | DEFORMABLE_ATTENTION.get(architecture, {})
-    return table[deformable_attention_bucket(stage, element_size, channels, strides)]
 
 
 @contextlib.contextmanager

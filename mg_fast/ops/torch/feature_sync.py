@@ -57,8 +57,8 @@ def _some(values, queries, index, reference_points, table, spatial_shapes, base,
     rows = table.index_select(0, index.flatten().clamp(0, len(table) - 1)).view(*index.shape, -1)
     z = rows.to(dtype) + queries[:, :, None]
     offsets, logits = z.split([heads * points * 2, heads * levels * points], dim=-1)
-    offsets = offsets.unflatten(-1, (heads, 1, points, 2))
-    logits = logits.unflatten(-1, (heads, levels, points))
+    offsets = offsets.view(*index.shape, heads, 1, points, 2)
+    logits = logits.view(*index.shape, heads, levels, points)
 
     unseen = torch.where(index == 0, -torch.inf, torch.nan).to(dtype)
     logits = logits.where(seen[..., None, None, None], unseen[..., None, None, None])
