@@ -9,11 +9,13 @@ from types import ModuleType
 import torch
 
 from mg_fast import ops
+from mg_fast.kernels import configs
+from mg_fast.ops.deformable_attention import deformable_attention_backward
 
 from ..costs.sampling import SAMPLERS, SamplingSizes, deformable_floor, deformable_training_floor
-from ..registry import DTYPES, Call, Case, Provider
+from ..registry import DTYPES, Call, Case, Provider, dtype_name
 from . import samplers
-from .operations import Launch, forms
+from .operations import MOST_REGISTERS, POWERS, Launch, Tunable, forms
 from .settings import compiled, deterministic, within
 
 # The batches of 8 that are measured, and the training step, whose memory others publish.
@@ -61,11 +63,9 @@ def sampling_case(name: str, sizes: SamplingSizes, *, training: bool = False) ->
     providers: dict[str, Provider | Callable[[SamplingInputs], Call]] = {"reference": own["reference"]}
     if not training:
         providers |= compiled(own["reference"], "reference")
-        providers |= compiled(own["torch"], "torch") if "torch" in own else {}
-    providers |= own
-    if "triton" in own:
-        providers["triton"] = Provider(own["triton"], work=least)
-    if training and "triton" in own:
+        providers |= compiled(own["torch"], "torch")
+    providers |= own | {"triton": Provider(own["triton"], work=least)}
+    if training:
         # A form of ours that is a kernel alone has to give the same bits again, which atomic additions do not.
         providers["triton"] = Provider(partial(within, deterministic, own["triton"]), work=least)
         providers["triton, atomics"] = Provider(own["triton"], work=least)
@@ -196,3 +196,58 @@ def _launch(in_order: bool, tensors: list[torch.Tensor], backend: str) -> list[t
     # The reference has no such order on a GPU.
     with deterministic() if in_order and backend == "triton" else contextlib.nullcontext():
         return step()
+
+
+def tunable() -> Tunable:
+    return Tunable({"elements": POWERS[5:], "warps": POWERS[:4], "unroll": POWERS[:4]}, _fits, _problems)
+
+
+# What is tuned: the shapes of the forward pass, and the encoder's backward pass.
+TUNED = ("detr-encoder", "rt-detr", "adapter-injector")
+
+
+def _problems() -> list[tuple[object, Case]]:
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        for name in TUNED:
+            sizes = replace(SAMPLERS[name], dtype=dtype)
+            case = sampling_case(f"deformable_attention/{name}-b1-{dtype_name(dtype)}", sizes)
+            found.append((_key("forward", sizes), case.restricted(["torch", "triton"])))
+        sizes = replace(SAMPLERS["detr-encoder"], dtype=dtype)
+        found.append((_key("backward", sizes), _backward_case(sizes)))
+    return found
+
+
+def _key(stage: str, sizes: SamplingSizes) -> tuple[str, int, bool]:
+    pixel = sizes.heads * sizes.channels
+    strides = sizes.pixels * pixel, pixel, sizes.channels
+    return configs.deformable_attention_bucket(stage, sizes.dtype.itemsize, sizes.channels, strides)
+
+
+def _backward_case(sizes: SamplingSizes) -> Case:
+    """The kernel of the gradients alone, beside the forward and the backward pass of the form in PyTorch."""
+
+    def by_kernel(inputs: SamplingInputs) -> Call:
+        value, locations, weights = inputs.tensors
+        sides = [side for size in inputs.levels for side in size]
+        return lambda: deformable_attention_backward(
+            inputs.gradient, value, sides, locations, weights, [True, True, True]
+        )
+
+    def by_torch(inputs: SamplingInputs) -> Call:
+        both = _forward_and_backward(inputs, _sample(inputs.levels, "torch"))
+        return lambda: both()[1:]
+
+    return Case(
+        f"deformable_attention/{TRAINING}-b1-{dtype_name(sizes.dtype)}",
+        lambda device: make_inputs(sizes, device),
+        {"torch": by_torch, "triton": by_kernel},
+        lambda inputs: _exact(True, inputs)[1:],
+        baseline="torch",
+    )
+
+
+def _fits(key: tuple, tile: configs.SamplingTile, shared: int) -> bool:
+    held = tile.elements // (32 * tile.warps)
+    # A thread holds its sum, and the four pixels of every sample that is on its way.
+    return 1 <= held <= 16 and held * (1 + 4 * tile.unroll) <= MOST_REGISTERS

@@ -5,7 +5,6 @@ form keeps the pictures' values, which are made before the call that is timed; a
 makes them within it.
 """
 
-import contextlib
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,12 +13,13 @@ from functools import partial
 import torch
 
 from mg_fast import ops
+from mg_fast.kernels import configs
 from mg_fast.modules import FeatureSynchronizer
 
 from ..costs.sampling import BLOCKS, LANGUAGE, SyncSizes, block_sizes, reference_sync_flop, sync_floor
-from ..registry import DTYPES, Call, Case, Cost, Provider
-from .operations import Launch, forms
-from .settings import compiled, deterministic
+from ..registry import DTYPES, Call, Case, Cost, Provider, dtype_name
+from .operations import POWERS, Launch, Tunable, forms
+from .settings import compiled
 from .synchronizer_blocks import (
     SynchronizerBlock,
     map_of,
@@ -236,10 +236,10 @@ SMALL_LEVELS, SMALL_HEADS, SMALL_POINTS, SMALL_CHANNELS = [(5, 5), (2, 2)], 2, 2
 
 
 def launches() -> dict[str, Launch]:
-    """The core alone, forward and backward, with atomic additions and in an order that is always the same."""
+    """The core alone: its kernel, and the gradients, which the form in PyTorch computes with torch's own atomics."""
     return {
-        "feature_sync": Launch(_small, partial(_launch, False), repeatable=False),
-        "feature_sync, deterministic": Launch(_small, partial(_launch, True)),
+        "feature_sync": Launch(_small, _forward),
+        "feature_sync, gradients": Launch(_small, _gradients, repeatable=False),
     }
 
 
@@ -254,11 +254,78 @@ def _small(dtype: torch.dtype) -> list[torch.Tensor]:
     return [*tensors, torch.rand(2, 4, 2), index]
 
 
-def _launch(in_order: bool, tensors: list[torch.Tensor], backend: str) -> list[torch.Tensor]:
-    *inputs, gradient, points, index = tensors
-    values, queries, table, ignore = inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+def _forward(tensors: list[torch.Tensor], backend: str) -> list[torch.Tensor]:
+    values, queries, table, ignore, _, points, index = tensors
     options = {"base": 4, "ignore": ignore, "backend": backend}
-    # The reference has no such order on a GPU.
-    with deterministic() if in_order and backend == "triton" else contextlib.nullcontext():
-        out = ops.feature_sync(values, queries, table, index, points, SMALL_LEVELS, **options)
-        return [out.detach(), *torch.autograd.grad(out, inputs, gradient)]
+    return [ops.feature_sync(values, queries, table, index, points, SMALL_LEVELS, **options)]
+
+
+def _gradients(tensors: list[torch.Tensor], backend: str) -> list[torch.Tensor]:
+    *inputs, gradient, points, index = tensors
+    inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+    [out] = _forward([*inputs, gradient, points, index], backend)
+    return list(torch.autograd.grad(out, inputs, gradient))
+
+
+def tunable() -> Tunable:
+    space = {"slots": POWERS[3:9], "channels": POWERS[3:7], "times": POWERS[:4], "share": POWERS[1:5]}
+    return Tunable(space, _fits, _problems)
+
+
+@dataclass
+class CoreInputs:
+    device: str
+    values: torch.Tensor
+    queries: torch.Tensor
+    table: torch.Tensor
+    index: torch.Tensor
+    points: torch.Tensor
+
+
+def _problems() -> list[tuple[object, Case]]:
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        language = replace(LANGUAGE, dtype=dtype, pictures=4)
+        named = {"llm-decode-n4": language, "llm-prefill512-n4": replace(language, queries=512)}
+        named |= {name: block_sizes(*BLOCKS[name][:2], dtype) for name in ("unet-16", "unet-64")}
+        for name, sizes in named.items():
+            channels = sizes.inner // sizes.heads
+            strides = sizes.pictures * sizes.pixels * sizes.inner, sizes.pixels * sizes.inner, sizes.inner, channels
+            key = configs.feature_sync_bucket(dtype.itemsize, sizes.batch * sizes.queries, channels, strides)
+            found.append((key, _core_case(f"feature_sync/{name}-b1-{dtype_name(dtype)}", sizes)))
+    return found
+
+
+def _core_case(name: str, sizes: SyncSizes) -> Case:
+    """The kernel alone, without the products around it."""
+
+    def make(device: str) -> CoreInputs:
+        torch.manual_seed(0)
+        like = {"dtype": sizes.dtype, "device": device}
+        channels, width = sizes.inner // sizes.heads, sizes.offsets + sizes.logits
+        values = torch.randn(sizes.batch, sizes.pictures, sizes.pixels, sizes.heads, channels, **like)
+        # Offsets are a few units long, as those of new weights are.
+        queries = torch.randn(sizes.batch, sizes.queries, width, **like) * 2
+        table = torch.randn(sizes.relations, width, **like) / 4
+        index = torch.arange(sizes.pictures, 0, -1, device=device).expand(sizes.batch, 1, sizes.pictures)
+        points = (
+            pixel_centres(sizes.side, device)[:, :, 0] if sizes.block else torch.full((1, 1, 2), 0.5, device=device)
+        )
+        return CoreInputs(device, values, queries, table, index, points)
+
+    def call(inputs: CoreInputs, backend: str) -> torch.Tensor:
+        tensors = inputs.values, inputs.queries, inputs.table, inputs.index, inputs.points
+        return ops.feature_sync(*tensors, sizes.shapes, base=sizes.base, backend=backend)
+
+    def exact(inputs: CoreInputs) -> torch.Tensor:
+        wide = [tensor.double() for tensor in (inputs.values, inputs.queries, inputs.table)]
+        return call(CoreInputs(inputs.device, *wide, inputs.index, inputs.points), "torch")
+
+    providers = {backend: lambda inputs, b=backend: lambda: call(inputs, b) for backend in ("torch", "triton")}
+    return Case(name, make, providers, exact, baseline="torch")
+
+
+def _fits(key: tuple, tile: configs.SyncSlots, shared: int) -> bool:
+    # The launch takes 1 to 8 warps. A thread adds up its share of every time's channels.
+    warps = tile.slots * tile.channels // (32 * tile.share)
+    return 1 <= warps <= 8 and tile.channels * tile.times <= 64 and tile.times * tile.share <= 32
