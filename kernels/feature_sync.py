@@ -6,8 +6,8 @@ Its tile is [queries, pictures x points, channels]: one query takes many picture
 each other; many queries take one picture after the other. Every slot of the tile keeps a maximum of its own (online,
 from 0 on, the logit of the added one), so logits are read once and no slot waits for another before the end. Levels
 share offsets and have constant sizes. Nothing of the size queries x pictures x levels x points reaches memory. Values
-[B, n, S, H, D] and queries are fp16/bf16/fp32, all arithmetic is float32 from the load on. On a CPU the PyTorch form is
-the one to use; a few queries are a matter of launching, and there a captured PyTorch form may be as fast.
+[B, n, S, H, D] and queries are fp16/bf16/fp32, all arithmetic is float32 from the load on. A program per head and 32
+queries leaves a GPU idle where queries are few, so they get smaller tiles; PyTorch in a CUDA graph may be as fast there.
 """
 
 from collections.abc import Sequence
@@ -17,14 +17,7 @@ import triton
 import triton.language as tl
 
 from .configs import feature_sync_tile
-
-
-@triton.jit
-def _single(b):
-    """Widens to float32; a bfloat16 by shifting its bits, which is one instruction."""
-    if b.dtype == tl.bfloat16:
-        return (b.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    return b.to(tl.float32)
+from .sampling import place, single
 
 
 @triton.jit
@@ -47,26 +40,16 @@ def _read(
 
     Returns their weights [BQ, BK, 1], and the pixels themselves: four tiles [BQ, BK, BD] for the first BD channels,
     then four for the next. `p_picture` [1, BK, BD] points at the first channels o_d of the first pixel of every slot's
-    picture; u, v and the samples' weights b_w are [BQ, BK]. Pixels outside of the map are zero. A location that is not
-    finite fails the comparisons.
+    picture; u, v and the samples' weights b_w are [BQ, BK]. Pixels outside of the map are zero.
     """
     BD: tl.constexpr = o_d.shape[2]
-    b_x = b_u * WIDTH - 0.5
-    b_y = b_v * HEIGHT - 0.5
-    m_in = m_seen & (b_x > -1.0) & (b_x < WIDTH) & (b_y > -1.0) & (b_y < HEIGHT)
-    # Numbers far outside do not fit in an integer.
-    b_x = tl.where(m_in, b_x, 0.0)
-    b_y = tl.where(m_in, b_y, 0.0)
-    b_left = tl.floor(b_x)
-    b_top = tl.floor(b_y)
-    o_x = b_left.to(tl.int32)
-    o_y = b_top.to(tl.int32)
-    m_left = m_in & (o_x >= 0)
-    m_right = m_in & (o_x < WIDTH - 1)
-    m_00 = (m_left & (o_y >= 0))[:, :, None]
-    m_01 = (m_right & (o_y >= 0))[:, :, None]
-    m_10 = (m_left & (o_y < HEIGHT - 1))[:, :, None]
-    m_11 = (m_right & (o_y < HEIGHT - 1))[:, :, None]
+    o_x, o_y, b_right, b_below, m_left, m_right, m_top, m_below = place(b_u, b_v, HEIGHT, WIDTH)
+    m_top = m_top & m_seen
+    m_below = m_below & m_seen
+    m_00 = (m_left & m_top)[:, :, None]
+    m_01 = (m_right & m_top)[:, :, None]
+    m_10 = (m_left & m_below)[:, :, None]
+    m_11 = (m_right & m_below)[:, :, None]
     o_pixel = START + o_y * WIDTH + o_x
     row = stride_vs * WIDTH
     if WIDE:
@@ -82,8 +65,7 @@ def _read(
         b_10 = tl.load(p_tap + row + c * BD, mask=m_10 & m_d, other=0.0)
         b_11 = tl.load(p_next + row + c * BD, mask=m_11 & m_d, other=0.0)
         b_taps = b_taps + (b_00, b_01, b_10, b_11)
-    b_right = b_x - b_left
-    b_below = (b_y - b_top) * b_w
+    b_below = b_below * b_w
     b_above = b_w - b_below
     b_11 = b_below * b_right
     b_01 = b_above * b_right
@@ -99,7 +81,7 @@ def _add(b_acc, b_weights, b_taps):
     for c in tl.static_range(len(b_acc)):
         b_s = b_acc[c]
         for t in tl.static_range(4):
-            b_s += b_weights[t] * _single(b_taps[4 * c + t])
+            b_s += b_weights[t] * single(b_taps[4 * c + t])
         b_new = b_new + (b_s,)
     return b_new
 
@@ -186,18 +168,18 @@ def feature_sync_fwd_kernel(
             p_picture = p_values + (o_j * stride_vn)[:, :, None]
             m_seen = m_picture & (o_p < P)
             o_offset = (i_h * P + o_p) * 2
-            b_u = _single(tl.load(p_query + o_offset, mask=m_seen, other=0.0))
-            b_v = _single(tl.load(p_query + o_offset + 1, mask=m_seen, other=0.0))
-            b_u += _single(tl.load(p_row + o_offset, mask=m_seen, other=0.0))
-            b_v += _single(tl.load(p_row + o_offset + 1, mask=m_seen, other=0.0))
+            b_u = single(tl.load(p_query + o_offset, mask=m_seen, other=0.0))
+            b_v = single(tl.load(p_query + o_offset + 1, mask=m_seen, other=0.0))
+            b_u += single(tl.load(p_row + o_offset, mask=m_seen, other=0.0))
+            b_v += single(tl.load(p_row + o_offset + 1, mask=m_seen, other=0.0))
             b_u = b_reference_x + b_u / BASE
             b_v = b_reference_y + b_v / BASE
             b_logits = ()
             b_new = b_max
             for s in tl.static_range(L):
                 o_logit = LOGITS + (i_h * L + s) * P + o_p
-                b_a = _single(tl.load(p_query + o_logit, mask=m_seen, other=0.0))
-                b_a += _single(tl.load(p_row + o_logit, mask=m_seen, other=0.0))
+                b_a = single(tl.load(p_query + o_logit, mask=m_seen, other=0.0))
+                b_a += single(tl.load(p_row + o_logit, mask=m_seen, other=0.0))
                 b_a = tl.where(m_seen, b_a, tl.where(o_p < P, b_unseen, float("-inf")))
                 b_new = tl.maximum(b_new, b_a)
                 b_logits = b_logits + (b_a,)
@@ -243,7 +225,7 @@ def feature_sync_fwd_kernel(
         b_out = tl.sum(b_acc[c] * b_share[:, :, None], axis=1)  # [BQ, BD]
         o_out = i_d + c * BD + tl.arange(0, BD)[None, :]
         if ignore_ptr is not None:
-            b_ignore = _single(tl.load(ignore_ptr + i_h * D + o_out, mask=o_out < D, other=0.0))
+            b_ignore = single(tl.load(ignore_ptr + i_h * D + o_out, mask=o_out < D, other=0.0))
             b_out += b_rest[:, None] * b_ignore
         b_out = b_out / b_total[:, None]
         p_out = out_ptr + ((i_b * Q + o_q) * H + i_h) * D + o_out

@@ -9,7 +9,7 @@ from ..errors import quoted
 from ..runtime.arguments import whole_number
 from . import backend as backends
 from .custom_op_support import copied, copied_rows, on_device, recording
-from .deformable_attention import check_spatial_shapes
+from .deformable_attention import check_spatial_shapes, deformable_attention
 from .deformable_attention import reference as deformable_attention_reference
 from .operation import Operation, Operator, register
 from .torch import feature_sync as torch_form
@@ -244,6 +244,20 @@ def _(values, queries, table, index, reference_points, sides, base, ignore):
     return values.new_empty(values.shape[0], queries.shape[1], values.shape[3] * values.shape[4])
 
 
+def _gather(values, spatial_shapes, locations, weights) -> torch.Tensor:
+    """Deformable attention in the fastest form that can run, which on a GPU has kernels for its gradients.
+
+    Pictures are rows of a batch here, so that they do not count as levels; the arguments are those of
+    `torch_form.feature_sync`'s `gather`.
+    """
+    batch, pictures = values.shape[:2]
+    locations = locations.transpose(1, 2).flatten(0, 1)[:, :, :, None]
+    locations = locations.expand(-1, -1, -1, len(spatial_shapes), -1, -1)
+    weights = weights.transpose(1, 2).flatten(0, 1)
+    out = deformable_attention(values.flatten(0, 1), spatial_shapes, locations, weights)
+    return out.view(batch, pictures, *out.shape[1:]).sum(1)
+
+
 @torch.library.custom_op("mg_fast::feature_sync_backward", mutates_args=())
 def feature_sync_backward(
     grad: torch.Tensor,
@@ -255,44 +269,37 @@ def feature_sync_backward(
 ) -> list[torch.Tensor]:
     """Gradients to the `wanted` ones of `inputs`: values, queries, table, reference_points, and ignore if there is one.
 
-    They are recomputed by the PyTorch form for some queries at a time, so that the memory does not grow with the
-    queries. This is an operator so that graphs need not trace it.
+    Locations and weights are recomputed by the PyTorch form for some queries at a time, so that their memory does not
+    grow with the queries; the samples' gradients are those of `deformable_attention`. Gradients that parts of the
+    queries share are added up in float32. This is an operator so that graphs need not trace it.
     """
-    values, queries, table, reference_points, *ignore = inputs
-    batch, count = queries.shape[:2]
-    samples = max(1, batch * values.shape[1] * queries.shape[2])
-    index, points = index.expand(-1, count, -1), reference_points.expand(-1, count, -1)
+    batch, count = inputs[1].shape[:2]
+    index = index.expand(-1, count, -1)
+    samples = batch * inputs[0].shape[1] * inputs[1].shape[2]
+    step = max(1, torch_form.SAMPLES // max(1, samples))
     sums = [
         torch.zeros(tensor.shape, dtype=torch.promote_types(tensor.dtype, torch.float32), device=tensor.device)
-        for tensor in inputs
+        for tensor, want in zip(inputs, wanted)
+        if want
     ]
-    step = max(1, torch_form.SAMPLES // samples)
     for first in range(0, count, step):
         some = slice(first, first + step)
-        given = (values, queries[:, some], table, points[:, some], *ignore)
+        # Queries have a part of their own, and reference points may have one.
+        cut = [True if i == 1 else i == 3 and inputs[3].shape[1] > 1 for i in range(len(inputs))]
         with recording(), torch.enable_grad():
-            leaves = [tensor.detach().requires_grad_(want) for tensor, want in zip(given, wanted)]
+            values, queries, table, points, *ignore = leaves = [
+                (tensor[:, some] if part else tensor).detach().requires_grad_(want)
+                for tensor, part, want in zip(inputs, cut, wanted)
+            ]
             out = torch_form.feature_sync(
-                *leaves[:3], index[:, some], leaves[3], _pairs(sides), base, *(leaves[4:] or [None])
+                values, queries, table, index[:, some], points, _pairs(sides), base, *(ignore or [None]), gather=_gather
             )
-            found = iter(
-                torch.autograd.grad(
-                    out,
-                    [leaf for leaf in leaves if leaf.requires_grad],
-                    grad[:, some],
-                    allow_unused=True,
-                    materialize_grads=True,
-                )
-            )
-        for i, want in enumerate(wanted):
-            if not want:
-                continue
-            part = next(found)
-            if i == 1 or i == 3 and reference_points.shape[1] > 1:
-                sums[i][:, some] = part
-            else:
-                sums[i] += part if i != 3 else part.sum(1, keepdim=True)
-    return [total.to(tensor.dtype) for total, tensor, want in zip(sums, inputs, wanted) if want]
+            sources = [leaf for leaf in leaves if leaf.requires_grad]
+            found = torch.autograd.grad(out, sources, grad[:, some], allow_unused=True, materialize_grads=True)
+        parts = (part for part, want in zip(cut, wanted) if want)
+        for total, gradient, part in zip(sums, found, parts):
+            (total[:, some] if part else total).add_(gradient)
+    return [total.to(tensor.dtype) for total, tensor in zip(sums, (t for t, want in zip(inputs, wanted) if want))]
 
 
 @feature_sync_backward.register_fake

@@ -1,17 +1,21 @@
 """The synchronizer's core in PyTorch: the `torch` backend of `ops.feature_sync`.
 
-Locations and weights are made for some queries at a time, so that little memory is needed for many of them. Each
-picture's levels count as levels of one map, which the form of deformable attention reads where it lies.
+Locations and weights are made for some queries at a time, so that little memory is needed for many of them. Then the
+levels of all pictures count as levels of one map, which the form of deformable attention reads. Where the queries are
+so few that most pixels of the values are not needed, only those that are needed are copied.
 """
 
 from collections.abc import Callable, Sequence
 
 import torch
 
-from ..deformable_attention import reference as deformable_attention
+from .deformable_attention import deformable_attention, pixels_of
 
 # The most samples (heads, pictures, levels and points of some queries) whose locations and weights exist together.
 SAMPLES = 2**19
+# Pixels are copied one by one where they are at most this share of the values' pixels: on a CPU this is where it takes
+# as long as the other way, at the sizes of the language model.
+FEW = 1 / 2
 
 
 def feature_sync(
@@ -24,20 +28,26 @@ def feature_sync(
     base: int,
     ignore: torch.Tensor | None,
     *,
-    gather: Callable[..., torch.Tensor] = deformable_attention,
+    gather: Callable[..., torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """`mg_fast.ops.feature_sync` in PyTorch; `gather` replaces the form of deformable attention that reads samples.
+    """`mg_fast.ops.feature_sync` in PyTorch.
 
-    A query with an index that the table does not have is NaN, as in the kernel, because to raise an error would mean
-    to wait for the device.
+    `gather(values, spatial_shapes, locations [B, Q, n, H, P, 2], weights [B, Q, n, H, L, P])` replaces the function
+    that adds up weighted samples, [B, Q, H * D] in the dtype of values.
+
+    A query with an index that the table does not have is NaN, as in the kernel: an error could only be raised after
+    waiting for the device.
     """
-    batch, pictures, _, heads, channels = values.shape
-    count = queries.shape[1]
+    batch, pictures, pixels, heads, channels = values.shape
+    count, levels = queries.shape[1], len(spatial_shapes)
     if pictures == 0 or 0 in (batch, count):
         out = values.new_zeros(batch, count, heads * channels)
         return out if ignore is None else out + ignore
-    samples = batch * heads * pictures * queries.shape[2] // heads
-    # A compiler's graph should be small, so it is not cut.
+    points = queries.shape[2] // (heads * (2 + levels))
+    if gather is None:
+        gather = _by_pixels if 4 * count * levels * points <= FEW * pixels else _by_levels
+    # A compiler's graph should be small, so there the queries are not cut into parts.
+    samples = batch * pictures * heads * levels * points
     step = count if torch.compiler.is_compiling() else max(1, SAMPLES // samples)
     index, reference_points = index.expand(-1, count, -1), reference_points.expand(-1, count, -1)
     parts = [
@@ -49,7 +59,7 @@ def feature_sync(
 
 def _some(values, queries, index, reference_points, table, spatial_shapes, base, ignore, gather) -> torch.Tensor:
     """The result for some queries; index [B, Q, n] and reference_points [B or 1, Q, 2] are theirs alone."""
-    pictures, _, heads, channels = values.shape[1:]
+    heads, channels = values.shape[3:]
     levels, count = len(spatial_shapes), queries.shape[1]
     points = queries.shape[2] // (heads * (2 + levels))
     dtype = torch.promote_types(torch.promote_types(values.dtype, queries.dtype), torch.float32)
@@ -57,8 +67,11 @@ def _some(values, queries, index, reference_points, table, spatial_shapes, base,
     rows = table.index_select(0, index.flatten().clamp(0, len(table) - 1)).view(*index.shape, -1)
     z = rows.to(dtype) + queries[:, :, None]
     offsets, logits = z.split([heads * points * 2, heads * levels * points], dim=-1)
-    offsets = offsets.view(*index.shape, heads, 1, points, 2)
+    offsets = offsets.view(*index.shape, heads, points, 2)
     logits = logits.view(*index.shape, heads, levels, points)
+    # A location that is not finite reads nothing, whatever the picture holds.
+    locations = reference_points[:, :, None, None, None].to(dtype) + offsets / base
+    locations = locations.where(seen[..., None, None, None], torch.inf)
 
     unseen = torch.where(index == 0, -torch.inf, torch.nan).to(dtype)
     logits = logits.where(seen[..., None, None, None], unseen[..., None, None, None])
@@ -66,14 +79,52 @@ def _some(values, queries, index, reference_points, table, spatial_shapes, base,
     most = logits.detach().amax((2, 4, 5), keepdim=True).clamp(min=0)
     weights, rest = (logits - most).exp(), (-most).exp()
     total = weights.sum((2, 4, 5), keepdim=True) + rest
-    weights = (weights / total).movedim(2, 3).flatten(3, 4)  # [B, Q, H, n * L, P]
-
-    locations = reference_points[:, :, None, None, None, None].to(dtype) + offsets / base
-    # A location that is not finite reads nothing, whatever the picture holds.
-    locations = locations.where(seen[..., None, None, None, None], torch.inf)
-    locations = locations.movedim(2, 3).expand(-1, -1, -1, -1, levels, -1, -1).flatten(3, 4)
-    out = gather(values.flatten(1, 2), list(spatial_shapes) * pictures, locations, weights)
+    out = gather(values, spatial_shapes, locations, weights / total)
     if ignore is not None:
-        share = (rest / total).reshape(-1, count, heads, 1) * ignore.view(heads, channels)
-        out = (out + share.flatten(2)).to(values.dtype)
-    return out
+        share = (rest / total).view(-1, count, heads, 1) * ignore.view(heads, channels)
+        out = out + share.flatten(2)
+    return out.to(values.dtype)
+
+
+def _by_levels(values, spatial_shapes, locations, weights) -> torch.Tensor:
+    """The levels of all pictures are levels of one map."""
+    pictures, levels = values.shape[1], len(spatial_shapes)
+    # [B, Q, H, n * L, P, 2] and [B, Q, H, n * L, P].
+    locations = locations[:, :, :, :, None].expand(-1, -1, -1, -1, levels, -1, -1).movedim(2, 3).flatten(3, 4)
+    weights = weights.movedim(2, 3).flatten(3, 4)
+    return deformable_attention(values.flatten(1, 2), list(spatial_shapes) * pictures, locations, weights)
+
+
+def _by_pixels(values, spatial_shapes, locations, weights) -> torch.Tensor:
+    """Copies the four pixels of every sample, and multiplies them by their weights."""
+    batch, pictures, _, heads, channels = values.shape
+    count, levels = locations.shape[1], len(spatial_shapes)
+    every = values.reshape(-1, channels)
+    # Pictures are rows of a batch here: [B * n, Q, H, L, P].
+    locations = locations.transpose(1, 2).flatten(0, 1)[:, :, :, None].expand(-1, -1, -1, levels, -1, -1)
+    pixels = pixels_of(locations, spatial_shapes)
+    weights = weights.transpose(1, 2).flatten(0, 1)
+    lower = weights * pixels.low
+    upper = weights - lower
+    lower_right, upper_right = lower * pixels.right, upper * pixels.right
+    weights = torch.stack((upper - upper_right, upper_right, lower - lower_right, lower_right))
+
+    def by_query(numbers: torch.Tensor) -> torch.Tensor:
+        """Reorders [4, B * n, Q, H, L, P] to [B * Q * H, n * L * P * 4]."""
+        numbers = numbers.view(4, batch, pictures, count, heads, -1)
+        return numbers.permute(1, 3, 4, 2, 5, 0).reshape(batch * count * heads, -1)
+
+    rows, weights = by_query(torch.stack(pixels.rows)), by_query(weights)
+    # A pixel outside of its map weighs nothing. In its place another pixel is read that the query reads anyway, so that
+    # nothing is seen that the query does not see. A query without any pixel gets the sum of its weights, which is 0 or
+    # NaN.
+    inside = rows < len(every)
+    most = rows.where(inside, -1).amax(-1, keepdim=True)
+    weights = weights * inside
+    found = every.index_select(0, rows.where(inside, most.clamp(min=0)).flatten()).view(*rows.shape, channels)
+    if weights.requires_grad:
+        # The gradient of a weight is a product with the pixel, which must not be NaN for a query without any pixel.
+        found = found.masked_fill((most < 0)[..., None], 0)
+    out = torch.bmm(weights[:, None], found.to(weights.dtype)).squeeze(1)
+    out = out.where(most >= 0, weights.sum(-1, keepdim=True))
+    return out.view(batch, count, heads * channels).to(values.dtype)

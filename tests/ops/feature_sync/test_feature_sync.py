@@ -191,6 +191,12 @@ class NoWaiting(TorchDispatchMode):
         return out
 
 
+@pytest.fixture(params=[0, math.inf], ids=["by levels", "by pixels"])
+def way(request, monkeypatch):
+    """Runs a test with each of the two ways in which the PyTorch form reads pixels."""
+    monkeypatch.setattr(torch_form, "FEW", request.param)
+
+
 TINY = dict(batch=2, queries=3, pictures=2, heads=2, channels=3, points=2)
 
 
@@ -216,7 +222,7 @@ def shaped(shape: tuple, **rest) -> Inputs:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", SHAPES)
-def test_accuracy(case, dtype):
+def test_accuracy(case, dtype, way):
     inputs = shaped(SHAPES[case], dtype=dtype)
     ours = run(inputs, "torch")
     assert ours.dtype == dtype and ours.is_contiguous()
@@ -224,7 +230,7 @@ def test_accuracy(case, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_queries_of_another_dtype(dtype):
+def test_queries_of_another_dtype(dtype, way):
     inputs = make(dtype=dtype, query_dtype=torch.float32 if dtype != torch.float32 else torch.bfloat16)
     ours = run(inputs, "torch")
     assert ours.dtype == dtype
@@ -232,13 +238,24 @@ def test_queries_of_another_dtype(dtype):
 
 
 @pytest.mark.parametrize("logits", [60.0, 1e4])
-def test_logits_of_any_size(logits):
+def test_logits_of_any_size(logits, way):
     inputs = make(**TINY, logits=logits)
     assert torch.allclose(run(inputs, "torch").double(), by_hand(inputs), rtol=1e-4, atol=2e-5)
 
 
+def test_the_way_follows_from_the_number_of_pixels(monkeypatch):
+    """One of the language model's tokens reads few of the pixels of a picture, a grid of queries reads most."""
+    found = []
+    for way in ("_by_levels", "_by_pixels"):
+        original = getattr(torch_form, way)
+        monkeypatch.setattr(torch_form, way, lambda *given, f=original, way=way: found.append(way) or f(*given))
+    for queries in (1, 64):
+        run(make(1, queries, 1, 1, 2, 8, ((32, 32), (16, 16), (8, 8))), "torch")
+    assert found == ["_by_pixels", "_by_levels"]
+
+
 @pytest.mark.parametrize("backend", ["reference", "torch"])
-def test_who_sees_nothing_reads_what_is_ignored(backend):
+def test_who_sees_nothing_reads_what_is_ignored(backend, way):
     inputs = make()
     inputs.index[0, 2] = 0
     inputs.index[1] = 0
@@ -250,13 +267,13 @@ def test_who_sees_nothing_reads_what_is_ignored(backend):
     assert not run(inputs._replace(ignore=None), backend)[0, 2].any()
 
 
-def test_pictures_that_nobody_sees_change_nothing():
+def test_pictures_that_nobody_sees_change_nothing(way):
     inputs = make()
     inputs.table[0] = math.nan
     assert torch.allclose(run(padded(inputs, 3), "torch"), run(inputs, "torch"), rtol=1e-5, atol=1e-6)
 
 
-def test_one_query_equals_the_last_of_many():
+def test_one_query_equals_the_last_of_many(way):
     inputs = make()
     last = inputs._replace(
         queries=inputs.queries[:, -1:], index=inputs.index[:, -1:], reference_points=inputs.reference_points[:, -1:]
@@ -280,7 +297,7 @@ def test_arguments_that_all_rows_or_queries_share():
         assert torch.allclose(run(shared, backend), run(whole, backend), rtol=1e-6, atol=1e-6)
 
 
-def test_layouts():
+def test_layouts(way):
     inputs = make()
     expected = run(inputs, "torch")
     for name, layout in layouts(inputs).items():
@@ -288,7 +305,7 @@ def test_layouts():
 
 
 @pytest.mark.parametrize("bad", [1e30, math.inf, math.nan])
-def test_offsets_that_lead_outside_read_nothing(bad):
+def test_offsets_that_lead_outside_read_nothing(bad, way):
     inputs = make(**TINY)
     inputs.queries[0, 0, : 2 * 2 * 2] = bad
     out = run(inputs, "torch")
@@ -296,7 +313,7 @@ def test_offsets_that_lead_outside_read_nothing(bad):
     assert out[0, 0].isfinite().all() and torch.allclose(out[0, 0], run(nothing, "torch")[0, 0], rtol=1e-5, atol=1e-6)
 
 
-def test_nan_is_seen_where_the_picture_is():
+def test_nan_is_seen_where_the_picture_is(way):
     inputs = make(offsets=0.1)
     inputs.index[:] = torch.tensor([1, 0, 2])
     inputs.index[1, 3] = torch.tensor([2, 1, 0])
@@ -308,7 +325,7 @@ def test_nan_is_seen_where_the_picture_is():
 
 
 @pytest.mark.parametrize("row", [-1, 5, 10**12])
-def test_an_index_that_the_table_does_not_have_makes_its_query_nan(row):
+def test_an_index_that_the_table_does_not_have_makes_its_query_nan(row, way):
     inputs = make()
     expected = run(inputs, "torch")
     inputs.index[1, 2, 1] = row
@@ -334,7 +351,7 @@ def test_nothing(shape, backend):
     assert torch.equal(out, inputs.ignore.expand_as(out))
 
 
-def test_gradients():
+def test_gradients(way):
     inputs = make(**TINY)
     upstream = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(1))
     wanted = gradients(double(inputs), "reference", upstream)
@@ -344,7 +361,7 @@ def test_gradients():
         assert_accurate(ours, base, oracle, rows=6)
 
 
-def test_gradients_do_not_see_what_is_masked():
+def test_gradients_do_not_see_what_is_masked(way):
     inputs = make(**TINY)
     upstream = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(1))
     expected = gradients(inputs, "torch", upstream)
@@ -357,7 +374,7 @@ def test_gradients_do_not_see_what_is_masked():
         assert torch.allclose(ours, other, rtol=1e-4, atol=1e-5)
 
 
-def test_nothing_waits_for_the_device():
+def test_nothing_waits_for_the_device(way):
     inputs = make()
     with NoWaiting():
         run(inputs, "torch")
