@@ -123,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "formulas",
         "formulas:table",
-        "print FLOP and bytes of patch info mining and of the ConvNeXt tower, by formula",
+        "print FLOP and bytes of mining, the ConvNeXt tower and the synchronizer, by formula",
     )
 
     option = add("roofline", "roofline:table", "compute FLOP, bytes and least times of an answer on a GPU, from shapes")
