@@ -30,7 +30,7 @@ def _program(Q, H, BQ: tl.constexpr):
     return i_b.to(tl.int64), (i % H).to(tl.int64), o_q
 
 
-@triton.jit(do_not_specialize=["sides", "Q", "H"])
+@triton.jit(do_not_specialize=["Q", "H"])
 def deformable_attention_fwd_kernel(
     value_ptr,
     locations_ptr,
@@ -60,8 +60,8 @@ def deformable_attention_fwd_kernel(
     b_out = tl.zeros([BQ, BD], tl.float32)
     start = 0
     for s in tl.static_range(L):
-        h = sides[2 * s]
-        w = sides[2 * s + 1]
+        h = tl.cast(sides[2 * s], tl.int32)
+        w = tl.cast(sides[2 * s + 1], tl.int32)
         for i_p in tl.range(0, P, loop_unroll_factor=UNROLL):
             b_x = tl.load(p_locations + (s * P + i_p) * 2, mask=m_q, other=0.0).to(tl.float32)
             b_y = tl.load(p_locations + (s * P + i_p) * 2 + 1, mask=m_q, other=0.0).to(tl.float32)
@@ -82,7 +82,7 @@ def deformable_attention_fwd_kernel(
     tl.store(p_out, b_out.to(out_ptr.dtype.element_ty), mask=m_q[:, None] & m_d)
 
 
-@triton.jit(do_not_specialize=["sides", "Q", "H", "S"])
+@triton.jit(do_not_specialize=["Q", "H", "S"])
 def deformable_attention_bwd_kernel(
     grad_ptr,
     value_ptr,
@@ -115,8 +115,8 @@ def deformable_attention_bwd_kernel(
     o_sample = o_row * (L * P)
     start = 0
     for s in tl.static_range(L):
-        h = sides[2 * s]
-        w = sides[2 * s + 1]
+        h = tl.cast(sides[2 * s], tl.int32)
+        w = tl.cast(sides[2 * s + 1], tl.int32)
         for i_p in range(P):
             o_n = o_sample + s * P + i_p
             b_x = tl.load(locations_ptr + o_n * 2, mask=m_q, other=0.0).to(tl.float32)
@@ -165,7 +165,7 @@ def _add(p_grad, o_pixel, m_pixel, m_d, stride_s, b_c, b_grad):
     tl.atomic_add(p, b_c[:, None] * b_grad, mask=m_pixel[:, None] & m_d, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["sides", "H", "S"])
+@triton.jit(do_not_specialize=["H", "S"])
 def sum_rows_bwd_kernel(
     grad_ptr,
     locations_ptr,
@@ -186,16 +186,18 @@ def sum_rows_bwd_kernel(
     i_row = tl.program_id(0).to(tl.int64)
     i_pixel = (i_row // H % S).to(tl.int32)
     # The sizes and the first pixel of the level that the pixel lies in.
-    h = sides[0]
-    w = sides[1]
+    h = tl.cast(sides[0], tl.int32)
+    w = tl.cast(sides[1], tl.int32)
     start = 0
     end = h * w
     for s in tl.static_range(1, L):
         m_level = i_pixel >= end
-        h = tl.where(m_level, sides[2 * s], h)
-        w = tl.where(m_level, sides[2 * s + 1], w)
+        h_s = tl.cast(sides[2 * s], tl.int32)
+        w_s = tl.cast(sides[2 * s + 1], tl.int32)
+        h = tl.where(m_level, h_s, h)
+        w = tl.where(m_level, w_s, w)
         start = tl.where(m_level, end, start)
-        end += sides[2 * s] * sides[2 * s + 1]
+        end += h_s * w_s
     row = (i_pixel - start) // w
     column = (i_pixel - start) % w
     o_d = tl.arange(0, BD)[None, :]
@@ -221,6 +223,15 @@ def sum_rows_bwd_kernel(
     o_c = tl.arange(0, BD)
     p_out = grad_value_ptr + i_row * D + o_c
     tl.store(p_out, tl.sum(b_sum, axis=0).to(grad_value_ptr.dtype.element_ty), mask=o_c < D)
+
+
+def _floats(sides: Sequence[int]) -> tuple[float, ...]:
+    """The sides as arguments of a kernel.
+
+    Triton compiles a kernel again for ints of a tuple that are 1 or multiples of 16, and never for a float. The kernels
+    take the float, which is exact up to 2^24, for the int that it was.
+    """
+    return tuple(float(side) for side in sides)
 
 
 def _tile(value: torch.Tensor, stage: str) -> tuple[SamplingTile, int, int]:
@@ -258,7 +269,7 @@ def deformable_attention_fwd(
             locations,
             weights,
             out,
-            tuple(sides),
+            _floats(sides),
             queries,
             heads,
             *value.stride()[:3],
@@ -307,7 +318,7 @@ def deformable_attention_bwd(
             locations,
             weights,
             *gradients,
-            tuple(sides),
+            _floats(sides),
             queries,
             heads,
             value.shape[1],
@@ -362,7 +373,7 @@ def sum_rows_bwd(
             order,
             ends,
             out,
-            tuple(sides),
+            _floats(sides),
             heads,
             pixels,
             L=levels,

@@ -22,6 +22,8 @@ __all__ = [
 
 # The widest head whose pixels the kernels hold in registers, and the most levels that they are compiled for.
 MAX_CHANNELS, MAX_LEVELS = 256, 8
+# The longest side that float32 counts exactly.
+MAX_SIDE = 2**24
 
 
 def deformable_attention(
@@ -146,6 +148,8 @@ def _why_not(value, spatial_shapes, sampling_locations, attention_weights) -> st
         return f"the kernel holds pixels of up to {MAX_CHANNELS} channels a head, these have {value.shape[-1]}"
     if len(spatial_shapes) > MAX_LEVELS:
         return f"the kernel is compiled for up to {MAX_LEVELS} levels, these are {len(spatial_shapes)}"
+    if max(side for size in spatial_shapes for side in size) > MAX_SIDE:
+        return f"the kernel counts the pixels of a side in float32, up to {MAX_SIDE}, got {quoted(spatial_shapes)}"
     return None
 
 

@@ -83,7 +83,8 @@ def by_sums_of_rows(
         # zero. A GPU's host would wait for the answer.
         if compiling or device.type != "cpu" or not rows[0].isfinite().all():
             rows, outside = torch.cat([rows, rows.new_zeros(1, channels)]), pixels * heads
-        for top in range(0, queries, at_once):
+        # A range would make the number of queries a constant of a trace.
+        for top in (0,) if compiling else range(0, queries, at_once):
             some = slice(top, top + at_once)
             at = locations[picture, some].flatten(2, 3).movedim(-1, 0).contiguous()
             count = at.shape[1]

@@ -21,10 +21,6 @@ def test_every_configuration_is_compiled():
     checks.every_configuration_is_compiled("deformable_attention")
 
 
-def test_twins_need_the_same():
-    checks.twins_need_the_same("deformable_attention")
-
-
 def test_other_sizes_take_the_kernel_that_is_there():
     """Sides, queries, heads and pixels of 1, of a multiple of 16 and of neither have one kernel each."""
 

@@ -278,3 +278,6 @@ def test_what_the_kernel_does_not_take():
         kernel(*make(1, 1, 257, 1))
     with pytest.raises(BackendError, match="is compiled for up to 8 levels, these are 9"):
         kernel(*make(1, 1, 4, 1, [(1, 1)] * 9))
+    long = torch.zeros(1, 1, 1, 1).expand(1, 2**24 + 1, 1, 1)
+    with pytest.raises(BackendError, match=r"in float32, up to 16777216, got \[\(1, 16777217\)\]"):
+        kernel(long, [(1, 2**24 + 1)], torch.zeros(1, 1, 1, 1, 1, 2), torch.zeros(1, 1, 1, 1, 1))
