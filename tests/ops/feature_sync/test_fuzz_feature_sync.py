@@ -19,13 +19,13 @@ NAMES = ["contiguous", *layouts(make(1, 1, 1, 1, 1, 1, ((1, 1),)))]
     shape=st.fixed_dictionaries(
         dict(
             batch=st.sampled_from([1, 1, 1, 1, 2, 0]),
-            queries=st.sampled_from([1, 1, 2, 3, 0]),
-            pictures=st.sampled_from([1, 1, 2, 3, 5, 0]),
-            heads=st.sampled_from([1, 1, 2]),
+            queries=st.sampled_from([1, 1, 1, 2, 0]),
+            pictures=st.sampled_from([1, 1, 2, 3, 0]),
+            heads=st.sampled_from([1, 1, 1, 2]),
             # Of a few channels the largest error says little.
             channels=st.integers(4, 20),
             points=st.integers(1, 5),
-            sizes=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=3).map(tuple),
+            sizes=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=2).map(tuple),
         )
     ),
     dtype=st.sampled_from(["float32", "float16", "bfloat16"]),
