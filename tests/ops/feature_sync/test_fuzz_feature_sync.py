@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mg_fast.kernels import configs
 from mg_fast.testing.tolerances import errors
 from tests.fuzzing import assert_accurate_by_draws, fuzz
-from tests.ops.feature_sync.test_feature_sync import exact, layouts, make, plain, run
+from tests.ops.feature_sync.inputs import exact, layouts, make, plain, run
 
 NAMES = ["contiguous", *layouts(make(1, 1, 1, 1, 1, 1, ((1, 1),)))]
 
