@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mg_fast.kernels import configs
 from mg_fast.testing.tolerances import errors
 from tests.fuzzing import assert_accurate_by_draws, fuzz
-from tests.ops.feature_sync.test_feature_sync import exact, layouts, make, plain, run
+from tests.ops.feature_sync.inputs import exact, layouts, make, plain, run
 
 NAMES = ["contiguous", *layouts(make(1, 1, 1, 1, 1, 1, ((1, 1),)))]
 
@@ -19,13 +19,13 @@ NAMES = ["contiguous", *layouts(make(1, 1, 1, 1, 1, 1, ((1, 1),)))]
     shape=st.fixed_dictionaries(
         dict(
             batch=st.sampled_from([1, 1, 1, 1, 2, 0]),
-            queries=st.sampled_from([1, 1, 2, 3, 0]),
-            pictures=st.sampled_from([1, 1, 2, 3, 5, 0]),
-            heads=st.sampled_from([1, 1, 2]),
+            queries=st.sampled_from([1, 1, 1, 2, 0]),
+            pictures=st.sampled_from([1, 1, 2, 3, 0]),
+            heads=st.sampled_from([1, 1, 1, 2]),
             # Of a few channels the largest error says little.
             channels=st.integers(4, 20),
             points=st.integers(1, 5),
-            sizes=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=3).map(tuple),
+            sizes=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=2).map(tuple),
         )
     ),
     dtype=st.sampled_from(["float32", "float16", "bfloat16"]),

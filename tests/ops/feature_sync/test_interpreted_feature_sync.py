@@ -9,7 +9,7 @@ import torch._dynamo.testing
 from mg_fast import BackendError, ops, use_backend
 from mg_fast.kernels import configs
 from mg_fast.testing.tolerances import assert_accurate
-from tests.ops.feature_sync.test_feature_sync import (
+from tests.ops.feature_sync.inputs import (
     DTYPES,
     SHAPES,
     SIZES,
