@@ -147,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--calibrate", type=Path, metavar="DIR", help=measured)
 
     option = add("report", _report, "make tables and a page from bench/results; without an option, print the tables")
-    readme = "write the tables between the markers of README.md and docs/benchmarks.md"
+    readme = "write the tables between the markers of README.md, docs/benchmarks.md and docs/kernels.md"
     option("--readme", action="store_true", help=readme)
     option("--html", type=Path, metavar="FILE", help="write one self-contained page of pictures")
     check = "write nothing; if a table of these pages is not what the records give, the exit status is 1"
