@@ -1,5 +1,6 @@
 """Passes of a language model over a KVCache: a prompt in chunks, then one token at a time; on a GPU as CUDA graphs."""
 
+import contextlib
 import logging
 import time
 
@@ -13,6 +14,7 @@ from ..runtime.graphs import CapturedGraph, Captures, GraphCache
 from ..runtime.layer_dtypes import call
 from ..runtime.numerics import numerics
 from ..runtime.weights import why_not_plain
+from .grouped_attention import SDPA, grouped, in_force
 from .kv_cache import KVCache
 from .sequences import Sequences
 
@@ -103,8 +105,8 @@ class ModelRunner:
         devices = {p.device for part in (language, head) for p in part.parameters()}
         if len(devices) > 1 or next(iter(devices)).type != "cuda":
             return "the language model is not on one GPU"
-        if self.config._attn_implementation != "sdpa":
-            return f"attention is {self.config._attn_implementation}: only sdpa takes a mask over a fixed window"
+        if (attention := in_force(self.config)) != SDPA:
+            return f"attention is {attention}: only sdpa takes a mask over a fixed window"
         window = getattr(self.config, "sliding_window", None)
         if window is not None and window < capacity:
             return f"attention slides over {window} positions"
@@ -155,7 +157,9 @@ class ModelRunner:
         if sequences.by_graph and not self._asks_host(len(tokens)):
             logits = self._by_graph(sequences, tokens[:, None], 1, 1)
         else:
-            logits = self._run(sequences, self.model.embed_ids(tokens[:, None]))
+            # Without a mask transformers repeats no keys.
+            with grouped(self.config) if sequences.mask is not None else contextlib.nullcontext():
+                logits = self._run(sequences, self.model.embed_ids(tokens[:, None]))
         sequences.cache.length += 1
         return logits
 
@@ -264,8 +268,10 @@ class _Graph:
         return self.graph.replay()
 
     def _pass(self) -> torch.Tensor:
+        one_token = self.inputs.shape[1] == 1
         try:
-            return self.run(self.sequences, self.inputs, self.places, self.start, self.last)
+            with grouped(self.runner.config) if one_token else contextlib.nullcontext():
+                return self.run(self.sequences, self.inputs, self.places, self.start, self.last)
         finally:
             self.sequences.cache.positions = None
 
