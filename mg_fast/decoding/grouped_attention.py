@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
@@ -31,7 +32,7 @@ _running: Counter[int] = Counter()
 
 
 def attend(
-    module: torch.nn.Module,
+    module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -76,15 +77,17 @@ def in_force(config: PreTrainedConfig) -> str | None:
 
 
 @contextlib.contextmanager
-def grouped(config: PreTrainedConfig) -> Iterator[None]:
-    """Within the block, layers with this configuration attend by `attend`, if `sdpa` is in force and heads share keys.
+def grouped(model: nn.Module) -> Iterator[None]:
+    """Within the block, a language model's layers attend by `attend`, if `sdpa` is in force and its heads share keys.
 
-    Threads may be in such blocks at once. A pass of another thread that runs meanwhile computes the same as without,
-    because `attend` leaves everything but one token of grouped heads to `sdpa`.
+    Models whose layers do not look up their attention by its name at every pass are left alone. Threads may be in such
+    blocks at once. A pass of another thread that runs meanwhile computes the same as without, because `attend` leaves
+    everything but one token of grouped heads to `sdpa`.
     """
-    keys = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    config = getattr(model, "config", None)
+    shared = _heads_share_keys(config) and getattr(model, "is_backend_compatible", bool)()
     with _lock:
-        used = keys < config.num_attention_heads and in_force(config) == SDPA
+        used = shared and in_force(config) == SDPA
         if used:
             _running[id(config)] += 1
             if config._attn_implementation != GROUPED:
@@ -100,6 +103,12 @@ def grouped(config: PreTrainedConfig) -> Iterator[None]:
                     # The caller may have chosen another attention meanwhile.
                     if config._attn_implementation == GROUPED:
                         _choose(config, SDPA)
+
+
+def _heads_share_keys(config: PreTrainedConfig | None) -> bool:
+    heads, keys = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    # Some models have a list with a number for every layer, and are left alone.
+    return isinstance(heads, int) and isinstance(keys, int) and keys < heads
 
 
 def _choose(config: PreTrainedConfig, name: str) -> None:

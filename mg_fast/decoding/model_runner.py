@@ -158,7 +158,7 @@ class ModelRunner:
             logits = self._by_graph(sequences, tokens[:, None], 1, 1)
         else:
             # Without a mask transformers repeats no keys.
-            with grouped(self.config) if sequences.mask is not None else contextlib.nullcontext():
+            with grouped(self.language_model) if sequences.mask is not None else contextlib.nullcontext():
                 logits = self._run(sequences, self.model.embed_ids(tokens[:, None]))
         sequences.cache.length += 1
         return logits
@@ -270,7 +270,7 @@ class _Graph:
     def _pass(self) -> torch.Tensor:
         one_token = self.inputs.shape[1] == 1
         try:
-            with grouped(self.runner.config) if one_token else contextlib.nullcontext():
+            with grouped(self.runner.language_model) if one_token else contextlib.nullcontext():
                 return self.run(self.sequences, self.inputs, self.places, self.start, self.last)
         finally:
             self.sequences.cache.positions = None

@@ -48,7 +48,7 @@ def cost_of_a_token(size: str, layers: int, *, as_sdpa: bool) -> Cost:
             layer.lazy_initialization(one, one)
         start, last = (torch.empty(1, dtype=torch.int64, device="cuda") for _ in range(2))
         token, places = (torch.empty(shape, dtype=torch.int64, device="cuda") for shape in ((1, 1), (WINDOW,)))
-        with contextlib.nullcontext() if as_sdpa else grouped(runner.config), Count("cuda") as count:
+        with contextlib.nullcontext() if as_sdpa else grouped(runner.language_model), Count("cuda") as count:
             runner._pass(sequences, token, places, start, last)
     return count.total
 

@@ -235,18 +235,48 @@ def test_capped_scores_are_computed_as_without(by_graph, passes_of_groups, left_
     assert left_to_sdpa == passes_of_groups != []
 
 
+def shared_keys():
+    model = made("llama").model
+    return model, model.config
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_key_value_heads": 4},
+        {"num_key_value_heads": [2, 4]},
+        {"_attn_implementation": "eager"},
+        "no lookup",
+        "no config",
+    ],
+    ids=str,
+)
+def test_other_models_keep_their_attention(change, monkeypatch):
+    model, config = shared_keys()
+    if change == "no lookup":
+        monkeypatch.setattr(type(model), "_supports_attention_backend", False)
+    elif change == "no config":
+        model = torch.nn.Linear(2, 2)
+    else:
+        for name, value in change.items():
+            object.__setattr__(config, name, value)
+    before = config._attn_implementation
+    with grouped(model):
+        assert config._attn_implementation == before != GROUPED
+
+
 def test_the_chosen_attention_comes_back():
     """Blocks of several threads may overlap in any order, and may end in an error."""
-    config = LlamaConfig(**SIZES, attn_implementation=SDPA)
+    model, config = shared_keys()
     inside, leave = threading.Event(), threading.Event()
 
     def other():
-        with grouped(config):
+        with grouped(model):
             inside.set()
             leave.wait(10)
 
     thread = threading.Thread(target=other)
-    with pytest.raises(ZeroDivisionError), grouped(config):
+    with pytest.raises(ZeroDivisionError), grouped(model):
         thread.start()
         assert inside.wait(10)
         raise ZeroDivisionError
@@ -258,10 +288,10 @@ def test_the_chosen_attention_comes_back():
 
 
 def test_an_attention_chosen_meanwhile_is_kept():
-    config = LlamaConfig(**SIZES, attn_implementation=SDPA)
-    with grouped(config):
+    model, config = shared_keys()
+    with grouped(model):
         config._attn_implementation = "eager"
-        with grouped(config):
+        with grouped(model):
             assert config._attn_implementation == "eager"
     assert config._attn_implementation == "eager"
 
@@ -269,7 +299,7 @@ def test_an_attention_chosen_meanwhile_is_kept():
 def test_a_pass_of_another_thread_does_not_change_the_state(own):
     model = copy.copy(own.model)
     before = loop._state(model)
-    with grouped(model.text_config):
+    with grouped(model.language_model):
         assert model.text_config._attn_implementation == GROUPED and loop._state(model) == before
         assert model_runner.ModelRunner(model).graphs_refused(512) == "the language model is not on one GPU"
 
