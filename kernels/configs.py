@@ -263,6 +263,15 @@ DEFORMABLE_ATTENTION = {
 }
 
 
+if TRITON >= (3, 8):
+    # With the tiles above it would spill up to 8 bytes of a thread, and in the backward pass up to 24.
+    DEFORMABLE_ATTENTION[None] |= {
+        ("forward", 2, True): SamplingTile(256, 1, 2),
+        ("backward", 2, False): SamplingTile(256, 4, 1),
+        ("backward", 4, False): SamplingTile(256, 4, 1),
+    }
+
+
 def deformable_attention_bucket(
     stage: str, element_size: int, channels: int, strides: Iterable[int]
 ) -> tuple[str, int, bool]:
