@@ -211,6 +211,76 @@ def dwconv_norm_tile(architecture: int | None, channels: int, strides: Iterable[
     return table[dwconv_norm_bucket(channels, strides)]
 
 
+class BandsTile(NamedTuple):
+    """The tile of a depthwise convolution on tensor cores: 16 strips of 2 columns, in one or more layers.
+
+    Attributes:
+        rows: of a strip, an even number.
+        columns: of all strips side by side: 8, 16 or 32.
+        channels: that one load takes, and one warp convolves.
+        warps: of a program.
+    """
+
+    rows: int
+    columns: int
+    channels: int
+    warps: int
+
+
+# Keyed by compute capability as above, then by the largest number of channels and the kernel. These tiles are the
+# fastest by `python -m bench issue`; none was tuned on a GPU. The last stages have small maps, which need many programs.
+DWCONV_BANDS = {None: {(768, "bands"): BandsTile(12, 16, 4, 4), (3072, "bands"): BandsTile(8, 16, 4, 4)}}
+
+
+def dwconv_bands_bucket(channels: int) -> tuple[int, str]:
+    return 768 if channels <= 768 else 3072, "bands"
+
+
+def dwconv_bands_tile(architecture: int | None, channels: int) -> BandsTile:
+    """The tile for a map of so many channels on a GPU of this compute capability."""
+    return (DWCONV_BANDS[None] | DWCONV_BANDS.get(architecture, {}))[dwconv_bands_bucket(channels)]
+
+
+def dwconv_in_bands(element_size: int, channels: int, strides: Iterable[int]) -> bool:
+    """Whether a map is convolved on tensor cores: where its numbers have 16 bits, and all its strides allow wide loads.
+
+    Args:
+        element_size: bytes of one element.
+        strides: between pictures, rows and columns, in elements.
+    """
+    return element_size == 2 and dwconv_norm_bucket(channels, strides)[1]
+
+
+class PixelNormTile(NamedTuple):
+    """Pixels of a program, channels that are loaded at once, and warps."""
+
+    pixels: int
+    channels: int
+    warps: int
+
+
+# Keyed by compute capability as above, then by the largest number of channels and the kernel. A thread holds 8 channels
+# of a pixel in each of up to three chunks.
+PIXEL_NORM = {
+    None: {
+        (192, "norm"): PixelNormTile(16, 64, 4),
+        (384, "norm"): PixelNormTile(8, 128, 4),
+        (768, "norm"): PixelNormTile(4, 256, 4),
+        (1536, "norm"): PixelNormTile(2, 512, 4),
+        (3072, "norm"): PixelNormTile(1, 1024, 4),
+    }
+}
+
+
+def pixel_norm_bucket(channels: int) -> tuple[int, str]:
+    return next(most for most in (192, 384, 768, 1536, 3072) if channels <= most), "norm"
+
+
+def pixel_norm_tile(architecture: int | None, channels: int) -> PixelNormTile:
+    """The tile for pixels of so many channels on a GPU of this compute capability."""
+    return (PIXEL_NORM[None] | PIXEL_NORM.get(architecture, {}))[pixel_norm_bucket(channels)]
+
+
 class ResizeTile(NamedTuple):
     """Rows and columns of pixels that a program makes, and its warps."""
 

@@ -14,7 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import dwconv_norm_tile
+from .configs import dwconv_in_bands, dwconv_norm_tile
+from .dwconv_bands import dwconv_bands_fwd
 
 
 @triton.jit
@@ -168,7 +169,7 @@ def dwconv_norm_fwd(
     norm_bias: torch.Tensor,
     eps: float,
 ) -> torch.Tensor:
-    """Convolves and normalises a map in one launch.
+    """Convolves and normalises a map, in one launch or on tensor cores in two (`configs.dwconv_in_bands`).
 
     Args:
         x: [B, H, W, C], fp16/bf16/fp32; read in place where the channels' stride is 1, otherwise copied.
@@ -182,6 +183,8 @@ def dwconv_norm_fwd(
     b, h, w, channels = x.shape
     x = x if x.stride(-1) == 1 else x.contiguous()
     weight, bias, norm_weight, norm_bias = (t.contiguous() for t in (weight, bias, norm_weight, norm_bias))
+    if dwconv_in_bands(x.itemsize, channels, x.stride()[:3]):
+        return dwconv_bands_fwd(x, weight, bias, norm_weight, norm_bias, eps)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     architecture = triton.runtime.driver.active.get_current_target().arch if x.is_cuda else None
     tile = dwconv_norm_tile(architecture, channels, x.stride()[:3])
