@@ -228,7 +228,7 @@ class BandsTile(NamedTuple):
 
 
 # Keyed by compute capability as above, then by the largest number of channels and the kernel. These tiles are the
-# fastest by `python -m bench issue`; none was tuned on a GPU. The last stages have small maps, which need many programs.
+# fastest by `python -m bench issue`; none was tuned on a GPU. The map of a last stage is small and needs more programs.
 DWCONV_BANDS = {None: {(768, "bands"): BandsTile(12, 16, 4, 4), (3072, "bands"): BandsTile(8, 16, 4, 4)}}
 
 

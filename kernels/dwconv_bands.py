@@ -1,26 +1,17 @@
-"""The 7x7 depthwise convolution with its bias on tensor cores, and the LayerNorm after it as a kernel of its own.
+"""A 7x7 depthwise convolution on tensor cores, as products with band matrices: what `dwconv_bands_fwd_kernel` runs.
 
-The formula is that of `kernels/dwconv_norm.py`. Its kernel spends most instructions on multiplying and on widening
-16-bit numbers one by one. Here a matrix product does both. The results of a group, 2 x 2 pixels, depend on a window of
-8 x 8 pixels. For a pair of channels, a row of windows of 16 groups is a matrix [16, 8 columns * 2 channels], which is
-multiplied by a band matrix of weights [8 columns * 2 channels, 2 * 2 pixels * 2 channels]. Each of its columns holds up
-to 7 weights, and zeros elsewhere; the eight rows of a window take eight such products. Of their terms 38 % are no
-zeros, but a tensor core takes 64 cycles for 128 results, where multiply-adds alone take 196.
+The results of a group, 2 x 2 pixels, depend on a window of 8 x 8 pixels. For a pair of channels, one row of the windows
+of 16 groups is a matrix [16, 8 columns * 2 channels]. It is multiplied by a band [8 columns * 2 channels, 2 * 2 pixels
+* 2 channels], whose columns hold up to 7 weights, and zeros elsewhere; a window has eight rows and takes eight
+products. 38 % of their terms are no zeros, yet 128 results take 64 cycles of a tensor core, and 196 of multiply-adds.
 
-A program makes 16 strips of some rows and 2 columns. A row of a strip's windows is loaded once and used by up to four
-groups, and the bands serve all of them. All shapes are chosen such that a thread loads 4 channels of a pixel, and has
-thereby what the tensor core expects of it: nothing passes through shared memory (tests/ops/dwconv_norm compiles this).
-
-A program has few channels, so the norm runs afterwards, in place: sums are rounded to bfloat16 between the two, as in
-PyTorch. In float16 they could overflow, and pass through a buffer in float32. Sums are float32. Because zero times NaN
-is NaN, a pixel that is not finite also reaches the pixels of the groups that it touches, at most one pixel farther.
+A program makes 16 strips of some rows and 2 columns. It loads a row of a strip's windows once for up to four groups,
+and all groups share the bands. The shapes let a thread load 4 channels of a pixel, and thereby exactly what a tensor
+core expects of it: nothing is widened, and nothing passes through shared memory (an ahead-of-time test checks this).
 """
 
-import torch
 import triton
 import triton.language as tl
-
-from .configs import dwconv_bands_tile, pixel_norm_tile
 
 
 @triton.jit
@@ -34,7 +25,7 @@ def _bands(p_weight, o_kx, o_oy, m_k, keep, C: tl.constexpr, CHUNKS: tl.constexp
 
 
 @triton.jit
-def dwconv_bands_kernel(
+def convolve_in_bands(
     x_ptr,
     weight_ptr,
     bias_ptr,
@@ -51,6 +42,10 @@ def dwconv_bands_kernel(
     V: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
+    """Writes a program's share of the convolution with its bias, [B, H, W, C]; arguments as the kernel has them.
+
+    ROWS are the rows of a strip, ACROSS the strips side by side, CHUNKS and V the warps and the channels of each.
+    """
     PAIRS: tl.constexpr = V // 2 * CHUNKS
     DOWN: tl.constexpr = 16 // ACROSS
     across = tl.cdiv(W, 2 * ACROSS)
@@ -124,105 +119,3 @@ def dwconv_bands_kernel(
         m = (o_y < H - 2 * j) & (o_x < W) & (o_c < C)
         tl.store(p_z, b_out.to(z_ptr.dtype.element_ty), mask=m[:, None])
         p_z += 2 * W * C
-
-
-@triton.jit
-def pixel_norm_kernel(
-    z_ptr,
-    norm_weight_ptr,
-    norm_bias_ptr,
-    out_ptr,
-    pixels,
-    eps,
-    C: tl.constexpr,
-    BP: tl.constexpr,
-    BC: tl.constexpr,
-):
-    CHUNKS: tl.constexpr = (C + BC - 1) // BC
-    o_p = tl.program_id(0) * BP + tl.arange(0, BP)
-    o_c = tl.arange(0, BC)[None, :]
-    m_p = (o_p < pixels)[:, None]
-    o_z = o_p.to(tl.int64)[:, None] * C + o_c
-    b_z = ()
-    b_sum = tl.zeros([BP, BC], tl.float32)
-    for s in tl.static_range(CHUNKS):
-        b_chunk = tl.load(z_ptr + o_z + s * BC, mask=m_p & (s * BC + o_c < C), other=0.0).to(tl.float32)
-        b_z = b_z + (b_chunk,)
-        b_sum += b_chunk
-    b_mean = (tl.sum(b_sum, axis=1) / C)[:, None]
-    b_square = tl.zeros([BP, BC], tl.float32)
-    for s in tl.static_range(CHUNKS):
-        b_d = b_z[s] - b_mean
-        if (s + 1) * BC > C:
-            b_d = tl.where(s * BC + o_c < C, b_d, 0.0)
-        b_square += b_d * b_d
-    b_rstd = tl.rsqrt(tl.sum(b_square, axis=1) / C + eps)[:, None]
-    # The vectors are loaded for every pixel, in the tile's own layout. In any other they would pass through shared
-    # memory.
-    zero = tl.zeros_like(o_p)[:, None]
-    for s in tl.static_range(CHUNKS):
-        m = m_p & (s * BC + o_c < C)
-        b_g = tl.load(norm_weight_ptr + s * BC + o_c + zero, mask=m, other=0.0).to(tl.float32)
-        b_h = tl.load(norm_bias_ptr + s * BC + o_c + zero, mask=m, other=0.0).to(tl.float32)
-        b_y = (b_z[s] - b_mean) * b_rstd * b_g + b_h
-        tl.store(out_ptr + o_z + s * BC, b_y.to(out_ptr.dtype.element_ty), mask=m)
-
-
-def dwconv_bands_fwd(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    norm_weight: torch.Tensor,
-    norm_bias: torch.Tensor,
-    eps: float,
-) -> torch.Tensor:
-    """Convolves and normalises a map in two launches.
-
-    Args:
-        x: [B, H, W, C], fp16/bf16, with unit stride between channels, and as `configs.dwconv_in_bands` wants it.
-        weight: [49, C], contiguous; tap 7 * ky + kx of every channel.
-        bias, norm_weight, norm_bias: [C], contiguous.
-        eps: added to the variance.
-
-    Returns:
-        [B, H, W, C] of x's dtype, contiguous. For float16 there is a workspace of as many numbers in float32.
-    """
-    b, h, w, channels = x.shape
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    z = torch.empty(x.shape, dtype=torch.float32, device=x.device) if x.dtype == torch.float16 else out
-    architecture = triton.runtime.driver.active.get_current_target().arch if x.is_cuda else None
-    tile, norm = dwconv_bands_tile(architecture, channels), pixel_norm_tile(architecture, channels)
-    across = tile.columns // 2
-    parts = triton.cdiv(channels, tile.channels * tile.warps)
-    programs = b * triton.cdiv(h, 16 // across * tile.rows) * triton.cdiv(w, tile.columns) * parts
-    if programs > 0:
-        dwconv_bands_kernel[(programs,)](
-            x,
-            weight,
-            bias,
-            z,
-            h,
-            w,
-            *x.stride()[:3],
-            C=channels,
-            ROWS=tile.rows,
-            ACROSS=across,
-            CHUNKS=tile.warps,
-            V=tile.channels,
-            # The interpreter cannot multiply matrices in bfloat16.
-            WIDEN=triton.knobs.runtime.interpret,
-            num_warps=tile.warps,
-        )
-        pixel_norm_kernel[(triton.cdiv(b * h * w, norm.pixels),)](
-            z,
-            norm_weight,
-            norm_bias,
-            out,
-            b * h * w,
-            eps,
-            C=channels,
-            BP=norm.pixels,
-            BC=norm.channels,
-            num_warps=norm.warps,
-        )
-    return out
