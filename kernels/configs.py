@@ -177,10 +177,11 @@ class ConvolutionTile(NamedTuple):
 
 
 # Keyed by compute capability as above, then by the largest number of channels and by whether a load takes several
-# channels of a pixel at once. A thread holds its rows for 4 channels (for 2 where loads are narrow and each has an
-# address of its own) of up to three chunks, because the width of every published ConvNeXt is 2^k or 3 * 2^k. The tiles
-# were not tuned on a GPU. 6 rows divide the maps of 768 pixels; 8 rows would take fewer instructions, but would leave
-# too few programs of one picture for an H100, and would spill in float32.
+# channels of a pixel at once. Only float32 maps take wide ones here, as tensor cores convolve those of 16 bits. A
+# thread holds its rows for 4 channels (for 2 where loads are narrow and each has an address of its own) of up to three
+# chunks, because the width of every published ConvNeXt is 2^k or 3 * 2^k. The tiles were not tuned on a GPU. 6 rows
+# divide the maps of 768 pixels; 8 rows would take fewer instructions, but would leave too few programs of one picture
+# for an H100, and would spill.
 DWCONV_NORM = {
     None: {
         (192, True): ConvolutionTile(6, 8, 64, 4),
@@ -194,8 +195,8 @@ DWCONV_NORM = {
     },
 }
 if TRITON >= (3, 8):
-    # With the tiles above it would spill 8 bytes of a thread in bfloat16, and 16 bytes in float32.
-    DWCONV_NORM[90] = {(192, True): ConvolutionTile(6, 8, 64, 8), (1536, True): ConvolutionTile(4, 1, 512, 4)}
+    # With the tile above it would spill 16 bytes of a thread.
+    DWCONV_NORM[90] = {(1536, True): ConvolutionTile(4, 1, 512, 4)}
 
 
 def dwconv_norm_bucket(channels: int, strides: Iterable[int]) -> tuple[int, bool]:

@@ -172,6 +172,8 @@ DWCONV_NORM = register(
                 name="mg_fast::dwconv_norm",
                 launches=_launches,
                 workspaces=_workspaces,
+                # The norm reads the sums, which are as many numbers as the map.
+                reads_again=lambda x, *_: [x] if _in_bands(x) else [],
                 flop=lambda x, taps, *_: product_flop(x.numel(), len(taps), 1),
             ),
         ),
