@@ -184,7 +184,7 @@ def dwconv_bands_fwd_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def pixel_norm_fwd_kernel(
     z_ptr,
     norm_weight_ptr,
