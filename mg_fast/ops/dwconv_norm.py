@@ -145,9 +145,10 @@ torch.library.register_autograd("mg_fast::dwconv_norm", _dwconv_norm_gradients, 
 
 
 def _in_bands(x: torch.Tensor) -> bool:
-    """Whether the launcher convolves a map on tensor cores."""
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    return dwconv_in_bands(x.itemsize, x.shape[-1], x.stride()[:3])
+    """Whether the launcher convolves a map on tensor cores, after the copy that it may have to make."""
+    _, height, width, channels = x.shape
+    contiguous = height * width * channels, width * channels, channels
+    return dwconv_in_bands(x.itemsize, channels, x.stride()[:3] if x.stride(-1) == 1 else contiguous)
 
 
 def _launches(x: torch.Tensor, weight: torch.Tensor, *_) -> int:
