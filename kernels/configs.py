@@ -176,12 +176,29 @@ class ConvolutionTile(NamedTuple):
     warps: int
 
 
+class BandsTile(NamedTuple):
+    """The tile of a depthwise convolution on tensor cores: 16 strips of 2 columns, in one or more layers.
+
+    Attributes:
+        rows: of a strip, an even number.
+        columns: of all strips side by side: 8, 16 or 32.
+        channels: that one load takes, and one warp convolves.
+        warps: of a program.
+    """
+
+    rows: int
+    columns: int
+    channels: int
+    warps: int
+
+
 # Keyed by compute capability as above, then by the largest number of channels and by whether a load takes several
 # channels of a pixel at once. Only float32 maps take wide ones here, as tensor cores convolve those of 16 bits. A
 # thread holds its rows for 4 channels (for 2 where loads are narrow and each has an address of its own) of up to three
 # chunks, because the width of every published ConvNeXt is 2^k or 3 * 2^k. The tiles were not tuned on a GPU. 6 rows
 # divide the maps of 768 pixels; 8 rows would take fewer instructions, but would leave too few programs of one picture
-# for an H100, and would spill.
+# for an H100, and would spill. The tiles of "bands" are the fastest for an H200 by `python -m bench issue`. A map of
+# many channels has few pixels, and needs more programs.
 DWCONV_NORM = {
     None: {
         (192, True): ConvolutionTile(6, 8, 64, 4),
@@ -192,6 +209,8 @@ DWCONV_NORM = {
         # No published model has widths or strides that are not multiples of 16.
         (192, False): ConvolutionTile(2, 4, 64, 4),
         (3072, False): ConvolutionTile(2, 1, 1024, 16),
+        (768, "bands"): BandsTile(12, 16, 4, 4),
+        (3072, "bands"): BandsTile(8, 16, 4, 4),
     },
 }
 if TRITON >= (3, 8):
@@ -212,34 +231,14 @@ def dwconv_norm_tile(architecture: int | None, channels: int, strides: Iterable[
     return table[dwconv_norm_bucket(channels, strides)]
 
 
-class BandsTile(NamedTuple):
-    """The tile of a depthwise convolution on tensor cores: 16 strips of 2 columns, in one or more layers.
-
-    Attributes:
-        rows: of a strip, an even number.
-        columns: of all strips side by side: 8, 16 or 32.
-        channels: that one load takes, and one warp convolves.
-        warps: of a program.
-    """
-
-    rows: int
-    columns: int
-    channels: int
-    warps: int
-
-
-# Keyed by compute capability as above, then by the largest number of channels and the kernel. These tiles are the
-# fastest by `python -m bench issue`; none was tuned on a GPU. The map of a last stage is small and needs more programs.
-DWCONV_BANDS = {None: {(768, "bands"): BandsTile(12, 16, 4, 4), (3072, "bands"): BandsTile(8, 16, 4, 4)}}
-
-
 def dwconv_bands_bucket(channels: int) -> tuple[int, str]:
+    """The bucket of a map that is convolved on tensor cores."""
     return 768 if channels <= 768 else 3072, "bands"
 
 
 def dwconv_bands_tile(architecture: int | None, channels: int) -> BandsTile:
     """The tile for a map of so many channels on a GPU of this compute capability."""
-    return (DWCONV_BANDS[None] | DWCONV_BANDS.get(architecture, {}))[dwconv_bands_bucket(channels)]
+    return (DWCONV_NORM[None] | DWCONV_NORM.get(architecture, {}))[dwconv_bands_bucket(channels)]
 
 
 def dwconv_in_bands(element_size: int, channels: int, strides: Iterable[int]) -> bool:
@@ -274,6 +273,7 @@ PIXEL_NORM = {
 
 
 def pixel_norm_bucket(channels: int) -> tuple[int, str]:
+    """The bucket of pixels of so many channels."""
     return next(most for most in (192, 384, 768, 1536, 3072) if channels <= most), "norm"
 
 

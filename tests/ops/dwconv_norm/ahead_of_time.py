@@ -10,8 +10,8 @@ from mg_fast.kernels.configs import dwconv_norm_bucket, dwconv_norm_tile
 
 from ..ahead_of_time_gate import DISTINCT, DTYPES, TWINS, Case
 
-# The keys of the three tables are different.
-TABLES = configs.DWCONV_NORM, configs.DWCONV_BANDS, configs.PIXEL_NORM
+# The keys of the two tables are different.
+TABLES = configs.DWCONV_NORM, configs.PIXEL_NORM
 TABLE = {
     architecture: {key: tile for table in TABLES for key, tile in table.get(architecture, {}).items()}
     for architecture in sorted({a for table in TABLES for a in table}, key=str)

@@ -7,7 +7,7 @@ import torch
 import torch._dynamo.testing
 
 from mg_fast import BackendError, ops
-from mg_fast.kernels.configs import DWCONV_BANDS, BandsTile, dwconv_in_bands, replaced_tile
+from mg_fast.kernels.configs import DWCONV_NORM, BandsTile, dwconv_in_bands, replaced_tile
 from mg_fast.testing.tolerances import assert_accurate
 from tests.ops.dwconv_norm.test_dwconv_norm import DTYPES, exact, gradients, layouts, make, plain
 
@@ -151,7 +151,7 @@ def test_other_tiles_on_tensor_cores(tile):
     """The tuner tries tiles with other rows, columns, channels and warps; some end within the map or its channels."""
     inputs = make((2, 9, 11, 48), torch.bfloat16)
     expected = kernel(*inputs)
-    with replaced_tile(DWCONV_BANDS, None, (768, "bands"), BandsTile(*tile)):
+    with replaced_tile(DWCONV_NORM, None, (768, "bands"), BandsTile(*tile)):
         assert torch.equal(kernel(*inputs), expected)
 
 
