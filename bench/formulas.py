@@ -25,7 +25,7 @@ from .registry import Cost, dtype_name
 
 
 def table() -> str:
-    """The costs of all forms beside their floors, for pictures of 768 and 1536 pixels."""
+    """The costs of all forms beside their floors: pictures of 768 and 1536 pixels, and the published samplers."""
     lines = [f"{'setting':38}{'form':24}{'GFLOP':>8}{'MB':>9}{'MB / floor':>12}"]
     for setting, costs, floor in _settings():
         for form, cost in (costs | {"floor": Cost(0, floor.bytes)}).items():

@@ -75,8 +75,9 @@ def issue_table(found: Records) -> str:
         told = [duration(us / 1e3) if us else NOT_YET for us in times] or [NOT_YET]
         rows.append([name, _us(before.get(name)), _us(case), _binds(case), *told])
     notes = (
-        f"One picture or one call on an H200 at 1.755 GHz, predicted from machine code (`python -m bench issue`), with "
-        f"an error of up to {ERROR:.0%}: the kernels alone, without the library's products around them. `issue` means "
+        "One picture or one call on an H200, assumed to run at 1.755 GHz, predicted from machine code (`python -m "
+        "bench issue`): the kernels alone, without the library's products around them. No GPU has calibrated the "
+        f"model, so an error of {ERROR:.0%} is an estimate and no bound. `issue` means "
         "that the instructions take longest, `L2` what the second-level cache has to deliver, and `memory` that every "
         "tensor has to be moved once."
     )

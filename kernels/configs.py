@@ -367,7 +367,7 @@ class SyncTile(NamedTuple):
         pictures: pictures that are read at once.
         points: points of a picture that are read at once.
         channels: channels that are loaded at once.
-        times: how many times as many channels the program has.
+        times: how many such groups of channels the program has.
         warps: warps of the program.
     """
 
@@ -380,14 +380,14 @@ class SyncTile(NamedTuple):
 
 
 class SyncSlots(NamedTuple):
-    """From which a SyncTile is made.
+    """The limits from which a SyncTile is made.
 
     Attributes:
         slots: the most queries x pictures x points that are read at once, where points are rounded up to a power of
             two.
         channels: the most channels that are loaded at once.
-        times: the most times that a program does so.
-        share: numbers of the tile that a thread holds, of each time.
+        times: the most such groups of channels that a program has.
+        share: how many numbers of the tile a thread holds for each group of channels.
     """
 
     slots: int
@@ -442,7 +442,7 @@ def feature_sync_tile(
     bucket = feature_sync_bucket(element_size, queries, channels, strides)
     slots, most, times, share = (FEATURE_SYNC[None] | FEATURE_SYNC.get(architecture, {}))[bucket]
     points, most = _power_of_two(points), min(most, _power_of_two(channels))
-    times = min(times, -(-channels // most))
+    times = max(1, min(times, -(-channels // most)))
     together, at_once = max(1, slots // points), 1
     if bucket[1] == "few":
         together, at_once = 1, min(together, _power_of_two(pictures))

@@ -213,8 +213,8 @@ def sum_rows_bwd_kernel(
         b_x = tl.load(locations_ptr + o_sample * 2, mask=m_n, other=0.0).to(tl.float32)
         b_y = tl.load(locations_ptr + o_sample * 2 + 1, mask=m_n, other=0.0).to(tl.float32)
         b_c = tl.load(weights_ptr + o_sample, mask=m_n, other=0.0).to(tl.float32)
-        # The distance from the pixel of the list gives its coefficient. A pixel that this kernel rounded by itself
-        # could be a neighbour of it.
+        # The coefficient follows from the distance to the pixel that the list names. If this kernel rounded the
+        # location itself, the result could be a neighbour of that pixel.
         b_c *= 1.0 - tl.minimum(tl.abs(b_x * w - 0.5 - column), 1.0)
         b_c *= 1.0 - tl.minimum(tl.abs(b_y * h - 0.5 - row), 1.0)
         p_grad = grad_ptr + (o_sample // (L * P) * D)[:, None] + o_d
@@ -229,7 +229,7 @@ def _floats(sides: Sequence[int]) -> tuple[float, ...]:
     """The sides as arguments of a kernel.
 
     Triton compiles a kernel again for ints of a tuple that are 1 or multiples of 16, and never for a float. The kernels
-    take the float, which is exact up to 2^24, for the int that it was.
+    convert each float back to the int that it was, which is exact up to 2^24.
     """
     return tuple(float(side) for side in sides)
 

@@ -3,11 +3,11 @@
 z = queries + table[r_j] holds the offsets o and the logits a of picture j, and s_k is the bilinear sample of a level at
 reference + o / base. Pictures with r_j = 0 are skipped. A program makes a few channels of one head for a few queries.
 Its tile is [queries, pictures x points, channels]: one query takes many pictures at once, so that few loads wait for
-each other; many queries take one picture after the other. Every slot of the tile keeps a maximum of its own (online,
-from 0 on, the logit of the added one), so logits are read once and no slot waits for another before the end. Levels
-share offsets and have constant sizes. Nothing of the size queries x pictures x levels x points reaches memory. Values
-[B, n, S, H, D] and queries are fp16/bf16/fp32, all arithmetic is float32 from the load on. Few queries
-leave most of a GPU idle, even with the smaller tiles that they get; PyTorch in a CUDA graph may be as fast there.
+each other; many queries take one picture after the other. Every slot of the tile keeps a running maximum of its own,
+which begins at 0, the logit of the added one. So logits are read once, and slots wait for each other only at the end.
+Levels share offsets and have constant sizes. Nothing of the size queries x pictures x levels x points reaches memory.
+Values [B, n, S, H, D] and queries are fp16/bf16/fp32, all arithmetic is float32 from the load on. Few queries leave
+most of a GPU idle, even with the smaller tiles that they get; PyTorch in a CUDA graph may be as fast there.
 """
 
 from collections.abc import Sequence
@@ -297,7 +297,7 @@ def feature_sync_fwd(
             D=channels,
             # Offsets within a picture are computed in 32 bits where they fit, with a row of room around the map.
             WIDE=(pixels + 2 * max(w for _, w in spatial_shapes)) * values.stride(2) >= 2**31,
-            # A power of two, so that few numbers of pictures need code of their own.
+            # This is rounded up to a power of two, so that only few numbers of pictures need to be compiled for.
             ROUNDS=triton.next_power_of_2(triton.cdiv(pictures, tile.pictures)),
             # A single query has no other to wait with, so the pixels of all its levels are asked for at once.
             AHEAD=tile.queries == 1,
@@ -307,7 +307,7 @@ def feature_sync_fwd(
             BD=tile.channels,
             TIMES=tile.times,
             num_warps=tile.warps,
-            # Told so, the assembler does not save registers by waiting for one pixel before it asks for the next.
+            # Without this limit the assembler saves registers: it waits for one pixel before it asks for the next.
             maxnreg=255 if tile.queries == 1 else None,
         )
     return out

@@ -53,7 +53,7 @@ def table(found: Mapping[str, CasePrediction], device: Device) -> list[str]:
     """The predictions as lines, a line for each case and one for each of its launches."""
     lines = [
         f"PREDICTED for {device.name} at {device.gigahertz} GHz from instructions and bytes; nothing of it was "
-        f"measured. Expect an error of up to {ERROR:.0%}.",
+        f"measured. Expect an error of about {ERROR:.0%}, which is an estimate: no GPU has calibrated the model.",
         "",
         f"{'case, kernel':<46}{'blocks':>7} {'limited by':<14}{'waves':>6}{'instr.':>9}{'/number':>8}{'slots':>6}"
         f"{'issue':>8}{'L2':>8}{'memory':>8}{'us':>8}  binds",

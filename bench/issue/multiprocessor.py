@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from .sass import NO_BARRIER, Instruction, pipe_of, registers_of_a_load
 
-# The share by which a predicted time may be wrong, as long as no GPU has calibrated the model.
+# An estimate of the share by which a predicted time may be wrong. No GPU has calibrated the model.
 ERROR = 0.25
 SCHEDULERS = 4
 # Cycles until a result is there, and until another instruction may enter the pipe.

@@ -31,8 +31,8 @@ class Device:
     memory_gbps: float
 
 
-# The clock is what an H200 holds under load. The rate of its second-level cache is that which microbenchmarks of the
-# H100 reach (arXiv 2402.13499), as both have the same chip.
+# The clock is an assumption about an H200 under load. The rate of its second-level cache is that which
+# microbenchmarks of the H100 reach (arXiv 2402.13499), as both have the same chip.
 DEVICES = {"h200": Device("NVIDIA H200", 90, 132, 1.755, 5500, find_gpu("h200").ceilings.copy_gbps)}
 # The share of loads that the first-level cache does not hold, where nothing better is known.
 L2_SHARE = 0.55

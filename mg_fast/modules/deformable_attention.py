@@ -129,7 +129,7 @@ class DeformableAttention(nn.Module):
         them to 16 bits, as the original does; the other backends do not.
 
         Args:
-            query: [B, Q, d_model].
+            query: [B, Q, d_model], floating point; cast to the dtype of the layers.
             reference_points: [B or 1, Q, L or 1, 2], (x, y) in [0, 1], around which the offsets are in pixels of the
                 map; or [B or 1, Q, L or 1, 4], boxes (x, y, w, h), around whose centre the offsets are in half widths
                 and heights divided by the number of points.

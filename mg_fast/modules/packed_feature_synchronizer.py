@@ -217,9 +217,10 @@ class PackedFeatureSynchronizer(nn.Module):
         check_batch(OWNER, query, "values", values)
         points = read_reference_points(OWNER, reference_points, query)
         index = self._index(query, values, mask, index)
-        if values.shape[1] == 0:
-            return self.without_pictures.to(query.dtype).repeat(*query.shape[:2], 1)
         z = self._project(query)
+        if values.shape[1] == 0:
+            # Autocast has chosen the dtype of the products, here too.
+            return self.without_pictures.to(z.dtype).repeat(*query.shape[:2], 1)
         read = ops.feature_sync(
             values,
             z,

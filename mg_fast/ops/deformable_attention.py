@@ -22,8 +22,8 @@ __all__ = [
 
 # The widest head whose pixels the kernels hold in registers, and the most levels that they are compiled for.
 MAX_CHANNELS, MAX_LEVELS = 256, 8
-# The longest side that float32 counts exactly.
-MAX_SIDE = 2**24
+# The longest side that float32 counts exactly, and the most pixels that 32 bits can number.
+MAX_SIDE, MAX_PIXELS = 2**24, 2**31 - 1
 
 
 def deformable_attention(
@@ -107,9 +107,12 @@ def check_spatial_shapes(operation: str, spatial_shapes: Sequence[tuple[int, int
             f"{operation}: spatial_shapes must be a list of (h, w) on the host, got a tensor on "
             f"{spatial_shapes.device}: pass spatial_shapes.tolist() once, outside of the loop that calls this"
         )
+    if not isinstance(spatial_shapes, (list, tuple)):
+        raise ValueError(f"{operation}: spatial_shapes must be a list of pairs (h, w), got {quoted(spatial_shapes)}")
     for size in spatial_shapes:
+        pair = isinstance(size, (list, tuple)) and len(size) == 2
         # The sizes of a trace are ints, too, which may stand for any number.
-        if len(size) != 2 or not all((side if isinstance(side, int) else whole_number(side) or 0) > 0 for side in size):
+        if not pair or not all((side if isinstance(side, int) else whole_number(side) or 0) > 0 for side in size):
             raise ValueError(
                 f"{operation}: spatial_shapes must be pairs (h, w) of positive numbers, got {quoted(size)}"
             )
@@ -150,6 +153,8 @@ def _why_not(value, spatial_shapes, sampling_locations, attention_weights) -> st
         return f"the kernel is compiled for up to {MAX_LEVELS} levels, these are {len(spatial_shapes)}"
     if max(side for size in spatial_shapes for side in size) > MAX_SIDE:
         return f"the kernel counts the pixels of a side in float32, up to {MAX_SIDE}, got {quoted(spatial_shapes)}"
+    if value.shape[1] > MAX_PIXELS:
+        return f"the kernel numbers pixels in 32 bits, up to {MAX_PIXELS}, got {value.shape[1]}"
     return None
 
 

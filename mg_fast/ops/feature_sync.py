@@ -9,7 +9,7 @@ from ..errors import quoted
 from ..runtime.arguments import whole_number
 from . import backend as backends
 from .custom_op_support import copied, copied_rows, on_device, recording
-from .deformable_attention import check_spatial_shapes, deformable_attention, host_sizes
+from .deformable_attention import MAX_PIXELS, MAX_SIDE, check_spatial_shapes, deformable_attention, host_sizes
 from .deformable_attention import reference as deformable_attention_reference
 from .operation import Operation, Operator, register
 from .torch import feature_sync as torch_form
@@ -41,7 +41,8 @@ def feature_sync(
 
         (ignore + sum exp(a) * sample) / (1 + sum exp(a)),
 
-    where both sums run over the pictures with r_j > 0, their levels and points. A picture with r_j = 0 is not read.
+    where both sums run over the pictures with r_j > 0, their levels and points. A picture with r_j = 0 is not read;
+    only `reference` reads it, with a weight of zero, so NaN in it spreads there.
 
     Args:
         values: [B, n, S, H, D], floating point: for each of n pictures the projected maps of all levels one after the
@@ -52,7 +53,8 @@ def feature_sync(
         index: [B, Q, n] or [B, 1, n], int32 or int64: the relative index of every picture, below R; 0 for a picture
             that the query does not see. The most recent visible picture has index 1. An index that the table does not
             have is not looked for, because that would mean to wait for the device: `torch` and `triton` give NaN for
-            its query, and read nothing.
+            its query, and read nothing. `reference` indexes the table as Python does: -1 is its last row, and an index
+            behind the table is an IndexError.
         reference_points: [B, Q, 2], or with 1 in place of B or Q, floating point, (x, y) in [0, 1]; read in float32.
         spatial_shapes: (h, w) of every level, whole numbers on the host. S is the sum of h * w.
         base: the number of offset units in the width and in the height of a map.
@@ -215,6 +217,10 @@ def _why_not(values, queries, table, index, reference_points, spatial_shapes, ba
     points = points_of(queries.shape[-1], values.shape[3], len(spatial_shapes))
     if points > MAX_POINTS:
         return f"the kernel takes up to {MAX_POINTS} points, got {points}"
+    if max(side for size in spatial_shapes for side in size) > MAX_SIDE:
+        return f"the kernel counts the pixels of a side in float32, up to {MAX_SIDE}, got {quoted(spatial_shapes)}"
+    if values.shape[2] > MAX_PIXELS:
+        return f"the kernel numbers pixels in 32 bits, up to {MAX_PIXELS}, got {values.shape[2]}"
     return None
 
 
@@ -299,6 +305,9 @@ def feature_sync_backward(
             out = torch_form.feature_sync(
                 values, queries, table, index[:, some], points, _pairs(sides), base, *(ignore or [None]), gather=_gather
             )
+            if not out.requires_grad:
+                # Without pictures or rows nothing but `ignore` reaches the result, and no gradient of it is wanted.
+                continue
             sources = [leaf for leaf in leaves if leaf.requires_grad]
             found = torch.autograd.grad(out, sources, grad[:, some], allow_unused=True, materialize_grads=True)
         parts = (part for part, want in zip(cut, wanted) if want)

@@ -30,3 +30,16 @@ def test_a_hook_runs_where_the_kernel_would_not_see_it():
     torch.testing.assert_close(
         module(*inputs, backend="triton"), module(*inputs, backend="reference"), rtol=0, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("batch, pictures", [(1, 0), (0, 2)])
+def test_gradients_without_pictures(batch, pictures):
+    """Nothing but the ignore token, which is frozen, reaches what the queries read."""
+    module = build()
+    sizes = module.sizes
+    query = torch.randn(batch, 2, sizes.query, requires_grad=True)
+    features = torch.randn(batch, pictures, sizes.pixels, sizes.value, requires_grad=True)
+    out = module(query, features, torch.full((1, 1, 1, 2), 0.5), backend="triton")
+    out.sum().backward()
+    assert not query.grad.any() and not features.grad.any()
+    assert torch.equal(module.output_proj.bias.grad, torch.full((sizes.out,), 2.0 * batch))

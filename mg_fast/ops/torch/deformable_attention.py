@@ -42,11 +42,12 @@ def by_grid_sample(
     """Samples every level by grid_sample. All tensors have one dtype; so has the result, but for autocast's widening.
 
     These are the steps of `ms_deform_attn_core_pytorch` of Deformable DETR, and of transformers. Its CUDA kernel leaves
-    out locations that are not finite. grid_sample does not promise that, so they are moved outside of the map here.
+    out locations that are not finite. grid_sample does not promise that, and overflows far outside, so such locations
+    are moved to a place near the map, but outside of it.
     """
     batch, queries, heads, levels, points, _ = locations.shape
     channels = value.shape[-1]
-    grids = 2 * locations.where(locations.isfinite().all(-1, keepdim=True), -2.0) - 1
+    grids = 2 * locations.clamp(-2.0, 3.0).nan_to_num(nan=-2.0) - 1
     samples = []
     for level, (map, (h, w)) in enumerate(zip(value.split([h * w for h, w in spatial_shapes], dim=1), spatial_shapes)):
         map = map.flatten(2).transpose(1, 2).reshape(batch * heads, channels, h, w)

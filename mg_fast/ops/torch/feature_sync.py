@@ -13,8 +13,8 @@ from .deformable_attention import deformable_attention
 
 # The most samples (heads, pictures, levels and points of some queries) whose locations and weights exist together.
 SAMPLES = 2**19
-# Pixels are copied one by one where they are at most this share of the values' pixels. With 16-bit values, of which the
-# other way makes a copy, that is faster on a CPU by far, and with float32 values as fast.
+# Pixels are copied one by one where they are at most this share of the values' pixels. The other way makes a float32
+# copy of all 16-bit values first.
 FEW = 1 / 4
 
 

@@ -7,6 +7,7 @@ import torch
 
 from mg_fast import BackendError, ops
 from mg_fast.ops.deformable_attention import reference
+from mg_fast.ops.operation import OPERATIONS
 from mg_fast.ops.torch import deformable_attention as torch_form
 from mg_fast.testing.tolerances import assert_accurate
 from tests import draws
@@ -106,6 +107,15 @@ def test_reference_is_the_definition():
     value, levels, locations, weights = make(dtype=torch.float64)
     expected = by_hand(value, levels, locations, weights)
     torch.testing.assert_close(exact(value, levels, locations, weights), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("far", [1e30, 3e38, -3e38, math.inf, math.nan])
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_a_location_far_outside_reads_nothing(backend, far):
+    value, levels, locations, weights = make()
+    locations[:, 1] = far
+    out = ops.deformable_attention(value, levels, locations, weights, backend=backend)
+    assert not out[:, 1].any() and out.isfinite().all()
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
@@ -221,6 +231,13 @@ REFUSED = {
     "too few pixels": (1, lambda s: s[:1], "have 24 pixels, but value has 30"),
     "no level": (1, lambda s: [], "have 0 pixels, but value has 30"),
     "a side of zero": (1, lambda s: [(5, 6), (0, 3)], r"must be pairs \(h, w\) of positive numbers, got \(0, 3\)"),
+    "sides alone": (1, lambda s: [5, 6], r"must be pairs \(h, w\) of positive numbers, got 5"),
+    "sizes of tensors": (
+        1,
+        lambda s: [torch.tensor(size) for size in s],
+        r"must be pairs \(h, w\) of positive numbers",
+    ),
+    "no sizes": (1, lambda s: None, r"spatial_shapes must be a list of pairs \(h, w\), got None"),
     "a triple": (1, lambda s: [(5, 6, 1)], r"must be pairs \(h, w\) of positive numbers"),
     "one coordinate": (
         2,
@@ -247,6 +264,19 @@ def test_refused_with_what_was_expected_and_what_came(case):
     inputs[at] = change(inputs[at])
     with pytest.raises(ValueError, match=f"deformable_attention: .*{message}"):
         ops.deformable_attention(*inputs)
+
+
+def test_maps_that_the_kernel_cannot_number_are_refused():
+    """Pixels are numbered in 32 bits; a map of that many pixels fits into the memory of a large GPU."""
+    side = 2**16
+    value = torch.empty(1, side * side, 1, 1, dtype=torch.float16, device="meta")
+    others = [torch.empty(1, 1, 1, 1, 1, *last, device="meta") for last in ((2,), ())]
+    for operation, arguments in {
+        "deformable_attention": (value, [(side, side)], *others),
+        "feature_sync": (value[None], value[0], value[0], None, None, [(side, side)], 1, None),
+    }.items():
+        why = OPERATIONS[operation].why_not(*arguments)
+        assert why == "the kernel numbers pixels in 32 bits, up to 2147483647, got 4294967296"
 
 
 def test_the_kernel_is_refused_on_a_cpu(monkeypatch):
