@@ -214,8 +214,15 @@ DWCONV_NORM = {
     },
 }
 if TRITON >= (3, 8):
-    # With the tile above it would spill 16 bytes of a thread.
-    DWCONV_NORM[90] = {(1536, True): ConvolutionTile(4, 1, 512, 4)}
+    # With 6 rows they would spill up to 24 bytes of a thread.
+    DWCONV_NORM |= dict.fromkeys(
+        (86, 89, 90),
+        {
+            (768, True): ConvolutionTile(4, 2, 256, 4),
+            (1536, True): ConvolutionTile(4, 1, 512, 4),
+            (3072, True): ConvolutionTile(4, 1, 1024, 8),
+        },
+    )
 
 
 def dwconv_norm_bucket(channels: int, strides: Iterable[int]) -> tuple[int, bool]:
