@@ -28,6 +28,7 @@ class CompiledLaunch:
         warps: of one program.
         registers: of one thread.
         shared: bytes of shared memory of one program.
+        stack: bytes of memory of one thread that registers were spilled to.
         instructions: its machine code.
         constants: the arguments that are whole numbers, as 32-bit words by their offset in the constant bank.
         bytes: of all tensors among its arguments, each counted once.
@@ -38,6 +39,7 @@ class CompiledLaunch:
     warps: int
     registers: int
     shared: int
+    stack: int
     instructions: list[Instruction]
     constants: dict[int, int]
     bytes: int
@@ -71,12 +73,14 @@ def recorded(architecture: int) -> Iterator[list[CompiledLaunch]]:
 def _launch(kernel, grid: tuple[int, ...], arguments: dict) -> CompiledLaunch:
     values = [pair for name, type in kernel.src.signature.items() for pair in _flat(type, arguments.get(name))]
     tensors = {id(value): value for value in _tensors(tuple(arguments.values()))}
+    registers, stack = _registers_and_stack(kernel.asm["cubin"])
     return CompiledLaunch(
         kernel=kernel.metadata.name,
         grid=tuple([*grid, 1, 1][:3]),
         warps=kernel.metadata.num_warps,
-        registers=_registers(kernel.asm["cubin"]),
+        registers=registers,
         shared=kernel.metadata.shared,
+        stack=stack,
         instructions=disassemble(kernel.asm["cubin"]),
         constants=_constants(values),
         bytes=sum(tensor.numel() * tensor.itemsize for tensor in tensors.values()),
@@ -113,7 +117,8 @@ def _tensors(value) -> Iterator[torch.Tensor]:
             yield from _tensors(part)
 
 
-def _registers(cubin: bytes) -> int:
+def _registers_and_stack(cubin: bytes) -> tuple[int, int]:
+    """Registers of one thread, and bytes of its stack and local memory."""
     import triton
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -121,4 +126,5 @@ def _registers(cubin: bytes) -> int:
         file.flush()
         words = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         told = subprocess.run(words, capture_output=True, text=True, check=True).stdout
-    return int(re.search(r"\bREG:(\d+)", told)[1])
+    used = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", told))
+    return int(used["REG"]), int(used["STACK"]) + int(used["LOCAL"])

@@ -9,6 +9,7 @@ import ast
 import collections
 import concurrent.futures
 import contextlib
+import fnmatch
 import functools
 import hashlib
 import importlib
@@ -16,17 +17,19 @@ import inspect
 import json
 import multiprocessing
 import os
-import re
-import subprocess
 import tempfile
 import unittest.mock
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 import triton
 import triton.compiler
 
+from bench.issue.launches import CompiledLaunch, recorded
+from bench.issue.occupancy import blocks_per_multiprocessor
+from bench.issue.predict import DEVICES, predict
+from bench.issue.trace import UnknownLoop
 from mg_fast.kernels.configs import SHARED_MEMORY_LIMITS
 from mg_fast.ops.ahead_of_time import compile_only
 
@@ -37,6 +40,7 @@ ARCHITECTURES = tuple(SHARED_MEMORY_LIMITS)
 # sm_89 has the tiles of sm_86 and needs the same resources, down to the instruction. A test compares the cases that are
 # compiled for both; the other cases are compiled for sm_86 only.
 TWINS = {89: 86}
+H200 = DEVICES["h200"]
 DISTINCT = tuple(a for a in ARCHITECTURES if a not in TWINS)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -48,9 +52,12 @@ class Case:
 
     Attributes:
         architecture: compute capability, 90 for sm_90.
+        alone: patterns of the names of kernels of which only one program resides on a multiprocessor, so that nothing
+            hides its latency, and why that is accepted.
     """
 
     architecture: int
+    alone: Mapping[str, str] = {}
 
     def names(self) -> list[str]:
         """The name `kernel-architecture-configuration` of every kernel that the case launches, in order."""
@@ -77,11 +84,11 @@ def compile_case(case: Case, tile=None) -> dict[str, dict]:
         digests.append(ingredients(source, **options))
         return compiler()
 
-    with _compiler(compile), compile_only(case.architecture) as compiled:
+    with _compiler(compile), recorded(case.architecture) as launches:
         case.launch(tile)
     return {
-        name: {"ingredients": digest, **resources(kernel)}
-        for name, digest, kernel in zip(case.names(), digests, compiled, strict=True)
+        name: {"ingredients": digest, **resources(launch, case.architecture)}
+        for name, digest, launch in zip(case.names(), digests, launches, strict=True)
     }
 
 
@@ -159,33 +166,38 @@ def code_of(module: str) -> str:
     return "\n".join(found)
 
 
-def resources(kernel) -> dict[str, int]:
-    """The resources that a program of the kernel needs, and counts of its instructions."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        cuobjdump = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
-        tool = triton.knobs.nvidia.cuobjdump.path
-        used = dict(
-            re.findall(r"\b(REG|STACK|LOCAL):(\d+)", cuobjdump([tool, "--dump-resource-usage", file.name]).stdout)
-        )
-        code = cuobjdump([tool, "-sass", file.name]).stdout
+def resources(launch: CompiledLaunch, architecture: int) -> dict[str, int | float]:
+    """The resources that a program of the kernel needs, counts of its instructions, and what they predict.
+
+    `resident` is how many programs a multiprocessor holds at once. On sm_90, for which there is a model of how warps
+    issue, `issued` is how many instructions a warp issues in this launch, and `us` the predicted time on an H200.
+    """
     counts = collections.Counter()
-    for instruction in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code):
-        name, *rest = instruction.split(".")
+    for instruction in launch.instructions:
         counts["instructions"] += 1
-        if name in ("LDG", "LDGSTS"):
+        if instruction.opcode in ("LDG", "LDGSTS"):
             counts["global loads"] += 1
-            counts["of 128 bits"] += "128" in rest
-        counts["local"] += name in ("LDL", "STL")
-        counts["tensor core"] += name == TENSOR_CORES[kernel.metadata.target.arch]
-    return {
-        "threads": 32 * kernel.metadata.num_warps,
-        "registers": int(used["REG"]),
-        "shared": kernel.metadata.shared,
-        "stack": int(used["STACK"]) + int(used["LOCAL"]),
+            counts["of 128 bits"] += "128" in instruction.modifiers
+        counts["local"] += instruction.opcode in ("LDL", "STL")
+        counts["tensor core"] += instruction.opcode == TENSOR_CORES[architecture]
+    used = {
+        "threads": 32 * launch.warps,
+        "registers": launch.registers,
+        "shared": launch.shared,
+        "stack": launch.stack,
         **{key: counts[key] for key in ("instructions", "global loads", "of 128 bits", "tensor core", "local")},
+        "resident": resident(architecture, launch.registers, launch.shared, 32 * launch.warps),
     }
+    if architecture == H200.architecture:
+        with contextlib.suppress(UnknownLoop):
+            predicted = predict(launch, H200)
+            used |= {"issued": predicted.instructions, "us": predicted.us}
+    return used
+
+
+def resident(architecture: int, registers: int, shared: int, threads: int) -> int:
+    """How many programs of these resources a multiprocessor of the architecture holds at once."""
+    return blocks_per_multiprocessor(architecture, registers, shared, threads // 32)[0]
 
 
 def faults(case: Case, name: str, found: dict[str, int]) -> list[str]:
@@ -196,6 +208,8 @@ def faults(case: Case, name: str, found: dict[str, int]) -> list[str]:
         wrong.append(f"spills: {found['stack']} bytes of stack, {found['local']} loads and stores of local memory")
     if found["shared"] > limit:
         wrong.append(f"{found['shared']} bytes of shared memory, sm_{case.architecture} has {limit}")
+    if found["resident"] < 2 and not any(fnmatch.fnmatch(name, pattern) for pattern in case.alone):
+        wrong.append("only one program resides on a multiprocessor: `alone` of the kernel's cases must say why")
     return wrong + case.faults(name, found)
 
 

@@ -1,5 +1,7 @@
 """The ahead-of-time gate fails for spills, for too much shared memory, for narrow loads and for missing products."""
 
+import fnmatch
+
 import pytest
 
 from mg_fast.kernels.configs import ProductTile, Tile
@@ -77,3 +79,14 @@ def test_the_digest_of_code_is_that_of_all_files_it_comes_from_without_comments(
     monkeypatch.setattr(gate.inspect, "getsource", sources.__getitem__)
     assert gate.code_of("one") == gate.code_of("same") != gate.code_of("other")
     gate.code_of.cache_clear()
+
+
+def test_every_exception_is_needed():
+    """Where only one program resides on a multiprocessor, a reason is given, and no reason is left over."""
+    for family, module in checks.FAMILIES.items():
+        recorded = gate.read_table(family)
+        lonely = {name for name, found in recorded.items() if found["resident"] < 2}
+        given = {pattern: reason for case in module.cases() for pattern, reason in case.alone.items()}
+        assert all(reason for reason in given.values())
+        unneeded = [pattern for pattern in given if not fnmatch.filter(lonely, pattern)]
+        assert not unneeded, f"{family}: {', '.join(unneeded)}"

@@ -23,6 +23,11 @@ class Convolution(
 ):
     """The launcher of kernels/dwconv_norm.py on a square map."""
 
+    alone = {
+        "*x3072": "a pixel of OpenCLIP's xxlarge takes all registers, and only float32 maps run in one launch",
+        "*x3071": "no published model has channels that allow no wide loads",
+    }
+
     def in_bands(self) -> bool:
         return configs.dwconv_in_bands(DTYPES[self.dtype].itemsize, self.channels, self.strides())
 

@@ -29,6 +29,8 @@ class Synchronizer(
 ):
     """The launcher of kernels/feature_sync.py for one row of queries, with 16 heads, 8 points and square maps."""
 
+    alone = {"*_q1_*": "the heads of one query are fewer programs than a GPU has multiprocessors"}
+
     def names(self) -> list[str]:
         levels = "-".join(map(str, self.sides))
         return [

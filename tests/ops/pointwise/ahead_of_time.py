@@ -41,6 +41,14 @@ class Pointwise(
 ):
     """A launcher of kernels/pointwise.py on one of SHAPES."""
 
+    alone = {
+        "*-sm_86-*": "the accumulators of its tile, which no GPU has tuned, take half of the registers",
+        "*-sm_89-*": "as on sm_86",
+        "*-sm_100-*": "the pipeline of its tile, which no GPU has tuned, fills the shared memory",
+        "*-sm_120-*": "as on sm_86",
+        "*fp32_odd": "no published model has such sizes",
+    }
+
     def names(self) -> list[str]:
         return [f"{self.launcher}-sm_{self.architecture}-{self.dtype}_{self.shape}"]
 
