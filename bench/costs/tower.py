@@ -67,7 +67,11 @@ def tower_cost(tower: Tower, form: str) -> Cost:
         cost += layer_norm(rows[s - 1], dims[s - 1], e)
         cost += patch_convolution(rows[s - 1], dims[s - 1], rows[s], dims[s], 2, e)
     for m, c, depth in zip(rows, dims, tower.depths):
-        convolution = depthwise_convolution(m, c, e) + layer_norm(m, c, e) if form == "torch" else dwconv_norm(m, c, e)
+        if form == "torch":
+            convolution = depthwise_convolution(m, c, e) + layer_norm(m, c, e)
+        else:
+            # In 16 bits the norm is a launch of its own, which reads the sums.
+            convolution = dwconv_norm(m, c, e) + Cost(0, m * c * e) * (e == 2)
         cost += (convolution + _products(m, c, e, by_kernels=form == "triton")) * depth
     return cost
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mg_fast.kernels import configs
+from mg_fast.kernels import sampling_configs
 from mg_fast.testing.tolerances import errors
 from tests.fuzzing import assert_accurate_by_draws, fuzz
 from tests.ops.feature_sync.inputs import exact, layouts, make, plain, run
@@ -51,7 +51,7 @@ def test_fuzz(shape, dtype, query_dtype, layout, number, logits, offsets, ignore
 
     inputs = draw(seed)
     seen = inputs if layout == "contiguous" else layouts(inputs)[layout]
-    with mock.patch.object(configs, "_MOST_QUERIES", {} if number == "many" else {number: 10**6}):
+    with mock.patch.object(sampling_configs, "MOST_QUERIES", {} if number == "many" else {number: 10**6}):
         ours = run(seen, "triton")
     assert ours.dtype == inputs.values.dtype and ours.shape == plain(inputs).shape
     if ours.numel() == 0:

@@ -7,7 +7,7 @@ import torch
 import torch._dynamo.testing
 
 from mg_fast import BackendError, ops, use_backend
-from mg_fast.kernels import configs
+from mg_fast.kernels import sampling_configs
 from mg_fast.testing.tolerances import assert_accurate
 from tests.ops.feature_sync.inputs import (
     DTYPES,
@@ -36,7 +36,7 @@ def kernel(inputs: Inputs) -> torch.Tensor:
 @pytest.fixture(params=["few", "some", "many"])
 def number(request, monkeypatch):
     """Runs a test with the tile of each number of queries, whatever the number is."""
-    monkeypatch.setattr(configs, "_MOST_QUERIES", {} if request.param == "many" else {request.param: 10**6})
+    monkeypatch.setattr(sampling_configs, "MOST_QUERIES", {} if request.param == "many" else {request.param: 10**6})
     return request.param
 
 
