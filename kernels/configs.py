@@ -95,6 +95,24 @@ def patch_mining_tile(
     return reduced and table.get((*bucket, "reduced")) or table[bucket]
 
 
+class CoarseTile(NamedTuple):
+    """Numbers of maps that a program loads at once, warps of a program, and stages of its software pipeline."""
+
+    elements: int
+    warps: int
+    stages: int
+
+
+# Keyed by compute capability as above, then by the pass: over the pyramid, which writes means and inner products, or
+# over the windows. None of them was tuned on a GPU.
+COARSE_MINING = {None: {"fields": CoarseTile(4096, 4, 2), "windows": CoarseTile(4096, 4, 2)}}
+
+
+def coarse_mining_tile(architecture: int | None, stage: str) -> CoarseTile:
+    """The tile of one pass on a GPU of this compute capability."""
+    return (COARSE_MINING[None] | COARSE_MINING.get(architecture, {}))[stage]
+
+
 class ProductTile(NamedTuple):
     """The tile of one program of a matrix product.
 

@@ -1,0 +1,402 @@
+"""Pools windows as kernels/patch_mining.py does, p = sum_j softmax_j(u . x_j) x_j, with work on coarse pixels only.
+
+Resizing is linear, so u . x_j is a weighted sum of u . x_k over the coarse pixels k that make up pixel j, and the pooled
+window is a weighted sum of coarse pixels. The means and variances of the pixels x_j come from planes that
+kernels/patch_mining_fields.py has written, so this kernel reads the channels of each level twice and never makes a
+pixel x_j. One program per window.
+
+Both passes are matrix products of 16-bit maps: [16, C] x [C, K] for the scores and [16, K] x [K, C] for the pooling. The
+first three rows of the small operand are a float32 vector cut into three 16-bit numbers (in float16 scaled by a power
+of two), whose products with the maps are exact, and whose sums are added. Float32 maps are not taken. With little more
+than one program per multiprocessor the time is that of one program, most of which is waiting.
+"""
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from .configs import coarse_mining_tile
+from .patch_mining import LAYER_NORM_EPS, channels_last, place, pooled_dtype
+from .patch_mining_fields import pixel_fields_fwd, plane, product
+from .windows import Level, coarse_geometries, first_tap, resize_weight
+
+# Rows of the small operand: the least that a matrix product takes.
+ROWS = tl.constexpr(16)
+# The most coarse pixels along a side of a window. More would not fit in registers.
+MOST_TAPS = 16
+
+
+@triton.jit
+def _axis(start, n, GEOMETRIES: tl.constexpr, S: tl.constexpr):
+    """The first coarse pixel along one axis of a window, and the weights [side, taps] of coarse pixels in its pixels.
+
+    Both sides are padded to powers of two.
+    """
+    SIDE: tl.constexpr = GEOMETRIES[S].side
+    K: tl.constexpr = GEOMETRIES[S].taps
+    o_p = tl.arange(0, GEOMETRIES[S].padded_side)
+    o_k = tl.arange(0, GEOMETRIES[S].padded_taps)
+    first = first_tap(start, n, GEOMETRIES, S)
+    b_w = resize_weight((start + o_p)[:, None], (first + o_k)[None, :], n, GEOMETRIES, S)
+    return first, tl.where((o_p < SIDE)[:, None] & (o_k < K)[None, :], b_w, 0.0)
+
+
+@triton.jit
+def _listed(b_grid, GEOMETRIES: tl.constexpr, S: tl.constexpr):
+    """Numbers of a window's coarse pixels [padded taps, padded taps] as the list [BK] in which pixels are loaded."""
+    PADDED: tl.constexpr = GEOMETRIES[S].padded_taps
+    STRIDE: tl.constexpr = GEOMETRIES[S].stride
+    BK: tl.constexpr = GEOMETRIES[S].block_taps
+    b_flat = tl.reshape(b_grid, [PADDED * PADDED])
+    if STRIDE != PADDED:
+        o_k = tl.minimum(tl.arange(0, BK), STRIDE * STRIDE - 1)
+        b_flat = tl.gather(b_flat, o_k // STRIDE * PADDED + o_k % STRIDE, axis=0)
+        b_flat = tl.where(tl.arange(0, BK) < STRIDE * STRIDE, b_flat, 0)
+    return b_flat
+
+
+@triton.jit
+def _coarse_pixels(b_y, b_x, first_y, first_x, GEOMETRIES: tl.constexpr, S: tl.constexpr):
+    """Rows, columns and mask [BK] of a window's coarse pixels. One without a weight may lie outside or not be finite."""
+    STRIDE: tl.constexpr = GEOMETRIES[S].stride
+    o_k = tl.arange(0, GEOMETRIES[S].block_taps)
+    b_some = tl.max(b_y, axis=0)[:, None] * tl.max(b_x, axis=0)[None, :]
+    return first_y + o_k // STRIDE, first_x + o_k % STRIDE, _listed(b_some, GEOMETRIES, S) > 0.0
+
+
+@triton.jit
+def _power(largest, dtype: tl.constexpr):
+    """The power of two that brings numbers up to `largest` into the range of float16; 1 for bfloat16."""
+    if dtype == tl.float16:
+        exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 255
+        return (tl.minimum(tl.maximum(254 + 13 - exponent, 1), 254) << 23).to(tl.float32, bitcast=True)
+    return 1.0
+
+
+@triton.jit
+def _times(b_v, b_m, b_sum, EXACT: tl.constexpr, WIDEN: tl.constexpr):
+    """b_sum [ROWS, N] + v M in every row, for a float32 vector v [K] and 16-bit numbers M [K, N].
+
+    The vector is cut into three 16-bit numbers, unless it is EXACT, which says that it has the dtype of M already.
+    """
+    b_high = b_v.to(b_m.dtype)
+    b_sum = product(_rows(b_high), b_m, b_sum, WIDEN)
+    if not EXACT:
+        b_rest = b_v - b_high.to(tl.float32)
+        b_low = b_rest.to(b_m.dtype)
+        b_sum = product(_rows(b_low), b_m, b_sum, WIDEN)
+        b_sum = product(_rows((b_rest - b_low.to(tl.float32)).to(b_m.dtype)), b_m, b_sum, WIDEN)
+    return b_sum
+
+
+@triton.jit
+def _rows(b_v):
+    """A vector [N] in every row of [ROWS, N]."""
+    return tl.broadcast_to(b_v[None, :], [ROWS, b_v.shape[0]])
+
+
+@triton.jit
+def _load(level, i_b, o_y, o_x, m_k, o_c, m_c):
+    o_p = i_b * level.stride_b + o_y.to(tl.int64) * level.stride_y + o_x.to(tl.int64) * level.stride_x
+    return tl.load(level.pixels + o_p[:, None] + o_c[None, :], mask=m_k[:, None] & m_c[None, :], other=0.0)
+
+
+@triton.jit
+def _dots(level, vector_ptr, scale, i_b, row, column, GEOMETRIES: tl.constexpr, S: tl.constexpr, WIDEN: tl.constexpr):
+    """One level's share of `vector . pixel` for every pixel of the window [BJ]; and the sum of the vector's elements."""
+    C: tl.constexpr = GEOMETRIES[S].channels
+    OFFSET: tl.constexpr = GEOMETRIES[S].offset
+    BK: tl.constexpr = GEOMETRIES[S].block_taps
+    BC: tl.constexpr = GEOMETRIES[S].block_channels
+    SIDE: tl.constexpr = GEOMETRIES[S].side
+    element = level.pixels.dtype.element_ty
+    first_y, b_y = _axis(row * SIDE, level.size, GEOMETRIES, S)
+    first_x, b_x = _axis(column * SIDE, level.size, GEOMETRIES, S)
+    o_y, o_x, m_k = _coarse_pixels(b_y, b_x, first_y, first_x, GEOMETRIES, S)
+    b_dots = tl.zeros([ROWS, BK], tl.float32)
+    b_total = tl.zeros([BC], tl.float32)
+    for i_c in range(0, C, BC):
+        o_c = i_c + tl.arange(0, BC)
+        m_c = o_c < C
+        b_u = tl.load(vector_ptr + OFFSET + o_c, mask=m_c, other=0.0)
+        b_v = _load(level, i_b, o_y, o_x, m_k, o_c, m_c)  # [BK, BC]
+        b_u32 = b_u.to(tl.float32)
+        b_total += b_u32
+        b_dots = _times(b_u32 * scale, tl.trans(b_v), b_dots, vector_ptr.dtype.element_ty == element, WIDEN)
+    b_k = tl.sum(b_dots, axis=0) / (ROWS * scale)
+
+    SPAN: tl.constexpr = GEOMETRIES[S].span
+    PADDED: tl.constexpr = GEOMETRIES[S].padded_side
+    STRIDE: tl.constexpr = GEOMETRIES[S].stride
+    o_j = tl.arange(0, PADDED * PADDED)
+    m_j = (o_j // PADDED < SIDE) & (o_j % PADDED < SIDE)
+    j_y, j_x = row * SIDE + o_j // PADDED, column * SIDE + o_j % PADDED
+    t_y, t_x = first_tap(j_y, level.size, GEOMETRIES, S), first_tap(j_x, level.size, GEOMETRIES, S)
+    b_j = tl.zeros([PADDED * PADDED], tl.float32)
+    for i_tap in tl.static_range(SPAN * SPAN):
+        b_w = resize_weight(j_y, t_y + i_tap // SPAN, level.size, GEOMETRIES, S)
+        b_w *= resize_weight(j_x, t_x + i_tap % SPAN, level.size, GEOMETRIES, S)
+        m_w = m_j & (b_w > 0.0)
+        at = (t_y + i_tap // SPAN - first_y) * STRIDE + t_x + i_tap % SPAN - first_x
+        b_j += tl.where(m_w, b_w * tl.gather(b_k, tl.where(m_w, at, 0), axis=0), 0.0)
+    return b_j, tl.sum(b_total)
+
+
+@triton.jit
+def _moments(level, fields_ptr, i_b, row, column, GEOMETRIES: tl.constexpr, S: tl.constexpr):
+    """Mean and centred sum of squares, over the channels of one level, of every pixel of the window [BJ]."""
+    SPAN: tl.constexpr = GEOMETRIES[S].span
+    SIDE: tl.constexpr = GEOMETRIES[S].side
+    GRAM: tl.constexpr = GEOMETRIES[S].gram
+    PADDED: tl.constexpr = GEOMETRIES[S].padded_side
+    n = level.size
+    o_j = tl.arange(0, PADDED * PADDED)
+    m_j = (o_j // PADDED < SIDE) & (o_j % PADDED < SIDE)
+    j_y, j_x = row * SIDE + o_j // PADDED, column * SIDE + o_j % PADDED
+    t_y, t_x = first_tap(j_y, n, GEOMETRIES, S), first_tap(j_x, n, GEOMETRIES, S)
+    p_t = fields_ptr + i_b * (plane(GRAM, 1 - GRAM, GRAM) * n * n) + t_y * n + t_x
+    b_mean = tl.zeros([PADDED * PADDED], tl.float32)
+    b_square = tl.zeros([PADDED * PADDED], tl.float32)
+    for i in tl.static_range(SPAN * SPAN):
+        b_w = resize_weight(j_y, t_y + i // SPAN, n, GEOMETRIES, S)
+        b_w *= resize_weight(j_x, t_x + i % SPAN, n, GEOMETRIES, S)
+        m_i = m_j & (b_w > 0.0)
+        b_mean += b_w * tl.load(p_t + (i // SPAN * n + i % SPAN), mask=m_i, other=0.0)
+        for k in tl.static_range(i, SPAN * SPAN):
+            b_v = resize_weight(j_y, t_y + k // SPAN, n, GEOMETRIES, S)
+            b_v *= resize_weight(j_x, t_x + k % SPAN, n, GEOMETRIES, S)
+            p_g = p_t + plane(k // SPAN - i // SPAN, k % SPAN - i % SPAN, GRAM) * n * n
+            b_g = tl.load(p_g + (i // SPAN * n + min(i % SPAN, k % SPAN)), mask=m_i & (b_v > 0.0), other=0.0)
+            b_square += b_w * b_v * b_g * (1.0 if i == k else 2.0)
+    return b_mean, b_square
+
+
+@triton.jit
+def _pool(
+    level, out_ptr, b_weight, constant, i_b, row, column, GEOMETRIES: tl.constexpr, S: tl.constexpr, WIDEN: tl.constexpr
+):
+    """Stores one level's share of sum_j b_weight_j * pixel_j - constant; b_weight is [BJ]."""
+    C: tl.constexpr = GEOMETRIES[S].channels
+    OFFSET: tl.constexpr = GEOMETRIES[S].offset
+    BC: tl.constexpr = GEOMETRIES[S].block_channels
+    SIDE: tl.constexpr = GEOMETRIES[S].side
+    PADDED: tl.constexpr = GEOMETRIES[S].padded_side
+    element = level.pixels.dtype.element_ty
+    first_y, b_y = _axis(row * SIDE, level.size, GEOMETRIES, S)
+    first_x, b_x = _axis(column * SIDE, level.size, GEOMETRIES, S)
+    o_y, o_x, m_k = _coarse_pixels(b_y, b_x, first_y, first_x, GEOMETRIES, S)
+    # The weights of coarse pixels, first along rows, then along columns.
+    b_across = tl.sum(tl.reshape(b_weight, [PADDED, PADDED])[:, :, None] * b_x[None, :, :], axis=1)
+    b_k = _listed(tl.sum(b_y[:, :, None] * b_across[:, None, :], axis=0), GEOMETRIES, S)
+    scale = _power(tl.max(tl.abs(b_k), axis=0), element)
+    # All rows are the same, and the first one is stored.
+    m_r = (tl.arange(0, ROWS) == 0)[:, None]
+    for i_c in range(0, C, BC):
+        o_c = i_c + tl.arange(0, BC)
+        m_c = o_c < C
+        b_v = _load(level, i_b, o_y, o_x, m_k, o_c, m_c)
+        b_p = _times(b_k * scale, b_v, tl.zeros([ROWS, BC], tl.float32), False, WIDEN) / scale - constant
+        p_out = out_ptr + OFFSET + o_c[None, :] + tl.zeros([ROWS, 1], tl.int32)
+        tl.store(p_out, b_p.to(out_ptr.dtype.element_ty), mask=m_r & m_c[None, :])
+
+
+@triton.jit
+def _largest(vector_ptr, C: tl.constexpr):
+    BC: tl.constexpr = 512
+    b_most = tl.zeros([BC], tl.float32)
+    for i_c in range(0, C, BC):
+        o_c = i_c + tl.arange(0, BC)
+        b_most = tl.maximum(b_most, tl.abs(tl.load(vector_ptr + o_c, mask=o_c < C, other=0.0).to(tl.float32)))
+    return tl.max(b_most, axis=0)
+
+
+@triton.jit
+def _all_dots(
+    levels, vector_ptr, i_b, row, column, C: tl.constexpr, GEOMETRIES: tl.constexpr, WIDEN: tl.constexpr
+):
+    """`vector . pixel` for every pixel of the window [BJ], and the sum of the vector's elements."""
+    element = levels[0].pixels.dtype.element_ty
+    scale = 1.0
+    if element == tl.float16 and vector_ptr.dtype.element_ty != element:
+        scale = _power(_largest(vector_ptr, C), element)
+    b_dot = tl.zeros([GEOMETRIES[0].padded_side * GEOMETRIES[0].padded_side], tl.float32)
+    total = 0.0
+    for s in tl.static_range(len(levels)):
+        d, t = _dots(levels[s], vector_ptr, scale, i_b, row, column, GEOMETRIES, s, WIDEN)
+        b_dot, total = b_dot + d, total + t
+    return b_dot, total
+
+
+@triton.jit
+def _pixels(GEOMETRIES: tl.constexpr):
+    """Where the pixels of a window stand in the statistics [BJ], and which of them there are."""
+    SIDE: tl.constexpr = GEOMETRIES[0].side
+    PADDED: tl.constexpr = GEOMETRIES[0].padded_side
+    o_j = tl.arange(0, PADDED * PADDED)
+    return o_j // PADDED * SIDE + o_j % PADDED, (o_j // PADDED < SIDE) & (o_j % PADDED < SIDE)
+
+
+@triton.jit
+def pool_coarse_fwd_kernel(
+    queries_ptr,
+    levels,
+    fields,
+    pooled_ptr,
+    statistics_ptr,
+    GEOMETRIES: tl.constexpr,
+    VIEWS: tl.constexpr,
+    FIRST_VIEW: tl.constexpr,
+    CELLS: tl.constexpr,
+    QUERY_SIDE: tl.constexpr,
+    C: tl.constexpr,
+    WIDEN: tl.constexpr,
+    EPS: tl.constexpr,
+):
+    BJ: tl.constexpr = GEOMETRIES[0].padded_side * GEOMETRIES[0].padded_side
+    PIXELS: tl.constexpr = GEOMETRIES[0].side * GEOMETRIES[0].side
+    i_b, i_query, row, column = place(VIEWS, FIRST_VIEW, CELLS, QUERY_SIDE)
+    b_mean = tl.zeros([BJ], tl.float32)
+    b_square = tl.zeros([BJ], tl.float32)
+    for s in tl.static_range(len(levels)):
+        # Means and centred squares of two sets of channels give those of their union.
+        m, q = _moments(levels[s], fields[s], i_b, row, column, GEOMETRIES, s)
+        b_d = m - b_mean
+        share = GEOMETRIES[s].channels / (GEOMETRIES[s].offset + GEOMETRIES[s].channels)
+        b_mean += b_d * share
+        b_square += q + b_d * b_d * (GEOMETRIES[s].offset * share)
+    b_variance = b_square / C
+    # tl.maximum with 0 would hide NaN.
+    b_rstd = tl.rsqrt(tl.where(b_variance < 0.0, 0.0, b_variance) + EPS)
+    b_dot, total = _all_dots(levels, queries_ptr + i_query * C, i_b, row, column, C, GEOMETRIES, WIDEN)
+
+    o_j, m_j = _pixels(GEOMETRIES)
+    b_score = tl.where(m_j, (b_dot - b_mean * total) * b_rstd, float("-inf"))
+    b_a = tl.exp(b_score - tl.max(b_score, axis=0))
+    b_a = b_a / tl.sum(b_a, axis=0)
+    p_statistics = statistics_ptr + i_query * (3 * PIXELS) + o_j
+    tl.store(p_statistics, b_a, mask=m_j)
+    tl.store(p_statistics + PIXELS, b_mean, mask=m_j)
+    tl.store(p_statistics + 2 * PIXELS, b_rstd, mask=m_j)
+
+    b_weight = tl.where(m_j, b_a * b_rstd, 0.0)
+    constant = tl.sum(b_weight * b_mean, axis=0)
+    for s in tl.static_range(len(levels)):
+        _pool(levels[s], pooled_ptr + i_query * C, b_weight, constant, i_b, row, column, GEOMETRIES, s, WIDEN)
+
+
+@triton.jit
+def pool_coarse_bwd_kernel(
+    grad_ptr,
+    levels,
+    grad_queries_ptr,
+    statistics_ptr,
+    GEOMETRIES: tl.constexpr,
+    VIEWS: tl.constexpr,
+    FIRST_VIEW: tl.constexpr,
+    CELLS: tl.constexpr,
+    QUERY_SIDE: tl.constexpr,
+    C: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    PIXELS: tl.constexpr = GEOMETRIES[0].side * GEOMETRIES[0].side
+    i_b, i_query, row, column = place(VIEWS, FIRST_VIEW, CELLS, QUERY_SIDE)
+    b_dot, total = _all_dots(levels, grad_ptr + i_query * C, i_b, row, column, C, GEOMETRIES, WIDEN)
+
+    o_j, m_j = _pixels(GEOMETRIES)
+    p_statistics = statistics_ptr + i_query * (3 * PIXELS) + o_j
+    b_a = tl.load(p_statistics, mask=m_j, other=0.0)
+    b_mean = tl.load(p_statistics + PIXELS, mask=m_j, other=0.0)
+    b_rstd = tl.load(p_statistics + 2 * PIXELS, mask=m_j, other=0.0)
+    b_da = (b_dot - b_mean * total) * b_rstd
+    b_weight = b_a * (b_da - tl.sum(b_a * b_da, axis=0)) * b_rstd
+    constant = tl.sum(b_weight * b_mean, axis=0)
+    for s in tl.static_range(len(levels)):
+        _pool(levels[s], grad_queries_ptr + i_query * C, b_weight, constant, i_b, row, column, GEOMETRIES, s, WIDEN)
+
+
+def launches(queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int) -> Iterator[tuple[int, dict]]:
+    """Programs and common arguments of each launch that pools: one for the cells, one for the global view if any."""
+    b, views, n, channels = queries.shape
+    query_side = math.isqrt(n)
+    architecture = triton.runtime.driver.active.get_current_target().arch if queries.is_cuda else None
+    levels = tuple(Level(level, *level.stride()[:3], level.shape[1]) for level in pyramid)
+    geometries = coarse_geometries(queries, pyramid, grid, *_elements(architecture))
+    for (first, cells), of_launch in zip(((0, grid), (grid * grid, 1)), geometries):
+        tile = coarse_mining_tile(architecture, "windows")
+        arguments = {
+            "levels": levels,
+            "GEOMETRIES": of_launch,
+            "VIEWS": views,
+            "FIRST_VIEW": first,
+            "CELLS": cells,
+            "QUERY_SIDE": query_side,
+            "C": channels,
+            "WIDEN": triton.knobs.runtime.interpret,
+            "num_warps": tile.warps,
+            "num_stages": tile.stages,
+        }
+        yield b * cells * cells * n, arguments
+
+
+def why_not_coarse(queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int) -> str | None:
+    """Why these kernels do not take the tensors; None where they do."""
+    dtypes = {level.dtype for level in pyramid}
+    if len(dtypes) > 1 or dtypes - {torch.float16, torch.bfloat16}:
+        return f"maps must be all float16 or all bfloat16, got {', '.join(sorted(map(str, dtypes)))}"
+    geometries = coarse_geometries(queries, pyramid, grid, *_elements(None))
+    taps = max(level.taps for launch in geometries for level in launch)
+    return f"a window may span up to {MOST_TAPS}x{MOST_TAPS} coarse pixels, got {taps}x{taps}" if taps > MOST_TAPS else None
+
+
+def _elements(architecture: int | None) -> list[int]:
+    return [coarse_mining_tile(architecture, stage).elements for stage in ("windows", "fields")]
+
+
+def pool_coarse_fwd(
+    queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`patch_mining.pool_windows_fwd` with the same arguments and results, for all maps in float16 or all in bfloat16.
+
+    The means in the statistics are whole, not less a number.
+    """
+    b, views, n, _ = queries.shape
+    side = pyramid[0].shape[1] // (grid * math.isqrt(n))
+    queries, pyramid = queries.contiguous(), channels_last(pyramid)
+    pooled = queries.new_empty(queries.shape, dtype=pooled_dtype(queries, pyramid))
+    statistics = queries.new_empty(b, views, n, 3, side * side, dtype=torch.float32)
+    if b == 0:
+        return pooled, statistics
+    fields = None
+    for programs, arguments in launches(queries, pyramid, grid):
+        if fields is None:
+            fields = pixel_fields_fwd(arguments["levels"], arguments["GEOMETRIES"])
+        pool_coarse_fwd_kernel[(programs,)](
+            queries,
+            fields=fields,
+            pooled_ptr=pooled,
+            statistics_ptr=statistics,
+            EPS=LAYER_NORM_EPS,
+            **arguments,
+        )
+    return pooled, statistics
+
+
+def pool_coarse_bwd(
+    grad: torch.Tensor, queries: torch.Tensor, pyramid: Sequence[torch.Tensor], statistics: torch.Tensor, grid: int
+) -> torch.Tensor:
+    """The gradient to the queries, of their shape and dtype, from the gradient [B, V, N, C] of `pooled`.
+
+    The other arguments are those of `pool_coarse_fwd`, and the statistics that it returned.
+    """
+    grad, pyramid = grad.contiguous(), channels_last(pyramid)
+    grad_queries = torch.empty_like(queries, memory_format=torch.contiguous_format)
+    if len(queries) > 0:
+        for programs, arguments in launches(queries, pyramid, grid):
+            pool_coarse_bwd_kernel[(programs,)](
+                grad, grad_queries_ptr=grad_queries, statistics_ptr=statistics, **arguments
+            )
+    return grad_queries
