@@ -105,7 +105,7 @@ class CoarseTile(NamedTuple):
 
 # Keyed by compute capability as above, then by the pass: over the pyramid, which writes means and inner products, or
 # over the windows. None of them was tuned on a GPU.
-COARSE_MINING = {None: {"fields": CoarseTile(4096, 4, 2), "windows": CoarseTile(4096, 4, 2)}}
+COARSE_MINING = {None: {"fields": CoarseTile(4096, 4, 2), "windows": CoarseTile(2048, 2, 2)}}
 
 
 def coarse_mining_tile(architecture: int | None, stage: str) -> CoarseTile:

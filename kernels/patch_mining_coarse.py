@@ -24,8 +24,12 @@ from .patch_mining import LAYER_NORM_EPS, channels_last, place, pooled_dtype
 from .patch_mining_fields import pixel_fields_fwd, plane, product
 from .windows import Level, coarse_geometries, first_tap, resize_weight
 
-# Rows of the small operand: the least that a matrix product takes.
-ROWS = tl.constexpr(16)
+# Columns of the small operand: the fewest that tensor cores take.
+COLUMNS = tl.constexpr(8)
+# Half of the rows of the small operand in the other product, the fewest that tensor cores take.
+HALF = tl.constexpr(8)
+# The most channels of a pooled window that are made at once.
+POOLED = tl.constexpr(128)
 # The most coarse pixels along a side of a window. More would not fit in registers.
 MOST_TAPS = 16
 
@@ -78,25 +82,38 @@ def _power(largest, dtype: tl.constexpr):
 
 
 @triton.jit
-def _times(b_v, b_m, b_sum, EXACT: tl.constexpr, WIDEN: tl.constexpr):
-    """b_sum [ROWS, N] + v M in every row, for a float32 vector v [K] and 16-bit numbers M [K, N].
+def _columns(b_v, TERMS: tl.constexpr, dtype: tl.constexpr):
+    """A float32 vector [N] as columns [N, COLUMNS] of a 16-bit dtype: itself, if there is one term.
 
-    The vector is cut into three 16-bit numbers, unless it is EXACT, which says that it has the dtype of M already.
+    Otherwise any four neighbouring columns add up to it; its parts are exact.
     """
-    b_high = b_v.to(b_m.dtype)
-    b_sum = product(_rows(b_high), b_m, b_sum, WIDEN)
-    if not EXACT:
-        b_rest = b_v - b_high.to(tl.float32)
-        b_low = b_rest.to(b_m.dtype)
-        b_sum = product(_rows(b_low), b_m, b_sum, WIDEN)
-        b_sum = product(_rows((b_rest - b_low.to(tl.float32)).to(b_m.dtype)), b_m, b_sum, WIDEN)
-    return b_sum
+    b_high = b_v.to(dtype)
+    if TERMS == 1:
+        return tl.broadcast_to(b_high[:, None], [b_v.shape[0], COLUMNS])
+    o_n = tl.arange(0, COLUMNS)[None, :] % 4
+    b_rest = b_v - b_high.to(tl.float32)
+    b_low = b_rest.to(dtype)
+    b_lowest = (b_rest - b_low.to(tl.float32)).to(dtype)
+    b_lower = tl.where(o_n == 1, b_low[:, None], tl.where(o_n == 2, b_lowest[:, None], 0.0))
+    return tl.where(o_n == 0, b_high[:, None], b_lower)
 
 
 @triton.jit
-def _rows(b_v):
-    """A vector [N] in every row of [ROWS, N]."""
-    return tl.broadcast_to(b_v[None, :], [ROWS, b_v.shape[0]])
+def _times(b_v, b_m, TERMS: tl.constexpr, WIDEN: tl.constexpr):
+    """A float32 vector [K] times 16-bit numbers b_m [K, N], in every row of [HALF, N].
+
+    The vector is cut into two or three terms. The upper rows of the product take the first, the lower rows the second.
+    """
+    o_r = tl.arange(0, 2 * HALF)[:, None]
+    b_high = b_v.to(b_m.dtype)
+    b_rest = b_v - b_high.to(tl.float32)
+    b_low = b_rest.to(b_m.dtype)
+    b_sum = tl.zeros([2 * HALF, b_m.shape[1]], tl.float32)
+    b_sum = product(tl.where(o_r < HALF, b_high[None, :], b_low[None, :]), b_m, b_sum, WIDEN)
+    if TERMS == 3:
+        b_lowest = (b_rest - b_low.to(tl.float32)).to(b_m.dtype)
+        b_sum = product(tl.where(o_r < HALF, b_lowest[None, :], 0.0), b_m, b_sum, WIDEN)
+    return tl.sum(tl.reshape(b_sum, [2, HALF, b_m.shape[1]]), axis=0)
 
 
 @triton.jit
@@ -106,7 +123,7 @@ def _load(level, i_b, o_y, o_x, m_k, o_c, m_c):
 
 
 @triton.jit
-def _dots(level, vector_ptr, scale, i_b, row, column, GEOMETRIES: tl.constexpr, S: tl.constexpr, WIDEN: tl.constexpr):
+def _dots(level, channels, vector_ptr, scale, i_b, row, column, GEOMETRIES: tl.constexpr, S: tl.constexpr, WIDEN: tl.constexpr):
     """One level's share of `vector . pixel` for every pixel of the window [BJ]; and the sum of the vector's elements."""
     C: tl.constexpr = GEOMETRIES[S].channels
     OFFSET: tl.constexpr = GEOMETRIES[S].offset
@@ -117,17 +134,18 @@ def _dots(level, vector_ptr, scale, i_b, row, column, GEOMETRIES: tl.constexpr, 
     first_y, b_y = _axis(row * SIDE, level.size, GEOMETRIES, S)
     first_x, b_x = _axis(column * SIDE, level.size, GEOMETRIES, S)
     o_y, o_x, m_k = _coarse_pixels(b_y, b_x, first_y, first_x, GEOMETRIES, S)
-    b_dots = tl.zeros([ROWS, BK], tl.float32)
+    TERMS: tl.constexpr = 1 if vector_ptr.dtype.element_ty == element else 3
+    b_dots = tl.zeros([BK, COLUMNS], tl.float32)
     b_total = tl.zeros([BC], tl.float32)
-    for i_c in range(0, C, BC):
+    for i_c in range(0, channels, BC):
         o_c = i_c + tl.arange(0, BC)
-        m_c = o_c < C
+        m_c = (o_c < C) if C % BC != 0 else tl.full([BC], True, tl.int1)
         b_u = tl.load(vector_ptr + OFFSET + o_c, mask=m_c, other=0.0)
         b_v = _load(level, i_b, o_y, o_x, m_k, o_c, m_c)  # [BK, BC]
         b_u32 = b_u.to(tl.float32)
         b_total += b_u32
-        b_dots = _times(b_u32 * scale, tl.trans(b_v), b_dots, vector_ptr.dtype.element_ty == element, WIDEN)
-    b_k = tl.sum(b_dots, axis=0) / (ROWS * scale)
+        b_dots = product(b_v, _columns(b_u32 * scale, TERMS, element), b_dots, WIDEN)
+    b_k = tl.sum(b_dots, axis=1) / ((COLUMNS if TERMS == 1 else COLUMNS // 4) * scale)
 
     SPAN: tl.constexpr = GEOMETRIES[S].span
     PADDED: tl.constexpr = GEOMETRIES[S].padded_side
@@ -177,14 +195,14 @@ def _moments(level, fields_ptr, i_b, row, column, GEOMETRIES: tl.constexpr, S: t
 
 @triton.jit
 def _pool(
-    level, out_ptr, b_weight, constant, i_b, row, column, GEOMETRIES: tl.constexpr, S: tl.constexpr, WIDEN: tl.constexpr
+    level, channels, out_ptr, b_weight, constant, i_b, row, column, GEOMETRIES: tl.constexpr, S: tl.constexpr, WIDEN: tl.constexpr
 ):
     """Stores one level's share of sum_j b_weight_j * pixel_j - constant; b_weight is [BJ]."""
     C: tl.constexpr = GEOMETRIES[S].channels
     OFFSET: tl.constexpr = GEOMETRIES[S].offset
-    BC: tl.constexpr = GEOMETRIES[S].block_channels
-    SIDE: tl.constexpr = GEOMETRIES[S].side
+    BC: tl.constexpr = min(GEOMETRIES[S].block_channels, POOLED)
     PADDED: tl.constexpr = GEOMETRIES[S].padded_side
+    SIDE: tl.constexpr = GEOMETRIES[S].side
     element = level.pixels.dtype.element_ty
     first_y, b_y = _axis(row * SIDE, level.size, GEOMETRIES, S)
     first_x, b_x = _axis(column * SIDE, level.size, GEOMETRIES, S)
@@ -193,14 +211,16 @@ def _pool(
     b_across = tl.sum(tl.reshape(b_weight, [PADDED, PADDED])[:, :, None] * b_x[None, :, :], axis=1)
     b_k = _listed(tl.sum(b_y[:, :, None] * b_across[:, None, :], axis=0), GEOMETRIES, S)
     scale = _power(tl.max(tl.abs(b_k), axis=0), element)
-    # All rows are the same, and the first one is stored.
-    m_r = (tl.arange(0, ROWS) == 0)[:, None]
-    for i_c in range(0, C, BC):
+    # A result of 16 bits needs no more than two terms of as many.
+    TERMS: tl.constexpr = 3 if out_ptr.dtype.element_ty == tl.float32 else 2
+    m_r = (tl.arange(0, HALF) == 0)[:, None]
+    for i_c in range(0, channels, BC):
         o_c = i_c + tl.arange(0, BC)
-        m_c = o_c < C
+        m_c = (o_c < C) if C % BC != 0 else tl.full([BC], True, tl.int1)
         b_v = _load(level, i_b, o_y, o_x, m_k, o_c, m_c)
-        b_p = _times(b_k * scale, b_v, tl.zeros([ROWS, BC], tl.float32), False, WIDEN) / scale - constant
-        p_out = out_ptr + OFFSET + o_c[None, :] + tl.zeros([ROWS, 1], tl.int32)
+        # All rows of this product are the same, and the first one is stored.
+        b_p = _times(b_k * scale, b_v, TERMS, WIDEN) / scale - constant
+        p_out = out_ptr + OFFSET + o_c[None, :] + tl.zeros([HALF, 1], tl.int32)
         tl.store(p_out, b_p.to(out_ptr.dtype.element_ty), mask=m_r & m_c[None, :])
 
 
@@ -216,7 +236,7 @@ def _largest(vector_ptr, C: tl.constexpr):
 
 @triton.jit
 def _all_dots(
-    levels, vector_ptr, i_b, row, column, C: tl.constexpr, GEOMETRIES: tl.constexpr, WIDEN: tl.constexpr
+    levels, channels, vector_ptr, i_b, row, column, C: tl.constexpr, GEOMETRIES: tl.constexpr, WIDEN: tl.constexpr
 ):
     """`vector . pixel` for every pixel of the window [BJ], and the sum of the vector's elements."""
     element = levels[0].pixels.dtype.element_ty
@@ -226,7 +246,7 @@ def _all_dots(
     b_dot = tl.zeros([GEOMETRIES[0].padded_side * GEOMETRIES[0].padded_side], tl.float32)
     total = 0.0
     for s in tl.static_range(len(levels)):
-        d, t = _dots(levels[s], vector_ptr, scale, i_b, row, column, GEOMETRIES, s, WIDEN)
+        d, t = _dots(levels[s], channels[s], vector_ptr, scale, i_b, row, column, GEOMETRIES, s, WIDEN)
         b_dot, total = b_dot + d, total + t
     return b_dot, total
 
@@ -244,6 +264,7 @@ def _pixels(GEOMETRIES: tl.constexpr):
 def pool_coarse_fwd_kernel(
     queries_ptr,
     levels,
+    channels,
     fields,
     pooled_ptr,
     statistics_ptr,
@@ -271,7 +292,7 @@ def pool_coarse_fwd_kernel(
     b_variance = b_square / C
     # tl.maximum with 0 would hide NaN.
     b_rstd = tl.rsqrt(tl.where(b_variance < 0.0, 0.0, b_variance) + EPS)
-    b_dot, total = _all_dots(levels, queries_ptr + i_query * C, i_b, row, column, C, GEOMETRIES, WIDEN)
+    b_dot, total = _all_dots(levels, channels, queries_ptr + i_query * C, i_b, row, column, C, GEOMETRIES, WIDEN)
 
     o_j, m_j = _pixels(GEOMETRIES)
     b_score = tl.where(m_j, (b_dot - b_mean * total) * b_rstd, float("-inf"))
@@ -285,13 +306,14 @@ def pool_coarse_fwd_kernel(
     b_weight = tl.where(m_j, b_a * b_rstd, 0.0)
     constant = tl.sum(b_weight * b_mean, axis=0)
     for s in tl.static_range(len(levels)):
-        _pool(levels[s], pooled_ptr + i_query * C, b_weight, constant, i_b, row, column, GEOMETRIES, s, WIDEN)
+        _pool(levels[s], channels[s], pooled_ptr + i_query * C, b_weight, constant, i_b, row, column, GEOMETRIES, s, WIDEN)
 
 
 @triton.jit
 def pool_coarse_bwd_kernel(
     grad_ptr,
     levels,
+    channels,
     grad_queries_ptr,
     statistics_ptr,
     GEOMETRIES: tl.constexpr,
@@ -304,7 +326,7 @@ def pool_coarse_bwd_kernel(
 ):
     PIXELS: tl.constexpr = GEOMETRIES[0].side * GEOMETRIES[0].side
     i_b, i_query, row, column = place(VIEWS, FIRST_VIEW, CELLS, QUERY_SIDE)
-    b_dot, total = _all_dots(levels, grad_ptr + i_query * C, i_b, row, column, C, GEOMETRIES, WIDEN)
+    b_dot, total = _all_dots(levels, channels, grad_ptr + i_query * C, i_b, row, column, C, GEOMETRIES, WIDEN)
 
     o_j, m_j = _pixels(GEOMETRIES)
     p_statistics = statistics_ptr + i_query * (3 * PIXELS) + o_j
@@ -315,7 +337,7 @@ def pool_coarse_bwd_kernel(
     b_weight = b_a * (b_da - tl.sum(b_a * b_da, axis=0)) * b_rstd
     constant = tl.sum(b_weight * b_mean, axis=0)
     for s in tl.static_range(len(levels)):
-        _pool(levels[s], grad_queries_ptr + i_query * C, b_weight, constant, i_b, row, column, GEOMETRIES, s, WIDEN)
+        _pool(levels[s], channels[s], grad_queries_ptr + i_query * C, b_weight, constant, i_b, row, column, GEOMETRIES, s, WIDEN)
 
 
 def launches(queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int) -> Iterator[tuple[int, dict]]:
@@ -329,6 +351,7 @@ def launches(queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int) 
         tile = coarse_mining_tile(architecture, "windows")
         arguments = {
             "levels": levels,
+            "channels": tuple(level.shape[-1] for level in pyramid),
             "GEOMETRIES": of_launch,
             "VIEWS": views,
             "FIRST_VIEW": first,
