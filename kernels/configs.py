@@ -96,16 +96,20 @@ def patch_mining_tile(
 
 
 class CoarseTile(NamedTuple):
-    """Numbers of maps that a program loads at once, warps of a program, and stages of its software pipeline."""
+    """Numbers of maps that a program loads at once, its warps, stages of its pipeline, and most registers of a thread.
+
+    Without a limit the compiler moves loads far ahead and takes all registers that there are.
+    """
 
     elements: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 # Keyed by compute capability as above, then by the pass: over the pyramid, which writes means and inner products, or
 # over the windows. None of them was tuned on a GPU.
-COARSE_MINING = {None: {"fields": CoarseTile(4096, 4, 2), "windows": CoarseTile(2048, 2, 2)}}
+COARSE_MINING = {None: {"fields": CoarseTile(4096, 4, 2), "windows": CoarseTile(2048, 2, 2, 168)}}
 
 
 def coarse_mining_tile(architecture: int | None, stage: str) -> CoarseTile:

@@ -361,6 +361,7 @@ def launches(queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int) 
             "WIDEN": triton.knobs.runtime.interpret,
             "num_warps": tile.warps,
             "num_stages": tile.stages,
+            "maxnreg": tile.registers,
         }
         yield b * cells * cells * n, arguments
 
