@@ -137,7 +137,7 @@ def _dots(level, channels, vector_ptr, scale, i_b, row, column, GEOMETRIES: tl.c
     TERMS: tl.constexpr = 1 if vector_ptr.dtype.element_ty == element else 3
     b_dots = tl.zeros([BK, COLUMNS], tl.float32)
     b_total = tl.zeros([BC], tl.float32)
-    for i_c in range(0, channels, BC):
+    for i_c in range(0, C if WIDEN else channels, BC):
         o_c = i_c + tl.arange(0, BC)
         m_c = (o_c < C) if C % BC != 0 else tl.full([BC], True, tl.int1)
         b_u = tl.load(vector_ptr + OFFSET + o_c, mask=m_c, other=0.0)
@@ -214,7 +214,7 @@ def _pool(
     # A result of 16 bits needs no more than two terms of as many.
     TERMS: tl.constexpr = 3 if out_ptr.dtype.element_ty == tl.float32 else 2
     m_r = (tl.arange(0, HALF) == 0)[:, None]
-    for i_c in range(0, channels, BC):
+    for i_c in range(0, C if WIDEN else channels, BC):
         o_c = i_c + tl.arange(0, BC)
         m_c = (o_c < C) if C % BC != 0 else tl.full([BC], True, tl.int1)
         b_v = _load(level, i_b, o_y, o_x, m_k, o_c, m_c)
