@@ -107,14 +107,27 @@ class CoarseTile(NamedTuple):
     registers: int | None = None
 
 
-# Keyed by compute capability as above, then by the pass: over the pyramid, which writes means and inner products, or
-# over the windows. None of them was tuned on a GPU.
-COARSE_MINING = {None: {"fields": CoarseTile(4096, 4, 2), "windows": CoarseTile(2048, 2, 2, 168)}}
+# Keyed by compute capability as above. "fields" is the pass over the pyramid, which writes means and inner products.
+# Any other key is the pass over windows of up to that many pixels; a second part, "reduced", marks a global view that
+# needs a tile of its own. None of them was tuned on a GPU.
+COARSE_MINING = {
+    None: {
+        "fields": CoarseTile(4096, 4, 2),
+        16: CoarseTile(2048, 2, 2),
+        64: CoarseTile(2048, 2, 2, 168),
+        256: CoarseTile(2048, 4, 2),
+        (64, "reduced"): CoarseTile(2048, 4, 2),
+    }
+}
 
 
-def coarse_mining_tile(architecture: int | None, stage: str) -> CoarseTile:
-    """The tile of one pass on a GPU of this compute capability."""
-    return (COARSE_MINING[None] | COARSE_MINING.get(architecture, {}))[stage]
+def coarse_mining_tile(architecture: int | None, side: int | None, *, reduced: bool = False) -> CoarseTile:
+    """The tile of the pass over windows of side x side pixels, or of that over the pyramid where side is None."""
+    table = COARSE_MINING[None] | COARSE_MINING.get(architecture, {})
+    if side is None:
+        return table["fields"]
+    key = next(pixels for pixels in (16, 64, 256) if side * side <= pixels)
+    return (reduced and table.get((key, "reduced"))) or table[key]
 
 
 class ProductTile(NamedTuple):

@@ -1,17 +1,16 @@
-"""Pools windows as kernels/patch_mining.py does, p = sum_j softmax_j(u . x_j) x_j, with work on coarse pixels only.
+"""Pools windows as kernels/patch_mining.py does, p = sum_j softmax_j(u . x_j) x_j, by working on coarse pixels only.
 
-Resizing is linear, so u . x_j is a weighted sum of u . x_k over the coarse pixels k that make up pixel j, and the pooled
-window is a weighted sum of coarse pixels. The means and variances of the pixels x_j come from planes that
-kernels/patch_mining_fields.py has written, so this kernel reads the channels of each level twice and never makes a
-pixel x_j. One program per window.
+Resizing is linear: u . x_j is a weighted sum of u . x_k over the coarse pixels k that make up pixel j, and the pooled
+window is a weighted sum of coarse pixels. Means and variances of pixels come from the planes that
+kernels/patch_mining_fields.py has written. So every level's channels are read twice, and no pixel x_j is ever made. One
+program per window.
 
-Both passes are matrix products of 16-bit maps: [16, C] x [C, K] for the scores and [16, K] x [K, C] for the pooling. The
-first three rows of the small operand are a float32 vector cut into three 16-bit numbers (in float16 scaled by a power
-of two), whose products with the maps are exact, and whose sums are added. Float32 maps are not taken. With little more
-than one program per multiprocessor the time is that of one program, most of which is waiting.
+Both passes are products on tensor cores of 16-bit maps with a float32 vector, which is cut into 16-bit terms: their
+products with the maps are exact and are added up in float32. In float16 the vector is scaled by a power of two first.
+Float32 maps are not taken, and no window that spans more than 16 x 16 coarse pixels. For a picture of few queries the
+PyTorch form may be faster.
 """
 
-import functools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -19,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import coarse_mining_tile
+from .configs import CoarseTile, coarse_mining_tile
 from .patch_mining import LAYER_NORM_EPS, channels_last, place, pooled_dtype
 from .patch_mining_fields import pixel_fields_fwd, plane, product
 from .windows import Level, coarse_geometries, first_tap, resize_weight
@@ -65,7 +64,10 @@ def _listed(b_grid, GEOMETRIES: tl.constexpr, S: tl.constexpr):
 
 @triton.jit
 def _coarse_pixels(b_y, b_x, first_y, first_x, GEOMETRIES: tl.constexpr, S: tl.constexpr):
-    """Rows, columns and mask [BK] of a window's coarse pixels. One without a weight may lie outside or not be finite."""
+    """Rows, columns and mask [BK] of a window's coarse pixels.
+
+    A pixel without a weight is masked, because it may lie outside the map or not be finite.
+    """
     STRIDE: tl.constexpr = GEOMETRIES[S].stride
     o_k = tl.arange(0, GEOMETRIES[S].block_taps)
     b_some = tl.max(b_y, axis=0)[:, None] * tl.max(b_x, axis=0)[None, :]
@@ -123,8 +125,10 @@ def _load(level, i_b, o_y, o_x, m_k, o_c, m_c):
 
 
 @triton.jit
-def _dots(level, channels, vector_ptr, scale, i_b, row, column, GEOMETRIES: tl.constexpr, S: tl.constexpr, WIDEN: tl.constexpr):
-    """One level's share of `vector . pixel` for every pixel of the window [BJ]; and the sum of the vector's elements."""
+def _dots(
+    level, channels, vector_ptr, scale, i_b, row, column, GEOMETRIES: tl.constexpr, S: tl.constexpr, WIDEN: tl.constexpr
+):
+    """One level's share of `vector . pixel` for every pixel of the window [BJ]; and of the vector's sum."""
     C: tl.constexpr = GEOMETRIES[S].channels
     OFFSET: tl.constexpr = GEOMETRIES[S].offset
     BK: tl.constexpr = GEOMETRIES[S].block_taps
@@ -195,7 +199,17 @@ def _moments(level, fields_ptr, i_b, row, column, GEOMETRIES: tl.constexpr, S: t
 
 @triton.jit
 def _pool(
-    level, channels, out_ptr, b_weight, constant, i_b, row, column, GEOMETRIES: tl.constexpr, S: tl.constexpr, WIDEN: tl.constexpr
+    level,
+    channels,
+    out_ptr,
+    b_weight,
+    constant,
+    i_b,
+    row,
+    column,
+    GEOMETRIES: tl.constexpr,
+    S: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):
     """Stores one level's share of sum_j b_weight_j * pixel_j - constant; b_weight is [BJ]."""
     C: tl.constexpr = GEOMETRIES[S].channels
@@ -306,7 +320,9 @@ def pool_coarse_fwd_kernel(
     b_weight = tl.where(m_j, b_a * b_rstd, 0.0)
     constant = tl.sum(b_weight * b_mean, axis=0)
     for s in tl.static_range(len(levels)):
-        _pool(levels[s], channels[s], pooled_ptr + i_query * C, b_weight, constant, i_b, row, column, GEOMETRIES, s, WIDEN)
+        _pool(
+            levels[s], channels[s], pooled_ptr + i_query * C, b_weight, constant, i_b, row, column, GEOMETRIES, s, WIDEN
+        )
 
 
 @triton.jit
@@ -337,7 +353,19 @@ def pool_coarse_bwd_kernel(
     b_weight = b_a * (b_da - tl.sum(b_a * b_da, axis=0)) * b_rstd
     constant = tl.sum(b_weight * b_mean, axis=0)
     for s in tl.static_range(len(levels)):
-        _pool(levels[s], channels[s], grad_queries_ptr + i_query * C, b_weight, constant, i_b, row, column, GEOMETRIES, s, WIDEN)
+        _pool(
+            levels[s],
+            channels[s],
+            grad_queries_ptr + i_query * C,
+            b_weight,
+            constant,
+            i_b,
+            row,
+            column,
+            GEOMETRIES,
+            s,
+            WIDEN,
+        )
 
 
 def launches(queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int) -> Iterator[tuple[int, dict]]:
@@ -346,9 +374,9 @@ def launches(queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int) 
     query_side = math.isqrt(n)
     architecture = triton.runtime.driver.active.get_current_target().arch if queries.is_cuda else None
     levels = tuple(Level(level, *level.stride()[:3], level.shape[1]) for level in pyramid)
-    geometries = coarse_geometries(queries, pyramid, grid, *_elements(architecture))
-    for (first, cells), of_launch in zip(((0, grid), (grid * grid, 1)), geometries):
-        tile = coarse_mining_tile(architecture, "windows")
+    tiles = coarse_tiles(queries, pyramid, grid, architecture)
+    geometries = coarse_geometries(queries, pyramid, grid, [tile.elements for tile in tiles])
+    for (first, cells), of_launch, tile in zip(((0, grid), (grid * grid, 1)), geometries, tiles[1:]):
         arguments = {
             "levels": levels,
             "channels": tuple(level.shape[-1] for level in pyramid),
@@ -366,18 +394,28 @@ def launches(queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int) 
         yield b * cells * cells * n, arguments
 
 
+def coarse_tiles(
+    queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int, architecture: int | None
+) -> list[CoarseTile]:
+    """The tiles of the pass over the pyramid, and of each launch that pools."""
+    side, views = pyramid[0].shape[1] // (grid * math.isqrt(queries.shape[2])), queries.shape[1]
+    sides = [(None, False), (side, False), (side, True)][: 2 + (views > grid * grid)]
+    return [coarse_mining_tile(architecture, side, reduced=reduced) for side, reduced in sides]
+
+
 def why_not_coarse(queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int) -> str | None:
     """Why these kernels do not take the tensors; None where they do."""
     dtypes = {level.dtype for level in pyramid}
     if len(dtypes) > 1 or dtypes - {torch.float16, torch.bfloat16}:
         return f"maps must be all float16 or all bfloat16, got {', '.join(sorted(map(str, dtypes)))}"
-    geometries = coarse_geometries(queries, pyramid, grid, *_elements(None))
+    tiles = coarse_tiles(queries, pyramid, grid, None)
+    geometries = coarse_geometries(queries, pyramid, grid, [tile.elements for tile in tiles])
     taps = max(level.taps for launch in geometries for level in launch)
-    return f"a window may span up to {MOST_TAPS}x{MOST_TAPS} coarse pixels, got {taps}x{taps}" if taps > MOST_TAPS else None
-
-
-def _elements(architecture: int | None) -> list[int]:
-    return [coarse_mining_tile(architecture, stage).elements for stage in ("windows", "fields")]
+    return (
+        f"a window may span up to {MOST_TAPS}x{MOST_TAPS} coarse pixels, got {taps}x{taps}"
+        if taps > MOST_TAPS
+        else None
+    )
 
 
 def pool_coarse_fwd(

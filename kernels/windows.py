@@ -199,14 +199,13 @@ class CoarseGeometry:
 
 
 def coarse_geometries(
-    queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int, elements: int, tile_elements: int
+    queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int, elements: Sequence[int]
 ) -> list[tuple[CoarseGeometry, ...]]:
     """The levels' geometries for the launch over the cells' windows, and for the global view's if there is one.
 
     Args:
         queries, pyramid, grid: those of the operation.
-        elements: numbers of a level that a program on a window loads at once.
-        tile_elements: numbers of a level that a program on a tile loads at once.
+        elements: numbers of a level that a program loads at once: first one on a tile, then one of each launch.
     """
     fine, widths = pyramid[0].shape[1], [level.shape[-1] for level in pyramid]
     side = fine // (grid * math.isqrt(queries.shape[2]))
@@ -214,7 +213,7 @@ def coarse_geometries(
     # The planes serve all launches.
     grams = [max(reach(fine, level.shape[1], reduction, side)[2] for reduction in reductions) for level in pyramid]
 
-    def geometry(s: int, level: torch.Tensor, reduction: int) -> CoarseGeometry:
+    def geometry(s: int, level: torch.Tensor, reduction: int, at_once: int) -> CoarseGeometry:
         ratio, taps, span = reach(fine, level.shape[1], reduction, side)
         padded_taps, padded_side = (max(4, triton.next_power_of_2(count)) for count in (taps, side))
         block_taps, most = max(16, triton.next_power_of_2(taps * taps)), max(16, triton.next_power_of_2(widths[s]))
@@ -232,8 +231,11 @@ def coarse_geometries(
             side=side,
             padded_side=padded_side,
             reduction=reduction,
-            block_channels=min(most, max(16, elements // block_taps)),
-            tile_channels=min(most, tile_elements // 64),
+            block_channels=min(most, max(16, at_once // block_taps)),
+            tile_channels=min(most, elements[0] // 64),
         )
 
-    return [tuple(geometry(s, level, reduction) for s, level in enumerate(pyramid)) for reduction in reductions]
+    return [
+        tuple(geometry(s, level, reduction, at_once) for s, level in enumerate(pyramid))
+        for reduction, at_once in zip(reductions, elements[1:])
+    ]

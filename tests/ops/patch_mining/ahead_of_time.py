@@ -1,15 +1,19 @@
-"""The cases for which kernels/patch_mining.py is compiled ahead of time."""
+"""The cases for which kernels/patch_mining.py, patch_mining_fields.py and patch_mining_coarse.py are compiled."""
 
 from typing import NamedTuple
 
 import torch
 
-from mg_fast.kernels import patch_mining
-from mg_fast.kernels.configs import PATCH_MINING, TRITON, patch_mining_bucket
+from mg_fast.kernels import patch_mining, patch_mining_coarse
+from mg_fast.kernels.configs import COARSE_MINING, PATCH_MINING, TRITON, patch_mining_bucket
 
 from ..ahead_of_time_gate import ARCHITECTURES, DISTINCT, DTYPES, Case
 
-TABLE = PATCH_MINING
+# The keys of the two tables differ.
+TABLE = {
+    architecture: PATCH_MINING.get(architecture, {}) | COARSE_MINING.get(architecture, {})
+    for architecture in [*PATCH_MINING, *(COARSE_MINING.keys() - PATCH_MINING.keys())]
+}
 LEVELS = 4
 # The most loads of vectors by one thread of a program, for queries and statistics; pixels are not counted.
 # Triton 3.8 takes four more of them in one backward kernel, beside as many wide loads of pixels as before.
@@ -62,16 +66,7 @@ class Mining(NamedTuple("Mining", [("launcher", str), ("architecture", int), ("d
         if tile is not None:
             patch_mining.patch_mining_tile = lambda *_, **__: tile
         try:
-            # A model in float16 has its queries in float32.
-            queries = torch.empty(
-                2, views, tokens, sum(shape.dims), device="cuda", dtype=torch.float32 if self.dtype == "fp16" else dtype
-            )
-            pyramid = [torch.empty(2, n, n, dim, device="cuda", dtype=dtype) for n, dim in zip(maps, shape.dims)]
-            if self.launcher == "pool_windows_fwd":
-                patch_mining.pool_windows_fwd(queries, pyramid, shape.grid)
-            else:
-                statistics = torch.empty(2, views, tokens, 3, shape.side**2, device="cuda")
-                patch_mining.pool_windows_bwd(queries.to(dtype), queries, pyramid, statistics, shape.grid)
+            self._call(patch_mining.pool_windows_fwd, patch_mining.pool_windows_bwd)
         finally:
             patch_mining.patch_mining_tile = original
 
