@@ -18,60 +18,20 @@ import torch
 import triton
 import triton.language as tl
 
+from .coarse_windows import coarse_geometries, coarse_pixels, listed, load_coarse, pixel_weights
 from .configs import CoarseTile, coarse_mining_tile
 from .patch_mining import LAYER_NORM_EPS, channels_last, place, pooled_dtype
 from .patch_mining_fields import pixel_fields_fwd, plane, product
-from .windows import Level, coarse_geometries, first_tap, resize_weight
+from .windows import Level
 
 # Columns of the small operand: the fewest that tensor cores take.
 COLUMNS = tl.constexpr(8)
 # Half of the rows of the small operand in the other product, the fewest that tensor cores take.
 HALF = tl.constexpr(8)
 # The most channels of a pooled window that are made at once.
-POOLED = tl.constexpr(128)
+POOLED = tl.constexpr(64)
 # The most coarse pixels along a side of a window. More would not fit in registers.
 MOST_TAPS = 16
-
-
-@triton.jit
-def _axis(start, n, GEOMETRIES: tl.constexpr, S: tl.constexpr):
-    """The first coarse pixel along one axis of a window, and the weights [side, taps] of coarse pixels in its pixels.
-
-    Both sides are padded to powers of two.
-    """
-    SIDE: tl.constexpr = GEOMETRIES[S].side
-    K: tl.constexpr = GEOMETRIES[S].taps
-    o_p = tl.arange(0, GEOMETRIES[S].padded_side)
-    o_k = tl.arange(0, GEOMETRIES[S].padded_taps)
-    first = first_tap(start, n, GEOMETRIES, S)
-    b_w = resize_weight((start + o_p)[:, None], (first + o_k)[None, :], n, GEOMETRIES, S)
-    return first, tl.where((o_p < SIDE)[:, None] & (o_k < K)[None, :], b_w, 0.0)
-
-
-@triton.jit
-def _listed(b_grid, GEOMETRIES: tl.constexpr, S: tl.constexpr):
-    """Numbers of a window's coarse pixels [padded taps, padded taps] as the list [BK] in which pixels are loaded."""
-    PADDED: tl.constexpr = GEOMETRIES[S].padded_taps
-    STRIDE: tl.constexpr = GEOMETRIES[S].stride
-    BK: tl.constexpr = GEOMETRIES[S].block_taps
-    b_flat = tl.reshape(b_grid, [PADDED * PADDED])
-    if STRIDE != PADDED:
-        o_k = tl.minimum(tl.arange(0, BK), STRIDE * STRIDE - 1)
-        b_flat = tl.gather(b_flat, o_k // STRIDE * PADDED + o_k % STRIDE, axis=0)
-        b_flat = tl.where(tl.arange(0, BK) < STRIDE * STRIDE, b_flat, 0)
-    return b_flat
-
-
-@triton.jit
-def _coarse_pixels(b_y, b_x, first_y, first_x, GEOMETRIES: tl.constexpr, S: tl.constexpr):
-    """Rows, columns and mask [BK] of a window's coarse pixels.
-
-    A pixel without a weight is masked, because it may lie outside the map or not be finite.
-    """
-    STRIDE: tl.constexpr = GEOMETRIES[S].stride
-    o_k = tl.arange(0, GEOMETRIES[S].block_taps)
-    b_some = tl.max(b_y, axis=0)[:, None] * tl.max(b_x, axis=0)[None, :]
-    return first_y + o_k // STRIDE, first_x + o_k % STRIDE, _listed(b_some, GEOMETRIES, S) > 0.0
 
 
 @triton.jit
@@ -119,12 +79,6 @@ def _times(b_v, b_m, TERMS: tl.constexpr, WIDEN: tl.constexpr):
 
 
 @triton.jit
-def _load(level, i_b, o_y, o_x, m_k, o_c, m_c):
-    o_p = i_b * level.stride_b + o_y.to(tl.int64) * level.stride_y + o_x.to(tl.int64) * level.stride_x
-    return tl.load(level.pixels + o_p[:, None] + o_c[None, :], mask=m_k[:, None] & m_c[None, :], other=0.0)
-
-
-@triton.jit
 def _dots(
     level, channels, vector_ptr, scale, i_b, row, column, GEOMETRIES: tl.constexpr, S: tl.constexpr, WIDEN: tl.constexpr
 ):
@@ -133,11 +87,8 @@ def _dots(
     OFFSET: tl.constexpr = GEOMETRIES[S].offset
     BK: tl.constexpr = GEOMETRIES[S].block_taps
     BC: tl.constexpr = GEOMETRIES[S].block_channels
-    SIDE: tl.constexpr = GEOMETRIES[S].side
     element = level.pixels.dtype.element_ty
-    first_y, b_y = _axis(row * SIDE, level.size, GEOMETRIES, S)
-    first_x, b_x = _axis(column * SIDE, level.size, GEOMETRIES, S)
-    o_y, o_x, m_k = _coarse_pixels(b_y, b_x, first_y, first_x, GEOMETRIES, S)
+    o_y, o_x, m_k, _, _ = coarse_pixels(row, column, level.size, GEOMETRIES, S)
     TERMS: tl.constexpr = 1 if vector_ptr.dtype.element_ty == element else 3
     b_dots = tl.zeros([BK, COLUMNS], tl.float32)
     b_total = tl.zeros([BC], tl.float32)
@@ -145,26 +96,22 @@ def _dots(
         o_c = i_c + tl.arange(0, BC)
         m_c = (o_c < C) if C % BC != 0 else tl.full([BC], True, tl.int1)
         b_u = tl.load(vector_ptr + OFFSET + o_c, mask=m_c, other=0.0)
-        b_v = _load(level, i_b, o_y, o_x, m_k, o_c, m_c)  # [BK, BC]
+        b_v = load_coarse(level, i_b, o_y, o_x, m_k, o_c, m_c)  # [BK, BC]
         b_u32 = b_u.to(tl.float32)
         b_total += b_u32
         b_dots = product(b_v, _columns(b_u32 * scale, TERMS, element), b_dots, WIDEN)
     b_k = tl.sum(b_dots, axis=1) / ((COLUMNS if TERMS == 1 else COLUMNS // 4) * scale)
 
     SPAN: tl.constexpr = GEOMETRIES[S].span
-    PADDED: tl.constexpr = GEOMETRIES[S].padded_side
     STRIDE: tl.constexpr = GEOMETRIES[S].stride
-    o_j = tl.arange(0, PADDED * PADDED)
-    m_j = (o_j // PADDED < SIDE) & (o_j % PADDED < SIDE)
-    j_y, j_x = row * SIDE + o_j // PADDED, column * SIDE + o_j % PADDED
-    t_y, t_x = first_tap(j_y, level.size, GEOMETRIES, S), first_tap(j_x, level.size, GEOMETRIES, S)
-    b_j = tl.zeros([PADDED * PADDED], tl.float32)
-    for i_tap in tl.static_range(SPAN * SPAN):
-        b_w = resize_weight(j_y, t_y + i_tap // SPAN, level.size, GEOMETRIES, S)
-        b_w *= resize_weight(j_x, t_x + i_tap % SPAN, level.size, GEOMETRIES, S)
-        m_w = m_j & (b_w > 0.0)
-        at = (t_y + i_tap // SPAN - first_y) * STRIDE + t_x + i_tap % SPAN - first_x
-        b_j += tl.where(m_w, b_w * tl.gather(b_k, tl.where(m_w, at, 0), axis=0), 0.0)
+    t_y, t_x, weights = pixel_weights(row, column, level.size, GEOMETRIES, S)
+    # Where a pixel's first coarse pixel stands in the list of coarse pixels.
+    at = (t_y - tl.min(o_y, axis=0)) * STRIDE + t_x - tl.min(o_x, axis=0)
+    b_j = tl.zeros([t_y.shape[0]], tl.float32)
+    for i in tl.static_range(SPAN * SPAN):
+        m_w = weights[i] > 0.0
+        b_d = tl.gather(b_k, tl.where(m_w, at + (i // SPAN * STRIDE + i % SPAN), 0), axis=0)
+        b_j += tl.where(m_w, weights[i] * b_d, 0.0)
     return b_j, tl.sum(b_total)
 
 
@@ -172,28 +119,20 @@ def _dots(
 def _moments(level, fields_ptr, i_b, row, column, GEOMETRIES: tl.constexpr, S: tl.constexpr):
     """Mean and centred sum of squares, over the channels of one level, of every pixel of the window [BJ]."""
     SPAN: tl.constexpr = GEOMETRIES[S].span
-    SIDE: tl.constexpr = GEOMETRIES[S].side
     GRAM: tl.constexpr = GEOMETRIES[S].gram
-    PADDED: tl.constexpr = GEOMETRIES[S].padded_side
     n = level.size
-    o_j = tl.arange(0, PADDED * PADDED)
-    m_j = (o_j // PADDED < SIDE) & (o_j % PADDED < SIDE)
-    j_y, j_x = row * SIDE + o_j // PADDED, column * SIDE + o_j % PADDED
-    t_y, t_x = first_tap(j_y, n, GEOMETRIES, S), first_tap(j_x, n, GEOMETRIES, S)
+    t_y, t_x, weights = pixel_weights(row, column, n, GEOMETRIES, S)
     p_t = fields_ptr + i_b * (plane(GRAM, 1 - GRAM, GRAM) * n * n) + t_y * n + t_x
-    b_mean = tl.zeros([PADDED * PADDED], tl.float32)
-    b_square = tl.zeros([PADDED * PADDED], tl.float32)
+    b_mean = tl.zeros([t_y.shape[0]], tl.float32)
+    b_square = tl.zeros([t_y.shape[0]], tl.float32)
     for i in tl.static_range(SPAN * SPAN):
-        b_w = resize_weight(j_y, t_y + i // SPAN, n, GEOMETRIES, S)
-        b_w *= resize_weight(j_x, t_x + i % SPAN, n, GEOMETRIES, S)
-        m_i = m_j & (b_w > 0.0)
-        b_mean += b_w * tl.load(p_t + (i // SPAN * n + i % SPAN), mask=m_i, other=0.0)
+        m_i = weights[i] > 0.0
+        b_mean += weights[i] * tl.load(p_t + (i // SPAN * n + i % SPAN), mask=m_i, other=0.0)
         for k in tl.static_range(i, SPAN * SPAN):
-            b_v = resize_weight(j_y, t_y + k // SPAN, n, GEOMETRIES, S)
-            b_v *= resize_weight(j_x, t_x + k % SPAN, n, GEOMETRIES, S)
             p_g = p_t + plane(k // SPAN - i // SPAN, k % SPAN - i % SPAN, GRAM) * n * n
-            b_g = tl.load(p_g + (i // SPAN * n + min(i % SPAN, k % SPAN)), mask=m_i & (b_v > 0.0), other=0.0)
-            b_square += b_w * b_v * b_g * (1.0 if i == k else 2.0)
+            p_g += i // SPAN * n + min(i % SPAN, k % SPAN)
+            b_g = tl.load(p_g, mask=m_i & (weights[k] > 0.0), other=0.0)
+            b_square += weights[i] * weights[k] * b_g * (1.0 if i == k else 2.0)
     return b_mean, b_square
 
 
@@ -216,14 +155,11 @@ def _pool(
     OFFSET: tl.constexpr = GEOMETRIES[S].offset
     BC: tl.constexpr = min(GEOMETRIES[S].block_channels, POOLED)
     PADDED: tl.constexpr = GEOMETRIES[S].padded_side
-    SIDE: tl.constexpr = GEOMETRIES[S].side
     element = level.pixels.dtype.element_ty
-    first_y, b_y = _axis(row * SIDE, level.size, GEOMETRIES, S)
-    first_x, b_x = _axis(column * SIDE, level.size, GEOMETRIES, S)
-    o_y, o_x, m_k = _coarse_pixels(b_y, b_x, first_y, first_x, GEOMETRIES, S)
+    o_y, o_x, m_k, b_y, b_x = coarse_pixels(row, column, level.size, GEOMETRIES, S)
     # The weights of coarse pixels, first along rows, then along columns.
     b_across = tl.sum(tl.reshape(b_weight, [PADDED, PADDED])[:, :, None] * b_x[None, :, :], axis=1)
-    b_k = _listed(tl.sum(b_y[:, :, None] * b_across[:, None, :], axis=0), GEOMETRIES, S)
+    b_k = listed(tl.sum(b_y[:, :, None] * b_across[:, None, :], axis=0), GEOMETRIES, S)
     scale = _power(tl.max(tl.abs(b_k), axis=0), element)
     # A result of 16 bits needs no more than two terms of as many.
     TERMS: tl.constexpr = 3 if out_ptr.dtype.element_ty == tl.float32 else 2
@@ -231,7 +167,7 @@ def _pool(
     for i_c in range(0, C if WIDEN else channels, BC):
         o_c = i_c + tl.arange(0, BC)
         m_c = (o_c < C) if C % BC != 0 else tl.full([BC], True, tl.int1)
-        b_v = _load(level, i_b, o_y, o_x, m_k, o_c, m_c)
+        b_v = load_coarse(level, i_b, o_y, o_x, m_k, o_c, m_c)
         # All rows of this product are the same, and the first one is stored.
         b_p = _times(b_k * scale, b_v, TERMS, WIDEN) / scale - constant
         p_out = out_ptr + OFFSET + o_c[None, :] + tl.zeros([HALF, 1], tl.int32)
@@ -294,6 +230,7 @@ def pool_coarse_fwd_kernel(
     BJ: tl.constexpr = GEOMETRIES[0].padded_side * GEOMETRIES[0].padded_side
     PIXELS: tl.constexpr = GEOMETRIES[0].side * GEOMETRIES[0].side
     i_b, i_query, row, column = place(VIEWS, FIRST_VIEW, CELLS, QUERY_SIDE)
+    b_dot, total = _all_dots(levels, channels, queries_ptr + i_query * C, i_b, row, column, C, GEOMETRIES, WIDEN)
     b_mean = tl.zeros([BJ], tl.float32)
     b_square = tl.zeros([BJ], tl.float32)
     for s in tl.static_range(len(levels)):
@@ -306,7 +243,6 @@ def pool_coarse_fwd_kernel(
     b_variance = b_square / C
     # tl.maximum with 0 would hide NaN.
     b_rstd = tl.rsqrt(tl.where(b_variance < 0.0, 0.0, b_variance) + EPS)
-    b_dot, total = _all_dots(levels, channels, queries_ptr + i_query * C, i_b, row, column, C, GEOMETRIES, WIDEN)
 
     o_j, m_j = _pixels(GEOMETRIES)
     b_score = tl.where(m_j, (b_dot - b_mean * total) * b_rstd, float("-inf"))

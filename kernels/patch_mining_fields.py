@@ -17,8 +17,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .coarse_windows import CoarseGeometry
 from .configs import coarse_mining_tile
-from .windows import CoarseGeometry, Level
+from .windows import Level
 
 # Pixels along a tile's side.
 TILE = tl.constexpr(8)

@@ -7,7 +7,6 @@ where den is a power of two. There are no tables: weights are computed from size
 
 import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -162,80 +161,3 @@ def geometry(level: torch.Tensor, offset: int, fine: int, reduction: int, side: 
     return Geometry(
         level.shape[-1], offset, *ratio, taps, block_taps, span, side, reduction, block_pixels, block_channels
     )
-
-
-# This is not a NamedTuple either, for the same reason.
-@dataclass(frozen=True)
-class CoarseGeometry:
-    """What is constant about one level in one launch that works on coarse pixels only.
-
-    Fields that `Geometry` has too mean the same; both serve `resize_weight` and `first_tap`.
-
-    Attributes:
-        taps: side, in coarse pixels, of the level's part of a window.
-        padded_taps: the same, rounded up to a power of two, at least 4.
-        block_taps: taps * taps, rounded up to a power of two, at least 16: the coarse pixels that are loaded at once.
-        stride: how many of these make up a row: padded_taps where all padded rows fit, otherwise taps.
-        padded_side: `side` rounded up to a power of two, at least 4.
-        gram: the largest span of any launch that reads the level's planes.
-        tile_channels: channels that a program loads at once of the 64 pixels of a tile.
-    """
-
-    channels: int
-    offset: int
-    num: int
-    den: int
-    taps: int
-    padded_taps: int
-    block_taps: int
-    stride: int
-    span: int
-    gram: int
-    side: int
-    padded_side: int
-    reduction: int
-    block_channels: int
-    tile_channels: int
-
-
-def coarse_geometries(
-    queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int, elements: Sequence[int]
-) -> list[tuple[CoarseGeometry, ...]]:
-    """The levels' geometries for the launch over the cells' windows, and for the global view's if there is one.
-
-    Args:
-        queries, pyramid, grid: those of the operation.
-        elements: numbers of a level that a program loads at once: first one on a tile, then one of each launch.
-    """
-    fine, widths = pyramid[0].shape[1], [level.shape[-1] for level in pyramid]
-    side = fine // (grid * math.isqrt(queries.shape[2]))
-    reductions = (1, grid) if queries.shape[1] > grid * grid else (1,)
-    # The planes serve all launches.
-    grams = [max(reach(fine, level.shape[1], reduction, side)[2] for reduction in reductions) for level in pyramid]
-
-    def geometry(s: int, level: torch.Tensor, reduction: int, at_once: int) -> CoarseGeometry:
-        ratio, taps, span = reach(fine, level.shape[1], reduction, side)
-        padded_taps, padded_side = (max(4, triton.next_power_of_2(count)) for count in (taps, side))
-        block_taps, most = max(16, triton.next_power_of_2(taps * taps)), max(16, triton.next_power_of_2(widths[s]))
-        return CoarseGeometry(
-            channels=widths[s],
-            offset=sum(widths[:s]),
-            num=ratio[0],
-            den=ratio[1],
-            taps=taps,
-            padded_taps=padded_taps,
-            block_taps=block_taps,
-            stride=padded_taps if padded_taps**2 == block_taps else taps,
-            span=span,
-            gram=grams[s],
-            side=side,
-            padded_side=padded_side,
-            reduction=reduction,
-            block_channels=min(most, max(16, at_once // block_taps)),
-            tile_channels=min(most, elements[0] // 64),
-        )
-
-    return [
-        tuple(geometry(s, level, reduction, at_once) for s, level in enumerate(pyramid))
-        for reduction, at_once in zip(reductions, elements[1:])
-    ]

@@ -16,7 +16,6 @@ from .reference import CalledProjection, Projection
 from .torch import patch_mining as torch_form
 
 __all__ = [
-    "KERNELS",
     "MAX_WINDOW",
     "patch_mining",
     "pool_windows",

@@ -55,6 +55,16 @@ class Mining(NamedTuple("Mining", [("launcher", str), ("architecture", int), ("d
         return [f"{name}_cells", f"{name}_global"] if SHAPES[self.shape].grid > 1 else [name]
 
     def launch(self, tile=None) -> None:
+        original = patch_mining.patch_mining_tile
+        if tile is not None:
+            patch_mining.patch_mining_tile = lambda *_, **__: tile
+        try:
+            self.call(patch_mining)
+        finally:
+            patch_mining.patch_mining_tile = original
+
+    def call(self, module) -> None:
+        """Calls the launcher, which is a function of one of the two modules of kernels."""
         shape, dtype = SHAPES[self.shape], DTYPES[self.dtype]
         views, tokens, fine = (
             shape.grid**2 + (shape.grid > 1),
@@ -62,13 +72,16 @@ class Mining(NamedTuple("Mining", [("launcher", str), ("architecture", int), ("d
             shape.grid * shape.queries * shape.side,
         )
         maps = shape.maps or [fine >> s for s in range(len(shape.dims))]
-        original = patch_mining.patch_mining_tile
-        if tile is not None:
-            patch_mining.patch_mining_tile = lambda *_, **__: tile
-        try:
-            self._call(patch_mining.pool_windows_fwd, patch_mining.pool_windows_bwd)
-        finally:
-            patch_mining.patch_mining_tile = original
+        # A model in float16 has its queries in float32.
+        queries = torch.empty(
+            2, views, tokens, sum(shape.dims), device="cuda", dtype=torch.float32 if self.dtype == "fp16" else dtype
+        )
+        pyramid = [torch.empty(2, n, n, dim, device="cuda", dtype=dtype) for n, dim in zip(maps, shape.dims)]
+        if self.launcher.endswith("_fwd"):
+            getattr(module, self.launcher)(queries, pyramid, shape.grid)
+        else:
+            statistics = torch.empty(2, views, tokens, 3, shape.side**2, device="cuda")
+            getattr(module, self.launcher)(queries.to(dtype), queries, pyramid, statistics, shape.grid)
 
     def buckets(self) -> list:
         shape = SHAPES[self.shape]
@@ -85,6 +98,37 @@ class Mining(NamedTuple("Mining", [("launcher", str), ("architecture", int), ("d
         # The products of float32 would not be exact in TF32.
         if (self.dtype == "fp32") != (found["tensor core"] == 0):
             wrong.append(f"{found['tensor core']} instructions on tensor cores for {self.dtype}")
+        return wrong
+
+
+class CoarseMining(Mining):
+    """A launcher of kernels/patch_mining_coarse.py on one of SHAPES; the forward pass also goes over the pyramid."""
+
+    def names(self) -> list[str]:
+        first = [f"pixel_fields_fwd-sm_{self.architecture}-{self.dtype}_{self.shape}"]
+        return first * (self.launcher == "pool_coarse_fwd") + super().names()
+
+    def launch(self, tile=None) -> None:
+        original = patch_mining_coarse.coarse_mining_tile
+        if tile is not None:
+            patch_mining_coarse.coarse_mining_tile = lambda *_, **__: tile
+        try:
+            self.call(patch_mining_coarse)
+        finally:
+            patch_mining_coarse.coarse_mining_tile = original
+
+    def buckets(self) -> list:
+        shape = SHAPES[self.shape]
+        pixels = next(pixels for pixels in (16, 64, 256) if shape.side**2 <= pixels)
+        return ["fields", pixels, *([(pixels, "reduced")] if shape.grid > 1 else [])]
+
+    def faults(self, name: str, found: dict[str, int]) -> list[str]:
+        if self.shape not in ("768", "HD"):
+            return []
+        wrong = []
+        # A thread loads 16 bytes of a map at once. The other loads are of vectors and of the planes.
+        if found["of 128 bits"] < LEVELS:
+            wrong.append(f"narrow loads: {found['of 128 bits']} of {found['global loads']} are of 128 bits")
         return wrong
 
 
@@ -108,4 +152,16 @@ def cases() -> list[Mining]:
     # The other cases are compiled for the forward pass only, which as a rule needs more resources.
     add(both[:1], DISTINCT, ["bf16", "fp32"], buckets)
     add(both[1:], (80, 90), ["bf16"], buckets)
+
+    def add_coarse(launchers, architectures, dtypes, shapes):
+        found.extend(CoarseMining(x, a, d, s) for a in architectures for d in dtypes for s in shapes for x in launchers)
+
+    both = ("pool_coarse_fwd", "pool_coarse_bwd")
+    add_coarse(both, ARCHITECTURES, ["bf16"], ["HD"])
+    add_coarse(both[:1], DISTINCT, ["fp16"], ["HD"])
+    add_coarse(both, (80, 90), ["bf16"], ["768"])
+    add_coarse(both[1:], (90,), ["fp16"], ["HD"])
+    add_coarse(both[:1], DISTINCT, ["bf16"], buckets)
+    add_coarse(both[:1], (90,), ["fp16"], [*buckets, "768", "uneven"])
+    add_coarse(both[1:], (90,), ["bf16"], buckets)
     return found
