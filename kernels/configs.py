@@ -114,7 +114,7 @@ COARSE_MINING = {
     None: {
         "fields": CoarseTile(4096, 4, 2),
         16: CoarseTile(2048, 2, 2),
-        64: CoarseTile(2048, 2, 2, 168),
+        64: CoarseTile(2048, 2, 2, 200),
         256: CoarseTile(2048, 4, 2),
         (64, "reduced"): CoarseTile(2048, 4, 2),
     }

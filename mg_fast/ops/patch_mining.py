@@ -273,7 +273,9 @@ def _pool_windows_gradients(ctx, grad, _):
     )
     wanted = [level.requires_grad for level in pyramid]
     gradients = iter(pool_windows_backward_pyramid(grad, queries, pyramid, wanted, ctx.grid) if any(wanted) else ())
-    return grad_queries, [next(gradients) if want else None for want in wanted], None, None
+    # A default that was not passed takes no gradient.
+    rest = [None for _ in ctx.needs_input_grad[2:]]
+    return grad_queries, [next(gradients) if want else None for want in wanted], *rest
 
 
 torch.library.register_autograd("mg_fast::patch_mining", _pool_windows_gradients, setup_context=_pool_windows_context)
