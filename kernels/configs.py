@@ -115,9 +115,10 @@ COARSE_MINING = {
         "fields": CoarseTile(4096, 4, 2),
         16: CoarseTile(2048, 2, 2),
         64: CoarseTile(2048, 2, 2, 200),
-        256: CoarseTile(2048, 4, 2),
-        (64, "reduced"): CoarseTile(2048, 4, 2),
-    }
+        256: CoarseTile(4096, 8, 2),
+        (64, "reduced"): CoarseTile(4096, 8, 2),
+    },
+    90: {(64, "reduced"): CoarseTile(2048, 2, 2)},
 }
 
 
