@@ -15,6 +15,10 @@ import triton.language as tl
 from .windows import first_tap, reach, resize_weight
 
 
+# The most channels of a pooled window that are made at once, which keeps its sums and their addresses in registers.
+POOLED = 64
+
+
 # This is not a NamedTuple, because Triton drops the field names of constants.
 @dataclass(frozen=True)
 class CoarseGeometry:
@@ -29,6 +33,7 @@ class CoarseGeometry:
         stride: how many of these make up a row: padded_taps where all padded rows fit, otherwise taps.
         padded_side: `side` rounded up to a power of two, at least 4.
         gram: the largest span of any launch that reads the level's planes.
+        pooled_channels: channels of the pooled window that are made at once.
         tile_channels: channels that a program loads at once of the 64 pixels of a tile.
     """
 
@@ -46,6 +51,7 @@ class CoarseGeometry:
     padded_side: int
     reduction: int
     block_channels: int
+    pooled_channels: int
     tile_channels: int
 
 
@@ -146,6 +152,7 @@ def coarse_geometries(
         ratio, taps, span = reach(fine, level.shape[1], reduction, side)
         padded_taps, padded_side = (max(4, triton.next_power_of_2(count)) for count in (taps, side))
         block_taps, most = max(16, triton.next_power_of_2(taps * taps)), max(16, triton.next_power_of_2(widths[s]))
+        block_channels = max(16, min(most, at_once // block_taps))
         return CoarseGeometry(
             channels=widths[s],
             offset=sum(widths[:s]),
@@ -160,7 +167,8 @@ def coarse_geometries(
             side=side,
             padded_side=padded_side,
             reduction=reduction,
-            block_channels=min(most, max(16, at_once // block_taps)),
+            block_channels=block_channels,
+            pooled_channels=min(block_channels, POOLED),
             tile_channels=min(most, elements[0] // 64),
         )
 

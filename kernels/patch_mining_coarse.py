@@ -28,8 +28,6 @@ from .windows import Level
 COLUMNS = tl.constexpr(8)
 # Half of the rows of the small operand in the other product, the fewest that tensor cores take.
 HALF = tl.constexpr(8)
-# The most channels of a pooled window that are made at once.
-POOLED = tl.constexpr(64)
 # The most coarse pixels along a side of a window. More would not fit in registers.
 MOST_TAPS = 16
 
@@ -153,7 +151,7 @@ def _pool(
     """Stores one level's share of sum_j b_weight_j * pixel_j - constant; b_weight is [BJ]."""
     C: tl.constexpr = GEOMETRIES[S].channels
     OFFSET: tl.constexpr = GEOMETRIES[S].offset
-    BC: tl.constexpr = min(GEOMETRIES[S].block_channels, POOLED)
+    BC: tl.constexpr = GEOMETRIES[S].pooled_channels
     PADDED: tl.constexpr = GEOMETRIES[S].padded_side
     element = level.pixels.dtype.element_ty
     o_y, o_x, m_k, b_y, b_x = coarse_pixels(row, column, level.size, GEOMETRIES, S)
@@ -336,7 +334,8 @@ def coarse_tiles(
     """The tiles of the pass over the pyramid, and of each launch that pools."""
     side, views = pyramid[0].shape[1] // (grid * math.isqrt(queries.shape[2])), queries.shape[1]
     sides = [(None, False), (side, False), (side, True)][: 2 + (views > grid * grid)]
-    return [coarse_mining_tile(architecture, side, reduced=reduced) for side, reduced in sides]
+    wide = all(level.shape[-1] % 16 == 0 for level in pyramid)
+    return [coarse_mining_tile(architecture, side, wide=wide, reduced=reduced) for side, reduced in sides]
 
 
 def why_not_coarse(queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int) -> str | None:

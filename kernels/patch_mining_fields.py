@@ -137,7 +137,7 @@ def pixel_fields_fwd(levels: Sequence[Level], geometries: Sequence[CoarseGeometr
         for level, geometry in zip(levels, geometries)
     )
     architecture = triton.runtime.driver.active.get_current_target().arch if pixels.is_cuda else None
-    tile = coarse_mining_tile(architecture, None)
+    tile = coarse_mining_tile(architecture, None, wide=True)
     tiles = [triton.cdiv(level.size, TILE.value + 1 - geometry.gram) for level, geometry in zip(levels, geometries)]
     # The coarsest level comes first, because its programs have the most channels and take the longest.
     firsts = list(itertools.accumulate((batch * count * count for count in reversed(tiles)), initial=0))

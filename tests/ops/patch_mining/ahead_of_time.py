@@ -120,6 +120,8 @@ class CoarseMining(Mining):
     def buckets(self) -> list:
         shape = SHAPES[self.shape]
         pixels = next(pixels for pixels in (16, 64, 256) if shape.side**2 <= pixels)
+        if shape.dims[0] % 16:
+            return ["fields", pixels if pixels != 64 else (64, "narrow")]
         return ["fields", pixels, *([(pixels, "reduced")] if shape.grid > 1 else [])]
 
     def faults(self, name: str, found: dict[str, int]) -> list[str]:

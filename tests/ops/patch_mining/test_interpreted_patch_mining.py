@@ -66,7 +66,13 @@ TWICE = (
 
 @pytest.mark.parametrize(
     "case, dtype, name",
-    [(case, dtype, name) for case in SHAPES for dtype, name in FIRST_CHOICES[:2]]
+    [
+        (case, dtype, name)
+        for case in SHAPES
+        for dtype, name in FIRST_CHOICES[:2]
+        # The global view of three cells a side reaches over more coarse pixels than the kernel takes.
+        if (case, name) != ("three cells a side", "coarse")
+    ]
     + [(case, torch.float16, "coarse") for case in TWICE]
     + [(case, torch.bfloat16, "fine") for case in TWICE],
 )
