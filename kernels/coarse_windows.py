@@ -14,7 +14,6 @@ import triton.language as tl
 
 from .windows import first_tap, reach, resize_weight
 
-
 # The most channels of a pooled window that are made at once, which keeps its sums and their addresses in registers.
 POOLED = 64
 

@@ -109,7 +109,8 @@ class CoarseTile(NamedTuple):
 
 # Keyed by compute capability as above. "fields" is the pass over the pyramid, which writes means and inner products.
 # Any other key is the pass over windows of up to that many pixels; a second part, "reduced", marks a global view that
-# needs a tile of its own, and "narrow" marks widths that allow no loads of 16 bytes at once. None of them was tuned on a GPU.
+# needs a tile of its own, and "narrow" marks widths that allow no loads of 16 bytes at once. None of them was tuned on
+# a GPU.
 COARSE_MINING = {
     None: {
         "fields": CoarseTile(4096, 4, 2),

@@ -76,8 +76,8 @@ def _write_tile(level, fields_ptr, i, tiles, GEOMETRIES: tl.constexpr, S: tl.con
     # Neighbouring tiles share the other rows or columns.
     STEP: tl.constexpr = TILE + 1 - GRAM
     n = level.size
-    i_b = (i // (tiles * tiles)).to(tl.int64)
-    top, left = i // tiles % tiles * STEP, i % tiles * STEP
+    i_b = tl.program_id(1).to(tl.int64)
+    top, left = i // tiles * STEP, i % tiles * STEP
     o_i = tl.arange(0, P)
     # A pixel beyond the border is the one at the border. It has no weight anywhere.
     o_y, o_x = tl.minimum(top + o_i // TILE, n - 1), tl.minimum(left + o_i % TILE, n - 1)
@@ -139,10 +139,11 @@ def pixel_fields_fwd(levels: Sequence[Level], geometries: Sequence[CoarseGeometr
     architecture = triton.runtime.driver.active.get_current_target().arch if pixels.is_cuda else None
     tile = coarse_mining_tile(architecture, None, wide=True)
     tiles = [triton.cdiv(level.size, TILE.value + 1 - geometry.gram) for level, geometry in zip(levels, geometries)]
+    # These numbers do not depend on the batch, so neither does the compiled kernel.
     # The coarsest level comes first, because its programs have the most channels and take the longest.
-    firsts = list(itertools.accumulate((batch * count * count for count in reversed(tiles)), initial=0))
-    if firsts[-1] > 0:
-        pixel_fields_fwd_kernel[(firsts[-1],)](
+    firsts = list(itertools.accumulate((count * count for count in reversed(tiles)), initial=0))
+    if batch > 0:
+        pixel_fields_fwd_kernel[(firsts[-1], batch)](
             tuple(reversed(levels)),
             tuple(reversed(fields)),
             tuple(firsts),
