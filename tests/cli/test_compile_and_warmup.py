@@ -72,8 +72,8 @@ def launch(folder, cache, *cases):
     return [(counts["hits"], counts["misses"]) for counts in found]
 
 
-# In the order of launches for one picture: one norm for each stage of the tower, then mining: the pass over the pyramid,
-# the cells and the global view.
+# In the order of launches for one picture: one norm for each stage of the tower, then mining with its pass over the
+# pyramid, the cells and the global view.
 HD_KERNELS = [
     *("resize_columns_fwd_kernel", "resize_rows_fwd_kernel"),
     *["dwconv_norm_fwd_kernel"] * 4,
