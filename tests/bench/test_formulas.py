@@ -130,7 +130,7 @@ def test_triton_at_the_published_sizes(side, dtype):
     assert (cost.bytes_read, cost.bytes_written) == (counter.total.bytes_read, counter.total.bytes_written)
     assert cost.flop == counter.total.flop
     if side == 768:
-        # In float32 a window of 8 x 8 pixels takes the taps of each pixel. In 16 bits its coarse pixels are taken twice,
+        # In float32 a window of 8 x 8 pixels takes the taps of each pixel. In 16 bits its coarse pixels are taken twice
         # after the planes of every coarse pixel were made.
         widths = (192, 384, 768, 1536)
         if dtype == torch.float32:
