@@ -123,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "formulas",
         "formulas:table",
-        "print FLOP and bytes of patch info mining and of the ConvNeXt tower, by formula",
+        "print FLOP and bytes of mining, the ConvNeXt tower and the synchronizer, by formula",
     )
 
     option = add("roofline", "roofline:table", "compute FLOP, bytes and least times of an answer on a GPU, from shapes")
@@ -141,9 +141,13 @@ def _parser() -> argparse.ArgumentParser:
     named = "names, shell patterns or groups (default: every kernel at its published shapes, in bfloat16)"
     option("cases", nargs="*", help=named)
     option("--device", default="h200", help="the GPU to predict for: h200 (default)")
+    keep = "record all predictions in bench/results/issue.json"
+    option("--save", dest="keep", action="store_true", help=keep)
+    measured = "compare the recorded predictions with documents that a GPU measured, in this file or folder"
+    option("--calibrate", type=Path, metavar="DIR", help=measured)
 
     option = add("report", _report, "make tables and a page from bench/results; without an option, print the tables")
-    readme = "write the tables between the markers of README.md and docs/benchmarks.md"
+    readme = "write the tables between the markers of README.md, docs/benchmarks.md and docs/kernels.md"
     option("--readme", action="store_true", help=readme)
     option("--html", type=Path, metavar="FILE", help="write one self-contained page of pictures")
     check = "write nothing; if a table of these pages is not what the records give, the exit status is 1"

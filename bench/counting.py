@@ -30,6 +30,8 @@ ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_s
 OVERWRITES = ("copy_", "fill_", "zero_", "normal_", "uniform_")
 # Operators that read as many elements of their first input as they write.
 GATHERS = ("index_select", "index", "gather", "embedding")
+# Operators that change only as many elements of their first input as their last input has, and read none of them.
+SCATTERS = ("index_copy_",)
 # Operators that are one kernel on a GPU, though torch takes them apart on the meta device.
 FUSED = ("aten::scaled_dot_product_attention",)
 # The key under which operators that are made of others are registered.
@@ -127,6 +129,8 @@ class Count(TorchDispatchMode):
         read = _distinct_bytes(inputs)
         if name in GATHERS and created:
             read = _distinct_bytes(created) + _distinct_bytes(inputs[1:])
+        if name in SCATTERS and inputs:
+            return Cost(0, _distinct_bytes(inputs[1:]), inputs[-1].nbytes)
         return Cost(0, read, _distinct_bytes(self._on_device(changed) + created))
 
     def _launches(self, func, declared: Operator | None, args: tuple, kwargs: dict) -> int:

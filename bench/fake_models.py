@@ -5,7 +5,7 @@ Everything here is to be made and called within FakeTensorMode.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -31,6 +31,9 @@ TABLES = (resize_matrix, strip_tables, window_tables)
 MODELS = {"7b": ("7b", SETTINGS[0]), "7b-hd": ("7b", SETTINGS[1]), "34b-hd": ("34b", SETTINGS[1])}
 
 
+Model = TypeVar("Model", bound=nn.Module)
+
+
 class FakeCall(NamedTuple):
     """A way to compute a case: the bytes of its weights and packed copies of them, and the call."""
 
@@ -43,6 +46,11 @@ def empty_model(size: str, *, hd: bool) -> MiniGeminiForConditionalGeneration:
     # timm's constructor reads numbers, which fake tensors do not have.
     with unset_fake_temporarily(), torch.device("meta"):
         model = MiniGeminiForConditionalGeneration(make_config(size, hd=hd)).eval().to(DTYPE)
+    return on_gpu(model)
+
+
+def on_gpu(model: Model) -> Model:
+    """A model of the meta device, whose parameters and buffers become fake tensors on a GPU."""
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():

@@ -9,6 +9,9 @@ ON_A_CPU = {
     "picture/1536-hd-b1-float32": "one HD picture of 1536x1536 pixels to image tokens, float32",
     "picture/768-b1-bfloat16": "one picture of 768x768 pixels to image tokens, bfloat16",
     "patch_mining/768-b1-float32": "patch info mining alone, 768x768 pixels, float32",
+    "deformable_attention/detr-encoder-b1-float32": "deformable attention, encoder of Deformable DETR, float32",
+    "feature_sync/llm-decode-n4-b1-float32": "feature synchronizer, one token with four pictures, float32",
+    "feature_sync/unet-64-b1-float32": "feature synchronizer, a block of 64x64 queries, float32",
     "end-to-end/0.5b-second-turn-b1-float32": "a second question about a picture, to its first token, float32",
     "end-to-end/0.5b-decode-b1-bfloat16": "one more token of an answer, bfloat16",
 }

@@ -78,6 +78,8 @@ class Provider:
         own_graphs: on a GPU the call replays CUDA graphs of its own. It is then not captured in another graph, and its
             memory cannot be seen, since a replay allocates nothing.
         without_graphs: for such a provider, builds a call that does the same without a graph, to measure its memory.
+        capturable: whether the call can be captured where its case can. One that copies from the host or waits for the
+            GPU cannot, and to try it would end the process.
     """
 
     build: Callable[[Any], Call]
@@ -86,6 +88,7 @@ class Provider:
     profiled: Callable[[Any], Call] | None = None
     own_graphs: bool = False
     without_graphs: Callable[[Any], Call] | None = None
+    capturable: bool = True
 
     def __call__(self, inputs: Any) -> Call:
         return self.build(inputs)

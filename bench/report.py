@@ -1,9 +1,9 @@
-"""`python -m bench report`: the tables of README.md and docs/benchmarks.md, and a page of pictures."""
+"""`python -m bench report`: the tables of README.md and of pages under docs, and a page of pictures."""
 
 import re
 from pathlib import Path
 
-from . import tables
+from . import operation_tables, tables
 from .errors import BadRecord
 from .figures import Records, records_by_device
 from .page import page
@@ -11,7 +11,7 @@ from .readme_table import readme_table, status_table
 
 ROOT = Path(__file__).parents[1]
 # The files with tables between markers.
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "kernels.md")
 MEND = "python -m bench report --readme"
 TABLES = {
     "status": status_table,
@@ -19,6 +19,9 @@ TABLES = {
     "picture": tables.picture_table,
     "patch_mining": tables.mining_table,
     "answers": tables.answers_table,
+    "deformable_attention": operation_tables.deformable_table,
+    "feature_sync": operation_tables.synchronizer_table,
+    "issue": operation_tables.issue_table,
     "predicted": tables.predicted_table,
 }
 

@@ -211,7 +211,8 @@ class _CaseRun:
     def time_graphs(self, calls: dict[str, Call]) -> None:
         baseline = self.rows.get(self.case.baseline)
         for name, call in calls.items():
-            if self.case.providers[name].own_graphs:
+            provider = self.case.providers[name]
+            if provider.own_graphs or not provider.capturable:
                 continue
             row = self.rows[name]
             self._begin(name, "being captured in a CUDA graph")

@@ -149,6 +149,7 @@ class ProductTile(NamedTuple):
         group: rows of tiles that are taken together.
         warps: warps of the program.
         stages: stages of its software pipeline.
+        registers: the most that the compiler may give to a thread.
     """
 
     rows: int
@@ -157,23 +158,38 @@ class ProductTile(NamedTuple):
     group: int
     warps: int
     stages: int
+    registers: int = 255
 
 
 # Keyed by compute capability (None as above), then by the bytes of one element and by the product's size or layout
-# (`pointwise_bucket`). These are the largest tiles that do not spill; none was tuned on a GPU. A tile of 128 x 256,
-# which a GPU of 9.0 or 10.0 could feed, spills in the epilogue, with 8 warps and with 16.
+# (`pointwise_bucket`). No tile was tuned on a GPU. Those for any architecture are the largest that do not spill. Those
+# of 9.0 are the fastest by `python -m bench issue`: with three stages and 128 registers two programs reside on a
+# multiprocessor, and one of them multiplies while the other applies its epilogue. A tile of 128 x 256 spills there. A
+# third part of a key, "gelu", marks a product with GELU that needs a tile of its own.
 POINTWISE = {
     None: {
         (2, "few"): ProductTile(64, 64, 64, 8, 4, 4),
+        (2, "some"): ProductTile(128, 128, 32, 8, 8, 4),
         (2, "many"): ProductTile(128, 128, 32, 8, 8, 4),
         (2, "narrow"): ProductTile(64, 64, 32, 8, 8, 3),
         (4, "few"): ProductTile(64, 64, 16, 8, 8, 3),
+        (4, "some"): ProductTile(128, 64, 16, 8, 8, 3),
         (4, "many"): ProductTile(128, 64, 16, 8, 8, 3),
         (4, "narrow"): ProductTile(64, 64, 16, 8, 8, 3),
     },
     # These architectures multiply with a whole warp group, and have the shared memory to feed it.
-    90: {(2, "few"): ProductTile(64, 128, 64, 8, 4, 4), (2, "many"): ProductTile(128, 128, 64, 8, 8, 4)},
-    100: {(2, "few"): ProductTile(64, 128, 64, 8, 4, 4), (2, "many"): ProductTile(128, 128, 64, 8, 8, 4)},
+    90: {
+        (2, "few"): ProductTile(64, 64, 128, 8, 4, 3),
+        (2, "some"): ProductTile(128, 64, 64, 8, 8, 4, 128),
+        (2, "many"): ProductTile(128, 128, 64, 8, 8, 3, 128),
+        # The tile above would spill with this epilogue.
+        (2, "many", "gelu"): ProductTile(64, 256, 64, 8, 8, 2, 128),
+    },
+    100: {
+        (2, "few"): ProductTile(64, 128, 64, 8, 4, 4),
+        (2, "some"): ProductTile(128, 128, 64, 8, 8, 4),
+        (2, "many"): ProductTile(128, 128, 64, 8, 8, 4),
+    },
 }
 
 
@@ -182,13 +198,19 @@ def pointwise_bucket(element_size: int, m: int, n: int, strides: Iterable[int]) 
     if any(stride % 16 for stride in strides):
         # Wide loads are impossible, because every element has an address of its own.
         return element_size, "narrow"
-    # Up to 64 tiles of 128 x 128 keep at most half of a large GPU busy.
-    return element_size, "few" if -(-m // 128) * -(-n // 128) <= 64 else "many"
+    # Up to 64 tiles of 128 x 128 keep at most half of a large GPU busy, and up to 132 are at most one for each
+    # multiprocessor of an H200.
+    tiles = -(-m // 128) * -(-n // 128)
+    return element_size, "few" if tiles <= 64 else "some" if tiles <= 132 else "many"
 
 
-def pointwise_tile(architecture: int | None, element_size: int, m: int, n: int, strides: Iterable[int]) -> ProductTile:
-    """The tile for a product of this size on a GPU of this compute capability (90 for 9.0)."""
-    return (POINTWISE[None] | POINTWISE.get(architecture, {}))[pointwise_bucket(element_size, m, n, strides)]
+def pointwise_tile(
+    architecture: int | None, element_size: int, m: int, n: int, strides: Iterable[int], *, gelu: bool
+) -> ProductTile:
+    """The tile for a product of this size on a GPU of this compute capability (90 for 9.0), with GELU or a residual."""
+    table = POINTWISE[None] | POINTWISE.get(architecture, {})
+    bucket = pointwise_bucket(element_size, m, n, strides)
+    return gelu and table.get((*bucket, "gelu")) or table[bucket]
 
 
 class ConvolutionTile(NamedTuple):
@@ -200,11 +222,29 @@ class ConvolutionTile(NamedTuple):
     warps: int
 
 
+class BandsTile(NamedTuple):
+    """The tile of a depthwise convolution on tensor cores: 16 strips of 2 columns, in one or more layers.
+
+    Attributes:
+        rows: of a strip, an even number.
+        columns: of all strips side by side: 8, 16 or 32.
+        channels: that one load takes, and one warp convolves.
+        warps: of a program.
+    """
+
+    rows: int
+    columns: int
+    channels: int
+    warps: int
+
+
 # Keyed by compute capability as above, then by the largest number of channels and by whether a load takes several
-# channels of a pixel at once. A thread holds its rows for 4 channels (for 2 where loads are narrow and each has an
-# address of its own) of up to three chunks, because the width of every published ConvNeXt is 2^k or 3 * 2^k. The tiles
-# were not tuned on a GPU. 6 rows divide the maps of 768 pixels; 8 rows would take fewer instructions, but would leave
-# too few programs of one picture for an H100, and would spill in float32.
+# channels of a pixel at once. Only float32 maps take wide ones here, as tensor cores convolve those of 16 bits. A
+# thread holds its rows for 4 channels (for 2 where loads are narrow and each has an address of its own) of up to three
+# chunks, because the width of every published ConvNeXt is 2^k or 3 * 2^k. The tiles were not tuned on a GPU. 6 rows
+# divide the maps of 768 pixels; 8 rows would take fewer instructions, but would leave too few programs of one picture
+# for an H100, and would spill. The tiles of "bands" are the fastest for an H200 by `python -m bench issue`. A map of
+# many channels has few pixels, and needs more programs.
 DWCONV_NORM = {
     None: {
         (192, True): ConvolutionTile(6, 8, 64, 4),
@@ -215,11 +255,13 @@ DWCONV_NORM = {
         # No published model has widths or strides that are not multiples of 16.
         (192, False): ConvolutionTile(2, 4, 64, 4),
         (3072, False): ConvolutionTile(2, 1, 1024, 16),
+        (768, "bands"): BandsTile(12, 16, 4, 4),
+        (3072, "bands"): BandsTile(8, 16, 4, 4),
     },
 }
 if TRITON >= (3, 8):
-    # With the tiles above it would spill 8 bytes of a thread in bfloat16, and 16 bytes in float32.
-    DWCONV_NORM[90] = {(192, True): ConvolutionTile(6, 8, 64, 8), (1536, True): ConvolutionTile(4, 1, 512, 4)}
+    # With the tile above it would spill 16 bytes of a thread.
+    DWCONV_NORM[90] = {(1536, True): ConvolutionTile(4, 1, 512, 4)}
 
 
 def dwconv_norm_bucket(channels: int, strides: Iterable[int]) -> tuple[int, bool]:
@@ -233,6 +275,57 @@ def dwconv_norm_tile(architecture: int | None, channels: int, strides: Iterable[
     """The tile for this map on a GPU of this compute capability."""
     table = DWCONV_NORM[None] | DWCONV_NORM.get(architecture, {})
     return table[dwconv_norm_bucket(channels, strides)]
+
+
+def dwconv_bands_bucket(channels: int) -> tuple[int, str]:
+    """The bucket of a map that is convolved on tensor cores."""
+    return 768 if channels <= 768 else 3072, "bands"
+
+
+def dwconv_bands_tile(architecture: int | None, channels: int) -> BandsTile:
+    """The tile for a map of so many channels on a GPU of this compute capability."""
+    return (DWCONV_NORM[None] | DWCONV_NORM.get(architecture, {}))[dwconv_bands_bucket(channels)]
+
+
+def dwconv_in_bands(element_size: int, channels: int, strides: Iterable[int]) -> bool:
+    """Whether a map is convolved on tensor cores: where its numbers have 16 bits, and all its strides allow wide loads.
+
+    Args:
+        element_size: bytes of one element.
+        strides: between pictures, rows and columns, in elements.
+    """
+    return element_size == 2 and dwconv_norm_bucket(channels, strides)[1]
+
+
+class PixelNormTile(NamedTuple):
+    """Pixels of a program, channels that are loaded at once, and warps."""
+
+    pixels: int
+    channels: int
+    warps: int
+
+
+# Keyed by compute capability as above, then by the largest number of channels and the kernel. A thread holds 8 channels
+# of a pixel in each of up to three chunks.
+PIXEL_NORM = {
+    None: {
+        (192, "norm"): PixelNormTile(16, 64, 4),
+        (384, "norm"): PixelNormTile(8, 128, 4),
+        (768, "norm"): PixelNormTile(4, 256, 4),
+        (1536, "norm"): PixelNormTile(2, 512, 4),
+        (3072, "norm"): PixelNormTile(1, 1024, 4),
+    }
+}
+
+
+def pixel_norm_bucket(channels: int) -> tuple[int, str]:
+    """The bucket of pixels of so many channels."""
+    return next(most for most in (192, 384, 768, 1536, 3072) if channels <= most), "norm"
+
+
+def pixel_norm_tile(architecture: int | None, channels: int) -> PixelNormTile:
+    """The tile for pixels of so many channels on a GPU of this compute capability."""
+    return (PIXEL_NORM[None] | PIXEL_NORM.get(architecture, {}))[pixel_norm_bucket(channels)]
 
 
 class ResizeTile(NamedTuple):
@@ -254,6 +347,160 @@ if TRITON >= (3, 8):
 def dual_resize_tile(architecture: int | None, stage: str) -> ResizeTile:
     """The tile of one pass on a GPU of this compute capability (90 for 9.0)."""
     return (DUAL_RESIZE[None] | DUAL_RESIZE.get(architecture, {}))[stage]
+
+
+class SamplingTile(NamedTuple):
+    """The tile of one program that samples maps.
+
+    Attributes:
+        elements: queries of a program times channels of a head, rounded up to a power of two.
+        warps: warps of the program.
+        unroll: points whose pixels may be on their way at the same time.
+    """
+
+    elements: int
+    warps: int
+    unroll: int
+
+
+# Keyed by compute capability as above, then by the pass, the bytes of one element of the maps, and whether a thread
+# loads several channels of a pixel at once. A thread has 8 channels of a query of 16-bit maps, and 4 of float32 maps,
+# which are 16 bytes. The tiles were not tuned on a GPU.
+DEFORMABLE_ATTENTION = {
+    None: {
+        ("forward", 2, True): SamplingTile(512, 2, 2),
+        ("forward", 4, True): SamplingTile(512, 2, 2),
+        ("forward", 2, False): SamplingTile(512, 4, 1),
+        ("forward", 4, False): SamplingTile(512, 4, 1),
+        ("backward", 2, True): SamplingTile(128, 1, 1),
+        ("backward", 4, True): SamplingTile(128, 1, 1),
+        ("backward", 2, False): SamplingTile(512, 4, 1),
+        ("backward", 4, False): SamplingTile(512, 4, 1),
+    },
+}
+
+
+if TRITON >= (3, 8):
+    # With the tiles above it would spill up to 8 bytes of a thread, and in the backward pass up to 24.
+    DEFORMABLE_ATTENTION[None] |= {
+        ("forward", 2, True): SamplingTile(256, 1, 2),
+        ("backward", 2, False): SamplingTile(256, 4, 1),
+        ("backward", 4, False): SamplingTile(256, 4, 1),
+    }
+
+
+def deformable_attention_bucket(
+    stage: str, element_size: int, channels: int, strides: Iterable[int]
+) -> tuple[str, int, bool]:
+    """The bucket of maps: channels of a head, and strides between pictures, pixels and heads, in elements."""
+    # Triton knows only whether a stride is a multiple of 16.
+    return stage, element_size, channels % 8 == 0 and all(stride % 16 == 0 for stride in strides)
+
+
+def deformable_attention_tile(
+    architecture: int | None, stage: str, element_size: int, channels: int, strides: Iterable[int]
+) -> SamplingTile:
+    """The tile of one pass over these maps on a GPU of this compute capability (90 for 9.0)."""
+    table = DEFORMABLE_ATTENTION[None] | DEFORMABLE_ATTENTION.get(architecture, {})
+    return table[deformable_attention_bucket(stage, element_size, channels, strides)]
+
+
+class SyncTile(NamedTuple):
+    """The tile of one program of the synchronizer.
+
+    Attributes:
+        queries: queries of the program.
+        pictures: pictures that are read at once.
+        points: points of a picture that are read at once.
+        channels: channels that are loaded at once.
+        times: how many times as many channels the program has.
+        warps: warps of the program.
+    """
+
+    queries: int
+    pictures: int
+    points: int
+    channels: int
+    times: int
+    warps: int
+
+
+class SyncSlots(NamedTuple):
+    """From which a SyncTile is made.
+
+    Attributes:
+        slots: the most queries x pictures x points that are read at once, where points are rounded up to a power of
+            two.
+        channels: the most channels that are loaded at once.
+        times: the most times that a program does so.
+        share: numbers of the tile that a thread holds, of each time.
+    """
+
+    slots: int
+    channels: int
+    times: int
+    share: int
+
+
+# Keyed by compute capability as above, then by the bytes of a value, by the number of queries, and by whether a load
+# takes several channels at once. None was tuned on a GPU. With 32 channels at once, two of a warp's 16-bit pixels are a
+# cache line, and each thread computes a sample's place once for 16 channels.
+FEATURE_SYNC = {
+    None: {
+        (2, "few", True): SyncSlots(128, 32, 1, 8),
+        (4, "few", True): SyncSlots(128, 32, 1, 8),
+        (2, "some", True): SyncSlots(32, 32, 2, 8),
+        (4, "some", True): SyncSlots(32, 16, 4, 4),
+        (2, "many", True): SyncSlots(32, 32, 2, 8),
+        (4, "many", True): SyncSlots(32, 16, 4, 4),
+        (2, "few", False): SyncSlots(32, 32, 1, 4),
+        (4, "few", False): SyncSlots(32, 32, 1, 4),
+        (2, "many", False): SyncSlots(16, 32, 1, 4),
+        (4, "many", False): SyncSlots(16, 32, 1, 4),
+    }
+}
+# A program of a "few" queries has one of them, with many pictures at once, so that few loads wait for each other. One
+# of "some" queries has several, with the points of one picture, so that there are enough programs. One of "many" takes
+# point after point, which needs the fewest instructions, because nothing is added up across threads.
+_MOST_QUERIES = {"few": 16, "some": 512}
+
+
+def feature_sync_bucket(
+    element_size: int, queries: int, channels: int, strides: Iterable[int]
+) -> tuple[int, str, bool]:
+    """The bucket of that many queries of all rows; strides between rows, pictures, pixels and heads, in elements."""
+    # Triton knows only whether a stride is a multiple of 16.
+    wide = all(number % 16 == 0 for number in (channels, *strides))
+    number = next((name for name, most in _MOST_QUERIES.items() if queries <= most), "many")
+    return element_size, number if wide or number == "few" else "many", wide
+
+
+def feature_sync_tile(
+    architecture: int | None,
+    element_size: int,
+    queries: int,
+    pictures: int,
+    points: int,
+    channels: int,
+    strides: Iterable[int],
+) -> SyncTile:
+    """The tile for queries of this number (of all rows), pictures of a row, points and channels of a head."""
+    bucket = feature_sync_bucket(element_size, queries, channels, strides)
+    slots, most, times, share = (FEATURE_SYNC[None] | FEATURE_SYNC.get(architecture, {}))[bucket]
+    points, most = _power_of_two(points), min(most, _power_of_two(channels))
+    times = min(times, -(-channels // most))
+    together, at_once = max(1, slots // points), 1
+    if bucket[1] == "few":
+        together, at_once = 1, min(together, _power_of_two(pictures))
+    elif bucket[1] == "many":
+        together, points = slots, 1
+    warps = together * at_once * points * most // (32 * share)
+    return SyncTile(together, at_once, points, most, times, min(max(warps, 1), 8))
+
+
+def _power_of_two(number: int) -> int:
+    """The least power of two that is not below the number."""
+    return 1 << max(number - 1, 0).bit_length()
 
 
 @contextlib.contextmanager

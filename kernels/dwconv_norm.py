@@ -1,20 +1,21 @@
 """Depthwise 7x7 convolution, bias and LayerNorm over channels: y = (z - mean z) / sqrt(var z + eps) * g + h.
 
 Here z = b + sum_t w_t * x_t, and x_t is the map [B, H, W, C] shifted by tap t = 7 * ky + kx, zero outside. Mean and
-variance run over the C channels of a pixel. The map is read once (its halo comes from the caches) and written once: the
-convolution's result stays in registers, is not rounded before the norm, and nothing is copied to NCHW and back. All
-arithmetic is float32 from the load on. The variance is computed in a second pass, from values less their mean.
-
-A program makes a few rows of a few columns, with all channels. It loads a pixel once for each kx and adds it to every
-output row that the pixel contributes to, so an output takes 7 * (rows + 6) / rows loads instead of 49. The backward
-pass recomputes through PyTorch. Maps of few pixels leave most of a GPU idle, and the PyTorch form may be faster there.
+variance run over a pixel's channels, the variance from values less their mean. All sums are float32. Wide 16-bit maps
+are convolved on tensor cores, a few channels at a time (`kernels/dwconv_bands.py`), and normalised in a second launch:
+in place, from z rounded to bfloat16 as in PyTorch, or for float16, in which z may overflow, from a buffer in float32.
+There a pixel that is not finite reaches one pixel farther, as zero times NaN is NaN. Other maps take one launch, which
+widens on load and keeps z in registers. Its programs make a few rows of a few columns with all channels, and load a
+pixel once for each kx and all rows that it adds to: 7 * (rows + 6) / rows loads per output instead of 49. The backward
+pass recomputes through PyTorch, which may also be faster on maps of few pixels. docs/kernels.md has what was tried.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from .configs import dwconv_norm_tile
+from .configs import dwconv_bands_tile, dwconv_in_bands, dwconv_norm_tile, pixel_norm_tile
+from .dwconv_bands import convolve_in_bands
 
 
 @triton.jit
@@ -160,6 +161,70 @@ def dwconv_norm_fwd_kernel(
             tl.store(p_out, b_y.to(out_ptr.dtype.element_ty), mask=m_s & (r < H - i_y))
 
 
+@triton.jit
+def dwconv_bands_fwd_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    z_ptr,
+    H,
+    W,
+    stride_xb,
+    stride_xh,
+    stride_xw,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    ACROSS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    V: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    convolve_in_bands(
+        x_ptr, weight_ptr, bias_ptr, z_ptr, H, W, stride_xb, stride_xh, stride_xw, C, ROWS, ACROSS, CHUNKS, V, WIDEN
+    )
+
+
+@triton.jit(do_not_specialize=["pixels"])
+def pixel_norm_fwd_kernel(
+    z_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    out_ptr,
+    pixels,
+    eps,
+    C: tl.constexpr,
+    BP: tl.constexpr,
+    BC: tl.constexpr,
+):
+    CHUNKS: tl.constexpr = (C + BC - 1) // BC
+    i = tl.program_id(0).to(tl.int64) * BP
+    o_p = tl.arange(0, BP)
+    o_c = tl.arange(0, BC)[None, :]
+    m_p = (o_p < pixels - i)[:, None]
+    o_z = i * C + (o_p[:, None] * C + o_c)
+    b_z = ()
+    b_sum = tl.zeros([BP, BC], tl.float32)
+    for s in tl.static_range(CHUNKS):
+        b_chunk = _single(tl.load(z_ptr + o_z + s * BC, mask=m_p & (s * BC + o_c < C), other=0.0))
+        b_z = b_z + (b_chunk,)
+        b_sum += b_chunk
+    b_mean = (tl.sum(b_sum, axis=1) / C)[:, None]
+    b_square = tl.zeros([BP, BC], tl.float32)
+    for s in tl.static_range(CHUNKS):
+        b_d = b_z[s] - b_mean
+        if (s + 1) * BC > C:
+            b_d = tl.where(s * BC + o_c < C, b_d, 0.0)
+        b_square += b_d * b_d
+    b_rstd = tl.rsqrt(tl.sum(b_square, axis=1) / C + eps)[:, None]
+    zero = tl.zeros_like(o_p)[:, None]
+    for s in tl.static_range(CHUNKS):
+        m = m_p & (s * BC + o_c < C)
+        b_g = _vector(norm_weight_ptr + s * BC + o_c, zero, m)
+        b_h = _vector(norm_bias_ptr + s * BC + o_c, zero, m)
+        b_y = (b_z[s] - b_mean) * b_rstd * b_g + b_h
+        tl.store(out_ptr + o_z + s * BC, b_y.to(out_ptr.dtype.element_ty), mask=m)
+
+
 def dwconv_norm_fwd(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -168,7 +233,7 @@ def dwconv_norm_fwd(
     norm_bias: torch.Tensor,
     eps: float,
 ) -> torch.Tensor:
-    """Convolves and normalises a map in one launch.
+    """Convolves and normalises a map, in one launch or on tensor cores in two (`configs.dwconv_in_bands`).
 
     Args:
         x: [B, H, W, C], fp16/bf16/fp32; read in place where the channels' stride is 1, otherwise copied.
@@ -182,6 +247,8 @@ def dwconv_norm_fwd(
     b, h, w, channels = x.shape
     x = x if x.stride(-1) == 1 else x.contiguous()
     weight, bias, norm_weight, norm_bias = (t.contiguous() for t in (weight, bias, norm_weight, norm_bias))
+    if dwconv_in_bands(x.itemsize, channels, x.stride()[:3]):
+        return _in_bands(x, weight, bias, norm_weight, norm_bias, eps)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     architecture = triton.runtime.driver.active.get_current_target().arch if x.is_cuda else None
     tile = dwconv_norm_tile(architecture, channels, x.stride()[:3])
@@ -203,5 +270,55 @@ def dwconv_norm_fwd(
             BW=tile.columns,
             BC=tile.channels,
             num_warps=tile.warps,
+        )
+    return out
+
+
+def _in_bands(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    eps: float,
+) -> torch.Tensor:
+    """`dwconv_norm_fwd` of a map that `configs.dwconv_in_bands` accepts, with contiguous parameters."""
+    b, h, w, channels = x.shape
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    z = torch.empty(x.shape, dtype=torch.float32, device=x.device) if x.dtype == torch.float16 else out
+    architecture = triton.runtime.driver.active.get_current_target().arch if x.is_cuda else None
+    tile, norm = dwconv_bands_tile(architecture, channels), pixel_norm_tile(architecture, channels)
+    across = tile.columns // 2
+    parts = triton.cdiv(channels, tile.channels * tile.warps)
+    programs = b * triton.cdiv(h, 16 // across * tile.rows) * triton.cdiv(w, tile.columns) * parts
+    if programs > 0:
+        dwconv_bands_fwd_kernel[(programs,)](
+            x,
+            weight,
+            bias,
+            z,
+            h,
+            w,
+            *x.stride()[:3],
+            C=channels,
+            ROWS=tile.rows,
+            ACROSS=across,
+            CHUNKS=tile.warps,
+            V=tile.channels,
+            # The interpreter cannot multiply matrices in bfloat16.
+            WIDEN=triton.knobs.runtime.interpret,
+            num_warps=tile.warps,
+        )
+        pixel_norm_fwd_kernel[(triton.cdiv(b * h * w, norm.pixels),)](
+            z,
+            norm_weight,
+            norm_bias,
+            out,
+            b * h * w,
+            eps,
+            C=channels,
+            BP=norm.pixels,
+            BC=norm.channels,
+            num_warps=norm.warps,
         )
     return out

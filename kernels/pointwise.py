@@ -1,9 +1,9 @@
 """The two pointwise layers of a ConvNeXt block: y = gelu(x W^T + b) and y = r + x W^T + b, one launch each.
 
-Bias, exact (erf) GELU and residual are applied to the float32 accumulator before it is rounded for the only time: the
-bare product never touches memory. The caller folds layer scale into W and b. x [M, K] and r [M, N] have unit stride
-along a row and any stride between rows; W [N, K] is contiguous. M, N and K may be any sizes; where K, N or a stride is
-not a multiple of 16, elements are loaded one by one.
+Bias, GELU (of the error function) and residual are applied to the float32 accumulator before it is rounded for the only
+time: the bare product never touches memory. The caller folds layer scale into W and b. x [M, K] and r [M, N] have unit
+stride along a row and any stride between rows; W [N, K] is contiguous. M, N and K may be any sizes; where K, N or a
+stride is not a multiple of 16, elements are loaded one by one.
 
 There is one exception to "float32 from the load on": 16-bit operands go to the tensor cores as they are, which sum
 their exact products in float32. Triton's interpreter computes garbage from bfloat16, so operands are widened there, and
@@ -66,6 +66,27 @@ def _product(
     return b_product, o_m, o_n
 
 
+@triton.jit
+def gelu_of_16_bits(b_x):
+    """x * (1 + erf(x / sqrt 2)) / 2, right to 6e-5 of the result, for results that are rounded to 16 bits.
+
+    It is x - |x| q above zero and x q below. q = erfc(|x| / sqrt 2) / 2 is a polynomial of t = 1 / (1 + p |x|) times
+    exp(-x^2 / 2), as in Abramowitz and Stegun, 7.1.26. The coefficients were fitted to the least relative error of q
+    from 0 to 40, so that small results are right as well. It takes about half of the instructions of tl.erf.
+    """
+    b_size = tl.abs(b_x)
+    # From 30 on, q is zero, and its product with infinity would be NaN. NaN stays NaN. Minus infinity becomes NaN, as
+    # by the formula itself.
+    b_size = tl.minimum(b_size, 30.0, propagate_nan=tl.PropagateNan.ALL)
+    b_t = 1.0 / (1.0 + 0.39 * b_size)
+    b_q = 0.165085938 - 0.0872047404 * b_t
+    b_q = b_q * b_t + 0.108102205
+    b_q = b_q * b_t + 0.158513898
+    b_q = b_q * b_t + 0.155472732
+    b_q *= b_t * tl.exp2(-0.72134752 * b_size * b_size)
+    return tl.where(b_x > 0.0, b_x - b_size * b_q, b_x * b_q)
+
+
 @triton.jit(do_not_specialize=["M"])
 def linear_gelu_fwd_kernel(
     x_ptr,
@@ -85,7 +106,10 @@ def linear_gelu_fwd_kernel(
     b_product, o_m, o_n = _product(x_ptr, weight_ptr, stride_xm, M, N, K, BM, BN, BK, GROUP, WIDEN)
     m_n = o_n < N
     b_out = b_product + tl.load(bias_ptr + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
-    b_out = 0.5 * b_out * (1.0 + tl.erf(b_out * 0.7071067811865476))
+    if out_ptr.dtype.element_ty == tl.float32:
+        b_out = 0.5 * b_out * (1.0 + tl.erf(b_out * 0.7071067811865476))
+    else:
+        b_out = gelu_of_16_bits(b_out)
     p_out = out_ptr + o_m[:, None] * N + o_n[None, :]
     tl.store(p_out, b_out.to(out_ptr.dtype.element_ty), mask=(o_m < M)[:, None] & m_n[None, :])
 
@@ -122,7 +146,7 @@ def _launch(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None
     (m, k), n = x.shape, weight.shape[0]
     architecture = triton.runtime.driver.active.get_current_target().arch if x.is_cuda else None
     strides = [x.stride(0), k, n, *([] if residual is None else [residual.stride(0)])]
-    tile = pointwise_tile(architecture, x.element_size(), m, n, strides)
+    tile = pointwise_tile(architecture, x.element_size(), m, n, strides, gelu=residual is None)
     arguments = {
         "stride_xm": x.stride(0),
         "M": m,
@@ -135,6 +159,8 @@ def _launch(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None
         "WIDEN": triton.knobs.runtime.interpret,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
+        # A limit that is no limit would let the compiler take all registers.
+        "maxnreg": tile.registers if tile.registers < 255 else None,
     }
     return triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.columns), arguments
 
@@ -144,7 +170,7 @@ def _rows_contiguous(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def linear_gelu_fwd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """Computes gelu(x W^T + b), with the exact GELU.
+    """Computes gelu(x W^T + b), with the GELU of the error function.
 
     Args:
         x: [M, K], fp16/bf16/fp32; rows of unit stride are read in place, others are copied.

@@ -22,6 +22,7 @@ from .models.mini_gemini.processing import MiniGeminiProcessor
 from .models.tensor_files import resolve_folder
 from .ops.backend import check_everywhere
 from .quantization import WeightBytes, weight_bytes
+from .runtime import attention
 from .runtime.dtypes import wanted_dtype
 from .runtime.meter import Meter
 from .runtime.placement import execution_device
@@ -294,8 +295,9 @@ def load(
             applies to the layers of the language model; towers, mining, projector and head keep their dtype.
         template: name of a prompt template, in the place of the checkpoint's own.
         base_model: folder or hub id of the base language model, for a stage-1 adapter.
-        attn_implementation: as in transformers: `sdpa` (the default, which lets torch choose its kernels, and the only
-            one that is captured in CUDA graphs), `flash_attention_2` or `eager`.
+        attn_implementation: `sdpa` (the default, which lets torch choose its kernels, and the only one that is captured
+            in CUDA graphs), `eager`, or `flash_attention_2`, which takes the package flash-attn, a GPU, and weights in
+            float16 or bfloat16.
         allow_long: accept prompts longer than the model was trained on.
         image_cache_bytes, kv_cache_bytes: see `CacheOptions`.
         compiled: on a GPU, decode through torch.compile, which takes seconds to a minute at the first answer.
@@ -303,7 +305,7 @@ def load(
 
     Raises:
         CheckpointError: the checkpoint cannot be loaded.
-        BackendError: the backend or the device cannot be used here, or the dtype is unknown.
+        BackendError: the backend, the device or the attention cannot be used here, or the dtype is unknown.
         PromptError: the template is unknown.
         ValueError: a limit of a cache is below 0.
     """
@@ -313,6 +315,7 @@ def load(
     dtype = wanted_dtype(dtype)
     caches = CacheOptions(image_cache_bytes, kv_cache_bytes)
     check_everywhere(backend, known_device)
+    attention.check(attn_implementation, known_device)
     began = time.perf_counter()
     adapter = {} if base_model is None else {"base_model": base_model}
     path = builtin.resolve(path)
@@ -322,6 +325,8 @@ def load(
     processor = MiniGeminiProcessor.from_pretrained(path, template=template, **adapter)
     if known_device.type == "cpu":
         dtype = loading_dtype.resolve(dtype, path, quantize=quantize, **adapter)
+    if attn_implementation == attention.FLASH:
+        attention.check(attn_implementation, known_device, loading_dtype.of_weights(dtype, path, **adapter))
     optional = {"quantization_config": quantize, "attn_implementation": attn_implementation}
     optional = {name: value for name, value in optional.items() if value is not None}
     model = MiniGeminiForConditionalGeneration.from_pretrained(

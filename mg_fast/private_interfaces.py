@@ -113,6 +113,7 @@ INTERFACES: dict[str, Interface] = {
         "an error of torch.compile, after which a pass runs without it"
     ),
     "torch._dynamo.exc.FailOnRecompileLimitHit": Interface("torch.compile has met too many shapes"),
+    "torch._dynamo.mark_dynamic": Interface("says that a compiled pass must not rely on the size of a window"),
     "torch._weight_int8pack_mm": Interface("the product with int8 weights on CPUs", "the product of torchao's tensor"),
     "torch._assert_async": Interface("a check within a graph, whose result the host does not wait for"),
     "transformers.PreTrainedConfig()._attn_implementation": Interface("the name of the attention in force"),

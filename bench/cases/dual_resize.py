@@ -15,7 +15,7 @@ from .settings import LR, PICTURE, SETTINGS, Setting, picture_pixels
 
 
 @dataclass
-class Pixels:
+class ResizeInputs:
     device: str
     pixels: torch.Tensor
 
@@ -28,13 +28,13 @@ def _case(setting: Setting) -> Case:
     def resize(pixels: torch.Tensor, backend: str) -> list[torch.Tensor]:
         return list(ops.dual_resize(pixels, **setting.resize, backend=backend))
 
-    def exact(inputs: Pixels) -> list[torch.Tensor]:
+    def exact(inputs: ResizeInputs) -> list[torch.Tensor]:
         return [pixels.double() for pixels in resize(inputs.pixels, "reference")]
 
     # Pictures are resized to float32, in whichever dtype the towers run.
     return Case(
         f"dual_resize/{setting.name}-float32",
-        lambda device: Pixels(device, picture_pixels(device)),
+        lambda device: ResizeInputs(device, picture_pixels(device)),
         forms("dual_resize", lambda inputs, backend: lambda: resize(inputs.pixels, backend)),
         exact,
         least=floors.preprocess(setting.side, LR, setting.views),
@@ -67,9 +67,9 @@ def _problems() -> list[tuple[object, Case]]:
     return [(key, replace(_case(setting), make=_random_pixels)) for setting in SETTINGS for key in ("columns", "rows")]
 
 
-def _random_pixels(device: str) -> Pixels:
+def _random_pixels(device: str) -> ResizeInputs:
     torch.manual_seed(0)
-    return Pixels(device, torch.randint(0, 256, (*PICTURE[::-1], 3), dtype=torch.uint8, device=device))
+    return ResizeInputs(device, torch.randint(0, 256, (*PICTURE[::-1], 3), dtype=torch.uint8, device=device))
 
 
 def _fits(key: str, tile: configs.ResizeTile, shared: int) -> bool:

@@ -1,7 +1,5 @@
 """The first half of a ConvNeXt block, at the shapes that ConvNeXt-L gives it."""
 
-import math
-
 from mg_fast.kernels import configs
 
 from ..costs import operators as costs
@@ -26,19 +24,22 @@ def launches() -> dict[str, Launch]:
 
 
 def tunable() -> Tunable:
-    space = {"rows": (2, 3, 4, 6, 8, 12), "columns": POWERS[:5], "channels": POWERS[5:], "warps": POWERS[1:5]}
+    space = {"rows": (2, 3, 4, 6, 8, 12, 16), "columns": POWERS[:6], "channels": POWERS[1:], "warps": POWERS[1:5]}
     return Tunable(space, _fits, _problems)
 
 
 def _problems() -> list[tuple[object, Case]]:
-    found = []
-    for stage_map in operations.stage_maps(["bfloat16"], [1]):
-        strides = [math.prod(stage_map.shape[i:]) for i in (1, 2, 3)]
-        found.append((configs.dwconv_norm_bucket(stage_map.channels, strides), _case(stage_map)))
-    return found
+    # In bfloat16 the maps are convolved on tensor cores.
+    maps = operations.stage_maps(["bfloat16"], [1])
+    return [(configs.dwconv_bands_bucket(stage_map.channels), _case(stage_map)) for stage_map in maps]
 
 
-def _fits(key: tuple, tile: configs.ConvolutionTile, shared: int) -> bool:
+def _fits(key: tuple, tile: configs.ConvolutionTile | configs.BandsTile, shared: int) -> bool:
+    if isinstance(tile, configs.BandsTile):
+        if tile.rows % 2 or tile.columns not in (8, 16, 32) or tile.channels not in (2, 4, 8):
+            return False
+        # A thread holds the results of its strips, and the bands, in which each result of a group has two numbers.
+        return tile.rows * tile.channels + 8 * tile.channels <= operations.MOST_REGISTERS
     chunks = -(-key[0] // tile.channels)
     loaded = tile.columns * tile.channels // (32 * tile.warps)
     # A thread holds every chunk of every row, and all of them are unrolled.

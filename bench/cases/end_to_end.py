@@ -16,6 +16,7 @@ from transformers import LogitsProcessorList
 import mg_fast
 from mg_fast import use_backend
 from mg_fast.models.templates import render, with_picture_tags
+from mg_fast.runtime import attention
 
 from ..registry import Call, Case, NotHere, Provider
 from .arrivals import first_tokens
@@ -136,10 +137,12 @@ def _by(
 def _with_flash_attention(take: Measure, shared: Session) -> Call:
     """The reference, with flash-attn as the language model's attention."""
     language = shared.model.model.language_model
+    if reason := attention.why_not(attention.FLASH, torch.device(shared.device), shared.model.dtype):
+        raise NotHere(reason)
 
     def with_flash_attention(call: Call):
         try:
-            language.set_attn_implementation("flash_attention_2")
+            language.set_attn_implementation(attention.FLASH)
             return call()
         finally:
             language.set_attn_implementation(USUAL_ATTENTION)

@@ -27,10 +27,14 @@ class OperationInputs:
 
 
 class Launch(NamedTuple):
-    """A small call of an operation: makes inputs of a dtype, and runs a backend's kernels alone on them."""
+    """A small call of an operation: makes inputs of a dtype, and runs a backend's kernels alone on them.
+
+    Only a launch that is `repeatable` gives the same bits again. One that adds with atomics does not.
+    """
 
     make: Callable[[torch.dtype], Any]
     run: Callable[[Any, str], list[torch.Tensor]]
+    repeatable: bool = True
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ def tunable() -> Tunable:
         "group": (4, 8, 16),
         "warps": (4, 8),
         "stages": (2, 3, 4, 5),
+        "registers": (128, 255),
     }
     return Tunable(space, _fits, _problems)
 
@@ -57,6 +58,9 @@ def _problems() -> list[tuple[object, Case]]:
         for operation in OPERATIONS:
             widths = _widths(operation, stage_map.channels)
             key = configs.pointwise_bucket(stage_map.dtype.itemsize, stage_map.pixels, widths[1], widths)
+            if operation == "linear_gelu":
+                # It takes the tile of its bucket where it has none of its own.
+                key = (*key, "gelu")
             found.append((key, _case(operation, stage_map)))
     return found
 

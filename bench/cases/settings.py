@@ -1,7 +1,7 @@
 """Sizes of the published models that several cases share, and opponents that any module has."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -104,6 +104,17 @@ def within(context: Callable[[], AbstractContextManager], build: Callable[[Any],
             return call()
 
     return inside
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Within the block torch's algorithms are deterministic."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def require(operation: str, backend: str, device: str) -> None:

@@ -13,6 +13,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from mg_fast.models.mini_gemini.vision import build_projector, low_resolution_features
 from mg_fast.modules import ConvNeXtPyramid
 from mg_fast.modules.clip import PackedClip
+from mg_fast.runtime import attention
 
 from ..costs import floors
 from ..costs.tower import Tower, tower_cost, tower_floor
@@ -145,7 +146,7 @@ def _clip(name: str, setting: Setting, batch: int, dtype: torch.dtype, options: 
     providers = {
         "reference": partial(_layers, "reference"),
         "reference, eager attention": partial(_attention, "eager"),
-        "reference, flash attention": partial(_attention, "flash_attention_2"),
+        "reference, flash attention": partial(_attention, attention.FLASH),
         **{f"reference, SDPA {name}": partial(_sdpa, backend) for name, backend in SDPA.items()},
         **compiled(partial(_layers, "reference"), "reference"),
         # This runs the modules without the last layer, whose output is not used.
@@ -172,6 +173,8 @@ def _layers(backend: str, inputs: ModuleInputs) -> Call:
 
 
 def _attention(implementation: str, inputs: ModuleInputs) -> Call:
+    if reason := attention.why_not(implementation, inputs.x.device, inputs.x.dtype):
+        raise NotHere(reason)
     tower = copy.deepcopy(inputs.module)
     try:
         tower.set_attn_implementation(implementation)

@@ -99,6 +99,13 @@ def full_plan(device: str = "cuda") -> list[Step]:
         Part(("patch_mining/768-b1-bfloat16",), ("torch, compiled",)),
         Part(("patch_mining/768-b1-float16", "patch_mining/768-b1-float32"), plain),
     )
+    sampling = (
+        Part(("deformable_attention/detr-encoder-b1-bfloat16",), (*plain, "reference, deformops")),
+        Part(("feature_sync/unet-64-b1-bfloat16", "feature_sync/llm-decode-n4-b1-bfloat16"), plain),
+        # The kernel of the Hugging Face Hub takes float32 alone.
+        Part(("deformable_attention/detr-encoder-b1-float32",), ("triton", "reference, hub kernel")),
+        Part(("deformable_attention/detr-encoder-training-b1-bfloat16",), ("triton", "triton, atomics")),
+    )
     clip = ("reference", "reference, flash attention", "reference, SDPA cuDNN", "23 layers", "packed")
     towers = (
         Part(("tower/768-b1-bfloat16",), (*plain, "reference, channels last", "auto")),
@@ -128,13 +135,14 @@ def full_plan(device: str = "cuda") -> list[Step]:
     )
     found = "answers of a 7B model: first token, one more token, a table of its kernels, compiled"
     return [
-        Step("environment", environment, 30, ENVIRONMENT, ("bench", "ceilings", "--device", device)),
+        Step("environment", environment, 25, ENVIRONMENT, ("bench", "ceilings", "--device", device)),
         Step("smoke", smoke, 60, CORRECTNESS, ("bench", "smoke", "--device", device)),
-        Step("patch_mining", "patch info mining of one picture", 50, CASES, parts=patch_mining),
-        Step("towers", "both towers and the projector of one picture", 60, CASES, parts=towers),
-        Step("pixels", "pixels on the device to image tokens, with a table of the kernels", 40, CASES, parts=pixels),
-        Step("kernels", "the other kernels alone", 40, CASES, parts=kernels),
-        Step("decode", found, 80, END_TO_END, parts=answers),
+        Step("patch_mining", "patch info mining of one picture", 45, CASES, parts=patch_mining),
+        Step("sampling", "deformable attention and the synchronizer", 40, CASES, parts=sampling),
+        Step("towers", "both towers and the projector of one picture", 50, CASES, parts=towers),
+        Step("pixels", "pixels on the device to image tokens, with a table of the kernels", 35, CASES, parts=pixels),
+        Step("kernels", "the other kernels alone", 35, CASES, parts=kernels),
+        Step("decode", found, 70, END_TO_END, parts=answers),
         Step("tests", "all tests of the kernels, the published sizes first", 120, CORRECTNESS, _tests()),
         Step(
             "tuning",

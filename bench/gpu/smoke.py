@@ -44,7 +44,7 @@ def launch_all(device: str, *, checked: bool = True) -> bool:
     """Launches every kernel, prints a line for each, and returns whether all are right.
 
     Where it is not `checked`, nothing but the kernels runs; otherwise results are held against those in float64, and
-    must have the same bits again.
+    must have the same bits again if the launch is repeatable.
     """
     ieee_float32()
     right = True
@@ -81,7 +81,7 @@ def _check(launch: Launch, dtype: torch.dtype, device: str) -> str:
     for out, baseline, truth in zip(outputs, plain, launch.run(_widened(inputs), "reference"), strict=True):
         assert out.isfinite().all(), "it is not finite"
         assert_accurate(out, baseline, truth)
-    if device != "cpu":
+    if device != "cpu" and launch.repeatable:
         same = gpu_timing.same_bits(lambda: launch.run(inputs, "triton"), outputs)
         assert same, "other bits when it was called again"
     return "right"

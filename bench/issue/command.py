@@ -1,86 +1,102 @@
 """`python -m bench issue`: what the instructions of every kernel say about its time on a GPU that is not here."""
 
-import concurrent.futures
-import multiprocessing
-import os
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from mg_fast.ops.ahead_of_time import check_can_compile
-from mg_fast.ops.operation import OPERATIONS
 
-from ..cases import all_cases
-from ..check import several
-from ..errors import UnknownName
-from ..registry import choose_names, group_of
-from .launches import recorded
+from .. import records
+from ..errors import BadRecord, UnknownName
+from ..registry import choose_names
 from .multiprocessor import ERROR
-from .predict import DEVICES, Device, Prediction, predict
+from .predict import DEVICES, Device, TimePrediction
+from .published import RECORD, CasePrediction, predict_cases, published, read, save
+
+# What the columns of the table mean, for a reader who has only the table.
+LEGEND = (
+    "blocks: programs on one multiprocessor at once. waves: rounds of programs over all multiprocessors. instr.:",
+    "what one warp issues. /number: instructions of all threads for each number of the result. slots: the share of",
+    "the issue slots that is used. issue, L2, memory: microseconds to issue all instructions, to deliver what the",
+    "first-level cache is assumed not to hold, and to move every tensor once. The largest one is predicted.",
+)
 
 
-def published() -> list[str]:
-    """The cases of single operations with kernels, of one picture in bfloat16, by name."""
-    kernels = {operation.name for operation in OPERATIONS.values() if operation.operators}
-    return [
-        name
-        for name, case in all_cases().items()
-        if group_of(name) in kernels and "triton" in case.providers and _is_one_picture(name)
-    ]
-
-
-def _is_one_picture(name: str) -> bool:
-    return "-b8" not in name and (name.endswith("bfloat16") or group_of(name) == "dual_resize")
-
-
-def predictions_of(case: str, device: Device) -> tuple[int, list[Prediction]]:
-    """The numbers in the result of a case, and a prediction for each launch of its kernels."""
-    found = all_cases()[case]
-    with recorded(device.architecture) as launches:
-        result = found.providers["triton"](found.make("cuda"))()
-        launches = list(launches)
-    outputs = sum(tensor.numel() for tensor in several(result))
-    return outputs, [predict(launch, device) for launch in launches]
-
-
-def issue(cases: Sequence[str], device: str) -> str:
+def issue(cases: Sequence[str], device: str, keep: bool, calibrate: Path | None) -> str:
     """A table of predictions for cases; without names, for those of every kernel at its published shapes.
 
+    Args:
+        keep: also write all predictions to bench/results.
+        calibrate: a document or folder of documents that were measured on the device; recorded predictions are
+            compared with it, and nothing is compiled.
+
     Raises:
-        UnknownName: the device is not in DEVICES.
+        UnknownName: the device is not in DEVICES, or a name is that of no case.
         BackendError: kernels cannot be compiled here.
+        BadRecord: nothing that was predicted was measured.
     """
     if device not in DEVICES:
         raise UnknownName(f"the model knows no GPU called {device!r}: expected one of {', '.join(DEVICES)}")
+    if calibrate is not None:
+        return calibration(read(), records.read(calibrate))
     check_can_compile()
     names = published()
-    chosen = choose_names(names, cases, "issue") if cases else names
-    gpu = DEVICES[device]
-    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        found = list(pool.map(predictions_of, chosen, [gpu] * len(chosen)))
+    found = predict_cases(choose_names(names, cases, "issue") if cases else names, DEVICES[device])
+    if keep:
+        if cases:
+            raise UnknownName("--save keeps the predictions for all cases: name no case with it")
+        save(found, DEVICES[device])
+    return "\n".join([*table(found, DEVICES[device]), *([f"kept {RECORD}"] if keep else [])])
+
+
+def table(found: Mapping[str, CasePrediction], device: Device) -> list[str]:
+    """The predictions as lines, a line for each case and one for each of its launches."""
     lines = [
-        f"PREDICTED for {gpu.name} at {gpu.gigahertz} GHz from instructions and bytes, nothing of it was measured; "
-        f"expect an error of up to {ERROR:.0%}.",
+        f"PREDICTED for {device.name} at {device.gigahertz} GHz from instructions and bytes; nothing of it was "
+        f"measured. Expect an error of up to {ERROR:.0%}.",
         "",
         f"{'case, kernel':<46}{'blocks':>7} {'limited by':<14}{'waves':>6}{'instr.':>9}{'/number':>8}{'slots':>6}"
         f"{'issue':>8}{'L2':>8}{'memory':>8}{'us':>8}  binds",
     ]
-    for name, (outputs, predictions) in zip(chosen, found):
-        total = sum(prediction.us for prediction in predictions)
-        lines.append(f"{name:<46}{'':>74}{total:>8.1f}")
-        lines += [_line(prediction, outputs) for prediction in predictions]
-    lines += [
-        "",
-        "blocks: programs on one multiprocessor at once. waves: rounds of programs over all multiprocessors. instr.:",
-        "what one warp issues. /number: instructions of all threads for each number of the result. slots: the share of",
-        "the issue slots that is used. issue, L2, memory: microseconds to issue all instructions, to deliver what the",
-        "first-level cache is assumed not to hold, and to move every tensor once. The largest one is predicted.",
-    ]
-    return "\n".join(lines)
+    for name, case in found.items():
+        lines.append(f"{name:<46}{'':>74}{case.us:>8.1f}")
+        lines += [_line(launch, case.outputs) for launch in case.launches]
+    return [*lines, "", *LEGEND]
 
 
-def _line(found: Prediction, outputs: int) -> str:
-    of_a_number = 32 * found.instructions * found.launch.warps * found.launch.programs / outputs
+def _line(found: TimePrediction, outputs: int) -> str:
+    of_a_number = 32 * found.instructions * found.warps * found.programs / outputs
     return (
-        f"  {found.launch.kernel:<44}{found.resident:>7} {found.limit:<14}{found.waves:>6.2f}{found.instructions:>9,}"
+        f"  {found.kernel:<44}{found.resident:>7} {found.limit:<14}{found.waves:>6.2f}{found.instructions:>9,}"
         f"{of_a_number:>8.1f}{found.slots_used:>6.0%}{found.issue_us:>8.1f}{found.l2_us:>8.1f}{found.memory_us:>8.1f}"
         f"{found.us:>8.1f}  {found.binds}"
     )
+
+
+def measured_us(row: Mapping) -> float | None:
+    """Microseconds of a provider on a GPU: as a CUDA graph where that was measured, otherwise of warm calls."""
+    ms = row.get("graphed_ms") or row.get("warm_ms") or row["median_ms"]
+    return None if ms is None or row["ok"] is False else 1e3 * ms
+
+
+def calibration(predicted: Mapping[str, CasePrediction], document: Mapping) -> str:
+    """Predictions beside what a GPU measured, and how far they are off.
+
+    Raises:
+        BadRecord: the document was not measured on a GPU, or measured nothing that was predicted.
+    """
+    rows = {row["name"]: measured_us(row) for row in document["cases"] if row["provider"] == "triton"}
+    pairs = {name: (case.us, rows[name]) for name, case in predicted.items() if rows.get(name)}
+    if document["device"] != "cuda" or not pairs:
+        raise BadRecord("expected documents of a GPU that measured the kernels: none of the predicted cases is there")
+    ratios = {name: measured / us for name, (us, measured) in pairs.items()}
+    middle = statistics.median(ratios.values())
+    lines = [f"{'case':<46}{'predicted us':>14}{'measured us':>13}{'ratio':>8}"]
+    lines += [f"{name:<46}{us:>14.1f}{measured:>13.1f}{ratios[name]:>8.2f}" for name, (us, measured) in pairs.items()]
+    lines += [
+        "",
+        f"Measured on {document['gpu']}: the median ratio is {middle:.2f}, from {min(ratios.values()):.2f} to "
+        f"{max(ratios.values()):.2f}. Around that median the predictions are off by up to "
+        f"{max(abs(ratio / middle - 1) for ratio in ratios.values()):.0%}; multiprocessor.ERROR says {ERROR:.0%}.",
+    ]
+    return "\n".join(lines)

@@ -19,7 +19,7 @@ _SIZES = {"i1": 1, "i8": 1, "u8": 1, "i16": 2, "u16": 2, "i32": 4, "u32": 4, "fp
 
 
 @dataclass(frozen=True)
-class Launch:
+class CompiledLaunch:
     """One launch of a kernel.
 
     Attributes:
@@ -48,11 +48,11 @@ class Launch:
 
 
 @contextlib.contextmanager
-def recorded(architecture: int) -> Iterator[list[Launch]]:
+def recorded(architecture: int) -> Iterator[list[CompiledLaunch]]:
     """Within the block launches are compiled for an architecture, as in `compile_only`, and recorded in a list."""
     from triton.runtime.jit import JITFunction
 
-    found: list[Launch] = []
+    found: list[CompiledLaunch] = []
     with compile_only(architecture) as compiled:
         compile_one = JITFunction.run
 
@@ -68,10 +68,10 @@ def recorded(architecture: int) -> Iterator[list[Launch]]:
             JITFunction.run = compile_one
 
 
-def _launch(kernel, grid: tuple[int, ...], arguments: dict) -> Launch:
+def _launch(kernel, grid: tuple[int, ...], arguments: dict) -> CompiledLaunch:
     values = [pair for name, type in kernel.src.signature.items() for pair in _flat(type, arguments.get(name))]
     tensors = {id(value): value for value in _tensors(tuple(arguments.values()))}
-    return Launch(
+    return CompiledLaunch(
         kernel=kernel.metadata.name,
         grid=tuple([*grid, 1, 1][:3]),
         warps=kernel.metadata.num_warps,

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..costs.gpus import find_gpu
-from .launches import Launch
+from .launches import CompiledLaunch
 from .multiprocessor import issue
 from .occupancy import blocks_per_multiprocessor
 from .sass import pipe_of, registers_of_a_load
@@ -39,19 +39,25 @@ L2_SHARE = 0.55
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """What the model says of one launch.
+class TimePrediction:
+    """What the model says of one launch. It holds plain numbers and texts, so that it can be written as JSON.
 
     Attributes:
+        programs, warps, registers, shared: of the launch, see `launches.CompiledLaunch`.
         resident: programs on one multiprocessor at once, and `limit`, what limits them.
         waves: rounds of programs over all multiprocessors.
         instructions: that one warp issues; `by_pipe` says on which pipes.
+        slots_used: the share of the issue slots that are used.
         issue_us: the time to issue all instructions of all programs, in microseconds.
         l2_us: the time for what the second-level cache delivers.
         memory_us: the time to move every tensor among the arguments once.
     """
 
-    launch: Launch
+    kernel: str
+    programs: int
+    warps: int
+    registers: int
+    shared: int
     resident: int
     limit: str
     waves: float
@@ -77,7 +83,7 @@ class Prediction:
         return max(self.times, key=self.times.get)
 
 
-def predict(launch: Launch, device: Device, l2_share: float = L2_SHARE) -> Prediction:
+def predict(launch: CompiledLaunch, device: Device, l2_share: float = L2_SHARE) -> TimePrediction:
     """Predicts the time of a launch on a device; see `multiprocessor.ERROR` for how far it may be off."""
     # A program in the middle of the grid is far from the borders, where less is loaded.
     program = tuple(number // 2 for number in launch.grid)
@@ -103,15 +109,19 @@ def predict(launch: Launch, device: Device, l2_share: float = L2_SHARE) -> Predi
     counted["turned off"] = len(steps) - len(done)
     loaded = sum(128 * registers_of_a_load(instruction) for instruction in done if pipe_of(instruction) == "load")
     used = found[resident if full else last].slots_used if found else 0.0
-    return Prediction(
-        launch=launch,
+    return TimePrediction(
+        kernel=launch.kernel,
+        programs=launch.programs,
+        warps=launch.warps,
+        registers=launch.registers,
+        shared=launch.shared,
         resident=resident,
         limit=limit,
-        waves=launch.programs / (device.multiprocessors * resident),
+        waves=round(launch.programs / (device.multiprocessors * resident), 3),
         instructions=len(steps),
         by_pipe=dict(counted.most_common()),
-        slots_used=used,
-        issue_us=cycles / device.gigahertz / 1e3,
-        l2_us=loaded * launch.warps * launch.programs * l2_share / device.l2_gbps / 1e3,
-        memory_us=launch.bytes / device.memory_gbps / 1e3,
+        slots_used=round(used, 3),
+        issue_us=round(cycles / device.gigahertz / 1e3, 2),
+        l2_us=round(loaded * launch.warps * launch.programs * l2_share / device.l2_gbps / 1e3, 2),
+        memory_us=round(launch.bytes / device.memory_gbps / 1e3, 2),
     )

@@ -21,9 +21,11 @@ from ..runtime.numerics import numerics
 from ..runtime.placement import execution_device
 from ..runtime.weights import Fingerprint
 from .diagnose import where_not_finite
+from .grouped_attention import in_force
 from .kv_cache import position_bytes
-from .model_runner import ModelRunner, Sequences, fixed_positions
+from .model_runner import ModelRunner, fixed_positions
 from .prefix_store import PrefixStore
+from .sequences import Sequences
 
 logger = logging.getLogger(__name__)
 
@@ -343,5 +345,4 @@ def _refusal(config: GenerationConfig, assistant_model: object = None) -> str | 
 def _state(model: DecodableModel) -> tuple:
     """What keys, values and graphs depend on beside the tokens: they cannot be used with another state."""
     arithmetic = numerics(execution_device(model.head))
-    attention = model.text_config._attn_implementation
-    return Fingerprint((model.language_model, model.head)), arithmetic, attention
+    return Fingerprint((model.language_model, model.head)), arithmetic, in_force(model.text_config)

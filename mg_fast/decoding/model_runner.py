@@ -1,20 +1,22 @@
 """Passes of a language model over a KVCache: a prompt in chunks, then one token at a time; on a GPU as CUDA graphs."""
 
+import contextlib
 import logging
 import time
-from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from ..models.protocol import CACHE, NO_PASS_INPUTS, DecodableModel, PassInputs
+from ..models.protocol import CACHE, DecodableModel
 from ..ops.torch.pointwise import by_onednn, take_onednn
 from ..quantization import EXPERTS_FUNCTION
 from ..runtime.graphs import CapturedGraph, Captures, GraphCache
 from ..runtime.layer_dtypes import call
 from ..runtime.numerics import numerics
 from ..runtime.weights import why_not_plain
+from .grouped_attention import SDPA, grouped, in_force
 from .kv_cache import KVCache
+from .sequences import Sequences
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +24,8 @@ logger = logging.getLogger(__name__)
 PREFILL_CHUNK = 1024
 # Windows of graphs and capacities of caches are multiples of this, so that one graph serves many lengths.
 WINDOW = 512
+# Windows of compiled passes are multiples of this. One compiled pass serves all of them (see `_Graph`).
+COMPILED_WINDOW = 256
 # The capacity of a cache of one sequence is a multiple of this, so that a conversation seldom outgrows its cache and
 # loses all graphs with it.
 ONE_SEQUENCE = 2048
@@ -29,106 +33,6 @@ ONE_SEQUENCE = 2048
 WIDTHS = (64, 128, 192, 256, 384, 512, 640, 768, 896, 1024)
 # The most graphs kept for one cache; the one used longest ago is dropped first.
 MAX_GRAPHS = 16
-
-
-@dataclass
-class Sequences:
-    """`B` sequences that are decoded side by side, and what the passes over them share.
-
-    Attributes:
-        cache: keys and values of the sequences; position j of every row lies at index j.
-        by_graph: whether passes are captured in CUDA graphs.
-        pads: int64 [B], the number of filling positions at the beginning of each row; None where there is no filling.
-        mask: int64 [B, capacity], 0 at the filling; None where there is no filling.
-        pass_inputs: further inputs of every pass. Where passes are captured, these are the tensors that the captured
-            passes read, with a row for every position of the cache.
-        graphs: captured passes over this cache, by the dtype of tokens or embeddings, width, window and arithmetic.
-            They share their memory, because only one of them runs at a time. Their stream is not shared with other
-            caches, whose graphs may run at the same time.
-        arithmetic: the settings that change the arithmetic of passes (see `numerics`), as they were when the prompt
-            came.
-        written: for each GPU, an event that was recorded after the last pass of the request that gave the cache back.
-    """
-
-    cache: KVCache
-    by_graph: bool
-    graphs: GraphCache
-    pads: torch.Tensor | None = None
-    mask: torch.Tensor | None = None
-    pass_inputs: PassInputs = NO_PASS_INPUTS
-    arithmetic: tuple = ()
-    written: dict[torch.device, torch.cuda.Event] = field(default_factory=dict)
-
-    def hand_back(self) -> None:
-        """Ends a request's use of the cache. Called on the request's stream.
-
-        A pass that ran ahead of the end of the answer may still be writing to the cache on that stream.
-        """
-        if not self.by_graph:
-            # A request's features must not stay in memory for as long as its cache does.
-            self.pass_inputs = NO_PASS_INPUTS
-        gpus = [device for device in self.cache.devices if device.type == "cuda"]
-        self.written = {device: torch.cuda.current_stream(device).record_event() for device in gpus}
-
-    def take_over(self) -> None:
-        """Begins the next request's use of the cache. Called on that request's stream.
-
-        The stream waits for the last pass of the request before, which may have run on another stream.
-        """
-        for device, event in self.written.items():
-            stream = torch.cuda.current_stream(device)
-            stream.wait_event(event)
-            # torch must not give the memory to anything else before this stream, too, is done with it.
-            self.cache.record_stream(stream)
-            for tensor in self._read_by_passes():
-                if tensor.device == device:
-                    tensor.record_stream(stream)
-        self.written = {}
-
-    def _read_by_passes(self) -> list[torch.Tensor]:
-        """Tensors beside the cache that passes read, and that every request writes anew."""
-        tensors = [tensor for tensor in (self.mask, self.pads, *self.pass_inputs.tensors) if tensor is not None]
-        return tensors + [
-            tensor for graph in self.graphs.entries() for tensor in (graph.inputs, graph.start, graph.last)
-        ]
-
-    def fill(self, attention_mask: torch.Tensor | None, pass_inputs: PassInputs = NO_PASS_INPUTS) -> None:
-        """Empties the cache, and takes over what the passes of the next request read.
-
-        Args:
-            attention_mask: [B, L], 0 at the filling on the left.
-            pass_inputs: further inputs of every pass.
-        """
-        self.cache.length = 0
-        self._take_pass_inputs(pass_inputs)
-        padded = attention_mask is not None and not bool(attention_mask.all())
-        if not padded:
-            if self.mask is not None:
-                self.graphs.clear()
-            self.pads = self.mask = None
-            return
-        mask = attention_mask.new_ones(self.cache.batch, self.cache.capacity, dtype=torch.long)
-        mask[:, : attention_mask.shape[1]] = attention_mask
-        if self.mask is None:
-            self.graphs.clear()
-            self.mask, self.pads = mask, (mask == 0).sum(dim=1)
-        else:
-            # Captured graphs read these tensors, so their contents are replaced.
-            self.mask.copy_(mask)
-            self.pads.copy_((mask == 0).sum(dim=1))
-
-    def _take_pass_inputs(self, given: PassInputs) -> None:
-        if self.by_graph:
-            # Captured passes go on reading the tensors that they were captured with, so later inputs are copied into
-            # those tensors.
-            given = given.extended(self.cache.capacity)
-            if given.layout == self.pass_inputs.layout:
-                for kept, tensor in zip(self.pass_inputs.tensors, given.tensors):
-                    kept.copy_(tensor)
-                return
-            self.graphs.clear()
-            given = given.copied()
-        self.pass_inputs = given
 
 
 class ModelRunner:
@@ -142,7 +46,7 @@ class ModelRunner:
         model: the model whose language model and head run.
         graphs: capture passes in CUDA graphs; without graphs less memory is needed.
         compiled: run a one-token pass through torch.compile before it is captured. This takes seconds to a minute at
-            first use, and later passes launch fewer, larger kernels. Such a pass attends to the cache's whole capacity.
+            first use, and later passes launch fewer, larger kernels.
 
     Attributes:
         captures: whether passes may still be captured, and how long captures took, for all sequences together.
@@ -201,8 +105,8 @@ class ModelRunner:
         devices = {p.device for part in (language, head) for p in part.parameters()}
         if len(devices) > 1 or next(iter(devices)).type != "cuda":
             return "the language model is not on one GPU"
-        if self.config._attn_implementation != "sdpa":
-            return f"attention is {self.config._attn_implementation}: only sdpa takes a mask over a fixed window"
+        if (attention := in_force(self.config)) != SDPA:
+            return f"attention is {attention}: only sdpa takes a mask over a fixed window"
         window = getattr(self.config, "sliding_window", None)
         if window is not None and window < capacity:
             return f"attention slides over {window} positions"
@@ -253,7 +157,9 @@ class ModelRunner:
         if sequences.by_graph and not self._asks_host(len(tokens)):
             logits = self._by_graph(sequences, tokens[:, None], 1, 1)
         else:
-            logits = self._run(sequences, self.model.embed_ids(tokens[:, None]))
+            # Without a mask transformers repeats no keys.
+            with grouped(self.language_model) if sequences.mask is not None else contextlib.nullcontext():
+                logits = self._run(sequences, self.model.embed_ids(tokens[:, None]))
         sequences.cache.length += 1
         return logits
 
@@ -284,27 +190,33 @@ class ModelRunner:
         """
         cache = sequences.cache
         compiled = filled == 1 and self._compiled is not None
-        window = cache.capacity if compiled else min(cache.capacity, -(-(cache.length + filled) // WINDOW) * WINDOW)
+        unit = COMPILED_WINDOW if compiled else WINDOW
+        window = min(cache.capacity, -(-(cache.length + filled) // unit) * unit)
         key = (inputs.dtype, filled, window, sequences.arithmetic)
         shape = (inputs.shape[0], filled, *inputs.shape[2:])
         graph = sequences.graphs.entry(key, lambda: _Graph(self, sequences, inputs.new_zeros(shape), window, compiled))
         return graph(inputs, cache.length, width)
 
     def _pass(
-        self, sequences: Sequences, inputs: torch.Tensor, start: torch.Tensor, last: torch.Tensor
+        self,
+        sequences: Sequences,
+        inputs: torch.Tensor,
+        places: torch.Tensor,
+        start: torch.Tensor,
+        last: torch.Tensor,
     ) -> torch.Tensor:
         """The pass that a graph holds: all shapes are fixed, and the host is asked for nothing.
 
         Args:
             inputs: tokens int64 [B, Q] or embeddings [B, Q, hidden].
+            places: int64 [S], the positions of the window, 0 to S - 1.
             start: int64 [1], the first position.
             last: int64 [1], the index among the Q positions whose logits are returned.
         """
         cache = sequences.cache
         embeddings = inputs if inputs.is_floating_point() else self.model.embed_ids(inputs)
         positions = start + torch.arange(inputs.shape[1], device=inputs.device)
-        cache.positions = positions
-        places = torch.arange(cache.window, device=inputs.device)
+        cache.positions, cache.window = positions, places.shape[0]
         mask = (places <= positions[:, None])[None, None]
         ids = positions[None]
         if sequences.mask is not None:
@@ -325,11 +237,18 @@ class ModelRunner:
 
 
 class _Graph:
-    """A pass of one width over one window: run directly when first met, captured the second time, then replayed."""
+    """A pass of one width over one window: run directly when first met, captured the second time, then replayed.
+
+    torch.compile makes at most two forms of a pass over some sequences: one for all windows, whose size it is told not
+    to rely on, and one for the whole cache, because a view of all of it is another operation than a view of a part.
+    """
 
     def __init__(self, runner: ModelRunner, sequences: Sequences, inputs: torch.Tensor, window: int, compiled: bool):
         self.runner, self.sequences, self.window = runner, sequences, window
         self.inputs = inputs
+        self.places = torch.arange(window, device=inputs.device)
+        if compiled and window < sequences.cache.capacity:
+            torch._dynamo.mark_dynamic(self.places, 0)
         self.start, self.last = (torch.zeros(1, dtype=torch.long, device=inputs.device) for _ in range(2))
         self.compiled = compiled
         self.run = runner._compiled if compiled else runner._pass
@@ -349,12 +268,12 @@ class _Graph:
         return self.graph.replay()
 
     def _pass(self) -> torch.Tensor:
-        cache = self.sequences.cache
-        cache.window = self.window
+        one_token = self.inputs.shape[1] == 1
         try:
-            return self.run(self.sequences, self.inputs, self.start, self.last)
+            with grouped(self.runner.language_model) if one_token else contextlib.nullcontext():
+                return self.run(self.sequences, self.inputs, self.places, self.start, self.last)
         finally:
-            cache.positions = None
+            self.sequences.cache.positions = None
 
     def _compile(self) -> torch.Tensor:
         from torch._dynamo import exc

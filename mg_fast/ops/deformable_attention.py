@@ -3,14 +3,27 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 
 from ..errors import quoted
 from ..runtime.arguments import whole_number
 from . import backend as backends
-from .operation import Operation, register
+from .custom_op_support import copied, copied_rows, on_device
+from .operation import Operation, Operator, register
+from .torch import deformable_attention as torch_form
 
-__all__ = ["deformable_attention"]
+__all__ = [
+    "MAX_CHANNELS",
+    "MAX_LEVELS",
+    "deformable_attention",
+    "deformable_attention_backward",
+    "deformable_attention_kernel",
+    "deformable_attention_sum",
+]
+
+# The widest head whose pixels the kernels hold in registers, and the most levels that they are compiled for.
+MAX_CHANNELS, MAX_LEVELS = 256, 8
+# The longest side that float32 counts exactly.
+MAX_SIDE = 2**24
 
 
 def deformable_attention(
@@ -37,15 +50,20 @@ def deformable_attention(
         backend: overrides the choice in force.
 
     Returns:
-        [B, Q, H * D] in value's dtype.
+        [B, Q, H * D] in value's dtype, under autocast too: 16-bit values are widened where they are read, and all
+        arithmetic is float32 anyway.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; the message names what was expected and what came.
         BackendError: a backend was named that cannot run here.
+
+    The gradients have the dtypes of their inputs. With `torch.use_deterministic_algorithms(True)` the gradient of value
+    has equal bits in every run of the kernels; they then sort the pixels of all samples, which takes 32 bytes for each
+    of the four pixels of a sample, and more time.
     """
     arguments = value, spatial_shapes, sampling_locations, attention_weights
     form = backends.choose_form(DEFORMABLE_ATTENTION, backend, value.device, *arguments)
-    return form(value, [(int(h), int(w)) for h, w in spatial_shapes], sampling_locations, attention_weights)
+    return form(value, host_sizes(spatial_shapes), sampling_locations, attention_weights)
 
 
 def _check(value, spatial_shapes, sampling_locations, attention_weights) -> None:
@@ -76,6 +94,12 @@ def _check(value, spatial_shapes, sampling_locations, attention_weights) -> None
         )
 
 
+def host_sizes(spatial_shapes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Sizes that were checked, as pairs of ints."""
+    # To convert an int would make it a constant of a trace, which then would not serve pictures of other sizes.
+    return [tuple(side if isinstance(side, int) else int(side) for side in size) for size in spatial_shapes]
+
+
 def check_spatial_shapes(operation: str, spatial_shapes: Sequence[tuple[int, int]], pixels: int) -> None:
     """Raises ValueError unless the sizes are pairs of positive whole numbers on the host that add up to `pixels`."""
     if isinstance(spatial_shapes, torch.Tensor):
@@ -84,11 +108,12 @@ def check_spatial_shapes(operation: str, spatial_shapes: Sequence[tuple[int, int
             f"{spatial_shapes.device}: pass spatial_shapes.tolist() once, outside of the loop that calls this"
         )
     for size in spatial_shapes:
-        if len(size) != 2 or not all((whole_number(side) or 0) > 0 for side in size):
+        # The sizes of a trace are ints, too, which may stand for any number.
+        if len(size) != 2 or not all((side if isinstance(side, int) else whole_number(side) or 0) > 0 for side in size):
             raise ValueError(
                 f"{operation}: spatial_shapes must be pairs (h, w) of positive numbers, got {quoted(size)}"
             )
-    expected = sum(int(h) * int(w) for h, w in spatial_shapes)
+    expected = sum(h * w for h, w in host_sizes(spatial_shapes))
     if not spatial_shapes or expected != pixels:
         raise ValueError(
             f"{operation}: the levels {quoted(list(spatial_shapes))} have {expected} pixels, but value has {pixels}"
@@ -101,26 +126,185 @@ def reference(
     sampling_locations: torch.Tensor,
     attention_weights: torch.Tensor,
 ) -> torch.Tensor:
-    """The steps of `ms_deform_attn_core_pytorch` of Deformable DETR, and of transformers: grid_sample for each level.
+    """The steps of the original in the dtype of values, to which it casts locations and weights.
 
-    The original casts locations to the dtype of values, because grid_sample takes one dtype. Its CUDA kernel leaves out
-    locations that are not finite. grid_sample does not promise that, so they are moved outside of the map here.
+    grid_sample takes one dtype.
     """
-    batch, _, heads, channels = value.shape
-    queries, levels, points = (sampling_locations.shape[i] for i in (1, 3, 4))
-    finite = sampling_locations.isfinite().all(-1, keepdim=True)
-    grids = (2 * sampling_locations.where(finite, -2.0) - 1).to(value.dtype)
-    samples = []
-    for level, (map, (h, w)) in enumerate(zip(value.split([h * w for h, w in spatial_shapes], dim=1), spatial_shapes)):
-        map = map.flatten(2).transpose(1, 2).reshape(batch * heads, channels, h, w)
-        grid = grids[:, :, :, level].transpose(1, 2).flatten(0, 1)
-        samples.append(F.grid_sample(map, grid, mode="bilinear", padding_mode="zeros", align_corners=False))
-    weights = attention_weights.to(value.dtype).transpose(1, 2)
-    weights = weights.reshape(batch * heads, 1, queries, levels * points)
-    out = (torch.stack(samples, dim=-2).flatten(-2) * weights).sum(-1).view(batch, heads * channels, queries)
-    return out.transpose(1, 2).contiguous()
+    given = value, sampling_locations.to(value.dtype), attention_weights.to(value.dtype)
+    if value.device.type == "cpu" and value.itemsize == 2:
+        # There grid_sample computes addresses with as many bits as the values have, and reads wrong pixels, or memory
+        # that is not its own, where they lie more than 32767 elements apart.
+        given = tuple(tensor.float() for tensor in given)
+    widened, *rest = given
+    # Autocast widens the result.
+    return torch_form.by_grid_sample(widened, spatial_shapes, *rest).to(value.dtype)
+
+
+def _why_not(value, spatial_shapes, sampling_locations, attention_weights) -> str | None:
+    """Why the Triton kernels do not take these tensors; None where they do."""
+    if value.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"the kernel takes values in float16, bfloat16 and float32, got {value.dtype}"
+    if value.shape[-1] > MAX_CHANNELS:
+        return f"the kernel holds pixels of up to {MAX_CHANNELS} channels a head, these have {value.shape[-1]}"
+    if len(spatial_shapes) > MAX_LEVELS:
+        return f"the kernel is compiled for up to {MAX_LEVELS} levels, these are {len(spatial_shapes)}"
+    if max(side for size in spatial_shapes for side in size) > MAX_SIDE:
+        return f"the kernel counts the pixels of a side in float32, up to {MAX_SIDE}, got {quoted(spatial_shapes)}"
+    return None
+
+
+def _attend_by_kernel(value, spatial_shapes, sampling_locations, attention_weights) -> torch.Tensor:
+    sides = [side for size in spatial_shapes for side in size]
+    return deformable_attention_kernel(value, sides, sampling_locations, attention_weights)
+
+
+@torch.library.custom_op("mg_fast::deformable_attention", mutates_args=())
+def deformable_attention_kernel(
+    value: torch.Tensor, sides: list[int], locations: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """`kernels.deformable_attention.deformable_attention_fwd`."""
+    from ..kernels.deformable_attention import deformable_attention_fwd
+
+    with on_device(value):
+        return deformable_attention_fwd(value, sides, locations, weights)
+
+
+@deformable_attention_kernel.register_fake
+def _(value, sides, locations, weights):
+    return value.new_empty(*locations.shape[:2], value.shape[2] * value.shape[3])
+
+
+@torch.library.custom_op("mg_fast::deformable_attention_backward", mutates_args=())
+def deformable_attention_backward(
+    grad: torch.Tensor,
+    value: torch.Tensor,
+    sides: list[int],
+    locations: torch.Tensor,
+    weights: torch.Tensor,
+    wanted: list[bool],
+) -> list[torch.Tensor]:
+    """`kernels.deformable_attention.deformable_attention_bwd`."""
+    from ..kernels.deformable_attention import deformable_attention_bwd
+
+    with on_device(value):
+        return deformable_attention_bwd(grad, value, sides, locations, weights, wanted)
+
+
+@deformable_attention_backward.register_fake
+def _(grad, value, sides, locations, weights, wanted):
+    dtypes = torch.float32, locations.dtype, weights.dtype
+    return [
+        tensor.new_empty(tensor.shape, dtype=dtype)
+        for tensor, dtype, want in zip((value, locations, weights), dtypes, wanted)
+        if want
+    ]
+
+
+@torch.library.custom_op("mg_fast::deformable_attention_sum", mutates_args=())
+def deformable_attention_sum(
+    grad: torch.Tensor,
+    sides: list[int],
+    locations: torch.Tensor,
+    weights: torch.Tensor,
+    order: torch.Tensor,
+    ends: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """`kernels.deformable_attention.sum_rows_bwd`."""
+    from ..kernels.deformable_attention import sum_rows_bwd
+
+    with on_device(grad):
+        return sum_rows_bwd(grad, sides, locations, weights, order, ends, dtype)
+
+
+@deformable_attention_sum.register_fake
+def _(grad, sides, locations, weights, order, ends, dtype):
+    batch, _, heads = locations.shape[:3]
+    pixels = sum(h * w for h, w in zip(sides[::2], sides[1::2]))
+    return grad.new_empty(batch, pixels, heads, grad.shape[-1] // heads, dtype=dtype)
+
+
+def _context(ctx, inputs, output):
+    value, ctx.sides, locations, weights = inputs
+    ctx.save_for_backward(value, locations, weights)
+
+
+def _gradients(ctx, grad):
+    value, locations, weights = ctx.saved_tensors
+    to_value, *others = (ctx.needs_input_grad[i] for i in (0, 2, 3))
+    by_sorting = to_value and torch.are_deterministic_algorithms_enabled()
+    wanted = [to_value and not by_sorting, *others]
+    gradients = iter(
+        deformable_attention_backward(grad, value, ctx.sides, locations, weights, wanted) if any(wanted) else ()
+    )
+    # Atomics add in float32.
+    grad_value = next(gradients).to(value.dtype) if wanted[0] else None
+    if by_sorting:
+        grad_value = _sorted_sum(grad, value, ctx.sides, locations, weights)
+    return grad_value, None, *(next(gradients) if want else None for want in others)
+
+
+def _sorted_sum(grad, value, sides, locations, weights) -> torch.Tensor:
+    """The gradient of value with equal bits in every run.
+
+    The pixels of all samples are sorted by the row of value that they lie in, and every row adds up its own in order.
+    """
+    batch, pixels, heads, _ = value.shape
+    shapes = list(zip(sides[::2], sides[1::2]))
+    rows = torch_form.pixel_rows(locations.float(), shapes).flatten()
+    rows, order = torch.sort(rows, stable=True)
+    every_row = torch.arange(batch * pixels * heads + 1, dtype=rows.dtype, device=rows.device)
+    ends = torch.searchsorted(rows, every_row)
+    return deformable_attention_sum(grad, sides, locations, weights, order, ends, value.dtype)
+
+
+torch.library.register_autograd("mg_fast::deformable_attention", _gradients, setup_context=_context)
+
+
+def deformable_attention_flop(value: torch.Tensor, locations: torch.Tensor) -> int:
+    """Floating-point operations: four multiplications and additions for every channel of every sample."""
+    return 8 * (locations.numel() // 2) * value.shape[-1]
+
+
+def _backward_flop(grad, value, sides, locations, weights, wanted) -> int:
+    """The products of the gradient with the pixels, and the products that are added to the gradient of value."""
+    return deformable_attention_flop(value, locations) * (bool(wanted[0]) + any(wanted[1:]))
 
 
 DEFORMABLE_ATTENTION = register(
-    Operation(name="deformable_attention", check=_check, forms={"reference": reference}, auto=("reference",))
+    Operation(
+        name="deformable_attention",
+        check=_check,
+        why_not=_why_not,
+        forms={"reference": reference, "torch": torch_form.deformable_attention, "triton": _attend_by_kernel},
+        auto=("triton", "torch", "reference"),
+        operators=(
+            Operator(
+                name="mg_fast::deformable_attention",
+                launches=lambda value, sides, locations, weights: int(locations.shape[:3].numel() * value.shape[3] > 0),
+                workspaces=lambda value, sides, locations, weights: copied_rows(value) + copied(locations, weights),
+                flop=lambda value, sides, locations, weights: deformable_attention_flop(value, locations),
+            ),
+            Operator(
+                name="mg_fast::deformable_attention_backward",
+                launches=lambda grad, value, sides, locations, weights, wanted: int(
+                    weights.numel() > 0 and any(wanted)
+                ),
+                workspaces=lambda grad, value, sides, locations, weights, wanted: (
+                    copied_rows(value) + copied(grad, locations, weights)
+                ),
+                flop=_backward_flop,
+            ),
+            Operator(
+                name="mg_fast::deformable_attention_sum",
+                launches=lambda grad, sides, locations, weights, order, ends, dtype: int(
+                    (len(ends) - 1) * grad.shape[-1] > 0
+                ),
+                workspaces=lambda grad, sides, locations, weights, *_: copied(grad, locations, weights),
+                flop=lambda grad, sides, locations, weights, *_: (
+                    8 * weights.numel() * (grad.shape[-1] // locations.shape[2])
+                ),
+            ),
+        ),
+    )
 )

@@ -2,6 +2,7 @@
 
 import torch
 
+from ..kernels.configs import dwconv_in_bands
 from . import backend as backends
 from . import reference
 from .custom_op_support import autocast, copied, copied_rows, on_device, one_launch, recording
@@ -142,6 +143,24 @@ def _dwconv_norm_gradients(ctx, grad):
 
 torch.library.register_autograd("mg_fast::dwconv_norm", _dwconv_norm_gradients, setup_context=_dwconv_norm_context)
 
+
+def _in_bands(x: torch.Tensor) -> bool:
+    """Whether the launcher convolves a map on tensor cores, after the copy that it may have to make."""
+    _, height, width, channels = x.shape
+    contiguous = height * width * channels, width * channels, channels
+    return dwconv_in_bands(x.itemsize, channels, x.stride()[:3] if x.stride(-1) == 1 else contiguous)
+
+
+def _launches(x: torch.Tensor, weight: torch.Tensor, *_) -> int:
+    return one_launch(x, weight) * (2 if _in_bands(x) else 1)
+
+
+def _workspaces(x: torch.Tensor, *weights) -> list[int]:
+    # On tensor cores float16 is convolved into a buffer in float32.
+    sums = [x.numel() * 4] if x.dtype == torch.float16 and _in_bands(x) else []
+    return copied_rows(x) + copied(*weights[:4]) + sums
+
+
 DWCONV_NORM = register(
     Operation(
         name="dwconv_norm",
@@ -152,8 +171,10 @@ DWCONV_NORM = register(
         operators=(
             Operator(
                 name="mg_fast::dwconv_norm",
-                launches=one_launch,
-                workspaces=lambda x, *weights: copied_rows(x) + copied(*weights[:4]),
+                launches=_launches,
+                workspaces=_workspaces,
+                # The norm reads the sums, which are as many numbers as the map.
+                reads_again=lambda x, *_: [x] if _in_bands(x) else [],
                 flop=lambda x, taps, *_: product_flop(x.numel(), len(taps), 1),
             ),
         ),

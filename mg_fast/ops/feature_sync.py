@@ -5,12 +5,20 @@ from collections.abc import Sequence
 
 import torch
 
+from ..errors import quoted
+from ..runtime.arguments import whole_number
 from . import backend as backends
-from .deformable_attention import check_spatial_shapes
+from .custom_op_support import copied, copied_rows, on_device, recording
+from .deformable_attention import check_spatial_shapes, deformable_attention, host_sizes
 from .deformable_attention import reference as deformable_attention_reference
-from .operation import Operation, register
+from .operation import Operation, Operator, register
+from .torch import feature_sync as torch_form
 
-__all__ = ["feature_sync"]
+__all__ = ["MAX_LEVELS", "MAX_POINTS", "feature_sync", "feature_sync_backward", "feature_sync_kernel"]
+
+# The kernel's code grows with the levels, and its tile with the points.
+MAX_LEVELS = 8
+MAX_POINTS = 32
 
 
 def feature_sync(
@@ -42,7 +50,9 @@ def feature_sync(
         queries: [B, Q, H * P * 2 + H * L * P], floating point.
         table: [R, H * P * 2 + H * L * P], in the dtype of queries: what is added for a picture of each index.
         index: [B, Q, n] or [B, 1, n], int32 or int64: the relative index of every picture, below R; 0 for a picture
-            that the query does not see. The most recent visible picture has index 1.
+            that the query does not see. The most recent visible picture has index 1. An index that the table does not
+            have is not looked for, because that would mean to wait for the device: `torch` and `triton` give NaN for
+            its query, and read nothing.
         reference_points: [B, Q, 2], or with 1 in place of B or Q, floating point, (x, y) in [0, 1]; read in float32.
         spatial_shapes: (h, w) of every level, whole numbers on the host. S is the sum of h * w.
         base: the number of offset units in the width and in the height of a map.
@@ -56,12 +66,15 @@ def feature_sync(
         ValueError: shapes, dtypes or devices do not fit; the message names what was expected and what came.
         BackendError: a backend was named that cannot run here.
 
+    Gradients reach values, queries, table, reference_points and ignore. `triton` has a kernel for the forward pass; its
+    gradients recompute locations and weights in PyTorch, and take those of the samples from `deformable_attention`,
+    with its kernels and its deterministic choice.
+
     Source: MM-Interleaved (arXiv 2401.10208), class MMFS.
     """
     arguments = values, queries, table, index, reference_points, spatial_shapes, base, ignore
     form = backends.choose_form(FEATURE_SYNC, backend, values.device, *arguments)
-    shapes = [(int(h), int(w)) for h, w in spatial_shapes]
-    return form(values, queries, table, index, reference_points, shapes, base, ignore)
+    return form(values, queries, table, index, reference_points, host_sizes(spatial_shapes), int(base), ignore)
 
 
 def points_of(width: int, heads: int, levels: int) -> int:
@@ -112,6 +125,8 @@ def _check(values, queries, table, index, reference_points, spatial_shapes, base
             f"feature_sync: table must be [R, {width}] in {queries.dtype} as queries are, got {list(table.shape)} in "
             f"{table.dtype}"
         )
+    if pictures > 0 and len(table) == 0:
+        raise ValueError("feature_sync: table must have at least one row where there are pictures, got none")
     if list(index.shape) not in ([batch, count, pictures], [batch, 1, pictures]):
         raise ValueError(
             f"feature_sync: index must be {[batch, count, pictures]} or {[batch, 1, pictures]}, got {list(index.shape)}"
@@ -125,8 +140,8 @@ def _check(values, queries, table, index, reference_points, spatial_shapes, base
             f"feature_sync: reference_points must be [{batch} or 1, {count} or 1, 2], got "
             f"{list(reference_points.shape)}"
         )
-    if not base > 0:
-        raise ValueError(f"feature_sync: base must be positive, got {base}")
+    if (whole_number(base) or 0) < 1:
+        raise ValueError(f"feature_sync: base must be a positive whole number, got {quoted(base)}")
     if ignore is not None and (list(ignore.shape) != [heads * channels] or ignore.dtype != values.dtype):
         raise ValueError(
             f"feature_sync: ignore must be [{heads * channels}] in {values.dtype} as values are, got "
@@ -135,39 +150,216 @@ def _check(values, queries, table, index, reference_points, spatial_shapes, base
 
 
 def _reference(values, queries, table, index, reference_points, spatial_shapes, base, ignore) -> torch.Tensor:
+    """The steps of the original on the queries that the table's rows were added to, for each picture."""
+    offsets, logits = split_query(queries[:, :, None] + table[index], values.shape[3], len(spatial_shapes))
+    # The original computes a logit for what is ignored, too, which `read_pictures` replaces.
+    logits = torch.cat([logits, logits.new_zeros(*logits.shape[:-1], 1)], dim=-1)
+    return read_pictures(values, offsets, logits, index > 0, reference_points, spatial_shapes, base, ignore)
+
+
+def read_pictures(
+    values: torch.Tensor,
+    offsets: torch.Tensor,
+    logits: torch.Tensor,
+    seen: torch.Tensor,
+    reference_points: torch.Tensor,
+    spatial_shapes: Sequence[tuple[int, int]],
+    base: int,
+    ignore: torch.Tensor | None,
+) -> torch.Tensor:
     """The steps of MM-Interleaved's MMFS between its projections, with its tensors for every picture, level and point.
 
     Every (picture, level) has a slot of its own for what is ignored, with the logit -ln(n * L), so that all of them
     together weigh one. The logits of masked pictures are lowered by 10000.
+
+    Args:
+        offsets: [B, Q, n, H, P, 2], (x, y).
+        logits: [B, Q, n, H, L, P + 1]; the last of each level is for what is ignored, and its value does not matter.
+        seen: [B, Q, n] or [B, 1, n], bool.
+
+    The other arguments and the result are those of `feature_sync`.
     """
     batch, pictures, pixels, heads, channels = values.shape
-    levels, count = len(spatial_shapes), queries.shape[1]
-    dtype = queries.dtype
-    offsets, logits = split_query(queries[:, :, None] + table[index], heads, levels)
-    points = offsets.shape[-2]
-    # One copy of the offsets for every level: scaled to the level's pixels, then divided by its size.
-    sizes = torch.tensor([(w, h) for h, w in spatial_shapes], dtype=torch.float32).to(values.device)
-    at_level = offsets[:, :, :, :, None] * (sizes / base).to(dtype)[:, None] / sizes.to(dtype)[:, None]
-    locations = reference_points[:, :, None, None, None, None].to(dtype) + at_level  # [B, Q, n, H, L, P, 2]
-    locations = locations.movedim(2, 3).reshape(batch, count, heads, pictures * levels, points, 2)
-
-    seen = (index > 0)[:, :, :, None, None, None]
-    logits = logits + (~seen).to(dtype) * -10000.0
-    slot = logits.new_full((*logits.shape[:-1], 1), -math.log(max(pictures * levels, 1)))
-    logits = torch.cat([logits, slot], dim=-1).movedim(2, 3).flatten(3)  # [B, Q, H, n * L * (P + 1)]
-    weights = logits.softmax(-1).reshape(batch, count, heads, pictures * levels, points + 1)
+    levels, (count, points) = len(spatial_shapes), (offsets.shape[1], offsets.shape[4])
     if pictures == 0:
         out = values.new_zeros(batch, count, heads * channels)
         return out if ignore is None else out + ignore
+    dtype = offsets.dtype
+    # One copy of the offsets for every level: scaled to the level's pixels, then divided by its size.
+    sizes = torch.tensor([(w, h) for h, w in spatial_shapes], dtype=torch.float32).to(values.device)
+    at_level = offsets[:, :, :, :, None] * (sizes / base).to(dtype)[:, None] / sizes.to(dtype)[:, None]
+    locations = reference_points[:, :, None, None, None, None] + at_level  # [B, Q, n, H, L, P, 2]
+    locations = locations.movedim(2, 3).reshape(batch, count, heads, pictures * levels, points, 2)
+
+    logits = logits + (~seen)[:, :, :, None, None, None].to(logits.dtype) * -10000.0
+    logits[..., -1] = -math.log(pictures * levels)
+    weights = logits.movedim(2, 3).flatten(3).softmax(-1)  # over n * L * (P + 1)
+    weights = weights.unflatten(-1, (pictures * levels, points + 1))
     out = deformable_attention_reference(
-        values.flatten(1, 2), list(spatial_shapes) * pictures, locations, weights[..., :-1]
+        values.flatten(1, 2), list(spatial_shapes) * pictures, locations, weights[..., :-1].contiguous()
     )
     if ignore is not None:
-        # The original, too, makes this product for every picture and level before it adds them up.
-        out = out + (weights[..., -1:] * ignore.view(heads, 1, channels)).sum(3).flatten(2).to(out.dtype)
+        # The original, too, repeats the token for every picture and level, and adds the products up.
+        tokens = ignore.repeat(batch, count, pictures * levels, 1).unflatten(-1, (heads, channels)).movedim(3, 2)
+        out = out + (tokens * weights[..., -1:]).sum(3).flatten(2).to(out.dtype)
     return out
 
 
+def _why_not(values, queries, table, index, reference_points, spatial_shapes, base, ignore) -> str | None:
+    """Why the Triton kernel does not take these arguments; None where it does."""
+    for name, tensor in (("values", values), ("queries", queries)):
+        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            return f"the kernel takes {name} in float16, bfloat16 and float32, got {tensor.dtype}"
+    if len(spatial_shapes) > MAX_LEVELS:
+        return f"the kernel takes up to {MAX_LEVELS} levels, got {len(spatial_shapes)}"
+    points = points_of(queries.shape[-1], values.shape[3], len(spatial_shapes))
+    if points > MAX_POINTS:
+        return f"the kernel takes up to {MAX_POINTS} points, got {points}"
+    return None
+
+
+def _pairs(sides: list[int]) -> list[tuple[int, int]]:
+    """The sizes (h, w) in a flat list of them, as an operator of torch takes them."""
+    return list(zip(sides[::2], sides[1::2]))
+
+
+@torch.library.custom_op("mg_fast::feature_sync", mutates_args=())
+def feature_sync_kernel(
+    values: torch.Tensor,
+    queries: torch.Tensor,
+    table: torch.Tensor,
+    index: torch.Tensor,
+    reference_points: torch.Tensor,
+    sides: list[int],
+    base: int,
+    ignore: torch.Tensor | None,
+) -> torch.Tensor:
+    """`kernels.feature_sync.feature_sync_fwd`, with the sizes of all levels in one list: h, w, h, w, and so on.
+
+    Its gradients recompute by the PyTorch form.
+    """
+    from ..kernels.feature_sync import feature_sync_fwd
+
+    with on_device(values):
+        return feature_sync_fwd(values, queries, table, index, reference_points, _pairs(sides), base, ignore)
+
+
+@feature_sync_kernel.register_fake
+def _(values, queries, table, index, reference_points, sides, base, ignore):
+    return values.new_empty(values.shape[0], queries.shape[1], values.shape[3] * values.shape[4])
+
+
+def _gather(values, spatial_shapes, locations, weights) -> torch.Tensor:
+    """Deformable attention in the fastest form that can run, which on a GPU has kernels for its gradients.
+
+    Pictures are rows of a batch here, so that they do not count as levels; the arguments are those of
+    `torch_form.feature_sync`'s `gather`.
+    """
+    batch, pictures = values.shape[:2]
+    locations = locations.transpose(1, 2).flatten(0, 1)[:, :, :, None]
+    locations = locations.expand(-1, -1, -1, len(spatial_shapes), -1, -1)
+    weights = weights.transpose(1, 2).flatten(0, 1)
+    out = deformable_attention(values.flatten(0, 1), spatial_shapes, locations, weights)
+    return out.view(batch, pictures, *out.shape[1:]).sum(1)
+
+
+@torch.library.custom_op("mg_fast::feature_sync_backward", mutates_args=())
+def feature_sync_backward(
+    grad: torch.Tensor,
+    index: torch.Tensor,
+    inputs: list[torch.Tensor],
+    wanted: list[bool],
+    sides: list[int],
+    base: int,
+) -> list[torch.Tensor]:
+    """Gradients to the `wanted` ones of `inputs`: values, queries, table, reference_points, and ignore if there is one.
+
+    Locations and weights are recomputed by the PyTorch form for some queries at a time, so that their memory does not
+    grow with the queries; the samples' gradients are those of `deformable_attention`. Gradients that parts of the
+    queries share are added up in float32. This is an operator so that graphs need not trace it.
+    """
+    batch, count = inputs[1].shape[:2]
+    index = index.expand(-1, count, -1)
+    samples = batch * inputs[0].shape[1] * inputs[1].shape[2]
+    step = max(1, torch_form.SAMPLES // max(1, samples))
+    sums = [
+        torch.zeros(tensor.shape, dtype=torch.promote_types(tensor.dtype, torch.float32), device=tensor.device)
+        for tensor, want in zip(inputs, wanted)
+        if want
+    ]
+    for first in range(0, count, step):
+        some = slice(first, first + step)
+        # Queries have a part of their own, and reference points may have one.
+        cut = [True if i == 1 else i == 3 and inputs[3].shape[1] > 1 for i in range(len(inputs))]
+        with recording(), torch.enable_grad():
+            values, queries, table, points, *ignore = leaves = [
+                (tensor[:, some] if part else tensor).detach().requires_grad_(want)
+                for tensor, part, want in zip(inputs, cut, wanted)
+            ]
+            out = torch_form.feature_sync(
+                values, queries, table, index[:, some], points, _pairs(sides), base, *(ignore or [None]), gather=_gather
+            )
+            sources = [leaf for leaf in leaves if leaf.requires_grad]
+            found = torch.autograd.grad(out, sources, grad[:, some], allow_unused=True, materialize_grads=True)
+        parts = (part for part, want in zip(cut, wanted) if want)
+        for total, gradient, part in zip(sums, found, parts):
+            (total[:, some] if part else total).add_(gradient)
+    return [total.to(tensor.dtype) for total, tensor in zip(sums, (t for t, want in zip(inputs, wanted) if want))]
+
+
+@feature_sync_backward.register_fake
+def _(grad, index, inputs, wanted, sides, base):
+    return [tensor.new_empty(tensor.shape) for tensor, want in zip(inputs, wanted) if want]
+
+
+def _context(ctx, inputs, output):
+    values, queries, table, index, reference_points, ctx.sides, ctx.base, ignore = inputs
+    ctx.save_for_backward(index, values, queries, table, reference_points, *(() if ignore is None else (ignore,)))
+
+
+def _gradients(ctx, grad):
+    index, *tensors = ctx.saved_tensors
+    places = (0, 1, 2, 4, 7)
+    wanted = [ctx.needs_input_grad[place] for place in places[: len(tensors)]]
+    found = iter(feature_sync_backward(grad, index, tensors, wanted, ctx.sides, ctx.base))
+    gradients = [None] * 8
+    for place, want in zip(places, wanted):
+        gradients[place] = next(found) if want else None
+    return tuple(gradients)
+
+
+torch.library.register_autograd("mg_fast::feature_sync", _gradients, setup_context=_context)
+
+
+def _triton(values, queries, table, index, reference_points, spatial_shapes, base, ignore) -> torch.Tensor:
+    sides = [side for size in spatial_shapes for side in size]
+    return feature_sync_kernel(values, queries, table, index, reference_points, sides, base, ignore)
+
+
+def _flop(values, queries, table, index, reference_points, sides, base, ignore) -> int:
+    """Four taps of every sample, as if every query saw every picture: eight operations for each channel."""
+    levels, heads = len(sides) // 2, values.shape[3]
+    points = points_of(queries.shape[-1], heads, levels)
+    samples = queries.shape[0] * queries.shape[1] * values.shape[1] * heads * levels * points
+    return 8 * samples * values.shape[4]
+
+
 FEATURE_SYNC = register(
-    Operation(name="feature_sync", check=_check, forms={"reference": _reference}, auto=("reference",))
+    Operation(
+        name="feature_sync",
+        check=_check,
+        why_not=_why_not,
+        forms={"reference": _reference, "torch": torch_form.feature_sync, "triton": _triton},
+        auto=("triton", "torch", "reference"),
+        operators=(
+            Operator(
+                name="mg_fast::feature_sync",
+                launches=lambda values, queries, *_: int(values.shape[0] * queries.shape[1] * values.shape[4] > 0),
+                workspaces=lambda values, queries, table, index, points, sides, base, ignore: (
+                    copied_rows(values, queries) + copied(table, *(() if ignore is None else (ignore,)))
+                ),
+                flop=_flop,
+            ),
+        ),
+    )
 )

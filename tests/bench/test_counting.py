@@ -43,6 +43,8 @@ from tests.paths import ROOT
         (lambda x, y: torch.empty_like(x), 0, 0),
         (lambda x, y: torch.zeros_like(x), 0, 40),
         (lambda x, y: x.view(5, 2).index_select(0, torch.zeros_like(y[:3], dtype=torch.int64)), 24 + 24, 24 + 24),
+        # The index is counted as it is made and read.
+        (lambda x, y: x.index_copy_(0, torch.zeros(3, dtype=torch.int64, device=x.device), y[:3]), 24 + 12, 24 + 12),
         (lambda x, y: torch.cat([x, y]).split(5), 80, 80),
     ],
 )

@@ -344,5 +344,5 @@ def test_table(capsys):
     pytest.importorskip("triton")
     assert main(["formulas"]) == 0
     out = capsys.readouterr().out
-    assert "768 bfloat16        reference                  436.2   3655.9" in out
-    assert "tower 768 bfloat16  triton                     807.8   2665.1" in out
+    assert "768 bfloat16                          reference                  436.2   3655.9" in out
+    assert "tower 768 bfloat16                    triton                     807.8   2665.1" in out

@@ -36,10 +36,18 @@ def test_the_order_and_the_budgets():
     """The first six minutes hold everything up to and including decoding, and all of it fits eight."""
     steps = plans.full_plan()
     budgets = {step.name: step.seconds for step in steps}
-    expected = {"environment": 30, "smoke": 60, "patch_mining": 50, "towers": 60, "pixels": 40, "kernels": 40}
-    expected |= {"decode": 80, "tests": 120, "tuning": None}
+    expected = {"environment": 25, "smoke": 60, "patch_mining": 45, "sampling": 40, "towers": 50, "pixels": 35}
+    expected |= {"kernels": 35, "decode": 70, "tests": 120, "tuning": None}
     assert list(budgets.items()) == list(expected.items())
-    assert plans.budget(steps) <= 480 and plans.budget(steps[:7]) <= 60 * plans.MINUTES == 360
+    through_decoding = steps[: list(budgets).index("decode") + 1]
+    assert plans.budget(steps) <= 480 and plans.budget(through_decoding) <= 60 * plans.MINUTES == 360
+
+
+def test_the_first_ten_cases_hold_both_operations_that_sample():
+    ordered = [case for step in plans.full_plan() for case in plans.cases_of(step, CASES, "cuda")]
+    first = {case.name: list(case.providers) for case in ordered[:10]}
+    for name in ("deformable_attention/detr-encoder", "feature_sync/unet-64", "feature_sync/llm-decode-n4"):
+        assert {"reference", "torch", "triton"} <= set(first[f"{name}-b1-bfloat16"])
 
 
 def test_tests_of_kernels_come_by_name_and_the_published_sizes_first():
@@ -96,7 +104,8 @@ def test_a_step_that_there_is_not(capsys):
     assert main(["gpu", "--dry-run", "--steps", "patch_mining", "minning"]) == 2
     assert capsys.readouterr().err == (
         "bench: no step is called 'minning': "
-        "expected one or more of environment, smoke, patch_mining, towers, pixels, kernels, decode, tests, tuning\n"
+        "expected one or more of environment, smoke, patch_mining, sampling, towers, pixels, kernels, decode, tests, "
+        "tuning\n"
     )
 
 

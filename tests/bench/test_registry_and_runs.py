@@ -299,6 +299,13 @@ def test_rows_of_a_gpu(gpu):
     assert on_gpu(with_own_graphs(without_graphs=lambda x: lambda: x))["right"]["peak_mib"] == 7.0
 
 
+def test_a_provider_that_cannot_be_captured_is_timed_without_a_graph(gpu):
+    waiting = dataclasses.replace(square().providers["right"], capturable=False)
+    rows = on_gpu(dataclasses.replace(square(right=waiting), capturable=True))
+    assert rows["right"]["median_ms"] == 1.0 and rows["right"]["graphed_ms"] is None
+    assert rows["reference"]["graphed_ms"] == 0.5
+
+
 def test_a_lost_gpu_ends_the_run_and_keeps_what_there_is(gpu, tmp_path):
     def lost(call, seconds):
         raise gpu_timing.GpuLost("it cannot be captured: operation not permitted")

@@ -17,11 +17,23 @@ ENTRIES = tune.entries([])
 def test_every_kernel_and_bucket_that_a_published_model_runs_in():
     found = {kernel: {key for name, key in ENTRIES if name == kernel} for kernel in tune.TUNABLE}
     assert found["patch_mining"] == {(2, 64, True), (2, 64, True, "reduced"), (4, 64, True), (4, 64, True, "reduced")}
-    assert found["dwconv_norm"] == {(channels, True) for channels in (192, 384, 768, 1536)}
-    assert found["pointwise"] == {(size, bucket) for size in (2, 4) for bucket in ("few", "many")}
+    assert found["dwconv_norm"] == {(768, "bands"), (3072, "bands")}
+    assert found["pointwise"] == {
+        (2, "few"),
+        (2, "some"),
+        (2, "many"),
+        (2, "many", "gelu"),
+        (4, "few"),
+        (4, "some"),
+        (4, "many"),
+        (4, "many", "gelu"),
+    }
     assert found["dual_resize"] == {"columns", "rows"}
+    passes = ("forward", "backward")
+    assert found["deformable_attention"] == {(stage, size, True) for stage in passes for size in (2, 4)}
+    assert found["feature_sync"] == {(size, count, True) for size in (2, 4) for count in ("few", "some", "many")}
     # Where time runs out, no kernel was left out.
-    assert [kernel for kernel, _ in ENTRIES[:4]] == list(tune.TUNABLE)
+    assert [kernel for kernel, _ in ENTRIES[: len(tune.TUNABLE)]] == list(tune.TUNABLE)
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 120])
@@ -44,13 +56,13 @@ def test_what_does_not_fit_shared_memory_is_no_candidate():
 
 
 def test_launches_take_a_replaced_tile():
-    before = configs.pointwise_tile(90, 2, 576, 1536, [6144])
+    before = configs.pointwise_tile(90, 2, 576, 1536, [6144], gelu=False)
     tile = configs.ProductTile(32, 32, 32, 4, 4, 2)
     with configs.replaced_tile(configs.POINTWISE, 90, (2, "few"), tile):
-        assert configs.pointwise_tile(90, 2, 576, 1536, [6144]) == tile
-        assert configs.pointwise_tile(80, 2, 576, 1536, [6144]) != tile
-        assert configs.pointwise_tile(90, 2, 9216, 1536, [6144]) != tile
-    assert configs.pointwise_tile(90, 2, 576, 1536, [6144]) == before
+        assert configs.pointwise_tile(90, 2, 576, 1536, [6144], gelu=False) == tile
+        assert configs.pointwise_tile(80, 2, 576, 1536, [6144], gelu=False) != tile
+        assert configs.pointwise_tile(90, 2, 9216, 1536, [6144], gelu=False) != tile
+    assert configs.pointwise_tile(90, 2, 576, 1536, [6144], gelu=False) == before
     reduced = configs.Tile(16, 2, 1)
     with configs.replaced_tile(configs.PATCH_MINING, 90, (2, 64, True, "reduced"), reduced):
         assert configs.patch_mining_tile(90, 2, 8, [192, 384], reduced=True) == reduced
@@ -176,7 +188,7 @@ def test_printed_entries_are_those_of_a_table():
     exec(text, vars(configs) | {}, found)
     assert found == {"DUAL_RESIZE": {90: {"columns": FASTER}}, "POINTWISE": {90: {(2, "few"): faster}}}
     assert "1.25 times today's, 2.00 times the library" in text
-    assert "# or ProductTile(64, 128, 64, 8, 4, 4): 1.00 times" in text
+    assert "# or ProductTile(64, 128, 64, 8, 4, 4, 255): 1.00 times" in text
     assert "ResizeTile(2, 128, 4)" not in text, "no more tiles are printed than were asked for"
     assert "1 rejected, the first for ValueError: nothing, 3 left for want of time" in text
 

@@ -15,6 +15,7 @@ def by_graph(monkeypatch):
     monkeypatch.setattr(model_runner._Graph, "_capture", lambda self: None)
     monkeypatch.setattr(model_runner, "PREFILL_CHUNK", 24)
     monkeypatch.setattr(model_runner, "WINDOW", 32)
+    monkeypatch.setattr(model_runner, "COMPILED_WINDOW", 16)
     monkeypatch.setattr(model_runner, "ONE_SEQUENCE", 64)
     monkeypatch.setattr(model_runner, "WIDTHS", (7, 16, 24))
     run = []

@@ -226,16 +226,16 @@ def test_a_pass_is_traced_whole(name, padded, by_graph):
         passes, sequences = prepared(own, 2, padded)
         start, last = torch.tensor([sequences.cache.length]), torch.tensor([0])
         inputs = torch.tensor([[5], [6]])
-        sequences.cache.window = 64
-        expected = passes._pass(sequences, inputs, start, last)
+        places = torch.arange(64)
+        expected = passes._pass(sequences, inputs, places, start, last)
         torch._dynamo.reset()
         traced = torch.compile(passes._pass, fullgraph=True, backend="eager", dynamic=False)
-        assert torch.allclose(traced(sequences, inputs, start, last), expected, atol=1e-5)
+        assert torch.allclose(traced(sequences, inputs, places, start, last), expected, atol=1e-5)
         # The same graph serves the next position.
         start += 1
         with torch._dynamo.config.patch(error_on_recompile=True):
             sequences.cache.positions = None
-            traced(sequences, inputs, start, last)
+            traced(sequences, inputs, places, start, last)
     sequences.cache.positions = None
 
 
@@ -251,9 +251,8 @@ def test_a_pass_needs_no_values(own, by_graph):
     with mode, torch.no_grad():
         passes = model_runner.ModelRunner(model)
         sequences = passes.sequences(2, 64)
-        sequences.cache.window = 64
-        ids, start, last = (torch.empty(shape, dtype=torch.long) for shape in ((2, 1), (1,), (1,)))
-        out = passes._pass(sequences, ids, start, last)
+        ids, places, start, last = (torch.empty(shape, dtype=torch.long) for shape in ((2, 1), (64,), (1,), (1,)))
+        out = passes._pass(sequences, ids, places, start, last)
     assert out.shape == (2, 400)
 
 

@@ -435,11 +435,11 @@ def test_a_pass_with_features_is_traced_whole(seeing, by_graph):
         sequences.fill(None, PassInputs({"features": features(1)}, {"feature_mask": seen_from(20, 6)}))
         runner.prefill(sequences, runner.model.embed_ids(prompt(20, 1)))
         start, last, token = torch.tensor([20]), torch.tensor([0]), torch.tensor([[5]])
-        sequences.cache.window = 64
-        expected = runner._pass(sequences, token, start, last)
+        places = torch.arange(64)
+        expected = runner._pass(sequences, token, places, start, last)
         torch._dynamo.reset()
         traced = torch.compile(runner._pass, fullgraph=True, backend="eager", dynamic=False)
-        assert torch.allclose(traced(sequences, token, start, last), expected, atol=1e-5)
+        assert torch.allclose(traced(sequences, token, places, start, last), expected, atol=1e-5)
     sequences.cache.positions = None
 
 

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ...modules import ConvNeXtPyramid, PatchInfoMining
-from . import timm_convnext, unified_resampler
+from ...modules import ConvNeXtPyramid, DeformableAttention, PatchInfoMining
+from . import deformable_attention, deformable_functions, deformable_protocol, timm_convnext, unified_resampler
 from .report import Finding, Report
 
 
@@ -21,6 +21,14 @@ def accelerate(model: nn.Module) -> Report:
       in a timm model or a feature extractor around one, in OpenCLIP's `visual.trunk`, in the original's high-resolution
       tower. Their maps keep the layout [B, C, H, W]. Active stochastic depth (training mode, in which the original
       leaves its tower) is still run by timm: call `eval()` on the tower to have it swapped.
+    - the sampling of transformers' deformable detectors, by `mg_fast.ops.deformable_attention`: in Deformable DETR,
+      RT-DETR, RF-DETR, LW-DETR, Grounding DINO, MM Grounding DINO, OmDet-Turbo and PP-DocLayout v2 and newer;
+    - the whole deformable attention of RT-DETR v2, Mask2Former and OneFormer, by the same operation with the module's
+      own layers, because their sampling is a function and no module;
+    - modules with the call of Deformable DETR's own `MSDeformAttn`, by the same operation with the module's own layers:
+      MM-Interleaved's vision adapter and many detectors outside of transformers. Each call reads the sizes of the maps,
+      which such a module gets as a tensor on the device, so it waits for the GPU once, and torch.compile starts a new
+      graph there.
 
     Parameters, state_dict, training, device moves, copies and pickles work as before; a pickle of the swapped model
     needs mg_fast to be read. torch.jit.trace, torch.jit.script and torch.fx.symbolic_trace record the model's own code,
@@ -46,9 +54,16 @@ def accelerate(model: nn.Module) -> Report:
     return Report(type(model).__name__, swapped, skipped, [rule.looks_for for rule in RULES])
 
 
+OURS = {
+    PatchInfoMining: "patch info mining",
+    ConvNeXtPyramid: "high-resolution tower",
+    DeformableAttention: "deformable attention",
+}
+
+
 def _ours(model: nn.Module) -> Iterator[Finding]:
     for name, module in model.named_modules():
-        for kind, what in ((PatchInfoMining, "patch info mining"), (ConvNeXtPyramid, "high-resolution tower")):
+        for kind, what in OURS.items():
             if isinstance(module, kind):
                 yield Finding(name or "model", what, f"already mg_fast.modules.{kind.__name__}")
 
@@ -66,5 +81,8 @@ class Rule(NamedTuple):
 RULES = (
     Rule(unified_resampler.LOOKS_FOR, unified_resampler.recognise),
     Rule(timm_convnext.LOOKS_FOR, timm_convnext.recognise),
-    Rule("mg_fast.modules.PatchInfoMining and mg_fast.modules.ConvNeXtPyramid, where nothing is left to do", _ours),
+    Rule(deformable_attention.LOOKS_FOR, deformable_attention.recognise),
+    Rule(deformable_functions.LOOKS_FOR, deformable_functions.recognise),
+    Rule(deformable_protocol.LOOKS_FOR, deformable_protocol.recognise),
+    Rule(f"{', '.join(f'mg_fast.modules.{kind.__name__}' for kind in OURS)}, where nothing is left to do", _ours),
 )

@@ -54,3 +54,16 @@ def resolve(
         return torch.bfloat16
     chosen = cpu_dtype.choose(stored, sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values()))
     return dtype if chosen == stored else chosen
+
+
+def of_weights(
+    dtype: str | torch.dtype | dict | None, path: str | os.PathLike, *, base_model: str | os.PathLike | None = None
+) -> torch.dtype:
+    """The dtype that `from_pretrained` loads a checkpoint's weights in, for a value of `dtype` that it is given.
+
+    Of a dict of dtypes the one under the empty key counts. The arguments are those of `resolve`.
+    """
+    wanted = wanted_dtype(dtype.get("") if isinstance(dtype, dict) else dtype)
+    if wanted != "auto":
+        return wanted
+    return open_checkpoint(path, base_model=base_model).stored_dtype()

@@ -7,6 +7,7 @@ import torch
 import torch._dynamo.testing
 
 from mg_fast import BackendError, ops
+from mg_fast.kernels.configs import DWCONV_NORM, BandsTile, dwconv_in_bands, replaced_tile
 from mg_fast.testing.tolerances import assert_accurate
 from tests.ops.dwconv_norm.test_dwconv_norm import DTYPES, exact, gradients, layouts, make, plain
 
@@ -54,21 +55,25 @@ def test_eps(eps):
     assert_kernel_accurate(make((1, 5, 6, 16), scale=1e-2), eps)
 
 
+# Loads of 48 channels are wide, and in 16 bits such maps are convolved on tensor cores.
+@pytest.mark.parametrize("channels", [40, 48])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_large_common_offset(dtype):
+def test_large_common_offset(dtype, channels):
     """The variance does not drown where the mean of the features is fifty times their spread."""
-    assert_kernel_accurate(make((1, 9, 6, 40), dtype, offset=50.0))
+    assert_kernel_accurate(make((1, 9, 6, channels), dtype, offset=50.0))
 
 
+@pytest.mark.parametrize("channels", [40, 48])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_large_bias(dtype):
+def test_large_bias(dtype, channels):
     """The variance does not drown in a large bias, which is common to all channels after the convolution."""
-    x, weight, bias, *norm = make((1, 9, 6, 40), dtype)
+    x, weight, bias, *norm = make((1, 9, 6, channels), dtype)
     assert_kernel_accurate([x, weight, bias + 200, *norm])
 
 
-def test_features_near_the_largest_of_float16():
-    x, weight, *vectors = make((1, 9, 6, 40), torch.float16)
+@pytest.mark.parametrize("channels", [40, 48])
+def test_features_near_the_largest_of_float16(channels):
+    x, weight, *vectors = make((1, 9, 6, channels), torch.float16)
     x, rest = x * (6e4 / x.abs().max()), (16 * weight, *vectors)
     ours = kernel(x, *rest)
     # The plain form overflows in float16, so the result is compared with the plain form in float32.
@@ -120,6 +125,46 @@ def test_what_is_not_finite_is_seen_where_it_belongs(at, bad):
     seen = torch.zeros(x.shape[:3], dtype=torch.bool)
     seen[1, max(at[0] - 3, 0) : at[0] + 4, max(at[1] - 3, 0) : at[1] + 4] = True
     assert not out[seen].isfinite().any() and torch.equal(out[~seen], clean[~seen])
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_what_is_not_finite_reaches_one_pixel_farther_on_tensor_cores(dtype, bad):
+    x, *rest = make((1, 12, 13, 16), dtype)
+    clean = kernel(x, *rest)
+    x[0, 5, 6, 3] = bad
+    out = kernel(x, *rest)
+    assert not out[0, 2:9, 3:10].isfinite().any()
+    farther = torch.zeros(x.shape[:3], dtype=torch.bool)
+    farther[0, 1:10, 2:11] = True
+    assert torch.equal(out[~farther], clean[~farther])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_several_tiles_on_tensor_cores(dtype):
+    assert_kernel_accurate(make((2, 26, 18, 16), dtype))
+
+
+@pytest.mark.parametrize("tile", [(2, 8, 8, 4), (4, 32, 4, 8), (6, 16, 2, 2)], ids=str)
+def test_other_tiles_on_tensor_cores(tile):
+    """The tuner tries tiles with other rows, columns, channels and warps; some end within the map or its channels."""
+    inputs = make((2, 9, 11, 48), torch.bfloat16)
+    expected = kernel(*inputs)
+    with replaced_tile(DWCONV_NORM, None, (768, "bands"), BandsTile(*tile)):
+        assert torch.equal(kernel(*inputs), expected)
+
+
+def test_maps_that_tensor_cores_convolve():
+    for shape, dtype, stride, expected in [
+        ((1, 5, 6, 32), torch.bfloat16, 32, True),
+        ((1, 5, 6, 32), torch.float16, 32, True),
+        ((1, 5, 6, 32), torch.float32, 32, False),
+        ((1, 5, 6, 24), torch.bfloat16, 24, False),
+        ((1, 5, 6, 32), torch.bfloat16, 40, False),
+    ]:
+        x = torch.empty(*shape[:3], stride, dtype=dtype)[..., : shape[3]]
+        assert dwconv_in_bands(x.itemsize, shape[3], x.stride()[:3]) is expected
 
 
 def test_no_picture():

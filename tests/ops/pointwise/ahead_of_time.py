@@ -52,7 +52,7 @@ class Pointwise(
         m, n, k = self._sizes()
         original = pointwise.pointwise_tile
         if tile is not None:
-            pointwise.pointwise_tile = lambda *_: tile
+            pointwise.pointwise_tile = lambda *_, **__: tile
         try:
             shapes = [(m, k), (n, k), (n,), (m, n)][: 3 + (self.launcher == "linear_residual_fwd")]
             getattr(pointwise, self.launcher)(
@@ -63,7 +63,10 @@ class Pointwise(
 
     def buckets(self) -> list:
         m, n, k = self._sizes()
-        return [pointwise_bucket(DTYPES[self.dtype].itemsize, m, n, [n, k])]
+        bucket = pointwise_bucket(DTYPES[self.dtype].itemsize, m, n, [n, k])
+        own = (*bucket, "gelu")
+        gelu = self.launcher == "linear_gelu_fwd" and own in POINTWISE.get(self.architecture, {})
+        return [own if gelu else bucket]
 
     def faults(self, name: str, found: dict[str, int]) -> list[str]:
         wrong = []

@@ -5,10 +5,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 
 from mg_fast import BackendError, ops, use_backend
 from mg_fast.kernels import pointwise
 from mg_fast.kernels.configs import ProductTile, pointwise_bucket
+from mg_fast.ops.custom_op_support import on_device
 from mg_fast.testing.tolerances import assert_accurate
 from tests.ops.pointwise.test_pointwise import DTYPES, OPERATIONS, gradients, make, oracle, plain
 
@@ -27,7 +30,7 @@ def assert_accurate_without_gradients(operation, inputs):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Small tiles, so that a few rows need many programs, in groups of which the last one is lower."""
-    monkeypatch.setattr(pointwise, "pointwise_tile", lambda *_: ProductTile(16, 16, 16, 3, 4, 2))
+    monkeypatch.setattr(pointwise, "pointwise_tile", lambda *_, **__: ProductTile(16, 16, 16, 3, 4, 2))
 
 
 # (rows, outputs, inputs), and the bucket of the tile.
@@ -40,7 +43,7 @@ SHAPES = {
     "rows of stage 0": ((70, 768, 192), "few"),
     "and back": ((70, 192, 768), "few"),
     "rows of stage 3, back": ((16, 16, 6144), "few"),
-    "many tiles": ((8300, 16, 16), "many"),
+    "some tiles": ((8300, 16, 16), "some"),
 }
 
 
@@ -52,6 +55,39 @@ def test_accuracy(operation, shape, dtype):
     if isinstance(m, int):
         assert pointwise_bucket(dtype.itemsize, m, n, [n, k]) == (dtype.itemsize, bucket)
     assert_accurate_without_gradients(operation, make(operation, m, n, k, dtype=dtype))
+
+
+def test_sizes_of_products():
+    assert [pointwise_bucket(2, 2304, n, [n, 768]) for n in (256, 768, 1024)] == [(2, "few"), (2, "some"), (2, "many")]
+
+
+@triton.jit
+def gelu_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    b_y = pointwise.gelu_of_16_bits(tl.load(x_ptr + o).to(tl.float32))
+    tl.store(out_ptr + o, b_y.to(out_ptr.dtype.element_ty))
+
+
+def gelu(x, dtype):
+    out = torch.empty_like(x, dtype=dtype)
+    with on_device(x):
+        gelu_kernel[(len(x) // 4096,)](x, out, BLOCK=4096)
+    return out
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_gelu_of_every_bfloat16():
+    """Every single number is right, so that the rule holds for any tensor of them."""
+    x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    # torch's GELU adds erf to one, which leaves nothing of small results, in float64 from -8 on.
+    exact, wide = x.double() * torch.special.erfc(-x.double() / math.sqrt(2)) / 2, gelu(x, torch.float32)
+    # Minus infinity times zero is NaN, as in torch.
+    assert torch.equal(wide.isnan(), x.isnan() | (x == -math.inf)) and (wide[x == math.inf] == math.inf).all()
+    # Below -13 the exact result is smaller than any normal number.
+    normal = x.isfinite() & (exact.abs() > 1e-37)
+    assert ((wide - exact).abs() <= 6.2e-5 * exact.abs())[normal].all()
+    rounded = gelu(x, torch.bfloat16)
+    assert ((rounded - exact).abs() <= 1.02 * 2**-8 * exact.abs())[normal & (exact.abs() < 3e38)].all()
 
 
 @pytest.mark.parametrize("m, n", [(16, 16), (15, 17), (16 * 3, 16 * 2), (16 * 7 + 1, 16 * 5 - 1), (1, 90), (90, 1)])
