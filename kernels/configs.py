@@ -95,52 +95,6 @@ def patch_mining_tile(
     return reduced and table.get((*bucket, "reduced")) or table[bucket]
 
 
-class CoarseTile(NamedTuple):
-    """Numbers of maps that a program loads at once, its warps, stages of its pipeline, and most registers of a thread.
-
-    Without a limit the compiler moves loads far ahead and takes all registers that there are.
-    """
-
-    elements: int
-    warps: int
-    stages: int
-    registers: int | None = None
-
-
-# Keyed by compute capability as above. "fields" is the pass over the pyramid, which writes means and inner products.
-# Any other key is the pass over windows of up to that many pixels; a second part, "reduced", marks a global view that
-# needs a tile of its own, and "narrow" marks widths that allow no loads of 16 bytes at once. None of them was tuned on
-# a GPU.
-COARSE_MINING = {
-    None: {
-        "fields": CoarseTile(4096, 4, 2),
-        16: CoarseTile(2048, 2, 2, 128),
-        64: CoarseTile(2048, 2, 2, 200),
-        256: CoarseTile(4096, 8, 2),
-        (64, "reduced"): CoarseTile(4096, 8, 2),
-        (64, "narrow"): CoarseTile(2048, 4, 2),
-    },
-    90: {(64, "reduced"): CoarseTile(2048, 2, 2)},
-}
-
-
-def coarse_mining_tile(architecture: int | None, side: int | None, *, wide: bool, reduced: bool = False) -> CoarseTile:
-    """The tile of the pass over windows of side x side pixels, or of that over the pyramid where side is None.
-
-    Args:
-        architecture: compute capability; 90 for 9.0.
-        wide: whether the levels' widths allow loads of 16 bytes at once.
-        reduced: whether the map is a reduced one.
-    """
-    table = COARSE_MINING[None] | COARSE_MINING.get(architecture, {})
-    if side is None:
-        return table["fields"]
-    key = next(pixels for pixels in (16, 64, 256) if side * side <= pixels)
-    if not wide:
-        return table.get((key, "narrow")) or table[key]
-    return (reduced and table.get((key, "reduced"))) or table[key]
-
-
 class ProductTile(NamedTuple):
     """The tile of one program of a matrix product.
 

@@ -7,8 +7,8 @@ program per window.
 
 Both passes are products on tensor cores of 16-bit maps with a float32 vector, which is cut into 16-bit terms: their
 products with the maps are exact and are added up in float32. In float16 the vector is scaled by a power of two first.
-Float32 maps are not taken, and no window that spans more than 16 x 16 coarse pixels. For a picture of few queries the
-PyTorch form may be faster.
+Float32 maps are not taken, and no window that spans more than 16 x 16 coarse pixels. The kernels are compiled for
+compute capability 9.0 only. For a picture of few queries the PyTorch form may be faster.
 """
 
 import math
@@ -18,8 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .coarse_tiles import COARSE_MINING, coarse_tiles
 from .coarse_windows import coarse_geometries, coarse_pixels, listed, load_coarse, pixel_weights
-from .configs import CoarseTile, coarse_mining_tile
 from .patch_mining import LAYER_NORM_EPS, channels_last, place, pooled_dtype
 from .patch_mining_fields import pixel_fields_fwd, plane, product
 from .windows import Level
@@ -328,22 +328,21 @@ def launches(queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int) 
         yield b * cells * cells * n, arguments
 
 
-def coarse_tiles(
+def why_not_coarse(
     queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int, architecture: int | None
-) -> list[CoarseTile]:
-    """The tiles of the pass over the pyramid, and of each launch that pools."""
-    side, views = pyramid[0].shape[1] // (grid * math.isqrt(queries.shape[2])), queries.shape[1]
-    sides = [(None, False), (side, False), (side, True)][: 2 + (views > grid * grid)]
-    wide = all(level.shape[-1] % 16 == 0 for level in pyramid)
-    return [coarse_mining_tile(architecture, side, wide=wide, reduced=reduced) for side, reduced in sides]
+) -> str | None:
+    """Why these kernels do not take the tensors; None where they do.
 
-
-def why_not_coarse(queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int) -> str | None:
-    """Why these kernels do not take the tensors; None where they do."""
+    Args:
+        queries, pyramid, grid: those of the operation.
+        architecture: the compute capability that they would be compiled for, 90 for 9.0; None where nothing is.
+    """
+    if architecture is not None and architecture not in COARSE_MINING:
+        return f"it is compiled and gated for compute capability 9.0 only, got {architecture // 10}.{architecture % 10}"
     dtypes = {level.dtype for level in pyramid}
     if len(dtypes) > 1 or dtypes - {torch.float16, torch.bfloat16}:
         return f"maps must be all float16 or all bfloat16, got {', '.join(sorted(map(str, dtypes)))}"
-    tiles = coarse_tiles(queries, pyramid, grid, None)
+    tiles = coarse_tiles(queries, pyramid, grid, architecture)
     geometries = coarse_geometries(queries, pyramid, grid, [tile.elements for tile in tiles])
     taps = max(level.taps for launch in geometries for level in launch)
     return (

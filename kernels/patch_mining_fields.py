@@ -17,8 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .coarse_tiles import coarse_mining_tile
 from .coarse_windows import CoarseGeometry
-from .configs import coarse_mining_tile
 from .windows import Level
 
 # Pixels along a tile's side.

@@ -60,7 +60,8 @@ def mining_case(name: str, sizes: Sizes, **options) -> Case:
         "torch": Provider(own["torch"], work["torch"]),
         **compiled(own["torch"], "torch"),
         "triton": Provider(own["triton"], work["triton"]),
-        # The kernel that `auto` does not take for 16-bit maps; for float32 maps it is the same as "triton".
+        # The kernel that `auto` does not take for 16-bit maps on compute capability 9.0; elsewhere it is the same as
+        # "triton".
         "triton, window pixels": partial(_by_kernel, "fine"),
     }
     return Case(

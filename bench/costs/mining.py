@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from mg_fast.ops.operation import product_flop
-from mg_fast.ops.patch_mining import chosen_kernel, launch_geometries, pool_windows_flop
+from mg_fast.ops.patch_mining import launch_geometries, pool_windows_flop
 from mg_fast.ops.torch.bilinear_tables import neighbours, reach
 
 from ..cases.settings import DIMS, PATCHES, WIDTH
@@ -207,10 +207,9 @@ def triton_mining(sizes: Sizes, *, cached: bool = True) -> Cost:
     """`mg_fast.ops.torch.patch_mining.patch_mining` with the Triton kernel in place of its pooling.
 
     Args:
-        cached: count what the kernel that `auto` takes must exchange with memory, which reads the pyramid once per
-            launch (one launch for the cells, one for the global view, and one before them if the kernel works on
-            coarse pixels). False counts everything that the programs of the kernel on window pixels ask for, most of
-            which a cache serves: what windows share, and the second pass.
+        cached: count what the kernel must exchange with memory, which reads the pyramid once per launch (one launch for
+            the cells, one for the global view). False counts everything that its programs ask for, most of which a
+            cache serves: what windows share, and the second pass.
     """
     e, c, fine = sizes.dtype.itemsize, sizes.channels, sizes.levels[0][0]
     queries = torch.empty(sizes.batch, sizes.views, sizes.side**2, c, device="meta")
@@ -218,9 +217,7 @@ def triton_mining(sizes: Sizes, *, cached: bool = True) -> Cost:
     # The kernel reads absorbed queries, and writes pooled windows and their statistics.
     written = sizes.queries * (c * sizes.pooled_itemsize + 3 * sizes.window**2 * FLOAT32)
     moved = Cost(0, sizes.queries * c * sizes.absorbed_itemsize, written)
-    kernel = chosen_kernel(queries, pyramid, sizes.grid, "auto") if cached else "fine"
-    cost = _absorb(sizes) + Cost(pool_windows_flop(queries, pyramid, sizes.grid, kernel)) + moved
-    cost += Cost(0, sizes.pyramid * e * (kernel == "coarse"))
+    cost = _absorb(sizes) + Cost(pool_windows_flop(queries, pyramid, sizes.grid)) + moved
     for (windows, reduction), (_, geometries) in zip(sizes.rasters, launch_geometries(queries, pyramid, sizes.grid)):
         # Some channels of the finest level are read once more, for the means that are subtracted.
         asked = min(geometries[0].block_channels, geometries[0].channels)

@@ -10,7 +10,7 @@ import torch
 from ..errors import BackendError
 from . import backend as backends
 from . import reference
-from .custom_op_support import copied, copied_rows, on_device, recording
+from .custom_op_support import architecture_of, copied, copied_rows, on_device, recording
 from .operation import Operation, Operator, register
 from .reference import CalledProjection, Projection
 from .torch import patch_mining as torch_form
@@ -52,7 +52,8 @@ def patch_mining(
         grid: cells per side of the low-resolution canvas.
         backend: overrides the choice in force.
         kernel: which kernel the `triton` backend runs, one of KERNELS; other backends ignore it. "coarse" works on the
-            maps' own pixels, "fine" makes the pixels of every window. "auto" takes "coarse" where it can run.
+            maps' own pixels and is compiled for GPUs of compute capability 9.0 only, "fine" makes the pixels of every
+            window. "auto" takes "coarse" for 16-bit maps on such a GPU, and "fine" elsewhere.
 
     Returns:
         Mined features of the queries' shape, residual not added.
@@ -168,16 +169,18 @@ def _mine_by_kernel(queries, pyramid, query, key, value, *, grid: int, kernel: s
 def chosen_kernel(queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int, kernel: str) -> str:
     """The kernel that `kernel` stands for, "coarse" or "fine".
 
-    It depends on dtypes and sizes only, so the backward pass finds the kernel of the forward pass.
+    It depends on dtypes, sizes and the GPU only, so the backward pass finds the kernel of the forward pass. Where no
+    kernel is compiled, as on a CPU, "auto" is "fine", and "coarse" can be asked for.
 
     Raises:
-        BackendError: it was named and does not take these tensors.
+        BackendError: it was named and does not take these tensors, or not on this GPU.
     """
-    if kernel == "fine":
-        return kernel
+    architecture = architecture_of(queries)
+    if kernel == "fine" or (kernel == "auto" and architecture is None):
+        return "fine"
     from ..kernels.patch_mining_coarse import why_not_coarse
 
-    reason = why_not_coarse(queries, pyramid, grid)
+    reason = why_not_coarse(queries, pyramid, grid, architecture)
     if reason and kernel == "coarse":
         raise BackendError(f"the kernel 'coarse' cannot run patch_mining: {reason}")
     return "fine" if reason else "coarse"

@@ -4,16 +4,14 @@ from typing import NamedTuple
 
 import torch
 
-from mg_fast.kernels import patch_mining, patch_mining_coarse
-from mg_fast.kernels.configs import COARSE_MINING, PATCH_MINING, TRITON, patch_mining_bucket
+from mg_fast.kernels import coarse_tiles, patch_mining, patch_mining_coarse
+from mg_fast.kernels.coarse_tiles import COARSE_MINING
+from mg_fast.kernels.configs import PATCH_MINING, TRITON, patch_mining_bucket
 
 from ..ahead_of_time_gate import ARCHITECTURES, DISTINCT, DTYPES, Case
 
-# The keys of the two tables differ.
-TABLE = {
-    architecture: PATCH_MINING.get(architecture, {}) | COARSE_MINING.get(architecture, {})
-    for architecture in [*PATCH_MINING, *(COARSE_MINING.keys() - PATCH_MINING.keys())]
-}
+# The keys of the two tables differ. The second has tiles for some architectures only.
+TABLE = PATCH_MINING | {a: PATCH_MINING.get(a, {}) | tiles for a, tiles in COARSE_MINING.items()}
 LEVELS = 4
 # The most loads of vectors by one thread of a program, for queries and statistics; pixels are not counted.
 # Triton 3.8 takes four more of them in one backward kernel, beside as many wide loads of pixels as before.
@@ -109,13 +107,13 @@ class CoarseMining(Mining):
         return first * (self.launcher == "pool_coarse_fwd") + super().names()
 
     def launch(self, tile=None) -> None:
-        original = patch_mining_coarse.coarse_mining_tile
+        original = coarse_tiles.coarse_mining_tile
         if tile is not None:
-            patch_mining_coarse.coarse_mining_tile = lambda *_, **__: tile
+            coarse_tiles.coarse_mining_tile = lambda *_, **__: tile
         try:
             self.call(patch_mining_coarse)
         finally:
-            patch_mining_coarse.coarse_mining_tile = original
+            coarse_tiles.coarse_mining_tile = original
 
     def buckets(self) -> list:
         shape = SHAPES[self.shape]
@@ -155,15 +153,12 @@ def cases() -> list[Mining]:
     add(both[:1], DISTINCT, ["bf16", "fp32"], buckets)
     add(both[1:], (80, 90), ["bf16"], buckets)
 
-    def add_coarse(launchers, architectures, dtypes, shapes):
-        found.extend(CoarseMining(x, a, d, s) for a in architectures for d in dtypes for s in shapes for x in launchers)
+    def add_coarse(launchers, dtypes, shapes):
+        found.extend(CoarseMining(x, 90, d, s) for d in dtypes for s in shapes for x in launchers)
 
     both = ("pool_coarse_fwd", "pool_coarse_bwd")
-    add_coarse(both, ARCHITECTURES, ["bf16"], ["HD"])
-    add_coarse(both[:1], DISTINCT, ["fp16"], ["HD"])
-    add_coarse(both, (80, 90), ["bf16"], ["768"])
-    add_coarse(both[1:], (90,), ["fp16"], ["HD"])
-    add_coarse(both[:1], DISTINCT, ["bf16"], buckets)
-    add_coarse(both[:1], (90,), ["fp16"], [*buckets, "768", "uneven"])
-    add_coarse(both[1:], (90,), ["bf16"], buckets)
+    add_coarse(both, ["bf16", "fp16"], ["768", "HD"])
+    # The other buckets, each in one dtype.
+    add_coarse(both, ["bf16"], ["side4", "side11", "odd8"])
+    add_coarse(both[:1], ["fp16"], ["uneven", "side16", "odd16"])
     return found
