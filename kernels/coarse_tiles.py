@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from .configs import TRITON
+
 
 class CoarseTile(NamedTuple):
     """Numbers of maps that a program loads at once, its warps, stages of its pipeline, and most registers of a thread.
@@ -19,18 +21,21 @@ class CoarseTile(NamedTuple):
     registers: int | None = None
 
 
-# Keyed by compute capability, 90 for 9.0; the kernels are compiled for no other. "fields" is the pass over
-# the pyramid, which writes means and inner products. Any other key is the pass over windows of up to that many pixels;
-# a second part, "reduced", marks a global view that needs a tile of its own, and "narrow" marks widths that allow no
-# loads of 16 bytes at once. None of them was tuned on a GPU.
+# Keyed by compute capability, 90 for 9.0; the kernels are compiled for no other. "fields" is the pass over the pyramid,
+# which writes means and inner products. Any other key is the pass over windows of up to that many pixels; a second
+# part, "reduced", marks a global view that needs a tile of its own, and "narrow" marks widths that allow no loads of 16
+# bytes at once. None of them was tuned on a GPU.
 COARSE_MINING = {
     90: {
         "fields": CoarseTile(4096, 4, 2),
         16: CoarseTile(2048, 2, 2, 128),
-        64: CoarseTile(2048, 2, 2, 200),
+        # With 200 registers five programs reside on a multiprocessor, with more only four. Triton 3.8 would spill.
+        64: CoarseTile(2048, 2, 2, 224 if TRITON >= (3, 8) else 200),
         256: CoarseTile(4096, 8, 2),
         (64, "reduced"): CoarseTile(2048, 2, 2),
+        (16, "narrow"): CoarseTile(2048, 4, 2),
         (64, "narrow"): CoarseTile(2048, 4, 2),
+        (256, "narrow"): CoarseTile(2048, 8, 1),
     },
 }
 
@@ -48,7 +53,7 @@ def coarse_mining_tile(architecture: int | None, side: int | None, *, wide: bool
         return table["fields"]
     key = next(pixels for pixels in (16, 64, 256) if side * side <= pixels)
     if not wide:
-        return table.get((key, "narrow")) or table[key]
+        return table[key, "narrow"]
     return (reduced and table.get((key, "reduced"))) or table[key]
 
 

@@ -119,7 +119,7 @@ class CoarseMining(Mining):
         shape = SHAPES[self.shape]
         pixels = next(pixels for pixels in (16, 64, 256) if shape.side**2 <= pixels)
         if shape.dims[0] % 16:
-            return ["fields", pixels if pixels != 64 else (64, "narrow")]
+            return ["fields", (pixels, "narrow")]
         return ["fields", pixels, *([(pixels, "reduced")] if shape.grid > 1 else [])]
 
     def faults(self, name: str, found: dict[str, int]) -> list[str]:
@@ -160,5 +160,5 @@ def cases() -> list[Mining]:
     add_coarse(both, ["bf16", "fp16"], ["768", "HD"])
     # The other buckets, each in one dtype.
     add_coarse(both, ["bf16"], ["side4", "side11", "odd8"])
-    add_coarse(both[:1], ["fp16"], ["uneven", "side16", "odd16"])
+    add_coarse(both[:1], ["fp16"], ["uneven", "side16", "odd4", "odd16"])
     return found
