@@ -68,7 +68,7 @@ def test_features_near_the_largest_of_float16():
     assert_accurate_without_gradients((queries, largest, projections, grid))
 
 
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton", "ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_is_seen_where_it_belongs(bad):
     """A pixel is seen by the windows in which it has a weight, and changes no bit of any other window."""
