@@ -161,14 +161,14 @@ def _pool(
     scale = _power(tl.max(tl.abs(b_k), axis=0), element)
     # A result of 16 bits needs no more than two terms of as many.
     TERMS: tl.constexpr = 3 if out_ptr.dtype.element_ty == tl.float32 else 2
-    m_r = (tl.arange(0, HALF) == 0)[:, None]
     for i_c in range(0, C if WIDEN else channels, BC):
         o_c = i_c + tl.arange(0, BC)
         m_c = (o_c < C) if C % BC != 0 else tl.full([BC], True, tl.int1)
         b_v = load_coarse(level, i_b, o_y, o_x, m_k, o_c, m_c)
         # All rows of this product are the same, and the first one is stored.
         b_p = _times(b_k * scale, b_v, TERMS, WIDEN) / scale - constant
-        p_out = out_ptr + OFFSET + o_c[None, :] + tl.zeros([HALF, 1], tl.int32)
+        m_r = (tl.arange(0, b_p.shape[0]) == 0)[:, None]
+        p_out = out_ptr + OFFSET + o_c[None, :] + tl.zeros([b_p.shape[0], 1], tl.int32)
         tl.store(p_out, b_p.to(out_ptr.dtype.element_ty), mask=m_r & m_c[None, :])
 
 
