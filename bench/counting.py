@@ -105,7 +105,7 @@ class Count(TorchDispatchMode):
         if (cost := self._cost(func, inputs, changed, created)) is not None:
             again = declared.reads_again(*args, **kwargs) if declared and declared.reads_again else []
             flop = _flop(func, declared, args, kwargs, out)
-            self.costs[str(func)] += cost + Cost(flop, _distinct_bytes(self._on_device(again)))
+            self.costs[str(func)] += cost + Cost(flop, sum(_distinct_bytes([t]) for t in self._on_device(again)))
         if launches := self._launches(func, declared, args, kwargs):
             self.launches[str(func)] += launches
         if declared:

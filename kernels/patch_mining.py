@@ -113,7 +113,7 @@ def _pool(level, out_ptr, b_weight, constant, i_b, row, column, shift, GEOMETRIE
 
 
 @triton.jit
-def _place(VIEWS: tl.constexpr, FIRST_VIEW: tl.constexpr, CELLS: tl.constexpr, QUERY_SIDE: tl.constexpr):
+def place(VIEWS: tl.constexpr, FIRST_VIEW: tl.constexpr, CELLS: tl.constexpr, QUERY_SIDE: tl.constexpr):
     """This program's picture and query, and the row and column of its window.
 
     Rows and columns count on the raster of the launch's CELLS x CELLS views.
@@ -144,7 +144,7 @@ def pool_windows_fwd_kernel(
 ):
     BJ: tl.constexpr = GEOMETRIES[0].block_pixels
     PIXELS: tl.constexpr = GEOMETRIES[0].side * GEOMETRIES[0].side
-    i_b, i_query, row, column = _place(VIEWS, FIRST_VIEW, CELLS, QUERY_SIDE)
+    i_b, i_query, row, column = place(VIEWS, FIRST_VIEW, CELLS, QUERY_SIDE)
     b_shift = _shifts(levels[0], i_b, row, column, GEOMETRIES)
     b_dot = tl.zeros([BJ], tl.float32)
     b_sum = tl.zeros([BJ], tl.float32)
@@ -190,7 +190,7 @@ def pool_windows_bwd_kernel(
 ):
     BJ: tl.constexpr = GEOMETRIES[0].block_pixels
     PIXELS: tl.constexpr = GEOMETRIES[0].side * GEOMETRIES[0].side
-    i_b, i_query, row, column = _place(VIEWS, FIRST_VIEW, CELLS, QUERY_SIDE)
+    i_b, i_query, row, column = place(VIEWS, FIRST_VIEW, CELLS, QUERY_SIDE)
     # The means that the forward pass kept are means less this number.
     b_shift = _shifts(levels[0], i_b, row, column, GEOMETRIES)
     b_dot = tl.zeros([BJ], tl.float32)
@@ -248,7 +248,7 @@ def pooled_dtype(queries: torch.Tensor, pyramid: Sequence[torch.Tensor]) -> torc
     return functools.reduce(torch.promote_types, (level.dtype for level in pyramid), queries.dtype)
 
 
-def _channels_last(pyramid: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def channels_last(pyramid: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [level if level.stride(-1) == 1 else level.contiguous() for level in pyramid]
 
 
@@ -268,7 +268,7 @@ def pool_windows_fwd(
         pooled [B, V, N, C] in the widest dtype of queries and levels; statistics [B, V, N, 3, M * M], fp32: the
         softmax's weights, the pixels' means less one number per pixel, and the inverse standard deviations.
     """
-    queries, pyramid = queries.contiguous(), _channels_last(pyramid)
+    queries, pyramid = queries.contiguous(), channels_last(pyramid)
     side = pyramid[0].shape[1] // (grid * math.isqrt(queries.shape[2]))
     pooled = torch.empty_like(queries, dtype=pooled_dtype(queries, pyramid))
     statistics = queries.new_empty(*queries.shape[:3], 3, side * side, dtype=torch.float32)
@@ -286,7 +286,7 @@ def pool_windows_bwd(
 
     The other arguments are those of `pool_windows_fwd`.
     """
-    grad, pyramid = grad.contiguous(), _channels_last(pyramid)
+    grad, pyramid = grad.contiguous(), channels_last(pyramid)
     grad_queries = torch.empty_like(queries, memory_format=torch.contiguous_format)
     for programs, arguments in launches(queries, pyramid, grid):
         pool_windows_bwd_kernel[(programs,)](

@@ -142,7 +142,7 @@ def _taps(pixel: int, n: int, ratio: tuple[int, int], reduction: int) -> tuple[i
 
 
 @functools.lru_cache(maxsize=256)
-def _reach(fine: int, n: int, reduction: int, side: int) -> tuple[tuple[int, int], int, int]:
+def reach(fine: int, n: int, reduction: int, side: int) -> tuple[tuple[int, int], int, int]:
     """A level's ratio to the finest level, and the most coarse pixels along a window's and along a pixel's side."""
     ratio = (n // math.gcd(fine, n), fine // math.gcd(fine, n))
     taps = [_taps(pixel, n, ratio, reduction) for pixel in range(fine // reduction)]
@@ -151,7 +151,7 @@ def _reach(fine: int, n: int, reduction: int, side: int) -> tuple[tuple[int, int
 
 
 def geometry(level: torch.Tensor, offset: int, fine: int, reduction: int, side: int, block_channels: int) -> Geometry:
-    ratio, window, span = _reach(fine, level.shape[1], reduction, side)
+    ratio, window, span = reach(fine, level.shape[1], reduction, side)
     # Weights are multiples of 1 / (2 * den), or of half of that for an even reduction. The condition keeps their
     # products within 11 bits, as many as TF32 has.
     dyadic = ratio[0] == 1 and ratio[1].bit_count() == 1 and ratio[1] * (2 - reduction % 2) <= 16

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mg_fast import ops
 from mg_fast.kernels import configs
 from mg_fast.modules import PatchInfoMining
 from mg_fast.ops import reference
@@ -59,6 +60,9 @@ def mining_case(name: str, sizes: Sizes, **options) -> Case:
         "torch": Provider(own["torch"], work["torch"]),
         **compiled(own["torch"], "torch"),
         "triton": Provider(own["triton"], work["triton"]),
+        # The kernel that `auto` does not take for 16-bit maps on compute capability 9.0; elsewhere it is the same as
+        # "triton".
+        "triton, window pixels": partial(_by_kernel, "fine"),
     }
     return Case(
         name,
@@ -96,6 +100,13 @@ def _exact(inputs: MiningInputs) -> torch.Tensor:
 
 def _call(inputs: MiningInputs, backend: str) -> Call:
     return lambda: inputs.mining(inputs.queries, inputs.pyramid, grid=inputs.grid, backend=backend)
+
+
+def _by_kernel(kernel: str, inputs: MiningInputs) -> Call:
+    """The `triton` form by one of its two kernels."""
+    forms("patch_mining", _call)["triton"](inputs)
+    options = {"grid": inputs.grid, "backend": "triton", "kernel": kernel}
+    return lambda: ops.patch_mining(inputs.queries, inputs.pyramid, *inputs.projections, **options)
 
 
 def _with_sdpa(inputs: MiningInputs) -> Call:
@@ -181,7 +192,8 @@ def _pooling_case(name: str, sizes: Sizes) -> Case:
 
     providers = {
         "torch": lambda inputs: lambda: torch_form.pool_windows(*inputs).to(sizes.dtype),
-        "triton": lambda inputs: lambda: pool_windows(*inputs)[0],
+        # The tiles are those of this kernel.
+        "triton": lambda inputs: lambda: pool_windows(*inputs, "fine")[0],
     }
     return Case(name, make, providers, exact, baseline="torch")
 

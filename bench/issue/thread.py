@@ -81,8 +81,11 @@ class Thread:
     def _forget(self, instruction: Instruction) -> None:
         """Makes the destinations unknown: a register, and the predicates before it and right behind it."""
         modifiers, found = set(instruction.modifiers), False
-        wide = 8 if instruction.opcode in ("HGMMA", "LDSM") else 4 if "128" in modifiers else 2
+        wide = 8 if instruction.opcode == "HGMMA" else 4 if "128" in modifiers else 2
         wide = wide if modifiers & {"64", "128", "WIDE"} or wide == 8 else 1
+        if instruction.opcode == "LDSM":
+            # The last modifier is the number of matrices, each a register wide.
+            wide = int(instruction.modifiers[-1]) if instruction.modifiers[-1].isdigit() else 1
         for operand in instruction.operands:
             if re.fullmatch(r"U?P(T|\d)", operand):
                 self.write(operand, None)

@@ -57,9 +57,9 @@ class _Launching(TorchDispatchMode):
         out = func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **(kwargs or {}))
         if self.training and func is torch.ops.mg_fast.patch_mining.default:
             # Only this gradient has a kernel. Autograd's engine does not run on CUDA tensors without a GPU.
-            queries, pyramid, grid = args
+            queries, pyramid, *rest = args
             with self:
-                pool_windows_backward(out[0], queries, pyramid, out[1], grid)
+                pool_windows_backward(out[0], queries, pyramid, out[1], *rest)
         return out
 
 

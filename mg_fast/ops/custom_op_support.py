@@ -3,6 +3,7 @@
 import contextlib
 
 import torch
+from torch._subclasses import FakeTensor
 
 from . import backend as backends
 from . import interpreter
@@ -17,6 +18,21 @@ def on_device(tensor: torch.Tensor):
         if tensor.is_cuda and not backends.only_compiled()
         else contextlib.nullcontext()
     )
+
+
+def architecture_of(tensor: torch.Tensor) -> int | None:
+    """The compute capability that kernels on a tensor are compiled for, 90 for 9.0; None where none is compiled.
+
+    None is compiled for tensors that are not on a GPU, by the interpreter, and for fake tensors unless kernels are
+    only compiled here. So what is counted on fake tensors does not depend on the machine's GPU.
+    """
+    fake = isinstance(tensor, FakeTensor) and not backends.only_compiled()
+    if not tensor.is_cuda or fake or interpreter.requested():
+        return None
+    from triton.runtime import driver
+
+    with on_device(tensor):
+        return driver.active.get_current_target().arch
 
 
 @contextlib.contextmanager

@@ -32,7 +32,8 @@ class Operator:
         workspaces: bytes of each block of memory that it allocates in addition to its results, including the
             launchers' copies.
         flop: floating-point operations of its products and convolutions; None if it has none.
-        reads_again: the tensors that a later launch reads once more; None if every tensor is read once.
+        reads_again: the tensors that later launches read once more, each named once for every such launch; None if
+            every tensor is read once.
     """
 
     name: str

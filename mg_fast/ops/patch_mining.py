@@ -7,17 +7,26 @@ from collections.abc import Sequence
 
 import torch
 
+from ..errors import BackendError
 from . import backend as backends
 from . import reference
-from .custom_op_support import copied, copied_rows, on_device, recording
+from .custom_op_support import architecture_of, copied, copied_rows, on_device, recording
 from .operation import Operation, Operator, register
 from .reference import CalledProjection, Projection
 from .torch import patch_mining as torch_form
 
-__all__ = ["MAX_WINDOW", "patch_mining", "pool_windows", "pool_windows_backward", "pool_windows_backward_pyramid"]
+__all__ = [
+    "MAX_WINDOW",
+    "patch_mining",
+    "pool_windows",
+    "pool_windows_backward",
+    "pool_windows_backward_pyramid",
+]
 
 # Side in pixels of the largest window that fits in the kernel's registers.
 MAX_WINDOW = 16
+# What the argument `kernel` may be.
+KERNELS = ("auto", "coarse", "fine")
 
 
 def patch_mining(
@@ -29,6 +38,7 @@ def patch_mining(
     *,
     grid: int = 1,
     backend: str | None = None,
+    kernel: str = "auto",
 ) -> torch.Tensor:
     """Patch info mining: every low-resolution query attends to its own window of the high-resolution pyramid.
 
@@ -41,14 +51,19 @@ def patch_mining(
             faster forms do not project pixels.
         grid: cells per side of the low-resolution canvas.
         backend: overrides the choice in force.
+        kernel: which kernel the `triton` backend runs, one of KERNELS; other backends ignore it. "coarse" works on the
+            maps' own pixels and is compiled for GPUs of compute capability 9.0 only, "fine" makes the pixels of every
+            window. "auto" takes "coarse" for 16-bit maps on such a GPU, and "fine" elsewhere.
 
     Returns:
         Mined features of the queries' shape, residual not added.
 
     Raises:
         ValueError: shapes do not fit; the message names what was expected and what came.
-        BackendError: a backend was named that cannot run here.
+        BackendError: a backend, or a kernel of the `triton` backend, was named that cannot run here.
     """
+    if kernel not in KERNELS:
+        raise ValueError(f"patch_mining: kernel must be one of {', '.join(KERNELS)}, got {kernel!r}")
     views, pyramid = queries[:, None] if queries.dim() == 3 else queries, list(pyramid)
     grid = operator.index(grid)
     if torch.compiler.is_compiling():
@@ -57,6 +72,8 @@ def patch_mining(
     form = backends.choose_form(PATCH_MINING, backend, queries.device, views, pyramid, query, key, value, grid)
     if any(isinstance(projection, CalledProjection) for projection in (query, key, value)):
         form = PATCH_MINING.forms["reference"]
+    elif form is _mine_by_kernel:
+        form = functools.partial(_mine_by_kernel, kernel=kernel)
     return form(views, pyramid, query, key, value, grid=grid).reshape(queries.shape)
 
 
@@ -142,11 +159,31 @@ def _why_not(
     return None
 
 
-def _mine_by_kernel(queries, pyramid, query, key, value, *, grid: int) -> torch.Tensor:
+def _mine_by_kernel(queries, pyramid, query, key, value, *, grid: int, kernel: str = "auto") -> torch.Tensor:
     def pool(absorbed_queries: torch.Tensor, levels: Sequence[torch.Tensor], grid: int) -> torch.Tensor:
-        return pool_windows(absorbed_queries, list(levels), grid)[0]
+        return pool_windows(absorbed_queries, list(levels), grid, kernel)[0]
 
     return torch_form.patch_mining(queries, pyramid, query, key, value, grid=grid, pool=pool)
+
+
+def chosen_kernel(queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int, kernel: str) -> str:
+    """The kernel that `kernel` stands for, "coarse" or "fine".
+
+    It depends on dtypes, sizes and the GPU only, so the backward pass finds the kernel of the forward pass. Where no
+    kernel is compiled, as on a CPU, "auto" is "fine", and "coarse" can be asked for.
+
+    Raises:
+        BackendError: it was named and does not take these tensors, or not on this GPU.
+    """
+    architecture = architecture_of(queries)
+    if kernel == "fine" or (kernel == "auto" and architecture is None):
+        return "fine"
+    from ..kernels.patch_mining_coarse import why_not_coarse
+
+    reason = why_not_coarse(queries, pyramid, grid, architecture)
+    if reason and kernel == "coarse":
+        raise BackendError(f"the kernel 'coarse' cannot run patch_mining: {reason}")
+    return "fine" if reason else "coarse"
 
 
 # The kernels as operators of torch. Each is one node of a graph, with a fake for tracing. The launchers' docstrings say
@@ -154,16 +191,23 @@ def _mine_by_kernel(queries, pyramid, query, key, value, *, grid: int) -> torch.
 
 
 @torch.library.custom_op("mg_fast::patch_mining", mutates_args=())
-def pool_windows(queries: torch.Tensor, pyramid: list[torch.Tensor], grid: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`kernels.patch_mining.pool_windows_fwd`; a gradient to the pyramid recomputes by the PyTorch form."""
-    from ..kernels.patch_mining import pool_windows_fwd
+def pool_windows(
+    queries: torch.Tensor, pyramid: list[torch.Tensor], grid: int, kernel: str = "auto"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`kernels.patch_mining.pool_windows_fwd`, or `kernels.patch_mining_coarse.pool_coarse_fwd`; see `chosen_kernel`.
 
+    A gradient to the pyramid recomputes by the PyTorch form.
+    """
+    from ..kernels.patch_mining import pool_windows_fwd
+    from ..kernels.patch_mining_coarse import pool_coarse_fwd
+
+    coarse = chosen_kernel(queries, pyramid, grid, kernel) == "coarse"
     with on_device(queries):
-        return pool_windows_fwd(queries, pyramid, grid)
+        return (pool_coarse_fwd if coarse else pool_windows_fwd)(queries, pyramid, grid)
 
 
 @pool_windows.register_fake
-def _(queries, pyramid, grid):
+def _(queries, pyramid, grid, kernel="auto"):
     side = pyramid[0].shape[1] // (grid * math.isqrt(queries.shape[2]))
     statistics = queries.new_empty(*queries.shape[:3], 3, side * side, dtype=torch.float32)
     dtype = functools.reduce(torch.promote_types, (level.dtype for level in pyramid), queries.dtype)
@@ -172,17 +216,27 @@ def _(queries, pyramid, grid):
 
 @torch.library.custom_op("mg_fast::patch_mining_backward", mutates_args=())
 def pool_windows_backward(
-    grad: torch.Tensor, queries: torch.Tensor, pyramid: list[torch.Tensor], statistics: torch.Tensor, grid: int
+    grad: torch.Tensor,
+    queries: torch.Tensor,
+    pyramid: list[torch.Tensor],
+    statistics: torch.Tensor,
+    grid: int,
+    kernel: str = "auto",
 ) -> torch.Tensor:
-    """`kernels.patch_mining.pool_windows_bwd`."""
-    from ..kernels.patch_mining import pool_windows_bwd
+    """`kernels.patch_mining.pool_windows_bwd`, or `kernels.patch_mining_coarse.pool_coarse_bwd`.
 
+    The statistics must be those of the same kernel.
+    """
+    from ..kernels.patch_mining import pool_windows_bwd
+    from ..kernels.patch_mining_coarse import pool_coarse_bwd
+
+    coarse = chosen_kernel(queries, pyramid, grid, kernel) == "coarse"
     with on_device(queries):
-        return pool_windows_bwd(grad, queries, pyramid, statistics, grid)
+        return (pool_coarse_bwd if coarse else pool_windows_bwd)(grad, queries, pyramid, statistics, grid)
 
 
 @pool_windows_backward.register_fake
-def _(grad, queries, pyramid, statistics, grid):
+def _(grad, queries, pyramid, statistics, grid, kernel="auto"):
     return queries.new_empty(queries.shape)
 
 
@@ -208,7 +262,7 @@ def _(grad, queries, pyramid, wanted, grid):
 
 
 def _pool_windows_context(ctx, inputs, output):
-    queries, pyramid, ctx.grid = inputs
+    queries, pyramid, ctx.grid, ctx.kernel = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(queries, output[1], *pyramid)
 
@@ -216,42 +270,84 @@ def _pool_windows_context(ctx, inputs, output):
 def _pool_windows_gradients(ctx, grad, _):
     queries, statistics, *pyramid = ctx.saved_tensors
     grad_queries = (
-        pool_windows_backward(grad, queries, pyramid, statistics, ctx.grid) if ctx.needs_input_grad[0] else None
+        pool_windows_backward(grad, queries, pyramid, statistics, ctx.grid, ctx.kernel)
+        if ctx.needs_input_grad[0]
+        else None
     )
     wanted = [level.requires_grad for level in pyramid]
     gradients = iter(pool_windows_backward_pyramid(grad, queries, pyramid, wanted, ctx.grid) if any(wanted) else ())
-    return grad_queries, [next(gradients) if want else None for want in wanted], None
+    # A default that was not passed takes no gradient.
+    rest = [None for _ in ctx.needs_input_grad[2:]]
+    return grad_queries, [next(gradients) if want else None for want in wanted], *rest
 
 
 torch.library.register_autograd("mg_fast::patch_mining", _pool_windows_gradients, setup_context=_pool_windows_context)
 
 
-def _pool_windows_launches(queries: torch.Tensor, pyramid: list[torch.Tensor], grid: int) -> int:
+def _pooling_launches(queries: torch.Tensor, grid: int) -> int:
     """One launch for the cells, and one for the global view if there is one."""
     return 1 + (queries.shape[1] > grid * grid)
 
 
-def launch_geometries(queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int) -> list[tuple[int, tuple]]:
-    """For every launch of the pooling kernel, its programs and the levels' `kernels.windows.Geometry`."""
-    from ..kernels.patch_mining import launches
+def _pool_windows_launches(queries: torch.Tensor, pyramid: list[torch.Tensor], grid: int, kernel: str = "auto") -> int:
+    """The launches that pool, and before them the one over the pyramid of the kernel on coarse pixels."""
+    coarse = chosen_kernel(queries, pyramid, grid, kernel) == "coarse"
+    return _pooling_launches(queries, grid) + coarse
+
+
+def _pool_windows_workspaces(
+    queries: torch.Tensor, pyramid: list[torch.Tensor], grid: int, kernel: str = "auto"
+) -> list[int]:
+    """The copies, and the planes that the pass over the pyramid writes."""
+    copies = copied(queries) + copied_rows(*pyramid)
+    if chosen_kernel(queries, pyramid, grid, kernel) == "fine":
+        return copies
+    from ..kernels.patch_mining_fields import planes
+
+    (_, geometries), *_ = launch_geometries(queries, pyramid, grid, "coarse")
+    return copies + [4 * planes(g.gram) * level[..., 0].numel() for g, level in zip(geometries, pyramid)]
+
+
+def launch_geometries(
+    queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int, kernel: str = "fine"
+) -> list[tuple[int, tuple]]:
+    """For every launch of a pooling kernel, its programs and the levels' geometries.
+
+    They are `kernels.windows.Geometry` for the kernel "fine", and `CoarseGeometry` for "coarse".
+    """
+    from ..kernels import patch_mining, patch_mining_coarse
 
     # Empty tensors replace those given, because the GPU that these name may not be present.
     queries, *pyramid = (torch.empty(t.shape, dtype=t.dtype, device="meta") for t in (queries, *pyramid))
+    launches = (patch_mining_coarse if kernel == "coarse" else patch_mining).launches
     return [(programs, arguments["GEOMETRIES"]) for programs, arguments in launches(queries, pyramid, grid)]
 
 
-def pool_windows_flop(queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int) -> int:
-    """Floating-point operations of the pooling kernel for queries [B, V, N, C] and maps [B, n_s, n_s, C_s].
+def pool_windows_flop(queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int, kernel: str = "auto") -> int:
+    """Floating-point operations of the kernels for queries [B, V, N, C] and maps [B, n_s, n_s, C_s].
 
-    Only their shapes and dtypes are read.
+    Only their shapes and dtypes are read. Padding counts as none.
     """
-    pixels, flop = (pyramid[0].shape[1] // (grid * math.isqrt(queries.shape[2]))) ** 2, 0
-    for programs, geometries in launch_geometries(queries, pyramid, grid):
-        for level, channels in zip(geometries, (map.shape[-1] for map in pyramid)):
-            k = level.taps
+    kernel, flop = chosen_kernel(queries, pyramid, grid, kernel), 0
+    side, launches = (
+        pyramid[0].shape[1] // (grid * math.isqrt(queries.shape[2])),
+        launch_geometries(queries, pyramid, grid, kernel),
+    )
+    for programs, geometries in launches:
+        for level, map in zip(geometries, pyramid):
+            channels, k, pixels = map.shape[-1], level.taps, side**2
+            if kernel == "coarse":
+                # Scores of coarse pixels, and their weighted sum.
+                flop += 2 * programs * channels * 2 * k * k
+                continue
             # The three terms: making pixels by a matrix product (making them tap by tap counts as none), scores, and
             # the sum over coarse pixels or over taps.
             flop += 2 * programs * channels * (pixels * k * k + pixels + (k * k or pixels * level.span**2))
+    if kernel == "coarse":
+        from ..kernels.patch_mining_fields import planes
+
+        # Each pixel's sum, and its products with its neighbours.
+        flop += sum(2 * map.numel() * planes(level.gram) for level, map in zip(launches[0][1], pyramid))
     return flop
 
 
@@ -266,19 +362,21 @@ PATCH_MINING = register(
             Operator(
                 name="mg_fast::patch_mining",
                 launches=_pool_windows_launches,
-                workspaces=lambda queries, pyramid, grid: copied(queries) + copied_rows(*pyramid),
+                workspaces=_pool_windows_workspaces,
                 flop=pool_windows_flop,
-                # The launch for the global view reads the maps that the launch for the cells has read.
-                reads_again=lambda queries, pyramid, grid: (
-                    pyramid * (_pool_windows_launches(queries, pyramid, grid) - 1)
+                # Every launch but the first reads maps that another one has read.
+                reads_again=lambda queries, pyramid, grid, kernel="auto": (
+                    pyramid * (_pool_windows_launches(queries, pyramid, grid, kernel) - 1)
                 ),
             ),
             Operator(
                 name="mg_fast::patch_mining_backward",
-                launches=lambda grad, queries, pyramid, statistics, grid: _pool_windows_launches(
-                    queries, pyramid, grid
+                launches=lambda grad, queries, pyramid, statistics, grid, kernel="auto": _pooling_launches(
+                    queries, grid
                 ),
-                workspaces=lambda grad, queries, pyramid, statistics, grid: copied(grad) + copied_rows(*pyramid),
+                workspaces=lambda grad, queries, pyramid, statistics, grid, kernel="auto": (
+                    copied(grad) + copied_rows(*pyramid)
+                ),
             ),
         ),
     )

@@ -73,18 +73,20 @@ def launch(folder, cache, *cases):
 
 
 # In the order of launches for one picture: one norm for each stage of the tower, of which the second and the fourth
-# allow wide loads and are convolved on tensor cores; then mining of the cells and of the global view.
+# allow wide loads and are convolved on tensor cores; then mining with its pass over the
+# pyramid, the cells and the global view.
 HD_KERNELS = [
     *("resize_columns_fwd_kernel", "resize_rows_fwd_kernel"),
     *["dwconv_norm_fwd_kernel", "dwconv_bands_fwd_kernel", "pixel_norm_fwd_kernel"] * 2,
-    *["pool_windows_fwd_kernel"] * 2,
+    "pixel_fields_fwd_kernel",
+    *["pool_coarse_fwd_kernel"] * 2,
 ]
 
 
 @pytest.mark.slow
 @needs_triton
 def test_the_first_launch_compiles_nothing(tmp_path):
-    """In HD, where mining has two kernels, everything asked for is compiled, for any batch, and nothing else is."""
+    """In HD, where mining has three kernels, everything asked for is compiled, for any batch, and nothing else is."""
     folder, arguments = (
         OWN_GOLDEN / "hd",
         ("-m", "mg_fast", "compile", "--arch", "sm_90", "--dtype", "float16", "--model", OWN_GOLDEN / "hd"),
@@ -93,14 +95,14 @@ def test_the_first_launch_compiles_nothing(tmp_path):
     assert [line.split()[:5] for line in lines] == [[name, "sm_90", "float16", "320", "pixels"] for name in HD_KERNELS]
     assert all(line.endswith(" s") for line in lines)
     assert (
-        count == f"10 kernels in {tmp_path}: 10 compiled now, 0 were there" and "launchers in C are still built" in note
+        count == f"11 kernels in {tmp_path}: 11 compiled now, 0 were there" and "launchers in C are still built" in note
     )
     # A second run compiles nothing, either.
-    assert all(line.endswith(" cached") for line in process(*arguments, cache=tmp_path).splitlines()[:10])
+    assert all(line.endswith(" cached") for line in process(*arguments, cache=tmp_path).splitlines()[:11])
     # The last two cases need other kernels; otherwise the counts of the first two would mean nothing. The kernels of
     # resizing are the same for all dtypes.
     cases = [{}, {"batch": 8}, {"dtype": "bfloat16"}, {"training": True}]
-    assert launch(folder, tmp_path, *cases) == [(10, 0), (10, 0), (2, 8), (10, 2)]
+    assert launch(folder, tmp_path, *cases) == [(11, 0), (11, 0), (2, 9), (11, 2)]
 
 
 @pytest.mark.slow
@@ -108,7 +110,8 @@ def test_the_first_launch_compiles_nothing(tmp_path):
 def test_training_and_several_architectures(tmp_path):
     folder = OWN_GOLDEN / "standard"
     arguments = ("--arch", "sm_90", "--arch", "sm_80", "--dtype", "bfloat16", "--training", "--model", folder)
-    assert len(process("-m", "mg_fast", "compile", *arguments, cache=tmp_path).splitlines()) == 2 * 10 + 2
+    # Mining on sm_90 has a kernel more, which goes over the pyramid.
+    assert len(process("-m", "mg_fast", "compile", *arguments, cache=tmp_path).splitlines()) == 11 + 10 + 2
     assert launch(folder, tmp_path, {"architecture": 80, "dtype": "bfloat16", "training": True}) == [(10, 0)]
 
 
@@ -132,15 +135,16 @@ def test_all_kernels(tmp_path):
         # More than one for each of the four stages, because products of few rows have other tiles.
         "linear_gelu_fwd_kernel": 5,
         "linear_residual_fwd_kernel": 5,
+        "pixel_fields_fwd_kernel": 1,
         "pixel_norm_fwd_kernel": 2,
-        "pool_windows_fwd_kernel": 1,
+        "pool_coarse_fwd_kernel": 1,
         "resize_columns_fwd_kernel": 1,
         "resize_rows_fwd_kernel": 1,
     }
     made = [json.loads(path.read_text()) for path in tmp_path.rglob("*.json") if not path.name.startswith("__grp__")]
     assert sorted(entry["name"] for entry in made) == compiled and {entry["target"]["arch"] for entry in made} == {90}
     found = launch(folder, tmp_path, *({"backend": "triton", "batch": batch} for batch in (1, 8, 64)))
-    assert found == [(2 + 6 + 8 + 1, 0)] * 3
+    assert found == [(2 + 6 + 8 + 2, 0)] * 3
 
 
 @needs_triton

@@ -147,11 +147,16 @@ def test_a_record_that_cannot_be_right_is_refused(toy):
 
 
 def files_with_kernels() -> set[str]:
-    return {
+    """The files of kernels, by the operation that they belong to.
+
+    An operation may have several, whose names begin with its own.
+    """
+    files = {
         path.stem
         for path in (ROOT / "kernels").glob("*.py")
         if re.search(r"^def \w+_kernel\(", path.read_text(), re.MULTILINE)
     }
+    return {file for file in files if not any(file.startswith(f"{other}_") for other in files)}
 
 
 def file_of(operation: Operation) -> str:

@@ -1,4 +1,4 @@
-"""Random shapes, layouts and values through the interpreted kernel keep the accuracy rule.
+"""Random shapes, layouts and values through both interpreted kernels keep the accuracy rule.
 
 `make fuzz` tries twenty times as many.
 """
@@ -63,7 +63,7 @@ VIEWS += [(1, False, 1, 0), (2, True, 2, 0)]
 
 
 @st.composite
-def cases(draw):
+def cases(draw, dtypes=("float32", "float16", "bfloat16")):
     grid, global_view, side, batch = draw(st.sampled_from(VIEWS))
     window = draw(st.integers(1, 10 if grid * side == 1 else 4))
     fine = grid * side * window
@@ -74,7 +74,7 @@ def cases(draw):
         :levels
     ]
     return Case(
-        dtype=draw(st.sampled_from(["float32", "float16", "bfloat16"])),
+        dtype=draw(st.sampled_from(dtypes)),
         grid=grid,
         global_view=global_view,
         side=side,
@@ -163,15 +163,13 @@ def compare(case, inputs, ours, plain, exact):
     assert_accurate_by_draws(result, expected, plain_errors)
 
 
-@fuzz(250)
-@given(cases())
-def test_forward(case):
+def compare_forward(case, kernel):
     with torch.no_grad():
         compare(
             case,
             build,
             lambda queries, pyramid, projections, grid: ops.patch_mining(
-                queries, pyramid, *projections, grid=grid, backend="triton"
+                queries, pyramid, *projections, grid=grid, backend="triton", kernel=kernel
             ),
             lambda queries, pyramid, projections, grid: reference.patch_mining(
                 queries, pyramid, *projections, grid=grid
@@ -180,13 +178,35 @@ def test_forward(case):
         )
 
 
-@fuzz(125)
-@given(cases())
-def test_backward(case):
+def compare_backward(case, kernel):
     compare(
         case,
         pooling,
-        lambda *arguments: gradient(lambda *inputs: ops.pool_windows(*inputs)[0], *arguments),
+        lambda *arguments: gradient(lambda *inputs: ops.pool_windows(*inputs, kernel)[0], *arguments),
         lambda *arguments: gradient(plain_pool, *arguments),
         exact_gradient,
     )
+
+
+@fuzz(250)
+@given(cases())
+def test_forward(case):
+    compare_forward(case, "fine")
+
+
+@fuzz(125)
+@given(cases())
+def test_backward(case):
+    compare_backward(case, "fine")
+
+
+@fuzz(40)
+@given(cases(["float16", "bfloat16"]))
+def test_forward_on_coarse_pixels(case):
+    compare_forward(case, "coarse")
+
+
+@fuzz(20)
+@given(cases(["float16", "bfloat16"]))
+def test_backward_on_coarse_pixels(case):
+    compare_backward(case, "coarse")
