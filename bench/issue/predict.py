@@ -83,32 +83,52 @@ class TimePrediction:
         return max(self.times, key=self.times.get)
 
 
-def predict(launch: CompiledLaunch, device: Device, l2_share: float = L2_SHARE) -> TimePrediction:
-    """Predicts the time of a launch on a device; see `multiprocessor.ERROR` for how far it may be off."""
-    # A program in the middle of the grid is far from the borders, where less is loaded.
-    program = tuple(number // 2 for number in launch.grid)
+# The programs of a launch that are followed, spread over the grid: most launches have programs that do the same.
+FOLLOWED = 5
+
+
+def _traces(launch: CompiledLaunch, followed: int) -> list[list[int]]:
+    """What a warp of some programs of a launch issues; none for a launch of no program."""
+    if launch.programs == 0:
+        return []
+    # Programs at the borders of a map, where less is loaded, are left out.
+    places = {(2 * i + 1) * launch.grid[0] // (2 * followed) for i in range(followed)}
+    middle = launch.grid[1] // 2, launch.grid[2] // 2
     try:
-        steps = trace(launch.instructions, launch.constants, program=program)
+        return [trace(launch.instructions, launch.constants, program=(place, *middle)) for place in sorted(places)]
     except UnknownLoop as error:
         raise UnknownLoop(f"{launch.kernel}: {error}") from None
+
+
+def predict(
+    launch: CompiledLaunch, device: Device, l2_share: float = L2_SHARE, followed: int = FOLLOWED
+) -> TimePrediction:
+    """Predicts the time of a launch on a device; see `multiprocessor.ERROR` for how far it may be off.
+
+    Args:
+        l2_share: the share of loads that the first-level cache does not hold.
+        followed: how many programs of the launch are followed.
+    """
     resident, limit = blocks_per_multiprocessor(device.architecture, launch.registers, launch.shared, launch.warps)
     full, rest = divmod(launch.programs, device.multiprocessors * resident)
     last = -(-rest // device.multiprocessors)
-    found = (
-        {
+    traces = _traces(launch, followed)
+    share = 1 / max(len(traces), 1)
+    counted: collections.Counter = collections.Counter()
+    cycles = slots = loaded = 0.0
+    # Programs that do the same are modelled once.
+    for steps, times in collections.Counter(map(tuple, traces)).items():
+        found = {
             blocks: issue(launch.instructions, steps, launch.warps, blocks, l2_share)
             for blocks in ([resident] * (full > 0)) + ([last] * (last > 0))
         }
-        if launch.programs
-        else {}
-    )
-    cycles = full * found[resident].cycles if full else 0
-    cycles += found[last].cycles if last else 0
-    done = [launch.instructions[step] for step in steps if step >= 0]
-    counted = collections.Counter(map(pipe_of, done))
-    counted["turned off"] = len(steps) - len(done)
-    loaded = sum(128 * registers_of_a_load(instruction) for instruction in done if pipe_of(instruction) == "load")
-    used = found[resident if full else last].slots_used if found else 0.0
+        cycles += times * share * ((full * found[resident].cycles if full else 0) + (found[last].cycles if last else 0))
+        slots += times * share * found[resident if full else last].slots_used
+        for step in steps:
+            instruction = launch.instructions[max(step, ~step)]
+            pipe = pipe_of(instruction) if step >= 0 else "turned off"
+            counted[pipe] += times * share
+            loaded += times * share * 128 * registers_of_a_load(instruction) * (pipe == "load")
     return TimePrediction(
         kernel=launch.kernel,
         programs=launch.programs,
@@ -118,9 +138,9 @@ def predict(launch: CompiledLaunch, device: Device, l2_share: float = L2_SHARE) 
         resident=resident,
         limit=limit,
         waves=round(launch.programs / (device.multiprocessors * resident), 3),
-        instructions=len(steps),
-        by_pipe=dict(counted.most_common()),
-        slots_used=round(used, 3),
+        instructions=round(sum(counted.values())),
+        by_pipe={pipe: round(number) for pipe, number in counted.most_common()},
+        slots_used=round(slots, 3),
         issue_us=round(cycles / device.gigahertz / 1e3, 2),
         l2_us=round(loaded * launch.warps * launch.programs * l2_share / device.l2_gbps / 1e3, 2),
         memory_us=round(launch.bytes / device.memory_gbps / 1e3, 2),

@@ -190,7 +190,8 @@ def resources(launch: CompiledLaunch, architecture: int) -> dict[str, int | floa
     }
     if architecture == H200.architecture:
         with contextlib.suppress(UnknownLoop):
-            predicted = predict(launch, H200)
+            # One program is enough to see a change of the code.
+            predicted = predict(launch, H200, followed=1)
             used |= {"issued": predicted.instructions, "us": predicted.us}
     return used
 
