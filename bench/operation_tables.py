@@ -79,7 +79,8 @@ def issue_table(found: Records) -> str:
         "bench issue`): the kernels alone, without the library's products around them. No GPU has calibrated the "
         f"model, so an error of {ERROR:.0%} is an estimate and no bound. `issue` means "
         "that the instructions take longest, `L2` what the second-level cache has to deliver, and `memory` that every "
-        "tensor has to be moved once."
+        "tensor has to be moved once. The resize has not changed: of the first generation one program of a launch was "
+        "followed, today it is five, some of which load more."
     )
     head = ["kernels of", "first generation, predicted", "today, predicted", "what binds today", *measured]
     return "\n".join([markdown(head, rows), "", wrapped(notes)])

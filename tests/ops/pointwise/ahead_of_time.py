@@ -43,7 +43,6 @@ class Pointwise(
 
     alone = {
         "*-sm_86-*": "the accumulators of its tile, which no GPU has tuned, take half of the registers",
-        "*-sm_89-*": "as on sm_86",
         "*-sm_100-*": "the pipeline of its tile, which no GPU has tuned, fills the shared memory",
         "*-sm_120-*": "as on sm_86",
         "*fp32_odd": "no published model has such sizes",
