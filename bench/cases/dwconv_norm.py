@@ -1,5 +1,7 @@
 """The first half of a ConvNeXt block, at the shapes that ConvNeXt-L gives it."""
 
+import torch
+
 from mg_fast.kernels import configs
 
 from ..costs import operators as costs
@@ -20,7 +22,12 @@ def _case(stage_map: StageMap) -> Case:
 
 
 def launches() -> dict[str, Launch]:
-    return {"dwconv_norm": operations.tensors_launch("dwconv_norm", (1, 5, 6, 64), (49, 64), *[(64,)] * 3)}
+    """The kernel of float32, and the two of 16 bits."""
+    launch = operations.tensors_launch("dwconv_norm", (1, 5, 6, 64), (49, 64), *[(64,)] * 3)
+    return {
+        "dwconv_norm": launch._replace(dtypes=(torch.float32,)),
+        "dwconv_norm on tensor cores": launch._replace(dtypes=(torch.bfloat16,)),
+    }
 
 
 def tunable() -> Tunable:

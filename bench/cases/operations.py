@@ -26,15 +26,21 @@ class OperationInputs:
     tensors: tuple[torch.Tensor, ...]
 
 
+# The dtypes that most kernels are launched in: one of 16 bits, and float32.
+BOTH = (torch.bfloat16, torch.float32)
+
+
 class Launch(NamedTuple):
     """A small call of an operation: makes inputs of a dtype, and runs a backend's kernels alone on them.
 
-    Only a launch that is `repeatable` gives the same bits again. One that adds with atomics does not.
+    Only a launch that is `repeatable` gives the same bits again. One that adds with atomics does not. Its kernels take
+    the `dtypes`.
     """
 
     make: Callable[[torch.dtype], Any]
     run: Callable[[Any, str], list[torch.Tensor]]
     repeatable: bool = True
+    dtypes: tuple[torch.dtype, ...] = BOTH
 
 
 @dataclass(frozen=True)

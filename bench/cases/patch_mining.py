@@ -135,11 +135,19 @@ def _by_one_dnn(inputs: MiningInputs) -> Call:
 
 
 def launches() -> dict[str, Launch]:
-    return {"patch_mining": _launch(1), "patch_mining in HD": _launch(2)}
+    coarse = {"kernel": "coarse", "dtypes": (torch.bfloat16,)}
+    return {
+        "patch_mining": _launch(1),
+        "patch_mining in HD": _launch(2),
+        "patch_mining on coarse pixels": _launch(1, **coarse),
+        "patch_mining on coarse pixels in HD": _launch(2, **coarse),
+    }
 
 
-def _launch(grid: int) -> Launch:
-    """The pooling kernel, forward and backward to the queries; with a grid of 2 also for the global view."""
+def _launch(
+    grid: int, kernel: str = "fine", dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
+) -> Launch:
+    """A pooling kernel, forward and backward to the queries; with a grid of 2 also for the global view."""
 
     def make(dtype: torch.dtype) -> tuple[PatchInfoMining, torch.Tensor, list[torch.Tensor]]:
         # The windows have 4 x 4 pixels of the first map.
@@ -150,11 +158,11 @@ def _launch(grid: int) -> Launch:
     def run(inputs: tuple, backend: str) -> list[torch.Tensor]:
         mining, queries, pyramid = inputs
         queries = queries.detach().requires_grad_()
-        mined = mining(queries, pyramid, grid=grid, backend=backend)
+        mined = ops.patch_mining(queries, pyramid, *mining.projections(), grid=grid, backend=backend, kernel=kernel)
         mined.backward(torch.ones_like(mined))
         return [mined.detach(), queries.grad]
 
-    return Launch(make, run)
+    return Launch(make, run, dtypes=dtypes)
 
 
 def tunable() -> Tunable:

@@ -32,7 +32,6 @@ ROOT = Path(__file__).parents[2]
 TOOLS = ("memcheck", "racecheck")
 # The exit status of a process in which a tool found something.
 FOUND = 99
-DTYPES = (torch.bfloat16, torch.float32)
 
 # The launches of every operation, which stand beside its cases, by the name that is printed.
 LAUNCHES: dict[str, Launch] = {
@@ -49,8 +48,8 @@ def launch_all(device: str, *, checked: bool = True) -> bool:
     ieee_float32()
     right = True
     # Interpreted, one dtype takes long enough, and everything runs in one thread, which has nothing to race with.
-    dtypes = DTYPES[-1:] if device == "cpu" else DTYPES
-    left = [(name, dtype) for name in LAUNCHES for dtype in dtypes]
+    some = slice(-1, None) if device == "cpu" else slice(None)
+    left = [(name, dtype) for name, launch in LAUNCHES.items() for dtype in launch.dtypes[some]]
     while left:
         (name, dtype), began = left.pop(0), time.perf_counter()
         try:

@@ -284,12 +284,12 @@ def test_an_empty_tower_is_made_of_the_tensors_of_a_real_one():
 
 
 def test_known_figures_of_the_tower():
-    """FLOP as counted for timm's tower; bytes as estimated: 13 maps are moved per block, and the weights."""
+    """FLOP as counted for timm's tower; bytes as estimated: 14 maps are moved per block, and the weights."""
     standard, hd = (Tower(torch.bfloat16, size=side) for side in (768, 1536))
     assert tower_cost(standard, "torch").flop == pytest.approx(0.808e12, rel=1e-3)
     assert tower_cost(hd, "torch").flop == pytest.approx(3.231e12, rel=1e-3)
-    assert tower_cost(standard, "triton").bytes == pytest.approx(2.62e9, rel=0.03)
-    assert tower_cost(hd, "triton").bytes == pytest.approx(9.3e9, rel=0.03)
+    assert tower_cost(standard, "triton").bytes == pytest.approx(2.79e9, rel=0.03)
+    assert tower_cost(hd, "triton").bytes == pytest.approx(9.96e9, rel=0.03)
 
 
 def test_known_figures():
@@ -341,4 +341,4 @@ def test_table(capsys):
     assert main(["formulas"]) == 0
     out = capsys.readouterr().out
     assert "768 bfloat16                          reference                  436.2   3655.9" in out
-    assert "tower 768 bfloat16                    triton                     807.8   2665.1" in out
+    assert "tower 768 bfloat16                    triton                     807.8   2829.6" in out

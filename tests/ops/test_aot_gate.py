@@ -26,7 +26,7 @@ from tests.ops.pointwise.ahead_of_time import Pointwise
         # This is why products on an H100 have no wider tiles (see configs.py).
         pytest.param(
             Pointwise("linear_gelu_fwd", 90, "bf16", "stage2"),
-            ProductTile(128, 256, 64, 8, 8, 3),
+            ProductTile(128, 256, 64, 8, 8, 3, 128),
             "spills",
             id="wide products",
         ),
