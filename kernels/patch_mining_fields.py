@@ -54,7 +54,8 @@ def _offsets(b_x, m_c, COUNT: tl.constexpr):
     b_x = b_x.to(tl.float32)
     b_mean = tl.sum(b_x, axis=1) / COUNT
     b_d = tl.where(m_c[None, :], b_x - b_mean[:, None], 0.0)
-    b_large = b_mean * b_mean * COUNT > LARGE_OFFSET * tl.sum(b_d * b_d, axis=1)
+    # With the constant first, the interpreter of Triton 3.8 would fail.
+    b_large = b_mean * b_mean * COUNT > tl.sum(b_d * b_d, axis=1) * LARGE_OFFSET
     return tl.where(b_large, b_mean, 0.0)
 
 
