@@ -2,8 +2,9 @@
 
 Four schedulers issue one instruction a cycle each, first from the warp that they issued from last, then from the
 oldest. An instruction waits for the barriers in its control word, for its pipe, and for the cycles that the instruction
-before it asks for. Widths and latencies are those of published microbenchmarks of Hopper. The instruction cache, bank
-conflicts and the memory's bandwidth are left out, so the model is optimistic, see `ERROR`.
+before it asks for. Widths and latencies are assumptions about Hopper, after microbenchmarks of it (arXiv 2402.13499)
+and of its predecessors (arXiv 1804.06826); none was measured here. The instruction cache, bank conflicts and the
+memory's bandwidth are left out, so the model is optimistic, see `ERROR`.
 """
 
 import collections
