@@ -16,17 +16,7 @@ import triton.language as tl
 
 from .configs import dwconv_bands_tile, dwconv_in_bands, dwconv_norm_tile, pixel_norm_tile
 from .dwconv_bands import convolve_in_bands
-
-
-@triton.jit
-def _single(b):
-    """Widens to float32; a bfloat16 by shifting its bits.
-
-    The shift is one instruction. The compiler's own conversion takes two for every other element.
-    """
-    if b.dtype == tl.bfloat16:
-        return (b.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    return b.to(tl.float32)
+from .sampling import single
 
 
 @triton.jit
@@ -35,7 +25,7 @@ def _vector(p, zero, m):
 
     In any other layout the vector would pass through shared memory.
     """
-    return _single(tl.load(p + zero, mask=m, other=0.0))
+    return single(tl.load(p + zero, mask=m, other=0.0))
 
 
 @triton.jit
@@ -88,7 +78,7 @@ def _convolve(
                     m_x = m_x & (i_y >= 3 - i)
                 elif i > 3:
                     m_x = m_x & (i - 3 < H - i_y)
-                b_x = _single(tl.load(p_row, mask=m_x, other=0.0))
+                b_x = single(tl.load(p_row, mask=m_x, other=0.0))
                 p_row += stride_xh
                 b_rows = ()
                 for r in tl.static_range(ROWS):
@@ -205,7 +195,7 @@ def pixel_norm_fwd_kernel(
     b_z = ()
     b_sum = tl.zeros([BP, BC], tl.float32)
     for s in tl.static_range(CHUNKS):
-        b_chunk = _single(tl.load(z_ptr + o_z + s * BC, mask=m_p & (s * BC + o_c < C), other=0.0))
+        b_chunk = single(tl.load(z_ptr + o_z + s * BC, mask=m_p & (s * BC + o_c < C), other=0.0))
         b_z = b_z + (b_chunk,)
         b_sum += b_chunk
     b_mean = (tl.sum(b_sum, axis=1) / C)[:, None]

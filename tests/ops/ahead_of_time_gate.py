@@ -37,8 +37,8 @@ from mg_fast.ops.ahead_of_time import compile_only
 # architectures too, and then count as none.
 TENSOR_CORES = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 ARCHITECTURES = tuple(SHARED_MEMORY_LIMITS)
-# sm_89 has the tiles of sm_86, and most kernels need the same resources on both, down to the instruction. A test of such
-# kernels compares the cases that are compiled for both; their other cases are compiled for sm_86 only. Deformable
+# sm_89 has the tiles of sm_86, and most kernels need the same resources on both, down to the instruction. A test of
+# such kernels compares the cases that are compiled for both; their other cases are compiled for sm_86 only. Deformable
 # attention takes other registers on sm_89, so all of its cases are compiled for each.
 TWINS = {89: 86}
 H200 = DEVICES["h200"]
