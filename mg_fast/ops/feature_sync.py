@@ -13,6 +13,7 @@ from .deformable_attention import MAX_PIXELS, MAX_SIDE, check_spatial_shapes, de
 from .deformable_attention import reference as deformable_attention_reference
 from .operation import Operation, Operator, register
 from .torch import feature_sync as torch_form
+from .torch.feature_sync import points_of
 
 __all__ = ["MAX_LEVELS", "MAX_POINTS", "feature_sync", "feature_sync_backward", "feature_sync_kernel"]
 
@@ -77,12 +78,6 @@ def feature_sync(
     arguments = values, queries, table, index, reference_points, spatial_shapes, base, ignore
     form = backends.choose_form(FEATURE_SYNC, backend, values.device, *arguments)
     return form(values, queries, table, index, reference_points, host_sizes(spatial_shapes), int(base), ignore)
-
-
-def points_of(width: int, heads: int, levels: int) -> int:
-    """The points P of queries of this width, H * P * 2 + H * L * P; 0 if no whole number of points has it."""
-    each = heads * (2 + levels)
-    return 0 if each == 0 or width % each else width // each
 
 
 def split_query(z: torch.Tensor, heads: int, levels: int) -> tuple[torch.Tensor, torch.Tensor]:

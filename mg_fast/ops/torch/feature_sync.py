@@ -18,6 +18,12 @@ SAMPLES = 2**19
 FEW = 1 / 4
 
 
+def points_of(width: int, heads: int, levels: int) -> int:
+    """The points P of queries of this width, H * P * 2 + H * L * P; 0 if no whole number of points has it."""
+    each = heads * (2 + levels)
+    return 0 if each == 0 or width % each else width // each
+
+
 def feature_sync(
     values: torch.Tensor,
     queries: torch.Tensor,
@@ -43,7 +49,7 @@ def feature_sync(
     if pictures == 0 or 0 in (batch, count):
         out = values.new_zeros(batch, count, heads * channels)
         return out if ignore is None else out + ignore
-    points = queries.shape[2] // (heads * (2 + levels))
+    points = points_of(queries.shape[2], heads, levels)
     if gather is None:
         gather = _by_pixels if 4 * count * levels * points <= FEW * pixels else _by_levels
     # A compiler's graph should be small, so there the queries are not cut into parts.
@@ -61,7 +67,7 @@ def _some(values, queries, index, reference_points, table, spatial_shapes, base,
     """The result for some queries; index [B, Q, n] and reference_points [B or 1, Q, 2] are theirs alone."""
     heads, channels = values.shape[3:]
     levels, count = len(spatial_shapes), queries.shape[1]
-    points = queries.shape[2] // (heads * (2 + levels))
+    points = points_of(queries.shape[2], heads, levels)
     dtype = torch.promote_types(torch.promote_types(values.dtype, queries.dtype), torch.float32)
     seen = (index > 0) & (index < len(table))
     rows = table.index_select(0, index.flatten().clamp(0, len(table) - 1)).view(*index.shape, -1)
