@@ -9,8 +9,8 @@ import torch
 
 from .engine import batch
 from .engine import explain as explaining
-from .engine.answers import Answer, AnswerStage
-from .engine.conversation import Conversation
+from .engine.answers import Answer, AnswerStage, Request
+from .engine.conversation import Conversation, as_question
 from .engine.first_use import warm_up
 from .engine.options import CacheOptions, Sampling
 from .engine.vision import VisionStage, decoded
@@ -19,6 +19,7 @@ from .models import builtin
 from .models.mini_gemini import loading_dtype
 from .models.mini_gemini.modeling import MiniGeminiForConditionalGeneration
 from .models.mini_gemini.processing import MiniGeminiProcessor
+from .models.templates import render
 from .models.tensor_files import resolve_folder
 from .ops.backend import check_everywhere
 from .quantization import WeightBytes, weight_bytes
@@ -171,8 +172,13 @@ class Pipeline:
             PromptError: an option would be ignored; raised before anything is generated.
         """
         sampling = Sampling(max_new_tokens, temperature, top_p, seed, allow_long, generate_options)
+
+        def read(item) -> tuple[Request, list]:
+            question, images = as_question(*batch.parts_of(item))
+            return self.answers.request(render(self.template, [(question, None)]), sampling), images
+
         options = {"batch_size": batch_size, "allow_urls": allow_urls, "progress": progress}
-        return batch.chat_batch(self.vision, self.answers, self.template, questions, sampling, **options)
+        return batch.chat_batch(self.vision, self.answers, read, questions, sampling, **options)
 
     def explain(
         self,
