@@ -12,6 +12,7 @@ _PUBLIC = {
     "MiniGeminiProcessor": "mg_fast.models.mini_gemini.processing",
     "MiniGeminiConfig": "mg_fast.models.mini_gemini.configuration",
     "Pipeline": "mg_fast.pipeline",
+    "InterleavedPipeline": "mg_fast.pipeline",
     "load": "mg_fast.pipeline",
     "Explanation": "mg_fast.engine.explain",
     "use_backend": "mg_fast.ops.backend",

@@ -17,7 +17,7 @@ class WeightBytes:
 
     Attributes:
         language_model: bytes of the language model and its head.
-        vision: bytes of everything else: towers, patch mining and projector.
+        vision: bytes of everything else: what sees, and what draws.
         unquantized: bytes that the language model would take in the dtype that it computes in.
         formats: how its quantized weights are stored, such as `("int8",)`; empty if none is quantized.
     """
@@ -32,16 +32,20 @@ class WeightBytes:
         return f"language model {readable(self.language_model)}{quantized}, vision {readable(self.vision)}"
 
 
-def weight_bytes(model: nn.Module) -> WeightBytes:
-    """Counts the weights of a MiniGeminiForConditionalGeneration.
+def weight_bytes(model: nn.Module, beside: tuple[str, ...] = UNQUANTIZED[:-1]) -> WeightBytes:
+    """Counts the weights of a model.
 
     The scales of bitsandbytes' weights are not counted, because it keeps them elsewhere.
+
+    Args:
+        model: a MiniGeminiForConditionalGeneration, or another model.
+        beside: how the names of the modules begin that are not the language model. Default: Mini-Gemini's.
     """
     language_model = vision = unquantized = 0
     formats: dict[str, None] = {}
     seen = set()
     for name, module in model.named_modules():
-        of_vision = name.startswith(UNQUANTIZED[:-1])
+        of_vision = name.startswith(beside)
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             if id(tensor) in seen:
                 continue
