@@ -137,8 +137,11 @@ class InterleavedCheckpoints:
     def published_shapes(cls, config: MMInterleavedConfig) -> dict[str, tuple[int, ...]]:
         """The name and shape of every tensor of a published checkpoint of this configuration. Allocates nothing."""
         model = cls._on_meta(config)
-        state = revert_weight_conversion(model, dict(model.state_dict()))
-        return {name: tuple(tensor.shape) for name, tensor in state.items()}
+        return {name: tuple(tensor.shape) for name, tensor in model.published_state().items()}
+
+    def published_state(self) -> dict[str, torch.Tensor]:
+        """The model's own tensors by their published names."""
+        return revert_weight_conversion(self, dict(self.state_dict()))
 
     @classmethod
     def _on_meta(cls, config: MMInterleavedConfig) -> "InterleavedCheckpoints":
