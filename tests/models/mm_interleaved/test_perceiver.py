@@ -7,6 +7,7 @@ from mg_fast.models.mm_interleaved.perceiver import PerceiverResampler
 from mg_fast.testing.tolerances import relative_error
 from tests.models.mm_interleaved import recorded
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS = {
     "num_queries": 3,
     "hidden_size": 16,
