@@ -12,12 +12,12 @@ from ...errors import CheckpointError, PromptError, quoted
 from ...runtime.arguments import check_text
 from .. import templates
 from ..prompt_pictures import load_pictures, match_pictures
+from ..registration import register_processor
 from ..templates import IMAGE_TAG, get_template
 from ..tensor_files import HUB_ARGUMENTS, resolve_folder
 from .checkpoint import decide_template, geometry_config, load_tokenizer
 from .configuration import MiniGeminiConfig
 from .image_processing import MiniGeminiImageProcessor
-from .registration import register_processor
 
 # Arguments that transformers' Auto classes and pipelines pass along and that this processor does not need.
 _AUTO_ARGUMENTS = {
