@@ -35,3 +35,10 @@ def register_processor(config_class: type, processor_class: type) -> None:
     from transformers.models.auto.processing_auto import AutoProcessor
 
     AutoProcessor.register(config_class, processor_class, exist_ok=True)
+
+
+def register_tokenizer(config_class: type, tokenizer_class: type) -> None:
+    """Lets AutoTokenizer build a tokenizer of this class, where it would otherwise build another of the same files."""
+    from transformers.models.auto.tokenization_auto import AutoTokenizer
+
+    AutoTokenizer.register(config_class, slow_tokenizer_class=tokenizer_class, exist_ok=True)

@@ -1,7 +1,7 @@
 """The original's prompts for each task, as items: texts and pictures in the order in which the model reads them.
 
-A text is a str. Everything else is a picture that `open_picture` reads, such as a Pillow image or a Path. A picture that
-the model is asked to draw is no item: it comes behind the items.
+A text is a str. Everything else is a picture that `open_picture` reads, such as a Pillow image or a Path. A picture
+that the model is asked to draw is no item: it comes behind the items.
 
 Source: OpenGVLab/MM-Interleaved (arXiv 2401.10208), its collators and data sets.
 """

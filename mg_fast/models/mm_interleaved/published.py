@@ -63,7 +63,7 @@ def read_published(
         CheckpointError: a file or key is absent, unreadable or of another kind than expected.
     """
     folder = Path(folder)
-    model, constants = _read_yaml(folder)
+    model, constants = read_sections(folder)
     given = {"llm": llm, "clip": clip, "diffusion": diffusion}
     sides = {name: side_folder(folder, name, given[name], model=model, **hub) for name in _SIDE_FOLDERS}
     where = folder / YAML_FILE
@@ -122,7 +122,7 @@ def side_folder(
     if given is not None:
         # The revision of the checkpoint has no meaning in another repository.
         return resolve_folder(given, weights=False, **{key: hub[key] for key in hub if key != "revision"})
-    named = _read_yaml(folder)[0] if model is None else model
+    named = read_sections(folder)[0] if model is None else model
     for key in keys:
         named = named.get(key) if isinstance(named, Mapping) else None
     advice = f"pass {name}= a folder or hub id (the original uses {usual})"
@@ -137,8 +137,12 @@ def side_folder(
     return found
 
 
-def _read_yaml(folder: Path) -> tuple[dict, dict]:
-    """The sections `model` and `constants` of a folder's config.yaml."""
+def read_sections(folder: Path) -> tuple[dict, dict]:
+    """The sections `model` and `constants` of a folder's config.yaml.
+
+    Raises:
+        CheckpointError: the file is absent, is not YAML, or has other content than expected.
+    """
     path = folder / YAML_FILE
     if not os.path.isfile(path):
         raise CheckpointError(
