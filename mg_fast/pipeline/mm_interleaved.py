@@ -22,9 +22,6 @@ from ..ops.backend import check_everywhere
 from ..quantization import WeightBytes, weight_bytes
 from ..runtime.placement import execution_device
 
-# The names of the model's parts that are not its language model.
-_BESIDE_LANGUAGE = ("visual_tokenizer", "context_feat_proj", "image_decoder")
-
 
 class InterleavedPipeline:
     """A loaded MM-Interleaved model with its processor; `mg_fast.load` makes one.
@@ -115,7 +112,7 @@ class InterleavedPipeline:
     @property
     def weights(self) -> WeightBytes:
         """The bytes of the language model and of the parts that see and draw, as they are stored now."""
-        return weight_bytes(self.model, _BESIDE_LANGUAGE)
+        return weight_bytes(self.model)
 
     @property
     def first_use(self) -> dict[str, float]:
