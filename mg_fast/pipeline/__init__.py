@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import time
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,17 +15,14 @@ from ..models.families import MM_INTERLEAVED, checkpoint_family
 from ..models.mini_gemini import loading_dtype
 from ..models.mini_gemini.modeling import MiniGeminiForConditionalGeneration
 from ..models.mini_gemini.processing import MiniGeminiProcessor
-from ..models.mm_interleaved.checkpoint import open_interleaved
-from ..models.mm_interleaved.modeling import MMInterleavedForConditionalGeneration
-from ..models.mm_interleaved.processing import MMInterleavedProcessor
 from ..models.tensor_files import resolve_folder
 from ..ops.backend import check_everywhere
 from ..runtime import attention
 from ..runtime.dtypes import wanted_dtype
 from .mini_gemini import Pipeline
-from .mm_interleaved import InterleavedPipeline
 
-__all__ = ["InterleavedPipeline", "Pipeline", "load"]
+if TYPE_CHECKING:
+    from .mm_interleaved import InterleavedPipeline
 
 
 def _known_device(device: str | torch.device) -> torch.device:
@@ -58,7 +56,7 @@ def load(
     llm: str | os.PathLike | None = None,
     clip: str | os.PathLike | None = None,
     diffusion: str | os.PathLike | None = None,
-) -> Pipeline | InterleavedPipeline:
+) -> "Pipeline | InterleavedPipeline":
     """Loads a checkpoint with its processor, as a pipeline.
 
     The folder's files say which family it belongs to: Mini-Gemini gives a `Pipeline`, and MM-Interleaved an
@@ -144,6 +142,12 @@ def _load_mini_gemini(path, dtype, device, known_device: torch.device, quantize,
 
 
 def _load_interleaved(path, dtype, device, known_device: torch.device, quantize, sides: dict, optional: dict) -> tuple:
+    # diffusers takes seconds to import, and only this family needs it.
+    from ..models.mm_interleaved.checkpoint import open_interleaved
+    from ..models.mm_interleaved.modeling import MMInterleavedForConditionalGeneration
+    from ..models.mm_interleaved.processing import MMInterleavedProcessor
+    from .mm_interleaved import InterleavedPipeline
+
     find = functools.partial(open_interleaved, **sides)
     processor = MMInterleavedProcessor.from_pretrained(path, **sides)
     if known_device.type == "cpu":

@@ -8,6 +8,7 @@ import torch
 
 from ...decoding import Decoder
 from ...errors import PromptError
+from ...models.mm_interleaved.packed import PackedInterleavedDecoding
 from ...models.mm_interleaved.visible_pictures import in_rows, picture_index, visible
 from ...ops.backend import choose, requested, use_backend
 from ...runtime.weights import Fingerprint
@@ -129,7 +130,7 @@ class InterleavedAnswers(AnswerStage):
         """What all synchronizers read of a picture: [S, layers * inner]."""
         key = picture.digest, "values", self._version
         if (values := self._cache.get(key)) is None:
-            values = self.model.language_model.project_pictures(picture.maps[None])[0]
+            values = self.decoder.model.language_model.project_pictures(picture.maps[None])[0]
             self._cache.put(key, values)
         return values
 
@@ -141,7 +142,7 @@ class InterleavedAnswers(AnswerStage):
                 return
             try:
                 with torch.inference_mode(False):
-                    model = self.model.packed()
+                    model = PackedInterleavedDecoding(self.model)
             except ValueError as error:
                 logger.info("texts are decoded by the model's own modules: %s", error)
                 model = self.model
