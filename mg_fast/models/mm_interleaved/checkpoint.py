@@ -5,9 +5,10 @@ missing, unexpected or mis-shaped tensor is named at once.
 
 Two layouts are read:
 
-- The published one: config.yaml, and state dictionaries in `checkpoint/`, in `mm_interleaved_pretrain/` (as in the
-  original's repository) or beside config.yaml. Exactly one of the three places may hold weights. All of its
-  *.safetensors files are merged, or, if it has none, all of its *.bin files. A tensor may be stored only once.
+- The published one: config.yaml, and state dictionaries in `checkpoint/` or `mm_interleaved_pretrain/` (the name in the
+  original's repository), of which only one may hold weights. Where neither does, those beside config.yaml count. All
+  *.safetensors files of that place are merged, or, if it has none, all of its *.bin files. A tensor may be stored only
+  once.
 - The one that `save_pretrained` writes: config.json and model*.safetensors, with nothing beside them.
 """
 
@@ -38,8 +39,8 @@ from ..tensor_files import (
 )
 from .configuration import MMInterleavedConfig
 
-# Where the weights of the published layout may lie, relative to the folder of config.yaml.
-WEIGHT_FOLDERS = ("checkpoint", "mm_interleaved_pretrain", ".")
+# The folders beside config.yaml that may hold the weights of the published layout.
+WEIGHT_FOLDERS = ("checkpoint", "mm_interleaved_pretrain")
 # What trainers write beside weights under names that end like theirs.
 _NO_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin")
 # Tables that are computed. Files of old or new versions may store them or not.
@@ -136,15 +137,18 @@ def check_interleaved_names(expected: dict[str, tuple[int, ...]], tensors: Table
 
 
 def _weights_folder(folder: Path) -> Path:
-    """The one place that holds the weights of the published layout."""
+    """The place that holds the weights of the published layout."""
     places = [folder / name for name in WEIGHT_FOLDERS if _weight_files(folder / name)]
-    if len(places) != 1:
-        told = f"they lie in {' and in '.join(map(str, places))}" if places else "there are none"
+    if len(places) > 1:
         raise CheckpointError(
-            f"{folder}: expected weights (*.bin or *.safetensors) in one place, which is checkpoint/, "
-            f"mm_interleaved_pretrain/ or beside {YAML_FILE}; {told}"
+            f"{shortened(str(folder), 120)}: expected weights in one of {' and '.join(WEIGHT_FOLDERS)}, and both hold some"
         )
-    return places[0]
+    if not places and not _weight_files(folder):
+        raise CheckpointError(
+            f"{shortened(str(folder), 120)} holds no weights: expected *.bin or *.safetensors in "
+            f"{', in '.join(WEIGHT_FOLDERS)}, or beside {YAML_FILE}"
+        )
+    return places[0] if places else folder
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -181,7 +185,7 @@ def _fetch_weights(name: str, folder: Path, published: bool, hub: dict) -> None:
     if not published:
         resolve_folder(name, **hub)
         return
-    patterns = [f"{place}/*" for place in WEIGHT_FOLDERS[:-1]]
+    patterns = [f"{place}/*" for place in WEIGHT_FOLDERS]
     patterns = [f"{pattern}.{kind}" for pattern in patterns for kind in ("bin", "safetensors")]
     try:
         snapshot_download(name, allow_patterns=patterns, **hub)

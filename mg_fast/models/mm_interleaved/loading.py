@@ -38,10 +38,9 @@ class InterleavedCheckpoints:
 
         The folder is in the published layout or was written by `save_pretrained`:
 
-        - Published: config.yaml, and all state dictionaries (*.safetensors, or else *.bin) of exactly one of
-          `checkpoint/`, `mm_interleaved_pretrain/` and the folder itself. config.yaml names the folders of the language
-          model, of CLIP and of Stable Diffusion, of which only the configurations are read. All weights come from the
-          checkpoint.
+        - Published: config.yaml, and all state dictionaries (*.safetensors, or else *.bin) in `checkpoint/` or
+          `mm_interleaved_pretrain/`, or else beside config.yaml. That file names the folders of the language model, of
+          CLIP and of Stable Diffusion, of which only the configurations are read. All weights come from the checkpoint.
         - Written by `save_pretrained`: config.json and model*.safetensors, and no other folder.
 
         Weights are converted to the wanted dtype one by one, straight from the mapped files.
@@ -137,8 +136,11 @@ class InterleavedCheckpoints:
     def published_shapes(cls, config: MMInterleavedConfig) -> dict[str, tuple[int, ...]]:
         """The name and shape of every tensor of a published checkpoint of this configuration. Allocates nothing."""
         model = cls._on_meta(config)
-        state = revert_weight_conversion(model, dict(model.state_dict()))
-        return {name: tuple(tensor.shape) for name, tensor in state.items()}
+        return {name: tuple(tensor.shape) for name, tensor in model.published_state().items()}
+
+    def published_state(self) -> dict[str, torch.Tensor]:
+        """The model's own tensors by their published names."""
+        return revert_weight_conversion(self, dict(self.state_dict()))
 
     @classmethod
     def _on_meta(cls, config: MMInterleavedConfig) -> "InterleavedCheckpoints":
