@@ -52,7 +52,8 @@ def command(args) -> int:
         raise PromptError("--start is empty: expected how the story begins")
     check_text(args.start, "--start")
     pictures = _open(args.image)
-    _check_family(args.model)
+    if not loading.is_interleaved(args.model):
+        raise CheckpointError(f"{args.model} is no MM-Interleaved checkpoint, which mg-fast story needs")
     from .story_page import StoryPart, shown_size, story_page, write_page
 
     # A seed that the caller did not choose is told on the page, so that the story can be made again.
@@ -116,16 +117,6 @@ def _open(files: list[str]) -> list:
     pictures = [open_picture(file) for file in files]
     MMInterleavedImageProcessor()(pictures)
     return pictures
-
-
-def _check_family(model: str) -> None:
-    """Refuses a local checkpoint of the other family before anything of it is read."""
-    from ..models import builtin
-    from ..models.families import MM_INTERLEAVED, checkpoint_family
-
-    folder = builtin.resolve(model)
-    if os.path.isdir(folder) and (family := checkpoint_family(folder)) not in (None, MM_INTERLEAVED):
-        raise CheckpointError(f"{model} is a checkpoint of {family}: mg-fast story needs one of {MM_INTERLEAVED}")
 
 
 def _title(start: str) -> str:

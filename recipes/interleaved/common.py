@@ -8,6 +8,8 @@ from PIL import Image
 from transformers.utils import logging as transformers_logging
 
 import mg_fast
+from mg_fast.models import builtin
+from mg_fast.models.families import MM_INTERLEAVED, checkpoint_family
 from mg_fast.models.pictures import open_picture
 
 
@@ -24,8 +26,14 @@ def make_parser(module: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def load(args: argparse.Namespace) -> mg_fast.Pipeline:
-    """Loads the pipeline that the options ask for."""
+def load(args: argparse.Namespace) -> mg_fast.InterleavedPipeline:
+    """Loads the pipeline that the options ask for.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be loaded, or is of another family.
+    """
+    if checkpoint_family(builtin.resolve(args.model)) not in (None, MM_INTERLEAVED):
+        raise mg_fast.CheckpointError(f"{args.model} is no MM-Interleaved checkpoint, which these programs need")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     return mg_fast.load(args.model, dtype=args.dtype, device=args.device)

@@ -141,7 +141,7 @@ def test_errors(run, tmp_path):
         (5, ("--start", "\udcff", "--image", picture), {}, "--start cannot be encoded as UTF-8"),
         (4, (*started, tmp_path / "absent.png"), {}, "absent.png: no such file"),
         (4, (*started, tmp_path / "broken.png"), {}, "broken or truncated"),
-        (3, (*started, picture), {"model": "nano"}, "nano is a checkpoint of Mini-Gemini: mg-fast story needs one of"),
+        (3, (*started, picture), {"model": "nano"}, "nano is no MM-Interleaved checkpoint, which mg-fast story needs"),
         (3, (*started, picture), {"model": tmp_path / "absent"}, "absent is not a folder"),
     ):
         code, err, page = run(*arguments, **options)

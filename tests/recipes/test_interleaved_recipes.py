@@ -108,9 +108,17 @@ def test_programs(program, arguments, shown, pipeline, tmp_path, monkeypatch, ca
             assert drawn.mode == "RGB"
 
 
-def test_an_error_is_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["captions", "--model", "/nonexistent/model", "/nonexistent.png"])
+@pytest.mark.parametrize(
+    "model, picture, message",
+    [
+        ("/nonexistent/model", "/nonexistent.png", "/nonexistent.png: no such file"),
+        ("nano", "PICTURE", "nano is no MM-Interleaved checkpoint, which these programs need"),
+    ],
+)
+def test_an_error_is_one_line(model, picture, message, photo, monkeypatch, capsys):
+    file = str(photo) if picture == "PICTURE" else picture
+    monkeypatch.setattr(sys, "argv", ["captions", "--model", model, file])
     with pytest.raises(SystemExit) as ended:
         captions.main()
     assert ended.value.code == 1
-    assert capsys.readouterr().err == "python -m recipes.interleaved.captions: error: /nonexistent.png: no such file\n"
+    assert capsys.readouterr().err == f"python -m recipes.interleaved.captions: error: {message}\n"
