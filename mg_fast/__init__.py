@@ -15,6 +15,7 @@ _PUBLIC = {
     "MMInterleavedProcessor": "mg_fast.models.mm_interleaved.processing",
     "MMInterleavedConfig": "mg_fast.models.mm_interleaved.configuration",
     "Pipeline": "mg_fast.pipeline",
+    "InterleavedPipeline": "mg_fast.pipeline.mm_interleaved",
     "load": "mg_fast.pipeline",
     "Explanation": "mg_fast.engine.explain",
     "use_backend": "mg_fast.ops.backend",

@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers import CLIPVisionConfig, LlamaConfig
 
+from mg_fast.models.mm_interleaved.configuration import MMInterleavedConfig
 from mg_fast.models.mm_interleaved.encoder import FeatureEncoder
 from mg_fast.models.mm_interleaved.seeing import InterleavedSeeing
 from mg_fast.models.mm_interleaved.visual_tokenizer import VisualTokenizer
@@ -103,3 +105,38 @@ def test_what_cannot_be_packed(tokenizer):
 def test_pixels_of_another_shape(tokenizer, pixels):
     with pytest.raises(ValueError, match="pixel_values: expected"):
         FeatureEncoder(tokenizer).encode(pixels[..., 1:])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_replayed_graphs_give_what_plain_calls_give(dtype):
+    vision = CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=24,
+        num_attention_heads=4,
+        image_size=224,
+        patch_size=14,
+    )
+    perceiver = {"num_queries": 8, "hidden_size": 64, "encoder_hidden_size": 64, "num_hidden_layers": 2}
+    perceiver |= {"num_attention_heads": 4, "intermediate_size": 96, "qk_normalization": True}
+    config = MMInterleavedConfig(
+        text_config=LlamaConfig(hidden_size=64),
+        vision_config=vision,
+        visual_perceiver=perceiver,
+        image_embed_dim=64,
+        num_img_token=8,
+    )
+    torch.manual_seed(0)
+    tokenizer = VisualTokenizer(config).to("cuda", dtype).eval()
+    with torch.no_grad():
+        for interaction in tokenizer.vision_model.adapter_interactions:
+            interaction.injector.gamma.fill_(0.5)
+    graphed, plain = FeatureEncoder(tokenizer), FeatureEncoder(tokenizer, graphs=False)
+    for count in (1, 1, 2, 1):
+        pixels = torch.rand(count, 3, 224, 224)
+        for ours, expected in zip(graphed.encode(pixels), plain.encode(pixels)):
+            assert relative_error(ours, expected) <= 1e-6
+    assert {name for name in graphed.first_use if "graph" in name} == {
+        f"kernels and CUDA graph of {count} picture(s)" for count in (1, 2)
+    }
