@@ -6,14 +6,14 @@ import mg_fast
 from mg_fast.models.mm_interleaved.packed import PackedInterleavedDecoding
 from mg_fast.testing.tolerances import relative_error
 from tests.models.mm_interleaved import recorded
-from tests.models.mm_interleaved.stand_in import inputs, loaded
+from tests.models.mm_interleaved.loaded import inputs, load
 
 NAME = "mmi-tiny"
 
 
 def test_a_caption_begins_as_recorded():
     """Row 0 of the recorded batch, by packed layers for the prompt and by the model's own for the first words."""
-    answers, model = recorded.answers(NAME), loaded(NAME)
+    answers, model = recorded.answers(NAME), load(NAME)
     with mg_fast.use_backend("torch"):
         given = {name: tensor[:1] for name, tensor in inputs(NAME, "caption", answers).items()}
     with mg_fast.use_backend("triton"), torch.no_grad():
