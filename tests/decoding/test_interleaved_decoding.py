@@ -10,7 +10,7 @@ from mg_fast.errors import PromptError
 from mg_fast.models.mm_interleaved.packed import PackedInterleavedDecoding
 from mg_fast.models.protocol import check_decodable
 from tests.models.mm_interleaved import recorded
-from tests.models.mm_interleaved.stand_in import inputs, loaded
+from tests.models.mm_interleaved.loaded import inputs, load
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NAME = "mmi-tiny"
@@ -19,7 +19,7 @@ DIGESTS = [hashlib.sha256(bytes([i])).digest() for i in range(3)]
 
 @pytest.fixture(params=["the model", "packed"])
 def decodable(request):
-    return loaded(NAME) if request.param == "the model" else PackedInterleavedDecoding(loaded(NAME))
+    return load(NAME) if request.param == "the model" else PackedInterleavedDecoding(load(NAME))
 
 
 def given(request: str) -> dict:
@@ -27,7 +27,7 @@ def given(request: str) -> dict:
 
 
 def decoded(decoder: Decoder, request=None, **options) -> torch.Tensor:
-    return loaded(NAME).generate(**options, custom_generate=request or decoder.request())
+    return load(NAME).generate(**options, custom_generate=request or decoder.request())
 
 
 def check_recorded(ids: torch.Tensor, request: str) -> None:
@@ -47,7 +47,7 @@ def test_requests_one_after_another_in_one_decoder(decodable, graph, request):
 
 
 def test_a_row_of_a_ragged_batch_is_answered_as_alone():
-    model, batch, decoder = loaded(NAME), given("ragged"), Decoder(loaded(NAME))
+    model, batch, decoder = load(NAME), given("ragged"), Decoder(load(NAME))
     together = decoded(decoder, **batch)
     length = batch["input_ids"].shape[1]
     for row, pictures in ((0, slice(0, 1)), (1, slice(1, 3))):
@@ -77,24 +77,24 @@ def turns(decoder: Decoder, digests) -> tuple[int, list[int]]:
         options.update({name: both[name][list(order)] for name in ("image_tokens", "image_maps")})
         options["num_image_per_seq"] = torch.tensor([2])
         request = decoder.request(digests and [digests[1 - place] for place in order])
-        assert torch.equal(decoded(decoder, request, **options), loaded(NAME).generate(**options))
+        assert torch.equal(decoded(decoder, request, **options), load(NAME).generate(**options))
         reused.append(request.reused)
     return first.shape[1], reused
 
 
 def test_later_turns_reuse_what_the_same_pictures_gave(decodable):
     length, reused = turns(Decoder(decodable), DIGESTS)
-    first = recorded.answers(NAME)["vqa.text_ids"][0].tolist().index(loaded(NAME).config.image_token_id)
+    first = recorded.answers(NAME)["vqa.text_ids"][0].tolist().index(load(NAME).config.image_token_id)
     # With another first picture, only the positions before it are reused.
     assert reused == [length - 1, first]
 
 
 def test_without_digests_nothing_is_reused():
-    assert turns(Decoder(loaded(NAME)), None)[1] == [0, 0]
+    assert turns(Decoder(load(NAME)), None)[1] == [0, 0]
 
 
 def test_keys_stand_for_tokens_pictures_and_their_order():
-    model, options = loaded(NAME), given("fewshot")
+    model, options = load(NAME), given("fewshot")
     ids, read = options["input_ids"], model.with_pictures(options["input_ids"], options)
 
     def keys(*digests):
@@ -119,7 +119,7 @@ def test_text_alone_needs_no_digests(decodable):
     for reused in (0, 4):
         request = decoder.request()
         out = decoded(decoder, request, input_ids=ids, max_new_tokens=5)
-        assert torch.equal(out, loaded(NAME).generate(ids, max_new_tokens=5)) and request.reused == reused
+        assert torch.equal(out, load(NAME).generate(ids, max_new_tokens=5)) and request.reused == reused
 
 
 def test_streamed_tokens_are_the_recorded_ones():
@@ -134,7 +134,7 @@ def test_streamed_tokens_are_the_recorded_ones():
             self.got.append(None)
 
     streamer, options = Streamer(), given("vqa")
-    ids = decoded(decoder := Decoder(loaded(NAME)), decoder.request(streamer=streamer), **options)
+    ids = decoded(decoder := Decoder(load(NAME)), decoder.request(streamer=streamer), **options)
     check_recorded(ids, "vqa")
     assert streamer.got == [*ids[0].tolist(), None]
 
@@ -142,14 +142,14 @@ def test_streamed_tokens_are_the_recorded_ones():
 def test_samples_of_a_prompt_share_its_pictures():
     options = {**given("ragged"), "do_sample": True, "num_return_sequences": 2, "max_new_tokens": 7}
     torch.manual_seed(5)
-    expected = loaded(NAME).generate(**options)
+    expected = load(NAME).generate(**options)
     torch.manual_seed(5)
-    assert torch.equal(decoded(Decoder(loaded(NAME)), **options), expected)
+    assert torch.equal(decoded(Decoder(load(NAME)), **options), expected)
 
 
 def test_a_pass_with_pictures_is_traced_whole(by_graph):
     """A pass is traced as one full graph, which a question to the host would break."""
-    model, options = PackedInterleavedDecoding(loaded(NAME)), given("vqa")
+    model, options = PackedInterleavedDecoding(load(NAME)), given("vqa")
     runner = Decoder(model).runner
     sequences = runner.sequences(1, 100)
     read = model.with_pictures(options["input_ids"], options)

@@ -10,8 +10,9 @@ from mg_fast.models.mm_interleaved.configuration import MMInterleavedConfig
 from mg_fast.models.mm_interleaved.language_model import SynchronizedLlamaModel, TextDecoder
 from mg_fast.models.mm_interleaved.packed import PackedInterleavedDecoding, pack_language_model
 from mg_fast.models.protocol import CACHE, check_decodable
+from mg_fast.testing.tolerances import relative_error
 from tests.models.mm_interleaved import recorded
-from tests.models.mm_interleaved.stand_in import TextSide, inputs, loaded
+from tests.models.mm_interleaved.loaded import inputs, load
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PICTURES, PROMPT = 4, 400
@@ -64,7 +65,7 @@ def test_flop_of_a_decoded_token_with_four_pictures():
 
 
 def test_packed_decoding_shares_the_model_s_weights():
-    model = loaded("mmi-tiny")
+    model = load("mmi-tiny")
     packed = PackedInterleavedDecoding(model)
     check_decodable(packed)
     language = packed.language_model
@@ -81,7 +82,7 @@ def test_packed_decoding_shares_the_model_s_weights():
 
 def test_prompts_that_were_prepared_for_the_original_s_steps():
     """Maps instead of values are projected by the packed model itself."""
-    model, answers = loaded("mmi-tiny"), recorded.answers("mmi-tiny")
+    model, answers = load("mmi-tiny"), recorded.answers("mmi-tiny")
     given = inputs("mmi-tiny", "vqa", answers)
     with mg_fast.use_backend("reference"):
         read = model.with_pictures(given["input_ids"], given)
@@ -94,21 +95,41 @@ def test_prompts_that_were_prepared_for_the_original_s_steps():
 
 
 def test_changed_weights_are_noticed():
-    model = TextSide(recorded.read_config("mmi-tiny")).eval()
-    packed = PackedInterleavedDecoding(model)
+    model = SynchronizedLlamaModel(recorded.read_config("mmi-tiny")).eval()
+    packed = pack_language_model(model)
     with torch.no_grad():
-        model.mm_decoder.layers[1].mlp.up_proj.weight.zero_()
-        assert not packed.language_model.layers[1].mlp.up_proj.weight.any()
-        model.mm_decoder.layers[2].llama_cross_attn.gate.fill_(1)
+        model.layers[1].mlp.up_proj.weight.zero_()
+        assert not packed.layers[1].mlp.up_proj.weight.any()
+        packed.check_unchanged()
+        model.layers[2].llama_cross_attn.gate.fill_(1)
     with pytest.raises(RuntimeError, match="were changed since it was packed: pack the model again"):
-        packed.language_model  # noqa: B018
+        packed.check_unchanged()
 
 
 def test_models_that_cannot_be_packed():
-    model = TextSide(recorded.read_config("mmi-tiny")).eval()
-    model.mm_decoder.layers[0].llama_cross_attn.norm1.register_forward_hook(lambda *_: None)
+    model = SynchronizedLlamaModel(recorded.read_config("mmi-tiny")).eval()
+    model.layers[0].llama_cross_attn.norm1.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match="a synchronizer cannot be packed: norm1 has hooks"):
-        pack_language_model(model.mm_decoder)
-    model.mm_decoder.layers[3].to("meta")
+        pack_language_model(model)
+    model.layers[3].to("meta")
     with pytest.raises(ValueError, match="expected the language model on one device, got cpu, meta"):
-        pack_language_model(model.mm_decoder)
+        pack_language_model(model)
+
+
+def test_bfloat16_stays_near_float32():
+    """The bound allows for the roundings of four layers, and would not allow for a synchronizer that is left out."""
+    exact, answers = load("mmi-tiny"), recorded.answers("mmi-tiny")
+    model = SynchronizedLlamaModel(exact.config).eval()
+    model.load_state_dict(exact.mm_decoder.state_dict())
+    given = inputs("mmi-tiny", "fewshot", answers)
+    embeddings = answers["fewshot.inputs_embeds"].bfloat16()
+    model.bfloat16()
+    arguments = given["input_ids"], given["num_image_per_seq"], given["image_maps"].bfloat16()
+    for language in (model, pack_language_model(model)):
+        with torch.no_grad():
+            read = language.picture_arguments(*arguments)
+            hidden = language(inputs_embeds=embeddings, **read).last_hidden_state
+        assert hidden.dtype == read["picture_values"].dtype == torch.bfloat16
+        assert relative_error(hidden, answers["fewshot.hidden"][-1]) <= 0.05
+        without = language(inputs_embeds=embeddings).last_hidden_state
+        assert relative_error(without, answers["fewshot.hidden"][-1]) > 0.2

@@ -7,7 +7,7 @@ from mg_fast.errors import PromptError
 from mg_fast.models.mm_interleaved import scoring
 from mg_fast.testing.tolerances import relative_error
 from tests.models.mm_interleaved import recorded
-from tests.models.mm_interleaved.stand_in import inputs, loaded
+from tests.models.mm_interleaved.loaded import inputs, load
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -24,12 +24,12 @@ def test_scores_are_the_recorded_ones(name, passes, monkeypatch):
     given, expected = asked(name)
     if passes > 1:
         monkeypatch.setattr(scoring.score_options, "__defaults__", (2,))
-    assert relative_error(loaded(name).score(**given), expected) <= 2e-5
+    assert relative_error(load(name).score(**given), expected) <= 2e-5
 
 
 def test_padded_prompts_with_different_pictures_score_as_alone():
     """The second prompt has no picture, and is padded on the left."""
-    name, model = "mmi-tiny", loaded("mmi-tiny")
+    name, model = "mmi-tiny", load("mmi-tiny")
     given, expected = asked(name)
     ids, plain = given["input_ids"], torch.tensor([[1, 282, 337, 346]])
     prompts = torch.full((2, ids.shape[1]), model.config.pad_token_id)
@@ -48,7 +48,7 @@ def test_padded_prompts_with_different_pictures_score_as_alone():
 
 
 def test_one_token_options_need_no_further_pass():
-    model = loaded("mmi-tiny")
+    model = load("mmi-tiny")
     ids = torch.tensor([[1, 20, 30, 40]])
     with torch.no_grad():
         expected = model(ids).logits[0, -1].log_softmax(dim=-1)
@@ -66,4 +66,4 @@ def test_one_token_options_need_no_further_pass():
 )
 def test_options_that_do_not_fit(options, mask, message):
     with pytest.raises(PromptError, match=message):
-        loaded("mmi-tiny").score(torch.tensor([[1, 5]]), options, mask)
+        load("mmi-tiny").score(torch.tensor([[1, 5]]), options, mask)
