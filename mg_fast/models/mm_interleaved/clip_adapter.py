@@ -41,6 +41,8 @@ class AdaptedClip(CLIPVisionModel):
             )
         super().__init__(config)
         self.post_layernorm = nn.Identity()
+        # Published checkpoints store these numbers, and the original's loader asks for them.
+        self.embeddings.register_buffer("position_ids", self.embeddings.position_ids, persistent=True)
         width, heads = config.hidden_size, config.num_attention_heads
         levels = MAP_SIDES[1:]
         self.adapter_level_embed = nn.Parameter(torch.zeros(len(levels), width))
