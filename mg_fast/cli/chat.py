@@ -30,6 +30,7 @@ def register(subparsers) -> None:
 
 def command(args) -> int:
     pipeline = loading.load_to_answer(args)
+    conversation = pipeline.conversation()
     import torch
 
     if sys.stdin.isatty():
@@ -53,7 +54,7 @@ def command(args) -> int:
             if word == "/help":
                 print(CHAT_HELP)
             elif word == "/reset":
-                pipeline.reset()
+                conversation.reset()
                 images = []
                 print("(conversation forgotten)")
             elif word == "/image":
@@ -63,7 +64,7 @@ def command(args) -> int:
                 print(f"unknown command {shortened(word, 80)}\n{CHAT_HELP}")
             else:
                 print("model> ", end="", flush=True)
-                print_stream(pipeline.chat(line, images, stream=True, **loading.sampling(args)))
+                print_stream(conversation.chat(line, images, stream=True, **loading.sampling(args)))
                 images = []
         except KeyboardInterrupt:
             # Ctrl-C stops the answer, not the conversation.

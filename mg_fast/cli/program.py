@@ -11,13 +11,13 @@ import sys
 
 from .. import __version__
 from ..errors import BackendError, CheckpointError, MgFastError, PictureError, PromptError, shortened
-from . import chat, doctor, explain, run, warmup
+from . import chat, doctor, explain, run, story, warmup
 from . import compile as compile_command
 from .options import Parser
 from .streams import tolerate_other_encodings
 
 EXIT_CODES = ((CheckpointError, 3), (PictureError, 4), (PromptError, 5), (BackendError, 6))
-COMMANDS = (run, chat, explain, doctor, compile_command, warmup)
+COMMANDS = (run, chat, explain, story, doctor, compile_command, warmup)
 
 
 def build_parser() -> argparse.ArgumentParser:
