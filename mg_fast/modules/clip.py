@@ -100,6 +100,20 @@ class PackedClip(nn.Module):
             raise ValueError(f"PackedClip: {reason}")
         return cls(tower, select_layer)
 
+    @classmethod
+    def from_layers(cls, tower: CLIPVisionModel) -> "PackedClip":
+        """Packs what is before the layers of a tower, and all its layers, for callers that run them in parts.
+
+        Args:
+            tower: an object of CLIPVisionModel or of a class that inherits from it, whose other parts are not examined.
+
+        Raises:
+            ValueError: as in `from_tower`.
+        """
+        if reason := unsuited(tower, -1, layers_alone=True):
+            raise ValueError(f"PackedClip: {reason}")
+        return cls(tower, -1)
+
     @torch.no_grad()
     def forward(self, views: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
         """Views [B, 3, LR, LR] to patch features [B, N, D].
@@ -112,11 +126,29 @@ class PackedClip(nn.Module):
             ValueError: the views have another shape or device.
             RuntimeError: a gradient to the views is wanted, or the tower's weights were changed since they were packed.
         """
+        return self.run_layers(self.embed(views), 0, self.depth, backend=backend)[:, 1:]
+
+    @torch.no_grad()
+    def embed(self, views: torch.Tensor) -> torch.Tensor:
+        """Views [B, 3, LR, LR] to the input [B, 1 + N, D] of the first layer, the token of the class first.
+
+        The arguments and errors are those of `forward`.
+        """
         self._check(views)
-        hidden = self._embed(views.to(self.patch_weight.dtype))
-        for i in range(self.depth):
+        return self._embed(views.to(self.patch_weight.dtype))
+
+    @torch.no_grad()
+    def run_layers(self, hidden: torch.Tensor, first: int, last: int, *, backend: str | None = None) -> torch.Tensor:
+        """Runs the layers from `first` up to the one before `last` on hidden states [B, 1 + N, D], in place.
+
+        Args:
+            hidden: contiguous, in the dtype and on the device of the tower. It is overwritten and returned.
+            first, last: indices of layers.
+            backend: overrides the choice in force, for the products with a residual.
+        """
+        for i in range(first, last):
             self._run_layer(hidden, _Layer(*(getattr(self, f"layer{i}_{name}") for name in _Layer._fields)), backend)
-        return hidden[:, 1:]
+        return hidden
 
     def check_unchanged(self) -> None:
         """Raises RuntimeError if the tower's weights were changed since they were packed."""
@@ -203,8 +235,13 @@ def _pack(layer: nn.Module) -> _Layer:
         )
 
 
-def unsuited(tower: nn.Module, select_layer: int = -2) -> str | None:
-    """Why a tower cannot be packed, as a sentence; None where it can."""
+def unsuited(tower: nn.Module, select_layer: int = -2, *, layers_alone: bool = False) -> str | None:
+    """Why a tower cannot be packed, as a sentence; None where it can.
+
+    Args:
+        tower, select_layer: as in `PackedClip.from_tower`.
+        layers_alone: examine only what `PackedClip.from_layers` packs.
+    """
     if not isinstance(tower, CLIPVisionModel):
         return f"expected a CLIPVisionModel of transformers, got {type(tower).__name__}"
     layers = tower.encoder.layers
@@ -213,4 +250,5 @@ def unsuited(tower: nn.Module, select_layer: int = -2) -> str | None:
     activation = layers[0].mlp.activation_fn if len(layers) else QuickGELUActivation()
     if type(activation) is not QuickGELUActivation:
         return f"expected quick_gelu, the tower has {tower.config.hidden_act}"
-    return why_more_than_weights(tower, _KNOWN, placed=True)
+    packed = nn.ModuleList([tower.embeddings, tower.pre_layrnorm, tower.encoder]) if layers_alone else tower
+    return why_more_than_weights(packed, _KNOWN, placed=True)

@@ -117,15 +117,17 @@ class CapturedGraph:
 
     Args:
         graph: the graph that holds the work.
-        output: the tensor that every replay writes its result to.
+        output: the tensor, or the tuple of tensors, that every replay writes its result to.
     """
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, output: torch.Tensor):
+    def __init__(self, graph: torch.cuda.CUDAGraph, output: torch.Tensor | tuple):
         self._graph, self._output = graph, output
 
-    def replay(self) -> torch.Tensor:
+    def replay(self) -> torch.Tensor | tuple:
         """Repeats the work on what its inputs hold now; returns a copy, as the next replay overwrites the result."""
         self._graph.replay()
+        if isinstance(self._output, tuple):
+            return tuple(tensor.clone() for tensor in self._output)
         return self._output.clone()
 
 
@@ -179,7 +181,7 @@ class GraphCache:
         return self._leased.stream
 
     def capture(
-        self, work: Callable[[], torch.Tensor], device: torch.device, what: str, began: float | None = None
+        self, work: Callable[[], torch.Tensor | tuple], device: torch.device, what: str, began: float | None = None
     ) -> CapturedGraph | None:
         """Captures work on a device; None, with a warning, if it cannot be captured.
 
@@ -187,7 +189,7 @@ class GraphCache:
         captured any more (see `Captures`).
 
         Args:
-            work: launches everything, and returns the tensor that holds its result.
+            work: launches everything, and returns the tensor, or the tuple of tensors, that holds its result.
             what: name of the work in the log.
             began: the time from which seconds are counted, if preparing for the capture took time.
         """

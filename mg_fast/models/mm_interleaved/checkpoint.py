@@ -141,7 +141,8 @@ def _weights_folder(folder: Path) -> Path:
     places = [folder / name for name in WEIGHT_FOLDERS if _weight_files(folder / name)]
     if len(places) > 1:
         raise CheckpointError(
-            f"{shortened(str(folder), 120)}: expected weights in one of {' and '.join(WEIGHT_FOLDERS)}, and both hold some"
+            f"{shortened(str(folder), 120)}: expected weights in one place, but {' and '.join(WEIGHT_FOLDERS)} "
+            "both hold some"
         )
     if not places and not _weight_files(folder):
         raise CheckpointError(

@@ -200,8 +200,8 @@ class MMInterleavedForConditionalGeneration(
         after_prompt = cache is not None and int(cache.get_seq_length()) > 0
         if picture_index is None and (after_prompt or input_ids is None):
             raise PromptError(
-                "inputs_embeds, and ids after a prompt, need what model.with_pictures(input_ids, inputs) returned for "
-                "the whole prompt: picture_values or picture_features, and the rows of picture_index for their positions"
+                "inputs_embeds, and ids after a prompt, need what model.with_pictures(input_ids, inputs) gave for the "
+                "whole prompt: picture_values or picture_features, and the rows of picture_index for their positions"
             )
         if inputs_embeds is None and after_prompt:
             inputs_embeds = self.embed_ids(input_ids)

@@ -82,7 +82,7 @@ class VisualTokenizer(nn.Module):
         """The features of pictures.
 
         Args:
-            pixel_values: [n, 3, 224, 224], floating point in 0..1.
+            pixel_values: [n, 3, 224, 224], floating point in 0..1; n may be 0.
             see: replaces the tower. It is called with normalised pixels, and returns what `AdaptedClip.forward` does.
             backend: overrides the choice in force.
             stage: called with the name of every step; returns the context that the step runs in.
@@ -91,6 +91,8 @@ class VisualTokenizer(nn.Module):
             ValueError: the pixels have another shape or dtype.
         """
         self.check_pixels(pixel_values)
+        if not len(pixel_values):
+            return self._features_of_none()
         with stage("vision tower"):
             vit_tokens, maps = (see or self._see)(self.normalized(pixel_values), backend=backend)
             maps = maps + resized_positions(self.pos_embed, MAP_SIDES, skip=1, dtype=maps.dtype)
@@ -102,6 +104,13 @@ class VisualTokenizer(nn.Module):
 
     def _see(self, pixels: torch.Tensor, *, backend: str | None) -> tuple[torch.Tensor, torch.Tensor]:
         return self.vision_model(pixels, backend=backend)
+
+    def _features_of_none(self) -> VisualFeatures:
+        """The features of no pictures, which transformers' CLIP refuses to compute."""
+        (rows, width), weight = self.pos_embed.shape, self.proj.weight
+        pixels = sum(side * side for side in MAP_SIDES)
+        shapes = (self.perceiver_resampler.queries.shape[1], len(weight)), (pixels, width), (rows, width)
+        return VisualFeatures(*(weight.new_zeros(0, *shape) for shape in shapes))
 
     def normalized(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Pixels in 0..1 as CLIP takes them, in the dtype of the tower."""

@@ -55,6 +55,23 @@ def test_a_batch_gives_what_its_pictures_give_alone():
                 assert relative_error(batched[i], alone[0]) <= 2e-6
 
 
+def test_no_pictures_give_no_features():
+    tokenizer, pixels = loaded("mmi-wide"), torch.zeros(2, 3, 224, 224)
+    with torch.no_grad():
+        for none, some in zip(tokenizer(pixels[:0]), tokenizer(pixels)):
+            assert len(none) == 0 and none.shape[1:] == some.shape[1:] and none.dtype == some.dtype
+
+
+def test_every_weight_but_the_positions_gets_a_gradient():
+    """In the original, the position table is fixed, too."""
+    tokenizer = VisualTokenizer(recorded.read_config("mmi-tiny")).eval()
+    tokenizer.load_state_dict(loaded("mmi-tiny").state_dict())
+    features = tokenizer(recorded.pixels("mmi-tiny", [1], recorded.answers("mmi-tiny")), backend="torch")
+    (features.tokens.square().sum() + features.maps.square().sum()).backward()
+    without = [name for name, weight in tokenizer.named_parameters() if weight.grad is None]
+    assert without == ["pos_embed"]
+
+
 def test_bfloat16_stays_near_float32():
     """The bound allows for 24 layers of bfloat16, and would not allow for a step that is left out."""
     tokenizer = VisualTokenizer(recorded.read_config("mmi-tiny")).eval().bfloat16()
@@ -156,6 +173,9 @@ def test_real_size_has_the_published_names_and_shapes():
         f"{resampler}blip2qformer.encoder.layer.11.output_query.dense.weight": [768, 3072],
     }
     assert {name: shapes.get(name) for name in expected} == expected
+    # Nothing asks for the value of a number on the way, as CUDA graphs need it.
+    features = tokenizer.eval()(torch.zeros(2, 3, 224, 224, device="meta"), backend="torch")
+    assert [list(each.shape) for each in features] == [[2, 64, 5120], [2, 5440, 1024], [2, 257, 1024]]
     assert not any("post_layernorm" in name or "layer.11.crossattention" in name for name in shapes)
     # A tiny checkpoint has the names of the layers that both have, and no others.
     tiny = recorded.state("mmi-tiny", PREFIX).keys() - {f"{tower}embeddings.position_ids"}
