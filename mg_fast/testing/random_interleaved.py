@@ -174,7 +174,7 @@ def make_interleaved_model(
                 continue
             if name.endswith(_WITHOUT_EFFECT):
                 parameter.add_(torch.randn_like(parameter) * 0.1).add_(0.3 if parameter.dim() == 1 else 0.0)
-            elif parameter.dim() == 1 or name in ("soi_token", "image_decoder.neg_prompt_embeds"):
+            elif parameter.dim() == 1 or name.endswith(("soi_token", "neg_prompt_embeds")):
                 # Zero biases and unit gains would hide one that the code forgets to apply.
                 parameter.add_(torch.randn_like(parameter) * 0.1)
         # The original starts with logits of the two new tokens that are far below all others.

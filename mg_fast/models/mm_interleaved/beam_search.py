@@ -8,6 +8,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, St
 from transformers.generation import GenerateBeamDecoderOnlyOutput
 
 from ...errors import PromptError
+from ...runtime.layer_dtypes import call
 from ..protocol import CACHE, DecodableModel
 
 
@@ -114,7 +115,7 @@ class BeamSearch:
                 **{CACHE: cache},
                 **further.at(places),
             ).last_hidden_state
-            return model.head(hidden[:, -1:])[:, -1]
+            return call(model.head, hidden[:, -1:])[:, -1]
 
         logits = run(model.embed(ids, **prompt), 0, one_row_each).repeat_interleave(beams, dim=0)
         cache.batch_repeat_interleave(beams)
@@ -172,8 +173,8 @@ class FinishedTexts:
                 self._add(score, ids[source, prompt:])
             if len(going_on) == self.beams:
                 break
-        # As long as the text so far, the BOS included.
-        attainable = candidates[0][0] / (ids.shape[1] - prompt + 1) ** self.length_penalty
+        # The original counts the BOS and the token of this step.
+        attainable = candidates[0][0] / (ids.shape[1] - prompt + 2) ** self.length_penalty
         full = len(self.texts) == self.beams
         self.done = full and (self.early_stopping is True or min(self.texts, key=_score)[0] >= attainable)
         return going_on

@@ -44,7 +44,7 @@ WEIGHT_FOLDERS = ("checkpoint", "mm_interleaved_pretrain")
 # What trainers write beside weights under names that end like theirs.
 _NO_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin")
 # Tables that are computed. Files of old or new versions may store them or not.
-_COMPUTED = re.compile(r"\.position_ids$|\.rotary_emb\.inv_freq$")
+COMPUTED = re.compile(r"\.position_ids$|\.rotary_emb\.inv_freq$")
 # The tensor whose dtype counts as that of a checkpoint: the first one of the language model.
 _FIRST_WEIGHT = "mm_decoder.embed_tokens.weight"
 
@@ -131,8 +131,8 @@ def check_interleaved_names(expected: dict[str, tuple[int, ...]], tensors: Table
     Raises:
         CheckpointError: tensors differ. The message names every kind of difference and a few tensors of each.
     """
-    found = {name: info.shape for name, info in tensors.items() if name in expected or not _COMPUTED.search(name)}
-    expected = {name: shape for name, shape in expected.items() if name in found or not _COMPUTED.search(name)}
+    found = {name: info.shape for name, info in tensors.items() if name in expected or not COMPUTED.search(name)}
+    expected = {name: shape for name, shape in expected.items() if name in found or not COMPUTED.search(name)}
     compare_tensors(expected, found, where=where)
 
 

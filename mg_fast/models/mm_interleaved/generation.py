@@ -88,6 +88,8 @@ class InterleavedGeneration:
         ids = inputs if inputs is not None else kwargs.get("input_ids")
         if ids is None:
             raise PromptError("expected input_ids, in which the places of pictures are found, got none")
+        if kwargs.get("inputs_embeds") is not None:
+            raise PromptError("expected input_ids alone, in which the places of pictures are found, got inputs_embeds")
         given = kwargs.get("generation_config") or self.generation_config
         check_stop_strings(kwargs.get("stop_strings", given.stop_strings))
         self._check_lengths(ids, given, kwargs, allow_long)

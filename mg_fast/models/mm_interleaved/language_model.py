@@ -10,79 +10,15 @@ from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
 )
 
-from ...modules import FeatureSynchronizer
 from ...ops import backend as backends
-from ...runtime.layer_dtypes import at_seam, call, compute_dtype
 from ...runtime.weights import why_not_plain
-from .configuration import LLM_BASE, LLM_MAX_IMAGES, MMInterleavedConfig
+from .configuration import MMInterleavedConfig
+from .gated_synchronizer import GatedFeatureSynchronizer, normalised
 from .visible_pictures import in_rows, picture_index, visible
 
 # Initial values of the text head, as the original's: the new tokens begin with a small chance.
 NEW_TOKENS = 2
 HEAD_BIAS, HEAD_NEW_BIAS = -100.0, 95.0
-
-
-class GatedFeatureSynchronizer(nn.Module):
-    """What a layer of the language model reads from the pictures that its positions see, times the tanh of a gate.
-
-    Args:
-        config: the configuration of the model.
-    """
-
-    def __init__(self, config: MMInterleavedConfig):
-        super().__init__()
-        text, width = config.text_config, config.image_embed_dim
-        self.gate = nn.Parameter(torch.zeros(1))
-        self.norm1 = LlamaRMSNorm(text.hidden_size, eps=text.rms_norm_eps)
-        self.norm2 = LlamaRMSNorm(width, eps=text.rms_norm_eps)
-        self.attn = FeatureSynchronizer(
-            text.hidden_size,
-            width,
-            text.hidden_size,
-            inner_dim=width,
-            heads=config.llm_mmfs_heads,
-            points=config.llm_mmfs_points,
-            spatial_shapes=config.spatial_shapes,
-            base=LLM_BASE,
-            max_images=LLM_MAX_IMAGES,
-        )
-
-    @property
-    def inner_dim(self) -> int:
-        """Width of the projected features of a pixel, all heads together."""
-        return self.attn.sizes.inner
-
-    def values(self, features: torch.Tensor) -> torch.Tensor:
-        """The projected features [B, n, S, inner] of maps [B, n, S, C]."""
-        return self.attn.values(call(self.norm2, at_seam(features, self.attn))).flatten(-2)
-
-    def forward(
-        self,
-        hidden: torch.Tensor,
-        points: torch.Tensor,
-        index: torch.Tensor,
-        *,
-        values: torch.Tensor | None = None,
-        features: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """What is added to hidden states [B, Q, D].
-
-        Args:
-            hidden: [B, Q, D].
-            points: [1, 1, 1, 2], where the offsets start.
-            index: int64 [B, Q, n], the relative index of the pictures.
-            values: [V, n, S, inner], the projected features. Each row serves B / V consecutive rows of `hidden`.
-            features: [V, n, S, C], the maps, in the place of the values; they are projected in this call.
-        """
-        query = at_seam(self.norm1(hidden), self.attn)
-        rows = len(features if values is None else values)
-        grouped, index = group_rows(query, index, rows)
-        if values is None:
-            read = self.attn(grouped, at_seam(self.norm2(features), self.attn), points, index=index)
-        else:
-            values = values.unflatten(-1, (self.attn.sizes.heads, -1))
-            read = self.attn(grouped, None, points, values=at_seam(values, self.attn.value_proj), index=index)
-        return self.gate.tanh() * read.reshape(hidden.shape)
 
 
 class SynchronizedDecoderLayer(LlamaDecoderLayer):
@@ -180,10 +116,10 @@ class SynchronizedLlamaModel(LlamaModel):
                 0, features.shape[:-2]
             )
         first = parts[0]
-        dtype = compute_dtype(first.attn.value_proj)
+        dtype = first.attn.value_proj.weight.dtype
         gains = [part.attn.value_proj.weight.float() * part.norm2.weight.float() for part in parts]
         bias = torch.cat([part.attn.value_proj.bias for part in parts])
-        return F.linear(normalised(features, first.norm2).to(dtype), torch.cat(gains).to(dtype), bias)
+        return F.linear(normalised(features, first.norm2.variance_epsilon).to(dtype), torch.cat(gains).to(dtype), bias)
 
     def picture_arguments(
         self, input_ids: torch.Tensor, num_image_per_seq: torch.Tensor, image_maps: torch.Tensor
@@ -251,24 +187,6 @@ class SynchronizedLlamaModel(LlamaModel):
     def _reads_maps(self, device: torch.device) -> bool:
         """Whether every pass projects the maps again: the original's steps, which are the reference."""
         return backends.choose("feature_sync", None, device) == "reference"
-
-
-def normalised(features: torch.Tensor, norm: LlamaRMSNorm) -> torch.Tensor:
-    """Features [..., C] with a root mean square of one, before the norm's gain."""
-    return F.rms_norm(features, features.shape[-1:], None, norm.variance_epsilon)
-
-
-def group_rows(query: torch.Tensor, index: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Puts the queries [B, Q, D] and indices [B, Q, n] of consecutive rows that share pictures into `rows` rows.
-
-    Raises:
-        ValueError: B is not a multiple of `rows`.
-    """
-    if len(query) == rows:
-        return query, index
-    if rows == 0 or len(query) % rows:
-        raise ValueError(f"{len(query)} row(s) of tokens cannot share the pictures of {rows} row(s)")
-    return query.reshape(rows, -1, query.shape[-1]), index.reshape(rows, -1, index.shape[-1])
 
 
 def _one_product(parts: list[nn.Module]) -> bool:

@@ -9,7 +9,7 @@ from ...errors import CheckpointError
 from ...quantization import check_config, check_savable, finish, named_config
 from ...runtime.device_maps import complete_device_map
 from ...runtime.dtypes import wanted_dtype
-from .checkpoint import InterleavedCheckpoint, check_interleaved_names, open_interleaved
+from .checkpoint import COMPUTED, InterleavedCheckpoint, check_interleaved_names, open_interleaved
 from .configuration import MMInterleavedConfig
 
 # Full names of what quantization leaves in its dtype: everything except the self-attention and the MLPs of the language
@@ -20,6 +20,7 @@ UNQUANTIZED_PARTS = (
     r"mm_decoder\.layers\.\d+\.llama_cross_attn",
     "text_decoder",
     "context_feat_proj",
+    "picture_mark",
     "image_decoder",
 )
 
@@ -114,6 +115,8 @@ class InterleavedCheckpoints:
             output_loading_info=True,
             **kwargs,
         )
+        # Tables that are computed may be absent.
+        info["missing_keys"] = {name for name in info["missing_keys"] if not COMPUTED.search(name)}
         if info["missing_keys"] or info["mismatched_keys"]:
             names = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
             raise CheckpointError(

@@ -22,6 +22,7 @@ from .generation import InterleavedGeneration, default_generation_config
 from .image_decoder import ImageDecoder
 from .language_model import SynchronizedLlamaModel, TextDecoder
 from .loading import InterleavedCheckpoints
+from .naming import register_names
 from .visual_tokenizer import VisualTokenizer
 
 
@@ -59,6 +60,24 @@ class MMInterleavedPreTrainedModel(PreTrainedModel):
         return execution_device(self)
 
 
+class PictureMark(nn.Module):
+    """Holds what is added to the embedding of the token that begins a picture.
+
+    It is a module, because accelerate and torchao pass over parameters that lie outside of any module.
+
+    Args:
+        width: of the language model.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.soi_token = nn.Parameter(torch.zeros(1, width))
+
+    def forward(self) -> torch.Tensor:
+        """The parameter, [1, D]; where it is offloaded, it is brought to the device for this call."""
+        return self.soi_token
+
+
 class MMInterleavedForConditionalGeneration(
     InterleavedCheckpoints,
     InterleavedGeneration,
@@ -69,7 +88,8 @@ class MMInterleavedForConditionalGeneration(
 ):
     """MM-Interleaved (arXiv 2401.10208): reads pictures and texts in any order, answers, and draws pictures.
 
-    It loads published checkpoints by folder or hub id with `from_pretrained`. The parameters have the published names.
+    It loads published checkpoints by folder or hub id with `from_pretrained`. The parameters have the published
+    names, except for `picture_mark.soi_token`.
 
     Args:
         config: a complete configuration.
@@ -86,10 +106,15 @@ class MMInterleavedForConditionalGeneration(
         self.mm_decoder = SynchronizedLlamaModel(config)
         self.text_decoder = TextDecoder(config)
         self.context_feat_proj = nn.Linear(width, width)
-        self.soi_token = nn.Parameter(torch.zeros(1, width))
+        self.picture_mark = PictureMark(width)
         self.image_decoder = ImageDecoder(config)
         self.generation_config = default_generation_config(config)
         self.post_init()
+
+    @property
+    def soi_token(self) -> torch.Tensor:
+        """What is added to the embedding of the token that begins a picture, [1, D]."""
+        return self.picture_mark()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.mm_decoder.embed_tokens
@@ -242,4 +267,5 @@ class MMInterleavedForConditionalGeneration(
         return output.to_tuple() if return_dict is False else output
 
 
+register_names(MMInterleavedForConditionalGeneration)
 register_model(MMInterleavedConfig, MMInterleavedForConditionalGeneration)

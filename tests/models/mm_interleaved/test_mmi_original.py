@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import mg_fast
-from mg_fast import MMInterleavedForConditionalGeneration
 from mg_fast.testing.tolerances import relative_error
+from tests.models.mm_interleaved.loaded import load
 from tests.models.mm_interleaved.recorded import NAMES, answers, folder_of, pixels, requests
 
 STAGES, LOGITS = 2e-5, 5e-5
@@ -21,11 +21,6 @@ GREEDY = [("vqa", "greedy"), ("vqa", "greedy_free"), ("caption", "greedy"), ("ca
 @pytest.fixture(autouse=True)
 def quick(one_thread):
     """One thread for every test, because both models are tiny."""
-
-
-@functools.cache
-def load(name: str):
-    return MMInterleavedForConditionalGeneration.from_pretrained(folder_of(name), dtype=torch.float32)
 
 
 @functools.cache
