@@ -37,6 +37,8 @@ ORIGINAL_DTYPE = torch.float32
 # Functions that make tables once.
 TABLES = (pixel_centres, sequence_positions)
 MODEL = "interleaved-13b"
+# How the names of the cases begin.
+GROUP = "interleaved/13b-"
 
 Packed = TypeVar("Packed")
 
@@ -72,10 +74,10 @@ def subjects() -> dict[str, Callable[[], FakeInterleaved]]:
 
 def cases() -> dict[str, tuple[str, Callable[[FakeInterleaved], dict[str, FakeCall]]]]:
     """By name the subject of a case, and what makes its providers."""
-    found = {f"interleaved/decode-n{n}-b1-bfloat16": functools.partial(_decode, n) for n in PICTURES}
-    found |= {f"interleaved/prefill-n{n}-b1-bfloat16": functools.partial(_prefill, n) for n in PICTURES}
-    found["interleaved/step-b1-bfloat16"] = _step
-    found[f"interleaved/whole-n{WHOLE_PICTURES}-b1-bfloat16"] = _whole
+    found = {f"{GROUP}decode-n{n}-b1-bfloat16": functools.partial(_decode, n) for n in PICTURES}
+    found |= {f"{GROUP}prefill-n{n}-b1-bfloat16": functools.partial(_prefill, n) for n in PICTURES}
+    found[f"{GROUP}step-b1-bfloat16"] = _step
+    found[f"{GROUP}whole-n{WHOLE_PICTURES}-b1-bfloat16"] = _whole
     return {name: (MODEL, make) for name, make in found.items()}
 
 

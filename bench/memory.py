@@ -24,7 +24,7 @@ from .registry import choose_names
 
 PREDICTED = records.RESULTS / "predicted.json"
 # How the names of whole models begin.
-WHOLE = ("end-to-end/", "interleaved/whole")
+WHOLE = ("end-to-end/", f"{fake_interleaved.GROUP}whole")
 SAVE = "`python -m bench memory --save`"
 LIBRARIES = """\
 What libraries take for themselves is not in these figures:
@@ -117,7 +117,7 @@ def record(predictions: Predictions) -> dict:
 def versions() -> dict[str, str | None]:
     """The versions of the packages that the predictions depend on."""
     stack = environment()
-    return {package: stack[package] for package in ("torch", "triton", "transformers")}
+    return {package: stack[package] for package in ("torch", "triton", "transformers", "diffusers")}
 
 
 def recorded() -> dict[str, dict[str, dict[str, int]]]:

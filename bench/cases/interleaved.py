@@ -21,7 +21,7 @@ from .interleaved_sessions import QUESTION, ROUND_PICTURES, InterleavedSession, 
 
 SIZES = (
     InterleavedSize("13b", "bfloat16", 30, ("cuda",)),
-    InterleavedSize("tiny", "float32", 3, ()),
+    InterleavedSize("tiny", "float32", 2, ()),
 )
 PICTURES = (1, 4, 8)
 GREEDY = {"do_sample": False, "num_beams": 1}
