@@ -61,10 +61,11 @@ class ImageDecoder(nn.Module):
         self.config = config
         rows, width = config.condition_length, config.condition_width
         settings = config.image_perceiver or {}
-        if (settings.get("num_queries"), settings.get("hidden_size")) != (rows, width):
+        gives = settings.get("num_queries"), settings.get("hidden_size")
+        if gives != (rows, width):
             raise CheckpointError(
-                f"the image perceiver must give [{rows}, {width}], as condition_length and condition_width say, "
-                f"but its num_queries and hidden_size are {settings.get('num_queries')} and {settings.get('hidden_size')}"
+                f"the image perceiver must give {rows} rows of width {width}, as condition_length and condition_width "
+                f"say, but its num_queries and hidden_size are {gives[0]} and {gives[1]}"
             )
         self.neg_prompt_embeds = nn.Parameter(torch.zeros(1, rows, width))
         self.perceiver_resampler = PerceiverResampler(settings)
