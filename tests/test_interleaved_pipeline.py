@@ -1,4 +1,4 @@
-"""`mg_fast.load` and the commands recognise MM-Interleaved, in the published layout and as `save_pretrained` writes it."""
+"""`mg_fast.load` and the commands recognise MM-Interleaved, as published and as `save_pretrained` writes it."""
 
 import copy
 import json
@@ -24,6 +24,14 @@ def published():
 @pytest.fixture(scope="module")
 def pipeline(published):
     return mg_fast.load(published, dtype="float32", device="cpu")
+
+
+@pytest.fixture
+def loaded(pipeline, monkeypatch):
+    """Commands get a pipeline over the loaded model."""
+    made = mg_fast.InterleavedPipeline(pipeline.model, pipeline.processor)
+    made.load_seconds = 0.0
+    monkeypatch.setattr(mg_fast.pipeline, "load", lambda path, **options: made)
 
 
 @pytest.fixture
@@ -74,11 +82,16 @@ def test_run(run, pipeline, published):
     picture = published / "image0.png"
     code, out, err = run("run", "--image", picture, "--prompt", WORDS, "--max-new-tokens", 6)
     assert (code, out) == (0, pipeline.chat(WORDS, [picture], max_new_tokens=6).text + "\n") and "template" not in err
+
+
+@pytest.mark.usefixtures("loaded")
+def test_run_as_a_document(run):
     code, out, _ = run("run", "--prompt", "Hello.", "--max-new-tokens", 3, "--json", "--profile")
     document = json.loads(out)
     assert code == 0 and document["image_tokens"] == 0 and [stage["name"] for stage in document["stages"]]
 
 
+@pytest.mark.usefixtures("loaded")
 def test_chat(run, pipeline, published, monkeypatch):
     picture = published / "image0.png"
     lines = iter([f"/image {picture}", WORDS, "And then", "/reset", "/quit"])
@@ -90,6 +103,7 @@ def test_chat(run, pipeline, published, monkeypatch):
     assert code == 0 and first in out and conversation.chat("And then", max_new_tokens=6).text in out
 
 
+@pytest.mark.usefixtures("loaded")
 def test_commands_that_do_not_know_this_family_say_why(run, published, tmp_path, capsys):
     code, _, err = run("explain", "--image", published / "image0.png", "--out", tmp_path / "out.png")
     assert code == 3 and "a heat map shows the pixels that Mini-Gemini mines" in err

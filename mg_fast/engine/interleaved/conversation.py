@@ -138,7 +138,7 @@ class InterleavedConversation:
         """
         stages = self.stages
         drawing = drawing_options(seed, stages.answers.model.config, stages.answers.device, **options)
-        read = read_items(items)
+        read = read_items(items).before_picture()
         with self._running:
             version, sequence = self._begin(read, allow_urls=allow_urls)
             if not sequence.ids:
@@ -196,6 +196,8 @@ class InterleavedConversation:
 
         drawing()  # Errors come before any work.
         read = read_items(items)
+        if loop.start_with_picture:
+            read = read.before_picture()
         if not (loop.start_with_picture or read.pictures or self.sequence.pictures):
             raise PromptError(
                 "expected at least one picture before the first text, got none: start_with_picture=True draws one first"
