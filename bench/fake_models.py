@@ -74,10 +74,10 @@ class FakePicture:
     def __init__(self, size: str, setting: Setting):
         self.size, self.setting = size, setting
         side = setting.side // 4
-        self.queries = _empty(1, setting.views, PATCHES**2, WIDTH)
-        self.pyramid = [_empty(1, side >> s, side >> s, c) for s, c in enumerate(DIMS)]
-        self.views = _empty(setting.views, 3, LR, LR)
-        self.pixels = _empty(1, 3, setting.side, setting.side)
+        self.queries = empty(1, setting.views, PATCHES**2, WIDTH)
+        self.pyramid = [empty(1, side >> s, side >> s, c) for s, c in enumerate(DIMS)]
+        self.views = empty(setting.views, 3, LR, LR)
+        self.pixels = empty(1, 3, setting.side, setting.side)
 
     @functools.cached_property
     def model(self) -> MiniGeminiForConditionalGeneration:
@@ -86,21 +86,21 @@ class FakePicture:
     @functools.cached_property
     def clip(self) -> tuple[int, Callable]:
         """Bytes that the packed low-resolution tower holds beside the weights, and the tower."""
-        return _held(lambda: PackedClip.from_tower(self.model.model.vision_tower))
+        return held_by(lambda: PackedClip.from_tower(self.model.model.vision_tower))
 
     @functools.cached_property
     def tower(self) -> tuple[int, Callable]:
         """Bytes that the packed high-resolution tower holds beside the weights, and the tower."""
-        return _held(self.model.model.vision_tower_aux.pack)
+        return held_by(self.model.model.vision_tower_aux.pack)
 
 
-def _held(make: Callable[[], Callable]) -> tuple[int, Callable]:
+def held_by(make: Callable[[], Callable]) -> tuple[int, Callable]:
     with Count("cuda") as count:
         made = make()
     return count.live, made
 
 
-def _empty(*shape: int, dtype: torch.dtype = DTYPE) -> torch.Tensor:
+def empty(*shape: int, dtype: torch.dtype = DTYPE) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="cuda")
 
 
@@ -111,7 +111,7 @@ def _providers(weights: int, call: Callable[[str], object], *backends: str) -> d
 
 def _resize(setting: Setting) -> tuple[torch.Tensor, torch.Tensor]:
     """A camera's picture, copied to the GPU and resized there."""
-    picture = _empty(PICTURE[1], PICTURE[0], 3, dtype=torch.uint8)
+    picture = empty(PICTURE[1], PICTURE[0], 3, dtype=torch.uint8)
     return ops.dual_resize(picture, **setting.resize, backend="triton")
 
 
@@ -169,7 +169,7 @@ def _picture(of: FakePicture) -> dict[str, FakeCall]:
 def _encode(of: FakePicture, backend: str) -> torch.Tensor:
     """The image tokens of a picture by the model's own modules; its pixels come from a CPU, in float32."""
     views, side = of.setting.views, of.setting.side
-    pixels = _empty(1, views, 3, LR, LR, dtype=torch.float32), _empty(1, 3, side, side, dtype=torch.float32)
+    pixels = empty(1, views, 3, LR, LR, dtype=torch.float32), empty(1, 3, side, side, dtype=torch.float32)
     # The results of a processor are converted to the model's dtype.
     return of.model.model.get_image_features(*(p.to(DTYPE) for p in pixels), backend=backend).pooler_output
 
@@ -210,8 +210,8 @@ def _prefill(of: FakePicture, attention: str, tokens: torch.Tensor) -> tuple[tor
     """The language model's last hidden states [1, L, hidden] over a picture and a text, and its cache."""
     of.model.set_attn_implementation({"text_config": attention})
     inner, length = of.model.model, tokens.shape[1] + TEXT_TOKENS
-    embedded = inner.language_model.get_input_embeddings()(_empty(1, length, dtype=torch.int64))
-    embedded = inner.splice(embedded, tokens, _empty(1, length, dtype=torch.int64), checked=False)
+    embedded = inner.language_model.get_input_embeddings()(empty(1, length, dtype=torch.int64))
+    embedded = inner.splice(embedded, tokens, empty(1, length, dtype=torch.int64), checked=False)
     cache = DynamicCache(config=of.model.config.text_config)
     return inner.language_model(inputs_embeds=embedded, use_cache=True, **{CACHE: cache}).last_hidden_state, cache
 
@@ -219,8 +219,13 @@ def _prefill(of: FakePicture, attention: str, tokens: torch.Tensor) -> tuple[tor
 _PARTS = {"clip": _clip, "tower": _tower, "patch_mining": _mining, "projector": _projector, "picture": _picture}
 
 
+def subjects() -> dict[str, Callable[[], FakePicture]]:
+    """What cases are about, by the name of the whole model."""
+    return {name: functools.partial(FakePicture, *of) for name, of in MODELS.items()}
+
+
 def cases() -> dict[str, tuple[str, Callable[[FakePicture], dict[str, FakeCall]]]]:
-    """By name the model of a case, and what makes its providers; parts take the first model of their setting."""
+    """By name the subject of a case, and what makes its providers; parts take the first model of their setting."""
     first = {setting: model for model, (_, setting) in reversed(MODELS.items())}
     found = {f"dual_resize/{of.name}-float32": (first[of], _preprocess) for of in SETTINGS}
     found |= {f"{part}/{of.name}-b1-bfloat16": (first[of], make) for part, make in _PARTS.items() for of in SETTINGS}

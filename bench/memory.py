@@ -15,14 +15,16 @@ from torch._subclasses import FakeTensorMode
 from mg_fast.runtime.device_tables import caching_fake_tensors
 from mg_fast.testing.environment import environment
 
-from . import records
+from . import fake_interleaved, fake_models, records
 from .costs.gpus import CARDS_GB
 from .counting import Count
 from .errors import BadRecord
-from .fake_models import MODELS, TABLES, FakeCall, FakePicture, cases
+from .fake_models import FakeCall
 from .registry import choose_names
 
 PREDICTED = records.RESULTS / "predicted.json"
+# How the names of whole models begin.
+WHOLE = ("end-to-end/", f"{fake_interleaved.GROUP}whole")
 SAVE = "`python -m bench memory --save`"
 LIBRARIES = """\
 What libraries take for themselves is not in these figures:
@@ -61,17 +63,34 @@ class Prediction:
 Predictions = dict[str, dict[str, Prediction]]
 
 
-def predict(patterns: Sequence[str] = ()) -> Predictions:
-    """Predictions of the cases that patterns choose; raises UnknownCase for a pattern that names none."""
+# The modules that make models without values; each has `subjects`, `cases` and TABLES.
+FAMILIES = (fake_models, fake_interleaved)
+
+
+def cases() -> dict[str, tuple[str, Callable[[object], dict[str, FakeCall]]]]:
+    """By name the subject of every case, and what makes its providers."""
+    return {name: case for family in FAMILIES for name, case in family.cases().items()}
+
+
+def predict(patterns: Sequence[str] = (), providers: Sequence[str] = ()) -> Predictions:
+    """Predictions of the cases that patterns choose; raises UnknownCase for a pattern that names none.
+
+    Args:
+        patterns: names, shell patterns or groups; none: all cases.
+        providers: the providers that are predicted; none: all.
+    """
     chosen, found = choose_names(list(cases()), patterns, "memory"), {}
+    tables = [table for family in FAMILIES for table in family.TABLES]
+    subjects = {name: make for family in FAMILIES for name, make in family.subjects().items()}
     # Only one model exists at a time. Making the modules of one takes seconds.
-    for model in MODELS:
-        with FakeTensorMode(), caching_fake_tensors(*TABLES) as tables_made:
-            picture = FakePicture(*MODELS[model])
+    for subject, make_subject in subjects.items():
+        with FakeTensorMode(), caching_fake_tensors(*tables) as tables_made:
+            made = make_subject()
             for name in chosen:
                 needed, make = cases()[name]
-                if needed == model:
-                    found[name] = {label: _predict(provider, tables_made) for label, provider in make(picture).items()}
+                if needed == subject:
+                    calls = {label: call for label, call in make(made).items() if not providers or label in providers}
+                    found[name] = {label: _predict(call, tables_made) for label, call in calls.items()}
     return {name: found[name] for name in chosen}
 
 
@@ -98,7 +117,7 @@ def record(predictions: Predictions) -> dict:
 def versions() -> dict[str, str | None]:
     """The versions of the packages that the predictions depend on."""
     stack = environment()
-    return {package: stack[package] for package in ("torch", "triton", "transformers")}
+    return {package: stack[package] for package in ("torch", "triton", "transformers", "diffusers")}
 
 
 def recorded() -> dict[str, dict[str, dict[str, int]]]:
@@ -150,7 +169,7 @@ def fit_table(predictions: Predictions) -> str:
     """Whether weights and peak of the whole models fit on common cards; empty where no whole model was predicted."""
     rows = []
     for name, provider, p in _each(predictions):
-        if name.startswith("end-to-end/"):
+        if name.startswith(WHOLE):
             needed = (p.weights + p.peak) / 1e9
             rows.append((name, provider, f"{needed:.1f}", *("yes" if needed <= gb else "no" for gb in CARDS_GB)))
     return _columns([("would it fit?", "provider", "GB", *(f"{gb} GB" for gb in CARDS_GB)), *rows]) if rows else ""

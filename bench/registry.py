@@ -27,7 +27,16 @@ DTYPES = ("float32", "bfloat16", "float16")
 # those that fails is a finding and no error.
 OURS = ("torch", "auto", "triton", "packed", "23 layers")
 # Groups of cases of a whole stage or more; the other groups are single kernels and stress shapes.
-STAGE_GROUPS = ("patch_mining", "tower", "clip", "dual_resize", "projector", "picture", "end-to-end")
+STAGE_GROUPS = (
+    "patch_mining",
+    "tower",
+    "clip",
+    "dual_resize",
+    "projector",
+    "picture",
+    "interleaved",
+    "end-to-end",
+)
 # The providers of a quick run: compiling takes longer than everything else together.
 QUICK_PROVIDERS = ("reference", "torch", "triton")
 

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from . import operation_tables, tables
+from . import interleaved_tables, operation_tables, tables
 from .errors import BadRecord
 from .figures import Records, records_by_device
 from .page import page
@@ -23,6 +23,7 @@ TABLES = {
     "feature_sync": operation_tables.synchronizer_table,
     "issue": operation_tables.issue_table,
     "predicted": tables.predicted_table,
+    "interleaved": interleaved_tables.interleaved_table,
 }
 
 _MARKED = re.compile(r"(<!-- bench:(?P<name>[\w-]+) -->\n)(?P<table>.*?)(<!-- /bench -->)", re.DOTALL)

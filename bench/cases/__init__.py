@@ -12,7 +12,7 @@ from mg_fast import ops
 from ..registry import Case
 
 FIRST = ("patch_mining", "towers", "dual_resize", "picture")
-LAST = ("end_to_end", "stress")
+LAST = ("end_to_end", "interleaved", "stress")
 
 
 def all_cases() -> dict[str, Case]:

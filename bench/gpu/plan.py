@@ -133,16 +133,23 @@ def full_plan(device: str = "cuda") -> list[Step]:
         Part((decode,), ("auto, compiled",)),
         Part((decode,), ("auto, static cache",)),
     )
+    # The published size of MM-Interleaved, by the original's steps and by ours.
+    interleaved = (
+        Part(("interleaved/13b-decode-n4-b1-bfloat16",), ("reference", "auto")),
+        Part(("interleaved/13b-picture-b1-bfloat16",), ("reference", "auto")),
+    )
+    several = "MM-Interleaved: one more token with four pictures in context, and a picture of 30 steps"
     found = "answers of a 7B model: first token, one more token, a table of its kernels, compiled"
     return [
         Step("environment", environment, 25, ENVIRONMENT, ("bench", "ceilings", "--device", device)),
         Step("smoke", smoke, 60, CORRECTNESS, ("bench", "smoke", "--device", device)),
-        Step("patch_mining", "patch info mining of one picture", 45, CASES, parts=patch_mining),
+        Step("patch_mining", "patch info mining of one picture", 40, CASES, parts=patch_mining),
         Step("sampling", "deformable attention and the synchronizer", 40, CASES, parts=sampling),
-        Step("towers", "both towers and the projector of one picture", 50, CASES, parts=towers),
-        Step("pixels", "pixels on the device to image tokens, with a table of the kernels", 35, CASES, parts=pixels),
-        Step("kernels", "the other kernels alone", 35, CASES, parts=kernels),
-        Step("decode", found, 70, END_TO_END, parts=answers),
+        Step("towers", "both towers and the projector of one picture", 45, CASES, parts=towers),
+        Step("pixels", "pixels on the device to image tokens, with a table of the kernels", 30, CASES, parts=pixels),
+        Step("kernels", "the other kernels alone", 30, CASES, parts=kernels),
+        Step("decode", found, 60, END_TO_END, parts=answers),
+        Step("interleaved", several, 30, END_TO_END, parts=interleaved),
         Step("tests", "all tests of the kernels, the published sizes first", 120, CORRECTNESS, _tests()),
         Step(
             "tuning",

@@ -33,6 +33,7 @@ def environment() -> dict:
         "torch": str(torch.__version__),
         "triton": _version("triton"),
         "transformers": _version("transformers"),
+        "diffusers": _version("diffusers"),
         "commit": _command("git", "describe", "--always", "--dirty", "--abbrev=12") or os.environ.get("MG_FAST_COMMIT"),
     }
 

@@ -12,7 +12,7 @@ from bench.__main__ import main
 from bench.cases import all_cases
 from bench.counting import Count
 from bench.errors import BadRecord
-from bench.fake_models import cases, empty_model
+from bench.fake_models import empty_model
 from bench.memory import Prediction
 from mg_fast.modules import convnext_channels_last as convnext
 from mg_fast.modules.clip import PackedClip
@@ -42,7 +42,7 @@ def test_as_recorded(predictions):
     found = list(memory.differences(recorded, predictions))
     assert not found, "\n".join(found)
     # All other cases are recorded too.
-    assert list(recorded) == list(cases())
+    assert list(recorded) == list(memory.cases())
 
 
 def test_mining_in_hd(predictions):

@@ -119,7 +119,7 @@ class PictureDrawer:
                 latents = None
                 if options.latents is not None:
                     latents = options.latents[k * targets + some.start : k * targets + some.stop]
-                constants = self._constants(condition[some], _rows(maps, some), _rows(maps_mask, some), options)
+                constants = self.constants(condition[some], _rows(maps, some), _rows(maps_mask, some), options)
                 # A graph's inputs belong to one batch at a time.
                 with self._lock if self._graphs is not None else contextlib.nullcontext():
                     latents = self._denoise(constants, some.stop - some.start, latents, generator, options, backend)
@@ -127,7 +127,14 @@ class PictureDrawer:
                 pictures += [self.decode(one[None]) for one in latents]
         return torch.cat(pictures)
 
-    def _constants(self, condition, maps, mask, options: DrawingOptions) -> Constants:
+    def constants(
+        self,
+        condition: torch.Tensor,
+        maps: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        options: DrawingOptions,
+    ) -> Constants:
+        """What all steps of a batch share, for `predict`; the arguments are those of a call."""
         condition, guidance = condition.to(self.device, self.dtype), None
         if options.guided:
             negative = self._decoder.neg_prompt_embeds.to(self.dtype).expand_as(condition)
