@@ -70,13 +70,61 @@ class PieceStream(BaseStreamer):
             self.sent = text
 
 
-def pieces(run: Callable, keep: Callable, device: torch.device) -> Iterator[str]:
-    """Yields the pieces of text of a generation that runs in its own thread, and raises the errors of that thread.
+class AnswerStream:
+    """An iterator over the pieces of an answer's text, which join to the text of the whole answer.
+
+    Attributes:
+        answer: the whole answer with its pictures, once the stream has been read to its end; None before.
+    """
+
+    def __init__(self, found: Iterator):
+        self._found = found
+        self.answer = None
+
+    def __iter__(self) -> "AnswerStream":
+        return self
+
+    def __next__(self) -> str:
+        piece = next(self._found)
+        if isinstance(piece, str):
+            return piece
+        self.answer = piece
+        # Nothing comes after the answer.
+        next(self._found, None)
+        raise StopIteration
+
+    def close(self) -> None:
+        """Ends the generation; the conversation stays as it was unless the text has been read to its end."""
+        self._found.close()
+
+    @property
+    def image_prompts(self) -> list[str]:
+        """Those of the answer; empty before the end."""
+        return [] if self.answer is None else self.answer.image_prompts
+
+    @property
+    def images(self) -> list:
+        """Those of the answer; empty before the end."""
+        return [] if self.answer is None else self.answer.images
+
+    @property
+    def no_image_reason(self) -> str | None:
+        """That of the answer."""
+        return "the stream has not been read to its end" if self.answer is None else self.answer.no_image_reason
+
+    @property
+    def image_error(self) -> Exception | None:
+        """That of the answer."""
+        return None if self.answer is None else self.answer.image_error
+
+
+def pieces(run: Callable, keep: Callable, device: torch.device) -> AnswerStream:
+    """The pieces of text of a generation that runs in its own thread. Reading them raises the errors of that thread.
 
     Args:
         run: the generation; called with `emit`, which takes pieces of text, and `criterion`, which ends the generation
             when the pieces are no longer read.
-        keep: called with the result of `run` when all pieces have been read.
+        keep: called with the result of `run` when all pieces have been read; returns the answer of the stream.
         device: the device of the generation.
     """
     found: queue.SimpleQueue = queue.SimpleQueue()
@@ -98,7 +146,7 @@ def pieces(run: Callable, keep: Callable, device: torch.device) -> Iterator[str]
         except BaseException as error:  # Any error is handed over to the reader.
             found.put(error)
 
-    def read() -> Iterator[str]:
+    def read() -> Iterator:
         thread = threading.Thread(target=work, name="mg_fast-stream", daemon=True)
         thread.start()
         try:
@@ -106,9 +154,9 @@ def pieces(run: Callable, keep: Callable, device: torch.device) -> Iterator[str]
                 yield piece
             if isinstance(piece, BaseException):
                 raise piece
-            keep(piece)
+            yield keep(piece)
         finally:
             abandoned.set()
             thread.join()
 
-    return read()
+    return AnswerStream(read())
