@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from PIL import Image
 
 from ..errors import PromptError, quoted
+from ..hints import ocr as reading
 from ..models.templates import IMAGE_TAG, render, with_picture_tags
 from ..runtime.arguments import check_text
 from ..runtime.meter import Meter
@@ -16,7 +17,7 @@ from .answers import Answer, AnswerStage
 from .drawing import MARKER, drawing_options, with_pictures
 from .options import Sampling
 from .streaming import AnswerStream, pieces
-from .vision import SeenPicture, VisionStage
+from .vision import SeenPicture, VisionStage, decoded
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +92,7 @@ class Conversation:
         allow_urls: bool = False,
         profile: bool = False,
         draw: bool | Mapping[str, object] = False,
+        ocr: bool = False,
         **generate_options,
     ) -> "Answer | AnswerStream":
         """Asks a question, and keeps the question and its answer in the conversation.
@@ -108,6 +110,8 @@ class Conversation:
                 `mg_fast.drawing.Painter.draw`; without a seed of its own the picture has the answer's. With
                 `{"like": "last"}` a picture follows the one that was drawn before it in this conversation. A stream
                 has the pictures once it has been read to its end.
+            ocr: read the text in the new pictures (`mg_fast.hints.ocr`) and add it to the question, as the original's
+                command line does. A picture without text adds nothing.
             profile: measure time and memory of every stage, for `Answer.stages`; cannot be combined with `stream`.
 
         Raises:
@@ -123,6 +127,9 @@ class Conversation:
         options = drawing_options(draw, sampling.seed)
         generator = sampling.generator(self.answers.device)
         question, images = as_question(text, images)
+        if ocr:
+            images = [decoded(image, allow_urls) for image in images]
+            question += "".join(reading.hint(reading.read(image)) for image in images)
         if options is not None:
             question += MARKER
 
