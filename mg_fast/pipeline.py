@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -13,6 +13,7 @@ from .engine.answers import Answer, AnswerStage
 from .engine.conversation import Conversation
 from .engine.first_use import warm_up
 from .engine.options import CacheOptions, Sampling
+from .engine.streaming import AnswerStream
 from .engine.vision import VisionStage, decoded
 from .errors import BackendError, PictureError, quoted
 from .models import builtin
@@ -40,6 +41,8 @@ class Pipeline:
         image_cache_bytes, kv_cache_bytes: see `CacheOptions`.
         compiled: on a GPU, decode through torch.compile, which takes seconds to a minute at the first answer.
         cuda_graphs: on a GPU, capture the work in CUDA graphs; without graphs less memory is needed.
+        painter: the `mg_fast.drawing.Painter` that draws what answers ask for, or a folder or hub id for
+            `mg_fast.drawing.load_painter`; None: nothing can be drawn.
 
     Attributes:
         vision: the `VisionStage`, which turns pictures into image tokens.
@@ -57,6 +60,7 @@ class Pipeline:
         kv_cache_bytes: int | None = CacheOptions.kv_cache_bytes,
         compiled: bool = False,
         cuda_graphs: bool = True,
+        painter=None,
     ):
         caches = CacheOptions(image_cache_bytes, kv_cache_bytes)
         check_everywhere(backend, execution_device(model.get_input_embeddings()))
@@ -64,7 +68,7 @@ class Pipeline:
         self.vision = VisionStage(model, processor.image_processor, **stage)
         self.answers = AnswerStage(model, processor, compiled=compiled, **stage)
         self.load_seconds: float | None = None
-        self._own = Conversation(self.vision, self.answers, processor.template)
+        self._own = Conversation(self.vision, self.answers, processor.template, _as_painter(painter, self.device))
 
     def __reduce_ex__(self, protocol):
         """Refuses copying and pickling, which the locks and the memory of a decoder do not allow."""
@@ -93,6 +97,20 @@ class Pipeline:
     def template(self) -> str:
         """The name of the prompt template."""
         return self._own.template
+
+    @property
+    def painter(self):
+        """The painter of the pipeline's own conversation, and of those that are opened from now on."""
+        return self._own.painter
+
+    @painter.setter
+    def painter(self, painter) -> None:
+        self._own.painter = _as_painter(painter, self.device)
+
+    @property
+    def last_drawn(self):
+        """The picture that was drawn last in the pipeline's own conversation; None before the first one."""
+        return self._own.last_drawn
 
     @property
     def device(self) -> torch.device:
@@ -125,7 +143,7 @@ class Pipeline:
         """
         return warm_up(self.vision, self.answers, self.template)
 
-    def chat(self, text: str, images: Sequence | None = None, **options) -> "Answer | Iterator[str]":
+    def chat(self, text: str, images: Sequence | None = None, **options) -> "Answer | AnswerStream":
         """Asks a question in the pipeline's own conversation; see `Conversation.chat`."""
         return self._own.chat(text, images, **options)
 
@@ -135,7 +153,7 @@ class Pipeline:
 
     def conversation(self) -> Conversation:
         """Opens another conversation over the same model."""
-        return Conversation(self.vision, self.answers, self.template)
+        return Conversation(self.vision, self.answers, self.template, self.painter)
 
     def chat_batch(
         self,
@@ -252,6 +270,15 @@ class Pipeline:
         self.answers.forget()
 
 
+def _as_painter(painter, device: torch.device):
+    """A painter as it is, or the one that a folder or hub id names, on the pipeline's device."""
+    if painter is None or not isinstance(painter, (str, os.PathLike)):
+        return painter
+    from .drawing import load_painter
+
+    return load_painter(painter, device=device if device.type in ("cpu", "cuda") else None)
+
+
 def _known_device(device: str | torch.device) -> torch.device:
     """The device if torch knows it and it exists here, else raises `BackendError`, before any weight is read."""
     try:
@@ -280,6 +307,7 @@ def load(
     kv_cache_bytes: int | None = CacheOptions.kv_cache_bytes,
     compiled: bool = False,
     cuda_graphs: bool = True,
+    painter=None,
 ) -> Pipeline:
     """Loads a Mini-Gemini checkpoint with its processor, as a pipeline.
 
@@ -302,9 +330,11 @@ def load(
         image_cache_bytes, kv_cache_bytes: see `CacheOptions`.
         compiled: on a GPU, decode through torch.compile, which takes seconds to a minute at the first answer.
         cuda_graphs: on a GPU, capture the work in CUDA graphs; without graphs less memory is needed.
+        painter: draws what answers ask for: a `mg_fast.drawing.Painter`, or the folder or hub id of a text-to-image
+            pipeline of diffusers. Its weights are loaded when the first picture is drawn.
 
     Raises:
-        CheckpointError: the checkpoint cannot be loaded.
+        CheckpointError: the checkpoint or the painter cannot be loaded.
         BackendError: the backend, the device or the attention cannot be used here, or the dtype is unknown.
         PromptError: the template is unknown.
         ValueError: a limit of a cache is below 0.
@@ -333,7 +363,13 @@ def load(
         path, dtype=dtype, device_map=device, template=template, allow_long=allow_long, **optional, **adapter
     )
     pipeline = Pipeline(
-        model, processor, backend=backend, compiled=compiled, cuda_graphs=cuda_graphs, **dataclasses.asdict(caches)
+        model,
+        processor,
+        backend=backend,
+        compiled=compiled,
+        cuda_graphs=cuda_graphs,
+        painter=painter,
+        **dataclasses.asdict(caches),
     )
     pipeline.load_seconds = time.perf_counter() - began
     return pipeline

@@ -32,9 +32,9 @@ def load(args, **options):
     )
 
 
-def load_to_answer(args):
+def load_to_answer(args, **options):
     """Loads the pipeline for a command that answers, and says on stderr what was loaded."""
-    pipeline = load(args, allow_long=args.allow_long)
+    pipeline = load(args, allow_long=args.allow_long, **options)
     print(
         f"loaded {args.model} on {pipeline.device} in {pipeline.load_seconds:.1f} s (template {pipeline.template})",
         file=sys.stderr,
