@@ -138,10 +138,10 @@ def table(found: Mapping) -> str:
     unet = painter["unet"]
     notes = (
         f"Predicted from shapes for one picture of {SIDE} x {SIDE} pixels, in units of 10^9 bytes: the language model "
-        f"and its towers in bfloat16 with keys and values of {POSITIONS:,} positions; SDXL in float16 ({_gb(weights)} GB "
-        f"of weights, the UNet {_gb(unet['weights'])}); and the activations of the busiest part of SDXL "
-        f"({_gb(activations)} GB, while the VAE decodes in float32; {_gb(unet['activations'])} GB for a step of the UNet "
-        "with guidance). What CUDA and its libraries take for themselves comes on top. Nothing was measured."
+        f"and its towers in bfloat16 with keys and values of {POSITIONS:,} positions; SDXL in float16 "
+        f"({_gb(weights)} GB of weights, the UNet {_gb(unet['weights'])}); and the activations of the busiest part of "
+        f"SDXL ({_gb(activations)} GB, while the VAE decodes in float32; {_gb(unet['activations'])} GB for a step of "
+        "the UNet with guidance). What CUDA and its libraries take for themselves comes on top. Nothing was measured."
     )
     return "\n".join([markdown(head, rows), "", wrapped(notes)])
 
