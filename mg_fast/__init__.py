@@ -1,4 +1,4 @@
-"""Answers questions about pictures with the models of the paper Mini-Gemini, in less time and memory."""
+"""Runs the vision-language models Mini-Gemini and MM-Interleaved in less time and memory."""
 
 import importlib
 
@@ -11,7 +11,11 @@ _PUBLIC = {
     "MiniGeminiForConditionalGeneration": "mg_fast.models.mini_gemini.modeling",
     "MiniGeminiProcessor": "mg_fast.models.mini_gemini.processing",
     "MiniGeminiConfig": "mg_fast.models.mini_gemini.configuration",
+    "MMInterleavedForConditionalGeneration": "mg_fast.models.mm_interleaved.modeling",
+    "MMInterleavedProcessor": "mg_fast.models.mm_interleaved.processing",
+    "MMInterleavedConfig": "mg_fast.models.mm_interleaved.configuration",
     "Pipeline": "mg_fast.pipeline",
+    "InterleavedPipeline": "mg_fast.pipeline.mm_interleaved",
     "load": "mg_fast.pipeline",
     "Explanation": "mg_fast.engine.explain",
     "use_backend": "mg_fast.ops.backend",

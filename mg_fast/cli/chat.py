@@ -45,6 +45,7 @@ def register(subparsers) -> None:
 
 def command(args) -> int:
     pipeline = loading.load_to_answer(args, painter=drawing.load_painter(args))
+    conversation = pipeline.conversation()
     import torch
 
     if sys.stdin.isatty():
@@ -68,7 +69,7 @@ def command(args) -> int:
             if word == "/help":
                 print(CHAT_HELP)
             elif word == "/reset":
-                pipeline.reset()
+                conversation.reset()
                 images = []
                 print("(conversation forgotten)")
             elif word == "/image":
@@ -77,19 +78,19 @@ def command(args) -> int:
             elif word == "/painter":
                 if not rest.strip():
                     raise DrawingError("/painter needs a folder or hub id: /painter P")
-                pipeline.painter = drawing.load_painter(args, rest.strip().strip("'\""))
-                print(f"(draws with {pipeline.painter.name})")
+                conversation.painter = drawing.load_painter(args, rest.strip().strip("'\""))
+                print(f"(draws with {conversation.painter.name})")
             elif word == "/save":
-                print(f"({_saved(pipeline, rest.strip(), args)})")
+                print(f"({_saved(conversation, rest.strip(), args)})")
             elif word == "/draw":
                 print("model> ", end="", flush=True)
-                _draw(pipeline, rest.strip(), images, args)
+                _draw(conversation, rest.strip(), images, args)
                 images = []
             elif word.startswith("/"):
                 print(f"unknown command {shortened(word, 80)}\n{CHAT_HELP}")
             else:
                 print("model> ", end="", flush=True)
-                print_stream(pipeline.chat(line, images, stream=True, ocr=args.ocr, **loading.sampling(args)))
+                print_stream(conversation.chat(line, images, stream=True, **loading.sampling(args), **_hints(args)))
                 images = []
         except KeyboardInterrupt:
             # Ctrl-C stops the answer, not the conversation.
@@ -99,11 +100,16 @@ def command(args) -> int:
             print(f"{error}")
 
 
-def _draw(pipeline, text: str, images: list, args) -> None:
+def _hints(args) -> dict[str, bool]:
+    """The arguments of `chat` for what is read in the pictures first."""
+    return {"ocr": True} if args.ocr else {}
+
+
+def _draw(conversation, text: str, images: list, args) -> None:
     """Asks for a picture, and saves it when it is drawn."""
     with drawing.progress() as on_step:
         options = drawing.of_each_picture(args) | {"on_step": on_step}
-        stream = pipeline.chat(text, images, stream=True, ocr=args.ocr, draw=options, **loading.sampling(args))
+        stream = conversation.chat(text, images, stream=True, draw=options, **loading.sampling(args), **_hints(args))
         print_stream(stream)
     for file in drawing.save(stream.images, args):
         print(f"({file})")
@@ -111,8 +117,8 @@ def _draw(pipeline, text: str, images: list, args) -> None:
         print(f"(no picture: {stream.no_image_reason})")
 
 
-def _saved(pipeline, file: str, args) -> str:
-    if pipeline.last_drawn is None:
+def _saved(conversation, file: str, args) -> str:
+    if getattr(conversation, "last_drawn", None) is None:
         raise DrawingError("/save: no picture has been drawn yet")
     try:
         name = picture_file(file)
@@ -120,7 +126,7 @@ def _saved(pipeline, file: str, args) -> str:
         raise DrawingError(f"/save: {error}") from None
     if os.path.exists(name) and not args.force:
         raise DrawingError(f"/save: {name} exists")
-    pipeline.last_drawn.save(name)
+    conversation.last_drawn.save(name)
     return name
 
 

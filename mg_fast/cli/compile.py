@@ -1,6 +1,7 @@
 """mg-fast compile: compiles the kernels ahead of time, for a GPU that this machine need not have."""
 
-from ..errors import BackendError
+from ..errors import BackendError, CheckpointError
+from . import loading
 from .options import add_debug, architecture, dtype_option
 
 
@@ -52,6 +53,11 @@ def command(args) -> int:
     if "auto" in (args.dtype or ()):
         raise BackendError(
             "--dtype auto is for `mg-fast warmup`: ahead of time, the dtype that a checkpoint holds is not known"
+        )
+    if args.model is not None and loading.is_interleaved(args.model):
+        raise CheckpointError(
+            f"{args.model} is MM-Interleaved, whose kernels cannot be compiled ahead of time: only Mini-Gemini's are "
+            "known without running the model; `mg-fast warmup` compiles them on the machine with the GPU"
         )
     dtypes = [wanted_dtype(name) for name in dict.fromkeys(args.dtype or ("float16", "bfloat16"))]
     configs = [model_config(args.model)] if args.model is not None else published_configs()

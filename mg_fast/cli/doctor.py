@@ -59,6 +59,7 @@ def command(args) -> int:
         ("transformers", ""),
         ("accelerate", ""),
         ("timm", "high-resolution tower"),
+        ("diffusers", "MM-Interleaved's drawing"),
         ("open_clip_torch", ""),
         ("safetensors", ""),
         ("sentencepiece", "tokenizers"),

@@ -2,7 +2,7 @@
 
 import sys
 
-from ..errors import PromptError
+from ..errors import CheckpointError, PromptError
 from ..runtime.arguments import check_text
 from . import loading
 from .options import answer_options, model_options, picture_file
@@ -41,6 +41,11 @@ def command(args) -> int:
         raise PromptError("--prompt is empty: give a question, or leave --prompt out to weigh all image tokens alike")
     check_text(args.prompt or "", "--prompt")
     [picture] = loading.open_pictures(args, [args.image])
+    if loading.is_interleaved(args.model):
+        raise CheckpointError(
+            f"{args.model} is MM-Interleaved, which cannot be explained: a heat map shows the pixels that Mini-Gemini "
+            "mines for its image tokens, and this model has no such step"
+        )
     pipeline = loading.load_to_answer(args)
     explanation = pipeline.explain(picture, args.prompt, max_new_tokens=args.max_new_tokens, windows=args.windows)
     explanation.image.save(args.out)

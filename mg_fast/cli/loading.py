@@ -35,12 +35,19 @@ def load(args, **options):
 def load_to_answer(args, **options):
     """Loads the pipeline for a command that answers, and says on stderr what was loaded."""
     pipeline = load(args, allow_long=args.allow_long, **options)
-    print(
-        f"loaded {args.model} on {pipeline.device} in {pipeline.load_seconds:.1f} s (template {pipeline.template})",
-        file=sys.stderr,
-    )
+    template = f" (template {pipeline.template})" if pipeline.template is not None else ""
+    print(f"loaded {args.model} on {pipeline.device} in {pipeline.load_seconds:.1f} s{template}", file=sys.stderr)
     print(f"weights: {pipeline.weights}", file=sys.stderr)
     return pipeline
+
+
+def is_interleaved(model: str) -> bool:
+    """Whether the files of a model's folder say that it is MM-Interleaved; of a hub id, small files are fetched."""
+    from ..models import builtin
+    from ..models.families import MM_INTERLEAVED, checkpoint_family
+    from ..models.tensor_files import resolve_folder
+
+    return checkpoint_family(resolve_folder(builtin.resolve(model), weights=False)) == MM_INTERLEAVED
 
 
 def sampling(args) -> dict:
@@ -62,7 +69,11 @@ def open_pictures(args, files: list[str]) -> list:
 
     model = builtin.resolve(args.model)
     pictures = [open_picture(file, allow_urls=args.allow_urls) for file in files]
-    if pictures:
+    if pictures and is_interleaved(args.model):
+        from ..models.mm_interleaved.image_processing import MMInterleavedImageProcessor
+
+        MMInterleavedImageProcessor()(pictures)
+    elif pictures:
         from ..models.mini_gemini.processing import MiniGeminiProcessor
 
         # The model's configuration is enough to find out whether the model can use these pictures.

@@ -52,7 +52,7 @@ def command(args) -> int:
     pipeline = loading.load_to_answer(args, painter=drawing.load_painter(args) if args.draw else None)
     began = time.perf_counter()
     with drawing.progress() as on_step:
-        options = loading.sampling(args) | {"ocr": args.ocr}
+        options = loading.sampling(args) | ({"ocr": True} if args.ocr else {})
         if args.draw:
             options["draw"] = drawing.of_each_picture(args) | {"on_step": on_step}
         if args.json or args.profile:

@@ -1,5 +1,7 @@
 """Finds the layers of a language model where numbers stop being finite."""
 
+from collections.abc import Mapping
+
 import torch
 from torch.nn import functional as F
 
@@ -7,7 +9,14 @@ from ..models.protocol import DecodableModel
 from ..runtime.layer_dtypes import call
 
 
-def where_not_finite(model: DecodableModel, ids: torch.Tensor, prompt: int, model_inputs: dict) -> str:
+def where_not_finite(
+    model: DecodableModel,
+    ids: torch.Tensor,
+    prompt: int,
+    model_inputs: Mapping[str, object],
+    *,
+    symptom: str | None = None,
+) -> str:
     """Runs the tokens so far once more, and says in which layers NaN or infinity begins.
 
     Args:
@@ -16,9 +25,10 @@ def where_not_finite(model: DecodableModel, ids: torch.Tensor, prompt: int, mode
         prompt: the number of positions of the prompt.
         model_inputs: the inputs that `generate` was called with. transformers from 5.18 on leaves out an attention_mask
             [B, prompt] that masks nothing.
+        symptom: what was seen, where it is not the logits of the next token.
     """
     new = ids.shape[1] - prompt
-    symptom = f"the logits of new token {new + 1} are not finite"
+    symptom = symptom or f"the logits of new token {new + 1} are not finite"
     prompt_inputs = {name: model_inputs.get(name) for name in model.prompt_inputs}
     pass_inputs = model.pass_inputs(model_inputs)
     embeddings = torch.cat([model.embed(ids[:, :prompt], **prompt_inputs), model.embed_ids(ids[:, prompt:])], dim=1)

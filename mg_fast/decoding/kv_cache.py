@@ -6,11 +6,15 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 
-def position_bytes(config, dtype: torch.dtype) -> int:
-    """Bytes of the keys and values of one position, from the configuration of a language model."""
+def position_bytes(config, dtype: torch.dtype, *, states: bool = False) -> int:
+    """Bytes of the keys and values of one position, from the configuration of a language model.
+
+    Args:
+        states: count the last layer's hidden state as well.
+    """
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * width * dtype.itemsize
+    return (2 * config.num_hidden_layers * heads * width + config.hidden_size * states) * dtype.itemsize
 
 
 class KVCache(Cache):
@@ -26,42 +30,60 @@ class KVCache(Cache):
         capacity: number of positions of each sequence.
         masked: passes also attend, with a weight of 0, to positions that are not yet written. The memory then begins as
             zeros, because 0 times NaN would be NaN.
+        with_states: also keep the hidden states of the last layer, after the final norm.
 
     Attributes:
         length: number of positions written.
+        states: the hidden states [B, capacity, hidden] that `write_states` got; None before its first call.
         positions: int64 [Q], the positions that a pass writes, while a pass for a CUDA graph runs; every replay reads
             them again. The pass then attends to all `window` positions, under the mask that it is given. None
             otherwise.
         window: number of positions that a pass for a CUDA graph attends to.
     """
 
-    def __init__(self, layers: int, batch: int, capacity: int, *, masked: bool):
+    def __init__(self, layers: int, batch: int, capacity: int, *, masked: bool, with_states: bool = False):
         super().__init__(layers=[CachedLayer(self) for _ in range(layers)])
-        self.batch, self.capacity, self.masked = batch, capacity, masked
+        self.batch, self.capacity, self.masked, self.with_states = batch, capacity, masked, with_states
         self.length = 0
+        self.states: torch.Tensor | None = None
         self.positions: torch.Tensor | None = None
         self.window = 0
 
     @property
     def devices(self) -> list[torch.device]:
         """The devices on which memory has been allocated so far."""
-        return list(dict.fromkeys(layer.keys.device for layer in self.layers if layer.is_initialized))
+        return list(dict.fromkeys(tensor.device for tensor in self._tensors()))
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Tells torch's allocator that this stream, too, uses the memory that was allocated on its device."""
-        for layer in self.layers:
-            if layer.is_initialized and layer.keys.device == stream.device:
-                layer.keys.record_stream(stream)
-                layer.values.record_stream(stream)
+        for tensor in self._tensors():
+            if tensor.device == stream.device:
+                tensor.record_stream(stream)
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated so far."""
-        return sum(part.nbytes for layer in self.layers if layer.is_initialized for part in (layer.keys, layer.values))
+        return sum(tensor.nbytes for tensor in self._tensors())
+
+    def write_states(self, hidden: torch.Tensor) -> None:
+        """Keeps the hidden states [B, Q, hidden] of a pass at the positions that the pass writes, if they are kept."""
+        if not self.with_states:
+            return
+        self._allocate_states(hidden)
+        if self.positions is not None:
+            self.states.index_copy_(1, self.positions, hidden)
+        else:
+            self.states[:, self.length : self.length + hidden.shape[1]].copy_(hidden)
 
     def read(self, start: int, stop: int) -> list[torch.Tensor]:
-        """Copies of one sequence's keys and values between two positions: [2, heads, stop - start, d] of each layer."""
-        return [torch.stack([layer.keys[0, :, start:stop], layer.values[0, :, start:stop]]) for layer in self.layers]
+        """Copies of what is kept of one sequence between two positions.
+
+        Returns:
+            Keys and values [2, heads, stop - start, d] of each layer, and then the states [1, 1, stop - start, hidden],
+            if they are kept.
+        """
+        segment = [torch.stack([layer.keys[0, :, start:stop], layer.values[0, :, start:stop]]) for layer in self.layers]
+        return [*segment, self.states[:1, None, start:stop].clone()] if self.with_states else segment
 
     def write(self, segments: Sequence[Sequence[torch.Tensor]]) -> None:
         """Fills the first positions with segments that `read` returned, one after another."""
@@ -72,8 +94,21 @@ class KVCache(Cache):
                 layer.lazy_initialization(tensor[:1], tensor[1:])
                 layer.keys[0, :, at : at + size].copy_(tensor[0])
                 layer.values[0, :, at : at + size].copy_(tensor[1])
+            if self.with_states:
+                self._allocate_states(segment[-1][0])
+                self.states[0, at : at + size].copy_(segment[-1][0, 0])
             at += size
         self.length = at
+
+    def _allocate_states(self, hidden: torch.Tensor) -> None:
+        if self.states is None:
+            with torch.inference_mode(False):
+                self.states = hidden.new_empty(self.batch, self.capacity, hidden.shape[-1])
+
+    def _tensors(self) -> list[torch.Tensor]:
+        """Everything that is allocated."""
+        kept = [part for layer in self.layers if layer.is_initialized for part in (layer.keys, layer.values)]
+        return kept if self.states is None else [*kept, self.states]
 
 
 class CachedLayer(CacheLayerMixin):

@@ -6,7 +6,8 @@ It has one cache of fixed size, computes nothing twice, and does not wait for th
 import copy
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -24,8 +25,9 @@ from .diagnose import where_not_finite
 from .grouped_attention import in_force
 from .kv_cache import position_bytes
 from .model_runner import ModelRunner, fixed_positions
-from .prefix_store import PrefixStore
+from .prefix_store import PrefixStore, Segment
 from .sequences import Sequences
+from .token_choice import TokenChoice
 
 logger = logging.getLogger(__name__)
 
@@ -66,18 +68,27 @@ class Decoder:
         kv_cache_bytes: most bytes of keys and values remembered, on the model's devices; 0 remembers nothing. The
             default holds the longest conversation that fits the model, but is at least `LEAST_BYTES`.
         graphs, compiled: see `ModelRunner`.
+        keep_states: remember the last layer's hidden states beside keys and values, for `states`. They count as part of
+            `kv_cache_bytes`.
     """
 
     def __init__(
-        self, model: DecodableModel, *, kv_cache_bytes: int | None = None, graphs: bool = True, compiled: bool = False
+        self,
+        model: DecodableModel,
+        *,
+        kv_cache_bytes: int | None = None,
+        graphs: bool = True,
+        compiled: bool = False,
+        keep_states: bool = False,
     ):
         check_decodable(model)
         self.model = model
         if kv_cache_bytes is None:
             text, dtype = model.text_config, compute_dtype(model.language_model)
-            kv_cache_bytes = max(LEAST_BYTES, text.max_position_embeddings * position_bytes(text, dtype))
+            of_one = position_bytes(text, dtype, states=keep_states)
+            kv_cache_bytes = max(LEAST_BYTES, text.max_position_embeddings * of_one)
         self.prefixes = PrefixStore(kv_cache_bytes)
-        self.runner = ModelRunner(model, graphs=graphs, compiled=compiled)
+        self.runner = ModelRunner(model, graphs=graphs, compiled=compiled, keep_states=keep_states)
         self._idle: Sequences | None = None
         self._state: tuple | None = None
         self._lock = threading.Lock()
@@ -116,6 +127,45 @@ class Decoder:
         """
         return DecodingRequest(self, digests, streamer, generator)
 
+    @torch.inference_mode()
+    def states(
+        self, input_ids: torch.Tensor, model_inputs: Mapping[str, object], digests: Sequence[bytes] | None = None
+    ) -> torch.Tensor:
+        """The last layer's hidden states of sequences, after the final norm.
+
+        Only positions that are not remembered from earlier answers or calls are run. They are remembered as after an
+        answer. No token is generated.
+
+        Args:
+            input_ids: [B, L].
+            model_inputs: the other inputs that `generate` would be called with, such as attention_mask [B, L].
+            digests: as for `request`.
+
+        Returns:
+            [B, L, hidden], a copy. At positions where the attention mask is 0 the numbers mean nothing.
+
+        Raises:
+            ValueError: this decoder does not keep states.
+            FloatingPointError: states are not finite, and the message names the layers where that begins.
+        """
+        if not self.runner.keep_states:
+            raise ValueError("this decoder keeps no states: make it by Decoder(model, keep_states=True)")
+        length = input_ids.shape[1]
+        sequences, state = self._take(len(input_ids), length)
+        begun = self._begin(sequences, input_ids, model_inputs, digests, most=length)
+        if begun.embeddings.shape[1]:
+            self.runner.prefill(sequences, begun.embeddings)
+        states = sequences.cache.states[:, :length].clone()
+        finite = states.isfinite().all(dim=-1)
+        if sequences.mask is not None:
+            finite |= sequences.mask[:, :length] == 0
+        if not finite.all():
+            symptom = "the hidden states are not finite"
+            raise FloatingPointError(where_not_finite(self.model, input_ids, length, model_inputs, symptom=symptom))
+        begun.known.clear()
+        self._give_back(sequences, state, begun.keys)
+        return states
+
     def forget(self) -> None:
         """Drops all keys and values and all captured graphs."""
         self.prefixes.clear()
@@ -143,6 +193,32 @@ class Decoder:
         del idle
         return self.runner.sequences(batch, positions), state
 
+    def _begin(
+        self,
+        sequences: Sequences,
+        input_ids: torch.Tensor,
+        model_inputs: Mapping[str, object],
+        digests: Sequence[bytes] | None,
+        *,
+        most: int,
+    ) -> "_Begun":
+        """Fills an empty cache with what is remembered of the first `most` positions of a prompt [B, L]."""
+        model = self.model
+        sequences.fill(model_inputs.get("attention_mask"), model.pass_inputs(model_inputs))
+        embeddings = model.embed(input_ids, **{name: model_inputs.get(name) for name in model.prompt_inputs})
+        keys = self._keys(input_ids, model_inputs, digests) if sequences.mask is None else None
+        reused, known = (0, []) if keys is None else self.prefixes.longest(keys[:most])
+        sequences.cache.write(known)
+        return _Begun(embeddings[:, reused:], reused, keys, known)
+
+    def _keys(
+        self, ids: torch.Tensor, model_inputs: Mapping[str, object], digests: Sequence[bytes] | None
+    ) -> list[int] | None:
+        """A number for every position, by which its keys and values are looked up; None where they cannot be."""
+        if len(ids) > 1 or not self.prefixes.limit or not fixed_positions(self.runner.config):
+            return None
+        return self.model.position_keys(ids, model_inputs, digests)
+
     def _give_back(self, sequences: Sequences, state: tuple, keys: list[int] | None) -> None:
         """Keeps the cache for the next request, and remembers its keys and values under the keys of their positions."""
         with self._lock:
@@ -160,6 +236,24 @@ class Decoder:
                     logger.warning("keys and values of an answer are not kept: %s", error)
             sequences.hand_back()
             self._idle = sequences
+
+
+@dataclass
+class _Begun:
+    """How far a prompt is known, and what of it is still to be run.
+
+    Attributes:
+        embeddings: [B, L - reused, hidden], of the positions to run.
+        reused: number of first positions that were remembered.
+        keys: the numbers of all positions; None where nothing can be looked up or remembered.
+        known: what was remembered. It is held until the end of the request, because another thread may drop it while it
+            is being copied.
+    """
+
+    embeddings: torch.Tensor
+    reused: int
+    keys: list[int] | None
+    known: list[Segment]
 
 
 class DecodingRequest:
@@ -210,21 +304,15 @@ class DecodingRequest:
         decoder, runner, model = self.decoder, self.decoder.runner, self.decoder.model
         length, limit = input_ids.shape[1], stopping_criteria.max_length
         sequences, state = decoder._take(len(input_ids), limit)
-        sequences.fill(model_inputs.get("attention_mask"), model.pass_inputs(model_inputs))
-        embeddings = model.embed(input_ids, **{name: model_inputs.get(name) for name in model.prompt_inputs})
-        keys = self._keys(input_ids, model_inputs) if sequences.mask is None else None
-        # The segments are held until the end, because another thread may drop them while they are being copied.
-        known = []
-        if keys is not None:
-            # The last position is always run, for its logits.
-            self.reused, known = decoder.prefixes.longest(keys[:-1])
-            sequences.cache.write(known)
-        logits = runner.prefill(sequences, embeddings[:, self.reused :])
-        del embeddings
+        # The last position is always run, for its logits.
+        begun = decoder._begin(sequences, input_ids, model_inputs, self.digests, most=length - 1)
+        self.reused = begun.reused
+        logits = runner.prefill(sequences, begun.embeddings)
+        del begun.embeddings
 
         ids = input_ids.new_zeros(len(input_ids), limit)
         ids[:, :length] = input_ids
-        choice = _Choice(ids, generation_config, logits_processor, stopping_criteria, self.generator)
+        choice = TokenChoice(ids, generation_config, logits_processor, stopping_criteria, self.generator)
         if self.streamer is not None:
             # `generate` hands over the prompt first, too; streamers skip it.
             self.streamer.put(input_ids.cpu())
@@ -254,81 +342,14 @@ class DecodingRequest:
                 logits = runner.step(sequences, ids[:, length - 1])
         if self.streamer is not None:
             self.streamer.end()
+        keys = begun.keys
         if keys is not None:
             # No pass was run over the last token, so it has no keys and values.
-            keys = self._keys(ids[:, : length - 1], model_inputs)
-        known.clear()
+            keys = decoder._keys(ids[:, : length - 1], model_inputs, self.digests)
+        begun.known.clear()
         self.lengths = choice.lengths.tolist()
         decoder._give_back(sequences, state, keys)
         return ids[:, :length]
-
-    def _keys(self, ids: torch.Tensor, model_inputs: dict) -> list[int] | None:
-        """A number for every position, by which its keys and values are looked up; None where they cannot be."""
-        if len(ids) > 1 or not self.decoder.prefixes.limit or not fixed_positions(self.decoder.runner.config):
-            return None
-        return self.decoder.model.position_keys(ids, model_inputs, self.digests)
-
-
-class _Choice:
-    """Chooses tokens as GenerationMixin does, on the device."""
-
-    def __init__(
-        self,
-        ids: torch.Tensor,
-        config: GenerationConfig,
-        processors: LogitsProcessorList,
-        criteria: StoppingCriteriaList,
-        generator: torch.Generator | None,
-    ):
-        self.ids, self.processors, self.criteria = ids, processors, criteria
-        self.sampled = config.do_sample
-        if self.sampled and generator is None and ids.is_cuda:
-            generator = torch.Generator(ids.device).manual_seed(int(torch.empty((), dtype=torch.long).random_()))
-        self.generator = generator
-        self.finished = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-        self.lengths = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
-        # Rows that have ended are filled up while the others go on.
-        ends = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
-        self.filling = config._pad_token_tensor.to(ids.device) if ends else None
-
-    def __call__(self, logits: torch.Tensor, length: int) -> "_Record":
-        """Chooses the token at position `length` of every row, and writes it into the ids."""
-        logits = logits.to(self.ids.device, torch.float32)
-        finite = logits.amax(dim=-1).isfinite()
-        scores = self.processors(self.ids[:, :length], logits)
-        if self.sampled:
-            # A row without finite probabilities draws from equal ones instead. Its token is refused later; a
-            # multinomial over NaN would make the CUDA context of the whole process unusable.
-            probabilities = scores.softmax(dim=-1)
-            usable = probabilities.amax(dim=-1).isfinite()
-            chosen = torch.multinomial(
-                torch.where(usable[:, None], probabilities, 1.0), num_samples=1, generator=self.generator
-            )[:, 0]
-        else:
-            chosen, usable = scores.argmax(dim=-1), finite
-        if self.filling is not None:
-            chosen = torch.where(self.finished, self.filling, chosen)
-        self.ids[:, length] = chosen
-        self.lengths += ~self.finished
-        self.finished = self.finished | self.criteria(self.ids[:, : length + 1], None)
-        return _Record(chosen, self.finished.all(), finite.all(), usable.all())
-
-
-class _Record:
-    """What the host must know of a new token, copied to the host while the device goes on."""
-
-    def __init__(self, chosen: torch.Tensor, *flags: torch.Tensor):
-        # From a GPU, such a copy goes into pinned memory and the host does not wait for it.
-        self._flags = len(flags)
-        self._host = torch.cat([chosen, torch.stack(flags)]).to("cpu", non_blocking=True)
-        self._copied = torch.cuda.current_stream(chosen.device).record_event() if chosen.is_cuda else None
-
-    def read(self) -> tuple[torch.Tensor, list[bool]]:
-        """The tokens [B]; whether all rows have ended, their logits were finite, and their tokens could be drawn."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        tokens, flags = self._host.split([len(self._host) - self._flags, self._flags])
-        return tokens, [bool(flag) for flag in flags.tolist()]
 
 
 def _refusal(config: GenerationConfig, assistant_model: object = None) -> str | None:

@@ -47,13 +47,16 @@ class ModelRunner:
         graphs: capture passes in CUDA graphs; without graphs less memory is needed.
         compiled: run a one-token pass through torch.compile before it is captured. This takes seconds to a minute at
             first use, and later passes launch fewer, larger kernels.
+        keep_states: keep the last layer's hidden states in the cache, beside keys and values.
 
     Attributes:
         captures: whether passes may still be captured, and how long captures took, for all sequences together.
     """
 
-    def __init__(self, model: DecodableModel, *, graphs: bool = True, compiled: bool = False):
-        self.model = model
+    def __init__(
+        self, model: DecodableModel, *, graphs: bool = True, compiled: bool = False, keep_states: bool = False
+    ):
+        self.model, self.keep_states = model, keep_states
         take_onednn(self.language_model)
         take_onednn(self.head)
         self._graphs = graphs
@@ -94,7 +97,7 @@ class ModelRunner:
         if not by_graph:
             # Heads that lie a power of two bytes apart would share the same sets of a CPU's caches.
             capacity += 32
-        cache = KVCache(self.config.num_hidden_layers, batch, capacity, masked=by_graph)
+        cache = KVCache(self.config.num_hidden_layers, batch, capacity, masked=by_graph, with_states=self.keep_states)
         return Sequences(cache, by_graph, GraphCache(MAX_GRAPHS, self.captures, shared_memory=True))
 
     def graphs_refused(self, capacity: int) -> str | None:
@@ -181,6 +184,7 @@ class ModelRunner:
                 **{CACHE: cache},
                 **further,
             ).last_hidden_state
+            cache.write_states(hidden)
             return call(self.head, hidden[:, -1:])[:, -1]
 
     def _by_graph(self, sequences: Sequences, inputs: torch.Tensor, width: int, filled: int) -> torch.Tensor:
@@ -233,6 +237,7 @@ class ModelRunner:
             **{CACHE: cache},
             **further,
         ).last_hidden_state
+        cache.write_states(hidden)
         return call(self.head, hidden.index_select(1, last))[:, 0]
 
 

@@ -9,7 +9,8 @@ import torch
 
 from ..runtime.arguments import byte_limit
 
-# A copy of the keys and values between two positions: [2, heads, n, d] for every layer.
+# A copy of what a cache keeps between two positions: tensors [a, b, n, d], such as the keys and values [2, heads, n, d]
+# of every layer.
 Segment = list[torch.Tensor]
 
 

@@ -112,6 +112,11 @@ class AnswerStage:
         return execution_device(self.model.get_input_embeddings())
 
     @property
+    def tokenizer(self):
+        """What turns the ids of answers into text."""
+        return self.processor.tokenizer
+
+    @property
     def positions(self) -> int:
         """The number of positions of the longest conversation that fits the model."""
         return self.model.text_config.max_position_embeddings
@@ -160,8 +165,8 @@ class AnswerStage:
             emit: called with pieces of text as they become final; for a single request only.
             criterion: a further criterion, which ends all answers.
         """
-        tokenizer, model, options = self.processor.tokenizer, self.model, sampling.of_generate()
-        inputs = self._inputs(rows)
+        model, options = self.model, sampling.of_generate()
+        inputs = self.inputs(rows)
         width = inputs["input_ids"].shape[1]
         criteria = StoppingCriteriaList(options.pop("stopping_criteria", None) or [])
         if criterion is not None:
@@ -171,7 +176,7 @@ class AnswerStage:
         alone = len(rows) == 1 and self._setting(options, "num_beams") in (None, 1)
         if strings := options.pop("stop_strings", None):
             # `generate` would make the same criterion, but it passes no tokenizer to custom loops.
-            criteria.append(StopStringCriteria(tokenizer, strings))
+            criteria.append(StopStringCriteria(self.processor.tokenizer, strings))
         first = True
 
         def on_token() -> None:
@@ -180,7 +185,7 @@ class AnswerStage:
                 meter.start("decode")
             first = False
 
-        stream = PieceStream(tokenizer, emit, on_token) if alone else None
+        stream = PieceStream(self.tokenizer, emit, on_token) if alone else None
         if meter is not None:
             meter.start("prefill to first token" if stream is not None else "prefill and decode")
         with use_backend(self.backend), torch.inference_mode(), contextlib.ExitStack() as stack:
@@ -194,7 +199,7 @@ class AnswerStage:
             out = model.generate(
                 **inputs,
                 max_new_tokens=max(row.max_new_tokens for row, _ in rows),
-                allow_long=sampling.allow_long,
+                **({} if sampling.allow_long is None else {"allow_long": sampling.allow_long}),
                 **({"streamer": stream} if request is None else {"custom_generate": request}),
                 **options,
                 stopping_criteria=criteria,
@@ -236,7 +241,7 @@ class AnswerStage:
             ended = len(ids) < request.max_new_tokens or ids[-1] in stops
             answers.append(
                 Answer(
-                    text=decode_answer(self.processor.tokenizer, ids),
+                    text=decode_answer(self.tokenizer, ids),
                     token_ids=ids,
                     finish_reason="stop" if ended else "length",
                     prompt_tokens=len(request.ids),
@@ -253,23 +258,22 @@ class AnswerStage:
         given = getattr(options.get("generation_config"), name, None)
         return getattr(self.model.generation_config, name) if given is None else given
 
-    def _inputs(self, rows: Sequence[tuple[Request, Sequence[SeenPicture]]]) -> dict:
+    def inputs(self, rows: Sequence[tuple[Request, Sequence[SeenPicture]]]) -> dict:
         """The inputs of `generate`: prompts filled up on the left to the longest, and the pictures of all requests."""
-        device, filler = self.device, self.processor.filler_id
-        width = max(len(request.ids) for request, _ in rows)
-        pads = [width - len(request.ids) for request, _ in rows]
-
-        def padded(values: Sequence[list[int]], filling: int) -> torch.Tensor:
-            return torch.tensor([[filling] * pad + value for pad, value in zip(pads, values)], device=device)
-
+        padded, requests = self.padded, [request for request, _ in rows]
         inputs = {
-            "input_ids": padded([request.ids for request, _ in rows], filler),
-            "attention_mask": padded([[1] * len(request.ids) for request, _ in rows], 0),
+            "input_ids": padded([request.ids for request in requests], self.processor.filler_id),
+            "attention_mask": padded([[1] * len(request.ids) for request in requests], 0),
         }
         if pictures := [picture.tokens for _, pictures in rows for picture in pictures]:
-            inputs["mm_token_type_ids"] = padded([request.marks for request, _ in rows], 0)
+            inputs["mm_token_type_ids"] = padded([request.marks for request in requests], 0)
             inputs["image_tokens"] = torch.stack(pictures)
         return inputs
+
+    def padded(self, rows: Sequence[list[int]], filling: int) -> torch.Tensor:
+        """Rows of numbers as int64 [B, L] on the stage's device, filled up on the left to the longest."""
+        width = max(map(len, rows))
+        return torch.tensor([[filling] * (width - len(row)) + row for row in rows], device=self.device)
 
 
 @contextlib.contextmanager

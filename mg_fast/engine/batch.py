@@ -1,16 +1,14 @@
 """Answers many questions at once, for work that nobody waits for at a terminal."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from tqdm.auto import tqdm
 
 from ..errors import MgFastError, PromptError, quoted
-from ..models.templates import render
 from ..runtime.arguments import whole_number
 from .answers import Answer, AnswerStage, Request
-from .conversation import as_question
 from .options import Sampling
 from .vision import VisionStage
 
@@ -28,7 +26,7 @@ _BROKEN_DEVICE = (torch.AcceleratorError,) if hasattr(torch, "AcceleratorError")
 def chat_batch(
     vision: VisionStage,
     answers: AnswerStage,
-    template: str,
+    read: Callable[[object], tuple[Request, Sequence]],
     questions: Sequence,
     sampling: Sampling,
     *,
@@ -43,8 +41,8 @@ def chat_batch(
     Args:
         vision: the stage that sees the pictures.
         answers: the stage that answers the prompts.
-        template: name of the prompt template.
-        questions: each a text, (text, images) or {"text": ..., "images": [...]}.
+        read: makes a request of one of the questions, and returns it with the question's pictures as a list.
+        questions: anything that `read` takes.
         sampling: how the answers are chosen.
         batch_size: most questions answered at once.
         allow_urls: fetch pictures given as URLs.
@@ -70,8 +68,7 @@ def chat_batch(
     requests: dict[int, tuple[Request, list]] = {}
     for i, item in enumerate(questions):
         try:
-            question, images = as_question(*_parts(item))
-            requests[i] = answers.request(render(template, [(question, None)]), sampling), images
+            requests[i] = read(item)
         except Exception as error:
             # An item may be anything, and a tokenizer or a caller's own class may raise anything.
             _check_and_log(error, logged)
@@ -138,8 +135,8 @@ def failed(error: Exception, request: Request | None = None) -> Answer:
     return Answer("", [], "error", tokens, images, error=error.with_traceback(None))
 
 
-def _parts(item) -> tuple:
-    """The text and the pictures of one item of a batch."""
+def parts_of(item) -> tuple:
+    """The text and the pictures of a question: a text, (text, images) or {"text": ..., "images": [...]}."""
     if isinstance(item, str):
         return item, None
     if isinstance(item, Mapping) and "text" in item and not item.keys() - {"text", "images"}:

@@ -4,6 +4,7 @@ import queue
 import re
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from transformers import StoppingCriteria
@@ -70,8 +71,30 @@ class PieceStream(BaseStreamer):
             self.sent = text
 
 
+class Abandoned(StoppingCriteria):
+    """Ends a generation whose pieces are no longer read.
+
+    Args:
+        abandoned: set when nobody reads the pieces any more.
+    """
+
+    def __init__(self, abandoned: threading.Event):
+        self.abandoned = abandoned
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full((len(input_ids),), self.abandoned.is_set(), device=input_ids.device)
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """The end of a generation: its result, or the error that ended it."""
+
+    result: object = None
+    error: BaseException | None = None
+
+
 class AnswerStream:
-    """An iterator over the pieces of an answer's text, which join to the text of the whole answer.
+    """An iterator over the pieces of an answer as they come, such as those of its text.
 
     Attributes:
         answer: the whole answer with its pictures, once the stream has been read to its end; None before.
@@ -84,12 +107,12 @@ class AnswerStream:
     def __iter__(self) -> "AnswerStream":
         return self
 
-    def __next__(self) -> str:
+    def __next__(self):
         piece = next(self._found)
-        if isinstance(piece, str):
+        if not isinstance(piece, _Ended):
             return piece
-        self.answer = piece
-        # Nothing comes after the answer.
+        self.answer = piece.result
+        # Nothing comes after the end.
         next(self._found, None)
         raise StopIteration
 
@@ -119,11 +142,11 @@ class AnswerStream:
 
 
 def pieces(run: Callable, keep: Callable, device: torch.device) -> AnswerStream:
-    """The pieces of text of a generation that runs in its own thread. Reading them raises the errors of that thread.
+    """What a generation that runs in its own thread gives piece by piece. Reading raises the errors of that thread.
 
     Args:
-        run: the generation; called with `emit`, which takes pieces of text, and `criterion`, which ends the generation
-            when the pieces are no longer read.
+        run: the generation; called with `emit`, which takes pieces, such as those of a text, and `criterion`, which
+            ends the generation when the pieces are no longer read.
         keep: called with the result of `run` when all pieces have been read; returns the answer of the stream.
         device: the device of the generation.
     """
@@ -135,26 +158,22 @@ def pieces(run: Callable, keep: Callable, device: torch.device) -> AnswerStream:
     autocast = torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind))
     stream = torch.cuda.current_stream(device) if kind == "cuda" else None
 
-    class Abandoned(StoppingCriteria):
-        def __call__(self, input_ids, scores, **kwargs):
-            return torch.full((len(input_ids),), abandoned.is_set(), device=input_ids.device)
-
     def work() -> None:
         try:
             with use_backend(backend), autocast, torch.cuda.stream(stream):
-                found.put(run(emit=found.put, criterion=Abandoned()))
+                found.put(_Ended(run(emit=found.put, criterion=Abandoned(abandoned))))
         except BaseException as error:  # Any error is handed over to the reader.
-            found.put(error)
+            found.put(_Ended(error=error))
 
     def read() -> Iterator:
         thread = threading.Thread(target=work, name="mg_fast-stream", daemon=True)
         thread.start()
         try:
-            while isinstance(piece := found.get(), str):
+            while not isinstance(piece := found.get(), _Ended):
                 yield piece
-            if isinstance(piece, BaseException):
-                raise piece
-            yield keep(piece)
+            if piece.error is not None:
+                raise piece.error
+            yield _Ended(keep(piece.result))
         finally:
             abandoned.set()
             thread.join()

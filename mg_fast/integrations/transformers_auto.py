@@ -1,10 +1,12 @@
-"""Teaches transformers' Auto classes about Mini-Gemini without importing transformers.
+"""Teaches transformers' Auto classes about the models of mg_fast without importing transformers.
 
 Registering needs transformers' auto modules, whose import takes seconds and brings in torch. Therefore an import hook
 waits for them: when anyone imports one of them, it also imports the module of mg_fast that registers itself there.
 
 That cannot always be done at once. `from transformers import LlamaForCausalLM` imports an auto module while half of
 what the module of mg_fast needs is still missing. Then the registry table imports it when it is first looked into.
+MM-Interleaved's model needs diffusers, whose import takes more than a second. The table imports its modules only when
+it is asked for MM-Interleaved, or for everything that it has.
 """
 
 import importlib
@@ -12,12 +14,23 @@ import importlib.abc
 import importlib.machinery
 import sys
 
-# transformers' module, and the module of mg_fast that registers itself there when it is imported.
+# transformers' module, and the modules of mg_fast that register themselves there when they are imported.
 _REGISTRANTS = {
-    "transformers.models.auto.configuration_auto": "mg_fast.models.mini_gemini.configuration",
-    "transformers.models.auto.modeling_auto": "mg_fast.models.mini_gemini.modeling",
-    "transformers.models.auto.processing_auto": "mg_fast.models.mini_gemini.processing",
+    "transformers.models.auto.configuration_auto": (
+        "mg_fast.models.mini_gemini.configuration",
+        "mg_fast.models.mm_interleaved.configuration",
+    ),
+    "transformers.models.auto.modeling_auto": (
+        "mg_fast.models.mini_gemini.modeling",
+        "mg_fast.models.mm_interleaved.modeling",
+    ),
+    "transformers.models.auto.processing_auto": (
+        "mg_fast.models.mini_gemini.processing",
+        "mg_fast.models.mm_interleaved.processing",
+    ),
 }
+# The package whose modules, except the configuration, are imported only when they are asked for.
+_ON_DEMAND = "mg_fast.models.mm_interleaved"
 # For those that may have to wait: the table in transformers' module that lists what others have registered.
 _TABLES = {
     "transformers.models.auto.modeling_auto": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
@@ -53,36 +66,44 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def _register(auto_module: str) -> None:
-    ours = _REGISTRANTS[auto_module]
-    # The module is there already, or its own import brought in the auto module. It registers itself at its end.
-    if ours in sys.modules:
-        return
-    if auto_module in _TABLES and _being_imported(besides=auto_module):
+    waiting = []
+    for ours in _REGISTRANTS[auto_module]:
+        # The module may be there already, or its own import brought in the auto module. It registers itself at its end.
+        if ours in sys.modules:
+            continue
+        if auto_module in _TABLES and (ours.startswith(_ON_DEMAND) or _being_imported(besides=auto_module)):
+            waiting.append(ours)
+        else:
+            # The configuration needs nothing that may be half imported at this point.
+            importlib.import_module(ours)
+    if waiting:
         table = getattr(sys.modules[auto_module], _TABLES[auto_module])
-        table._extra_content = _RegisteredOnUse(table._extra_content, ours)
-    else:
-        # The configuration needs nothing that may be half imported at this point.
-        importlib.import_module(ours)
+        if not isinstance(table._extra_content, _RegisteredOnUse):
+            table._extra_content = _RegisteredOnUse(table._extra_content, waiting)
 
 
 class _RegisteredOnUse(dict):
-    """The table of what was registered with an Auto class. A look into it imports our module, which registers itself.
+    """The table of what was registered with an Auto class. A look into it imports our modules, which add themselves.
 
     Args:
         registered: the entries so far.
-        ours: the name of the module of mg_fast.
+        waiting: the names of the modules of mg_fast.
     """
 
-    def __init__(self, registered: dict, ours: str):
+    def __init__(self, registered: dict, waiting: list[str]):
         super().__init__(registered)
-        self._ours = ours
+        self._waiting = waiting
 
-    def _look(self) -> None:
-        if self._ours not in sys.modules and not _being_imported():
-            importlib.import_module(self._ours)
+    def _look(self, key=None) -> None:
+        """Imports the modules that may have an entry for a key, or all of them."""
+        package = getattr(key, "__module__", "")
+        for ours in self._waiting:
+            asked = key is None or not ours.startswith(_ON_DEMAND) or package.startswith(_ON_DEMAND)
+            if asked and ours not in sys.modules and not _being_imported():
+                importlib.import_module(ours)
 
     def __contains__(self, key) -> bool:
-        self._look()
+        self._look(key)
         return super().__contains__(key)
 
     def __iter__(self):

@@ -1,24 +1,32 @@
 """Finds the files of a checkpoint by folder or hub id and lists their tensors from the headers, executing nothing."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import pickle
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
 from safetensors import SafetensorError, safe_open
 
-from ..errors import CheckpointError, quoted, shortened
+from ..errors import LONGEST_MESSAGE, CheckpointError, quoted, shortened
 
 ADAPTER_FILE = "mm_projector.bin"
 HUB_ARGUMENTS = ("cache_dir", "revision", "token", "local_files_only", "force_download")
 # The files that hold the weights of a whole model, or that list the files which do.
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json")
-_SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+_SMALL_FILES = ["*.json", "*.yaml", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +85,7 @@ def check_whole_model(folder: Path) -> None:
 def _download_weights(name: str, folder: Path, hub: dict) -> None:
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         if (folder / index).is_file():
-            for shard in sorted(set(_read_index(folder / index).values())):
+            for shard in sorted(set(read_index(folder / index).values())):
                 hf_hub_download(name, shard, **hub)
             return
     unreachable = None
@@ -94,7 +102,8 @@ def _download_weights(name: str, folder: Path, hub: dict) -> None:
         raise unreachable
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def read_index(path: Path) -> dict[str, str]:
+    """The file of every tensor, by the tensor's name, from a weight index."""
     try:
         files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
@@ -121,7 +130,7 @@ def read_table(folder: Path, *, partial: bool = False) -> Table:
         index = folder / f"{kind}.index.json"
         if index.is_file():
             table: Table = {}
-            named = _read_index(index)
+            named = read_index(index)
             for shard in sorted(set(named.values())):
                 if os.path.isfile(folder / shard):
                     table |= read_file(folder / shard)
@@ -167,6 +176,25 @@ def _load_bin(path: Path) -> dict[str, torch.Tensor]:
     return loaded
 
 
+@contextlib.contextmanager
+def blaming(path: Path):
+    """Names the file whose content made transformers or this package fail."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (
+        StrictDataclassError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        OSError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise CheckpointError(f"{path} holds content that cannot be used: {' '.join(str(error).split())}") from error
+
+
 def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
@@ -185,6 +213,31 @@ def read_tensors(table: Table):
             loaded = _load_bin(path)
             for name, info in entries:
                 yield name, loaded[info.name]
+
+
+def compare_tensors(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], *, where: Path
+) -> None:
+    """Compares the shapes of a checkpoint's tensors, by name, with those that its configuration calls for.
+
+    Raises:
+        CheckpointError: they differ. The message names every kind of difference and a few tensors of each.
+    """
+    missing = sorted(expected.keys() - found.keys())
+    unexpected = sorted(found.keys() - expected.keys())
+    wrong = sorted(n for n in expected.keys() & found.keys() if expected[n] != found[n])
+    wrong = [f"{name} {list(found[name])}, expected {list(expected[name])}" for name in wrong]
+    kinds = {
+        kind: names
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", wrong))
+        if names
+    }
+    if kinds:
+        holder = shortened(str(where), 120)
+        # The message must name every kind of difference without being cut.
+        room = (LONGEST_MESSAGE - 60 - len(holder)) // len(kinds) - 40
+        told = "; ".join(f"{len(names)} {kind}: {some_names(names, room=room)}" for kind, names in kinds.items())
+        raise CheckpointError(f"{holder} does not hold the tensors its configuration calls for. {told}")
 
 
 def some_names(names: list[str], *, most: int = 4, room: int = 320) -> str:

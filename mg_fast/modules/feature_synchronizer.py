@@ -16,10 +16,10 @@ from .synchronizer_inputs import (
     check_batch,
     check_features,
     check_query,
-    index_of_all,
+    check_values,
+    index_of_queries,
     read_reference_points,
     relative_index,
-    rows_of_queries,
     synchronizer_sizes,
 )
 
@@ -94,13 +94,39 @@ class FeatureSynchronizer(nn.Module):
             nn.init.zeros_(layer.bias)
         nn.init.trunc_normal_(self.query_relpos.weight, std=0.02)
 
+    def values(self, features: torch.Tensor) -> torch.Tensor:
+        """Projected features of pictures, [B, n, S, H, D], which `forward` takes in the place of the features.
+
+        They can be kept for later calls, because they depend on the features alone.
+
+        Args:
+            features: [B, n, S, d_value], in the dtype of the weights.
+
+        Raises:
+            ValueError: shapes or dtypes do not fit.
+        """
+        check_features(OWNER, features, self.sizes, compute_dtype(self.value_proj), features.device)
+        return self.value_proj(features).unflatten(-1, (self.sizes.heads, -1))
+
+    def index(self, mask: torch.Tensor) -> torch.Tensor:
+        """The relative index of pictures for a mask, [B, n] or [B, Q, n]: int64 of its shape.
+
+        `forward` takes it in the place of the mask.
+
+        Raises:
+            ValueError: a row of the mask sees more pictures than the table has positions for.
+        """
+        return relative_index(OWNER, mask, self.sizes.max_images)
+
     def forward(
         self,
         query: torch.Tensor,
-        features: torch.Tensor,
+        features: torch.Tensor | None,
         reference_points: torch.Tensor,
         mask: torch.Tensor | None = None,
         *,
+        values: torch.Tensor | None = None,
+        index: torch.Tensor | None = None,
         backend: str | None = None,
     ) -> torch.Tensor:
         """What the queries read: [B, Q, d_out].
@@ -108,11 +134,13 @@ class FeatureSynchronizer(nn.Module):
         Args:
             query: [B, Q, d_query], in the dtype of the weights.
             features: [B, n, S, d_value], in the dtype of the weights: n pictures, the oldest first, their levels one
-                after the other, each row by row.
+                after the other, each row by row. None where `values` are given.
             reference_points: [B or 1, Q or 1, 1, 2], floating point, (x, y) in [0, 1]: where the offsets start.
             mask: [B, Q, n], or [B, n] for all queries alike: 1 (or True) where the query sees the picture; None where
                 it sees all. One query takes the last row of a longer mask. With n of `max_images` or more, the host
                 waits for the mask; otherwise nothing waits for the device.
+            values: [B, n, S, H, D], what the method `values` returned for the features, in their place.
+            index: [B, Q, n] or [B, n], what the method `index` returned for the mask, in its place.
             backend: overrides the choice in force. `reference` runs the original's own steps, with its copies of the
                 query for every picture. The others project a query once. If `sampling_offsets`, `attention_weights` or
                 `query_relpos` is more than a plain layer (adapters, hooks, quantized or parametrized layers), its
@@ -125,17 +153,19 @@ class FeatureSynchronizer(nn.Module):
             BackendError: a backend was named that cannot run here.
         """
         check_query(OWNER, query, self.sizes.query, compute_dtype(self.dynamic_offset_mask), query.device)
-        check_features(OWNER, features, self.sizes, compute_dtype(self.value_proj), query.device)
-        check_batch(OWNER, query, "features", features)
-        points = read_reference_points(OWNER, reference_points, query)
-        (batch, count), pictures = query.shape[:2], features.shape[1]
-        if mask is None:
-            index = index_of_all(OWNER, pictures, self.sizes.max_images, batch, query.device)
+        if (features is None) == (values is None):
+            raise ValueError(f"{OWNER}: expected features or values, got {'neither' if values is None else 'both'}")
+        if values is None:
+            check_features(OWNER, features, self.sizes, compute_dtype(self.value_proj), query.device)
+            check_batch(OWNER, query, "features", features)
         else:
-            mask = rows_of_queries(OWNER, "mask", mask, batch, count, pictures, query.device)
-            index = relative_index(OWNER, mask, self.sizes.max_images)
-
-        values = self.value_proj(features).unflatten(-1, (self.sizes.heads, -1))
+            check_values(OWNER, values, self.sizes, compute_dtype(self.value_proj), query.device)
+            check_batch(OWNER, query, "values", values)
+        points = read_reference_points(OWNER, reference_points, query)
+        pictures = (features if values is None else values).shape[1]
+        index = index_of_queries(OWNER, query, pictures, self.sizes.max_images, mask, index)
+        if values is None:
+            values = self.value_proj(features).unflatten(-1, (self.sizes.heads, -1))
         ignore = self.ignore_token.flatten().to(values.dtype)
         if self._projects_each_picture(backend, query.device):
             read = self._original_steps(query, values, index, points, ignore)

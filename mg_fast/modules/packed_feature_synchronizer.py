@@ -15,10 +15,9 @@ from .synchronizer_inputs import (
     check_features,
     check_query,
     check_values,
-    index_of_all,
+    index_of_queries,
     read_reference_points,
     relative_index,
-    rows_of_queries,
 )
 
 OWNER = "PackedFeatureSynchronizer"
@@ -216,7 +215,7 @@ class PackedFeatureSynchronizer(nn.Module):
         check_values(OWNER, values, self.sizes, dtype, device)
         check_batch(OWNER, query, "values", values)
         points = read_reference_points(OWNER, reference_points, query)
-        index = self._index(query, values, mask, index)
+        index = index_of_queries(OWNER, query, values.shape[1], self.sizes.max_images, mask, index)
         z = self._project(query)
         if values.shape[1] == 0:
             # Autocast has chosen the dtype of the products, here too.
@@ -245,22 +244,6 @@ class PackedFeatureSynchronizer(nn.Module):
                 f"got {query.shape[1]}"
             )
         return F.linear(query, self.query_weight).add_(self.query_bias)
-
-    def _index(
-        self, query: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, index: torch.Tensor | None
-    ) -> torch.Tensor:
-        """The relative index that a call takes from its mask or its index."""
-        (batch, count), pictures = query.shape[:2], values.shape[1]
-        fits = batch, count, pictures, values.device
-        if index is None and mask is None:
-            return index_of_all(OWNER, pictures, self.sizes.max_images, batch, values.device)
-        if index is None:
-            return self.index(rows_of_queries(OWNER, "mask", mask, *fits))
-        if mask is not None:
-            raise ValueError(f"{OWNER}: expected a mask or an index, got both")
-        if index.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"{OWNER}: index must be torch.int64, as index() returns it, got {index.dtype}")
-        return rows_of_queries(OWNER, "index", index, *fits)
 
     def check_unchanged(self) -> None:
         """Raises RuntimeError if the weights of the packed module were changed; nothing is checked in a trace."""

@@ -109,9 +109,9 @@ def check_features(
 
 
 def check_values(
-    owner: str, values: torch.Tensor, sizes: SynchronizerSizes, dtype: torch.dtype, device: torch.device
+    owner: str, values: torch.Tensor, sizes: SynchronizerSizes, dtype: torch.dtype | None, device: torch.device
 ) -> None:
-    """Raises ValueError unless projected features are [B, n, S, H, D], in this dtype and on this device."""
+    """Raises ValueError unless projected features are [B, n, S, H, D], in this dtype (None: any), on this device."""
     expected = [sizes.pixels, sizes.heads, sizes.inner // sizes.heads]
     if values.dim() != 5 or list(values.shape[2:]) != expected:
         raise ValueError(
@@ -229,3 +229,33 @@ def index_of_all(owner: str, pictures: int, max_images: int, batch: int, device:
             f"{max_images} rows, the first for pictures that are not seen; without a mask it sees all {pictures}"
         )
     return torch.arange(pictures, 0, -1, device=device).expand(batch, 1, pictures)
+
+
+def index_of_queries(
+    owner: str,
+    query: torch.Tensor,
+    pictures: int,
+    max_images: int,
+    mask: torch.Tensor | None,
+    index: torch.Tensor | None,
+) -> torch.Tensor:
+    """The relative index int64 [B, Q, n] or [B, 1, n] that a call takes from its mask or from its index.
+
+    Args:
+        query: [B, Q, d_query].
+        pictures: n.
+        mask, index: of the call; at most one of them is given. Without both, every query sees every picture.
+
+    Raises:
+        ValueError: both are given, one does not fit, or a query sees too many pictures.
+    """
+    batch, count, device = *query.shape[:2], query.device
+    if index is None and mask is None:
+        return index_of_all(owner, pictures, max_images, batch, device)
+    if index is None:
+        return relative_index(owner, rows_of_queries(owner, "mask", mask, batch, count, pictures, device), max_images)
+    if mask is not None:
+        raise ValueError(f"{owner}: expected a mask or an index, got both")
+    if index.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{owner}: index must be torch.int64, as index() returns it, got {index.dtype}")
+    return rows_of_queries(owner, "index", index, batch, count, pictures, device)

@@ -5,6 +5,7 @@ import importlib.util
 import logging
 import numbers
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -24,7 +25,9 @@ _INT4_GROUPS = (128, 64, 32)
 _CUDA_ARCHITECTURE = {"int4": (8, 0), "fp8": (8, 9)}
 
 
-def named_config(name: str, text_config, device_map, dtype: torch.dtype | None) -> TorchAoConfig:
+def named_config(
+    name: str, text_config, device_map, dtype: torch.dtype | None, *, unquantized: Sequence[str] = UNQUANTIZED
+) -> TorchAoConfig:
     """The configuration that a name stands for, for one language model on one kind of device.
 
     Args:
@@ -32,6 +35,7 @@ def named_config(name: str, text_config, device_map, dtype: torch.dtype | None) 
         text_config: the language model's configuration.
         device_map: as `from_pretrained` takes it.
         dtype: of the weights that are to be quantized.
+        unquantized: full names of the modules that keep their dtype, as regular expressions; default Mini-Gemini's.
 
     Raises:
         BackendError: the configuration cannot run there; the message is the reason.
@@ -59,13 +63,13 @@ def named_config(name: str, text_config, device_map, dtype: torch.dtype | None) 
         from torchao.quantization import FqnToConfig
 
         config = FqnToConfig(OrderedDict({f"re:{_LINEARS}": config, f"re:{_EXPERTS}": config}))
-    return TorchAoConfig(config, modules_to_not_convert=list(UNQUANTIZED))
+    return TorchAoConfig(config, modules_to_not_convert=list(unquantized))
 
 
-def check_config(config: QuantizationConfigMixin) -> None:
+def check_config(config: QuantizationConfigMixin, unquantized: Sequence[str] = UNQUANTIZED) -> None:
     """Completes a caller's configuration, so that the vision parts and the head keep their dtype.
 
-    A configuration that says itself what to skip is left as it is.
+    A configuration that says itself what to skip is left as it is. `unquantized` is as in `named_config`.
 
     Raises:
         BackendError: this is not a quantization configuration, or the package that it needs is not installed.
@@ -78,8 +82,8 @@ def check_config(config: QuantizationConfigMixin) -> None:
     if method.startswith("bitsandbytes"):
         _need("bitsandbytes", "a BitsAndBytesConfig", "pip install bitsandbytes")
     for attribute in ("llm_int8_skip_modules", "modules_to_not_convert"):
-        if getattr(config, attribute, UNQUANTIZED) is None:
-            setattr(config, attribute, list(UNQUANTIZED))
+        if getattr(config, attribute, unquantized) is None:
+            setattr(config, attribute, list(unquantized))
 
 
 def check_cache(options: dict) -> None:

@@ -26,7 +26,7 @@ def finish(model: nn.Module) -> None:
 
     It logs a warning if most of the language model's layers are not quantized.
     """
-    language_model = model.model.language_model
+    language_model = model.language_model
     left = total = 0
     experts = False
     for name, module in language_model.layers.named_modules():

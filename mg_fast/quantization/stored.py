@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-# These are full paths, because transformers compares them with the beginning of a parameter's name.
+# Mini-Gemini's modules that keep their dtype. These are full paths, because transformers compares them with the
+# beginning of a parameter's name.
 UNQUANTIZED = ("model.vision_tower", "model.vision_tower_aux", "model.patch_mining", "model.mm_projector", "lm_head")
 
 
@@ -17,7 +18,7 @@ class WeightBytes:
 
     Attributes:
         language_model: bytes of the language model and its head.
-        vision: bytes of everything else: towers, patch mining and projector.
+        vision: bytes of everything else: towers, patch mining and projector, or what draws pictures.
         unquantized: bytes that the language model would take in the dtype that it computes in.
         formats: how its quantized weights are stored, such as `("int8",)`; empty if none is quantized.
     """
@@ -33,21 +34,21 @@ class WeightBytes:
 
 
 def weight_bytes(model: nn.Module) -> WeightBytes:
-    """Counts the weights of a MiniGeminiForConditionalGeneration.
+    """Counts the weights of a model that `mg_fast.models.protocol.DecodableModel` describes.
 
     The scales of bitsandbytes' weights are not counted, because it keeps them elsewhere.
     """
     language_model = vision = unquantized = 0
     formats: dict[str, None] = {}
     seen = set()
-    for name, module in model.named_modules():
-        of_vision = name.startswith(UNQUANTIZED[:-1])
+    of_language = {module for part in (model.language_model, model.head) for module in part.modules()}
+    for module in model.modules():
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             if id(tensor) in seen:
                 continue
             seen.add(id(tensor))
             stored = tensor_bytes(tensor)
-            if of_vision:
+            if module not in of_language:
                 vision += stored
                 continue
             language_model += stored

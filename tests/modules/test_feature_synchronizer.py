@@ -68,6 +68,15 @@ def test_a_new_module_is_initialised_as_the_original():
         assert not module.get_submodule(name).bias.any() and module.get_submodule(name).weight.std() > 0.05
 
 
+@BACKENDS
+def test_projected_features_and_an_index_stand_for_features_and_mask(backend):
+    module = build()
+    inputs = draw(module)
+    values, index = module.values(inputs.features), module.index(inputs.mask)
+    read = module(inputs.query, None, inputs.reference_points, values=values, index=index, backend=backend)
+    assert torch.equal(read, module(*inputs, backend=backend))
+
+
 def test_copies_and_saved_weights_compute_the_same():
     module = build()
     inputs = draw(module)

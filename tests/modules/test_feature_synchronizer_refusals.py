@@ -76,3 +76,16 @@ def test_an_unknown_backend_is_refused():
     module = build()
     with pytest.raises(BackendError, match="unknown backend"):
         module(*draw(module), backend="cuda")
+
+
+def test_features_beside_values_are_refused():
+    module = build()
+    query, features, points, mask = draw(module)
+    with pytest.raises(ValueError, match="expected features or values, got neither"):
+        module(query, None, points, mask)
+    with pytest.raises(ValueError, match="expected features or values, got both"):
+        module(query, features, points, mask, values=module.values(features))
+    with pytest.raises(ValueError, match=r"values must be \[B, n, 33, 4, 4\], .* got \[2, 3, 33, 16\]"):
+        module(query, None, points, mask, values=module.values(features).flatten(3))
+    with pytest.raises(ValueError, match="expected a mask or an index, got both"):
+        module(query, features, points, mask, index=module.index(mask))

@@ -14,7 +14,7 @@ from PIL import Image
 import mg_fast
 from mg_fast import CheckpointError, PromptError, ops
 from mg_fast.models import templates as conversation
-from mg_fast.models.mini_gemini.generation import kept_positions
+from mg_fast.models.logits_to_keep import kept_positions
 from mg_fast.models.mini_gemini.processing import MiniGeminiImageProcessor
 from mg_fast.runtime.arguments import plain, plain_numbers, real_number, whole_number
 

@@ -18,22 +18,23 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from transformers import AutoTokenizer
 
-from ...errors import LONGEST_MESSAGE, BackendError, CheckpointError, quoted, shortened
+from ...errors import BackendError, CheckpointError, quoted
 from ...runtime.dtypes import wanted_dtype
 from ..templates import detect_template, get_template
 from ..tensor_files import (
     ADAPTER_FILE,
     HUB_ARGUMENTS,
     Table,
+    blaming,
+    compare_tensors,
     first_line,
     read_file,
     read_table,
     read_tensors,
     resolve_folder,
-    some_names,
 )
 from .configuration import MiniGeminiConfig
-from .geometry import CLIP_PREFIX, CONVNEXT_PREFIX, blaming, complete_config, tower_folder
+from .geometry import CLIP_PREFIX, CONVNEXT_PREFIX, complete_config, tower_folder
 
 logger = logging.getLogger(__name__)
 
@@ -230,21 +231,7 @@ def check_names(expected: dict[str, tuple[int, ...]], tensors: Table, *, tied: b
     if tied and found.get("lm_head.weight") == expected["model.embed_tokens.weight"]:
         # A tied head may be stored a second time. It is the embedding.
         del found["lm_head.weight"]
-    missing = sorted(expected.keys() - found.keys())
-    unexpected = sorted(found.keys() - expected.keys())
-    wrong = sorted(n for n in expected.keys() & found.keys() if expected[n] != found[n])
-    wrong = [f"{name} {list(found[name])}, expected {list(expected[name])}" for name in wrong]
-    kinds = {
-        kind: names
-        for kind, names in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", wrong))
-        if names
-    }
-    if kinds:
-        holder = shortened(str(where), 120)
-        # The message must name every kind of difference without being cut.
-        room = (LONGEST_MESSAGE - 60 - len(holder)) // len(kinds) - 40
-        told = "; ".join(f"{len(names)} {kind}: {some_names(names, room=room)}" for kind, names in kinds.items())
-        raise CheckpointError(f"{holder} does not hold the tensors its config.json calls for. {told}")
+    compare_tensors(expected, found, where=where)
 
 
 def load_tokenizer(*folders: Path | None):

@@ -10,8 +10,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConf
 from ...errors import CheckpointError, quoted
 from ...runtime.arguments import plain_numbers, whole_number
 from ..protocol import CACHE_NAMES
+from ..registration import register_configuration
 from ..templates import TEMPLATES
-from .registration import register_configuration
 
 # `model_type` as published (the uploads of March 2024 say mini_gemini*), and the bare base models that a folder may
 # still name.

@@ -5,8 +5,8 @@ import logging
 import torch
 import torch.nn.functional as F
 
-from ...errors import PromptError, quoted
-from ...runtime.arguments import check_stop_strings, plain_options, whole_number
+from ...errors import PromptError
+from ...runtime.arguments import check_stop_strings, plain_options
 from ..protocol import CACHE, take_cache
 from .places import PICTURE_INPUTS, check_places, of_new_positions
 
@@ -118,22 +118,3 @@ class GenerationWithPictures:
                 )
                 return input_ids, {**model_kwargs, "image_tokens": expanded}
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
-
-
-def kept_positions(logits_to_keep) -> "slice | torch.Tensor | list":
-    """The index of the positions that get logits.
-
-    Python's own numbers and tensors take only steps that torch.compile can trace.
-    """
-    if isinstance(logits_to_keep, (int, torch.SymInt)):
-        return slice(-logits_to_keep, None)
-    if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim:
-        return logits_to_keep
-    number = whole_number(logits_to_keep)
-    if number is not None:
-        return slice(-number, None)
-    if not (isinstance(logits_to_keep, (list, slice)) or getattr(logits_to_keep, "ndim", 0) == 1):
-        raise ValueError(
-            f"logits_to_keep: expected a whole number, or a list or tensor of positions, got {quoted(logits_to_keep)}"
-        )
-    return logits_to_keep

@@ -1,40 +1,19 @@
 """Derives the towers' geometry from a checkpoint's tensor shapes, and checks that a configuration's parts fit."""
 
-import contextlib
 import json
 import math
 import os
 import re
 from pathlib import Path
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import CLIPVisionConfig
 
 from ...errors import CheckpointError
-from ..tensor_files import Table
+from ..tensor_files import Table, blaming
 from .configuration import MiniGeminiConfig
 
 CLIP_PREFIX = "model.vision_tower.vision_tower.vision_model."
 CONVNEXT_PREFIX = "model.vision_tower_aux."
-
-
-@contextlib.contextmanager
-def blaming(path: Path):
-    """Names the JSON file whose content made transformers or this package fail."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except (
-        StrictDataclassError,
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        OSError,
-        TypeError,
-        ValueError,
-    ) as error:
-        raise CheckpointError(f"{path} holds content that cannot be used: {' '.join(str(error).split())}") from error
 
 
 def tower_folder(config: MiniGeminiConfig, prefix: str, folder: Path) -> Path | None:

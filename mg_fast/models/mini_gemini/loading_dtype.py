@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+from collections.abc import Callable
 
 import torch
 
@@ -19,6 +20,7 @@ def resolve(
     *,
     quantize=None,
     base_model: str | os.PathLike | None = None,
+    find: Callable | None = None,
 ) -> str | torch.dtype | dict:
     """The `dtype` to pass to `from_pretrained` for a model on this machine's CPU.
 
@@ -30,6 +32,7 @@ def resolve(
         path, base_model: the checkpoint, as in `open_checkpoint`.
         quantize: as in `mg_fast.load`. A scheme by name calls for bfloat16, which the kernels for quantized weights
             take. A configuration object decides for itself.
+        find: finds the checkpoint at `path`, where it belongs to another family.
     """
     wanted = wanted_dtype(dtype)
     if wanted != "auto":
@@ -38,7 +41,7 @@ def resolve(
             cpu_dtype.check(wanted)
         return dtype
     dtype = wanted
-    checkpoint = open_checkpoint(path, base_model=base_model)
+    checkpoint = open_checkpoint(path, base_model=base_model) if find is None else find(path)
     stored = checkpoint.stored_dtype()
     if getattr(checkpoint.config, "quantization_config", None) is not None or not (
         quantize is None or isinstance(quantize, str)
@@ -57,7 +60,11 @@ def resolve(
 
 
 def of_weights(
-    dtype: str | torch.dtype | dict | None, path: str | os.PathLike, *, base_model: str | os.PathLike | None = None
+    dtype: str | torch.dtype | dict | None,
+    path: str | os.PathLike,
+    *,
+    base_model: str | os.PathLike | None = None,
+    find: Callable | None = None,
 ) -> torch.dtype:
     """The dtype that `from_pretrained` loads a checkpoint's weights in, for a value of `dtype` that it is given.
 
@@ -66,4 +73,4 @@ def of_weights(
     wanted = wanted_dtype(dtype.get("") if isinstance(dtype, dict) else dtype)
     if wanted != "auto":
         return wanted
-    return open_checkpoint(path, base_model=base_model).stored_dtype()
+    return (open_checkpoint(path, base_model=base_model) if find is None else find(path)).stored_dtype()

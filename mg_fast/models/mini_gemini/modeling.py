@@ -14,13 +14,14 @@ from ...modules import ConvNeXtPyramid, PatchInfoMining
 from ...ops import reference
 from ...runtime.layer_dtypes import at_seam, call
 from ...runtime.placement import execution_device
+from ..logits_to_keep import kept_positions
 from ..protocol import CACHE, CACHE_NAMES
+from ..registration import register_model
 from .configuration import MiniGeminiConfig
 from .decoding import MiniGeminiDecoding
-from .generation import GenerationWithPictures, kept_positions
+from .generation import GenerationWithPictures
 from .loading import PublishedCheckpoints
 from .places import PICTURE_INPUTS, check_no_places, check_places, of_new_positions
-from .registration import register_model
 from .seeing import MiniGeminiSeeing
 from .vision import PictureFeatures, build_projector, low_resolution_features
 

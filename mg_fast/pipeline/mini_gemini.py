@@ -1,32 +1,26 @@
-"""The pipeline, a facade over the stages that lead from a picture and a question to an answer, and its loading."""
+"""The pipeline of models that answer questions about pictures: a facade over the stages of the engine."""
 
-import dataclasses
 import os
-import time
 from collections.abc import Sequence
 
 import torch
 
-from .engine import batch
-from .engine import explain as explaining
-from .engine.answers import Answer, AnswerStage
-from .engine.conversation import Conversation
-from .engine.first_use import warm_up
-from .engine.options import CacheOptions, Sampling
-from .engine.streaming import AnswerStream
-from .engine.vision import VisionStage, decoded
-from .errors import BackendError, PictureError, quoted
-from .models import builtin
-from .models.mini_gemini import loading_dtype
-from .models.mini_gemini.modeling import MiniGeminiForConditionalGeneration
-from .models.mini_gemini.processing import MiniGeminiProcessor
-from .models.tensor_files import resolve_folder
-from .ops.backend import check_everywhere
-from .quantization import WeightBytes, weight_bytes
-from .runtime import attention
-from .runtime.dtypes import wanted_dtype
-from .runtime.meter import Meter
-from .runtime.placement import execution_device
+from ..engine import batch
+from ..engine import explain as explaining
+from ..engine.answers import Answer, AnswerStage, Request
+from ..engine.conversation import Conversation, as_question
+from ..engine.first_use import warm_up
+from ..engine.options import CacheOptions, Sampling
+from ..engine.streaming import AnswerStream
+from ..engine.vision import VisionStage, decoded
+from ..errors import PictureError
+from ..models.mini_gemini.modeling import MiniGeminiForConditionalGeneration
+from ..models.mini_gemini.processing import MiniGeminiProcessor
+from ..models.templates import render
+from ..ops.backend import check_everywhere
+from ..quantization import WeightBytes, weight_bytes
+from ..runtime.meter import Meter
+from ..runtime.placement import execution_device
 
 
 class Pipeline:
@@ -68,7 +62,7 @@ class Pipeline:
         self.vision = VisionStage(model, processor.image_processor, **stage)
         self.answers = AnswerStage(model, processor, compiled=compiled, **stage)
         self.load_seconds: float | None = None
-        self._own = Conversation(self.vision, self.answers, processor.template, _as_painter(painter, self.device))
+        self._own = Conversation(self.vision, self.answers, processor.template, as_painter(painter, self.device))
 
     def __reduce_ex__(self, protocol):
         """Refuses copying and pickling, which the locks and the memory of a decoder do not allow."""
@@ -105,7 +99,7 @@ class Pipeline:
 
     @painter.setter
     def painter(self, painter) -> None:
-        self._own.painter = _as_painter(painter, self.device)
+        self._own.painter = as_painter(painter, self.device)
 
     @property
     def last_drawn(self):
@@ -189,8 +183,13 @@ class Pipeline:
             PromptError: an option would be ignored; raised before anything is generated.
         """
         sampling = Sampling(max_new_tokens, temperature, top_p, seed, allow_long, generate_options)
+
+        def read(item) -> tuple[Request, list]:
+            question, images = as_question(*batch.parts_of(item))
+            return self.answers.request(render(self.template, [(question, None)]), sampling), images
+
         options = {"batch_size": batch_size, "allow_urls": allow_urls, "progress": progress}
-        return batch.chat_batch(self.vision, self.answers, self.template, questions, sampling, **options)
+        return batch.chat_batch(self.vision, self.answers, read, questions, sampling, **options)
 
     def explain(
         self,
@@ -270,106 +269,10 @@ class Pipeline:
         self.answers.forget()
 
 
-def _as_painter(painter, device: torch.device):
+def as_painter(painter, device: torch.device):
     """A painter as it is, or the one that a folder or hub id names, on the pipeline's device."""
     if painter is None or not isinstance(painter, (str, os.PathLike)):
         return painter
-    from .drawing import load_painter
+    from ..drawing import load_painter
 
     return load_painter(painter, device=device if device.type in ("cpu", "cuda") else None)
-
-
-def _known_device(device: str | torch.device) -> torch.device:
-    """The device if torch knows it and it exists here, else raises `BackendError`, before any weight is read."""
-    try:
-        known = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    except RuntimeError as error:
-        raise BackendError(f"unknown device {quoted(device)}: {str(error).splitlines()[0]}") from None
-    if known.type == "cuda" and not torch.cuda.is_available():
-        raise BackendError(
-            f"device {quoted(str(device))}: torch finds no CUDA device here (`mg-fast doctor` shows more)"
-        )
-    return known
-
-
-def load(
-    path: str | os.PathLike,
-    *,
-    dtype: str | torch.dtype | dict | None = "auto",
-    device: str | torch.device | None = None,
-    backend: str | None = None,
-    quantize=None,
-    template: str | None = None,
-    base_model: str | os.PathLike | None = None,
-    attn_implementation: str | None = None,
-    allow_long: bool = False,
-    image_cache_bytes: int = CacheOptions.image_cache_bytes,
-    kv_cache_bytes: int | None = CacheOptions.kv_cache_bytes,
-    compiled: bool = False,
-    cuda_graphs: bool = True,
-    painter=None,
-) -> Pipeline:
-    """Loads a Mini-Gemini checkpoint with its processor, as a pipeline.
-
-    Args:
-        path: folder or hub id of a checkpoint in the published layout, or the name of one in the package (`nano`).
-        dtype: the dtype of the weights, by any usual name. `auto` or None takes the one that config.json names, else
-            the stored one. On a CPU, for a checkpoint of 16-bit weights, it takes the dtype that the CPU multiplies
-            fastest in, but float32 only if that fits in memory (`loading_dtype`). A dict is passed on to transformers,
-            which loads the weights in the dtype under the empty key.
-        device: `cuda`, `cpu`, ..., or `auto` to spread the model over all devices; default: a GPU if there is one.
-        backend: `auto`, `reference`, `torch` or `triton`, for every call of this pipeline.
-        quantize: `int8`, `int4` or `fp8` (weight-only, by torchao), or a quantization configuration of transformers. It
-            applies to the layers of the language model; towers, mining, projector and head keep their dtype.
-        template: name of a prompt template, in the place of the checkpoint's own.
-        base_model: folder or hub id of the base language model, for a stage-1 adapter.
-        attn_implementation: `sdpa` (the default, which lets torch choose its kernels, and the only one that is captured
-            in CUDA graphs), `eager`, or `flash_attention_2`, which takes the package flash-attn, a GPU, and weights in
-            float16 or bfloat16.
-        allow_long: accept prompts longer than the model was trained on.
-        image_cache_bytes, kv_cache_bytes: see `CacheOptions`.
-        compiled: on a GPU, decode through torch.compile, which takes seconds to a minute at the first answer.
-        cuda_graphs: on a GPU, capture the work in CUDA graphs; without graphs less memory is needed.
-        painter: draws what answers ask for: a `mg_fast.drawing.Painter`, or the folder or hub id of a text-to-image
-            pipeline of diffusers. Its weights are loaded when the first picture is drawn.
-
-    Raises:
-        CheckpointError: the checkpoint or the painter cannot be loaded.
-        BackendError: the backend, the device or the attention cannot be used here, or the dtype is unknown.
-        PromptError: the template is unknown.
-        ValueError: a limit of a cache is below 0.
-    """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    known_device = _known_device(device)
-    dtype = wanted_dtype(dtype)
-    caches = CacheOptions(image_cache_bytes, kv_cache_bytes)
-    check_everywhere(backend, known_device)
-    attention.check(attn_implementation, known_device)
-    began = time.perf_counter()
-    adapter = {} if base_model is None else {"base_model": base_model}
-    path = builtin.resolve(path)
-    # A hub id is fetched whole before anything is built, because the size of the views is read from a tensor's shape.
-    resolve_folder(path)
-    # The processor comes first: it loads quickly, and it finds most faults of a folder.
-    processor = MiniGeminiProcessor.from_pretrained(path, template=template, **adapter)
-    if known_device.type == "cpu":
-        dtype = loading_dtype.resolve(dtype, path, quantize=quantize, **adapter)
-    if attn_implementation == attention.FLASH:
-        attention.check(attn_implementation, known_device, loading_dtype.of_weights(dtype, path, **adapter))
-    optional = {"quantization_config": quantize, "attn_implementation": attn_implementation}
-    optional = {name: value for name, value in optional.items() if value is not None}
-    model = MiniGeminiForConditionalGeneration.from_pretrained(
-        path, dtype=dtype, device_map=device, template=template, allow_long=allow_long, **optional, **adapter
-    )
-    pipeline = Pipeline(
-        model,
-        processor,
-        backend=backend,
-        compiled=compiled,
-        cuda_graphs=cuda_graphs,
-        painter=painter,
-        **dataclasses.asdict(caches),
-    )
-    pipeline.load_seconds = time.perf_counter() - began
-    return pipeline

@@ -1,8 +1,8 @@
-"""Registers Mini-Gemini with transformers' Auto classes.
+"""Registers families of models with transformers' Auto classes.
 
-The modules `configuration`, `modeling` and `processing` each call their function at their end, so it does not matter
-which import brings them in. The functions import transformers' auto modules only when they are called, because those
-modules may be loading at that very moment: see `mg_fast.integrations.transformers_auto`.
+The modules `configuration`, `modeling` and `processing` of a family each call their function at their end, so it does
+not matter which import brings them in. The functions import transformers' auto modules only when they are called,
+because those modules may be loading at that very moment: see `mg_fast.integrations.transformers_auto`.
 """
 
 
@@ -35,3 +35,10 @@ def register_processor(config_class: type, processor_class: type) -> None:
     from transformers.models.auto.processing_auto import AutoProcessor
 
     AutoProcessor.register(config_class, processor_class, exist_ok=True)
+
+
+def register_tokenizer(config_class: type, tokenizer_class: type) -> None:
+    """Lets AutoTokenizer build a tokenizer of this class, where it would otherwise build another of the same files."""
+    from transformers.models.auto.tokenization_auto import AutoTokenizer
+
+    AutoTokenizer.register(config_class, slow_tokenizer_class=tokenizer_class, exist_ok=True)

@@ -1,0 +1,1 @@
+"""The stages of a model that reads and gives texts and pictures in any order."""

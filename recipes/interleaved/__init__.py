@@ -1,0 +1,1 @@
+"""MM-Interleaved's published tasks, one short program each."""
