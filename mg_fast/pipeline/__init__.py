@@ -91,7 +91,7 @@ def load(
             MM-Interleaved draws by itself.
 
     Raises:
-        CheckpointError: the checkpoint or the painter cannot be loaded, or an argument is for another family of checkpoints.
+        CheckpointError: the checkpoint or the painter cannot be loaded, or an argument is for another family.
         BackendError: the backend, the device or the attention cannot be used here, or the dtype is unknown.
         PromptError: the template is unknown.
         ValueError: a limit of a cache is below 0.
