@@ -120,6 +120,9 @@ def _parser() -> argparse.ArgumentParser:
     option("--check", action="store_true", help=check)
     option("--save", action="store_true", help="record all predictions in bench/results/predicted.json")
 
+    option = add("painters", "painters:main", "predict what SDXL takes beside the language models, from shapes")
+    option("--save", dest="keep", action="store_true", help="record the predictions in bench/results/painters.json")
+
     add(
         "formulas",
         "formulas:table",

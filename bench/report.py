@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from . import interleaved_tables, operation_tables, tables
+from . import interleaved_tables, operation_tables, painters, tables
 from .errors import BadRecord
 from .figures import Records, records_by_device
 from .page import page
@@ -11,7 +11,12 @@ from .readme_table import readme_table, status_table
 
 ROOT = Path(__file__).parents[1]
 # The files with tables between markers.
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "kernels.md")
+DOCUMENTS = (
+    ROOT / "README.md",
+    ROOT / "docs" / "benchmarks.md",
+    ROOT / "docs" / "drawing.md",
+    ROOT / "docs" / "kernels.md",
+)
 MEND = "python -m bench report --readme"
 TABLES = {
     "status": status_table,
@@ -22,6 +27,7 @@ TABLES = {
     "deformable_attention": operation_tables.deformable_table,
     "feature_sync": operation_tables.synchronizer_table,
     "issue": operation_tables.issue_table,
+    "painters": painters.painter_table,
     "predicted": tables.predicted_table,
     "interleaved": interleaved_tables.interleaved_table,
 }

@@ -25,10 +25,13 @@ _PUBLIC = {
     "PictureError": "mg_fast.errors",
     "PromptError": "mg_fast.errors",
     "BackendError": "mg_fast.errors",
+    "DrawingError": "mg_fast.errors",
 }
 # Modules that are attributes of the package, and their places.
 _MODULES = {
+    "drawing": "mg_fast.drawing",
     "errors": "mg_fast.errors",
+    "hints": "mg_fast.hints",
     "kernels": "mg_fast.kernels",
     "modules": "mg_fast.modules",
     "ops": "mg_fast.ops",

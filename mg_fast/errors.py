@@ -64,3 +64,7 @@ class PromptError(MgFastError, ValueError):
 
 class BackendError(MgFastError, RuntimeError):
     """A requested backend cannot run here; the message is the reason."""
+
+
+class DrawingError(MgFastError, RuntimeError):
+    """A picture that cannot be drawn, or not in the way that was asked for."""

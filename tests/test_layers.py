@@ -19,6 +19,7 @@ LAYERS = (
     ("mg_fast.modules",),
     ("mg_fast.models",),
     ("mg_fast.decoding",),
+    ("mg_fast.drawing", "mg_fast.hints"),
     ("mg_fast.engine",),
     ("mg_fast.pipeline", "mg_fast.integrations", "mg_fast.testing", "mg_fast.templates"),
     ("mg_fast.cli",),

@@ -32,9 +32,9 @@ def load(args, **options):
     )
 
 
-def load_to_answer(args):
+def load_to_answer(args, **options):
     """Loads the pipeline for a command that answers, and says on stderr what was loaded."""
-    pipeline = load(args, allow_long=args.allow_long)
+    pipeline = load(args, allow_long=args.allow_long, **options)
     template = f" (template {pipeline.template})" if pipeline.template is not None else ""
     print(f"loaded {args.model} on {pipeline.device} in {pipeline.load_seconds:.1f} s{template}", file=sys.stderr)
     print(f"weights: {pipeline.weights}", file=sys.stderr)

@@ -1,7 +1,7 @@
 """The program `mg-fast`: its parser, its exit codes, and how it prints errors.
 
 Exit codes: 0 success, 1 an unexpected error, 2 wrong usage, 3 a fault of the checkpoint, 4 of a picture, 5 of the
-prompt, 6 of the backend, 130 interrupted. An error is one line on stderr; --debug shows its traceback.
+prompt, 6 of the backend, 7 of a drawing, 130 interrupted. An error is one line on stderr; --debug shows its traceback.
 """
 
 import argparse
@@ -10,14 +10,22 @@ import os
 import sys
 
 from .. import __version__
-from ..errors import BackendError, CheckpointError, MgFastError, PictureError, PromptError, shortened
-from . import chat, doctor, explain, run, story, warmup
+from ..errors import (
+    BackendError,
+    CheckpointError,
+    DrawingError,
+    MgFastError,
+    PictureError,
+    PromptError,
+    shortened,
+)
+from . import chat, doctor, draw, explain, run, story, warmup
 from . import compile as compile_command
 from .options import Parser
 from .streams import tolerate_other_encodings
 
-EXIT_CODES = ((CheckpointError, 3), (PictureError, 4), (PromptError, 5), (BackendError, 6))
-COMMANDS = (run, chat, explain, story, doctor, compile_command, warmup)
+EXIT_CODES = ((CheckpointError, 3), (PictureError, 4), (PromptError, 5), (BackendError, 6), (DrawingError, 7))
+COMMANDS = (run, chat, draw, explain, story, doctor, compile_command, warmup)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from PIL import Image
 from transformers import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
 from ..decoding import Decoder
@@ -16,6 +17,9 @@ from ..runtime.placement import execution_device
 from .options import DEFAULT_NEW_TOKENS, CacheOptions, Sampling
 from .streaming import PieceStream, decode_answer
 from .vision import SeenPicture
+
+# The reason why an answer has no picture when nobody asked for one.
+NOT_ASKED = "no picture was asked for (draw=True asks for one)"
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,10 @@ class Answer:
         cached_tokens: how many of these positions were not computed, because their keys and values were remembered.
         stages: time and memory of every stage, if `profile=True` asked for them.
         error: in a batch, the exception because of which this question has no answer.
+        image_prompts: the prompts of the pictures that were drawn for this answer, in the order of `images`.
+        images: the Pillow pictures that were drawn for this answer.
+        no_image_reason: why a prompt has no picture, or why nothing was drawn, in one sentence; None if all went well.
+        image_error: the exception with which drawing ended, if it failed.
     """
 
     text: str
@@ -42,6 +50,10 @@ class Answer:
     cached_tokens: int = field(default=0, compare=False)
     stages: list[StageTime] = field(default_factory=list, compare=False)
     error: Exception | None = None
+    image_prompts: list[str] = field(default_factory=list)
+    images: list[Image.Image] = field(default_factory=list, compare=False)
+    no_image_reason: str | None = field(default=NOT_ASKED, compare=False)
+    image_error: Exception | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         return self.text

@@ -4,16 +4,20 @@ import copy
 import logging
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+
+from PIL import Image
 
 from ..errors import PromptError, quoted
+from ..hints import ocr as reading
 from ..models.templates import IMAGE_TAG, render, with_picture_tags
 from ..runtime.arguments import check_text
 from ..runtime.meter import Meter
 from .answers import Answer, AnswerStage
+from .drawing import MARKER, drawing_options, with_pictures
 from .options import Sampling
-from .streaming import pieces
-from .vision import SeenPicture, VisionStage
+from .streaming import AnswerStream, pieces
+from .vision import SeenPicture, VisionStage, decoded
 
 logger = logging.getLogger(__name__)
 
@@ -30,16 +34,19 @@ class Conversation:
         vision: the stage that sees the pictures.
         answers: the stage that answers the prompts.
         template: name of the prompt template.
+        painter: draws the pictures that answers ask for (`mg_fast.drawing.Painter`); None: nothing can be drawn.
 
     Attributes:
         turns: questions and answers so far.
         pictures: image tokens [T, hidden] of the pictures so far, each with its digest.
+        last_drawn: the picture that was drawn last; None before the first one.
     """
 
-    def __init__(self, vision: VisionStage, answers: AnswerStage, template: str):
-        self.vision, self.answers, self.template = vision, answers, template
+    def __init__(self, vision: VisionStage, answers: AnswerStage, template: str, painter=None):
+        self.vision, self.answers, self.template, self.painter = vision, answers, template, painter
         self.turns: list[tuple[str, str]] = []
         self.pictures: list[SeenPicture] = []
+        self.last_drawn: Image.Image | None = None
         # An answer is kept only if this number is still the one with which the question was asked.
         self._version = 0
         self._answering = threading.RLock()
@@ -48,10 +55,10 @@ class Conversation:
 
     def __copy__(self) -> "Conversation":
         """Another conversation with the same past and the same stages; from here on, each goes on by itself."""
-        other = type(self)(self.vision, self.answers, self.template)
+        other = type(self)(self.vision, self.answers, self.template, self.painter)
         with self._changing:
             # Neither turns nor image tokens are ever changed in place.
-            other.turns, other.pictures = list(self.turns), list(self.pictures)
+            other.turns, other.pictures, other.last_drawn = list(self.turns), list(self.pictures), self.last_drawn
         return other
 
     def __deepcopy__(self, memo: dict) -> "Conversation":
@@ -66,7 +73,7 @@ class Conversation:
     def reset(self) -> None:
         """Forgets turns and pictures."""
         with self._changing:
-            self.turns, self.pictures = [], []
+            self.turns, self.pictures, self.last_drawn = [], [], None
             self._version += 1
 
     close = reset
@@ -84,8 +91,10 @@ class Conversation:
         allow_long: bool | None = None,
         allow_urls: bool = False,
         profile: bool = False,
+        draw: bool | Mapping[str, object] = False,
+        ocr: bool = False,
         **generate_options,
-    ) -> "Answer | Iterator[str]":
+    ) -> "Answer | AnswerStream":
         """Asks a question, and keeps the question and its answer in the conversation.
 
         Args:
@@ -96,6 +105,13 @@ class Conversation:
             stream: yield pieces of text that join to the text of the answer. The conversation stays as it was if the
                 stream is not read to its end, or if the conversation went on or was reset meanwhile.
             allow_urls: fetch pictures that are given as URLs.
+            draw: ask for a picture. The marker that Mini-Gemini was trained with is added to the text, and the prompts
+                that the model writes between `<h>` and `</h>` are drawn (see `Answer.images`). A dict has options of
+                `mg_fast.drawing.Painter.draw`; without a seed of its own the picture has the answer's. With
+                `{"like": "last"}` a picture follows the one that was drawn before it in this conversation. A stream
+                has the pictures once it has been read to its end.
+            ocr: read the text in the new pictures (`mg_fast.hints.ocr`) and add it to the question, as the original's
+                command line does. A picture without text adds nothing.
             profile: measure time and memory of every stage, for `Answer.stages`; cannot be combined with `stream`.
 
         Raises:
@@ -108,8 +124,14 @@ class Conversation:
             raise PromptError("profile=True measures whole answers and cannot be combined with stream=True")
         if stream and sampling.generate_options.get("num_beams", 1) > 1:
             raise PromptError("beams cannot be streamed: their text is not final before the end")
+        options = drawing_options(draw, sampling.seed)
         generator = sampling.generator(self.answers.device)
         question, images = as_question(text, images)
+        if ocr:
+            images = [decoded(image, allow_urls) for image in images]
+            question += "".join(reading.hint(reading.read(image)) for image in images)
+        if options is not None:
+            question += MARKER
 
         def ask():
             """Prepares the question; returns one function that answers it and one that keeps the answer."""
@@ -124,17 +146,27 @@ class Conversation:
             def run(**streamed) -> Answer:
                 return self.answers.answer([(request, seen)], sampling, generator=generator, meter=meter, **streamed)[0]
 
-            def keep(answer: Answer) -> None:
+            def keep(answer: Answer) -> Answer:
                 with self._changing:
-                    if self._version == version:
+                    kept = self._version == version
+                    if kept:
                         # A tag that the model itself wrote is text, not the place of a picture.
                         self.turns = [*turns, (question, answer.text.replace(IMAGE_TAG, "< image>"))]
                         self.pictures = seen
                         self._version += 1
-                        return
-                logger.warning(
-                    "the conversation went on or was reset before this answer was complete, so the answer is not kept"
-                )
+                    last = self.last_drawn
+                if not kept:
+                    logger.warning(
+                        "the conversation went on or was reset before this answer was complete, so the answer is not "
+                        "kept"
+                    )
+                # The text is kept first, so that nothing that happens while drawing can lose it.
+                answer = with_pictures(answer, self.painter, options, last)
+                if answer.images:
+                    with self._changing:
+                        if self._version == version + kept:
+                            self.last_drawn = answer.images[-1]
+                return answer
 
             return run, keep
 
@@ -142,9 +174,7 @@ class Conversation:
             return pieces(*ask(), self.answers.device)
         with self._answering:
             run, keep = ask()
-            given = run()
-            keep(given)
-        return given
+            return keep(run())
 
 
 def as_question(text: str, images: Sequence | None) -> tuple[str, list]:

@@ -93,13 +93,61 @@ class _Ended:
     error: BaseException | None = None
 
 
-def pieces(run: Callable, keep: Callable, device: torch.device) -> Iterator:
-    """Yields what a generation that runs in its own thread gives piece by piece, and raises the errors of that thread.
+class AnswerStream:
+    """An iterator over the pieces of an answer as they come, such as those of its text.
+
+    Attributes:
+        answer: the whole answer with its pictures, once the stream has been read to its end; None before.
+    """
+
+    def __init__(self, found: Iterator):
+        self._found = found
+        self.answer = None
+
+    def __iter__(self) -> "AnswerStream":
+        return self
+
+    def __next__(self):
+        piece = next(self._found)
+        if not isinstance(piece, _Ended):
+            return piece
+        self.answer = piece.result
+        # Nothing comes after the end.
+        next(self._found, None)
+        raise StopIteration
+
+    def close(self) -> None:
+        """Ends the generation; the conversation stays as it was unless the text has been read to its end."""
+        self._found.close()
+
+    @property
+    def image_prompts(self) -> list[str]:
+        """Those of the answer; empty before the end."""
+        return [] if self.answer is None else self.answer.image_prompts
+
+    @property
+    def images(self) -> list:
+        """Those of the answer; empty before the end."""
+        return [] if self.answer is None else self.answer.images
+
+    @property
+    def no_image_reason(self) -> str | None:
+        """That of the answer."""
+        return "the stream has not been read to its end" if self.answer is None else self.answer.no_image_reason
+
+    @property
+    def image_error(self) -> Exception | None:
+        """That of the answer."""
+        return None if self.answer is None else self.answer.image_error
+
+
+def pieces(run: Callable, keep: Callable, device: torch.device) -> AnswerStream:
+    """What a generation that runs in its own thread gives piece by piece. Reading raises the errors of that thread.
 
     Args:
         run: the generation; called with `emit`, which takes pieces, such as those of a text, and `criterion`, which
             ends the generation when the pieces are no longer read.
-        keep: called with the result of `run` when all pieces have been read.
+        keep: called with the result of `run` when all pieces have been read; returns the answer of the stream.
         device: the device of the generation.
     """
     found: queue.SimpleQueue = queue.SimpleQueue()
@@ -125,9 +173,9 @@ def pieces(run: Callable, keep: Callable, device: torch.device) -> Iterator:
                 yield piece
             if piece.error is not None:
                 raise piece.error
-            keep(piece.result)
+            yield _Ended(keep(piece.result))
         finally:
             abandoned.set()
             thread.join()
 
-    return read()
+    return AnswerStream(read())

@@ -19,7 +19,7 @@ from ..models.tensor_files import resolve_folder
 from ..ops.backend import check_everywhere
 from ..runtime import attention
 from ..runtime.dtypes import wanted_dtype
-from .mini_gemini import Pipeline
+from .mini_gemini import Pipeline, as_painter
 
 if TYPE_CHECKING:
     from .mm_interleaved import InterleavedPipeline
@@ -56,6 +56,7 @@ def load(
     llm: str | os.PathLike | None = None,
     clip: str | os.PathLike | None = None,
     diffusion: str | os.PathLike | None = None,
+    painter=None,
 ) -> "Pipeline | InterleavedPipeline":
     """Loads a checkpoint with its processor, as a pipeline.
 
@@ -85,9 +86,12 @@ def load(
         cuda_graphs: on a GPU, capture the work in CUDA graphs; without graphs less memory is needed.
         llm, clip, diffusion: folders or hub ids of the models that MM-Interleaved's config.yaml names, for those that
             are not where it says.
+        painter: draws what answers ask for: a `mg_fast.drawing.Painter`, or the folder or hub id of a text-to-image
+            pipeline of diffusers, whose weights are loaded when the first picture is drawn; Mini-Gemini only, because
+            MM-Interleaved draws by itself.
 
     Raises:
-        CheckpointError: the checkpoint cannot be loaded, or an argument is for another family of checkpoints.
+        CheckpointError: the checkpoint or the painter cannot be loaded, or an argument is for another family.
         BackendError: the backend, the device or the attention cannot be used here, or the dtype is unknown.
         PromptError: the template is unknown.
         ValueError: a limit of a cache is below 0.
@@ -103,7 +107,13 @@ def load(
     path = builtin.resolve(path)
     # Only small files are read or fetched to tell the family.
     family = checkpoint_family(resolve_folder(path, weights=False))
-    of_mini_gemini = {"template": template, "base_model": base_model, "allow_long": allow_long or None}
+    of_mini_gemini = {
+        "template": template,
+        "base_model": base_model,
+        "allow_long": allow_long or None,
+        # What is wrong with the painter's folder is found before the gigabytes of the model are read.
+        "painter": as_painter(painter, known_device),
+    }
     of_interleaved = {"llm": llm, "clip": clip, "diffusion": diffusion}
     sides = _given(of_interleaved if family == MM_INTERLEAVED else of_mini_gemini)
     if others := _given(of_mini_gemini if family == MM_INTERLEAVED else of_interleaved):
@@ -112,10 +122,17 @@ def load(
             f"{family or 'Mini-Gemini'}"
         )
     optional = _given({"quantization_config": quantize, "attn_implementation": attn_implementation})
+    further = {name: sides.pop(name) for name in ("painter",) if name in sides}
     load_parts = _load_interleaved if family == MM_INTERLEAVED else _load_mini_gemini
     kind, model, processor = load_parts(path, dtype, device, known_device, quantize, sides, optional)
     pipeline = kind(
-        model, processor, backend=backend, compiled=compiled, cuda_graphs=cuda_graphs, **dataclasses.asdict(caches)
+        model,
+        processor,
+        backend=backend,
+        compiled=compiled,
+        cuda_graphs=cuda_graphs,
+        **dataclasses.asdict(caches),
+        **further,
     )
     pipeline.load_seconds = time.perf_counter() - began
     return pipeline

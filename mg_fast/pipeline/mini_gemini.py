@@ -1,6 +1,7 @@
 """The pipeline of models that answer questions about pictures: a facade over the stages of the engine."""
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Sequence
 
 import torch
 
@@ -10,6 +11,7 @@ from ..engine.answers import Answer, AnswerStage, Request
 from ..engine.conversation import Conversation, as_question
 from ..engine.first_use import warm_up
 from ..engine.options import CacheOptions, Sampling
+from ..engine.streaming import AnswerStream
 from ..engine.vision import VisionStage, decoded
 from ..errors import PictureError
 from ..models.mini_gemini.modeling import MiniGeminiForConditionalGeneration
@@ -33,6 +35,8 @@ class Pipeline:
         image_cache_bytes, kv_cache_bytes: see `CacheOptions`.
         compiled: on a GPU, decode through torch.compile, which takes seconds to a minute at the first answer.
         cuda_graphs: on a GPU, capture the work in CUDA graphs; without graphs less memory is needed.
+        painter: the `mg_fast.drawing.Painter` that draws what answers ask for, or a folder or hub id for
+            `mg_fast.drawing.load_painter`; None: nothing can be drawn.
 
     Attributes:
         vision: the `VisionStage`, which turns pictures into image tokens.
@@ -50,6 +54,7 @@ class Pipeline:
         kv_cache_bytes: int | None = CacheOptions.kv_cache_bytes,
         compiled: bool = False,
         cuda_graphs: bool = True,
+        painter=None,
     ):
         caches = CacheOptions(image_cache_bytes, kv_cache_bytes)
         check_everywhere(backend, execution_device(model.get_input_embeddings()))
@@ -57,7 +62,7 @@ class Pipeline:
         self.vision = VisionStage(model, processor.image_processor, **stage)
         self.answers = AnswerStage(model, processor, compiled=compiled, **stage)
         self.load_seconds: float | None = None
-        self._own = Conversation(self.vision, self.answers, processor.template)
+        self._own = Conversation(self.vision, self.answers, processor.template, as_painter(painter, self.device))
 
     def __reduce_ex__(self, protocol):
         """Refuses copying and pickling, which the locks and the memory of a decoder do not allow."""
@@ -86,6 +91,20 @@ class Pipeline:
     def template(self) -> str:
         """The name of the prompt template."""
         return self._own.template
+
+    @property
+    def painter(self):
+        """The painter of the pipeline's own conversation, and of those that are opened from now on."""
+        return self._own.painter
+
+    @painter.setter
+    def painter(self, painter) -> None:
+        self._own.painter = as_painter(painter, self.device)
+
+    @property
+    def last_drawn(self):
+        """The picture that was drawn last in the pipeline's own conversation; None before the first one."""
+        return self._own.last_drawn
 
     @property
     def device(self) -> torch.device:
@@ -118,7 +137,7 @@ class Pipeline:
         """
         return warm_up(self.vision, self.answers, self.template)
 
-    def chat(self, text: str, images: Sequence | None = None, **options) -> "Answer | Iterator[str]":
+    def chat(self, text: str, images: Sequence | None = None, **options) -> "Answer | AnswerStream":
         """Asks a question in the pipeline's own conversation; see `Conversation.chat`."""
         return self._own.chat(text, images, **options)
 
@@ -128,7 +147,7 @@ class Pipeline:
 
     def conversation(self) -> Conversation:
         """Opens another conversation over the same model."""
-        return Conversation(self.vision, self.answers, self.template)
+        return Conversation(self.vision, self.answers, self.template, self.painter)
 
     def chat_batch(
         self,
@@ -248,3 +267,12 @@ class Pipeline:
         and adapters are noticed without it.
         """
         self.answers.forget()
+
+
+def as_painter(painter, device: torch.device):
+    """A painter as it is, or the one that a folder or hub id names, on the pipeline's device."""
+    if painter is None or not isinstance(painter, (str, os.PathLike)):
+        return painter
+    from ..drawing import load_painter
+
+    return load_painter(painter, device=device if device.type in ("cpu", "cuda") else None)

@@ -1,0 +1,102 @@
+"""Prompts that are longer than a CLIP text encoder reads at once."""
+
+import logging
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+# Pipelines whose text encoders are all CLIP's, so that chunks of a prompt can be encoded one after the other.
+_SDXL, _SD = "StableDiffusionXL", "StableDiffusion"
+
+
+def token_counts(pipeline, prompt: str) -> list[tuple[int, int]]:
+    """For each CLIP tokenizer of a pipeline: the tokens of a prompt, and how many its encoder reads at once."""
+    tokenizers = [getattr(pipeline, name, None) for name in ("tokenizer", "tokenizer_2")]
+    return [
+        (len(tokenizer(prompt, truncation=False, verbose=False).input_ids), tokenizer.model_max_length)
+        for tokenizer in tokenizers
+        if tokenizer is not None and "CLIP" in type(tokenizer).__name__
+    ]
+
+
+def is_long(pipeline, prompt: str) -> bool:
+    """Whether a CLIP text encoder of the pipeline would not read the whole prompt."""
+    return any(count > most for count, most in token_counts(pipeline, prompt))
+
+
+def encoded_in_chunks(
+    pipeline, prompt: str, negative: str | None, device: torch.device
+) -> dict[str, torch.Tensor] | None:
+    """The pipeline's arguments in place of a long prompt and its negative prompt, encoded in chunks by compel.
+
+    Args:
+        device: where the text encoders run, and where the tensors are made.
+
+    Returns:
+        `prompt_embeds` and the other tensors; None where this pipeline's text encoders are not read in chunks, or where
+        compel is not installed. Then the pipeline cuts the prompt, and a warning says so.
+    """
+    kind = type(pipeline).__name__
+    try:
+        from compel import Compel, ReturnedEmbeddingsType
+    except ImportError:
+        return _cut(pipeline, prompt, "compel is not installed (pip install compel)")
+    penultimate = ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED
+    if kind.startswith(_SDXL):
+        encoders = [
+            (pipeline.tokenizer, pipeline.text_encoder, penultimate, False),
+            (pipeline.tokenizer_2, pipeline.text_encoder_2, penultimate, True),
+        ]
+        if any(None in encoder[:2] for encoder in encoders):
+            return _cut(pipeline, prompt, "the pipeline has only one of its text encoders")
+    elif kind in (f"{_SD}Pipeline", f"{_SD}Img2ImgPipeline"):
+        encoders = [
+            (pipeline.tokenizer, pipeline.text_encoder, ReturnedEmbeddingsType.LAST_HIDDEN_STATES_NORMALIZED, False)
+        ]
+    else:
+        return _cut(pipeline, prompt, f"{kind} is not read in chunks")
+    texts, widths, pooled = [prompt, negative or ""], [], None
+    with torch.no_grad():
+        for tokenizer, encoder, returned, has_pooled in encoders:
+            compel = Compel(
+                tokenizer=tokenizer,
+                text_encoder=encoder,
+                returned_embeddings_type=returned,
+                truncate_long_prompts=False,
+                requires_pooled=has_pooled,
+                device=str(device),
+            )
+            widths.append((compel, [_plain(compel, text) for text in texts]))
+            if has_pooled:
+                provider = compel.conditioning_provider
+                pooled = [provider.get_pooled_embeddings([text], device=compel.device) for text in texts]
+        rows = max(tensor.shape[1] for _, tensors in widths for tensor in tensors)
+        joined = []
+        for i in range(len(texts)):
+            parts = []
+            for compel, tensors in widths:
+                filling = _plain(compel, "")
+                parts.append(
+                    torch.cat([tensors[i], *[filling] * ((rows - tensors[i].shape[1]) // filling.shape[1])], 1)
+                )
+            joined.append(torch.cat(parts, dim=-1).to(pipeline.text_encoder.dtype))
+    found = {"prompt_embeds": joined[0], "negative_prompt_embeds": joined[1]}
+    if pooled is not None:
+        found |= {"pooled_prompt_embeds": pooled[0].to(joined[0].dtype)}
+        found |= {"negative_pooled_prompt_embeds": pooled[1].to(joined[0].dtype)}
+    return found
+
+
+def _plain(compel, text: str) -> torch.Tensor:
+    """The embeddings [1, rows, width] of a text in which no character has a special meaning."""
+    from compel.prompt_parser import Conjunction, FlattenedPrompt, Fragment
+
+    # compel's own parser would take brackets and plus signs of a sentence as weights.
+    whole = Conjunction([FlattenedPrompt([Fragment(text, 1.0)])])
+    return compel.build_conditioning_tensor_for_conjunction(whole, return_tokenization=True)[0]
+
+
+def _cut(pipeline, prompt: str, reason: str) -> None:
+    counts = [f"{count} tokens, of which {most} are read" for count, most in token_counts(pipeline, prompt)]
+    logger.warning("the end of the prompt is cut (%s), because %s", "; ".join(counts), reason)

@@ -1,0 +1,130 @@
+"""Where a painter's pipeline comes from: the folder or hub id of a pipeline of diffusers, checked from small files."""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from ..errors import BackendError, CheckpointError, quoted, shortened
+from ..models.tensor_files import first_line, read_file
+
+INDEX = "model_index.json"
+# Parts of a pipeline that no drawing needs, and which are therefore not loaded.
+UNUSED_PARTS = ("safety_checker", "feature_extractor")
+
+
+@dataclass(frozen=True)
+class PipelineSource:
+    """A pipeline that has been found and not been loaded.
+
+    Attributes:
+        name: the folder or hub id.
+        index: what its model_index.json holds.
+        folder: the local folder; None for a hub id.
+    """
+
+    name: str
+    index: dict
+    folder: Path | None
+
+    @property
+    def class_name(self) -> str:
+        """The name of the pipeline's class in diffusers."""
+        return self.index["_class_name"]
+
+    @property
+    def parts(self) -> list[str]:
+        """The names of the parts that hold weights or settings."""
+        return [
+            name
+            for name, described in self.index.items()
+            if isinstance(described, list)
+            and len(described) == 2
+            and None not in described
+            and name not in UNUSED_PARTS
+        ]
+
+    def variant(self, dtype: torch.dtype) -> str | None:
+        """The variant of the files to load: the one of 16 bits where it exists and 16 bits are asked for."""
+        if dtype not in (torch.float16, torch.bfloat16):
+            return None
+        if self.folder is None:
+            # The published SDXL has such files. Where a repository has none, loading falls back to the others.
+            return "fp16"
+        return "fp16" if any(self.folder.glob("*/*.fp16.*")) else None
+
+    def part_bytes(self, dtype: torch.dtype) -> dict[str, int]:
+        """The bytes of each part's weights in this dtype, from the headers of the files; nothing for a hub id."""
+        if self.folder is None:
+            return {}
+        found = {}
+        for part in self.parts:
+            # A folder may hold the same weights several times, in variants: the smallest set of files is one of them.
+            sets: dict[str, int] = {}
+            for file in sorted((self.folder / part).glob("*.safetensors")):
+                kind = "fp16" if ".fp16." in file.name else "non_ema" if "non_ema" in file.name else ""
+                sets[kind] = sets.get(kind, 0) + sum(math.prod(info.shape) for info in read_file(file).values())
+            if sets:
+                found[part] = min(sets.values()) * dtype.itemsize
+        return found
+
+
+def find_pipeline(name_or_path: str | os.PathLike) -> PipelineSource:
+    """Finds a pipeline of diffusers by folder or hub id, and reads its index.
+
+    Raises:
+        CheckpointError: there is none; the message says what was found.
+    """
+    name, path = str(name_or_path), Path(name_or_path).expanduser()
+    if os.path.isdir(path):
+        if not (path / INDEX).is_file():
+            raise CheckpointError(
+                f"{shortened(name, 120)} is no pipeline of diffusers: expected a folder with {INDEX}, which names its "
+                "parts (a UNet, a VAE, text encoders, a scheduler)"
+            )
+        return PipelineSource(name, _read_index(path / INDEX), path)
+    if os.path.exists(path) or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise CheckpointError(
+            f"{shortened(name, 120)} is not a folder: expected a pipeline's folder or hub id (owner/name)"
+        )
+    try:
+        index = Path(hf_hub_download(name, INDEX))
+    except EntryNotFoundError as error:
+        if isinstance(error, LocalEntryNotFoundError):
+            raise CheckpointError(f"{name} cannot be fetched: {first_line(error)}") from error
+        raise CheckpointError(f"{name} is no pipeline of diffusers: it has no {INDEX}") from None
+    except (HFValidationError, HfHubHTTPError, OSError) as error:
+        raise CheckpointError(
+            f"{name} is neither a folder nor a hub id that can be loaded: {first_line(error)}"
+        ) from error
+    return PipelineSource(name, _read_index(index), None)
+
+
+def check_room(source: PipelineSource, dtype: torch.dtype, device: torch.device, offload: str) -> None:
+    """Raises BackendError where the weights of a pipeline cannot fit the device, before any of them is read."""
+    parts = source.part_bytes(dtype)
+    if device.type != "cuda" or not parts or offload == "sequential":
+        return
+    needed = max(parts.values()) if offload == "model" else sum(parts.values())
+    free, _ = torch.cuda.mem_get_info(device)
+    if needed > free:
+        raise BackendError(
+            f"{shortened(source.name, 120)} needs {needed / 2**30:.1f} GiB for its weights in {str(dtype)[6:]}, but "
+            f"{free / 2**30:.1f} GiB are free on {device}: "
+            + ('offload="model" keeps one part there at a time' if offload == "none" else 'try offload="sequential"')
+        )
+
+
+def _read_index(path: Path) -> dict:
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {first_line(error)}") from None
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+        raise CheckpointError(f"{path} names no pipeline: expected the key _class_name, got {quoted(index)}")
+    return index
