@@ -22,6 +22,7 @@ TABLES = {
     "deformable_attention": operation_tables.deformable_table,
     "feature_sync": operation_tables.synchronizer_table,
     "issue": operation_tables.issue_table,
+    "choice": operation_tables.choice_table,
     "predicted": tables.predicted_table,
 }
 

@@ -9,10 +9,11 @@ from mg_fast.ops.ahead_of_time import check_can_compile
 from .. import records
 from ..errors import BadRecord, UnknownName
 from ..registry import choose_names
+from . import choices, whole_models
 from .multiprocessor import ERROR
 from .predict import DEVICES, Device, TimePrediction
 from .published import FIRST_GENERATION, RECORD, CasePrediction, predict_cases, published, read, save
-from .whole_models import Generations, Row, predict_all, read_whole, record
+from .whole_models import Generations, Row, predict_all, read_whole
 
 # What the columns of the table mean, for a reader who has only the table.
 LEGEND = (
@@ -49,7 +50,8 @@ def issue(cases: Sequence[str], device: str, keep: bool, calibrate: Path | None)
     found = predict_cases(choose_names(names, cases, "issue") if cases else names, DEVICES[device])
     whole = {} if cases else predict_all(read(FIRST_GENERATION), found, DEVICES[device])
     if keep:
-        save(found, DEVICES[device], record(whole))
+        further = choices.record(choices.predict_choices(found, DEVICES[device]))
+        save(found, DEVICES[device], whole_models.record(whole) | further)
     return "\n".join(
         [*table(found, DEVICES[device]), *whole_table(whole), *([f"kept {RECORD}"] if keep else [])],
     )

@@ -25,7 +25,8 @@ ATTENTION_TFLOPS = 0.35 * find_gpu("h200").sheet.matmul_tflops["bfloat16"]
 # filters, on several GPUs, lie between 10 and 30 percent.
 DEPTHWISE_SHARE = 0.2
 
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
+# The operators of matrix products, with the place of the first factor among their tensors.
+PRODUCTS = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::baddbmm": 1}
 CONVOLUTION, ATTENTION = "aten::convolution", "aten::scaled_dot_product_attention"
 
 
@@ -62,7 +63,7 @@ def product_us(rows: int, terms: int, columns: int, device: Device, batch: int =
 def _computing(call: CountedCall, device: Device) -> LaunchTime:
     """The time of a call's FLOP."""
     if call.name in PRODUCTS:
-        (*batch, rows, terms), (*_, columns) = call.inputs[-2:]
+        (*batch, rows, terms), (*_, columns) = call.inputs[PRODUCTS[call.name] :][:2]
         return LaunchTime(product_us(rows, terms, columns, device, math.prod(batch)), "products")
     if call.name == CONVOLUTION and not is_depthwise(call):
         (_, channels, *_), (outputs, *window) = call.inputs[:2]

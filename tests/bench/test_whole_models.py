@@ -7,12 +7,14 @@ import torch
 
 from bench.counting import CountedCall
 from bench.issue import library, whole_models
+from bench.issue.choices import OPERATIONS, Choice, predict_choices, read_choices
 from bench.issue.library import GAP_US, SHORTEST_US, LaunchTime, launch_time, product_us
 from bench.issue.predict import DEVICES
 from bench.issue.published import FIRST_GENERATION, RECORD, read
-from bench.issue.whole_models import Row, predict, predict_all, read_whole
+from bench.issue.whole_models import Row, WholePrediction, predict, predict_all, read_whole
 from bench.memory import PREDICTED
-from bench.registry import Cost
+from bench.registry import Cost, group_of
+from mg_fast.ops import operation
 from mg_fast.testing.environment import environment
 
 H200 = DEVICES["h200"]
@@ -92,3 +94,17 @@ def test_the_record_is_what_the_model_says():
     if any(recorded[package] != environment()[package] for package in ("torch", "transformers")):
         pytest.skip("it was recorded with other releases, whose modules launch other operators")
     assert predict_all(read(FIRST_GENERATION), read(), H200) == read_whole()
+    assert predict_choices(read(), H200) == read_choices()
+
+
+def test_auto_takes_what_the_model_says():
+    """At no published shape the model says something else than `auto` takes first, on a GPU and in 16 bits."""
+    found = read_choices()
+    assert {group_of(name) for name in found} == set(OPERATIONS) and len(found) == 8 * len(OPERATIONS)
+    for name, choice in found.items():
+        assert operation.OPERATIONS[group_of(name)].auto[0] == choice.takes, name
+
+
+@pytest.mark.parametrize("kernel_us, takes", [(79.0, "triton"), (81.0, "torch"), (120.0, "torch")])
+def test_a_kernel_is_taken_where_it_wins_by_more_than_the_error(kernel_us, takes):
+    assert Choice(kernel_us, WholePrediction(100.0, 2, {"memory": 100.0})).takes == takes
