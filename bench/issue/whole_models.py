@@ -17,6 +17,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from mg_fast import use_backend
 from mg_fast.decoding.kv_cache import KVCache
 from mg_fast.decoding.model_runner import COMPILED_WINDOW, WINDOW, ModelRunner
 from mg_fast.decoding.sequences import Sequences
@@ -115,9 +116,11 @@ def predict_all(first: Predicted, today: Predicted, device: Device) -> dict[Row,
         first, today: what was predicted of the kernels alone, of either generation.
     """
     found = {}
-    for row, setting, calls in _pictures():
-        both = (predict(calls, device, functools.partial(_kernels, kernels, setting)) for kernels in (first, today))
-        found[row] = Generations(*both)
+    for setting in SETTINGS:
+        by_first, by_today = (functools.partial(_kernels, kernels, setting) for kernels in (first, today))
+        before = {row: predict(calls, device, by_first) for row, calls in _pictures(setting, wide=False)}
+        now = {row: predict(calls, device, by_today) for row, calls in _pictures(setting, wide=True)}
+        found |= {row: Generations(before[row], now[row]) for row in now}
     for size in SIZES:
         for provider in ("auto", COMPILED):
             row = Row(f"end-to-end/{size}-decode-b1-bfloat16", provider)
@@ -163,31 +166,36 @@ def _kernels(predicted: Predicted, setting: Setting, call: CountedCall) -> CaseP
     return predicted[f"{group}/{setting.name}-b1-bfloat16"]
 
 
-def _pictures() -> Iterator[tuple[Row, Setting, list[CountedCall]]]:
-    """The launches of the towers, and of a picture to its image tokens."""
+def _pictures(setting: Setting, *, wide: bool) -> Iterator[tuple[Row, list[CountedCall]]]:
+    """The launches of the towers, and of a picture to its image tokens.
+
+    Args:
+        wide: with the library's wide products, which the first generation did not have.
+    """
     made = cases()
-    for setting in SETTINGS:
-        with FakeTensorMode(), caching_fake_tensors(*TABLES):
-            picture = FakePicture("7b", setting)
+    with FakeTensorMode(), caching_fake_tensors(*TABLES):
+        picture = FakePicture("7b", setting)
+        # A tower that is packed for our kernels has no wide products.
+        with use_backend("auto" if wide else "triton"):
+            picture.tower  # noqa: B018
 
-            def counted(group: str, picture: FakePicture = picture) -> list[CountedCall]:
-                name = f"{group}/{picture.setting.name}-b1-bfloat16"
-                with torch.inference_mode():
-                    call = made[name][1](picture)["auto"].call
-                    # The first call also makes tables.
+        def counted(group: str) -> list[CountedCall]:
+            with torch.inference_mode():
+                call = made[f"{group}/{setting.name}-b1-bfloat16"][1](picture)["auto"].call
+                # The first call also makes tables.
+                call()
+                with Count("cuda") as count:
                     call()
-                    with Count("cuda") as count:
-                        call()
-                return count.calls
+            return count.calls
 
-            yield Row(f"tower/{setting.name}-b1-bfloat16", "auto"), setting, counted("tower")
-            if setting.views == 1:
-                yield Row(f"clip/{setting.name}-b1-bfloat16", PACKED), setting, counted("clip")
-            whole = counted("picture")
-        pixels = [call for call in whole if call.name != f"{OURS}dual_resize"]
-        yield Row(f"pixels/{setting.name}-b1-bfloat16", "auto"), setting, pixels
+        yield Row(f"tower/{setting.name}-b1-bfloat16", "auto"), counted("tower")
         if setting.views == 1:
-            yield Row(f"decoded/{setting.name}-b1-bfloat16", "auto"), setting, whole
+            yield Row(f"clip/{setting.name}-b1-bfloat16", PACKED), counted("clip")
+        whole = counted("picture")
+    pixels = [call for call in whole if call.name != f"{OURS}dual_resize"]
+    yield Row(f"pixels/{setting.name}-b1-bfloat16", "auto"), pixels
+    if setting.views == 1:
+        yield Row(f"decoded/{setting.name}-b1-bfloat16", "auto"), whole
 
 
 def _decoding(size: str, by_compiler: bool) -> tuple[list[CountedCall], list[CountedCall]]:

@@ -140,6 +140,8 @@ def test_what_resides_on_a_multiprocessor():
     assert blocks_per_multiprocessor(90, 32, 0, 8) == (8, "registers")
     assert blocks_per_multiprocessor(90, 16, 0, 8) == (8, "warps")
     assert blocks_per_multiprocessor(90, 16, 0, 1) == (32, "blocks")
+    assert blocks_per_multiprocessor(103, 32, 98304, 8) == (2, "shared memory")
+    assert blocks_per_multiprocessor(110, 16, 0, 8) == (6, "warps")
 
 
 @triton.jit
