@@ -13,6 +13,7 @@ import math
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch._subclasses import FakeTensor
@@ -52,6 +53,24 @@ FLOP: dict[str, Callable[..., int]] = {"aten::scaled_dot_product_attention": _at
 OURS = "mg_fast::"
 
 
+class CountedCall(NamedTuple):
+    """One call of an operator that launches something.
+
+    Attributes:
+        name: of the operator, such as `aten::addmm`.
+        launches: how many kernels the call launches.
+        cost: its FLOP and bytes.
+        inputs: the shapes of the tensors that it is given, in order.
+        outputs: the shapes of its results.
+    """
+
+    name: str
+    launches: int
+    cost: Cost
+    inputs: tuple[tuple[int, ...], ...]
+    outputs: tuple[tuple[int, ...], ...]
+
+
 class Count(TorchDispatchMode):
     """Counts what operators do with real tensors, with fake ones, and on the meta device.
 
@@ -70,6 +89,7 @@ class Count(TorchDispatchMode):
     Attributes:
         costs: Cost by the operator's name.
         launches: number by the operator's name.
+        calls: every call that launches something, in order.
         live: bytes that are allocated.
         peak: the most bytes that have been allocated at once.
     """
@@ -79,6 +99,7 @@ class Count(TorchDispatchMode):
         self.device = device
         self.costs = defaultdict(Cost)
         self.launches = Counter()
+        self.calls: list[CountedCall] = []
         self.live = self.peak = 0
         self._storages: dict[int, int] = {}
 
@@ -102,12 +123,16 @@ class Count(TorchDispatchMode):
             # The tensor is a view, or lies on another device.
             return out
         declared = operators().get(name) if name.startswith(OURS) else None
-        if (cost := self._cost(func, inputs, changed, created)) is not None:
+        cost = self._cost(func, inputs, changed, created)
+        if cost is not None:
             again = declared.reads_again(*args, **kwargs) if declared and declared.reads_again else []
             flop = _flop(func, declared, args, kwargs, out)
-            self.costs[str(func)] += cost + Cost(flop, sum(_distinct_bytes([t]) for t in self._on_device(again)))
+            cost += Cost(flop, sum(_distinct_bytes([t]) for t in self._on_device(again)))
+            self.costs[str(func)] += cost
         if launches := self._launches(func, declared, args, kwargs):
             self.launches[str(func)] += launches
+            shapes = (tuple(tuple(t.shape) for t in _tensors(tree)) for tree in ((args, kwargs), out))
+            self.calls.append(CountedCall(name, launches, cost or Cost(), *shapes))
         if declared:
             workspaces = declared.workspaces(*args, **kwargs)
         self.allocate(self._on_device(created), workspaces)

@@ -93,6 +93,16 @@ class FakePicture:
         """Bytes that the packed high-resolution tower holds beside the weights, and the tower."""
         return held_by(self.model.model.vision_tower_aux.pack)
 
+    @functools.cached_property
+    def tower_for_kernels(self) -> tuple[int, Callable]:
+        """The same, packed for our kernels of its products."""
+        with use_backend("triton"):
+            return _held(self.model.model.vision_tower_aux.pack)
+
+    def packed_tower(self, backend: str) -> tuple[int, Callable]:
+        """The packed tower that a backend runs."""
+        return self.tower_for_kernels if backend == "triton" else self.tower
+
 
 def held_by(make: Callable[[], Callable]) -> tuple[int, Callable]:
     with Count("cuda") as count:
@@ -133,16 +143,18 @@ def _clip(of: FakePicture) -> dict[str, FakeCall]:
 
 
 def _tower(of: FakePicture) -> dict[str, FakeCall]:
-    module, (held, packed) = of.model.model.vision_tower_aux, of.tower
+    module = of.model.model.vision_tower_aux
 
     def plain(backend: str) -> list[torch.Tensor]:
         return module(of.pixels, backend=backend)
 
     def by_packed(backend: str) -> list[torch.Tensor]:
-        return packed(of.pixels, backend=backend)
+        return of.packed_tower(backend)[1](of.pixels, backend=backend)
 
-    weights = weight_bytes(module)
-    return _providers(weights, plain, "reference") | _providers(weights + held, by_packed, "torch", "auto", "triton")
+    found = _providers(weight_bytes(module), plain, "reference")
+    for backend in ("torch", "auto", "triton"):
+        found |= _providers(weight_bytes(module) + of.packed_tower(backend)[0], by_packed, backend)
+    return found
 
 
 def _mining(of: FakePicture) -> dict[str, FakeCall]:
@@ -162,8 +174,16 @@ def _projector(of: FakePicture) -> dict[str, FakeCall]:
 def _picture(of: FakePicture) -> dict[str, FakeCall]:
     inner = of.model.model
     weights = weight_bytes(inner.vision_tower, inner.vision_tower_aux, inner.patch_mining, inner.mm_projector)
-    packed = _providers(weights + of.clip[0] + of.tower[0], functools.partial(_encode_packed, of), "auto", "triton")
-    return _providers(weights, functools.partial(_encode, of), "reference", "torch") | packed
+    found = _providers(weights, functools.partial(_encode, of), "reference", "torch")
+    return found | _packed_providers(of, weights, functools.partial(_encode_packed, of))
+
+
+def _packed_providers(of: FakePicture, weights: int, call: Callable[[str], object]) -> dict[str, FakeCall]:
+    """Providers that run both packed towers, which are held beside the weights."""
+    found = {}
+    for backend in ("auto", "triton"):
+        found |= _providers(weights + of.clip[0] + of.packed_tower(backend)[0], call, backend)
+    return found
 
 
 def _encode(of: FakePicture, backend: str) -> torch.Tensor:
@@ -182,7 +202,7 @@ def _encode_packed(of: FakePicture, backend: str) -> torch.Tensor:
             low[None],
             high[None],
             see_low=lambda pixels: inner.low_resolution_queries(pixels, tower=of.clip[1]),
-            see_high=of.tower[1],
+            see_high=of.packed_tower(backend)[1],
         ).image_tokens
 
 
@@ -203,7 +223,7 @@ def _whole(of: FakePicture) -> dict[str, FakeCall]:
     weights = weight_bytes(model)
     found = {"original": FakeCall(weights, lambda: original("eager"))}
     found["original, SDPA"] = FakeCall(weights, lambda: original("sdpa"))
-    return found | _providers(weights + of.clip[0] + of.tower[0], ours, "auto", "triton")
+    return found | _packed_providers(of, weights, ours)
 
 
 def _prefill(of: FakePicture, attention: str, tokens: torch.Tensor) -> tuple[torch.Tensor, DynamicCache]:

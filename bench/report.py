@@ -28,6 +28,7 @@ TABLES = {
     "feature_sync": operation_tables.synchronizer_table,
     "issue": operation_tables.issue_table,
     "painters": painters.painter_table,
+    "choice": operation_tables.choice_table,
     "predicted": tables.predicted_table,
     "interleaved": interleaved_tables.interleaved_table,
 }

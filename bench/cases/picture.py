@@ -180,7 +180,7 @@ def _by_encoder(backend: str, *, stages: bool = False, profiled: bool = False) -
     def build(inputs: PictureInputs, graphs: bool = True) -> Call:
         if backend != "auto":
             require("high_resolution_tower", backend, inputs.device)
-        with torch.enable_grad():
+        with torch.enable_grad(), use_backend(backend):
             encoder = PictureEncoder(inputs.model, graphs=graphs)
 
         def call(stage: Callable | None = None) -> torch.Tensor:

@@ -29,6 +29,7 @@ SIZES = (
     Size("2b", False, "bfloat16", ("cuda",)),
     Size("7b", False, "bfloat16", ("cuda",)),
     Size("7b", True, "bfloat16", ("cuda",)),
+    Size("8b", False, "bfloat16", ("cuda",)),
     Size("13b", False, "bfloat16", ("cuda",)),
     Size("34b", False, "bfloat16", ("cuda",)),
     Size("7b", False, "bfloat16", ("cuda",), "int8"),

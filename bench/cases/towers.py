@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from mg_fast import use_backend
 from mg_fast.models.mini_gemini.vision import build_projector, low_resolution_features
 from mg_fast.modules import ConvNeXtPyramid
 from mg_fast.modules.clip import PackedClip
@@ -136,7 +137,9 @@ def _native_depthwise(inputs: ModuleInputs) -> Call:
 def _packed_tower(backend: str, inputs: ModuleInputs) -> Call:
     if backend != "auto":
         require("high_resolution_tower", backend, inputs.device)
-    packed = inputs.module.pack()
+    # What is packed depends on whose products will run.
+    with use_backend(backend):
+        packed = inputs.module.pack()
     return lambda: packed(inputs.x, backend=backend)
 
 

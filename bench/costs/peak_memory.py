@@ -7,6 +7,7 @@ follow.
 import torch
 
 from mg_fast.modules.convnext_channels_last import GPU_EXPANSION
+from mg_fast.ops.torch.pointwise import EXTRA
 
 from ..cases.settings import DEPTHS, DIMS, LAYERS, LR, WIDTH
 from .mining import Sizes
@@ -62,17 +63,23 @@ def reference_picture_peak(sizes: Sizes) -> int:
 def kernel_picture_peak(sizes: Sizes) -> int:
     """From a picture to its image tokens by mg_fast.
 
-    Its tower holds three maps, and an expansion that is as large as four maps or as a chunk.
+    Its tower holds two maps, in float32 also the product that is added to one of them, and an expansion that is as
+    large as four maps or as a chunk.
     """
     finest = _finest_bytes(sizes)
-    return _pixel_bytes(sizes) + max(3 * finest + min(4 * finest, GPU_EXPANSION), map_bytes(sizes) + kernel_peak(sizes))
+    maps = 3 if sizes.dtype == torch.float32 else 2
+    return _pixel_bytes(sizes) + max(
+        maps * finest + min(4 * finest, GPU_EXPANSION), map_bytes(sizes) + kernel_peak(sizes)
+    )
 
 
 def packed_bytes(dtype: torch.dtype) -> int:
-    """What the packed towers hold beside the model's own weights.
+    """What the packed towers hold on a GPU beside the model's own weights.
 
-    That is contractions and convolutions of ConvNeXt-L, and the q, k and v of CLIP.
+    That is contractions and convolutions of ConvNeXt-L, in 16 bits its expansions, too, with the channels that both
+    have more, and the q, k and v of CLIP.
     """
+    wide = sum(depth * (4 * c * c + 4 * c + EXTRA * (2 * c + 1)) for c, depth in zip(DIMS, DEPTHS))
     blocks = sum(depth * (4 * c * c + 49 * c) for c, depth in zip(DIMS, DEPTHS))
     between = sum(4 * before * after for before, after in zip(DIMS, DIMS[1:]))
-    return (blocks + between + (LAYERS - 1) * 3 * WIDTH**2) * dtype.itemsize
+    return (blocks + wide * (dtype.itemsize == 2) + between + (LAYERS - 1) * 3 * WIDTH**2) * dtype.itemsize

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from mg_fast.modules.convnext_channels_last import chunks
+from mg_fast.ops.torch.pointwise import EXTRA
 
 from ..cases.settings import DEPTHS, DIMS
 from ..registry import Cost
@@ -79,10 +80,18 @@ def tower_cost(tower: Tower, form: str) -> Cost:
 def _products(rows: int, c: int, e: int, *, by_kernels: bool) -> Cost:
     """The products of a block in chunks of rows, each of which reads the weights again."""
     cost = Cost()
-    for chunk in chunks(rows, 4 * c * e, "cuda"):
+    # The library's products are wider in 16 bits, and the second one needs no bias.
+    wide = e == 2 and not by_kernels
+    hidden = 4 * c + EXTRA * wide
+    for chunk in chunks(rows, hidden * e, "cuda"):
         m = len(range(*chunk.indices(rows)))
-        cost += linear(m, c, 4 * c, e) + linear_residual(m, 4 * c, c, e)
+        cost += linear(m, c, hidden, e) + linear_residual(m, hidden, c, e)
         if not by_kernels:
-            # The library's GELU works in place; its sum with the map reads the product once more.
-            cost += copy(m * 4 * c * e) + copy(m * c * e)
+            # The library's GELU works in place.
+            cost += copy(m * hidden * e)
+        if wide:
+            cost += Cost(0, -c * e)
+        elif not by_kernels:
+            # Its sum with the map reads the product once more.
+            cost += copy(m * c * e)
     return cost

@@ -9,9 +9,11 @@ from mg_fast.ops.ahead_of_time import check_can_compile
 from .. import records
 from ..errors import BadRecord, UnknownName
 from ..registry import choose_names
+from . import choices, whole_models
 from .multiprocessor import ERROR
 from .predict import DEVICES, Device, TimePrediction
-from .published import RECORD, CasePrediction, predict_cases, published, read, save
+from .published import FIRST_GENERATION, RECORD, CasePrediction, predict_cases, published, read, save
+from .whole_models import Generations, Row, predict_all, read_whole
 
 # What the columns of the table mean, for a reader who has only the table.
 LEGEND = (
@@ -23,7 +25,9 @@ LEGEND = (
 
 
 def issue(cases: Sequence[str], device: str, keep: bool, calibrate: Path | None) -> str:
-    """A table of predictions for cases; without names, for those of every kernel at its published shapes.
+    """A table of predictions for cases.
+
+    Without names these are the cases of every kernel at its published shapes, and whole models follow.
 
     Args:
         keep: also write all predictions to bench/results.
@@ -35,18 +39,22 @@ def issue(cases: Sequence[str], device: str, keep: bool, calibrate: Path | None)
         BackendError: kernels cannot be compiled here.
         BadRecord: nothing that was predicted was measured.
     """
+    if keep and cases:
+        raise UnknownName("--save keeps the predictions for all cases: name no case with it")
     if device not in DEVICES:
         raise UnknownName(f"the model knows no GPU called {device!r}: expected one of {', '.join(DEVICES)}")
     if calibrate is not None:
-        return calibration(read(), records.read(calibrate))
+        return calibration(predicted_us(read(), read_whole()), records.read(calibrate))
     check_can_compile()
     names = published()
     found = predict_cases(choose_names(names, cases, "issue") if cases else names, DEVICES[device])
+    whole = {} if cases else predict_all(read(FIRST_GENERATION), found, DEVICES[device])
     if keep:
-        if cases:
-            raise UnknownName("--save keeps the predictions for all cases: name no case with it")
-        save(found, DEVICES[device])
-    return "\n".join([*table(found, DEVICES[device]), *([f"kept {RECORD}"] if keep else [])])
+        further = choices.record(choices.predict_choices(found, DEVICES[device]))
+        save(found, DEVICES[device], whole_models.record(whole) | further)
+    return "\n".join(
+        [*table(found, DEVICES[device]), *whole_table(whole), *([f"kept {RECORD}"] if keep else [])],
+    )
 
 
 def table(found: Mapping[str, CasePrediction], device: Device) -> list[str]:
@@ -73,30 +81,56 @@ def _line(found: TimePrediction, outputs: int) -> str:
     )
 
 
+def whole_table(found: Mapping[Row, Generations]) -> list[str]:
+    """The predictions of whole models as lines, with the first generation of kernels and with today's."""
+    if not found:
+        return []
+    lines = [
+        "",
+        "Whole models: the kernels as above, and the library by a roofline of each launch (bench/issue/library.py).",
+        f"{'case, provider':<50}{'launches':>9}{'first us':>10}{'today us':>10}  binds",
+    ]
+    return lines + [
+        f"{row.case + ', ' + row.provider:<50}{both.today.launches:>9,}{both.first.us:>10,.0f}{both.today.us:>10,.0f}  "
+        f"{both.today.binds}"
+        for row, both in found.items()
+    ]
+
+
+def predicted_us(kernels: Mapping[str, CasePrediction], whole: Mapping[Row, Generations]) -> dict[Row, float]:
+    """What is predicted of today's kernels and models, in microseconds, by case and provider."""
+    alone = {Row(name, "triton"): case.us for name, case in kernels.items()}
+    return alone | {row: both.today.us for row, both in whole.items()}
+
+
 def measured_us(row: Mapping) -> float | None:
     """Microseconds of a provider on a GPU: as a CUDA graph where that was measured, otherwise of warm calls."""
     ms = row.get("graphed_ms") or row.get("warm_ms") or row["median_ms"]
     return None if ms is None or row["ok"] is False else 1e3 * ms
 
 
-def calibration(predicted: Mapping[str, CasePrediction], document: Mapping) -> str:
-    """Predictions beside what a GPU measured, and how far they are off.
+def calibration(predicted: Mapping[Row, float], document: Mapping) -> str:
+    """Predictions in microseconds beside what a GPU measured, and how far they are off.
 
     Raises:
         BadRecord: the document was not measured on a GPU, or measured nothing that was predicted.
     """
-    rows = {row["name"]: measured_us(row) for row in document["cases"] if row["provider"] == "triton"}
-    pairs = {name: (case.us, rows[name]) for name, case in predicted.items() if rows.get(name)}
+    rows = {Row(row["name"], row["provider"]): measured_us(row) for row in document["cases"]}
+    pairs = {row: (us, rows[row]) for row, us in predicted.items() if rows.get(row)}
     if document["device"] != "cuda" or not pairs:
         raise BadRecord("expected documents of a GPU that measured the kernels: none of the predicted cases is there")
-    ratios = {name: measured / us for name, (us, measured) in pairs.items()}
+    ratios = {row: measured / us for row, (us, measured) in pairs.items()}
     middle = statistics.median(ratios.values())
-    lines = [f"{'case':<46}{'predicted us':>14}{'measured us':>13}{'ratio':>8}"]
-    lines += [f"{name:<46}{us:>14.1f}{measured:>13.1f}{ratios[name]:>8.2f}" for name, (us, measured) in pairs.items()]
+    lines = [f"{'case, provider':<56}{'predicted us':>14}{'measured us':>13}{'ratio':>8}"]
+    lines += [
+        f"{row.case + ', ' + row.provider:<56}{us:>14.1f}{measured:>13.1f}{ratios[row]:>8.2f}"
+        for row, (us, measured) in pairs.items()
+    ]
     lines += [
         "",
         f"Measured on {document['gpu']}: the median ratio is {middle:.2f}, from {min(ratios.values()):.2f} to "
         f"{max(ratios.values()):.2f}. Around that median the predictions are off by up to "
         f"{max(abs(ratio / middle - 1) for ratio in ratios.values()):.0%}; multiprocessor.ERROR says {ERROR:.0%}.",
+        f"{len(predicted) - len(pairs)} of {len(predicted)} predictions were not measured.",
     ]
     return "\n".join(lines)

@@ -5,7 +5,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Multiprocessor:
-    """Limits of one multiprocessor (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
+    """Limits of one multiprocessor.
+
+    They are those of the CUDA C++ Programming Guide ("Technical Specifications per Compute Capability"), for 10.3 and
+    11.0 those of libcu++ (`cuda::arch_traits` in NVIDIA/cccl).
 
     Attributes:
         registers: 32-bit registers.
@@ -25,6 +28,8 @@ MULTIPROCESSORS = {
     89: Multiprocessor(65536, 48, 24, 102400),
     90: Multiprocessor(65536, 64, 32, 233472),
     100: Multiprocessor(65536, 64, 32, 233472),
+    103: Multiprocessor(65536, 64, 32, 233472),
+    110: Multiprocessor(65536, 48, 24, 233472),
     120: Multiprocessor(65536, 48, 32, 102400),
 }
 # Bytes of shared memory that the system takes of every block, and the unit that registers of a warp are given out in.

@@ -21,6 +21,7 @@ class Device:
         gigahertz: its clock under load.
         l2_gbps: what its second-level cache delivers to all multiprocessors, in GB/s.
         memory_gbps: what a copy reaches, in GB/s.
+        tensor_tflops: what a large product in 16 bits reaches, in TFLOP/s.
     """
 
     name: str
@@ -29,11 +30,15 @@ class Device:
     gigahertz: float
     l2_gbps: float
     memory_gbps: float
+    tensor_tflops: float
 
 
 # The clock is an assumption about an H200 under load. The rate of its second-level cache is that which
 # microbenchmarks of the H100 reach (arXiv 2402.13499), as both have the same chip.
-DEVICES = {"h200": Device("NVIDIA H200", 90, 132, 1.755, 5500, find_gpu("h200").ceilings.copy_gbps)}
+_H200 = find_gpu("h200").ceilings
+DEVICES = {
+    "h200": Device("NVIDIA H200", 90, 132, 1.755, 5500, _H200.copy_gbps, _H200.matmul_tflops["bfloat16"]),
+}
 # The share of loads that the first-level cache does not hold, where nothing better is known.
 L2_SHARE = 0.55
 

@@ -73,16 +73,23 @@ def predict_cases(cases: Sequence[str], device: Device) -> dict[str, CasePredict
         return dict(zip(cases, pool.map(predict_case, cases, [device] * len(cases))))
 
 
-def save(found: Mapping[str, CasePrediction], device: Device, path: Path = RECORD) -> None:
-    """Writes predictions with what they were made with."""
+def save(
+    found: Mapping[str, CasePrediction], device: Device, further: Mapping[str, object], path: Path = RECORD
+) -> None:
+    """Writes predictions with what they were made with.
+
+    Args:
+        further: other predictions, to be kept under their names.
+    """
     here = environment()
     document = {
         "predicted": "from machine code and bytes; nothing was measured",
         "date": datetime.date.today().isoformat(),
         "device": dataclasses.asdict(device),
         "error": ERROR,
-        "triton": here["triton"],
+        **{package: here[package] for package in ("torch", "triton", "transformers")},
         "commit": here["commit"],
+        **further,
         "cases": {name: dataclasses.asdict(case) | {"us": round(case.us, 2)} for name, case in found.items()},
     }
     records.write(path, document)

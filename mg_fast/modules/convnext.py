@@ -107,9 +107,11 @@ class ConvNeXtPyramid(nn.Module):
 class PackedPyramid:
     """A snapshot of a ConvNeXtPyramid for inference; `ConvNeXtPyramid.pack` makes one.
 
-    It is called as the tower is. The contractions' and convolutions' weights are copies, half of the tower's memory.
-    All other tensors are shared with the tower, so a call raises an error once any of its weights was changed in place.
-    Writes through `.data` do not count as changes, and hooks or adapters that are added later are not seen: pack again.
+    It is called as the tower is. The contractions' and convolutions' weights are copies, half of the tower's memory. On
+    a GPU, in 16 bits and where the library multiplies, the expansions' weights are copies, too, with eight more rows:
+    then the library adds to the map without a pass of its own (`ops.torch.pointwise`). All other tensors are shared
+    with the tower, so a call raises an error once any of its weights was changed in place. Writes through `.data` do
+    not count as changes, and hooks or adapters that are added later are not seen: pack again.
     """
 
     def __init__(self, tower: ConvNeXtPyramid):
@@ -117,6 +119,10 @@ class PackedPyramid:
             raise ValueError(f"PackedPyramid: {reason}")
         with torch.no_grad():
             self._stem, self._stages = tower.read()
+            weight = self._stem.weight
+            by_library = backends.choose("linear_residual", None, weight.device) == "torch"
+            if by_library and weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16):
+                self._stages = convnext.widened(self._stages)
         self._packed = Fingerprint([tower])
 
     @torch.no_grad()

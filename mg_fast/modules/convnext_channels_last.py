@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import ops
+from ..ops import backend as backends
 from ..ops.custom_op_support import autocast
+from ..ops.torch import pointwise as library
 
 # Bytes of the expansion of one chunk. On a CPU it stays in the cache; on a GPU it is more than enough to keep it busy.
 CPU_EXPANSION = 2**24
@@ -26,7 +28,7 @@ class BlockTensors(NamedTuple):
     """Tensors of one block.
 
     `taps` [49, C] are the convolution's weights, tap by tap. Layer scale is folded into `contract` [C, 4 C] and its
-    bias.
+    bias. `wide` are both products as the library computes them in fewer launches, where a packed tower has them.
     """
 
     taps: torch.Tensor
@@ -38,6 +40,7 @@ class BlockTensors(NamedTuple):
     expand_bias: torch.Tensor
     contract: torch.Tensor
     contract_bias: torch.Tensor
+    wide: library.WideProducts | None = None
 
 
 class DownsampleTensors(NamedTuple):
@@ -81,6 +84,19 @@ def read_block(block: nn.Module) -> BlockTensors:
     taps = block.conv_dw.weight.flatten(1).t().contiguous()
     norm = (block.norm.weight, block.norm.bias, block.norm.eps)
     return BlockTensors(taps, block.conv_dw.bias, *norm, first.weight.flatten(1), first.bias, contract, contract_bias)
+
+
+def widened(stages: Sequence[StageTensors]) -> list[StageTensors]:
+    """Stages whose blocks also have `wide` products; the contractions become views of these.
+
+    A kernel of ours would copy these views in every call: pack for it without this.
+    """
+
+    def block(narrow: BlockTensors) -> BlockTensors:
+        wide = library.widen(narrow.expand, narrow.expand_bias, narrow.contract, narrow.contract_bias)
+        return narrow._replace(contract=wide.contract[:, : len(narrow.expand)], wide=wide)
+
+    return [stage._replace(blocks=[block(one) for one in stage.blocks]) for stage in stages]
 
 
 def _entry(norm: nn.Module, conv: nn.Module) -> DownsampleTensors:
@@ -166,6 +182,10 @@ def run_block(
         return ops.linear_residual(expanded, block.contract, block.contract_bias, residual, backend=backend).view(shape)
     if not in_place:
         residual = residual.clone()
+    if block.wide is not None and _by_library(block.wide, normed, residual, backend):
+        for rows in chunks(len(normed), len(block.wide.expand) * normed.element_size(), normed.device.type):
+            library.feed_forward_(normed[rows], block.wide, residual[rows])
+        return residual.view(shape)
     # Weights are cast here once per block, and not in every chunk.
     expand, expand_bias, contract, contract_bias = autocast(
         block.expand, block.expand_bias, block.contract, block.contract_bias
@@ -174,6 +194,12 @@ def run_block(
         expanded = ops.linear_gelu(normed[rows], expand, expand_bias, backend=backend)
         ops.linear_residual_(expanded, contract, contract_bias, residual[rows], backend=backend)
     return residual.view(shape)
+
+
+def _by_library(wide: library.WideProducts, normed: torch.Tensor, residual: torch.Tensor, backend: str | None) -> bool:
+    """Whether both products are the library's, in one dtype."""
+    chosen = {backends.choose(name, backend, normed.device) for name in ("linear_gelu", "linear_residual")}
+    return chosen == {"torch"} and wide.expand.dtype == normed.dtype == residual.dtype
 
 
 def chunks(rows: int, bytes_per_row: int, device: str) -> Iterator[slice]:

@@ -167,6 +167,8 @@ DWCONV_NORM = register(
         check=_check,
         why_not=_why_not,
         forms={"reference": _dwconv_norm_reference, "torch": torch_form.dwconv_norm, "triton": dwconv_norm_kernel},
+        # By the same rule as in pointwise.py the kernels come first: at every published shape they are predicted to be
+        # faster than cuDNN and a norm.
         auto=("triton", "torch", "reference"),
         operators=(
             Operator(

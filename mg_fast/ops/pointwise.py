@@ -247,7 +247,9 @@ def _residual_workspaces(
     return copied_rows(x, residual) + copied(weight, bias)
 
 
-# `auto` prefers the library's products until the kernels are measured on a GPU; to change that, put `triton` first.
+# Until a GPU has measured both, `auto` takes a kernel where the model of `python -m bench issue` predicts it to be
+# faster than the library by more than the model's error. That is so at no published shape of these two operations
+# (docs/kernels.md, "What auto takes").
 LINEAR_GELU = register(
     Operation(
         name="linear_gelu",

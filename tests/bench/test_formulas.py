@@ -20,8 +20,9 @@ from bench.counting import Count
 from mg_fast.modules import ConvNeXtPyramid
 from mg_fast.modules import convnext_channels_last as convnext
 from mg_fast.ops import reference
-from mg_fast.ops.operation import OPERATIONS
+from mg_fast.ops.operation import OPERATIONS, product_flop
 from mg_fast.ops.torch import patch_mining as torch_form
+from mg_fast.ops.torch.pointwise import EXTRA
 from tests.paths import ROOT
 
 pytestmark = pytest.mark.slow
@@ -202,11 +203,17 @@ needs_cudnn = pytest.mark.skipif(
 sixteen = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 
 
+def as_packed(stages, dtype, form):
+    """A tower packed for the library has wider products in 16 bits."""
+    return convnext.widened(stages) if dtype.itemsize == 2 and form != "triton" else stages
+
+
 def count_tower(tower):
     """FLOP and bytes of the PyTorch form on fake tensors of a GPU; on the meta device strides would be others."""
     like = {"dtype": tower.dtype, "device": "cuda"}
     with FakeTensorMode(), torch.no_grad():
         stem, stages = convnext.empty_tower(tower.dims, tower.depths, **like)
+        stages = as_packed(stages, tower.dtype, "torch")
         pixels = torch.empty(tower.batch, 3, tower.size, tower.size, **like)
         with FlopCounterMode(display=False) as flop, Count("cuda") as counter:
             convnext.run_tower(stem, stages, pixels, "torch")
@@ -252,13 +259,17 @@ def test_blocks_by_kernels(side, form, dtype):
             torch.empty(1, int(rows**0.5), int(rows**0.5), c, dtype=dtype, device="cuda")
             for rows, c in zip(tower.rows, tower.dims)
         ]
+        stages = as_packed(stages, dtype, form)
         with Count("cuda") as counter:
             for stage, x in zip(stages, maps):
                 convnext.run_stage(convnext.StageTensors(None, stage.blocks), x, form, in_place=True)
     cost = tower_cost(tower, form) + tower_cost(replace(tower, depths=(0, 0, 0, 0)), form) * -1
     assert (cost.bytes_read, cost.bytes_written) == (counter.total.bytes_read, counter.total.bytes_written)
-    # The arithmetic is the same in every form.
-    assert len({tower_cost(tower, form).flop for form in FORMS}) == 1
+    # The arithmetic is the same in every form, but for the library's eight more hidden channels in 16 bits.
+    blocks = zip(tower.rows, tower.dims, tower.depths)
+    further = sum(2 * product_flop(rows, c, EXTRA) * depth for rows, c, depth in blocks)
+    wide = further * (dtype.itemsize == 2 and form != "triton")
+    assert tower_cost(tower, form).flop == tower_cost(tower, "triton").flop + wide
 
 
 @pytest.mark.parametrize("case", TOWERS)
@@ -286,8 +297,8 @@ def test_an_empty_tower_is_made_of_the_tensors_of_a_real_one():
 def test_known_figures_of_the_tower():
     """FLOP as counted for timm's tower; bytes as estimated: 14 maps are moved per block, and the weights."""
     standard, hd = (Tower(torch.bfloat16, size=side) for side in (768, 1536))
-    assert tower_cost(standard, "torch").flop == pytest.approx(0.808e12, rel=1e-3)
-    assert tower_cost(hd, "torch").flop == pytest.approx(3.231e12, rel=1e-3)
+    assert tower_cost(standard, "triton").flop == pytest.approx(0.808e12, rel=1e-3)
+    assert tower_cost(hd, "triton").flop == pytest.approx(3.231e12, rel=1e-3)
     assert tower_cost(standard, "triton").bytes == pytest.approx(2.79e9, rel=0.03)
     assert tower_cost(hd, "triton").bytes == pytest.approx(9.96e9, rel=0.03)
 
@@ -325,11 +336,11 @@ def test_memory_by_formula():
     assert peak_memory.reference_peak(half) > 3e9 and peak_memory.kernel_peak(half) < 0.3e9
     # These were counted at torch's dispatcher with fake tensors: pictures of 768 and 1536 pixels to tokens; the copies
     # that the packed towers hold.
-    for side, original, ours in ((768, 829.6e6, 112.2e6), (1536, 3747e6, 451.5e6)):
+    for side, original, ours in ((768, 829.6e6, 98.7e6), (1536, 3747e6, 397.2e6)):
         sizes = Sizes.of_picture(side, torch.bfloat16)
         assert peak_memory.reference_picture_peak(sizes) == pytest.approx(original, rel=0.01)
         assert peak_memory.kernel_picture_peak(sizes) == pytest.approx(ours, rel=0.01)
-    assert peak_memory.packed_bytes(torch.bfloat16) == pytest.approx(348.6e6, rel=0.01)
+    assert peak_memory.packed_bytes(torch.bfloat16) == pytest.approx(538.1e6, rel=0.01)
     for side in peak_memory.SIDES:
         sizes = Sizes.of_picture(side, torch.bfloat16)
         # Windows and maps are whole.

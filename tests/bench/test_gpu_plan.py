@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +15,9 @@ from bench.gpu import command, pytest_plugin
 from bench.gpu import plan as plans
 from bench.gpu.plan import ROOT, Part, Step
 from bench.gpu.summary import Outcome, conclude, earlier_outcomes
+from bench.issue.command import predicted_us
+from bench.issue.published import published, read
+from bench.issue.whole_models import read_whole
 from bench.registry import OURS
 from mg_fast.testing import environment
 from tests.bench.documents import document, row
@@ -79,6 +84,22 @@ def test_what_the_short_plan_holds_and_what_it_leaves_out():
     for name in ("pixels/768-b1-bfloat16", "end-to-end/7b-decode-b1-bfloat16"):
         assert [p for p, provider in CASES[name].providers.items() if provider.profiled is not None] == ["auto"]
     assert not [name for name in names if any(word in name for word in ("stress", "2b-", "34b", "-load-", "-ready-"))]
+
+
+def test_all_that_is_predicted_is_measured():
+    """One run of the plan compares every prediction of `bench issue`; no case is measured twice by one provider."""
+    measured = Counter(
+        (case.name, provider)
+        for step in plans.full_plan()
+        for part in step.parts
+        for case in plans.cases_of(replace(step, parts=(part,)), CASES, "cuda")
+        for provider in case.providers
+        if provider != case.baseline or part.baseline is not None
+    )
+    predicted = [tuple(row) for row in predicted_us(read(), read_whole())]
+    assert len(predicted) > 50 and set(published()) <= {name for name, _ in predicted}
+    assert [row for row in predicted if row not in measured] == []
+    assert [row for row in predicted if measured[row] > 1] == []
 
 
 def test_our_own_providers_are_told_from_opponents():

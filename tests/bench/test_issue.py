@@ -7,12 +7,13 @@ import triton.language as tl
 
 from bench.errors import BadRecord
 from bench.issue import launches, multiprocessor
-from bench.issue.command import calibration, table
+from bench.issue.command import calibration, predicted_us, table
 from bench.issue.occupancy import blocks_per_multiprocessor
 from bench.issue.predict import DEVICES, TimePrediction, predict
 from bench.issue.published import CasePrediction, read, save
 from bench.issue.sass import NO_BARRIER, Instruction, parse, pipe_of
 from bench.issue.trace import UnknownLoop, trace
+from bench.issue.whole_models import Generations, Row, WholePrediction
 
 pytestmark = pytest.mark.slow
 H200 = DEVICES["h200"]
@@ -139,6 +140,8 @@ def test_what_resides_on_a_multiprocessor():
     assert blocks_per_multiprocessor(90, 32, 0, 8) == (8, "registers")
     assert blocks_per_multiprocessor(90, 16, 0, 8) == (8, "warps")
     assert blocks_per_multiprocessor(90, 16, 0, 1) == (32, "blocks")
+    assert blocks_per_multiprocessor(103, 32, 98304, 8) == (2, "shared memory")
+    assert blocks_per_multiprocessor(110, 16, 0, 8) == (6, "warps")
 
 
 @triton.jit
@@ -176,7 +179,7 @@ def prediction(us: float) -> CasePrediction:
 
 def test_predictions_are_kept_and_read(tmp_path):
     found = {"dwconv_norm/a": prediction(3.0), "dwconv_norm/b": prediction(8.0)}
-    save(found, H200, tmp_path / "issue.json")
+    save(found, H200, {}, tmp_path / "issue.json")
     assert read(tmp_path / "issue.json") == found and found["dwconv_norm/a"].us == 6.0
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(BadRecord, match="holds no predictions of `python -m bench issue --save`"):
@@ -189,18 +192,26 @@ def test_a_measured_run_calibrates_the_model():
     def row(name: str, **figures) -> dict:
         return {"name": name, "provider": "triton", "ok": True, "median_ms": 1.0, "graphed_ms": None} | figures
 
-    predicted = {name: prediction(us / 2) for name, us in (("a", 10.0), ("b", 20.0), ("c", 30.0), ("d", 5.0))}
+    kernels = {name: prediction(us / 2) for name, us in (("a", 10.0), ("b", 20.0), ("c", 30.0), ("d", 5.0))}
+    one = WholePrediction(40.0, 7, {"products": 34.0, "gaps": 6.0})
+    predicted = predicted_us(kernels, {Row("a", "auto"): Generations(one, one)})
     rows = [
         row("a", graphed_ms=0.011),
         row("b", warm_ms=0.030),
         row("c", median_ms=0.033),
         row("d", ok=False),
         row("d", provider="torch"),
+        row("a", provider="auto", graphed_ms=0.044),
     ]
     told = calibration(predicted, {"device": "cuda", "gpu": "NVIDIA H200", "cases": rows})
     assert "the median ratio is 1.10, from 1.10 to 1.50" in told and "off by up to 36%" in told
+    assert "1 of 5 predictions were not measured" in told
+    assert [line.split() for line in told.splitlines() if line.startswith("a,")] == [
+        ["a,", "triton", "10.0", "11.0", "1.10"],
+        ["a,", "auto", "40.0", "44.0", "1.10"],
+    ]
     assert not any(line.startswith("d ") for line in told.splitlines())
     with pytest.raises(BadRecord, match="none of the predicted cases is there"):
-        calibration(predicted, {"device": "cuda", "gpu": "NVIDIA H200", "cases": rows[3:]})
+        calibration(predicted, {"device": "cuda", "gpu": "NVIDIA H200", "cases": rows[3:5]})
     with pytest.raises(BadRecord, match="expected documents of a GPU"):
         calibration(predicted, {"device": "cpu", "gpu": None, "cases": rows})

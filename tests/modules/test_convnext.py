@@ -63,6 +63,34 @@ def test_real_widths(dtype):
     assert_tower_accurate(make(dtype, dims=(192, 384, 768, 1536), depths=(1, 1, 2, 1)), pictures(192, dtype=dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_accuracy_of_wide_products(dtype):
+    """A tower that is packed for the library on a GPU has wider products; here it runs on a CPU."""
+    tower, pixels = make(dtype), pictures(96, batch=2, dtype=dtype)
+    with torch.no_grad():
+        stem, stages = tower.read()
+        wide = convnext.run_tower(stem, convnext.widened(stages), pixels, "torch")
+        narrow, plain = convnext.run_tower(stem, stages, pixels, "torch"), tower(pixels, backend="reference")
+        exact = copy.deepcopy(tower).double()(pixels.double(), backend="reference")
+    for level, before, expected, oracle in zip(wide, narrow, plain, exact, strict=True):
+        assert_accurate(level, expected, oracle)
+        # They are other steps with other roundings.
+        assert not torch.equal(level, before)
+
+
+def test_kernels_and_gradients_take_the_narrow_products(monkeypatch):
+    stage = convnext.widened([make().read()[1][0]])[0]
+    narrow = stage.blocks[0]
+    assert torch.equal(narrow.contract, make().read()[1][0].blocks[0].contract)
+    x = torch.randn(1, 4, 4, 8, generator=torch.Generator().manual_seed(2))
+    monkeypatch.setattr(convnext.library, "feed_forward_", None)
+    assert convnext.run_stage(stage, x).requires_grad
+    with torch.no_grad(), pytest.raises(TypeError):
+        convnext.run_stage(stage, x)
+    with torch.no_grad():
+        convnext.run_stage(stage, x, backend="reference")
+
+
 @pytest.mark.parametrize("shape", [(64, 96), (100, 68), (33, 47), (32, 32)])
 def test_pictures_that_are_not_square_or_do_not_divide(shape):
     assert_tower_accurate(make(), torch.randn(1, 3, *shape, generator=torch.Generator().manual_seed(2)))

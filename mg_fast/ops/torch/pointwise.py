@@ -7,6 +7,7 @@ all of its terms one after the other, or in few blocks. They are used as far as 
 import contextlib
 import math
 import threading
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -60,8 +61,8 @@ def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> to
 def linear_residual(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     """Computes r + x W^T + b: on CPUs as one oneDNN product, otherwise as a product with bias and one pass in place.
 
-    addmm with the residual in place of the bias would copy the residual first, and would need another pass for the
-    bias.
+    `torch.addmm(residual, x, weight.T)` would copy the residual first. With `out=residual`, as in `feed_forward_`, it
+    copies nothing, but it has no place for a bias beside the residual.
     """
     if _has_epilogue(x, weight, bias, residual):
         return _onednn_product.binary(x, residual, weight, bias, "add")
@@ -74,6 +75,58 @@ def linear_residual_(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, 
     if _has_epilogue(x, weight, bias, residual):
         return residual.copy_(_onednn_product.binary(x, residual, weight, bias, "add"))
     return residual.add_(linear(x, weight, bias, precise=True))
+
+
+class WideProducts(NamedTuple):
+    """Both pointwise layers of a block with EXTRA more hidden channels, of which the first is CONSTANT in every row.
+
+    Its column of the contraction carries the bias. `expand` is [4 C + EXTRA, C] with `expand_bias`, and `contract`
+    [C, 4 C + EXTRA].
+    """
+
+    expand: torch.Tensor
+    expand_bias: torch.Tensor
+    contract: torch.Tensor
+
+
+# Products of 16-bit numbers are fastest where all widths are multiples of eight.
+EXTRA = 8
+# gelu(8) is 8 in every dtype, and an eighth of a bias is exact, unless it is smaller than the dtype's normal numbers.
+CONSTANT = 8.0
+
+
+def widen(
+    expand: torch.Tensor, expand_bias: torch.Tensor, contract: torch.Tensor, contract_bias: torch.Tensor
+) -> WideProducts:
+    """The pointwise layers of a block, [4 C, C] and [C, 4 C] with their biases, for `feed_forward_`."""
+    hidden, channels = expand.shape
+    wide = WideProducts(
+        expand.new_zeros(hidden + EXTRA, channels),
+        expand_bias.new_zeros(hidden + EXTRA),
+        contract.new_zeros(channels, hidden + EXTRA),
+    )
+    wide.expand[:hidden], wide.expand_bias[:hidden], wide.contract[:, :hidden] = expand, expand_bias, contract
+    wide.expand_bias[hidden] = CONSTANT
+    wide.contract[:, hidden] = contract_bias / CONSTANT
+    return wide
+
+
+def feed_forward_(x: torch.Tensor, wide: WideProducts, residual: torch.Tensor) -> None:
+    """Adds both pointwise layers of a block to the residual, in three launches: product, GELU, product.
+
+    The second product adds to the residual in its own epilogue. With `out=` the residual itself, addmm copies nothing
+    (torch's aten/src/ATen/native/cuda/Blas.cpp). What is saved is a pass over the map, which would read two maps and
+    write one, and the rounding before it. What it costs is 8 / (4 C) of the products and of the activation between
+    them, and memory for a copy of the expansion's weights. By count, with the wider activation, all blocks of
+    ConvNeXt-L at 768 pixels take 108 in place of 144 launches and move 3518 in place of 3833 MB; at 1536 pixels 12936
+    in place of 14200 MB.
+
+    Args:
+        x: [M, C].
+        residual: [M, C], contiguous, in the dtype of x and of the products.
+    """
+    expanded = linear_gelu(x, wide.expand, wide.expand_bias)
+    torch.addmm(residual, expanded, wide.contract.t(), out=residual)
 
 
 class OneDNNLinear(nn.Linear):
