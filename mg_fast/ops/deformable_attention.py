@@ -152,8 +152,8 @@ def deformable_attention_backward(
     weights: torch.Tensor,
     wanted: list[bool],
 ) -> list[torch.Tensor]:
-    """`kernels.deformable_attention.deformable_attention_bwd`."""
-    from ..kernels.deformable_attention import deformable_attention_bwd
+    """`kernels.deformable_attention_backward.deformable_attention_bwd`."""
+    from ..kernels.deformable_attention_backward import deformable_attention_bwd
 
     with on_device(value):
         return deformable_attention_bwd(grad, value, sides, locations, weights, wanted)
@@ -179,8 +179,8 @@ def deformable_attention_sum(
     ends: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """`kernels.deformable_attention.sum_rows_bwd`."""
-    from ..kernels.deformable_attention import sum_rows_bwd
+    """`kernels.deformable_attention_backward.sum_rows_bwd`."""
+    from ..kernels.deformable_attention_backward import sum_rows_bwd
 
     with on_device(grad):
         return sum_rows_bwd(grad, sides, locations, weights, order, ends, dtype)
