@@ -21,11 +21,13 @@ from .configs import patch_mining_tile
 from .window_programs import (
     LAYER_NORM_EPS,
     architecture_of,
-    attend,
-    attend_backward,
     channels_last,
     empty_results,
+    inverse_deviation,
+    keep_statistics,
     place,
+    softmax_of_window,
+    weights_of_gradient,
     window_launches,
     window_side,
 )
@@ -146,9 +148,12 @@ def pool_windows_fwd_kernel(
         b_dot, b_sum, b_square, total = b_dot + d, b_sum + m, b_square + q, total + t
     b_mean = b_sum / C
     b_variance = b_square / C - b_mean * b_mean
+    b_rstd = inverse_deviation(b_variance, EPS)
+
     o_j = tl.arange(0, BJ)
-    p_statistics = statistics_ptr + i_query * (3 * PIXELS) + o_j
-    b_a, b_rstd = attend(b_dot, total, b_mean, b_variance, p_statistics, o_j < PIXELS, PIXELS, EPS)
+    m_j = o_j < PIXELS
+    b_a = softmax_of_window((b_dot - b_mean * total) * b_rstd, m_j)
+    keep_statistics(statistics_ptr + i_query * (3 * PIXELS) + o_j, b_a, b_mean, b_rstd, m_j, PIXELS)
 
     b_weight = b_a * b_rstd
     shift = tl.sum(b_a * b_shift, axis=0)
@@ -182,8 +187,9 @@ def pool_windows_bwd_kernel(
         b_dot, total = b_dot + d, total + t
 
     o_j = tl.arange(0, BJ)
+    m_j = o_j < PIXELS
     p_statistics = statistics_ptr + i_query * (3 * PIXELS) + o_j
-    b_a, b_mean, b_weight = attend_backward(b_dot, total, p_statistics, o_j < PIXELS, PIXELS)
+    b_a, b_mean, b_weight = weights_of_gradient(b_dot, total, p_statistics, m_j, PIXELS)
     shift = tl.sum(b_a * b_shift, axis=0)
     constant = tl.sum(b_weight * (b_mean + (b_shift - shift)), axis=0)
     for s in tl.static_range(len(levels)):

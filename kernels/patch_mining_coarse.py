@@ -24,11 +24,13 @@ from .patch_mining_fields import pixel_fields_fwd
 from .window_programs import (
     LAYER_NORM_EPS,
     architecture_of,
-    attend,
-    attend_backward,
     channels_last,
     empty_results,
+    inverse_deviation,
+    keep_statistics,
     place,
+    softmax_of_window,
+    weights_of_gradient,
     window_launches,
 )
 
@@ -67,9 +69,11 @@ def pool_coarse_fwd_kernel(
         b_mean += b_d * share
         b_square += q + b_d * b_d * (GEOMETRIES[s].offset * share)
     b_variance = b_square / C
+    b_rstd = inverse_deviation(b_variance, EPS)
+
     o_j, m_j = window_pixels(GEOMETRIES)
-    p_statistics = statistics_ptr + i_query * (3 * PIXELS) + o_j
-    b_a, b_rstd = attend(b_dot, total, b_mean, b_variance, p_statistics, m_j, PIXELS, EPS)
+    b_a = softmax_of_window((b_dot - b_mean * total) * b_rstd, m_j)
+    keep_statistics(statistics_ptr + i_query * (3 * PIXELS) + o_j, b_a, b_mean, b_rstd, m_j, PIXELS)
 
     b_weight = tl.where(m_j, b_a * b_rstd, 0.0)
     constant = tl.sum(b_weight * b_mean, axis=0)
@@ -100,7 +104,7 @@ def pool_coarse_bwd_kernel(
 
     o_j, m_j = window_pixels(GEOMETRIES)
     p_statistics = statistics_ptr + i_query * (3 * PIXELS) + o_j
-    _, b_mean, b_weight = attend_backward(b_dot, total, p_statistics, m_j, PIXELS)
+    _, b_mean, b_weight = weights_of_gradient(b_dot, total, p_statistics, m_j, PIXELS)
     constant = tl.sum(b_weight * b_mean, axis=0)
     for s in tl.static_range(len(levels)):
         pool_level(

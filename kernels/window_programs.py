@@ -34,25 +34,30 @@ def place(VIEWS: tl.constexpr, FIRST_VIEW: tl.constexpr, CELLS: tl.constexpr, QU
 
 
 @triton.jit
-def attend(b_dot, total, b_mean, b_variance, p_statistics, m_j, PIXELS: tl.constexpr, EPS: tl.constexpr):
-    """The softmax's weights of the pixels of a window and their inverse standard deviations, each [BJ].
-
-    Takes the products of the vector with the pixels as they are, the sum of the vector's elements, and means and
-    variances of the pixels. Stores the statistics.
-    """
+def inverse_deviation(b_variance, EPS: tl.constexpr):
+    """The inverse standard deviations of pixels; NaN stays visible."""
     # tl.maximum with 0 would hide NaN.
-    b_rstd = tl.rsqrt(tl.where(b_variance < 0.0, 0.0, b_variance) + EPS)
-    b_score = tl.where(m_j, (b_dot - b_mean * total) * b_rstd, float("-inf"))
-    b_a = tl.exp(b_score - tl.max(b_score, axis=0))
-    b_a = b_a / tl.sum(b_a, axis=0)
-    tl.store(p_statistics, b_a, mask=m_j)
-    tl.store(p_statistics + PIXELS, b_mean, mask=m_j)
-    tl.store(p_statistics + 2 * PIXELS, b_rstd, mask=m_j)
-    return b_a, b_rstd
+    return tl.rsqrt(tl.where(b_variance < 0.0, 0.0, b_variance) + EPS)
 
 
 @triton.jit
-def attend_backward(b_dot, total, p_statistics, m_j, PIXELS: tl.constexpr):
+def softmax_of_window(b_score, m_j):
+    """The softmax's weights [BJ] of the pixels that there are; the others have none."""
+    b_score = tl.where(m_j, b_score, float("-inf"))
+    b_a = tl.exp(b_score - tl.max(b_score, axis=0))
+    return b_a / tl.sum(b_a, axis=0)
+
+
+@triton.jit
+def keep_statistics(p_statistics, b_a, b_mean, b_rstd, m_j, PIXELS: tl.constexpr):
+    """Stores what the backward pass needs, each [BJ]."""
+    tl.store(p_statistics, b_a, mask=m_j)
+    tl.store(p_statistics + PIXELS, b_mean, mask=m_j)
+    tl.store(p_statistics + 2 * PIXELS, b_rstd, mask=m_j)
+
+
+@triton.jit
+def weights_of_gradient(b_dot, total, p_statistics, m_j, PIXELS: tl.constexpr):
     """The softmax's weights, the means, and the weights of pixels in the gradient to the query, each [BJ].
 
     Takes the products of the result's gradient with the pixels, and the sum of the gradient's elements.
