@@ -5,9 +5,8 @@ variance run over a pixel's channels, the variance from values less their mean. 
 are convolved on tensor cores, a few channels at a time (`kernels/dwconv_bands.py`), and normalised in a second launch:
 in place, from z rounded to bfloat16 as in PyTorch, or for float16, in which z may overflow, from a buffer in float32.
 There a pixel that is not finite reaches one pixel farther, as zero times NaN is NaN. Other maps take one launch, which
-widens on load and keeps z in registers. Its programs make a few rows of a few columns with all channels, and load a
-pixel once for each kx and all rows that it adds to: 7 * (rows + 6) / rows loads per output instead of 49. The backward
-pass recomputes through PyTorch, which may also be faster on maps of few pixels. docs/kernels.md has what was tried.
+widens on load and keeps z in registers (`kernels/dwconv_columns.py`). The backward pass recomputes through PyTorch,
+which may also be faster on maps of few pixels. docs/kernels.md has what was tried.
 """
 
 import torch
@@ -16,80 +15,8 @@ import triton.language as tl
 
 from .configs import dwconv_bands_tile, dwconv_in_bands, dwconv_norm_tile, pixel_norm_tile
 from .dwconv_bands import convolve_in_bands
+from .dwconv_columns import convolve_in_columns, vector
 from .sampling import single
-
-
-@triton.jit
-def _vector(p, zero, m):
-    """Loads a vector over channels for every pixel of the tile [BW, BC], in the tile's own layout.
-
-    In any other layout the vector would pass through shared memory.
-    """
-    return single(tl.load(p + zero, mask=m, other=0.0))
-
-
-@triton.jit
-def _convolve(
-    p_x,
-    p_weight,
-    p_bias,
-    i_y,
-    o_x,
-    o_c,
-    H,
-    W,
-    stride_xh,
-    stride_xw,
-    C: tl.constexpr,
-    ROWS: tl.constexpr,
-    BC: tl.constexpr,
-):
-    """The convolution with its bias, as a tuple of tiles [BW, BC]: the ROWS rows of the first chunk, then the next.
-
-    `p_x` points at the picture, `o_x` [BW] are output columns, `o_c` [1, BC] are the channels of the first chunk.
-    """
-    CHUNKS: tl.constexpr = (C + BC - 1) // BC
-    zero = tl.zeros_like(o_x)[:, None]
-    b_z = ()
-    for s in tl.static_range(CHUNKS):
-        b_bias = _vector(p_bias + s * BC + o_c, zero, (zero == 0) & (s * BC + o_c < C))
-        for _ in tl.static_range(ROWS):
-            b_z = b_z + (b_bias,)
-    p_x += (i_y - 3).to(tl.int64) * stride_xh + o_c
-    p_weight += o_c
-    for i_kx in range(7):
-        o_column = o_x + (i_kx - 3)
-        m_column = ((o_column >= 0) & (o_column < W))[:, None]
-        p_column = p_x + o_column.to(tl.int64)[:, None] * stride_xw
-        b_new = ()
-        for s in tl.static_range(CHUNKS):
-            m_c = s * BC + o_c < C
-            b_chunk = ()
-            for r in tl.static_range(ROWS):
-                b_chunk = b_chunk + (b_z[s * ROWS + r],)
-            b_w = ()
-            p_row = p_column + s * BC
-            for i in tl.static_range(ROWS + 6):
-                if i < 7:
-                    b_w = b_w + (_vector(p_weight + ((i * 7 + i_kx) * C + s * BC), zero, (zero == 0) & m_c),)
-                # Row i_y lies inside the map. Rows before it may be above the map, rows after it below.
-                m_x = m_column & m_c
-                if i < 3:
-                    m_x = m_x & (i_y >= 3 - i)
-                elif i > 3:
-                    m_x = m_x & (i - 3 < H - i_y)
-                b_x = single(tl.load(p_row, mask=m_x, other=0.0))
-                p_row += stride_xh
-                b_rows = ()
-                for r in tl.static_range(ROWS):
-                    b_row = b_chunk[r]
-                    if r <= i and i - r < 7:
-                        b_row += b_x * b_w[i - r]
-                    b_rows = b_rows + (b_row,)
-                b_chunk = b_rows
-            b_new = b_new + b_chunk
-        b_z = b_new
-    return b_z
 
 
 @triton.jit
@@ -120,7 +47,7 @@ def dwconv_norm_fwd_kernel(
     o_x = (i % across * BW).to(tl.int32) + tl.arange(0, BW)
 
     o_c = tl.arange(0, BC)[None, :]
-    b_z = _convolve(
+    b_z = convolve_in_columns(
         x_ptr + i_b * stride_xb, weight_ptr, bias_ptr, i_y, o_x, o_c, H, W, stride_xh, stride_xw, C, ROWS, BC
     )
 
@@ -143,8 +70,8 @@ def dwconv_norm_fwd_kernel(
     p_pixel = out_ptr + o_x[:, None] * C + o_c
     for s in tl.static_range(CHUNKS):
         m_s = (o_x < W)[:, None] & (s * BC + o_c < C)
-        b_g = _vector(norm_weight_ptr + s * BC + o_c, zero, m_s)
-        b_h = _vector(norm_bias_ptr + s * BC + o_c, zero, m_s)
+        b_g = vector(norm_weight_ptr + s * BC + o_c, zero, m_s)
+        b_h = vector(norm_bias_ptr + s * BC + o_c, zero, m_s)
         for r in tl.static_range(ROWS):
             b_y = (b_z[s * ROWS + r] - b_means[r]) * b_rstds[r] * b_g + b_h
             p_out = p_pixel + ((i_b * H + i_y + r) * W * C + s * BC)
@@ -209,8 +136,8 @@ def pixel_norm_fwd_kernel(
     zero = tl.zeros_like(o_p)[:, None]
     for s in tl.static_range(CHUNKS):
         m = m_p & (s * BC + o_c < C)
-        b_g = _vector(norm_weight_ptr + s * BC + o_c, zero, m)
-        b_h = _vector(norm_bias_ptr + s * BC + o_c, zero, m)
+        b_g = vector(norm_weight_ptr + s * BC + o_c, zero, m)
+        b_h = vector(norm_bias_ptr + s * BC + o_c, zero, m)
         b_y = (b_z[s] - b_mean) * b_rstd * b_g + b_h
         tl.store(out_ptr + o_z + s * BC, b_y.to(out_ptr.dtype.element_ty), mask=m)
 

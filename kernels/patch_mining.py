@@ -11,8 +11,6 @@ tap by tap elsewhere. A picture of few queries leaves most of a GPU idle, with l
 the PyTorch form may be faster there.
 """
 
-import functools
-import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -20,9 +18,20 @@ import triton
 import triton.language as tl
 
 from .configs import patch_mining_tile
-from .windows import Level, geometry, load_pixels, pixel_tap, window_taps
-
-LAYER_NORM_EPS = 1e-5
+from .window_programs import (
+    LAYER_NORM_EPS,
+    architecture_of,
+    channels_last,
+    empty_results,
+    inverse_deviation,
+    keep_statistics,
+    place,
+    softmax_of_window,
+    weights_of_gradient,
+    window_launches,
+    window_side,
+)
+from .windows import geometry, load_pixels, pixel_tap, window_taps
 
 
 @triton.jit
@@ -113,22 +122,6 @@ def _pool(level, out_ptr, b_weight, constant, i_b, row, column, shift, GEOMETRIE
 
 
 @triton.jit
-def place(VIEWS: tl.constexpr, FIRST_VIEW: tl.constexpr, CELLS: tl.constexpr, QUERY_SIDE: tl.constexpr):
-    """This program's picture and query, and the row and column of its window.
-
-    Rows and columns count on the raster of the launch's CELLS x CELLS views.
-    """
-    i = tl.program_id(0).to(tl.int64)
-    QUERIES: tl.constexpr = QUERY_SIDE * QUERY_SIDE
-    i_b = i // (CELLS * CELLS * QUERIES)
-    i_cell = i // QUERIES % (CELLS * CELLS)
-    i_n = i % QUERIES
-    row = (i_cell // CELLS * QUERY_SIDE + i_n // QUERY_SIDE).to(tl.int32)
-    column = (i_cell % CELLS * QUERY_SIDE + i_n % QUERY_SIDE).to(tl.int32)
-    return i_b, (i_b * VIEWS + FIRST_VIEW + i_cell) * QUERIES + i_n, row, column
-
-
-@triton.jit
 def pool_windows_fwd_kernel(
     queries_ptr,
     levels,
@@ -155,18 +148,12 @@ def pool_windows_fwd_kernel(
         b_dot, b_sum, b_square, total = b_dot + d, b_sum + m, b_square + q, total + t
     b_mean = b_sum / C
     b_variance = b_square / C - b_mean * b_mean
-    # tl.maximum with 0 would hide NaN.
-    b_rstd = tl.rsqrt(tl.where(b_variance < 0.0, 0.0, b_variance) + EPS)
+    b_rstd = inverse_deviation(b_variance, EPS)
 
     o_j = tl.arange(0, BJ)
     m_j = o_j < PIXELS
-    b_score = tl.where(m_j, (b_dot - b_mean * total) * b_rstd, float("-inf"))
-    b_a = tl.exp(b_score - tl.max(b_score, axis=0))
-    b_a = b_a / tl.sum(b_a, axis=0)
-    p_statistics = statistics_ptr + i_query * (3 * PIXELS) + o_j
-    tl.store(p_statistics, b_a, mask=m_j)
-    tl.store(p_statistics + PIXELS, b_mean, mask=m_j)
-    tl.store(p_statistics + 2 * PIXELS, b_rstd, mask=m_j)
+    b_a = softmax_of_window((b_dot - b_mean * total) * b_rstd, m_j)
+    keep_statistics(statistics_ptr + i_query * (3 * PIXELS) + o_j, b_a, b_mean, b_rstd, m_j, PIXELS)
 
     b_weight = b_a * b_rstd
     shift = tl.sum(b_a * b_shift, axis=0)
@@ -202,11 +189,7 @@ def pool_windows_bwd_kernel(
     o_j = tl.arange(0, BJ)
     m_j = o_j < PIXELS
     p_statistics = statistics_ptr + i_query * (3 * PIXELS) + o_j
-    b_a = tl.load(p_statistics, mask=m_j, other=0.0)
-    b_mean = tl.load(p_statistics + PIXELS, mask=m_j, other=0.0)
-    b_rstd = tl.load(p_statistics + 2 * PIXELS, mask=m_j, other=0.0)
-    b_da = (b_dot - b_mean * total) * b_rstd
-    b_weight = b_a * (b_da - tl.sum(b_a * b_da, axis=0)) * b_rstd
+    b_a, b_mean, b_weight = weights_of_gradient(b_dot, total, p_statistics, m_j, PIXELS)
     shift = tl.sum(b_a * b_shift, axis=0)
     constant = tl.sum(b_weight * (b_mean + (b_shift - shift)), axis=0)
     for s in tl.static_range(len(levels)):
@@ -214,42 +197,16 @@ def pool_windows_bwd_kernel(
 
 
 def launches(queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int) -> Iterator[tuple[int, dict]]:
-    """Programs and common arguments of each launch.
-
-    One launch is for the cells, and one for the global view, if there is one, whose map is reduced.
-    """
-    b, views, n, channels = queries.shape
-    fine, query_side = pyramid[0].shape[1], math.isqrt(n)
-    side = fine // (grid * query_side)
-    architecture = triton.runtime.driver.active.get_current_target().arch if queries.is_cuda else None
-    levels = tuple(Level(level, *level.stride()[:3], level.shape[1]) for level in pyramid)
+    """Programs and common arguments of each launch (see `window_launches`)."""
+    fine, side, architecture = pyramid[0].shape[1], window_side(queries, pyramid, grid), architecture_of(queries)
     widths, element_sizes = [level.shape[-1] for level in pyramid], [level.element_size() for level in pyramid]
     offsets = [sum(widths[:s]) for s in range(len(pyramid))]
-    for first, cells, reduction in [(0, grid, 1), (grid * grid, 1, grid)][: 1 + (views > grid * grid)]:
+    for reduction, (programs, arguments) in zip((1, grid), window_launches(queries, pyramid, grid)):
         tile = patch_mining_tile(architecture, max(element_sizes), side, widths, reduced=reduction > 1)
-        arguments = {
-            "levels": levels,
-            "GEOMETRIES": tuple(
-                geometry(level, at, fine, reduction, side, tile.channels) for level, at in zip(pyramid, offsets)
-            ),
-            "VIEWS": views,
-            "FIRST_VIEW": first,
-            "CELLS": cells,
-            "QUERY_SIDE": query_side,
-            "C": channels,
-            "num_warps": tile.warps,
-            "num_stages": tile.stages,
-        }
-        if b > 0:
-            yield b * cells * cells * n, arguments
-
-
-def pooled_dtype(queries: torch.Tensor, pyramid: Sequence[torch.Tensor]) -> torch.dtype:
-    return functools.reduce(torch.promote_types, (level.dtype for level in pyramid), queries.dtype)
-
-
-def channels_last(pyramid: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    return [level if level.stride(-1) == 1 else level.contiguous() for level in pyramid]
+        geometries = tuple(
+            geometry(level, at, fine, reduction, side, tile.channels) for level, at in zip(pyramid, offsets)
+        )
+        yield programs, {**arguments, "GEOMETRIES": geometries, "num_warps": tile.warps, "num_stages": tile.stages}
 
 
 def pool_windows_fwd(
@@ -269,9 +226,7 @@ def pool_windows_fwd(
         softmax's weights, the pixels' means less one number per pixel, and the inverse standard deviations.
     """
     queries, pyramid = queries.contiguous(), channels_last(pyramid)
-    side = pyramid[0].shape[1] // (grid * math.isqrt(queries.shape[2]))
-    pooled = torch.empty_like(queries, dtype=pooled_dtype(queries, pyramid))
-    statistics = queries.new_empty(*queries.shape[:3], 3, side * side, dtype=torch.float32)
+    pooled, statistics = empty_results(queries, pyramid, grid)
     for programs, arguments in launches(queries, pyramid, grid):
         pool_windows_fwd_kernel[(programs,)](
             queries, pooled_ptr=pooled, statistics_ptr=statistics, EPS=LAYER_NORM_EPS, **arguments

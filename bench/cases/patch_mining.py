@@ -12,7 +12,7 @@ from mg_fast import ops
 from mg_fast.kernels import configs
 from mg_fast.modules import PatchInfoMining
 from mg_fast.ops import reference
-from mg_fast.ops.patch_mining import pool_windows
+from mg_fast.ops.pooled_windows import pool_windows
 from mg_fast.ops.torch import patch_mining as torch_form
 from mg_fast.ops.torch.pointwise import linear
 

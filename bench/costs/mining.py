@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from mg_fast.ops.operation import product_flop
-from mg_fast.ops.patch_mining import launch_geometries, pool_windows_flop
+from mg_fast.ops.pooled_windows import launch_geometries, pool_windows_flop
 from mg_fast.ops.torch.bilinear_tables import neighbours, reach
 
 from ..cases.settings import DIMS, PATCHES, WIDTH

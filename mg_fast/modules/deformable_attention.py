@@ -10,7 +10,7 @@ from torch.fx import Proxy
 
 from .. import ops
 from ..errors import quoted
-from ..ops.deformable_attention import check_spatial_shapes
+from ..ops.spatial_shapes import check_spatial_shapes
 from ..runtime.arguments import whole_number
 from ..runtime.device_tables import cached_on_device
 from ..runtime.layer_dtypes import call

@@ -8,7 +8,7 @@ from torch import nn
 
 from .. import ops
 from ..ops import backend as backends
-from ..ops.feature_sync import read_pictures
+from ..ops.feature_sync_reference import read_pictures
 from ..runtime.layer_dtypes import call, compute_dtype
 from ..runtime.weights import why_more_than_weights, why_not_plain
 from .packed_feature_synchronizer import PackedFeatureSynchronizer, fold

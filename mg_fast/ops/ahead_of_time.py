@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..errors import BackendError
 from . import interpreter
 from .backend import no_triton, only_compiling
-from .patch_mining import pool_windows_backward
+from .pooled_windows import pool_windows_backward
 
 # Triton keeps kernels in memory by device number. Each block uses a number of its own, so that it asks the disk cache.
 _devices = itertools.count(-1, -1)

@@ -4,11 +4,10 @@ from collections.abc import Sequence
 
 import torch
 
-from ..errors import quoted
-from ..runtime.arguments import whole_number
 from . import backend as backends
 from .custom_op_support import copied, copied_rows, on_device
 from .operation import Operation, Operator, register
+from .spatial_shapes import check_spatial_shapes, host_sizes, pairs, too_large
 from .torch import deformable_attention as torch_form
 
 __all__ = [
@@ -22,8 +21,6 @@ __all__ = [
 
 # The widest head whose pixels the kernels hold in registers, and the most levels that they are compiled for.
 MAX_CHANNELS, MAX_LEVELS = 256, 8
-# The longest side that float32 counts exactly, and the most pixels that 32 bits can number.
-MAX_SIDE, MAX_PIXELS = 2**24, 2**31 - 1
 
 
 def deformable_attention(
@@ -94,35 +91,6 @@ def _check(value, spatial_shapes, sampling_locations, attention_weights) -> None
         )
 
 
-def host_sizes(spatial_shapes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Sizes that were checked, as pairs of ints."""
-    # To convert an int would make it a constant of a trace, which then would not serve pictures of other sizes.
-    return [tuple(side if isinstance(side, int) else int(side) for side in size) for size in spatial_shapes]
-
-
-def check_spatial_shapes(operation: str, spatial_shapes: Sequence[tuple[int, int]], pixels: int) -> None:
-    """Raises ValueError unless the sizes are pairs of positive whole numbers on the host that add up to `pixels`."""
-    if isinstance(spatial_shapes, torch.Tensor):
-        raise ValueError(
-            f"{operation}: spatial_shapes must be a list of (h, w) on the host, got a tensor on "
-            f"{spatial_shapes.device}: pass spatial_shapes.tolist() once, outside of the loop that calls this"
-        )
-    if not isinstance(spatial_shapes, (list, tuple)):
-        raise ValueError(f"{operation}: spatial_shapes must be a list of pairs (h, w), got {quoted(spatial_shapes)}")
-    for size in spatial_shapes:
-        pair = isinstance(size, (list, tuple)) and len(size) == 2
-        # The sizes of a trace are ints, too, which may stand for any number.
-        if not pair or not all((side if isinstance(side, int) else whole_number(side) or 0) > 0 for side in size):
-            raise ValueError(
-                f"{operation}: spatial_shapes must be pairs (h, w) of positive numbers, got {quoted(size)}"
-            )
-    expected = sum(h * w for h, w in host_sizes(spatial_shapes))
-    if not spatial_shapes or expected != pixels:
-        raise ValueError(
-            f"{operation}: the levels {quoted(list(spatial_shapes))} have {expected} pixels, but value has {pixels}"
-        )
-
-
 def reference(
     value: torch.Tensor,
     spatial_shapes: Sequence[tuple[int, int]],
@@ -151,11 +119,7 @@ def _why_not(value, spatial_shapes, sampling_locations, attention_weights) -> st
         return f"the kernel holds pixels of up to {MAX_CHANNELS} channels a head, these have {value.shape[-1]}"
     if len(spatial_shapes) > MAX_LEVELS:
         return f"the kernel is compiled for up to {MAX_LEVELS} levels, these are {len(spatial_shapes)}"
-    if max(side for size in spatial_shapes for side in size) > MAX_SIDE:
-        return f"the kernel counts the pixels of a side in float32, up to {MAX_SIDE}, got {quoted(spatial_shapes)}"
-    if value.shape[1] > MAX_PIXELS:
-        return f"the kernel numbers pixels in 32 bits, up to {MAX_PIXELS}, got {value.shape[1]}"
-    return None
+    return too_large(spatial_shapes, value.shape[1])
 
 
 def _attend_by_kernel(value, spatial_shapes, sampling_locations, attention_weights) -> torch.Tensor:
@@ -188,8 +152,8 @@ def deformable_attention_backward(
     weights: torch.Tensor,
     wanted: list[bool],
 ) -> list[torch.Tensor]:
-    """`kernels.deformable_attention.deformable_attention_bwd`."""
-    from ..kernels.deformable_attention import deformable_attention_bwd
+    """`kernels.deformable_attention_backward.deformable_attention_bwd`."""
+    from ..kernels.deformable_attention_backward import deformable_attention_bwd
 
     with on_device(value):
         return deformable_attention_bwd(grad, value, sides, locations, weights, wanted)
@@ -215,8 +179,8 @@ def deformable_attention_sum(
     ends: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """`kernels.deformable_attention.sum_rows_bwd`."""
-    from ..kernels.deformable_attention import sum_rows_bwd
+    """`kernels.deformable_attention_backward.sum_rows_bwd`."""
+    from ..kernels.deformable_attention_backward import sum_rows_bwd
 
     with on_device(grad):
         return sum_rows_bwd(grad, sides, locations, weights, order, ends, dtype)
@@ -225,7 +189,7 @@ def deformable_attention_sum(
 @deformable_attention_sum.register_fake
 def _(grad, sides, locations, weights, order, ends, dtype):
     batch, _, heads = locations.shape[:3]
-    pixels = sum(h * w for h, w in zip(sides[::2], sides[1::2]))
+    pixels = sum(h * w for h, w in pairs(sides))
     return grad.new_empty(batch, pixels, heads, grad.shape[-1] // heads, dtype=dtype)
 
 
@@ -255,8 +219,7 @@ def _sorted_sum(grad, value, sides, locations, weights) -> torch.Tensor:
     The pixels of all samples are sorted by the row of value that they lie in, and every row adds up its own in order.
     """
     batch, pixels, heads, _ = value.shape
-    shapes = list(zip(sides[::2], sides[1::2]))
-    rows = torch_form.pixel_rows(locations.float(), shapes).flatten()
+    rows = torch_form.pixel_rows(locations.float(), pairs(sides)).flatten()
     rows, order = torch.sort(rows, stable=True)
     every_row = torch.arange(batch * pixels * heads + 1, dtype=rows.dtype, device=rows.device)
     ends = torch.searchsorted(rows, every_row)

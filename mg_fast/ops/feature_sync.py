@@ -1,6 +1,5 @@
 """The core of MM-Interleaved's feature synchronizer: every query reads a few points of every picture that it sees."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -9,9 +8,10 @@ from ..errors import quoted
 from ..runtime.arguments import whole_number
 from . import backend as backends
 from .custom_op_support import copied, copied_rows, on_device, recording
-from .deformable_attention import MAX_PIXELS, MAX_SIDE, check_spatial_shapes, deformable_attention, host_sizes
-from .deformable_attention import reference as deformable_attention_reference
+from .deformable_attention import deformable_attention
+from .feature_sync_reference import reference
 from .operation import Operation, Operator, register
+from .spatial_shapes import check_spatial_shapes, host_sizes, pairs, too_large
 from .torch import feature_sync as torch_form
 from .torch.feature_sync import points_of
 
@@ -80,13 +80,6 @@ def feature_sync(
     return form(values, queries, table, index, reference_points, host_sizes(spatial_shapes), int(base), ignore)
 
 
-def split_query(z: torch.Tensor, heads: int, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The offsets [..., H, P, 2] and the logits [..., H, L, P] in z [..., H * P * 2 + H * L * P]."""
-    points = points_of(z.shape[-1], heads, levels)
-    offsets, logits = z.split([heads * points * 2, heads * levels * points], dim=-1)
-    return offsets.unflatten(-1, (heads, points, 2)), logits.unflatten(-1, (heads, levels, points))
-
-
 def _check(values, queries, table, index, reference_points, spatial_shapes, base, ignore) -> None:
     for name, tensor, layout in (
         ("values", values, "[B, n, S, H, D]"),
@@ -146,62 +139,6 @@ def _check(values, queries, table, index, reference_points, spatial_shapes, base
         )
 
 
-def _reference(values, queries, table, index, reference_points, spatial_shapes, base, ignore) -> torch.Tensor:
-    """The steps of the original on the queries that the table's rows were added to, for each picture."""
-    offsets, logits = split_query(queries[:, :, None] + table[index], values.shape[3], len(spatial_shapes))
-    # The original computes a logit for what is ignored, too, which `read_pictures` replaces.
-    logits = torch.cat([logits, logits.new_zeros(*logits.shape[:-1], 1)], dim=-1)
-    return read_pictures(values, offsets, logits, index > 0, reference_points, spatial_shapes, base, ignore)
-
-
-def read_pictures(
-    values: torch.Tensor,
-    offsets: torch.Tensor,
-    logits: torch.Tensor,
-    seen: torch.Tensor,
-    reference_points: torch.Tensor,
-    spatial_shapes: Sequence[tuple[int, int]],
-    base: int,
-    ignore: torch.Tensor | None,
-) -> torch.Tensor:
-    """The steps of MM-Interleaved's MMFS between its projections, with its tensors for every picture, level and point.
-
-    Every (picture, level) has a slot of its own for what is ignored, with the logit -ln(n * L), so that all of them
-    together weigh one. The logits of masked pictures are lowered by 10000.
-
-    Args:
-        offsets: [B, Q, n, H, P, 2], (x, y).
-        logits: [B, Q, n, H, L, P + 1]; the last of each level is for what is ignored, and its value does not matter.
-        seen: [B, Q, n] or [B, 1, n], bool.
-
-    The other arguments and the result are those of `feature_sync`.
-    """
-    batch, pictures, pixels, heads, channels = values.shape
-    levels, (count, points) = len(spatial_shapes), (offsets.shape[1], offsets.shape[4])
-    if pictures == 0:
-        out = values.new_zeros(batch, count, heads * channels)
-        return out if ignore is None else out + ignore
-    dtype = offsets.dtype
-    # One copy of the offsets for every level: scaled to the level's pixels, then divided by its size.
-    sizes = torch.tensor([(w, h) for h, w in spatial_shapes], dtype=torch.float32).to(values.device)
-    at_level = offsets[:, :, :, :, None] * (sizes / base).to(dtype)[:, None] / sizes.to(dtype)[:, None]
-    locations = reference_points[:, :, None, None, None, None] + at_level  # [B, Q, n, H, L, P, 2]
-    locations = locations.movedim(2, 3).reshape(batch, count, heads, pictures * levels, points, 2)
-
-    logits = logits + (~seen)[:, :, :, None, None, None].to(logits.dtype) * -10000.0
-    logits[..., -1] = -math.log(pictures * levels)
-    weights = logits.movedim(2, 3).flatten(3).softmax(-1)  # over n * L * (P + 1)
-    weights = weights.unflatten(-1, (pictures * levels, points + 1))
-    out = deformable_attention_reference(
-        values.flatten(1, 2), list(spatial_shapes) * pictures, locations, weights[..., :-1].contiguous()
-    )
-    if ignore is not None:
-        # The original, too, repeats the token for every picture and level, and adds the products up.
-        tokens = ignore.repeat(batch, count, pictures * levels, 1).unflatten(-1, (heads, channels)).movedim(3, 2)
-        out = out + (tokens * weights[..., -1:]).sum(3).flatten(2).to(out.dtype)
-    return out
-
-
 def _why_not(values, queries, table, index, reference_points, spatial_shapes, base, ignore) -> str | None:
     """Why the Triton kernel does not take these arguments; None where it does."""
     for name, tensor in (("values", values), ("queries", queries)):
@@ -212,16 +149,7 @@ def _why_not(values, queries, table, index, reference_points, spatial_shapes, ba
     points = points_of(queries.shape[-1], values.shape[3], len(spatial_shapes))
     if points > MAX_POINTS:
         return f"the kernel takes up to {MAX_POINTS} points, got {points}"
-    if max(side for size in spatial_shapes for side in size) > MAX_SIDE:
-        return f"the kernel counts the pixels of a side in float32, up to {MAX_SIDE}, got {quoted(spatial_shapes)}"
-    if values.shape[2] > MAX_PIXELS:
-        return f"the kernel numbers pixels in 32 bits, up to {MAX_PIXELS}, got {values.shape[2]}"
-    return None
-
-
-def _pairs(sides: list[int]) -> list[tuple[int, int]]:
-    """The sizes (h, w) in a flat list of them, as an operator of torch takes them."""
-    return list(zip(sides[::2], sides[1::2]))
+    return too_large(spatial_shapes, values.shape[2])
 
 
 @torch.library.custom_op("mg_fast::feature_sync", mutates_args=())
@@ -242,7 +170,7 @@ def feature_sync_kernel(
     from ..kernels.feature_sync import feature_sync_fwd
 
     with on_device(values):
-        return feature_sync_fwd(values, queries, table, index, reference_points, _pairs(sides), base, ignore)
+        return feature_sync_fwd(values, queries, table, index, reference_points, pairs(sides), base, ignore)
 
 
 @feature_sync_kernel.register_fake
@@ -298,7 +226,7 @@ def feature_sync_backward(
                 for tensor, part, want in zip(inputs, cut, wanted)
             ]
             out = torch_form.feature_sync(
-                values, queries, table, index[:, some], points, _pairs(sides), base, *(ignore or [None]), gather=_gather
+                values, queries, table, index[:, some], points, pairs(sides), base, *(ignore or [None]), gather=_gather
             )
             if not out.requires_grad:
                 # Without pictures or rows nothing but `ignore` reaches the result, and no gradient of it is wanted.
@@ -353,7 +281,7 @@ FEATURE_SYNC = register(
         name="feature_sync",
         check=_check,
         why_not=_why_not,
-        forms={"reference": _reference, "torch": torch_form.feature_sync, "triton": _triton},
+        forms={"reference": reference, "torch": torch_form.feature_sync, "triton": _triton},
         auto=("triton", "torch", "reference"),
         operators=(
             Operator(

@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from mg_fast.modules import FeatureSynchronizer, PackedFeatureSynchronizer
 from mg_fast.testing.tolerances import assert_accurate, relative_error
 from tests.draws import normal
-from tests.synchronizers import build, draw, forbid_reading
+from tests.synchronizers import build, draw
+from tests.waiting import no_waiting
 
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "torch"])
 # Packed against unpacked in float32, relative to the largest value.
@@ -254,15 +255,15 @@ def test_autocast():
     assert_accurate(ours, plain, oracle)
 
 
-def test_waits_for_nothing(monkeypatch):
+def test_waits_for_nothing():
     module = build()
     packed, inputs = module.pack(), draw(module)
-    forbid_reading(monkeypatch)
-    values = packed.values(inputs.features)
-    index = packed.index(inputs.mask)
-    packed(inputs.query, values, inputs.reference_points, inputs.mask, backend="torch")
-    packed(inputs.query, values, inputs.reference_points, index=index, backend="torch")
-    packed(inputs.query, values, inputs.reference_points, backend="torch")
+    with no_waiting():
+        values = packed.values(inputs.features)
+        index = packed.index(inputs.mask)
+        packed(inputs.query, values, inputs.reference_points, inputs.mask, backend="torch")
+        packed(inputs.query, values, inputs.reference_points, index=index, backend="torch")
+        packed(inputs.query, values, inputs.reference_points, backend="torch")
 
 
 def test_a_decoded_token_takes_a_hundredth_of_the_work():

@@ -1,9 +1,9 @@
-"""kernels/deformable_attention.py compiles for all architectures with no GPU: no spills, within shared memory."""
+"""The kernels of deformable attention compile for all architectures with no GPU: no spills, within shared memory."""
 
 import pytest
 import torch
 
-from mg_fast.kernels import deformable_attention
+from mg_fast.kernels import deformable_attention, deformable_attention_backward
 from mg_fast.ops.ahead_of_time import compile_only
 from tests.ops import ahead_of_time_checks as checks
 
@@ -35,6 +35,6 @@ def test_other_sizes_take_the_kernel_that_is_there():
             order = torch.empty(4 * weights.numel(), device="cuda", dtype=torch.int64)
             ends = torch.empty(pixels * heads + 1, device="cuda", dtype=torch.int64)
             deformable_attention.deformable_attention_fwd(value, sides, locations, weights)
-            deformable_attention.deformable_attention_bwd(grad, value, sides, locations, weights, [True] * 3)
-            deformable_attention.sum_rows_bwd(grad, sides, locations, weights, order, ends, torch.float32)
+            deformable_attention_backward.deformable_attention_bwd(grad, value, sides, locations, weights, [True] * 3)
+            deformable_attention_backward.sum_rows_bwd(grad, sides, locations, weights, order, ends, torch.float32)
     assert len(compiled) == 9 and len({kernel.hash for kernel in compiled}) == 3

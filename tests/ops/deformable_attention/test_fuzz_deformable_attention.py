@@ -1,5 +1,6 @@
 """Random shapes, layouts and values through the interpreted kernels of deformable_attention keep the accuracy rule."""
 
+import contextlib
 import functools
 from typing import NamedTuple
 
@@ -7,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.cases.settings import deterministic
 from mg_fast import ops
 from mg_fast.testing.tolerances import errors
 from tests import draws
@@ -98,11 +100,8 @@ def test_gradients(case, sorting):
         upstream = draws.normal(case.seed + draw, case.batch, case.queries, case.heads * case.channels)
         return gradients(call, inputs, upstream.to(inputs[0].dtype))
 
-    torch.use_deterministic_algorithms(sorting)
-    try:
+    with deterministic() if sorting else contextlib.nullcontext():
         ours = found(kernel, 0)
-    finally:
-        torch.use_deterministic_algorithms(False)
     for i in range(3):
         assert_accurate_by_draws(
             ours[i], found(exact, 0)[i], lambda draw, i=i: errors(found(plain, draw)[i], found(exact, draw)[i])

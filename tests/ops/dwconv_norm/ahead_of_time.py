@@ -90,17 +90,17 @@ class Convolution(
         return -(-self.channels // tile.channels) * (3 + 7 + tile.rows + 6)
 
 
-# The stages of ConvNeXt-L at 768 pixels. Those at 1536 use the same kernels, because Triton only knows whether a side
-# is a multiple of 16, and the last side is 24 at 768 and 48 at 1536.
-LARGE = [(192, 192), (96, 384), (48, 768), (24, 1536)]
+# The stages of ConvNeXt-L at 768 pixels, and the last one at 1536. The other stages use the same kernels there, because
+# Triton only knows whether a side is a multiple of 16.
+LARGE = [(192, 192), (96, 384), (48, 768), (24, 1536), (48, 1536)]
 # The remaining bucket of wide loads, and widths that allow none.
 WIDEST, NARROW = (24, 3072), [(9, 131), (9, 3071)]
 
 
 def cases() -> list[Convolution]:
-    found = [Convolution(a, "bf16", *shape) for a in DISTINCT for shape in [*LARGE, WIDEST, *NARROW]]
-    found += [Convolution(a, "fp32", *shape) for a in DISTINCT for shape in [*LARGE, WIDEST]]
+    found = [Convolution(a, dtype, *shape) for a in DISTINCT for dtype in DTYPES for shape in LARGE]
+    found += [Convolution(a, dtype, *WIDEST) for a in DISTINCT for dtype in ("bf16", "fp32")]
+    found += [Convolution(a, "bf16", *shape) for a in DISTINCT for shape in NARROW]
     found += [Convolution(a, dtype, 48, 768) for a in TWINS for dtype in ("bf16", "fp32")]
-    # The first stage of the base model, in two chunks instead of three; and float16.
-    found += [Convolution(90, dtype, 192, 128) for dtype in ("bf16", "fp32")]
-    return found + [Convolution(90, "fp16", *shape) for shape in LARGE]
+    # The first stage of the base model, in two chunks instead of three.
+    return found + [Convolution(90, dtype, 192, 128) for dtype in ("bf16", "fp32")]

@@ -1,10 +1,9 @@
-"""Arguments of feature_sync for its tests, the formula by hand, and a guard against waiting for the device."""
+"""Arguments of feature_sync for its tests, and the formula by hand."""
 
 import math
 from typing import NamedTuple
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mg_fast import ops
 
@@ -164,27 +163,6 @@ def padded(inputs: Inputs, more: int) -> Inputs:
 def gradients(inputs: Inputs, backend: str, upstream: torch.Tensor) -> tuple[torch.Tensor, ...]:
     leaves = [leaf.detach().clone().requires_grad_() for leaf in inputs.leaves]
     return torch.autograd.grad(run(inputs.with_leaves(*leaves), backend), leaves, upstream.to(leaves[0].dtype))
-
-
-class NoWaiting(TorchDispatchMode):
-    """Refuses every operation that waits for a GPU's result, and every tensor larger than `most` elements."""
-
-    WAITING = ("_local_scalar_dense", "nonzero", "item", "is_nonzero", "equal", "masked_select", "unique")
-
-    def __init__(self, most: float = math.inf):
-        super().__init__()
-        self.most = most
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name.split("::")[1]
-        assert not name.startswith(self.WAITING), f"{name} waits for the device"
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, torch.Tensor):
-                assert tensor.untyped_storage().nbytes() // tensor.itemsize <= self.most, (
-                    f"{name} makes {list(tensor.shape)}"
-                )
-        return out
 
 
 TINY = dict(batch=2, queries=3, pictures=2, heads=2, channels=3, points=2)

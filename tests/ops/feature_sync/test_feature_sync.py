@@ -13,7 +13,6 @@ from tests.ops.feature_sync.inputs import (
     DTYPES,
     SHAPES,
     TINY,
-    NoWaiting,
     by_hand,
     double,
     exact,
@@ -25,6 +24,7 @@ from tests.ops.feature_sync.inputs import (
     run,
     shaped,
 )
+from tests.waiting import no_waiting
 
 
 @pytest.fixture(params=[0, math.inf], ids=["by levels", "by pixels"])
@@ -204,7 +204,7 @@ def test_nothing_waits_for_the_device(way):
     """Tensors without memory have no numbers to wait for. On a CPU a form may look at some."""
     inputs = make()
     meta = inputs.with_leaves(*(leaf.to("meta") for leaf in inputs.leaves))
-    with NoWaiting():
+    with no_waiting():
         assert run(meta._replace(index=inputs.index.to("meta")), "torch").shape == (2, 5, 16)
 
 

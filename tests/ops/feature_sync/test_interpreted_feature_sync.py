@@ -1,11 +1,13 @@
 """The interpreted kernel of feature_sync agrees with the float64 oracle, and keeps what else a caller may rely on."""
 
+import contextlib
 import math
 
 import pytest
 import torch
 import torch._dynamo.testing
 
+from bench.cases.settings import deterministic
 from mg_fast import BackendError, ops, use_backend
 from mg_fast.kernels import sampling_configs
 from mg_fast.testing.tolerances import assert_accurate
@@ -15,7 +17,6 @@ from tests.ops.feature_sync.inputs import (
     SIZES,
     TINY,
     Inputs,
-    NoWaiting,
     by_hand,
     double,
     exact,
@@ -27,6 +28,7 @@ from tests.ops.feature_sync.inputs import (
     run,
     shaped,
 )
+from tests.waiting import no_waiting
 
 
 def kernel(inputs: Inputs) -> torch.Tensor:
@@ -242,8 +244,8 @@ def test_nothing(shape):
     assert torch.equal(inputs.ignore.grad, torch.full((6,), float(out[..., 0].numel())))
 
 
-@pytest.mark.parametrize("backend, deterministic", [("triton", False), ("triton", True), ("torch", False)])
-def test_gradients_of_samples_in_each_form(backend, deterministic):
+@pytest.mark.parametrize("backend, sorting", [("triton", False), ("triton", True), ("torch", False)])
+def test_gradients_of_samples_in_each_form(backend, sorting):
     """The samples' gradients are those of deformable attention, by its kernels where they are asked for.
 
     Where torch is asked for deterministic algorithms, the gradient of values is its sorted sum.
@@ -252,16 +254,15 @@ def test_gradients_of_samples_in_each_form(backend, deterministic):
     upstream = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(1))
     leaves = [leaf.clone().requires_grad_() for leaf in inputs.leaves]
     out = kernel(inputs.with_leaves(*leaves))
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(deterministic)
-    try:
-        with use_backend(backend), torch.profiler.profile(acc_events=True) as profile:
-            found = torch.autograd.grad(out, leaves, upstream)
-    finally:
-        torch.use_deterministic_algorithms(before)
+    with (
+        deterministic() if sorting else contextlib.nullcontext(),
+        use_backend(backend),
+        torch.profiler.profile(acc_events=True) as profile,
+    ):
+        found = torch.autograd.grad(out, leaves, upstream)
     called = {event.key for event in profile.key_averages()}
     assert ("mg_fast::deformable_attention_backward" in called) == (backend == "triton")
-    assert ("mg_fast::deformable_attention_sum" in called) == deterministic
+    assert ("mg_fast::deformable_attention_sum" in called) == sorting
     for ours, other in zip(found, gradients(inputs, "reference", upstream)):
         assert torch.allclose(ours, other, rtol=1e-4, atol=1e-5)
 
@@ -331,7 +332,7 @@ def test_operators_keep_torchs_rules():
 def test_nothing_waits_for_the_device_and_nothing_large_is_made():
     inputs = make(**TINY | dict(queries=40, points=4))
     samples = 2 * 40 * 2 * 2 * 2 * 4
-    with torch.inference_mode(), NoWaiting(samples - 1):
+    with torch.inference_mode(), no_waiting(samples - 1):
         out = kernel(inputs)
     assert out.numel() < samples
 
