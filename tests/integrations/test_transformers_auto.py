@@ -1,7 +1,9 @@
-"""transformers' Auto classes know Mini-Gemini in any order of imports, and mg_fast breaks no import of transformers."""
+"""transformers' Auto classes know our models in any order of imports, and mg_fast breaks no import of transformers."""
 
 import pytest
 
+import mg_fast
+from mg_fast.testing.random_interleaved import build_interleaved
 from tests.forked_python import LIBRARIES, python
 from tests.paths import OWN_GOLDEN
 
@@ -54,3 +56,24 @@ def test_a_pipeline_of_transformers_finds_the_model():
 @pytest.mark.slow
 def test_imports_before_ours_are_registered_with():
     run(f"from transformers import AutoModelForImageTextToText, LlamaForCausalLM\nimport mg_fast\n{MODEL}")
+
+
+# diffusers is imported for MM-Interleaved alone, because its import takes more than a second.
+INTERLEAVED = """
+import sys
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+assert type(AutoConfig.from_pretrained({folder!r})).__name__ == "MMInterleavedConfig"
+assert "diffusers" not in sys.modules
+assert type(AutoProcessor.from_pretrained({folder!r})).__name__ == "MMInterleavedProcessor"
+assert type(AutoModelForImageTextToText.from_pretrained({folder!r})).__name__ == "MMInterleavedForConditionalGeneration"
+"""
+
+
+@pytest.mark.slow
+def test_mm_interleaved_is_known_and_costs_others_nothing(tmp_path):
+    source = build_interleaved(tmp_path / "source")
+    for kind in (mg_fast.MMInterleavedForConditionalGeneration, mg_fast.MMInterleavedProcessor):
+        kind.from_pretrained(source).save_pretrained(tmp_path / "saved")
+    run(
+        f"import mg_fast\nfrom transformers import CLIPVisionModel\n{MODEL}{INTERLEAVED.format(folder=str(tmp_path / 'saved'))}"
+    )
