@@ -60,7 +60,8 @@ def where_not_finite(
             hook.remove()
     if broken:
         first = broken[0]
-        parameters = list(layers[first].parameters())
+        # Packed layers hold their weights as buffers.
+        parameters = [*layers[first].parameters(), *layers[first].buffers()]
         if any(p.is_meta for p in parameters):
             weights = "are offloaded, and were not checked"
         else:

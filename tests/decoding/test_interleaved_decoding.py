@@ -1,5 +1,6 @@
 """The decode loop answers prompts with pictures in context as transformers' own loop does, and as the original did."""
 
+import copy
 import hashlib
 
 import pytest
@@ -145,6 +146,16 @@ def test_samples_of_a_prompt_share_its_pictures():
     expected = load(NAME).generate(**options)
     torch.manual_seed(5)
     assert torch.equal(decoded(Decoder(load(NAME)), **options), expected)
+
+
+def test_synchronizers_that_are_not_finite_are_named():
+    model = copy.deepcopy(load(NAME))
+    with torch.no_grad():
+        model.mm_decoder.layers[2].llama_cross_attn.attn.output_proj.bias[0] = torch.nan
+    message = "begins in layers 2 to 3 of 0 to 3; the weights of layer 2 are not finite either"
+    for decodable in (model, PackedInterleavedDecoding(model)):
+        with pytest.raises(FloatingPointError, match=message):
+            model.generate(**given("vqa"), custom_generate=Decoder(decodable).request())
 
 
 def test_a_pass_with_pictures_is_traced_whole(by_graph):

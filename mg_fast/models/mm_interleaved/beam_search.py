@@ -15,13 +15,14 @@ from ..protocol import CACHE, DecodableModel
 class BeamSearch:
     """A loop for `generate(custom_generate=...)` that searches with beams as transformers 4.31 does.
 
-    It differs from the beam search of transformers 5.17 in these rules:
+    Its rules differ from those of transformers 5.17 in these points:
 
     - A text's log-likelihood is divided by a power of its length. The length counts the BOS with which the original
       begins a new text, and not the token that ends one.
     - The search of a row ends when `num_beams` texts have ended and the best of all candidates of a step, those that
       end a text included, cannot beat the worst of them. transformers 5.17 looks at the best running beam.
-    - Texts that have not ended when the search stops compete with all that have.
+    - When the search stops, all running beams compete with the texts that ended. transformers 5.17 takes only those
+      among the best `num_beams` candidates of the last step.
     - A text that ended ends with the first of the tokens that may end one, whichever it was.
 
     As in the original, (1 + number of tokens that may end a text) * num_beams candidates are looked at in a step, and

@@ -72,15 +72,14 @@ class InterleavedDecoding:
     def embed_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.embed(input_ids)
 
-    def with_pictures(
-        self, input_ids: torch.Tensor, given: Mapping[str, object], *, checked: bool = True
-    ) -> dict[str, torch.Tensor]:
+    def with_pictures(self, input_ids: torch.Tensor, given: Mapping[str, object]) -> dict[str, torch.Tensor]:
         """The inputs of a prompt's passes with everything that pictures add to it, computed once.
+
+        The host waits for the ids, to check the places of pictures.
 
         Args:
             input_ids: [B, L], the whole prompt.
             given: some of the inputs in `PICTURE_INPUTS` and `READING_INPUTS`, the latter as this method returned them.
-            checked: check the places of pictures, for which the host waits for the ids.
 
         Returns:
             `num_image_per_seq`, `image_tokens` if there are pictures, and the arguments of the language model's passes.
@@ -96,8 +95,7 @@ class InterleavedDecoding:
             tokens, maps = seen.pooler_output, seen.last_hidden_state
         if numbers is None:
             numbers = count_pictures(input_ids, self.config)
-        if checked:
-            check_pictures(input_ids, numbers, 0 if tokens is None else len(tokens), self.config)
+        check_pictures(input_ids, numbers, 0 if tokens is None else len(tokens), self.config)
         if not read:
             if tokens is not None and len(tokens) and maps is None:
                 raise PromptError("image_tokens came without image_maps: get_image_features returns both")

@@ -83,6 +83,10 @@ def test_sampled_tokens_are_drawn_from_the_recorded_probabilities(name):
     model.generate(**given, **settings.generate_arguments(), custom_generate=forced)
     ours, expected = torch.stack(compared), answers["sampled.probabilities"]
     assert torch.equal(ours > 0, expected > 0) and relative_error(ours, expected) <= 5e-5
+    # With the original's seed, the draws are the same as well.
+    torch.manual_seed(0)
+    ids = model.generate(**given, **settings.generate_arguments())
+    assert torch.equal(ids[:, given["input_ids"].shape[1] :], drawn)
 
 
 def test_pictures_are_encoded_once_for_all_beams_and_samples(monkeypatch):
