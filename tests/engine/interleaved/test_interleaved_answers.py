@@ -97,6 +97,22 @@ def test_a_conversation_runs_only_what_is_new(tiny, run_positions):
     assert conversation.sequence.ids == ()
 
 
+def test_room_for_further_pictures_changes_nothing(tiny, run_positions):
+    """On a GPU a sequence has room for more pictures than it has. Texts and what is known of them stay the same."""
+    plain, roomy = tiny.fresh(), tiny.fresh()
+    roomy.answers.pictures_at_once = 4
+    found = []
+    for pipeline in (plain, roomy):
+        run_positions.clear()
+        conversation = pipeline.conversation()
+        texts = [
+            conversation.chat(items, max_new_tokens=6).token_ids
+            for items in ([tiny.pictures[0], "A dog"], ["and", tiny.pictures[1], "it"], "So")
+        ]
+        found.append((texts, conversation.draw(num_inference_steps=2)[0].tobytes(), list(run_positions)))
+    assert found[0] == found[1]
+
+
 def test_a_stream_that_is_not_read_leaves_the_conversation_as_it_was(tiny):
     conversation = tiny.pipeline.conversation()
     stream = conversation.chat([tiny.pictures[0], "A small dog"], stream=True, max_new_tokens=40, min_new_tokens=39)
@@ -141,6 +157,22 @@ def test_changed_weights_are_noticed(tiny):
             now = result(pipeline)
             assert off_by(now, before) > 0.01 and off_by(now, result(tiny.fresh())) < 5e-3
         assert off_by(result(pipeline), before) < 5e-3
+
+
+def test_hooks_are_called(tiny):
+    """Where a hook does more than weights say, the model's own modules run; afterwards the packed form runs again."""
+    pipeline, layer = tiny.fresh(), tiny.pipeline.model.mm_decoder.layers[0].llama_cross_attn.norm1
+    items, called = [tiny.pictures[0], "A small dog"], []
+    texts = [pipeline.chat(items, max_new_tokens=4).token_ids]
+    packed = type(pipeline.decoder.model)
+    hook = layer.register_forward_hook(lambda *given: called.append(given))
+    try:
+        texts.append(pipeline.chat(items, max_new_tokens=4).token_ids)
+    finally:
+        hook.remove()
+    count = len(called)
+    texts.append(pipeline.chat(items, max_new_tokens=4).token_ids)
+    assert texts[0] == texts[1] == texts[2] and len(called) == count > 0 and type(pipeline.decoder.model) is packed
 
 
 def test_scores_are_the_originals(recorded):
