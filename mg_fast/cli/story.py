@@ -41,6 +41,9 @@ def register(subparsers) -> None:
         action="store_true",
         help="draw only where the model asks for a picture (default: after every text)",
     )
+    parser.add_argument(
+        "--max-new-tokens", type=positive, metavar="N", help="write at most N tokens per text (default: 90)"
+    )
     parser.add_argument("--steps", type=positive, default=30, metavar="N", help="steps of a drawing (default: 30)")
     parser.add_argument("--seed", type=int, help="a whole number that makes the story repeatable")
     parser.add_argument("--out", required=True, type=_page_file, metavar="FILE", help="where to write the .html file")
@@ -64,7 +67,7 @@ def command(args) -> int:
     named = os.path.basename(os.path.normpath(args.model)) or args.model
     note = f"Made by mg-fast story with {named}, {args.rounds} rounds, seed {seed}. Grey parts were given."
     settings = {"rounds": args.rounds, "force_pictures": not args.ask_for_pictures, "seed": seed}
-    settings |= {"num_inference_steps": args.steps, "task": "story", "stream": True}
+    settings |= {"num_inference_steps": args.steps, "max_new_tokens": args.max_new_tokens, "stream": True}
 
     def write() -> None:
         write_page(args.out, story_page(parts, title=_title(args.start), note=note))

@@ -15,6 +15,8 @@ logger = logging.getLogger(__name__)
 
 # Rows up to which torch's int8 kernel is used on a CPU. From 8 rows on, a bfloat16 product was measured to be faster.
 _PACKED_ROWS = 4
+# torch's kernel reads the int8 weights in aligned pieces of so many bytes. Files align tensors to 8 bytes only.
+_ALIGNMENT = 16
 # The name that transformers knows the experts' function by. For a prompt's tokens, but not for a decoded token, the
 # function asks the host which experts they go to.
 EXPERTS_FUNCTION = "mg_fast_quantized"
@@ -37,6 +39,7 @@ def finish(model: nn.Module) -> None:
             if weight_format(parameter) is None:
                 left += size
             elif type(module) is nn.Linear and _is_int8(parameter):
+                _align(parameter)
                 module.__class__ = Int8Linear
             elif not isinstance(module, nn.Linear):
                 _check_experts(f"layers.{name}.{parameter_name}", parameter)
@@ -62,6 +65,12 @@ def _is_int8(weight: torch.Tensor) -> bool:
         and getattr(weight, "act_pre_scale", weight) is None
         and weight.scale.numel() == weight.shape[0]
     )
+
+
+def _align(weight: torch.Tensor) -> None:
+    """Moves int8 numbers that begin at an odd place of a mapped file, where torch's kernel for a CPU would crash."""
+    if weight.qdata.device.type == "cpu" and weight.qdata.data_ptr() % _ALIGNMENT:
+        weight.qdata = weight.qdata.clone()
 
 
 class Int8Linear(nn.Linear):

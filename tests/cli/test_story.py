@@ -14,6 +14,8 @@ from mg_fast import cli
 from mg_fast.cli.story_page import StoryPart, shown_size, story_page, write_page
 from tests.models.mm_interleaved.recorded import folder_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 class Page(html.parser.HTMLParser):
     """The elements of a page: tags with attributes, and the text within each kind of element."""
@@ -92,7 +94,20 @@ def run(tmp_path, capsys):
     def run(*arguments, model=None, out="story.html"):
         model = folder_of("mmi-tiny") if model is None else model
         file = tmp_path / out
-        code = cli.main(["story", "--model", str(model), "--device", "cpu", "--out", str(file), *map(str, arguments)])
+        code = cli.main(
+            [
+                "story",
+                "--model",
+                str(model),
+                "--device",
+                "cpu",
+                "--dtype",
+                "float32",
+                "--out",
+                str(file),
+                *map(str, arguments),
+            ]
+        )
         out, err = capsys.readouterr()
         assert out == ""
         return code, err, file.read_text(encoding="utf-8") if file.is_file() else None
@@ -103,12 +118,15 @@ def run(tmp_path, capsys):
 def test_the_story_is_the_pipelines(run):
     picture = folder_of("mmi-tiny") / "image0.png"
     start = "A red cat sits on the table. Then it"
-    code, err, page = run("--start", start, "--image", picture, "--rounds", 4, "--steps", 2, "--seed", 3)
+    sizes = ("--rounds", 4, "--steps", 2, "--seed", 3, "--max-new-tokens", 9)
+    code, err, page = run("--start", start, "--image", picture, *sizes)
     assert code == 0 and err.count("[picture, ") == 2 and err.endswith("story.html\n")
-    pipeline = mg_fast.load(folder_of("mmi-tiny"), device="cpu")
+    pipeline = mg_fast.load(folder_of("mmi-tiny"), device="cpu", dtype="float32")
     with Image.open(picture) as opened:
         items = [opened.convert("RGB"), start]
-    expected = pipeline.interleave(items, rounds=4, force_pictures=True, seed=3, num_inference_steps=2)
+    expected = pipeline.interleave(
+        items, rounds=4, force_pictures=True, seed=3, num_inference_steps=2, max_new_tokens=9
+    )
     read = Page(page)
     texts = [text for tag, text in read.texts if tag == "p"]
     assert texts == [start, *(part.strip() for part in expected if isinstance(part, str))]

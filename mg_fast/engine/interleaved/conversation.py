@@ -1,5 +1,6 @@
 """Conversations in which texts and pictures come in any order, from both sides."""
 
+import copy
 import functools
 import logging
 import threading
@@ -47,8 +48,22 @@ class InterleavedConversation:
         # This lock is held only for moments, while sequence and version are read or written together.
         self._changing = threading.Lock()
 
+    def __copy__(self) -> "InterleavedConversation":
+        """Another conversation with the same past and the same stages; from here on, each goes on by itself."""
+        other = type(self)(self.stages)
+        with self._changing:
+            # A sequence is never changed.
+            other.sequence = self.sequence
+        return other
+
+    def __deepcopy__(self, memo: dict) -> "InterleavedConversation":
+        return copy.copy(self)
+
     def __reduce_ex__(self, protocol):
-        raise TypeError("an InterleavedConversation cannot be copied or pickled, as its model cannot")
+        raise TypeError(
+            "an InterleavedConversation cannot be pickled, as its model cannot: keep its items; copy.copy makes "
+            "another conversation with the same past"
+        )
 
     def reset(self) -> None:
         """Forgets everything so far."""
@@ -138,7 +153,7 @@ class InterleavedConversation:
         """
         stages = self.stages
         drawing = drawing_options(seed, stages.answers.model.config, stages.answers.device, **options)
-        read = read_items(items)
+        read = read_items(items).before_picture()
         with self._running:
             version, sequence = self._begin(read, allow_urls=allow_urls)
             if not sequence.ids:
@@ -196,6 +211,8 @@ class InterleavedConversation:
 
         drawing()  # Errors come before any work.
         read = read_items(items)
+        if loop.start_with_picture:
+            read = read.before_picture()
         if not (loop.start_with_picture or read.pictures or self.sequence.pictures):
             raise PromptError(
                 "expected at least one picture before the first text, got none: start_with_picture=True draws one first"

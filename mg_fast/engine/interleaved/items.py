@@ -33,6 +33,10 @@ class Items(NamedTuple):
     def empty(self) -> bool:
         return not self.text
 
+    def before_picture(self) -> "Items":
+        """The items as they stand before a picture: blanks beside a picture vanish, as in the original."""
+        return self._replace(text=self.text.rstrip())
+
 
 def read_items(items, images: Sequence | None = None) -> Items:
     """Reads texts and pictures in any order.

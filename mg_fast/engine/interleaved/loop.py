@@ -149,7 +149,7 @@ def _write(
 ) -> tuple[str, list[int]]:
     """A text and its ids: the given one, or where that is empty, one that the model writes."""
     if given.strip():
-        ids = answers.read(given, first=False)
+        ids = answers.read(given.strip(), first=False)
         answers.model.check_length(len(sequence.ids) + len(ids), 1)
         emit(given)
         return given, ids

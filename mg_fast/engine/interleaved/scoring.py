@@ -40,6 +40,8 @@ def score(answers: InterleavedAnswers, sequence: InterleavedSequence, options: S
     rows = [answers.read(option, first=False) for option in options]
     model.check_length(before, max(map(len, rows)))
     with use_backend(answers.backend):
+        # The sequence is run by itself, so that the options' order makes no difference.
+        answers.states(sequence)
         for ids in rows:
             states = answers.states(sequence.extended(ids))
             # The state before a token gives its probability.

@@ -18,8 +18,9 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from transformers import AutoTokenizer
 
-from ...errors import BackendError, CheckpointError, quoted
+from ...errors import BackendError, CheckpointError, quoted, shortened
 from ...runtime.dtypes import wanted_dtype
+from ..families import MINI_GEMINI, told_family
 from ..templates import detect_template, get_template
 from ..tensor_files import (
     ADAPTER_FILE,
@@ -96,6 +97,8 @@ def open_checkpoint(
         raise CheckpointError(f"subfolder={quoted(kwargs['subfolder'])} is not supported: name the folder itself")
     hub = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
     folder = resolve_folder(name_or_path, **hub)
+    if told := told_family(folder, MINI_GEMINI):
+        raise CheckpointError(f"{shortened(str(folder), 120)} holds no Mini-Gemini checkpoint{told}")
     extra: Table = {}
     weights_folder, tensors = folder, read_table(folder)
     adapter = folder / ADAPTER_FILE
@@ -140,6 +143,8 @@ def open_checkpoint(
 
 def read_config(folder: Path, fallback: Path | None = None) -> MiniGeminiConfig:
     """The configuration of a local folder, or of `fallback` where an adapter folder has none."""
+    if told := told_family(folder, MINI_GEMINI):
+        raise CheckpointError(f"{shortened(str(folder), 120)} holds no Mini-Gemini checkpoint{told}")
     source = folder if (folder / "config.json").is_file() or fallback is None else fallback
     if not (source / "config.json").is_file():
         raise CheckpointError(f"{source} has no config.json: expected a Mini-Gemini checkpoint folder")

@@ -115,7 +115,7 @@ def open_interleaved(
     if config is None:
         with blaming(folder / (YAML_FILE if published else "config.json")):
             config = MMInterleavedConfig.from_pretrained(folder, **sides, **hub)
-    config.check(str(folder))
+    config.check(shortened(str(folder), 120))
     if not os.path.isdir(name_or_path):
         _fetch_weights(str(name_or_path), folder, published, hub)
     weights_folder = _weights_folder(folder) if published else folder

@@ -5,7 +5,8 @@ from pathlib import Path
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, quoted, shortened
+from ...runtime.arguments import whole_number
 from ..families import INTERLEAVED_TYPE, YAML_FILE, is_published_interleaved
 from ..protocol import CACHE_NAMES
 from ..registration import register_configuration
@@ -16,14 +17,29 @@ from .published import read_published
 MAP_SIDES = (64, 32, 16, 8)
 # The side of a picture in pixels, and of a patch of the vision tower.
 PICTURE_SIDE, PATCH_SIDE = 224, 14
-# The adapter exchanges features with the vision tower after each of so many equal groups of its layers.
-ADAPTER_GROUPS = 4
 # The side of a drawn picture for which the synchronizer of the original's U-Net is laid out.
 DRAWN_SIDE = 512
 # Rows of the tables of relative positions: one more than the pictures that a query may see.
 LLM_MAX_IMAGES, UNET_MAX_IMAGES = 50, 10
 # A unit of the offsets in the language model's synchronizers is this fraction of a picture's side.
 LLM_BASE = 16
+# Attributes that are positive whole numbers.
+_SIZES = (
+    "num_img_token",
+    "cross_attention_frequency",
+    "image_embed_dim",
+    "seq_len",
+    "image_size",
+    "condition_length",
+    "condition_width",
+    "spm_inplane",
+    "adapter_points",
+    "llm_mmfs_heads",
+    "llm_mmfs_points",
+    "unet_mmfs_width",
+    "unet_mmfs_heads",
+    "unet_mmfs_points",
+)
 
 
 class MMInterleavedConfig(PreTrainedConfig):
@@ -118,9 +134,10 @@ class MMInterleavedConfig(PreTrainedConfig):
         hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         hub = {name: value for name, value in hub.items() if value is not None}
         arguments = read_published(pretrained_model_name_or_path, llm=llm, clip=clip, diffusion=diffusion, **hub)
-        with blaming(Path(pretrained_model_name_or_path) / YAML_FILE):
+        where = Path(pretrained_model_name_or_path) / YAML_FILE
+        with blaming(where):
             config = cls(**arguments)
-            config.check(YAML_FILE)
+            config.check(shortened(str(where), 120))
         unused = {}
         for name, value in kwargs.items():
             if hasattr(config, name):
@@ -152,6 +169,11 @@ class MMInterleavedConfig(PreTrainedConfig):
         absent = [name for name in (*parts, "visual_perceiver", "image_perceiver") if not getattr(self, name)]
         if absent:
             raise CheckpointError(f"{where} lacks {', '.join(absent)}: expected a complete MM-Interleaved model")
+        for name in _SIZES:
+            if (whole_number(getattr(self, name)) or 0) < 1:
+                raise CheckpointError(
+                    f"{where}: {name} must be a whole number of at least 1, got {quoted(getattr(self, name))}"
+                )
         text, vision = self.text_config, self.vision_config
         equal = {
             "side of the vision tower's pictures": (vision.image_size, PICTURE_SIDE),
@@ -172,21 +194,17 @@ class MMInterleavedConfig(PreTrainedConfig):
             if found != expected:
                 raise CheckpointError(f"{where}: the {name} must be {expected}, got {found}")
         divided = {
-            "layers of the vision tower": (vision.num_hidden_layers, ADAPTER_GROUPS),
             "width of the feature maps": (self.image_embed_dim, self.llm_mmfs_heads),
             "width of the U-Net's synchronizers": (self.unet_mmfs_width, self.unet_mmfs_heads),
             f"largest picture side {DRAWN_SIDE}": (DRAWN_SIDE, self.image_size),
         }
         for name, (number, divisor) in divided.items():
-            if divisor < 1 or number % divisor:
+            if number % divisor:
                 raise CheckpointError(f"{where}: the {name} ({number}) must be a multiple of {divisor}")
         for name in ("bos_token_id", "pad_token_id", "soi_token_id", "image_token_id"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < text.vocab_size:
                 raise CheckpointError(f"{where}: {name} must lie in the vocabulary of {text.vocab_size}, got {value}")
-        for name in ("cross_attention_frequency", "num_img_token", "seq_len"):
-            if getattr(self, name) < 1:
-                raise CheckpointError(f"{where}: {name} must be at least 1, got {getattr(self, name)}")
 
 
 register_configuration(MMInterleavedConfig, (INTERLEAVED_TYPE,))

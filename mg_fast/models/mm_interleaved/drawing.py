@@ -130,7 +130,7 @@ class PictureGeneration:
     def context_features(
         self, last_hidden_state: torch.Tensor, targets: Sequence[PlacedPicture]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the image perceiver reads: [T, K, D], projected and with positions; and bool [T, K], where it is real."""
+        """What the image perceiver reads, [T, K, D], projected and with positions; and where it is so, bool [T, K]."""
         states, mask = contexts(last_hidden_state, targets, self.config)
         features = self.context_feat_proj(at_seam(states, self.context_feat_proj))
         width = features.shape[-1]

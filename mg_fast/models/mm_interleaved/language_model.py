@@ -11,6 +11,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from ...ops import backend as backends
+from ...runtime.placement import execution_device
 from ...runtime.weights import why_not_plain
 from .configuration import MMInterleavedConfig
 from .gated_synchronizer import GatedFeatureSynchronizer, normalised
@@ -111,7 +112,7 @@ class SynchronizedLlamaModel(LlamaModel):
         if not _one_product(parts):
             # A layer that is more than its weights, or lies elsewhere, is called itself.
             batched = features.flatten(0, -3)[None]
-            values = [part.values(batched.to(part.attn.value_proj.bias.device)) for part in parts]
+            values = [part.values(batched.to(execution_device(part))) for part in parts]
             return torch.cat([value.to(values[0].device) for value in values], dim=-1)[0].unflatten(
                 0, features.shape[:-2]
             )

@@ -1,0 +1,243 @@
+"""Texts after items: they are those of model.generate and of the original, and continue from what is kept."""
+
+import contextlib
+import copy
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mg_fast.engine.interleaved.items import read_items
+from mg_fast.engine.interleaved.settings import sampling_for
+from mg_fast.errors import PictureError, PromptError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def asked(recorded, name, row=0):
+    """A row of a recorded request as a text with marks, and its pictures."""
+    request = recorded.requests[name]
+    text = re.sub(r"<\|beginofimage\|>( <\|image\|>)+", "<image>", request["prompt"][row]).removeprefix("<s>").strip()
+    return text, [recorded.pictures[i] for i in request["images"][row]]
+
+
+def without_padding(recorded, name, row=0):
+    """The recorded new ids of a row, without BOS and without what fills it up after its end."""
+    ids, config = recorded.answers[name][row, 1:].tolist(), recorded.pipeline.model.config
+    ends = [i for i, token in enumerate(ids) if token in (config.eos_token_id, config.soi_token_id)]
+    return ids[: ends[0] + 1] if ends else ids
+
+
+@pytest.mark.parametrize("name", ["vqa", "fewshot", "twodocs"])
+def test_chat_is_generate_and_the_originals(recorded, name):
+    pipeline, (text, images) = recorded.pipeline, asked(recorded, name)
+    settings = recorded.requests[name]["generations"]["greedy"]["kwargs"]
+    options = {"max_new_tokens": settings["max_length"], "min_new_tokens": settings["min_length"] - 1}
+    answer = pipeline.chat(text, images, **options)
+    inputs = pipeline.processor(text=text, images=images, return_tensors="pt")
+    out = pipeline.model.generate(**inputs, **options)
+    assert answer.token_ids == out[0, inputs["input_ids"].shape[1] :].tolist()
+    assert answer.token_ids == without_padding(recorded, f"{name}.greedy.ids")
+    assert answer.text == recorded.requests[name]["generations"]["greedy"]["text"][0].strip()
+    streamed = list(pipeline.chat(text, images, stream=True, **options))
+    assert "".join(streamed) == answer.text and len(streamed) > 1
+
+
+@pytest.mark.parametrize("name, task, row", [("vqa", "question", 0), ("caption", "caption", 1)])
+def test_tasks_have_the_originals_settings(recorded, name, task, row):
+    text, images = asked(recorded, name, row)
+    answer = recorded.pipeline.chat(text, images, task=task)
+    assert answer.token_ids == without_padding(recorded, f"{name}.default.ids", row)
+
+
+def test_a_batch_answers_as_alone(recorded):
+    """Rows of several pictures, of one and of none are answered together as each by itself, and faults stay apart."""
+    pipeline = recorded.fresh()
+    options = {"max_new_tokens": 14, "min_new_tokens": 5}
+    rows = [asked(recorded, name, row) for name in ("ragged", "textonly", "caption") for row in (0, 1)]
+    text, images = rows[0]
+    listed = [part for pair in zip(text.split("<image>"), [*images, None]) for part in pair if part is not None]
+    listed = [part for part in listed if not isinstance(part, str) or part.strip()]
+    batch = pipeline.chat_batch([listed, *rows[1:], ("about <image>", None)], progress=False, **options)
+    for name, row, answer in zip(("ragged", "ragged", "textonly", "textonly", "caption", "caption"), (0, 1) * 3, batch):
+        assert answer.token_ids == without_padding(recorded, f"{name}.greedy.ids", row)
+        assert answer.token_ids == recorded.pipeline.chat(*asked(recorded, name, row), **options).token_ids
+    assert batch[-1].finish_reason == "error" and "1 place(s) for pictures" in str(batch[-1].error)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_backends(tiny, backend):
+    pipeline, (text, images) = tiny.fresh(backend=backend), asked(tiny, "fewshot")
+    answer = pipeline.chat(text, images, max_new_tokens=14, min_new_tokens=5)
+    assert answer.token_ids == without_padding(tiny, "fewshot.greedy.ids")
+    words = tiny.requests["t2i"]["prompt"][0].removeprefix("<s>").split("<|")[0]
+    picture = pipeline.draw([words], num_inference_steps=4)[0]
+    expected = tiny.answers["t2i.steps4.picture"][0].permute(1, 2, 0).numpy() * 255
+    assert np.abs(np.asarray(picture, dtype=float) - expected).max() < 0.6
+
+
+def test_a_conversation_runs_only_what_is_new(tiny, run_positions):
+    conversation, items = tiny.fresh().conversation(), [tiny.pictures[0], "A small dog"]
+    first = conversation.chat(items, max_new_tokens=8)
+    known = len(conversation.sequence.ids)
+    run_positions.clear()
+    second = conversation.chat(["and then", tiny.pictures[1], "it"], max_new_tokens=8)
+    new = second.prompt_tokens - known
+    # The last token of the first answer was not run.
+    assert run_positions == [new + 1] and second.cached_tokens == known - 1
+    scratch = tiny.fresh(kv_cache_bytes=0).conversation()
+    scratch.sequence, other = conversation.sequence, copy.copy(conversation)
+    run_positions.clear()
+    assert scratch.chat("So", max_new_tokens=8).token_ids == conversation.chat("So", max_new_tokens=8).token_ids
+    assert len(other.sequence.ids) < len(conversation.sequence.ids)
+    assert run_positions[0] > 10 * run_positions[1] and first.text
+    conversation.reset()
+    assert conversation.sequence.ids == ()
+
+
+def test_a_stream_that_is_not_read_leaves_the_conversation_as_it_was(tiny):
+    conversation = tiny.pipeline.conversation()
+    stream = conversation.chat([tiny.pictures[0], "A small dog"], stream=True, max_new_tokens=40, min_new_tokens=39)
+    next(stream)
+    stream.close()
+    assert conversation.sequence.ids == ()
+
+
+@contextlib.contextmanager
+def changed(tensor):
+    before = tensor.detach().clone()
+    with torch.no_grad():
+        tensor.add_(0.3)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            tensor.copy_(before)
+
+
+def test_changed_weights_are_noticed(tiny):
+    """After a change of weights, a pipeline that has packed, read and drawn before gives what a new one gives."""
+    pipeline, model, items = tiny.fresh(), tiny.pipeline.model, [tiny.pictures[0], "A small dog"]
+
+    def scores(pipeline):
+        return np.array(pipeline.score(items, ["runs", "sits"]))
+
+    def picture(pipeline):
+        return np.asarray(pipeline.draw(items, num_inference_steps=2)[0], dtype=float) / 255
+
+    def off_by(one, other):
+        return np.abs(one - other).max()
+
+    for tensor, result in (
+        (model.mm_decoder.layers[0].llama_cross_attn.attn.output_proj.bias, scores),
+        (model.visual_tokenizer.proj.bias, scores),
+        (model.text_decoder.head_new.bias, scores),
+        (model.image_decoder.decoder.mmfs_module.mmfs_down_blocks[0].conv.bias, picture),
+    ):
+        before = result(pipeline)
+        with changed(tensor):
+            now = result(pipeline)
+            assert off_by(now, before) > 0.01 and off_by(now, result(tiny.fresh())) < 5e-3
+        assert off_by(result(pipeline), before) < 5e-3
+
+
+def test_scores_are_the_originals(recorded):
+    pipeline, rows = recorded.pipeline, recorded.answers
+    conversation = pipeline.conversation()
+    config = pipeline.model.config
+    options = [ids[mask.bool()].tolist() for ids, mask in zip(rows["scores.options_ids"], rows["scores.options_mask"])]
+    texts = [pipeline.processor.decode(ids) for ids in options]
+    # The recorded options are the ids of texts, so the texts of these ids give them again.
+    assert [pipeline.answers.read(text, first=False) for text in texts] == options
+    conversation.sequence = conversation.sequence.extended(
+        rows["scores.text_ids"][0].tolist(),
+        [pipeline.vision.see(recorded.pictures[i]) for i in recorded.requests["scores"]["images"][0]],
+    )
+    scores = torch.tensor(conversation.score([], texts))
+    assert torch.allclose(scores, rows["scores.scores"], rtol=5e-5, atol=0)
+    assert conversation.sequence.ids[-1] != config.eos_token_id
+
+
+def test_limits_of_caches_count_maps(tiny):
+    seen = tiny.fresh().vision.see(tiny.pictures[0])
+    both = seen.tokens.nbytes + seen.maps.nbytes
+    stage = tiny.fresh(image_cache_bytes=both).vision
+    stage.see(tiny.pictures[0])
+    assert stage.cache.held_bytes == both
+    stage.see(tiny.pictures[1])
+    assert stage.cache.held_bytes == both
+    small = tiny.fresh(image_cache_bytes=both - 1).vision
+    assert torch.equal(small.see(tiny.pictures[0]).maps, seen.maps) and small.cache.held_bytes < both
+
+
+# ---- items and settings
+
+
+def test_items_in_any_order(tmp_path, tiny):
+    picture = tiny.pictures[0]
+    file = tmp_path / "a.png"
+    picture.save(file)
+    assert read_items([picture, "one", "two", file]) == ("<image>one two<image>", [picture, file])
+    assert read_items("see <image> and", [picture]).text == "see <image> and"
+    assert read_items("see", picture).text == "<image> see" and read_items(picture).pictures == [picture]
+    whole = tiny.pipeline.chat([picture, "one two"], max_new_tokens=3)
+    assert tiny.pipeline.chat("one two", [file], max_new_tokens=3) == whole
+
+
+@pytest.mark.parametrize(
+    "items, images, message",
+    [
+        (["one", 3], None, "item 2 of 2: expected a text .*, or a picture .*, got 3"),
+        (["one", None], None, "item 2 of 2: expected a text .*, got None"),
+        ({"text": "one"}, None, "expected a list of texts and pictures, got"),
+        (["one", " "], None, "item 2 of 2: expected words"),
+        (["see <image>"], None, "put the picture itself between two texts"),
+        ("see <image>", None, "1 place.s. for pictures .*, but 0 picture.s. came"),
+        ("see <image>", ["a", "b"], "1 place.s. for pictures .*, but 2 picture.s. came"),
+        (["see"], ["a"], "images are for one text"),
+        ([], None, "expected at least one text or picture"),
+        ("spells <|image|>", None, "spells out the special token"),
+    ],
+)
+def test_items_that_cannot_be_used(tiny, items, images, message):
+    with pytest.raises(PromptError, match=message):
+        tiny.pipeline.chat(items, images)
+
+
+def test_too_many_pictures_and_no_file(tiny):
+    with pytest.raises(PromptError, match="more than 49|of which 50|50 or more are visible|50 pictures are visible"):
+        tiny.pipeline.chat([tiny.pictures[0]] * 50)
+    with pytest.raises(PictureError, match="nowhere.png"):
+        tiny.pipeline.chat([Path("nowhere.png")])
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda p, items: p.chat("words", task="caption"), "task caption is about a picture"),
+        (lambda p, items: p.chat(items, task="rhyme"), "task: expected one of"),
+        (lambda p, items: p.chat(items, allow_long=True), "allow_long is not an option here"),
+        (lambda p, items: p.chat(items, image_tokens=1), "image_tokens is not an option here"),
+        (lambda p, items: p.draw([]), "expected at least one text or picture that a picture can follow"),
+        (lambda p, items: p.score(items, ["one"]), "two or more texts"),
+        (lambda p, items: p.score(["words"], ["one", "two"]), "at least one picture before the options"),
+    ],
+)
+def test_calls_that_cannot_run_are_refused(tiny, call, message):
+    with pytest.raises(PromptError, match=message):
+        call(tiny.pipeline, [tiny.pictures[0], "words"])
+
+
+def test_settings_of_tasks_and_callers():
+    story = sampling_for("story")
+    assert (story.temperature, story.top_p, story.max_new_tokens) == (1.0, 0.9, 90)
+    assert story.generate_options == {"min_new_tokens": 7, "top_k": 50, "repetition_penalty": 1.3}
+    greedy = sampling_for("story", temperature=0, max_new_tokens=4)
+    assert greedy.of_generate() == {
+        **{"do_sample": False, "temperature": None, "top_p": None, "top_k": None},
+        **{"min_new_tokens": 4, "repetition_penalty": 1.3},
+    }
+    assert "num_beams" not in sampling_for("caption", temperature=0.7).generate_options
+    assert sampling_for(None).of_generate()["do_sample"] is False

@@ -1,0 +1,219 @@
+"""Pictures against the original's, from the recorded last states on; and what must hold of any drawing."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+
+from mg_fast.errors import PromptError
+from mg_fast.models.mm_interleaved.context import previous_maps
+from mg_fast.models.mm_interleaved.drawing_options import DrawingOptions
+from mg_fast.models.mm_interleaved.picture_drawer import decoding_autoencoder
+from mg_fast.models.mm_interleaved.visual_tokenizer import VisualTokenizer
+from mg_fast.runtime.graphs import Captures, GraphCache
+from mg_fast.testing.tolerances import relative_error
+from tests.models.mm_interleaved.drawing_parts import PICTURE, PICTURE_30, STAGE, drawing
+from tests.models.mm_interleaved.recorded import NAMES, pixels, requests, state
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("request_", ["t2i", "t2i_batch", "segm", "story"])
+def test_contexts_and_conditions(name, request_):
+    model = drawing(name)
+    recorded = {
+        key: model.answers[f"{request_}.{key}"]
+        for key in ("last_hidden", "context_features", "context_attention_mask", "prompt_embeds", "mmfs_mask")
+    }
+    targets = model.targets(request_)
+    features, mask = model.context_features(recorded["last_hidden"], targets)
+    # The original pads to the longest context of the whole batch, which need not be one of a target.
+    expected, length = recorded["context_attention_mask"].bool(), mask.shape[1]
+    assert torch.equal(mask, expected[:, :length]) and not expected[:, length:].any()
+    assert relative_error(features[mask], recorded["context_features"][:, :length][mask]) < STAGE
+    condition = model.image_decoder.condition(features, mask)
+    assert relative_error(condition, recorded["prompt_embeds"]) < STAGE
+    assert [[int(target.previous is not None)] for target in targets] == recorded["mmfs_mask"].tolist()
+
+
+def draw(model, request: str, maps: torch.Tensor | None = None, *, backend: str = "torch", **options) -> tuple:
+    """The pictures of a request, and the latents after every step."""
+    latents = []
+    options = DrawingOptions(**options, on_step=lambda step, now: latents.append(now))
+    of_targets = previous_maps(model.maps() if maps is None else maps, model.targets(request))
+    condition = model.answers[f"{request}.prompt_embeds"]
+    return model.image_decoder.draw(condition, *of_targets, options, backend=backend), torch.stack(latents)
+
+
+@pytest.mark.parametrize(
+    ("name", "request_", "variant", "backend"),
+    [
+        *((name, request, "steps4", "torch") for name in NAMES for request in ("t2i_batch", "segm")),
+        ("mmi-tiny", "segm", "steps4", "reference"),
+        *((name, "t2i", variant, "torch") for name in NAMES for variant in ("noguide", "steps7", "default")),
+        ("mmi-tiny", "segm", "two", "torch"),
+    ],
+)
+def test_pictures(name, request_, variant, backend):
+    """With the seeds of the original, and its draws."""
+    model = drawing(name)
+    options = dict(requests(name)[request_]["generations"][variant]["kwargs"])
+    options["num_images"] = options.pop("num_validation_images", 1)
+    pictures, latents = draw(model, request_, backend=backend, **options)
+    recorded = model.answers.get(f"{request_}.{variant}.latents")
+    assert recorded is None or relative_error(latents, recorded) < STAGE
+    difference = (pictures - model.answers[f"{request_}.{variant}.picture"]).abs().max()
+    assert difference < (PICTURE_30 if variant == "default" else PICTURE)
+
+
+def test_a_story_reads_the_picture_before_each_target():
+    model = drawing("mmi-tiny")
+    tokenizer = VisualTokenizer(model.config)
+    tokenizer.load_state_dict(state("mmi-tiny", "visual_tokenizer."), strict=False)
+    rows = requests("mmi-tiny")["story"]["images"]
+    with torch.no_grad():
+        maps = tokenizer.eval()(pixels("mmi-tiny", sum(rows, []), model.answers)).maps
+    pictures, latents = draw(model, "story", maps, num_inference_steps=4)
+    assert relative_error(latents, model.answers["story.steps4.latents"]) < STAGE
+    assert (pictures - model.answers["story.steps4.picture"]).abs().max() < PICTURE
+
+
+def test_given_latents_and_generators_take_the_place_of_drawn_ones():
+    """The recorded latents, and a generator that has drawn them, go on as the original does; and so does the VAE."""
+    model = drawing("mmi-tiny")
+    first = model.answers["t2i.steps4.initial_latents"]
+    generator = torch.Generator().manual_seed(model.config.sd_base_seed)
+    assert torch.equal(torch.randn(first.shape, generator=generator), first)
+    after = copy.copy(generator.get_state())
+    pictures, latents = draw(model, "t2i", latents=first, generator=generator, num_inference_steps=4)
+    assert relative_error(latents, model.answers["t2i.steps4.latents"]) < STAGE
+    drawer = model.picture_drawer()
+    decoded = drawer.decode(model.answers["t2i.steps4.latents"][-1])
+    expected = (model.answers["t2i.steps4.decoded"] / 2 + 0.5).clamp(0, 1)
+    assert (decoded - expected).abs().max() < STAGE and torch.equal(pictures, drawer.decode(latents[-1]))
+    # The noise that was recorded: one draw for each of four steps, the last one, too.
+    generator.set_state(after)
+    drawn = torch.stack([torch.randn(first.shape, generator=generator) for _ in range(4)])
+    assert torch.equal(drawn, model.answers["t2i.steps4.noise"])
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, EulerDiscreteScheduler])
+def test_batched_equals_alone_and_twice_the_same(scheduler):
+    """One row has a picture before it, and the other one none: they share a batch, or have one of their own."""
+    model, condition = drawing("mmi-tiny"), drawing("mmi-tiny").answers["t2i_batch.prompt_embeds"]
+    made = scheduler.from_config(model.config.scheduler_config)
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    maps, mask = model.maps()[:, None].repeat(2, 1, 1, 1), torch.tensor([[1], [0]])
+    drawer = model.picture_drawer()
+
+    def run(rows: slice, size: int = 8, which=maps, seen=mask) -> torch.Tensor:
+        options = DrawingOptions(num_inference_steps=3, latents=latents[rows], scheduler=made, batch_size=size)
+        given = (None, None) if which is None else (which[rows], seen[rows])
+        return drawer(condition[rows], *given, options, backend="torch")
+
+    both = run(slice(0, 2))
+    assert torch.equal(both, run(slice(0, 2))), "the same request gives the same bits"
+    apart = [run(slice(0, 1)), run(slice(1, 2), which=None), run(slice(0, 2), size=1)]
+    assert (torch.cat(apart[:2]) - both).abs().max() < PICTURE and (apart[2] - both).abs().max() < PICTURE
+    assert (both[0] - run(slice(0, 1), which=None)[0]).abs().max() > 1e-3, "the picture before it matters"
+
+
+class Stop(Exception):
+    """Is raised in the middle of a drawing."""
+
+
+def test_stopping_in_the_middle_leaves_everything_usable():
+    model = drawing("mmi-tiny")
+    drawer, condition = model.picture_drawer(), model.answers["segm.prompt_embeds"]
+    maps, seen = model.maps()[:, None], []
+
+    def stop(step: int, latents: torch.Tensor) -> None:
+        seen.append(step)
+        if step == 1:
+            raise Stop
+
+    with pytest.raises(Stop):
+        drawer(condition, maps, None, DrawingOptions(num_inference_steps=4, on_step=stop))
+    assert seen == [0, 1]
+    pictures = drawer(condition, maps, None, DrawingOptions(num_inference_steps=4), backend="torch")
+    assert (pictures - model.answers["segm.steps4.picture"]).abs().max() < PICTURE
+
+
+class Replayed:
+    """Stands for a captured graph: a replay runs the work again on what its inputs hold now."""
+
+    def __init__(self, work):
+        self.replay = work
+
+
+def test_a_captured_step_gets_the_inputs_of_every_batch(monkeypatch):
+    """Two requests of the same shapes share one graph, and those without a picture have another one."""
+    model, captured = drawing("mmi-tiny"), []
+    drawer, condition = model.picture_drawer(), model.answers["segm.prompt_embeds"]
+
+    def capture(self, work, *_) -> Replayed:
+        captured.append(work)
+        return Replayed(work)
+
+    def run(scale: float, maps) -> torch.Tensor:
+        options = DrawingOptions(num_inference_steps=2, guidance_scale=scale)
+        return drawer(condition * (1 + scale), maps, None, options, backend="torch")
+
+    requests_ = [(7.5, model.maps()[:, None]), (3.0, -model.maps()[:, None]), (3.0, None), (7.5, model.maps()[:, None])]
+    plain = [run(*each) for each in requests_]
+    monkeypatch.setattr(GraphCache, "capture", capture)
+    drawer._graphs = GraphCache(2, Captures())
+    assert all(torch.equal(run(*each), expected) for each, expected in zip(requests_, plain))
+    assert len(captured) == 2
+
+
+def test_half_precision_decodes_in_the_safe_dtype():
+    vae = drawing("mmi-tiny").image_decoder.decoder.vae
+    assert vae.config.force_upcast and decoding_autoencoder(vae) is vae
+    half = copy.deepcopy(vae).half()
+    wide = decoding_autoencoder(half)
+    assert wide.dtype == torch.float32 and half.dtype == torch.float16
+    assert decoding_autoencoder(half.bfloat16()).dtype == torch.bfloat16
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert relative_error(wide.decode(latents).sample, vae.decode(latents).sample) < 1e-2
+
+
+def test_generate_images_by_its_defaults_and_what_it_refuses():
+    model = drawing("mmi-tiny")
+    model.request = "segm"
+    inputs = {
+        "input_ids": model.answers["segm.text_ids"],
+        "attention_mask": model.answers["segm.attention_mask"],
+        "num_image_per_seq": model.answers["segm.num_image_per_seq"],
+        "pixel_values": torch.zeros(2, 3, 224, 224),
+    }
+    [picture] = model.generate_images(**inputs, num_inference_steps=4)
+    assert picture.size == (64, 64) and picture.mode == "RGB"
+    shown = (model.answers["segm.steps4.picture"][0] * 255 + 0.5).to(torch.uint8).permute(1, 2, 0).numpy()
+    assert abs(shown.astype(int) - picture).max() <= 1
+    both = model.generate_images(
+        **inputs, target_image_idxs=torch.tensor([0, 1]), output_type="pt", num_inference_steps=1, guidance_scale=1
+    )
+    assert list(both.shape) == [2, 3, 64, 64] and both.dtype == torch.float32
+
+    flow = FlowMatchEulerDiscreteScheduler()
+    for options, message in (
+        ({"latents": torch.zeros(1, 4, 8, 9)}, r"latents must be \[1, 4, 8, 8\], got \[1, 4, 8, 9\]"),
+        ({"latents": torch.zeros(1, 4, 8, 8), "num_images": 2}, r"latents must be \[2, 4, 8, 8\]"),
+        ({"scheduler": "ddim"}, "scheduler must be one of diffusers'"),
+        ({"scheduler": flow}, "lacks scale_model_input"),
+        ({"num_inference_steps": 1001}, "at most 1000"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be a positive whole number"),
+        ({"guidance_scale": "7"}, "guidance_scale must be a number"),
+        ({"generator": [torch.Generator()], "num_images": 2}, "a generator for each of 2 rounds, got 1"),
+        ({"output_type": "np"}, "output_type must be one of pil, pt"),
+        ({"target_image_idxs": [2]}, r"counts the 2 picture\(s\) of the whole batch from 0 on, got 2"),
+        ({"target_image_idxs": [0.5]}, "list of whole numbers"),
+        ({"target_image_idxs": []}, "at least one picture"),
+        ({"pixel_values": torch.zeros(1, 3, 224, 224)}, r"begins 2 picture\(s\), placeholders included, but 1 came"),
+        ({"input_ids": torch.ones(1, 4, dtype=torch.long), "pixel_values": None}, "no token that begins a picture"),
+    ):
+        with pytest.raises((PromptError, ValueError), match=message):
+            model.generate_images(**inputs | {"attention_mask": None} | options)
