@@ -28,6 +28,7 @@ _REGISTRANTS = {
         "mg_fast.models.mini_gemini.processing",
         "mg_fast.models.mm_interleaved.processing",
     ),
+    "transformers.models.auto.tokenization_auto": ("mg_fast.models.mm_interleaved.tokenization",),
 }
 # The package whose modules, except the configuration, are imported only when they are asked for.
 _ON_DEMAND = "mg_fast.models.mm_interleaved"
@@ -35,6 +36,7 @@ _ON_DEMAND = "mg_fast.models.mm_interleaved"
 _TABLES = {
     "transformers.models.auto.modeling_auto": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
     "transformers.models.auto.processing_auto": "PROCESSOR_MAPPING",
+    "transformers.models.auto.tokenization_auto": "TOKENIZER_MAPPING",
 }
 
 

@@ -2,7 +2,9 @@
 
 import pytest
 
+from mg_fast import MMInterleavedProcessor
 from tests.forked_python import LIBRARIES, python
+from tests.models.mm_interleaved.recorded import folder_of
 from tests.paths import OWN_GOLDEN
 
 MODEL = f"""
@@ -54,3 +56,12 @@ def test_a_pipeline_of_transformers_finds_the_model():
 @pytest.mark.slow
 def test_imports_before_ours_are_registered_with():
     run(f"from transformers import AutoModelForImageTextToText, LlamaForCausalLM\nimport mg_fast\n{MODEL}")
+
+
+@pytest.mark.slow
+def test_the_tokenizer_of_a_saved_processor_is_found(tmp_path):
+    """Otherwise AutoTokenizer would make a tokenizer with other ids of the same files, without an error."""
+    MMInterleavedProcessor.from_pretrained(folder_of("mmi-tiny")).save_pretrained(tmp_path)
+    used = f"assert type(AutoTokenizer.from_pretrained({str(tmp_path)!r})).__name__ == 'MMInterleavedTokenizer'"
+    run(f"import mg_fast\nfrom transformers import LlamaForCausalLM, AutoTokenizer\n{used}")
+    run(f"from transformers import AutoTokenizer\nimport mg_fast\n{used}")
