@@ -1,7 +1,6 @@
 """The diffusion decoder: the U-Net's condition from a context, and Stable Diffusion with the synchronizers."""
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 
 from ...errors import CheckpointError
@@ -11,6 +10,7 @@ from .configuration import MMInterleavedConfig
 from .drawing_options import DrawingOptions, Steps
 from .perceiver import PerceiverResampler
 from .picture_drawer import PictureDrawer
+from .stable_diffusion import import_diffusers
 from .unet_synchronizer import UNetSynchronizer
 
 
@@ -21,6 +21,7 @@ class DiffusionDecoder(nn.Module):
         config: the configuration of the model.
 
     Raises:
+        BackendError: diffusers is not installed.
         CheckpointError: the configuration lacks one of the parts, or their sizes contradict each other.
     """
 
@@ -29,8 +30,9 @@ class DiffusionDecoder(nn.Module):
         for name in ("unet_config", "vae_config"):
             if not getattr(config, name):
                 raise CheckpointError(f"expected a configuration of Stable Diffusion's part in {name}, got none")
-        self.vae = AutoencoderKL.from_config(config.vae_config)
-        self.unet = UNet2DConditionModel.from_config(config.unet_config)
+        diffusers = import_diffusers()
+        self.vae = diffusers.AutoencoderKL.from_config(config.vae_config)
+        self.unet = diffusers.UNet2DConditionModel.from_config(config.unet_config)
         if (width := self.unet.config.cross_attention_dim) != config.condition_width:
             raise CheckpointError(
                 f"the U-Net reads conditions of width {width}, but condition_width is {config.condition_width}"
@@ -78,6 +80,8 @@ class ImageDecoder(nn.Module):
             context: [n, K, D], with positions, as `context.project` returns it.
             mask: [n, K], not 0 where there is a context; None: everywhere.
         """
+        device = self.neg_prompt_embeds.device
+        context, mask = context.to(device), None if mask is None else mask.to(device)
         return self.perceiver_resampler(at_seam(context, self.perceiver_resampler), mask)
 
     def latents_shape(self, count: int) -> tuple[int, ...]:
@@ -86,7 +90,16 @@ class ImageDecoder(nn.Module):
         return count, self.decoder.unet.config.in_channels, side, side
 
     def check_options(self, targets: int, options: DrawingOptions) -> None:
-        """Raises ValueError, before any work is done, where latents or the scheduler do not fit so many targets."""
+        """Checks what can be checked before any work is done.
+
+        Raises:
+            ValueError: latents or the scheduler do not fit so many targets, or the decoder's weights are offloaded.
+        """
+        if any(parameter.is_meta for parameter in self.parameters()):
+            raise ValueError(
+                "drawing needs the weights of the image decoder on a device, but some of them are offloaded: give "
+                "image_decoder a device in device_map"
+            )
         options.check_latents(self.latents_shape(targets * options.num_images))
         Steps(options, self.config.scheduler_config)
 
