@@ -58,7 +58,10 @@ def answer_options() -> Parser:
     """A parent parser with the options about the lengths of a prompt and its answer."""
     parent = Parser(add_help=False)
     parent.add_argument(
-        "--max-new-tokens", type=positive, metavar="N", help="generate at most N tokens per answer (default: 512)"
+        "--max-new-tokens",
+        type=positive,
+        metavar="N",
+        help="generate at most N tokens per answer (default: 512; MM-Interleaved: 90)",
     )
     parent.add_argument("--allow-long", action="store_true", help="accept prompts longer than the model was trained on")
     return parent

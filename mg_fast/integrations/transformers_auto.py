@@ -5,8 +5,6 @@ waits for them: when anyone imports one of them, it also imports the module of m
 
 That cannot always be done at once. `from transformers import LlamaForCausalLM` imports an auto module while half of
 what the module of mg_fast needs is still missing. Then the registry table imports it when it is first looked into.
-MM-Interleaved's model needs diffusers, whose import takes more than a second. The table imports its modules only when
-it is asked for MM-Interleaved, or for everything that it has.
 """
 
 import importlib
@@ -29,8 +27,6 @@ _REGISTRANTS = {
         "mg_fast.models.mm_interleaved.processing",
     ),
 }
-# The package whose modules, except the configuration, are imported only when they are asked for.
-_ON_DEMAND = "mg_fast.models.mm_interleaved"
 # For those that may have to wait: the table in transformers' module that lists what others have registered.
 _TABLES = {
     "transformers.models.auto.modeling_auto": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
@@ -71,7 +67,7 @@ def _register(auto_module: str) -> None:
         # The module may be there already, or its own import brought in the auto module. It registers itself at its end.
         if ours in sys.modules:
             continue
-        if auto_module in _TABLES and (ours.startswith(_ON_DEMAND) or _being_imported(besides=auto_module)):
+        if auto_module in _TABLES and _being_imported(besides=auto_module):
             waiting.append(ours)
         else:
             # The configuration needs nothing that may be half imported at this point.
@@ -94,16 +90,13 @@ class _RegisteredOnUse(dict):
         super().__init__(registered)
         self._waiting = waiting
 
-    def _look(self, key=None) -> None:
-        """Imports the modules that may have an entry for a key, or all of them."""
-        package = getattr(key, "__module__", "")
+    def _look(self) -> None:
         for ours in self._waiting:
-            asked = key is None or not ours.startswith(_ON_DEMAND) or package.startswith(_ON_DEMAND)
-            if asked and ours not in sys.modules and not _being_imported():
+            if ours not in sys.modules and not _being_imported():
                 importlib.import_module(ours)
 
     def __contains__(self, key) -> bool:
-        self._look(key)
+        self._look()
         return super().__contains__(key)
 
     def __iter__(self):

@@ -1,7 +1,9 @@
-"""transformers' Auto classes know Mini-Gemini in any order of imports, and mg_fast breaks no import of transformers."""
+"""transformers' Auto classes know our models in any order of imports, and mg_fast breaks no import of transformers."""
 
 import pytest
 
+import mg_fast
+from mg_fast.testing.random_interleaved import build_interleaved
 from tests.forked_python import LIBRARIES, python
 from tests.paths import OWN_GOLDEN
 
@@ -54,3 +56,39 @@ def test_a_pipeline_of_transformers_finds_the_model():
 @pytest.mark.slow
 def test_imports_before_ours_are_registered_with():
     run(f"from transformers import AutoModelForImageTextToText, LlamaForCausalLM\nimport mg_fast\n{MODEL}")
+
+
+# diffusers is optional, and its import takes more than a second: it is imported where MM-Interleaved is built.
+INTERLEAVED = """
+import sys
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+assert type(AutoConfig.from_pretrained({folder!r})).__name__ == "MMInterleavedConfig"
+assert type(AutoProcessor.from_pretrained({folder!r})).__name__ == "MMInterleavedProcessor"
+assert "diffusers" not in sys.modules
+assert type(AutoModelForImageTextToText.from_pretrained({folder!r})).__name__ == "MMInterleavedForConditionalGeneration"
+"""
+
+
+@pytest.mark.slow
+def test_mm_interleaved_is_known_and_costs_others_nothing(tmp_path):
+    source, saved = build_interleaved(tmp_path / "source"), tmp_path / "saved"
+    for kind in (mg_fast.MMInterleavedForConditionalGeneration, mg_fast.MMInterleavedProcessor):
+        kind.from_pretrained(source).save_pretrained(saved)
+    run(f"import mg_fast\nfrom transformers import CLIPVisionModel\n{MODEL}{INTERLEAVED.format(folder=str(saved))}")
+
+
+@pytest.mark.slow
+def test_without_diffusers_only_mm_interleaved_is_refused():
+    without = "import sys\nsys.modules['diffusers'] = None\nimport mg_fast\n"
+    refused = """
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+assert len(list(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.values())) > 2
+from mg_fast.testing.random_interleaved import make_interleaved_config
+try:
+    mg_fast.MMInterleavedForConditionalGeneration(make_interleaved_config())
+except mg_fast.BackendError as error:
+    assert "pip install 'mg_fast[draw]'" in str(error)
+else:
+    raise AssertionError("was built")
+"""
+    run(f"{without}{MODEL}{refused}")

@@ -1,5 +1,6 @@
 """Conversations in which texts and pictures come in any order, from both sides."""
 
+import copy
 import functools
 import logging
 import threading
@@ -47,8 +48,22 @@ class InterleavedConversation:
         # This lock is held only for moments, while sequence and version are read or written together.
         self._changing = threading.Lock()
 
+    def __copy__(self) -> "InterleavedConversation":
+        """Another conversation with the same past and the same stages; from here on, each goes on by itself."""
+        other = type(self)(self.stages)
+        with self._changing:
+            # A sequence is never changed.
+            other.sequence = self.sequence
+        return other
+
+    def __deepcopy__(self, memo: dict) -> "InterleavedConversation":
+        return copy.copy(self)
+
     def __reduce_ex__(self, protocol):
-        raise TypeError("an InterleavedConversation cannot be copied or pickled, as its model cannot")
+        raise TypeError(
+            "an InterleavedConversation cannot be pickled, as its model cannot: keep its items; copy.copy makes "
+            "another conversation with the same past"
+        )
 
     def reset(self) -> None:
         """Forgets everything so far."""

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers import DDPMScheduler
 
 from ...errors import quoted
 from ...runtime.arguments import whole_number
+from .stable_diffusion import import_diffusers
 
 # What a scheduler of diffusers must have to be used here.
 _SCHEDULER = ("set_timesteps", "step", "scale_model_input", "init_noise_sigma")
@@ -105,7 +105,7 @@ class Steps:
     def __init__(self, options: DrawingOptions, settings: dict | None):
         scheduler = options.scheduler
         if scheduler is None:
-            scheduler = DDPMScheduler
+            scheduler = import_diffusers().DDPMScheduler
         if isinstance(scheduler, type) and hasattr(scheduler, "from_config"):
             scheduler = scheduler.from_config(settings or {})
         if missing := [name for name in _SCHEDULER if not hasattr(scheduler, name)]:

@@ -1,7 +1,6 @@
 """The diffusion decoder: the U-Net's condition from a context, and Stable Diffusion with the synchronizers."""
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 
 from ...errors import CheckpointError
@@ -11,6 +10,7 @@ from .configuration import MMInterleavedConfig
 from .drawing_options import DrawingOptions, Steps
 from .perceiver import PerceiverResampler
 from .picture_drawer import PictureDrawer
+from .stable_diffusion import import_diffusers
 from .unet_synchronizer import UNetSynchronizer
 
 
@@ -21,6 +21,7 @@ class DiffusionDecoder(nn.Module):
         config: the configuration of the model.
 
     Raises:
+        BackendError: diffusers is not installed.
         CheckpointError: the configuration lacks one of the parts, or their sizes contradict each other.
     """
 
@@ -29,8 +30,9 @@ class DiffusionDecoder(nn.Module):
         for name in ("unet_config", "vae_config"):
             if not getattr(config, name):
                 raise CheckpointError(f"expected a configuration of Stable Diffusion's part in {name}, got none")
-        self.vae = AutoencoderKL.from_config(config.vae_config)
-        self.unet = UNet2DConditionModel.from_config(config.unet_config)
+        diffusers = import_diffusers()
+        self.vae = diffusers.AutoencoderKL.from_config(config.vae_config)
+        self.unet = diffusers.UNet2DConditionModel.from_config(config.unet_config)
         if (width := self.unet.config.cross_attention_dim) != config.condition_width:
             raise CheckpointError(
                 f"the U-Net reads conditions of width {width}, but condition_width is {config.condition_width}"

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
 from ...ops import backend as backends
@@ -152,6 +151,9 @@ class PictureDrawer:
         """The latents of a batch after all steps. The host waits for the device at no step."""
         steps = Steps(options, self._decoder.config.scheduler_config)
         if latents is None:
+            # diffusers was needed for the decoder's parts, so it is there.
+            from diffusers.utils.torch_utils import randn_tensor
+
             shape = self._decoder.latents_shape(count)
             latents = randn_tensor(shape, generator=generator, device=self.device, dtype=self._wide)
         latents = latents.to(self.device, self._wide) * steps.first_deviation

@@ -1,6 +1,7 @@
 """Texts after items: they are those of model.generate and of the original, and continue from what is kept."""
 
 import contextlib
+import copy
 import re
 from pathlib import Path
 
@@ -87,9 +88,10 @@ def test_a_conversation_runs_only_what_is_new(tiny, run_positions):
     # The last token of the first answer was not run.
     assert run_positions == [new + 1] and second.cached_tokens == known - 1
     scratch = tiny.fresh(kv_cache_bytes=0).conversation()
-    scratch.sequence = conversation.sequence.extended(())
+    scratch.sequence, other = conversation.sequence, copy.copy(conversation)
     run_positions.clear()
     assert scratch.chat("So", max_new_tokens=8).token_ids == conversation.chat("So", max_new_tokens=8).token_ids
+    assert len(other.sequence.ids) < len(conversation.sequence.ids)
     assert run_positions[0] > 10 * run_positions[1] and first.text
     conversation.reset()
     assert conversation.sequence.ids == ()
@@ -123,7 +125,7 @@ def test_changed_weights_are_noticed(tiny):
         return np.array(pipeline.score(items, ["runs", "sits"]))
 
     def picture(pipeline):
-        return np.asarray(pipeline.draw(items, num_inference_steps=1)[0], dtype=float) / 255
+        return np.asarray(pipeline.draw(items, num_inference_steps=2)[0], dtype=float) / 255
 
     def off_by(one, other):
         return np.abs(one - other).max()
@@ -132,7 +134,7 @@ def test_changed_weights_are_noticed(tiny):
         (model.mm_decoder.layers[0].llama_cross_attn.attn.output_proj.bias, scores),
         (model.visual_tokenizer.proj.bias, scores),
         (model.text_decoder.head_new.bias, scores),
-        (model.image_decoder.decoder.mmfs_module.mmfs_mid_block.conv.bias, picture),
+        (model.image_decoder.decoder.mmfs_module.mmfs_down_blocks[0].conv.bias, picture),
     ):
         before = result(pipeline)
         with changed(tensor):

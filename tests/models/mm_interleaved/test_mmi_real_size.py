@@ -7,6 +7,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from mg_fast import MMInterleavedConfig, MMInterleavedForConditionalGeneration
+from mg_fast.testing.random_interleaved import make_interleaved_config
 
 WIDTH, MAP_WIDTH = 5120, 1024
 # Vicuna 13B, CLIP ViT-L/14 and Stable Diffusion 2.1 base, as their publishers describe them.
@@ -254,6 +255,7 @@ def test_every_published_tensor(shapes):
     expected |= under("", context_feat_proj=affine(WIDTH, WIDTH))
     assert {name: (shapes.get(name), shape) for name, shape in expected.items() if shapes.get(name) != shape} == {}
     assert sorted(shapes.keys() - expected.keys()) == []
+    assert MMInterleavedForConditionalGeneration.published_shapes(make_interleaved_config("13b")) == shapes
 
 
 def test_numbers_that_others_published(shapes):
