@@ -9,6 +9,7 @@ from ...errors import PromptError, quoted
 from ...ops.backend import requested, use_backend
 from ...runtime.layer_dtypes import at_seam
 from .context import PlacedPicture, contexts, place_pictures, previous_maps, select_targets
+from .decoding import READING_INPUTS
 from .drawing_options import DrawingOptions
 from .picture_drawer import PictureDrawer
 from .positions import sequence_positions
@@ -17,7 +18,11 @@ OUTPUT_TYPES = ("pil", "pt")
 
 
 class PictureGeneration:
-    """What draws pictures, for the whole model, which has `context_feat_proj` and `image_decoder`."""
+    """A base class that makes MMInterleavedForConditionalGeneration draw pictures.
+
+    It takes from the class that inherits it: `mm_decoder`, `context_feat_proj`, `image_decoder`, `config`,
+    `get_image_features`, `check_length`, and what `InterleavedDecoding` adds.
+    """
 
     def picture_drawer(self, *, graphs: bool = True) -> PictureDrawer:
         """A drawer with the weights as they are now, to be kept for many calls of `generate_images`.
@@ -37,6 +42,8 @@ class PictureGeneration:
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         num_image_per_seq: torch.Tensor | None = None,
+        image_tokens: torch.Tensor | None = None,
+        image_maps: torch.Tensor | None = None,
         *,
         target_image_idxs: Sequence[int] | torch.Tensor | None = None,
         output_type: str = "pil",
@@ -51,14 +58,17 @@ class PictureGeneration:
 
         Args:
             input_ids: int64 [B, L].
-            attention_mask: [B, L], 0 at padding.
+            attention_mask: [B, L], 0 at padding on any side.
             pixel_values: [n_images, 3, 224, 224] in 0..1, the placeholders included.
-            num_image_per_seq: int64 [B].
+            num_image_per_seq: int64 [B], the number of pictures of each row; None counts them in the ids.
+            image_tokens, image_maps: [n_images, T, D] and [n_images, 5440, C], from `get_image_features`, instead of
+                pixels.
             target_image_idxs: numbers of the pictures to be drawn, counted over the whole batch in reading order; None:
                 the last picture of every row.
             output_type: "pil", or "pt" for tensors.
             drawer: from `picture_drawer`; None prepares the synchronizers for this call alone.
-            backend: overrides the choice in force.
+            backend: overrides the choice in force. `reference` runs the original's steps; a drawer's synchronizers are
+                those that it was made with.
             **options: the fields of `DrawingOptions`: guidance_scale=7.5, num_inference_steps=30, num_images=1,
                 generator, latents, scheduler, batch_size=8, on_step.
 
@@ -73,28 +83,29 @@ class PictureGeneration:
         options = DrawingOptions(**options)
         check_output_type(output_type)
         placed = place_pictures(input_ids, attention_mask, self.config)
-        came = 0 if pixel_values is None else len(pixel_values)
+        given = pixel_values if image_tokens is None else image_tokens
+        came = 0 if given is None else len(given)
         if came != len(placed):
             raise PromptError(
-                f"the prompt begins {len(placed)} picture(s), placeholders included, but {came} came in pixel_values"
+                f"the prompt begins {len(placed)} picture(s), placeholders included, but {came} picture(s) came"
             )
         targets = select_targets(placed, len(input_ids), target_image_idxs)
+        self.check_length(input_ids.shape[1])
         self.image_decoder.check_options(len(targets), options)
         with use_backend(requested(backend)):
-            features = self.get_image_features(pixel_values)
-            states = self(
-                input_ids=input_ids,
+            if image_tokens is None:
+                features = self.get_image_features(pixel_values)
+                image_tokens, image_maps = features.pooler_output, features.last_hidden_state
+            pictures = {"image_tokens": image_tokens, "image_maps": image_maps, "num_image_per_seq": num_image_per_seq}
+            read = self.with_pictures(input_ids, pictures)
+            # The language model alone: of its states, only the last ones are needed, and no logits.
+            states = self.mm_decoder(
+                inputs_embeds=self.embed(input_ids, image_tokens=image_tokens),
                 attention_mask=attention_mask,
-                num_image_per_seq=num_image_per_seq,
-                image_tokens=features.pooler_output,
-                image_maps=features.last_hidden_state,
-                output_hidden_states=True,
                 use_cache=False,
-                logits_to_keep=1,
-            ).hidden_states[-1]
-            return self.draw_targets(
-                states, targets, features.last_hidden_state, options, output_type=output_type, drawer=drawer
-            )
+                **{name: read[name] for name in READING_INPUTS if name in read},
+            ).last_hidden_state
+            return self.draw_targets(states, targets, image_maps, options, output_type=output_type, drawer=drawer)
 
     @torch.no_grad()
     def draw_targets(

@@ -10,11 +10,11 @@ from mg_fast.errors import PromptError
 from mg_fast.models.mm_interleaved.context import previous_maps
 from mg_fast.models.mm_interleaved.drawing_options import DrawingOptions
 from mg_fast.models.mm_interleaved.picture_drawer import decoding_autoencoder
-from mg_fast.models.mm_interleaved.visual_tokenizer import VisualTokenizer
 from mg_fast.runtime.graphs import Captures, GraphCache
 from mg_fast.testing.tolerances import relative_error
-from tests.models.mm_interleaved.drawing_parts import PICTURE, PICTURE_30, STAGE, drawing
-from tests.models.mm_interleaved.recorded import NAMES, pixels, requests, state
+from tests.models.mm_interleaved.drawing_parts import PICTURE, PICTURE_30, STAGE, Recorded, recorded
+from tests.models.mm_interleaved.loaded import inputs
+from tests.models.mm_interleaved.recorded import NAMES, requests
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -22,29 +22,31 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("request_", ["t2i", "t2i_batch", "segm", "story"])
 def test_contexts_and_conditions(name, request_):
-    model = drawing(name)
-    recorded = {
-        key: model.answers[f"{request_}.{key}"]
+    given = recorded(name)
+    was = {
+        key: given.answers[f"{request_}.{key}"]
         for key in ("last_hidden", "context_features", "context_attention_mask", "prompt_embeds", "mmfs_mask")
     }
-    targets = model.targets(request_)
-    features, mask = model.context_features(recorded["last_hidden"], targets)
+    targets = given.targets(request_)
+    features, mask = given.model.context_features(was["last_hidden"], targets)
     # The original pads to the longest context of the whole batch, which need not be one of a target.
-    expected, length = recorded["context_attention_mask"].bool(), mask.shape[1]
+    expected, length = was["context_attention_mask"].bool(), mask.shape[1]
     assert torch.equal(mask, expected[:, :length]) and not expected[:, length:].any()
-    assert relative_error(features[mask], recorded["context_features"][:, :length][mask]) < STAGE
-    condition = model.image_decoder.condition(features, mask)
-    assert relative_error(condition, recorded["prompt_embeds"]) < STAGE
-    assert [[int(target.previous is not None)] for target in targets] == recorded["mmfs_mask"].tolist()
+    assert relative_error(features[mask], was["context_features"][:, :length][mask]) < STAGE
+    condition = given.model.image_decoder.condition(features, mask)
+    assert relative_error(condition, was["prompt_embeds"]) < STAGE
+    assert [[int(target.previous is not None)] for target in targets] == was["mmfs_mask"].tolist()
 
 
-def draw(model, request: str, maps: torch.Tensor | None = None, *, backend: str = "torch", **options) -> tuple:
+def draw(
+    given: Recorded, request: str, maps: torch.Tensor | None = None, *, backend: str = "torch", **options
+) -> tuple:
     """The pictures of a request, and the latents after every step."""
     latents = []
     options = DrawingOptions(**options, on_step=lambda step, now: latents.append(now))
-    of_targets = previous_maps(model.maps() if maps is None else maps, model.targets(request))
-    condition = model.answers[f"{request}.prompt_embeds"]
-    return model.image_decoder.draw(condition, *of_targets, options, backend=backend), torch.stack(latents)
+    of_targets = previous_maps(given.maps if maps is None else maps, given.targets(request))
+    condition = given.answers[f"{request}.prompt_embeds"]
+    return given.model.image_decoder.draw(condition, *of_targets, options, backend=backend), torch.stack(latents)
 
 
 @pytest.mark.parametrize(
@@ -58,55 +60,59 @@ def draw(model, request: str, maps: torch.Tensor | None = None, *, backend: str 
 )
 def test_pictures(name, request_, variant, backend):
     """With the seeds of the original, and its draws."""
-    model = drawing(name)
+    given = recorded(name)
     options = dict(requests(name)[request_]["generations"][variant]["kwargs"])
     options["num_images"] = options.pop("num_validation_images", 1)
-    pictures, latents = draw(model, request_, backend=backend, **options)
-    recorded = model.answers.get(f"{request_}.{variant}.latents")
-    assert recorded is None or relative_error(latents, recorded) < STAGE
-    difference = (pictures - model.answers[f"{request_}.{variant}.picture"]).abs().max()
+    pictures, latents = draw(given, request_, backend=backend, **options)
+    was = given.answers.get(f"{request_}.{variant}.latents")
+    assert was is None or relative_error(latents, was) < STAGE
+    difference = (pictures - given.answers[f"{request_}.{variant}.picture"]).abs().max()
     assert difference < (PICTURE_30 if variant == "default" else PICTURE)
 
 
-def test_a_story_reads_the_picture_before_each_target():
-    model = drawing("mmi-tiny")
-    tokenizer = VisualTokenizer(model.config)
-    tokenizer.load_state_dict(state("mmi-tiny", "visual_tokenizer."), strict=False)
-    rows = requests("mmi-tiny")["story"]["images"]
-    with torch.no_grad():
-        maps = tokenizer.eval()(pixels("mmi-tiny", sum(rows, []), model.answers)).maps
-    pictures, latents = draw(model, "story", maps, num_inference_steps=4)
-    assert relative_error(latents, model.answers["story.steps4.latents"]) < STAGE
-    assert (pictures - model.answers["story.steps4.picture"]).abs().max() < PICTURE
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_a_story_from_its_prompt_on(backend):
+    """The whole model; the picture before each target is read, and contexts of different lengths share a batch."""
+    given, latents = recorded("mmi-tiny"), []
+    pictures = given.model.generate_images(
+        **inputs("mmi-tiny", "story", given.answers),
+        target_image_idxs=given.answers["story.target_image_idxs"],
+        num_inference_steps=4,
+        on_step=lambda step, now: latents.append(now),
+        output_type="pt",
+        backend=backend,
+    )
+    assert relative_error(torch.stack(latents), given.answers["story.steps4.latents"]) < STAGE
+    assert (pictures - given.answers["story.steps4.picture"]).abs().max() < PICTURE
 
 
 def test_given_latents_and_generators_take_the_place_of_drawn_ones():
     """The recorded latents, and a generator that has drawn them, go on as the original does; and so does the VAE."""
-    model = drawing("mmi-tiny")
-    first = model.answers["t2i.steps4.initial_latents"]
-    generator = torch.Generator().manual_seed(model.config.sd_base_seed)
+    given = recorded("mmi-tiny")
+    first = given.answers["t2i.steps4.initial_latents"]
+    generator = torch.Generator().manual_seed(given.model.config.sd_base_seed)
     assert torch.equal(torch.randn(first.shape, generator=generator), first)
     after = copy.copy(generator.get_state())
-    pictures, latents = draw(model, "t2i", latents=first, generator=generator, num_inference_steps=4)
-    assert relative_error(latents, model.answers["t2i.steps4.latents"]) < STAGE
-    drawer = model.picture_drawer()
-    decoded = drawer.decode(model.answers["t2i.steps4.latents"][-1])
-    expected = (model.answers["t2i.steps4.decoded"] / 2 + 0.5).clamp(0, 1)
+    pictures, latents = draw(given, "t2i", latents=first, generator=generator, num_inference_steps=4)
+    assert relative_error(latents, given.answers["t2i.steps4.latents"]) < STAGE
+    drawer = given.model.picture_drawer()
+    decoded = drawer.decode(given.answers["t2i.steps4.latents"][-1])
+    expected = (given.answers["t2i.steps4.decoded"] / 2 + 0.5).clamp(0, 1)
     assert (decoded - expected).abs().max() < STAGE and torch.equal(pictures, drawer.decode(latents[-1]))
     # The noise that was recorded: one draw for each of four steps, the last one, too.
     generator.set_state(after)
     drawn = torch.stack([torch.randn(first.shape, generator=generator) for _ in range(4)])
-    assert torch.equal(drawn, model.answers["t2i.steps4.noise"])
+    assert torch.equal(drawn, given.answers["t2i.steps4.noise"])
 
 
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, EulerDiscreteScheduler])
 def test_batched_equals_alone_and_twice_the_same(scheduler):
     """One row has a picture before it, and the other one none: they share a batch, or have one of their own."""
-    model, condition = drawing("mmi-tiny"), drawing("mmi-tiny").answers["t2i_batch.prompt_embeds"]
-    made = scheduler.from_config(model.config.scheduler_config)
+    given, condition = recorded("mmi-tiny"), recorded("mmi-tiny").answers["t2i_batch.prompt_embeds"]
+    made = scheduler.from_config(given.model.config.scheduler_config)
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    maps, mask = model.maps()[:, None].repeat(2, 1, 1, 1), torch.tensor([[1], [0]])
-    drawer = model.picture_drawer()
+    maps, mask = given.maps[:, None].repeat(2, 1, 1, 1), torch.tensor([[1], [0]])
+    drawer = given.model.picture_drawer()
 
     def run(rows: slice, size: int = 8, which=maps, seen=mask) -> torch.Tensor:
         options = DrawingOptions(num_inference_steps=3, latents=latents[rows], scheduler=made, batch_size=size)
@@ -125,9 +131,9 @@ class Stop(Exception):
 
 
 def test_stopping_in_the_middle_leaves_everything_usable():
-    model = drawing("mmi-tiny")
-    drawer, condition = model.picture_drawer(), model.answers["segm.prompt_embeds"]
-    maps, seen = model.maps()[:, None], []
+    given = recorded("mmi-tiny")
+    drawer, condition = given.model.picture_drawer(), given.answers["segm.prompt_embeds"]
+    maps, seen = given.maps[:, None], []
 
     def stop(step: int, latents: torch.Tensor) -> None:
         seen.append(step)
@@ -138,7 +144,7 @@ def test_stopping_in_the_middle_leaves_everything_usable():
         drawer(condition, maps, None, DrawingOptions(num_inference_steps=4, on_step=stop))
     assert seen == [0, 1]
     pictures = drawer(condition, maps, None, DrawingOptions(num_inference_steps=4), backend="torch")
-    assert (pictures - model.answers["segm.steps4.picture"]).abs().max() < PICTURE
+    assert (pictures - given.answers["segm.steps4.picture"]).abs().max() < PICTURE
 
 
 class Replayed:
@@ -150,8 +156,8 @@ class Replayed:
 
 def test_a_captured_step_gets_the_inputs_of_every_batch(monkeypatch):
     """Two requests of the same shapes share one graph, and those without a picture have another one."""
-    model, captured = drawing("mmi-tiny"), []
-    drawer, condition = model.picture_drawer(), model.answers["segm.prompt_embeds"]
+    given, captured = recorded("mmi-tiny"), []
+    drawer, condition = given.model.picture_drawer(), given.answers["segm.prompt_embeds"]
 
     def capture(self, work, *_) -> Replayed:
         captured.append(work)
@@ -161,7 +167,7 @@ def test_a_captured_step_gets_the_inputs_of_every_batch(monkeypatch):
         options = DrawingOptions(num_inference_steps=2, guidance_scale=scale)
         return drawer(condition * (1 + scale), maps, None, options, backend="torch")
 
-    requests_ = [(7.5, model.maps()[:, None]), (3.0, -model.maps()[:, None]), (3.0, None), (7.5, model.maps()[:, None])]
+    requests_ = [(7.5, given.maps[:, None]), (3.0, -given.maps[:, None]), (3.0, None), (7.5, given.maps[:, None])]
     plain = [run(*each) for each in requests_]
     monkeypatch.setattr(GraphCache, "capture", capture)
     drawer._graphs = GraphCache(2, Captures())
@@ -170,7 +176,7 @@ def test_a_captured_step_gets_the_inputs_of_every_batch(monkeypatch):
 
 
 def test_half_precision_decodes_in_the_safe_dtype():
-    vae = drawing("mmi-tiny").image_decoder.decoder.vae
+    vae = recorded("mmi-tiny").model.image_decoder.decoder.vae
     assert vae.config.force_upcast and decoding_autoencoder(vae) is vae
     half = copy.deepcopy(vae).half()
     wide = decoding_autoencoder(half)
@@ -181,20 +187,14 @@ def test_half_precision_decodes_in_the_safe_dtype():
 
 
 def test_generate_images_by_its_defaults_and_what_it_refuses():
-    model = drawing("mmi-tiny")
-    model.request = "segm"
-    inputs = {
-        "input_ids": model.answers["segm.text_ids"],
-        "attention_mask": model.answers["segm.attention_mask"],
-        "num_image_per_seq": model.answers["segm.num_image_per_seq"],
-        "pixel_values": torch.zeros(2, 3, 224, 224),
-    }
-    [picture] = model.generate_images(**inputs, num_inference_steps=4)
+    given = recorded("mmi-tiny")
+    prompt = inputs("mmi-tiny", "segm", given.answers)
+    [picture] = given.model.generate_images(**prompt, num_inference_steps=4)
     assert picture.size == (64, 64) and picture.mode == "RGB"
-    shown = (model.answers["segm.steps4.picture"][0] * 255 + 0.5).to(torch.uint8).permute(1, 2, 0).numpy()
+    shown = (given.answers["segm.steps4.picture"][0] * 255 + 0.5).to(torch.uint8).permute(1, 2, 0).numpy()
     assert abs(shown.astype(int) - picture).max() <= 1
-    both = model.generate_images(
-        **inputs, target_image_idxs=torch.tensor([0, 1]), output_type="pt", num_inference_steps=1, guidance_scale=1
+    both = given.model.generate_images(
+        **prompt, target_image_idxs=torch.tensor([0, 1]), output_type="pt", num_inference_steps=1, guidance_scale=1
     )
     assert list(both.shape) == [2, 3, 64, 64] and both.dtype == torch.float32
 
@@ -212,8 +212,8 @@ def test_generate_images_by_its_defaults_and_what_it_refuses():
         ({"target_image_idxs": [2]}, r"counts the 2 picture\(s\) of the whole batch from 0 on, got 2"),
         ({"target_image_idxs": [0.5]}, "list of whole numbers"),
         ({"target_image_idxs": []}, "at least one picture"),
-        ({"pixel_values": torch.zeros(1, 3, 224, 224)}, r"begins 2 picture\(s\), placeholders included, but 1 came"),
-        ({"input_ids": torch.ones(1, 4, dtype=torch.long), "pixel_values": None}, "no token that begins a picture"),
+        ({"image_tokens": None}, r"begins 2 picture\(s\), placeholders included, but 0 picture\(s\) came"),
+        ({"input_ids": torch.ones(1, 4, dtype=torch.long), "image_tokens": None}, "no token that begins a picture"),
     ):
         with pytest.raises((PromptError, ValueError), match=message):
-            model.generate_images(**inputs | {"attention_mask": None} | options)
+            given.model.generate_images(**prompt | {"attention_mask": None, "num_image_per_seq": None} | options)

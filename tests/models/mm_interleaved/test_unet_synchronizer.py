@@ -16,7 +16,7 @@ from mg_fast.models.mm_interleaved.residuals import Residual, call_unet
 from mg_fast.models.mm_interleaved.unet_synchronizer import UNetSynchronizer, pixel_centres
 from mg_fast.runtime.device_tables import caching_fake_tensors
 from mg_fast.testing.tolerances import relative_error
-from tests.models.mm_interleaved.drawing_parts import RECORDED_MAPS, STAGE, drawing
+from tests.models.mm_interleaved.drawing_parts import RECORDED_MAPS, STAGE, recorded
 from tests.models.mm_interleaved.recorded import NAMES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -41,13 +41,13 @@ STABLE_DIFFUSION = {
 )
 def test_the_first_step(name, request_, form):
     """From the U-Net's input to its output, with the maps before and after the synchronizers on the way."""
-    model = drawing(name)
-    recorded = {key: model.answers[f"{request_}.steps4.unet_{key}"] for key in ("in", "out")}
+    given = recorded(name)
+    was = {key: given.answers[f"{request_}.steps4.unet_{key}"] for key in ("in", "out")}
     # The original's batch has both negative rows first; here a picture's two rows are next to each other.
-    condition = torch.cat([model.image_decoder.neg_prompt_embeds, model.answers[f"{request_}.prompt_embeds"]])
-    parts = model.image_decoder.decoder
+    condition = torch.cat([given.model.image_decoder.neg_prompt_embeds, given.answers[f"{request_}.prompt_embeds"]])
+    parts = given.model.image_decoder.decoder
     module = PackedUNetSynchronizer(parts.mmfs_module) if form == "packed" else parts.mmfs_module
-    prepared = module.prepare(*previous_maps(model.maps(), model.targets(request_)))
+    prepared = module.prepare(*previous_maps(given.maps, given.targets(request_)))
     found = {}
 
     def watched(i: int, residual: Residual) -> Residual:
@@ -61,13 +61,13 @@ def test_the_first_step(name, request_, form):
     backend = "torch" if form == "packed" else form
     residuals = module.residuals(*prepared, halves=2, backend=backend)
     residuals = [watched(i, residual) for i, residual in enumerate(residuals)]
-    predicted = call_unet(parts.unet, recorded["in"], torch.tensor(751), condition, residuals)
+    predicted = call_unet(parts.unet, was["in"], torch.tensor(751), condition, residuals)
     assert sorted(found) == list(range(13)), "the U-Net adds every residual"
     for i, key in RECORDED_MAPS.items():
         for tensor, when in zip(found[i], ("before", "after")):
-            expected = model.answers[f"{request_}.steps4.unet_{key}_{when}"]
+            expected = given.answers[f"{request_}.steps4.unet_{key}_{when}"]
             assert relative_error(tensor, expected) < STAGE, f"{key} {when}"
-    assert relative_error(predicted, recorded["out"]) < STAGE
+    assert relative_error(predicted, was["out"]) < STAGE
 
 
 def test_the_published_sizes_and_the_launches_of_a_step():
@@ -124,15 +124,15 @@ def test_a_residual_is_a_summand_and_nothing_else():
 
 
 def test_what_is_refused():
-    model = drawing("mmi-tiny")
-    module = copy.deepcopy(model.image_decoder.decoder.mmfs_module)
+    given = recorded("mmi-tiny")
+    module = copy.deepcopy(given.model.image_decoder.decoder.mmfs_module)
     packed = PackedUNetSynchronizer(module)
     for one in (module, packed):
-        residual = one.residuals(*one.prepare(model.maps()[:, None], None))[0]
+        residual = one.residuals(*one.prepare(given.maps[:, None], None))[0]
         with pytest.raises(ValueError, match=r"expected a map of the U-Net \[B, 16, 8, 8\], got \[1, 16, 4, 8\]"):
             torch.zeros(1, 16, 4, 8) + residual
     with pytest.raises(ValueError, match="5440 pixels"):
-        packed.prepare(model.maps()[:, None, :-1], None)
+        packed.prepare(given.maps[:, None, :-1], None)
     with torch.no_grad():
         module.mmfs_mid_block.conv.bias.add_(1)
     with pytest.raises(RuntimeError, match="pack it again"):
@@ -141,7 +141,7 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="hooks"):
         PackedUNetSynchronizer(module)
     for size in (96, 32):
-        config = copy.copy(model.config)
+        config = copy.copy(given.model.config)
         config.image_size = size
         with pytest.raises(ValueError, match="image_size must divide 512"):
             UNetSynchronizer(config)
