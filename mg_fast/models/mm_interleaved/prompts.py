@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from ...errors import PromptError, quoted
 from ...runtime.arguments import check_text
 from ..templates import IMAGE_TAG
+from . import text_settings
 
 Item = object
 # A box in pixels: the left, upper, right and lower edge.
@@ -22,23 +23,25 @@ _BOX_SCALE = 999
 _BOX = re.compile(r"\(\s*(\d{1,3})\s*,\s*(\d{1,3})\s*\)\s*\(\s*(\d{1,3})\s*,\s*(\d{1,3})\s*\)")
 SYSTEM_TEXT = "You are a helpful assistant."
 
-# The original's settings of text generation for each task, under transformers' names. The original counts its
-# beginning-of-sequence token in `min_length`, so `min_new_tokens` is one less.
-_BEAMS = {"max_new_tokens": 30, "min_new_tokens": 7, "num_beams": 5, "length_penalty": 1.0}
+# Arguments of `generate` that change nothing.
+_NEUTRAL = {
+    "min_new_tokens": 0,
+    "num_beams": 1,
+    "do_sample": False,
+    "repetition_penalty": 1.0,
+    "num_return_sequences": 1,
+}
+_TASKS = {
+    "caption": text_settings.CAPTION,
+    "question": text_settings.QUESTION,
+    "paragraph": text_settings.PARAGRAPH,
+    "grounding": text_settings.CODE_DEFAULTS,
+    "story": text_settings.INTERLEAVED,
+}
+# The original's settings of text generation for each task, as the arguments of `generate` that do the same.
 SETTINGS: dict[str, dict] = {
-    "caption": {**_BEAMS, "max_new_tokens": 20},
-    "question": {"max_new_tokens": 10, "num_beams": 3, "length_penalty": 0.0},
-    "paragraph": {**_BEAMS, "max_new_tokens": 90, "min_new_tokens": 89, "repetition_penalty": 1.2},
-    "grounding": _BEAMS,
-    "story": {
-        "max_new_tokens": 90,
-        "min_new_tokens": 7,
-        "do_sample": True,
-        "temperature": 1.0,
-        "top_k": 50,
-        "top_p": 0.9,
-        "repetition_penalty": 1.3,
-    },
+    task: {name: value for name, value in settings.generate_arguments().items() if _NEUTRAL.get(name) != value}
+    for task, settings in _TASKS.items()
 }
 
 # The instruction format as a Jinja chat template. Pictures stand where a message's content has them.

@@ -62,6 +62,14 @@ def test_prompts_that_only_ids_were_recorded_of():
     assert prompts.story([("One.", PICTURE)], picture_first=True) == [PICTURE, "One."]
 
 
+def test_settings_of_tasks():
+    assert prompts.SETTINGS["question"] == {"max_new_tokens": 10, "num_beams": 3, "length_penalty": 0.0}
+    sampled = {"do_sample": True, "temperature": 1.0, "top_k": 50, "top_p": 0.9, "repetition_penalty": 1.3}
+    assert prompts.SETTINGS["story"] == {"max_new_tokens": 90, "min_new_tokens": 7, **sampled}
+    beams = {"min_new_tokens": 89, "num_beams": 5, "length_penalty": 1.0, "repetition_penalty": 1.2}
+    assert prompts.SETTINGS["paragraph"] == {"max_new_tokens": 90, **beams}
+
+
 def test_boxes_go_to_text_and_back():
     assert format_box((70, 20, 512, 499.9), (1000, 500)) == "(069,039)(511,998)"
     assert format_box((0, 0, 1000, 500), (1000, 500)) == "(000,000)(999,999)"
