@@ -94,8 +94,7 @@ class FeatureStage:
                 if all(part is not None for part in parts):
                     return SeenFeatures(*parts, digest)
                 pixels = self.image_processor(picture).to(self.device)
-            with stage("vision tower"):
-                features = self.model.get_image_features(**pixels)
+            features = self.model.get_image_features(**pixels, stage=stage)
             tokens, maps = features.pooler_output[0], features.last_hidden_state[0]
             for part, tensor in (("tokens", tokens), ("maps", maps)):
                 self.cache.put((digest, part), tensor)
