@@ -9,7 +9,7 @@ from transformers.generation import GenerateBeamDecoderOnlyOutput
 
 from ...errors import PromptError
 from ...runtime.layer_dtypes import call
-from ..protocol import CACHE, DecodableModel
+from ..protocol import CACHE, DecodableModel, PassInputs
 
 
 class BeamSearch:
@@ -100,11 +100,11 @@ class BeamSearch:
         mask = model_inputs.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask[::beams]
         inputs = model.pass_inputs(model_inputs)
-        one_row_each = type(inputs)(inputs.constant, {k: v[::beams] for k, v in inputs.by_position.items()})
+        by_position = {name: rows[::beams] for name, rows in inputs.by_position.items()}
         prompt = {name: model_inputs.get(name) for name in model.prompt_inputs}
         cache = DynamicCache(config=model.text_config)
 
-        def run(embeddings: torch.Tensor, start: int, further) -> torch.Tensor:
+        def run(embeddings: torch.Tensor, start: int, further: PassInputs) -> torch.Tensor:
             stop = start + embeddings.shape[1]
             places = torch.arange(start, stop, device=embeddings.device)
             position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, start:stop]
@@ -118,7 +118,8 @@ class BeamSearch:
             ).last_hidden_state
             return call(model.head, hidden[:, -1:])[:, -1]
 
-        logits = run(model.embed(ids, **prompt), 0, one_row_each).repeat_interleave(beams, dim=0)
+        logits = run(model.embed(ids, **prompt), 0, PassInputs(inputs.constant, by_position))
+        logits = logits.repeat_interleave(beams, dim=0)
         cache.batch_repeat_interleave(beams)
         mask = mask.repeat_interleave(beams, dim=0)
 

@@ -3,6 +3,7 @@
 The differences are listed at `InterleavedGeneration.generate`.
 """
 
+import copy
 import logging
 
 import torch
@@ -113,16 +114,22 @@ class InterleavedGeneration:
         def setting(name: str):
             return kwargs[name] if kwargs.get(name) is not None else getattr(given, name, None)
 
+        changes = {}
         if least := setting("min_length"):
-            kwargs["min_new_tokens"] = max(setting("min_new_tokens") or 0, new_tokens_of(least))
-            kwargs["min_length"] = 0
+            changes["min_new_tokens"] = max(setting("min_new_tokens") or 0, new_tokens_of(least))
+            changes["min_length"] = None
         if (penalty := setting("repetition_penalty")) not in (None, 1.0):
-            bos = self.config.bos_token_id
-            processors = [
-                NewTokensRepetitionPenalty(penalty, ids.shape[1], bos),
-                *(kwargs.get("logits_processor") or ()),
-            ]
-            kwargs.update(repetition_penalty=1.0, logits_processor=LogitsProcessorList(processors))
+            processor = NewTokensRepetitionPenalty(penalty, ids.shape[1], self.config.bos_token_id)
+            kwargs["logits_processor"] = LogitsProcessorList([processor, *(kwargs.get("logits_processor") or ())])
+            changes["repetition_penalty"] = 1.0
+        if changes and kwargs.get("generation_config") is not None:
+            # transformers is about to refuse settings beside a configuration.
+            kwargs["generation_config"] = copy.deepcopy(kwargs["generation_config"])
+            kwargs["generation_config"].update(**changes)
+            for name in changes:
+                kwargs.pop(name, None)
+        else:
+            kwargs.update(changes)
         if (setting("num_beams") or 1) > 1 and not setting("do_sample") and kwargs.get("custom_generate") is None:
             if asked := [name for name in _OTHER_BEAMS if setting(name)]:
                 logger.warning(

@@ -1,5 +1,7 @@
 """Generated texts follow the original's rules: beams, sampling, penalties, lengths, and its settings for each task."""
 
+import copy
+
 import pytest
 import torch
 from transformers import LogitsProcessorList
@@ -138,6 +140,16 @@ def test_settings_of_the_tasks():
     sampling = text_settings.INTERLEAVED.generate_arguments()
     assert sampling["do_sample"] and sampling["top_k"] == 50 and sampling["min_new_tokens"] == 7
     assert text_settings.CAPTION.max_length == 20 and text_settings.PARAGRAPH.min_length == 90
+
+
+def test_settings_in_a_configuration_mean_the_same():
+    """The caller's configuration is not changed."""
+    model, answers = load("mmi-tiny"), recorded.answers("mmi-tiny")
+    config = copy.deepcopy(model.generation_config)
+    config.update(max_new_tokens=14, min_length=6, repetition_penalty=1.3)
+    ids = model.generate(**inputs("mmi-tiny", "caption", answers), generation_config=config)
+    assert torch.equal(ids[:, 13:], answers["caption.repetition.ids"][:, 1:])
+    assert (config.min_length, config.repetition_penalty, config.min_new_tokens) == (6, 1.3, None)
 
 
 def test_the_penalty_sees_bos_and_new_tokens_alone():
