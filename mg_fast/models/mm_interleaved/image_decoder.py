@@ -80,6 +80,8 @@ class ImageDecoder(nn.Module):
             context: [n, K, D], with positions, as `context.project` returns it.
             mask: [n, K], not 0 where there is a context; None: everywhere.
         """
+        device = self.neg_prompt_embeds.device
+        context, mask = context.to(device), None if mask is None else mask.to(device)
         return self.perceiver_resampler(at_seam(context, self.perceiver_resampler), mask)
 
     def latents_shape(self, count: int) -> tuple[int, ...]:
@@ -88,7 +90,16 @@ class ImageDecoder(nn.Module):
         return count, self.decoder.unet.config.in_channels, side, side
 
     def check_options(self, targets: int, options: DrawingOptions) -> None:
-        """Raises ValueError, before any work is done, where latents or the scheduler do not fit so many targets."""
+        """Checks what can be checked before any work is done.
+
+        Raises:
+            ValueError: latents or the scheduler do not fit so many targets, or the decoder's weights are offloaded.
+        """
+        if any(parameter.is_meta for parameter in self.parameters()):
+            raise ValueError(
+                "drawing needs the weights of the image decoder on a device, but some of them are offloaded: give "
+                "image_decoder a device in device_map"
+            )
         options.check_latents(self.latents_shape(targets * options.num_images))
         Steps(options, self.config.scheduler_config)
 

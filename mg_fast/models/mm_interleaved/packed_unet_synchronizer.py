@@ -41,7 +41,7 @@ class PackedUNetSynchronizer(nn.Module):
 
     def __init__(self, module: UNetSynchronizer, dtype: torch.dtype | None = None):
         super().__init__()
-        if reason := why_more_than_weights(module, _PLAIN, placed=True):
+        if reason := why_not_packable(module):
             raise ValueError(f"{OWNER}: {reason}")
         dtype = dtype or module.mmfs_mid_block.conv.weight.dtype
         folded = [_fold(block) for block in module.blocks]
@@ -111,6 +111,11 @@ class PackedUNetSynchronizer(nn.Module):
             return Residual(lambda skip: block(skip, own, index, halves=halves, backend=backend))
 
         return [of(block, own) for block, own in zip(self.blocks, values)]
+
+
+def why_not_packable(module: UNetSynchronizer) -> str | None:
+    """Why the module computes something other than its weights say, as a sentence; None where it can be packed."""
+    return why_more_than_weights(module, _PLAIN, placed=True)
 
 
 def _fold(block: UNetSynchronizerBlock):

@@ -16,7 +16,7 @@ from ...runtime.layer_dtypes import compute_dtype
 from ...runtime.numerics import numerics
 from ...runtime.weights import Fingerprint, why_more_than_weights
 from .drawing_options import DrawingOptions, Steps
-from .packed_unet_synchronizer import PackedUNetSynchronizer
+from .packed_unet_synchronizer import PackedUNetSynchronizer, why_not_packable
 from .residuals import call_unet
 
 # The number of CUDA graphs that are kept. Each has its own memory for a step of the U-Net, and for the values of all
@@ -68,7 +68,7 @@ class PictureDrawer:
         self.device = decoder.neg_prompt_embeds.device
         self.dtype = compute_dtype(parts.unet)
         self._synchronizer = parts.mmfs_module
-        if packed and not (fall_back and why_more_than_weights(parts.mmfs_module, None, placed=True)):
+        if packed and not (fall_back and why_not_packable(parts.mmfs_module)):
             self._synchronizer = PackedUNetSynchronizer(parts.mmfs_module, self.dtype)
         self._vae = decoding_autoencoder(parts.vae)
         self._captures = Captures()
@@ -77,6 +77,8 @@ class PictureDrawer:
         # A graph's inputs are the same memory in every batch. The next batch waits for this event.
         self._done = torch.cuda.Event() if cuda else None
         self._places = Fingerprint([parts.unet]).places
+        # A copy of the autoencoder does not follow its weights.
+        self._copied = Fingerprint([] if self._vae is parts.vae else [parts.vae])
         self._lock = threading.Lock()
 
     @property
@@ -106,25 +108,40 @@ class PictureDrawer:
 
         Raises:
             ValueError: shapes or options do not fit; the message names what was expected and what came.
-            RuntimeError: the synchronizers were changed since they were packed.
+            RuntimeError: the decoder was moved or converted, or the synchronizers were changed, since the drawer was
+                made.
         """
         options = options or DrawingOptions()
+        self._check_current()
         self._decoder.check_options(len(condition), options)
         _check_inputs(self._decoder.config, condition, maps, maps_mask)
         pictures, targets, size = [], len(condition), options.batch_size
+
+        def constants_of(some: slice) -> Constants:
+            return self.constants(condition[some], _rows(maps, some), _rows(maps_mask, some), options)
+
+        # All rounds share what is made of a batch where there is only one.
+        shared = constants_of(slice(0, targets)) if targets <= size else None
         for k, generator in enumerate(options.generators(self._decoder.config.sd_base_seed, self.device)):
             for first in range(0, targets, size):
                 some = slice(first, min(first + size, targets))
                 latents = None
                 if options.latents is not None:
                     latents = options.latents[k * targets + some.start : k * targets + some.stop]
-                constants = self.constants(condition[some], _rows(maps, some), _rows(maps_mask, some), options)
+                constants = constants_of(some) if shared is None else shared
                 # A graph's inputs belong to one batch at a time.
                 with self._lock if self._graphs is not None else contextlib.nullcontext():
                     latents = self._denoise(constants, some.stop - some.start, latents, generator, options, backend)
                 # One picture is enough to fill a GPU, and needs the least memory.
                 pictures += [self.decode(one[None]) for one in latents]
         return torch.cat(pictures)
+
+    def _check_current(self) -> None:
+        unet, device = self._decoder.decoder.unet, self._decoder.neg_prompt_embeds.device
+        if (device, compute_dtype(unet)) != (self.device, self.dtype) or self._copied.weights_written():
+            raise RuntimeError(
+                "PictureDrawer: the decoder was moved, converted or changed since the drawer was made: make another one"
+            )
 
     def constants(
         self,

@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscr
 from mg_fast.errors import PromptError
 from mg_fast.models.mm_interleaved.context import previous_maps
 from mg_fast.models.mm_interleaved.drawing_options import DrawingOptions
-from mg_fast.models.mm_interleaved.picture_drawer import decoding_autoencoder
+from mg_fast.models.mm_interleaved.picture_drawer import PictureDrawer, decoding_autoencoder
 from mg_fast.runtime.graphs import Captures, GraphCache
 from mg_fast.testing.tolerances import relative_error
 from tests.models.mm_interleaved.drawing_parts import PICTURE, PICTURE_30, STAGE, Recorded, recorded
@@ -175,15 +175,35 @@ def test_a_captured_step_gets_the_inputs_of_every_batch(monkeypatch):
     assert len(captured) == 2
 
 
-def test_half_precision_decodes_in_the_safe_dtype():
-    vae = recorded("mmi-tiny").model.image_decoder.decoder.vae
-    assert vae.config.force_upcast and decoding_autoencoder(vae) is vae
-    half = copy.deepcopy(vae).half()
-    wide = decoding_autoencoder(half)
-    assert wide.dtype == torch.float32 and half.dtype == torch.float16
-    assert decoding_autoencoder(half.bfloat16()).dtype == torch.bfloat16
-    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    assert relative_error(wide.decode(latents).sample, vae.decode(latents).sample) < 1e-2
+def test_half_precision_draws_and_decodes_in_the_safe_dtype():
+    given = recorded("mmi-tiny")
+    decoder, condition = given.model.image_decoder, given.answers["segm.prompt_embeds"]
+    assert decoder.decoder.vae.config.force_upcast
+    assert decoding_autoencoder(decoder.decoder.vae) is decoder.decoder.vae
+    half = copy.deepcopy(decoder).half()
+    wide = decoding_autoencoder(half.decoder.vae)
+    assert wide.dtype == torch.float32 and half.decoder.vae.dtype == torch.float16
+    drawer = PictureDrawer(half)
+    options = DrawingOptions(num_inference_steps=4)
+    pictures = drawer(condition, given.maps[:, None], None, options, backend="torch")
+    # Latents, noise and the scheduler's arithmetic stay in float32.
+    assert pictures.dtype == torch.float32
+    assert (pictures - given.answers["segm.steps4.picture"]).abs().max() < 0.05
+    half.bfloat16()
+    assert decoding_autoencoder(half.decoder.vae) is half.decoder.vae
+    with pytest.raises(RuntimeError, match="make another one"):
+        drawer(condition)
+
+
+def test_synchronizers_with_hooks_run_as_they_are():
+    given, calls = recorded("mmi-tiny"), []
+    decoder, options = copy.deepcopy(given.model.image_decoder), DrawingOptions(num_inference_steps=4)
+    decoder.decoder.mmfs_module.mmfs_mid_block.conv.register_forward_hook(lambda *_: calls.append(1))
+    condition, maps = given.answers["segm.prompt_embeds"], given.maps[:, None]
+    with pytest.raises(ValueError, match="hooks"):
+        PictureDrawer(decoder)
+    pictures = decoder.draw(condition, maps, None, options, backend="torch")
+    assert len(calls) == 4 and (pictures - given.answers["segm.steps4.picture"]).abs().max() < PICTURE
 
 
 def test_generate_images_by_its_defaults_and_what_it_refuses():
