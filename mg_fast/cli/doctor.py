@@ -59,7 +59,7 @@ def command(args) -> int:
         ("transformers", ""),
         ("accelerate", ""),
         ("timm", "high-resolution tower"),
-        ("diffusers", "MM-Interleaved's drawing"),
+        ("diffusers", "extra `draw`: MM-Interleaved's pictures"),
         ("open_clip_torch", ""),
         ("safetensors", ""),
         ("sentencepiece", "tokenizers"),

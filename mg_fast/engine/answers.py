@@ -179,7 +179,7 @@ class AnswerStage:
         with use_backend(self.backend), torch.inference_mode(), contextlib.ExitStack() as stack:
             request = None
             if requested() != "reference" and self.decoder.refuses(options) is None:
-                digests = [picture.digest for _, pictures in rows for picture in pictures]
+                digests = self.digests(rows)
                 request = self.decoder.request(digests if all(digests) else None, stream, generator)
             elif generator is not None:
                 stack.enter_context(_as_global(generator))
@@ -257,6 +257,10 @@ class AnswerStage:
             inputs["mm_token_type_ids"] = padded([request.marks for request in requests], 0)
             inputs["image_tokens"] = torch.stack(pictures)
         return inputs
+
+    def digests(self, rows: Sequence[tuple[Request, Sequence[SeenPicture]]]) -> list[bytes]:
+        """The digests of all pictures in order, by which keys and values of requests are found again."""
+        return [picture.digest for _, pictures in rows for picture in pictures]
 
     def padded(self, rows: Sequence[list[int]], filling: int) -> torch.Tensor:
         """Rows of numbers as int64 [B, L] on the stage's device, filled up on the left to the longest."""

@@ -142,7 +142,7 @@ def _load_mini_gemini(path, dtype, device, known_device: torch.device, quantize,
 
 
 def _load_interleaved(path, dtype, device, known_device: torch.device, quantize, sides: dict, optional: dict) -> tuple:
-    # diffusers takes seconds to import, and only this family needs it.
+    # Only this family needs these modules, whose import takes a while.
     from ..models.mm_interleaved.checkpoint import open_interleaved
     from ..models.mm_interleaved.modeling import MMInterleavedForConditionalGeneration
     from ..models.mm_interleaved.processing import MMInterleavedProcessor

@@ -21,6 +21,9 @@ from .sequence import InterleavedSequence
 
 logger = logging.getLogger(__name__)
 
+# On a GPU, a sequence has room for a multiple of this number of pictures.
+PICTURES_AT_ONCE = 4
+
 
 class InterleavedAnswers(AnswerStage):
     """Writes texts after sequences of texts and pictures, and gives the states of sequences.
@@ -34,6 +37,9 @@ class InterleavedAnswers(AnswerStage):
         processor: its MMInterleavedProcessor.
         cache: keeps what the synchronizers read of pictures, beside the pictures' other features.
         backend, caches, compiled, cuda_graphs: as in `AnswerStage`.
+
+    Attributes:
+        pictures_at_once: a sequence that is decoded alone has room for a multiple of this number of pictures.
     """
 
     def __init__(
@@ -51,6 +57,7 @@ class InterleavedAnswers(AnswerStage):
         self._decoding = {"kv_cache_bytes": caches.kv_cache_bytes, "graphs": cuda_graphs, "compiled": compiled}
         super().__init__(model, processor, backend=backend, caches=caches, compiled=compiled, cuda_graphs=cuda_graphs)
         self._cache, self._version = cache, 0
+        self.pictures_at_once = PICTURES_AT_ONCE if cuda_graphs and self.device.type == "cuda" else 1
         self._packed_of: Fingerprint | None = None
         self._packing = threading.Lock()
 
@@ -90,12 +97,13 @@ class InterleavedAnswers(AnswerStage):
         """The last layer's hidden states [1, L, D] of a sequence, of which only what is not remembered is run."""
         self._pack()
         with use_backend(self.backend):
-            inputs = self._prepared([(sequence.request(self.model.config, 1), sequence.pictures)])
+            rows = [(sequence.request(self.model.config, 1), sequence.pictures)]
+            inputs = self._prepared(rows)
             decoder = self.decoder
             if requested() == "reference":
                 decoder = Decoder(self.model, kv_cache_bytes=0, graphs=False, keep_states=True)
             ids = inputs.pop("input_ids")
-            return decoder.states(ids, inputs, [picture.digest for picture in sequence.pictures])
+            return decoder.states(ids, inputs, self.digests(rows))
 
     @torch.inference_mode()
     def inputs(self, rows: Sequence[tuple[Request, Sequence[SeenFeatures]]]) -> dict:
@@ -113,12 +121,27 @@ class InterleavedAnswers(AnswerStage):
         if choose("feature_sync", self.backend, self.device) == "reference":
             inputs["image_maps"] = torch.stack([picture.maps for picture in pictures])
             return inputs
-        most = max(len(pictures) for _, pictures in rows)
+        most = self._room(rows)
         values = torch.stack([self._values_of(picture) for picture in pictures])
         seen = visible(inputs["input_ids"], inputs["num_image_per_seq"], self.model.config, most)
         inputs["picture_values"] = in_rows(values, inputs["num_image_per_seq"], most)
         inputs["picture_index"] = picture_index(seen)
         return inputs
+
+    def digests(self, rows: Sequence[tuple[Request, Sequence[SeenFeatures]]]) -> list[bytes]:
+        found = super().digests(rows)
+        # Pictures that fill up the room are seen by no position, so that their digests do not matter.
+        return found + found[-1:] * (self._room(rows) - len(found)) if len(rows) == 1 else found
+
+    def _room(self, rows: Sequence[tuple[Request, Sequence[SeenFeatures]]]) -> int:
+        """The number of pictures that every row has room for.
+
+        A single row has room for a multiple of `pictures_at_once`, because captured passes serve one number of pictures
+        alone, and a story gets more and more of them.
+        """
+        most = max(len(pictures) for _, pictures in rows)
+        reads_maps = choose("feature_sync", self.backend, self.device) == "reference"
+        return most if len(rows) > 1 or reads_maps else -(-most // self.pictures_at_once) * self.pictures_at_once
 
     def _prepared(self, rows: Sequence[tuple[Request, Sequence[SeenFeatures]]]) -> dict:
         """The inputs as `generate` hands them to the decode loop."""

@@ -97,6 +97,22 @@ def test_a_conversation_runs_only_what_is_new(tiny, run_positions):
     assert conversation.sequence.ids == ()
 
 
+def test_room_for_further_pictures_changes_nothing(tiny, run_positions):
+    """On a GPU a sequence has room for more pictures than it has. Texts and what is known of them stay the same."""
+    plain, roomy = tiny.fresh(), tiny.fresh()
+    roomy.answers.pictures_at_once = 4
+    found = []
+    for pipeline in (plain, roomy):
+        run_positions.clear()
+        conversation = pipeline.conversation()
+        texts = [
+            conversation.chat(items, max_new_tokens=6).token_ids
+            for items in ([tiny.pictures[0], "A dog"], ["and", tiny.pictures[1], "it"], "So")
+        ]
+        found.append((texts, conversation.draw(num_inference_steps=2)[0].tobytes(), list(run_positions)))
+    assert found[0] == found[1]
+
+
 def test_a_stream_that_is_not_read_leaves_the_conversation_as_it_was(tiny):
     conversation = tiny.pipeline.conversation()
     stream = conversation.chat([tiny.pictures[0], "A small dog"], stream=True, max_new_tokens=40, min_new_tokens=39)
