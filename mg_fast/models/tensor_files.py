@@ -216,9 +216,18 @@ def read_tensors(table: Table):
 
 
 def compare_tensors(
-    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], *, where: Path
+    expected: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+    *,
+    where: Path,
+    source: str = "config.json",
 ) -> None:
     """Compares the shapes of a checkpoint's tensors, by name, with those that its configuration calls for.
+
+    Args:
+        expected, found: shapes by name.
+        where: what the message names as the place of the tensors.
+        source: what it names as the configuration.
 
     Raises:
         CheckpointError: they differ. The message names every kind of difference and a few tensors of each.
@@ -237,7 +246,7 @@ def compare_tensors(
         # The message must name every kind of difference without being cut.
         room = (LONGEST_MESSAGE - 60 - len(holder)) // len(kinds) - 40
         told = "; ".join(f"{len(names)} {kind}: {some_names(names, room=room)}" for kind, names in kinds.items())
-        raise CheckpointError(f"{holder} does not hold the tensors its configuration calls for. {told}")
+        raise CheckpointError(f"{holder} does not hold the tensors its {source} calls for. {told}")
 
 
 def some_names(names: list[str], *, most: int = 4, room: int = 320) -> str:

@@ -3,6 +3,7 @@
 Refusals come before any weight is read.
 """
 
+import copy
 import importlib.util
 import json
 import logging
@@ -251,6 +252,20 @@ def test_round_trip_and_bytes(quantized, kind, name, tmp_path):
     counted = weight_bytes(model)
     assert (counted.language_model, counted.vision) == (stored[False], stored[True])
     assert weight_bytes(again) == counted
+
+
+def test_int8_numbers_of_a_mapped_file_are_aligned(quantized):
+    """They may begin at any multiple of 8 bytes in a file, where torch's kernel for a CPU would crash."""
+    model = copy.deepcopy(quantized("llama", "int8")[0])
+    layer = model.model.language_model.layers[0].mlp.up_proj
+    numbers = layer.weight.qdata
+    room = torch.empty(numbers.numel() + 64, dtype=torch.int8)
+    start = -room.data_ptr() % 64 + 8
+    layer.weight.qdata = room[start : start + numbers.numel()].view_as(numbers).copy_(numbers)
+    layer.__class__ = torch.nn.Linear
+    assert layer.weight.qdata.data_ptr() % 16 == 8
+    quantization.finish(model)
+    assert layer.weight.qdata.data_ptr() % 16 == 0 and torch.equal(layer.weight.qdata, numbers)
 
 
 def test_int4_on_a_cpu_cannot_be_saved(quantized, tmp_path):

@@ -133,7 +133,7 @@ def check_interleaved_names(expected: dict[str, tuple[int, ...]], tensors: Table
     """
     found = {name: info.shape for name, info in tensors.items() if name in expected or not COMPUTED.search(name)}
     expected = {name: shape for name, shape in expected.items() if name in found or not COMPUTED.search(name)}
-    compare_tensors(expected, found, where=where)
+    compare_tensors(expected, found, where=where, source="configuration")
 
 
 def _weights_folder(folder: Path) -> Path:
