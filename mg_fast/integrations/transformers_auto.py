@@ -26,11 +26,13 @@ _REGISTRANTS = {
         "mg_fast.models.mini_gemini.processing",
         "mg_fast.models.mm_interleaved.processing",
     ),
+    "transformers.models.auto.tokenization_auto": ("mg_fast.models.mm_interleaved.tokenization",),
 }
 # For those that may have to wait: the table in transformers' module that lists what others have registered.
 _TABLES = {
     "transformers.models.auto.modeling_auto": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
     "transformers.models.auto.processing_auto": "PROCESSOR_MAPPING",
+    "transformers.models.auto.tokenization_auto": "TOKENIZER_MAPPING",
 }
 
 

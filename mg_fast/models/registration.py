@@ -1,8 +1,8 @@
 """Registers families of models with transformers' Auto classes.
 
-The modules `configuration`, `modeling` and `processing` of a family each call their function at their end, so it does
-not matter which import brings them in. The functions import transformers' auto modules only when they are called,
-because those modules may be loading at that very moment: see `mg_fast.integrations.transformers_auto`.
+The modules `configuration`, `modeling`, `processing` and `tokenization` of a family each call their function at their
+end, so it does not matter which import brings them in. The functions import transformers' auto modules only when they
+are called, because those modules may be loading at that very moment: see `mg_fast.integrations.transformers_auto`.
 """
 
 

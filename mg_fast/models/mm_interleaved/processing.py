@@ -14,7 +14,7 @@ from ...errors import CheckpointError, PromptError, quoted
 from ...runtime.arguments import check_text
 from ..families import MM_INTERLEAVED, checkpoint_family, is_published_interleaved, told_family
 from ..prompt_pictures import load_pictures, match_pictures
-from ..registration import register_processor, register_tokenizer
+from ..registration import register_processor
 from ..templates import IMAGE_TAG
 from ..tensor_files import HUB_ARGUMENTS, resolve_folder
 from .configuration import LLM_MAX_IMAGES, MMInterleavedConfig
@@ -272,4 +272,3 @@ def _read_settings(folder: Path) -> tuple[dict, dict]:
 
 
 register_processor(MMInterleavedConfig, MMInterleavedProcessor)
-register_tokenizer(MMInterleavedConfig, MMInterleavedTokenizer)

@@ -7,7 +7,9 @@ from transformers import AddedToken
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from ...errors import CheckpointError
+from ..registration import register_tokenizer
 from ..tensor_files import first_line
+from .configuration import MMInterleavedConfig
 
 SOI_TOKEN, IMAGE_TOKEN = "<|beginofimage|>", "<|image|>"
 VOCABULARY_FILE = "tokenizer.model"
@@ -87,3 +89,6 @@ class MMInterleavedTokenizer(SentencePieceBackend):
             else:
                 run.append(token)
         return text + self.sp_model.decode(run)
+
+
+register_tokenizer(MMInterleavedConfig, MMInterleavedTokenizer)
