@@ -29,6 +29,7 @@ PAGES = sorted(
 )
 # The names of models and pictures in the blocks of the pages.
 MODELS = ("nano", "YanweiLi/MGM-7B")
+INTERLEAVED = "mm_interleaved"
 PICTURES = ("photo.jpg", "a.jpg", "b.jpg")
 MOST_SKIPPED = 3
 LONGEST_README = 130
@@ -43,6 +44,15 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relativ
 @pytest.fixture(scope="module")
 def nano():
     return mg_fast.load("nano")
+
+
+@pytest.fixture(scope="module")
+def interleaved(tmp_path_factory):
+    """A tiny MM-Interleaved with random weights in the published layout."""
+    pytest.importorskip("diffusers")
+    from mg_fast.testing.random_interleaved import build_interleaved
+
+    return build_interleaved(tmp_path_factory.mktemp(INTERLEAVED))
 
 
 @pytest.fixture
@@ -62,8 +72,8 @@ def loader(nano: mg_fast.Pipeline) -> Callable[..., mg_fast.Pipeline]:
 
     def loaded(path, **options) -> mg_fast.Pipeline:
         inspect.signature(load).bind(path, **options)
-        assert path in MODELS
-        return load(path, **options) if options else mg_fast.Pipeline(nano.model, nano.processor)
+        assert path in (*MODELS, INTERLEAVED)
+        return load(path, **options) if options or path == INTERLEAVED else mg_fast.Pipeline(nano.model, nano.processor)
 
     return loaded
 
@@ -81,7 +91,9 @@ def run_python(page: Path) -> tuple[int, list[str]]:
 
 
 @each_page
-def test_python_runs(page, desk):
+def test_python_runs(page, desk, request, tmp_path):
+    if f'"{INTERLEAVED}"' in page.read_text(encoding="utf-8"):
+        (tmp_path / INTERLEAVED).symlink_to(request.getfixturevalue("interleaved"))
     ran, skipped = run_python(page)
     assert ran + len(skipped) == page.read_text(encoding="utf-8").count("```python\n")
 

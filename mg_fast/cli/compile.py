@@ -1,6 +1,6 @@
 """mg-fast compile: compiles the kernels ahead of time, for a GPU that this machine need not have."""
 
-from ..errors import BackendError, CheckpointError
+from ..errors import BackendError
 from . import loading
 from .options import add_debug, architecture, dtype_option
 
@@ -23,7 +23,8 @@ def register(subparsers) -> None:
     parser.add_argument(
         "--model",
         metavar="DIR",
-        help="checkpoint folder (its config.json is enough), hub id or nano (default: the published model sizes)",
+        help="checkpoint folder (its configuration is enough), hub id or nano (default: the published sizes of "
+        "Mini-Gemini)",
     )
     parser.add_argument(
         "--dtype",
@@ -47,24 +48,15 @@ def command(args) -> int:
     from ..ops.ahead_of_time import cache_folder, check_can_compile
 
     check_can_compile()
-    from ..models.mini_gemini.launches import compile_kernels, model_config, published_configs
     from ..runtime.dtypes import wanted_dtype
 
     if "auto" in (args.dtype or ()):
         raise BackendError(
             "--dtype auto is for `mg-fast warmup`: ahead of time, the dtype that a checkpoint holds is not known"
         )
-    if args.model is not None and loading.is_interleaved(args.model):
-        raise CheckpointError(
-            f"{args.model} is MM-Interleaved, whose kernels cannot be compiled ahead of time: only Mini-Gemini's are "
-            "known without running the model; `mg-fast warmup` compiles them on the machine with the GPU"
-        )
     dtypes = [wanted_dtype(name) for name in dict.fromkeys(args.dtype or ("float16", "bfloat16"))]
-    configs = [model_config(args.model)] if args.model is not None else published_configs()
     done = []
-    for kernel in compile_kernels(
-        list(dict.fromkeys(args.arch)), dtypes, configs, training=args.training, backend=args.backend
-    ):
+    for kernel in _compiled(args, list(dict.fromkeys(args.arch)), dtypes):
         state = "cached" if kernel.seconds is None else f"{kernel.seconds:.1f} s"
         dtype = str(kernel.dtype).removeprefix("torch.")
         print(
@@ -79,3 +71,21 @@ def command(args) -> int:
         "its C compiler takes about a second for them."
     )
     return 0
+
+
+def _compiled(args, architectures: list[int], dtypes: list):
+    """The kernels of the model that is named, or of the published Mini-Gemini sizes, as they are compiled."""
+    if args.model is not None and loading.is_interleaved(args.model):
+        from ..models.mm_interleaved import launches as interleaved
+
+        if args.training:
+            raise BackendError(
+                "--training: the kernels of MM-Interleaved's backward pass cannot be compiled ahead of time; its first "
+                "step of training compiles them"
+            )
+        config = interleaved.model_config(args.model)
+        return interleaved.compile_kernels(architectures, dtypes, config, backend=args.backend)
+    from ..models.mini_gemini import launches
+
+    configs = [launches.model_config(args.model)] if args.model is not None else launches.published_configs()
+    return launches.compile_kernels(architectures, dtypes, configs, training=args.training, backend=args.backend)

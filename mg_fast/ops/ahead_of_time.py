@@ -9,7 +9,8 @@ machine's C compiler, in about a second.
 import contextlib
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch._subclasses import FakeTensorMode
@@ -22,6 +23,16 @@ from .pooled_windows import pool_windows_backward
 
 # Triton keeps kernels in memory by device number. Each block uses a number of its own, so that it asks the disk cache.
 _devices = itertools.count(-1, -1)
+
+
+class Compiled(NamedTuple):
+    """A kernel that is now in Triton's cache. `seconds` is None where it already was there."""
+
+    name: str
+    architecture: int
+    dtype: torch.dtype
+    image_size: int
+    seconds: float | None
 
 
 class _Driver:
@@ -101,6 +112,35 @@ def compile_only(architecture: int, *, training: bool = False) -> Iterator[list]
     finally:
         driver.set_active(active)
         JITFunction.run = launch
+
+
+def compile_launches(
+    launch: Callable[[], None], architecture: int, *, training: bool = False
+) -> list[tuple[str, float | None]]:
+    """Compiles the kernels that a function launches on fake CUDA tensors, into Triton's cache.
+
+    Args:
+        launch: runs operations of mg_fast.
+        architecture, training: as in `compile_only`.
+
+    Returns:
+        The name of every kernel in the order of its first launch, and the seconds that its compilation took; None where
+        it was in the cache.
+    """
+    from triton import knobs
+
+    def listener(src, metadata, metadata_group, times, cache_hit):
+        # Triton reports times in microseconds.
+        events.append((src.name, None if cache_hit else times.total / 1e6))
+
+    events: list[tuple[str, float | None]] = []
+    previous, knobs.compilation.listener = knobs.compilation.listener, listener
+    try:
+        with compile_only(architecture, training=training):
+            launch()
+    finally:
+        knobs.compilation.listener = previous
+    return events
 
 
 def check_can_compile() -> None:

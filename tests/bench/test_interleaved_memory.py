@@ -45,7 +45,8 @@ def test_a_token_costs_hardly_more_than_in_the_plain_language_model(recorded, pi
 def test_a_prompt_costs_hardly_more_than_in_the_plain_language_model(recorded):
     for pictures in PICTURES:
         case = recorded[f"{GROUP}prefill-n{pictures}-b1-bfloat16"]
-        assert case["auto"]["flop"] <= 1.05 * case["plain"]["flop"] < case["original"]["flop"]
+        assert case["plain"]["flop"] < case["auto"]["flop"] <= 1.05 * case["plain"]["flop"]
+        assert case["auto"]["flop"] < case["original"]["flop"]
 
 
 def test_a_step_launches_few_kernels(recorded):

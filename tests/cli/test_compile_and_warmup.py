@@ -72,6 +72,46 @@ def launch(folder, cache, *cases):
     return [(counts["hits"], counts["misses"]) for counts in found]
 
 
+# Compiles what `mg-fast compile` does for a tiny MM-Interleaved, for fewer lengths, and then runs the model as if it
+# were loaded on a GPU: a picture is seen, a token is decoded, and a step of a drawing is made.
+LAUNCH_INTERLEAVED = """
+import json
+import torch
+from triton import knobs
+import mg_fast
+from mg_fast.models.mm_interleaved import launches
+from mg_fast.models.mm_interleaved.drawing_options import DrawingOptions
+from mg_fast.models.mm_interleaved.packed import PackedInterleavedDecoding
+from mg_fast.decoding.model_runner import ModelRunner
+from mg_fast.models.protocol import PassInputs
+from mg_fast.ops.ahead_of_time import compile_only
+from mg_fast.testing.random_interleaved import make_interleaved_config
+
+launches.PICTURES, launches.POSITIONS = (1,), (1,)
+config, dtype, hits = make_interleaved_config("tiny"), torch.bfloat16, []
+compiled = [kernel.name for kernel in launches.compile_kernels([90], [dtype], config)]
+torch.set_default_dtype(dtype)
+knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
+with compile_only(90), torch.no_grad(), torch.device("cuda"):
+    model = mg_fast.MMInterleavedForConditionalGeneration(config).eval()
+    torch.set_default_dtype(torch.float32)
+    maps = model.get_image_features(torch.empty(1, 3, 224, 224)).last_hidden_state
+    packed = PackedInterleavedDecoding(model)
+    runner = ModelRunner(packed, graphs=False)
+    sequences = runner.sequences(1, 8)
+    values = packed.language_model.project_pictures(maps)[None]
+    index = torch.ones(1, 1, 1, dtype=torch.long)
+    sequences.fill(None, PassInputs({"picture_values": values}, {"picture_index": index}))
+    runner.step(sequences, torch.zeros(1, dtype=torch.long))
+    drawer = model.picture_drawer(graphs=False)
+    condition = torch.empty(1, config.condition_length, config.condition_width, dtype=dtype)
+    constants = drawer.constants(condition, maps[None], None, DrawingOptions())
+    latents = torch.empty(model.image_decoder.latents_shape(1), dtype=torch.float32)
+    drawer.predict(latents, torch.zeros((), dtype=torch.long), constants)
+print(json.dumps([sorted(set(compiled)), hits.count(True), hits.count(False)]))
+"""
+
+
 # In the order of launches for one picture: one norm for each stage of the tower, of which the second and the fourth
 # allow wide loads and are convolved on tensor cores; then mining with its pass over the
 # pyramid, the cells and the global view.
@@ -145,6 +185,16 @@ def test_all_kernels(tmp_path):
     assert sorted(entry["name"] for entry in made) == compiled and {entry["target"]["arch"] for entry in made} == {90}
     found = launch(folder, tmp_path, *({"backend": "triton", "batch": batch} for batch in (1, 8, 64)))
     assert found == [(2 + 6 + 8 + 2, 0)] * 3
+
+
+@pytest.mark.slow
+@needs_triton
+def test_the_first_launches_of_an_interleaved_model_compile_nothing(tmp_path):
+    pytest.importorskip("diffusers")
+    out = process("-c", LAUNCH_INTERLEAVED, cache=tmp_path)
+    names, hits, misses = json.loads(out.splitlines()[-1])
+    assert names == ["deformable_attention_fwd_kernel", "feature_sync_fwd_kernel"]
+    assert hits >= 2 + 1 + 4 and misses == 0
 
 
 @needs_triton

@@ -2,14 +2,13 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 
 from ... import ops
 from ...errors import CheckpointError
 from ...modules import convnext_channels_last as convnext
-from ...ops.ahead_of_time import check_can_compile, compile_only
+from ...ops.ahead_of_time import Compiled, check_can_compile, compile_launches
 from ...ops.backend import use_backend
 from ...ops.reference import Projection
 from .. import builtin
@@ -20,16 +19,6 @@ from .configuration import MiniGeminiConfig
 # Numbers of pictures per batch. A product of few rows has other tiles than one of many rows; with the second number, no
 # published model has few rows.
 BATCHES = (1, 64)
-
-
-class Compiled(NamedTuple):
-    """A kernel that is now in Triton's cache. `seconds` is None where it already was there."""
-
-    name: str
-    architecture: int
-    dtype: torch.dtype
-    image_size: int
-    seconds: float | None
 
 
 def published_configs() -> list[MiniGeminiConfig]:
@@ -83,25 +72,17 @@ def compile_kernels(
         BackendError: this process cannot compile kernels.
     """
     check_can_compile()
-    from triton import knobs
 
-    def listener(src, metadata, metadata_group, times, cache_hit):
-        # Triton reports times in microseconds.
-        events.append((src.name, None if cache_hit else times.total / 1e6))
+    def launch() -> None:
+        with use_backend(backend):
+            launch_resize(config)
+            for batch in BATCHES:
+                launch_vision(config, dtype, batch=batch, training=training)
 
     for architecture, dtype, config in itertools.product(
         architectures, dtypes, published_configs() if configs is None else configs
     ):
-        events: list = []
-        previous, knobs.compilation.listener = knobs.compilation.listener, listener
-        try:
-            with compile_only(architecture, training=training), use_backend(backend):
-                launch_resize(config)
-                for batch in BATCHES:
-                    launch_vision(config, dtype, batch=batch, training=training)
-        finally:
-            knobs.compilation.listener = previous
-        for name, seconds in events:
+        for name, seconds in compile_launches(launch, architecture, training=training):
             yield Compiled(name, architecture, dtype, config.image_size_aux, seconds)
 
 

@@ -144,11 +144,7 @@ class PictureDrawer:
             )
 
     def constants(
-        self,
-        condition: torch.Tensor,
-        maps: torch.Tensor | None,
-        mask: torch.Tensor | None,
-        options: DrawingOptions,
+        self, condition: torch.Tensor, maps: torch.Tensor | None, mask: torch.Tensor | None, options: DrawingOptions
     ) -> Constants:
         """What all steps of a batch share, for `predict`; the arguments are those of a call."""
         condition, guidance = condition.to(self.device, self.dtype), None
