@@ -64,13 +64,13 @@ def kernel_picture_peak(sizes: Sizes) -> int:
     """From a picture to its image tokens by mg_fast.
 
     Its tower holds two maps, in float32 also the product that is added to one of them, and an expansion that is as
-    large as four maps or as a chunk.
+    large as four maps, in 16 bits with a few more channels, or as a chunk.
     """
     finest = _finest_bytes(sizes)
     maps = 3 if sizes.dtype == torch.float32 else 2
-    return _pixel_bytes(sizes) + max(
-        maps * finest + min(4 * finest, GPU_EXPANSION), map_bytes(sizes) + kernel_peak(sizes)
-    )
+    further = 0 if sizes.dtype == torch.float32 else finest * EXTRA // sizes.levels[0][1]
+    tower = maps * finest + min(4 * finest + further, GPU_EXPANSION)
+    return _pixel_bytes(sizes) + max(tower, map_bytes(sizes) + kernel_peak(sizes))
 
 
 def packed_bytes(dtype: torch.dtype) -> int:
