@@ -1,6 +1,8 @@
 """Products with quantized weights that torchao and transformers lack, and that a model gets after it was loaded."""
 
 import logging
+import re
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ..errors import BackendError
 from ..private_interfaces import find
-from .stored import readable, tensor_bytes, weight_format
+from .stored import UNQUANTIZED, readable, tensor_bytes, weight_format
 
 logger = logging.getLogger(__name__)
 
@@ -23,37 +25,47 @@ EXPERTS_FUNCTION = "mg_fast_quantized"
 _packed_product = find("torch._weight_int8pack_mm")
 
 
-def finish(model: nn.Module) -> None:
+def finish(model: nn.Module, unquantized: Sequence[str] = UNQUANTIZED) -> None:
     """Gives a loaded model the products for its quantized weights that torchao lacks.
 
-    It logs a warning if most of the language model's layers are not quantized.
+    It logs a warning if most of the language model's layers are not quantized. Parts that keep their dtype on purpose
+    do not count: `unquantized` is as in `named_config`.
     """
     language_model = model.language_model
+    layers = set(language_model.layers.modules())
     left = total = 0
-    experts = False
-    for name, module in language_model.layers.named_modules():
+    experts = fused = False
+    for name, module in model.named_modules():
+        if module not in layers:
+            continue
+        wanted = not any(re.match(part, name) for part in unquantized)
         for parameter_name, parameter in module.named_parameters(recurse=False):
             if parameter.dim() < 2:
                 continue
-            total += (size := tensor_bytes(parameter))
+            size = tensor_bytes(parameter) * wanted
+            total += size
             if weight_format(parameter) is None:
                 left += size
+                fused |= parameter.dim() > 2
             elif type(module) is nn.Linear and _is_int8(parameter):
                 _align(parameter)
                 module.__class__ = Int8Linear
             elif not isinstance(module, nn.Linear):
-                _check_experts(f"layers.{name}.{parameter_name}", parameter)
+                _check_experts(f"{name}.{parameter_name}", parameter)
                 experts = True
     if experts:
         language_model.set_experts_implementation(EXPERTS_FUNCTION)
     if 2 * left > total:
+        of_experts = (
+            ". A Mixtral's fused experts are parameters of three dimensions, which configurations for Linear layers "
+            "pass over; quantize='int8' and 'fp8' reach them"
+        )
         logger.warning(
             "%s of the language model's layers, of %s as loaded, are not quantized: the quantization configuration "
-            "does not reach them. A Mixtral's fused experts are parameters of three dimensions, which configurations "
-            "for Linear layers pass over; "
-            "quantize='int8' and 'fp8' reach them",
+            "does not reach them%s",
             readable(left),
             readable(total),
+            of_experts if fused else "",
         )
 
 

@@ -123,7 +123,7 @@ class InterleavedCheckpoints:
                 f"{checkpoint.weights_folder}: {len(names)} tensors did not load: {', '.join(names[:4])}"
             )
         if quantized is not None or quantization is not None:
-            finish(model)
+            finish(model, UNQUANTIZED_PARTS)
         model.config.name_or_path = str(pretrained_model_name_or_path)
         return (model, info) if info_wanted else model
 
