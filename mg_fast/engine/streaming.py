@@ -97,7 +97,7 @@ class AnswerStream:
     """An iterator over the pieces of an answer as they come, such as those of its text.
 
     Attributes:
-        answer: the whole answer with its pictures, once the stream has been read to its end; None before.
+        answer: what the call returns without `stream`, once the stream has been read to its end; None before.
     """
 
     def __init__(self, found: Iterator):

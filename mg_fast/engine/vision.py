@@ -110,7 +110,7 @@ class VisionStage:
         with use_backend(self.backend):
             with stage("preprocess"):
                 # This comes first, because it drops image tokens that were made with other weights.
-                version, encoder = self._current_encoder(packed=requested() != "reference")
+                version, encoder = self.current_encoder(packed=requested() != "reference")
                 digest = b""
                 # Towers that cannot be packed may depend on something that no digest covers, such as a hook that does
                 # something else each time.
@@ -160,7 +160,7 @@ class VisionStage:
         backends = tuple(choose(operation, None, device) for operation in OPERATIONS)
         return str(device), self.model.dtype, backends, numerics(device), images.settings
 
-    def _current_encoder(self, *, packed: bool) -> tuple[int, PackedPictureEncoder | None]:
+    def current_encoder(self, *, packed: bool) -> tuple[int, PackedPictureEncoder | None]:
         """The version of the picture side, and its packed towers.
 
         Image tokens and towers of an earlier state are dropped. The towers are None if none are asked for, or if the

@@ -1,6 +1,6 @@
 """The pipeline of models that read and give texts and pictures in any order: a facade over the stages of the engine."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from PIL import Image
@@ -16,6 +16,7 @@ from ..engine.interleaved.loop import Stages
 from ..engine.interleaved.pictures import FeatureStage
 from ..engine.interleaved.settings import sampling_for
 from ..engine.options import CacheOptions
+from ..engine.streaming import AnswerStream
 from ..models.mm_interleaved.modeling import MMInterleavedForConditionalGeneration
 from ..models.mm_interleaved.processing import MMInterleavedProcessor
 from ..ops.backend import check_everywhere
@@ -63,7 +64,7 @@ class InterleavedPipeline:
         caches = CacheOptions(image_cache_bytes, kv_cache_bytes)
         check_everywhere(backend, execution_device(model.get_input_embeddings()))
         stage = {"backend": backend, "caches": caches}
-        self.vision = FeatureStage(model, processor.image_processor, **stage)
+        self.vision = FeatureStage(model, processor.image_processor, cuda_graphs=cuda_graphs, **stage)
         self.answers = InterleavedAnswers(
             model, processor, self.vision.cache, compiled=compiled, cuda_graphs=cuda_graphs, **stage
         )
@@ -116,8 +117,8 @@ class InterleavedPipeline:
 
     @property
     def first_use(self) -> dict[str, float]:
-        """Seconds spent so far on work that is done once: compiling, and capturing graphs."""
-        return {**self.answers.first_use, **self.drawing.first_use}
+        """Seconds spent so far on work that is done once: packing, compiling, and capturing graphs."""
+        return {**self.vision.first_use, **self.answers.first_use, **self.drawing.first_use}
 
     def warm_up(self) -> dict[str, float]:
         """Writes and draws after a picture of noise, twice, so that the work of the first use is done.
@@ -131,7 +132,7 @@ class InterleavedPipeline:
         """Opens a conversation: a sequence of texts and pictures that grows with every call."""
         return InterleavedConversation(self._stages)
 
-    def chat(self, items, images: Sequence | None = None, **options) -> "Answer | Iterator[str]":
+    def chat(self, items, images: Sequence | None = None, **options) -> "Answer | AnswerStream":
         """Writes a text after some items; see `InterleavedConversation.chat`. Nothing is kept for the next call."""
         return self.conversation().chat(items, images, **options)
 
@@ -139,7 +140,7 @@ class InterleavedPipeline:
         """Draws pictures that follow some items; see `InterleavedConversation.draw`."""
         return self.conversation().draw(items, **options)
 
-    def interleave(self, items, **options) -> "list[str | Image.Image] | Iterator[str | Image.Image]":
+    def interleave(self, items, **options) -> "list[str | Image.Image] | AnswerStream":
         """Goes on with texts and pictures after some items; see `InterleavedConversation.interleave`."""
         return self.conversation().interleave(items, **options)
 
@@ -184,7 +185,10 @@ class InterleavedPipeline:
         return batch.chat_batch(self.vision, self.answers, read, questions, sampling, **how)
 
     def clear_image_cache(self) -> None:
-        """Drops the features of pictures seen before, and the packed drawer; conversations keep their own."""
+        """Drops the features of pictures seen before, the packed tower and the packed drawer.
+
+        Conversations keep the features of their own pictures.
+        """
         self.vision.clear()
         self.drawing.clear()
 

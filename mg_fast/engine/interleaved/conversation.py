@@ -4,14 +4,14 @@ import copy
 import functools
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from PIL import Image
 
 from ...errors import PromptError
 from ...runtime.meter import Meter
 from ..answers import Answer
-from ..streaming import pieces
+from ..streaming import AnswerStream, pieces
 from . import scoring
 from .drawing import drawing_options
 from .items import Items, read_items
@@ -84,7 +84,7 @@ class InterleavedConversation:
         allow_urls: bool = False,
         profile: bool = False,
         **options,
-    ) -> "Answer | Iterator[str]":
+    ) -> "Answer | AnswerStream":
         """Goes on with a text after some items, and keeps both.
 
         Args:
@@ -125,8 +125,9 @@ class InterleavedConversation:
                 rows = [(request, sequence.pictures)]
                 return answers.answer(rows, sampling, generator=generator, meter=meter, **streamed)[0]
 
-            def keep(answer: Answer) -> None:
+            def keep(answer: Answer) -> Answer:
                 self._keep(version, sequence.extended(split_end(answer.token_ids, answers.model.config)[0]))
+                return answer
 
             return run, keep
 
@@ -134,9 +135,7 @@ class InterleavedConversation:
             return pieces(*ask(), answers.device)
         with self._running:
             run, keep = ask()
-            answer = run()
-            keep(answer)
-        return answer
+            return keep(run())
 
     def draw(self, items=(), *, seed: int | None = None, allow_urls: bool = False, **options) -> list[Image.Image]:
         """Draws pictures that follow some items, and keeps the items and the first picture.
@@ -178,7 +177,7 @@ class InterleavedConversation:
         stream: bool = False,
         allow_urls: bool = False,
         **options,
-    ) -> "list[str | Image.Image] | Iterator[str | Image.Image]":
+    ) -> "list[str | Image.Image] | AnswerStream":
         """Goes on with texts and pictures after some items.
 
         Args:
@@ -190,7 +189,8 @@ class InterleavedConversation:
                 None: the checkpoint's for pictures, and torch's random state for texts.
             stream: yield pieces of text, and pictures, as they come. Pieces of texts that follow each other are
                 separated by a blank. Closing the stream ends a text or a drawing at its next step. The conversation
-                keeps the texts and pictures that were complete by then.
+                keeps the texts and pictures that were complete by then. Once the stream has been read to its end, its
+                `answer` is the list that a call without `stream` returns.
             allow_urls: fetch pictures that are given as URLs.
             **options: how pictures are drawn (`guidance_scale`, `num_inference_steps`, `scheduler`) and texts are
                 chosen (all others; see `sampling_for`).
@@ -231,7 +231,7 @@ class InterleavedConversation:
             return functools.partial(go_on, stages, sequence, loop, sampling, drawing, keep=keep)
 
         if stream:
-            return pieces(begin(), lambda told: None, stages.answers.device)
+            return pieces(begin(), lambda told: told.parts, stages.answers.device)
         with self._running:
             return begin()().parts
 

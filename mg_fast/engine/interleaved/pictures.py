@@ -2,20 +2,16 @@
 
 import contextlib
 import hashlib
-import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
-from ...ops.backend import OPERATIONS, choose, use_backend
+from ...ops.backend import requested, use_backend
+from ...runtime.layer_dtypes import mixed_dtypes_named
 from ...runtime.meter import Meter
-from ...runtime.numerics import numerics
-from ...runtime.placement import execution_device
-from ...runtime.weights import Fingerprint
-from ..image_cache import ImageCache, picture_digest
-from ..options import CacheOptions
-from ..vision import decoded
+from ..image_cache import picture_digest
+from ..vision import VisionStage, decoded
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,33 +29,12 @@ class SeenFeatures:
     digest: bytes
 
 
-class FeatureStage:
+class FeatureStage(VisionStage):
     """Turns pictures into image tokens and feature maps, and keeps those of earlier pictures.
 
-    What is kept is dropped when the picture side has changed, as by `VisionStage`. Threads may share a stage.
-
-    Args:
-        model: the model that sees, such as MMInterleavedForConditionalGeneration.
-        image_processor: the model's image processor, which makes pixels of pictures.
-        backend: the backend of every call of this stage; None leaves the choice to what is in force at the call.
-        caches: only `image_cache_bytes` counts here. It limits image tokens and maps together.
-
-    Attributes:
-        cache: the tokens and maps kept.
-        version: a number that changes when the same picture may get other features than before.
+    It differs from `VisionStage` in what it gives and keeps of a picture, and in that every picture has a digest.
+    `image_cache_bytes` limits image tokens and maps together.
     """
-
-    def __init__(self, model, image_processor, *, backend: str | None = None, caches: CacheOptions | None = None):
-        self.model, self.image_processor, self.backend = model, image_processor, backend
-        self.cache = ImageCache((caches or CacheOptions()).image_cache_bytes)
-        self.version = 0
-        self._state: Fingerprint | None = None
-        self._watching = threading.Lock()
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the pixels, which is that of the language model's input."""
-        return execution_device(self.model.get_input_embeddings())
 
     @torch.inference_mode()
     def see(
@@ -85,8 +60,9 @@ class FeatureStage:
         with use_backend(self.backend):
             with stage("preprocess"):
                 # This comes first, because it drops features that were made with other weights.
-                version, picture = self._current_version(), decoded(image, allow_urls)
-                digest = hashlib.sha256(repr((picture_digest(picture), version, *self._circumstances())).encode())
+                version, encoder = self.current_encoder(packed=requested() != "reference")
+                picture = decoded(image, allow_urls)
+                digest = hashlib.sha256(repr((picture_digest(picture), version, *self.circumstances())).encode())
                 digest = digest.digest()
                 if (known := next((seen for seen in at_hand if seen.digest == digest), None)) is not None:
                     return known
@@ -94,37 +70,14 @@ class FeatureStage:
                 if all(part is not None for part in parts):
                     return SeenFeatures(*parts, digest)
                 pixels = self.image_processor(picture).to(self.device)
-            features = self.model.get_image_features(**pixels, stage=stage)
-            tokens, maps = features.pooler_output[0], features.last_hidden_state[0]
+            measured = {"stage": meter.stage} if meter is not None else {}
+            if encoder is not None:
+                features = encoder.encode(**pixels, **measured)
+                tokens, maps = features.tokens[0], features.maps[0]
+            else:
+                with mixed_dtypes_named(self.model.picture_parts):
+                    features = self.model.get_image_features(**pixels, **measured)
+                tokens, maps = features.pooler_output[0], features.last_hidden_state[0]
             for part, tensor in (("tokens", tokens), ("maps", maps)):
                 self.cache.put((digest, part), tensor)
             return SeenFeatures(tokens, maps, digest)
-
-    def see_all(
-        self, images: Sequence, at_hand: Iterable[SeenFeatures], *, allow_urls: bool = False
-    ) -> list[SeenFeatures]:
-        """Several pictures; one that comes twice or is at hand is not encoded again."""
-        seen = list(at_hand)
-        before = len(seen)
-        for image in images:
-            seen.append(self.see(image, allow_urls=allow_urls, at_hand=seen))
-        return seen[before:]
-
-    def clear(self) -> None:
-        """Drops the tokens and maps of pictures seen before."""
-        self.cache.clear()
-        self.version += 1
-
-    def _circumstances(self) -> tuple:
-        """What features depend on beside picture and model."""
-        device = self.device
-        return str(device), self.model.dtype, tuple(choose(name, None, device) for name in OPERATIONS), numerics(device)
-
-    def _current_version(self) -> int:
-        with self._watching:
-            state = Fingerprint((self.model.visual_tokenizer,))
-            if state != self._state:
-                if self._state is not None:
-                    self.clear()
-                self._state = state
-            return self.version

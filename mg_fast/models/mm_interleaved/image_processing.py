@@ -38,6 +38,11 @@ class MMInterleavedImageProcessor(ImageProcessingMixin):
 
     model_input_names = ["pixel_values"]
 
+    @property
+    def settings(self) -> tuple:
+        """What the pixels of a picture depend on besides the picture: nothing."""
+        return ()
+
     def __call__(
         self,
         images,

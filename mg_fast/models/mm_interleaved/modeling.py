@@ -1,13 +1,11 @@
 """MMInterleavedForConditionalGeneration: visual tokenizer, language model and image decoder as one model."""
 
-import contextlib
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ...errors import PromptError
 from ...runtime.layer_dtypes import call
@@ -23,6 +21,7 @@ from .image_decoder import ImageDecoder
 from .language_model import SynchronizedLlamaModel, TextDecoder
 from .loading import InterleavedCheckpoints
 from .naming import register_names
+from .seeing import InterleavedSeeing
 from .visual_tokenizer import VisualTokenizer
 
 
@@ -83,6 +82,7 @@ class MMInterleavedForConditionalGeneration(
     InterleavedGeneration,
     PictureGeneration,
     InterleavedDecoding,
+    InterleavedSeeing,
     MMInterleavedPreTrainedModel,
     GenerationMixin,
 ):
@@ -141,29 +141,6 @@ class MMInterleavedForConditionalGeneration(
                 f"the vocabulary must keep its {size} tokens, of which the last two begin and mark pictures"
             )
         return self.get_input_embeddings()
-
-    def get_image_features(
-        self,
-        pixel_values: torch.Tensor,
-        *,
-        backend: str | None = None,
-        stage: Callable = contextlib.nullcontext,
-    ) -> BaseModelOutputWithPooling:
-        """Computes what stands for pictures in the language model, and what is read of them besides.
-
-        Args:
-            pixel_values: [n_images, 3, 224, 224] in 0..1.
-            backend: overrides the choice in force.
-            stage: called with the name of every step; returns the context that the step runs in (`Meter.stage` measures
-                steps).
-
-        Returns:
-            `pooler_output`: the image tokens [n_images, T, D].
-            `last_hidden_state`: the feature maps [n_images, 5440, C] with their positions added: the levels of 64 x 64,
-            32 x 32, 16 x 16 and 8 x 8 pixels, each row by row.
-        """
-        features = self.visual_tokenizer(pixel_values, backend=backend, stage=stage)
-        return BaseModelOutputWithPooling(last_hidden_state=features.maps, pooler_output=features.tokens)
 
     def forward(
         self,

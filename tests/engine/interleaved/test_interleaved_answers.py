@@ -12,6 +12,8 @@ import torch
 from mg_fast.engine.interleaved.items import read_items
 from mg_fast.engine.interleaved.settings import sampling_for
 from mg_fast.errors import PictureError, PromptError
+from mg_fast.models.mm_interleaved.encoder import FeatureEncoder
+from mg_fast.testing.tolerances import relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -41,8 +43,10 @@ def test_chat_is_generate_and_the_originals(recorded, name):
     assert answer.token_ids == out[0, inputs["input_ids"].shape[1] :].tolist()
     assert answer.token_ids == without_padding(recorded, f"{name}.greedy.ids")
     assert answer.text == recorded.requests[name]["generations"]["greedy"]["text"][0].strip()
-    streamed = list(pipeline.chat(text, images, stream=True, **options))
+    stream = pipeline.chat(text, images, stream=True, **options)
+    streamed = list(stream)
     assert "".join(streamed) == answer.text and len(streamed) > 1
+    assert stream.answer.token_ids == answer.token_ids
 
 
 @pytest.mark.parametrize("name, task, row", [("vqa", "question", 0), ("caption", "caption", 1)])
@@ -190,6 +194,16 @@ def test_scores_are_the_originals(recorded):
     scores = torch.tensor(conversation.score([], texts))
     assert torch.allclose(scores, rows["scores.scores"], rtol=5e-5, atol=0)
     assert conversation.sequence.ids[-1] != config.eos_token_id
+
+
+def test_pictures_go_through_the_packed_tower(tiny):
+    pipeline, pixels = tiny.fresh(), tiny.pipeline.processor.image_processor(tiny.pictures[0])
+    seen, plain = pipeline.vision.see(tiny.pictures[0]), tiny.fresh(backend="reference")
+    assert isinstance(pipeline.vision.encoder, FeatureEncoder) and "vision tower packed" in pipeline.first_use
+    with torch.no_grad():
+        own = pipeline.model.get_image_features(**pixels, backend="reference")
+    assert relative_error(seen.maps, own.last_hidden_state[0]) <= 2e-6
+    assert torch.equal(plain.vision.see(tiny.pictures[0]).tokens, own.pooler_output[0]) and not plain.vision.encoder
 
 
 def test_limits_of_caches_count_maps(tiny):
