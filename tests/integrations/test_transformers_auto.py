@@ -3,7 +3,6 @@
 import pytest
 
 import mg_fast
-from mg_fast import MMInterleavedProcessor
 from mg_fast.testing.random_interleaved import build_interleaved
 from tests.forked_python import LIBRARIES, python
 from tests.models.mm_interleaved.recorded import folder_of
@@ -99,7 +98,7 @@ else:
 @pytest.mark.slow
 def test_the_tokenizer_of_a_saved_processor_is_found(tmp_path):
     """Otherwise AutoTokenizer would make a tokenizer with other ids of the same files, without an error."""
-    MMInterleavedProcessor.from_pretrained(folder_of("mmi-tiny")).save_pretrained(tmp_path)
+    mg_fast.MMInterleavedProcessor.from_pretrained(folder_of("mmi-tiny")).save_pretrained(tmp_path)
     used = f"assert type(AutoTokenizer.from_pretrained({str(tmp_path)!r})).__name__ == 'MMInterleavedTokenizer'"
     run(f"import mg_fast\nfrom transformers import LlamaForCausalLM, AutoTokenizer\n{used}")
     run(f"from transformers import AutoTokenizer\nimport mg_fast\n{used}")

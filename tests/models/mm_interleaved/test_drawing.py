@@ -86,6 +86,15 @@ def test_a_story_from_its_prompt_on(backend):
     assert (pictures - given.answers["story.steps4.picture"]).abs().max() < PICTURE
 
 
+def test_padding_on_the_left_changes_nothing():
+    given = recorded("mmi-tiny")
+    prompt = inputs("mmi-tiny", "segm", given.answers)
+    pad = {"input_ids": given.model.config.pad_token_id, "attention_mask": 0}
+    prompt |= {name: torch.nn.functional.pad(prompt[name], (3, 0), value=value) for name, value in pad.items()}
+    pictures = given.model.generate_images(**prompt, num_inference_steps=4, output_type="pt", backend="torch")
+    assert (pictures - given.answers["segm.steps4.picture"]).abs().max() < PICTURE
+
+
 def test_given_latents_and_generators_take_the_place_of_drawn_ones():
     """The recorded latents, and a generator that has drawn them, go on as the original does; and so does the VAE."""
     given = recorded("mmi-tiny")
