@@ -159,6 +159,22 @@ def test_changed_weights_are_noticed(tiny):
         assert off_by(result(pipeline), before) < 5e-3
 
 
+def test_hooks_are_called(tiny):
+    """Where a hook does more than weights say, the model's own modules run; afterwards the packed form runs again."""
+    pipeline, layer = tiny.fresh(), tiny.pipeline.model.mm_decoder.layers[0].llama_cross_attn.norm1
+    items, called = [tiny.pictures[0], "A small dog"], []
+    texts = [pipeline.chat(items, max_new_tokens=4).token_ids]
+    packed = type(pipeline.decoder.model)
+    hook = layer.register_forward_hook(lambda *given: called.append(given))
+    try:
+        texts.append(pipeline.chat(items, max_new_tokens=4).token_ids)
+    finally:
+        hook.remove()
+    count = len(called)
+    texts.append(pipeline.chat(items, max_new_tokens=4).token_ids)
+    assert texts[0] == texts[1] == texts[2] and len(called) == count > 0 and type(pipeline.decoder.model) is packed
+
+
 def test_scores_are_the_originals(recorded):
     pipeline, rows = recorded.pipeline, recorded.answers
     conversation = pipeline.conversation()
