@@ -1,7 +1,7 @@
 """Random MM-Interleaved checkpoints in the published layout, for tests and timings without real weights.
 
 python -m mg_fast.testing.random_interleaved FOLDER --size tiny
-python -m mg_fast.testing.random_interleaved FOLDER --size 13b --dtype bfloat16    # 29 GB: the published model's size
+python -m mg_fast.testing.random_interleaved FOLDER --size 13b --dtype bfloat16    # 30 GB: the published model's size
 """
 
 import argparse

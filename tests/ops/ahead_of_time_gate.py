@@ -19,7 +19,7 @@ import multiprocessing
 import os
 import tempfile
 import unittest.mock
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -95,14 +95,25 @@ def compile_case(case: Case, tile=None) -> dict[str, dict]:
 
 def digest_case(case: Case, tile=None) -> dict[str, str]:
     """Returns the digests of the ingredients of a case's kernels by name, and compiles nothing."""
-    digests = []
+    with digested(case.architecture) as found:
+        case.launch(tile)
+    return dict(zip(case.names(), [digest for _, digest in found], strict=True))
+
+
+@contextlib.contextmanager
+def digested(architecture: int, *, training: bool = False) -> Iterator[list[tuple[str, str]]]:
+    """Within the block launches are as in `compile_only`, but nothing is compiled.
+
+    Yields:
+        The name of every kernel that was launched, and the digest of its ingredients.
+    """
+    found = []
 
     def digest(compiler: Callable, source: triton.compiler.ASTSource, **options) -> None:
-        digests.append(ingredients(source, **options))
+        found.append((source.name, ingredients(source, **options)))
 
-    with _compiler(digest), compile_only(case.architecture):
-        case.launch(tile)
-    return dict(zip(case.names(), digests, strict=True))
+    with _compiler(digest), compile_only(architecture, training=training):
+        yield found
 
 
 @contextlib.contextmanager

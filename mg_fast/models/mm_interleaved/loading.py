@@ -53,14 +53,15 @@ class InterleavedCheckpoints:
             config: a MMInterleavedConfig, or a folder with one, instead of the folder's own.
             dtype: the dtype of all floating-point weights. "auto", the default, is that of config.json, or else that in
                 which the checkpoint stores the language model's embedding. A table of positions that is stored in
-                another dtype is converted like all other tensors.
+                another dtype is converted like all other tensors. Only the two constants by which pixels are normalised
+                stay in float32.
             quantization_config: `int8`, `int4` or `fp8` (torchao's weight-only schemes), or a quantization
                 configuration of transformers, for self-attention and MLPs of the language model. Everything else keeps
                 its dtype, the synchronizers included.
             **kwargs: as in transformers (`device_map`, `attn_implementation`, `output_loading_info`, ...).
 
         Raises:
-            BackendError: the quantization cannot run here, or the dtype is unknown.
+            BackendError: the quantization cannot run here, the dtype is unknown, or diffusers is not installed.
             CheckpointError: this is not an MM-Interleaved checkpoint, a file is unreadable, or tensors are missing,
                 unexpected or mis-shaped; the message names them.
         """

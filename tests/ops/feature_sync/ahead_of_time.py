@@ -1,5 +1,6 @@
 """The cases for which kernels/feature_sync.py is compiled ahead of time."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,11 @@ class Synchronizer(
     ),
     Case,
 ):
-    """The launcher of kernels/feature_sync.py for one row of queries, with 16 heads, 8 points and square maps."""
+    """The launcher of kernels/feature_sync.py for one row of queries, with 16 heads, 8 points and square maps.
+
+    The dtype is that of the values, beside queries in float32; or with "all_" in front, that of a whole model, which
+    also has the layouts of MM-Interleaved.
+    """
 
     alone = {"*_q1_*": "the heads of one query are fewer programs than a GPU has multiprocessors"}
 
@@ -46,22 +51,29 @@ class Synchronizer(
         if tile is not None:
             feature_sync.feature_sync_tile = lambda *_: tile
         try:
-            width = HEADS * POINTS * (2 + len(self.sides))
+            width, model, unet = (
+                HEADS * POINTS * (2 + len(self.sides)),
+                self.dtype.startswith("all_"),
+                self.sides == UNET,
+            )
+            dtype = self._dtype() if model else torch.float32
+            # In the model a token stands for the middle of every picture, and a pixel of the UNet has a place of its
+            # own and sees the same picture as the others.
             feature_sync.feature_sync_fwd(
-                empty(1, self.pictures, self._pixels(), HEADS, self.channels, dtype=DTYPES[self.dtype]),
-                empty(1, self.queries, width),
-                empty(50, width),
-                empty(1, self.queries, self.pictures, dtype=torch.int64),
-                empty(1, self.queries, 2),
+                empty(1, self.pictures, self._pixels(), HEADS, self.channels, dtype=self._dtype()),
+                empty(1, self.queries, width, dtype=dtype),
+                empty(50, width, dtype=dtype),
+                empty(1, 1 if model and unet else self.queries, self.pictures, dtype=torch.int64),
+                empty(1, 1 if model and not unet else self.queries, 2),
                 [(side, side) for side in self.sides],
-                16,
-                empty(HEADS * self.channels, dtype=DTYPES[self.dtype]),
+                math.isqrt(self.queries) if model and unet else 16,
+                empty(HEADS * self.channels, dtype=self._dtype()),
             )
         finally:
             feature_sync.feature_sync_tile = original
 
     def buckets(self) -> list:
-        return [feature_sync_bucket(DTYPES[self.dtype].itemsize, self.queries, self.channels, self._strides())]
+        return [feature_sync_bucket(self._dtype().itemsize, self.queries, self.channels, self._strides())]
 
     def faults(self, name: str, found: dict[str, int]) -> list[str]:
         [(size, _, wide)] = self.buckets()
@@ -76,6 +88,9 @@ class Synchronizer(
         if found["of 128 bits"] < expected:
             return [f"narrow loads: {found['of 128 bits']} of 128 bits where {expected} would do"]
         return []
+
+    def _dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype.removeprefix("all_")]
 
     def _pixels(self) -> int:
         return sum(side * side for side in self.sides)
@@ -107,4 +122,8 @@ def cases() -> list[Synchronizer]:
     found += [Synchronizer(90, "bf16", 1, pictures, LANGUAGE, 64) for pictures in (1, 8, 16, 49)]
     found += [Synchronizer(90, "bf16", 2048, 8, LANGUAGE, 64), Synchronizer(90, "bf16", 512, 4, LANGUAGE, 64)]
     found += [Synchronizer(90, "fp16", 1, 4, LANGUAGE, 64), Synchronizer(90, "fp16", 4096, 1, UNET, 64)]
-    return found
+    # Whatever MM-Interleaved launches, which test_aot_published.py holds against the table: a token, prompts, and the
+    # blocks of the UNet.
+    published = [*((1, n, LANGUAGE) for n in (1, 4, 8)), *((q, n, LANGUAGE) for q in (512, 2048) for n in (4, 8))]
+    published += [(side**2, 1, UNET) for side in UNET]
+    return found + [Synchronizer(90, f"all_{dtype}", *size, 64) for dtype in DTYPES for size in published]
