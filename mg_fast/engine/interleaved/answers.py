@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -30,7 +31,8 @@ class InterleavedAnswers(AnswerStage):
 
     Texts are decoded by the model's packed form, which is made at the first answer, and again when weights of the
     language model have changed. Where it cannot be packed (hooks, adapters, quantized synchronizers), the model itself
-    decodes. What the synchronizers read of a picture is computed once and kept.
+    decodes. What the synchronizers read of a picture is computed once. It is kept in the cache, and as long as a
+    conversation holds the picture.
 
     Args:
         model: the MMInterleavedForConditionalGeneration.
@@ -57,6 +59,8 @@ class InterleavedAnswers(AnswerStage):
         self._decoding = {"kv_cache_bytes": caches.kv_cache_bytes, "graphs": cuda_graphs, "compiled": compiled}
         super().__init__(model, processor, backend=backend, caches=caches, compiled=compiled, cuda_graphs=cuda_graphs)
         self._cache, self._version = cache, 0
+        # By picture: the version, and what the synchronizers read. The cache may have room for fewer pictures.
+        self._values: WeakKeyDictionary[SeenFeatures, tuple[int, torch.Tensor]] = WeakKeyDictionary()
         self.pictures_at_once = PICTURES_AT_ONCE if cuda_graphs and self.device.type == "cuda" else 1
         self._packed_of: Fingerprint | None = None
         self._packing = threading.Lock()
@@ -151,10 +155,14 @@ class InterleavedAnswers(AnswerStage):
 
     def _values_of(self, picture: SeenFeatures) -> torch.Tensor:
         """What all synchronizers read of a picture: [S, layers * inner]."""
+        version, values = self._values.get(picture, (None, None))
+        if version == self._version:
+            return values
         key = picture.digest, "values", self._version
         if (values := self._cache.get(key)) is None:
             values = self.decoder.model.language_model.project_pictures(picture.maps[None])[0]
             self._cache.put(key, values)
+        self._values[picture] = self._version, values
         return values
 
     def _pack(self) -> None:

@@ -64,10 +64,15 @@ class SynchronizedDecoderLayer(LlamaDecoderLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
     def read(self, hidden_states, points, index, values, features) -> torch.Tensor:
-        """What the layer's synchronizer adds; the arguments are those of `GatedFeatureSynchronizer`, for all layers."""
-        synchronizer = self.llama_cross_attn
+        """What the layer's synchronizer adds; the arguments are those of `GatedFeatureSynchronizer`, for all layers.
+
+        Values and features of all layers may lie on another device than the hidden states.
+        """
+        synchronizer, device = self.llama_cross_attn, hidden_states.device
         if values is not None:
-            values = values.narrow(-1, self.number * synchronizer.inner_dim, synchronizer.inner_dim)
+            values = values.narrow(-1, self.number * synchronizer.inner_dim, synchronizer.inner_dim).to(device)
+        if features is not None:
+            features = features.to(device)
         return synchronizer(hidden_states, points, index, values=values, features=features)
 
 
@@ -117,10 +122,12 @@ class SynchronizedLlamaModel(LlamaModel):
                 0, features.shape[:-2]
             )
         first = parts[0]
-        dtype = first.attn.value_proj.weight.dtype
+        like = first.attn.value_proj.weight
         gains = [part.attn.value_proj.weight.float() * part.norm2.weight.float() for part in parts]
         bias = torch.cat([part.attn.value_proj.bias for part in parts])
-        return F.linear(normalised(features, first.norm2.variance_epsilon).to(dtype), torch.cat(gains).to(dtype), bias)
+        # The picture side may have another dtype, or lie on another device.
+        rows = normalised(features.to(like.device), first.norm2.variance_epsilon).to(like.dtype)
+        return F.linear(rows, torch.cat(gains).to(like.dtype), bias)
 
     def picture_arguments(
         self, input_ids: torch.Tensor, num_image_per_seq: torch.Tensor, image_maps: torch.Tensor

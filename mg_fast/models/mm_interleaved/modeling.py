@@ -14,7 +14,7 @@ from ..logits_to_keep import kept_positions
 from ..protocol import CACHE, CACHE_NAMES
 from ..registration import register_model
 from .configuration import MMInterleavedConfig
-from .decoding import InterleavedDecoding
+from .decoding import CONSTANT_INPUTS, InterleavedDecoding
 from .drawing import PictureGeneration
 from .generation import InterleavedGeneration, default_generation_config
 from .image_decoder import ImageDecoder
@@ -47,7 +47,8 @@ class MMInterleavedPreTrainedModel(PreTrainedModel):
         "PerceiverResampler",
         "DiffusionDecoder",
     ]
-    _skip_keys_device_placement = list(CACHE_NAMES)
+    # What the synchronizers read of pictures is large. A layer on another device fetches its own part of it.
+    _skip_keys_device_placement = [*CACHE_NAMES, *CONSTANT_INPUTS]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True

@@ -77,7 +77,8 @@ class PackedLlamaModel(SynchronizedLlamaModel):
     """
 
     def project_pictures(self, maps: torch.Tensor) -> torch.Tensor:
-        features = normalised(maps[..., -self.pixels :, :], self.synchronizers()[0].feature_eps)
+        features = maps[..., -self.pixels :, :].to(self.value_weight.device)
+        features = normalised(features, self.synchronizers()[0].feature_eps)
         return F.linear(features.to(self.value_weight.dtype), self.value_weight, self.value_bias)
 
     def forward(self, input_ids=None, *, picture_values=None, picture_features=None, **kwargs):

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import gc
 import re
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from mg_fast.engine.interleaved.items import read_items
 from mg_fast.engine.interleaved.settings import sampling_for
 from mg_fast.errors import PictureError, PromptError
 from mg_fast.models.mm_interleaved.encoder import FeatureEncoder
+from mg_fast.models.mm_interleaved.packed import PackedLlamaModel
 from mg_fast.testing.tolerances import relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -204,6 +206,24 @@ def test_pictures_go_through_the_packed_tower(tiny):
         own = pipeline.model.get_image_features(**pixels, backend="reference")
     assert relative_error(seen.maps, own.last_hidden_state[0]) <= 2e-6
     assert torch.equal(plain.vision.see(tiny.pictures[0]).tokens, own.pooler_output[0]) and not plain.vision.encoder
+
+
+def test_values_are_kept_with_the_conversation(tiny, monkeypatch):
+    """Without any room in the cache, pictures are projected once for each conversation that holds them."""
+    pipeline, projected = tiny.fresh(image_cache_bytes=0, kv_cache_bytes=0), []
+    project = PackedLlamaModel.project_pictures
+    monkeypatch.setattr(
+        PackedLlamaModel, "project_pictures", lambda self, maps: projected.append(len(maps)) or project(self, maps)
+    )
+    conversation = pipeline.conversation()
+    for _ in range(2):
+        conversation.chat([*tiny.pictures[:2], "Then"], max_new_tokens=2)
+    assert len(projected) == 2
+    pipeline.chat([tiny.pictures[0], "Then"], max_new_tokens=2)
+    assert len(projected) == 3
+    conversation.reset()
+    gc.collect()
+    assert not pipeline.answers._values
 
 
 def test_limits_of_caches_count_maps(tiny):
