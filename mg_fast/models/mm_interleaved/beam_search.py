@@ -55,10 +55,10 @@ class BeamSearch:
         """
         beams, length = generation_config.num_beams, input_ids.shape[1]
         ends = _as_list(generation_config.eos_token_id)
-        rows = [
-            FinishedTexts(beams, generation_config.length_penalty, generation_config.early_stopping)
-            for _ in range(len(input_ids) // beams)
-        ]
+        penalty, early = generation_config.length_penalty, generation_config.early_stopping
+        # The original's lengths count the BOS that begins a text.
+        longest = stopping_criteria.max_length - length + 1
+        rows = [FinishedTexts(beams, penalty, early, longest) for _ in range(len(input_ids) // beams)]
         logits, step = self._prefill(input_ids, beams, model_inputs)
         others = StoppingCriteriaList(c for c in stopping_criteria if not hasattr(c, "eos_token_id"))
         scores = torch.tensor([0.0] + [-1e9] * (beams - 1), device=input_ids.device).repeat(len(rows))
@@ -154,12 +154,21 @@ class BeamSearch:
 class FinishedTexts:
     """The best texts of one row that have ended.
 
+    Args:
+        beams: most texts.
+        length_penalty: the power of its length by which a text's log-likelihood is divided.
+        early_stopping: True ends a row once there are `beams` texts. False ends it when the best candidate of a step
+            cannot beat the worst of them at its present length; "never", where `length_penalty` is positive, at the
+            greatest length.
+        longest: the greatest length, with the BOS.
+
     Attributes:
         done: whether no other text can become better.
     """
 
-    def __init__(self, beams: int, length_penalty: float, early_stopping: bool | str):
+    def __init__(self, beams: int, length_penalty: float, early_stopping: bool | str, longest: int):
         self.beams, self.length_penalty, self.early_stopping = beams, length_penalty, early_stopping
+        self.longest = longest
         self.texts: list[tuple[float, torch.Tensor]] = []
         self.done = False
 
@@ -176,7 +185,10 @@ class FinishedTexts:
             if len(going_on) == self.beams:
                 break
         # The original counts the BOS and the token of this step.
-        attainable = candidates[0][0] / (ids.shape[1] - prompt + 2) ** self.length_penalty
+        length = ids.shape[1] - prompt + 2
+        if self.early_stopping == "never" and self.length_penalty > 0:
+            length = self.longest
+        attainable = candidates[0][0] / length**self.length_penalty
         full = len(self.texts) == self.beams
         self.done = full and (self.early_stopping is True or min(self.texts, key=_score)[0] >= attainable)
         return going_on

@@ -19,8 +19,8 @@ from .text_settings import NewTokensRepetitionPenalty, new_tokens_of
 
 logger = logging.getLogger(__name__)
 
-# Settings of beam search that are left to transformers' own loop.
-_OTHER_BEAMS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+# Settings with which beam search is left to transformers' own loop.
+_OTHER_BEAMS = ("do_sample", "output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
 
 def default_generation_config(config: MMInterleavedConfig) -> GenerationConfig:
@@ -67,7 +67,7 @@ class InterleavedGeneration:
         - `min_length` counts one BOS and the new tokens, not the prompt: it is `min_new_tokens + 1`.
         - `repetition_penalty` sees one BOS and the new tokens, not the prompt.
         - beam search has the rules of transformers 4.31 (`BeamSearch` lists them), unless it samples, or is asked for
-          more than ids and their scores; then transformers' own loop runs.
+          more than ids and their scores; then transformers' own loop runs, with a warning.
 
         Args:
             inputs: ids [B, L]; also as `input_ids`.
@@ -130,7 +130,7 @@ class InterleavedGeneration:
                 kwargs.pop(name, None)
         else:
             kwargs.update(changes)
-        if (setting("num_beams") or 1) > 1 and not setting("do_sample") and kwargs.get("custom_generate") is None:
+        if (setting("num_beams") or 1) > 1 and kwargs.get("custom_generate") is None:
             if asked := [name for name in _OTHER_BEAMS if setting(name)]:
                 logger.warning(
                     "beam search with %s runs by transformers' own rules, which differ from the original's", asked[0]

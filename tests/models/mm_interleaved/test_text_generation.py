@@ -8,7 +8,7 @@ from transformers import LogitsProcessorList
 
 from mg_fast.errors import PromptError
 from mg_fast.models.mm_interleaved import text_settings
-from mg_fast.models.mm_interleaved.beam_search import BeamSearch
+from mg_fast.models.mm_interleaved.beam_search import BeamSearch, FinishedTexts
 from mg_fast.models.mm_interleaved.packed import PackedInterleavedDecoding
 from mg_fast.models.mm_interleaved.text_settings import NewTokensRepetitionPenalty, TextSettings
 from mg_fast.models.protocol import CACHE
@@ -57,9 +57,21 @@ def test_several_texts_of_each_row_with_their_scores():
     assert bool((scores[:, 0] >= scores[:, 1]).all())
 
 
-def test_other_beam_settings_run_by_transformers_with_a_warning(caplog):
-    out = generated("mmi-tiny", "vqa", "default", output_scores=True, return_dict_in_generate=True)
-    assert out.scores and "beam search with output_scores runs by transformers' own rules" in caplog.text
+@pytest.mark.parametrize("setting", ["output_scores", "do_sample"])
+def test_other_beam_settings_run_by_transformers_with_a_warning(caplog, setting):
+    out = generated("mmi-tiny", "vqa", "default", return_dict_in_generate=True, **{setting: True})
+    assert f"beam search with {setting} runs by transformers' own rules" in caplog.text
+    assert (out.scores is not None) == (setting == "output_scores")
+
+
+@pytest.mark.parametrize("early, done", [(False, True), ("never", False), (True, True)])
+def test_when_a_row_of_beams_is_done(early, done):
+    """A text of log-likelihood -1.5 has ended. One of -2.0 cannot beat it at 4 tokens, and could at 20."""
+    row = FinishedTexts(1, 1.0, early, longest=20)
+    row.take([(-1.5, 0, 2), (-9.0, 0, 7)], torch.zeros(1, 2, dtype=torch.long), 0, [2])
+    row.done = False
+    row.take([(-2.0, 0, 7)], torch.zeros(1, 2, dtype=torch.long), 0, [2])
+    assert row.done == done
 
 
 @pytest.mark.parametrize("name", recorded.NAMES)
