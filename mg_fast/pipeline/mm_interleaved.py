@@ -140,9 +140,19 @@ class InterleavedPipeline:
         """Draws pictures that follow some items; see `InterleavedConversation.draw`."""
         return self.conversation().draw(items, **options)
 
-    def interleave(self, items, **options) -> "list[str | Image.Image] | AnswerStream":
+    def interleave(
+        self,
+        items=(),
+        *,
+        rounds: int | None = None,
+        max_pictures: int | None = None,
+        seed: int | None = None,
+        stream: bool = False,
+        **options,
+    ) -> "list[str | Image.Image] | AnswerStream":
         """Goes on with texts and pictures after some items; see `InterleavedConversation.interleave`."""
-        return self.conversation().interleave(items, **options)
+        how = {"rounds": rounds, "max_pictures": max_pictures, "seed": seed, "stream": stream}
+        return self.conversation().interleave(items, **how, **options)
 
     def score(self, items, options: Sequence[str], *, allow_urls: bool = False) -> list[float]:
         """The logarithm of the probability of each option after some items; see `InterleavedConversation.score`."""

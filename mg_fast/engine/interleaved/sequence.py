@@ -43,10 +43,6 @@ class InterleavedSequence:
         """The number of pictures that the end of the sequence sees."""
         return sum(token == config.soi_token_id for token in self.ids[self.begins(config) :])
 
-    def previous_picture(self, config: MMInterleavedConfig) -> SeenFeatures | None:
-        """The last picture of the last document, which a picture that is drawn next sees; None where it has none."""
-        return self.pictures[-1] if self.pictures and self.visible_pictures(config) else None
-
     def why_no_picture_fits(self, config: MMInterleavedConfig) -> str | None:
         """Why no picture can follow, as a sentence; None where one can."""
         positions = min(config.seq_len, config.text_config.max_position_embeddings)

@@ -10,7 +10,6 @@ from transformers import PreTrainedConfig
 from ...errors import PromptError
 from ...runtime.layer_dtypes import at_seam
 from ..protocol import PassInputs, content_key
-from .scoring import check_options, score_options
 from .visible_pictures import check_pictures, count_pictures, repeated, splice
 
 # The inputs of `generate` that bring pictures, and the arguments of passes that are made of them.
@@ -134,46 +133,3 @@ class InterleavedDecoding:
             if names[row] is not None:
                 keys[position] = content_key(names[row], keys[position])
         return keys
-
-    @torch.inference_mode()
-    def score(
-        self,
-        input_ids: torch.Tensor,
-        option_ids: torch.Tensor,
-        option_mask: torch.Tensor | None = None,
-        *,
-        attention_mask: torch.Tensor | None = None,
-        **pictures: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """The log-likelihood of given answers after prompts, summed over their tokens: float32 [B, O].
-
-        Sums are not divided by the length. Each prompt is run once, and its keys and values serve all its options.
-
-        Args:
-            input_ids: [B, L].
-            option_ids: [B, O, M], the answers' tokens without BOS, padded on the right; or [O, M] for one prompt.
-            option_mask: of the same shape, 0 at the padding; None where nothing is padding.
-            attention_mask: [B, L], 0 at the padding on one side of the prompt.
-            **pictures: the inputs of `generate` that bring pictures.
-
-        Raises:
-            PromptError: the options or the pictures do not fit.
-
-        Source: MM-Interleaved, MMInterleaved.generate_scores.
-        """
-        single = option_ids.dim() == 2
-        option_mask = torch.ones_like(option_ids) if option_mask is None else option_mask
-        if single:
-            option_ids, option_mask = option_ids[None], option_mask[None]
-        check_options(input_ids, option_ids, option_mask)
-        given = self.with_pictures(input_ids, pictures)
-        kept = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        numbers, scores = given["num_image_per_seq"].tolist(), []
-        constant, index = next(n for n in CONSTANT_INPUTS if n in given), given[INDEX_INPUT]
-        blocks = given["image_tokens"].split(numbers) if "image_tokens" in given else [None] * len(numbers)
-        for row, tokens in enumerate(blocks):
-            places = kept[row] != 0
-            one = slice(row, row + 1)
-            inputs = {constant: given[constant][one], INDEX_INPUT: index[one, places], "image_tokens": tokens}
-            scores.append(score_options(self, input_ids[one, places], option_ids[row], option_mask[row], inputs))
-        return scores[0] if single else torch.stack(scores)

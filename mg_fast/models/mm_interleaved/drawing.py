@@ -1,6 +1,6 @@
 """generate_images: from a prompt to pictures."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from PIL import Image
@@ -11,6 +11,7 @@ from ...runtime.layer_dtypes import at_seam
 from .context import PlacedPicture, contexts, place_pictures, previous_maps, select_targets
 from .decoding import READING_INPUTS
 from .drawing_options import DrawingOptions
+from .image_processing import drawn_pictures
 from .picture_drawer import PictureDrawer
 from .positions import sequence_positions
 
@@ -46,10 +47,17 @@ class PictureGeneration:
         image_maps: torch.Tensor | None = None,
         *,
         target_image_idxs: Sequence[int] | torch.Tensor | None = None,
+        guidance_scale: float = DrawingOptions.guidance_scale,
+        num_inference_steps: int = DrawingOptions.num_inference_steps,
+        num_images: int = DrawingOptions.num_images,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        scheduler: object | None = None,
         output_type: str = "pil",
+        batch_size: int = DrawingOptions.batch_size,
+        on_step: Callable[[int, torch.Tensor], None] | None = None,
         drawer: PictureDrawer | None = None,
         backend: str | None = None,
-        **options,
     ) -> list[Image.Image] | torch.Tensor:
         """Draws pictures of a prompt.
 
@@ -65,12 +73,12 @@ class PictureGeneration:
                 pixels.
             target_image_idxs: numbers of the pictures to be drawn, counted over the whole batch in reading order; None:
                 the last picture of every row.
+            guidance_scale, num_inference_steps, num_images, generator, latents, scheduler, batch_size, on_step: see
+                `DrawingOptions`.
             output_type: "pil", or "pt" for tensors.
             drawer: from `picture_drawer`; None prepares the synchronizers for this call alone.
             backend: overrides the choice in force. `reference` runs the original's steps; a drawer's synchronizers are
                 those that it was made with.
-            **options: the fields of `DrawingOptions`: guidance_scale=7.5, num_inference_steps=30, num_images=1,
-                generator, latents, scheduler, batch_size=8, on_step.
 
         Returns:
             num_images pictures for each of T targets, one round after the other: a list of PIL pictures, or float32
@@ -79,8 +87,11 @@ class PictureGeneration:
         Raises:
             PromptError: there is no picture to draw, or the prompt does not fit its pictures.
             ValueError: an option does not fit; the message names what was expected and what came.
+            PictureError: a drawn picture has values that are not finite, and was wanted as a PIL picture.
         """
-        options = DrawingOptions(**options)
+        options = DrawingOptions(
+            guidance_scale, num_inference_steps, num_images, generator, latents, scheduler, batch_size, on_step
+        )
         check_output_type(output_type)
         placed = place_pictures(input_ids, attention_mask, self.config)
         given = pixel_values if image_tokens is None else image_tokens
@@ -132,7 +143,7 @@ class PictureGeneration:
         condition = self.picture_conditions(last_hidden_state, targets)
         draw = self.image_decoder.draw if drawer is None else drawer
         pictures = draw(condition, *previous_maps(image_maps, targets), options, backend=backend)
-        return pictures.float() if output_type == "pt" else to_pil(pictures)
+        return pictures.float() if output_type == "pt" else drawn_pictures(pictures)
 
     def picture_conditions(self, last_hidden_state: torch.Tensor, targets: Sequence[PlacedPicture]) -> torch.Tensor:
         """The U-Net's conditions [T, L, W] for pictures that follow on last states [B, L, D]."""
@@ -153,9 +164,3 @@ def check_output_type(output_type: str) -> None:
     """Raises ValueError unless pictures can be returned in this type."""
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {quoted(output_type)}")
-
-
-def to_pil(pictures: torch.Tensor) -> list[Image.Image]:
-    """PIL pictures of [n, 3, H, W] in 0..1, rounded to 8 bits as the original rounds what it feeds back."""
-    bytes_ = (pictures * 255 + 0.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(picture) for picture in bytes_]

@@ -10,7 +10,7 @@ from PIL import Image
 
 from mg_fast.engine.interleaved.drawing import DrawingStage
 from mg_fast.errors import PromptError
-from mg_fast.models.mm_interleaved.drawing import to_pil
+from mg_fast.models.mm_interleaved.image_processing import drawn_pictures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LOOPS = ["interleaved", "interleaved_free", "scripted"]
@@ -59,7 +59,7 @@ def test_loops_are_the_originals(recorded, name, monkeypatch, run_positions):
     """Texts are identical, with the recorded pictures fed back; each picture is drawn from the recorded sequence."""
     items, options = items_of(recorded, name)
     rounds = [i for i, step in enumerate(recorded.requests[name]["rounds"]) if "text" not in step]
-    expected = [to_pil(recorded.answers[f"{name}.round{i}.picture"])[0] for i in rounds]
+    expected = [drawn_pictures(recorded.answers[f"{name}.round{i}.picture"])[0] for i in rounds]
     drawn, draw = [], DrawingStage.draw
 
     def recorded_picture(self, sequence, drawing):
@@ -95,7 +95,7 @@ def test_drawn_from_the_recorded_noise(recorded):
 
     def kept(*args, **given):
         drawn.append(draw(*args, **{**given, "output_type": "pt"}))
-        return to_pil(drawn[-1])
+        return drawn_pictures(drawn[-1])
 
     pipeline.model.draw_targets = kept
     try:
