@@ -17,6 +17,7 @@ from mg_fast.decoding.model_runner import ModelRunner
 from mg_fast.models.mm_interleaved.configuration import MAP_SIDES, PICTURE_SIDE
 from mg_fast.models.mm_interleaved.context import PlacedPicture
 from mg_fast.models.mm_interleaved.drawing_options import DrawingOptions
+from mg_fast.models.mm_interleaved.encoder import FeatureEncoder
 from mg_fast.models.mm_interleaved.image_decoder import ImageDecoder
 from mg_fast.models.mm_interleaved.modeling import MMInterleavedForConditionalGeneration
 from mg_fast.models.mm_interleaved.packed import PackedInterleavedDecoding
@@ -60,6 +61,11 @@ class FakeInterleaved:
     def language(self) -> tuple[int, PackedInterleavedDecoding]:
         """Bytes that the packed language model holds beside the weights, and the language model."""
         return _packed(PackedInterleavedDecoding, self.model)
+
+    @functools.cached_property
+    def encoder(self) -> tuple[int, FeatureEncoder]:
+        """Bytes that the packed vision tower holds beside the weights, and what sees with it."""
+        return _packed(functools.partial(FeatureEncoder, graphs=False), self.model.visual_tokenizer)
 
     @functools.cached_property
     def drawer(self) -> tuple[int, PictureDrawer]:
@@ -264,7 +270,7 @@ def _whole(of: FakeInterleaved) -> dict[str, FakeCall]:
 
     A picture is drawn in one step here, which needs the same memory as thirty.
     """
-    (language, packed), (synchronizers, drawer) = of.language, of.drawer
+    (language, packed), (tower, encoder), (synchronizers, drawer) = of.language, of.encoder, of.drawer
 
     def original() -> tuple:
         model, length = of.original, _positions(of.original, WHOLE_PICTURES)
@@ -282,9 +288,9 @@ def _whole(of: FakeInterleaved) -> dict[str, FakeCall]:
 
     def ours() -> tuple:
         model, length = of.model, _positions(of.model, WHOLE_PICTURES)
-        seen = [model.get_image_features(_pixels(1, DTYPE), backend="auto") for _ in range(WHOLE_PICTURES)]
+        seen = [encoder.encode(_pixels(1, DTYPE), backend="auto") for _ in range(WHOLE_PICTURES)]
         # What synchronizers read is kept by picture, and once more in the order of the sequence.
-        values = [packed.language_model.project_pictures(one.last_hidden_state) for one in seen]
+        values = [packed.language_model.project_pictures(one.maps) for one in seen]
         inputs = PassInputs(
             {"picture_values": torch.stack(values, 1)}, {"picture_index": _index(length, WHOLE_PICTURES)}
         )
@@ -292,11 +298,11 @@ def _whole(of: FakeInterleaved) -> dict[str, FakeCall]:
         logits, sequences, runner = _first_token(packed, embedded, inputs)
         logits = runner.step(sequences, empty(1, dtype=torch.int64))
         states = sequences.cache.states[:, :length]
-        return seen, values, sequences, logits, _draw(model, drawer, states, seen[-1].last_hidden_state[0], "auto")
+        return seen, values, sequences, logits, _draw(model, drawer, states, seen[-1].maps[0], "auto")
 
     return {
         "original": FakeCall(weight_bytes(of.original), original),
-        "auto": FakeCall(weight_bytes(of.model) + language + synchronizers, ours),
+        "auto": FakeCall(weight_bytes(of.model) + language + tower + synchronizers, ours),
     }
 
 
