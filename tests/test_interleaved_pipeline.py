@@ -5,6 +5,7 @@ import json
 import pickle
 
 import pytest
+from PIL import Image
 import torch
 
 import mg_fast
@@ -101,6 +102,20 @@ def test_chat(run, pipeline, published, monkeypatch):
     conversation = pipeline.conversation()
     first = conversation.chat(WORDS, [picture], max_new_tokens=6).text
     assert code == 0 and first in out and conversation.chat("And then", max_new_tokens=6).text in out
+
+
+@pytest.mark.usefixtures("loaded")
+def test_chat_draws_by_itself(run, pipeline, published, monkeypatch, tmp_path):
+    picture, saved = published / "image0.png", tmp_path / "drawn.png"
+    lines = iter([f"/image {picture}", "/draw two boats", f"/save {tmp_path / 'again.png'}", "/painter P", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    monkeypatch.setattr(chat_command.sys.stdin, "isatty", lambda: False, raising=False)
+    code, out, _ = run("chat", "--steps", 1, "--out", saved)
+    [expected] = pipeline.draw([picture, "two boats"], num_inference_steps=1)
+    assert code == 0 and f"({saved})" in out and "/painter: this model draws by itself" in out
+    for file in (saved, tmp_path / "again.png"):
+        with Image.open(file) as drawn:
+            assert drawn.tobytes() == expected.tobytes()
 
 
 @pytest.mark.usefixtures("loaded")

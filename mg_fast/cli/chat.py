@@ -76,6 +76,8 @@ def command(args) -> int:
                 images.append(_checked_picture(pipeline, rest.strip().strip("'\"")))
                 print(f"({len(images)} picture{'s' if len(images) > 1 else ''} with the next question)")
             elif word == "/painter":
+                if loading.is_interleaved(args.model):
+                    raise DrawingError("/painter: this model draws by itself")
                 if not rest.strip():
                     raise DrawingError("/painter needs a folder or hub id: /painter P")
                 conversation.painter = drawing.load_painter(args, rest.strip().strip("'\""))
@@ -107,6 +109,13 @@ def _hints(args) -> dict[str, bool]:
 
 def _draw(conversation, text: str, images: list, args) -> None:
     """Asks for a picture, and saves it when it is drawn."""
+    if loading.is_interleaved(args.model):
+        # This model draws what follows by itself.
+        with drawing.progress() as on_step:
+            found = conversation.draw([*images, *([text] if text else [])], **drawing.of_own_picture(args, on_step))
+        for file in drawing.save(found, args):
+            print(f"({file})")
+        return
     with drawing.progress() as on_step:
         options = drawing.of_each_picture(args) | {"on_step": on_step}
         stream = conversation.chat(text, images, stream=True, draw=options, **loading.sampling(args), **_hints(args))

@@ -3,11 +3,14 @@
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ..errors import DrawingError
 from .options import Parser, picture_file, positive
+
+# Steps of MM-Interleaved's own drawings.
+OWN_STEPS = 30
 
 
 def drawing_options(*, required: bool = False) -> Parser:
@@ -62,6 +65,13 @@ def load_painter(args, path: str | None = None):
 def of_each_picture(args) -> dict[str, object]:
     """The options of `Painter.draw` that the command line gives."""
     return {name: getattr(args, name) for name in ("size", "negative", "seed") if getattr(args, name) is not None}
+
+
+def of_own_picture(args, on_step: Callable[[int, int], None]) -> dict[str, object]:
+    """The options of `InterleavedPipeline.draw` that the command line gives."""
+    steps = args.steps or OWN_STEPS
+    given = {"seed": args.seed, "guidance_scale": args.guidance, "num_inference_steps": steps}
+    return given | {"on_step": lambda step, latents: on_step(step + 1, steps)}
 
 
 def check_free(args, count: int = 1) -> None:

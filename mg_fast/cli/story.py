@@ -11,6 +11,7 @@ from pathlib import Path
 from ..errors import CheckpointError, PictureError, PromptError, quoted
 from ..runtime.arguments import check_text
 from . import loading
+from .drawing import OWN_STEPS
 from .options import model_options, positive
 
 # The most characters of the page's heading.
@@ -44,7 +45,9 @@ def register(subparsers) -> None:
     parser.add_argument(
         "--max-new-tokens", type=positive, metavar="N", help="write at most N tokens per text (default: 90)"
     )
-    parser.add_argument("--steps", type=positive, default=30, metavar="N", help="steps of a drawing (default: 30)")
+    parser.add_argument(
+        "--steps", type=positive, default=OWN_STEPS, metavar="N", help=f"steps of a drawing (default: {OWN_STEPS})"
+    )
     parser.add_argument("--seed", type=int, help="a whole number that makes the story repeatable")
     parser.add_argument("--out", required=True, type=_page_file, metavar="FILE", help="where to write the .html file")
     parser.set_defaults(action=command)

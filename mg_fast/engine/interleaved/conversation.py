@@ -37,11 +37,13 @@ class InterleavedConversation:
 
     Attributes:
         sequence: everything so far, in ids and features of pictures.
+        last_drawn: the picture that `draw` kept last; None before, and after `reset`.
     """
 
     def __init__(self, stages: Stages):
         self.stages = stages
         self.sequence = InterleavedSequence()
+        self.last_drawn: Image.Image | None = None
         # What a call gives is kept only if this number is still the one with which it began.
         self._version = 0
         self._running = threading.RLock()
@@ -53,7 +55,7 @@ class InterleavedConversation:
         other = type(self)(self.stages)
         with self._changing:
             # A sequence is never changed.
-            other.sequence = self.sequence
+            other.sequence, other.last_drawn = self.sequence, self.last_drawn
         return other
 
     def __deepcopy__(self, memo: dict) -> "InterleavedConversation":
@@ -68,7 +70,7 @@ class InterleavedConversation:
     def reset(self) -> None:
         """Forgets everything so far."""
         with self._changing:
-            self.sequence = InterleavedSequence()
+            self.sequence, self.last_drawn = InterleavedSequence(), None
             self._version += 1
 
     close = reset
@@ -159,7 +161,8 @@ class InterleavedConversation:
                 raise PromptError("expected at least one text or picture that a picture can follow, got an empty list")
             pictures = stages.drawing.draw(sequence, drawing)
             config = stages.answers.model.config
-            self._keep(version, sequence.with_picture(stages.vision.see(pictures[0]), config))
+            if self._keep(version, sequence.with_picture(stages.vision.see(pictures[0]), config)) != version:
+                self.last_drawn = pictures[0]
         return pictures
 
     def interleave(

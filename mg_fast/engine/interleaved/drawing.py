@@ -2,13 +2,16 @@
 
 import logging
 import threading
+from dataclasses import fields
 
 import torch
 from PIL import Image
 
+from ...errors import quoted
 from ...models.mm_interleaved.context import place_pictures
 from ...models.mm_interleaved.drawing_options import DrawingOptions
 from ...ops.backend import requested, use_backend
+from ...runtime.arguments import whole_number
 from ...runtime.weights import Fingerprint
 from .answers import InterleavedAnswers, check_room
 from .sequence import InterleavedSequence
@@ -101,6 +104,15 @@ def drawing_options(seed: int | None, config, device: torch.device, **options) -
         ValueError: an option is out of range or unknown.
     """
     options = {name: value for name, value in options.items() if value is not None}
+    known = {field.name for field in fields(DrawingOptions)}
+    if unknown := options.keys() - known:
+        raise ValueError(f"{sorted(unknown)[0]} is no option of a drawing: expected {', '.join(sorted(known))}, or seed")
+    if seed is not None:
+        # Every picture has a seed of its own, and torch takes 64 bits.
+        whole = whole_number(seed)
+        if whole is None or not -(2**63) <= whole < 2**63:
+            raise ValueError(f"seed: expected a whole number of at most 63 bits, got {quoted(seed)}")
+        seed = whole
     if "generator" in options:
         return DrawingOptions(**options)
     checked = DrawingOptions(**options)

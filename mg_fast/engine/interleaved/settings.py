@@ -22,7 +22,7 @@ def sampling_for(task: str | None, *, seed: int | None = None, allow_long: bool 
         task: a task of `SETTINGS`, whose settings are the original's. None decodes greedily and without penalties, at
             most 90 tokens.
         seed: as in `Sampling`.
-        allow_long: not an option of this family. It is refused, so that it is not ignored.
+        allow_long: not an option of this family. It is refused, so that it is not ignored, and so are `draw` and `ocr`.
         **given: `max_new_tokens`, `temperature`, `top_p`, and further options of `generate`. They take the place of the
             task's. A `temperature` of 0 decodes without sampling, and one above 0 without beams. Where fewer tokens are
             wanted than the task's least number, the latter is lowered. None stands for an option that was not given.
@@ -34,6 +34,10 @@ def sampling_for(task: str | None, *, seed: int | None = None, allow_long: bool 
         raise PromptError(f"task: expected one of {', '.join(sorted(SETTINGS))}, or None, got {quoted(task)}")
     if allow_long is not None:
         raise PromptError("allow_long is not an option here: MM-Interleaved has one limit, its number of positions")
+    if given.pop("draw", None):
+        raise PromptError("draw= is not an option here: conversation.draw(items) draws what follows some items")
+    if given.pop("ocr", None):
+        raise PromptError("ocr= is not an option here: it adds a hint that Mini-Gemini was trained with")
     given = {name: value for name, value in given.items() if value is not None}
     options = dict(SETTINGS[task]) if task is not None else {"max_new_tokens": DEFAULT_NEW_TOKENS}
     options.pop("do_sample", None)

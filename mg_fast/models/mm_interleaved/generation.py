@@ -20,7 +20,7 @@ from .text_settings import NewTokensRepetitionPenalty, new_tokens_of
 logger = logging.getLogger(__name__)
 
 # Settings with which beam search is left to transformers' own loop.
-_OTHER_BEAMS = ("do_sample", "output_scores", "output_logits", "output_attentions", "output_hidden_states")
+_OTHER_BEAMS = ("do_sample", "stop_strings", "stopping_criteria", "output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
 
 def default_generation_config(config: MMInterleavedConfig) -> GenerationConfig:
@@ -66,8 +66,9 @@ class InterleavedGeneration:
 
         - `min_length` counts one BOS and the new tokens, not the prompt: it is `min_new_tokens + 1`.
         - `repetition_penalty` sees one BOS and the new tokens, not the prompt.
-        - beam search has the rules of transformers 4.31 (`BeamSearch` lists them), unless it samples, or is asked for
-          more than ids and their scores; then transformers' own loop runs, with a warning.
+        - beam search has the rules of transformers 4.31 (`BeamSearch` lists them), unless it samples, has stop
+          strings or criteria, or is asked for more than ids and their scores. Then transformers' own loop runs, with a
+          warning.
 
         Args:
             inputs: ids [B, L]; also as `input_ids`.

@@ -286,6 +286,8 @@ def test_too_many_pictures_and_no_file(tiny):
         (lambda p, items: p.chat(items, task="rhyme"), "task: expected one of"),
         (lambda p, items: p.chat(items, allow_long=True), "allow_long is not an option here"),
         (lambda p, items: p.chat(items, image_tokens=1), "image_tokens is not an option here"),
+        (lambda p, items: p.chat(items, draw=True), r"draw= is not an option here: conversation.draw\(items\)"),
+        (lambda p, items: p.chat(items, ocr=True), "ocr= is not an option here"),
         (lambda p, items: p.draw([]), "expected at least one text or picture that a picture can follow"),
         (lambda p, items: p.score(items, ["one"]), "two or more texts"),
         (lambda p, items: p.score(["words"], ["one", "two"]), "at least one picture before the options"),
@@ -294,6 +296,12 @@ def test_too_many_pictures_and_no_file(tiny):
 def test_calls_that_cannot_run_are_refused(tiny, call, message):
     with pytest.raises(PromptError, match=message):
         call(tiny.pipeline, [tiny.pictures[0], "words"])
+
+
+@pytest.mark.parametrize("options, message", [({"steps": 3}, "steps is no option of"), ({"seed": "x"}, "seed: expected")])
+def test_options_of_drawings_are_checked(tiny, options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.pipeline.draw(["words"], **options)
 
 
 def test_settings_of_tasks_and_callers():

@@ -11,6 +11,7 @@ from mg_fast.models.mm_interleaved import text_settings
 from mg_fast.models.mm_interleaved.beam_search import BeamSearch, FinishedTexts
 from mg_fast.models.mm_interleaved.packed import PackedInterleavedDecoding
 from mg_fast.models.mm_interleaved.text_settings import NewTokensRepetitionPenalty, TextSettings
+from mg_fast.models.mm_interleaved.tokenization import MMInterleavedTokenizer
 from mg_fast.models.protocol import CACHE
 from mg_fast.testing.tolerances import relative_error
 from tests.models.mm_interleaved import recorded
@@ -57,9 +58,12 @@ def test_several_texts_of_each_row_with_their_scores():
     assert bool((scores[:, 0] >= scores[:, 1]).all())
 
 
-@pytest.mark.parametrize("setting", ["output_scores", "do_sample"])
-def test_other_beam_settings_run_by_transformers_with_a_warning(caplog, setting):
-    out = generated("mmi-tiny", "vqa", "default", return_dict_in_generate=True, **{setting: True})
+@pytest.mark.parametrize("setting, value", [("output_scores", True), ("do_sample", True), ("stop_strings", ["."])])
+def test_other_beam_settings_run_by_transformers_with_a_warning(caplog, setting, value):
+    options = {setting: value}
+    if setting == "stop_strings":
+        options["tokenizer"] = MMInterleavedTokenizer.from_folder(recorded.folder_of("mmi-tiny") / "vicuna-tiny")
+    out = generated("mmi-tiny", "vqa", "default", return_dict_in_generate=True, **options)
     assert f"beam search with {setting} runs by transformers' own rules" in caplog.text
     assert (out.scores is not None) == (setting == "output_scores")
 
