@@ -5,8 +5,8 @@ import json
 import pickle
 
 import pytest
-from PIL import Image
 import torch
+from PIL import Image
 
 import mg_fast
 from mg_fast import CheckpointError, cli

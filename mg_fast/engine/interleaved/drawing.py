@@ -105,8 +105,8 @@ def drawing_options(seed: int | None, config, device: torch.device, **options) -
     """
     options = {name: value for name, value in options.items() if value is not None}
     known = {field.name for field in fields(DrawingOptions)}
-    if unknown := options.keys() - known:
-        raise ValueError(f"{sorted(unknown)[0]} is no option of a drawing: expected {', '.join(sorted(known))}, or seed")
+    if unknown := sorted(options.keys() - known):
+        raise ValueError(f"{unknown[0]} is no option of a drawing: expected {', '.join(sorted(known))}, or seed")
     if seed is not None:
         # Every picture has a seed of its own, and torch takes 64 bits.
         whole = whole_number(seed)

@@ -20,7 +20,8 @@ from .text_settings import NewTokensRepetitionPenalty, new_tokens_of
 logger = logging.getLogger(__name__)
 
 # Settings with which beam search is left to transformers' own loop.
-_OTHER_BEAMS = ("do_sample", "stop_strings", "stopping_criteria", "output_scores", "output_logits", "output_attentions", "output_hidden_states")
+_OTHER_BEAMS = ("do_sample", "stop_strings", "stopping_criteria")
+_OTHER_BEAMS += ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
 
 def default_generation_config(config: MMInterleavedConfig) -> GenerationConfig:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -11,13 +12,15 @@ import torch
 from torch import nn
 
 from ...ops import backend as backends
-from ...runtime.graphs import CapturedGraph, Captures, GraphCache
+from ...runtime.graphs import CapturedGraph, Captures, GraphCache, NoStreamLeft
 from ...runtime.layer_dtypes import compute_dtype
 from ...runtime.numerics import numerics
 from ...runtime.weights import Fingerprint, why_more_than_weights
 from .drawing_options import DrawingOptions, Steps
 from .packed_unet_synchronizer import PackedUNetSynchronizer, why_not_packable
 from .residuals import call_unet
+
+logger = logging.getLogger(__name__)
 
 # The number of CUDA graphs that are kept. Each has its own memory for a step of the U-Net, and for the values of all
 # synchronizers.
@@ -257,7 +260,11 @@ class PictureDrawer:
             return self.predict(latents, timestep, kept, backend)
 
         if self.device.type == "cuda":
-            stream = self._graphs.stream(self.device)
+            try:
+                stream = self._graphs.stream(self.device)
+            except NoStreamLeft as error:
+                logger.warning("pictures are drawn without CUDA graphs: %s", error)
+                return None
             # Before a capture, kernels must be compiled, and libraries' workspaces and the tables must be made.
             stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(stream):

@@ -298,7 +298,7 @@ def test_calls_that_cannot_run_are_refused(tiny, call, message):
         call(tiny.pipeline, [tiny.pictures[0], "words"])
 
 
-@pytest.mark.parametrize("options, message", [({"steps": 3}, "steps is no option of"), ({"seed": "x"}, "seed: expected")])
+@pytest.mark.parametrize("options, message", [({"steps": 3}, "steps is no option"), ({"seed": "x"}, "seed: expected")])
 def test_options_of_drawings_are_checked(tiny, options, message):
     with pytest.raises(ValueError, match=message):
         tiny.pipeline.draw(["words"], **options)
