@@ -29,10 +29,10 @@ PICTURES_AT_ONCE = 4
 class InterleavedAnswers(AnswerStage):
     """Writes texts after sequences of texts and pictures, and gives the states of sequences.
 
-    Texts are decoded by the model's packed form, which is made at the first answer, and again when weights of the
-    language model have changed. Where it cannot be packed (hooks, adapters, quantized synchronizers), the model itself
-    decodes. What the synchronizers read of a picture is computed once. It is kept in the cache, and as long as a
-    conversation holds the picture.
+    Texts are decoded by the model's packed form, which is made at the first answer. It is made again when weights of
+    the language model have changed, and everything remembered is dropped then. Where it cannot be packed (hooks,
+    adapters, quantized synchronizers), the model itself decodes. What the synchronizers read of a picture is computed
+    once. It is kept in the cache, and as long as a conversation holds the picture.
 
     Args:
         model: the MMInterleavedForConditionalGeneration.
@@ -168,7 +168,8 @@ class InterleavedAnswers(AnswerStage):
     def _pack(self) -> None:
         """Packs the language model, unless this was done for the weights as they are now."""
         with self._packing:
-            state = Fingerprint((self.model.language_model, self.model.head))
+            # Keys and values depend on what is added to the embedding of a picture's first token, too.
+            state = Fingerprint((self.model.language_model, self.model.head, self.model.picture_mark))
             if state == self._packed_of:
                 return
             try:
