@@ -92,7 +92,7 @@ config, dtype, hits = make_interleaved_config("tiny"), torch.bfloat16, []
 compiled = [kernel.name for kernel in launches.compile_kernels([90], [dtype], config)]
 torch.set_default_dtype(dtype)
 knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
-with compile_only(90), torch.no_grad(), torch.device("cuda"):
+with compile_only(90), mg_fast.use_backend("auto"), torch.no_grad(), torch.device("cuda"):
     model = mg_fast.MMInterleavedForConditionalGeneration(config).eval()
     torch.set_default_dtype(torch.float32)
     maps = model.get_image_features(torch.empty(1, 3, 224, 224)).last_hidden_state
