@@ -93,12 +93,15 @@ class ImageDecoder(nn.Module):
         """Checks what can be checked before any work is done.
 
         Raises:
-            ValueError: latents or the scheduler do not fit so many targets, or the decoder's weights are offloaded.
+            ValueError: latents or the scheduler do not fit so many targets, or the decoder's weights are offloaded or
+                on several devices.
         """
-        if any(parameter.is_meta for parameter in self.parameters()):
+        devices = {parameter.device for parameter in self.parameters()}
+        if torch.device("meta") in devices or len(devices) > 1:
+            found = "some of them are offloaded" if torch.device("meta") in devices else "they lie on several"
             raise ValueError(
-                "drawing needs the weights of the image decoder on a device, but some of them are offloaded: give "
-                "image_decoder a device in device_map"
+                f"drawing needs the weights of the image decoder on one device, but {found}: give image_decoder a "
+                "device in device_map"
             )
         options.check_latents(self.latents_shape(targets * options.num_images))
         Steps(options, self.config.scheduler_config)

@@ -41,12 +41,8 @@ class MMInterleavedPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    _no_split_modules = [
-        "SynchronizedDecoderLayer",
-        "AdaptedClip",
-        "PerceiverResampler",
-        "DiffusionDecoder",
-    ]
+    # The picture side and what draws each have parameters of their own beside those of their parts.
+    _no_split_modules = ["SynchronizedDecoderLayer", "VisualTokenizer", "ImageDecoder"]
     # What the synchronizers read of pictures is large. A layer on another device fetches its own part of it.
     _skip_keys_device_placement = [*CACHE_NAMES, *CONSTANT_INPUTS]
     _supports_flash_attn = True

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import infer_auto_device_map
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
@@ -198,6 +199,18 @@ def test_device_map(built, tmp_path):
     with torch.inference_mode():
         # Values that are not computed by one product over folded weights are rounded elsewhere.
         assert relative_error(parted(**inputs).logits, model(**inputs).logits) <= 1e-5
+
+
+def test_parts_that_lie_on_one_device(built):
+    """However little fits the first device, the picture side and what draws are not cut in two."""
+    with torch.device("meta"):
+        model = MMInterleavedForConditionalGeneration(MMInterleavedConfig.from_pretrained(built))
+    size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    for part in range(1, 8):
+        room = {0: size * part // 8, 1: size, "cpu": size}
+        places = infer_auto_device_map(model, max_memory=room, no_split_module_classes=model._no_split_modules)
+        whole = {name for name in places if name.startswith(("visual_tokenizer", "image_decoder"))}
+        assert whole <= {"visual_tokenizer", "image_decoder"} and set(places.values()) & {0, 1}
 
 
 def test_quantization(built, tmp_path, caplog):
