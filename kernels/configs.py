@@ -90,8 +90,8 @@ PATCH_MINING = {
     120: {(2, 64, True): Tile(64, 8, 2), (4, 16, True): Tile(32, 2, 2)},
 }
 if TRITON >= (3, 8):
-    # With the tiles above it would spill 72 bytes of a thread on 8.0, and 8 bytes in the backward pass on 9.0. Without
-    # limits it does not spill on 8.0 and 10.0, and more programs reside on 8.0. The limit of 10.0 would make it spill 64.
+    # With the tiles above it would spill 72 bytes of a thread on 8.0, 8 bytes in the backward pass on 9.0, and 64 bytes
+    # on 10.0. Without limits nothing spills on 8.0 and 10.0, and more programs reside on a multiprocessor of 8.0.
     PATCH_MINING[80] |= {(2, 64, True): Tile(64, 4, 2), (2, 64, True, "reduced"): Tile(32, 8, 2)}
     del PATCH_MINING[100]
     PATCH_MINING[90] = {(2, 16, False): Tile(8, 2, 2)}
