@@ -95,6 +95,8 @@ if TRITON >= (3, 8):
     PATCH_MINING[80] |= {(2, 64, True): Tile(64, 4, 2), (2, 64, True, "reduced"): Tile(32, 8, 2)}
     del PATCH_MINING[100]
     PATCH_MINING[90] = {(2, 16, False): Tile(8, 2, 2)}
+    # On 8.6 and 8.9, float16 maps with float32 queries would spill 16 to 72 bytes without a limit.
+    PATCH_MINING[86][2, 64, True] = PATCH_MINING[89][2, 64, True] = Tile(64, 8, 2, 224)
 
 
 def patch_mining_bucket(element_size: int, side: int, widths: Iterable[int]) -> tuple[int, int, bool]:
