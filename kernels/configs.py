@@ -43,11 +43,16 @@ SHARED_MEMORY_LIMITS = {
 
 
 class Tile(NamedTuple):
-    """Channels that are loaded at once, warps of a program, and stages of its software pipeline."""
+    """Channels loaded at once, warps of a program, stages of its pipeline, and most registers of a thread (255: any).
+
+    Without a limit the compiler may spill a few registers so that one more program resides on a multiprocessor. With
+    one it takes as many registers as it needs, up to the limit.
+    """
 
     channels: int
     warps: int
     stages: int
+    registers: int = 255
 
 
 # Keyed by compute capability, where None holds for every architecture that has no entry of its own. The inner key is
@@ -74,15 +79,24 @@ PATCH_MINING = {
         (4, 256, False): Tile(8, 16, 1),
     },
     # These entries replace defaults that would spill registers on the architecture.
-    80: {(2, 64, True, "reduced"): Tile(64, 8, 2), (4, 64, True, "reduced"): Tile(16, 4, 2)},
-    86: {(2, 64, True): Tile(64, 8, 2), (4, 64, True, "reduced"): Tile(16, 4, 2)},
-    89: {(2, 64, True): Tile(64, 8, 2), (4, 64, True, "reduced"): Tile(16, 4, 2)},
+    80: {
+        (2, 64, True): Tile(64, 4, 2, 224),
+        (2, 64, True, "reduced"): Tile(64, 8, 2, 224),
+        (4, 64, True, "reduced"): Tile(16, 4, 2),
+    },
+    86: {(2, 64, True): Tile(64, 8, 2), (4, 64, True, "reduced"): Tile(16, 4, 2, 128)},
+    89: {(2, 64, True): Tile(64, 8, 2), (4, 64, True, "reduced"): Tile(16, 4, 2, 128)},
+    100: {(2, 64, True): Tile(64, 4, 2, 168)},
     120: {(2, 64, True): Tile(64, 8, 2), (4, 16, True): Tile(32, 2, 2)},
 }
 if TRITON >= (3, 8):
-    # With the tiles above it would spill 72 bytes of a thread on 8.0, and 8 bytes in the backward pass on 9.0.
-    PATCH_MINING[80][2, 64, True, "reduced"] = Tile(32, 8, 2)
+    # With the tiles above it would spill 72 bytes of a thread on 8.0, 8 bytes in the backward pass on 9.0, and 64 bytes
+    # on 10.0. Without limits nothing spills on 8.0 and 10.0, and more programs reside on a multiprocessor of 8.0.
+    PATCH_MINING[80] |= {(2, 64, True): Tile(64, 4, 2), (2, 64, True, "reduced"): Tile(32, 8, 2)}
+    del PATCH_MINING[100]
     PATCH_MINING[90] = {(2, 16, False): Tile(8, 2, 2)}
+    # On 8.6 and 8.9, float16 maps with float32 queries would spill 16 to 72 bytes without a limit.
+    PATCH_MINING[86][2, 64, True] = PATCH_MINING[89][2, 64, True] = Tile(64, 8, 2, 224)
 
 
 def patch_mining_bucket(element_size: int, side: int, widths: Iterable[int]) -> tuple[int, int, bool]:

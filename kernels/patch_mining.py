@@ -206,7 +206,14 @@ def launches(queries: torch.Tensor, pyramid: Sequence[torch.Tensor], grid: int) 
         geometries = tuple(
             geometry(level, at, fine, reduction, side, tile.channels) for level, at in zip(pyramid, offsets)
         )
-        yield programs, {**arguments, "GEOMETRIES": geometries, "num_warps": tile.warps, "num_stages": tile.stages}
+        arguments |= {
+            "GEOMETRIES": geometries,
+            "num_warps": tile.warps,
+            "num_stages": tile.stages,
+            # A limit that is no limit would let the compiler take all registers.
+            "maxnreg": tile.registers if tile.registers < 255 else None,
+        }
+        yield programs, arguments
 
 
 def pool_windows_fwd(

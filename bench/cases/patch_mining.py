@@ -167,7 +167,8 @@ def _launch(
 
 def tunable() -> Tunable:
     """What can be tuned of the forward pass; the backward pass takes the same tiles."""
-    return Tunable({"channels": POWERS[3:8], "warps": POWERS[1:5], "stages": (1, 2, 3, 4)}, _fits, _problems)
+    space = {"channels": POWERS[3:8], "warps": POWERS[1:5], "stages": (1, 2, 3, 4), "registers": (128, 168, 255)}
+    return Tunable(space, _fits, _problems)
 
 
 def _problems() -> list[tuple[object, Case]]:

@@ -1,8 +1,8 @@
 """Every kernel that a published model launches, in any dtype, is among those that are compiled ahead of time.
 
-Exceptions have a list of their own, `SPILLS`. All this holds on every architecture for Mini-Gemini, and on 9.0 for
-detectors and MM-Interleaved, whose kernels differ little from one architecture to the next. The models run on fake
-tensors, and nothing is compiled: kernels are compared by the digests of what goes into the compiler.
+This holds on every architecture for Mini-Gemini, and on 9.0 for detectors and MM-Interleaved, whose kernels differ
+little from one architecture to the next. The models run on fake tensors, and nothing is compiled: kernels are compared
+by the digests of what goes into the compiler.
 """
 
 from collections.abc import Iterator
@@ -20,13 +20,11 @@ from mg_fast.ops.backend import use_backend
 from mg_fast.ops.deformable_attention import deformable_attention_backward, deformable_attention_sum
 from tests.ops.ahead_of_time_checks import FAMILIES
 from tests.ops.ahead_of_time_gate import DISTINCT, DTYPES, digest_case, digested
-from tests.ops.patch_mining.ahead_of_time import SPILLS
 
 
 @pytest.mark.parametrize("architecture", DISTINCT)
 def test_what_published_models_launch_is_compiled(architecture):
     cases = [case for family in FAMILIES.values() for case in family.cases() if case.architecture == architecture]
-    cases += [case for case in SPILLS if case.architecture == architecture]
     known = {digest for case in cases for digest in digest_case(case).values()}
     launched = {}
     for dtype in DTYPES.values():

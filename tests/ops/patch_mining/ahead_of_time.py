@@ -140,18 +140,6 @@ class CoarseMining(Mining):
         return wrong
 
 
-# Published models launch these, too, but with today's tiles, which no GPU has tuned, they spill 16 to 48 bytes of a
-# thread. They are right, and slower than they could be; they belong into the table as soon as they have other tiles.
-SPILLS = [
-    Mining("pool_windows_bwd", 80, "fp16", "768"),
-    Mining("pool_windows_fwd", 80, "fp16", "HD"),
-    Mining("pool_windows_bwd", 80, "fp16", "HD"),
-    Mining("pool_windows_bwd", 86, "fp32", "HD"),
-    Mining("pool_windows_bwd", 100, "fp16", "768"),
-    Mining("pool_windows_fwd", 100, "fp16", "HD"),
-]
-
-
 def cases() -> list[Mining]:
     def add(launchers, architectures, dtypes, shapes):
         found.extend(
@@ -178,4 +166,4 @@ def cases() -> list[Mining]:
     # The other buckets, each in one dtype.
     add_coarse(both, ["bf16"], ["side4", "side11", "odd8"])
     add_coarse(both[:1], ["fp16"], ["uneven", "side16", "odd4", "odd16"])
-    return [case for case in found if case not in SPILLS]
+    return found
