@@ -17,7 +17,7 @@ from .drawing import drawing_options
 from .items import Items, read_items
 from .loop import Stages, Told, go_on
 from .sequence import InterleavedSequence, split_end
-from .settings import Loop, sampling_for
+from .settings import Loop, check_task, sampling_for
 
 logger = logging.getLogger(__name__)
 
@@ -111,8 +111,7 @@ class InterleavedConversation:
         read, answers = read_items(items, images), self.stages.answers
         if read.empty:
             raise PromptError("expected at least one text or picture, got an empty list")
-        if task is not None and not read.pictures and not self.sequence.pictures:
-            raise PromptError(f"task {task} is about a picture: expected at least one, got a text alone")
+        check_task(task, read.pictures or self.sequence.pictures)
         generator = sampling.generator(answers.device)
 
         def ask() -> tuple[Callable, Callable]:
@@ -125,8 +124,9 @@ class InterleavedConversation:
                 rows = [(request, sequence.pictures)]
                 return answers.answer(rows, sampling, generator=generator, meter=meter, **streamed)[0]
 
-            def keep(answer: Answer) -> None:
+            def keep(answer: Answer) -> Answer:
                 self._keep(version, sequence.extended(split_end(answer.token_ids, answers.model.config)[0]))
+                return answer
 
             return run, keep
 

@@ -6,9 +6,11 @@ import threading
 import torch
 from PIL import Image
 
+from ...errors import PromptError, quoted
 from ...models.mm_interleaved.context import place_pictures
 from ...models.mm_interleaved.drawing_options import DrawingOptions
 from ...ops.backend import requested, use_backend
+from ...runtime.arguments import whole_number
 from ...runtime.weights import Fingerprint
 from .answers import InterleavedAnswers, check_room
 from .sequence import InterleavedSequence
@@ -98,12 +100,15 @@ def drawing_options(seed: int | None, config, device: torch.device, **options) -
         **options: the other fields of `DrawingOptions`. A `generator` takes the place of the seed.
 
     Raises:
+        PromptError: the seed is no whole number.
         ValueError: an option is out of range or unknown.
     """
+    first = config.sd_base_seed if seed is None else whole_number(seed)
+    if first is None:
+        raise PromptError(f"seed: expected a whole number, got {quoted(seed)}")
     options = {name: value for name, value in options.items() if value is not None}
     if "generator" in options:
         return DrawingOptions(**options)
     checked = DrawingOptions(**options)
-    first = config.sd_base_seed if seed is None else seed
     generators = [torch.Generator(device).manual_seed(first + k) for k in range(checked.num_images)]
     return DrawingOptions(**{**options, "generator": generators})

@@ -212,6 +212,8 @@ def test_a_full_context_ends_a_loop(tiny, monkeypatch, caplog):
         ({"items": [], "start_with_picture": True}, "expected at least one text or picture to go on from"),
         ({"rounds": 0}, "rounds: expected a whole number of 1 or more"),
         ({"texts": "one"}, "texts: expected a list"),
+        ({"texts": ["", "a <image>"]}, r"texts\[1\] holds <image>: a text of a loop has no pictures"),
+        ({"texts": ["<|image|>"]}, r"texts\[0\] holds <\|image\|>"),
         ({"task": "poem"}, "task: expected one of caption, "),
         ({"num_beams": 2, "stream": True}, "beams cannot be streamed"),
     ],
