@@ -1,6 +1,7 @@
 """Products with quantized weights that torchao and transformers lack, and that a model gets after it was loaded."""
 
 import logging
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,15 +24,21 @@ EXPERTS_FUNCTION = "mg_fast_quantized"
 _packed_product = find("torch._weight_int8pack_mm")
 
 
-def finish(model: nn.Module) -> None:
+def finish(model: nn.Module, unquantized: Sequence[str] = ()) -> None:
     """Gives a loaded model the products for its quantized weights that torchao lacks.
 
-    It logs a warning if most of the language model's layers are not quantized.
+    It logs a warning if most of what should be quantized of the language model's layers is not.
+
+    Args:
+        model: a model that `mg_fast.models.protocol.DecodableModel` describes.
+        unquantized: names of submodules of the layers that keep their dtype by intention, so that they do not count.
     """
     language_model = model.language_model
     left = total = 0
     experts = False
     for name, module in language_model.layers.named_modules():
+        if not set(unquantized).isdisjoint(name.split(".")):
+            continue
         for parameter_name, parameter in module.named_parameters(recurse=False):
             if parameter.dim() < 2:
                 continue

@@ -200,10 +200,12 @@ def test_device_map(built, tmp_path):
         assert relative_error(parted(**inputs).logits, model(**inputs).logits) <= 1e-5
 
 
-def test_quantization(built, tmp_path):
+def test_quantization(built, tmp_path, caplog):
     """Only self-attention and MLPs of the language model are quantized, and a saved model loads again."""
     pytest.importorskip("torchao")
     model = load(built, dtype=torch.bfloat16, quantization_config="int8")
+    # Synchronizers, which are most of this small model's layers, keep their dtype without a warning.
+    assert "are not quantized" not in caplog.text
     kinds = {name: type(parameter.data) for name, parameter in model.named_parameters()}
     expected = {
         name for name in kinds if re.fullmatch(r"mm_decoder\.layers\.\d+\.(self_attn|mlp)\.[a-z]+_proj\.weight", name)
