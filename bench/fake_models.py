@@ -97,7 +97,7 @@ class FakePicture:
     def tower_for_kernels(self) -> tuple[int, Callable]:
         """The same, packed for our kernels of its products."""
         with use_backend("triton"):
-            return _held(self.model.model.vision_tower_aux.pack)
+            return held_by(self.model.model.vision_tower_aux.pack)
 
     def packed_tower(self, backend: str) -> tuple[int, Callable]:
         """The packed tower that a backend runs."""

@@ -3,7 +3,6 @@
 import pytest
 
 import mg_fast
-from mg_fast import MMInterleavedProcessor
 from mg_fast.testing.random_interleaved import build_interleaved
 from tests.forked_python import LIBRARIES, python
 from tests.models.mm_interleaved.recorded import folder_of
