@@ -153,6 +153,7 @@ class InterleavedConversation:
         """
         stages = self.stages
         drawing = drawing_options(seed, stages.answers.model.config, stages.answers.device, **options)
+        stages.drawing.check(drawing)
         read = read_items(items).before_picture()
         with self._running:
             version, sequence = self._begin(read, allow_urls=allow_urls)
@@ -209,7 +210,7 @@ class InterleavedConversation:
         def drawing():
             return drawing_options(seed, stages.answers.model.config, stages.answers.device, **drawn)
 
-        drawing()  # Errors come before any work.
+        stages.drawing.check(drawing())  # Errors come before any work.
         read = read_items(items)
         if loop.start_with_picture:
             read = read.before_picture()

@@ -47,6 +47,10 @@ class DrawingStage:
         """Seconds spent so far on capturing graphs."""
         return self.drawer.first_use if self.drawer is not None else {}
 
+    def check(self, options: DrawingOptions) -> None:
+        """Raises ValueError where the options do not fit the model; nothing is computed."""
+        self.model.image_decoder.check_options(1, options)
+
     @torch.inference_mode()
     def draw(self, sequence: InterleavedSequence, options: DrawingOptions) -> list[Image.Image]:
         """Draws `options.num_images` pictures that could follow the sequence.
@@ -100,12 +104,12 @@ def drawing_options(seed: int | None, config, device: torch.device, **options) -
         **options: the other fields of `DrawingOptions`. A `generator` takes the place of the seed.
 
     Raises:
-        PromptError: the seed is no whole number.
+        PromptError: the seed is no whole number, or too large.
         ValueError: an option is out of range or unknown.
     """
     first = config.sd_base_seed if seed is None else whole_number(seed)
-    if first is None:
-        raise PromptError(f"seed: expected a whole number, got {quoted(seed)}")
+    if first is None or not -(2**63) <= first < 2**63:
+        raise PromptError(f"seed: expected a whole number of at most 63 bits, got {quoted(seed)}")
     options = {name: value for name, value in options.items() if value is not None}
     if "generator" in options:
         return DrawingOptions(**options)
