@@ -85,6 +85,17 @@ def test_run(run, pipeline, published):
     assert (code, out) == (0, pipeline.chat(WORDS, [picture], max_new_tokens=6).text + "\n") and "template" not in err
 
 
+def test_side_folders_elsewhere(run, published, tmp_path):
+    """Commands take the folders that config.yaml does not find, as `load` does."""
+    for name in ("config.yaml", "checkpoint"):
+        (tmp_path / name).symlink_to(published / name)
+    asked = ("run", "--model", tmp_path, "--prompt", "Hello.", "--max-new-tokens", 3)
+    names = {"--llm": "vicuna-tiny", "--clip": "clip-tiny", "--diffusion": "sd-tiny"}
+    sides = [part for option, name in names.items() for part in (option, published / name)]
+    assert run(*asked)[0] == 3
+    assert run(*asked, *sides)[:2] == run("run", "--prompt", "Hello.", "--max-new-tokens", 3)[:2]
+
+
 @pytest.mark.usefixtures("loaded")
 def test_run_as_a_document(run):
     code, out, _ = run("run", "--prompt", "Hello.", "--max-new-tokens", 3, "--json", "--profile")

@@ -28,6 +28,9 @@ def load(args, **options):
         template=args.template,
         base_model=args.model_base,
         compiled=args.compile,
+        llm=args.llm,
+        clip=args.clip,
+        diffusion=args.diffusion,
         **options,
     )
 

@@ -27,6 +27,12 @@ def model_options() -> Parser:
     parent.add_argument(
         "--model-base", metavar="DIR", help="base language model, for a stage-1 adapter (mm_projector.bin)"
     )
+    for name, what in (("llm", "the language model"), ("clip", "CLIP"), ("diffusion", "Stable Diffusion")):
+        parent.add_argument(
+            f"--{name}",
+            metavar="DIR",
+            help=f"MM-Interleaved: folder or hub id of {what}, where it is not where config.yaml says",
+        )
     parent.add_argument("--template", metavar="NAME", help="prompt template (default: the checkpoint's own)")
     parent.add_argument(
         "--dtype",

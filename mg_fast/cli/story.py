@@ -14,6 +14,8 @@ from . import loading
 from .drawing import OWN_STEPS
 from .options import model_options, positive
 
+# What stands for a picture in a prompt. The modules that name it take seconds to import.
+_PICTURE_MARKS = ("<image>", "<|beginofimage|>", "<|image|>")
 # The most characters of the page's heading.
 _LONGEST_TITLE = 70
 
@@ -57,6 +59,8 @@ def command(args) -> int:
     if not args.start.strip():
         raise PromptError("--start is empty: expected how the story begins")
     check_text(args.start, "--start")
+    if mark := next((mark for mark in _PICTURE_MARKS if mark in args.start), None):
+        raise PromptError(f"--start holds {mark}: pictures are given by --image, and come before the text")
     pictures = _open(args.image)
     if not loading.is_interleaved(args.model):
         raise CheckpointError(f"{args.model} is no MM-Interleaved checkpoint, which mg-fast story needs")

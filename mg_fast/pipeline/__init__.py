@@ -106,7 +106,12 @@ def load(
     began = time.perf_counter()
     path = builtin.resolve(path)
     # Only small files are read or fetched to tell the family.
-    family = checkpoint_family(resolve_folder(path, weights=False))
+    family = checkpoint_family(folder := resolve_folder(path, weights=False))
+    if family is None and base_model is None and not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder} has no config.json: expected a Mini-Gemini checkpoint folder, or one of MM-Interleaved, which "
+            "has a config.yaml"
+        )
     of_mini_gemini = {
         "template": template,
         "base_model": base_model,

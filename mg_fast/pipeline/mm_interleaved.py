@@ -14,7 +14,7 @@ from ..engine.interleaved.first_use import warm_up
 from ..engine.interleaved.items import read_items
 from ..engine.interleaved.loop import Stages
 from ..engine.interleaved.pictures import FeatureStage
-from ..engine.interleaved.settings import sampling_for
+from ..engine.interleaved.settings import check_task, sampling_for
 from ..engine.options import CacheOptions
 from ..engine.streaming import AnswerStream
 from ..models.mm_interleaved.modeling import MMInterleavedForConditionalGeneration
@@ -189,6 +189,7 @@ class InterleavedPipeline:
 
         def read(item) -> tuple[Request, list]:
             found = read_items(item) if isinstance(item, list) else read_items(*batch.parts_of(item))
+            check_task(task, found.pictures)
             return self.answers.request_of(found, sampling), found.pictures
 
         how = {"batch_size": batch_size, "allow_urls": allow_urls, "progress": progress}

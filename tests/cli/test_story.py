@@ -157,6 +157,7 @@ def test_errors(run, tmp_path):
     for expected, arguments, options, message in (
         (5, ("--start", " ", "--image", picture), {}, "--start is empty"),
         (5, ("--start", "\udcff", "--image", picture), {}, "--start cannot be encoded as UTF-8"),
+        (5, ("--start", "A <image> dog", "--image", picture), {}, "--start holds <image>: pictures are given"),
         (4, (*started, tmp_path / "absent.png"), {}, "absent.png: no such file"),
         (4, (*started, tmp_path / "broken.png"), {}, "broken or truncated"),
         (3, (*started, picture), {"model": "nano"}, "nano is no MM-Interleaved checkpoint, which mg-fast story needs"),

@@ -17,7 +17,7 @@ from .drawing import drawing_options
 from .items import Items, read_items
 from .loop import Stages, Told, go_on
 from .sequence import InterleavedSequence, split_end
-from .settings import Loop, sampling_for
+from .settings import Loop, check_task, sampling_for
 
 logger = logging.getLogger(__name__)
 
@@ -113,8 +113,7 @@ class InterleavedConversation:
         read, answers = read_items(items, images), self.stages.answers
         if read.empty:
             raise PromptError("expected at least one text or picture, got an empty list")
-        if task is not None and not read.pictures and not self.sequence.pictures:
-            raise PromptError(f"task {task} is about a picture: expected at least one, got a text alone")
+        check_task(task, read.pictures or self.sequence.pictures)
         generator = sampling.generator(answers.device)
 
         def ask() -> tuple[Callable, Callable]:
@@ -154,6 +153,7 @@ class InterleavedConversation:
         """
         stages = self.stages
         drawing = drawing_options(seed, stages.answers.model.config, stages.answers.device, **options)
+        stages.drawing.check(drawing)
         read = read_items(items).before_picture()
         with self._running:
             version, sequence = self._begin(read, allow_urls=allow_urls)
@@ -212,7 +212,7 @@ class InterleavedConversation:
         def drawing():
             return drawing_options(seed, stages.answers.model.config, stages.answers.device, **drawn)
 
-        drawing()  # Errors come before any work.
+        stages.drawing.check(drawing())  # Errors come before any work.
         read = read_items(items)
         if loop.start_with_picture:
             read = read.before_picture()

@@ -7,7 +7,7 @@ from dataclasses import fields
 import torch
 from PIL import Image
 
-from ...errors import quoted
+from ...errors import PromptError, quoted
 from ...models.mm_interleaved.context import place_pictures
 from ...models.mm_interleaved.drawing_options import DrawingOptions
 from ...ops.backend import requested, use_backend
@@ -47,6 +47,10 @@ class DrawingStage:
     def first_use(self) -> dict[str, float]:
         """Seconds spent so far on capturing graphs."""
         return self.drawer.first_use if self.drawer is not None else {}
+
+    def check(self, options: DrawingOptions) -> None:
+        """Raises ValueError where the options do not fit the model; nothing is computed."""
+        self.model.image_decoder.check_options(1, options)
 
     @torch.inference_mode()
     def draw(self, sequence: InterleavedSequence, options: DrawingOptions) -> list[Image.Image]:
@@ -101,21 +105,18 @@ def drawing_options(seed: int | None, config, device: torch.device, **options) -
         **options: the other fields of `DrawingOptions`. A `generator` takes the place of the seed.
 
     Raises:
+        PromptError: the seed is no whole number, or too large.
         ValueError: an option is out of range or unknown.
     """
+    first = config.sd_base_seed if seed is None else whole_number(seed)
+    if first is None or not -(2**63) <= first < 2**63:
+        raise PromptError(f"seed: expected a whole number of at most 63 bits, got {quoted(seed)}")
     options = {name: value for name, value in options.items() if value is not None}
     known = {field.name for field in fields(DrawingOptions)}
     if unknown := sorted(options.keys() - known):
         raise ValueError(f"{unknown[0]} is no option of a drawing: expected {', '.join(sorted(known))}, or seed")
-    if seed is not None:
-        # Every picture has a seed of its own, and torch takes 64 bits.
-        whole = whole_number(seed)
-        if whole is None or not -(2**63) <= whole < 2**63:
-            raise ValueError(f"seed: expected a whole number of at most 63 bits, got {quoted(seed)}")
-        seed = whole
     if "generator" in options:
         return DrawingOptions(**options)
     checked = DrawingOptions(**options)
-    first = config.sd_base_seed if seed is None else seed
     generators = [torch.Generator(device).manual_seed(first + k) for k in range(checked.num_images)]
     return DrawingOptions(**{**options, "generator": generators})

@@ -1,5 +1,6 @@
 """Texts and pictures in any order, as callers give them, and the one text that they make."""
 
+import logging
 import os
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,6 +13,8 @@ from ...errors import PromptError, quoted
 from ...models.mm_interleaved.prompts import join_items
 from ...models.templates import IMAGE_TAG
 from ...runtime.arguments import check_text
+
+logger = logging.getLogger(__name__)
 
 # What `open_picture` takes, apart from a str, which is a text here, and apart from open files.
 _PICTURES = (Image.Image, os.PathLike, bytes, bytearray, memoryview, np.ndarray, torch.Tensor)
@@ -47,6 +50,8 @@ def read_items(items, images: Sequence | None = None) -> Items:
             one picture.
         images: the pictures of a text, as a list or alone; only with a text.
 
+    A text that is the name of a file gives a warning, because a picture may have been meant.
+
     Raises:
         PromptError: an item is neither, a text is empty or holds marks for other pictures than came.
     """
@@ -63,6 +68,14 @@ def read_items(items, images: Sequence | None = None) -> Items:
     for number, item in enumerate(items, 1):
         if isinstance(item, str):
             _check(item, f"item {number} of {len(items)}")
+            if _names_a_file(item):
+                logger.warning(
+                    "item %d of %d, %s, is read as a text, and there is a file of this name: a picture's file is given "
+                    "as a pathlib.Path",
+                    number,
+                    len(items),
+                    quoted(item),
+                )
         elif not (isinstance(item, _PICTURES) or hasattr(item, "read")):
             raise PromptError(f"item {number} of {len(items)}: expected {_EXPECTED}, got {quoted(item)}")
     return Items(*join_items(items)) if items else Items("", [])
@@ -79,6 +92,13 @@ def _of_text(text: str, images) -> Items:
             f"the text has {marks} place(s) for pictures ({IMAGE_TAG}), but {len(pictures)} picture(s) came"
         )
     return Items(text if marks else " ".join([IMAGE_TAG] * len(pictures) + [text]), pictures)
+
+
+def _names_a_file(text: str) -> bool:
+    try:
+        return os.path.isfile(text)
+    except ValueError:
+        return False
 
 
 def _check(text: str, what: str) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from ...errors import PromptError, quoted
+from ...models.templates import IMAGE_TAG
 from ...ops.backend import use_backend
 from ...runtime.arguments import check_text
 from ...runtime.layer_dtypes import call
@@ -24,12 +25,15 @@ def score(answers: InterleavedAnswers, sequence: InterleavedSequence, options: S
         options: at least two texts.
 
     Raises:
-        PromptError: there are fewer than two options, one is no text, or the sequence has no picture or no room.
+        PromptError: there are fewer than two options, one is no text or holds a picture's place, or the sequence has no
+            picture or no room.
     """
     if isinstance(options, str) or not isinstance(options, Sequence) or len(options) < 2:
         raise PromptError(f"options: expected a list of two or more texts, got {quoted(options)}")
     for number, option in enumerate(options):
         check_text(option, f"options[{number}]")
+        if IMAGE_TAG in option:
+            raise PromptError(f"options[{number}] holds {IMAGE_TAG}: only texts can be ranked")
         if not option.strip():
             raise PromptError(f"options[{number}]: expected words, got {quoted(option)}")
     if not sequence.pictures:

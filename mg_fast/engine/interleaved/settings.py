@@ -1,9 +1,12 @@
 """How texts are chosen and pictures are drawn: the original's settings, and what a caller says instead."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...errors import PromptError, quoted
 from ...models.mm_interleaved.prompts import SETTINGS
+from ...models.mm_interleaved.tokenization import IMAGE_TOKEN, SOI_TOKEN
+from ...models.templates import IMAGE_TAG
 from ...runtime.arguments import check_text, whole_number
 from ..options import Sampling
 
@@ -14,6 +17,14 @@ _OF_SAMPLING = ("max_new_tokens", "temperature", "top_p")
 # What only matters to sampled tokens.
 _OF_SAMPLED = ("temperature", "top_p", "top_k")
 
+# Options of Mini-Gemini's `chat`, and what a caller can do instead.
+_OF_MINI_GEMINI = {
+    "draw": "MM-Interleaved draws by itself, with `draw` and `interleave` of a pipeline, or with mg-fast story",
+    "ocr": "`mg_fast.hints.ocr` reads the text of a picture, which can be an item of its own",
+}
+# What stands for a picture in a prompt.
+_PICTURE_MARKS = (IMAGE_TAG, SOI_TOKEN, IMAGE_TOKEN)
+
 
 def sampling_for(task: str | None, *, seed: int | None = None, allow_long: bool | None = None, **given) -> Sampling:
     """How the tokens of a text are chosen.
@@ -22,7 +33,7 @@ def sampling_for(task: str | None, *, seed: int | None = None, allow_long: bool 
         task: a task of `SETTINGS`, whose settings are the original's. None decodes greedily and without penalties, at
             most 90 tokens.
         seed: as in `Sampling`.
-        allow_long: not an option of this family. It is refused, so that it is not ignored, and so are `draw` and `ocr`.
+        allow_long: not an option of this family. It is refused, so that it is not ignored; so are `draw` and `ocr`.
         **given: `max_new_tokens`, `temperature`, `top_p`, and further options of `generate`. They take the place of the
             task's. A `temperature` of 0 decodes without sampling, and one above 0 without beams. Where fewer tokens are
             wanted than the task's least number, the latter is lowered. None stands for an option that was not given.
@@ -34,11 +45,10 @@ def sampling_for(task: str | None, *, seed: int | None = None, allow_long: bool 
         raise PromptError(f"task: expected one of {', '.join(sorted(SETTINGS))}, or None, got {quoted(task)}")
     if allow_long is not None:
         raise PromptError("allow_long is not an option here: MM-Interleaved has one limit, its number of positions")
-    if given.pop("draw", None):
-        raise PromptError("draw= is not an option here: conversation.draw(items) draws what follows some items")
-    if given.pop("ocr", None):
-        raise PromptError("ocr= is not an option here: it adds a hint that Mini-Gemini was trained with")
     given = {name: value for name, value in given.items() if value is not None}
+    for name, instead in _OF_MINI_GEMINI.items():
+        if given.pop(name, False) is not False:
+            raise PromptError(f"{name} is not an option here, but one of Mini-Gemini: {instead}")
     options = dict(SETTINGS[task]) if task is not None else {"max_new_tokens": DEFAULT_NEW_TOKENS}
     options.pop("do_sample", None)
     if "temperature" in given:
@@ -50,6 +60,12 @@ def sampling_for(task: str | None, *, seed: int | None = None, allow_long: bool 
         options["min_new_tokens"] = most
     of_sampling = {name: options.pop(name) for name in _OF_SAMPLING if name in options}
     return Sampling(seed=seed, generate_options=options, **of_sampling)
+
+
+def check_task(task: str | None, pictures: Sequence) -> None:
+    """Raises PromptError where a task, which is about a picture, has none."""
+    if task is not None and not pictures:
+        raise PromptError(f"task {task} is about a picture: expected at least one, got a text alone")
 
 
 @dataclass(frozen=True)
@@ -69,7 +85,7 @@ class Loop:
         start_with_picture: begin by drawing (`generate_mode: generate_images`).
 
     Raises:
-        PromptError: a value is out of range.
+        PromptError: a value is out of range, or one of `texts` holds a mark or token of pictures.
     """
 
     rounds: int | None = None
@@ -93,6 +109,8 @@ class Loop:
             raise PromptError(f"texts: expected a list with a text for each round, got {quoted(texts)}")
         for number, text in enumerate(texts):
             check_text(text, f"texts[{number}]")
+            if mark := next((mark for mark in _PICTURE_MARKS if mark in text), None):
+                raise PromptError(f"texts[{number}] holds {mark}: a text of a loop has no pictures")
         object.__setattr__(self, "texts", tuple(texts))
 
     def text_of(self, number: int) -> str:

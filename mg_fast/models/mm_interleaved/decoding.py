@@ -89,12 +89,14 @@ class InterleavedDecoding:
         tokens, maps, numbers = (given.get(name) for name in ("image_tokens", "image_maps", "num_image_per_seq"))
         read = {name: given[name] for name in READING_INPUTS if given.get(name) is not None}
         pixels = given.get("pixel_values")
+        if numbers is None:
+            numbers = count_pictures(input_ids, self.config)
+        came = pixels if tokens is None else tokens
+        # Pictures are encoded only for a prompt that they fit.
+        check_pictures(input_ids, numbers, 0 if came is None else len(came), self.config)
         if pixels is not None and len(pixels) and (tokens is None or (maps is None and not read)):
             seen = self.get_image_features(pixels)
             tokens, maps = seen.pooler_output, seen.last_hidden_state
-        if numbers is None:
-            numbers = count_pictures(input_ids, self.config)
-        check_pictures(input_ids, numbers, 0 if tokens is None else len(tokens), self.config)
         if not read:
             if tokens is not None and len(tokens) and maps is None:
                 raise PromptError("image_tokens came without image_maps: get_image_features returns both")

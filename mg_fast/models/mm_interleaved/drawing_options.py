@@ -81,7 +81,8 @@ class DrawingOptions:
         if self.latents is None:
             return
         if not isinstance(self.latents, torch.Tensor) or not self.latents.is_floating_point():
-            raise ValueError(f"latents must be a floating-point tensor, got {quoted(self.latents)}")
+            got = self.latents.dtype if isinstance(self.latents, torch.Tensor) else quoted(self.latents)
+            raise ValueError(f"latents must be a floating-point tensor, got {got}")
         if list(self.latents.shape) != list(shape):
             raise ValueError(f"latents must be {list(shape)}, got {list(self.latents.shape)}")
 

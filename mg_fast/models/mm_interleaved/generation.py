@@ -9,7 +9,7 @@ import logging
 import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
-from ...errors import PromptError
+from ...errors import PromptError, quoted
 from ...runtime.arguments import check_stop_strings, plain_options
 from ..protocol import CACHE, take_cache
 from .beam_search import BeamSearch
@@ -83,7 +83,8 @@ class InterleavedGeneration:
             Ids [B, L + new], or what transformers returns with `return_dict_in_generate`.
 
         Raises:
-            PromptError: the prompt is too long, its pictures do not fit their places, or a stop string is not text.
+            PromptError: input_ids are no tensor [B, L] of whole numbers, the prompt is too long, its pictures do not
+                fit their places, or a stop string is not text.
         """
         kwargs = plain_options(kwargs)
         if (cache := take_cache(kwargs)) is not None:
@@ -91,6 +92,9 @@ class InterleavedGeneration:
         ids = inputs if inputs is not None else kwargs.get("input_ids")
         if ids is None:
             raise PromptError("expected input_ids, in which the places of pictures are found, got none")
+        if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or not ids.numel() or ids.is_floating_point():
+            got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, torch.Tensor) else quoted(ids)
+            raise PromptError(f"input_ids: expected whole numbers [B, L], with at least one for each row, got {got}")
         if kwargs.get("inputs_embeds") is not None:
             raise PromptError("expected input_ids alone, in which the places of pictures are found, got inputs_embeds")
         given = kwargs.get("generation_config") or self.generation_config

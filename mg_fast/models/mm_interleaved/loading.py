@@ -12,12 +12,14 @@ from ...runtime.dtypes import wanted_dtype
 from .checkpoint import COMPUTED, InterleavedCheckpoint, check_interleaved_names, open_interleaved
 from .configuration import MMInterleavedConfig
 
+# The submodule of a layer that reads pictures. It keeps its dtype.
+SYNCHRONIZER = "llama_cross_attn"
 # Full names of what quantization leaves in its dtype: everything except the self-attention and the MLPs of the language
 # model. transformers reads them as regular expressions.
 UNQUANTIZED_PARTS = (
     "visual_tokenizer",
     r"mm_decoder\.embed_tokens",
-    r"mm_decoder\.layers\.\d+\.llama_cross_attn",
+    rf"mm_decoder\.layers\.\d+\.{SYNCHRONIZER}",
     "text_decoder",
     "context_feat_proj",
     "picture_mark",

@@ -152,11 +152,15 @@ class MMInterleavedProcessor(ProcessorMixin):
             raise PromptError(
                 "expected text=, a prompt with one <image> per picture; pictures alone go to processor.image_processor"
             )
+        if not isinstance(text, (str, Sequence)):
+            raise PromptError(f"text: expected a prompt or a list of prompts, got {quoted(text)}")
         texts = [text] if isinstance(text, str) else list(text)
         if not texts:
             raise PromptError("expected at least one prompt, got none")
         for i, prompt in enumerate(texts):
-            if not isinstance(prompt, str) or not prompt.strip():
+            if not isinstance(prompt, str):
+                raise PromptError(f"prompt {i + 1} of {len(texts)}: expected a text, got {quoted(prompt)}")
+            if not prompt.strip():
                 raise PromptError(f"prompt {i + 1} of {len(texts)} is empty: {quoted(prompt)}")
         flat = match_pictures(texts, images)
         counts = [prompt.count(IMAGE_TAG) for prompt in texts]

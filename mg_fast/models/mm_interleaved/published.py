@@ -2,10 +2,12 @@
 
 `model:` holds the arguments of the original's constructor. `constants:`, which may be absent, holds numbers that the
 original's code fixes, under the names of `MMInterleavedConfig`. Folders in the file are relative to its own folder. A
-key that is absent means the published model's number, and keys that matter only for training are ignored.
+key that is absent means the published model's number. Keys that matter only for training have no effect, and a warning
+names those that are not known.
 """
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,9 +18,21 @@ from ...errors import CheckpointError, quoted, shortened
 from ..families import MM_INTERLEAVED, YAML_FILE, told_family
 from ..tensor_files import first_line, resolve_folder
 
+logger = logging.getLogger(__name__)
+
 # Arguments of the original's constructor that are attributes of the configuration under the same names.
 _SAME_NAMES = ("num_img_token", "cross_attention_frequency", "image_embed_dim", "spatial_shapes", "seq_len")
+_SECTIONS = ("visual_tokenizer_config", "image_decoder_config")
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "soi_token_id", "image_token_id")
+# Attributes of the configuration, and their names in the section `image_decoder_config`.
+_OF_DRAWING = {
+    "image_size": "image_size",
+    "condition_length": "seq_len",
+    "condition_width": "embed_dim",
+    "sd_base_seed": "sd_base_seed",
+}
+# Further keys of the sections that the original's published files have, which change nothing here.
+_WITHOUT_EFFECT = ("dataset_to_ignore_noimage_cond_loss", "sd_use_random_seed", "uncond_prob", "mmfs_feat_levels")
 CONSTANTS = (
     "spm_inplane",
     "adapter_points",
@@ -64,6 +78,7 @@ def read_published(
     """
     folder = Path(folder)
     model, constants = read_sections(folder)
+    _warn_of_unknown(folder / YAML_FILE, model)
     given = {"llm": llm, "clip": clip, "diffusion": diffusion}
     sides = {name: side_folder(folder, name, given[name], model=model, **hub) for name in _SIDE_FOLDERS}
     where = folder / YAML_FILE
@@ -88,14 +103,26 @@ def read_published(
     found |= {name: model[name] for name in _SAME_NAMES if name in model}
     tokens = _section(model, "special_token_dict", where) if "special_token_dict" in model else {}
     found |= {name: tokens[name] for name in _SPECIAL_TOKENS if name in tokens}
-    drawn = {
-        "image_size": "image_size",
-        "condition_length": "seq_len",
-        "condition_width": "embed_dim",
-        "sd_base_seed": "sd_base_seed",
-    }
-    found |= {ours: drawing[theirs] for ours, theirs in drawn.items() if theirs in drawing}
+    found |= {ours: drawing[theirs] for ours, theirs in _OF_DRAWING.items() if theirs in drawing}
     return found | constants
+
+
+def _warn_of_unknown(path: Path, model: Mapping) -> None:
+    """Warns of keys that have no effect here and that the published files do not have, such as misspelled ones."""
+    known = {
+        "": {*_SAME_NAMES, "llm_model_path", "txt_vocab_size", "special_token_dict", *_SECTIONS},
+        "visual_tokenizer_config": {"encoder_model_path", "perceiver_config"},
+        "image_decoder_config": {"pretrained_model_name_or_path", "perceiver_config", *_OF_DRAWING.values()},
+        "special_token_dict": set(_SPECIAL_TOKENS),
+    }
+    unknown = []
+    for section, names in known.items():
+        content = model.get(section) if section else model
+        prefix = f"{section}." if section else ""
+        if isinstance(content, Mapping):
+            unknown += [f"model.{prefix}{key}" for key in content if key not in names and key not in _WITHOUT_EFFECT]
+    if unknown:
+        logger.warning("%s: not known here, and without effect: %s", path, ", ".join(unknown))
 
 
 def side_folder(

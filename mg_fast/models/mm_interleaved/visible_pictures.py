@@ -76,8 +76,9 @@ def check_pictures(
         config: names the special tokens.
 
     Raises:
-        PromptError: a row has room for another number of pictures than it is said to have, other pictures came, or
-            the tokens of a picture do not follow each other after the token that begins a picture.
+        PromptError: a row has room for another number of pictures than it is said to have, other pictures came, the
+            tokens of a picture do not follow each other after the token that begins a picture, or a position sees more
+            pictures than the model has positions for.
     """
     if num_image_per_seq.dim() != 1 or len(num_image_per_seq) != len(input_ids):
         raise PromptError(
@@ -104,6 +105,8 @@ def check_pictures(
             f"the {size} tokens of a picture (id {config.image_token_id}) must follow each other after the token that "
             f"begins a picture (id {config.soi_token_id})"
         )
+    if max(said, default=0) >= LLM_MAX_IMAGES:
+        picture_index(visible(ids, num_image_per_seq.cpu(), config))
 
 
 def splice(

@@ -280,6 +280,20 @@ def test_too_many_pictures_and_no_file(tiny):
         tiny.pipeline.chat([Path("nowhere.png")])
 
 
+def test_a_text_that_names_a_file_gives_a_warning(tmp_path, tiny, caplog):
+    tiny.pictures[0].save(tmp_path / "a.png")
+    for item, expected in ((str(tmp_path / "a.png"), True), (str(tmp_path / "b.png"), False)):
+        caplog.clear()
+        assert read_items([item, "words"]).pictures == []
+        assert ("is read as a text, and there is a file of this name" in caplog.text) == expected
+
+
+def test_a_row_without_the_picture_of_its_task_is_an_error(tiny):
+    rows = ["words", [tiny.pictures[0], "a photo of"]]
+    wrong, right = tiny.pipeline.chat_batch(rows, task="question", progress=False)
+    assert "task question is about a picture" in str(wrong.error) and right.error is None
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
@@ -291,6 +305,9 @@ def test_too_many_pictures_and_no_file(tiny):
         (lambda p, items: p.chat(items, ocr=True), "ocr= is not an option here"),
         (lambda p, items: p.draw([]), "expected at least one text or picture that a picture can follow"),
         (lambda p, items: p.score(items, ["one"]), "two or more texts"),
+        (lambda p, items: p.chat(items, draw=True), "draw is not an option here, but one of Mini-Gemini"),
+        (lambda p, items: p.draw(items, seed="one"), "seed: expected a whole number .*, got 'one'"),
+        (lambda p, items: p.score(items, ["one", "<image>"]), r"options\[1\] holds <image>"),
         (lambda p, items: p.score(["words"], ["one", "two"]), "at least one picture before the options"),
     ],
 )

@@ -212,6 +212,8 @@ def test_a_full_context_ends_a_loop(tiny, monkeypatch, caplog):
         ({"items": [], "start_with_picture": True}, "expected at least one text or picture to go on from"),
         ({"rounds": 0}, "rounds: expected a whole number of 1 or more"),
         ({"texts": "one"}, "texts: expected a list"),
+        ({"texts": ["", "a <image>"]}, r"texts\[1\] holds <image>: a text of a loop has no pictures"),
+        ({"texts": ["<|image|>"]}, r"texts\[0\] holds <\|image\|>"),
         ({"task": "poem"}, "task: expected one of caption, "),
         ({"num_beams": 2, "stream": True}, "beams cannot be streamed"),
     ],
@@ -222,9 +224,20 @@ def test_loops_that_cannot_run_are_refused_at_once(tiny, options, message):
         tiny.pipeline.interleave(items, **{name: value for name, value in options.items() if name != "items"})
 
 
-def test_options_of_drawings_are_refused_at_once(tiny):
-    with pytest.raises(ValueError, match="num_inference_steps must be a positive whole number"):
-        tiny.pipeline.interleave([tiny.pictures[0]], num_inference_steps=0)
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        ({"num_inference_steps": 0}, "num_inference_steps must be a positive whole number"),
+        ({"num_inference_steps": 2000}, "num_inference_steps must be at most 1000"),
+        ({"scheduler": "ddim"}, "scheduler must be one of diffusers'"),
+        ({"latents": torch.zeros(2, 4, 8, 8)}, r"latents must be \[1, 4, 8, 8\]"),
+    ],
+)
+def test_options_of_drawings_are_refused_at_once(tiny, run_positions, option, message):
+    for call in (tiny.pipeline.interleave, tiny.pipeline.draw):
+        with pytest.raises(ValueError, match=message):
+            call([tiny.pictures[0]], **option)
+    assert not run_positions
 
 
 def test_seeds_of_several_pictures(tiny):

@@ -18,6 +18,7 @@ from mg_fast import (
     MMInterleavedForConditionalGeneration,
 )
 from mg_fast.models.families import checkpoint_family
+from mg_fast.models.mm_interleaved.published import read_published
 from mg_fast.testing.random_interleaved import build_interleaved
 
 
@@ -175,6 +176,15 @@ def test_tensors_that_do_not_fit(folder):
 def test_broken_yaml(folder, text, match):
     (folder / "config.yaml").write_text(text)
     refused(folder, match)
+
+
+def test_unknown_keys_are_named(folder, caplog):
+    read_published(folder)
+    assert "without effect" not in caplog.text
+    edit_yaml(folder, lambda content: content["model"].update(spatial_shape=[1]))
+    edit_yaml(folder, lambda content: content["model"]["image_decoder_config"].update(image_sise=1, uncond_prob=0.1))
+    read_published(folder)
+    assert "without effect: model.spatial_shape, model.image_decoder_config.image_sise\n" in caplog.text
 
 
 def test_side_folders_that_are_not_there(folder):

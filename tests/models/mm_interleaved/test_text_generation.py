@@ -205,3 +205,6 @@ def test_what_generate_refuses():
         model.generate(given["input_ids"], max_new_tokens=2)
     with pytest.raises(PromptError, match="image_tokens came without image_maps"):
         model.generate(given["input_ids"], image_tokens=given["image_tokens"], max_new_tokens=2)
+    for ids in (given["input_ids"][0], given["input_ids"].float(), given["input_ids"][:, :0], [[1, 2]]):
+        with pytest.raises(PromptError, match=r"input_ids: expected whole numbers \[B, L\], .* got "):
+            model.generate(ids, max_new_tokens=2)
