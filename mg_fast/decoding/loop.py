@@ -106,7 +106,8 @@ class Decoder:
         if reason is not None and reason not in self._reasons_logged:
             self._reasons_logged.add(reason)
             logger.warning(
-                "with these options mg_fast's own loop does not decode, and keys and values are not remembered: %s", reason
+                "with these options mg_fast's own loop does not decode, and keys and values are not remembered: %s",
+                reason,
             )
         return reason
 
