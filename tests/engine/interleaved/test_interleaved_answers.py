@@ -301,8 +301,6 @@ def test_a_row_without_the_picture_of_its_task_is_an_error(tiny):
         (lambda p, items: p.chat(items, task="rhyme"), "task: expected one of"),
         (lambda p, items: p.chat(items, allow_long=True), "allow_long is not an option here"),
         (lambda p, items: p.chat(items, image_tokens=1), "image_tokens is not an option here"),
-        (lambda p, items: p.chat(items, draw=True), r"draw= is not an option here: conversation.draw\(items\)"),
-        (lambda p, items: p.chat(items, ocr=True), "ocr= is not an option here"),
         (lambda p, items: p.draw([]), "expected at least one text or picture that a picture can follow"),
         (lambda p, items: p.score(items, ["one"]), "two or more texts"),
         (lambda p, items: p.chat(items, draw=True), "draw is not an option here, but one of Mini-Gemini"),
