@@ -8,7 +8,7 @@ import importlib
 _PUBLIC = {
     "Painter": "mg_fast.drawing.painter",
     "load_painter": "mg_fast.drawing.painter",
-    "NEGATIVE_PROMPT": "mg_fast.drawing.painter",
+    "NEGATIVE_PROMPT": "mg_fast.drawing.calls",
     "find_prompts": "mg_fast.drawing.prompts",
 }
 

@@ -59,9 +59,11 @@ def encoded_in_chunks(
     texts, widths, pooled = [prompt, negative or ""], [], None
     with torch.no_grad():
         for tokenizer, encoder, returned, has_pooled in encoders:
+            # It would warn that the text is too long for one call.
+            tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
             compel = Compel(
                 tokenizer=tokenizer,
-                text_encoder=encoder,
+                text_encoder=_Encoder(encoder, device),
                 returned_embeddings_type=returned,
                 truncate_long_prompts=False,
                 requires_pooled=has_pooled,
@@ -86,6 +88,16 @@ def encoded_in_chunks(
         found |= {"pooled_prompt_embeds": pooled[0].to(joined[0].dtype)}
         found |= {"negative_pooled_prompt_embeds": pooled[1].to(joined[0].dtype)}
     return found
+
+
+class _Encoder:
+    """A text encoder as compel calls it. It names the device where it runs, because offloaded weights lie elsewhere."""
+
+    def __init__(self, encoder, device: torch.device):
+        self.encoder, self.device, self.dtype = encoder, device, encoder.dtype
+
+    def __call__(self, *args, **options):
+        return self.encoder(*args, **options)
 
 
 def _plain(compel, text: str) -> torch.Tensor:
