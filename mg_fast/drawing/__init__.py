@@ -15,6 +15,10 @@ _PUBLIC = {
 __all__ = list(_PUBLIC)
 
 
+def __dir__():
+    return sorted(set(globals()) | set(__all__))
+
+
 def __getattr__(name: str):
     if name in _PUBLIC:
         value = getattr(importlib.import_module(_PUBLIC[name]), name)

@@ -14,6 +14,9 @@ from mg_fast.drawing.sources import check_room, find_pipeline
 from mg_fast.errors import BackendError, CheckpointError, DrawingError
 from mg_fast.testing.random_pipelines import random_sdxl
 
+# The models are so small that they are slower on two threads.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

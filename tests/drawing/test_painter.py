@@ -13,6 +13,9 @@ from mg_fast.drawing.long_prompts import encoded_in_chunks
 from mg_fast.errors import DrawingError, PictureError, PromptError
 from mg_fast.testing.random_pipelines import random_sd, random_sdxl
 
+# The models are so small that they are slower on two threads.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
