@@ -12,12 +12,16 @@ _SDXL, _SD = "StableDiffusionXL", "StableDiffusion"
 
 def token_counts(pipeline, prompt: str) -> list[tuple[int, int]]:
     """For each CLIP tokenizer of a pipeline: the tokens of a prompt, and how many its encoder reads at once."""
-    tokenizers = [getattr(pipeline, name, None) for name in ("tokenizer", "tokenizer_2")]
     return [
         (len(tokenizer(prompt, truncation=False, verbose=False).input_ids), tokenizer.model_max_length)
-        for tokenizer in tokenizers
-        if tokenizer is not None and "CLIP" in type(tokenizer).__name__
+        for tokenizer in _clip_tokenizers(pipeline)
     ]
+
+
+def expect_long_texts(pipeline) -> None:
+    """Keeps the tokenizers from warning of texts longer than one call, such as Mini-Gemini's negative prompt."""
+    for tokenizer in _clip_tokenizers(pipeline):
+        tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
 
 
 def is_long(pipeline, prompt: str) -> bool:
@@ -59,8 +63,6 @@ def encoded_in_chunks(
     texts, widths, pooled = [prompt, negative or ""], [], None
     with torch.no_grad():
         for tokenizer, encoder, returned, has_pooled in encoders:
-            # It would warn that the text is too long for one call.
-            tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
             compel = Compel(
                 tokenizer=tokenizer,
                 text_encoder=_Encoder(encoder, device),
@@ -88,6 +90,11 @@ def encoded_in_chunks(
         found |= {"pooled_prompt_embeds": pooled[0].to(joined[0].dtype)}
         found |= {"negative_pooled_prompt_embeds": pooled[1].to(joined[0].dtype)}
     return found
+
+
+def _clip_tokenizers(pipeline) -> list:
+    tokenizers = [getattr(pipeline, name, None) for name in ("tokenizer", "tokenizer_2")]
+    return [tokenizer for tokenizer in tokenizers if "CLIP" in type(tokenizer).__name__]
 
 
 class _Encoder:

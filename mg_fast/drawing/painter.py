@@ -17,7 +17,7 @@ from ..models.pictures import open_picture
 from ..models.tensor_files import first_line
 from ..runtime.dtypes import wanted_dtype
 from .calls import call_arguments, pixels
-from .pipelines import PipelineParts, check_installed, is_pipeline, load_pipeline
+from .pipelines import PipelineParts, check_added, check_installed, is_pipeline, load_pipeline
 from .settings import DrawingSettings, check_offload, check_prompt, check_scheduler
 from .sources import PipelineSource, find_pipeline
 
@@ -248,7 +248,7 @@ def load_painter(
             size.
 
     Raises:
-        CheckpointError: there is no such pipeline.
+        CheckpointError: there is no such pipeline, LoRA or IP-Adapter.
         BackendError: diffusers is not installed, or the dtype or the device is unknown.
         DrawingError: another argument is out of range.
     """
@@ -263,6 +263,7 @@ def load_painter(
     dtype = wanted_dtype(dtype)
     check_scheduler(scheduler)
     offload = check_offload(offload)
+    check_added(lora, ip_adapter)
     check_installed()
     source = find_pipeline(name_or_path) if isinstance(name_or_path, (str, os.PathLike)) else name_or_path
     if not (isinstance(source, PipelineSource) or is_pipeline(source)):

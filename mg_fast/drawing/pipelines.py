@@ -11,6 +11,7 @@ import torch
 
 from ..errors import BackendError, CheckpointError, DrawingError, quoted
 from ..models.tensor_files import first_line
+from .long_prompts import expect_long_texts
 from .settings import SCHEDULERS
 from .sources import PipelineSource, check_room, find_pipeline, free_bytes
 
@@ -52,6 +53,7 @@ def load_pipeline(
         pipeline = source
         if pipeline.dtype != dtype:
             pipeline.to(dtype=dtype)
+    expect_long_texts(pipeline)
     if parts.scheduler is not None:
         pipeline.scheduler = _scheduler(parts.scheduler, pipeline)
     for what, added in (("lora", parts.lora), ("ip_adapter", parts.ip_adapter)):
@@ -156,11 +158,20 @@ def _extend(pipeline, what: str, added) -> None:
         raise CheckpointError(f"{what} {quoted(added)} cannot be loaded: {first_line(error)}") from error
 
 
+def check_added(lora, ip_adapter) -> None:
+    """Raises CheckpointError where a LoRA or an IP-Adapter is given by a file that does not exist."""
+    for one in lora if isinstance(lora, (list, tuple)) else [lora]:
+        # Anything of the form owner/name may be a hub id.
+        if isinstance(one, (str, os.PathLike)) and not Path(one).expanduser().exists() and str(one).count("/") != 1:
+            raise CheckpointError(f"lora {quoted(str(one))}: expected a file, a folder or a hub id (owner/name)")
+    if isinstance(ip_adapter, (str, os.PathLike)) and not Path(ip_adapter).expanduser().is_file():
+        raise CheckpointError(
+            f"ip_adapter {quoted(str(ip_adapter))}: there is no such file; expected one, or a dict of arguments of "
+            "diffusers' load_ip_adapter"
+        )
+
+
 def _adapter_beside(file: str | os.PathLike) -> dict[str, str]:
     """The arguments of `load_ip_adapter` for a file of weights with the folder of its image encoder beside it."""
     path = Path(file).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(
-            "there is no such file: expected one, or a dict of arguments of diffusers' load_ip_adapter"
-        )
     return {"pretrained_model_name_or_path_or_dict": str(path.parent), "subfolder": "", "weight_name": path.name}

@@ -59,7 +59,9 @@ def test_a_lora_changes_the_weights(folder, tmp_path):
     )
     assert not same(with_lora, without)
     with pytest.raises(CheckpointError, match="lora"):
-        load_painter(folder, lora=tmp_path / "nothing").draw("a cat")
+        load_painter(folder, lora=tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match="lora 'owner/name' cannot be loaded"):
+        load_painter(folder, lora="owner/name").draw("a cat")
 
 
 def test_an_ip_adapter_follows_a_picture(folder, tmp_path):
@@ -78,7 +80,7 @@ def test_an_ip_adapter_follows_a_picture(folder, tmp_path):
     # Without a picture, such as in the first turn of a story, the adapter does not count.
     assert same(plain, painter.draw("a cat", seed=1)[0])
     with pytest.raises(CheckpointError, match="ip_adapter .* no such file"):
-        load_painter(folder, ip_adapter=tmp_path).draw("a cat")
+        load_painter(folder, ip_adapter=tmp_path)
 
 
 def save_ip_adapter(source, path) -> None:
