@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from PIL import Image
 
-from ..errors import BackendError, CheckpointError, DrawingError, PictureError, quoted
+from ..errors import BackendError, CheckpointError, DrawingError, quoted
 from ..models.pictures import open_picture
 from ..models.tensor_files import first_line
 from ..runtime.dtypes import wanted_dtype
@@ -140,7 +140,7 @@ class Painter:
         settings = DrawingSettings(negative, size, seed, steps, guidance, count, strength)
         own = {name: getattr(self.defaults, name) for name in ("steps", "guidance") if getattr(settings, name) is None}
         settings = dataclasses.replace(settings, **own)
-        picture = None if like is None else _opened(like)
+        picture = None if like is None else open_picture(like, label="like")
         if strength is not None and picture is None:
             raise DrawingError("strength: it says how far to depart from a picture, but no picture came as like=")
         if seed is None:
@@ -291,15 +291,6 @@ def load_painter(
         offload=offload,
         compiled=compiled,
     )
-
-
-def _opened(like) -> Image.Image:
-    try:
-        return open_picture(like, label="like")
-    except PictureError:
-        raise
-    except Exception as error:
-        raise PictureError(f"like: expected a picture, got {quoted(like)}: {first_line(error)}") from error
 
 
 def _progress(on_step, done: int, count: int) -> Callable[[int, int], None] | None:
