@@ -78,6 +78,9 @@ def call_arguments(
             )
         size = settings.size or own_size(pipeline) or tuple(max(8, side // 8 * 8) for side in picture.size)
         found |= {"image": ImageOps.fit(picture, size, Image.Resampling.LANCZOS), "strength": strength}
+        # Some pipelines take the size from the picture, and others scale it to a size that is an argument.
+        put("width", size[0], None)
+        put("height", size[1], None)
     elif settings.size is not None:
         put("width", settings.size[0], "size")
         put("height", settings.size[1], "size")

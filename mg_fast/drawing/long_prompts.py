@@ -93,8 +93,10 @@ def encoded_in_chunks(
 
 
 def _clip_tokenizers(pipeline) -> list:
-    tokenizers = [getattr(pipeline, name, None) for name in ("tokenizer", "tokenizer_2")]
-    return [tokenizer for tokenizer in tokenizers if "CLIP" in type(tokenizer).__name__]
+    """The tokenizers of a pipeline that has only CLIP's; none for one with another encoder, which reads more."""
+    tokenizers = [getattr(pipeline, name, None) for name in ("tokenizer", "tokenizer_2", "tokenizer_3")]
+    tokenizers = [tokenizer for tokenizer in tokenizers if tokenizer is not None]
+    return tokenizers if all("CLIP" in type(tokenizer).__name__ for tokenizer in tokenizers) else []
 
 
 class _Encoder:

@@ -113,7 +113,7 @@ class Painter:
         gives the same picture in whatever company. A picture's `info["seed"]` holds its seed.
 
         Args:
-            prompt: what to draw. If the text encoders are CLIP's, a prompt of more than 77 tokens is encoded in chunks;
+            prompt: what to draw. If all text encoders are CLIP's, a prompt of more than 77 tokens is encoded in chunks;
                 where that is not possible, a warning says how much of it is cut.
             negative: what not to draw; None means Mini-Gemini's `NEGATIVE_PROMPT`, and "" nothing. Beside a prompt that
                 is not long, the first 77 tokens of this default count, as in the original. Pipelines that take no
