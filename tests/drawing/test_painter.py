@@ -127,8 +127,15 @@ def test_chunks_are_what_the_pipeline_encodes(made, monkeypatch):
 
 def test_without_compel_a_cut_is_said(painter, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "compel", None)
-    painter.draw("a quiet street with many small houses, " * 4, seed=2)
-    assert "the end of the prompt is cut" in caplog.text and "77 are read" in caplog.text
+    long = "a quiet street with many small houses, " * 4
+    painter.draw(long, negative="", seed=2)
+    painter.draw("a cat", negative=long, seed=2)
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("mg_fast")]
+    assert [message.split(" is cut")[0] for message in said] == [
+        "the end of the prompt",
+        "the end of the negative prompt",
+    ]
+    assert all("of which 77 are read), because compel is not installed" in message for message in said)
 
 
 @pytest.mark.parametrize("made", [random_sd, random_flux])
