@@ -101,6 +101,7 @@ def test_an_interrupted_drawing_leaves_the_painter_usable(painter):
 
 
 def test_long_prompts_are_read_to_their_end(painter, caplog):
+    pytest.importorskip("compel")
     long = "a quiet street with (many) small+ houses, " * 4
     one, other = (painter.draw(long + end, seed=2)[0] for end in ("a cat", "a dog"))
     assert not same(one, other)
@@ -109,6 +110,7 @@ def test_long_prompts_are_read_to_their_end(painter, caplog):
 
 @pytest.mark.parametrize("made", [random_sdxl, random_sd])
 def test_chunks_are_what_the_pipeline_encodes(made, monkeypatch):
+    pytest.importorskip("compel")
     pipeline, texts, cpu = made(), ("a (red)+ cat", "[blurry]--, ugly"), torch.device("cpu")
     found = encoded_in_chunks(pipeline, *texts, cpu)
     options = {"device": cpu, "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
@@ -146,6 +148,7 @@ def test_other_families(made, caplog):
     assert picture.size == (40, 32) and same(picture, painter.draw("a cat", **options, count=2)[0])
     (redrawn,) = painter.draw("a cat", **options, like=picture)
     assert redrawn.size == (40, 32) and not same(picture, redrawn)
+    pytest.importorskip("compel")
     # Chunks, or another text encoder, read long prompts to their end.
     assert not same(*(painter.draw("a cat, " * 40 + end, **options)[0] for end in ("one", "two")))
     # diffusers says by itself that one of Flux's two encoders reads less.
