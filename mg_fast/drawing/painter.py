@@ -152,11 +152,16 @@ class Painter:
             options = {"redrawing": redrawing, "has_adapter": has_adapter}
             arguments = call_arguments(pipeline, prompt, settings, picture, self.device, **options)
             called = pipeline if redrawing is None else redrawing
-            with self._tiled(pipeline, pixels(pipeline, arguments)):
-                return [
-                    self._drawn(called, arguments, settings.seed + i, _progress(on_step, i, settings.count))
-                    for i in range(settings.count)
-                ]
+            try:
+                with self._tiled(pipeline, pixels(pipeline, arguments)):
+                    return [
+                        self._drawn(called, arguments, settings.seed + i, _progress(on_step, i, settings.count))
+                        for i in range(settings.count)
+                    ]
+            finally:
+                # Only a pipeline that ends well, and that was offloaded itself, puts its parts back where they lay.
+                with contextlib.suppress(Exception):
+                    pipeline.maybe_free_model_hooks()
 
     @contextlib.contextmanager
     def _tiled(self, pipeline, size: int) -> Iterator[None]:
@@ -191,10 +196,6 @@ class Painter:
                 f"memory is short while drawing: {first_line(error)}; a smaller size, offload='model' or "
                 "offload='sequential' need less"
             ) from error
-        finally:
-            # After an error or an interruption, parts that are offloaded go back to where they came from.
-            with contextlib.suppress(Exception):
-                pipeline.maybe_free_model_hooks()
         if any(getattr(found, "nsfw_content_detected", None) or ()):
             raise DrawingError("the pipeline's safety checker has withheld the picture")
         drawn = found.images[0]
@@ -244,8 +245,7 @@ def load_painter(
             of diffusers' `load_ip_adapter`. Then `draw(like=...)` follows a picture, instead of starting from it.
         offload: `none` (None means it) keeps the whole pipeline on the device, `model` only the part that runs, and
             `sequential` only the layer that runs. On a CPU there is nothing to offload from, and a warning says so.
-        compiled: run the UNet or transformer through torch.compile, which takes a minute at the first drawing of each
-            size.
+        compiled: run the UNet or transformer through torch.compile, which takes a minute for each new size.
 
     Raises:
         CheckpointError: there is no such pipeline, LoRA or IP-Adapter.

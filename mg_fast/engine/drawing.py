@@ -84,12 +84,21 @@ def with_pictures(answer: Answer, painter, options: Mapping[str, object] | None,
         try:
             pictures = painter.draw(prompt, **_with_last(options, drawn[-1] if drawn else last))
         except Exception as failure:  # The text of the answer must not be lost, whatever a pipeline raises.
-            error = failure.with_traceback(None)
+            error = _without_frames(failure)
             reason = f"drawing failed: {first_line(failure)}"
             break
         drawn += pictures
         done += [prompt] * len(pictures)
     return dataclasses.replace(answer, image_prompts=done, images=drawn, no_image_reason=reason, image_error=error)
+
+
+def _without_frames(error: Exception) -> Exception:
+    """The error without the frames of itself and its causes, which would keep their tensors while the answer lives."""
+    found: BaseException | None = error
+    while found is not None and found.__traceback__ is not None:
+        found.__traceback__ = None
+        found = found.__cause__ or found.__context__
+    return error
 
 
 def _with_last(options: Mapping[str, object], last) -> Mapping[str, object]:

@@ -88,15 +88,20 @@ def test_progress_counts_all_steps(painter):
     assert seen == [(step, 6) for step in range(1, 7)]
 
 
-def test_an_interrupted_drawing_leaves_the_painter_usable(painter):
+def test_an_interrupted_drawing_leaves_the_painter_usable(painter, monkeypatch):
     (expected,) = painter.draw("a cat", seed=2)
+    freed = []
+    monkeypatch.setattr(painter.pipeline, "maybe_free_model_hooks", lambda: freed.append(True))
 
     def stop(step, total):
         if step == 2:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        painter.draw("a cat", seed=2, on_step=stop)
+    for like in (None, expected):
+        with pytest.raises(KeyboardInterrupt):
+            painter.draw("a cat", seed=2, like=like, strength=None if like is None else 1.0, on_step=stop)
+    # What is offloaded has gone back.
+    assert len(freed) == 2
     assert same(expected, painter.draw("a cat", seed=2)[0])
 
 

@@ -53,7 +53,10 @@ class Painter:
     def draw(self, prompt, **options):
         self.asked.append((prompt, options))
         if "fail" in prompt:
-            raise DrawingError("memory is short while drawing")
+            try:
+                raise MemoryError
+            except MemoryError as error:
+                raise DrawingError("memory is short while drawing") from error
         if "stop" in prompt:
             raise KeyboardInterrupt
         return [Image.new("RGB", (1, 1), (len(self.asked),) * 3) for _ in range(options.get("count", 1))]
@@ -177,6 +180,8 @@ def test_the_text_survives_a_painter_that_fails(talk):
     assert given.text == talk.says and given.image_prompts == ["a cat"] and len(given.images) == 1
     assert given.no_image_reason == "drawing failed: memory is short while drawing"
     assert isinstance(given.image_error, DrawingError) and len(talk.turns) == 1
+    # Frames would keep the tensors of the drawing.
+    assert given.image_error.__traceback__ is given.image_error.__cause__.__traceback__ is None
 
 
 def test_the_text_survives_an_interruption(talk):
