@@ -1,6 +1,8 @@
-"""The arguments with which a painter calls a pipeline of diffusers."""
+"""The arguments with which a painter calls a pipeline of diffusers, and what its VAE needs meanwhile."""
 
+import contextlib
 import inspect
+from collections.abc import Iterator
 
 import torch
 from PIL import Image, ImageOps
@@ -17,6 +19,8 @@ NEGATIVE_PROMPT = (
     "malformed limbs, missing arms, missing legs, extra arms, extra legs, fused fingers, too many fingers, long neck, "
     "username, watermark, signature"
 )
+# Above this many pixels of a picture, the VAE decodes in tiles, so that its activations do not exceed the UNet's.
+TILED_PIXELS = 1536 * 1536
 # An IP-Adapter wants a picture in every call. Where there is none to follow, it gets this one, and does not count.
 _NO_PICTURE = Image.new("RGB", (8, 8))
 
@@ -99,6 +103,26 @@ def pixels(pipeline, arguments: dict[str, object]) -> int:
     else:
         width, height = own_size(pipeline) or (0, 0)
     return width * height
+
+
+@contextlib.contextmanager
+def vae_kept(pipeline, size: int) -> Iterator[None]:
+    """Lets the VAE work in tiles meanwhile if a picture has many pixels, and leaves it as it was.
+
+    SDXL's pipeline decodes in float32, and an error or an interruption there leaves the VAE in that dtype.
+    """
+    vae = getattr(pipeline, "vae", None)
+    dtype = getattr(vae, "dtype", None)
+    tiled = size > TILED_PIXELS and hasattr(vae, "enable_tiling") and not getattr(vae, "use_tiling", False)
+    if tiled:
+        vae.enable_tiling()
+    try:
+        yield
+    finally:
+        if tiled:
+            vae.disable_tiling()
+        if dtype is not None and vae.dtype != dtype:
+            vae.to(dtype)
 
 
 def own_size(pipeline) -> tuple[int, int] | None:

@@ -6,7 +6,7 @@ import inspect
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +16,7 @@ from ..errors import BackendError, CheckpointError, DrawingError, quoted
 from ..models.pictures import open_picture
 from ..models.tensor_files import first_line
 from ..runtime.dtypes import wanted_dtype
-from .calls import call_arguments, pixels
+from .calls import call_arguments, pixels, vae_kept
 from .pipelines import PipelineParts, check_added, check_installed, is_pipeline, load_pipeline
 from .settings import DrawingSettings, check_offload, check_prompt, check_scheduler
 from .sources import PipelineSource, find_pipeline
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 logger = logging.getLogger(__name__)
-
-# Above this many pixels of a picture, the VAE decodes in tiles, so that its activations do not exceed the UNet's.
-TILED_PIXELS = 1536 * 1536
 
 
 class Painter:
@@ -153,7 +150,7 @@ class Painter:
             arguments = call_arguments(pipeline, prompt, settings, picture, self.device, **options)
             called = pipeline if redrawing is None else redrawing
             try:
-                with self._tiled(pipeline, pixels(pipeline, arguments)):
+                with vae_kept(pipeline, pixels(pipeline, arguments)):
                     return [
                         self._drawn(called, arguments, settings.seed + i, _progress(on_step, i, settings.count))
                         for i in range(settings.count)
@@ -162,19 +159,6 @@ class Painter:
                 # Only a pipeline that ends well, and that was offloaded itself, puts its parts back where they lay.
                 with contextlib.suppress(Exception):
                     pipeline.maybe_free_model_hooks()
-
-    @contextlib.contextmanager
-    def _tiled(self, pipeline, size: int) -> Iterator[None]:
-        """Lets the VAE work in tiles meanwhile if a picture has many pixels."""
-        vae = getattr(pipeline, "vae", None)
-        tiled = size > TILED_PIXELS and hasattr(vae, "enable_tiling") and not getattr(vae, "use_tiling", False)
-        if tiled:
-            vae.enable_tiling()
-        try:
-            yield
-        finally:
-            if tiled:
-                vae.disable_tiling()
 
     def _drawn(self, pipeline, arguments: dict, seed: int, on_step: Callable[[int, int], None] | None) -> Image.Image:
         further: dict[str, object] = {"generator": torch.Generator("cpu").manual_seed(seed)}

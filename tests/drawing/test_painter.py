@@ -7,8 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mg_fast.drawing import NEGATIVE_PROMPT, load_painter
-from mg_fast.drawing import painter as painters
+from mg_fast.drawing import NEGATIVE_PROMPT, calls, load_painter
 from mg_fast.drawing.long_prompts import encoded_in_chunks
 from mg_fast.errors import DrawingError, PictureError, PromptError
 from mg_fast.testing.random_pipelines import random_flux, random_sd, random_sdxl
@@ -186,7 +185,7 @@ def test_large_pictures_are_decoded_in_tiles(painter, monkeypatch):
     tiled, vae = [], painter.pipeline.vae
     real = vae.decode
     monkeypatch.setattr(vae, "decode", lambda *args, **options: tiled.append(vae.use_tiling) or real(*args, **options))
-    monkeypatch.setattr(painters, "TILED_PIXELS", 32 * 32)
+    monkeypatch.setattr(calls, "TILED_PIXELS", 32 * 32)
     like = Image.new("RGB", (8, 8))
     for options in ({}, {"size": (40, 32)}, {"size": (40, 32), "like": like}):
         painter.draw("a cat", **options)
@@ -194,6 +193,23 @@ def test_large_pictures_are_decoded_in_tiles(painter, monkeypatch):
     monkeypatch.setattr(vae, "use_tiling", True)
     painter.draw("a cat", size=(40, 32))
     assert vae.use_tiling
+
+
+@pytest.mark.filterwarnings("ignore:`upcast_vae` is deprecated:FutureWarning")
+def test_a_vae_that_was_interrupted_is_what_it_was(monkeypatch):
+    painter = load_painter(random_sdxl().to(torch.float16), steps=1, device="cpu")
+    (expected,) = painter.draw("a cat", seed=1)
+    vae = painter.pipeline.vae
+
+    def short(latents, **options):
+        assert vae.dtype == latents.dtype == torch.float32
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(vae, "decode", short)
+        with pytest.raises(DrawingError, match="memory is short"):
+            painter.draw("a cat", seed=1)
+    assert vae.dtype == torch.float16 and same(expected, painter.draw("a cat", seed=1)[0])
 
 
 def test_what_a_safety_checker_withholds_is_said(painter, monkeypatch):
