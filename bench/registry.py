@@ -25,7 +25,7 @@ Call = Callable[[], Outputs]
 DTYPES = ("float32", "bfloat16", "float16")
 # The providers that are this project's own forms. The others are the original's steps, opponents and variants; one of
 # those that fails is a finding and no error.
-OURS = ("torch", "auto", "triton", "packed", "23 layers")
+OURS = ("torch", "auto", "triton", "packed", "painter", "23 layers")
 # Groups of cases of a whole stage or more; the other groups are single kernels and stress shapes.
 STAGE_GROUPS = (
     "patch_mining",

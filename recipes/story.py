@@ -7,16 +7,14 @@ same seed, and with --like each one also starts from the picture before it. The 
 """
 
 import argparse
-import base64
-import html
-import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
 
 import mg_fast
+from mg_fast.cli.story_page import StoryPart, story_page, write_page
 
 TURNS = (
     "Please tell a story about a noble mouse who lives in a castle. Begin with a picture of the mouse.",
@@ -36,8 +34,8 @@ class Turn(NamedTuple):
     reason: str | None
 
 
-def tell(pipeline: mg_fast.Pipeline, wishes: Sequence[str], *, like: bool = False, **options) -> list[Turn]:
-    """Tells a story in a conversation of its own.
+def tell(pipeline: mg_fast.Pipeline, wishes: Sequence[str], *, like: bool = False, **options) -> Iterator[Turn]:
+    """Tells a story in a conversation of its own, turn by turn.
 
     Args:
         pipeline: with a painter.
@@ -45,11 +43,10 @@ def tell(pipeline: mg_fast.Pipeline, wishes: Sequence[str], *, like: bool = Fals
         like: each picture starts from the one before it.
         **options: of `pipeline.chat`, such as `seed` and `max_new_tokens`.
     """
-    conversation, told = pipeline.conversation(), []
+    conversation = pipeline.conversation()
     for wish in wishes:
         answer = conversation.chat(wish, draw={"like": "last"} if like else True, **options)
-        told.append(Turn(wish, answer.text, answer.images, answer.no_image_reason))
-    return told
+        yield Turn(wish, answer.text, answer.images, answer.no_image_reason)
 
 
 def as_markdown(turns: Sequence[Turn], out: Path) -> str:
@@ -69,23 +66,13 @@ def as_markdown(turns: Sequence[Turn], out: Path) -> str:
 
 def as_page(turns: Sequence[Turn]) -> str:
     """The story as one web page that holds its pictures."""
-    body = []
+    parts = []
     for turn in turns:
-        body += [f"<blockquote>{html.escape(turn.wish)}</blockquote>", f"<p>{html.escape(turn.text)}</p>"]
-        for image in turn.images:
-            buffer = io.BytesIO()
-            image.save(buffer, "PNG")
-            data = base64.b64encode(buffer.getvalue()).decode()
-            body.append(f'<img alt="" width="{image.width}" src="data:image/png;base64,{data}">')
+        parts += [StoryPart(turn.wish, True), StoryPart(turn.text, False)]
+        parts += [StoryPart(image, False) for image in turn.images]
         if turn.reason:
-            body.append(f"<p><em>No picture: {html.escape(turn.reason)}.</em></p>")
-    style = (
-        ":root { color-scheme: light dark } body { max-width: 40rem; margin: 2rem auto; padding: 0 1rem; "
-        "font: 1.1rem/1.6 Georgia, serif } img { max-width: 100%; height: auto; border-radius: 6px } "
-        "p { white-space: pre-wrap; overflow-wrap: anywhere } blockquote { color: gray; margin: 2rem 0 1rem }"
-    )
-    head = f'<meta charset="utf-8"><title>A story</title><style>{style}</style>'
-    return f"<!doctype html>\n<html lang=en>\n<head>{head}</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
+            parts.append(StoryPart(f"(No picture: {turn.reason}.)", True))
+    return story_page(parts, title="A story", note="Made by recipes.story of mg_fast. Grey parts are not the model's.")
 
 
 def main() -> None:
@@ -101,18 +88,24 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=SEED, help=f"of words and pictures (default: {SEED})")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="of a turn (default: 512)")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="a .html or .md file")
+    parser.add_argument("--force", action="store_true", help="overwrite files that exist")
     args = parser.parse_args()
-    if args.out.suffix not in (".html", ".md"):
-        parser.error(f"--out: expected a .html or .md file, got {args.out}")
+    if args.out.suffix not in (".html", ".md") or not args.out.parent.is_dir():
+        parser.error(f"--out: expected a .html or .md file in a folder that exists, got {args.out}")
+    pictures = args.out.parent.glob(f"{args.out.stem}-*.png") if args.out.suffix == ".md" else ()
+    if (taken := [file for file in (args.out, *pictures) if file.exists()]) and not args.force:
+        parser.error(f"{taken[0]} exists: name another file with --out, or overwrite it with --force")
     try:
         painter = mg_fast.drawing.load_painter(args.painter, steps=args.steps)
         pipeline = mg_fast.load(args.model, painter=painter, template=args.template)
         options = {"seed": args.seed, "max_new_tokens": args.max_new_tokens}
-        turns = tell(pipeline, args.turn or TURNS, like=args.like, **options)
+        turns: list[Turn] = []
+        for turn in tell(pipeline, args.turn or TURNS, like=args.like, **options):
+            turns.append(turn)
+            # The file is written after every turn, so that an interruption loses none of them.
+            write_page(args.out, as_markdown(turns, args.out) if args.out.suffix == ".md" else as_page(turns))
     except mg_fast.MgFastError as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
-    text = as_markdown(turns, args.out) if args.out.suffix == ".md" else as_page(turns)
-    args.out.write_text(text, encoding="utf-8")
     print(f"written to {args.out}")
 
 

@@ -24,13 +24,16 @@ PROMPT = "a small harbour at dawn, fishing boats, soft light on wet stones"
 SEED = 7
 # Mini-Gemini draws with the defaults of SDXL's pipeline.
 STEPS = 50
+# Variants of the painter's UNet that are measured beside it.
+FUSED, COMPILED = "fused projections", "compiled"
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A pipeline on its device, and the side of its pictures."""
+    """A pipeline on its device as the original has it, a painter's with a UNet of its own, and the side of pictures."""
 
-    pipeline: object
+    plain: object
+    painted: object
     side: int
     dtype: torch.dtype
     device: str
@@ -66,9 +69,10 @@ def _case(
     guidance = 0.0 if few else None
     providers = {"reference": _provider(functools.partial(_plain, base, guidance))}
     for label, count in steps.items():
-        providers[label] = _provider(functools.partial(_painted, count, guidance, False))
-    if devices == ("cuda",):
-        providers["painter, compiled"] = _provider(functools.partial(_painted, base, guidance, True))
+        providers[label] = _provider(functools.partial(_painted, count, guidance, ""))
+    variants = (FUSED, COMPILED) if devices == ("cuda",) else (FUSED,)
+    for variant in variants:
+        providers[f"painter, {variant}"] = _provider(functools.partial(_painted, base, guidance, variant))
     return Case(
         f"drawing/{name}",
         functools.partial(_make, settings, side, dtype, few),
@@ -82,11 +86,11 @@ def _case(
 
 
 def _make(settings: Mapping, side: int, dtype: torch.dtype, few: bool, device: str) -> Drawing:
-    return Drawing(_held(settings is SDXL, dtype, few, device), side, dtype, device)
+    return Drawing(*_held(settings is SDXL, dtype, few, device), side, dtype, device)
 
 
 @functools.lru_cache(maxsize=1)
-def _held(published: bool, dtype: torch.dtype, few: bool, device: str):
+def _held(published: bool, dtype: torch.dtype, few: bool, device: str) -> tuple:
     from mg_fast.drawing.pipelines import load_pipeline
 
     before = torch.get_default_dtype()
@@ -96,7 +100,15 @@ def _held(published: bool, dtype: torch.dtype, few: bool, device: str):
             pipeline = random_sdxl(SDXL if published else TINY_SDXL)
     finally:
         torch.set_default_dtype(before)
-    return load_pipeline(pipeline, dtype, torch.device(device), PipelineParts("lightning" if few else None))
+    parts = PipelineParts("lightning" if few else None)
+    painted = load_pipeline(_with_own_unet(pipeline), dtype, torch.device(device), parts)
+    pipeline.scheduler = type(painted.scheduler).from_config(painted.scheduler.config)
+    return pipeline, painted
+
+
+def _with_own_unet(pipeline):
+    """The same pipeline over a copy of the UNet, because a painter and its variants change it in place."""
+    return type(pipeline)(**{**pipeline.components, "unet": copy.deepcopy(pipeline.unet)})
 
 
 def _provider(build: Callable[[Drawing], Call]) -> Provider:
@@ -105,7 +117,7 @@ def _provider(build: Callable[[Drawing], Call]) -> Provider:
 
 def _plain(steps: int, guidance: float | None, drawing: Drawing) -> tuple[Call, Callable[[], list[dict]]]:
     """diffusers' pipeline as Mini-Gemini calls it."""
-    pipeline, options = drawing.pipeline, {} if guidance is None else {"guidance_scale": guidance}
+    pipeline, options = drawing.plain, {} if guidance is None else {"guidance_scale": guidance}
     pipeline.set_progress_bar_config(disable=True)
 
     def draw(on_step: Callable[[int, int], None] | None = None):
@@ -130,15 +142,13 @@ def _plain(steps: int, guidance: float | None, drawing: Drawing) -> tuple[Call, 
 
 
 def _painted(
-    steps: int, guidance: float | None, compiled: bool, drawing: Drawing
+    steps: int, guidance: float | None, variant: str, drawing: Drawing
 ) -> tuple[Call, Callable[[], list[dict]]]:
-    pipeline = drawing.pipeline
-    if compiled:
-        # Compiling changes a module, and this one is shared with the other providers.
-        pipeline = type(pipeline)(**{**pipeline.components, "unet": copy.copy(pipeline.unet)})
-    painter = Painter(
-        pipeline, dtype=drawing.dtype, device=torch.device(drawing.device), steps=steps, compiled=compiled
-    )
+    pipeline = _with_own_unet(drawing.painted) if variant else drawing.painted
+    if variant == FUSED:
+        pipeline.unet.fuse_qkv_projections()
+    device, compiled = torch.device(drawing.device), variant == COMPILED
+    painter = Painter(pipeline, dtype=drawing.dtype, device=device, steps=steps, compiled=compiled)
 
     def draw(on_step: Callable[[int, int], None] | None = None):
         (picture,) = painter.draw(PROMPT, seed=SEED, size=drawing.side, guidance=guidance, on_step=on_step)

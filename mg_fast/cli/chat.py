@@ -61,6 +61,7 @@ def command(args) -> int:
             print()
             return 0
         word, _, rest = line.partition(" ")
+        turns = len(getattr(conversation, "turns", ()))
         try:
             if not line:
                 continue
@@ -85,6 +86,8 @@ def command(args) -> int:
             elif word == "/save":
                 print(f"({_saved(conversation, rest.strip(), args)})")
             elif word == "/draw":
+                if not rest.strip():
+                    raise PromptError("/draw needs a text: /draw TEXT")
                 print("model> ", end="", flush=True)
                 _draw(conversation, rest.strip(), images, args)
                 images = []
@@ -95,8 +98,9 @@ def command(args) -> int:
                 print_stream(conversation.chat(line, images, stream=True, **loading.sampling(args), **_hints(args)))
                 images = []
         except KeyboardInterrupt:
-            # Ctrl-C stops the answer, not the conversation.
-            print("\n(interrupted; this turn is not kept)")
+            # Ctrl-C stops the answer, not the conversation. An answer that is complete is kept before it is drawn.
+            kept = len(getattr(conversation, "turns", ())) > turns
+            print(f"\n(interrupted; {'the text is kept, without a picture' if kept else 'this turn is not kept'})")
         except (*_OF_THIS_QUESTION, torch.OutOfMemoryError) as error:
             # These errors belong to this question alone, and the next one may well be answered.
             print(f"{error}")
@@ -135,7 +139,7 @@ def _saved(conversation, file: str, args) -> str:
         raise DrawingError(f"/save: {error}") from None
     if os.path.exists(name) and not args.force:
         raise DrawingError(f"/save: {name} exists")
-    conversation.last_drawn.save(name)
+    drawing.write(conversation.last_drawn, name)
     return name
 
 

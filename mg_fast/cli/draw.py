@@ -2,7 +2,7 @@
 
 import sys
 
-from ..errors import PictureError
+from ..errors import DrawingError
 from . import drawing
 from .options import add_debug, positive
 
@@ -33,7 +33,7 @@ def command(args) -> int:
         options["like"] = open_picture(args.like)
     if args.strength is not None:
         if args.like is None:
-            raise PictureError("--strength says how far to depart from a picture: name it with --like")
+            raise DrawingError("--strength says how far to depart from a picture: name it with --like")
         options["strength"] = args.strength
     painter = drawing.load_painter(args)
     with drawing.progress() as on_step:

@@ -78,7 +78,7 @@ def check_free(args, count: int = 1) -> None:
     """Raises DrawingError where a file exists that a picture would be saved in, unless --force was given."""
     for file in file_names(args.out, count):
         if os.path.exists(file) and not args.force:
-            raise DrawingError(f"{file} exists: another --out, or --force to overwrite it")
+            raise DrawingError(f"{file} exists: name another file with --out, or overwrite it with --force")
 
 
 def file_names(out: str, count: int) -> list[str]:
@@ -97,9 +97,17 @@ def save(pictures: Sequence, args) -> list[str]:
         name, number, path = wanted, 2, Path(wanted)
         while os.path.exists(name) and not args.force:
             name, number = str(path.with_name(f"{path.stem}-{number}{path.suffix}")), number + 1
-        picture.save(name)
+        write(picture, name)
         saved.append(name)
     return saved
+
+
+def write(picture, file: str) -> None:
+    """Writes a picture to a file; raises DrawingError where that is not possible."""
+    try:
+        picture.save(file)
+    except OSError as error:
+        raise DrawingError(f"{file} cannot be written: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager
@@ -111,7 +119,7 @@ def progress() -> Iterator:
 
     def on_step(step: int, total: int) -> None:
         nonlocal bar
-        if bar is None or step < bar.n:
+        if bar is None or step <= bar.n:
             if bar is not None:
                 bar.close()
             bar = tqdm(total=total, desc="drawing", unit="step", file=sys.stderr)

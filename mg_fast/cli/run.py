@@ -47,6 +47,8 @@ def command(args) -> int:
         if args.painter is None:
             raise PromptError("--draw needs a painter: --painter P")
         drawing.check_free(args)
+    elif args.painter is not None:
+        raise PromptError("--painter draws what --draw asks for: add --draw")
     pictures = loading.open_pictures(args, args.image)
     # A painter loads its weights when it draws; what is wrong with its folder shows here.
     pipeline = loading.load_to_answer(args, painter=drawing.load_painter(args) if args.draw else None)

@@ -8,11 +8,15 @@ import importlib
 _PUBLIC = {
     "Painter": "mg_fast.drawing.painter",
     "load_painter": "mg_fast.drawing.painter",
-    "NEGATIVE_PROMPT": "mg_fast.drawing.painter",
+    "NEGATIVE_PROMPT": "mg_fast.drawing.calls",
     "find_prompts": "mg_fast.drawing.prompts",
 }
 
 __all__ = list(_PUBLIC)
+
+
+def __dir__():
+    return sorted(set(globals()) | set(__all__))
 
 
 def __getattr__(name: str):

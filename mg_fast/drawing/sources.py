@@ -14,8 +14,6 @@ from ..errors import BackendError, CheckpointError, quoted, shortened
 from ..models.tensor_files import first_line, read_file
 
 INDEX = "model_index.json"
-# Parts of a pipeline that no drawing needs, and which are therefore not loaded.
-UNUSED_PARTS = ("safety_checker", "feature_extractor")
 
 
 @dataclass(frozen=True)
@@ -43,10 +41,7 @@ class PipelineSource:
         return [
             name
             for name, described in self.index.items()
-            if isinstance(described, list)
-            and len(described) == 2
-            and None not in described
-            and name not in UNUSED_PARTS
+            if isinstance(described, list) and len(described) == 2 and None not in described
         ]
 
     def variant(self, dtype: torch.dtype) -> str | None:
@@ -87,7 +82,9 @@ def find_pipeline(name_or_path: str | os.PathLike) -> PipelineSource:
                 f"{shortened(name, 120)} is no pipeline of diffusers: expected a folder with {INDEX}, which names its "
                 "parts (a UNet, a VAE, text encoders, a scheduler)"
             )
-        return PipelineSource(name, _read_index(path / INDEX), path)
+        source = PipelineSource(name, _read_index(path / INDEX), path)
+        _check_parts(source)
+        return source
     if os.path.exists(path) or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise CheckpointError(
             f"{shortened(name, 120)} is not a folder: expected a pipeline's folder or hub id (owner/name)"
@@ -105,19 +102,44 @@ def find_pipeline(name_or_path: str | os.PathLike) -> PipelineSource:
     return PipelineSource(name, _read_index(index), None)
 
 
-def check_room(source: PipelineSource, dtype: torch.dtype, device: torch.device, offload: str) -> None:
-    """Raises BackendError where the weights of a pipeline cannot fit the device, before any of them is read."""
+def free_bytes(device: torch.device) -> int | None:
+    """The bytes that torch can still use on a GPU, also those that it holds without using them; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def check_room(source: PipelineSource, dtype: torch.dtype, free: int | None, offload: str) -> None:
+    """Raises BackendError where the weights of a pipeline cannot fit the device, before any of them is read.
+
+    Args:
+        free: the bytes that the device has; None: there is no limit.
+    """
     parts = source.part_bytes(dtype)
-    if device.type != "cuda" or not parts or offload == "sequential":
+    if free is None or not parts or offload == "sequential":
         return
     needed = max(parts.values()) if offload == "model" else sum(parts.values())
-    free, _ = torch.cuda.mem_get_info(device)
     if needed > free:
         raise BackendError(
             f"{shortened(source.name, 120)} needs {needed / 2**30:.1f} GiB for its weights in {str(dtype)[6:]}, but "
-            f"{free / 2**30:.1f} GiB are free on {device}: "
+            f"{free / 2**30:.1f} GiB are free on the device: "
             + ('offload="model" keeps one part there at a time' if offload == "none" else 'try offload="sequential"')
         )
+
+
+def _check_parts(source: PipelineSource) -> None:
+    """Raises CheckpointError where a part has no folder, or settings of a model but no weights."""
+    for part in source.parts:
+        folder = source.folder / part
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"{shortened(source.name, 120)}: {INDEX} names the part {quoted(part)}, but there is no such folder"
+            )
+        if (folder / "config.json").is_file() and not any(
+            file.suffix in (".safetensors", ".bin") for file in folder.iterdir()
+        ):
+            raise CheckpointError(f"{shortened(source.name, 120)}: the part {quoted(part)} has no file of weights")
 
 
 def _read_index(path: Path) -> dict:

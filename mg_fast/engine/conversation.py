@@ -10,7 +10,7 @@ from PIL import Image
 
 from ..errors import PromptError, quoted
 from ..hints import ocr as reading
-from ..models.templates import IMAGE_TAG, render, with_picture_tags
+from ..models.templates import IMAGE_TAG, render, with_picture_tags, without_picture_tags
 from ..runtime.arguments import check_text
 from ..runtime.meter import Meter
 from .answers import Answer, AnswerStage
@@ -40,6 +40,8 @@ class Conversation:
         turns: questions and answers so far.
         pictures: image tokens [T, hidden] of the pictures so far, each with its digest.
         last_drawn: the picture that was drawn last; None before the first one.
+        picture_seed: the seed that a turn last gave its pictures. Pictures of later turns without a seed of their own
+            have it too, so that they are alike. None before the first one, which leaves the seed to chance.
     """
 
     def __init__(self, vision: VisionStage, answers: AnswerStage, template: str, painter=None):
@@ -47,6 +49,7 @@ class Conversation:
         self.turns: list[tuple[str, str]] = []
         self.pictures: list[SeenPicture] = []
         self.last_drawn: Image.Image | None = None
+        self.picture_seed: int | None = None
         # An answer is kept only if this number is still the one with which the question was asked.
         self._version = 0
         self._answering = threading.RLock()
@@ -58,7 +61,8 @@ class Conversation:
         other = type(self)(self.vision, self.answers, self.template, self.painter)
         with self._changing:
             # Neither turns nor image tokens are ever changed in place.
-            other.turns, other.pictures, other.last_drawn = list(self.turns), list(self.pictures), self.last_drawn
+            other.turns, other.pictures = list(self.turns), list(self.pictures)
+            other.last_drawn, other.picture_seed = self.last_drawn, self.picture_seed
         return other
 
     def __deepcopy__(self, memo: dict) -> "Conversation":
@@ -73,7 +77,7 @@ class Conversation:
     def reset(self) -> None:
         """Forgets turns and pictures."""
         with self._changing:
-            self.turns, self.pictures, self.last_drawn = [], [], None
+            self.turns, self.pictures, self.last_drawn, self.picture_seed = [], [], None, None
             self._version += 1
 
     close = reset
@@ -107,8 +111,9 @@ class Conversation:
             allow_urls: fetch pictures that are given as URLs.
             draw: ask for a picture. The marker that Mini-Gemini was trained with is added to the text, and the prompts
                 that the model writes between `<h>` and `</h>` are drawn (see `Answer.images`). A dict has options of
-                `mg_fast.drawing.Painter.draw`; without a seed of its own the picture has the answer's. With
-                `{"like": "last"}` a picture follows the one that was drawn before it in this conversation. A stream
+                `mg_fast.drawing.Painter.draw`. Without a seed of its own the picture has the answer's, and without
+                that the conversation's `picture_seed`; a seed of None leaves it to chance. With `{"like": "last"}` a
+                picture follows the one that was drawn before it in this conversation. A stream
                 has the pictures once it has been read to its end.
             ocr: read the text in the new pictures (`mg_fast.hints.ocr`) and add it to the question, as the original's
                 command line does. A picture without text adds nothing.
@@ -116,6 +121,7 @@ class Conversation:
 
         Raises:
             PromptError, PictureError: the question cannot be asked; raised before anything is generated.
+            DrawingError: an option of `draw` is out of range; raised before anything is generated.
             FloatingPointError: the model's numbers are not finite; the message names the layers where that begins.
         """
         sampling = Sampling(max_new_tokens, temperature, top_p, seed, allow_long, generate_options)
@@ -151,17 +157,20 @@ class Conversation:
                     kept = self._version == version
                     if kept:
                         # A tag that the model itself wrote is text, not the place of a picture.
-                        self.turns = [*turns, (question, answer.text.replace(IMAGE_TAG, "< image>"))]
+                        self.turns = [*turns, (question, without_picture_tags(answer.text))]
                         self.pictures = seen
                         self._version += 1
-                    last = self.last_drawn
+                        if options is not None and options.get("seed") is not None:
+                            self.picture_seed = options["seed"]
+                    last, seed = self.last_drawn, self.picture_seed
                 if not kept:
                     logger.warning(
                         "the conversation went on or was reset before this answer was complete, so the answer is not "
                         "kept"
                     )
                 # The text is kept first, so that nothing that happens while drawing can lose it.
-                answer = with_pictures(answer, self.painter, options, last)
+                asked = options if options is None else {"seed": seed, **options}
+                answer = with_pictures(answer, self.painter, asked, last)
                 if answer.images:
                     with self._changing:
                         if self._version == version + kept:

@@ -21,6 +21,8 @@ _REFUSED = {
     "streamer": "chat(..., stream=True) yields the text",
     "return_dict_in_generate": "use model.generate",
     "stream": "only chat can stream an answer",
+    "draw": "only the chat of a Mini-Gemini conversation takes it",
+    "ocr": "only the chat of a Mini-Gemini conversation takes it",
 }
 _MADE_HERE = "it is made of the text and its images; use model.generate to set it"
 

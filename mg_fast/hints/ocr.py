@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ..errors import BackendError
 from ..models.pictures import open_picture
+from ..models.templates import without_picture_tags
 
 # Lines with a lower score are left out of a hint, as in the original.
 LEAST_SCORE = 0.1
@@ -50,9 +51,12 @@ def read(picture, *, allow_urls: bool = False) -> list[TextLine]:
 
 
 def hint(lines: Sequence[TextLine]) -> str:
-    """What Mini-Gemini's command line adds to a question for a picture with these lines; empty where there are none."""
+    """What Mini-Gemini's command line adds to a question for a picture with these lines; empty where there are none.
+
+    A tag of a picture that stands in the lines is broken up, so that it is read as text.
+    """
     text = ", ".join(line.text for line in lines if line.score > LEAST_SCORE)
-    return f"\nReference OCR Token: {text}\n" if text else ""
+    return f"\nReference OCR Token: {without_picture_tags(text)}\n" if text else ""
 
 
 @functools.cache

@@ -142,6 +142,11 @@ def with_picture_tags(text: str, pictures: int) -> str:
     return text if IMAGE_TAG in text else f"{IMAGE_TAG}\n" * pictures + text
 
 
+def without_picture_tags(text: str) -> str:
+    """The text with every `<image>` broken up, so that it is no place of a picture."""
+    return text.replace(IMAGE_TAG, "< image>")
+
+
 def _number_pictures(prompt: str) -> str:
     pieces = prompt.split(IMAGE_TAG)
     if len(pieces) <= 2:

@@ -13,7 +13,7 @@ from ..engine.first_use import warm_up
 from ..engine.options import CacheOptions, Sampling
 from ..engine.streaming import AnswerStream
 from ..engine.vision import VisionStage, decoded
-from ..errors import PictureError
+from ..errors import CheckpointError, PictureError, quoted
 from ..models.mini_gemini.modeling import MiniGeminiForConditionalGeneration
 from ..models.mini_gemini.processing import MiniGeminiProcessor
 from ..models.templates import render
@@ -270,9 +270,18 @@ class Pipeline:
 
 
 def as_painter(painter, device: torch.device):
-    """A painter as it is, or the one that a folder or hub id names, on the pipeline's device."""
-    if painter is None or not isinstance(painter, (str, os.PathLike)):
+    """A painter as it is, or the one that a folder or hub id names, on the pipeline's device.
+
+    Raises:
+        CheckpointError: this is neither, or there is no such pipeline.
+    """
+    if painter is None or callable(getattr(painter, "draw", None)):
         return painter
+    if not isinstance(painter, (str, os.PathLike)):
+        raise CheckpointError(
+            "painter: expected a mg_fast.drawing.Painter (load_painter makes one, also of a loaded pipeline), a folder "
+            f"or a hub id, got {quoted(painter)}"
+        )
     from ..drawing import load_painter
 
     return load_painter(painter, device=device if device.type in ("cpu", "cuda") else None)

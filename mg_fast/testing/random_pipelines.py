@@ -153,6 +153,41 @@ def random_sd(seed: int = 0):
     )
 
 
+def random_flux(seed: int = 0):
+    """A small FluxPipeline, of a family with a transformer and T5, that draws pictures of 128 x 128 pixels."""
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    torch.manual_seed(seed)
+    ends = {"bos_token_id": _TINY_VOCABULARY - 2, "eos_token_id": _TINY_VOCABULARY - 1}
+    tokenizer = byte_tokenizer()
+    longer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, pad_token="<|endoftext|>", model_max_length=512
+    )
+    t5 = T5Config(vocab_size=_TINY_VOCABULARY, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    vae = {"block_out_channels": (4,), "norm_num_groups": 1, "latent_channels": 1, "sample_size": 32}
+    vae |= {"use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": 0.0, "scaling_factor": 1.5}
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=AutoencoderKL(**vae).eval(),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**_tiny_text(16), **ends)).eval(),
+        tokenizer=tokenizer,
+        text_encoder_2=T5EncoderModel(t5).eval(),
+        tokenizer_2=longer,
+        transformer=FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=4,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=16,
+            axes_dims_rope=(4, 4, 8),
+        ).eval(),
+    )
+
+
 def byte_tokenizer():
     """A CLIP tokenizer that reads every byte of a text as a token of its own."""
     from tokenizers.pre_tokenizers import ByteLevel

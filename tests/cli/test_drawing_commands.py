@@ -2,12 +2,16 @@
 
 import io
 import json
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 from mg_fast.cli.program import main
 from mg_fast.testing.random_pipelines import random_sdxl
+
+# The models are so small that they are slower on two threads.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +46,7 @@ def test_draw(painter, tmp_path, capsys):
     "further, code, message",
     [
         (["--size", "30"], 7, "multiples of 8"),
-        (["--strength", "0.5"], 4, "--like"),
+        (["--strength", "0.5"], 7, "--like"),
         (["--scheduler", "fast"], 7, "scheduler"),
         (["--painter", "nowhere/at/all"], 3, "not a folder"),
     ],
@@ -63,6 +67,7 @@ def test_run_draws(standard, painter, tmp_path, capsys, speaking):
     document = json.loads(capsys.readouterr().out)
     assert document["image_files"] == [out] and document["image_prompts"] == ["a red cat"]
     assert main([*asked, "--draw"]) == 5 and "--painter" in capsys.readouterr().err
+    assert main([*asked, "--painter", painter]) == 5 and "add --draw" in capsys.readouterr().err
 
 
 def test_run_says_why_nothing_was_drawn(standard, painter, tmp_path, capsys):
@@ -78,6 +83,7 @@ def test_chat_draws(standard, painter, tmp_path, capsys, monkeypatch, speaking):
         "/draw a cat",
         f"/painter {painter}",
         "/painter",
+        "/draw",
         "/draw a cat",
         "/save a.png",
         "/save a.png",
@@ -91,6 +97,7 @@ def test_chat_draws(standard, painter, tmp_path, capsys, monkeypatch, speaking):
         "(no picture: no painter is loaded",
         f"(draws with {painter})",
         "/painter needs a folder or hub id",
+        "/draw needs a text",
         "(drawn.png)",
         "(a.png)",
         "/save: a.png exists",
@@ -98,3 +105,34 @@ def test_chat_draws(standard, painter, tmp_path, capsys, monkeypatch, speaking):
     ):
         assert part in printed, part
     assert {file.name for file in tmp_path.iterdir()} == {"a.png", "drawn.png", "drawn-2.png"}
+
+
+def test_what_was_interrupted_or_cannot_be_saved_is_said(standard, tmp_path, capsys, monkeypatch, speaking):
+    from mg_fast.cli import drawing
+
+    def interrupted(prompt, **options):
+        raise KeyboardInterrupt
+
+    def drawn(prompt, **options):
+        return [Image.new("RGB", (8, 8))]
+
+    def full(self, file):
+        raise OSError(28, "No space left on device")
+
+    painter = SimpleNamespace(draw=interrupted, name="P")
+    monkeypatch.setattr(drawing, "load_painter", lambda args, path=None: painter)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Image.Image, "save", full)
+
+    def lines():
+        yield "/draw a cat"
+        painter.draw = drawn
+        yield "/draw a cat"
+        yield "/quit"
+
+    typed = lines()
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    assert main(["chat", "--model", str(standard), "--template", "vicuna_v1", "--max-new-tokens", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "(interrupted; the text is kept, without a picture)" in printed
+    assert "drawn.png cannot be written: No space left on device" in printed
