@@ -10,6 +10,7 @@ import torch
 
 import mg_fast
 from mg_fast import PromptError, cli
+from mg_fast.engine.conversation import Conversation
 from mg_fast.models.templates import render
 from tests.paths import ROOT
 
@@ -179,7 +180,7 @@ def test_a_conversation_outlives_what_one_question_spoils(standard, monkeypatch,
             raise error
         return iter(["fine"])
 
-    monkeypatch.setattr(mg_fast.Pipeline, "chat", chat)
+    monkeypatch.setattr(Conversation, "chat", chat)
     monkeypatch.setattr(sys, "stdin", io.StringIO("a\nb\nc\nd\n"))
     assert cli.main(["chat", "--model", str(standard), "--device", "cpu"]) == 0
     printed = capsys.readouterr().out.split("you> ")[1:]

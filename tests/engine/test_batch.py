@@ -281,6 +281,8 @@ def test_too_little_memory_for_a_picture(own, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7, "seed": 3}], ids=["greedy", "sampled"])
 def test_a_row_that_is_not_finite_fails_alone(own, sampling, caplog):
+    # Other tests of this process may hold pipelines with caches of their own.
+    before = [x for x in gc.get_objects() if type(x) is KVCache]
     pipeline = own.pipeline()
     embedding = pipeline.model.get_input_embeddings()
     rare = own.processor.tokenizer("%", add_special_tokens=False).input_ids[-1]
@@ -298,7 +300,7 @@ def test_a_row_that_is_not_finite_fails_alone(own, sampling, caplog):
     assert isinstance(answers[2].error, FloatingPointError)
     # The kept error does not keep the memory of the failed attempt.
     gc.collect()
-    caches = [x for x in gc.get_objects() if type(x) is KVCache]
+    caches = [x for x in gc.get_objects() if type(x) is KVCache and not any(x is other for other in before)]
     idle = pipeline.decoder._idle
     assert [cache for cache in caches if idle is None or cache is not idle.cache] == []
     if not sampling:

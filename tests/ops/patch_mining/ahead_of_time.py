@@ -14,8 +14,8 @@ from ..ahead_of_time_gate import DISTINCT, DTYPES, TWINS, Case
 TABLE = PATCH_MINING | {a: PATCH_MINING.get(a, {}) | tiles for a, tiles in COARSE_MINING.items()}
 LEVELS = 4
 # The most loads of vectors by one thread of a program, for queries and statistics; pixels are not counted.
-# Triton 3.8 takes a few more of them in backward kernels, beside as many wide loads of pixels as before: most of all for
-# float32 queries over float16 maps on 12.0.
+# Triton 3.8 takes a few more of them in backward kernels, beside as many wide loads of pixels as before, most of all
+# for float32 queries over float16 maps on 12.0.
 NARROW = 45 if TRITON >= (3, 8) else 40
 
 
