@@ -44,6 +44,7 @@ if TRITON >= (3, 8):
     # With the tiles above it would spill up to 8 bytes of a thread, and in the backward pass up to 24.
     DEFORMABLE_ATTENTION[None] |= {
         ("forward", 2, True): SamplingTile(256, 1, 2),
+        ("forward", 2, False): SamplingTile(256, 4, 1),
         ("backward", 2, False): SamplingTile(256, 4, 1),
         ("backward", 4, False): SamplingTile(256, 4, 1),
     }

@@ -92,7 +92,7 @@ class FeatureSynchronizer(nn.Module):
         nn.init.xavier_uniform_(self.output_proj.weight)
         for layer in (self.dynamic_offset_mask, self.attention_weights, self.value_proj, self.output_proj):
             nn.init.zeros_(layer.bias)
-        nn.init.trunc_normal_(self.query_relpos.weight, std=0.02)
+        nn.init.normal_(self.query_relpos.weight, std=0.02)
 
     def values(self, features: torch.Tensor) -> torch.Tensor:
         """Projected features of pictures, [B, n, S, H, D], which `forward` takes in the place of the features.
