@@ -19,7 +19,8 @@ NEGATIVE_PROMPT = (
     "malformed limbs, missing arms, missing legs, extra arms, extra legs, fused fingers, too many fingers, long neck, "
     "username, watermark, signature"
 )
-# Above this many pixels of a picture, the VAE decodes in tiles, so that its activations do not exceed the UNet's.
+# Above this many pixels of a picture, the VAE works in tiles, because its activations grow with the pixels. For SDXL
+# 3.2 GB are predicted at 1024 x 1024 (bench/results/painters.json).
 TILED_PIXELS = 1536 * 1536
 # An IP-Adapter wants a picture in every call. Where there is none to follow, it gets this one, and does not count.
 _NO_PICTURE = Image.new("RGB", (8, 8))

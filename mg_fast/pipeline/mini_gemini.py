@@ -18,12 +18,12 @@ from ..models.mini_gemini.modeling import MiniGeminiForConditionalGeneration
 from ..models.mini_gemini.processing import MiniGeminiProcessor
 from ..models.templates import render
 from ..ops.backend import check_everywhere
-from ..quantization import WeightBytes, weight_bytes
 from ..runtime.meter import Meter
 from ..runtime.placement import execution_device
+from .staged import StagedPipeline
 
 
-class Pipeline:
+class Pipeline(StagedPipeline):
     """A loaded model with its processor and one conversation of its own; `load` makes one.
 
     It owns a vision stage, an answer stage and the conversation, and passes every call on to them.
@@ -41,7 +41,6 @@ class Pipeline:
     Attributes:
         vision: the `VisionStage`, which turns pictures into image tokens.
         answers: the `AnswerStage`, which turns prompts and image tokens into answers.
-        load_seconds: how long loading took; None if `load` did not make this pipeline.
     """
 
     def __init__(
@@ -61,31 +60,7 @@ class Pipeline:
         stage = {"backend": backend, "caches": caches, "cuda_graphs": cuda_graphs}
         self.vision = VisionStage(model, processor.image_processor, **stage)
         self.answers = AnswerStage(model, processor, compiled=compiled, **stage)
-        self.load_seconds: float | None = None
         self._own = Conversation(self.vision, self.answers, processor.template, as_painter(painter, self.device))
-
-    def __reduce_ex__(self, protocol):
-        """Refuses copying and pickling, which the locks and the memory of a decoder do not allow."""
-        raise TypeError(
-            "a Pipeline cannot be copied or pickled: pipeline.conversation() opens another conversation over the same "
-            "model, mg_fast.Pipeline(model, processor) makes another pipeline over it, and another process calls "
-            "mg_fast.load itself"
-        )
-
-    @property
-    def model(self) -> MiniGeminiForConditionalGeneration:
-        """The model that everything runs on."""
-        return self.answers.model
-
-    @property
-    def processor(self) -> MiniGeminiProcessor:
-        """The model's processor."""
-        return self.answers.processor
-
-    @property
-    def backend(self) -> str | None:
-        """The backend of every call; None leaves the choice to what is in force at the call."""
-        return self.answers.backend
 
     @property
     def template(self) -> str:
@@ -105,21 +80,6 @@ class Pipeline:
     def last_drawn(self):
         """The picture that was drawn last in the pipeline's own conversation; None before the first one."""
         return self._own.last_drawn
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the language model's input; for offloaded weights, the device that they are brought to."""
-        return self.answers.device
-
-    @property
-    def decoder(self):
-        """The answer stage's decoder, which all backends but `reference` decode with."""
-        return self.answers.decoder
-
-    @property
-    def weights(self) -> WeightBytes:
-        """The bytes of the language model and of the vision part, as they are stored now."""
-        return weight_bytes(self.model)
 
     @property
     def first_use(self) -> dict[str, float]:
@@ -259,14 +219,6 @@ class Pipeline:
     def clear_image_cache(self) -> None:
         """Drops the image tokens of pictures seen before and the packed towers; conversations keep their own tokens."""
         self.vision.clear()
-
-    def clear_kv_cache(self) -> None:
-        """Drops the keys and values of prompts and answers; conversations go on, and compute their history once more.
-
-        This is needed after a write to the language model's weights through `.data`. Other changes of weights, hooks
-        and adapters are noticed without it.
-        """
-        self.answers.forget()
 
 
 def as_painter(painter, device: torch.device):

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from PIL import Image
 
 from ..engine import batch
@@ -20,11 +19,11 @@ from ..engine.streaming import AnswerStream
 from ..models.mm_interleaved.modeling import MMInterleavedForConditionalGeneration
 from ..models.mm_interleaved.processing import MMInterleavedProcessor
 from ..ops.backend import check_everywhere
-from ..quantization import WeightBytes, weight_bytes
 from ..runtime.placement import execution_device
+from .staged import StagedPipeline
 
 
-class InterleavedPipeline:
+class InterleavedPipeline(StagedPipeline):
     """A loaded MM-Interleaved model with its processor; `mg_fast.load` makes one.
 
     Items are texts and pictures in any order (see `read_items`). Calls of the pipeline itself do not depend on each
@@ -44,7 +43,6 @@ class InterleavedPipeline:
         vision: the `FeatureStage`, which turns pictures into image tokens and feature maps.
         answers: the `InterleavedAnswers`, which write texts.
         drawing: the `DrawingStage`, which draws pictures.
-        load_seconds: how long loading took; None if `load` did not make this pipeline.
     """
 
     # There is no prompt template: the model reads items word for word.
@@ -69,51 +67,7 @@ class InterleavedPipeline:
             model, processor, self.vision.cache, compiled=compiled, cuda_graphs=cuda_graphs, **stage
         )
         self.drawing = DrawingStage(model, self.answers, backend=backend, cuda_graphs=cuda_graphs)
-        self.load_seconds: float | None = None
         self._stages = Stages(self.vision, self.answers, self.drawing)
-
-    def __reduce_ex__(self, protocol):
-        """Refuses copying and pickling, which the locks and the memory of a decoder do not allow."""
-        raise TypeError(
-            "an InterleavedPipeline cannot be copied or pickled: pipeline.conversation() opens a conversation over the "
-            "same model, mg_fast.InterleavedPipeline(model, processor) makes another pipeline over it, and another "
-            "process calls mg_fast.load itself"
-        )
-
-    @property
-    def model(self) -> MMInterleavedForConditionalGeneration:
-        """The model that everything runs on."""
-        return self.answers.model
-
-    @property
-    def processor(self) -> MMInterleavedProcessor:
-        """The model's processor."""
-        return self.answers.processor
-
-    @property
-    def backend(self) -> str | None:
-        """The backend of every call; None leaves the choice to what is in force at the call."""
-        return self.answers.backend
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the language model's input; for offloaded weights, the device that they are brought to."""
-        return self.answers.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the model's weights."""
-        return self.model.dtype
-
-    @property
-    def decoder(self):
-        """The answer stage's decoder, which all backends but `reference` decode with."""
-        return self.answers.decoder
-
-    @property
-    def weights(self) -> WeightBytes:
-        """The bytes of the language model and of the parts that see and draw, as they are stored now."""
-        return weight_bytes(self.model)
 
     @property
     def first_use(self) -> dict[str, float]:
@@ -202,11 +156,3 @@ class InterleavedPipeline:
         """
         self.vision.clear()
         self.drawing.clear()
-
-    def clear_kv_cache(self) -> None:
-        """Drops the keys, values and states of everything read so far; conversations go on, and compute them again.
-
-        This is needed after a write to the language model's weights through `.data`. Other changes of weights, hooks
-        and adapters are noticed without it.
-        """
-        self.answers.forget()
