@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -124,21 +125,43 @@ def open_checkpoint(
     if config is None:
         config = read_config(folder, fallback=weights_folder)
     tensors = {**tensors, **extra}
-    for prefix in (CLIP_PREFIX, CONVNEXT_PREFIX):
-        if not any(name.startswith(prefix) for name in tensors):
-            tower = _tower_table(config, prefix, folder, hub)
-            if not tower:
-                wanted = config.mm_vision_tower if prefix == CLIP_PREFIX else config.mm_vision_tower_aux
-                raise CheckpointError(
-                    f"{weights_folder} has no {prefix}* tensors, and the tower's own weights were not found: "
-                    f"looked for {' or '.join(_TOWER_FILES[prefix])} in {quoted(wanted)} "
-                    f"beside {folder} and from the working directory, "
-                    f"then in the hub's {_TOWER_HUB_IDS[prefix]}"
-                )
-            extra |= tower
+    extra |= tower_tensors(config, tensors, folder, weights_folder=weights_folder, **hub)
     tensors |= extra
     complete_config(config, tensors, folder, of_base=of_base)
     return Checkpoint(folder, weights_folder, config, tensors, extra)
+
+
+def tower_tensors(
+    config: MiniGeminiConfig, names: Iterable[str], folder: Path, *, weights_folder: Path | None = None, **hub
+) -> Table:
+    """The tensors of the towers that a checkpoint lacks, from the towers' own files, by their published names.
+
+    Args:
+        config: says where the towers lie.
+        names: the published names of the tensors that the checkpoint has.
+        folder: its local folder.
+        weights_folder: the folder of its weights, for the message. Default: `folder`.
+        **hub: hub arguments, as in `open_checkpoint`.
+
+    Raises:
+        CheckpointError: a tower was found nowhere. The message says where it was looked for.
+    """
+    found: Table = {}
+    names = set(names)
+    for prefix in (CLIP_PREFIX, CONVNEXT_PREFIX):
+        if any(name.startswith(prefix) for name in names):
+            continue
+        tower = _tower_table(config, prefix, folder, hub)
+        if not tower:
+            wanted = config.mm_vision_tower if prefix == CLIP_PREFIX else config.mm_vision_tower_aux
+            raise CheckpointError(
+                f"{weights_folder or folder} has no {prefix}* tensors, and the tower's own weights were not found: "
+                f"looked for {' or '.join(_TOWER_FILES[prefix])} in {quoted(wanted)} "
+                f"beside {folder} and from the working directory, "
+                f"then in the hub's {_TOWER_HUB_IDS[prefix]}"
+            )
+        found |= tower
+    return found
 
 
 def read_config(folder: Path, fallback: Path | None = None) -> MiniGeminiConfig:

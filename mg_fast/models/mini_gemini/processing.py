@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from transformers import BatchFeature
@@ -93,7 +94,22 @@ class MiniGeminiProcessor(ProcessorMixin):
             )
         config = geometry_config(folder, base)
         tokenizer = load_tokenizer(folder, base)
-        saved = folder / "chat_template.jinja"
+        return cls.of_checkpoint(config, tokenizer, folder, template=template)
+
+    @classmethod
+    def of_checkpoint(
+        cls, config: MiniGeminiConfig, tokenizer, folder: Path, *, template: str | None = None
+    ) -> "MiniGeminiProcessor":
+        """The processor of a checkpoint whose configuration and tokenizer are loaded already.
+
+        Args:
+            config: with the geometry of the towers.
+            tokenizer: a tokenizer of transformers. Its chat template is set.
+            folder: the checkpoint's local folder. A template that `save_pretrained` wrote there is used.
+            template: overrides the prompt template.
+        """
+        stored_file, saved = folder / "processor_config.json", folder / "chat_template.jinja"
+        stored = json.loads(stored_file.read_text(encoding="utf-8")) if stored_file.is_file() else {}
         # Only a template that this class saved counts: these checkpoints were not trained with a base model's template.
         own = saved.read_text(encoding="utf-8") if stored and template is None and saved.is_file() else None
         template = decide_template(config, tokenizer, template or stored.get("template"))
@@ -175,10 +191,13 @@ class MiniGeminiProcessor(ProcessorMixin):
             data.update(self.image_processor(flat, return_tensors=return_tensors, **options))
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def encode(self, prompt: str, *, add_special_tokens: bool = True) -> tuple[list[int], list[int]]:
+    def encode(
+        self, prompt: str, *, add_special_tokens: bool = True, places: int | None = None
+    ) -> tuple[list[int], list[int]]:
         """The ids and picture marks (1 at picture positions) of one prompt.
 
-        Every piece between `<image>` tags is tokenized by itself and only one BOS is kept, as in the original.
+        Every piece between `<image>` tags is tokenized by itself and only one BOS is kept, as in the original. A
+        picture takes as many positions as it has tokens, or `places`.
 
         Raises:
             PromptError: UTF-8 cannot encode the text.
@@ -191,7 +210,7 @@ class MiniGeminiProcessor(ProcessorMixin):
         has_bos = bool(pieces[0]) and bos is not None and pieces[0][0] == bos
         ids, marks = list(pieces[0]), [0] * len(pieces[0])
         for piece in pieces[1:]:
-            picture = self.image_processor.tokens_per_picture
+            picture = self.image_processor.tokens_per_picture if places is None else places
             # Without special tokens, only the first piece can have a BOS, which the prompt spells out.
             piece = piece[1:] if has_bos and piece[:1] == [bos] else piece
             ids += [self.filler_id] * picture + piece
