@@ -65,16 +65,9 @@ class PictureInfo(BaseProcessingInfo):
         return {"image": self.get_hf_config().tokens_per_picture}
 
     def parse_mm_data(self, mm_data: MultiModalDataDict, *, validate: bool = True) -> MultiModalDataItems:
-        """Opens a request's pictures as mg_fast does everywhere.
-
-        vLLM itself would put transparent pixels over white and clip greys of 16 bits.
-
-        Raises:
-            VLLMValidationError: a picture cannot be used. The message says why.
-        """
+        """The pictures of a request as vLLM handles them; see `open_pictures`."""
         if mm_data.get("image") is not None:
-            pictures = as_list(mm_data["image"])
-            mm_data = {**mm_data, "image": [_opened(picture, i, len(pictures)) for i, picture in enumerate(pictures)]}
+            mm_data = {**mm_data, "image": open_pictures(mm_data["image"])}
         return super().parse_mm_data(mm_data, validate=validate)
 
 
@@ -84,8 +77,28 @@ def as_list(pictures) -> list:
     return [pictures] if alone else list(pictures)
 
 
+def open_pictures(pictures) -> list:
+    """Opens a request's pictures as mg_fast does everywhere.
+
+    vLLM itself puts transparent pixels over white and clips greys of 16 bits.
+
+    Args:
+        pictures: as in `as_list`. Each is a Pillow image, a uint8 array or tensor as in `open_picture`, or what vLLM's
+            server makes of a file: an image with the file's bytes, by which vLLM knows it again. None stands for a
+            picture that vLLM has already.
+
+    Returns:
+        Upright RGB images, with the file's bytes where they came. A background that the server or the request chose for
+        transparent pixels is kept.
+
+    Raises:
+        VLLMValidationError: a picture cannot be used. The message says why.
+    """
+    pictures = as_list(pictures)
+    return [_opened(picture, i, len(pictures)) for i, picture in enumerate(pictures)]
+
+
 def _opened(picture, index: int, count: int):
-    """One picture as an upright RGB image; None, which stands for a picture that vLLM has already, stays None."""
     if picture is None:
         return None
     try:
@@ -144,8 +157,8 @@ class PictureProcessor(BaseMultiModalProcessor[PictureInfo]):
         filler, pictures = self.info.processor.filler_id, inputs.mm_data_items.get_count("image", strict=False)
         if (places := inputs.prompt.count(filler)) != pictures:
             raise VLLMValidationError(
-                f"the prompt's ids hold the id {filler} {places} time(s), which stands for one picture each, "
-                f"but {pictures} picture(s) came",
+                f"prompt_token_ids: expected the id {filler} once for each of the {pictures} picture(s), "
+                f"got it {places} time(s)",
                 parameter="image",
             )
         return super().apply(inputs, timing_ctx)
