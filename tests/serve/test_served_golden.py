@@ -10,8 +10,7 @@ from safetensors.torch import load_file, save_file
 from mg_fast import MiniGeminiProcessor
 from mg_fast.models.templates import render, stop_ids
 from mg_fast.testing.tolerances import relative_error
-from tests.families import ORIGINAL, Family, family
-from tests.serve import engine
+from tests.families import ORIGINAL, family
 from tests.serve.engine import CUT, NEW_TOKENS, TEXTS, answered, cases, golden_folder, needs_vllm
 
 pytestmark = needs_vllm
@@ -43,14 +42,23 @@ class Served:
         return self.processor(text=prompt, images=pictures, return_tensors="pt")
 
 
-@pytest.fixture(scope="module", params=ORIGINAL)
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ORIGINAL])
 def served(request, tmp_path_factory):
     folder = golden_folder(request.param)
     return Served(request.param, folder, answered(folder, tmp_path_factory.mktemp("served") / "said.json"))
 
 
-def text_ids(served: Served, plain: Family) -> list[list[int]]:
-    return [plain.plain([(text, None)], (), NEW_TOKENS) for text in TEXTS]
+def check_together(served: Served) -> None:
+    """Checks the answers to many requests at once: each prompt with pictures twice, and text-only ones between them."""
+    plain = family(served.name)
+    expected = {text: plain.plain([(text, None)], (), NEW_TOKENS) for text in TEXTS}
+    expected |= {key: served.ids(key) for key in served.cases}
+    assert [said["ids"] for _, said in served.said["together"]] == [
+        expected[asked] for asked, _ in served.said["together"]
+    ]
+    assert len(served.said["together"]) >= 8 and [said["ids"] for said in served.said["texts"]] == [
+        expected[text] for text in TEXTS
+    ]
 
 
 def test_the_original_s_ids_and_logits(served):
@@ -58,15 +66,11 @@ def test_the_original_s_ids_and_logits(served):
         assert said["prompt_ids"] == served.inputs(key)["input_ids"][0].tolist(), key
         assert said["ids"] == served.ids(key), key
         assert relative_error(torch.tensor(said["logits"]), served.last_logits(key)) <= LOGITS, key
-    assert len(served.said["alone"]) == len(served.cases) >= 4
+    assert len(served.said["alone"]) == len(served.cases) >= 2
 
 
 def test_eight_at_once_and_text_among_them(served):
-    with_pictures, texts = served.said["together"]
-    assert {key: said["ids"] for key, said in with_pictures.items()} == {key: served.ids(key) for key in served.cases}
-    expected = text_ids(served, family(served.name))
-    assert [said["ids"] for said in texts] == expected == [said["ids"] for said in served.said["texts"]]
-    assert len(with_pictures) + len(texts) >= 8
+    check_together(served)
 
 
 def test_prefixes_and_pictures_are_computed_once(served):
@@ -154,6 +158,7 @@ def cut(tmp_path_factory):
     return Served("mgm-llama", folder, answered(folder, target / "said.json", *adapters)), changed
 
 
+@pytest.mark.xdist_group("cut")
 def test_a_prompt_that_is_cut_through_its_picture(cut):
     served, _ = cut
     for key, said in served.said["alone"].items():
@@ -162,10 +167,10 @@ def test_a_prompt_that_is_cut_through_its_picture(cut):
         assert through, f"no cut of {key} lies within a picture"
         assert said["ids"] == served.ids(key) == served.said["again"][key]["ids"], key
         assert relative_error(torch.tensor(said["logits"]), served.last_logits(key)) <= LOGITS, key
-    with_pictures, texts = served.said["together"]
-    assert {key: said["ids"] for key, said in with_pictures.items()} == {key: served.ids(key) for key in served.cases}
+    check_together(served)
 
 
+@pytest.mark.xdist_group("cut")
 def test_an_adapter_of_the_language_model(cut):
     served, changed = cut
     model = copy.deepcopy(family("mgm-llama").model)
@@ -185,7 +190,3 @@ def test_an_adapter_of_the_language_model(cut):
         assert said["ids"] == ids
     # Requests with and without it are answered side by side.
     assert [said["ids"] for said in served.said["mixed"]] == [ids, served.ids(key)]
-
-
-def test_the_program_is_the_one_that_is_named():
-    assert engine.__name__ in engine.__doc__
