@@ -123,6 +123,9 @@ def _parser() -> argparse.ArgumentParser:
     option = add("painters", "painters:main", "predict what SDXL takes beside the language models, from shapes")
     option("--save", dest="keep", action="store_true", help="record the predictions in bench/results/painters.json")
 
+    option = add("serving", "serving_plan:main", "plan serving on 1, 8 and 64 GPUs, from shapes")
+    option("--save", dest="keep", action="store_true", help="record the predictions in bench/results/serving.json")
+
     add(
         "formulas",
         "formulas:table",
