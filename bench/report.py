@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from . import interleaved_tables, operation_tables, painters, serving_plan, tables
+from . import interleaved_tables, load_table, operation_tables, painters, serving_plan, tables
 from .errors import BadRecord
 from .figures import Records, records_by_device
 from .page import page
@@ -29,6 +29,7 @@ TABLES = {
     "feature_sync": operation_tables.synchronizer_table,
     "issue": operation_tables.issue_table,
     "painters": painters.painter_table,
+    "serving-load": load_table.load_of_serving,
     "serving-memory": serving_plan.memory_of_serving,
     "serving-limits": serving_plan.limits_of_serving,
     "choice": operation_tables.choice_table,
