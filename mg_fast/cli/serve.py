@@ -26,6 +26,7 @@ def register(subparsers) -> None:
         metavar="DIR",
         help="checkpoint folder, hub id, or `nano`, a small model in the package",
     )
+    parser.add_argument("--template", metavar="NAME", help="prompt template (default: the checkpoint's own)")
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -43,7 +44,7 @@ def command(args) -> int:
     reason = why_not(ServingEnvironment.found())
     if reason is not None and not args.dry_run:
         raise BackendError(reason)
-    words = server_command(args.model, args.vllm_options)
+    words = server_command(args.model, args.vllm_options, args.template)
     if args.dry_run:
         print(shlex.join(words))
         if reason is not None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from ..errors import BackendError, CheckpointError, shortened
+from ..errors import BackendError, CheckpointError, PromptError, shortened
 
 # The releases of vLLM whose interfaces the plugin uses, and the oldest Python that they run on.
 VLLM_RELEASES = ">=0.32,<0.33"
@@ -118,19 +118,22 @@ def why_not(environment: ServingEnvironment) -> str | None:
     return None
 
 
-def server_command(model: str, options: Sequence[str]) -> list[str]:
+def server_command(model: str, options: Sequence[str], template: str | None = None) -> list[str]:
     """The words of the command that serves a checkpoint.
 
     Args:
         model: checkpoint folder, hub id, or a name of the package's checkpoints, such as `nano`.
         options: the user's options of vLLM. They come last and unchanged; an option that is among them, or in the file
             that `--config FILE` names, is not set here.
+        template: the prompt template; None: the checkpoint's own.
 
     Raises:
         CheckpointError: there is no checkpoint of Mini-Gemini, or it holds a stage-1 adapter alone.
         BackendError: an option would have no effect.
+        PromptError: there is no such template, or it cannot be chosen here.
     """
     from ..models import builtin
+    from ..models.mini_gemini.checkpoint import geometry_config
 
     given = given_options(options)
     if ignored := [name for name in _IGNORED if name in given]:
@@ -141,13 +144,16 @@ def server_command(model: str, options: Sequence[str]) -> list[str]:
     path = builtin.resolve(model)
     if os.path.isdir(os.path.expanduser(path)):
         path = os.path.expanduser(path)
+    folder = _folder(path)
     defaults = {
-        **default_options(_configuration(path), context=given.get("max-model-len")),
+        **default_options(geometry_config(folder), context=given.get("max-model-len")),
         "served-model-name": _served_name(model),
     }
     ours = [
         f"--{name}" if value is True else f"--{name}={value}" for name, value in defaults.items() if name not in given
     ]
+    if template is not None:
+        ours.append(_option_of_template(template, folder, options))
     return [sys.executable, "-m", SERVER, "--model", str(path), *ours, *options]
 
 
@@ -211,13 +217,12 @@ def _options_of_file(file: str) -> dict[str, str | None]:
     return {_plain_name(str(name)): str(value) for name, value in content.items()}
 
 
-def _configuration(path: str | os.PathLike):
-    """The configuration of a checkpoint with the sizes of its towers, read without any weights.
+def _folder(path: str | os.PathLike) -> Path:
+    """The local folder of a checkpoint; of a hub id, with its small files alone.
 
     Raises:
         CheckpointError: there is none that vLLM could serve.
     """
-    from ..models.mini_gemini.checkpoint import geometry_config
     from ..models.tensor_files import ADAPTER_FILE, read_table, resolve_folder
 
     folder = resolve_folder(path, weights=False)
@@ -229,7 +234,27 @@ def _configuration(path: str | os.PathLike):
                 "first, with mg_fast.load(folder, base_model=...).model.save_pretrained(...)"
             )
         raise CheckpointError(f"{holder} holds no weights: expected *.safetensors or pytorch_model*.bin")
-    return geometry_config(folder)
+    return folder
+
+
+def _option_of_template(template: str, folder: Path, options: Sequence[str]) -> str:
+    """The option of vLLM that chooses a prompt template, as if the checkpoint's configuration named it.
+
+    Raises:
+        PromptError: there is no such template, or something else that the template is read from comes before it.
+    """
+    from ..models.templates import get_template
+
+    get_template(template)
+    if any(word.partition("=")[0].replace("_", "-") == "--hf-overrides" for word in options):
+        raise PromptError(
+            f'--template and --hf-overrides: put "conversation_template": "{template}" into --hf-overrides instead'
+        )
+    if (folder / "processor_config.json").is_file():
+        raise PromptError(
+            f"--template: the template in {shortened(str(folder), 120)}/processor_config.json counts, change it there"
+        )
+    return f"--hf-overrides.conversation_template={template}"
 
 
 def _served_name(model: str) -> str:

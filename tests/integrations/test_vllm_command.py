@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from mg_fast.errors import BackendError, CheckpointError
+from mg_fast.errors import BackendError, CheckpointError, PromptError
 from mg_fast.integrations import vllm_command
 from mg_fast.integrations.vllm_command import (
     NO_HOST,
@@ -149,6 +149,23 @@ def test_options_as_vllm_reads_them(tmp_path):
     for content in ("- 1", "a: [", None):
         file.unlink() if content is None else file.write_text(content)
         assert given_options(["--config", str(file)]) == {"config": str(file)}
+
+
+def test_a_template(tmp_path):
+    chosen = "--hf-overrides.conversation_template=gemma"
+    # vLLM joins options of this form with one another, and an option without a point replaces them.
+    for given in ([], ["--port", "1"], ["--hf_overrides.rope_theta=1", "--x={}"]):
+        assert chosen in server_command("nano", given, "gemma")
+    assert not any("hf-overrides" in word for word in server_command("nano", []))
+    for given in (["--hf-overrides", "{}"], ['--hf_overrides={"rope_theta": 1.5}']):
+        with pytest.raises(PromptError, match='put "conversation_template": "gemma" into --hf-overrides'):
+            server_command("nano", given, "gemma")
+    with pytest.raises(PromptError, match="unknown template 'nosuch'"):
+        server_command("nano", [], "nosuch")
+    shutil.copytree(NANO, tmp_path / "saved")
+    (tmp_path / "saved" / "processor_config.json").write_text("{}")
+    with pytest.raises(PromptError, match="saved/processor_config.json counts"):
+        server_command(str(tmp_path / "saved"), [], "gemma")
 
 
 @pytest.mark.parametrize("option", ["--headless", "--api-server-count=2", "--grpc"])
