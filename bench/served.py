@@ -49,6 +49,8 @@ class Server:
             "HF_HUB_OFFLINE": "1",
             "DO_NOT_TRACK": "1",
             "OMP_NUM_THREADS": str(threads),
+            # vLLM would bind its threads to all cores but one, whatever their number.
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_CPU_KVCACHE_SPACE": str(cache_gib),
         }
         with self.log.open("wb") as log:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from mg_fast.integrations.vllm_command import SERVER
 from tests.paths import ROOT
 
 NANO = ROOT / "mg_fast" / "nano"
@@ -18,9 +19,10 @@ def make_vllm(folder: Path, distribution: str, version: str, *torch: str) -> Pat
     Returns:
         The file of the server's module, which does not exist yet.
     """
-    server = folder / "vllm" / "entrypoints" / "openai"
-    server.mkdir(parents=True)
-    for package in (server, server.parent, server.parent.parent):
+    *packages, server = SERVER.split(".")
+    for i in range(len(packages)):
+        package = folder.joinpath(*packages[: i + 1])
+        package.mkdir()
         (package / "__init__.py").touch()
     described = folder / f"{distribution.replace('-', '_')}-{version}.dist-info"
     described.mkdir()
@@ -30,4 +32,4 @@ def make_vllm(folder: Path, distribution: str, version: str, *torch: str) -> Pat
     plugin.mkdir()
     (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: stand-in\nVersion: 0\n")
     (plugin / "entry_points.txt").write_text("[vllm.general_plugins]\nstand_in = mg_fast.errors:quoted\n")
-    return server / "api_server.py"
+    return package / f"{server}.py"

@@ -17,7 +17,7 @@ def register(subparsers) -> None:
         "cached tokens in the usage, and a short name of the model. Every other option is vLLM's and is passed on "
         "unchanged, as in --port 8000 or --tensor-parallel-size=2; options that you give replace those that would be "
         "set. vLLM then takes the place of this process.",
-        epilog="`python -m vllm.entrypoints.openai.api_server --help=all` lists the options of vLLM.",
+        epilog="`python -m vllm.entrypoints.launchers.api_server.entry --help=all` lists the options of vLLM.",
         allow_abbrev=False,
     )
     parser.add_argument(

