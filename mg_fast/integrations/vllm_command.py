@@ -163,10 +163,12 @@ def default_options(config, context: str | None = None) -> dict[str, str | int |
 
     Args:
         config: the model's MiniGeminiConfig, with its towers.
-        context: the longest prompt with its answer, in tokens, as the user gave it; None: the model's positions.
+        context: the longest prompt with its answer, in tokens, as the user gave it; None: what the model was trained
+            on.
     """
-    picture = config.tokens_per_picture
-    longest = int(context) if context and context.isdigit() else config.text_config.max_position_embeddings
+    picture, positions = config.tokens_per_picture, config.text_config.max_position_embeddings
+    trained = min(config.tokenizer_model_max_length or positions, positions)
+    longest = int(context) if context and context.isdigit() else trained
     pictures = max(1, min(MOST_PICTURES, (longest - TEXT_TOKENS) // picture))
     found = {
         "tokenizer-mode": TOKENIZER_MODE,
@@ -174,7 +176,11 @@ def default_options(config, context: str | None = None) -> dict[str, str | int |
         "limit-mm-per-prompt": json.dumps({"image": pictures}),
         "allowed-media-domains": NO_HOST,
         "enable-prompt-tokens-details": True,
+        # As in `Pipeline.chat`. A request that says otherwise has its own temperature.
+        "override-generation-config": json.dumps({"temperature": 0}),
     }
+    if trained < positions:
+        found["max-model-len"] = trained
     if str(config.dtype).removeprefix("torch.") == "float32":
         # vLLM's own choice for weights in float32 would be 16 bits.
         found["dtype"] = "float32"

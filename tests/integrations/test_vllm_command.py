@@ -44,26 +44,27 @@ def options_of(words):
 
 
 @pytest.mark.parametrize(
-    "size, hd, pictures, budget",
+    "size, hd, pictures, budget, longest",
     [
         # 576 tokens a picture, 2880 in HD. Four pictures and 256 tokens of text fit into one step; a prompt may hold as
-        # many pictures as fit into the context beside 256 tokens of text, and at most eight.
-        ("7b", False, (4096 - 256) // 576, 4096),
-        ("7b", True, 1, 16384),
-        ("2b", False, 8, 4096),
-        ("2b", True, 2, 16384),
-        ("8x7b", False, 8, 4096),
-        ("8x7b", True, 8, 16384),
+        # many pictures as fit beside 256 tokens of text into what the model was trained on.
+        ("7b", False, (2048 - 256) // 576, 4096, 2048),
+        ("7b", True, 1, 16384, None),
+        ("2b", False, 3, 4096, 2048),
+        ("2b", True, 1, 16384, 4096),
+        ("8x7b", False, 3, 4096, 2048),
     ],
 )
-def test_what_each_family_needs(size, hd, pictures, budget):
-    assert default_options(make_config(size, hd=hd)) == {
+def test_what_each_family_needs(size, hd, pictures, budget, longest):
+    expected = {
         "tokenizer-mode": "mg_fast",
         "max-num-batched-tokens": budget,
         "limit-mm-per-prompt": json.dumps({"image": pictures}),
         "allowed-media-domains": NO_HOST,
         "enable-prompt-tokens-details": True,
+        "override-generation-config": '{"temperature": 0}',
     }
+    assert default_options(make_config(size, hd=hd)) == expected | ({"max-model-len": longest} if longest else {})
 
 
 def test_float32_stays_float32():
@@ -73,11 +74,17 @@ def test_float32_stays_float32():
         assert default_options(config).get("dtype") == ("float32" if dtype == "float32" else None)
 
 
-def test_pictures_of_a_shorter_context():
-    def pictures(context):
-        return json.loads(default_options(make_config("7b"), context)["limit-mm-per-prompt"])["image"]
+def test_pictures_of_another_context():
+    def pictures(context, trained=2048):
+        config = make_config("7b")
+        config.tokenizer_model_max_length = trained
+        return json.loads(default_options(config, context)["limit-mm-per-prompt"])["image"]
 
-    assert [pictures(context) for context in ("1000", "1408", "auto", "4k", None)] == [1, 2, 6, 6, 6]
+    assert [pictures(context) for context in ("500", "1000", "1408", "4096", "99999")] == [1, 1, 2, 6, 8]
+    # vLLM's own ways to write a length leave the limit as it is.
+    assert [pictures(context) for context in ("auto", "4k", None)] == [3, 3, 3]
+    # A checkpoint that does not say what it was trained on, or says more than it has positions for.
+    assert [pictures(None, trained) for trained in (None, 10**9)] == [6, 6]
 
 
 # ---- the command
@@ -93,6 +100,7 @@ def test_nano_is_the_folder_of_the_package():
         "limit-mm-per-prompt": '{"image": 8}',
         "allowed-media-domains": "none.invalid",
         "enable-prompt-tokens-details": True,
+        "override-generation-config": '{"temperature": 0}',
         "dtype": "float32",
         "served-model-name": "nano",
     }
@@ -120,6 +128,7 @@ def test_folders(monkeypatch, tmp_path):
         (["--no-enable-prompt-tokens-details"], "enable-prompt-tokens-details"),
         (["--dtype", "bfloat16"], "dtype"),
         (["--tokenizer-mode=auto"], "tokenizer-mode"),
+        (["--override-generation-config.temperature", "0.2"], "override-generation-config"),
         (["--config", CONFIG_FILE], "served-model-name"),
         (["--port=8000", "-tp", "2", "--hf-overrides", "{}", "--max-model-len", "1024"], None),
     ],

@@ -37,7 +37,8 @@ def server():
 def client(server):
     import openai
 
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300) as client:
+    # The server closes connections that are idle for 5 s, perhaps while the next request is on its way.
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=2, timeout=300) as client:
         yield client
 
 
@@ -66,7 +67,8 @@ def picture(data: bytes, kind: str = "jpeg") -> dict:
 
 def question(text: str, *pictures: dict) -> dict:
     content = [*pictures, {"type": "text", "text": text}]
-    return {"model": "nano", "messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": 32}
+    # The server's own temperature is 0.
+    return {"model": "nano", "messages": [{"role": "user", "content": content}], "max_tokens": 32}
 
 
 def ask(client, text: str, *pictures: dict, **more):
@@ -265,8 +267,8 @@ def test_sigterm_ends_it_cleanly(client, server):
     group = server.process.pid
     assert is_alive(group)
     server.process.send_signal(signal.SIGTERM)
-    assert server.process.wait(60) == 0, server.last_lines()
-    deadline = time.monotonic() + 20
-    while is_alive(group) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 120
+    while (server.process.poll() is None or is_alive(group)) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert not is_alive(group) and "Traceback" not in server.last_lines(60)
+    assert (server.process.returncode, is_alive(group)) == (0, False), server.last_lines()
+    assert "Traceback" not in server.last_lines(60)

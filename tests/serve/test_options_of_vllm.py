@@ -59,6 +59,7 @@ def test_what_is_set(parsed):
     assert args.limit_mm_per_prompt == {"image": 8} and args.max_num_batched_tokens == 2048
     assert args.allowed_media_domains == ["none.invalid"] and args.enable_prompt_tokens_details
     assert (args.tokenizer_mode, args.dtype) == ("mg_fast", "float32")
+    assert args.override_generation_config == {"temperature": 0}
     assert args.hf_overrides == {"conversation_template": "chatml_direct"}
 
 
