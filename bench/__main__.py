@@ -123,6 +123,15 @@ def _parser() -> argparse.ArgumentParser:
     option = add("painters", "painters:main", "predict what SDXL takes beside the language models, from shapes")
     option("--save", dest="keep", action="store_true", help="record the predictions in bench/results/painters.json")
 
+    option = add("serving", "serving_plan:main", "plan serving on 1, 8 and 64 GPUs, from shapes")
+    option("--save", dest="keep", action="store_true", help="record the predictions in bench/results/serving.json")
+
+    option = add("load", "load_table:main", "measure vLLM's server under load, against one answer after another")
+    option("models", nargs="*", help="nano, 0.5b (default: both)")
+    option("--requests", type=int, help="number of requests of each load (default: 200; 0.5b: 12)")
+    option("--threads", type=int, help="threads of the server's engine, and of the pipeline (default: 1; 0.5b: 2)")
+    option("--save", dest="keep", action="store_true", help="record the results in bench/results/serving-load.json")
+
     add(
         "formulas",
         "formulas:table",

@@ -19,3 +19,7 @@ class NoDevice(BenchError):
 
 class BadRecord(BenchError):
     """A file is not a document of this benchmark, or cannot be written as one; the message says what is wrong."""
+
+
+class NoServer(BenchError):
+    """A server did not start; the message has the end of its log."""

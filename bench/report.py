@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from . import interleaved_tables, operation_tables, painters, tables
+from . import interleaved_tables, load_table, operation_tables, painters, serving_plan, tables
 from .errors import BadRecord
 from .figures import Records, records_by_device
 from .page import page
@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = (
     ROOT / "README.md",
     ROOT / "docs" / "benchmarks.md",
+    ROOT / "docs" / "deployment.md",
     ROOT / "docs" / "drawing.md",
     ROOT / "docs" / "kernels.md",
 )
@@ -28,6 +29,9 @@ TABLES = {
     "feature_sync": operation_tables.synchronizer_table,
     "issue": operation_tables.issue_table,
     "painters": painters.painter_table,
+    "serving-load": load_table.load_of_serving,
+    "serving-memory": serving_plan.memory_of_serving,
+    "serving-limits": serving_plan.limits_of_serving,
     "choice": operation_tables.choice_table,
     "predicted": tables.predicted_table,
     "interleaved": interleaved_tables.interleaved_table,

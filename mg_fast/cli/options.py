@@ -11,6 +11,20 @@ from ..runtime.dtypes import dtype_name
 class Parser(argparse.ArgumentParser):
     """A parser whose error messages are shortened when they repeat a long argument."""
 
+    # The attribute of the result that takes the arguments which this parser does not know. None: they are an error.
+    _unknown_name: str | None = None
+
+    def keep_unknown(self, name: str) -> None:
+        """Collects arguments that the parser does not know, in their order, as an attribute of the result."""
+        self._unknown_name = name
+
+    def parse_known_args(self, args=None, namespace=None):
+        result, unknown = super().parse_known_args(args, namespace)
+        if self._unknown_name is not None:
+            setattr(result, self._unknown_name, unknown)
+            unknown = []
+        return result, unknown
+
     def error(self, message: str):
         super().error(shortened(message))
 
