@@ -10,30 +10,25 @@ from mg_fast import CheckpointError, MiniGeminiConfig, MiniGeminiForConditionalG
 from mg_fast.models.mini_gemini import headers
 from mg_fast.models.mini_gemini.headers import complete_from_headers
 from mg_fast.models.tensor_files import read_table
-from tests.checkpoints import GONE, copy_small, is_adapters, make_adapter, remake, tensors_of, without_towers
-
-
-@pytest.fixture
-def published(standard, tmp_path):
-    """The tiny checkpoint as it would be published: its config.json says nothing of the towers."""
-    return remake(standard, tmp_path / "published", vision_config=GONE, vision_config_aux=GONE)
+from tests.checkpoints import copy_small, is_adapters, make_adapter, remake, tensors_of, without_towers
 
 
 def geometry(config: MiniGeminiConfig) -> tuple:
     return config.vision_config.hidden_size, config.vision_config.image_size, config.vision_config_aux["dims"]
 
 
-def test_a_folder_tells_the_geometry(published, standard):
-    config, known = (MiniGeminiConfig.from_pretrained(folder) for folder in (published, standard))
-    assert geometry(config) != geometry(known)
-    assert complete_from_headers(config, published) == published
-    assert geometry(config) == geometry(known) and config.tokens_per_picture == known.tokens_per_picture
+def test_a_folder_tells_the_geometry(standard, model):
+    config = MiniGeminiConfig.from_pretrained(standard)
+    assert geometry(config) != geometry(model.config)
+    assert complete_from_headers(config, standard) == standard
+    assert geometry(config) == geometry(model.config)
+    assert config.tokens_per_picture == model.config.tokens_per_picture
 
 
-def test_a_hub_id_tells_it_by_headers(published, standard, tmp_path, monkeypatch):
+def test_a_hub_id_tells_it_by_headers(standard, model, tmp_path, monkeypatch):
     """Nothing but small files and headers is fetched for a hub id."""
-    small, known = copy_small(published, tmp_path / "small"), MiniGeminiConfig.from_pretrained(standard)
-    fetched = {name: SimpleNamespace(shape=list(info.shape)) for name, info in read_table(published).items()}
+    small = copy_small(standard, tmp_path / "small")
+    fetched = {name: SimpleNamespace(shape=list(info.shape)) for name, info in read_table(standard).items()}
     metadata = SimpleNamespace(files_metadata={"model.safetensors": SimpleNamespace(tensors=fetched)})
     asked = []
 
@@ -47,12 +42,12 @@ def test_a_hub_id_tells_it_by_headers(published, standard, tmp_path, monkeypatch
     )
     config = MiniGeminiConfig.from_pretrained(small)
     complete_from_headers(config, "owner/name", revision="v1")
-    assert geometry(config) == geometry(known) and asked == [(("owner/name",), {"revision": "v1"})]
+    assert geometry(config) == geometry(model.config) and asked == [(("owner/name",), {"revision": "v1"})]
 
 
 def test_without_headers_the_towers_are_the_published_ones(standard, tmp_path, monkeypatch):
     wide = {"mm_hidden_size": 1024, "mm_hidden_size_aux": 2880, "image_size_aux": 768}
-    small = copy_small(standard, tmp_path / "small", vision_config=GONE, vision_config_aux=GONE, **wide)
+    small = copy_small(standard, tmp_path / "small", **wide)
 
     def offline(*arguments, **options):
         raise LocalEntryNotFoundError("offline")
