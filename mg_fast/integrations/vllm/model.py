@@ -18,10 +18,11 @@ from vllm.sequence import IntermediateTensors
 
 from ...models.mini_gemini.checkpoint import tower_tensors
 from ...models.mini_gemini.encoder import PictureEncoder
+from ...models.mini_gemini.image_processing import MiniGeminiImageProcessor
 from ...models.mini_gemini.picture_side import PictureSide, as_embeddings
 from ...models.templates import IMAGE_TAG
 from ...models.tensor_files import read_tensors, resolve_folder
-from .processing import DummyPictures, PictureInfo, PictureProcessor
+from .processing import SQUARED, DummyPictures, PictureInfo, PictureProcessor
 
 # vLLM's classes of the language models.
 _LANGUAGE_MODELS = {
@@ -71,6 +72,7 @@ class ServedMiniGemini(nn.Module, SupportsMultiModal, SupportsLoRA, SupportsPP):
         self.config, self.dtype = model_config.hf_config, model_config.dtype
         self._source = model_config.model, model_config.revision
         self._encoder: PictureEncoder | None = None
+        self._images = MiniGeminiImageProcessor.from_config(self.config)
         text = self.config.text_config
         with self._mark_tower_model(vllm_config, {"image"}):
             self.picture_side = PictureSide(self.config)
@@ -87,16 +89,17 @@ class ServedMiniGemini(nn.Module, SupportsMultiModal, SupportsLoRA, SupportsPP):
         """Image tokens [n_images, T, hidden], scaled as the language model's embeddings are.
 
         Args:
-            pixel_values, pixel_values_hr: as in `MiniGeminiModel.get_image_features`.
+            squared: pictures as `MiniGeminiImageProcessor.squared` returns them. Their pixels are made here, on the
+                worker's device: they are five times as large.
         """
-        pixels, pixels_hr = kwargs.get("pixel_values"), kwargs.get("pixel_values_hr")
-        if pixels is None:
+        squared = kwargs.get(SQUARED)
+        if squared is None:
             return []
         if self._encoder is None:
             # The encoder's weights must not be inference tensors, which do not count changes.
             with torch.inference_mode(False):
                 self._encoder = PictureEncoder(self.picture_side, graphs=False)
-        tokens = self._encoder.encode(pixels, pixels_hr)
+        tokens = self._encoder.encode(**self._images.pixels_of(squared))
         return as_embeddings(tokens.to(self.dtype), self.config.text_config)
 
     def forward(

@@ -1,4 +1,4 @@
-"""Pictures of vLLM's requests: how they are opened, hashed, turned into pixels, and how many tokens they take."""
+"""Pictures of vLLM's requests: how they are opened, squared for the way to the workers, and placed in prompts."""
 
 import dataclasses
 import functools
@@ -34,6 +34,8 @@ from ...models.pictures import open_picture
 from ...models.templates import IMAGE_TAG
 from ...models.tensor_files import resolve_folder
 
+# The name by which squared pictures travel from the process with the requests to the workers.
+SQUARED = "squared"
 # What vLLM notes of a picture that it converted to RGB itself, if nobody chose another way: over white.
 _OVER_WHITE = {"image_mode": "RGB", "rgba_background_color": (255, 255, 255)}
 
@@ -131,7 +133,7 @@ class DummyPictures(BaseDummyInputsBuilder[PictureInfo]):
 
 
 class PictureProcessor(BaseMultiModalProcessor[PictureInfo]):
-    """Turns the pictures of a request into pixels, and the filler that marks each picture into its many places."""
+    """Turns the pictures of a request into 8-bit squares, and the filler that marks each picture into its places."""
 
     def get_dummy_inputs(
         self, seq_len: int, mm_counts: Mapping[str, int], mm_options: MultiModalDummyOptions
@@ -165,15 +167,15 @@ class PictureProcessor(BaseMultiModalProcessor[PictureInfo]):
 
     def _call_hf_processor(self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]) -> BatchFeature:
         try:
-            pixels = self.info.processor.image_processor(hf_data["images"])
+            squared = self.info.processor.image_processor.squared(hf_data["images"])
         except PictureError as error:
             raise VLLMValidationError(str(error), parameter="image") from error
-        return pixels.to(self.info.ctx.model_config.dtype)
+        return BatchFeature({SQUARED: squared})
 
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
     ) -> Mapping[str, MultiModalFieldConfig]:
-        return {name: MultiModalFieldConfig.batched("image") for name in ("pixel_values", "pixel_values_hr")}
+        return {SQUARED: MultiModalFieldConfig.batched("image")}
 
     def _get_prompt_updates(
         self,

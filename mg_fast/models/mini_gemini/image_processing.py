@@ -1,5 +1,8 @@
 """Turns pictures into the pixels that the model takes."""
 
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
 import numpy as np
 import torch
 from PIL import Image
@@ -13,6 +16,8 @@ from ...ops.torch.dual_resize import normalise, place, square
 from ...runtime.arguments import plain
 from ..pictures import check_decoder, decode_on_device, open_picture
 from .configuration import MiniGeminiConfig
+
+_Made = TypeVar("_Made")
 
 
 class MiniGeminiImageProcessor(ImageProcessingMixin):
@@ -90,7 +95,10 @@ class MiniGeminiImageProcessor(ImageProcessingMixin):
         images = list(images) if isinstance(images, (list, tuple)) else [images]
         if not images:
             raise PictureError("expected at least one picture, got none")
-        pairs = [self._one(image, i, len(images), allow_urls, device, decoder) for i, image in enumerate(images)]
+        pairs = [
+            self._one(image, i, len(images), allow_urls, device, decoder, self._resized)
+            for i, image in enumerate(images)
+        ]
         pixels = torch.stack([hr for hr, _ in pairs])
         if device is None:
             views = low_resolution_views(pixels, self.lr_size, grid=self.grid, global_view=self.global_view)
@@ -100,16 +108,50 @@ class MiniGeminiImageProcessor(ImageProcessingMixin):
             pixels, views = pixels.cpu(), views.cpu()
         return BatchFeature({"pixel_values": views, "pixel_values_hr": pixels}, tensor_type=return_tensors)
 
+    def squared(self, images: Sequence) -> torch.Tensor:
+        """Pictures squared at the high resolution, [n, hr_size, hr_size, 3] uint8: all that `pixels_of` needs of them.
+
+        They are a fifth of the size of the pixels, for a process that hands them to another one.
+
+        Args:
+            images: as in a call, except for URLs.
+
+        Raises:
+            PictureError: as in a call.
+        """
+
+        def in_eight_bits(image: Image.Image, device: None) -> torch.Tensor:
+            return torch.from_numpy(np.array(square(image, self.hr_size, self.pad)))
+
+        return torch.stack(
+            [self._one(image, i, len(images), False, None, "pillow", in_eight_bits) for i, image in enumerate(images)]
+        )
+
+    def pixels_of(self, squared: torch.Tensor) -> BatchFeature:
+        """The pixels of squared pictures, on their device, as a call on that device makes them of the pictures.
+
+        Args:
+            squared: [n, hr_size, hr_size, 3] uint8.
+        """
+        if squared.dim() != 4 or squared.shape[1:] != (self.hr_size, self.hr_size, 3):
+            raise ValueError(f"squared: expected [n, {self.hr_size}, {self.hr_size}, 3], got {list(squared.shape)}")
+        # Resizing to the same size changes nothing, and on a CPU Pillow does that without any product.
+        backend = "reference" if squared.device.type == "cpu" else None
+        options = {"grid": self.grid, "global_view": self.global_view, "pad": self.pad, "backend": backend}
+        pairs = [ops.dual_resize(picture, self.hr_size, self.lr_size, **options) for picture in squared]
+        pixels, views = (torch.stack(tensors) for tensors in zip(*pairs))
+        return BatchFeature({"pixel_values": views, "pixel_values_hr": pixels})
+
     def _one(
-        self, source, index: int, count: int, allow_urls: bool, device, decoder: str
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The HR picture and, where it is resized on a device, its LR views."""
+        self, source, index: int, count: int, allow_urls: bool, device, decoder: str, make: Callable[..., _Made]
+    ) -> _Made:
+        """What `make` makes of one opened picture and the device; errors are told with the picture's number."""
         try:
             image = decode_on_device(source, device) if decoder == "nvjpeg" else None
             if image is None:
                 image = open_picture(source, allow_urls=allow_urls)
             try:
-                return self._resized(image, device)
+                return make(image, device)
             except PictureError as error:
                 name = getattr(source, "filename", None) or getattr(image, "filename", None)
                 raise PictureError(f"{name}: {error}" if name else str(error)) from None
@@ -119,6 +161,7 @@ class MiniGeminiImageProcessor(ImageProcessingMixin):
             ) from error.__cause__
 
     def _resized(self, image: Image.Image | torch.Tensor, device) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The HR picture and, where it is resized on a device, its LR views."""
         if device is None:
             return normalise(square(image, self.hr_size, self.pad)), None
         # This check comes before a picture that is too large goes to the device.

@@ -643,3 +643,19 @@ def test_from_pretrained_refuses_what_it_would_ignore(standard, tmp_path):
         (tmp_path / file).symlink_to(standard / file)
     with pytest.raises(CheckpointError, match="no tokenizer in .*: expected tokenizer.model or"):
         MiniGeminiProcessor.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("pad", [True, False])
+def test_squared_pictures_give_the_same_pixels(processor, hd_processor, photo, drawing, pad):
+    """Another process can make the pixels of 8-bit squares, to the last bit."""
+    for images in (processor.image_processor, hd_processor.image_processor):
+        images = MiniGeminiImageProcessor(*images.settings[:-1], pad=pad)
+        squared = images.squared([photo, drawing])
+        assert squared.dtype == torch.uint8 and squared.shape == (2, images.hr_size, images.hr_size, 3)
+        expected, made = images([photo, drawing]), images.pixels_of(squared)
+        assert made.keys() == expected.keys() and all(torch.equal(made[name], expected[name]) for name in made)
+        assert 4 * squared.nbytes < sum(tensor.nbytes for tensor in expected.values())
+    with pytest.raises(ValueError, match=r"squared: expected \[n, "):
+        images.pixels_of(squared[0])
+    with pytest.raises(PictureError, match="picture 2 of 2: .*no such file"):
+        images.squared([photo, "nowhere.png"])
