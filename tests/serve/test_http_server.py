@@ -18,9 +18,13 @@ from bench.served import Server, is_alive
 from bench.serving_load import QUESTION, numbered_picture
 from tests.paths import ROOT
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: `make serve-test` installs it"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: `make serve-test` installs it"
+    ),
+    # One process runs all of them, in their order.
+    pytest.mark.xdist_group("http server"),
+]
 # Blocks of 32 tokens, so that nano's short prompts find what is known.
 OPTIONS = ("--block-size", "32", "--enforce-eager", "--max-num-seqs", "32")
 NUMBERS = [str(1000 + 7919 * i % 9000) for i in range(200)]
