@@ -17,9 +17,13 @@ from mg_fast.integrations.vllm_command import (
 )
 from tests.paths import ROOT
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: `make serve-test` installs it"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: `make serve-test` installs it"
+    ),
+    # One process runs all of them, in their order.
+    pytest.mark.xdist_group("http server"),
+]
 
 
 def test_this_environment_fits():
