@@ -5,7 +5,6 @@ The server is a process of its own. Nano's answers by `Pipeline` are what its an
 
 import asyncio
 import base64
-import importlib.util
 import re
 import signal
 import time
@@ -17,11 +16,10 @@ import mg_fast
 from bench.served import Server, is_alive
 from bench.serving_load import QUESTION, numbered_picture
 from tests.paths import ROOT
+from tests.serve.engine import needs_vllm
 
 pytestmark = [
-    pytest.mark.skipif(
-        importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: `make serve-test` installs it"
-    ),
+    needs_vllm,
     # One process runs all of them, in their order.
     pytest.mark.xdist_group("http server"),
 ]

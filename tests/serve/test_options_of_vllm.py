@@ -1,6 +1,5 @@
 """vLLM's own parser takes the options of `mg-fast serve`, of its pages and of its files for containers."""
 
-import importlib.util
 import re
 import shlex
 
@@ -16,11 +15,10 @@ from mg_fast.integrations.vllm_command import (
     why_not,
 )
 from tests.paths import ROOT
+from tests.serve.engine import needs_vllm
 
 pytestmark = [
-    pytest.mark.skipif(
-        importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: `make serve-test` installs it"
-    ),
+    needs_vllm,
     # One process runs all of them, in their order.
     pytest.mark.xdist_group("http server"),
 ]
