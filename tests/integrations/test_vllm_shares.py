@@ -33,7 +33,9 @@ def together(pictures: torch.Tensor, ranks: int) -> tuple[list[torch.Tensor], li
     for rank in range(ranks):
         encode_shares(encoders[rank], pictures, rank=rank, gather=send, **given)
     assert len({tokens.shape for tokens in sent}) == 1 and all(tokens.is_contiguous() for tokens in sent)
-    again = (encode_shares(Encoder(), pictures, rank=i, gather=lambda _: torch.cat(sent), **given) for i in range(ranks))
+    again = (
+        encode_shares(Encoder(), pictures, rank=i, gather=lambda _: torch.cat(sent), **given) for i in range(ranks)
+    )
     return list(again), encoders
 
 
