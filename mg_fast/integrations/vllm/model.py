@@ -5,6 +5,11 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 from vllm.config import VllmConfig
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_gather,
+)
 from vllm.model_executor.models.interfaces import MultiModalEmbeddings, SupportsLoRA, SupportsMultiModal, SupportsPP
 from vllm.model_executor.models.module_mapping import MultiModelKeys
 from vllm.model_executor.models.utils import (
@@ -23,6 +28,7 @@ from ...models.mini_gemini.picture_side import PictureSide, as_embeddings
 from ...models.templates import IMAGE_TAG
 from ...models.tensor_files import read_tensors, resolve_folder
 from .processing import SQUARED, DummyPictures, PictureInfo, PictureProcessor
+from .shares import encode_shares
 
 # vLLM's classes of the language models.
 _LANGUAGE_MODELS = {
@@ -38,13 +44,16 @@ class ServedMiniGemini(nn.Module, SupportsMultiModal, SupportsLoRA, SupportsPP):
     """Mini-Gemini as vLLM's workers run it.
 
     The picture side has the published names and numbers of `MiniGeminiModel`. It is packed at the first picture, and
-    again after weights were loaded anew. Under tensor parallelism every rank has all of it and encodes every picture.
+    again after weights were loaded anew. Under tensor parallelism every rank has all of it. Each encodes every picture,
+    or with `mm_encoder_tp_mode="data"` its share of the pictures that came together.
 
     Args:
         vllm_config: vLLM's configuration, completed by `MiniGeminiServingConfig`.
         prefix: what stands before the names of the parts.
     """
 
+    # Without it, vLLM changes the mode "data" to "weights". It divides nothing itself.
+    supports_encoder_tp_data = True
     packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
     # One prefix is applied after the other, so the special names stand before the general one. The names with
     # `language_model` are those of adapters that were trained with mg_fast's model.
@@ -71,6 +80,7 @@ class ServedMiniGemini(nn.Module, SupportsMultiModal, SupportsLoRA, SupportsPP):
         model_config = vllm_config.model_config
         self.config, self.dtype = model_config.hf_config, model_config.dtype
         self._source = model_config.model, model_config.revision
+        self._shares = model_config.multimodal_config.mm_encoder_tp_mode == "data"
         self._encoder: PictureEncoder | None = None
         self._images = MiniGeminiImageProcessor.from_config(self.config)
         text = self.config.text_config
@@ -90,7 +100,7 @@ class ServedMiniGemini(nn.Module, SupportsMultiModal, SupportsLoRA, SupportsPP):
 
         Args:
             squared: pictures as `MiniGeminiImageProcessor.squared` returns them. Their pixels are made here, on the
-                worker's device: they are five times as large.
+                worker's device: they are five times as large. Under tensor parallelism all ranks get all pictures.
         """
         squared = kwargs.get(SQUARED)
         if squared is None:
@@ -99,6 +109,21 @@ class ServedMiniGemini(nn.Module, SupportsMultiModal, SupportsLoRA, SupportsPP):
             # The encoder's weights must not be inference tensors, which do not count changes.
             with torch.inference_mode(False):
                 self._encoder = PictureEncoder(self.picture_side, graphs=False)
+        ranks = get_tensor_model_parallel_world_size()
+        if not self._shares or ranks == 1:
+            return self._encode(squared)
+        return encode_shares(
+            self._encode,
+            squared,
+            rank=get_tensor_model_parallel_rank(),
+            ranks=ranks,
+            gather=lambda tokens: tensor_model_parallel_all_gather(tokens, dim=0),
+            shape=(self.config.tokens_per_picture, self.config.text_config.hidden_size),
+            dtype=self.dtype,
+            device=self._encoder.device,
+        )
+
+    def _encode(self, squared: torch.Tensor) -> torch.Tensor:
         tokens = self._encoder.encode(**self._images.pixels_of(squared))
         return as_embeddings(tokens.to(self.dtype), self.config.text_config)
 
