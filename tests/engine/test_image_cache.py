@@ -10,7 +10,7 @@ from PIL import Image
 import mg_fast
 from mg_fast import Pipeline
 from mg_fast.engine.image_cache import ImageCache, picture_digest
-from mg_fast.models.mini_gemini import modeling
+from mg_fast.models.mini_gemini import picture_side
 from mg_fast.modules.clip import PackedClip
 from mg_fast.modules.convnext import ConvNeXtPyramid, PackedPyramid
 
@@ -34,7 +34,7 @@ def runs(monkeypatch):
     count(PackedPyramid, "__call__", "packed HR")
     count(PackedClip, "forward", "packed LR")
     count(ConvNeXtPyramid, "forward", "HR")
-    count(modeling, "low_resolution_features", "LR")
+    count(picture_side, "low_resolution_features", "LR")
     return runs
 
 
