@@ -33,6 +33,7 @@ from ...models.mini_gemini.processing import MiniGeminiProcessor
 from ...models.pictures import open_picture
 from ...models.templates import IMAGE_TAG
 from ...models.tensor_files import resolve_folder
+from .configuration import hub_arguments
 
 # The name by which squared pictures travel from the process with the requests to the workers.
 SQUARED = "squared"
@@ -42,7 +43,7 @@ _OVER_WHITE = {"image_mode": "RGB", "rgba_background_color": (255, 255, 255)}
 
 def make_processor(model_config: ModelConfig, tokenizer) -> MiniGeminiProcessor:
     """Our processor with vLLM's tokenizer, and the configuration that `MiniGeminiServingConfig` completed."""
-    folder = resolve_folder(model_config.model, weights=False, revision=model_config.revision)
+    folder = resolve_folder(model_config.model, weights=False, **hub_arguments(model_config))
     return MiniGeminiProcessor.of_checkpoint(model_config.hf_config, tokenizer, folder)
 
 
