@@ -52,6 +52,9 @@ def test_what_is_no_picture_is_refused():
     for bad, told in (("/etc/passwd", "got str"), (np.zeros((4, 4, 3), np.float32), "expected uint8 values")):
         with pytest.raises(VLLMValidationError, match=f"picture 2 of 2: .*{told}"):
             open_pictures([good, bad])
+    # A path is one wrong picture, and no list of letters.
+    with pytest.raises(VLLMValidationError, match="^picture: .*got str"):
+        open_pictures("/etc/passwd")
     assert open_pictures([good, None]) == [good, None]
 
 

@@ -76,8 +76,8 @@ class PictureInfo(BaseProcessingInfo):
 
 def as_list(pictures) -> list:
     """The pictures of a request, which may be one picture, a list, or one array or tensor [n, H, W, C] of several."""
-    alone = isinstance(pictures, (Image.Image, MediaWithBytes)) or getattr(pictures, "ndim", 4) < 4
-    return [pictures] if alone else list(pictures)
+    several = isinstance(pictures, (list, tuple)) or getattr(pictures, "ndim", 0) == 4
+    return list(pictures) if several else [pictures]
 
 
 def open_pictures(pictures) -> list:
