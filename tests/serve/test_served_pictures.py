@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from transformers import AutoTokenizer
 
 from mg_fast.models.pictures import open_picture
 from tests.checkpoints import edit_config, make_adapter, remake
@@ -51,6 +52,9 @@ def test_what_is_no_picture_is_refused():
     for bad, told in (("/etc/passwd", "got str"), (np.zeros((4, 4, 3), np.float32), "expected uint8 values")):
         with pytest.raises(VLLMValidationError, match=f"picture 2 of 2: .*{told}"):
             open_pictures([good, bad])
+    # A path is one wrong picture, and no list of letters.
+    with pytest.raises(VLLMValidationError, match="^picture: .*got str"):
+        open_pictures("/etc/passwd")
     assert open_pictures([good, None]) == [good, None]
 
 
@@ -83,3 +87,14 @@ def test_checkpoints_and_options_that_do_not_fit_are_refused(model_config, stand
         model_config(standard, tokenizer_mode="slow")
     with pytest.raises(ValueError, match="enable_mm_embeds"):
         model_config(standard, enable_mm_embeds=True)
+
+
+def test_a_closed_repository_is_asked_with_the_token(model_config, standard, monkeypatch):
+    """The token that vLLM was given is used for the small files, too, as it is for the weights."""
+    from mg_fast.integrations.vllm import processing
+
+    asked = {}
+    monkeypatch.setattr(processing, "resolve_folder", lambda name, **how: asked.update(how) or standard)
+    config = model_config(standard, revision="main", hf_token="secret")
+    processing.make_processor(config, AutoTokenizer.from_pretrained(standard))
+    assert asked == {"weights": False, "revision": "main", "token": "secret"}

@@ -1,13 +1,16 @@
 """Completes what vLLM knows of a checkpoint before it makes tokenizer and model, and refuses what it cannot serve."""
 
-import os
-
 from vllm.config import ModelConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from ...errors import CheckpointError, quoted
 from ...models.mini_gemini.headers import complete_from_headers
 from .names import MODE
+
+
+def hub_arguments(model_config: ModelConfig) -> dict[str, str | bool | None]:
+    """The arguments by which files of a hub id are found: its revision, and the token for closed repositories."""
+    return {"revision": model_config.revision, "token": model_config.hf_token}
 
 
 class MiniGeminiServingConfig(VerifyAndUpdateConfig):
@@ -29,10 +32,7 @@ class MiniGeminiServingConfig(VerifyAndUpdateConfig):
         model_config.tokenizer_mode = MODE
         if model_config.multimodal_config is not None and model_config.multimodal_config.enable_mm_embeds:
             raise CheckpointError("enable_mm_embeds: image tokens made elsewhere are not supported, only pictures are")
-        hub = {"revision": model_config.revision, "token": model_config.hf_token}
-        if os.path.isdir(model_config.model):
-            hub = {}
-        complete_from_headers(config, model_config.model, **hub)
+        complete_from_headers(config, model_config.model, **hub_arguments(model_config))
         text = config.text_config
         if text.model_type == "gemma":
             # vLLM takes a published `hidden_act: gelu` for the tanh approximation, unless `hidden_activation` is set.

@@ -27,6 +27,7 @@ from ...models.mini_gemini.image_processing import MiniGeminiImageProcessor
 from ...models.mini_gemini.picture_side import PictureSide, as_embeddings
 from ...models.templates import IMAGE_TAG
 from ...models.tensor_files import read_tensors, resolve_folder
+from .configuration import hub_arguments
 from .processing import SQUARED, DummyPictures, PictureInfo, PictureProcessor
 from .shares import encode_shares
 
@@ -79,7 +80,7 @@ class ServedMiniGemini(nn.Module, SupportsMultiModal, SupportsLoRA, SupportsPP):
         super().__init__()
         model_config = vllm_config.model_config
         self.config, self.dtype = model_config.hf_config, model_config.dtype
-        self._source = model_config.model, model_config.revision
+        self._source = model_config.model, hub_arguments(model_config)
         self._shares = model_config.multimodal_config.mm_encoder_tp_mode == "data"
         self._encoder: PictureEncoder | None = None
         self._images = MiniGeminiImageProcessor.from_config(self.config)
@@ -161,9 +162,9 @@ class ServedMiniGemini(nn.Module, SupportsMultiModal, SupportsLoRA, SupportsPP):
         for name, tensor in weights:
             names.add(name)
             yield name, tensor
-        path, revision = self._source
-        folder = resolve_folder(path, weights=False, revision=revision)
-        yield from read_tensors(tower_tensors(self.config, names, folder))
+        path, hub = self._source
+        folder = resolve_folder(path, weights=False, **hub)
+        yield from read_tensors(tower_tensors(self.config, names, folder, **hub))
 
     def get_mm_mapping(self) -> MultiModelKeys:
         return MultiModelKeys.from_string_field(language_model="language_model", tower_model="picture_side")

@@ -33,6 +33,7 @@ from ...models.mini_gemini.processing import MiniGeminiProcessor
 from ...models.pictures import open_picture
 from ...models.templates import IMAGE_TAG
 from ...models.tensor_files import resolve_folder
+from .configuration import hub_arguments
 
 # The name by which squared pictures travel from the process with the requests to the workers.
 SQUARED = "squared"
@@ -42,7 +43,7 @@ _OVER_WHITE = {"image_mode": "RGB", "rgba_background_color": (255, 255, 255)}
 
 def make_processor(model_config: ModelConfig, tokenizer) -> MiniGeminiProcessor:
     """Our processor with vLLM's tokenizer, and the configuration that `MiniGeminiServingConfig` completed."""
-    folder = resolve_folder(model_config.model, weights=False, revision=model_config.revision)
+    folder = resolve_folder(model_config.model, weights=False, **hub_arguments(model_config))
     return MiniGeminiProcessor.of_checkpoint(model_config.hf_config, tokenizer, folder)
 
 
@@ -75,8 +76,8 @@ class PictureInfo(BaseProcessingInfo):
 
 def as_list(pictures) -> list:
     """The pictures of a request, which may be one picture, a list, or one array or tensor [n, H, W, C] of several."""
-    alone = isinstance(pictures, (Image.Image, MediaWithBytes)) or getattr(pictures, "ndim", 4) < 4
-    return [pictures] if alone else list(pictures)
+    several = isinstance(pictures, (list, tuple)) or getattr(pictures, "ndim", 0) == 4
+    return list(pictures) if several else [pictures]
 
 
 def open_pictures(pictures) -> list:

@@ -129,5 +129,5 @@ def _count(prompt: TextPrompt) -> int:
     for given in (prompt.get("multi_modal_data"), prompt.get("multi_modal_uuids")):
         pictures = (given or {}).get("image")
         if pictures is not None:
-            return 1 if isinstance(pictures, str) else len(as_list(pictures))
+            return len(as_list(pictures))
     return 0
