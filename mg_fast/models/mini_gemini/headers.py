@@ -67,7 +67,7 @@ def _fetched_headers(name: str, folder: Path, **hub) -> Table:
     try:
         files = huggingface_hub.get_safetensors_metadata(name, **hub).files_metadata
     except (NotASafetensorsRepoError, OSError) as error:
-        logger.info(
+        logger.warning(
             "the headers of %s cannot be fetched (%s): its towers are taken for the published ones", name, error
         )
         return {}
