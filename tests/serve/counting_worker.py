@@ -1,6 +1,7 @@
 """What vLLM's workers do beside their work in tests: they count the pictures that they encode.
 
-Each worker is a process of its own. It imports this module where `worker_extension_cls` names `Counting`.
+An engine in one process imports this module itself. Where each worker is a process of its own, it imports the module if
+`worker_extension_cls` names `Counting`.
 """
 
 from mg_fast.models.mini_gemini.encoder import PictureEncoder

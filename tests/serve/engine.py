@@ -60,6 +60,20 @@ def cases(folder: Path) -> dict[str, tuple[list[int], str]]:
     return found
 
 
+def engine_options(checkpoint: Path) -> dict:
+    """The options of `vllm.LLM` for one of the original's checkpoints, with its prompt template."""
+    return {
+        "model": str(checkpoint),
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 2048,
+        "max_num_seqs": 16,
+        "max_num_batched_tokens": 2048,
+        "limit_mm_per_prompt": {"image": 2},
+        "hf_overrides": {"conversation_template": json.loads((checkpoint / "expected.json").read_text())["conv"]},
+    }
+
+
 def golden_folder(name: str) -> Path:
     """The folder of one of the original's checkpoints; skips the test where this machine has none."""
     if original_golden() is None:
@@ -72,35 +86,17 @@ def main(checkpoint: Path, results: Path, adapters: list[Path]) -> None:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    from mg_fast.models.mini_gemini.encoder import PictureEncoder
     from mg_fast.models.templates import render, stop_ids
+    from tests.serve.counting_worker import Counting
 
-    encoded: list[int] = []
-    encode = PictureEncoder.encode
-
-    def counted(self, pixel_values, *rest, **options):
-        encoded.append(len(pixel_values))
-        return encode(self, pixel_values, *rest, **options)
-
-    PictureEncoder.encode = counted
-    template = json.loads((checkpoint / "expected.json").read_text())["conv"]
+    options = engine_options(checkpoint)
+    template = options["hf_overrides"]["conversation_template"]
     # On a CPU, vLLM computes requests without an adapter with the last of its places for adapters. One stays empty.
-    lora = {"enable_lora": True, "max_lora_rank": 8, "max_loras": len(adapters) + 1} if adapters else {}
-    llm = LLM(
-        model=str(checkpoint),
-        dtype="float32",
-        enforce_eager=True,
-        max_model_len=2048,
-        max_num_seqs=16,
-        # The blocks of the prefix cache. vLLM's own choice is larger than these prompts.
-        block_size=32,
-        max_num_batched_tokens=CUT if adapters else 2048,
-        limit_mm_per_prompt={"image": 2},
-        hf_overrides={"conversation_template": template},
-        logprobs_mode="raw_logits",
-        max_logprobs=-1,
-        **lora,
-    )
+    if adapters:
+        options |= {"enable_lora": True, "max_lora_rank": 8, "max_loras": len(adapters) + 1}
+        options["max_num_batched_tokens"] = CUT
+    # The blocks of the prefix cache. vLLM's own choice is larger than these prompts.
+    llm = LLM(**options, block_size=32, logprobs_mode="raw_logits", max_logprobs=-1)
     recorded = cases(checkpoint)
     pictures = [Image.open(checkpoint / f"image{i}.png") for i in range(2)]
     greedy = SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
@@ -133,12 +129,13 @@ def main(checkpoint: Path, results: Path, adapters: list[Path]) -> None:
     requests = {key: request(prompt, numbers) for key, (numbers, prompt) in recorded.items()}
     texts = [request(render(template, [(text, None)])) for text in TEXTS]
     said: dict = {"alone": {}, "again": {}}
-    encoded.clear()
+    counting = Counting()
+    counting.take_counted()
     for key, asked in requests.items():
         llm.reset_prefix_cache()
         [said["alone"][key]] = run([asked], with_logits)
         [said["again"][key]] = run([asked])
-    said["encoded"] = sum(encoded)
+    said["encoded"] = sum(counting.take_counted())
     said["texts"] = run(texts)
     llm.reset_prefix_cache()
     together = [*requests, *TEXTS, *requests]

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from tests.paths import ROOT
-from tests.serve.engine import NEW_TOKENS, cases, environment
+from tests.serve.engine import NEW_TOKENS, cases, engine_options, environment
 
 RANKS = 2
 
@@ -31,14 +31,7 @@ def main(checkpoint: Path, results: Path, mode: str) -> None:
     from vllm import LLM, SamplingParams
 
     llm = LLM(
-        model=str(checkpoint),
-        dtype="float32",
-        enforce_eager=True,
-        max_model_len=2048,
-        max_num_seqs=16,
-        max_num_batched_tokens=2048,
-        limit_mm_per_prompt={"image": 2},
-        hf_overrides={"conversation_template": json.loads((checkpoint / "expected.json").read_text())["conv"]},
+        **engine_options(checkpoint),
         tensor_parallel_size=RANKS,
         mm_encoder_tp_mode=mode,
         worker_extension_cls="tests.serve.counting_worker.Counting",
