@@ -9,5 +9,5 @@ setup(
     # setuptools wants folders of data to be named as packages, too.
     packages=[*find_packages(include=["mg_fast", "mg_fast.*"]), "mg_fast.kernels", "mg_fast.nano"],
     package_dir={"mg_fast": "mg_fast", "mg_fast.kernels": "kernels"},
-    package_data={"mg_fast.nano": ["*"]},
+    package_data={"mg_fast.nano": ["*", "painter/*", "painter/*/*"]},
 )

@@ -22,7 +22,7 @@ def drawing_options(*, required: bool = False) -> Parser:
         required=required,
         metavar="P",
         help="folder or hub id of a text-to-image pipeline of diffusers, such as "
-        "stabilityai/stable-diffusion-xl-base-1.0",
+        "stabilityai/stable-diffusion-xl-base-1.0, or `nano`, a small one in the package",
     )
     group.add_argument(
         "--out",

@@ -217,8 +217,8 @@ def load_painter(
 
     Args:
         name_or_path: folder or hub id of any pipeline that diffusers draws from text with, such as
-            `stabilityai/stable-diffusion-xl-base-1.0`, which Mini-Gemini uses; or a loaded pipeline, to which what is
-            asked for here is applied.
+            `stabilityai/stable-diffusion-xl-base-1.0`, which Mini-Gemini uses; the name of the one in the package
+            (`nano`, which knows simple shapes alone); or a loaded pipeline, to which what is asked for here is applied.
         dtype: `auto` or None is float16 on a GPU and float32 on a CPU; a loaded pipeline keeps its own.
         device: default: a GPU if there is one.
         steps, guidance: what `draw` uses where the caller gives none; None: the pipeline's own.

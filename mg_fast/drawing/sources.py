@@ -11,6 +11,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from ..errors import BackendError, CheckpointError, quoted, shortened
+from ..models import builtin
 from ..models.tensor_files import first_line, read_file
 
 INDEX = "model_index.json"
@@ -70,11 +71,12 @@ class PipelineSource:
 
 
 def find_pipeline(name_or_path: str | os.PathLike) -> PipelineSource:
-    """Finds a pipeline of diffusers by folder or hub id, and reads its index.
+    """Finds a pipeline of diffusers by folder, hub id or name in the package, and reads its index.
 
     Raises:
         CheckpointError: there is none; the message says what was found.
     """
+    name_or_path = builtin.resolve_painter(name_or_path)
     name, path = str(name_or_path), Path(name_or_path).expanduser()
     if os.path.isdir(path):
         if not (path / INDEX).is_file():

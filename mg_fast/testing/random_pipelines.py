@@ -98,7 +98,7 @@ TINY_SDXL: Mapping[str, Mapping[str, object]] = {
 
 
 def sdxl_parts(settings: Mapping[str, Mapping[str, object]] = TINY_SDXL) -> dict[str, torch.nn.Module]:
-    """The modules of an SDXL pipeline by name, made on the default device and in the default dtype."""
+    """The modules of an SDXL pipeline that have settings, by name, on the default device and in the default dtype."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -107,12 +107,13 @@ def sdxl_parts(settings: Mapping[str, Mapping[str, object]] = TINY_SDXL) -> dict
         ends = {"bos_token_id": size - 2, "eos_token_id": size - 1, "pad_token_id": size - 1}
         return CLIPTextConfig(**settings[name], **ends)
 
-    return {
-        "unet": UNet2DConditionModel(**settings["unet"]).eval(),
-        "vae": AutoencoderKL(**settings["vae"]).eval(),
-        "text_encoder": CLIPTextModel(text("text_encoder")).eval(),
-        "text_encoder_2": CLIPTextModelWithProjection(text("text_encoder_2")).eval(),
+    makers = {
+        "unet": lambda: UNet2DConditionModel(**settings["unet"]),
+        "vae": lambda: AutoencoderKL(**settings["vae"]),
+        "text_encoder": lambda: CLIPTextModel(text("text_encoder")),
+        "text_encoder_2": lambda: CLIPTextModelWithProjection(text("text_encoder_2")),
     }
+    return {name: make().eval() for name, make in makers.items() if name in settings}
 
 
 def random_sdxl(settings: Mapping[str, Mapping[str, object]] = TINY_SDXL, seed: int = 0):

@@ -9,6 +9,7 @@ Only the high-resolution branch can read it.
 import functools
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -151,27 +152,27 @@ def draw_scene(
     taken: set[tuple[int, int]] = set()
     # Prints are placed first, and shapes around them.
     texts = [number or draw_number(rng, training=split == "train") for _ in range(numbers)]
-    places = [_place(rng, PRINT_WIDTH / 2, 10, boxes, taken) for _ in texts]
+    places = [place(rng, PRINT_WIDTH / 2, 10, boxes, taken) for _ in texts]
     placed: list[Shape] = []
     for _ in range(rng.choice((1, 2, 2, 3, 3, 4)) if shapes is None else shapes):
         size = rng.uniform(22, 40)
-        spot = _place(rng, size / 2, size / 2, boxes, taken)
+        spot = place(rng, size / 2, size / 2, boxes, taken)
         if spot is not None:
             # Half of the time a kind that is there already comes again. Otherwise counts would rarely exceed one.
             kind = rng.choice(placed).kind if placed and rng.random() < 0.5 else rng.choice(KINDS)
             # No two shapes are alike, so that each can be named.
             there = {shape.colour for shape in placed if shape.kind == kind}
-            colours = [name for name, rgb in COLOURS.items() if _apart(rgb, base) > 110 and name not in there]
+            colours = [name for name, rgb in COLOURS.items() if apart(rgb, base) > 110 and name not in there]
             if colours:
                 placed.append(Shape(kind, rng.choice(colours), *spot, size))
 
-    image = _background(rng, base)
+    image = draw_background(rng, base)
     canvas = ImageDraw.Draw(image)
     for kind in CLUTTER[split]:
         _draw_clutter(rng, canvas, kind, base, boxes)
     for shape in placed:
-        _draw_shape(rng, canvas, shape)
-    prints = [draw_print(rng, image, text, *place, base) for text, place in zip(texts, places) if place is not None]
+        draw_shape(rng, canvas, shape)
+    prints = [draw_print(rng, image, text, *spot, base) for text, spot in zip(texts, places) if spot is not None]
     return Scene(background, placed, prints, image)
 
 
@@ -179,7 +180,7 @@ def draw_lines(seed: int, index: int, *, side: int = 2 * CELL) -> tuple[Image.Im
     """Draws a page of `side` pixels of 192 full of lines of print, from which the HR tower learns its digits."""
     rng = random.Random(f"lines/{seed}/{index}")
     base = rng.choice(list(BACKGROUNDS.values()))
-    image = _background(rng, base, side)
+    image = draw_background(rng, base, side)
     lines = []
     # Plates need more room. Otherwise they would hide what was printed before them.
     plates = rng.random() < 0.4
@@ -199,10 +200,10 @@ def draw_numbers(seed: int, index: int, *, side: int = 4 * CELL) -> tuple[Image.
     """
     rng = random.Random(f"numbers/{seed}/{index}")
     base = rng.choice(list(BACKGROUNDS.values()))
-    image = _background(rng, base, side)
+    image = draw_background(rng, base, side)
     boxes: list[tuple[float, float, float, float]] = []
     taken: set[tuple[int, int]] = set()
-    spots = [_place(rng, PRINT_WIDTH / 2, 7, boxes, taken, side) for _ in range(10)]
+    spots = [place(rng, PRINT_WIDTH / 2, 7, boxes, taken, side) for _ in range(10)]
     for kind in CLUTTER["train"]:
         _draw_clutter(rng, ImageDraw.Draw(image), kind, base, boxes, side)
     return image, [
@@ -219,6 +220,7 @@ def draw_print(
     base: tuple[int, int, int],
     *,
     plated: bool | None = None,
+    fonts: Sequence[str | None] = FONTS,
 ) -> Print:
     """Prints a number on the picture, on a plate or directly on the ground (None: either).
 
@@ -226,10 +228,10 @@ def draw_print(
         The print, with its place and the places of its digits.
     """
     height = rng.uniform(*PRINT_HEIGHT)
-    font = _font(rng.choice(FONTS), round(height * DRAWN * 2) / 2)
+    font = _font(rng.choice(fonts), round(height * DRAWN * 2) / 2)
     angle = rng.gauss(0, 4)
     plated = rng.random() < 0.6 if plated is None else plated
-    plate = rng.choice([rgb for rgb in COLOURS.values() if _apart(rgb, base) > 60]) if plated else None
+    plate = rng.choice([rgb for rgb in COLOURS.values() if apart(rgb, base) > 60]) if plated else None
     ground = _jitter(rng, plate or base)
     inks = [rgb for rgb in COLOURS.values() if abs(_luma(rgb) - _luma(ground)) > 105]
     ink = _jitter(rng, rng.choice(inks or [COLOURS["white"], COLOURS["black"]]))
@@ -281,7 +283,7 @@ def _advance(font: ImageFont.FreeTypeFont, character: str) -> float:
     return font.getlength(character)
 
 
-def _place(
+def place(
     rng: random.Random, half_width: float, half_height: float, boxes: list, taken: set, side: int = SIDE
 ) -> tuple[float, float] | None:
     """Finds a free spot and marks its box and its cell as taken; None where none was found."""
@@ -305,7 +307,7 @@ def _overlap(a: tuple, b: tuple) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def _apart(a: tuple, b: tuple) -> float:
+def apart(a: tuple, b: tuple) -> float:
     return math.dist(a, b)
 
 
@@ -317,7 +319,7 @@ def _jitter(rng: random.Random, rgb: tuple, by: int = 12) -> tuple[int, int, int
     return tuple(min(255, max(0, v + rng.randint(-by, by))) for v in rgb)
 
 
-def _background(rng: random.Random, base: tuple, side: int = SIDE) -> Image.Image:
+def draw_background(rng: random.Random, base: tuple, side: int = SIDE) -> Image.Image:
     """A background of one colour that becomes a little lighter or darker in some direction."""
     size = (side * DRAWN, side * DRAWN)
     one, other = (_jitter(rng, base, 10) for _ in range(2))
@@ -327,7 +329,7 @@ def _background(rng: random.Random, base: tuple, side: int = SIDE) -> Image.Imag
     return Image.composite(Image.new("RGB", size, one), Image.new("RGB", size, other), mask)
 
 
-def _draw_shape(rng: random.Random, canvas: ImageDraw.ImageDraw, shape: Shape) -> None:
+def draw_shape(rng: random.Random, canvas: ImageDraw.ImageDraw, shape: Shape) -> None:
     x, y, r = shape.x * DRAWN, shape.y * DRAWN, shape.size / 2 * DRAWN
     fill = _jitter(rng, COLOURS[shape.colour], 10)
     if shape.kind == "circle":

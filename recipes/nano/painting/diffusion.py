@@ -1,0 +1,60 @@
+"""The second lesson: a UNet and two text encoders learn to make latents from words."""
+
+import random
+
+import torch
+from torch import Tensor
+
+from mg_fast.drawing import NEGATIVE_PROMPT
+
+from .parts import assemble, embed
+from .wishes import SIDE, Wish, phrased
+
+# How many prompts are replaced by an empty one, or by the one against which mg_fast draws.
+DROPPED = 0.1
+
+
+def prompts(wishes: list[Wish], rng: random.Random) -> list[str]:
+    """A prompt for every wish. A tenth of them say nothing, for guidance."""
+    return [rng.choice(("", NEGATIVE_PROMPT)) if rng.random() < DROPPED else phrased(wished, rng) for wished in wishes]
+
+
+def time_ids(count: int, like: Tensor) -> Tensor:
+    """SDXL's numbers for uncropped pictures of the painter's size [n, 6]."""
+    return like.new_tensor([SIDE, SIDE, 0, 0, SIDE, SIDE]).expand(count, 6)
+
+
+def loss(parts: dict, latents: Tensor, texts: list[str], noise: torch.Generator) -> Tensor:
+    """The squared error of the predicted velocity.
+
+    Args:
+        latents: of pictures, normalised, [n, channels, side, side].
+        texts: their prompts.
+        noise: for the noise and the times. The times of a batch are spread evenly.
+    """
+    scheduler, count = parts["scheduler"], len(latents)
+    states, pooled = embed(parts, texts)
+    steps = scheduler.config.num_train_timesteps
+    spread = (torch.arange(count) + torch.rand((), generator=noise)) / count
+    times = (spread[torch.randperm(count, generator=noise)] * steps).long().to(latents.device)
+    added = torch.randn(latents.shape, generator=noise).to(latents.device)
+    noisy = scheduler.add_noise(latents, added, times)
+    wanted = scheduler.get_velocity(latents, added, times)
+    further = {"text_embeds": pooled, "time_ids": time_ids(count, latents)}
+    found = parts["unet"](noisy, times, states, added_cond_kwargs=further).sample
+    return (found.float() - wanted).square().mean()
+
+
+@torch.inference_mode()
+def sample(parts: dict, wishes: list[Wish], *, seed: int, steps: int = 25, guidance: float = 5.0) -> list:
+    """A picture for every wish, drawn together."""
+    pipeline = assemble(parts)
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = pipeline(
+        [wished.prompt for wished in wishes],
+        negative_prompt=[NEGATIVE_PROMPT] * len(wishes),
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        generator=[torch.Generator().manual_seed(seed + i) for i in range(len(wishes))],
+    )
+    return drawn.images
