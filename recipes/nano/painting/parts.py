@@ -21,8 +21,8 @@ TOKENS = 48
 FACTOR = 4
 LATENT_SIDE = SIDE // FACTOR
 CHANNELS = 8
-# An autoencoder without normalisation: group normalisation takes the colour of a flat picture away, and with it the loss
-# fell more slowly.
+# An autoencoder without normalisation: group normalisation takes the colour of a flat picture away, and with it the
+# loss fell more slowly.
 _AUTOENCODER = {
     "latent_channels": CHANNELS,
     "encoder_block_out_channels": (24, 24, 24),
