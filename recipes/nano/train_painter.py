@@ -3,8 +3,9 @@
 python -m recipes.nano.train_painter OUT         # at most two hours on two cores
 python -m recipes.nano.train_painter OUT         # again: continues where it was stopped
 
-OUT/painter is the pipeline, in the layout of SDXL and in half precision. OUT/log.jsonl holds the losses, and
-OUT/samples what was drawn on the way. OUT/round-trip.json says how many numbers nano still reads after the autoencoder.
+OUT/painter is the pipeline, in the layout of SDXL and in half precision. OUT/log.jsonl and OUT/loss.png hold the
+losses, and OUT/samples what was drawn on the way. OUT/round-trip.json says how many numbers nano still reads in
+pictures that were encoded and decoded.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from mg_fast.testing.environment import environment
 
 from .painting import autoencoder, diffusion
 from .painting.check import check
+from .painting.curve import draw_curve
 from .painting.parts import CHANNELS, LATENT_SIDE, make_parts, save
 from .painting.reading import read_numbers
 from .painting.wishes import draw_wish, phrased, picture, random_wish
@@ -308,6 +310,7 @@ def main() -> None:
         done = run.train(args.minutes)
     except KeyboardInterrupt:
         raise SystemExit(f"\nstopped: the same command continues from the last full {KEEP_EVERY} steps") from None
+    draw_curve(args.out / "log.jsonl", args.out / "loss.png")
     minutes = sum(run.seconds.values()) / 60
     told = f"{args.out / 'painter'} after {minutes:.1f} minutes of training"
     print(told if done else "not done yet: run the same command again")
