@@ -163,6 +163,19 @@ def main() -> None:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
+def drawing_table(recorded: dict) -> str:
+    """The Markdown table of a recorded result: the shares by number of shapes, with and without guidance."""
+    kinds = [kind for kind in recorded["with guidance"]["all"] if kind != "asked"]
+    groups = list(recorded["with guidance"])
+    columns = [*groups, "all, without guidance", "true pictures"]
+    rows = [f"| {' | '.join(['what is right', *columns])} |", f"|{'---|' * (len(columns) + 1)}"]
+    for kind in kinds:
+        shares = [recorded["with guidance"][group].get(kind) for group in groups]
+        shares += [recorded["without guidance"]["all"].get(kind), recorded["true pictures"].get(kind)]
+        rows.append(f"| {' | '.join([kind, *(f'{share:.1%}' for share in shares)])} |")
+    return "\n".join(rows) + "\n"
+
+
 def true_pictures(pipeline: mg_fast.Pipeline, seed: int) -> dict[str, float]:
     """The same judgement of pictures that the generator drew: what the check, nano and OCR miss in perfect pictures."""
     drawn = [draw_wish(seed, i, split="unseen") for i in range(TRUE_PICTURES)]

@@ -59,7 +59,7 @@ def loss(vae, pixels: Tensor, weights: Tensor, noise: torch.Generator) -> Tensor
 
 @torch.inference_mode()
 def encode(vae, pixels: Tensor) -> Tensor:
-    """The latents [n, channels, side / 4, side / 4]."""
+    """The latents [n, channels, side / 2, side / 2]."""
     with torch.autocast(pixels.device.type, torch.bfloat16):
         return vae.encode(pixels).latents.float()
 

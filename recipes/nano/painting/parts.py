@@ -18,17 +18,17 @@ from .wishes import SIDE
 # The most tokens of a prompt. Six shapes on a background with a number take 40.
 TOKENS = 48
 # The side of a latent, and the pixels per side that each of its positions stands for.
-FACTOR = 4
+FACTOR = 2
 LATENT_SIDE = SIDE // FACTOR
-CHANNELS = 8
+CHANNELS = 4
 # An autoencoder without normalisation: group normalisation takes the colour of a flat picture away, and with it the
 # loss fell more slowly.
 _AUTOENCODER = {
     "latent_channels": CHANNELS,
-    "encoder_block_out_channels": (24, 24, 24),
-    "decoder_block_out_channels": (24, 24, 24),
-    "num_encoder_blocks": (1, 3, 3),
-    "num_decoder_blocks": (3, 3, 1),
+    "encoder_block_out_channels": (24, 24),
+    "decoder_block_out_channels": (24, 24),
+    "num_encoder_blocks": (1, 2),
+    "num_decoder_blocks": (2, 1),
 }
 _TEXT = {"max_position_embeddings": TOKENS, "hidden_act": "gelu"}
 _WIDTHS = (64, 128)
@@ -43,12 +43,12 @@ def settings(vocabulary: int) -> Mapping[str, Mapping[str, object]]:
             "sample_size": LATENT_SIDE,
             "in_channels": CHANNELS,
             "out_channels": CHANNELS,
-            "block_out_channels": (32, 72, 104),
+            "block_out_channels": (16, 48, 80, 104),
             "layers_per_block": 1,
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "down_block_types": ("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
             "transformer_layers_per_block": 1,
-            "attention_head_dim": (1, 3, 4),
+            "attention_head_dim": (1, 1, 4, 4),
             "norm_num_groups": 4,
             "cross_attention_dim": first + second,
             "use_linear_projection": True,
