@@ -329,9 +329,10 @@ def draw_background(rng: random.Random, base: tuple, side: int = SIDE) -> Image.
     return Image.composite(Image.new("RGB", size, one), Image.new("RGB", size, other), mask)
 
 
-def draw_shape(rng: random.Random, canvas: ImageDraw.ImageDraw, shape: Shape) -> None:
+def draw_shape(rng: random.Random, canvas: ImageDraw.ImageDraw, shape: Shape, *, jitter: int = 10) -> None:
+    """Draws a shape, turned a little, in a colour that is off by at most `jitter` in each of its three values."""
     x, y, r = shape.x * DRAWN, shape.y * DRAWN, shape.size / 2 * DRAWN
-    fill = _jitter(rng, COLOURS[shape.colour], 10)
+    fill = _jitter(rng, COLOURS[shape.colour], jitter)
     if shape.kind == "circle":
         canvas.ellipse((x - r, y - r, x + r, y + r), fill)
         return

@@ -34,9 +34,9 @@ from .painting.parts import CHANNELS, LATENT_SIDE, make_parts, save
 from .painting.reading import read_numbers
 from .painting.wishes import draw_wish, phrased, picture, random_wish
 
-AUTOENCODER = {"steps": 10_000, "batch": 4, "rate": 1e-3}
+AUTOENCODER = {"steps": 8_000, "batch": 4, "rate": 1e-3}
 LATENTS = {"count": 40_000, "batch": 32}
-DIFFUSION = {"steps": 12_000, "batch": 32, "rate": 8e-4, "average": 0.999}
+DIFFUSION = {"steps": 10_000, "batch": 32, "rate": 8e-4, "average": 0.999}
 # The trained modules of the second lesson.
 LEARNS = ("unet", "text_encoder", "text_encoder_2")
 # After so many steps the state is saved, and after so many steps pictures are drawn and checked.

@@ -1,6 +1,7 @@
 """The pictures from which the painter learns, and the words that ask for them.
 
-They are nano's scenes without what its prompts do not speak of: no clutter, no plates, and one bold font.
+They are nano's scenes without what its prompts do not speak of: no clutter and no plates, one bold font, larger shapes,
+and the flat colours that every prompt names.
 """
 
 import random
@@ -11,26 +12,29 @@ from PIL import Image, ImageDraw
 from ..scenes import (
     BACKGROUNDS,
     COLOURS,
+    DRAWN,
     KINDS,
     PRINT_WIDTH,
     Scene,
     Shape,
     apart,
-    draw_background,
     draw_number,
     draw_print,
     draw_shape,
     place,
 )
+from ..scenes import SIDE as SCENE_SIDE
 from ..talk import STYLE, wish
 
 # The side of a drawn picture in pixels.
 SIDE = 128
 # The diameters of shapes in pixels of 192: nano's larger ones, whose edges are clear at the painter's size.
-SIZES = (28.0, 40.0)
+SIZES = (34.0, 40.0)
 FONT = "DejaVuSans-Bold.ttf"
 # How often a wish has no shape, one, two, three or four.
 SHAPES = (0.03, 0.27, 0.3, 0.2, 0.2)
+# How often a place is looked for anew, before a wish is given up for which there is no room.
+TRIES = 20
 # A colour is not wished for on a background that is nearer to it than this, such as white on white.
 LEAST_CONTRAST = 60
 
@@ -66,9 +70,10 @@ def draw_wish(seed: int, index: int, *, split: str = "train") -> tuple[Wish, Sce
     rng = random.Random(f"wish/{split}/{seed}/{index}")
     while True:
         wished = random_wish(rng)
-        scene = grant(rng, wished)
-        if scene is not None:
-            return wished, scene
+        for _ in range(TRIES):
+            scene = grant(rng, wished)
+            if scene is not None:
+                return wished, scene
 
 
 def grant(rng: random.Random, wished: Wish) -> Scene | None:
@@ -86,10 +91,10 @@ def grant(rng: random.Random, wished: Wish) -> Scene | None:
         if spot is None:
             return None
         shapes.append(Shape(kind, colour, *spot, size))
-    image = draw_background(rng, base)
+    image = Image.new("RGB", (SCENE_SIDE * DRAWN,) * 2, base)
     canvas = ImageDraw.Draw(image)
     for shape in shapes:
-        draw_shape(rng, canvas, shape)
+        draw_shape(rng, canvas, shape, jitter=0)
     prints = []
     if number is not None:
         prints = [draw_print(rng, image, draw_number(rng, training=True), *number, base, plated=False, fonts=[FONT])]
