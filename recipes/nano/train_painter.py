@@ -14,6 +14,7 @@ import math
 import os
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from mg_fast.testing.environment import environment
 from .painting import autoencoder, diffusion
 from .painting.check import check
 from .painting.curve import draw_curve
+from .painting.optimizers import make_optimizers
 from .painting.parts import CHANNELS, LATENT_SIDE, make_parts, save
 from .painting.reading import read_numbers
 from .painting.wishes import draw_wish, phrased, picture, random_wish
@@ -61,7 +63,7 @@ class Run:
         self.steps = {"autoencoder": 0, "latents": 0, "diffusion": 0}
         self.seconds = dict.fromkeys(self.steps, 0.0)
         self.starts, self.machine = 0, environment()
-        self._optimizer_state = None
+        self._optimizer_states = None
         if (out / "last.pt").is_file():
             self._resume()
 
@@ -101,7 +103,7 @@ class Run:
             pixels, weights = autoencoder.batch(self.seed, step, size)
             return autoencoder.loss(vae, pixels.to(self.device), weights.to(self.device), noise)
 
-        if not self._lesson("autoencoder", AUTOENCODER, list(vae.parameters()), loss, end):
+        if not self._lesson("autoencoder", AUTOENCODER, [vae], loss, end):
             return False
         vae.eval().requires_grad_(False)
         if not (self.out / "round-trip.json").is_file():
@@ -174,7 +176,7 @@ class Run:
             if step % SAMPLE_EVERY == 0:
                 self._sample(step)
 
-        return self._lesson("diffusion", DIFFUSION, self._learning(), loss, end, after)
+        return self._lesson("diffusion", DIFFUSION, [self.parts[name] for name in LEARNS], loss, end, after)
 
     def _sample(self, step: int) -> None:
         """Draws the same wishes each time, and says how many of the pictures show what was wished for."""
@@ -196,26 +198,33 @@ class Run:
         tqdm.write(f"{step}: {right}")
         _grid(drawn, 8).save(self.out / "samples" / f"diffusion-{step:05}.png")
 
-    def _lesson(self, name: str, plan: dict, parameters: list, loss, end: float | None, after=None) -> bool:
+    def _lesson(
+        self, name: str, plan: dict, modules: list[torch.nn.Module], loss, end: float | None, after=None
+    ) -> bool:
         if self.steps[name] == plan["steps"]:
             return True
-        optimizer = torch.optim.AdamW(parameters, plan["rate"], betas=(0.9, 0.995), weight_decay=0.01)
-        if self._optimizer_state is not None:
-            optimizer.load_state_dict(self._optimizer_state)
-            self._optimizer_state = None
+        parameters = [parameter for module in modules for parameter in module.parameters()]
+        optimizers = make_optimizers(modules, plan["rate"])
+        if self._optimizer_states is not None:
+            for optimizer, state in zip(optimizers, self._optimizer_states):
+                optimizer.load_state_dict(state)
+            self._optimizer_states = None
         bar = tqdm(range(self.steps[name], plan["steps"]), desc=name, mininterval=10)
         losses = []
         for step in bar:
             began = time.perf_counter()
-            for group in optimizer.param_groups:
-                group["lr"] = plan["rate"] * _cosine(step, plan["steps"])
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["times"] * plan["rate"] * _cosine(step, plan["steps"])
             noise = torch.Generator().manual_seed(hash((self.seed, name == "diffusion", step)) % 2**63)
             with torch.autocast(self.device, torch.bfloat16):
                 value = loss(step, noise)
-            optimizer.zero_grad()
+            for module in modules:
+                module.zero_grad()
             value.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             losses.append(float(value.detach()))
             self.steps[name] = step + 1
             if after is not None:
@@ -227,7 +236,7 @@ class Run:
                 bar.set_postfix(loss=row["loss"])
             stopped = end is not None and time.perf_counter() > end
             if stopped or (step + 1) % KEEP_EVERY == 0:
-                self._keep(optimizer)
+                self._keep(optimizers)
             if stopped:
                 return False
         self._keep()
@@ -244,10 +253,10 @@ class Run:
         """The settings that must be the same where a run continues."""
         return {"seed": self.seed, "autoencoder": AUTOENCODER, "latents": LATENTS, "diffusion": DIFFUSION}
 
-    def _keep(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def _keep(self, optimizers: Sequence[torch.optim.Optimizer] | None = None) -> None:
         state = {"modules": {name: module.state_dict() for name, module in self.modules.items()}}
         state |= {"average": self.average.state_dict(), "steps": self.steps, "seconds": self.seconds}
-        state |= {"optimizer": None if optimizer is None else optimizer.state_dict()}
+        state |= {"optimizers": None if optimizers is None else [one.state_dict() for one in optimizers]}
         state |= {"starts": self.starts, "machine": self.machine, "run": self._what()}
         # The state is first written under another name: a run that is killed while it writes must not lose its state.
         torch.save(state, self.out / "next.pt")
@@ -264,7 +273,7 @@ class Run:
         for name, module in self.modules.items():
             module.load_state_dict(state["modules"][name])
         self.average.load_state_dict(state["average"])
-        self.steps, self.seconds, self._optimizer_state = state["steps"], state["seconds"], state["optimizer"]
+        self.steps, self.seconds, self._optimizer_states = state["steps"], state["seconds"], state["optimizers"]
         self.starts, self.machine = state["starts"], state["machine"]
 
 

@@ -12,7 +12,9 @@ from mg_fast.drawing import load_painter
 from recipes.nano import evaluate_painter, train_painter
 from recipes.nano.painting import autoencoder, diffusion
 from recipes.nano.painting.check import check
-from recipes.nano.painting.parts import TOKENS, assemble, embed, make_parts, make_tokenizer
+from recipes.nano.painting.optimizers import MUON, make_optimizers
+from recipes.nano.painting.parts import TOKENS, assemble, embed, make_parts
+from recipes.nano.painting.vocabulary import make_tokenizer
 from recipes.nano.painting.wishes import SIDE, Wish, draw_wish, grant, phrased, picture, random_wish
 from recipes.nano.scenes import BACKGROUNDS, COLOURS
 
@@ -104,8 +106,15 @@ def test_every_word_of_a_wish_is_one_token(parts):
         assert len(words) + 2 <= TOKENS
 
 
+def test_the_same_texts_give_the_same_tokens(parts):
+    rng = random.Random(0)
+    texts = [phrased(random_wish(rng), rng) for _ in range(300)]
+    again = make_parts(texts[::-1], seed=1)["tokenizer"]
+    assert again.get_vocab() == parts["tokenizer"].get_vocab()
+
+
 def test_other_words_are_read_in_pieces():
-    tokenizer = make_tokenizer(["a red circle"])
+    tokenizer = make_tokenizer(["a red circle"], most=TOKENS)
     ids = tokenizer("a Blue élan 猫").input_ids
     assert tokenizer.unk_token_id not in ids[1:-1]
     assert tokenizer.decode(ids, skip_special_tokens=True).strip() == "a blue élan 猫"
@@ -147,6 +156,29 @@ def test_a_tenth_of_the_prompts_say_nothing():
     said = diffusion.prompts([ONE_OF_EACH] * 2000, random.Random(0))
     empty = sum("red circle" not in one for one in said) / len(said)
     assert 0.08 < empty < 0.12
+
+
+def test_muon_sees_a_convolution_as_a_matrix():
+    convolution = torch.nn.Conv2d(16, 12, 3, bias=False)
+    before = convolution.weight.detach().clone()
+    matrix = torch.nn.Parameter(before.flatten(1).clone())
+    gradient = torch.randn(12, 16, 3, 3, generator=torch.Generator().manual_seed(0))
+    convolution.weight.grad, matrix.grad = gradient, gradient.flatten(1).clone()
+    options = {"weight_decay": 0.01, "adjust_lr_fn": "match_rms_adamw"}
+    _, ours = make_optimizers([convolution], 1e-2)
+    ours.step()
+    torch.optim.Muon([matrix], lr=MUON * 1e-2, **options).step()
+    assert not torch.equal(convolution.weight, before)
+    torch.testing.assert_close(convolution.weight.flatten(1), matrix)
+
+
+def test_every_parameter_learns_by_one_optimizer(parts):
+    modules = [parts[name] for name in train_painter.LEARNS]
+    optimizers = make_optimizers(modules, 1e-3)
+    counts = [sum(p.numel() for group in one.param_groups for p in group["params"]) for one in optimizers]
+    assert sum(counts) == sum(p.numel() for module in modules for p in module.parameters())
+    # Nearly all weights are matrices.
+    assert counts[1] > 0.9 * sum(counts)
 
 
 def test_pixels_of_print_weigh_more():

@@ -1,18 +1,15 @@
 """The parts of the painter: an SDXL pipeline in miniature, with a vocabulary made of nano's words."""
 
-import json
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionXLPipeline
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import CLIPTokenizer
 
 from mg_fast.drawing import NEGATIVE_PROMPT
-from mg_fast.testing.random_pipelines import byte_tokenizer, sdxl_parts
+from mg_fast.testing.random_pipelines import sdxl_parts
 
+from .vocabulary import make_tokenizer
 from .wishes import SIDE
 
 # The most tokens of a prompt. Six shapes on a background with a number take 40.
@@ -43,7 +40,7 @@ def settings(vocabulary: int) -> Mapping[str, Mapping[str, object]]:
             "sample_size": LATENT_SIDE,
             "in_channels": CHANNELS,
             "out_channels": CHANNELS,
-            "block_out_channels": (16, 48, 80, 104),
+            "block_out_channels": (16, 40, 80, 112),
             "layers_per_block": 1,
             "down_block_types": ("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
@@ -78,31 +75,6 @@ def settings(vocabulary: int) -> Mapping[str, Mapping[str, object]]:
     }
 
 
-def make_tokenizer(texts: Iterable[str]) -> CLIPTokenizer:
-    """A tokenizer of CLIP's kind to which every word of these texts is one token; other words fall into pieces.
-
-    Any text can be read, because every byte is a token, too.
-    """
-    plain = byte_tokenizer()
-    normalizer, splitter = plain.backend_tokenizer.normalizer, plain.backend_tokenizer.pre_tokenizer
-    words = Counter(word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)))
-    learned = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    learned.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    trainer = trainers.BpeTrainer(
-        vocab_size=5000,
-        min_frequency=1,
-        end_of_word_suffix="</w>",
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    learned.train_from_iterator(words, trainer)
-    merges = [tuple(pair) for pair in json.loads(learned.to_str())["model"]["merges"]]
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = list(dict.fromkeys([*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges)]))
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer({token: i for i, token in enumerate(tokens)}, merges, model_max_length=TOKENS)
-
-
 def make_scheduler() -> DDIMScheduler:
     """The noise schedule: cosine, down to pure noise, and a network that predicts velocities.
 
@@ -121,7 +93,7 @@ def make_scheduler() -> DDIMScheduler:
 
 def make_parts(texts: Iterable[str], seed: int) -> dict[str, object]:
     """All parts of the pipeline with random weights, by their names in it."""
-    tokenizer = make_tokenizer([*texts, NEGATIVE_PROMPT.split(",")[0]])
+    tokenizer = make_tokenizer([*texts, NEGATIVE_PROMPT.split(",")[0]], TOKENS)
     torch.manual_seed(seed)
     parts = dict(sdxl_parts(settings(len(tokenizer))))
     parts["vae"] = AutoencoderTiny(**_AUTOENCODER).eval()
