@@ -80,6 +80,7 @@ def judge(pipeline: mg_fast.Pipeline, asked: list[Wish], pictures: list[Image.Im
         described = wish(list(one.shapes), one.background, one.number) + "."
         row = {
             "shapes": verdict.shapes_right,
+            "shapes, in the order of the wish": verdict.order_right,
             "background": verdict.background_right,
             "print where asked for": verdict.number_right,
             "nano describes it as wished": text.lower() == described,

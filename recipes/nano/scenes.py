@@ -290,9 +290,7 @@ def place(
     for _ in range(40):
         x = rng.uniform(half_width + 2, side - half_width - 2)
         y = rng.uniform(half_height + 2, side - half_height - 2)
-        # Things keep away from edges, so that it is clear which query each belongs to and which third it lies in.
-        thirds = (SIDE // 3, 2 * SIDE // 3) if side == SIDE else ()
-        if any(abs(v - edge) < (7 if edge in thirds else 4) for v in (x, y) for edge in range(CELL, side, CELL)):
+        if not (clear_of_edges(x, side) and clear_of_edges(y, side)):
             continue
         box = (x - half_width - 3, y - half_height - 3, x + half_width + 3, y + half_height + 3)
         cell = (int(x // CELL), int(y // CELL))
@@ -301,6 +299,12 @@ def place(
             taken.add(cell)
             return x, y
     return None
+
+
+def clear_of_edges(at: float, side: int = SIDE) -> bool:
+    """Whether a place across or down is far enough from edges that it is clear which query and third it belongs to."""
+    thirds = (SIDE // 3, 2 * SIDE // 3) if side == SIDE else ()
+    return all(abs(at - edge) >= (7 if edge in thirds else 4) for edge in range(CELL, side, CELL))
 
 
 def _overlap(a: tuple, b: tuple) -> bool:

@@ -16,7 +16,7 @@ from recipes.nano.painting.optimizers import MUON, make_optimizers
 from recipes.nano.painting.parts import TOKENS, assemble, embed, make_parts
 from recipes.nano.painting.vocabulary import make_tokenizer
 from recipes.nano.painting.wishes import SIDE, Wish, draw_wish, grant, phrased, picture, random_wish
-from recipes.nano.scenes import BACKGROUNDS, COLOURS
+from recipes.nano.scenes import BACKGROUNDS, COLOURS, KINDS
 
 ONE_OF_EACH = Wish((("circle", "red"), ("star", "blue")), "gray", False)
 
@@ -46,19 +46,33 @@ def test_pictures_are_the_same_again_and_their_splits_differ():
 
 def test_phrases_keep_all_that_is_wished_for():
     rng = random.Random(0)
-    for _ in range(200):
-        wished = random_wish(rng)
+    for i in range(200):
+        wished = random_wish(rng, ordered=i % 2 == 0)
         said = phrased(wished, rng)
         assert all(colour in said and kind in said for kind, colour in wished.shapes)
         assert f"{wished.background} background" in said
         assert ("number" in said) == wished.number
+        if said != wished.prompt:
+            # People name one shape after the other, in the order in which they stand in the picture.
+            named = [said.find(f"{colour} {kind}") for kind, colour in dict.fromkeys(wished.shapes)]
+            assert named == sorted(named)
 
 
 def test_true_pictures_pass_the_check():
     for i in range(40):
         wished, scene = draw_wish(11, i, split="unseen")
         verdict = check(picture(scene), wished)
-        assert verdict.shapes_right and verdict.background_right and verdict.number_right, (wished, verdict)
+        assert verdict.order_right and verdict.background_right and verdict.number_right, (wished, verdict)
+
+
+def test_shapes_stand_in_the_order_of_the_wish_and_the_number_below():
+    wished = Wish(tuple((kind, "red") for kind in KINDS), "gray", True)
+    for seed in range(20):
+        scene = grant(random.Random(seed), wished)
+        assert [shape.kind for shape in sorted(scene.shapes, key=lambda shape: shape.x)] == list(KINDS)
+        assert all(shape.y + shape.size / 2 < scene.print.y - scene.print.height / 2 for shape in scene.shapes)
+    with pytest.raises(ValueError, match="expected at most 4 shapes, got 5"):
+        grant(random.Random(0), Wish(5 * ONE_OF_EACH.shapes[:1], "gray", False))
 
 
 @pytest.mark.parametrize(
@@ -87,7 +101,15 @@ def test_the_check_names_no_shape_that_is_none():
     image = Image.new("RGB", (SIDE, SIDE), BACKGROUNDS["gray"])
     ImageDraw.Draw(image).rectangle((20, 50, 100, 70), COLOURS["red"])
     verdict = check(image, Wish((("square", "red"),), "gray", False))
-    assert not verdict.shapes_right and dict(verdict.shapes) == {(None, "red"): 1}
+    assert not verdict.shapes_right and verdict.shapes == ((None, "red"),)
+
+
+def test_the_check_tells_the_order_from_left_to_right():
+    other = Wish(ONE_OF_EACH.shapes[::-1], ONE_OF_EACH.background, ONE_OF_EACH.number)
+    for wished, in_order in ((ONE_OF_EACH, True), (other, False)):
+        verdict = check(drawn(ONE_OF_EACH), wished)
+        assert verdict.shapes_right and verdict.order_right == in_order
+        assert verdict.shapes == ONE_OF_EACH.shapes
 
 
 @pytest.fixture(scope="module")

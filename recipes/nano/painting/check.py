@@ -28,14 +28,16 @@ class Verdict:
 
     Attributes:
         background: the name of its colour.
-        shapes: how often each (kind, colour) occurs; kind or colour is None where it is none that has a name.
-        shapes_right, background_right, number_right: whether they are what was wished for. A number is right where
-            there is print if and only if it was asked for, whatever it says.
+        shapes: each (kind, colour) from left to right; kind or colour is None where it is none that has a name.
+        shapes_right, background_right, number_right: whether they are what was wished for. Shapes are right wherever
+            they stand. A number is right where there is print if and only if it was asked for, whatever it says.
+        order_right: whether the shapes are right and stand from left to right in the order of the wish.
     """
 
     background: str
-    shapes: Counter
+    shapes: tuple[tuple[str | None, str | None], ...]
     shapes_right: bool
+    order_right: bool
     background_right: bool
     number_right: bool
 
@@ -50,12 +52,12 @@ def check(picture: Image.Image, wished: Wish) -> Verdict:
     distance = np.linalg.norm(large - ground, axis=-1)
     mask = (distance > _DIFFERENT).astype(np.uint8)
     outlines, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    shapes: Counter = Counter()
+    found: list[tuple[float, str | None, str | None]] = []
     printed = False
     for outline in outlines:
         if cv2.contourArea(outline) < _SPECK * _ENLARGED**2:
             continue
-        (_, (across, down), _) = cv2.minAreaRect(outline)
+        (x, _), (across, down), _ = cv2.minAreaRect(outline)
         if min(across, down) < _LEAST * _ENLARGED:
             printed = True
             continue
@@ -64,7 +66,7 @@ def check(picture: Image.Image, wished: Wish) -> Verdict:
         # The rim is a blend of two colours.
         core = cv2.erode(inside, np.ones((2 * _ENLARGED + 1,) * 2, np.uint8))
         if not core.any():
-            shapes[None, None] += 1
+            found.append((x, None, None))
             continue
         colour = np.median(large[core > 0], axis=0)
         name, far = _nearest(colour, COLOURS)
@@ -72,11 +74,13 @@ def check(picture: Image.Image, wished: Wish) -> Verdict:
         half = (inside > 0) & (distance > np.linalg.norm(colour - ground) / 2)
         parts, _ = cv2.findContours(half.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
         kind = _kind(max(parts, key=cv2.contourArea)) if parts else None
-        shapes[kind, name if far <= _FARTHEST else None] += 1
+        found.append((x, kind, name if far <= _FARTHEST else None))
+    shapes = tuple((kind, colour) for _, kind, colour in sorted(found, key=lambda one: one[0]))
     return Verdict(
         background,
         shapes,
-        shapes_right=shapes == Counter(wished.shapes),
+        shapes_right=Counter(shapes) == Counter(wished.shapes),
+        order_right=shapes == wished.shapes,
         background_right=background == wished.background,
         number_right=printed == wished.number,
     )

@@ -1,10 +1,12 @@
 """The pictures from which the painter learns, and the words that ask for them.
 
 They are nano's scenes without what its prompts do not speak of: no clutter and no plates, one bold font, larger shapes,
-and the flat colours that every prompt names.
+and the flat colours that every prompt names. Shapes stand from left to right in the order in which the prompt names
+them, and a number stands below them, so that fewer things are left to chance.
 """
 
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
@@ -18,10 +20,10 @@ from ..scenes import (
     Scene,
     Shape,
     apart,
+    clear_of_edges,
     draw_number,
     draw_print,
     draw_shape,
-    place,
 )
 from ..scenes import SIDE as SCENE_SIDE
 from ..talk import STYLE, wish
@@ -33,15 +35,25 @@ SIZES = (34.0, 40.0)
 FONT = "DejaVuSans-Bold.ttf"
 # How often a wish has no shape, one, two, three or four.
 SHAPES = (0.03, 0.27, 0.3, 0.2, 0.2)
-# How often a place is looked for anew, before a wish is given up for which there is no room.
-TRIES = 20
+# How often a wish names its shapes in nano's order. Others are put in people's words.
+ORDERED = 0.7
+# The centres of shapes lie at least this far from the upper edge and from what is below, and those of numbers lie
+# between these heights, in pixels of 192.
+MARGIN = 40.0
+PRINT_HEIGHTS = (166.0, 180.0)
 # A colour is not wished for on a background that is nearer to it than this, such as white on white.
 LEAST_CONTRAST = 60
 
 
 @dataclass(frozen=True)
 class Wish:
-    """What a picture has to show: shapes (kind, colour), equal ones allowed, a background, and whether a number."""
+    """What a picture has to show.
+
+    Attributes:
+        shapes: (kind, colour) of each, from left to right. Equal ones are allowed.
+        background: the name of its colour.
+        number: whether there is a number.
+    """
 
     shapes: tuple[tuple[str, str], ...]
     background: str
@@ -53,52 +65,67 @@ class Wish:
         return f"{wish(list(self.shapes), self.background, self.number)}, {STYLE}"
 
 
-def random_wish(rng: random.Random, shapes: int | None = None, number: bool | None = None) -> Wish:
-    """A wish with as many shapes as asked for, or with a random number of them, and with or without a number."""
+def random_wish(
+    rng: random.Random, shapes: int | None = None, number: bool | None = None, *, ordered: bool = True
+) -> Wish:
+    """A wish with as many shapes as asked for, or with a random number of them, and with or without a number.
+
+    Args:
+        ordered: whether the shapes stand in the order in which nano names them.
+    """
     background = rng.choice(list(BACKGROUNDS))
     colours = [name for name, rgb in COLOURS.items() if apart(rgb, BACKGROUNDS[background]) > LEAST_CONTRAST]
     count = rng.choices(range(len(SHAPES)), SHAPES)[0] if shapes is None else shapes
+    wanted = [(rng.choice(KINDS), rng.choice(colours)) for _ in range(count)]
     return Wish(
-        tuple((rng.choice(KINDS), rng.choice(colours)) for _ in range(count)),
-        background,
-        rng.random() < 0.5 if number is None else number,
+        tuple(in_order(wanted) if ordered else wanted), background, rng.random() < 0.5 if number is None else number
     )
+
+
+def in_order(shapes: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Shapes (kind, colour) in the order in which nano names them: by colour, then by kind."""
+    return sorted(shapes, key=lambda shape: shape[::-1])
 
 
 def draw_wish(seed: int, index: int, *, split: str = "train") -> tuple[Wish, Scene]:
     """A random wish and a picture that grants it, the same for the same seed and index."""
     rng = random.Random(f"wish/{split}/{seed}/{index}")
-    while True:
-        wished = random_wish(rng)
-        for _ in range(TRIES):
-            scene = grant(rng, wished)
-            if scene is not None:
-                return wished, scene
+    wished = random_wish(rng, ordered=rng.random() < ORDERED)
+    return wished, grant(rng, wished)
 
 
-def grant(rng: random.Random, wished: Wish) -> Scene | None:
-    """A scene that shows just what was wished for; None where no room was found for all of it."""
+def grant(rng: random.Random, wished: Wish) -> Scene:
+    """A scene that shows just what was wished for: the shapes from left to right in their order, the number below.
+
+    Raises:
+        ValueError: there is no room for so many shapes.
+    """
+    if len(wished.shapes) >= len(SHAPES):
+        raise ValueError(f"grant: expected at most {len(SHAPES) - 1} shapes, got {len(wished.shapes)}")
     base = BACKGROUNDS[wished.background]
-    boxes: list[tuple[float, float, float, float]] = []
-    taken: set[tuple[int, int]] = set()
-    number = place(rng, PRINT_WIDTH / 2 - 4, 7, boxes, taken) if wished.number else None
-    if wished.number and number is None:
-        return None
+    low = PRINT_HEIGHTS[0] - 12 if wished.number else SCENE_SIDE
     shapes = []
-    for kind, colour in wished.shapes:
-        size = rng.uniform(*SIZES)
-        spot = place(rng, size / 2, size / 2, boxes, taken)
-        if spot is None:
-            return None
-        shapes.append(Shape(kind, colour, *spot, size))
+    for i, (kind, colour) in enumerate(wished.shapes):
+        size, column = rng.uniform(*SIZES), SCENE_SIDE / len(wished.shapes)
+        x = _clear(rng, i * column + size / 2 + 2, (i + 1) * column - size / 2 - 2)
+        shapes.append(Shape(kind, colour, x, _clear(rng, MARGIN, low - MARGIN), size))
     image = Image.new("RGB", (SCENE_SIDE * DRAWN,) * 2, base)
     canvas = ImageDraw.Draw(image)
     for shape in shapes:
         draw_shape(rng, canvas, shape, jitter=0)
     prints = []
-    if number is not None:
-        prints = [draw_print(rng, image, draw_number(rng, training=True), *number, base, plated=False, fonts=[FONT])]
+    if wished.number:
+        spot = _clear(rng, PRINT_WIDTH / 2, SCENE_SIDE - PRINT_WIDTH / 2), _clear(rng, *PRINT_HEIGHTS)
+        prints = [draw_print(rng, image, draw_number(rng, training=True), *spot, base, plated=False, fonts=[FONT])]
     return Scene(wished.background, shapes, prints, image)
+
+
+def _clear(rng: random.Random, low: float, high: float) -> float:
+    """A random place between two that is no nearer to an edge between nano's queries, or thirds, than its scenes'."""
+    while True:
+        place = rng.uniform(low, high)
+        if clear_of_edges(place):
+            return place
 
 
 def picture(scene: Scene) -> Image.Image:
@@ -107,11 +134,10 @@ def picture(scene: Scene) -> Image.Image:
 
 
 def phrased(wished: Wish, rng: random.Random) -> str:
-    """A prompt for the wish: mostly in nano's own words and order, sometimes as people would put it."""
-    if rng.random() < 0.6:
+    """A prompt for the wish: in nano's own words where the order is nano's, sometimes as people would put it."""
+    if list(wished.shapes) == in_order(wished.shapes) and rng.random() < 0.8:
         return wished.prompt
     things = [f"a{'n' * (colour == 'orange')} {colour} {kind}" for kind, colour in wished.shapes]
-    rng.shuffle(things)
     said = ", ".join(things) or "nothing"
     if rng.random() < 0.5:
         said = " and ".join(said.rsplit(", ", 1))
