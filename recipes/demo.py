@@ -1,7 +1,7 @@
-"""Nano, the Mini-Gemini in the package, reads small print in a new picture: `make demo`.
+"""Nano, the Mini-Gemini in the package, reads a new picture, has one drawn, and reads that one: `make demo`.
 
-python -m recipes.demo                    # a fresh scene with a random number
-python -m recipes.demo --seed 7           # the scene of that seed again
+python -m recipes.demo                    # a fresh scene with a random number, and a fresh wish
+python -m recipes.demo --seed 7           # the scene and the wish of that seed again
 python -m recipes.demo --photo FILE       # your own picture; nano understands only print and simple shapes in it
 """
 
@@ -19,8 +19,9 @@ from transformers.utils import logging as transformers_logging
 import mg_fast
 from mg_fast.models.pictures import open_picture
 
+from .nano.painting.wishes import random_wish
 from .nano.scenes import draw_number, draw_scene
-from .nano.talk import ask
+from .nano.talk import ask, wish
 
 # The number of turns of each backend. The backends take turns, so that both meet the same state of the machine.
 TURNS = 5
@@ -54,6 +55,35 @@ def talk(pipeline: mg_fast.Pipeline, file: Path, turns: list[tuple[str, str | No
         seconds = time.perf_counter() - began
         verdict = "" if right is None else "  (correct)" if "".join(pieces) == right else f"  (WRONG: {right})"
         print(f"{verdict}  [{seconds:.2f} s]")
+
+
+def have_drawn(pipeline: mg_fast.Pipeline, seed: int, file: Path) -> list[tuple[str, str | None]]:
+    """Wishes for a picture, shows how it is drawn, and saves it.
+
+    Returns:
+        Questions about the picture, with the right answers that follow from the wish.
+    """
+    wished = random_wish(random.Random(f"demo/{seed}"), shapes=2, number=True)
+    said = wish(list(wished.shapes), wished.background, wished.number)
+
+    def on_step(done: int, total: int) -> None:
+        print(f"\r        drawing, step {done} of {total}", end="" if done < total else "\n", flush=True)
+
+    question = f"Draw {said}."
+    print(f"\nyou:    {question}\nnano:   ", end="", flush=True)
+    began = time.perf_counter()
+    # Nano never learned to draw in the middle of a conversation about a picture.
+    stream = pipeline.conversation().chat(
+        question, draw={"seed": seed, "on_step": on_step}, max_new_tokens=MOST, stream=True
+    )
+    for piece in stream:
+        # The tag that ends the prompt comes last. The painter begins after it, on a line of its own.
+        print(piece, end="\n" if piece.endswith("</h>") else "", flush=True)
+    if not stream.images:
+        raise SystemExit(f"no picture came: {stream.no_image_reason}")
+    stream.images[0].save(file)
+    print(f"        {file}  [{time.perf_counter() - began:.2f} s]")
+    return [("Describe the picture.", f"{said[0].upper()}{said[1:]}."), ("What does the sign say?", None)]
 
 
 def compare(pipeline: mg_fast.Pipeline, file: Path) -> None:
@@ -98,6 +128,7 @@ def main() -> None:
     args = parser.parse_args()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    folder = Path(tempfile.gettempdir())
     if args.photo is not None:
         file, turns = args.photo, [(question, None) for question in QUESTIONS]
         try:
@@ -108,10 +139,10 @@ def main() -> None:
         print("nano knows 64 words, four shapes and small printed numbers: its answers about a photograph mean nothing")
     else:
         seed = random.SystemRandom().randrange(10**6) if args.seed is None else args.seed
-        file, turns = draw(seed, Path(tempfile.gettempdir()))
+        file, turns = draw(seed, folder)
         print(f"picture: {file}  (seed {seed}; --seed {seed} draws it again)")
 
-    pipeline = mg_fast.load("nano")
+    pipeline = mg_fast.load("nano", painter="nano")
     config, parameters = pipeline.model.config, sum(p.numel() for p in pipeline.model.parameters())
     print(f"loaded nano, {parameters / 1e6:.1f} M parameters, in {pipeline.load_seconds:.1f} s on {pipeline.device}")
     with Image.open(file) as image:
@@ -124,6 +155,15 @@ def main() -> None:
         f"-> {config.tokens_per_picture} image tokens"
     )
     talk(pipeline, file, turns)
+    heat = folder / f"mg_fast-demo-{file.stem.removeprefix('mg_fast-demo-')}-heat.png"
+    pipeline.explain(file, turns[0][0]).image.save(heat)
+    saved = {"where the first answer came from": heat}
+    if args.photo is None:
+        saved |= {"the scene": file, "nano's picture": file.with_stem(f"{file.stem}-drawn")}
+        turns = have_drawn(pipeline, seed, saved["nano's picture"])
+        pipeline.reset()
+        talk(pipeline, saved["nano's picture"], turns)
+    print("\nsaved:  " + "\n        ".join(f"{path}  ({what})" for what, path in saved.items()))
     compare(pipeline, file)
 
 

@@ -38,7 +38,7 @@ from .painting.wishes import draw_wish, phrased, picture, random_wish
 
 AUTOENCODER = {"steps": 8_000, "batch": 4, "rate": 1e-3}
 LATENTS = {"count": 40_000, "batch": 32}
-DIFFUSION = {"steps": 10_000, "batch": 32, "rate": 8e-4, "average": 0.999}
+DIFFUSION = {"steps": 13_000, "batch": 16, "rate": 1e-3, "average": 0.999}
 # The trained modules of the second lesson.
 LEARNS = ("unet", "text_encoder", "text_encoder_2")
 # After so many steps the state is saved, and after so many steps pictures are drawn and checked.
