@@ -38,7 +38,7 @@ from .painting.wishes import draw_wish, phrased, picture, random_wish
 
 AUTOENCODER = {"steps": 8_000, "batch": 4, "rate": 1e-3}
 LATENTS = {"count": 40_000, "batch": 32}
-DIFFUSION = {"steps": 13_000, "batch": 16, "rate": 1e-3, "average": 0.999}
+DIFFUSION = {"steps": 13_000, "scattered": 7_400, "batch": 16, "rate": 1e-3, "average": 0.999}
 # The trained modules of the second lesson.
 LEARNS = ("unet", "text_encoder", "text_encoder_2")
 # After so many steps the state is saved, and after so many steps pictures are drawn and checked.
@@ -60,9 +60,10 @@ class Run:
         # In training on a CPU, attention in plain steps takes a fifth less time of a step than the fused form.
         self.parts["unet"].set_attn_processor(AttnProcessor())
         self.average = EMAModel(self._learning(), decay=DIFFUSION["average"], use_ema_warmup=True, power=0.75)
-        self.steps = {"autoencoder": 0, "latents": 0, "diffusion": 0}
+        self.steps = {"autoencoder": 0, "scattered latents": 0, "latents": 0, "diffusion": 0}
         self.seconds = dict.fromkeys(self.steps, 0.0)
         self.starts, self.machine = 0, environment()
+        self.latents: dict[str, torch.Tensor | None] = dict.fromkeys(("scattered latents", "latents"))
         self._optimizer_states = None
         if (out / "last.pt").is_file():
             self._resume()
@@ -75,7 +76,11 @@ class Run:
         """Runs the rest of the training, for at most `minutes`, and returns whether everything is done."""
         self.starts += 1
         end = None if minutes is None else time.perf_counter() + 60 * minutes
-        if not (self._autoencoder(end) and self._latents(end) and self._diffusion(end)):
+        if not (self._autoencoder(end) and all(self._latents(name, end) for name in self.latents)):
+            return False
+        self._scale = round(1 / float(self.latents["scattered latents"][:4000].float().std()), 4)
+        self.parts["vae"].register_to_config(scaling_factor=self._scale)
+        if not self._diffusion(end):
             return False
         self.average.copy_to(self._learning())
         save(self.parts, self.out / "painter")
@@ -130,44 +135,45 @@ class Run:
         tiles = [image for trip in trips[:16] for image in trip[2:]]
         _grid(tiles, 8).save(self.out / "samples" / "round-trip.png")
 
-    def _latents(self, end: float | None) -> bool:
-        """Draws and encodes the scenes of the second lesson once."""
-        file, (count, size) = self.out / "latents.npy", (LATENTS["count"], LATENTS["batch"])
+    def _latents(self, name: str, end: float | None) -> bool:
+        """Draws and encodes scenes of the second lesson once. Both kinds of scenes grant the same wishes."""
+        file, (count, size) = self.out / f"{name.replace(' ', '-')}.npy", (LATENTS["count"], LATENTS["batch"])
         shape = (count, CHANNELS, LATENT_SIDE, LATENT_SIDE)
         # Without the file, what the state says of it is out of date.
-        done = self.steps["latents"] if file.is_file() else 0
+        done = self.steps[name] if file.is_file() else 0
         kept = np.lib.format.open_memmap(file, "r+" if done else "w+", np.float16, shape)
         self.wishes = []
-        for first in tqdm(range(0, count, size), desc="latents", mininterval=5):
+        for first in tqdm(range(0, count, size), desc=name, mininterval=5):
             began = time.perf_counter()
-            drawn = [draw_wish(self.seed, i) for i in range(first, min(first + size, count))]
+            some = range(first, min(first + size, count))
+            drawn = [draw_wish(self.seed, i, scattered=name == "scattered latents") for i in some]
             # Wishes are made again every time: they are needed in memory, and take less time than a file of them.
             self.wishes += [wished for wished, _ in drawn]
             if first >= done:
                 pixels = autoencoder.to_tensor(np.stack([np.asarray(picture(scene)) for _, scene in drawn]))
                 latents = autoencoder.encode(self.parts["vae"], pixels.to(self.device))
                 kept[first : first + size] = latents.cpu().numpy()
-                self.steps["latents"] = first + len(drawn)
-                self.seconds["latents"] += time.perf_counter() - began
+                self.steps[name] = first + len(drawn)
+                self.seconds[name] += time.perf_counter() - began
                 if end is not None and time.perf_counter() > end:
                     kept.flush()
                     self._keep()
                     return False
         kept.flush()
-        self.latents = torch.from_numpy(kept)
-        self._scale = round(1 / float(self.latents[: min(count, 4000)].float().std()), 4)
-        self.parts["vae"].register_to_config(scaling_factor=self._scale)
+        self.latents[name] = torch.from_numpy(kept)
         return True
 
     def _diffusion(self, end: float | None) -> bool:
-        size, count = DIFFUSION["batch"], len(self.latents)
+        size, count = DIFFUSION["batch"], LATENTS["count"]
         for name in LEARNS:
             self.parts[name].train()
 
         def loss(step: int, noise: torch.Generator) -> torch.Tensor:
             rng = random.Random(f"diffusion/{self.seed}/{step}")
             picked = rng.sample(range(count), size)
-            latents = (self.latents[picked].float() * self._scale).to(self.device)
+            # First the parts learn to draw shapes, anywhere, and then to give each of them its own place.
+            which = "scattered latents" if step < DIFFUSION["scattered"] else "latents"
+            latents = (self.latents[which][picked].float() * self._scale).to(self.device)
             texts = diffusion.prompts([self.wishes[i] for i in picked], rng)
             return diffusion.loss(self.parts, latents, texts, noise)
 

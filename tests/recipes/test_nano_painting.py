@@ -41,6 +41,9 @@ def test_pictures_are_the_same_again_and_their_splits_differ():
     (first, scene), (again, same) = draw_wish(3, 5), draw_wish(3, 5)
     assert first == again and np.array_equal(scene.image, same.image)
     assert draw_wish(3, 5, split="unseen")[0] != first
+    # The latents of both kinds of scenes go with the same prompts.
+    other, scattered = draw_wish(3, 5, scattered=True)
+    assert other == first and scattered.shapes != scene.shapes
     assert picture(scene).size == (SIDE, SIDE)
 
 
@@ -60,7 +63,7 @@ def test_phrases_keep_all_that_is_wished_for():
 
 def test_true_pictures_pass_the_check():
     for i in range(40):
-        wished, scene = draw_wish(11, i, split="unseen")
+        wished, scene = draw_wish(11, i, split="unseen", scattered=i % 2 == 0)
         verdict = check(picture(scene), wished)
         assert verdict.order_right and verdict.background_right and verdict.number_right, (wished, verdict)
 
@@ -68,9 +71,11 @@ def test_true_pictures_pass_the_check():
 def test_shapes_stand_in_the_order_of_the_wish_and_the_number_below():
     wished = Wish(tuple((kind, "red") for kind in KINDS), "gray", True)
     for seed in range(20):
-        scene = grant(random.Random(seed), wished)
+        scene = grant(random.Random(seed), wished, scattered=seed % 2 == 0)
         assert [shape.kind for shape in sorted(scene.shapes, key=lambda shape: shape.x)] == list(KINDS)
         assert all(shape.y + shape.size / 2 < scene.print.y - scene.print.height / 2 for shape in scene.shapes)
+    rows = [[shape.y for shape in grant(random.Random(i), wished).shapes] for i in range(20)]
+    assert 70 < min(map(min, rows)) < max(map(max, rows)) < 91
     with pytest.raises(ValueError, match="expected at most 4 shapes, got 5"):
         grant(random.Random(0), Wish(5 * ONE_OF_EACH.shapes[:1], "gray", False))
 
@@ -215,7 +220,9 @@ def short(monkeypatch):
     """A training of a few steps."""
     monkeypatch.setattr(train_painter, "AUTOENCODER", {"steps": 4, "batch": 2, "rate": 1e-3})
     monkeypatch.setattr(train_painter, "LATENTS", {"count": 6, "batch": 2})
-    monkeypatch.setattr(train_painter, "DIFFUSION", {"steps": 4, "batch": 2, "rate": 1e-3, "average": 0.9})
+    monkeypatch.setattr(
+        train_painter, "DIFFUSION", {"steps": 4, "scattered": 2, "batch": 2, "rate": 1e-3, "average": 0.9}
+    )
     monkeypatch.setattr(train_painter, "KEEP_EVERY", 2)
     monkeypatch.setattr(train_painter, "SAMPLE_EVERY", 4)
     monkeypatch.setattr(train_painter, "WISHES", 1)

@@ -25,7 +25,7 @@ def batch(seed: int, step: int, size: int) -> tuple[Tensor, Tensor]:
     """Pictures [n, 3, side, side] from -1 to 1, and the weights of their pixels [n, 1, side, side]."""
     pictures, weights = [], []
     for index in range(step * size, (step + 1) * size):
-        _, scene = draw_wish(seed, index, split="autoencoder")
+        _, scene = draw_wish(seed, index, split="autoencoder", scattered=True)
         pictures.append(np.asarray(picture(scene)))
         weight = np.ones((SIDE, SIDE), np.float32)
         for printed in scene.prints:
@@ -71,7 +71,7 @@ def round_trip(vae, seed: int, count: int) -> list[tuple]:
 
     found = []
     processor = VaeImageProcessor(vae_scale_factor=FACTOR)
-    unseen = (draw_wish(seed, index, split="unseen") for index in itertools.count())
+    unseen = (draw_wish(seed, index, split="unseen", scattered=True) for index in itertools.count())
     for wished, scene in itertools.islice((one for one in unseen if one[1].print is not None), count):
         image = picture(scene)
         pixels = to_tensor(np.asarray(image)[None]).to(vae.device)

@@ -2,7 +2,8 @@
 
 They are nano's scenes without what its prompts do not speak of: no clutter and no plates, one bold font, larger shapes,
 and the flat colours that every prompt names. Shapes stand from left to right in the order in which the prompt names
-them, and a number stands below them, so that fewer things are left to chance.
+them, and a number stands below them. In scattered scenes they stand at any height, else about in a row, so that little
+is left to chance.
 """
 
 import random
@@ -41,6 +42,10 @@ ORDERED = 0.7
 # between these heights, in pixels of 192.
 MARGIN = 40.0
 PRINT_HEIGHTS = (166.0, 180.0)
+# The heights of the centres of shapes in a row, and how far things stand from the middle of their column, in pixels of
+# 192.
+ROW = (71.0, 90.0)
+LOOSE = 10.0
 # A colour is not wished for on a background that is nearer to it than this, such as white on white.
 LEAST_CONTRAST = 60
 
@@ -87,15 +92,19 @@ def in_order(shapes: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     return sorted(shapes, key=lambda shape: shape[::-1])
 
 
-def draw_wish(seed: int, index: int, *, split: str = "train") -> tuple[Wish, Scene]:
-    """A random wish and a picture that grants it, the same for the same seed and index."""
+def draw_wish(seed: int, index: int, *, split: str = "train", scattered: bool = False) -> tuple[Wish, Scene]:
+    """A random wish and a picture that grants it, the same for the same seed and index. See `grant`."""
     rng = random.Random(f"wish/{split}/{seed}/{index}")
     wished = random_wish(rng, ordered=rng.random() < ORDERED)
-    return wished, grant(rng, wished)
+    return wished, grant(rng, wished, scattered=scattered)
 
 
-def grant(rng: random.Random, wished: Wish) -> Scene:
+def grant(rng: random.Random, wished: Wish, *, scattered: bool = False) -> Scene:
     """A scene that shows just what was wished for: the shapes from left to right in their order, the number below.
+
+    Args:
+        scattered: lets shapes stand at any height, and anywhere in their columns, instead of about in a row; and
+            numbers anywhere in theirs.
 
     Raises:
         ValueError: there is no room for so many shapes.
@@ -104,20 +113,27 @@ def grant(rng: random.Random, wished: Wish) -> Scene:
         raise ValueError(f"grant: expected at most {len(SHAPES) - 1} shapes, got {len(wished.shapes)}")
     base = BACKGROUNDS[wished.background]
     low = PRINT_HEIGHTS[0] - 12 if wished.number else SCENE_SIDE
+    heights = (MARGIN, low - MARGIN) if scattered else ROW
     shapes = []
     for i, (kind, colour) in enumerate(wished.shapes):
         size, column = rng.uniform(*SIZES), SCENE_SIDE / len(wished.shapes)
-        x = _clear(rng, i * column + size / 2 + 2, (i + 1) * column - size / 2 - 2)
-        shapes.append(Shape(kind, colour, x, _clear(rng, MARGIN, low - MARGIN), size))
+        reach = column / 2 - size / 2 - 2
+        x = _near(rng, (i + 0.5) * column, reach if scattered else min(reach, LOOSE))
+        shapes.append(Shape(kind, colour, x, _clear(rng, *heights), size))
     image = Image.new("RGB", (SCENE_SIDE * DRAWN,) * 2, base)
     canvas = ImageDraw.Draw(image)
     for shape in shapes:
         draw_shape(rng, canvas, shape, jitter=0)
     prints = []
     if wished.number:
-        spot = _clear(rng, PRINT_WIDTH / 2, SCENE_SIDE - PRINT_WIDTH / 2), _clear(rng, *PRINT_HEIGHTS)
+        reach = SCENE_SIDE / 2 - PRINT_WIDTH / 2 if scattered else LOOSE
+        spot = _near(rng, SCENE_SIDE / 2, reach), _clear(rng, *PRINT_HEIGHTS)
         prints = [draw_print(rng, image, draw_number(rng, training=True), *spot, base, plated=False, fonts=[FONT])]
     return Scene(wished.background, shapes, prints, image)
+
+
+def _near(rng: random.Random, middle: float, reach: float) -> float:
+    return _clear(rng, middle - reach, middle + reach)
 
 
 def _clear(rng: random.Random, low: float, high: float) -> float:
