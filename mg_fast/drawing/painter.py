@@ -53,7 +53,9 @@ class Painter:
         compiled: bool = False,
     ):
         self.source, self.dtype, self.device = source, dtype, device
-        self.defaults = DrawingSettings(steps=steps, guidance=guidance)
+        recommended = source.recommended if isinstance(source, PipelineSource) else {}
+        given = {name: value for name, value in (("steps", steps), ("guidance", guidance)) if value is not None}
+        self.defaults = DrawingSettings(**{**recommended, **given})
         self._parts = PipelineParts(scheduler, lora, ip_adapter, offload, compiled)
         self._lock = threading.RLock()
         self._pipeline: DiffusionPipeline | None = None
@@ -117,7 +119,7 @@ class Painter:
                 negative prompt ignore it.
             size: side of a square picture or (width, height) in pixels, multiples of eight; None: the pipeline's own.
             seed: of the first picture; the others have the seeds after it. None: a random one.
-            steps, guidance: None: the painter's, and then the pipeline's own.
+            steps, guidance: None: the painter's (see `load_painter`).
             count: number of pictures.
             like: a picture to start from, or to follow if the painter has an IP-Adapter: anything that
                 `mg_fast.Pipeline.chat` takes as a picture.
@@ -221,7 +223,8 @@ def load_painter(
             (`nano`, which knows simple shapes alone); or a loaded pipeline, to which what is asked for here is applied.
         dtype: `auto` or None is float16 on a GPU and float32 on a CPU; a loaded pipeline keeps its own.
         device: default: a GPU if there is one.
-        steps, guidance: what `draw` uses where the caller gives none; None: the pipeline's own.
+        steps, guidance: what `draw` uses where the caller gives none. None: what a local folder recommends in a file
+            `drawing_config.json`, such as `{"steps": 30, "guidance": 3.5}`, and then the pipeline's own.
         scheduler: a scheduler of diffusers, or a name in `mg_fast.drawing.settings.SCHEDULERS`: `lcm`, `lightning` and
             `turbo` for few steps. None: the pipeline's own.
         lora: a LoRA's file, folder or hub id, or several of them; they are merged into the weights.
@@ -232,7 +235,7 @@ def load_painter(
         compiled: run the UNet or transformer through torch.compile, which takes a minute for each new size.
 
     Raises:
-        CheckpointError: there is no such pipeline, LoRA or IP-Adapter.
+        CheckpointError: there is no such pipeline, LoRA or IP-Adapter, or a file of the folder cannot be read.
         BackendError: diffusers is not installed, or the dtype or the device is unknown.
         DrawingError: another argument is out of range.
     """

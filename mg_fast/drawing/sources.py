@@ -3,18 +3,22 @@
 import json
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from ..errors import BackendError, CheckpointError, quoted, shortened
+from ..errors import BackendError, CheckpointError, DrawingError, quoted, shortened
 from ..models import builtin
 from ..models.tensor_files import first_line, read_file
+from .settings import DrawingSettings
 
 INDEX = "model_index.json"
+# A file beside the index with the settings that the makers of a pipeline recommend. diffusers has no place for them.
+RECOMMENDED = "drawing_config.json"
 
 
 @dataclass(frozen=True)
@@ -25,11 +29,13 @@ class PipelineSource:
         name: the folder or hub id.
         index: what its model_index.json holds.
         folder: the local folder; None for a hub id.
+        recommended: the steps and the guidance in the folder's drawing_config.json, where it has one.
     """
 
     name: str
     index: dict
     folder: Path | None
+    recommended: Mapping[str, int | float] = field(default_factory=dict)
 
     @property
     def class_name(self) -> str:
@@ -84,7 +90,7 @@ def find_pipeline(name_or_path: str | os.PathLike) -> PipelineSource:
                 f"{shortened(name, 120)} is no pipeline of diffusers: expected a folder with {INDEX}, which names its "
                 "parts (a UNet, a VAE, text encoders, a scheduler)"
             )
-        source = PipelineSource(name, _read_index(path / INDEX), path)
+        source = PipelineSource(name, _read_index(path / INDEX), path, _read_recommended(path / RECOMMENDED))
         _check_parts(source)
         return source
     if os.path.exists(path) or name.startswith((".", "/", "~")) or name.count("/") != 1:
@@ -144,11 +150,28 @@ def _check_parts(source: PipelineSource) -> None:
             raise CheckpointError(f"{shortened(source.name, 120)}: the part {quoted(part)} has no file of weights")
 
 
-def _read_index(path: Path) -> dict:
+def _read_recommended(path: Path) -> dict[str, int | float]:
+    if not path.is_file():
+        return {}
+    found = _read_json(path)
+    if not isinstance(found, dict) or not set(found) <= {"steps", "guidance"}:
+        raise CheckpointError(f"{path}: expected an object with the keys steps and guidance, got {quoted(found)}")
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        DrawingSettings(**found)
+    except DrawingError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    return found
+
+
+def _read_json(path: Path) -> object:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {first_line(error)}") from None
+
+
+def _read_index(path: Path) -> dict:
+    index = _read_json(path)
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise CheckpointError(f"{path} names no pipeline: expected the key _class_name, got {quoted(index)}")
     return index

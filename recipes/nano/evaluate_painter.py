@@ -34,7 +34,7 @@ from .talk import GEN, wish
 SEED = 8000
 # The shapes of a wish take turns.
 COUNTS = (1, 2, 3)
-# None is the pipeline's own guidance.
+# None is the guidance that the painter's folder recommends.
 GUIDANCES = {"with guidance": None, "without guidance": 1.0}
 # The number of true pictures that are read by OCR, to see how well it reads such print at all.
 TRUE_PICTURES = 100
@@ -153,7 +153,7 @@ def main() -> None:
     result["conditions"] = {
         "wishes": args.count,
         "seed": args.seed,
-        "steps": "the pipeline's own (50)",
+        "steps and guidance": {"steps": painter.defaults.steps, "guidance": painter.defaults.guidance},
         "seconds": round(time.perf_counter() - began, 1),
         "machine": environment(),
         "sha256 of weights": digests(folder),

@@ -40,6 +40,26 @@ def test_it_loads_on_first_use(folder):
     assert not painter.loaded
 
 
+def test_a_folder_recommends_steps_and_guidance(folder, tmp_path):
+    advised = tmp_path / "advised"
+    shutil.copytree(folder, advised)
+    (advised / "drawing_config.json").write_text('{"steps": 3, "guidance": 1.5}')
+    (wanted,) = load_painter(folder, steps=3, guidance=1.5, device="cpu").draw("a cat", seed=1)
+    assert same(load_painter(advised, device="cpu").draw("a cat", seed=1)[0], wanted)
+    # What the caller says comes first, in `load_painter` and in `draw`.
+    (other,) = load_painter(folder, steps=2, guidance=4.0, device="cpu").draw("a cat", seed=1)
+    assert not same(other, wanted)
+    assert same(load_painter(advised, steps=2, device="cpu").draw("a cat", seed=1, guidance=4.0)[0], other)
+    for text, message in (
+        ("{", "is not JSON"),
+        ('{"scale": 1}', "expected an object with the keys steps and guidance, got {'scale': 1}"),
+        ('{"steps": 0}', "drawing_config.json: steps: expected"),
+    ):
+        (advised / "drawing_config.json").write_text(text)
+        with pytest.raises(CheckpointError, match=message):
+            load_painter(advised)
+
+
 @pytest.mark.parametrize("scheduler", ["lcm", "lightning", "turbo", "dpm", "unipc"])
 def test_schedulers(folder, scheduler):
     painter = load_painter(folder, steps=2, guidance=1.0, scheduler=scheduler)

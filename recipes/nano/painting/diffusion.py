@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mg_fast.drawing import NEGATIVE_PROMPT
 
-from .parts import assemble, embed
+from .parts import DRAWING, assemble, embed
 from .wishes import SIDE, Wish, phrased
 
 # Errors count by the signal-to-noise ratio in the latents, and no more than by this one (Hang et al. 2023). Otherwise
@@ -56,15 +56,15 @@ def loss(parts: dict, latents: Tensor, texts: list[str], noise: torch.Generator)
 
 
 @torch.inference_mode()
-def sample(parts: dict, wishes: list[Wish], *, seed: int, steps: int = 25, guidance: float = 5.0) -> list:
+def sample(parts: dict, wishes: list[Wish], *, seed: int) -> list:
     """A picture for every wish, drawn together."""
     pipeline = assemble(parts)
     pipeline.set_progress_bar_config(disable=True)
     drawn = pipeline(
         [wished.prompt for wished in wishes],
         negative_prompt=[NEGATIVE_PROMPT] * len(wishes),
-        num_inference_steps=steps,
-        guidance_scale=guidance,
+        num_inference_steps=DRAWING["steps"],
+        guidance_scale=DRAWING["guidance"],
         generator=[torch.Generator().manual_seed(seed + i) for i in range(len(wishes))],
     )
     return drawn.images
