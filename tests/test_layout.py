@@ -15,6 +15,21 @@ NANO = (
     "config.json",
     "generation_config.json",
     "model.safetensors",
+    "painter/drawing_config.json",
+    "painter/model_index.json",
+    "painter/scheduler/scheduler_config.json",
+    "painter/text_encoder/config.json",
+    "painter/text_encoder/model.safetensors",
+    "painter/text_encoder_2/config.json",
+    "painter/text_encoder_2/model.safetensors",
+    "painter/tokenizer/tokenizer.json",
+    "painter/tokenizer/tokenizer_config.json",
+    "painter/tokenizer_2/tokenizer.json",
+    "painter/tokenizer_2/tokenizer_config.json",
+    "painter/unet/config.json",
+    "painter/unet/diffusion_pytorch_model.safetensors",
+    "painter/vae/config.json",
+    "painter/vae/diffusion_pytorch_model.safetensors",
     "tokenizer.model",
     "tokenizer_config.json",
     "training.json",
@@ -94,6 +109,7 @@ def test_wheel_holds_the_packages_and_nothing_else(wheel):
     assert "mg_fast/kernels/__init__.py" not in names
     nano = {f"mg_fast/nano/{file}" for file in NANO}
     assert nano == {name for name in names if name.startswith("mg_fast/nano/")}
+    assert wheel.stat().st_size < 25e6
     assert any(name.endswith("LICENSE") for name in names) and any(name.endswith("NOTICE") for name in names)
 
 

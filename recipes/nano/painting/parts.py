@@ -121,7 +121,8 @@ def embed(parts: Mapping[str, object], prompts: list[str]) -> tuple[torch.Tensor
 
 def save(parts: Mapping[str, object], folder: Path) -> None:
     """Writes the pipeline in half precision, with the settings with which it draws best."""
-    pipeline = assemble(parts)
-    pipeline.to(dtype=torch.float16)
-    pipeline.save_pretrained(folder)
+    for part in parts.values():
+        if isinstance(part, torch.nn.Module):
+            part.half()
+    assemble(parts).save_pretrained(folder)
     (folder / RECOMMENDED).write_text(json.dumps(DRAWING) + "\n")
