@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import torch
+from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from transformers.utils import logging as transformers_logging
 
@@ -126,8 +127,9 @@ def main() -> None:
     what.add_argument("--seed", type=int, help="seed of the scene (default: a random one, which is printed)")
     what.add_argument("--photo", type=Path, metavar="FILE", help="ask about this picture instead of a scene")
     args = parser.parse_args()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    for libraries in (transformers_logging, diffusers_logging):
+        libraries.set_verbosity_error()
+        libraries.disable_progress_bar()
     folder = Path(tempfile.gettempdir())
     if args.photo is not None:
         file, turns = args.photo, [(question, None) for question in QUESTIONS]

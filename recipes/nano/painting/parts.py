@@ -125,4 +125,9 @@ def save(parts: Mapping[str, object], folder: Path) -> None:
         if isinstance(part, torch.nn.Module):
             part.half()
     assemble(parts).save_pretrained(folder)
+    # AutoencoderTiny writes a setting of its own that it warns of when it reads it, and works it out again.
+    settings_file = folder / "vae" / "config.json"
+    kept = json.loads(settings_file.read_text())
+    del kept["block_out_channels"]
+    settings_file.write_text(json.dumps(kept, indent=2) + "\n")
     (folder / RECOMMENDED).write_text(json.dumps(DRAWING) + "\n")
