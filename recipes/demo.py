@@ -64,8 +64,8 @@ def have_drawn(pipeline: mg_fast.Pipeline, seed: int, file: Path) -> list[tuple[
     Returns:
         Questions about the picture, with the right answers that follow from the wish.
     """
-    wished = random_wish(random.Random(f"demo/{seed}"), shapes=2, number=True)
-    said = wish(list(wished.shapes), wished.background, wished.number)
+    wished = random_wish(random.Random(f"demo/{seed}"), shapes=2, number=False)
+    said = wish(list(wished.shapes), wished.background)
 
     def on_step(done: int, total: int) -> None:
         print(f"\r        drawing, step {done} of {total}", end="" if done < total else "\n", flush=True)
@@ -84,7 +84,11 @@ def have_drawn(pipeline: mg_fast.Pipeline, seed: int, file: Path) -> list[tuple[
         raise SystemExit(f"no picture came: {stream.no_image_reason}")
     stream.images[0].save(file)
     print(f"        {file}  [{time.perf_counter() - began:.2f} s]")
-    return [("Describe the picture.", f"{said[0].upper()}{said[1:]}."), ("What does the sign say?", None)]
+    return [
+        ("Describe the picture.", f"{said[0].upper()}{said[1:]}."),
+        ("What colour is the background?", f"The background is {wished.background}."),
+        ("What does the sign say?", "There is no number."),
+    ]
 
 
 def compare(pipeline: mg_fast.Pipeline, file: Path) -> None:

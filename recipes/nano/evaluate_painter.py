@@ -2,9 +2,9 @@
 
 python -m recipes.nano.evaluate_painter PIPELINE --out RESULT.json --pictures PICTURE.png
 
-Nano writes the prompt of every wish, the painter draws it with and without guidance, and nano reads the picture.
-Shapes, colours and backgrounds are checked by `painting.check`, which uses no model. A number counts as readable if
-nano and RapidOCR, which were trained apart, read the same digits.
+Nano writes the prompt of every wish, from words or from a picture that shows it. The painter draws it with and without
+guidance, and nano reads what was drawn. Shapes, colours and backgrounds are checked by `painting.check`, which uses no
+model. A number counts as readable if nano and RapidOCR, which were trained apart, read the same digits.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from mg_fast.testing.environment import environment
 
 from .painting.check import Verdict, check
 from .painting.reading import read_numbers
-from .painting.wishes import Wish, draw_wish, picture, random_wish
+from .painting.wishes import Wish, draw_wish, grant, picture, random_wish
 from .talk import GEN, wish
 
 SEED = 8000
@@ -51,9 +51,19 @@ def wishes(seed: int, count: int) -> list[Wish]:
     return [random_wish(rng, shapes=COUNTS[i % len(COUNTS)]) for i in range(count)]
 
 
-def prompts(pipeline: mg_fast.Pipeline, asked: list[Wish]) -> list[str]:
-    """What nano writes between its tags; empty where it writes no tags."""
-    questions = [f"Draw {wish(list(one.shapes), one.background, one.number)}.{GEN}" for one in asked]
+def prompts(pipeline: mg_fast.Pipeline, asked: list[Wish], seed: int) -> list[str]:
+    """What nano writes between its tags; empty where it writes no tags.
+
+    A wish without a number is put in words. For one with a number, nano is shown a picture that grants it and asked to
+    draw it again, because nano never learned of numbers in wishes without a picture.
+    """
+    questions: list = []
+    for i, one in enumerate(asked):
+        if one.number:
+            shown = grant(random.Random(f"shown/{seed}/{i}"), one)
+            questions.append((f"Draw this again.{GEN}", [shown.image]))
+        else:
+            questions.append(f"Draw {wish(list(one.shapes), one.background)}.{GEN}")
     answers = pipeline.chat_batch(questions, max_new_tokens=MOST, batch_size=64, progress=False)
     return [(mg_fast.drawing.find_prompts(answer.text) or [""])[0] for answer in answers]
 
@@ -127,7 +137,7 @@ def main() -> None:
     began = time.perf_counter()
     pipeline, painter = mg_fast.load("nano", dtype="float32"), load_painter(args.pipeline)
     asked = wishes(args.seed, args.count)
-    written = prompts(pipeline, asked)
+    written = prompts(pipeline, asked, args.seed)
     as_wished = sum(prompt == one.prompt for prompt, one in zip(written, asked))
     result: dict = {"prompts as wished": round(as_wished / len(asked), 4)}
     seconds = []

@@ -17,7 +17,7 @@ from tests.paths import ROOT
 
 FOLDER = builtin.resolve_painter("nano")
 RECORD = ROOT / "bench" / "results" / "nano-drawings.json"
-WISHED = Wish((("circle", "blue"), ("star", "red")), "white", True)
+WISHED = Wish((("circle", "blue"), ("star", "red")), "white", False)
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def alone(one_thread):
 def test_nano_has_its_wish_drawn_and_reads_it():
     """From words to a picture and back to words, by the public names alone."""
     pipeline = mg_fast.load("nano", painter="nano", device="cpu")
-    said = wish(list(WISHED.shapes), WISHED.background, WISHED.number)
+    said = wish(list(WISHED.shapes), WISHED.background)
     answer = pipeline.chat(f"Draw {said}.", draw=True, seed=4, max_new_tokens=64)
     assert answer.image_prompts == [WISHED.prompt]
     (drawn,) = answer.images
