@@ -22,7 +22,7 @@ from mg_fast.models.pictures import open_picture
 
 from .nano.painting.wishes import random_wish
 from .nano.scenes import draw_number, draw_scene
-from .nano.talk import ask, wish
+from .nano.talk import NO_NUMBER, ask, wish
 
 # The number of turns of each backend. The backends take turns, so that both meet the same state of the machine.
 TURNS = 5
@@ -87,7 +87,7 @@ def have_drawn(pipeline: mg_fast.Pipeline, seed: int, file: Path) -> list[tuple[
     return [
         ("Describe the picture.", f"{said[0].upper()}{said[1:]}."),
         ("What colour is the background?", f"The background is {wished.background}."),
-        ("What does the sign say?", "There is no number."),
+        ("What does the sign say?", NO_NUMBER),
     ]
 
 
@@ -148,7 +148,7 @@ def main() -> None:
         file, turns = draw(seed, folder)
         print(f"picture: {file}  (seed {seed}; --seed {seed} draws it again)")
 
-    pipeline = mg_fast.load("nano", painter="nano")
+    pipeline = mg_fast.load("nano", painter="nano" if args.photo is None else None)
     config, parameters = pipeline.model.config, sum(p.numel() for p in pipeline.model.parameters())
     print(f"loaded nano, {parameters / 1e6:.1f} M parameters, in {pipeline.load_seconds:.1f} s on {pipeline.device}")
     with Image.open(file) as image:

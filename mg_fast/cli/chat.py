@@ -80,7 +80,7 @@ def command(args) -> int:
                 if loading.is_interleaved(args.model):
                     raise DrawingError("/painter: this model draws by itself")
                 if not rest.strip():
-                    raise DrawingError("/painter needs a folder or hub id: /painter P")
+                    raise DrawingError("/painter needs a folder, a hub id or nano: /painter P")
                 conversation.painter = drawing.load_painter(args, rest.strip().strip("'\""))
                 print(f"(draws with {conversation.painter.name})")
             elif word == "/save":

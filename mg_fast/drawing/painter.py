@@ -112,10 +112,10 @@ class Painter:
         gives the same picture in whatever company. A picture's `info["seed"]` holds its seed.
 
         Args:
-            prompt: what to draw. If all text encoders are CLIP's, a prompt of more than 77 tokens is encoded in chunks;
-                where that is not possible, a warning says how much of it is cut.
+            prompt: what to draw. If all text encoders are CLIP's, a prompt of more tokens than they read (77; 48 for
+                `nano`) is encoded in chunks; where that is not possible, a warning says how much of it is cut.
             negative: what not to draw; None means Mini-Gemini's `NEGATIVE_PROMPT`, and "" nothing. Beside a prompt that
-                is not long, the first 77 tokens of this default count, as in the original. Pipelines that take no
+                is not long, only the first tokens of this default count, as in the original. Pipelines that take no
                 negative prompt ignore it.
             size: side of a square picture or (width, height) in pixels, multiples of eight; None: the pipeline's own.
             seed: of the first picture; the others have the seeds after it. None: a random one.

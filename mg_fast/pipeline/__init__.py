@@ -87,8 +87,8 @@ def load(
         llm, clip, diffusion: folders or hub ids of the models that MM-Interleaved's config.yaml names, for those that
             are not where it says.
         painter: draws what answers ask for: a `mg_fast.drawing.Painter`, or the folder or hub id of a text-to-image
-            pipeline of diffusers, whose weights are loaded when the first picture is drawn; Mini-Gemini only, because
-            MM-Interleaved draws by itself.
+            pipeline of diffusers (`nano` is the one in the package), whose weights are loaded when the first picture is
+            drawn; Mini-Gemini only, because MM-Interleaved draws by itself.
 
     Raises:
         CheckpointError: the checkpoint or the painter cannot be loaded, or an argument is for another family.

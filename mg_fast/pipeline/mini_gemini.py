@@ -35,8 +35,8 @@ class Pipeline(StagedPipeline):
         image_cache_bytes, kv_cache_bytes: see `CacheOptions`.
         compiled: on a GPU, decode through torch.compile, which takes seconds to a minute at the first answer.
         cuda_graphs: on a GPU, capture the work in CUDA graphs; without graphs less memory is needed.
-        painter: the `mg_fast.drawing.Painter` that draws what answers ask for, or a folder or hub id for
-            `mg_fast.drawing.load_painter`; None: nothing can be drawn.
+        painter: the `mg_fast.drawing.Painter` that draws what answers ask for, or a folder, a hub id or the
+            name `nano` for `mg_fast.drawing.load_painter`; None: nothing can be drawn.
 
     Attributes:
         vision: the `VisionStage`, which turns pictures into image tokens.
@@ -231,8 +231,8 @@ def as_painter(painter, device: torch.device):
         return painter
     if not isinstance(painter, (str, os.PathLike)):
         raise CheckpointError(
-            "painter: expected a mg_fast.drawing.Painter (load_painter makes one, also of a loaded pipeline), a folder "
-            f"or a hub id, got {quoted(painter)}"
+            "painter: expected a mg_fast.drawing.Painter (load_painter makes one, also of a loaded pipeline), a "
+            f"folder, a hub id or nano, got {quoted(painter)}"
         )
     from ..drawing import load_painter
 

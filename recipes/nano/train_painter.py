@@ -34,7 +34,7 @@ from .painting.curve import draw_curve
 from .painting.optimizers import make_optimizers
 from .painting.parts import CHANNELS, LATENT_SIDE, make_parts, save
 from .painting.reading import read_numbers
-from .painting.wishes import draw_wish, phrased, picture, random_wish
+from .painting.wishes import draw_wish, numbered_wish, phrased, picture, random_wish
 
 AUTOENCODER = {"steps": 8_000, "batch": 4, "rate": 1e-3}
 LATENTS = {"count": 40_000, "batch": 32}
@@ -136,35 +136,34 @@ class Run:
         _grid(tiles, 8).save(self.out / "samples" / "round-trip.png")
 
     def _latents(self, name: str, end: float | None) -> bool:
-        """Draws and encodes scenes of the second lesson once. Both kinds of scenes grant the same wishes."""
+        """Draws and encodes scenes of the second lesson once."""
         file, (count, size) = self.out / f"{name.replace(' ', '-')}.npy", (LATENTS["count"], LATENTS["batch"])
         shape = (count, CHANNELS, LATENT_SIDE, LATENT_SIDE)
         # Without the file, what the state says of it is out of date.
         done = self.steps[name] if file.is_file() else 0
         kept = np.lib.format.open_memmap(file, "r+" if done else "w+", np.float16, shape)
-        self.wishes = []
-        for first in tqdm(range(0, count, size), desc=name, mininterval=5):
+        for first in tqdm(range(done, count, size), desc=name, mininterval=5):
             began = time.perf_counter()
             some = range(first, min(first + size, count))
-            drawn = [draw_wish(self.seed, i, scattered=name == "scattered latents") for i in some]
-            # Wishes are made again every time: they are needed in memory, and take less time than a file of them.
-            self.wishes += [wished for wished, _ in drawn]
-            if first >= done:
-                pixels = autoencoder.to_tensor(np.stack([np.asarray(picture(scene)) for _, scene in drawn]))
-                latents = autoencoder.encode(self.parts["vae"], pixels.to(self.device))
-                kept[first : first + size] = latents.cpu().numpy()
-                self.steps[name] = first + len(drawn)
-                self.seconds[name] += time.perf_counter() - began
-                if end is not None and time.perf_counter() > end:
-                    kept.flush()
-                    self._keep()
-                    return False
-        kept.flush()
+            drawn = [draw_wish(self.seed, i, scattered=name == "scattered latents")[1] for i in some]
+            pixels = autoencoder.to_tensor(np.stack([np.asarray(picture(scene)) for scene in drawn]))
+            latents = autoencoder.encode(self.parts["vae"], pixels.to(self.device))
+            kept[first : first + size] = latents.cpu().numpy()
+            self.steps[name] = first + len(drawn)
+            self.seconds[name] += time.perf_counter() - began
+            stopped = end is not None and time.perf_counter() > end
+            if stopped or (first // size + 1) % KEEP_EVERY == 0 or self.steps[name] == count:
+                kept.flush()
+                self._keep()
+            if stopped:
+                return False
         self.latents[name] = torch.from_numpy(kept)
         return True
 
     def _diffusion(self, end: float | None) -> bool:
         size, count = DIFFUSION["batch"], LATENTS["count"]
+        # Both kinds of scenes grant the same wishes.
+        wishes = [numbered_wish(self.seed, i) for i in range(count)]
         for name in LEARNS:
             self.parts[name].train()
 
@@ -174,7 +173,7 @@ class Run:
             # First the parts learn to draw shapes, anywhere, and then to give each of them its own place.
             which = "scattered latents" if step < DIFFUSION["scattered"] else "latents"
             latents = (self.latents[which][picked].float() * self._scale).to(self.device)
-            texts = diffusion.prompts([self.wishes[i] for i in picked], rng)
+            texts = diffusion.prompts([wishes[i] for i in picked], rng)
             return diffusion.loss(self.parts, latents, texts, noise)
 
         def after(step: int) -> None:
@@ -242,7 +241,8 @@ class Run:
                 bar.set_postfix(loss=row["loss"])
             stopped = end is not None and time.perf_counter() > end
             if stopped or (step + 1) % KEEP_EVERY == 0:
-                self._keep(optimizers)
+                # The next lesson has optimizers of its own.
+                self._keep(None if step + 1 == plan["steps"] else optimizers)
             if stopped:
                 return False
         self._keep()
@@ -262,7 +262,9 @@ class Run:
     def _keep(self, optimizers: Sequence[torch.optim.Optimizer] | None = None) -> None:
         state = {"modules": {name: module.state_dict() for name, module in self.modules.items()}}
         state |= {"average": self.average.state_dict(), "steps": self.steps, "seconds": self.seconds}
-        state |= {"optimizers": None if optimizers is None else [one.state_dict() for one in optimizers]}
+        # States that were read and belong to a lesson that has not gone on yet are kept.
+        states = self._optimizer_states if optimizers is None else [one.state_dict() for one in optimizers]
+        state |= {"optimizers": states}
         state |= {"starts": self.starts, "machine": self.machine, "run": self._what()}
         # The state is first written under another name: a run that is killed while it writes must not lose its state.
         torch.save(state, self.out / "next.pt")
@@ -273,8 +275,8 @@ class Run:
         for name, ours in self._what().items():
             if (theirs := state["run"][name]) != ours:
                 raise SystemExit(
-                    f"{self.out} holds a run of other {name}: "
-                    f"give another folder (it holds {theirs}, asked for was {ours})"
+                    f"{self.out} holds a run with another {name}: "
+                    f"give another folder (it has {theirs}, asked for was {ours})"
                 )
         for name, module in self.modules.items():
             module.load_state_dict(state["modules"][name])
@@ -312,10 +314,13 @@ def main() -> None:
         "--minutes", type=float, help="stop after this many minutes; the same command continues from there"
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=device, help="cpu or cuda (default: a GPU if there is one)")
+    choices = ("cpu", "cuda")
+    parser.add_argument("--device", default=device, choices=choices, help="default: a GPU if there is one")
     args = parser.parse_args()
     if args.out.exists() and not args.out.is_dir():
         parser.error(f"expected a folder to train in, {args.out} is a file")
+    if args.device == "cuda" and device == "cpu":
+        parser.error("--device cuda: torch finds no GPU here")
     if args.minutes is not None and args.minutes <= 0:
         parser.error(f"expected more than 0 minutes, got --minutes {args.minutes:g}")
     transformers_logging.set_verbosity_error()

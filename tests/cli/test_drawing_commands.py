@@ -96,7 +96,7 @@ def test_chat_draws(standard, painter, tmp_path, capsys, monkeypatch, speaking):
         "no picture has been drawn yet",
         "(no picture: no painter is loaded",
         f"(draws with {painter})",
-        "/painter needs a folder or hub id",
+        "/painter needs a folder, a hub id or nano",
         "/draw needs a text",
         "(drawn.png)",
         "(a.png)",

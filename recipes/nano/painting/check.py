@@ -18,8 +18,11 @@ _ENLARGED = 4
 _LEAST = 11.5
 # Spots smaller than this area are taken as specks, which do not count.
 _SPECK = 12.0
-# A colour farther than this from all named colours is none of them.
+# Numbers stand below this share of the height. What is as small and stands above it is a shape that is none.
+_PRINT_FROM = 0.75
+# A colour farther than this from all named colours is none of them, and so is a background farther than that from all.
 _FARTHEST = 75.0
+_FARTHEST_GROUND = 40.0
 
 
 @dataclass(frozen=True)
@@ -27,14 +30,14 @@ class Verdict:
     """What was found in a picture.
 
     Attributes:
-        background: the name of its colour.
+        background: the name of its colour; None where it is none that has a name.
         shapes: each (kind, colour) from left to right; kind or colour is None where it is none that has a name.
         shapes_right, background_right, number_right: whether they are what was wished for. Shapes are right wherever
             they stand. A number is right where there is print if and only if it was asked for, whatever it says.
         order_right: whether the shapes are right and stand from left to right in the order of the wish.
     """
 
-    background: str
+    background: str | None
     shapes: tuple[tuple[str | None, str | None], ...]
     shapes_right: bool
     order_right: bool
@@ -43,10 +46,11 @@ class Verdict:
 
 
 def check(picture: Image.Image, wished: Wish) -> Verdict:
-    """Compares a picture with its wish."""
+    """Compares a picture with its wish. Holes in shapes are not looked for."""
     pixels = np.asarray(picture.convert("RGB"), np.float32)
     ground = np.median(pixels.reshape(-1, 3), axis=0)
-    background = _nearest(ground, BACKGROUNDS)[0]
+    named, away = _nearest(ground, BACKGROUNDS)
+    background = named if away <= _FARTHEST_GROUND else None
     height, width = pixels.shape[:2]
     large = cv2.resize(pixels, (width * _ENLARGED, height * _ENLARGED), interpolation=cv2.INTER_CUBIC)
     distance = np.linalg.norm(large - ground, axis=-1)
@@ -57,9 +61,12 @@ def check(picture: Image.Image, wished: Wish) -> Verdict:
     for outline in outlines:
         if cv2.contourArea(outline) < _SPECK * _ENLARGED**2:
             continue
-        (x, _), (across, down), _ = cv2.minAreaRect(outline)
+        (x, y), (across, down), _ = cv2.minAreaRect(outline)
         if min(across, down) < _LEAST * _ENLARGED:
-            printed = True
+            if y > _PRINT_FROM * len(large):
+                printed = True
+            else:
+                found.append((x, None, None))
             continue
         inside = np.zeros(mask.shape, np.uint8)
         cv2.drawContours(inside, [outline], -1, 1, cv2.FILLED)

@@ -17,8 +17,9 @@ def draw_curve(log: Path, picture: Path) -> None:
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
     for axis, lesson in zip(axes, LESSONS):
-        points = [(row["step"], row["loss"]) for row in rows if row["lesson"] == lesson]
-        axis.plot(*zip(*points))
+        # A run that was killed wrote some rows twice.
+        points = {row["step"]: row["loss"] for row in rows if row["lesson"] == lesson}
+        axis.plot(*zip(*sorted(points.items())))
         axis.set(title=lesson, xlabel="step", ylabel="loss", yscale="log")
     samples = [row for row in rows if row["lesson"] == "samples"]
     for name in SHARES:

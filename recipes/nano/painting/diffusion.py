@@ -50,7 +50,7 @@ def loss(parts: dict, latents: Tensor, texts: list[str], noise: torch.Generator)
     found = parts["unet"](noisy, times, states, added_cond_kwargs=further).sample
     alphas = scheduler.alphas_cumprod.to(latents.device)[times]
     signal = alphas / (1 - alphas).clamp_min(1e-8)
-    # The error of a velocity is that of the picture, weighed by the ratio and one.
+    # The error of a velocity is the error of the picture times one plus the ratio.
     weight = (1 + signal).clamp_max(1 + MOST_SIGNAL) / (1 + signal)
     return (weight * (found.float() - wanted).square().mean((1, 2, 3))).mean()
 

@@ -94,9 +94,18 @@ def in_order(shapes: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
 
 def draw_wish(seed: int, index: int, *, split: str = "train", scattered: bool = False) -> tuple[Wish, Scene]:
     """A random wish and a picture that grants it, the same for the same seed and index. See `grant`."""
-    rng = random.Random(f"wish/{split}/{seed}/{index}")
-    wished = random_wish(rng, ordered=rng.random() < ORDERED)
+    rng, wished = _numbered(seed, index, split)
     return wished, grant(rng, wished, scattered=scattered)
+
+
+def numbered_wish(seed: int, index: int, *, split: str = "train") -> Wish:
+    """The wish of `draw_wish`, without its picture."""
+    return _numbered(seed, index, split)[1]
+
+
+def _numbered(seed: int, index: int, split: str) -> tuple[random.Random, Wish]:
+    rng = random.Random(f"wish/{split}/{seed}/{index}")
+    return rng, random_wish(rng, ordered=rng.random() < ORDERED)
 
 
 def grant(rng: random.Random, wished: Wish, *, scattered: bool = False) -> Scene:
