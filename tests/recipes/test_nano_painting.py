@@ -282,6 +282,6 @@ def test_shares_are_counted_by_the_number_of_shapes():
 
 
 def test_the_wishes_of_the_evaluation_take_turns():
-    asked = evaluate_painter.wishes(8000, 9)
+    asked = evaluate_painter.wishes(8100, 9)
     assert [len(one.shapes) for one in asked] == [1, 2, 3] * 3
-    assert asked == evaluate_painter.wishes(8000, 9)
+    assert asked == evaluate_painter.wishes(8100, 9)
