@@ -325,17 +325,22 @@ def demo(*arguments, tmp_path):
 @pytest.mark.slow
 def test_demo(tmp_path):
     out = demo(tmp_path=tmp_path)
-    (picture,) = tmp_path.glob("mg_fast-demo-*.png")
-    seed = picture.stem.rpartition("-")[2]
+    saved = sorted(tmp_path.glob("mg_fast-demo-*.png"))
+    seed = re.search(r"seed (\d+); ", out)[1]
+    picture, drawn, heat = (tmp_path / f"mg_fast-demo-{seed}{end}.png" for end in ("", "-drawn", "-heat"))
+    assert saved == sorted([picture, drawn, heat]) and all(str(file) in out for file in saved)
     assert f"picture: {picture}  (seed {seed}; " in out
-    assert out.count("\nyou:    ") == out.count("\nnano:   ") == out.count("(correct)") + out.count("(WRONG: ") == 3
-    assert "patch info mining" in out and "The words are the same." in out
-    drawn = picture.read_bytes()
-    picture.unlink()
+    # Three questions about the scene, the wish, and three questions about what was drawn.
+    assert out.count("\nyou:    ") == out.count("\nnano:   ") == 7
+    assert out.count("(correct)") + out.count("(WRONG: ") == 6
+    assert "patch info mining" in out and "The words are the same." in out and "drawing, step 30 of 30" in out
+    before = [file.read_bytes() for file in saved]
+    for file in saved:
+        file.unlink()
     again = demo("--seed", seed, tmp_path=tmp_path)
-    assert picture.read_bytes() == drawn
+    assert [file.read_bytes() for file in saved] == before
     answers = [re.findall(r"^nano:   (.*)  \[", text, re.M) for text in (out, again)]
-    assert answers[0] == answers[1] and len(answers[0]) == 3
+    assert answers[0] == answers[1] and len(answers[0]) == 6
 
 
 @pytest.mark.slow
