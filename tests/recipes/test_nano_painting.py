@@ -188,6 +188,10 @@ def test_a_perfect_network_has_no_loss(parts, monkeypatch):
     monkeypatch.setattr(diffusion, "embed", lambda parts, texts: (None, latents.new_zeros(8, 1)))
     loss = diffusion.loss(parts, latents, [""] * 8, torch.Generator().manual_seed(1))
     assert loss < 1e-3
+    still = lambda noisy, *args, **options: type("Output", (), {"sample": torch.zeros_like(noisy)})  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setitem(parts, "unet", still)
+        assert diffusion.loss(parts, latents, [""] * 8, torch.Generator().manual_seed(1)) > 0.3
     # The times of a batch are spread: one in each eighth of the even spread that they come from.
     even = (seen["times"].double() / 1000) ** (1 / diffusion.TIME_POWER)
     assert sorted((even * 8 + 0.01).long().tolist()) == list(range(8))
