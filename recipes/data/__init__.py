@@ -1,0 +1,1 @@
+"""Builds dialogues that teach a language model to write prompts for pictures: `python -m recipes.data --help`."""

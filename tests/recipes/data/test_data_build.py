@@ -1,0 +1,231 @@
+"""The whole recipe against a misbehaving server: what is asked, what becomes of it, and how a killed run goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from mg_fast.drawing.prompts import find_prompts
+from recipes.data import build
+from recipes.data.__main__ import main
+from recipes.data.checks import check_dialogue
+from recipes.data.journal import Journal
+from recipes.data.sources import read_captions
+from tests.paths import ROOT
+from tests.recipes.data import stub_endpoint as stub
+
+NUMBERS = 12
+
+
+@pytest.fixture
+def server():
+    with stub.StubEndpoint() as running:
+        yield running
+
+
+@pytest.fixture
+def captions(tmp_path):
+    path = tmp_path / "captions.txt"
+    path.write_text("".join(f"A detailed caption about item-{i} and its surroundings.\n" for i in range(NUMBERS)))
+    return path
+
+
+@pytest.fixture
+def dialogues(tmp_path):
+    path = tmp_path / "dialogues.jsonl"
+    rows = [
+        {"conversations": ["Tell me about item-talk.", "It is large and green."]},
+        {"conversations": ["What is in the image above, item-blind?", "A cat."]},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def no_tokenizer(monkeypatch):
+    """Counts words in the place of CLIP's tokens, because the tokenizer's package takes long to import."""
+    monkeypatch.setattr(build, "clip_tokens", lambda text: len(text.split()) + 2)
+
+
+def command(tmp_path, server, *more) -> list[str]:
+    words = ["--out", str(tmp_path / "out"), "--captions", str(tmp_path / "captions.txt"), "--endpoint", server.address]
+    return [*words, "--model", "stub", *map(str, more)]
+
+
+def call(words) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    return ended.value.code
+
+
+def results(tmp_path) -> dict[str, dict]:
+    """The dialogues by the item that they are about."""
+    found = json.loads((tmp_path / "out" / build.DIALOGUES).read_text())
+    return {find_prompts(one["conversations"][-1]["value"])[0].split()[0]: one for one in found}
+
+
+@pytest.mark.slow
+def test_a_server_that_misbehaves(tmp_path, server, captions, dialogues):
+    server.manners = {
+        "item-0": [stub.BUSY, stub.BUSY_DATE],
+        "item-1": [stub.BROKEN, stub.BROKEN],
+        "item-2": [stub.GARBAGE],
+        "item-3": [stub.SILENT],
+        "item-4": [stub.DROPPED],
+        "item-5": [stub.BAD_JSON],
+        "item-6": [stub.REFUSAL, stub.REFUSAL_FIELD],
+        "item-7": [stub.CUT, stub.FENCED],
+        "item-8": [stub.BAD_JSON, stub.CUT],
+    }
+    more = ["--dialogues", dialogues, "--timeout", 3, "--at-once", 4]
+    assert call(command(tmp_path, server, *more)) == 0
+    expected = {f"item-{i}" for i in range(NUMBERS)} - {"item-6", "item-8"} | {"item-talk"}
+    made = results(tmp_path)
+    assert set(made) == expected
+    for one in made.values():
+        check_dialogue(one)
+    assert [turn["value"] for turn in made["item-7"]["conversations"]][0] == "I would like to see item-7. <GEN>"
+    assert made["item-talk"]["conversations"][1]["value"].startswith("It is large and green.\n<h>item-talk on a hill")
+    asked = {"item-0": 3, "item-1": 3, "item-2": 2, "item-3": 2, "item-4": 2, "item-5": 2, "item-6": 2, "item-7": 2}
+    assert server.asked == {**dict.fromkeys(expected, 1), **asked, "item-8": 2}
+    # A repeated request has the same key, and another try another one.
+    assert len(set(server.keys["item-1"])) == 1 and len(set(server.keys["item-7"])) == 2
+    reasons = [json.loads(line) for line in (tmp_path / "out" / build.REJECTED).read_text().splitlines()]
+    assert {row["reason"] for row in reasons} == {"picture talk", "refusal", "cut"}
+    report = (tmp_path / "out" / build.REPORT).read_text()
+    for line in (
+        "| HTTP 429 | 2 |",
+        "| HTTP 503 | 2 |",
+        "| no answer in time | 1 |",
+        "| bad JSON | 2 |",
+        "| cut | 2 |",
+    ):
+        assert line in report, line
+    assert "| an answer that is no chat completion | 1 |" in report and "| **dialogues** | 10 | 1 |" in report
+    page = (tmp_path / "out" / build.SAMPLES).read_text()
+    assert page.count("<article>") == 11 + 3 and "&lt;h&gt;item-talk" in page and "<h>" not in page
+    # The same command asks nothing more, and writes the same dialogues.
+    before, count = (tmp_path / "out" / build.DIALOGUES).read_bytes(), sum(server.asked.values())
+    assert call(command(tmp_path, server, *more)) == 0
+    assert sum(server.asked.values()) == count and (tmp_path / "out" / build.DIALOGUES).read_bytes() == before
+
+
+def test_a_killed_run_asks_nothing_twice_that_was_answered(tmp_path, server, captions):
+    server.hang_after = 5
+    words = command(tmp_path, server, "--at-once", 3)
+    process = subprocess.Popen([sys.executable, "-m", "recipes.data", *words], cwd=ROOT, stderr=subprocess.DEVNULL)
+    try:
+        journal = tmp_path / "out" / build.JOURNAL
+        # The first line has the settings.
+        stub.wait_until(
+            lambda: journal.is_file() and journal.read_bytes().count(b"\n") == 1 + 5 and len(server.hanging) == 3
+        )
+        process.send_signal(signal.SIGKILL)
+    finally:
+        process.kill()
+        process.wait()
+    answered, hung = set(server.replied), set(server.hanging)
+    assert len(answered) == 5 and not (tmp_path / "out" / build.DIALOGUES).exists()
+    server.release()
+    assert call(words) == 0
+    assert len(results(tmp_path)) == NUMBERS
+    assert all(server.asked[item] == 1 for item in answered)
+    # What was on its way is asked again, with the key that the server may know.
+    assert all(server.asked[item] == 2 and len(set(server.keys[item])) == 1 for item in hung)
+    assert sum(server.asked.values()) == NUMBERS + len(hung)
+
+
+def test_files_are_written_anew_without_asking(tmp_path, server, captions, capsys):
+    without = ["--out", str(tmp_path / "out"), "--captions", str(captions)]
+    assert call(without) == 1 and "no journal.jsonl yet" in capsys.readouterr().err
+    assert call(command(tmp_path, server, "--most", 4)) == 0
+    count = sum(server.asked.values())
+    assert count == 4
+    assert call(without) == 0
+    assert sum(server.asked.values()) == count and len(results(tmp_path)) == 4
+    assert "| not answered yet, asked by the next run | 8 | 0 |" in (tmp_path / "out" / build.REPORT).read_text()
+
+
+def test_repeated_sources_and_answers_are_left_out(tmp_path, server, captions):
+    captions.write_text("A caption about item-1.\nA caption  about item-1.\nAnother caption of item-1, no less.\n")
+    assert call(command(tmp_path, server)) == 0
+    assert server.asked == {"item-1": 2} and len(results(tmp_path)) == 1
+    report = (tmp_path / "out" / build.REPORT).read_text()
+    assert "| say the same as an earlier source | 1 | 0 |" in report
+    assert "| dialogues nearly the same as an earlier one | 1 | 0 |" in report
+
+
+def test_long_prompts_are_marked(tmp_path, server, captions):
+    assert call(command(tmp_path, server, "--most", 2)) == 0
+    planned = build.plan([read_captions(captions)])
+    with Journal(tmp_path / "out" / build.JOURNAL) as journal:
+        counts = build.write(tmp_path / "out", planned, journal, count_tokens=lambda prompt: 77 + ("item-1" in prompt))
+    assert {item: (one["clip_tokens"], one["long"]) for item, one in results(tmp_path).items()} == {
+        "item-0": (77, False),
+        "item-1": (78, True),
+    }
+    assert counts.long == {"recaption": 1}
+
+
+@pytest.mark.parametrize("status, words", [(401, "HTTP 401: no such thing here"), (404, "HTTP 404")])
+def test_a_wrong_key_or_model_ends_the_run_at_once(tmp_path, server, captions, capsys, status, words):
+    server.status = status
+    assert call(command(tmp_path, server, "--at-once", 2)) == 1
+    assert words in capsys.readouterr().err and sum(server.asked.values()) <= 2
+
+
+def test_a_request_that_the_server_will_not_take(tmp_path, server, captions, capsys):
+    server.status = 400
+    assert call(command(tmp_path, server, "--at-once", 1)) == 1
+    assert "5 questions in a row were not answered" in capsys.readouterr().err and sum(server.asked.values()) == 5
+
+
+def test_what_is_sent(tmp_path, server, captions, monkeypatch):
+    monkeypatch.setenv("SOME_KEY", "secret")
+    more = ["--most", 1, "--key-variable", "SOME_KEY", "--parameter", "max_tokens=null", "--parameter", 'stop=["#"]']
+    assert call(command(tmp_path, server, *more)) == 0
+    [body], [headers] = server.bodies, server.headers
+    assert {name: body[name] for name in body if name != "messages"} == {
+        "model": "stub",
+        "temperature": 0.7,
+        "stop": ["#"],
+    }
+    assert headers["Authorization"] == "Bearer secret"
+    assert all(b"secret" not in path.read_bytes() for path in (tmp_path / "out").iterdir())
+
+
+def test_another_model_needs_another_folder(tmp_path, server, captions, capsys):
+    assert call(command(tmp_path, server, "--most", 1)) == 0
+    assert call([*command(tmp_path, server), "--temperature", "0.1"]) == 1
+    assert "another --out" in capsys.readouterr().err and sum(server.asked.values()) == 1
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ([], "--captions FILE or --dialogues FILE"),
+        (["--captions", "a.txt", "--endpoint", "http://x"], "--model NAME"),
+        (["--captions", "a.txt", "--endpoint", "http://x", "--local", "y"], "not allowed with"),
+        (["--captions", "a.txt", "--parameter", "a=1"], "--parameter is for --endpoint"),
+        (["--captions", "a.txt", "--tries", "0"], "whole number of 1 or more"),
+        (["--captions", "a.txt", "--per-minute", "nan"], "expected a number"),
+        (["--captions", "a.txt", "--parameter", "a=b"], "a: expected JSON"),
+    ],
+)
+def test_wrong_command_lines(tmp_path, capsys, words, message):
+    assert call(["--out", str(tmp_path / "out"), *words]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_help_needs_nothing_that_is_optional():
+    """Neither torch nor what asks is imported for it."""
+    program = (
+        "import sys\n"
+        "for name in ('torch', 'transformers', 'httpx', 'open_clip'): sys.modules[name] = None\n"
+        "import runpy\nsys.argv = ['recipes.data', '--help']\nrunpy.run_module('recipes.data', run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    assert done.returncode == 0 and "--captions" in done.stdout, done.stderr

@@ -1,0 +1,87 @@
+"""The journal keeps every reply, outlives a kill at any byte, and belongs to one run."""
+
+import json
+
+import pytest
+
+from recipes.data.errors import JournalError
+from recipes.data.journal import Journal, Reply
+
+SETTINGS = {"model": "m", "wording": 1, "temperature": 0.7}
+REPLIES = [
+    ("a", Reply("one", "stop", None, 7, 3)),
+    ("b", Reply("zwei \ud83d\n", "length")),
+    ("a", Reply("", refusal="No.")),
+]
+
+
+def written(path):
+    with Journal(path, SETTINGS) as journal:
+        for key, reply in REPLIES:
+            journal.add(key, reply)
+    return path
+
+
+def test_replies_come_back(tmp_path):
+    path = written(tmp_path / "journal.jsonl")
+    for settings in (SETTINGS, None):
+        with Journal(path, settings) as journal:
+            assert journal.settings == SETTINGS
+            assert journal.replies == {"a": [REPLIES[0][1], REPLIES[2][1]], "b": [REPLIES[1][1]]}
+
+
+def test_a_kill_at_any_byte_loses_no_whole_line(tmp_path):
+    whole = written(tmp_path / "journal.jsonl").read_bytes()
+    path = tmp_path / "torn.jsonl"
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with Journal(path, SETTINGS) as journal:
+            kept = sum(map(len, journal.replies.values()))
+            assert kept == max(0, whole[:length].count(b"\n") - 1)
+            journal.add("c", Reply("again"))
+        with Journal(path, SETTINGS) as journal:
+            assert journal.replies["c"] == [Reply("again")] and sum(map(len, journal.replies.values())) == kept + 1
+
+
+def test_a_reply_is_on_the_disk_before_add_returns(tmp_path):
+    with Journal(tmp_path / "journal.jsonl", SETTINGS) as journal:
+        journal.add("a", Reply("one"))
+        last = (tmp_path / "journal.jsonl").read_bytes().split(b"\n")[-2]
+        assert json.loads(last) == {"key": "a", "text": "one", "finish": "stop"}
+
+
+def test_other_settings_are_refused(tmp_path):
+    path = written(tmp_path / "journal.jsonl")
+    before = path.read_bytes()
+    with pytest.raises(JournalError, match=r"'temperature': 0\.7.*'temperature': 0\.5"):
+        Journal(path, {**SETTINGS, "temperature": 0.5})
+    assert path.read_bytes() == before
+    with Journal(path, SETTINGS):
+        pass
+
+
+def test_two_processes_do_not_share_a_journal(tmp_path):
+    pytest.importorskip("fcntl")
+    with Journal(tmp_path / "journal.jsonl", SETTINGS), pytest.raises(JournalError, match="in use"):
+        Journal(tmp_path / "journal.jsonl", SETTINGS)
+    with Journal(tmp_path / "journal.jsonl", SETTINGS):
+        pass
+
+
+@pytest.mark.parametrize(
+    "number, line, message",
+    [
+        (0, b'{"caption": "a"}', "no journal"),
+        (0, b"[]", "line 1: expected a JSON object"),
+        (2, b'{"key": "a", "te', "line 3: expected a JSON object"),
+        (2, b'{"key": 7, "text": "a"}', "line 3: expected a reply"),
+        (2, b'{"key": "a", "text": "a", "mood": "good"}', "line 3: expected a reply"),
+    ],
+)
+def test_damage_within_is_an_error(tmp_path, number, line, message):
+    path = written(tmp_path / "journal.jsonl")
+    lines = path.read_bytes().split(b"\n")
+    lines[number] = line
+    path.write_bytes(b"\n".join(lines))
+    with pytest.raises(JournalError, match=message):
+        Journal(path, SETTINGS)
