@@ -13,7 +13,9 @@ import json
 import random
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from transformers.utils import logging as transformers_logging
 
@@ -29,6 +31,34 @@ KINDS = ("number", "number, never seen", "no number", *TYPES[1:])
 CHUNK = 50
 BATCH = 64
 MOST = 64
+
+
+class UnseenQuestion(NamedTuple):
+    """A question about an unseen scene, the first of a conversation.
+
+    Attributes:
+        number: the number of the scene.
+        scene: the scene, with its picture.
+        kinds: what the answer counts for, of `KINDS`.
+        text: the question.
+        answer: the one right answer.
+    """
+
+    number: int
+    scene: Scene
+    kinds: list[str]
+    text: str
+    answer: str
+
+
+def unseen_questions(seed: int, first: int, last: int) -> Iterator[UnseenQuestion]:
+    """The questions about the unseen scenes `first` to `last - 1` of a seed: one of every type that a scene allows."""
+    for i in range(first, last):
+        scene = draw_scene(seed, i, split="unseen")
+        for kind in TYPES:
+            turn = ask(scene, kind, random.Random(f"{kind}/{seed}/{i}"))
+            if turn is not None:
+                yield UnseenQuestion(i, scene, _kinds(kind, scene), *turn)
 
 
 def evaluate(
@@ -48,27 +78,22 @@ def evaluate(
     asked: dict[str, int] = defaultdict(int)
     wrong = []
     for first in range(0, count, CHUNK):
-        turns = []
-        for i in range(first, min(first + CHUNK, count)):
-            scene = draw_scene(seed, i, split="unseen")
-            for kind in TYPES:
-                turn = ask(scene, kind, random.Random(f"{kind}/{seed}/{i}"))
-                if turn is not None:
-                    turns.append((i, scene, _kinds(kind, scene), *turn))
-        for _, _, kinds, _, _ in turns:
-            for kind in kinds:
+        questions = list(unseen_questions(seed, first, min(first + CHUNK, count)))
+        for question in questions:
+            for kind in question.kinds:
                 asked[kind] += 1
         for name, pipeline in pipelines.items():
-            questions = [(question, [scene.image]) for _, scene, _, question, _ in turns]
-            answers = pipeline.chat_batch(questions, max_new_tokens=MOST, batch_size=BATCH, progress=False)
-            for (i, _, kinds, question, wanted), answer in zip(turns, answers):
+            turns = [(question.text, [question.scene.image]) for question in questions]
+            answers = pipeline.chat_batch(turns, max_new_tokens=MOST, batch_size=BATCH, progress=False)
+            for question, answer in zip(questions, answers):
                 if answer.error is not None:
                     raise answer.error
-                if answer.text == wanted:
-                    for kind in kinds:
+                if answer.text == question.answer:
+                    for kind in question.kinds:
                         right[name][kind] += 1
                 else:
-                    wrong.append({"model": name, "scene": i, "asked": question, "said": answer.text, "right": wanted})
+                    said = {"asked": question.text, "said": answer.text, "right": question.answer}
+                    wrong.append({"model": name, "scene": question.number, **said})
     kinds = [kind for kind in KINDS if kind in asked]
     shares = {name: {kind: round(counts[kind] / asked[kind], 4) for kind in kinds} for name, counts in right.items()}
     return {**shares, "asked": {kind: asked[kind] for kind in kinds}}, wrong
