@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-newest serve-test check lint tests interpreted fuzz aot aot-all clean
+.PHONY: demo test test-newest serve-test eval-test check lint tests interpreted fuzz aot aot-all clean
 demo: $(READY)
 	$(BIN)/python -m recipes.demo
 
@@ -83,6 +83,23 @@ $(SERVE)/.ready: pyproject.toml setup.py constraints-serve.txt
 	$(SERVE)/bin/python -m pip install --quiet -c constraints-serve.txt -r $(SERVE)/needs.txt
 	@touch $@
 
+# lmms-eval with our model and tasks, in an environment of its own (constraints-eval.txt), because its needs do not fit
+# those of our other extras. No test uses the network.
+EVAL := .venv-eval
+eval-test: $(EVAL)/.ready
+	$(EVAL)/bin/python -m pytest -n 2 --dist worksteal tests/evaluate tests/integrations/test_lmms_eval_model.py \
+		tests/recipes/test_evaluate.py
+
+$(EVAL)/.ready: pyproject.toml setup.py constraints-eval.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "constraints-eval.txt needs Python 3.11 or newer, this is $$($(PYTHON) --version): \
+	make eval-test PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(EVAL)
+	$(EVAL)/bin/python -m pip install --quiet --upgrade "pip>=24"
+	$(EVAL)/bin/python -m pip install --quiet -c constraints-eval.txt -e ".[eval]" pytest pytest-xdist matplotlib \
+		matplotlib-fontja
+	@touch $@
+
 $(READY): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "mg_fast needs Python 3.10 or newer, this is $$($(PYTHON) --version)"; exit 1; }
@@ -96,4 +113,4 @@ $(READY): pyproject.toml setup.py constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(NEWEST) $(SERVE) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST) $(SERVE) $(EVAL) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -126,7 +126,7 @@ _FENCE = re.compile(r"^ *```(?P<language>\w*)[^\n]*\n(?P<body>.*?)^ *```", re.MU
 _SPAN = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 _WITHIN_SENTENCES = re.compile(r"(?:[A-Z_]+=\S+ )*(?:mg-fast|make|pip|pytest|(?:\S*/)?python -m)(?: |$)")
 # Programs of others, whose arguments are not checked.
-_FOREIGN = ("git", "cd")
+_FOREIGN = ("git", "cd", "lmms-eval", "accelerate")
 
 
 def commands(text: str) -> Iterator[Command]:
@@ -188,8 +188,10 @@ def _refusal(parser: argparse.ArgumentParser, words: list[str], mention: bool) -
 
 
 def _of_module(name: str, words: list[str], mention: bool) -> str | None:
+    # Importing the program of another package would run it.
+    is_package = (ROOT / name.replace(".", "/") / "__main__.py").is_file()
     try:
-        module = importlib.import_module(f"{name}.__main__" if name == "bench" else name)
+        module = importlib.import_module(f"{name}.__main__" if is_package else name)
     except ImportError as error:
         return str(error)
     parser = _parser_of(module)

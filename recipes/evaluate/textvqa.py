@@ -1,0 +1,86 @@
+"""Reads the files from which the original's script asks TextVQA's questions."""
+
+import json
+import os
+from pathlib import Path
+
+from mg_fast.errors import MgFastError, quoted, shortened
+
+# The environment variable that names the folder of the files.
+FOLDER_VARIABLE = "MG_FAST_TEXTVQA"
+QUESTIONS, ANSWERS, PICTURES = "llava_textvqa_val_v051_ocr.jsonl", "TextVQA_0.5.1_val.json", "train_images"
+TOKENS = "Reference OCR token:"
+
+
+class QuestionFileError(MgFastError, ValueError):
+    """Files of TextVQA that are missing or do not fit together."""
+
+
+def folder(variable: str = FOLDER_VARIABLE) -> Path:
+    """The folder that an environment variable names.
+
+    Raises:
+        QuestionFileError: it is not set, or one of the files is missing.
+    """
+    named = os.environ.get(variable)
+    if not named:
+        raise QuestionFileError(
+            f"expected the environment variable {variable} to name a folder with {QUESTIONS}, {ANSWERS} and {PICTURES}/"
+        )
+    for name in (QUESTIONS, ANSWERS, PICTURES):
+        if not (Path(named) / name).exists():
+            raise QuestionFileError(f"{variable}: expected {name} in {shortened(named, 160)}, which has none")
+    return Path(named)
+
+
+def read_questions(path: str | Path) -> list[dict]:
+    """The questions with what scores them.
+
+    Args:
+        path: the folder of the files.
+
+    Returns:
+        For each question `question_id` (the picture's), `text` as it is asked, reference OCR tokens included, `file`,
+        the path of its picture, `answers`, those of ten people, and `answer`, the first of them.
+
+    Raises:
+        QuestionFileError: a line is no question, or has no answers.
+    """
+    path = Path(path)
+    annotations = {
+        (one["image_id"], one["question"].lower()): one["answers"]
+        for one in json.loads((path / ANSWERS).read_text(encoding="utf-8"))["data"]
+    }
+    rows = []
+    for number, line in enumerate((path / QUESTIONS).read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{QUESTIONS}, line {number}"
+        try:
+            asked = json.loads(line)
+            picture, text, file = asked["question_id"], asked["text"], asked["image"]
+        except (json.JSONDecodeError, LookupError, TypeError):
+            raise QuestionFileError(f"{where}: expected question_id, image and text, got {quoted(line)}") from None
+        question = bare_question(text)
+        answers = annotations.get((picture, question))
+        if not answers:
+            raise QuestionFileError(f"{where}: {ANSWERS} has no answers to {quoted(question)} about {quoted(picture)}")
+        rows.append(
+            {
+                "question_id": picture,
+                "text": text,
+                "file": str(path / PICTURES / file),
+                "answers": list(answers),
+                "answer": answers[0],
+            }
+        )
+    return rows
+
+
+def bare_question(text: str) -> str:
+    """The question in a text of the question file, in lower case.
+
+    A line of reference OCR tokens comes before or after it, and an instruction comes last.
+    """
+    first, _, rest = text.partition("\n")
+    return (rest.partition("\n")[0] if first.startswith(TOKENS) else first).lower()

@@ -1,0 +1,200 @@
+"""lmms-eval runs mg_fast and this project's tasks without a network, with the figures of nano's own evaluation."""
+
+import copy
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+import mg_fast
+from mg_fast.integrations import lmms_eval as integration
+from recipes.evaluate.__main__ import TASKS
+from recipes.evaluate.tables import BENCHMARKS, metric_name
+from recipes.evaluate.textvqa import ANSWERS, PICTURES, QUESTIONS
+from recipes.nano.evaluate import evaluate, unseen_questions
+from recipes.nano.model import forget_mined
+from tests.paths import ROOT
+
+pytestmark = [
+    pytest.mark.skipif(
+        importlib.util.find_spec("lmms_eval") is None, reason="lmms-eval is not installed: `make eval-test` installs it"
+    ),
+    pytest.mark.usefixtures("one_thread"),
+]
+SEED, SCENES = 7000, 6
+# lmms-eval scores with this many threads.
+THREADS = {"process_docs_parallel": 2}
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch, tmp_path):
+    """Fails where anything is asked of another machine."""
+
+    def refuse(self, address, *_):
+        raise AssertionError(f"a connection to {address}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path / "datasets"))
+
+
+@pytest.fixture(scope="module")
+def pipelines():
+    """Nano, and the same model blinded, which errs often."""
+    seeing = mg_fast.load("nano", dtype="float32")
+    blind = copy.deepcopy(seeing.model)
+    forget_mined(blind)
+    return {"seeing": seeing, "blind": mg_fast.Pipeline(blind, seeing.processor)}
+
+
+@pytest.fixture(scope="module")
+def manager():
+    from lmms_eval.tasks import TaskManager
+
+    return TaskManager(include_path=str(TASKS))
+
+
+def run(model, task, manager):
+    """The results of a task and its samples."""
+    from lmms_eval.evaluator import simple_evaluate
+
+    found = simple_evaluate(model, tasks=[task], task_manager=manager, log_samples=True, bootstrap_iters=0, **THREADS)
+    [name] = found["results"]
+    return found["results"][name], found["samples"][name]
+
+
+def scenes(manager) -> dict:
+    """The configuration of nano's task with a few scenes."""
+    metadata = {"version": 1.0, "seed": SEED, "count": SCENES}
+    return {"task": "nano_scenes", "metadata": metadata}
+
+
+def test_the_figures_are_those_of_nanos_own_evaluation(pipelines, manager):
+    shares, wrong = evaluate(pipelines, seed=SEED, count=SCENES)
+    asked = shares.pop("asked")
+    for name, pipeline in pipelines.items():
+        results, samples = run(integration.LmmsEvalModel(pipeline, batch_size=16), scenes(manager), manager)
+        assert {kind: round(results[f"{metric_name(kind)},none"], 4) for kind in asked} == shares[name]
+        found = [
+            {"asked": sample["doc"]["question"], "said": sample["filtered_resps"][0], "right": sample["target"]}
+            for sample in samples
+            if sample["filtered_resps"][0] != sample["target"]
+        ]
+        own = [{key: row[key] for key in ("asked", "said", "right")} for row in wrong if row["model"] == name]
+        # Both go through the scenes in order.
+        assert found == own
+        for kind, count in asked.items():
+            assert sum(metric_name(kind) in sample for sample in samples) == count
+    assert 0 < min(shares["blind"].values()) < 1 or len(set(shares["blind"].values())) > 1
+
+
+def test_the_rows_are_the_questions_of_the_evaluation(manager):
+    from lmms_eval.tasks import get_task_dict
+
+    [task] = get_task_dict([scenes(manager)], manager).values()
+    expected = list(unseen_questions(SEED, 0, SCENES))
+    rows = task.dataset["test"]
+    assert [(row["question"], row["answer"], row["kinds"]) for row in rows] == [
+        (one.text, one.answer, one.kinds) for one in expected
+    ]
+    for row, one in zip(rows, expected):
+        [picture] = task.doc_to_visual(row)
+        assert picture.tobytes() == one.scene.image.tobytes()
+
+
+def test_lmms_eval_finds_the_model_by_its_entry_point():
+    from lmms_eval.api.model import lmms
+    from lmms_eval.models import get_model
+
+    kind = get_model("mg_fast")
+    assert kind is integration.LmmsEvalModel and issubclass(kind, lmms) and kind.is_simple
+
+
+def test_the_model_is_loaded_from_arguments_and_dropped_after_its_questions():
+    kind = integration.LmmsEvalModel
+    model = kind.create_from_arg_string("pretrained=nano,dtype=float32", {"batch_size": "2", "device": "cpu"})
+    assert model.batch_size == 2 and str(model.device) == "cpu" and (model.rank, model.world_size) == (0, 1)
+    model.clean()
+    with pytest.raises(mg_fast.BackendError, match="was dropped"):
+        model.pipeline  # noqa: B018
+
+
+def test_a_pipeline_of_the_caller_stays(pipelines):
+    model = integration.LmmsEvalModel(pipelines["seeing"])
+    model.clean()
+    assert model.pipeline is pipelines["seeing"]
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_benchmark_is_a_task_with_the_metrics_that_are_read(manager, name):
+    from lmms_eval.utils import load_yaml_config
+
+    benchmark = BENCHMARKS[name]
+    assert benchmark.task in manager.all_subtasks
+    config = load_yaml_config(manager.task_index[benchmark.task]["yaml_path"], mode="simple")
+    assert set(benchmark.metrics) <= {metric["metric"] for metric in config["metric_list"]}
+
+
+@pytest.mark.parametrize("tokens", [["DAKOTA", "DIGITAL"], []])
+def test_textvqa_asks_with_reference_tokens_as_the_question_file_does(manager, tokens):
+    from lmms_eval.utils import load_yaml_config
+
+    config = load_yaml_config(manager.task_index["textvqa_val_reference_tokens"]["yaml_path"], mode="full")
+    text = config["doc_to_text"](
+        {"question": "what is the brand?", "ocr_tokens": tokens}, config["lmms_eval_specific_kwargs"]["default"]
+    )
+    assert text == (
+        f"What is the brand?\nReference OCR token: {', '.join(tokens)}\n"
+        "Answer the question using a single word or phrase."
+    )
+
+
+def test_textvqa_from_the_originals_files(pipelines, manager, tmp_path, monkeypatch):
+    text = "What does the sign say?\nReference OCR token: 42\nAnswer the question using a single word or phrase."
+    rows = [{"question_id": f"p{i}", "image": f"p{i}.png", "text": text} for i in range(2)]
+    (tmp_path / QUESTIONS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / PICTURES).mkdir()
+    said = []
+    for i, row in enumerate(rows):
+        picture = Image.new("RGB", (192, 192), ("red", "blue")[i])
+        picture.save(tmp_path / PICTURES / row["image"])
+        said.append(pipelines["seeing"].conversation().chat(text, [picture], max_new_tokens=128).text)
+    # Three of ten people say what nano says about the first picture: with one of them left out at a time, the others
+    # are three in seven cases and two in three cases.
+    answers = [[said[0]] * 3 + ["other"] * 7, ["other"] * 10]
+    data = [
+        {"image_id": row["question_id"], "question": "what does the sign say?", "answers": answers[i]}
+        for i, row in enumerate(rows)
+    ]
+    (tmp_path / ANSWERS).write_text(json.dumps({"data": data}))
+    monkeypatch.setenv("MG_FAST_TEXTVQA", str(tmp_path))
+    results, samples = run(integration.LmmsEvalModel(pipelines["seeing"]), "textvqa_question_file", manager)
+    assert [sample["filtered_resps"][0] for sample in samples] == said
+    assert results["exact_match,none"] == pytest.approx((7 * 1 + 3 * 2 / 3) / 10 / 2)
+
+
+@pytest.mark.slow
+def test_the_command_line(tmp_path):
+    words = [
+        "--model",
+        "nano",
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+        "--tasks",
+        "nano_scenes",
+        "--out",
+        str(tmp_path),
+    ]
+    command = [sys.executable, "-m", "recipes.evaluate", *words, "--", "--limit", "9"]
+    settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "LMMS_EVAL_DATASETS_CACHE": str(tmp_path / "datasets")}
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **settings}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    [file] = tmp_path.rglob("*_results.json")
+    results = json.loads(file.read_text())["results"]["nano_scenes"]
+    assert results["background,none"] == 1.0 and str(file) in done.stdout
