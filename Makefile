@@ -87,8 +87,7 @@ $(SERVE)/.ready: pyproject.toml setup.py constraints-serve.txt
 # those of our other extras. No test uses the network.
 EVAL := .venv-eval
 eval-test: $(EVAL)/.ready
-	$(EVAL)/bin/python -m pytest -n 2 --dist worksteal tests/evaluate tests/integrations/test_lmms_eval_model.py \
-		tests/recipes/test_evaluate.py
+	$(EVAL)/bin/python -m pytest -n 2 --dist worksteal tests/recipes/evaluate tests/integrations/test_lmms_eval_model.py
 
 $(EVAL)/.ready: pyproject.toml setup.py constraints-eval.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

@@ -46,7 +46,7 @@ class Counts:
         made: dialogues, by kind.
         long: of these, those with a prompt that is too long for CLIP, by kind.
         lengths: the number of CLIP tokens of each prompt that was made.
-        tokens: tokens of all requests and replies in the journal, as far as the endpoint counts them.
+        tokens: tokens of the requests and replies that were read, as far as the endpoint counts them.
     """
 
     rows: Counter = field(default_factory=Counter)

@@ -62,7 +62,8 @@ def run(model, task, manager):
     """The results of a task and its samples."""
     from lmms_eval.evaluator import simple_evaluate
 
-    found = simple_evaluate(model, tasks=[task], task_manager=manager, log_samples=True, bootstrap_iters=0, **THREADS)
+    options = {"task_manager": manager, "log_samples": True, "bootstrap_iters": 0, **THREADS}
+    found = simple_evaluate(model=model, tasks=[task], **options)
     [name] = found["results"]
     return found["results"][name], found["samples"][name]
 
