@@ -18,6 +18,7 @@ from recipes.evaluate.tables import BENCHMARKS, metric_name
 from recipes.evaluate.textvqa import ANSWERS, PICTURES, QUESTIONS
 from recipes.nano.evaluate import evaluate, unseen_questions
 from recipes.nano.model import forget_mined
+from recipes.nano.scenes import draw_scene
 from tests.paths import ROOT
 
 pytestmark = [
@@ -128,6 +129,135 @@ def test_a_pipeline_of_the_caller_stays(pipelines):
     model = integration.LmmsEvalModel(pipelines["seeing"])
     model.clean()
     assert model.pipeline is pipelines["seeing"]
+
+
+def rows_of(name: str, picture) -> list[dict]:
+    """Rows with the columns of a benchmark's data set, about one picture."""
+    pair = {"question_id": "q1", "category": "OCR", "image": picture}
+    return {
+        "textvqa": [
+            {
+                "question_id": 7,
+                "question": "what does the sign say?",
+                "ocr_tokens": ["42"],
+                "answers": ["42"] * 10,
+                "image": picture,
+            }
+        ],
+        "mmb": [
+            {
+                **{
+                    "index": 1,
+                    "question": "What is it?",
+                    "hint": "nan",
+                    "A": "a sign",
+                    "B": "a cat",
+                    "C": "nan",
+                    "D": "nan",
+                },
+                **{"answer": "A", "category": "ocr", "L2-category": "finegrained", "source": "s", "split": "dev"},
+                "image": picture,
+            }
+        ],
+        "mme": [
+            {**pair, "question": "Is there a sign? Please answer yes or no.", "answer": "Yes"},
+            {**pair, "question": "Is there a cat? Please answer yes or no.", "answer": "No"},
+        ],
+        "mmvet": [
+            {
+                "question_id": "v1",
+                "question": "What does it say?",
+                "answer": "42",
+                "capability": "ocr",
+                "image": picture,
+            }
+        ],
+        "mmmu": [
+            {
+                **{"id": "validation_Art_1", "question": "Is <image 1> like <image 2>?", "options": "['yes', 'no']"},
+                **{"answer": "A", "question_type": "multiple-choice", "image_1": picture, "image_2": picture},
+            }
+        ],
+        "mathvista": [
+            {
+                **{
+                    "pid": "1",
+                    "question": "How many?",
+                    "choices": ["1", "2"],
+                    "unit": "",
+                    "precision": 0.0,
+                    "answer": "2",
+                },
+                **{
+                    "question_type": "multi_choice",
+                    "answer_type": "text",
+                    "query": "How many?",
+                    "caption": "",
+                    "ocr": "",
+                },
+                "decoded_image": picture,
+            }
+        ],
+    }[name]
+
+
+# What each benchmark asks about the rows above, in parts. MMMU's two pictures come first, and stay named in the text.
+ASKED = {
+    "textvqa": ["What does the sign say?\nReference OCR token: 42\nAnswer the question using a single word or phrase."],
+    "mmb": ["What is it? There are several options:\nA. a sign\nB. a cat\n\nAnswer with the option's letter"],
+    "mme": [
+        "Is there a sign?\nAnswer the question using a single word or phrase.",
+        "Is there a cat?\nAnswer the question using a single word or phrase.",
+    ],
+    "mmvet": ["What does it say?"],
+    "mmmu": ["Is <image 1> like <image 2>?\nA. yes\nB. no\n\nAnswer with the option's letter"],
+    "mathvista": ["How many?"],
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_the_benchmarks_ask_mg_fast(pipelines, manager, tmp_path, monkeypatch, name):
+    """The tasks' own functions make the questions of rows that are made here; the data sets are not needed."""
+    import datasets
+    from lmms_eval.tasks import get_task_dict
+
+    # Some tasks make the client of their judge when they are imported.
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    picture = draw_scene(SEED, 0, split="unseen").image
+    rows, benchmark = rows_of(name, picture), BENCHMARKS[name]
+    split = manager_split(manager, benchmark.task)
+    datasets.DatasetDict({split: datasets.Dataset.from_list(rows)}).save_to_disk(tmp_path / "rows")
+    local = {"dataset_path": str(tmp_path / "rows"), "dataset_name": None, "dataset_kwargs": {"load_from_disk": True}}
+    [task] = get_task_dict([{"task": benchmark.task, **local}], manager).values()
+    task.build_all_requests()
+    model = integration.LmmsEvalModel(pipelines["seeing"], batch_size=4, strict=True)
+    model.task_dict[task.config.task] = task.dataset
+    asked = []
+    monkeypatch.setattr(integration, "question", recording(integration.question, asked))
+    answers = model.generate_until(task.instances)
+    # An answer that could not be given would be an error here.
+    assert len(answers) == len(rows) == len(asked)
+    for one, part in zip(asked, ASKED[name]):
+        assert part in one["text"] and [found.tobytes() for found in one["images"]] == [picture.tobytes()] * (
+            2 if name == "mmmu" else 1
+        )
+
+
+def manager_split(manager, task: str) -> str:
+    """The split of a task's data set that is asked about."""
+    from lmms_eval.utils import load_yaml_config
+
+    return load_yaml_config(manager.task_index[task]["yaml_path"], mode="simple")["test_split"]
+
+
+def recording(function, calls: list):
+    """The function, whose results are also kept in a list."""
+
+    def call(*arguments):
+        calls.append(function(*arguments))
+        return calls[-1]
+
+    return call
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
