@@ -126,7 +126,7 @@ _FENCE = re.compile(r"^ *```(?P<language>\w*)[^\n]*\n(?P<body>.*?)^ *```", re.MU
 _SPAN = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 _WITHIN_SENTENCES = re.compile(r"(?:[A-Z_]+=\S+ )*(?:mg-fast|make|pip|pytest|(?:\S*/)?python -m)(?: |$)")
 # Programs of others, whose arguments are not checked.
-_FOREIGN = ("git", "cd", "lmms-eval", "accelerate")
+_FOREIGN = ("git", "cd", "lmms-eval")
 
 
 def commands(text: str) -> Iterator[Command]:
