@@ -25,7 +25,7 @@ from tests.paths import ROOT
 
 def dry_run(capsys, *words) -> dict[str, str]:
     """The options of lmms-eval's command for the words of ours."""
-    main([*words, "--dry-run"])
+    main(["--dry-run", *words])
     command = shlex.split(capsys.readouterr().out)
     assert command[:3] == [sys.executable, "-m", "lmms_eval"]
     return {name: value for name, value in zip(command[3:], command[4:]) if name.startswith("--")}
