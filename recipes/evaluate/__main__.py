@@ -52,6 +52,9 @@ def main(words: list[str] | None = None) -> None:
     args = parser.parse_args(words)
     if not args.benchmarks and not args.tasks:
         parser.error("expected --benchmarks NAME ... or --tasks TASK ..., got neither")
+    if "," in args.model:
+        # lmms-eval would read what follows as another option.
+        parser.error(f"--model: expected a name without a comma, got {args.model}")
     command = lmms_eval_command(args)
     if args.dry_run:
         print(shlex.join(command))

@@ -16,20 +16,21 @@ class QuestionFileError(MgFastError, ValueError):
     """Files of TextVQA that are missing or do not fit together."""
 
 
-def folder(variable: str = FOLDER_VARIABLE) -> Path:
-    """The folder that an environment variable names.
+def folder() -> Path:
+    """The folder that the environment variable `MG_FAST_TEXTVQA` names.
 
     Raises:
         QuestionFileError: it is not set, or one of the files is missing.
     """
-    named = os.environ.get(variable)
+    named = os.environ.get(FOLDER_VARIABLE)
     if not named:
         raise QuestionFileError(
-            f"expected the environment variable {variable} to name a folder with {QUESTIONS}, {ANSWERS} and {PICTURES}/"
+            f"expected the environment variable {FOLDER_VARIABLE} to name a folder with {QUESTIONS}, {ANSWERS} and "
+            f"{PICTURES}/"
         )
     for name in (QUESTIONS, ANSWERS, PICTURES):
         if not (Path(named) / name).exists():
-            raise QuestionFileError(f"{variable}: expected {name} in {shortened(named, 160)}, which has none")
+            raise QuestionFileError(f"{FOLDER_VARIABLE}: expected {name} in {shortened(named, 160)}, which has none")
     return Path(named)
 
 
@@ -44,13 +45,10 @@ def read_questions(path: str | Path) -> list[dict]:
         the path of its picture, `answers`, those of ten people, and `answer`, the first of them.
 
     Raises:
-        QuestionFileError: a line is no question, or has no answers.
+        QuestionFileError: a line is no question, has no answers or no picture, or the file of answers is another one.
     """
     path = Path(path)
-    annotations = {
-        (one["image_id"], one["question"].lower()): one["answers"]
-        for one in json.loads((path / ANSWERS).read_text(encoding="utf-8"))["data"]
-    }
+    annotations = _answers(path / ANSWERS)
     rows = []
     for number, line in enumerate((path / QUESTIONS).read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
@@ -65,6 +63,8 @@ def read_questions(path: str | Path) -> list[dict]:
         answers = annotations.get((picture, question))
         if not answers:
             raise QuestionFileError(f"{where}: {ANSWERS} has no answers to {quoted(question)} about {quoted(picture)}")
+        if not (path / PICTURES / file).is_file():
+            raise QuestionFileError(f"{where}: {PICTURES} has no {quoted(file)}")
         rows.append(
             {
                 "question_id": picture,
@@ -75,6 +75,17 @@ def read_questions(path: str | Path) -> list[dict]:
             }
         )
     return rows
+
+
+def _answers(path: Path) -> dict[tuple, list[str]]:
+    """The answers by the picture's name and the question in lower case."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["data"]
+        return {(row["image_id"], row["question"].lower()): row["answers"] for row in rows}
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise QuestionFileError(
+            f'{path.name}: expected an object with rows under "data", each with image_id, question and answers'
+        ) from None
 
 
 def bare_question(text: str) -> str:

@@ -5,7 +5,7 @@ from lmms_eval.api.task import ConfigurableTask
 from lmms_eval.tasks.textvqa.utils import textvqa_process_results
 
 from mg_fast.models.pictures import open_picture
-from recipes.evaluate.textvqa import FOLDER_VARIABLE, folder, read_questions
+from recipes.evaluate.textvqa import folder, read_questions
 
 
 class QuestionFile(ConfigurableTask):
@@ -20,7 +20,7 @@ class QuestionFile(ConfigurableTask):
 
     def download(self, dataset_kwargs: dict | None = None) -> None:
         """Reads the files, in the place of the data set that other tasks download."""
-        rows = read_questions(folder(FOLDER_VARIABLE))
+        rows = read_questions(folder())
         self.dataset = datasets.DatasetDict({"test": datasets.Dataset.from_list(rows)})
         self.dataset_no_image = self.dataset
 

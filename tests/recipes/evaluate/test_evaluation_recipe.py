@@ -47,7 +47,11 @@ def test_the_command(capsys):
 
 @pytest.mark.parametrize(
     "words, message",
-    [(["--model", "nano"], "got neither"), (["--model", "nano", "--benchmarks", "vqa"], "invalid choice: 'vqa'")],
+    [
+        (["--model", "nano"], "got neither"),
+        (["--model", "nano", "--benchmarks", "vqa"], "invalid choice: 'vqa'"),
+        (["--model", "a,b", "--benchmarks", "mme"], "without a comma, got a,b"),
+    ],
 )
 def test_wrong_command_lines(capsys, words, message):
     with pytest.raises(SystemExit) as ended:
@@ -125,6 +129,8 @@ def files(tmp_path):
     ]
     (tmp_path / ANSWERS).write_text(json.dumps({"data": data}))
     (tmp_path / PICTURES).mkdir()
+    for name in ("p1.jpg", "p2.jpg"):
+        (tmp_path / PICTURES / name).touch()
     return tmp_path
 
 
@@ -146,6 +152,12 @@ def test_files_that_do_not_fit(files, monkeypatch):
         folder()
     monkeypatch.setenv("MG_FAST_TEXTVQA", str(files))
     assert folder() == files
+    (files / PICTURES / "p2.jpg").unlink()
+    with pytest.raises(QuestionFileError, match="line 3: train_images has no 'p2.jpg'"):
+        read_questions(files)
+    (files / ANSWERS).write_text(json.dumps({"questions": []}))
+    with pytest.raises(QuestionFileError, match=f'{ANSWERS}: expected an object with rows under "data"'):
+        read_questions(files)
     (files / ANSWERS).write_text(json.dumps({"data": []}))
     with pytest.raises(QuestionFileError, match="line 1: .* has no answers to 'what is the brand"):
         read_questions(files)
