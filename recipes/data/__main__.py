@@ -50,7 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="environment variable with the endpoint's key, if it needs one (default: OPENAI_API_KEY)",
     )
-    model.add_argument("--temperature", type=_share, default=0.7, help="default: 0.7")
+    model.add_argument("--temperature", type=_not_negative, default=0.7, help="default: 0.7")
     model.add_argument("--max-tokens", type=_whole, default=400, help="most tokens of an answer (default: 400)")
     model.add_argument(
         "--parameter",
@@ -170,7 +170,7 @@ def _positive(text: str) -> float:
     return value
 
 
-def _share(text: str) -> float:
+def _not_negative(text: str) -> float:
     if (value := _number(text)) < 0:
         raise argparse.ArgumentTypeError(f"expected a number of 0 or more, got {text}")
     return value

@@ -116,7 +116,8 @@ class LocalModel:
         replies = []
         for asked, row in zip(inputs["attention_mask"], ids[:, inputs["input_ids"].shape[1] :].tolist()):
             length = next((i for i, token in enumerate(row) if token in ends), None)
-            text = self._tokenizer.decode(row[:length], skip_special_tokens=True)
+            # Some tokenizers would otherwise leave out spaces before punctuation.
+            text = self._tokenizer.decode(row[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False)
             finish = "length" if length is None else "stop"
             replies.append(Reply(text, finish, None, int(asked.sum()), len(row) if length is None else length + 1))
         return replies
