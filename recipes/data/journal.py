@@ -48,22 +48,26 @@ class Journal:
 
     Args:
         path: the file; it is made where there is none.
-        settings: what the replies depend on. They stand in the first line, and a later run must have the same; None
-            takes those that stand there.
+        settings: what the replies depend on. They stand in the first line, and a later run must have the same, unless
+            there are no replies yet; None takes those that stand there.
 
     Attributes:
         replies: the replies by key, in the order in which they came.
         settings: what the replies depend on; empty for a new journal without settings.
 
     Raises:
-        JournalError: another process has it open, it was written with other settings, or a line is damaged.
+        JournalError: the file cannot be opened, another process has it open, it was written with other settings, or a
+            line is damaged.
     """
 
     def __init__(self, path: str | Path, settings: Mapping | None = None):
         self._path = Path(path)
         self.replies: dict[str, list[Reply]] = {}
         self.settings: dict = dict(settings or {})
-        self._file = open(self._path, "a+b")  # noqa: SIM115  (it stays open, and is closed by close)
+        try:
+            self._file = open(self._path, "a+b")  # noqa: SIM115  (it stays open, and is closed by close)
+        except OSError as error:
+            raise JournalError(f"{self._name} cannot be opened: {error.strerror}") from None
         try:
             self._lock()
             self._read(settings)
@@ -116,6 +120,11 @@ class Journal:
         head = self._line(1, lines[0])
         if head.get("journal") != FORMAT or not isinstance(head.get("settings"), dict):
             raise JournalError(f"{self._name} is no journal of this recipe: its first line is {quoted(head)}")
+        if settings is not None and len(lines) == 1:
+            # Nothing was answered yet, for instance because the model's name was wrong, which may be corrected now.
+            self._file.truncate(0)
+            self._append({"journal": FORMAT, "settings": self.settings})
+            return
         if settings is not None and head["settings"] != dict(settings):
             changed = sorted(
                 name for name in {*settings, *head["settings"]} if settings.get(name) != head["settings"].get(name)

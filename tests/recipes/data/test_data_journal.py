@@ -60,6 +60,21 @@ def test_other_settings_are_refused(tmp_path):
         pass
 
 
+def test_settings_may_change_until_there_is_a_reply(tmp_path):
+    path, corrected = tmp_path / "journal.jsonl", {**SETTINGS, "model": "another"}
+    with Journal(path, SETTINGS):
+        pass
+    with Journal(path, corrected) as journal:
+        journal.add("a", Reply("one"))
+    with Journal(path) as journal:
+        assert journal.settings == corrected and journal.replies == {"a": [Reply("one")]}
+
+
+def test_a_file_that_cannot_be_opened(tmp_path):
+    with pytest.raises(JournalError, match="cannot be opened: Is a directory"):
+        Journal(tmp_path, SETTINGS)
+
+
 def test_two_processes_do_not_share_a_journal(tmp_path):
     pytest.importorskip("fcntl")
     with Journal(tmp_path / "journal.jsonl", SETTINGS), pytest.raises(JournalError, match="in use"):
