@@ -143,8 +143,7 @@ def test_a_pause_that_is_asked_for_counts_for_all_and_a_long_one_ends_the_run(jo
     began = time.monotonic()
     tally = run(asker, journal, count=3, at_once=1)
     assert time.monotonic() - began >= 0.2 and tally.replies == 3
-    asker = Scripted({"r": []})
-    asker.script = {"q3": [Trouble("HTTP 429", retry_after=3600.0)]}
+    asker = Scripted({"q3": [Trouble("HTTP 429", retry_after=3600.0)]})
     with pytest.raises(AskingError, match="to wait for 3600 seconds"):
         run(asker, journal, count=5, at_once=1)
 

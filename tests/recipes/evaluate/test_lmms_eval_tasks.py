@@ -133,72 +133,26 @@ def test_a_pipeline_of_the_caller_stays(pipelines):
 
 def rows_of(name: str, picture) -> list[dict]:
     """Rows with the columns of a benchmark's data set, about one picture."""
-    pair = {"question_id": "q1", "category": "OCR", "image": picture}
-    return {
-        "textvqa": [
-            {
-                "question_id": 7,
-                "question": "what does the sign say?",
-                "ocr_tokens": ["42"],
-                "answers": ["42"] * 10,
-                "image": picture,
-            }
-        ],
-        "mmb": [
-            {
-                **{
-                    "index": 1,
-                    "question": "What is it?",
-                    "hint": "nan",
-                    "A": "a sign",
-                    "B": "a cat",
-                    "C": "nan",
-                    "D": "nan",
-                },
-                **{"answer": "A", "category": "ocr", "L2-category": "finegrained", "source": "s", "split": "dev"},
-                "image": picture,
-            }
-        ],
-        "mme": [
-            {**pair, "question": "Is there a sign? Please answer yes or no.", "answer": "Yes"},
-            {**pair, "question": "Is there a cat? Please answer yes or no.", "answer": "No"},
-        ],
-        "mmvet": [
-            {
-                "question_id": "v1",
-                "question": "What does it say?",
-                "answer": "42",
-                "capability": "ocr",
-                "image": picture,
-            }
-        ],
-        "mmmu": [
-            {
-                **{"id": "validation_Art_1", "question": "Is <image 1> like <image 2>?", "options": "['yes', 'no']"},
-                **{"answer": "A", "question_type": "multiple-choice", "image_1": picture, "image_2": picture},
-            }
-        ],
-        "mathvista": [
-            {
-                **{
-                    "pid": "1",
-                    "question": "How many?",
-                    "choices": ["1", "2"],
-                    "unit": "",
-                    "precision": 0.0,
-                    "answer": "2",
-                },
-                **{
-                    "question_type": "multi_choice",
-                    "answer_type": "text",
-                    "query": "How many?",
-                    "caption": "",
-                    "ocr": "",
-                },
-                "decoded_image": picture,
-            }
-        ],
-    }[name]
+    if name == "textvqa":
+        asked = {"question_id": 7, "question": "what does the sign say?", "ocr_tokens": ["42"]}
+        return [{**asked, "answers": ["42"] * 10, "image": picture}]
+    if name == "mmb":
+        asked = {"index": 1, "question": "What is it?", "A": "a sign", "B": "a cat", "C": "nan", "D": "nan"}
+        about = {"hint": "nan", "category": "ocr", "L2-category": "finegrained", "source": "s", "split": "dev"}
+        return [{**asked, **about, "answer": "A", "image": picture}]
+    if name == "mme":
+        about = {"question_id": "q1", "category": "OCR", "image": picture}
+        asked = {"Is there a sign?": "Yes", "Is there a cat?": "No"}
+        return [{**about, "question": f"{q} Please answer yes or no.", "answer": a} for q, a in asked.items()]
+    if name == "mmvet":
+        asked = {"question_id": "v1", "question": "What does it say?", "capability": "ocr"}
+        return [{**asked, "answer": "42", "image": picture}]
+    if name == "mmmu":
+        asked = {"id": "validation_Art_1", "question": "Is <image 1> like <image 2>?", "options": "['yes', 'no']"}
+        return [{**asked, "question_type": "multiple-choice", "answer": "A", "image_1": picture, "image_2": picture}]
+    asked = {"pid": "1", "question": "How many?", "query": "How many?", "choices": ["1", "2"], "caption": "", "ocr": ""}
+    about = {"question_type": "multi_choice", "answer_type": "text", "unit": "", "precision": 0.0}
+    return [{**asked, **about, "answer": "2", "decoded_image": picture}]
 
 
 # What each benchmark asks about the rows above, in parts. MMMU's two pictures come first, and stay named in the text.
@@ -310,19 +264,8 @@ def test_textvqa_from_the_originals_files(pipelines, manager, tmp_path, monkeypa
 
 @pytest.mark.slow
 def test_the_command_line(tmp_path):
-    words = [
-        "--model",
-        "nano",
-        "--dtype",
-        "float32",
-        "--device",
-        "cpu",
-        "--tasks",
-        "nano_scenes",
-        "--out",
-        str(tmp_path),
-    ]
-    command = [sys.executable, "-m", "recipes.evaluate", *words, "--", "--limit", "9"]
+    words = ["--model", "nano", "--dtype", "float32", "--device", "cpu", "--tasks", "nano_scenes"]
+    command = [sys.executable, "-m", "recipes.evaluate", *words, "--out", str(tmp_path), "--", "--limit", "9"]
     settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "LMMS_EVAL_DATASETS_CACHE": str(tmp_path / "datasets")}
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, **settings}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
