@@ -41,6 +41,8 @@ _OF_ITSELF = re.compile(
     r"|\bi (?:cannot|can['’]t|am unable to|['’]m unable to) (?:create|generate|draw|display|show|see|view)\b",
     re.IGNORECASE,
 )
+# Words of somebody who speaks. Small models write wishes and questions in the place of a prompt.
+_SPEECH = re.compile(r"\bI['’](?:d|m|ve|ll)\b|\bI (?:am|can|like|love|need|want|wish|would)\b|\?$", re.IGNORECASE)
 _TAG = re.compile(r"<\s*/?\s*h\s*>|<\s*GEN\s*>|<\s*im(?:age|_start|_end|_patch)\s*>", re.IGNORECASE)
 # What prompt templates put around turns. In a training text it would be read as the border of a turn.
 _BORDERS = {part for style in TEMPLATES.values() for part in style.stops} | {"<s>", "<bos>", "[INST]", "[/INST]"}
@@ -131,6 +133,8 @@ def read(source: Source, reply: Reply) -> dict[str, str]:
     _check_prompt(fields["prompt"])
     if source.kind == RECAPTION:
         _check_wish(fields["wish"], source.caption)
+        if _same(fields["wish"], fields["prompt"]):
+            raise Fault("copied prompt")
     return fields
 
 
@@ -202,14 +206,21 @@ def _check_words(text: str) -> None:
 def _check_prompt(prompt: str) -> None:
     if (words := len(prompt.split())) < LEAST_PROMPT_WORDS:
         raise Fault("short prompt", f"{words} words")
+    if found := _SPEECH.search(prompt):
+        raise Fault("speech in the prompt", found.group())
 
 
 def _check_wish(wish: str, caption: str) -> None:
     words = len(wish.split())
     if not 2 <= words <= MOST_WISH_WORDS:
         raise Fault("length of the wish", f"{words} words")
-    if " ".join(caption.split()).casefold() == wish.casefold():
+    if _same(wish, caption):
         raise Fault("copied wish")
+
+
+def _same(text: str, other: str) -> bool:
+    """Whether two texts have the same words; case and punctuation do not count."""
+    return re.findall(r"\w+", text.casefold()) == re.findall(r"\w+", other.casefold())
 
 
 def _end(text: str) -> str:

@@ -55,6 +55,9 @@ def test_a_good_answer():
         (reply(prompt="The image shows a red boat on a calm lake"), "picture talk"),
         (reply(wish="What is in this picture?"), "picture talk"),
         (reply(prompt="red boat"), "short prompt"),
+        (reply(prompt="I'd love to see a red boat on a calm lake"), "speech in the prompt"),
+        (reply(prompt="but where did the red boat go?"), "speech in the prompt"),
+        (reply(wish="Red boat, calm lake, mist.", prompt="red boat, calm lake, mist"), "copied prompt"),
         (reply(wish="Boat"), "length of the wish"),
         (reply(wish="a " * 40), "length of the wish"),
         (reply(wish=CAPTION.caption), "copied wish"),
@@ -77,6 +80,11 @@ def test_bad_answers(bad, reason):
 )
 def test_wishes_that_are_no_picture_talk(wish):
     assert read(CAPTION, reply(wish=wish))["wish"] == wish
+
+
+def test_prompts_that_are_no_speech():
+    prompt = "portrait of Elizabeth I, a sign that says why? beside her, soft light"
+    assert read(CAPTION, reply(prompt=prompt))["prompt"] == prompt
 
 
 @pytest.mark.parametrize(
