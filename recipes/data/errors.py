@@ -12,4 +12,4 @@ class JournalError(MgFastError, RuntimeError):
 
 
 class AskingError(MgFastError, RuntimeError):
-    """Nothing more can be asked: the endpoint refuses every request, or cannot be reached."""
+    """Nothing more can be asked: the endpoint takes no request or cannot be reached, or the local model fails."""

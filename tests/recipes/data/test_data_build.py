@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -147,6 +148,23 @@ def test_files_are_written_anew_without_asking(tmp_path, server, captions, capsy
     assert call(without) == 0
     assert sum(server.asked.values()) == count and len(results(tmp_path)) == 4
     assert "| not answered yet, asked by the next run | 8 | 0 |" in (tmp_path / "out" / build.REPORT).read_text()
+
+
+def test_the_page_tells_what_became_of_the_recorded_replies(tmp_path):
+    """The figures in the recipe's page are those that today's checks give for the replies of a small real model."""
+    example, out = ROOT / "recipes" / "data" / "example", tmp_path / "out"
+    out.mkdir()
+    shutil.copy(example / build.JOURNAL, out)
+    sources = ["--captions", example / "captions.txt", "--dialogues", example / "conversations.jsonl"]
+    assert call(["--out", *map(str, [out, *sources])]) == 0
+    report = (out / build.REPORT).read_text()
+    replies = (out / build.JOURNAL).read_text().count("\n") - 1
+    assert "| **dialogues** | 1 | 2 |" in report and "| picture talk | 1 |" in report
+    for line in ("| cut | 13 |", "| speech in the prompt | 5 |", "| bad JSON | 3 |", "| short prompt | 1 |"):
+        assert line in report, line
+    page = " ".join((example.parent / "README.md").read_text(encoding="utf-8").split())
+    assert f"Of {replies} replies, 3 passed the checks: 13 were cut at 400 tokens" in page
+    assert "5 had speech in the place of a prompt, 3 were no JSON, and 1 prompt was too short" in page
 
 
 def test_repeated_sources_and_answers_are_left_out(tmp_path, server, captions):
