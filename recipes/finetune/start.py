@@ -13,8 +13,9 @@ from torch import nn
 
 from mg_fast import MiniGeminiConfig, MiniGeminiForConditionalGeneration, MiniGeminiProcessor
 from mg_fast.models.families import MINI_GEMINI, checkpoint_family
-from mg_fast.models.mini_gemini.checkpoint import tower_tensors
+from mg_fast.models.mini_gemini.checkpoint import geometry_config, tower_tensors
 from mg_fast.models.mini_gemini.geometry import complete_config
+from mg_fast.models.mini_gemini.image_processing import MiniGeminiImageProcessor
 from mg_fast.models.mini_gemini.vision import build_projector
 from mg_fast.models.tensor_files import ADAPTER_FILE, read_tensors, resolve_folder
 from mg_fast.modules import PatchInfoMining
@@ -90,9 +91,17 @@ def write_untrained(config: FineTuneConfig) -> Path:
 
 
 def load_processor(config: FineTuneConfig, source: dict) -> MiniGeminiProcessor:
-    """The processor of the model, with the template and the pictures of the training."""
+    """The processor of the model that is to be written, which sees pictures as the training does."""
     template = None if config.template in (None, PLAIN) else config.template
-    return MiniGeminiProcessor.from_pretrained(**source, template=template)
+    processor = MiniGeminiProcessor.from_pretrained(**source, template=template)
+    base = source.get("base_model")
+    described = geometry_config(
+        resolve_folder(source["pretrained_model_name_or_path"], weights=False),
+        None if base is None else resolve_folder(base, weights=False),
+    )
+    set_picture_form(described, config)
+    images = MiniGeminiImageProcessor.from_config(described)
+    return MiniGeminiProcessor(images, processor.tokenizer, template=processor.template)
 
 
 def load_model(
