@@ -4,11 +4,11 @@ import dataclasses
 import json
 import os
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from transformers import TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from mg_fast import MiniGeminiProcessor
 
@@ -114,14 +114,26 @@ def record_of(config: FineTuneConfig) -> dict:
     return {name: value for name, value in settings.items() if name not in FREE}
 
 
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint in a folder; None where there is none.
+
+    Trainer writes its own state last, so a run that was killed while it wrote leaves a folder without that file.
+    """
+    found = [(int(path.name.rpartition("-")[2]), path) for path in folder.glob("checkpoint-*") if _is_whole(path)]
+    return str(max(found)[1]) if found else None
+
+
+def _is_whole(path: Path) -> bool:
+    return path.name.rpartition("-")[2].isdigit() and (path / "trainer_state.json").is_file()
+
+
 def check_output(config: FineTuneConfig) -> str | None:
     """The checkpoint from which the run continues; None where it begins.
 
     Raises:
         ConfigError: the folder holds a run with other settings; the message names them.
     """
-    last = get_last_checkpoint(str(config.output)) if config.output.is_dir() else None
-    record = config.output / RECORD
+    last, record = last_checkpoint(config.output), config.output / RECORD
     if last is None or not record.is_file():
         return last
     before, now = json.loads(record.read_text(encoding="utf-8")), record_of(config)
