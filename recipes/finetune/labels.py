@@ -111,9 +111,8 @@ def _pieces(template: str, turns: Sequence[tuple[str, str]]) -> list[_Piece]:
     numbered = template != PLAIN and sum(question.count(IMAGE_TAG) for question, _ in turns) > 1
     pieces = [_Piece("", [])]
     for text, learned in segments(template, turns):
-        first, *rest = text.split(IMAGE_TAG)
-        for part in (first, *rest):
-            if part is not first:
+        for place, part in enumerate(text.split(IMAGE_TAG)):
+            if place:
                 if numbered:
                     # As `render` numbers the pictures of a prompt.
                     last = pieces[-1]
