@@ -103,9 +103,15 @@ def training_arguments(config: FineTuneConfig) -> TrainingArguments:
         dataloader_pin_memory=not on_cpu,
     )
     try:
-        return TrainingArguments(**options, **{**usual, **config.trainer})
+        arguments = TrainingArguments(**options, **{**usual, **config.trainer})
     except (TypeError, ValueError, ImportError) as error:
         raise ConfigError(f"transformers refuses the arguments of the training: {error}") from None
+    if arguments.n_gpu > 1:
+        raise ConfigError(
+            f"one process sees {arguments.n_gpu} GPUs: start one for each with accelerate launch, "
+            "or show it a single one (CUDA_VISIBLE_DEVICES=0)"
+        )
+    return arguments
 
 
 def record_of(config: FineTuneConfig) -> dict:
