@@ -2,6 +2,8 @@
 
 import io
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -149,6 +151,42 @@ def test_paths_are_renamed(one_folder):
     (one_folder / "images" / "photo.png").write_bytes(PICTURES[0].read_bytes())
     data = data_of(one_folder, [asked], rename={"VG_100K_2": "images", "VG_100K": "images"})
     assert data.report_broken() == 0 and data[0]["pictures"][0]["squared"].shape[-1] == 3
+
+
+class Rows(list):
+    """What the package datasets gives, as far as a source asks it: rows whose pictures are bytes."""
+
+    column_names, features = ["conversations", "image"], {}
+
+
+def test_rows_of_a_dataset(one_folder, monkeypatch):
+    """The package itself is not needed for this: a stand-in has its names."""
+    content = PICTURES[0].read_bytes()
+    rows = Rows(
+        [
+            sample("<image>\na", "b", image={"bytes": content, "path": None}),
+            sample("a", ""),
+            sample("a", "b", image=None),
+            sample("<image>\na", "b", image={"bytes": content[:200], "path": None}),
+        ]
+    )
+    stand_in = SimpleNamespace(load_dataset=lambda name, split: rows, Image=type("Image", (), {}))
+    monkeypatch.setitem(sys.modules, "datasets", stand_in)
+    sources = open_sources([SourceConfig(dataset="owner/name", split="train")], plain=False)
+    processor = family("standard").processor
+    skipped = SkippedSamples(one_folder / "skipped.jsonl")
+
+    def encode(turns) -> EncodedSample:
+        return encode_turns(processor, "vicuna_v1", turns, longest=400)
+
+    data = FineTuneData(sources, encode, processor.image_processor, skipped, plain=False)
+    assert data.report_broken() == 1 and data.lengths.tolist() == [3, -2, 3]
+    assert torch.equal(data[0]["pictures"][0]["squared"], processor.image_processor.squared([PICTURES[0]])[0])
+    assert data[1]["pictures"] == [] and data[2] is None
+    assert [(row["file"], row["index"]) for row in told(one_folder)] == [
+        ("owner/name (train)", 1),
+        ("owner/name (train)", 3),
+    ]
 
 
 # ---- batches

@@ -61,6 +61,56 @@ for rank in range(2):
 sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children))
 """
 
+# Computes the gradients of a row with a picture and a row without, each on a process of its own, with the model divided
+# by FSDP2 as accelerate divides it; compares them with those of both rows without any division.
+DIVIDED = """
+import os, sys
+import torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from mg_fast import MiniGeminiForConditionalGeneration, MiniGeminiProcessor
+from mg_fast.models.mini_gemini.frozen_towers import FrozenTowers
+from mg_fast.models.templates import render
+
+torch.set_num_threads(1)
+folder, picture = sys.argv[1].split("|")
+rank = int(os.environ["RANK"])
+dist.init_process_group("gloo")
+model = MiniGeminiForConditionalGeneration.from_pretrained(folder, template="vicuna_v1").train()
+processor = MiniGeminiProcessor.from_pretrained(folder, template="vicuna_v1")
+towers = FrozenTowers(model.model)
+rows = []
+for text, images in (("<image>\\nWhat is it?", [picture]), ("Who are you?", None)):
+    inputs = dict(processor(text=render("vicuna_v1", [(text, "Yes.")]), images=images, return_tensors="pt"))
+    marks = inputs.pop("mm_token_type_ids")
+    labels = inputs["input_ids"].masked_fill(marks == 1, -100)
+    if images:
+        features = towers(inputs.pop("pixel_values"), inputs.pop("pixel_values_hr"))
+        rows.append(dict(inputs, labels=labels, mm_token_type_ids=marks, tower_features=features))
+    else:
+        rows.append(dict(inputs, labels=labels, tower_features=towers.nothing()))
+for row in rows:
+    (model(**row, use_cache=False).loss / 2).backward()
+expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+model.zero_grad()
+mesh = init_device_mesh("cpu", (2,))
+inner = model.model
+for part in (*inner.language_model.layers, inner.patch_mining, model.get_input_embeddings(), model.lm_head):
+    fully_shard(part, mesh=mesh)
+fully_shard(model, mesh=mesh)
+model(**rows[rank], use_cache=False).loss.backward()
+assert type(inner.patch_mining.vlm_uni_aux_projector[1].weight).__name__ == "DTensor"
+for name, p in model.named_parameters():
+    torch.testing.assert_close(p.grad.full_tensor(), expected[name], rtol=1e-4, atol=1e-6, msg=name)
+dist.destroy_process_group()
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
 
 def file_of(folder: Path, **changes) -> tuple[Path, object]:
     """A configuration file in a folder, and what it says."""
@@ -94,13 +144,16 @@ def test_a_killed_run_continues_with_the_same_bits(tmp_path):
 
 def test_two_processes_give_the_losses_of_one(tmp_path):
     """Over an epoch with pictures, several pictures and none; what they write loads as one model."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
     options = dict(max_steps=3, group_by_length=True)
     alone, asked = file_of(tmp_path / "one", per_device_batch=2, **options)
     shared, shared_asked = file_of(tmp_path / "two", per_device_batch=1, **options)
     assert run(TRAIN, alone, 0) == 0
-    assert run(TWICE, port, shared, TRAIN) == 0
+    assert run(TWICE, free_port(), shared, TRAIN) == 0
     assert losses(shared_asked) == pytest.approx(losses(asked), rel=1e-5) and len(losses(asked)) == 3
     assert (shared_asked.output / "model" / "model.safetensors").is_file()
+
+
+def test_fsdp_divides_the_model():
+    """Mining reads its weights in its own forward pass, for which FSDP has gathered them."""
+    found = family("standard")
+    assert run(TWICE, free_port(), f"{found.folder}|{found.pictures[0]}", DIVIDED) == 0
