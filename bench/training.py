@@ -93,7 +93,8 @@ class StepPrediction:
         learned, frozen: numbers of weights, without the towers.
         states: learned weights with gradients and averages, and frozen weights, divided by the devices.
         towers: their weights and packed copies, whole on every GPU.
-        gathered: weights that FSDP has put together, and gradients that it takes apart, at the same time.
+        gathered: weights that FSDP has put together, and gradients that it takes apart, at the same time; on one device
+            the copies of weights in 16 bits.
         activations: the most that forward and backward pass allocate beside them, with the towers' features.
         seeing: the most that the towers allocate, before the forward pass.
         tower_flop, flop: of the towers, and of the whole pass of one GPU.
@@ -132,7 +133,8 @@ def predict(step: TrainingStep) -> StepPrediction:
         frozen=frozen,
         states=-(-(LEARNED_BYTES * learned + FROZEN_BYTES * frozen) // step.devices),
         towers=towers,
-        gathered=_gathered(model) if step.devices > 1 else 0,
+        # On one device nothing is divided, and autocast makes a copy of every weight in 16 bits in the forward pass.
+        gathered=_gathered(model) if step.devices > 1 else DTYPE.itemsize * learned,
         activations=held + count.peak,
         seeing=seeing,
         tower_flop=tower_flop,
@@ -317,7 +319,7 @@ def table(step: TrainingStep) -> str:
         "weights that learn": f"{p.learned / 1e9:>10.3f} G, frozen {p.frozen / 1e9:.3f} G",
         "weights, gradients and averages, divided": f"{p.states / gb:>10.2f} GB",
         "towers, whole on every GPU": f"{p.towers / gb:>10.2f} GB",
-        "gathered weights, gradients on their way": f"{p.gathered / gb:>10.2f} GB",
+        "gathered or cast weights, gradients on their way": f"{p.gathered / gb:>10.2f} GB",
         "activations at their peak, features of pictures included": f"{p.activations / gb:>10.2f} GB",
         "the towers at work, before": f"{p.seeing / gb:>10.2f} GB",
         "peak of a GPU": f"{p.peak / gb:>10.2f} GB",
