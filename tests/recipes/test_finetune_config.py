@@ -97,7 +97,7 @@ def test_a_wrong_setting_is_told(changes, expected):
 
 
 def test_all_faults_are_told_at_once():
-    with pytest.raises(ConfigError, match="stage: expected.*hd: expected.*output: missing"):
+    with pytest.raises(ConfigError, match="stage: expected.*output: missing.*hd: expected"):
         parse_config({**LEAST, "stage": 0, "hd": 1, "output": None})
 
 
