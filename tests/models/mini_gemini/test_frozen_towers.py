@@ -7,7 +7,6 @@ from mg_fast import MiniGeminiForConditionalGeneration
 from mg_fast.models.mini_gemini.frozen_towers import FrozenTowers
 from mg_fast.models.mini_gemini.naming import ours_to_published, published_to_ours
 from mg_fast.models.templates import render
-from mg_fast.testing.tolerances import relative_error
 from tests.families import family
 
 
@@ -44,7 +43,8 @@ def test_features_train_as_pixels_do(case):
     assert found_loss == pytest.approx(loss, rel=1e-5)
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
-        assert relative_error(found[name], gradient) < 1e-4, name
+        # The gradient of the biases of mining's keys is zero.
+        assert (found[name] - gradient).abs().max() <= 1e-4 * gradient.abs().max(), name
     towers.put_back(model.model)
     assert gradients(model, **inputs, **pixels)[0] == loss
 
