@@ -51,10 +51,9 @@ class FrozenTowers(PictureSteps):
         if model.vision_tower is None or model.vision_tower_aux is None:
             raise ValueError("FrozenTowers: expected a model with both towers, got one whose towers were taken out")
         self.config = model.config
-        self.vision_tower, self.vision_tower_aux = (
-            tower.requires_grad_(False).eval().to(device, dtype)
-            for tower in (model.vision_tower, model.vision_tower_aux)
-        )
+        place = {name: value for name, value in (("device", device), ("dtype", dtype)) if value is not None}
+        towers = [tower.requires_grad_(False).eval() for tower in (model.vision_tower, model.vision_tower_aux)]
+        self.vision_tower, self.vision_tower_aux = (tower.to(**place) if place else tower for tower in towers)
         model.vision_tower = model.vision_tower_aux = None
         self._low, self._high = self._low_tower(), self._high_tower()
 
