@@ -119,15 +119,15 @@ class StepPrediction:
 def predict(step: TrainingStep) -> StepPrediction:
     """Counts a step. The largest models take a minute."""
     towers, seeing, held, tower_flop = _towers(step)
-    model = learning_model(make_config(step.size, hd=step.hd), step.stage, step.checkpointing)
-    parts = dict(model.named_parameters())
-    learned = sum(p.numel() for p in parts.values() if p.requires_grad)
-    frozen = sum(p.numel() for p in parts.values()) - learned
-    with torch.device("meta"):
-        features = empty_features(model.config, step.batch)
-        ids = torch.empty(step.batch, step.tokens, dtype=torch.int64)
-    with counted_attention() as attention, Count("meta") as count:
-        loss_and_gradients(model, features, ids, pool=_kernel, forget=True)
+    with counted_attention() as attention:
+        model = learning_model(make_config(step.size, hd=step.hd), step.stage, step.checkpointing)
+        with torch.device("meta"):
+            features = empty_features(model.config, step.batch)
+            ids = torch.empty(step.batch, step.tokens, dtype=torch.int64)
+        with Count("meta") as count:
+            loss_and_gradients(model, features, ids, pool=_kernel, forget=True)
+    learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters()) - learned
     return StepPrediction(
         learned=learned,
         frozen=frozen,
@@ -143,7 +143,7 @@ def predict(step: TrainingStep) -> StepPrediction:
 
 
 def learning_model(config, stage: int, checkpointing: bool) -> MiniGeminiForConditionalGeneration:
-    """A model without values and without towers, whose weights of the stage learn."""
+    """A model without values and without towers, whose weights of the stage learn, within `counted_attention`."""
     with torch.device("meta"):
         model = MiniGeminiForConditionalGeneration(config).to(DTYPE).train()
     model.model.vision_tower = model.model.vision_tower_aux = None
