@@ -187,6 +187,8 @@ def _with_adapters(model: nn.Module, config: FineTuneConfig) -> nn.Module:
     except ImportError:
         raise ConfigError(f"method: {config.method} needs the package peft: pip install peft") from None
     lora = config.lora
+    # All processes draw the same weights, and so does a run that is repeated. Trainer sets its own seed afterwards.
+    torch.manual_seed(config.seed)
     return get_peft_model(
         model, LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=ADAPTED)
     )
