@@ -371,8 +371,6 @@ def _contradictions(config: FineTuneConfig):
         yield "template: plain is for the captions of stage 1"
     if config.method == QLORA and config.device == "cpu":
         yield "method: qlora needs a GPU"
-    if config.device == "cpu" and config.dtype != "float32":
-        yield "dtype: on a CPU the training is in float32"
     if config.liger and config.device == "cpu":
         yield "liger: its kernels need a GPU"
     for name in sorted(config.trainer.keys() & OWN_ARGUMENTS.keys()):

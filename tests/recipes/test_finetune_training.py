@@ -61,16 +61,17 @@ def answer(pipeline: mg_fast.Pipeline) -> list[int]:
     return pipeline.chat("What is it?", [str(PICTURES[0])], max_new_tokens=4).token_ids
 
 
+class Seen(TrainerCallback):
+    """Keeps what Trainer gives to its callbacks when a training begins."""
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.args, self.model, self.optimizer = args, model, optimizer
+
+
 # ---- stages
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "standard",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS),
-    ],
-)
+@pytest.mark.parametrize("name", ["standard", *OTHERS])
 def test_stage_2(name, tmp_path):
     """The loss of one batch falls, everything but the towers learns, and the result loads and answers."""
     found = family(name)
@@ -93,9 +94,7 @@ def test_stage_2(name, tmp_path):
     assert len(answer(mg_fast.load(out, template=found.processor.template))) > 0
 
 
-@pytest.mark.parametrize(
-    "name, template", [("standard", "plain"), pytest.param("mgm-gemma", "gemma", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("name, template", [("standard", "plain"), ("mgm-gemma", "gemma")])
 def test_stage_1_from_a_bare_language_model(name, template, tmp_path):
     """Mining and projector learn from random weights; the adapter has the original's names and loads over its base."""
     published, base, clip, convnext = parts_of(name, tmp_path / "parts")
@@ -133,7 +132,6 @@ def test_a_bare_language_model_needs_an_adapter(parts, tmp_path):
         fine_tune(make_config(tmp_path, parts[1], BATCH))
 
 
-@pytest.mark.slow
 def test_hd_starts_from_the_adapter_of_the_standard_model(parts, tmp_path):
     adapter, base, *_ = parts
     one = {"max_steps": 1, "global_batch": 1, "per_device_batch": 1}
@@ -146,14 +144,21 @@ def test_hd_starts_from_the_adapter_of_the_standard_model(parts, tmp_path):
     assert mg_fast.load(out).see(str(PICTURES[0])).shape[0] == 5 * 25
 
 
+def test_in_bfloat16(tmp_path):
+    """Products are rounded, and what is written; weights learn in float32. Losses are those of float32, rounded."""
+    folder, seen = family("standard").folder, Seen()
+    whole, rounded = (
+        make_config(tmp_path / dtype, folder, SAMPLES, dtype=dtype, **LEARNS_FAST | {"max_steps": 6})
+        for dtype in ("float32", "bfloat16")
+    )
+    fine_tune(whole)
+    written = tensors_of(fine_tune(rounded, [seen]))
+    assert losses(rounded) != losses(whole) and losses(rounded) == pytest.approx(losses(whole), rel=5e-3)
+    assert {p.dtype for p in seen.model.parameters()} == {torch.float32}
+    assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
+
+
 # ---- rates, checkpoints, the cache
-
-
-class Seen(TrainerCallback):
-    """Keeps what Trainer gives to its callbacks when a training begins."""
-
-    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        self.args, self.model, self.optimizer = args, model, optimizer
 
 
 def test_rates_of_parts(tmp_path):
@@ -190,7 +195,7 @@ class Stop(TrainerCallback):
 SAVES = {"disable_tqdm": True, "save_strategy": "steps"}
 
 
-@pytest.mark.parametrize("method", ["full", pytest.param("lora", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_stopped_run_continues_with_the_same_bits(method, tmp_path):
     """In its second epoch, with samples of several kinds, dropout in the adapters, and accumulation."""
     options = dict(max_steps=6, save_steps=2, method=method, trainer=SAVES, global_batch=2, per_device_batch=1)
@@ -261,7 +266,6 @@ def test_samples_are_checked_without_a_training(tmp_path):
 # ---- adapters
 
 
-@pytest.mark.slow
 def test_low_rank_adapters(tmp_path):
     """Adapters, mining and projector learn; the merged model answers as the model with its adapters."""
     from peft import PeftModel
