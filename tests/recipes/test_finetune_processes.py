@@ -6,8 +6,10 @@ import socket
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from tests.checkpoints import tensors_of
 from tests.families import family
 from tests.forked_python import PACKAGE, python
 from tests.recipes.finetuning import SAMPLES, losses, make_config, settings
@@ -34,14 +36,35 @@ class Kill(TrainerCallback):
 
 fine_tune(read_config(Path(sys.argv[1])), [Kill()])
 """
-# Runs the program of the third argument in two processes, which find each other at the port of the first.
+# Goes before TRAIN: lets accelerate divide the model by FSDP2, as our file says. `accelerate launch` puts the same keys
+# into the environment. accelerate leaves FSDP out for processes on a CPU, so these are passed off as ones on GPUs.
+FSDP = """
+import os
+from accelerate import PartialState
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
+
+asked = load_config_from_file("recipes/finetune/accelerate/fsdp2-8gpu.yaml")
+os.environ["ACCELERATE_USE_FSDP"], os.environ["ACCELERATE_MIXED_PRECISION"] = "true", asked.mixed_precision
+os.environ |= {key.upper(): str(value) for key, value in asked.fsdp_config.items()}
+begin = PartialState.__init__
+
+def begin_as_on_gpus(self, *args, **options):
+    begin(self, *args, **options)
+    if self._shared_state["distributed_type"] == DistributedType.MULTI_CPU:
+        self._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+PartialState.__init__ = begin_as_on_gpus
+"""
+# Runs the program of the third argument in two processes, which find each other at the port of the first. The second and
+# the fourth argument are the program's.
 TWICE = """
 import os, sys
 
 def child(rank):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[1], "WORLD_SIZE": "2"}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
-    sys.argv = ["train", sys.argv[2], "0"]
+    sys.argv = ["train", sys.argv[2], sys.argv[4]]
     exec(compile(program, "train", "exec"), {"__name__": "__main__"})
 
 program = sys.argv[3]
@@ -123,6 +146,12 @@ def file_of(folder: Path, **changes) -> tuple[Path, object]:
     return file, make_config(folder, model, SAMPLES, **changes)
 
 
+def losses_by_step(config) -> list[float]:
+    """The loss of every step, the last one where a step was trained twice."""
+    rows = [json.loads(line) for line in (config.output / "log.jsonl").read_text().splitlines()]
+    return list({row["step"]: row["loss"] for row in rows if "loss" in row}.values())
+
+
 def run(*words, ends: int = 0) -> str:
     """What a program prints that ends with this status."""
     done = python("-c", *words, imported=IMPORTED)
@@ -137,9 +166,7 @@ def test_a_killed_run_continues_with_the_same_bits(tmp_path):
     run(TRAIN, killed, 3, ends=-signal.SIGKILL)
     assert len(losses(killed_asked)) < 5
     run(TRAIN, killed, 0)
-    rows = [json.loads(line) for line in (killed_asked.output / "log.jsonl").read_text().splitlines()]
-    again = {row["step"]: row["loss"] for row in rows if "loss" in row}
-    assert [again[step] for step in range(1, 6)] == losses(asked)
+    assert losses_by_step(killed_asked) == losses(asked)
     first, second = (config.output / "model" / "model.safetensors" for config in (asked, killed_asked))
     assert first.read_bytes() == second.read_bytes()
 
@@ -150,13 +177,29 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
     alone, asked = file_of(tmp_path / "one", per_device_batch=2, **options)
     shared, shared_asked = file_of(tmp_path / "two", per_device_batch=1, **options)
     run(TRAIN, alone, 0)
-    run(TWICE, free_port(), shared, TRAIN)
+    run(TWICE, free_port(), shared, TRAIN, 0)
     assert losses(shared_asked) == pytest.approx(losses(asked), rel=1e-5) and len(losses(asked)) == 3
     assert (shared_asked.output / "model" / "model.safetensors").is_file()
+
+
+def test_fsdp_by_accelerates_file(tmp_path):
+    """In bfloat16, with layers computed again, and killed between: the losses of one process, in bfloat16's precision."""
+    options = dict(max_steps=4, save_steps=2, trainer=SAVES, dtype="bfloat16", gradient_checkpointing=True)
+    alone, asked = file_of(tmp_path / "one", **options)
+    shared, shared_asked = file_of(tmp_path / "two", per_device_batch=1, **options)
+    run(TRAIN, alone, 0)
+    run(TWICE, free_port(), shared, FSDP + TRAIN, 3, ends=1)
+    assert (shared_asked.output / "checkpoint-2" / "pytorch_model_fsdp_0").is_dir()
+    assert len(losses(shared_asked)) < 4
+    run(TWICE, free_port(), shared, FSDP + TRAIN, 0)
+    assert losses_by_step(shared_asked) == pytest.approx(losses(asked), rel=1e-2)
+    first, second = (tensors_of(config.output / "model") for config in (asked, shared_asked))
+    assert first.keys() == second.keys() and {tensor.dtype for tensor in second.values()} == {torch.bfloat16}
+    assert all((second[name] - first[name]).abs().max() <= 0.02 for name in first)
 
 
 def test_fsdp_divides_the_model():
     """Mining reads its weights in its own forward pass, for which FSDP has gathered them."""
     found = family("standard")
-    told = run(TWICE, free_port(), f"{found.folder}|{found.pictures[0]}", DIVIDED)
+    told = run(TWICE, free_port(), f"{found.folder}|{found.pictures[0]}", DIVIDED, 0)
     assert told.count("compared") == 2 and int(told.split()[1]) > 20
