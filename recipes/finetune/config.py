@@ -369,8 +369,6 @@ def _contradictions(config: FineTuneConfig):
             yield "adapter: stage 1 makes the adapter; a run that was stopped continues by itself"
     elif config.template == "plain":
         yield "template: plain is for the captions of stage 1"
-    if config.method == QLORA and config.device == "cpu":
-        yield "method: qlora needs a GPU"
     if config.liger and config.device == "cpu":
         yield "liger: its kernels need a GPU"
     for name in sorted(config.trainer.keys() & OWN_ARGUMENTS.keys()):

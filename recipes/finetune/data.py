@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from mg_fast.engine.image_cache import picture_digest
 from mg_fast.errors import MgFastError
 from mg_fast.models.pictures import open_picture
+from mg_fast.models.templates import IMAGE_TAG
 
 from .config import ConfigError, SourceConfig
 from .features import FeatureCache
@@ -94,12 +95,17 @@ class DatasetSource:
             raise ConfigError(f"data: {config.name} cannot be loaded: {' '.join(str(error).split())}") from None
         if "conversations" not in rows.column_names:
             raise ConfigError(f"data: {config.name} has no column conversations, only {', '.join(rows.column_names)}")
-        if isinstance(rows.features.get("image"), datasets.Image):
+        texts, undecoded = rows, _undecoded(rows.features.get("image"), datasets.Image)
+        if undecoded is not None:
             # Pictures are decoded by this package, so that a broken one is a broken sample and no error of the library.
-            rows = rows.cast_column("image", datasets.Image(decode=False))
+            rows = rows.cast_column("image", undecoded)
+            # They are read when a row's turn comes. Here their tags stand for them.
+            texts = rows.remove_columns("image")
         self._rows = rows
         self.index = SampleIndex(array("q"), array("q"), array("q"), {})
-        for number, row in enumerate(rows):
+        for number, row in enumerate(texts):
+            if undecoded is not None:
+                row = {**row, "image": [{}] * _tags(row)}
             try:
                 _check(config, plain, row)
                 self.index.words.append(words_of(row))
@@ -109,6 +115,20 @@ class DatasetSource:
 
     def read(self, index: int) -> Any:
         return self._rows[index]
+
+
+def _undecoded(feature: Any, image: type) -> Any:
+    """The feature of a column of pictures, or of lists of them, that leaves them undecoded; None for another column."""
+    if isinstance(feature, image):
+        return image(decode=False)
+    return type(feature)(image(decode=False)) if isinstance(getattr(feature, "feature", None), image) else None
+
+
+def _tags(row: Mapping) -> int:
+    """The number of `<image>` tags in a row's texts, of whatever form the row is."""
+    turns = row.get("conversations")
+    turns = turns if isinstance(turns, (list, tuple)) else ()
+    return sum(str(turn.get("value")).count(IMAGE_TAG) for turn in turns if isinstance(turn, Mapping))
 
 
 def _check(config: SourceConfig, plain: bool, sample: Any) -> None:

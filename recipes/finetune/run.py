@@ -113,7 +113,7 @@ def _tell(
 ) -> None:
     """Says how many samples there are, and what the cache of features will take."""
     broken = data.report_broken()
-    told = f"; {broken:,} are left out ({prepared.skipped.path})" if broken else ""
+    told = f"; left out: {broken:,} ({prepared.skipped.path})" if broken else ""
     logger.warning("%d samples, %d of them with pictures%s", len(data), data.with_pictures, told)
     if cache is not None:
         cache.check_room(data.with_pictures, feature_bytes(towers.config, getattr(torch, config.dtype)))

@@ -88,7 +88,6 @@ def test_accelerate_reads_its_files(file):
         ({"stage": 1, "hd": True}, "hd: the original trains no HD stage 1"),
         ({"template": "plain"}, "template: plain is for the captions of stage 1"),
         ({"device": "cpu", "liger": True}, "liger: its kernels need a GPU"),
-        ({"device": "cpu", "method": "qlora"}, "method: qlora needs a GPU"),
     ],
 )
 def test_a_wrong_setting_is_told(changes, expected):

@@ -153,14 +153,33 @@ def test_paths_are_renamed(one_folder):
     assert data.report_broken() == 0 and data[0]["pictures"][0]["squared"].shape[-1] == 3
 
 
+class PictureColumn(SimpleNamespace):
+    """A column of pictures, as the package datasets calls it."""
+
+
+class ListColumn:
+    """A column of lists."""
+
+    def __init__(self, feature):
+        self.feature = feature
+
+
 class Rows(list):
-    """What the package datasets gives, as far as a source asks it: rows whose pictures are bytes."""
+    """What the package datasets gives, as far as a source asks it: rows whose pictures are bytes once it is told so."""
 
-    column_names, features = ["conversations", "image"], {}
+    column_names, features = ["conversations", "image"], {"image": PictureColumn(decode=True)}
+
+    def cast_column(self, name, feature):
+        assert (name, feature.decode) == ("image", False)
+        return self
+
+    def remove_columns(self, name):
+        return [{key: value for key, value in row.items() if key != name} for row in self]
 
 
-def test_rows_of_a_dataset(one_folder, monkeypatch):
-    """The package itself is not needed for this: a stand-in has its names."""
+@pytest.mark.parametrize("lists", [False, True])
+def test_rows_of_a_dataset(one_folder, monkeypatch, lists):
+    """The package itself is not needed for this: a stand-in has its names. Pictures are read at their turn."""
     content = PICTURES[0].read_bytes()
     rows = Rows(
         [
@@ -168,9 +187,15 @@ def test_rows_of_a_dataset(one_folder, monkeypatch):
             sample("a", ""),
             sample("a", "b", image=None),
             sample("<image>\na", "b", image={"bytes": content[:200], "path": None}),
+            sample("a", "b", image={"bytes": content, "path": None}),
         ]
     )
-    stand_in = SimpleNamespace(load_dataset=lambda name, split: rows, Image=type("Image", (), {}))
+    if lists:
+        monkeypatch.setattr(Rows, "features", {"image": ListColumn(PictureColumn(decode=True))})
+        monkeypatch.setattr(Rows, "cast_column", lambda self, name, of: self if not of.feature.decode else None)
+        for row in rows:
+            row["image"] = [row["image"]] if row.get("image") else []
+    stand_in = SimpleNamespace(load_dataset=lambda name, split: rows, Image=PictureColumn)
     monkeypatch.setitem(sys.modules, "datasets", stand_in)
     sources = open_sources([SourceConfig(dataset="owner/name", split="train")], plain=False)
     processor = family("standard").processor
@@ -180,12 +205,15 @@ def test_rows_of_a_dataset(one_folder, monkeypatch):
         return encode_turns(processor, "vicuna_v1", turns, longest=400)
 
     data = FineTuneData(sources, encode, processor.image_processor, skipped, plain=False)
-    assert data.report_broken() == 1 and data.lengths.tolist() == [3, -2, 3]
+    assert data.report_broken() == 1 and data.lengths.tolist() == [3, -2, 3, -2]
     assert torch.equal(data[0]["pictures"][0]["squared"], processor.image_processor.squared([PICTURES[0]])[0])
-    assert data[1]["pictures"] == [] and data[2] is None
-    assert [(row["file"], row["index"]) for row in told(one_folder)] == [
-        ("owner/name (train)", 1),
-        ("owner/name (train)", 3),
+    assert data[1]["pictures"] == [] and data[2] is None and data[3] is None
+    found = told(one_folder)
+    assert {row["file"] for row in found} == {"owner/name (train)"} and [row["index"] for row in found] == [1, 3, 4]
+    assert [row["reason"][:20] for row in found] == [
+        "turn 2 is an empty a",
+        "picture: picture of ",
+        "0 <image> tag(s) for",
     ]
 
 

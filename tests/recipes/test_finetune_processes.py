@@ -56,8 +56,8 @@ def begin_as_on_gpus(self, *args, **options):
 
 PartialState.__init__ = begin_as_on_gpus
 """
-# Runs the program of the third argument in two processes, which find each other at the port of the first. The second and
-# the fourth argument are the program's.
+# Runs the program of the third argument in two processes, which find each other at the port of the first. The second
+# and the fourth argument are the program's.
 TWICE = """
 import os, sys
 
@@ -183,7 +183,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
 
 
 def test_fsdp_by_accelerates_file(tmp_path):
-    """In bfloat16, with layers computed again, and killed between: the losses of one process, in bfloat16's precision."""
+    """In bfloat16, with layers computed again, and killed on the way: one process' losses, in bfloat16's precision."""
     options = dict(max_steps=4, save_steps=2, trainer=SAVES, dtype="bfloat16", gradient_checkpointing=True)
     alone, asked = file_of(tmp_path / "one", **options)
     shared, shared_asked = file_of(tmp_path / "two", per_device_batch=1, **options)
