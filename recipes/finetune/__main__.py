@@ -52,7 +52,9 @@ def main() -> None:
         else:
             from .run import fine_tune
 
-            print(f"written to {fine_tune(config)}")
+            folder = fine_tune(config)
+            if int(os.environ.get("RANK", 0)) == 0:
+                print(f"written to {folder}")
     except MgFastError as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 import mg_fast
 from mg_fast import MiniGeminiForConditionalGeneration
@@ -18,6 +18,7 @@ from recipes.finetune.features import feature_bytes
 from recipes.finetune.prepare import check_samples
 from recipes.finetune.run import fine_tune
 from recipes.finetune.saving import read_adapter
+from recipes.finetune.trainer import FineTuneTrainer
 from tests.checkpoints import is_adapters, make_adapter, remake, tensors_of, towers_of
 from tests.families import family
 from tests.recipes.finetuning import CAPTIONS, PICTURES, SAMPLES, losses, make_config, sample, skipped
@@ -261,6 +262,13 @@ def test_samples_are_checked_without_a_training(tmp_path):
     config = make_config(tmp_path, family("standard").folder, [*BATCH, sample("a", "long " * 3000), 3])
     assert check_samples(config) == (2, 4)
     assert set(skipped(config)) == {2, 3} and not (config.output / "model").exists()
+
+
+def test_trainer_calls_what_is_replaced():
+    """Three methods of Trainer are private. If transformers renamed one, ours would be passed over without an error."""
+    replaced = {"_get_train_sampler", "_save", "_load_from_checkpoint"}
+    own = {name for name in vars(FineTuneTrainer) if name.startswith("_") and not name.startswith("__")}
+    assert own - {"_features"} == replaced and all(hasattr(Trainer, name) for name in replaced)
 
 
 # ---- adapters
