@@ -57,7 +57,7 @@ def fine_tune(config: FineTuneConfig, callbacks: Sequence[TrainerCallback] = ())
     # The classes of this model whose modules FSDP divides and gathers as one.
     layer = type(model.model.language_model.layers[0]).__name__
     model._no_split_modules = [layer, type(model.model.patch_mining).__name__]
-    _gather_whole_under_zero3(arguments, model)
+    _gather_experts_as_one(arguments, model)
     passes = arguments.world_size * arguments.gradient_accumulation_steps
     grouped = config.group_by_length
     order = SampleOrder(data.lengths, config.per_device_batch, passes, seed=config.seed, grouped=grouped)
@@ -96,15 +96,18 @@ def apply_liger(language_model: nn.Module) -> None:
         raise ConfigError(f"liger: {error}") from None
 
 
-def _gather_whole_under_zero3(arguments: TrainingArguments, model: nn.Module) -> None:
-    """Lets ZeRO-3 gather mining, and Mixtral's experts, as a whole: their weights are read without a call of layers."""
+def _gather_experts_as_one(arguments: TrainingArguments, model: nn.Module) -> None:
+    """Lets ZeRO-3 gather Mixtral's experts as a whole, as in the original: in each pass other experts have no tokens.
+
+    Mining must not be gathered so. deepspeed takes the gradients of such a module when those of its inputs are there,
+    and mining's inputs have none. So deepspeed hooks its layers, and mining calls them (`CalledProjection`).
+    """
     plugin = arguments.deepspeed_plugin
-    if plugin is None or plugin.zero_stage != 3:
+    kinds = {type(part) for part in model.modules() if type(part).__name__ == "MixtralSparseMoeBlock"}
+    if plugin is None or plugin.zero_stage != 3 or not kinds:
         return
     from deepspeed.utils import set_z3_leaf_modules
 
-    kinds = {type(model.model.patch_mining)}
-    kinds |= {type(part) for part in model.modules() if type(part).__name__ == "MixtralSparseMoeBlock"}
     set_z3_leaf_modules(model, list(kinds))
 
 
@@ -128,15 +131,17 @@ def _write(config: FineTuneConfig, trainer: FineTuneTrainer, towers: FrozenTower
     merges = config.method != FULL and config.lora.merge
     folder = config.output / (MODEL if config.method == FULL or merges else ADAPTERS)
     if trainer.is_world_process_zero():
-        model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-        if config.method != FULL:
-            adapters = saving.write_low_rank(model, state, config, config.output / ADAPTERS, dtype)
-            if merges:
-                saving.merge(config, prepared.source, adapters, processor, folder)
-        elif config.stage == 1:
-            saving.write_adapter(state, towers, model.config, folder, dtype)
-        else:
-            parts = model.config, model.generation_config, state
-            saving.write_checkpoint(*parts, towers, processor, folder, dtype)
+        # Models that are made in order to write are not divided: other processes take no part in that.
+        with start.loaded_whole(trainer.args.deepspeed_plugin):
+            model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+            if config.method != FULL:
+                adapters = saving.write_low_rank(model, state, config, config.output / ADAPTERS, dtype)
+                if merges:
+                    saving.merge(config, prepared.source, adapters, processor, folder)
+            elif config.stage == 1:
+                saving.write_adapter(state, towers, model.config, folder, dtype)
+            else:
+                parts = model.config, model.generation_config, state
+                saving.write_checkpoint(*parts, towers, processor, folder, dtype)
     trainer.accelerator.wait_for_everyone()
     return folder
