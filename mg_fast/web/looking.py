@@ -1,6 +1,7 @@
 """What the model looked at: the heat map of a picture of the last question, as layers that a page lays over it."""
 
 import asyncio
+import contextlib
 import logging
 import secrets
 from collections.abc import AsyncIterator
@@ -11,8 +12,9 @@ from PIL import Image
 from ..engine.explain import Explanation
 from ..engine.explain import draw as draw_heat
 from .limits import RequestRefused
+from .line import LineTicket
 from .sessions import BrowserSession
-from .talk import STOPPING, TOLD, InLine, Talk, place_of
+from .talk import STOPPING, TOLD, InLine, LastUpdate, Talk, place_of
 from .uploads import written
 
 logger = logging.getLogger("mg_fast.web")
@@ -64,7 +66,7 @@ class Looking:
             RequestRefused: there is no such picture, or it cannot be explained.
         """
         request_id = request_id or secrets.token_hex(8)
-        talk, names, outcome = self.talk, session.pictures(), "error"
+        talk, names = self.talk, session.pictures()
         try:
             if talk.draining:
                 raise RequestRefused(STOPPING)
@@ -76,29 +78,45 @@ class Looking:
                 raise RequestRefused(f"there is no picture {number}: the conversation has {len(names)}")
             question = session.turns[-1].question.text
             data = talk.store.claim(names[number - 1], session.browser, session.key).data
-            with talk.line.enter() as ticket:
-                while ticket.place:
-                    yield InLine(ticket.place, talk.line.waiting)
-                    await ticket.moved()
-                # A caller who stops reading does not end the work, whose thread could not be ended anyway. The place
-                # in line is kept until then.
-                layers = await asyncio.shield(asyncio.ensure_future(talk.run(lambda: self._layers(data, question))))
-            found = self._kept(session, question, *layers)
-            outcome = "ok"
-            yield found
+            ticket = talk.line.enter()
         except RequestRefused:
-            outcome = "refused"
+            talk.metrics.refused("explain")
+            logger.info("request=%s kind=explain outcome=refused", request_id)
             raise
+        following = talk.follow(
+            session, lambda updates: self._explain(session, data, question, ticket, updates, request_id)
+        )
+        async with contextlib.aclosing(following):
+            async for update in following:
+                yield update
+
+    async def _explain(
+        self,
+        session: BrowserSession,
+        data: bytes,
+        question: str,
+        ticket: LineTicket,
+        updates: asyncio.Queue,
+        request_id: str,
+    ) -> None:
+        talk, outcome = self.talk, "error"
+        last: object = RequestRefused(f"explaining failed; the server's log tells more under {request_id}")
+        try:
+            with ticket:
+                await talk.turn(session, ticket, updates)
+                layers = await talk.run(lambda: self._layers(data, question))
+            outcome, last = "ok", LastUpdate(self._kept(session, question, *layers))
         except TOLD as error:
-            outcome = "refused"
-            raise RequestRefused(str(error)) from None
-        except (GeneratorExit, asyncio.CancelledError):
-            outcome = "cancelled" if outcome == "error" else outcome
+            outcome, last = "refused", error if isinstance(error, RequestRefused) else RequestRefused(str(error))
+        except asyncio.CancelledError:
+            outcome = "cancelled"
             raise
         except Exception as error:
             logger.error("request=%s kind=explain error=%s at=%s", request_id, type(error).__name__, place_of(error))
-            raise RequestRefused(f"explaining failed; the server's log tells more under {request_id}") from None
         finally:
+            session.answering = False
+            session.stop.clear()
+            updates.put_nowait(last)
             talk.metrics.done("explain", outcome)
             logger.info("request=%s kind=explain outcome=%s", request_id, outcome)
 

@@ -1,12 +1,13 @@
 """From a question of a session to its answer: it waits in line, is written piece by piece, and can be stopped."""
 
 import asyncio
+import contextlib
 import copy
 import logging
 import secrets
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import PurePath
@@ -58,6 +59,13 @@ class TurnDone:
     """The answer is there."""
 
     turn: AnsweredTurn
+
+
+@dataclass(frozen=True)
+class LastUpdate:
+    """Stands in a queue of updates around the last one."""
+
+    value: object
 
 
 AskUpdate = InLine | TextSoFar | DrawingSteps | TurnDone
@@ -134,29 +142,57 @@ class Talk:
             self.metrics.refused("ask")
             logger.info("request=%s kind=ask outcome=refused", request_id)
             raise refusal
+        following = self.follow(session, lambda updates: self._answer(session, question, ticket, updates, request_id))
+        async with contextlib.aclosing(following):
+            async for update in following:
+                yield update
+
+    async def follow(
+        self, session: BrowserSession, work: Callable[[asyncio.Queue], Coroutine]
+    ) -> AsyncIterator[object]:
+        """Starts work for a session, and yields what it puts into a queue, until a `LastUpdate`; an error is raised.
+
+        The work goes on to its end whether or not anybody goes on reading. If nobody does, the session's `stop` is set.
+        """
         session.answering = True
         session.stop.clear()
         updates: asyncio.Queue = asyncio.Queue()
-        # The task has the place in line, so that it is given back when the answer has ended and not before.
-        task = asyncio.create_task(self._answer(session, question, ticket, updates, request_id))
+        # The task has the place in line, so that it is given back when the work has ended and not before.
+        task = asyncio.create_task(work(updates))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         try:
             while True:
                 update = await updates.get()
                 # Of several updates that have come meanwhile, the last one says all.
-                while not updates.empty() and not isinstance(update, BaseException | TurnDone):
+                while not updates.empty() and not isinstance(update, BaseException | LastUpdate):
                     update = updates.get_nowait()
                 if isinstance(update, BaseException):
                     raise update
-                yield update
-                if isinstance(update, TurnDone):
+                if isinstance(update, LastUpdate):
+                    yield update.value
                     return
+                yield update
                 await asyncio.sleep(UPDATE_S)
         finally:
             if not task.done():
                 # Nobody reads any more, so the rest would be made in vain.
                 session.stop.set()
+
+    async def turn(self, session: BrowserSession, ticket: LineTicket, updates: asyncio.Queue) -> None:
+        """Waits until it is the ticket's turn, and tells of its places meanwhile.
+
+        Raises:
+            RequestRefused: the user has stopped, or the server is about to.
+        """
+        while ticket.place:
+            updates.put_nowait(InLine(ticket.place, self.line.waiting))
+            moved = asyncio.ensure_future(ticket.moved())
+            while not moved.done():
+                await asyncio.wait([moved], timeout=0.2)
+                if session.stop.is_set() or self.draining:
+                    moved.cancel()
+                    raise RequestRefused(STOPPING if self.draining else "stopped before its turn")
 
     async def wait(self, seconds: float) -> bool:
         """Waits until no answer is being made; says whether that is so after these seconds at most."""
@@ -185,15 +221,7 @@ class Talk:
         last: object = RequestRefused(f"the answer failed; the server's log tells more under {request_id}")
         try:
             with ticket:
-                while ticket.place:
-                    updates.put_nowait(InLine(ticket.place, self.line.waiting))
-                    moved = asyncio.ensure_future(ticket.moved())
-                    # A user who has stopped waits no longer, and neither does a server that is about to end.
-                    while not moved.done():
-                        await asyncio.wait([moved], timeout=0.2)
-                        if session.stop.is_set() or self.draining:
-                            moved.cancel()
-                            raise RequestRefused("stopped before its turn" if session.stop.is_set() else STOPPING)
+                await self.turn(session, ticket, updates)
                 if session.replacing:
                     session.take_back()
                 waited = time.monotonic() - asked
@@ -201,7 +229,7 @@ class Talk:
             if not session.closed:
                 session.turns.append(turn)
                 self._tidy(session)
-            outcome, last = "ok", TurnDone(turn)
+            outcome, last = "ok", LastUpdate(TurnDone(turn))
         except RequestRefused as refusal:
             outcome, last = "refused", refusal
         except TOLD as error:
