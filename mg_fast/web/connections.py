@@ -13,8 +13,8 @@ HEAD_BYTES = 32 * 1024
 class ImpatientProtocol(H11Protocol):
     """uvicorn's protocol, which also knows since when a connection has been waiting for a request.
 
-    The server closes connections that wait too long (`close_waiting`). Where more wait than `most_waiting`, the one that
-    has waited longest is closed for the newest. A byte now and then does not help a connection.
+    The server closes connections that wait too long (`close_waiting`). Where more wait than `most_waiting`, the one
+    that has waited longest is closed for the newest. A byte now and then does not help a connection.
     """
 
     most_waiting = 200

@@ -259,7 +259,7 @@ class Visit:
         self.receive, self._send = receive, send
         root = scope.get("root_path", "")
         self.path, self.method = scope["path"].removeprefix(root) or "/", scope["method"]
-        self.browser = _cookie(self.header("cookie"))
+        self.browser = browser_of(self.header("cookie"))
         self.status: int | None = None
         self._cookie: str | None = None
 
@@ -359,7 +359,7 @@ def replayed(body: bytes, receive: Receive) -> Receive:
     return again
 
 
-def _cookie(header: str) -> str:
+def browser_of(header: str) -> str:
     """The browser's secret in a `Cookie` header; empty where there is none, or none of the right form."""
     for part in header.split(";"):
         name, _, value = part.strip().partition("=")

@@ -139,4 +139,5 @@ class Looking:
         session.looked = tuple(
             store.put(data, kind, browser=session.browser, owner=session.key) for data, kind in files
         )
-        return LookedAt(question, answer, *session.looked)
+        session.explanation = found = LookedAt(question, answer, *session.looked)
+        return found

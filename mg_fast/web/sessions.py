@@ -99,6 +99,7 @@ class BrowserSession:
         listeners: how many connections keep it alive.
         seen: when it was last used, in seconds of the clock.
         looked: names of pictures that explain the last answer.
+        explanation: what these pictures show (`LookedAt`); None where nothing was explained since the last answer.
     """
 
     def __init__(self, key: str, browser: str, conversation, now: float):
@@ -111,6 +112,7 @@ class BrowserSession:
         self.listeners = 0
         self.seen = now
         self.looked: tuple[str, ...] = ()
+        self.explanation: object | None = None
 
     def take_back(self) -> AnsweredTurn | None:
         """Undoes the last turn, in the conversation too, and returns it; None where there is none."""
@@ -123,7 +125,7 @@ class BrowserSession:
 
     def clear(self) -> None:
         """Forgets the conversation."""
-        self.turns, self.replacing = [], False
+        self.turns, self.replacing, self.explanation = [], False, None
         self.conversation.reset()
 
     def pictures(self) -> list[str]:
@@ -227,6 +229,11 @@ class BrowserSessions:
         names = self.store.drop_all_of(session.key)
         if self.on_close is not None:
             self.on_close(session, names)
+
+    def stop_all(self) -> None:
+        """Ends the answers of all sessions where they are."""
+        for session in self._sessions.values():
+            session.stop.set()
 
     def close_all(self) -> None:
         """Closes every session."""

@@ -228,6 +228,7 @@ class Talk:
                 turn = await self._in_thread(session, question, waited, updates)
             if not session.closed:
                 session.turns.append(turn)
+                session.looked, session.explanation = (), None
                 self._tidy(session)
             outcome, last = "ok", LastUpdate(TurnDone(turn))
         except RequestRefused as refusal:
@@ -304,7 +305,7 @@ class Talk:
     def _tidy(self, session: BrowserSession) -> None:
         """Drops pictures of a session that none of its turns names any more."""
         named = {name for turn in session.turns for name in (*turn.question.pictures, *(n for n, _ in turn.drawn))}
-        self.store.drop_all_of(session.key, keep=named | set(session.looked))
+        self.store.drop_all_of(session.key, keep=named)
 
 
 def again(turn: AnsweredTurn, **changes) -> AskedQuestion:

@@ -7,8 +7,8 @@ from .limits import Limits, RequestRefused
 from .store import PictureStore
 from .uploads import checked_picture
 
-# Uploads that are read at the same time, whose larger files wait on the disk in the server's private folder, and pictures
-# that are decoded at the same time.
+# Uploads that are read at the same time, whose larger files wait on the disk in the server's private folder, and
+# pictures that are decoded at the same time.
 MOST_READ, MOST_DECODED = 16, 2
 
 
