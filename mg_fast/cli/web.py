@@ -99,6 +99,6 @@ def _port(text: str) -> int:
 
 
 def _root_path(text: str) -> str:
-    if not text.startswith(("/", "https://", "http://")):
+    if text and not text.startswith(("/", "https://", "http://")):
         raise argparse.ArgumentTypeError(f"expected a path that begins with /, or a whole address, got {text[:80]!r}")
     return text.rstrip("/")

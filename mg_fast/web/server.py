@@ -38,7 +38,7 @@ _ENVIRONMENT = {
 
 @contextlib.contextmanager
 def private_folder() -> Iterator[str]:
-    """A folder that only this user may enter, in which everything temporary of this process lies; removed at the end."""
+    """A folder that only this user may enter, for everything temporary of this process; it is removed at the end."""
     before = tempfile.tempdir
     with tempfile.TemporaryDirectory(prefix="mg_fast_web_") as folder:
         tempfile.tempdir = folder
