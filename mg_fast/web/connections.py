@@ -40,7 +40,7 @@ class ImpatientProtocol(H11Protocol):
         self.waiting_since = self.loop.time()
 
 
-def close_waiting(connections, now: float, seconds: float = HEAD_S) -> None:
+def close_waiting(connections, now: float, seconds: float) -> None:
     """Closes the connections that have waited for a request for so long.
 
     Args:

@@ -20,6 +20,7 @@ from .site import Site, WebOptions
 
 logger = logging.getLogger("mg_fast.web")
 
+_FOLDER = "mg_fast_web_"
 # Seconds for connections to close after the last answer.
 CLOSE_S = 5
 # How often sessions that were left are looked for, in seconds.
@@ -38,14 +39,22 @@ _ENVIRONMENT = {
 
 @contextlib.contextmanager
 def private_folder() -> Iterator[str]:
-    """A folder that only this user may enter, for everything temporary of this process; it is removed at the end."""
-    before = tempfile.tempdir
-    with tempfile.TemporaryDirectory(prefix="mg_fast_web_") as folder:
+    """A folder that only this user may enter, for everything temporary of this process; it is removed at the end.
+
+    Within the block of one such folder, another one lies in it, and gradio goes on using the outer one.
+    """
+    outer, named = tempfile.tempdir, os.environ.get("GRADIO_TEMP_DIR")
+    with tempfile.TemporaryDirectory(prefix=_FOLDER) as folder:
+        if outer is None or not Path(outer).name.startswith(_FOLDER):
+            os.environ["GRADIO_TEMP_DIR"] = folder
         tempfile.tempdir = folder
         try:
             yield folder
         finally:
-            tempfile.tempdir = before
+            tempfile.tempdir = outer
+            os.environ.pop("GRADIO_TEMP_DIR", None)
+            if named is not None:
+                os.environ["GRADIO_TEMP_DIR"] = named
 
 
 class WebServer:
@@ -54,7 +63,7 @@ class WebServer:
     Args:
         pipeline: of Mini-Gemini.
         options: of the server.
-        folder: its private folder.
+        folder: its `private_folder`.
 
     Attributes:
         site: the parts of the server.
@@ -64,7 +73,7 @@ class WebServer:
     def __init__(self, pipeline, options: WebOptions, folder: str):
         if (reason := why_not()) is not None:
             raise BackendError(reason)
-        os.environ.update(_ENVIRONMENT, GRADIO_TEMP_DIR=folder)
+        os.environ.update(_ENVIRONMENT)
         self.socket = _listening(options.host, options.port)
         port = self.socket.getsockname()[1]
         self.options = replace(options, port=port)
@@ -151,7 +160,8 @@ class WebServer:
 
             async def on_tick(self, counter: int) -> bool:
                 if counter % 10 == 0:
-                    connections.close_waiting(self.server_state.connections, asyncio.get_running_loop().time())
+                    now = asyncio.get_running_loop().time()
+                    connections.close_waiting(self.server_state.connections, now, connections.HEAD_S)
                 if counter % int(10 * SWEEP_S) == 0:
                     site.sessions.sweep()
                 return await super().on_tick(counter)

@@ -11,7 +11,7 @@ from mg_fast.web.accounts import Accounts
 from mg_fast.web.gate import API, COOKIE, Gate
 from mg_fast.web.limits import Limits
 from mg_fast.web.uploading import UploadDesk
-from tests.web.conversing import FOLDER, parts
+from tests.web.conversing import parts
 from tests.web.test_web_uploads import file_of
 
 ME, YOU = "browser-me-0123456789", "browser-you-0123456789"
