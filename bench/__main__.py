@@ -143,6 +143,12 @@ def _parser() -> argparse.ArgumentParser:
     option("--threads", type=int, help="threads of the server's engine, and of the pipeline (default: 1; 0.5b: 2)")
     option("--save", dest="keep", action="store_true", help="record the results in bench/results/serving-load.json")
 
+    option = add("web", "web_load:main", "let many sessions of the web page ask at once, each about its own number")
+    option("--sessions", type=int, default=50, help="sessions at once (default: 50)")
+    option("--seconds", type=float, default=120, help="for how long they ask (default: 120)")
+    option("--threads", type=int, default=1, help="threads of the page's process (default: 1)")
+    option("--save", dest="keep", action="store_true", help="record the results in bench/results/web-load.json")
+
     add(
         "formulas",
         "formulas:table",
