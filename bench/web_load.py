@@ -20,7 +20,7 @@ from pathlib import Path
 
 from . import records
 from .errors import NoServer
-from .figures import wrapped
+from .figures import Records, wrapped
 from .served import STARTS_WITHIN_S, STOPS_WITHIN_S
 from .serving_load import QUESTION, numbered_picture
 from .web_visitors import VisitLog, different_numbers, visit_all
@@ -163,8 +163,8 @@ def told(document: Mapping) -> str:
     )
 
 
-def recorded() -> str:
-    """What is recorded, in words, for the page about it."""
+def load_of_page(found: Records) -> str:
+    """The paragraph in docs/web.md, from what is recorded."""
     if not RECORD.exists():
         return wrapped("Not measured yet: `python -m bench web --save` measures it.")
     return told(json.loads(RECORD.read_text(encoding="utf-8")))

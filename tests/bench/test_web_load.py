@@ -41,13 +41,13 @@ def test_what_is_said(alone, monkeypatch, tmp_path, capsys):
     asked = []
     monkeypatch.setattr(web_load, "RECORD", tmp_path / "web.json")
     monkeypatch.setattr(web_load, "measure", lambda *given: asked.append(given) or document)
-    assert web_load.recorded() == "Not measured yet: `python -m bench web --save` measures it."
+    assert web_load.load_of_page({}) == "Not measured yet: `python -m bench web --save` measures it."
     assert main(["web", "--sessions", "3", "--seconds", "10"]) == 0 and asked == [(3, 10.0, 1)]
     said = " ".join(capsys.readouterr().out.split())
     assert "3 sessions at once for 10 s, 0 visits: 1 answers (0.1 a second), 0 errors, 0 mixed; 0 answers" in said
     assert "300 MiB at first, at most 350 MiB, in the second half 340 to 345 MiB. Exit status 0." in said
     assert not web_load.RECORD.exists()
     main(["web", "--save"])
-    assert asked[-1] == (50, 120.0, 1) and " ".join(web_load.recorded().split()) == said
+    assert asked[-1] == (50, 120.0, 1) and " ".join(web_load.load_of_page({}).split()) == said
     # Without any answer there are figures, too.
     assert web_load.summary(VisitLog(errors=["x"]), alone, 1.0)["whole_s"] == (0.0, 0.0)
