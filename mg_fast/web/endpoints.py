@@ -43,7 +43,9 @@ class Endpoints:
         names = tuple(names_in(pictures or []))
         try:
             session = session_of(self.site, request)
-            question = AskedQuestion(text, names, draw, ocr, temperature, top_p, tokens, seed, measure)
+            question = AskedQuestion(
+                text, names, bool(draw), bool(ocr), temperature, top_p, tokens, seed, bool(measure)
+            )
             async for update in self.site.talk.ask(session, question, request_id_of(request)):
                 yield _piece(update)
         except RequestRefused as refusal:

@@ -87,8 +87,12 @@ class PageEvents:
             settings = _settings(draw, ocr, measure, temperature, top_p, tokens, seed)
             question = replace(session.turns[-1].question, **settings)
             session.replacing = True
-            async for outputs in self._answered(session, question, request):
-                yield outputs
+            try:
+                async for outputs in self._answered(session, question, request):
+                    yield outputs
+            finally:
+                # After a refusal, the next question is a new one.
+                session.replacing = False
         except RequestRefused as refusal:
             raise told(refusal) from None
 

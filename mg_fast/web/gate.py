@@ -32,7 +32,7 @@ FILE = f"{API}/file="
 # What a page reads: itself, its scripts and fonts, and the description of its endpoints.
 READ = re.compile(
     r"/|/config/?|/theme\.css|/robots\.txt|/favicon\.ico|/manifest\.json|/(?:assets|static)/[\w./@+-]+"
-    rf"|{API}/(?:info/?|theme\.css|app_id/?|startup-events)"
+    rf"|{API}/(?:info/?|theme\.css|app_id/?)"
 )
 # Messages that are passed on after their session and the files that they name were looked at.
 SAID = re.compile(rf"{API}/(?:queue/join|cancel|reset/?)")

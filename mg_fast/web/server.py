@@ -125,6 +125,8 @@ class WebServer:
             css=STYLE,
         )
         [mounted] = [route.app for route in parent.routes if isinstance(getattr(route, "app", None), gradio.routes.App)]
+        # The queue was started with the server. Once more would lose the events that are running.
+        mounted.startup_events_triggered = True
         site.forget = _forgetting(page, mounted)
         root = urlsplit(options.root_path)
         self._gate = Gate(

@@ -14,7 +14,7 @@ from pathlib import PurePath
 
 import torch
 
-from ..errors import MgFastError
+from ..errors import MgFastError, quoted
 from .limits import Limits, RequestRefused
 from .line import LineTicket, WaitingLine
 from .sessions import AnsweredTurn, AnswerFigures, AskedQuestion, BrowserSession
@@ -97,8 +97,8 @@ class Talk:
             raise RequestRefused("this session has ended: reload the page")
         if session.answering:
             raise RequestRefused("the last question is still being answered: stop it, or wait for its end")
-        if not question.text.strip():
-            raise RequestRefused("expected a question, got an empty text")
+        if not isinstance(question.text, str) or not question.text.strip():
+            raise RequestRefused("expected a question, got an empty text, or none at all")
         if len(question.text) > limits.characters:
             raise RequestRefused(
                 f"a question may have {limits.characters:,} characters, this one has {len(question.text):,}"
@@ -111,8 +111,8 @@ class Talk:
             )
         if len(session.turns) - session.replacing >= limits.turns:
             raise RequestRefused(f"a conversation may have {limits.turns} questions: clear it to go on")
-        if question.tokens is not None and question.tokens > limits.tokens:
-            raise RequestRefused(f"an answer may have {limits.tokens} tokens, {question.tokens} were asked for")
+        if question.tokens is not None and not (type(question.tokens) is int and question.tokens <= limits.tokens):
+            raise RequestRefused(f"an answer may have {limits.tokens} tokens, {quoted(question.tokens)} were asked for")
         if question.draw and not self.can_draw:
             raise RequestRefused("this server has no painter, so it draws no pictures")
         sizes = sum(len(self.store.claim(name, session.browser, session.key).data) for name in question.pictures)
@@ -217,13 +217,13 @@ class Talk:
         request_id: str,
     ) -> None:
         """Waits for the turn, makes the answer, and puts all updates in their queue; an error is the last of them."""
-        asked, outcome, turn = time.monotonic(), "error", None
+        asked, outcome, turn, undone = time.monotonic(), "error", None, None
         last: object = RequestRefused(f"the answer failed; the server's log tells more under {request_id}")
         try:
             with ticket:
                 await self.turn(session, ticket, updates)
                 if session.replacing:
-                    session.take_back()
+                    undone = session.conversation, session.take_back()
                 waited = time.monotonic() - asked
                 turn = await self._in_thread(session, question, waited, updates)
             if not session.closed:
@@ -242,6 +242,10 @@ class Talk:
             # The error's own text may repeat what the user wrote, which is no business of a log.
             logger.error("request=%s kind=ask error=%s at=%s", request_id, type(error).__name__, place_of(error))
         finally:
+            if turn is None and undone is not None and undone[1] is not None and not session.closed:
+                # The question that should have been replaced is still the last one.
+                session.conversation, kept = undone
+                session.turns.append(kept)
             session.answering = False
             session.stop.clear()
             updates.put_nowait(last)

@@ -90,6 +90,15 @@ def test_the_last_question_is_replaced():
     assert session.turns == [] and session.conversation.heard == [] and session.take_back() is None
 
 
+def test_a_question_is_not_replaced_by_one_that_fails():
+    site, session, _ = answers(AskedQuestion("first"), AskedQuestion("second"))
+    session.replacing = True
+    with pytest.raises(RequestRefused, match="the answer failed"):
+        asyncio.run(read(site.talk, session, AskedQuestion("fail")))
+    assert [turn.text for turn in session.turns] == ["You said first", "You said second"]
+    assert [text for text, _ in session.conversation.heard] == ["first", "second"]
+
+
 def test_stop_ends_an_answer_and_keeps_it():
     gate = HeldWords()
     site = parts(pace=gate)
@@ -173,6 +182,8 @@ def test_a_reader_that_goes_away_ends_its_answer_and_no_other():
         (AskedQuestion("x", tuple("abcde")), "may have 4 pictures, this one has 5"),
         (AskedQuestion("x", ("/etc/passwd",)), "not here any more"),
         (AskedQuestion("x", tokens=513), "may have 512 tokens, 513 were asked for"),
+        (AskedQuestion("x", tokens="5"), "may have 512 tokens, '5' were asked for"),
+        (AskedQuestion(["x"]), "got an empty text, or none at all"),
     ],
 )
 def test_refused_questions(question, message):
