@@ -14,6 +14,7 @@ from .gate import browser_of
 from .limits import RequestRefused
 from .sessions import AskedQuestion, BrowserSession
 from .site import Site
+from .store import names_in
 from .talk import DrawingSteps, InLine, TextSoFar, TurnDone
 
 # Seconds for an answer that is stopped to end.
@@ -144,9 +145,10 @@ class PageEvents:
 
         return use
 
-    async def add_photo(self, box: dict | None, name: str | None, request: gr.Request) -> tuple:
-        """Adds the camera's picture to the question."""
-        return _with_file(box, name), None
+    async def add_photo(self, box: dict | None, photo: dict | None, request: gr.Request) -> tuple:
+        """Adds the camera's picture to the question; both come as gradio sends them."""
+        text, files = (box or {}).get("text"), list(names_in((box or {}).get("files")))
+        return _with_file({"text": text, "files": files}, (photo or {}).get("path")), None
 
     async def add_by_address(self, box: dict | None, url: str, request: gr.Request) -> tuple:
         """Fetches a picture by its URL, and adds it to the question."""

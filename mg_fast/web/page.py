@@ -1,7 +1,8 @@
 """The page itself, made with gradio: what it shows, and what happens when it is used."""
 
+from html import escape
+
 import gradio as gr
-from gradio.components import Image as PictureBox
 
 from .endpoints import Endpoints
 from .events import PageEvents
@@ -13,16 +14,6 @@ from .uploads import EXTENSIONS
 # The strength of the heat map at first.
 STRENGTH = 0.8
 _PRIVATE = {"api_visibility": "private"}
-
-
-class Camera(PictureBox):
-    """A picture from the user's camera, whose value is the name of the picture in the store."""
-
-    # gradio shows a template as the component that it is derived from.
-    is_template = True
-
-    def preprocess(self, payload) -> str | None:
-        return None if payload is None else payload.path
 
 
 def build_page(site: Site) -> gr.Blocks:
@@ -80,7 +71,7 @@ def build_page(site: Site) -> gr.Blocks:
                     tokens = gr.Slider(1, limits.tokens, value=min(256, limits.tokens), step=1, label="Most tokens")
                     seed = gr.Number(label="Seed (empty: by chance)", value=None, precision=0)
                 with gr.Accordion("Camera", open=False):
-                    camera = Camera(sources=["webcam"], label="Camera", show_label=False, elem_id="mg-camera")
+                    camera = gr.Image(sources=["webcam"], label="Camera", show_label=False, elem_id="mg-camera")
                 with gr.Accordion("Picture by its address", open=False, visible=site.options.allow_urls):
                     url = gr.Textbox(label="Address", show_label=False, placeholder="https://")
                     fetch = gr.Button("Add", size="sm")
@@ -105,7 +96,8 @@ def build_page(site: Site) -> gr.Blocks:
         stop.click(events.stop, None, None, **quiet)
         for i, button in enumerate(examples):
             button.click(events.example(i), None, [box, draw], **quiet)
-        camera.input(events.add_photo, [box, camera], [box, camera], **quiet)
+        # gradio would open the picture's file, which is not there: pictures are in memory.
+        camera.input(events.add_photo, [box, camera], [box, camera], preprocess=False, **quiet)
         fetch.click(events.add_by_address, [box, url], [box, url], **quiet)
         look.click(events.look, [choice, strength, windows], [panel], **quiet)
         strength.release(events.relook, [strength, windows], [panel], **quiet)
@@ -124,8 +116,6 @@ def build_page(site: Site) -> gr.Blocks:
 
 
 def _head(site: Site) -> str:
-    from html import escape
-
     limits = site.options.limits
     rules = (
         f"At most {limits.pictures} pictures of {limits.megabytes} MiB and {limits.megapixels} million pixels in a "

@@ -110,16 +110,16 @@ class PictureStore:
 
 
 def names_in(message: object) -> Iterator[str]:
-    """Every name of a file in a message of the page's library: the `path` of each object, at any depth."""
+    """Every name of a file in a message of the page's library, in order: the `path` of each object, at any depth."""
     waiting = [message]
     while waiting:
         part = waiting.pop()
         if isinstance(part, dict):
             if "path" in part and part["path"] is not None:
                 yield part["path"] if isinstance(part["path"], str) else ""
-            waiting += part.values()
+            waiting += reversed(part.values())
         elif isinstance(part, list):
-            waiting += part
+            waiting += reversed(part)
 
 
 def is_name(text: str, folder: str) -> bool:

@@ -38,7 +38,7 @@ class UploadDesk:
             RequestRefused: this is no form with files, or a file is no picture that is taken.
         """
         from starlette.formparsers import MultiPartException
-        from starlette.requests import Request
+        from starlette.requests import ClientDisconnect, Request
 
         if not dict(scope["headers"]).get(b"content-type", b"").startswith(b"multipart/form-data"):
             raise RequestRefused("expected a form with files (multipart/form-data)")
@@ -47,6 +47,8 @@ class UploadDesk:
                 form = await Request(scope, receive).form(max_files=self.limits.pictures, max_fields=4)
             except MultiPartException as error:
                 raise RequestRefused(f"this form cannot be read: {error.message}") from None
+            except ClientDisconnect:
+                raise RequestRefused("the connection was closed") from None
             try:
                 files = [file for file in form.getlist("files") if hasattr(file, "read")]
                 if not files:

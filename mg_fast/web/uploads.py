@@ -12,7 +12,6 @@ from .limits import Limits, RequestRefused
 # Pillow's names of the kinds that are taken. Pillow knows many more, whose readers are less used and less tested.
 KINDS = {
     "JPEG": "image/jpeg",
-    "MPO": "image/jpeg",
     "PNG": "image/png",
     "WEBP": "image/webp",
     "GIF": "image/gif",
@@ -37,7 +36,8 @@ def checked_picture(data: bytes, limits: Limits) -> tuple[Image.Image, str]:
             # Pillow warns of large pictures at a limit of its own, which does not matter beside ours.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             opened = Image.open(io.BytesIO(data), formats=list(KINDS))
-            kind, (width, height) = KINDS[opened.format], opened.size
+            # A JPEG file with further pictures behind the first one has a name of its own in Pillow.
+            kind, (width, height) = KINDS["JPEG" if opened.format == "MPO" else opened.format], opened.size
             if width * height > limits.picture_pixels:
                 raise RequestRefused(
                     f"a picture may have {limits.megapixels} million pixels, this one has {width}x{height}"

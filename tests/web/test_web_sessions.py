@@ -52,7 +52,8 @@ def test_an_answer_comes_in_pieces_and_is_kept():
         return texts, update
 
     texts, last = asyncio.run(follow())
-    assert texts == ["You ", "You said ", "You said something "] and isinstance(last, TurnDone)
+    # The last words may come together with the end.
+    assert texts[:2] == ["You ", "You said "] and isinstance(last, TurnDone)
     turn = session.turns[0]
     assert turn is last.turn and turn.text == "You said something"
     took = turn.figures
@@ -385,7 +386,7 @@ def test_names_in_a_message():
     message = {
         "data": [{"text": "x", "files": [{"path": "a"}, {"path": "b", "more": [{"path": None}]}]}, [{"path": 7}]]
     }
-    assert sorted(names_in(message)) == ["", "a", "b"]
+    assert list(names_in(message)) == ["a", "b", ""]
     deep = {"path": "end"}
     for _ in range(100_000):
         deep = [deep]

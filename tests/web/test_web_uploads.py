@@ -33,10 +33,18 @@ def png_of(width, height):
     return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "MPO"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_kinds_that_are_taken(kind):
     picture, media_type = checked_picture(file_of(kind), Limits())
     assert picture.mode == "RGB" and picture.size == (20, 10) and media_type == KINDS[kind]
+
+
+def test_the_first_of_several_pictures_in_a_file():
+    file = io.BytesIO()
+    red, blue = (Image.new("RGB", (20, 10), colour) for colour in ("red", "blue"))
+    red.save(file, "MPO", save_all=True, append_images=[blue])
+    picture, media_type = checked_picture(file.getvalue(), Limits())
+    assert media_type == "image/jpeg" and picture.getpixel((3, 3))[0] > 200
 
 
 def test_an_orientation_is_applied():
