@@ -20,6 +20,10 @@ def build_page(site: Site) -> gr.Blocks:
     """The page of a site, with its endpoints; it is served by `mg_fast.web.server`."""
     limits, events = site.options.limits, PageEvents(site)
     with gr.Blocks(title=site.options.title, analytics_enabled=False, fill_width=True, delete_cache=(60, 600)) as page:
+        # These come first: the events of the page have names, too, and a name that is taken gets a number.
+        endpoints = Endpoints(site)
+        for endpoint in (endpoints.ask, endpoints.clear, endpoints.explain, endpoints.limits):
+            gr.api(endpoint, api_name=endpoint.__name__, concurrency_limit=None)
         gr.HTML(_head(site), elem_classes="mg-head")
         with gr.Row():
             with gr.Column(scale=5, min_width=320):
@@ -104,9 +108,6 @@ def build_page(site: Site) -> gr.Blocks:
         windows.input(events.relook, [strength, windows], [panel], **quiet)
         # This makes pages and clients keep a connection open, by which the gate sees that they are there.
         page.unload(_nothing)
-        endpoints = Endpoints(site)
-        for endpoint in (endpoints.ask, endpoints.clear, endpoints.explain, endpoints.limits):
-            gr.api(endpoint, api_name=endpoint.__name__, concurrency_limit=None)
     page.max_threads = limits.sessions + limits.queue + 32
     page.state_session_capacity = limits.sessions + 8
     page.queue(api_open=False, max_size=4 * limits.sessions, default_concurrency_limit=None)
