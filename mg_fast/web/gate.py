@@ -48,7 +48,8 @@ _HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"same-origin"),
     (b"x-frame-options", b"SAMEORIGIN"),
-    # The page's library writes scripts and styles into its page, so these cannot be forbidden there.
+    # The page's library writes scripts and styles into its page, and makes functions of its components' templates, so
+    # neither can be forbidden.
     (
         b"content-security-policy",
         b"default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
