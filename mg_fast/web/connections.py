@@ -25,8 +25,8 @@ class ImpatientProtocol(H11Protocol):
 
     @property
     def is_waiting(self) -> bool:
-        """Whether no request of this connection is being answered."""
-        return self.cycle is None or self.cycle.response_complete
+        """Whether this connection is open, and no request of it is being answered."""
+        return not self.transport.is_closing() and (self.cycle is None or self.cycle.response_complete)
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)

@@ -226,7 +226,7 @@ def test_a_file_that_is_no_picture(open_page, tmp_path):
 # ---- drawing, explaining, examples
 
 
-def test_a_drawn_picture_has_its_prompt_and_a_download(nano_server, open_page, scenes):
+def test_a_drawn_picture_has_its_prompt_and_a_download(nano_server, open_page, scenes, monkeypatch):
     page = open_page(nano_server)
     page.check("#mg-draw input")
     ask(page, "Draw this again.", scenes / "275.png")
@@ -237,8 +237,9 @@ def test_a_drawn_picture_has_its_prompt_and_a_download(nano_server, open_page, s
     with page.expect_download() as download:
         page.click("#mg-chat a[download]")
     assert download.value.suggested_filename.endswith(".png")
-    ask(page, "How many circles are there?")
-    assert "No picture:" in answered(page, 2)
+    monkeypatch.setattr(nano_server.site.pipeline.painter, "broken", True)
+    ask(page, "Draw this again.")
+    assert "No picture: drawing failed: the red paint is empty" in answered(page, 2)
 
 
 def test_the_panel_shows_what_the_model_looked_at(nano_server, open_page, scenes):
