@@ -2,6 +2,7 @@
 
 import asyncio
 import html
+import re
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 
@@ -65,10 +66,10 @@ class PageEvents:
         self, box: dict | None, draw, ocr, measure, temperature, top_p, tokens, seed, request: gr.Request
     ) -> AsyncIterator[tuple]:
         """Answers the question in the box."""
-        settings = _settings(draw, ocr, measure, temperature, top_p, tokens, seed)
         box = box or {}
-        question = AskedQuestion(box.get("text") or "", tuple(box.get("files") or ()), **settings)
         try:
+            settings = _settings(draw, ocr, measure, temperature, top_p, tokens, seed)
+            question = AskedQuestion(box.get("text") or "", tuple(box.get("files") or ()), **settings)
             session = session_of(self.site, request)
             async for outputs in self._answered(session, question, request):
                 yield outputs
@@ -226,7 +227,14 @@ def _message(update) -> dict:
 
 
 def _settings(draw, ocr, measure, temperature, top_p, tokens, seed) -> dict:
-    """The settings of the page as those of a question; a top-p of 1 and an empty seed are no settings."""
+    """The settings of the page as those of a question; a top-p of 1 and an empty seed are no settings.
+
+    Raises:
+        RequestRefused: the seed is no whole number.
+    """
+    seed = str(seed or "").strip()
+    if seed and not re.fullmatch(r"-?\d{1,18}", seed, re.ASCII):
+        raise RequestRefused("the seed is a whole number of at most 18 digits, or empty")
     return {
         "draw": bool(draw),
         "ocr": bool(ocr),
@@ -234,7 +242,7 @@ def _settings(draw, ocr, measure, temperature, top_p, tokens, seed) -> dict:
         "temperature": float(temperature or 0),
         "top_p": None if top_p is None or top_p >= 1 else float(top_p),
         "tokens": None if tokens is None else int(tokens),
-        "seed": None if seed is None else int(seed),
+        "seed": int(seed) if seed else None,
     }
 
 

@@ -54,10 +54,10 @@ def build_page(site: Site) -> gr.Blocks:
                     elem_id="mg-box",
                 )
                 with gr.Row(elem_classes="mg-buttons"):
-                    stop = gr.Button("Stop", variant="stop", elem_id="mg-stop")
-                    regenerate = gr.Button("Regenerate", elem_id="mg-regenerate")
-                    edit = gr.Button("Edit last question", elem_id="mg-edit")
-                    clear = gr.Button("Clear", elem_id="mg-clear")
+                    stop = gr.Button("Stop", variant="stop", size="md", elem_id="mg-stop")
+                    regenerate = gr.Button("Regenerate", size="md", elem_id="mg-regenerate")
+                    edit = gr.Button("Edit last", size="md", elem_id="mg-edit")
+                    clear = gr.Button("Clear", size="md", elem_id="mg-clear")
                 gr.HTML('<p class="mg-hint">Examples</p>')
                 with gr.Row(elem_classes="mg-examples"):
                     examples = [
@@ -73,7 +73,7 @@ def build_page(site: Site) -> gr.Blocks:
                     temperature = gr.Slider(0, 2, value=0, step=0.05, label="Temperature (0: the likeliest words)")
                     top_p = gr.Slider(0.05, 1, value=1, step=0.05, label="Top-p (with a temperature)")
                     tokens = gr.Slider(1, limits.tokens, value=min(256, limits.tokens), step=1, label="Most tokens")
-                    seed = gr.Number(label="Seed (empty: by chance)", value=None, precision=0)
+                    seed = gr.Textbox(label="Seed (empty: by chance)", value="", max_lines=1)
                 with gr.Accordion("Camera", open=False):
                     camera = gr.Image(sources=["webcam"], label="Camera", show_label=False, elem_id="mg-camera")
                 with gr.Accordion("Picture by its address", open=False, visible=site.options.allow_urls):
@@ -97,6 +97,8 @@ def build_page(site: Site) -> gr.Blocks:
         regenerate.click(events.regenerate, settings, shown, **quiet)
         edit.click(events.edit, None, [box], **quiet)
         clear.click(events.clear, None, shown, **quiet)
+        # The conversation's own bin would clear what is seen, and not what the model remembers.
+        chat.clear(events.clear, None, shown, **quiet)
         stop.click(events.stop, None, None, **quiet)
         for i, button in enumerate(examples):
             button.click(events.example(i), None, [box, draw], **quiet)

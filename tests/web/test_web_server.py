@@ -427,7 +427,7 @@ def test_script_tags_come_back_as_text(tmp_path):
         config = httpx.get(f"{server.address}/config").json()
         # The page's own event: the first one of the box.
         [ask] = [one["id"] for one in config["dependencies"] if [t for t in one["targets"] if t[1] == "submit"]]
-        data = [{"text": script, "files": []}, False, False, False, 0, 1, 16, None]
+        data = [{"text": script, "files": []}, False, False, False, 0, 1, 16, ""]
         assert join(server, {"session_hash": "session1", "fn_index": ask, "data": data}).status_code == 200
         events = []
         with httpx.stream("GET", f"{server.address}{API}/queue/data?session_hash=session1", timeout=30) as stream:
