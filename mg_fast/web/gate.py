@@ -39,6 +39,8 @@ SAID = re.compile(rf"{API}/(?:queue/join|cancel|reset/?)")
 HEARTBEAT = f"{API}/heartbeat/"
 EVENTS = f"{API}/queue/data"
 COOKIE = "mg_fast_browser"
+# How the last message of a stream of events begins, and the seconds that a page has to read it.
+LAST_EVENT, LAST_READ_S = b'data: {"msg":"close_stream"', 0.25
 # Seconds for the next part of a request to come, and for the whole of it.
 PART_S, WHOLE_S = 20.0, 120.0
 # Seconds before a wrong password is answered, and how many such answers may be due at once.
@@ -141,11 +143,7 @@ class Gate:
         elif reading and path.startswith(HEARTBEAT):
             await self._heartbeat(visit, path[len(HEARTBEAT) :].rstrip("/"))
         elif reading and path == EVENTS:
-            key = visit.query("session_hash")
-            if self.sessions.find(key, visit.browser) is None:
-                await visit.refuse(404, "there is no such session")
-            else:
-                await self.app(visit.scope, visit.receive, visit.send)
+            await self._events(visit, visit.query("session_hash"))
         elif reading and READ.fullmatch(path) and ".." not in path:
             if path == "/" and not visit.browser:
                 visit.set_cookie(secrets.token_urlsafe(24), self.root_path or "/")
@@ -201,6 +199,19 @@ class Gate:
         finally:
             self.sessions.unlisten(session)
 
+    async def _events(self, visit: "Visit", key: str) -> None:
+        session = self.sessions.find(key, visit.browser)
+        if session is None:
+            await visit.refuse(404, "there is no such session")
+            return
+
+        async def send(event: dict) -> None:
+            if event.get("body", b"").startswith(LAST_EVENT):
+                session.stream_ended = time.monotonic()
+            await visit.send(event)
+
+        await self.app(visit.scope, visit.receive, send)
+
     async def _upload(self, visit: "Visit") -> None:
         if self.draining:
             await visit.refuse(503, "this server is about to stop")
@@ -211,7 +222,7 @@ class Gate:
 
     async def _message(self, visit: "Visit") -> None:
         """Passes a message on if its session is this browser's, and if it names no file but this browser's pictures."""
-        most = self.desk.limits.message_bytes
+        most, send = self.desk.limits.message_bytes, visit.send
         visit.check_length(most)
         body = await visit.body(most)
         try:
@@ -225,15 +236,22 @@ class Gate:
                 await visit.refuse(503, "this server is about to stop: ask again in a minute")
                 return
             try:
-                self.sessions.open(message.get("session_hash"), visit.browser)
+                session = self.sessions.open(message.get("session_hash"), visit.browser)
             except RequestRefused as refusal:
                 await visit.refuse(503 if "places" in str(refusal) else 403, str(refusal))
                 return
             if any(self.sessions.store.get(name, visit.browser) is None for name in names_in(message)):
                 raise RequestRefused("a picture of this question is not here any more: add it again")
+
+            async def send(event: dict) -> None:
+                # Where one event closely follows another, the page may be told of its event before it has read that its
+                # stream has ended. Then it would wait for the event on that stream for ever.
+                await asyncio.sleep(max(0.0, session.stream_ended + LAST_READ_S - time.monotonic()))
+                await visit.send(event)
+
         elif "session_hash" in message and self.sessions.find(str(message["session_hash"]), visit.browser) is None:
             raise RequestRefused("there is no such session")
-        await self.app(visit.scope, replayed(body, visit.receive), visit.send)
+        await self.app(visit.scope, replayed(body, visit.receive), send)
 
 
 class Visit:

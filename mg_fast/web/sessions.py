@@ -1,6 +1,7 @@
 """Browser sessions: each has a conversation of its own, and gives everything back when it is left."""
 
 import copy
+import math
 import re
 import threading
 import time
@@ -97,6 +98,7 @@ class BrowserSession:
         answering: whether a question waits or is being answered.
         stop: set when the answer shall end.
         listeners: how many connections keep it alive.
+        stream_ended: when its last stream of events was ended, in seconds of `time.monotonic`.
         seen: when it was last used, in seconds of the clock.
         looked: names of pictures that explain the last answer.
         explanation: what these pictures show (`LookedAt`); None where nothing was explained since the last answer.
@@ -110,6 +112,7 @@ class BrowserSession:
         self.closed = False
         self.stop = threading.Event()
         self.listeners = 0
+        self.stream_ended = -math.inf
         self.seen = now
         self.looked: tuple[str, ...] = ()
         self.explanation: object | None = None
