@@ -264,7 +264,7 @@ class Talk:
             loop.call_soon_threadsafe(updates.put_nowait, update)
 
         def make() -> tuple:
-            began, text, first = time.monotonic(), "", None
+            began, text, first, last = time.monotonic(), "", None, None
 
             def drawing(step: int, total: int) -> None:
                 if stop.is_set():
@@ -273,19 +273,21 @@ class Talk:
 
             stream = conversation.chat(question.text, pictures, stream=True, **_options(question, stop, drawing))
             for piece in stream:
-                first = first or time.monotonic()
+                last = time.monotonic()
+                first = first or last
                 text += piece
                 tell(TextSoFar(text))
             ended = time.monotonic()
-            return stream.answer, began, first or ended, ended
+            return stream.answer, began, first or ended, last or ended, ended
 
-        answer, began, first, ended = await self.run(make)
+        answer, began, first, last, ended = await self.run(make)
         after_first = len(answer.token_ids) - 1
         figures = AnswerFigures(
             wait_s=waited,
             first_s=first - began,
             whole_s=ended - began,
-            tokens_per_s=after_first / (ended - first) if after_first > 0 and ended > first else None,
+            # What is drawn is drawn after the last piece.
+            tokens_per_s=after_first / (last - first) if after_first > 0 and last > first else None,
             new_tokens=len(answer.token_ids),
             prompt_tokens=answer.prompt_tokens,
             cached_tokens=answer.cached_tokens,

@@ -1,6 +1,7 @@
 """Conversations without a model, for tests of the web page: their answers come when a test lets them."""
 
 import threading
+import time
 from types import SimpleNamespace
 
 import torch
@@ -14,6 +15,8 @@ from mg_fast.web.store import PictureStore
 from mg_fast.web.talk import Talk
 
 FOLDER = "/tmp/mg_fast_web_test"
+# Seconds that a picture takes.
+DRAWN_S = 0.05
 
 
 class QuietMetrics:
@@ -58,6 +61,7 @@ class WordStream:
         self.conversation.heard.append((self.text, self.options))
         draw = self.options.get("draw")
         if draw:
+            time.sleep(DRAWN_S)
             draw["on_step"](1, 2)
         images = [Image.new("RGB", (8, 8), "red")] if draw and "draw" in self.text else []
         self.answer = Answer(
@@ -100,6 +104,18 @@ class SaidConversation:
 
     def close(self):
         self.closed = True
+
+
+class SpokenPipeline:
+    """A pipeline without a model, whose answers a test may hold back."""
+
+    painter = None
+
+    def __init__(self, pace=None):
+        self.pace = pace
+
+    def conversation(self):
+        return SaidConversation(self.pace)
 
 
 class HeldWords:

@@ -11,7 +11,7 @@ from mg_fast.web.limits import Limits, RequestRefused
 from mg_fast.web.sessions import AskedQuestion
 from mg_fast.web.store import UNUSED_S, names_in
 from mg_fast.web.talk import DrawingSteps, InLine, TextSoFar, TurnDone
-from tests.web.conversing import FOLDER, HeldWords, parts
+from tests.web.conversing import DRAWN_S, FOLDER, HeldWords, parts
 
 ONE, OTHER = "session-one", "session-two"
 
@@ -67,6 +67,9 @@ def test_drawn_pictures_and_the_reason_for_none():
     [(name, prompt)] = drawn.drawn
     assert prompt == "a red square" and site.store.get(name, "").media_type == "image/png" and drawn.no_picture is None
     assert none.drawn == () and none.no_picture == "the model wrote no prompt"
+    # Drawing belongs to the whole time, and not to that of the tokens.
+    took = drawn.figures
+    assert (took.new_tokens - 1) / took.tokens_per_s <= took.whole_s - took.first_s - DRAWN_S + 1e-6
 
     async def steps():
         found = await read(site.talk, session, AskedQuestion("draw again", draw=True))
@@ -108,7 +111,7 @@ def test_stop_ends_an_answer_and_keeps_it():
     async def stopped():
         gate.let(2)
         async for update in site.talk.ask(session, AskedQuestion("a b c d e")):
-            if isinstance(update, TextSoFar) and not session.stop.is_set():
+            if isinstance(update, TextSoFar) and update.text == "You said ":
                 session.stop.set()
                 gate.let()
         return update
