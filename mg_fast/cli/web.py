@@ -1,6 +1,7 @@
 """mg-fast web: a page in the browser for conversations about pictures."""
 
 import argparse
+import sys
 
 from ..errors import BackendError, CheckpointError
 from . import drawing, loading
@@ -63,7 +64,7 @@ def command(args) -> int:
     limits = limits_of(args.share_limit)
     if loading.is_interleaved(args.model):
         raise CheckpointError(f"{args.model} is MM-Interleaved, which this page cannot show: it is for Mini-Gemini")
-    pipeline = loading.load_to_answer(args, painter=drawing.load_painter(args))
+    pipeline = loading.load_to_answer(args, painter=_painter(args))
     pipeline.warm_up()
     from ..web.server import serve
     from ..web.site import WebOptions
@@ -81,6 +82,17 @@ def command(args) -> int:
     )
     serve(pipeline, options)
     return 0
+
+
+def _painter(args):
+    """The painter that is asked for. The model in the package has one of its own, which needs the extra `draw`."""
+    if args.painter is not None or args.model != "nano":
+        return drawing.load_painter(args)
+    try:
+        return drawing.load_painter(args, "nano")
+    except BackendError as error:
+        print(f"mg-fast: this page draws no pictures: {error}", file=sys.stderr)
+        return None
 
 
 def _limit(text: str) -> tuple[str, int]:

@@ -2,10 +2,12 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from mg_fast import cli
+from mg_fast import BackendError, cli
+from mg_fast.cli import web
 from mg_fast.cli.program import build_parser
 from mg_fast.web import requirements
 from tests.paths import ROOT
@@ -50,6 +52,39 @@ def test_a_wrong_file_of_accounts_is_found_before_anything_is_loaded(capsys, mon
     assert cli.main(["web", "--model", "nowhere", "--auth", str(tmp_path / "none")]) == 5
     assert "--auth" in capsys.readouterr().err
     assert cli.main(["web", "--model", "nowhere"]) == 3
+
+
+@pytest.mark.parametrize(
+    "words, painter",
+    [
+        ([], "nano"),
+        (["--model", "nano", "--steps", "4"], "nano"),
+        (["--painter", "P"], "P"),
+        (["--model", "DIR"], None),
+        (["--model", "DIR", "--painter", "P"], "P"),
+    ],
+)
+def test_nano_draws_by_its_own_painter(monkeypatch, capsys, words, painter):
+    served = []
+    monkeypatch.setattr(requirements, "_NEEDED", ())
+    monkeypatch.setattr(web.loading, "is_interleaved", lambda model: False)
+    monkeypatch.setattr(web.loading, "load_to_answer", lambda args, painter: SimpleNamespace(warm_up=lambda: painter))
+    monkeypatch.setattr("mg_fast.drawing.load_painter", lambda path, **options: (path, options["steps"]))
+    monkeypatch.setattr("mg_fast.web.server.serve", lambda pipeline, options: served.append(pipeline.warm_up()))
+    assert cli.main(["web", *words]) == 0
+    steps = 4 if "--steps" in words else None
+    assert served == [None if painter is None else (painter, steps)]
+
+    def missing(path, **options):
+        raise BackendError("drawing needs the extra `draw`")
+
+    monkeypatch.setattr("mg_fast.drawing.load_painter", missing)
+    if painter == "nano":
+        assert cli.main(["web", *words]) == 0 and served[1:] == [None]
+        assert capsys.readouterr().err == "mg-fast: this page draws no pictures: drawing needs the extra `draw`\n"
+    elif painter == "P":
+        # What is asked for and cannot be had is an error.
+        assert cli.main(["web", *words]) == 6
 
 
 @pytest.mark.slow
