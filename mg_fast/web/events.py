@@ -3,7 +3,7 @@
 import asyncio
 import html
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 
 import gradio as gr
@@ -57,7 +57,10 @@ async def stop_answer(session: BrowserSession) -> None:
 
 
 class PageEvents:
-    """The events of the page of a site. Outputs are the conversation, the question, bars, choice of picture, panel."""
+    """The events of the page of a site.
+
+    Outputs are the conversation, the question, the bars, the choice of a picture, the panel, and the button that stops.
+    """
 
     def __init__(self, site: Site):
         self.site = site
@@ -120,7 +123,7 @@ class PageEvents:
             raise told(refusal) from None
         session.clear()
         self.site.store.drop_all_of(session.key)
-        return [], None, shown.stage_bars(()), gr.Radio(choices=[], value=None), shown.look_panel(None, 0, False)
+        return [], None, shown.stage_bars(()), _choice([]), shown.look_panel(None, 0, False), _stop_button(False)
 
     async def stop(self, request: gr.Request) -> None:
         """Ends the answer where it is."""
@@ -138,11 +141,13 @@ class PageEvents:
         async def use(request: gr.Request) -> tuple:
             try:
                 session = session_of(self.site, request)
-                data, kind = await asyncio.to_thread(example.picture)
-                name = self.site.store.put(data, kind, browser=session.browser)
+                files = []
+                if example.scene is not None:
+                    data, kind = await asyncio.to_thread(example.scene.file)
+                    files = [self.site.store.put(data, kind, browser=session.browser)]
             except RequestRefused as refusal:
                 raise told(refusal) from None
-            return {"text": example.text, "files": [name]}, example.draw
+            return {"text": example.text, "files": files}, example.draw
 
         return use
 
@@ -199,22 +204,29 @@ class PageEvents:
         try:
             async for update in self.site.talk.ask(session, question, request_id_of(request)):
                 if isinstance(update, TurnDone):
-                    names = session.pictures()
-                    picture = gr.Radio(
-                        choices=[(f"Picture {i}", i) for i in range(1, len(names) + 1)],
-                        value=len(names) or None,
-                    )
+                    picture, panel = _choice(session.pictures()), shown.look_panel(None, 0, False)
                     bars = shown.stage_bars(update.turn.stages)
-                    yield shown.messages(session.turns), same, bars, picture, shown.look_panel(None, 0, False)
+                    yield shown.messages(session.turns), same, bars, picture, panel, _stop_button(False)
                     return
                 now = [*before, shown.question_message(question), _message(update)]
-                yield now, same if begun else None, same, same, same
+                yield (now, *((same,) * 5 if begun else (None, same, same, same, _stop_button(True))))
                 begun = True
         except RequestRefused:
             if begun:
                 kept = {"text": question.text, "files": list(question.pictures)}
-                yield shown.messages(session.turns), kept, same, same, same
+                yield shown.messages(session.turns), kept, same, same, same, _stop_button(False)
             raise
+
+
+def _stop_button(running: bool) -> gr.Button:
+    """The button that ends an answer, which can be pressed while there is one."""
+    return gr.Button(interactive=running, variant="stop" if running else "secondary")
+
+
+def _choice(names: Sequence[str]) -> gr.Radio:
+    """The choice among the pictures of a conversation, with the last one chosen; one picture is no choice."""
+    numbers = range(1, len(names) + 1)
+    return gr.Radio(choices=[(f"Picture {i}", i) for i in numbers], value=len(names) or None, visible=len(names) > 1)
 
 
 def _message(update) -> dict:

@@ -30,7 +30,7 @@ def build_page(site: Site) -> gr.Blocks:
                 chat = gr.Chatbot(
                     label="Conversation",
                     show_label=False,
-                    height="60vh",
+                    height="52vh",
                     render_markdown=False,
                     sanitize_html=True,
                     latex_delimiters=[],
@@ -53,23 +53,35 @@ def build_page(site: Site) -> gr.Blocks:
                     autofocus=True,
                     elem_id="mg-box",
                 )
+                with gr.Row(elem_classes="mg-switches"):
+                    draw = gr.Checkbox(
+                        label="Draw a picture", visible=site.can_draw, elem_id="mg-draw", container=False
+                    )
+                    ocr = gr.Checkbox(label="Read printed text first (OCR)", visible=site.can_read, container=False)
                 with gr.Row(elem_classes="mg-buttons"):
-                    stop = gr.Button("Stop", variant="stop", size="md", elem_id="mg-stop")
-                    regenerate = gr.Button("Regenerate", size="md", elem_id="mg-regenerate")
-                    edit = gr.Button("Edit last", size="md", elem_id="mg-edit")
-                    clear = gr.Button("Clear", size="md", elem_id="mg-clear")
+                    stop = gr.Button("Stop", size="sm", interactive=False, elem_id="mg-stop")
+                    regenerate = gr.Button("Regenerate", size="sm", elem_id="mg-regenerate")
+                    edit = gr.Button("Edit last", size="sm", elem_id="mg-edit")
+                    clear = gr.Button("Clear", size="sm", elem_id="mg-clear")
                 gr.HTML('<p class="mg-hint">Examples</p>')
                 with gr.Row(elem_classes="mg-examples"):
                     examples = [
-                        gr.Button(example.title, size="sm", elem_id=f"mg-example-{i}")
+                        gr.Button(example.text, size="sm", elem_id=f"mg-example-{i}")
                         for i, example in enumerate(EXAMPLES)
                         if site.can_draw or not example.draw
                     ]
             with gr.Column(scale=3, min_width=300):
-                with gr.Accordion("Settings", open=True):
-                    draw = gr.Checkbox(label="Draw a picture", visible=site.can_draw, elem_id="mg-draw")
-                    ocr = gr.Checkbox(label="Read the text in pictures first (OCR)", visible=site.can_read)
-                    measure = gr.Checkbox(label="Measure the stages", value=True)
+                with gr.Accordion("What it looked at", open=True):
+                    choice = gr.Radio(choices=[], label="Picture", elem_id="mg-choice", visible=False)
+                    with gr.Row(elem_classes="mg-switches"):
+                        look = gr.Button("Show", size="sm", elem_id="mg-look")
+                        windows = gr.Checkbox(label="Windows", elem_id="mg-windows", container=False)
+                    strength = gr.Slider(0, 1, value=STRENGTH, step=0.05, label="Strength", elem_id="mg-strength")
+                    panel = gr.HTML(look_panel(None, STRENGTH, False), elem_id="mg-panel")
+                with gr.Accordion("Stages of the last answer", open=True):
+                    bars = gr.HTML(stage_bars(()), elem_id="mg-bars")
+                    measure = gr.Checkbox(label="Measure the stages", value=True, container=False)
+                with gr.Accordion("Settings", open=False):
                     temperature = gr.Slider(0, 2, value=0, step=0.05, label="Temperature (0: the likeliest words)")
                     top_p = gr.Slider(0.05, 1, value=1, step=0.05, label="Top-p (with a temperature)")
                     tokens = gr.Slider(1, limits.tokens, value=min(256, limits.tokens), step=1, label="Most tokens")
@@ -79,17 +91,9 @@ def build_page(site: Site) -> gr.Blocks:
                 with gr.Accordion("Picture by its address", open=False, visible=site.options.allow_urls):
                     url = gr.Textbox(label="Address", show_label=False, placeholder="https://")
                     fetch = gr.Button("Add", size="sm")
-                with gr.Accordion("What it looked at", open=True):
-                    choice = gr.Radio(choices=[], label="Picture", elem_id="mg-choice")
-                    with gr.Row():
-                        look = gr.Button("Show", elem_id="mg-look")
-                        windows = gr.Checkbox(label="Windows", elem_id="mg-windows")
-                    strength = gr.Slider(0, 1, value=STRENGTH, step=0.05, label="Strength", elem_id="mg-strength")
-                    panel = gr.HTML(look_panel(None, STRENGTH, False), elem_id="mg-panel")
-                with gr.Accordion("Stages of the last answer", open=True):
-                    bars = gr.HTML(stage_bars(()), elem_id="mg-bars")
+        gr.HTML(f'<p class="mg-hint">{_rules(site)}</p>')
         settings = [draw, ocr, measure, temperature, top_p, tokens, seed]
-        shown = [chat, box, bars, choice, panel]
+        shown = [chat, box, bars, choice, panel, stop]
         # Everything goes through the queue, because the routes around it are closed; the line of the site, not the
         # queue of the library, decides who waits. Its own signs of progress would cover the conversation.
         quiet = {"show_progress": "hidden", "concurrency_limit": None, **_PRIVATE}
@@ -119,13 +123,17 @@ def build_page(site: Site) -> gr.Blocks:
 
 
 def _head(site: Site) -> str:
+    told = "Ask about your pictures, and see what the model looked at. Nothing is kept when you leave."
+    return f"<h1>{escape(site.options.title)}</h1><p>{told}</p>"
+
+
+def _rules(site: Site) -> str:
     limits = site.options.limits
-    rules = (
+    return (
         f"At most {limits.pictures} pictures of {limits.megabytes} MiB and {limits.megapixels} million pixels in a "
-        f"question, {limits.turns} questions, {limits.characters:,} characters, {limits.tokens} tokens. "
-        f"{limits.queue} questions may wait. Nothing is kept when you leave."
+        f"question, {limits.turns} questions, {limits.characters:,} characters in each, {limits.tokens} tokens in an "
+        f"answer. {limits.queue} questions may wait."
     )
-    return f"<h1>{escape(site.options.title)}</h1><p>{rules}</p>"
 
 
 def _nothing() -> None:

@@ -105,7 +105,7 @@ class WebServer:
         from . import connections
         from .gate import Gate
         from .page import build_page
-        from .style import STYLE
+        from .style import style
 
         site, options = self.site, self.options
         page = build_page(site)
@@ -121,8 +121,11 @@ class WebServer:
             show_error=False,
             ssr_mode=False,
             mcp_server=False,
-            theme=gradio.themes.Default(),
-            css=STYLE,
+            # Of this font, gradio 6.31 has only a few letters in the weight that its theme takes for titles.
+            theme=gradio.themes.Default(
+                font=[gradio.themes.LocalFont("Source Sans Pro", weights=(400, 700)), "sans-serif"]
+            ),
+            css=style(),
         )
         [mounted] = [route.app for route in parent.routes if isinstance(getattr(route, "app", None), gradio.routes.App)]
         # The queue was started with the server. Once more would lose the events that are running.

@@ -31,7 +31,7 @@ def messages(turns: Iterable[AnsweredTurn]) -> list[dict]:
     shown = []
     for turn in turns:
         shown.append(question_message(turn.question))
-        content = [_text(f"{escaped(turn.text) or '(an empty answer)'}")]
+        content = _said(turn)
         for i, (name, prompt) in enumerate(turn.drawn, 1):
             content += [_picture(name, f"drawn picture {i}"), _text(drawn_line(name, prompt))]
         if turn.no_picture:
@@ -39,6 +39,16 @@ def messages(turns: Iterable[AnsweredTurn]) -> list[dict]:
         content.append(_text(f"<small>{figures_line(turn.figures)}</small>"))
         shown.append({"role": "assistant", "content": content})
     return shown
+
+
+def _said(turn: AnsweredTurn) -> list[dict]:
+    """The text of an answer. The prompts of its pictures stand below them, and are not shown twice."""
+    text = turn.text
+    for _, prompt in turn.drawn:
+        text = text.replace(f"<h>{prompt}</h>", "")
+    if turn.drawn and not text.strip():
+        return []
+    return [_text(escaped(text.strip()) or "(an empty answer)")]
 
 
 def question_message(question: AskedQuestion) -> dict:

@@ -48,6 +48,17 @@ def test_a_conversation():
     assert texts(shown.messages([AnsweredTurn(question, "", FIGURES)]))[1] == "(an empty answer)"
 
 
+def test_a_prompt_that_was_drawn_is_shown_once():
+    def lines(text, *drawn):
+        return texts(shown.messages([AnsweredTurn(AskedQuestion("Draw"), text, FIGURES, drawn)]))[1:-1]
+
+    link = f'<a href="gradio_api/file={NAME}" download="drawn.png">Download</a>'
+    assert lines("<h>a cat</h>", (NAME, "a cat")) == [f"<small>Drawn: a cat {link}</small>"]
+    assert lines("Here: <h>a cat</h>", (NAME, "a cat"))[0] == "Here:"
+    # Where none was drawn, the answer stays as it is.
+    assert lines("<h>a cat</h>") == ["&lt;h&gt;a cat&lt;/h&gt;"]
+
+
 def test_figures_of_other_answers():
     line = shown.figures_line(AnswerFigures(12.5, 1.5, 2.5, None, 1, 10, 0, "stopped"))
     assert line == (
