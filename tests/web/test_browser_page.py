@@ -6,12 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-import mg_fast
 from mg_fast.web.limits import Limits
-from tests.web.conversing import HeldWords
+from tests.web.conversing import HeldWords, SpokenPipeline
 from tests.web.serving import running, until
-from tests.web.test_web_server import RedPainter, SpokenPipeline
 
 # Where screenshots are kept for somebody to look at; none are kept by default.
 KEPT = os.environ.get("MG_FAST_SCREENSHOTS")
@@ -19,7 +18,7 @@ SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
 WAIT_MS = 60_000
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def browser():
     pytest.importorskip("gradio", reason="gradio is not installed: `make test` installs it")
     playwright = pytest.importorskip(
@@ -33,24 +32,6 @@ def browser():
         launched = started.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-dev-shm-usage"])
         yield launched
         launched.close()
-
-
-@pytest.fixture(scope="module")
-def nano_server(browser):
-    pipeline = mg_fast.load("nano")
-    pipeline.painter = RedPainter()
-    with running(pipeline) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory):
-    from recipes.nano.scenes import draw_scene
-
-    folder = tmp_path_factory.mktemp("scenes")
-    for i, number in enumerate(("4083", "275")):
-        draw_scene(5, i, split="unseen", number=number).image.save(folder / f"{number}.png")
-    return folder
 
 
 @pytest.fixture
@@ -91,9 +72,13 @@ def said(page):
 
 def answered(page, count=1):
     """Waits until so many answers are complete, which then have their figures; returns the conversation's text."""
-    page.wait_for_function(
-        "n => (document.querySelector('#mg-chat').innerText.match(/to the first token/g) || []).length >= n", arg=count
-    )
+    try:
+        page.wait_for_function(
+            "n => (document.querySelector('#mg-chat').innerText.match(/to the first token/g) || []).length >= n",
+            arg=count,
+        )
+    except Exception as error:
+        raise AssertionError(f"no answer came; the page shows:\n{page.inner_text('body')}") from error
     return said(page)
 
 
@@ -106,9 +91,9 @@ def shot(page, name):
 # ---- conversation
 
 
-def test_a_scene_is_uploaded_and_its_number_read(nano_server, open_page, scenes):
-    page = open_page(nano_server)
-    ask(page, "What does the sign say?", scenes / "4083.png")
+def test_a_scene_is_uploaded_and_its_number_read(server, open_page, scenes):
+    page = open_page(server)
+    ask(page, "What does the sign say?", scenes["4083"])
     assert "The number is 4083." in answered(page)
     assert re.search(r"\d+ ms to the first token|\d+\.\d s to the first token", said(page))
     assert "prompt tokens from the cache" in said(page)
@@ -130,8 +115,8 @@ def test_an_answer_appears_in_pieces_and_can_be_stopped(open_page):
     held = HeldWords()
     with running(SpokenPipeline(held)) as server:
         page = open_page(server)
-        ask(page, "one two three four")
-        words = ("You", "You said", "You said one", "You said one two")
+        ask(page, "1 2 3 4")
+        words = ("You", "You said", "You said 1", "You said 1 2")
         for text, longer in zip(words, words[1:]):
             held.let(1)
             page.wait_for_function("text => document.querySelector('#mg-chat').innerText.includes(text)", arg=text)
@@ -140,7 +125,7 @@ def test_an_answer_appears_in_pieces_and_can_be_stopped(open_page):
         until(lambda: any(session.stop.is_set() for session in server.site.sessions._sessions.values()))
         held.let()
         text = answered(page)
-        assert "stopped" in text and "four" not in text
+        assert "stopped" in text and "You said 1 2" in text and "You said 1 2 3" not in text
         page.close()
 
 
@@ -226,23 +211,26 @@ def test_a_file_that_is_no_picture(open_page, tmp_path):
 # ---- drawing, explaining, examples
 
 
-def test_a_drawn_picture_has_its_prompt_and_a_download(nano_server, open_page, scenes, monkeypatch):
-    page = open_page(nano_server)
+def test_a_drawn_picture_has_its_prompt_and_a_download(server, open_page, broken_painter):
+    page = open_page(server)
     page.check("#mg-draw input")
-    ask(page, "Draw this again.", scenes / "275.png")
-    assert "Drawn:" in answered(page)
-    page.wait_for_function("() => [...document.querySelectorAll('#mg-chat img')].some(i => i.naturalWidth === 32)")
+    ask(page, "Draw a red star on a white background.")
+    text = answered(page)
+    # The prompt stands below its picture, and not also in the answer.
+    assert text.count("Drawn: a red star on a white background") == 1 and "<h>" not in text
+    page.wait_for_function("() => [...document.querySelectorAll('#mg-chat img')].some(i => i.naturalWidth === 128)")
     with page.expect_download() as download:
         page.click("#mg-chat a[download]")
     assert download.value.suggested_filename.endswith(".png")
-    monkeypatch.setattr(nano_server.site.pipeline.painter, "broken", True)
-    ask(page, "Draw this again.")
-    assert "No picture: drawing failed: the red paint is empty" in answered(page, 2)
+    assert Image.open(download.value.path()).size == (128, 128)
+    broken_painter()
+    ask(page, "Draw a red star on a white background.")
+    assert "No picture: drawing failed: the paint is empty" in answered(page, 2)
 
 
-def test_the_panel_shows_what_the_model_looked_at(nano_server, open_page, scenes):
-    page = open_page(nano_server)
-    ask(page, "What does the sign say?", scenes / "4083.png")
+def test_the_panel_shows_what_the_model_looked_at(server, open_page, scenes):
+    page = open_page(server)
+    ask(page, "What does the sign say?", scenes["4083"])
     answered(page)
 
     def heat():
@@ -268,8 +256,8 @@ def test_the_panel_shows_what_the_model_looked_at(nano_server, open_page, scenes
     assert pixels(heat()) != first
 
 
-def test_an_example_begins_a_conversation(nano_server, open_page):
-    page = open_page(nano_server)
+def test_an_example_begins_a_conversation(server, open_page):
+    page = open_page(server)
     page.click("#mg-example-0")
     page.wait_for_selector("#mg-box img")
     page.press("#mg-box textarea", "Enter")
@@ -281,10 +269,10 @@ def test_an_example_begins_a_conversation(nano_server, open_page):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", list(SIZES))
-def test_looks(nano_server, open_page, scenes, size, scheme):
-    page = open_page(nano_server, size=size, scheme=scheme)
+def test_looks(server, open_page, scenes, size, scheme):
+    page = open_page(server, size=size, scheme=scheme)
     shot(page, f"empty-{size}-{scheme}")
-    ask(page, "What does the sign say?", scenes / "4083.png")
+    ask(page, "What does the sign say?", scenes["4083"])
     answered(page)
     page.click("#mg-look")
     page.wait_for_selector("#mg-panel img")
