@@ -7,10 +7,9 @@ import secrets
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from ..engine.explain import Explanation
-from ..engine.explain import draw as draw_heat
 from .limits import RequestRefused
 from .line import LineTicket
 from .sessions import BrowserSession
@@ -126,8 +125,7 @@ class Looking:
         seen = explanation.picture.resize(heat.size, Image.Resampling.BICUBIC)
         # A window has as many positions along its side as the weights of one query.
         windows = len(explanation.map) // explanation.weights.shape[-1]
-        bordered = draw_heat(explanation.picture, explanation.map, windows=windows)
-        return explanation.answer.text, [seen, heat, bordered]
+        return explanation.answer.text, [seen, heat, bordered(heat, windows)]
 
     def _kept(self, session: BrowserSession, question: str, answer: str, layers: list[Image.Image]) -> LookedAt:
         if session.closed:
@@ -141,3 +139,15 @@ class Looking:
         )
         session.explanation = found = LookedAt(question, answer, *session.looked)
         return found
+
+
+def bordered(picture: Image.Image, windows: int) -> Image.Image:
+    """A picture with the borders of so many windows along a side: bright between dark edges, to be seen anywhere."""
+    drawn, (width, height) = picture.copy(), picture.size
+    lines = ImageDraw.Draw(drawn, "RGBA")
+    for thick, colour in ((max(3, width // 192), (0, 0, 0, 110)), (max(1, width // 512), (255, 255, 255, 220))):
+        for i in range(1, windows):
+            x, y = round(i * width / windows), round(i * height / windows)
+            lines.line((x, 0, x, height), fill=colour, width=thick)
+            lines.line((0, y, width, y), fill=colour, width=thick)
+    return drawn

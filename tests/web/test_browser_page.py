@@ -1,5 +1,7 @@
 """The page in a real browser without a window: `make web-test`."""
 
+import base64
+import io
 import os
 import re
 import shutil
@@ -11,6 +13,7 @@ from PIL import Image
 from mg_fast.web.limits import Limits
 from tests.web.conversing import HeldWords, SpokenPipeline
 from tests.web.serving import running, until
+from tests.web.test_web_uploads import file_of
 
 # Where screenshots are kept for somebody to look at; none are kept by default.
 KEPT = os.environ.get("MG_FAST_SCREENSHOTS")
@@ -29,7 +32,11 @@ def browser():
         pytest.skip("there is no chromium on this machine: `make web-test` installs it where apt-get is at hand")
     with playwright.sync_playwright() as started:
         # Chromium has no sandbox for the administrator, who runs tests in containers.
-        launched = started.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        # It has no camera either, but can play one, which nobody has to allow.
+        camera = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+        launched = started.chromium.launch(
+            executable_path=program, args=["--no-sandbox", "--disable-dev-shm-usage", *camera]
+        )
         yield launched
         launched.close()
 
@@ -63,6 +70,18 @@ def ask(page, text, *files):
         page.wait_for_function("n => document.querySelectorAll('#mg-box img').length >= n", arg=len(files))
     page.fill("#mg-box textarea", text)
     page.press("#mg-box textarea", "Enter")
+
+
+# Lets a file come to the question as if it were pasted, or dragged there and dropped.
+BRING = """([data, how]) => {
+    const transfer = new DataTransfer();
+    const bytes = Uint8Array.from(atob(data), letter => letter.charCodeAt(0));
+    transfer.items.add(new File([bytes], 'a.png', {type: 'image/png'}));
+    const box = document.querySelector('#mg-box textarea'), more = {bubbles: true, cancelable: true};
+    if (how === 'paste') box.dispatchEvent(new ClipboardEvent('paste', {clipboardData: transfer, ...more}));
+    else for (const kind of ['dragenter', 'dragover', 'drop'])
+        box.dispatchEvent(new DragEvent(kind, {dataTransfer: transfer, ...more}));
+}"""
 
 
 def said(page):
@@ -181,6 +200,30 @@ def test_regenerate_edit_and_clear(open_page):
         page.wait_for_function("() => !document.querySelector('#mg-chat').innerText.includes('second')")
 
 
+def test_pictures_are_pasted_dropped_and_taken_by_the_camera(open_page):
+    def wait_for(count):
+        page.wait_for_function("n => document.querySelectorAll('#mg-box img').length === n", arg=count)
+
+    with running(SpokenPipeline()) as server:
+        page = open_page(server)
+        data = base64.b64encode(file_of("PNG")).decode()
+        for count, how in enumerate(("paste", "drop"), 1):
+            page.evaluate(BRING, [data, how])
+            wait_for(count)
+        page.click("text=Camera >> nth=0")
+        page.click("text=Click to Access Webcam")
+        page.wait_for_function("() => (document.querySelector('#mg-camera video') || {}).videoWidth > 0")
+        page.click('#mg-camera button[aria-label="capture photo"]')
+        wait_for(3)
+        ask(page, "Three pictures")
+        answered(page)
+        [session] = server.site.sessions._sessions.values()
+        sizes = [Image.open(io.BytesIO(server.site.store._kept[name].data)).size for name in session.pictures()]
+        assert sizes[:2] == [(20, 10), (20, 10)] and min(sizes[2]) >= 240
+        page.wait_for_selector("#mg-choice label")
+        assert page.locator("#mg-choice label").all_inner_texts() == ["Picture 1", "Picture 2", "Picture 3"]
+
+
 def test_html_is_shown_as_text(open_page):
     with running(SpokenPipeline()) as server:
         page = open_page(server)
@@ -248,8 +291,16 @@ def test_the_panel_shows_what_the_model_looked_at(server, open_page, scenes):
     assert "opacity:0.8" in page.locator("#mg-panel img").nth(1).get_attribute("style").replace(" ", "")
     page.check("#mg-windows input")
     page.wait_for_function("s => document.querySelectorAll('#mg-panel img')[1].getAttribute('src') !== s", arg=number)
+    page.wait_for_function("() => document.querySelectorAll('#mg-panel img')[1].naturalWidth === 768")
     shot(page, "looked-at")
     page.uncheck("#mg-windows input")
+    page.wait_for_function("s => document.querySelectorAll('#mg-panel img')[1].getAttribute('src') === s", arg=number)
+    # The slider is pulled to its middle.
+    slider = page.locator("#mg-strength input[type=range]")
+    slider.click(position={"x": slider.bounding_box()["width"] / 2, "y": 4})
+    page.wait_for_function(
+        "() => Math.abs(Number(document.querySelectorAll('#mg-panel img')[1].style.opacity) - 0.5) < 0.06"
+    )
     ask(page, "What colour is the background?")
     answered(page, 2)
     page.wait_for_function("() => document.querySelectorAll('#mg-panel img').length === 0")
