@@ -20,6 +20,8 @@ from .talk import DrawingSteps, InLine, TextSoFar, TurnDone
 
 # Seconds for an answer that is stopped to end.
 STOPS_WITHIN_S = 30.0
+# Pictures that are fetched by their URLs at the same time; each takes one of the threads that uploads need, too.
+MOST_FETCHED = 2
 
 
 def session_of(site: Site, request: gr.Request) -> BrowserSession:
@@ -64,6 +66,7 @@ class PageEvents:
 
     def __init__(self, site: Site):
         self.site = site
+        self._fetching = asyncio.Semaphore(MOST_FETCHED)
 
     async def ask(
         self, box: dict | None, draw, ocr, measure, temperature, top_p, tokens, seed, request: gr.Request
@@ -164,7 +167,8 @@ class PageEvents:
             session = session_of(site, request)
             if not site.options.allow_urls:
                 raise RequestRefused("this server fetches no pictures")
-            data = await asyncio.to_thread(fetched, url.strip(), site.options.limits.picture_bytes)
+            async with self._fetching:
+                data = await asyncio.to_thread(fetched, url.strip(), site.options.limits.picture_bytes)
             name = await site.desk.keep(data, session.browser)
             outcome = "ok"
         except RequestRefused as refusal:

@@ -382,6 +382,6 @@ def browser_of(header: str) -> str:
     """The browser's secret in a `Cookie` header; empty where there is none, or none of the right form."""
     for part in header.split(";"):
         name, _, value = part.strip().partition("=")
-        if name == COOKIE and re.fullmatch(r"[\w-]{16,64}", value):
+        if name == COOKIE and re.fullmatch(r"[0-9A-Za-z_-]{16,64}", value):
             return value
     return ""

@@ -9,7 +9,7 @@ import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import PurePath
 
 import torch
@@ -113,6 +113,8 @@ class Talk:
             raise RequestRefused(f"a conversation may have {limits.turns} questions: clear it to go on")
         if question.tokens is not None and not (type(question.tokens) is int and question.tokens <= limits.tokens):
             raise RequestRefused(f"an answer may have {limits.tokens} tokens, {quoted(question.tokens)} were asked for")
+        if type(question.temperature) not in (int, float):
+            raise RequestRefused(f"temperature: expected a number, got {quoted(question.temperature)}")
         if question.draw and not self.can_draw:
             raise RequestRefused("this server has no painter, so it draws no pictures")
         sizes = sum(len(self.store.claim(name, session.browser, session.key).data) for name in question.pictures)
@@ -312,11 +314,6 @@ class Talk:
         """Drops pictures of a session that none of its turns names any more."""
         named = {name for turn in session.turns for name in (*turn.question.pictures, *(n for n, _ in turn.drawn))}
         self.store.drop_all_of(session.key, keep=named)
-
-
-def again(turn: AnsweredTurn, **changes) -> AskedQuestion:
-    """The question of a turn, to be asked once more."""
-    return replace(turn.question, **changes)
 
 
 def place_of(error: BaseException) -> str:

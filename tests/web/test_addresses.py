@@ -2,6 +2,7 @@
 
 import socket
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -22,7 +23,15 @@ def test_public_addresses(address):
         *("127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0"),
         *("224.0.0.1", "240.0.0.1", "255.255.255.255", "192.0.2.1", "::1", "::", "fe80::1", "fe80::1%eth0", "fc00::1"),
         # IPv6 addresses that lead to an IPv4 address of the own network.
-        *("::ffff:127.0.0.1", "::ffff:10.0.0.1", "64:ff9b::a00:1", "2002:7f00:1::", "ff02::1"),
+        *(
+            "::ffff:127.0.0.1",
+            "::ffff:10.0.0.1",
+            "64:ff9b::a00:1",
+            "64:ff9b:1::1",
+            "::7f00:1",
+            "2002:7f00:1::",
+            "ff02::1",
+        ),
         *("localhost", "", "1.1.1.1.1"),
     ],
 )
@@ -58,6 +67,7 @@ def test_every_address_of_a_name_must_be_public(monkeypatch):
         ),
         *("http://pictures.example:8080/", "https://pictures.example:80/", "http://pictures.example:x/"),
         *("http://user:password@pictures.example/", "gopher://pictures.example/", "http:pictures.example"),
+        *("http://[::1", "http://[x]/"),
     ],
 )
 def test_urls_that_are_not_fetched(url):
@@ -136,12 +146,37 @@ def test_fetching(pictures):
         ("/nothing", "answered with status 404"),
         ("/to/http://inner.example/small", "not a public one"),
         ("/to/file:///etc/passwd", "expected an address"),
+        ("/to/http://[::1", "leads on to one that cannot be read"),
         ("/to//to//to//to//to//small", "leads on to others more than 3 times"),
     ):
         with pytest.raises(RequestRefused, match=message):
             fetched(f"http://pictures.example{path}", 100, resolve=public)
     with pytest.raises(RequestRefused, match="may have 10 bytes, this one has 50"):
         fetched("http://pictures.example/small", 10, resolve=public)
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_server_that_answers_byte_by_byte_is_cut_off(monkeypatch, scheme):
+    monkeypatch.setattr(addresses, "WHOLE_S", 0.3)
+    ended, connect = threading.Event(), socket.create_connection
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def drip():
+            connection, _ = listening.accept()
+            with connection:
+                while not ended.wait(0.05):
+                    connection.sendall(b"H")
+
+        dripping = threading.Thread(target=drip, daemon=True)
+        dripping.start()
+        name = listening.getsockname()
+        monkeypatch.setattr(addresses.socket, "create_connection", lambda _, timeout: connect(name, timeout))
+        began = time.monotonic()
+        with pytest.raises(RequestRefused, match="cannot be fetched"):
+            fetched(f"{scheme}://pictures.example/", 100, resolve=public)
+        assert time.monotonic() - began < 3
+        ended.set()
+        dripping.join(5)
 
 
 def test_a_server_that_cannot_be_reached(monkeypatch):
