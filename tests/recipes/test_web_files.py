@@ -3,8 +3,6 @@
 import json
 import re
 
-import pytest
-
 from mg_fast.cli.program import build_parser
 from mg_fast.web.limits import MIB, Limits
 from tests.paths import ROOT
@@ -21,9 +19,8 @@ def instructions(name):
     return re.findall(rf"^{name} (.*)", read("Dockerfile"), re.MULTILINE)
 
 
-@pytest.mark.parametrize("file, said", [("Dockerfile", "has not been built"), ("nginx.conf", "was not run")])
-def test_each_says_that_it_was_not_run(file, said):
-    assert said in " ".join(read(file).replace("#", "").split())
+def test_the_container_says_that_it_was_not_built():
+    assert "has not been built yet" in " ".join(read("Dockerfile").replace("#", "").split())
 
 
 def test_the_container():
