@@ -14,6 +14,7 @@ from pathlib import PurePath
 
 import torch
 
+from ..engine.answers import Answer
 from ..errors import MgFastError, quoted
 from .limits import Limits, RequestRefused
 from .line import LineTicket, WaitingLine
@@ -305,7 +306,7 @@ class Talk:
             answer.text,
             figures,
             tuple(drawn),
-            answer.no_image_reason if question.draw else None,
+            _no_picture(answer) if question.draw else None,
             tuple((stage.name, stage.seconds) for stage in answer.stages),
             before,
         )
@@ -338,6 +339,12 @@ def _options(question: AskedQuestion, stop, on_step: Callable[[int, int], None])
         "stopping_criteria": [stopped],
     }
     return options | ({"draw": {"on_step": on_step}} if question.draw else {})
+
+
+def _no_picture(answer: Answer) -> str | None:
+    """Why not all pictures came; None where they did."""
+    stopped = isinstance(answer.image_error, RequestRefused)
+    return str(answer.image_error) if stopped else answer.no_image_reason
 
 
 def _figures(turn: AnsweredTurn | None, question: AskedQuestion) -> str:

@@ -266,9 +266,13 @@ def test_a_drawn_picture_has_its_prompt_and_a_download(server, open_page, broken
         page.click("#mg-chat a[download]")
     assert download.value.suggested_filename.endswith(".png")
     assert Image.open(download.value.path()).size == (128, 128)
+    ask(page, "Draw a red star on a white background.")
+    page.wait_for_function("() => document.querySelector('#mg-chat').innerText.includes('Drawing: step')")
+    page.click("#mg-stop")
+    assert "No picture: stopped while drawing" in answered(page, 2)
     broken_painter()
     ask(page, "Draw a red star on a white background.")
-    assert "No picture: drawing failed: the paint is empty" in answered(page, 2)
+    assert "No picture: drawing failed: the paint is empty" in answered(page, 3)
 
 
 def test_the_panel_shows_what_the_model_looked_at(server, open_page, scenes):
