@@ -12,28 +12,26 @@ from .uploads import written
 SIDE = 384
 # The side of the pictures on the page's buttons.
 THUMB = 96
-_COLOURS = {"red": (205, 30, 40), "orange": (245, 130, 20), "blue": (35, 75, 215), "green": (35, 150, 60)}
+_COLOURS = {"red": (205, 30, 40), "orange": (245, 130, 20), "blue": (35, 75, 215)}
 _GROUNDS = {"beige": (224, 202, 160), "white": (240, 240, 238), "teal": (60, 160, 165)}
 
 
 @dataclass(frozen=True)
 class ExampleScene:
-    """A picture that is drawn here: a number on a plate, and a shape.
+    """A picture that is drawn here: a number on a plate, and a circle.
 
     Attributes:
         number: digits.
-        shape: `circle` or `square`.
-        colour, ground: names of colours.
+        colour, ground: names of colours, of the circle and of the background.
     """
 
     number: str
-    shape: str
     colour: str
     ground: str
 
     def picture(self) -> Image.Image:
         """The picture, of `SIDE` pixels each way."""
-        rng = random.Random(f"{self.number} {self.shape} {self.colour}")
+        rng = random.Random(f"{self.number} circle {self.colour}")
         picture = Image.new("RGB", (SIDE, SIDE), _GROUNDS[self.ground])
         canvas, font = ImageDraw.Draw(picture), ImageFont.load_default(SIDE * 5 / 64)
         x, y = (rng.uniform(0.08, 0.35) * SIDE for _ in range(2))
@@ -43,7 +41,7 @@ class ExampleScene:
         canvas.text((x, y), self.number, fill=(15, 15, 15), font=font)
         middle, radius = 0.72 * SIDE, 0.13 * SIDE
         box = (middle - radius, middle - radius, middle + radius, middle + radius)
-        (canvas.ellipse if self.shape == "circle" else canvas.rectangle)(box, fill=_COLOURS[self.colour])
+        canvas.ellipse(box, fill=_COLOURS[self.colour])
         return picture
 
     def file(self) -> tuple[bytes, str]:
@@ -72,9 +70,9 @@ class ExampleQuestion:
 
 
 EXAMPLES = (
-    ExampleQuestion("What does the sign say?", ExampleScene("4083", "circle", "orange", "teal")),
-    ExampleQuestion("Where is the blue circle?", ExampleScene("275", "circle", "blue", "beige")),
-    ExampleQuestion("Describe the picture.", ExampleScene("61", "square", "red", "white")),
+    ExampleQuestion("What does the sign say?", ExampleScene("4083", "orange", "teal")),
+    ExampleQuestion("Where is the blue circle?", ExampleScene("275", "blue", "beige")),
+    ExampleQuestion("Describe the picture.", ExampleScene("61", "red", "white")),
     # The model in the package draws from a wish such as this one, and only where no picture was asked about before.
     ExampleQuestion("Draw a blue circle, a red star on a white background.", draw=True),
 )

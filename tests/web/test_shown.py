@@ -1,9 +1,10 @@
 """What is shown of conversations and figures: texts letter by letter, and nothing that a user wrote as HTML."""
 
 import pytest
+from PIL import Image
 
 from mg_fast.web import shown
-from mg_fast.web.looking import LookedAt
+from mg_fast.web.looking import LookedAt, bordered
 from mg_fast.web.sessions import AnsweredTurn, AnswerFigures, AskedQuestion
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)> & $$x$$ \"'"
@@ -85,3 +86,13 @@ def test_a_panel():
     assert 'src="gradio_api/file=/a/picture.jpg"' in panel and 'src="gradio_api/file=/b/picture.jpg"' in panel
     assert "opacity:0.25" in panel and "/c/" not in panel
     assert "/c/picture.jpg" in shown.look_panel(found, 7, True) and "opacity:1.00" in shown.look_panel(found, 7, True)
+
+
+def test_borders_of_windows_are_seen_on_any_ground():
+    for ground in (0, 128, 255):
+        drawn = bordered(Image.new("RGB", (768, 768), (ground,) * 3), 6)
+        across = [drawn.getpixel((x, 60))[0] for x in range(120, 136)]
+        assert max(across) > 200 and min(across) < 150
+        # Five borders each way, and the edges of the picture are none.
+        edges = [drawn.getpixel((x, 60))[0] != ground for x in range(768)]
+        assert sum(now and not before for before, now in zip([False, *edges], edges)) == 5

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 import mg_fast
+from mg_fast.web.examples import EXAMPLES
 from mg_fast.web.limits import Limits
 from tests.paths import ROOT
 from tests.web.conversing import HeldWords, SpokenPipeline
@@ -44,6 +45,26 @@ def test_a_program_asks_and_reads_the_answer_in_pieces(client, scenes):
     # The conversation goes on, and remembers.
     again = client.predict("How many circles are there?", api_name="/ask")
     assert again["cached_tokens"] > 36 and "circle" in again["text"]
+
+
+@pytest.mark.parametrize(
+    "example, right",
+    zip(
+        EXAMPLES,
+        (
+            "The number is 4083.",
+            "The circle is at the bottom right.",
+            "A red circle on a white background, with a number.",
+            "<h>a blue circle, a red star on a white background, simple shapes, flat colours</h>",
+        ),
+        strict=True,
+    ),
+)
+def test_the_examples_are_answered_rightly(server, example, right):
+    conversation = server.site.pipeline.conversation()
+    scene = [] if example.scene is None else [example.scene.file()[0]]
+    answer = conversation.chat(example.text, scene, draw={"steps": 1} if example.draw else None)
+    assert answer.text == right and len(answer.images) == example.draw
 
 
 def test_each_client_has_its_own_conversation(server, client, scenes, tmp_path):
