@@ -82,6 +82,10 @@ def test_a_new_browser_gets_a_secret():
     assert "set-cookie" not in site.ask("GET", "/", browser=ME).headers
     # A secret of another form is none.
     assert "set-cookie" in site.ask("GET", "/", browser="x").headers
+    # What is no secret of this server counts as none.
+    for value in ("short", "\xe9" * 24, "a" * 65, "a" * 20 + "/x"):
+        assert gates.browser_of(f"{COOKIE}={value}") == ""
+    assert gates.browser_of(f"x=1; {COOKIE}={ME}; y=2") == ME
 
 
 # ---- messages

@@ -187,6 +187,7 @@ def test_a_reader_that_goes_away_ends_its_answer_and_no_other():
         (AskedQuestion("x", ("/etc/passwd",)), "not here any more"),
         (AskedQuestion("x", tokens=513), "may have 512 tokens, 513 were asked for"),
         (AskedQuestion("x", tokens="5"), "may have 512 tokens, '5' were asked for"),
+        (AskedQuestion("x", temperature="1"), "temperature: expected a number, got '1'"),
         (AskedQuestion(["x"]), "got an empty text, or none at all"),
     ],
 )
