@@ -65,8 +65,8 @@ def test_a_wrong_file_of_accounts_is_found_before_anything_is_loaded(capsys, mon
     ],
 )
 def test_nano_draws_by_its_own_painter(monkeypatch, capsys, words, painter):
+    pytest.importorskip("prometheus_client", reason="prometheus-client is not installed: `make test` installs it")
     served = []
-    monkeypatch.setattr(requirements, "_NEEDED", ())
     monkeypatch.setattr(web.loading, "is_interleaved", lambda model: False)
     monkeypatch.setattr(web.loading, "load_to_answer", lambda args, painter: SimpleNamespace(warm_up=lambda: painter))
     monkeypatch.setattr("mg_fast.drawing.load_painter", lambda path, **options: (path, options["steps"]))

@@ -14,6 +14,8 @@ from mg_fast.web.limits import Limits
 from tests.web.test_web_uploads import file_of
 from tests.web.visiting import ME, SESSION, YOU, Site
 
+pytest.importorskip("starlette", reason="starlette comes with gradio, which is not installed: `make test` installs it")
+
 
 @pytest.fixture
 def site():
