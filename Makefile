@@ -105,10 +105,11 @@ $(EVAL)/.ready: pyproject.toml setup.py constraints-eval.txt
 	@touch $@
 
 # The web page in Debian's Chromium, without a window. Where there is no browser and none can be installed, the tests say
-# so and skip.
+# so and skip. Without a network, apt-get gives up soon.
+APT := timeout 300 apt-get -o Acquire::http::Timeout=20 -o Acquire::Retries=1
 web-test: $(READY)
-	@command -v chromium > /dev/null || { command -v apt-get > /dev/null && [ "$$(id -u)" = 0 ] && apt-get update -qq && \
-		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core > /dev/null; \
+	@command -v chromium > /dev/null || { command -v apt-get > /dev/null && [ "$$(id -u)" = 0 ] && $(APT) update -qq && \
+		DEBIAN_FRONTEND=noninteractive $(APT) install -y -qq --no-install-recommends chromium fonts-dejavu-core > /dev/null; \
 		} || echo "web-test: there is no chromium, and apt-get cannot install it here"
 	$(BIN)/python -m pip install --quiet -c constraints.txt playwright
 	$(BIN)/python -m pytest $(IN_BROWSER)
