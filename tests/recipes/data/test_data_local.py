@@ -1,6 +1,8 @@
 """A local chat model answers what waits as one batch, with the answers that each question gets alone."""
 
 import asyncio
+import threading
+import time
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -74,6 +76,21 @@ def test_what_cannot_be_asked(folder, tmp_path):
             (tmp_path / file.name).write_bytes(text)
     with pytest.raises(AskingError, match="has no chat template"):
         LocalModel(tmp_path)
+
+
+def test_nobody_waits_for_a_batch_that_was_given_up(folder, monkeypatch):
+    model, release = LocalModel(folder, device="cpu"), threading.Event()
+    monkeypatch.setattr(model, "_answer", lambda chats: release.wait(60))
+
+    async def give_up():
+        async with model:
+            await asyncio.wait_for(model.ask(CHATS[0], "0"), 0.1)
+
+    began = time.monotonic()
+    with pytest.raises(asyncio.TimeoutError):
+        asyncio.run(give_up())
+    assert time.monotonic() - began < 30
+    release.set()
 
 
 def test_a_failure_of_the_model_ends_the_run(folder, monkeypatch):
