@@ -72,7 +72,7 @@ class Manners:
         first_wait, longest_wait: seconds before the second attempt and the most before a later one. They double from
             attempt to attempt, and are shortened by up to half at random.
         longest_pause: the longest time, in seconds, for which the other side may ask to wait, or may turn away all
-            requests; a longer one ends the run.
+            requests; a longer one ends the run. A question that is turned away twice as long is left for a later run.
     """
 
     at_once: int = 8
@@ -224,7 +224,8 @@ class _Run:
                 if trouble.busy:
                     self._pace.turned_away(began, trouble.retry_after or 0.0)
                     first_away = first_away or began
-                    if time.monotonic() - first_away > manners.longest_pause:
+                    # Others are answered meanwhile, as the run would have ended otherwise.
+                    if time.monotonic() - first_away > 2 * manners.longest_pause:
                         break
                 else:
                     attempt += 1

@@ -161,6 +161,12 @@ def test_a_rate_limit_leaves_nothing_unasked(journal, retry_after):
     assert tally.troubles == {"HTTP 429": asker.away} and asker.away < 40
 
 
+def test_a_question_that_is_turned_away_while_others_are_answered_is_left(journal):
+    asker = Scripted({"q0": [Trouble("HTTP 429", busy=True)] * 10_000}, seconds=0.005)
+    tally = run(asker, journal, count=120, at_once=2, longest_pause=0.2)
+    assert tally.left == {"HTTP 429": 1} and tally.replies == 119
+
+
 def test_a_server_that_stays_busy_ends_the_run(journal):
     asker = Bucket(3600.0, 0.0)
     with pytest.raises(AskingError, match="has answered nothing for 0 seconds, because it is busy .HTTP 429."):
