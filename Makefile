@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-newest serve-test eval-test check lint tests interpreted fuzz aot aot-all clean
+.PHONY: demo test test-newest serve-test eval-test web-test check lint tests interpreted fuzz aot aot-all clean
 demo: $(READY)
 	$(BIN)/python -m recipes.demo
 
@@ -20,8 +20,11 @@ lint: $(READY)
 RANDOM_CASES := $(sort $(shell find tests -name 'test_fuzz_*.py'))
 INTERPRETED := $(sort $(shell find tests -name 'test_interpreted_*.py')) $(RANDOM_CASES)
 AHEAD_OF_TIME := $(sort $(shell find tests -name 'test_aot_*.py'))
+# These need a browser (test_browser_*), and have a target of their own.
+IN_BROWSER := $(sort $(shell find tests -name 'test_browser_*.py'))
 
-ORDINARY := -n 2 --dist worksteal $(addprefix --ignore=,$(INTERPRETED) $(AHEAD_OF_TIME))
+APART := $(INTERPRETED) $(AHEAD_OF_TIME) $(IN_BROWSER)
+ORDINARY := -n 2 --dist worksteal $(addprefix --ignore=,$(APART))
 
 # What a developer runs while working: ruff, and the ordinary tests that are not marked as slow.
 check: lint
@@ -50,7 +53,7 @@ aot-all: $(READY)
 NEWEST := .venv-newest
 ON_NEWEST := $(NEWEST)/bin/python -m pytest -n 2 --dist worksteal
 test-newest: $(NEWEST)/.ready
-	$(ON_NEWEST) $(addprefix --ignore=,$(INTERPRETED) $(AHEAD_OF_TIME)) tests/test_private_interfaces.py \
+	$(ON_NEWEST) $(addprefix --ignore=,$(APART)) tests/test_private_interfaces.py \
 		tests/test_stacks.py tests/models/mini_gemini/test_original.py tests/models/test_nano.py tests/ops \
 		tests/modules tests/integrations tests/decoding tests/quantization
 	TRITON_INTERPRET=1 $(ON_NEWEST) tests/bench/test_interpreted_smoke.py -k every_kernel
@@ -100,12 +103,21 @@ $(EVAL)/.ready: pyproject.toml setup.py constraints-eval.txt
 	rm -rf $(EVAL)/lib/python3*/site-packages/tests
 	@touch $@
 
+# The web page in Debian's Chromium, without a window. Where there is no browser and none can be installed, the tests say
+# so and skip.
+web-test: $(READY)
+	@command -v chromium > /dev/null || { command -v apt-get > /dev/null && [ "$$(id -u)" = 0 ] && apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core > /dev/null; \
+		} || echo "web-test: there is no chromium, and apt-get cannot install it here"
+	$(BIN)/python -m pip install --quiet -c constraints.txt playwright
+	$(BIN)/python -m pytest $(IN_BROWSER)
+
 $(READY): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "mg_fast needs Python 3.10 or newer, this is $$($(PYTHON) --version)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,ui]"
 	@# Hugging Face's package `kernels` is installed outside the path. A test puts it on the path, to see that the folder
 	@# kernels/ of this project does not stand in its way.
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps --upgrade --target $(VENV)/hf-kernels \

@@ -119,6 +119,17 @@ def _parser() -> argparse.ArgumentParser:
     check = "compare the predictions with the recorded ones; if they differ, the exit status is 1"
     option("--check", action="store_true", help=check)
     option("--save", action="store_true", help="record all predictions in bench/results/predicted.json")
+    train = (
+        "predict a step of fine-tuning this model instead (7b, 34b-hd, ...): memory of each GPU under FSDP, and FLOP"
+    )
+    option("--train", metavar="MODEL", help=train)
+    option("--stage", type=int, default=2, help="with --train: 1 or 2 (default: 2)")
+    option("--devices", type=int, default=8, help="with --train: number of GPUs (default: 8)")
+    option("--batch", type=int, default=8, help="with --train: samples of a GPU in one pass (default: 8)")
+    tokens = "with --train: tokens of a sample, with those of its picture (default: 2048, in HD 4096)"
+    option("--length", type=int, help=tokens)
+    again = "with --train: keep all activations of the language model's layers"
+    option("--no-checkpointing", dest="checkpointing", action="store_false", help=again)
 
     option = add("painters", "painters:main", "predict what SDXL takes beside the language models, from shapes")
     option("--save", dest="keep", action="store_true", help="record the predictions in bench/results/painters.json")
@@ -131,6 +142,12 @@ def _parser() -> argparse.ArgumentParser:
     option("--requests", type=int, help="number of requests of each load (default: 200; 0.5b: 12)")
     option("--threads", type=int, help="threads of the server's engine, and of the pipeline (default: 1; 0.5b: 2)")
     option("--save", dest="keep", action="store_true", help="record the results in bench/results/serving-load.json")
+
+    option = add("web", "web_load:main", "let many sessions of the web page ask at once, each about its own number")
+    option("--sessions", type=int, default=50, help="sessions at once (default: 50)")
+    option("--seconds", type=float, default=120, help="for how long they ask (default: 120)")
+    option("--threads", type=int, default=1, help="threads of the page's process (default: 1)")
+    option("--save", dest="keep", action="store_true", help="record the results in bench/results/web-load.json")
 
     add(
         "formulas",

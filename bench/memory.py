@@ -187,12 +187,24 @@ def _columns(rows: list[tuple[str, ...]]) -> str:
     )
 
 
-def main(patterns: Sequence[str], *, check: bool, save: bool) -> int:
+def main(patterns: Sequence[str], *, check: bool, save: bool, train: str | None = None, **step) -> int:
     """Prints predictions, and compares them with the recorded ones or records them; returns the exit status.
+
+    Args:
+        train: a model; a step of its training is predicted instead (`bench.training.TrainingStep` of it and `step`).
 
     Raises:
         BadRecord: the recorded predictions are of other versions, or only a part is to be recorded.
+        UnknownName: there is no such model or stage.
     """
+    if train is not None:
+        from .training import TrainingStep
+        from .training import table as training_table
+
+        if patterns or check or save:
+            raise BadRecord("--train predicts one step, and neither takes cases nor records anything")
+        print(training_table(TrainingStep(train, **step)))
+        return 0
     if save and patterns:
         raise BadRecord("--save records the predictions of all cases: name none")
     predictions = predict(choose_names(list(cases()), patterns, "memory"))

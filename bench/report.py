@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from . import interleaved_tables, load_table, operation_tables, painters, serving_plan, tables
+from . import interleaved_tables, load_table, operation_tables, painters, serving_plan, tables, web_load
 from .errors import BadRecord
 from .figures import Records, records_by_device
 from .page import page
@@ -17,6 +17,7 @@ DOCUMENTS = (
     ROOT / "docs" / "deployment.md",
     ROOT / "docs" / "drawing.md",
     ROOT / "docs" / "kernels.md",
+    ROOT / "docs" / "web.md",
 )
 MEND = "python -m bench report --readme"
 TABLES = {
@@ -30,6 +31,7 @@ TABLES = {
     "issue": operation_tables.issue_table,
     "painters": painters.painter_table,
     "serving-load": load_table.load_of_serving,
+    "web-load": web_load.load_of_page,
     "serving-memory": serving_plan.memory_of_serving,
     "serving-limits": serving_plan.limits_of_serving,
     "choice": operation_tables.choice_table,

@@ -169,6 +169,8 @@ INTERFACES: dict[str, Interface] = {
     "vllm.model_executor.models.interfaces.SupportsMultiModal._mark_language_model": Interface(
         "says which part of a model is its language model"
     ),
+    # The web page.
+    "gradio.blocks:_queue": Interface("the queue of a page, which keeps lists of events of sessions that were left"),
 }
 
 

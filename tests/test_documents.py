@@ -165,6 +165,8 @@ def fault(text: str, mention: bool) -> str | None:
         targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
         unknown = [word for word in words if word not in targets]
         return f"the Makefile has no target {', '.join(unknown)}" if unknown else None
+    if program == "accelerate":
+        return _of_accelerate(words, mention)
     if program == "pip":
         return None if mention and not words else _of_pip(words)
     if program == "pytest":
@@ -218,6 +220,15 @@ def _parser_of(module: ModuleType) -> argparse.ArgumentParser | None:
     return caught.value.args[0]
 
 
+def _of_accelerate(words: list[str], mention: bool) -> str | None:
+    """A launch of one of our modules with a configuration file of ours."""
+    if words[:2] != ["launch", "--config_file"] or words[3:4] != ["-m"]:
+        return "expected accelerate launch --config_file FILE -m MODULE"
+    if not (ROOT / words[2]).is_file() and not words[2].isupper():
+        return f"there is no {words[2]}"
+    return _of_module(words[4], words[5:], mention)
+
+
 def _of_pytest(words: list[str]) -> str | None:
     if words and not words[0].startswith("-") and not (ROOT / words[0]).exists():
         return f"there is no {words[0]}"
@@ -257,6 +268,8 @@ make tests-of-everything
 pip install '.[quantum]'
 pytest tests/nowhere.py
 rm -rf DIR
+accelerate launch --config_file recipes/nothing.yaml -m recipes.finetune CONFIG.yaml
+accelerate launch --config_file recipes/finetune/accelerate/fsdp2-8gpu.yaml -m recipes.finetune CONFIG.yaml --chek
 ```
 
 ```text
@@ -271,9 +284,10 @@ repart --check`, `python -m recipes.demos` and `mg-fast run --model DIR`.
 
 def test_wrong_commands_are_seen():
     wrong = faults(BAD_PAGE)
-    assert [int(line.split(":")[0].removeprefix("line ")) for line in wrong] == [*range(4, 12), 19, 19, 20, 20]
+    assert [int(line.split(":")[0].removeprefix("line ")) for line in wrong] == [*range(4, 14), 21, 21, 22, 22]
     assert "unrecognized arguments: --photo FILE" in wrong[0] and "--quickly" in wrong[2] and "--sead" in wrong[3]
     assert "no target tests-of-everything" in wrong[4] and "no extra quantum" in wrong[5]
+    assert "there is no recipes/nothing.yaml" in wrong[8] and "--chek" in wrong[9]
     assert "required: --prompt" in wrong[-1]
 
 

@@ -23,6 +23,7 @@ LAYERS = (
     ("mg_fast.engine",),
     ("mg_fast.pipeline", "mg_fast.integrations", "mg_fast.testing", "mg_fast.templates"),
     ("mg_fast.integrations.lmms_eval",),
+    ("mg_fast.web",),
     ("mg_fast.cli",),
     ("mg_fast", "mg_fast.__main__"),
 )

@@ -308,7 +308,6 @@ def test_reset_while_a_stream_is_read(pipeline, photo):
         (dict(temperature=0.7, seed=2**70), "seed: expected a whole number of at most 64 bits"),
         (dict(stopping_criteria=lambda ids, scores: True), "stopping_criteria: expected a list of criteria, got one"),
         (dict(max_new_tokens=2.5), "max_new_tokens: expected a whole number"),
-        (dict(profile=True, stream=True), "cannot be combined with stream=True"),
         (dict(num_return_sequences=3), "num_return_sequences is not an option here"),
         (dict(do_sample=True), "do_sample is not an option here: temperature decides"),
         (dict(attention_mask=1), "attention_mask is not an option here: it is made of the text and its images"),
@@ -318,6 +317,16 @@ def test_reset_while_a_stream_is_read(pipeline, photo):
 def test_options_that_would_be_ignored(pipeline, photo, options, message):
     with pytest.raises(PromptError, match=message):
         pipeline.chat(QUESTION, [photo], **options)
+
+
+def test_a_stream_is_measured_too(pipeline, photo):
+    whole = pipeline.chat(QUESTION, [photo], max_new_tokens=4, profile=True)
+    pipeline.reset()
+    pipeline.clear_image_cache()
+    stream = pipeline.chat(QUESTION, [photo], max_new_tokens=4, profile=True, stream=True)
+    assert "".join(stream) == whole.text and stream.answer.token_ids == whole.token_ids
+    assert [stage.name for stage in stream.answer.stages] == [stage.name for stage in whole.stages]
+    assert {"preprocess", "decode"} < {stage.name for stage in whole.stages}
 
 
 def test_other_criteria_end_an_answer_too(pipeline, photo):

@@ -18,13 +18,16 @@ from tests.imports import sources
 # Python's own names that begin with an underscore, and are no private ones.
 _PYTHON = {"_asdict", "_fields", "_make", "_replace"}
 
+# Libraries that are not in every environment of the tests, and what installs them.
+ELSEWHERE = {"vllm": "`make serve-test`", "gradio": "`make test`"}
+
 
 @pytest.mark.parametrize("name", INTERFACES)
 def test_the_installed_releases_have_it(name):
     interface = INTERFACES[name]
     library = name.split(".")[0]
-    if library == "vllm" and importlib.util.find_spec(library) is None:
-        pytest.skip("vLLM is not installed: `make serve-test` installs it")
+    if library in ELSEWHERE and importlib.util.find_spec(library) is None:
+        pytest.skip(f"{library} is not installed: {ELSEWHERE[library]} installs it")
     if interface.since and Version(_version(library)) < Version(interface.since):
         pytest.skip(f"{library} has it from {interface.since} on")
     try:

@@ -66,6 +66,7 @@ def command(args) -> int:
         ("protobuf", "tokenizers"),
         ("pillow", "pictures"),
         ("triton", "kernels; Linux only"),
+        ("gradio", "extra `ui`: the web page"),
         ("flash-attn", "extra `flash`"),
         ("torchao", "extra `quant`"),
     ):

@@ -14,16 +14,10 @@ OWN_STEPS = 30
 
 
 def drawing_options(*, required: bool = False) -> Parser:
-    """A parent parser with the options that say which painter draws, and how."""
+    """A parent parser with the options that say which painter draws, how, and where its pictures go."""
     parent = Parser(add_help=False)
     group = parent.add_argument_group("drawing (needs the extra `draw`)")
-    group.add_argument(
-        "--painter",
-        required=required,
-        metavar="P",
-        help="folder or hub id of a text-to-image pipeline of diffusers, such as "
-        "stabilityai/stable-diffusion-xl-base-1.0, or `nano`, a small one in the package",
-    )
+    _add_painter(group, required=required)
     group.add_argument(
         "--out",
         type=picture_file,
@@ -33,15 +27,32 @@ def drawing_options(*, required: bool = False) -> Parser:
     )
     group.add_argument("--force", action="store_true", help="overwrite files that exist")
     group.add_argument("--size", metavar="S", type=_size, help="SIDE or WIDTHxHEIGHT in pixels, multiples of 8")
+    group.add_argument("--negative", metavar="TEXT", help="what not to draw (default: Mini-Gemini's negative prompt)")
+    return parent
+
+
+def painter_options() -> Parser:
+    """A parent parser with the options that say which painter draws, and how."""
+    parent = Parser(add_help=False)
+    _add_painter(parent.add_argument_group("drawing (needs the extra `draw`)"), required=False)
+    return parent
+
+
+def _add_painter(group, *, required: bool) -> None:
+    group.add_argument(
+        "--painter",
+        required=required,
+        metavar="P",
+        help="folder or hub id of a text-to-image pipeline of diffusers, such as "
+        "stabilityai/stable-diffusion-xl-base-1.0, or `nano`, a small one in the package",
+    )
     group.add_argument("--steps", type=positive, metavar="N", help="steps of the diffusion")
     group.add_argument("--guidance", type=float, metavar="G", help="weight of the prompt against the negative prompt")
-    group.add_argument("--negative", metavar="TEXT", help="what not to draw (default: Mini-Gemini's negative prompt)")
     group.add_argument("--scheduler", metavar="NAME", help="lcm, lightning, turbo, euler, ddim, ...")
     group.add_argument("--lora", metavar="L", help="file, folder or hub id of a LoRA")
     group.add_argument(
         "--offload", choices=("none", "model", "sequential"), help="keep parts of the painter off the GPU"
     )
-    return parent
 
 
 def load_painter(args, path: str | None = None):

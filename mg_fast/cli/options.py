@@ -29,14 +29,20 @@ class Parser(argparse.ArgumentParser):
         super().error(shortened(message))
 
 
-def model_options() -> Parser:
-    """A parent parser with the options that say which model to load, and how."""
+def model_options(default: str | None = None) -> Parser:
+    """A parent parser with the options that say which model to load, and how.
+
+    Args:
+        default: the model where none is named; None: one has to be named.
+    """
     parent = Parser(add_help=False)
     parent.add_argument(
         "--model",
-        required=True,
+        required=default is None,
+        default=default,
         metavar="DIR",
-        help="checkpoint folder, hub id, or `nano`, a small model in the package",
+        help="checkpoint folder, hub id, or `nano`, a small model in the package"
+        + (f" (default: {default})" if default else ""),
     )
     parent.add_argument(
         "--model-base", metavar="DIR", help="base language model, for a stage-1 adapter (mm_projector.bin)"

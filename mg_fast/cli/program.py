@@ -19,13 +19,13 @@ from ..errors import (
     PromptError,
     shortened,
 )
-from . import chat, doctor, draw, explain, run, serve, story, warmup
+from . import chat, doctor, draw, explain, run, serve, story, warmup, web
 from . import compile as compile_command
 from .options import Parser
 from .streams import tolerate_other_encodings
 
 EXIT_CODES = ((CheckpointError, 3), (PictureError, 4), (PromptError, 5), (BackendError, 6), (DrawingError, 7))
-COMMANDS = (run, chat, draw, explain, story, serve, doctor, compile_command, warmup)
+COMMANDS = (run, chat, draw, explain, story, serve, web, doctor, compile_command, warmup)
 
 
 def build_parser() -> argparse.ArgumentParser:

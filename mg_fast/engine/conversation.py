@@ -117,7 +117,8 @@ class Conversation:
                 has the pictures once it has been read to its end.
             ocr: read the text in the new pictures (`mg_fast.hints.ocr`) and add it to the question, as the original's
                 command line does. A picture without text adds nothing.
-            profile: measure time and memory of every stage, for `Answer.stages`; cannot be combined with `stream`.
+            profile: measure time and memory of every stage, for `Answer.stages`; a stream has them in its `answer`.
+                Towers run one after the other then, and a picture that was seen before has no stages of towers.
 
         Raises:
             PromptError, PictureError: the question cannot be asked; raised before anything is generated.
@@ -126,8 +127,6 @@ class Conversation:
         """
         sampling = Sampling(max_new_tokens, temperature, top_p, seed, allow_long, generate_options)
         sampling.check_for(self.answers.model.prompt_inputs)
-        if stream and profile:
-            raise PromptError("profile=True measures whole answers and cannot be combined with stream=True")
         if stream and sampling.generate_options.get("num_beams", 1) > 1:
             raise PromptError("beams cannot be streamed: their text is not final before the end")
         options = drawing_options(draw, sampling.seed)

@@ -21,12 +21,17 @@ _REFUSED_MIXTURES = (
 
 
 def compute_dtype(module: nn.Module) -> torch.dtype | None:
-    """The dtype in which a module takes its input: that of its first parameter of at least 16 bits, or None."""
+    """The dtype in which a module takes its input: that of its first parameter of at least 16 bits.
+
+    None if it has no such parameter, or if FSDP has divided it between processes: then it is computed in a dtype of
+    FSDP's own, which its input is cast to.
+    """
     module = running(module)
     for parameter in module.parameters(recurse=False):
         # Quantized weights are stored in fewer bits than they are computed in.
         if parameter.is_floating_point() and parameter.element_size() > 1:
-            return parameter.dtype
+            # Only the tensors of FSDP and its like have a mesh of devices.
+            return None if hasattr(parameter, "device_mesh") else parameter.dtype
     for part in module.children():
         if (dtype := compute_dtype(part)) is not None:
             return dtype

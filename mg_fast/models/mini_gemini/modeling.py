@@ -122,10 +122,18 @@ class MiniGeminiModel(PictureSteps, MiniGeminiPreTrainedModel):
         pixel_values_hr: torch.Tensor | None = None,
         image_tokens: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
+        tower_features: tuple[torch.Tensor, list[torch.Tensor]] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if pixel_values is not None:
-            if image_tokens is not None:
-                raise ValueError("expected pixel_values or image_tokens, got both")
+        given = {"pixel_values": pixel_values, "image_tokens": image_tokens, "tower_features": tower_features}
+        if len(names := [name for name, value in given.items() if value is not None]) > 1:
+            raise ValueError(f"expected one of {', '.join(given)}, got {' and '.join(names)}")
+        if tower_features is not None:
+            image_tokens, _ = self.mine_and_project(*tower_features)
+            if mm_token_type_ids is None:
+                # Adding a zero makes mining and projector a part of the pass, which has no place for their results.
+                zero = 0.0 * image_tokens.float().sum()
+                return inputs_embeds + zero.to(inputs_embeds.device, inputs_embeds.dtype), None
+        elif pixel_values is not None:
             image_tokens = self.get_image_features(pixel_values, pixel_values_hr).pooler_output
         if image_tokens is not None:
             inputs_embeds = self.splice(inputs_embeds, image_tokens, mm_token_type_ids)
@@ -142,6 +150,7 @@ class MiniGeminiModel(PictureSteps, MiniGeminiPreTrainedModel):
         mm_token_type_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        tower_features: tuple[torch.Tensor, list[torch.Tensor]] | None = None,
         **kwargs,
     ) -> tuple[BaseModelOutputWithPast, torch.Tensor | None]:
         if (input_ids is None) == (inputs_embeds is None):
@@ -149,7 +158,7 @@ class MiniGeminiModel(PictureSteps, MiniGeminiPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_ids(input_ids)
         inputs_embeds, image_tokens = self._with_pictures(
-            inputs_embeds, pixel_values, pixel_values_hr, image_tokens, mm_token_type_ids
+            inputs_embeds, pixel_values, pixel_values_hr, image_tokens, mm_token_type_ids, tower_features
         )
         outputs = self.language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
         return outputs, image_tokens
@@ -202,6 +211,7 @@ class MiniGeminiForConditionalGeneration(
         allow_long: bool | None = None,
         return_dict: bool | None = None,
         cache=None,
+        tower_features: tuple[torch.Tensor, list[torch.Tensor]] | None = None,
         **kwargs,
     ) -> MiniGeminiOutput | tuple:
         """Runs one pass of the whole model.
@@ -218,6 +228,9 @@ class MiniGeminiForConditionalGeneration(
             allow_long: accept prompts beyond the trained length; None takes the model's `allow_long`.
             return_dict: False returns a tuple.
             cache: another name of `past_key_values`, by which transformers 5.24 and newer pass it.
+            tower_features: queries and stage maps from `FrozenTowers`, instead of pixels: only mining and projector
+                run. Without mm_token_type_ids they run for nothing, so that a batch without pictures gives their
+                weights a gradient of zero, for which data-parallel wrappers wait.
             **kwargs: passed to the language model and `loss_function`, as in transformers' own models:
                 `num_items_in_batch`, by which Trainer weighs the parts of an accumulated batch, `shift_labels`,
                 `ignore_index`, ...
@@ -234,9 +247,12 @@ class MiniGeminiForConditionalGeneration(
             self.check_length(length, 0, allow_long)
         elif any(tensor is not None for tensor in pictures.values()):
             pictures = of_new_positions(pictures, length, cached, self.config.tokens_per_picture)
+        if cached and tower_features is not None:
+            raise ValueError("tower_features are for a pass over a whole prompt, got a cache of earlier positions")
         outputs, image_tokens = self.model(
             input_ids=input_ids,
             **pictures,
+            tower_features=tower_features,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             **{CACHE: cache},

@@ -26,3 +26,12 @@ def published_to_ours(name: str) -> str:
         if name.startswith(prefix):
             return target.removeprefix("^") + name.removeprefix(prefix)
     return name
+
+
+def ours_to_published(name: str) -> str:
+    """The published name of a tensor of `MiniGeminiForConditionalGeneration`, except for Mixtral's experts."""
+    for source, target in RENAMINGS:
+        prefix = target.removeprefix("^")
+        if name.startswith(prefix):
+            return source.removeprefix("^") + name.removeprefix(prefix)
+    return name

@@ -97,7 +97,7 @@ def test_image_tokens_instead_of_pixels(model, processor, photo):
     tokens = model.get_image_features(inputs["pixel_values"], inputs["pixel_values_hr"]).pooler_output
     seen = {k: v for k, v in inputs.items() if not k.startswith("pixel")} | {"image_tokens": tokens}
     assert ids_of(model, seen) == ids_of(model, inputs)
-    with pytest.raises(ValueError, match="got both"):
+    with pytest.raises(ValueError, match="got pixel_values and image_tokens"):
         model(**inputs, image_tokens=tokens)
 
 

@@ -1,0 +1,82 @@
+"""Takes uploaded files: their pictures are checked and kept in memory."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from .limits import Limits, RequestRefused
+from .store import PictureStore
+from .uploads import checked_picture
+
+# Uploads that are read at the same time, whose larger files wait on the disk in the server's private folder, and
+# pictures that are decoded at the same time.
+MOST_READ, MOST_DECODED = 16, 2
+
+
+class UploadDesk:
+    """Takes the uploads of all browsers. It is used from one event loop.
+
+    Args:
+        limits: of the server.
+        store: that keeps the pictures.
+        metrics: of the server.
+    """
+
+    def __init__(self, limits: Limits, store: PictureStore, metrics):
+        self.limits, self.store, self.metrics = limits, store, metrics
+        self._reading = asyncio.Semaphore(MOST_READ)
+        self._decoding = asyncio.Semaphore(MOST_DECODED)
+
+    async def take(self, scope: dict, receive: Callable[[], Awaitable[dict]], browser: str) -> list[str]:
+        """The names of the pictures in an upload, in the order of its files.
+
+        Args:
+            scope: of ASGI, of a request with a form.
+            receive: gives the form, of limited size.
+            browser: the browser's secret.
+
+        Raises:
+            RequestRefused: this is no form with files, or a file is no picture that is taken.
+        """
+        from starlette.formparsers import MultiPartException
+        from starlette.requests import ClientDisconnect, Request
+
+        if not dict(scope["headers"]).get(b"content-type", b"").startswith(b"multipart/form-data"):
+            raise RequestRefused("expected a form with files (multipart/form-data)")
+        async with self._reading:
+            try:
+                form = await Request(scope, receive).form(max_files=self.limits.pictures, max_fields=4)
+            except MultiPartException as error:
+                raise RequestRefused(f"this form cannot be read: {error.message}") from None
+            except ClientDisconnect:
+                raise RequestRefused("the connection was closed") from None
+            try:
+                files = [file for file in form.getlist("files") if hasattr(file, "read")]
+                if not files:
+                    raise RequestRefused("expected at least one file")
+                return [await self._keep_file(file, browser) for file in files]
+            finally:
+                await form.close()
+
+    async def _keep_file(self, file, browser: str) -> str:
+        async with self._decoding:
+            data = await file.read(self.limits.picture_bytes + 1)
+            return await self._keep(data, browser)
+
+    async def keep(self, data: bytes, browser: str) -> str:
+        """Checks a picture file and keeps it; returns its name.
+
+        Raises:
+            RequestRefused: it is no picture that is taken, or there is no room for it.
+        """
+        async with self._decoding:
+            return await self._keep(data, browser)
+
+    async def _keep(self, data: bytes, browser: str) -> str:
+        try:
+            _, kind = await asyncio.to_thread(checked_picture, data, self.limits)
+            name = self.store.put(data, kind, browser=browser)
+        except RequestRefused:
+            self.metrics.uploaded(taken=False)
+            raise
+        self.metrics.uploaded(taken=True)
+        return name

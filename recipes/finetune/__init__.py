@@ -1,0 +1,1 @@
+"""Fine-tunes Mini-Gemini as the original was trained: two stages on transformers' Trainer, with frozen towers."""
