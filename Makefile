@@ -98,8 +98,7 @@ $(EVAL)/.ready: pyproject.toml setup.py constraints-eval.txt
 	make eval-test PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $(EVAL)
 	$(EVAL)/bin/python -m pip install --quiet --upgrade "pip>=24"
-	$(EVAL)/bin/python -m pip install --quiet -c constraints-eval.txt -e ".[eval]" pytest pytest-xdist matplotlib \
-		matplotlib-fontja
+	$(EVAL)/bin/python -m pip install --quiet -c constraints-eval.txt -e ".[eval]" pytest pytest-xdist
 	@# latex2sympy2, which lmms-eval needs, installs its tests as a package `tests`, and that would hide ours.
 	rm -rf $(EVAL)/lib/python3*/site-packages/tests
 	@touch $@

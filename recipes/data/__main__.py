@@ -7,7 +7,8 @@ python -m recipes.data --out DIR --captions FILE     # asks nothing, and writes 
 A detailed caption becomes a short wish with a prompt for SDXL (a re-caption); a conversation gets a prompt for a
 picture that fits its last answer (an in-context prompt). DIR/dialogues.json is in LLaVA's format, DIR/report.md counts
 everything, DIR/samples.html shows samples, and DIR/rejected.jsonl says why a source was left out. All replies are kept
-in DIR/journal.jsonl: the same command goes on after a stop, and does not ask again what was answered.
+in DIR/journal.jsonl: the same command goes on after a stop, and does not ask again what was answered. Every command
+writes the other files anew, so give it all captions and dialogues.
 """
 
 import argparse
@@ -17,8 +18,6 @@ import os
 import sys
 from pathlib import Path
 
-from tqdm import tqdm
-
 from mg_fast.errors import MgFastError
 
 from . import build
@@ -27,6 +26,12 @@ from .errors import AskingError, SourceError
 from .journal import Journal
 from .sources import MOST_TURNS, read_captions, read_dialogues
 from .wording import VERSION
+
+# Options of a run that only an endpoint has a use for, with their defaults.
+ENDPOINT_ONLY = {"model": None, "key_variable": "OPENAI_API_KEY", "per_minute": None, "timeout": 120.0, "attempts": 6}
+MISSING = "{} needs the package {}: pip install 'mg_fast[data]'"
+# The exit status of a process that an interrupt has ended.
+INTERRUPTED = 130
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -46,7 +51,6 @@ def make_parser() -> argparse.ArgumentParser:
     model.add_argument("--model", metavar="NAME", help="the model's name at the endpoint")
     model.add_argument(
         "--key-variable",
-        default="OPENAI_API_KEY",
         metavar="NAME",
         help="environment variable with the endpoint's key, if it needs one (default: OPENAI_API_KEY)",
     )
@@ -64,10 +68,12 @@ def make_parser() -> argparse.ArgumentParser:
     manners = parser.add_argument_group("how it is asked")
     manners.add_argument("--at-once", type=_whole, default=8, help="most requests on their way at a time (default: 8)")
     manners.add_argument("--per-minute", type=_positive, help="most requests a minute (default: no limit)")
-    manners.add_argument(
-        "--timeout", type=_positive, default=120.0, help="seconds to wait for an answer (default: 120)"
+    manners.add_argument("--timeout", type=_positive, help="seconds in which a whole answer has to come (default: 120)")
+    manners.add_argument("--attempts", type=_whole, help="times that a failing request is sent (default: 6)")
+    manners.add_argument("--refused-again", action="store_true", help="ask again what the endpoint refused earlier")
+    parser.add_argument(
+        "--fewer", action="store_true", help="leave out what was answered before and is not among the files this time"
     )
-    manners.add_argument("--attempts", type=_whole, default=6, help="times that a failing request is sent (default: 6)")
     parser.add_argument(
         "--shown", type=_whole, default=build.SHOWN, help="samples of each kind on the page (default: 20)"
     )
@@ -79,28 +85,52 @@ def main(words: list[str] | None = None) -> None:
     args = parser.parse_args(words)
     if not args.captions and not args.dialogues:
         parser.error("expected --captions FILE or --dialogues FILE, got neither")
-    if args.endpoint and not args.model:
+    for name in ("endpoint", "local"):
+        # For instance a variable of the shell that is not set.
+        if getattr(args, name) is not None and not getattr(args, name).strip():
+            parser.error(f"--{name}: expected an address or a path, got nothing")
+    if args.endpoint is not None and not args.model:
         parser.error("--endpoint: expected the model's name there too, --model NAME")
-    if args.parameter and not args.endpoint:
+    if args.parameter and args.endpoint is None:
         parser.error("--parameter is for --endpoint")
+    if args.refused_again and args.endpoint is None:
+        parser.error("--refused-again is for --endpoint")
+    if args.key_variable is not None and not os.environ.get(args.key_variable):
+        parser.error(f"--key-variable: the environment has no {args.key_variable}, or an empty one")
+    for name, default in ENDPOINT_ONLY.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+        elif args.endpoint is None:
+            parser.error(f"--{name.replace('_', '-')} is for --endpoint")
     try:
-        sys.exit(run(args))
+        status = run(args)
     except MgFastError as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(INTERRUPTED, f"{parser.prog}: interrupted; the replies so far are in the journal\n")
+    if status == INTERRUPTED and args.local is not None:
+        # A batch of the local model may still be at work in its thread, and nobody waits for it.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs what the command line asks for, and returns the exit status: 1 where a later run has to go on.
+    """Runs what the command line asks for.
+
+    Returns:
+        The exit status: 1 where a later run has to go on, 130 where a second interrupt has given up requests.
 
     Raises:
-        SourceError: a file of captions or dialogues cannot be read.
-        JournalError: the journal belongs to other settings, is in use, or is damaged.
-        AskingError: the local model cannot be loaded.
+        SourceError: a file of captions or dialogues cannot be read, or sources of earlier runs are missing.
+        JournalError: the journal belongs to other settings, is in use, is damaged, or cannot be written.
+        AskingError: the local model cannot be loaded, or the endpoint takes no requests.
     """
     read = [read_captions(path) for path in args.captions]
     read += [read_dialogues(path, turns=args.turns) for path in args.dialogues]
     planned = build.plan(read, most=args.most)
-    asks = args.endpoint or args.local
+    asks = args.endpoint is not None or args.local is not None
     if not asks and not (args.out / build.JOURNAL).is_file():
         raise SourceError(f"{args.out} has no {build.JOURNAL} yet: expected --endpoint or --local, to ask for answers")
     try:
@@ -109,25 +139,37 @@ def run(args: argparse.Namespace) -> int:
         raise SourceError(f"--out: {error}") from None
     tally, error = None, None
     with Journal(args.out / build.JOURNAL, _settings(args) if asks else None) as journal:
+        if (missing := build.elsewhere(planned, journal)) and not args.fewer:
+            raise SourceError(
+                f"{missing} sources that were answered before are not among the captions and dialogues that came now, "
+                f"and {build.DIALOGUES} would lose them: give all files again, with the same --turns and --most, or "
+                "--fewer to leave them out"
+            )
         if asks:
             try:
                 tally = asyncio.run(_ask(args, planned, journal))
             except AskingError as caught:
-                error = caught
+                tally, error = caught.tally, caught
+            except KeyboardInterrupt:
+                # Where loops take no signals, the interrupt ends the loop itself.
+                tally = Tally(stopped=True, cut_off=True)
         counts = build.write(args.out, planned, journal, tally=tally, tries=args.tries, shown=args.shown)
     made, left = sum(counts.made.values()), sum(counts.open.values())
     print(f"{made} dialogues in {args.out / build.DIALOGUES}; {args.out / build.REPORT} tells what became of the rest")
     if error is not None:
         raise error
     if left:
-        print(f"{left} sources have no good answer yet: the same command goes on with them")
+        how = "the same command goes on with them" if asks else "--endpoint or --local asks about them"
+        print(f"{left} sources have no good answer yet: {how}")
+    if tally is not None and tally.cut_off:
+        return INTERRUPTED
     return 1 if left and asks else 0
 
 
 def _settings(args: argparse.Namespace) -> dict:
     """What the replies depend on."""
     return {
-        "model": args.model if args.endpoint else str(args.local),
+        "model": args.model if args.endpoint is not None else str(args.local),
         "wording": VERSION,
         "temperature": args.temperature,
         "max_tokens": args.max_tokens,
@@ -136,23 +178,37 @@ def _settings(args: argparse.Namespace) -> dict:
 
 
 async def _ask(args: argparse.Namespace, planned: build.Plan, journal: Journal) -> Tally:
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:
+        raise AskingError(MISSING.format("the display of the progress", "tqdm")) from None
     manners = Manners(at_once=args.at_once, per_minute=args.per_minute, attempts=args.attempts)
     with tqdm(total=len(planned.sources), desc="sources", disable=None) as bar:
         async with _asker(args) as asker:
             return await build.ask(
-                planned.sources, asker, journal, manners, tries=args.tries, progress=lambda: bar.update(1)
+                planned.sources,
+                asker,
+                journal,
+                manners,
+                tries=args.tries,
+                refused_again=args.refused_again,
+                progress=lambda: bar.update(1),
             )
 
 
 def _asker(args: argparse.Namespace):
-    if args.local:
+    if args.local is not None:
         from .local import LocalModel
 
         return LocalModel(
             args.local, batch_size=args.at_once, max_new_tokens=args.max_tokens, temperature=args.temperature
         )
-    from .endpoint import Endpoint
-
+    try:
+        from .endpoint import Endpoint
+    except ModuleNotFoundError as error:
+        if error.name != "httpx":
+            raise
+        raise AskingError(MISSING.format("--endpoint", "httpx")) from None
     fields = {"temperature": args.temperature, "max_tokens": args.max_tokens, **dict(args.parameter)}
     key = os.environ.get(args.key_variable) or None
     return Endpoint(args.endpoint, args.model, key=key, timeout=args.timeout, parameters=fields)
@@ -192,7 +248,7 @@ def _parameter(text: str) -> tuple[str, object]:
         raise argparse.ArgumentTypeError(f"expected NAME=JSON, got {text}")
     try:
         return name, json.loads(value)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         raise argparse.ArgumentTypeError(f"{name}: expected JSON (a text in quotes), got {value}") from None
 
 

@@ -3,15 +3,18 @@
 import copy
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from .asking import Asker, Manners, Question, Tally, ask_all
 from .checks import CLIP_TOKENS, Fault, check_dialogue, check_source, clip_tokens, judge
+from .counts import Counts, Rejected
 from .duplicates import NearDuplicates
 from .journal import Journal
-from .report import Counts, Rejected, report, sample_page
+from .report import report
+from .samples import sample_page
 from .sources import Source, Sources
 from .wording import dialogue, messages
 
@@ -28,7 +31,7 @@ class Plan:
 
     Attributes:
         sources: in the order in which they were read, each kind of contents once.
-        counts: how many were read, repeated and unfit.
+        counts: what became of the others.
         rejected: those that are unfit.
     """
 
@@ -44,11 +47,12 @@ def plan(read: Sequence[Sources], *, most: int | None = None) -> Plan:
         read: the sources of each file.
         most: the most sources of each kind; None takes all.
     """
-    counts, kept, rejected, seen, taken = Counts(), [], [], set(), {}
+    counts, kept, rejected, seen = Counts(), [], [], set()
+    taken: Counter = Counter()
     for one in read:
-        counts.skipped.update(reason for _, reason in one.skipped)
+        # A file holds sources of one kind.
+        counts.skipped.update((one.usable[0].kind, reason) for _, reason in one.skipped)
         for source in one.usable:
-            counts.rows[source.kind] += 1
             if source.key in seen:
                 counts.repeated[source.kind] += 1
                 continue
@@ -56,13 +60,21 @@ def plan(read: Sequence[Sources], *, most: int | None = None) -> Plan:
             try:
                 check_source(source)
             except Fault as fault:
-                counts.unfit[fault.reason] += 1
+                counts.unfit[source.kind, fault.reason] += 1
                 rejected.append(Rejected(source, fault))
                 continue
-            if most is None or taken.get(source.kind, 0) < most:
-                taken[source.kind] = taken.get(source.kind, 0) + 1
-                kept.append(source)
+            if most is not None and taken[source.kind] >= most:
+                counts.beyond[source.kind] += 1
+                continue
+            taken[source.kind] += 1
+            kept.append(source)
     return Plan(tuple(kept), counts, tuple(rejected))
+
+
+def elsewhere(planned: Plan, journal: Journal) -> int:
+    """How many sources have replies in the journal and are not among those of the plan."""
+    given = {source.key for source in planned.sources} | {one.source.key for one in planned.rejected}
+    return len(journal.replies.keys() - given)
 
 
 async def ask(
@@ -72,12 +84,19 @@ async def ask(
     manners: Manners,
     *,
     tries: int = TRIES,
+    refused_again: bool = False,
     progress: Callable[[], None] = lambda: None,
 ) -> Tally:
-    """Asks about every source until an answer is good or `tries` answers were bad; see `ask_all`."""
+    """Asks about every source until an answer is good or `tries` answers were bad; see `ask_all`.
+
+    What the endpoint refused in an earlier run is asked again only if `refused_again`.
+    """
     by_key = {source.key: source for source in sources}
+    again = set(journal.refused) if refused_again else set()
 
     def settled(key: str) -> bool:
+        if key in journal.refused and key not in again:
+            return True
         return judge(by_key[key], journal.replies.get(key, ())[:tries]).settled(tries)
 
     questions = [Question(source.key, messages(source)) for source in sources]
@@ -111,18 +130,22 @@ def write(
     folder, counts = Path(folder), copy.deepcopy(planned.counts)
     count_tokens = count_tokens or clip_tokens
     made, rejected, prompts = [], list(planned.rejected), NearDuplicates()
+    counts.elsewhere = elsewhere(planned, journal)
     for source in planned.sources:
         replies = journal.replies.get(source.key, [])[:tries]
         for reply in replies:
             counts.tokens["prompts"] += reply.prompt_tokens or 0
             counts.tokens["answers"] += reply.completion_tokens or 0
         verdict = judge(source, replies)
-        counts.faults.update(fault.reason for fault in verdict.faults)
+        counts.faults.update((source.kind, fault.reason) for fault in verdict.faults)
         if verdict.fields is None:
-            if not verdict.settled(tries):
+            if (words := journal.refused.get(source.key)) is not None:
+                counts.refused[source.kind, words] += 1
+                rejected.append(Rejected(source, Fault("refused by the endpoint", words)))
+            elif not verdict.settled(tries):
                 counts.open[source.kind] += 1
             else:
-                counts.rejected[verdict.faults[-1].reason] += 1
+                counts.rejected[source.kind, verdict.faults[-1].reason] += 1
                 rejected.append(Rejected(source, verdict.faults[-1], replies[-1].text))
             continue
         if (earlier := prompts.add(verdict.fields["prompt"], source.name)) is not None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mg_fast.drawing.prompts import CLOSING, OPENING, find_prompts
+from mg_fast.errors import shortened
 from mg_fast.models.templates import TEMPLATES
 
 from .journal import Reply
@@ -20,17 +21,35 @@ LEAST_PROMPT_WORDS = 4
 # Longer conversations would not leave room for the rest of a training row of 2048 tokens.
 LONGEST_CONVERSATION = 5000
 
-_PICTURE = r"(?:images?|pictures?|photos?|photographs?|screenshots?|diagrams?|attachments?)"
+_PICTURE = r"(?:images?|pictures?|pics?|photos?|photographs?|screenshots?|diagrams?|attachments?)"
+# Pictures that a text may speak of without showing them, for instance one that hangs in a museum.
+_WORK = rf"(?:{_PICTURE}|paintings?|drawings?|sketch(?:es)?|illustrations?|charts?|graphs?|maps?)"
 _POINTING = r"(?:this|the|these|that|those|your|my|above|attached|following|given|provided|uploaded|enclosed)"
+# Words after which `picture` is no picture but a thing or a trade.
+_THING = (
+    r"(?!\s+(?:frames?|books?|albums?|windows?|rails?|editors?|editing|booths?|shoots?|galler\w+|studios?|process\w+))"
+)
 # Words about a picture that a text-only dialogue does not have.
 _PICTURE_TALK = re.compile(
-    rf"\b{_POINTING}\s+(?:\w+\s+){{0,2}}{_PICTURE}\b"
+    rf"\b{_POINTING}\s+(?:\w+\s+){{0,2}}{_PICTURE}\b{_THING}"
+    rf"|\b(?:look at|describe|identify|analy[sz]e|explain|caption|see)\s+(?:this|these)\s+(?:\w+\s+){{0,2}}{_WORK}\b"
+    rf"|\b(?:attached|uploaded|enclosed)\s+(?:\w+\s+)?(?:{_WORK}|files?|documents?|pdfs?)\b"
     rf"|\b{_PICTURE}\s+(?:above|below|attached|shows?|depicts?|shown|features?|displays?|captures?|provided)\b"
+    rf"|\b{_PICTURE}\s*#?\d+\b"
     r"|\bas (?:shown|seen|pictured) (?:above|below|here)\b"
     r"|\bfig(?:ure|\.)\s*\d"
-    r"|!\[[^\]]*\]\(",
+    r"|!\[[^\]]*\]\(|<img\b"
+    r"|(?:https?:/|www\.|/)[^\s/]\S{0,300}?\.(?:jpe?g|png|gif|webp|bmp)\b",
     re.IGNORECASE,
 )
+# A wish may name the picture that it asks for: `Generate the image of a boat`.
+_WISHED = re.compile(
+    r"\b(?:generate|create|draw|make|paint|render|sketch|produce|design|imagine|give|show|see)\s+(?:(?:me|us)\s+)?the\s+"
+    rf"(?:\w+\s+){{0,2}}{_WORK}\s+(?:of|with|that|in which|where)\b",
+    re.IGNORECASE,
+)
+# A prompt names what is seen, and not that it is a picture.
+_PROMPT_BEGINS = re.compile(rf"^\W*(?:(?:an?|the)\s+)?(?:\w+\s+)?{_PICTURE}\s+(?:of|showing|with)\b", re.IGNORECASE)
 # How a refusal begins, and what a model says of itself when it refuses. People's own words may begin so, too.
 _REFUSAL_BEGINS = re.compile(
     r"^\W*(?:i['’]?m sorry|i am sorry|sorry\b|i can(?:not|['’]?t)\b|i(?: a|['’])m (?:not able|unable)\b|unfortunately)",
@@ -41,8 +60,21 @@ _OF_ITSELF = re.compile(
     r"|\bi (?:cannot|can['’]t|am unable to|['’]m unable to) (?:create|generate|draw|display|show|see|view)\b",
     re.IGNORECASE,
 )
-# Words of somebody who speaks. Small models write wishes and questions in the place of a prompt.
-_SPEECH = re.compile(r"\bI['’](?:d|m|ve|ll)\b|\bI (?:am|can|like|love|need|want|wish|would)\b|\?$", re.IGNORECASE)
+# Words of somebody who speaks. Small models write wishes, questions and introductions in the place of a prompt.
+_SPEECH = re.compile(
+    r"\bI['’](?:d|m|ve|ll)\b|\bI (?:am|can|like|love|need|want|wish|would)\b|\?$"
+    r"|^\W*(?:here(?:['’]s| is| are)\b|sure\b[,!.]|(?:the )?prompt\s*:|let me\b|tell me\b)"
+    r"|\bthe prompt\b|\b(?:could|can|would|will) you\b|\b(?:tell|show) me\b",
+    re.IGNORECASE,
+)
+# What a picture shows as writing is nobody's speech.
+_WRITING = re.compile(
+    r"\"[^\"]*\"|“[^”]*”|\b(?:says?|saying|reads?|reading|lettering|slogan|words?|text)\b[^,.;]*", re.IGNORECASE
+)
+# What a reasoning model thinks before its answer. Some templates write the opening tag themselves.
+_THOUGHT_ENDS = "</think>"
+# So many braces are tried as the beginning of the object that was asked for.
+_MOST_BRACES = 50
 _TAG = re.compile(r"<\s*/?\s*h\s*>|<\s*GEN\s*>|<\s*im(?:age|_start|_end|_patch)\s*>", re.IGNORECASE)
 # What prompt templates put around turns. In a training text it would be read as the border of a turn.
 _BORDERS = {part for style in TEMPLATES.values() for part in style.stops} | {"<s>", "<bos>", "[INST]", "[/INST]"}
@@ -118,18 +150,16 @@ def read(source: Source, reply: Reply) -> dict[str, str]:
         raise Fault("cut", f"ends with {_end(reply.text)}")
     if not reply.text.strip():
         raise Fault("empty")
-    found = _json_object(reply.text)
+    found = _json_object(reply.text, FIELDS[source.kind])
     fields = {}
     for name in FIELDS[source.kind]:
-        value = found.get(name)
-        if not isinstance(value, str) or not value.strip():
-            raise Fault("bad JSON", f'no text under "{name}"')
+        value = found[name]
         fields[name] = " ".join(value.split())
         _check_encoding(value)
         _check_tags(value)
         if found_words := _REFUSAL_BEGINS.search(value):
             raise Fault("refusal", found_words.group())
-        _check_words(value)
+        _check_words(_WISHED.sub("", value) if name == "wish" else value)
     _check_prompt(fields["prompt"])
     if source.kind == RECAPTION:
         _check_wish(fields["wish"], source.caption)
@@ -171,17 +201,28 @@ def _clip_tokenizer():
     return SimpleTokenizer()
 
 
-def _json_object(text: str) -> dict:
-    """The first JSON object in a text, which may stand in a fence or after a sentence."""
-    start = text.find("{")
-    if start < 0:
-        refuses = _REFUSAL_BEGINS.search(text) or _OF_ITSELF.search(text)
-        raise Fault("refusal" if refuses else "bad JSON", _end(text))
-    try:
-        found, _ = json.JSONDecoder(strict=False).raw_decode(text, start)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise Fault("bad JSON", str(error)) from None
-    return found
+def _json_object(text: str, names: Sequence[str]) -> dict:
+    """The first JSON object in a text with a text under each name. It may stand in a fence or after sentences."""
+    answer = text.rpartition(_THOUGHT_ENDS)[2]
+    start, fault = answer.find("{"), None
+    for _ in range(_MOST_BRACES):
+        if start < 0:
+            break
+        try:
+            found, end = json.JSONDecoder(strict=False).raw_decode(answer, start)
+        # A number of thousands of digits is a plain ValueError.
+        except (ValueError, RecursionError) as error:
+            fault, end = fault or Fault("bad JSON", shortened(str(error), 160)), start + 1
+        else:
+            missing = [name for name in names if not isinstance(found.get(name), str) or not found[name].strip()]
+            if not missing:
+                return found
+            fault = fault or Fault("bad JSON", f'no text under "{missing[0]}"')
+        start = answer.find("{", end)
+    if fault is not None:
+        raise fault
+    refuses = _REFUSAL_BEGINS.search(answer) or _OF_ITSELF.search(answer)
+    raise Fault("refusal" if refuses else "bad JSON", _end(text))
 
 
 def _check_encoding(text: str) -> None:
@@ -206,7 +247,9 @@ def _check_words(text: str) -> None:
 def _check_prompt(prompt: str) -> None:
     if (words := len(prompt.split())) < LEAST_PROMPT_WORDS:
         raise Fault("short prompt", f"{words} words")
-    if found := _SPEECH.search(prompt):
+    if found := _PROMPT_BEGINS.search(prompt):
+        raise Fault("picture talk", found.group())
+    if found := _SPEECH.search(_WRITING.sub("", prompt).strip()):
         raise Fault("speech in the prompt", found.group())
 
 

@@ -1,5 +1,6 @@
 """Asks an endpoint that speaks OpenAI's protocol for chats, such as vLLM's server or a hosted model."""
 
+import asyncio
 import email.utils
 import time
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,9 @@ from .journal import Reply
 _FATAL = (401, 403, 404, 405)
 # Answers that may be others a moment later.
 _PASSING = (408, 409, 425, 429)
+_BUSY = 429
+# Codes of answers with this status that no waiting helps against.
+_SPENT = ("insufficient_quota", "billing_hard_limit_reached")
 
 
 class Endpoint:
@@ -25,8 +29,11 @@ class Endpoint:
         address: the base address, to which `/chat/completions` is added; for vLLM `http://HOST:8000/v1`.
         model: the model's name there.
         key: sent as the bearer token; None sends none.
-        timeout: seconds until a request without an answer counts as failed.
+        timeout: seconds until a request without a whole answer counts as failed.
         parameters: fields of the request, such as `temperature`; a value of None leaves a field out.
+
+    Raises:
+        AskingError: the key cannot be sent.
     """
 
     def __init__(
@@ -34,6 +41,10 @@ class Endpoint:
     ):
         self._url = f"{address.rstrip('/')}/chat/completions"
         self._body = {"model": model, **{name: v for name, v in parameters.items() if v is not None}}
+        self.where = f"{shortened(self._url, 120)}, model {shortened(model, 60)}"
+        self._timeout = timeout
+        if key is not None and not (key.isascii() and key.isprintable()):
+            raise AskingError("the endpoint's key has characters that no request can carry: expected printable ASCII")
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         self._client = httpx.AsyncClient(
             headers=headers, timeout=timeout, limits=httpx.Limits(max_connections=None, max_keepalive_connections=64)
@@ -53,11 +64,13 @@ class Endpoint:
             Refused: this request will not be taken.
             AskingError: no request will be taken.
         """
+        request = self._client.post(
+            self._url, json={**self._body, "messages": list(messages)}, headers={"Idempotency-Key": name}
+        )
         try:
-            answer = await self._client.post(
-                self._url, json={**self._body, "messages": list(messages)}, headers={"Idempotency-Key": name}
-            )
-        except httpx.TimeoutException:
+            # httpx's own limit is for each piece of an answer.
+            answer = await asyncio.wait_for(request, self._timeout)
+        except (httpx.TimeoutException, asyncio.TimeoutError):
             raise Trouble("no answer in time") from None
         except httpx.InvalidURL as error:
             raise AskingError(f"{shortened(self._url, 120)} is no address: {error}") from None
@@ -66,10 +79,15 @@ class Endpoint:
         except httpx.RequestError as error:
             raise Trouble(f"no connection ({type(error).__name__})") from None
         status = answer.status_code
+        if 300 <= status < 400:
+            to = shortened(answer.headers.get("Location", "nowhere"), 120)
+            raise AskingError(f"{shortened(self._url, 120)} answers HTTP {status}, a redirection to {to}: ask there")
+        if status == _BUSY and _code(answer) in _SPENT:
+            raise AskingError(f"{shortened(self._url, 120)} answers HTTP {status}: {_message(answer)}")
         if status in _FATAL:
             raise AskingError(f"{shortened(self._url, 120)} answers HTTP {status}: {_message(answer)}")
         if status in _PASSING or status >= 500:
-            raise Trouble(f"HTTP {status}", retry_after=_retry_after(answer))
+            raise Trouble(f"HTTP {status}", retry_after=_retry_after(answer), busy=status == _BUSY)
         if status != 200:
             raise Refused(f"HTTP {status}: {shortened(_message(answer), 160)}")
         return _reply(answer)
@@ -84,7 +102,7 @@ def _reply(answer: httpx.Response) -> Reply:
         text, refusal, finish = message.get("content"), message.get("refusal"), choice.get("finish_reason")
         usage = found.get("usage") or {}
         counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise Trouble("an answer that is no chat completion") from None
     if not isinstance(text, str | None) or not isinstance(refusal, str | None):
         raise Trouble("an answer that is no chat completion")
@@ -92,7 +110,7 @@ def _reply(answer: httpx.Response) -> Reply:
         text or "",
         finish if isinstance(finish, str) else "stop",
         refusal or None,
-        *(count if isinstance(count, int) else None for count in counts),
+        *(count if isinstance(count, int) and count < 2**63 else None for count in counts),
     )
 
 
@@ -116,5 +134,13 @@ def _message(answer: httpx.Response) -> str:
     try:
         error = answer.json()["error"]
         return str(error["message"] if isinstance(error, Mapping) else error)
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return quoted(answer.text[:200])
+
+
+def _code(answer: httpx.Response) -> object:
+    """The name that the answer gives to its error."""
+    try:
+        return answer.json()["error"]["code"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None

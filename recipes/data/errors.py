@@ -12,4 +12,10 @@ class JournalError(MgFastError, RuntimeError):
 
 
 class AskingError(MgFastError, RuntimeError):
-    """Nothing more can be asked: the endpoint takes no request or cannot be reached, or the local model fails."""
+    """Nothing more can be asked: the endpoint takes no request or cannot be reached, or the local model fails.
+
+    Attributes:
+        tally: what had happened in the run until then, a `Tally`; None where nothing was asked.
+    """
+
+    tally = None

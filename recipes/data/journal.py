@@ -10,6 +10,8 @@ import dataclasses
 import json
 import logging
 import os
+import secrets
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,8 @@ from .errors import JournalError
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
+# How the first line begins.
+_HEAD = b'{"journal": '
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,10 @@ class Reply:
     completion_tokens: int | None = None
 
 
+# What the fields of a line about a reply may be.
+_TYPES = {"text": str, "finish": str, "refusal": str, "prompt_tokens": int, "completion_tokens": int}
+
+
 class Journal:
     """The replies of this run and of the runs before it, by the keys of their sources.
 
@@ -49,23 +57,32 @@ class Journal:
     Args:
         path: the file; it is made where there is none.
         settings: what the replies depend on. They stand in the first line, and a later run must have the same, unless
-            there are no replies yet; None takes those that stand there.
+            there are no replies yet. None opens a journal that exists for reading, and changes nothing in it.
 
     Attributes:
         replies: the replies by key, in the order in which they came.
-        settings: what the replies depend on; empty for a new journal without settings.
+        refused: why a question was refused, by key.
+        doubtful: questions that were refused while there was no reply at all. That says little about the question,
+            because the request may have been wrong altogether.
+        lines: how many lines there are about a key.
+        settings: what the replies depend on.
+        run: a random name that no other journal has.
 
     Raises:
-        JournalError: the file cannot be opened, another process has it open, it was written with other settings, or a
-            line is damaged.
+        JournalError: the file cannot be opened, is no journal, is open in another process, was written with other
+            settings, or a line is damaged.
     """
 
     def __init__(self, path: str | Path, settings: Mapping | None = None):
         self._path = Path(path)
         self.replies: dict[str, list[Reply]] = {}
+        self.refused: dict[str, str] = {}
+        self.doubtful: set[str] = set()
+        self.lines: Counter = Counter()
         self.settings: dict = dict(settings or {})
+        self.run = secrets.token_hex(8)
         try:
-            self._file = open(self._path, "a+b")  # noqa: SIM115  (it stays open, and is closed by close)
+            self._file = open(self._path, "rb" if settings is None else "a+b")  # noqa: SIM115  (it stays open, and is closed by close)
         except OSError as error:
             raise JournalError(f"{self._name} cannot be opened: {error.strerror}") from None
         try:
@@ -78,7 +95,22 @@ class Journal:
     def add(self, key: str, reply: Reply) -> None:
         """Writes a reply. When this returns, the reply is on the disk."""
         self._append({"key": key, **{name: v for name, v in dataclasses.asdict(reply).items() if v is not None}})
-        self.replies.setdefault(key, []).append(reply)
+        self._take(key, reply)
+
+    def refuse(self, key: str, reason: str) -> None:
+        """Writes that a question was refused, and why. When this returns, it is on the disk."""
+        self._append({"key": key, "refused": reason})
+        self._take(key, reason)
+
+    def _take(self, key: str, said: Reply | str) -> None:
+        self.lines[key] += 1
+        if isinstance(said, Reply):
+            self.replies.setdefault(key, []).append(said)
+            self.refused.pop(key, None)
+        elif self.replies:
+            self.refused[key] = said
+        else:
+            self.doubtful.add(key)
 
     def close(self) -> None:
         """Closes the file, after which another process can open it."""
@@ -91,10 +123,13 @@ class Journal:
         self.close()
 
     def _append(self, line: Mapping) -> None:
-        # ASCII alone keeps half surrogates, which a model can write, readable.
-        self._file.write(json.dumps(line).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            # ASCII alone keeps half surrogates, which a model can write, readable.
+            self._file.write(json.dumps(line).encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise JournalError(f"{self._name} cannot be written: {error.strerror or error}") from None
 
     def _lock(self) -> None:
         try:
@@ -109,23 +144,30 @@ class Journal:
     def _read(self, settings: Mapping | None) -> None:
         self._file.seek(0)
         whole, newline, torn = self._file.read().rpartition(b"\n")
-        if torn:
+        lines = whole.split(b"\n") if newline else []
+        # A file is only ever cut if it is a journal, or could be the beginning of one.
+        begin = lines[0] if lines else torn
+        if lines or not (begin.startswith(_HEAD) or _HEAD.startswith(begin)):
+            head = self._head(begin)
+        if torn and settings is not None:
             # The process was killed while it wrote this line, so nothing was made of it.
             logger.warning("%s: the last line is not whole and is left out", self._name)
             self._file.truncate(len(whole) + len(newline))
-        lines = whole.split(b"\n") if newline else []
-        if not lines:
-            self._append({"journal": FORMAT, "settings": self.settings})
+        if lines:
+            self.run = head.get("run") or self.run
+            for i, line in enumerate(lines[1:], 2):
+                self._take(*self._entry(i, self._line(i, line)))
+        if settings is None:
+            self.settings = head["settings"] if lines else {}
             return
-        head = self._line(1, lines[0])
-        if head.get("journal") != FORMAT or not isinstance(head.get("settings"), dict):
-            raise JournalError(f"{self._name} is no journal of this recipe: its first line is {quoted(head)}")
-        if settings is not None and len(lines) == 1:
+        if not lines or (not self.replies and head["settings"] != dict(settings)):
             # Nothing was answered yet, for instance because the model's name was wrong, which may be corrected now.
             self._file.truncate(0)
-            self._append({"journal": FORMAT, "settings": self.settings})
+            self.doubtful.clear()
+            self.lines.clear()
+            self._append({"journal": FORMAT, "run": self.run, "settings": self.settings})
             return
-        if settings is not None and head["settings"] != dict(settings):
+        if head["settings"] != dict(settings):
             changed = sorted(
                 name for name in {*settings, *head["settings"]} if settings.get(name) != head["settings"].get(name)
             )
@@ -134,21 +176,29 @@ class Journal:
                 f"{self._name} was written with {quoted(was)}, and now came {quoted(now)}: give the same settings, or "
                 "another --out"
             )
-        self.settings = head["settings"]
-        names = {field.name for field in dataclasses.fields(Reply)}
-        for i, line in enumerate(lines[1:], 2):
-            row = self._line(i, line)
-            if (
-                not isinstance(row.get("key"), str)
-                or not isinstance(row.get("text"), str)
-                or row.keys() - names - {"key"}
-            ):
-                raise JournalError(f"{self._name}, line {i}: expected a reply with its key, got {quoted(row)}")
-            reply = Reply(**{name: row[name] for name in row if name != "key"})
-            self.replies.setdefault(row["key"], []).append(reply)
+
+    def _head(self, line: bytes) -> dict:
+        head = self._line(1, line)
+        if (
+            head.get("journal") != FORMAT
+            or not isinstance(head.get("settings"), dict)
+            or not isinstance(head.get("run", ""), str)
+        ):
+            raise JournalError(f"{self._name} is no journal of this recipe: its first line is {quoted(head)}")
+        return head
+
+    def _entry(self, number: int, row: Mapping) -> tuple[str, Reply | str]:
+        """The key of a line, and its reply or the reason of a refusal."""
+        fields = {name: row[name] for name in row if name != "key"}
+        if isinstance(row.get("key"), str):
+            if set(fields) == {"refused"} and isinstance(row["refused"], str):
+                return row["key"], row["refused"]
+            if "text" in fields and all(name in _TYPES and isinstance(v, _TYPES[name]) for name, v in fields.items()):
+                return row["key"], Reply(**fields)
+        raise JournalError(f"{self._name}, line {number}: expected a reply with its key, got {quoted(row)}")
 
     def _line(self, number: int, line: bytes) -> dict:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             if isinstance(row := json.loads(line), dict):
                 return row
         raise JournalError(

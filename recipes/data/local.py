@@ -1,8 +1,10 @@
 """Asks a language model that runs here, through transformers."""
 
 import asyncio
+import contextlib
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mg_fast.errors import shortened
@@ -42,6 +44,7 @@ class LocalModel:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         file = Path(path)
+        self.where = f"the local model {shortened(str(file), 120)}"
         options = {}
         if file.suffix == ".gguf":
             path, options = file.parent, {"gguf_file": file.name}
@@ -88,7 +91,7 @@ class LocalModel:
             await asyncio.sleep(0.01)
             batch, self._waiting = self._waiting[: self._batch_size], self._waiting[self._batch_size :]
             try:
-                replies = await asyncio.to_thread(self._answer, [messages for messages, _ in batch])
+                replies = await _in_thread(self._answer, [messages for messages, _ in batch])
             except Exception as error:
                 for _, answered in batch:
                     if not answered.done():
@@ -121,3 +124,33 @@ class LocalModel:
             finish = "length" if length is None else "stop"
             replies.append(Reply(text, finish, None, int(asked.sum()), len(row) if length is None else length + 1))
         return replies
+
+
+async def _in_thread(function: Callable, argument):
+    """The result of a function that runs in a thread of its own. Who gives up waiting leaves the thread behind.
+
+    A loop waits at its end for the threads of `asyncio.to_thread`, which here may take as long as a batch.
+    """
+    loop = asyncio.get_running_loop()
+    done = loop.create_future()
+
+    def settle(result, error) -> None:
+        if done.done():
+            return
+        if error is None:
+            done.set_result(result)
+        else:
+            done.set_exception(error)
+
+    def work() -> None:
+        result = error = None
+        try:
+            result = function(argument)
+        except Exception as caught:
+            error = caught
+        # The loop may have ended meanwhile.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(settle, result, error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return await done

@@ -1,66 +1,15 @@
-"""What a run has made, for a person to read: counts of everything, and a page with samples."""
+"""The report of a run for a person to read: what became of every source, and what happened to the requests."""
 
-import html
-import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 
 from .asking import Tally
-from .checks import CLIP_TOKENS, Fault
-from .sources import IN_CONTEXT, KINDS, RECAPTION, Source
+from .checks import CLIP_TOKENS
+from .counts import TITLES, Counts
+from .sources import KINDS
 
-# Rejected sources on the page of samples.
-REJECTED_SHOWN = 20
-_TITLES = {RECAPTION: "Re-captions", IN_CONTEXT: "In-context prompts"}
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """A source of which no dialogue was made.
-
-    Attributes:
-        source: the source.
-        fault: why.
-        reply: what the model wrote last; empty where nothing was asked.
-    """
-
-    source: Source
-    fault: Fault
-    reply: str = ""
-
-
-@dataclass
-class Counts:
-    """What became of the sources.
-
-    Attributes:
-        rows: sources by kind, as they were read.
-        skipped: rows of the files that no source could be made of, by reason.
-        repeated: sources that say the same as an earlier one, by kind.
-        unfit: sources about which nothing was asked, by reason.
-        open: sources without a good answer that will be asked again, by kind.
-        rejected: sources whose answers were all bad, by the reason of the last one.
-        faults: bad answers, by reason, those of sources with a good answer included.
-        alike: dialogues left out because an earlier one is nearly the same, by kind.
-        made: dialogues, by kind.
-        long: of these, those with a prompt that is too long for CLIP, by kind.
-        lengths: the number of CLIP tokens of each prompt that was made.
-        tokens: tokens of the requests and replies that were read, as far as the endpoint counts them.
-    """
-
-    rows: Counter = field(default_factory=Counter)
-    skipped: Counter = field(default_factory=Counter)
-    repeated: Counter = field(default_factory=Counter)
-    unfit: Counter = field(default_factory=Counter)
-    open: Counter = field(default_factory=Counter)
-    rejected: Counter = field(default_factory=Counter)
-    faults: Counter = field(default_factory=Counter)
-    alike: Counter = field(default_factory=Counter)
-    made: Counter = field(default_factory=Counter)
-    long: Counter = field(default_factory=Counter)
-    lengths: list[int] = field(default_factory=list)
-    tokens: Counter = field(default_factory=Counter)
+_HEAD = "".join(f" {TITLES[kind]} |" for kind in KINDS)
+_LINE = "---|" * len(KINDS)
 
 
 def report(counts: Counts, settings: Mapping, tally: Tally | None) -> str:
@@ -71,30 +20,39 @@ def report(counts: Counts, settings: Mapping, tally: Tally | None) -> str:
         settings: what the replies depend on, from the journal.
         tally: what happened in this run; None where nothing was asked.
     """
-    lines = ["# Generation data", "", ", ".join(f"{name} {value}" for name, value in settings.items()), ""]
-    lines += ["| | " + " | ".join(_TITLES[kind] for kind in KINDS) + " |", "|---|" + "---|" * len(KINDS)]
-    for name, counter in (
-        ("sources in the files", counts.rows),
-        ("say the same as an earlier source", counts.repeated),
-        ("not answered yet, asked by the next run", counts.open),
-        ("dialogues nearly the same as an earlier one", counts.alike),
+    parts = (
+        ("not read: no source in it", _by_kind(counts.skipped)),
+        ("says the same as an earlier one", counts.repeated),
+        ("not asked about, because of what it says", _by_kind(counts.unfit)),
+        ("more than --most", counts.beyond),
+        ("no good answer yet, asked about by the next run", counts.open),
+        ("refused by the endpoint", _by_kind(counts.refused)),
+        ("all answers were bad", _by_kind(counts.rejected)),
+        ("dialogue nearly the same as an earlier one", counts.alike),
         ("**dialogues**", counts.made),
-        (f"of these longer than {CLIP_TOKENS} CLIP tokens (marked)", counts.long),
-    ):
-        lines.append(f"| {name} | " + " | ".join(str(counter[kind]) for kind in KINDS) + " |")
-    if counts.lengths:
+    )
+    lines = ["# Generation data", "", ", ".join(f"{name} {value}" for name, value in settings.items()), ""]
+    lines += [f"| |{_HEAD}", f"|---|{_LINE}"]
+    lines += [_row(name, counter) for name, counter in parts]
+    lines.append(_row("captions and conversations in the files, the sum", sum((one for _, one in parts), Counter())))
+    if counts.made:
+        long = " and ".join(f"{counts.long[kind]} of {TITLES[kind]}" for kind in KINDS)
         ordered = sorted(counts.lengths)
         quartiles = [ordered[round(share * (len(ordered) - 1))] for share in (0, 0.25, 0.5, 0.75, 1)]
-        lines += ["", f"CLIP tokens of the prompts, least, quartiles and most: {', '.join(map(str, quartiles))}."]
+        lines += ["", f"Longer than {CLIP_TOKENS} CLIP tokens, and marked: {long}."]
+        lines += [f"CLIP tokens of the prompts, least, quartiles and most: {', '.join(map(str, quartiles))}."]
     if counts.tokens:
         lines += ["", "Tokens so far: " + ", ".join(f"{n} of {name}" for name, n in counts.tokens.items()) + "."]
+    if counts.elsewhere:
+        lines += ["", f"Answered earlier, but not given this time: {counts.elsewhere} sources."]
     for title, counter in (
         ("Rows of the files that are no source", counts.skipped),
         ("Sources that are not asked about", counts.unfit),
+        ("Questions that the endpoint refused", counts.refused),
         ("Sources whose answers were all bad, by the last one", counts.rejected),
         ("Bad answers, the corrected ones included", counts.faults),
     ):
-        lines += _table(title, counter)
+        lines += _reasons(title, counter)
     if tally is not None:
         state = "It was stopped before its end. " if tally.stopped else ""
         lines += ["", "## This run", ""]
@@ -104,63 +62,35 @@ def report(counts: Counts, settings: Mapping, tally: Tally | None) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _by_kind(counter: Counter) -> Counter:
+    """The numbers by kind, of numbers by kind and reason."""
+    found: Counter = Counter()
+    for (kind, _), count in counter.items():
+        found[kind] += count
+    return found
+
+
+def _row(name: str, counter: Mapping) -> str:
+    return f"| {_cell(name)} |" + "".join(f" {counter.get(kind, 0)} |" for kind in KINDS)
+
+
+def _reasons(title: str, counter: Counter) -> list[str]:
+    if not counter:
+        return []
+    totals: Counter = Counter()
+    for (_, reason), count in counter.items():
+        totals[reason] += count
+    rows = [_row(reason, {kind: counter[kind, reason] for kind in KINDS}) for reason, _ in totals.most_common()]
+    return ["", f"## {title}", "", f"| reason |{_HEAD}", f"|---|{_LINE}", *rows]
+
+
 def _table(title: str, counter: Counter) -> list[str]:
     if not counter:
         return []
-    # A table's cell ends at a bar.
-    rows = [f"| {' '.join(name.split()).replace('|', '/')} | {count} |" for name, count in counter.most_common()]
+    rows = [f"| {_cell(name)} | {count} |" for name, count in counter.most_common()]
     return ["", f"## {title}", "", "| reason | number |", "|---|---|", *rows]
 
 
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-article { border: 1px solid #ccc; border-radius: 6px; margin: 1rem 0; padding: 0.5rem 1rem; }
-.source { color: #555; white-space: pre-wrap; } .human { font-weight: 600; } .gpt, .human { white-space: pre-wrap; }
-.note { color: #777; font-size: 0.85em; } .long { color: #a40; }
-"""
-
-
-def sample_page(
-    made: Sequence[tuple[Source, Mapping]], rejected: Sequence[Rejected], *, count: int, seed: int = 0
-) -> str:
-    """A web page with dialogues of each kind beside what they were made of, and with rejected answers.
-
-    Args:
-        made: each source with its dialogue.
-        rejected: the sources without one.
-        count: the number of dialogues of each kind, chosen at random.
-        seed: seed of the choice.
-    """
-    rng, parts = random.Random(seed), []
-    for kind in KINDS:
-        of_kind = [pair for pair in made if pair[0].kind == kind]
-        chosen = rng.sample(of_kind, min(count, len(of_kind)))
-        parts.append(f"<h2>{_TITLES[kind]}: {len(chosen)} of {len(of_kind)}</h2>")
-        parts += [_article(source, dialogue) for source, dialogue in chosen]
-    chosen = rng.sample(list(rejected), min(REJECTED_SHOWN, len(rejected)))
-    parts.append(f"<h2>Rejected: {len(chosen)} of {len(rejected)}</h2>")
-    for one in chosen:
-        said = f'<p class="gpt">{html.escape(one.reply)}</p>' if one.reply else ""
-        parts.append(
-            f'<article><p class="note">{html.escape(one.source.name)}: {html.escape(str(one.fault))}</p>'
-            f'<p class="source">{html.escape(_shown(one.source))}</p>{said}</article>'
-        )
-    body = "\n".join(parts)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Samples of generation data</title>'
-        f"<style>{_STYLE}</style></head><body>\n<h1>Samples of generation data</h1>\n{body}\n</body></html>\n"
-    )
-
-
-def _article(source: Source, dialogue: Mapping) -> str:
-    note = f"{source.name}, {dialogue['clip_tokens']} CLIP tokens"
-    long = ' <span class="long">too long for CLIP</span>' if dialogue["long"] else ""
-    parts = [f'<p class="note">{html.escape(note)}{long}</p>']
-    if source.kind == RECAPTION:
-        parts.append(f'<p class="source">{html.escape(source.caption)}</p>')
-    parts += [f'<p class="{turn["from"]}">{html.escape(turn["value"])}</p>' for turn in dialogue["conversations"]]
-    return f"<article>{''.join(parts)}</article>"
-
-
-def _shown(source: Source) -> str:
-    return source.caption or "\n".join(text for turn in source.turns for text in turn)
+def _cell(text: str) -> str:
+    # A table's cell ends at a bar.
+    return " ".join(text.split()).replace("|", "/")

@@ -141,7 +141,7 @@ def _rows(path: Path) -> Iterator[tuple[str, object]]:
 def _parsed(text: str, where: str) -> object:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise SourceError(f"{where}: expected JSON: {error}") from None
 
 
@@ -193,8 +193,13 @@ def _threads(rows: Sequence[tuple[str, object]]) -> Iterator[tuple[str, list[tup
     replies: dict[object, list[Mapping]] = {}
     names = {}
     for name, row in rows:
-        if not isinstance(row, Mapping) or not isinstance(row.get("text"), str) or "message_id" not in row:
-            yield name, "expected a message with message_id and text"
+        if (
+            not isinstance(row, Mapping)
+            or not isinstance(row.get("text"), str)
+            or not isinstance(row.get("message_id"), (str, int))
+            or not isinstance(row.get("parent_id"), (str, int, type(None)))
+        ):
+            yield name, "expected a message with message_id, parent_id and text"
         elif row.get("lang", "en") != "en":
             yield name, "not in English"
         elif not row.get("deleted"):
@@ -212,4 +217,4 @@ def _threads(rows: Sequence[tuple[str, object]]) -> Iterator[tuple[str, list[tup
 
 def _rank(message: Mapping) -> float:
     rank = message.get("rank")
-    return float(rank) if isinstance(rank, (int, float)) else float("inf")
+    return rank if isinstance(rank, (int, float)) else float("inf")

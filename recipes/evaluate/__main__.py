@@ -9,6 +9,7 @@ answers a hosted model scores (mmb, mmvet, mathvista) need its key, as lmms-eval
 """
 
 import argparse
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -25,6 +26,13 @@ MISSING = (
     "lmms-eval is not installed here. Make an environment of its own, and call pip install -c constraints-eval.txt "
     "'.[eval]' in a checkout of mg_fast there"
 )
+ENTRY_POINTS = "lmms_eval.models"
+STALE = (
+    f"the installed mg_fast has no entry point {ENTRY_POINTS}, by which lmms-eval finds it, as it was installed at an "
+    "earlier state: call pip install -c constraints-eval.txt -e '.[eval]' in the checkout again"
+)
+# The environment variable with the key of the hosted model that scores answers.
+JUDGE_KEY = "OPENAI_API_KEY"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -61,6 +69,14 @@ def main(words: list[str] | None = None) -> None:
         return
     if importlib.util.find_spec("lmms_eval") is None:
         parser.exit(1, f"{parser.prog}: error: {MISSING}\n")
+    if not _is_registered():
+        parser.exit(1, f"{parser.prog}: error: {STALE}\n")
+    judged = [name for name in _chosen(args) if BENCHMARKS[name].judge]
+    if judged and not os.environ.get(JUDGE_KEY):
+        print(
+            f"{parser.prog}: a hosted model scores the answers of {', '.join(judged)}, and {JUDGE_KEY} is not set",
+            file=sys.stderr,
+        )
     known = set(args.out.rglob("*_results.json"))
     # The tasks of this recipe import it, wherever the command is called.
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -71,13 +87,14 @@ def main(words: list[str] | None = None) -> None:
         parser.exit(status or 1, f"{parser.prog}: error: lmms-eval wrote no results\n")
     for file in written:
         print(file)
-        print(comparison(args.published, json.loads(file.read_text(encoding="utf-8"))["results"]), end="")
+        found = json.loads(file.read_text(encoding="utf-8"))
+        limit = (found.get("config") or {}).get("limit")
+        print(comparison(args.published, found["results"], limit=limit), end="")
 
 
 def lmms_eval_command(args: argparse.Namespace) -> list[str]:
     """The words of lmms-eval's command for the options of this program."""
-    chosen = list(BENCHMARKS) if "all" in args.benchmarks else args.benchmarks
-    tasks = [*(BENCHMARKS[name].task for name in chosen), *args.tasks]
+    tasks = [*(BENCHMARKS[name].task for name in _chosen(args)), *args.tasks]
     options = {"pretrained": args.model, "dtype": args.dtype}
     words = ["--model", "mg_fast", "--model_args", ",".join(f"{name}={value}" for name, value in options.items())]
     words += ["--tasks", ",".join(dict.fromkeys(tasks)), "--include_path", str(TASKS), "--batch_size", args.batch_size]
@@ -85,6 +102,18 @@ def lmms_eval_command(args: argparse.Namespace) -> list[str]:
     if args.device is not None:
         words += ["--device", args.device]
     return [sys.executable, "-m", "lmms_eval", *words, *args.more]
+
+
+def _chosen(args: argparse.Namespace) -> list[str]:
+    return list(BENCHMARKS) if "all" in args.benchmarks else args.benchmarks
+
+
+def _is_registered() -> bool:
+    """Whether lmms-eval, which gets the checkout as the first folder of its path, finds the model mg_fast."""
+    installed = importlib.metadata.distributions(name="mg_fast", path=[str(ROOT), *sys.path])
+    # The first of several counts, as for Python itself.
+    points = (one for first in [*installed][:1] for one in first.entry_points)
+    return any((point.group, point.name) == (ENTRY_POINTS, "mg_fast") for point in points)
 
 
 if __name__ == "__main__":

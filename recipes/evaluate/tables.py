@@ -31,8 +31,8 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "mmvet": Benchmark("MM-Vet", "mmvet_plain", ("gpt_eval_score",), judge=True),
     "mmmu": Benchmark("MMMU val", "mmmu_val", ("mmmu_acc",), scale=100.0),
     # The answers of its test split are not public: lmms-eval writes a file to upload, and no score.
-    "mmmu_test": Benchmark("MMMU test", "mmmu_test", ("submission",)),
-    "mathvista": Benchmark("MathVista", "mathvista_testmini_format", ("llm_as_judge_eval",), judge=True),
+    "mmmu_test": Benchmark("MMMU test", "mmmu_test_short", ("submission",)),
+    "mathvista": Benchmark("MathVista", "mathvista_short", ("llm_as_judge_eval",), judge=True),
 }
 NONE = "-"
 # The scores in the original's README, in the order of BENCHMARKS; None where it has none.
@@ -79,11 +79,22 @@ def score(benchmark: Benchmark, results: Mapping[str, Mapping]) -> str | None:
     return "/".join(f"{part * benchmark.scale:.{digits}f}" for part in parts)
 
 
-def comparison(model: str | None, results: Mapping[str, Mapping]) -> str:
-    """The Markdown table of the benchmarks that were run, beside the original's scores for a model of its table."""
+def comparison(model: str | None, results: Mapping[str, Mapping], *, limit: float | None = None) -> str:
+    """The Markdown table of the benchmarks that were run, beside the original's scores for a model of its table.
+
+    Args:
+        model: the name of the model in the original's table; None where there is none.
+        results: lmms-eval's results by task.
+        limit: lmms-eval's `--limit`: the number or, below 1, the share of the questions that were asked; None for all.
+    """
     known = dict(zip(BENCHMARKS, ORIGINAL.get(model or "", (None,) * len(BENCHMARKS))))
-    rows = ["| benchmark | original | mg_fast |", "|---|---|---|"]
+    part = "" if limit is None else f", --limit {limit:g}"
+    rows = [f"| benchmark | original | mg_fast{part} |", "|---|---|---|"]
     for name, benchmark in BENCHMARKS.items():
         if (found := score(benchmark, results)) is not None:
             rows.append(f"| {benchmark.title} | {known[name] or NONE} | {found} |")
-    return "\n".join(rows) + "\n" if len(rows) > 2 else ""
+    if len(rows) == 2:
+        return ""
+    if part:
+        rows += ["", "Only some of the questions were asked, so these are not the scores of the benchmarks."]
+    return "\n".join(rows) + "\n"

@@ -45,19 +45,26 @@ def read_questions(path: str | Path) -> list[dict]:
         the path of its picture, `answers`, those of ten people, and `answer`, the first of them.
 
     Raises:
-        QuestionFileError: a line is no question, has no answers or no picture, or the file of answers is another one.
+        QuestionFileError: a file cannot be read, a line is no question, has no answers or no picture, there are no
+            questions, or the file of answers is another one.
     """
     path = Path(path)
     annotations = _answers(path / ANSWERS)
+    try:
+        lines = (path / QUESTIONS).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise QuestionFileError(f"{QUESTIONS} cannot be read: {error}") from None
     rows = []
-    for number, line in enumerate((path / QUESTIONS).read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         where = f"{QUESTIONS}, line {number}"
         try:
             asked = json.loads(line)
             picture, text, file = asked["question_id"], asked["text"], asked["image"]
-        except (json.JSONDecodeError, LookupError, TypeError):
+            if not isinstance(picture, (str, int)) or not isinstance(text, str) or not isinstance(file, str):
+                raise TypeError
+        except (ValueError, LookupError, TypeError, RecursionError):
             raise QuestionFileError(f"{where}: expected question_id, image and text, got {quoted(line)}") from None
         question = bare_question(text)
         answers = annotations.get((picture, question))
@@ -74,6 +81,8 @@ def read_questions(path: str | Path) -> list[dict]:
                 "answer": answers[0],
             }
         )
+    if not rows:
+        raise QuestionFileError(f"{QUESTIONS}: expected questions, and found none")
     return rows
 
 
@@ -82,7 +91,7 @@ def _answers(path: Path) -> dict[tuple, list[str]]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["data"]
         return {(row["image_id"], row["question"].lower()): row["answers"] for row in rows}
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise QuestionFileError(
             f'{path.name}: expected an object with rows under "data", each with image_id, question and answers'
         ) from None

@@ -9,7 +9,7 @@ from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 GOOD, CUT, REFUSAL, REFUSAL_FIELD, BAD_JSON, FENCED = "good", "cut", "refusal", "refusal field", "bad json", "fenced"
-BUSY, BUSY_DATE, BROKEN, GARBAGE, SILENT, DROPPED, HANGING = (
+BUSY, BUSY_DATE, BROKEN, GARBAGE, SILENT, DROPPED, HANGING, TRICKLE, FILTERED, NESTED = (
     "429",
     "429 with a date",
     "503",
@@ -17,6 +17,9 @@ BUSY, BUSY_DATE, BROKEN, GARBAGE, SILENT, DROPPED, HANGING = (
     "silent",
     "dropped",
     "hanging",
+    "trickle",
+    "400",
+    "nested",
 )
 # How long a server that never answers keeps its connections at most.
 PATIENCE = 20.0
@@ -38,7 +41,8 @@ class StubEndpoint:
         asked: the number of requests for each item.
         keys: the idempotency keys of the requests for each item.
         headers, bodies: of every request, in order.
-        status: if set, every request gets this status.
+        status: if set, every request gets this status; 307 leads to another address.
+        code: the name of the error that goes with the status.
         hang_after: if set, every request after so many good replies hangs until `release`.
     """
 
@@ -48,6 +52,7 @@ class StubEndpoint:
         self.keys: dict[str, list[str]] = defaultdict(list)
         self.headers, self.bodies, self.times = [], [], []
         self.status: int | None = None
+        self.code: str | None = None
         self.hang_after: int | None = None
         self.hanging: set[str] = set()
         self.replied: list[str] = []
@@ -93,6 +98,10 @@ class StubEndpoint:
                 self.replied.append(item)
             return item, manner
 
+    @property
+    def released(self) -> bool:
+        return self._released.is_set()
+
     def wait(self, seconds: float = PATIENCE) -> None:
         """Waits until `release`."""
         self._released.wait(seconds)
@@ -104,12 +113,19 @@ class StubEndpoint:
                 item, manner = stub.take(self.headers, body)
                 if self.path != "/v1/chat/completions" or stub.status is not None:
                     status = stub.status if self.path == "/v1/chat/completions" else 404
-                    return self.answer(status, {"error": {"message": "no such thing here"}})
+                    error = {"message": "no such thing here", "code": stub.code}
+                    return self.answer(status, {"error": error}, {"Location": "http://elsewhere/v2"})
                 if manner in (BUSY, BUSY_DATE):
                     after = "0.2" if manner == BUSY else formatdate(time.time() + 1, usegmt=True)
                     return self.answer(429, {"error": {"message": "too fast"}}, {"Retry-After": after})
                 if manner == BROKEN:
                     return self.answer(503, {"error": "overloaded"})
+                if manner == FILTERED:
+                    return self.answer(400, {"error": {"message": f"filtered: {item}"}})
+                if manner == TRICKLE:
+                    return self.trickle()
+                if manner == NESTED:
+                    return self.write(200, b"[" * 200_000, {})
                 if manner == GARBAGE:
                     return self.write(200, b"<html>oops</html>", {})
                 if manner == DROPPED:
@@ -118,6 +134,19 @@ class StubEndpoint:
                 if manner in (SILENT, HANGING):
                     stub.wait()
                 return self.answer(200, completion(item, manner))
+
+            def trickle(self) -> None:
+                """A byte now and then, until `release` or until nobody reads."""
+                self.send_response(200)
+                self.send_header("Content-Length", "1000000")
+                self.end_headers()
+                end = time.monotonic() + PATIENCE
+                try:
+                    while not stub.released and time.monotonic() < end:
+                        self.wfile.write(b" ")
+                        stub.wait(0.02)
+                except OSError:
+                    self.close_connection = True
 
             def answer(self, status: int, content: dict, headers: dict | None = None) -> None:
                 self.write(status, json.dumps(content).encode(), headers or {})

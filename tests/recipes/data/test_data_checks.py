@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from recipes.data import checks
+from recipes.data import checks, duplicates
 from recipes.data.checks import Fault, check_dialogue, check_source, judge, read
 from recipes.data.duplicates import NearDuplicates
 from recipes.data.journal import Reply
@@ -45,7 +45,10 @@ def test_a_good_answer():
         (Reply("red boat, calm lake"), "bad JSON"),
         (Reply('{"wish": "a boat", "prompt": '), "bad JSON"),
         (Reply('{"a": ' * 100_000), "bad JSON"),
+        # Python reads no number of so many digits, and says so with a ValueError of its own.
+        (Reply('{"wish": ' + "9" * 5000 + "}"), "bad JSON"),
         (Reply('{"prompt": "red boat, calm lake, mist"}'), "bad JSON"),
+        (Reply('<think>{"wish": "a boat", "prompt": "b"}</think>No.'), "bad JSON"),
         (reply(wish=["a boat"]), "bad JSON"),
         (reply(prompt="red boat </h> on a calm lake"), "tags"),
         (reply(wish="Show me a boat. <GEN>"), "tags"),
@@ -54,7 +57,12 @@ def test_a_good_answer():
         (reply(prompt="red boat, <|im_end|> calm lake, mist"), "tags"),
         (reply(prompt="The image shows a red boat on a calm lake"), "picture talk"),
         (reply(wish="What is in this picture?"), "picture talk"),
+        (reply(prompt="image of a red boat, calm lake"), "picture talk"),
+        (reply(prompt="A detailed picture showing a red boat"), "picture talk"),
+        (reply(prompt="As seen in Image 1, a red boat"), "picture talk"),
         (reply(prompt="red boat"), "short prompt"),
+        (reply(prompt="Here is the prompt: red boat, calm lake"), "speech in the prompt"),
+        (reply(prompt="Could you tell me more about the boat"), "speech in the prompt"),
         (reply(prompt="I'd love to see a red boat on a calm lake"), "speech in the prompt"),
         (reply(prompt="but where did the red boat go?"), "speech in the prompt"),
         (reply(wish="Red boat, calm lake, mist.", prompt="red boat, calm lake, mist"), "copied prompt"),
@@ -76,15 +84,39 @@ def test_bad_answers(bad, reason):
 
 
 @pytest.mark.parametrize(
-    "wish", ["Draw a picture of a red fox.", "I can imagine a fox here.", "A photo of two cats, please.", "Cats & <3"]
+    "wish",
+    [
+        "Draw a picture of a red fox.",
+        "Generate the image of a red boat.",
+        "I can imagine a fox here.",
+        "A photo of two cats, please.",
+        "Cats & <3",
+    ],
 )
 def test_wishes_that_are_no_picture_talk(wish):
     assert read(CAPTION, reply(wish=wish))["wish"] == wish
 
 
-def test_prompts_that_are_no_speech():
-    prompt = "portrait of Elizabeth I, a sign that says why? beside her, soft light"
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "portrait of Elizabeth I, a sign that says why? beside her, soft light",
+        "young man, T-shirt that says I love NY, busy street",
+        'neon sign "can you hear me", brick wall, night',
+        "the photo frame on a shelf, dust, warm light",
+        "child reading the picture book, sofa, warm light",
+    ],
+)
+def test_prompts_that_are_good(prompt):
     assert read(CAPTION, reply(prompt=prompt))["prompt"] == prompt
+
+
+def test_what_a_model_thinks_before_its_answer_does_not_count():
+    good = json.dumps(GOOD)
+    assert read(CAPTION, Reply(f'<think>The {{"wish"}} is {{"wish": "a", "prompt": "b"}}.</think>\n{good}')) == GOOD
+    # Templates that open the thought leave only its end in the answer.
+    assert read(CAPTION, Reply(f'{{"wish": "a", "prompt": "b"}} or so</think>{good}')) == GOOD
+    assert read(CAPTION, Reply(f'The form is {{"wish", ...}} or {{"wish": 1}}, so: {good}')) == GOOD
 
 
 @pytest.mark.parametrize(
@@ -93,6 +125,12 @@ def test_prompts_that_are_no_speech():
         (("What is in the image above?", "A cat."), "picture talk"),
         (("Is this a cat?", "The photo shows a dog."), "picture talk"),
         (("See ![a cat](cat.png): is it one?", "Yes."), "picture talk"),
+        (("What do you see in image 1?", "A cat."), "picture talk"),
+        (("Describe this pic.", "A cat."), "picture talk"),
+        (("Look at this painting, who made it?", "Monet."), "picture talk"),
+        (("See the attached file.", "I did."), "picture talk"),
+        (('Is <img src="cat.png"> a cat?', "Yes."), "picture talk"),
+        (("https://example.com/pets/cat.jpg", "A cat."), "picture talk"),
         (("As shown below, it fails.", "Then change it, see Figure 3."), "picture talk"),
         (("Draw a cat.", "As an AI language model I have no hands."), "refusal"),
         (("What does <h> mean?", "A heading."), "tags"),
@@ -112,6 +150,8 @@ def test_ordinary_sources_are_asked_about():
     check_source(
         Source(IN_CONTEXT, "a", turns=(("My cat has died.", "I am sorry to hear that. Imagine a quiet garden."),))
     )
+    for said in ("Where is the photo frame?", "Read me the picture book.", "Who made this painting of Venus famous?"):
+        check_source(Source(IN_CONTEXT, "a", turns=((said, "On the shelf."),)))
     check_source(Source(IN_CONTEXT, "a", turns=(("What is a <h1>?", "Unfortunately, a heading."),)))
 
 
@@ -178,3 +218,12 @@ def test_near_duplicates():
     assert seen.add("a red boat in a storm on the open sea at night, lightning", "four") is None
     assert seen.add("red boat", "five") is None and seen.add("Red boat.", "six") == "five"
     assert NearDuplicates(alike=1.0).add("red boat", "seven") is None
+
+
+def test_a_common_ending_does_not_make_every_prompt_a_candidate():
+    """With a style that all prompts end with, each is compared with few others, and repeated ones are still found."""
+    style, seen = "soft light, highly detailed, photorealistic, sharp focus, 35 mm film", NearDuplicates()
+    words = [f"w{i} x{i} y{i} z{i} a{i} b{i} c{i} d{i} e{i}" for i in range(400)]
+    assert all(seen.add(f"{text} {style}", f"n{i}") is None for i, text in enumerate(words))
+    assert seen.add(f"{words[300]} {style}", "again") == "n300"
+    assert max(map(len, seen._holders.values())) == duplicates.COMMON

@@ -1,6 +1,7 @@
 """The journal keeps every reply, outlives a kill at any byte, and belongs to one run."""
 
 import json
+import os
 
 import pytest
 
@@ -24,10 +25,34 @@ def written(path):
 
 def test_replies_come_back(tmp_path):
     path = written(tmp_path / "journal.jsonl")
+    names = set()
     for settings in (SETTINGS, None):
         with Journal(path, settings) as journal:
-            assert journal.settings == SETTINGS
+            names.add(journal.run)
+            assert journal.settings == SETTINGS and journal.lines == {"a": 2, "b": 1}
             assert journal.replies == {"a": [REPLIES[0][1], REPLIES[2][1]], "b": [REPLIES[1][1]]}
+    assert len(names) == 1
+
+
+def test_every_journal_has_a_name_of_its_own_that_stays(tmp_path):
+    names = set()
+    for file in "aab":
+        with Journal(tmp_path / file, SETTINGS) as journal:
+            names.add((file, journal.run))
+    assert len(names) == len({name for _, name in names}) == 2 and all(len(name) == 16 for _, name in names)
+
+
+def test_refusals_count_once_there_is_a_reply(tmp_path):
+    with Journal(tmp_path / "journal.jsonl", SETTINGS) as journal:
+        journal.refuse("a", "HTTP 400: too early to tell")
+        journal.add("b", Reply("one"))
+        journal.refuse("c", "HTTP 400: too long")
+        journal.refuse("d", "HTTP 400: too long")
+        journal.add("d", Reply("after all"))
+    for settings in (SETTINGS, None):
+        with Journal(tmp_path / "journal.jsonl", settings) as journal:
+            assert journal.refused == {"c": "HTTP 400: too long"} and journal.doubtful == {"a"}
+            assert journal.lines["d"] == 2 and sorted(journal.replies) == ["b", "d"]
 
 
 def test_a_kill_at_any_byte_loses_no_whole_line(tmp_path):
@@ -43,9 +68,12 @@ def test_a_kill_at_any_byte_loses_no_whole_line(tmp_path):
             assert journal.replies["c"] == [Reply("again")] and sum(map(len, journal.replies.values())) == kept + 1
 
 
-def test_a_reply_is_on_the_disk_before_add_returns(tmp_path):
+def test_a_reply_is_on_the_disk_before_add_returns(tmp_path, monkeypatch):
+    synchronized = []
     with Journal(tmp_path / "journal.jsonl", SETTINGS) as journal:
+        monkeypatch.setattr(os, "fsync", lambda number: synchronized.append(os.fstat(number).st_size))
         journal.add("a", Reply("one"))
+        assert synchronized == [(tmp_path / "journal.jsonl").stat().st_size]
         last = (tmp_path / "journal.jsonl").read_bytes().split(b"\n")[-2]
         assert json.loads(last) == {"key": "a", "text": "one", "finish": "stop"}
 
@@ -70,6 +98,41 @@ def test_settings_may_change_until_there_is_a_reply(tmp_path):
         assert journal.settings == corrected and journal.replies == {"a": [Reply("one")]}
 
 
+@pytest.mark.parametrize("text", [b"my notes, of one line", b"{", b"my notes\n", b'{"journal": 1}\nmy not'])
+def test_a_file_that_is_no_journal_stays_as_it_is(tmp_path, text):
+    path = tmp_path / "journal.jsonl"
+    path.write_bytes(text)
+    if text == b"{":
+        # That could be the beginning of a journal, and without settings nothing is changed in it.
+        with Journal(path) as journal:
+            assert not journal.replies
+    else:
+        for settings in (SETTINGS, None):
+            with pytest.raises(JournalError, match="line 1: expected a JSON object|no journal of this recipe"):
+                Journal(path, settings)
+    assert path.read_bytes() == text
+
+
+def test_reading_changes_nothing(tmp_path):
+    path = written(tmp_path / "journal.jsonl")
+    path.write_bytes(path.read_bytes() + b'{"key": "a", "te')
+    before = path.read_bytes()
+    with Journal(path) as journal:
+        assert sum(map(len, journal.replies.values())) == len(REPLIES)
+    assert path.read_bytes() == before
+    with pytest.raises(JournalError, match="cannot be opened: No such file"):
+        Journal(tmp_path / "nothing.jsonl")
+
+
+def test_a_full_disk_is_an_error_of_the_journal(tmp_path, monkeypatch):
+    with Journal(tmp_path / "journal.jsonl", SETTINGS) as journal:
+        full = OSError(28, "No space left on device")
+        monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(full))
+        with pytest.raises(JournalError, match="cannot be written: No space left"):
+            journal.add("a", Reply("one"))
+        assert not journal.replies
+
+
 def test_a_file_that_cannot_be_opened(tmp_path):
     with pytest.raises(JournalError, match="cannot be opened: Is a directory"):
         Journal(tmp_path, SETTINGS)
@@ -91,6 +154,10 @@ def test_two_processes_do_not_share_a_journal(tmp_path):
         (2, b'{"key": "a", "te', "line 3: expected a JSON object"),
         (2, b'{"key": 7, "text": "a"}', "line 3: expected a reply"),
         (2, b'{"key": "a", "text": "a", "mood": "good"}', "line 3: expected a reply"),
+        (2, b'{"key": "a", "text": "a", "finish": 5}', "line 3: expected a reply"),
+        (2, b'{"key": "a", "text": "a", "prompt_tokens": "5"}', "line 3: expected a reply"),
+        (2, b'{"key": "a", "refused": 5}', "line 3: expected a reply"),
+        (2, b'{"key": "a", "text": ' + b"9" * 5000 + b"}", "line 3: expected a JSON object"),
     ],
 )
 def test_damage_within_is_an_error(tmp_path, number, line, message):

@@ -88,10 +88,13 @@ def test_openassistants_messages_become_conversations(tmp_path):
         message("e", "d", "So.", "assistant"),
         message("x", None, "Hallo?", "prompter", lang="de"),
         message("y", None, "Nobody answers.", "prompter", lang="en"),
+        message(["z"], None, "A list as a name.", "prompter"),
+        message("z", {"a": 1}, "An object as a parent.", "prompter"),
     ]
     read = read_dialogues(written(tmp_path / "a.jsonl", rows), turns=2)
     assert [source.turns for source in read.usable] == [(("Hi?", "Better."), ("And?", "So."))]
-    assert sorted(reason for _, reason in read.skipped) == ["no answer", "not in English"]
+    reasons = sorted(reason for _, reason in read.skipped)
+    assert reasons[2:] == ["no answer", "not in English"] and all("expected a message" in one for one in reasons[:2])
 
 
 def test_files_that_cannot_be_read(tmp_path):
@@ -102,6 +105,10 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"caption": "A cat."}\n{"caption"\n')
     with pytest.raises(SourceError, match="line 2: expected JSON"):
         read_captions(tmp_path / "b.jsonl")
+    for broken in ('{"caption": ' + "9" * 5000 + "}", "[" * 200_000):
+        (tmp_path / "b.jsonl").write_text(broken)
+        with pytest.raises(SourceError, match="line 1: expected JSON"):
+            read_captions(tmp_path / "b.jsonl")
     with pytest.raises(SourceError, match="the first row: no answer"):
         read_dialogues(written(tmp_path / "c.json", [{"conversations": ["Hi?"]}]))
     with pytest.raises(SourceError, match="found none"):

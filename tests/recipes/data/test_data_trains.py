@@ -8,6 +8,7 @@ from recipes.data import build
 from recipes.data.journal import Journal, Reply
 from recipes.data.sources import IN_CONTEXT, RECAPTION, Source, Sources
 from tests.families import family
+from tests.paths import ROOT
 
 PROMPT = {"prompt": "red boat, calm lake, mist, dark pine trees, soft light"}
 SOURCES = (
@@ -20,8 +21,8 @@ REPLIES = (
 )
 
 
+@pytest.mark.skipif(not (ROOT / "recipes" / "finetune").is_dir(), reason="this checkout has no recipes/finetune")
 def test_dialogues_train(tmp_path, one_thread):
-    pytest.importorskip("recipes.finetune.run", reason="this checkout has no recipes/finetune")
     from recipes.finetune.run import fine_tune
     from tests.recipes.finetuning import losses, make_config, skipped
 

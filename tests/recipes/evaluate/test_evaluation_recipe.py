@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from recipes.evaluate.__main__ import MISSING, TASKS, main
+from recipes.evaluate import __main__ as evaluate
+from recipes.evaluate.__main__ import MISSING, STALE, TASKS, main
 from recipes.evaluate.tables import BENCHMARKS, ORIGINAL, comparison, metric_name, original_table, score
 from recipes.evaluate.textvqa import (
     ANSWERS,
@@ -66,6 +67,45 @@ def test_it_says_where_lmms_eval_is_missing(capsys, monkeypatch, tmp_path):
     assert ended.value.code == 1 and MISSING in capsys.readouterr().err
 
 
+def test_it_says_where_an_earlier_state_is_installed(capsys, monkeypatch, tmp_path):
+    """What was installed before there was an entry point lies first in the path, as a folder in the checkout."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("lmms-eval was called"))
+    monkeypatch.setattr("recipes.evaluate.__main__.ROOT", tmp_path)
+    stale = tmp_path / "mg_fast.egg-info"
+    stale.mkdir()
+    (stale / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: mg_fast\nVersion: 0\n")
+    with pytest.raises(SystemExit) as ended:
+        main(["--model", "nano", "--tasks", "nano_scenes", "--out", str(tmp_path)])
+    assert ended.value.code == 1 and STALE in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("limit, mark", [(None, "| mg_fast |"), (8.0, "| mg_fast, --limit 8 |")])
+def test_what_comes_back(capsys, monkeypatch, tmp_path, limit, mark):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("recipes.evaluate.__main__.ROOT", tmp_path)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    installed = tmp_path / "mg_fast.egg-info"
+    installed.mkdir()
+    (installed / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: mg_fast\nVersion: 0\n")
+    (installed / "entry_points.txt").write_text(
+        "[lmms_eval.models]\nmg_fast = mg_fast.integrations.lmms_eval:manifest\n"
+    )
+
+    def write(command, env):
+        assert env["PYTHONPATH"].split(os.pathsep)[0] == str(tmp_path)
+        found = {"results": {"mmbench_en_dev": {"gpt_eval_score,none": 69.31}}, "config": {"limit": limit}}
+        (tmp_path / "1_results.json").write_text(json.dumps(found))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr("subprocess.run", write)
+    main(["--model", "m", "--benchmarks", "mme", "mmb", "--published", "7B", "--out", str(tmp_path)])
+    printed = capsys.readouterr()
+    assert mark in printed.out and "| MMB | 69.3 | 69.3 |" in printed.out
+    assert ("Only some of the questions were asked" in printed.out) == (limit is not None)
+    assert "scores the answers of mmb, and OPENAI_API_KEY is not set" in printed.err
+
+
 def test_help_needs_nothing_that_is_optional():
     program = (
         "import sys\n"
@@ -98,6 +138,11 @@ def test_scores_are_written_as_the_original_writes_them():
     table = comparison("7B", results)
     assert "| TextVQA | 65.2 | 65.2 |\n| MMB | 69.3 | 69.3 |\n| MME | 1523/316 | 1523/316 |\n" in table
     assert "| TextVQA | - | 65.2 |" in comparison(None, results) and comparison("7B", {}) == ""
+
+
+def test_the_help_names_the_benchmarks_that_a_hosted_model_scores():
+    judged = ", ".join(name for name, benchmark in BENCHMARKS.items() if benchmark.judge)
+    assert f"answers a hosted model scores ({judged})" in evaluate.__doc__
 
 
 def test_the_names_of_nanos_metrics():
@@ -161,8 +206,20 @@ def test_files_that_do_not_fit(files, monkeypatch):
     (files / ANSWERS).write_text(json.dumps({"data": []}))
     with pytest.raises(QuestionFileError, match="line 1: .* has no answers to 'what is the brand"):
         read_questions(files)
-    (files / QUESTIONS).write_text('{"question_id": 1}\n')
-    with pytest.raises(QuestionFileError, match="line 1: expected question_id, image and text"):
+    whole = {"question_id": 1, "text": "Why?", "image": "a.jpg"}
+    for change in ({"text": 7}, {"image": None}, {"question_id": ["p1"]}, {"question_id": {}}):
+        (files / QUESTIONS).write_text(json.dumps({**whole, **change}))
+        with pytest.raises(QuestionFileError, match="line 1: expected question_id, image and text"):
+            read_questions(files)
+    for broken in ('{"question_id": 1}\n', "9" * 5000, "[" * 200_000):
+        (files / QUESTIONS).write_text(broken)
+        with pytest.raises(QuestionFileError, match="line 1: expected question_id, image and text"):
+            read_questions(files)
+    (files / QUESTIONS).write_bytes("{}".encode("utf-16"))
+    with pytest.raises(QuestionFileError, match="cannot be read: .*utf-8"):
+        read_questions(files)
+    (files / QUESTIONS).write_text("\n")
+    with pytest.raises(QuestionFileError, match="expected questions, and found none"):
         read_questions(files)
     (files / ANSWERS).unlink()
     with pytest.raises(QuestionFileError, match=f"expected {ANSWERS} in"):
