@@ -291,7 +291,7 @@ def decide_template(config: MiniGeminiConfig, tokenizer, override: str | None = 
     if not certain and tokenizer.name_or_path not in _warned_of_template:
         _warned_of_template.add(tokenizer.name_or_path)
         logger.warning(
-            "nothing in this checkpoint tells its prompt template: using %s; template= (--template) overrides it", name
+            "nothing in this checkpoint tells its prompt template: using %s, unless a template is named", name
         )
     return name
 

@@ -130,6 +130,8 @@ class MiniGeminiModel(PictureSteps, MiniGeminiPreTrainedModel):
         if tower_features is not None:
             image_tokens, _ = self.mine_and_project(*tower_features)
             if mm_token_type_ids is None:
+                if bool(tower_features[0].any()):
+                    raise ValueError("tower_features: expected mm_token_type_ids beside features of pictures, got none")
                 # Adding a zero makes mining and projector a part of the pass, which has no place for their results.
                 zero = 0.0 * image_tokens.float().sum()
                 return inputs_embeds + zero.to(inputs_embeds.device, inputs_embeds.dtype), None
@@ -229,8 +231,9 @@ class MiniGeminiForConditionalGeneration(
             return_dict: False returns a tuple.
             cache: another name of `past_key_values`, by which transformers 5.24 and newer pass it.
             tower_features: queries and stage maps from `FrozenTowers`, instead of pixels: only mining and projector
-                run. Without mm_token_type_ids they run for nothing, so that a batch without pictures gives their
-                weights a gradient of zero, for which data-parallel wrappers wait.
+                run. Without mm_token_type_ids they must be those of `FrozenTowers.nothing`, and run for nothing, so
+                that a batch without pictures gives their weights a gradient of zero, for which data-parallel wrappers
+                wait.
             **kwargs: passed to the language model and `loss_function`, as in transformers' own models:
                 `num_items_in_batch`, by which Trainer weighs the parts of an accumulated batch, `shift_labels`,
                 `ignore_index`, ...

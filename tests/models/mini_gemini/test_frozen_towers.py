@@ -76,6 +76,9 @@ def test_what_is_refused(case):
     features = towers(inputs["pixel_values"], inputs["pixel_values_hr"])
     with pytest.raises(ValueError, match="expected one of .*, got pixel_values and tower_features"):
         model(**inputs, tower_features=features)
+    marks = {"mm_token_type_ids", "pixel_values", "pixel_values_hr"}
+    with pytest.raises(ValueError, match="tower_features: expected mm_token_type_ids beside features of pictures"):
+        model(**{name: value for name, value in inputs.items() if name not in marks}, tower_features=features)
     with pytest.raises(ValueError, match="expected a model with both towers"):
         FrozenTowers(model.model)
     with pytest.raises(ValueError, match="pixel_values_hr: expected"):
