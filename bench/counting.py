@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from mg_fast.ops.operation import Operator, operators
+from mg_fast.ops.operation import Operator, operators, product_flop
 
 from .costs.operators import attention_flop
 from .registry import Cost
@@ -47,8 +47,16 @@ def _attention_flop(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     return attention_flop(query[..., 0].numel() * key.shape[-2], query.shape[-1], value.shape[-1])
 
 
+def _grouped_flop(rows: torch.Tensor, weights: torch.Tensor, *rest, **options) -> int:
+    # Each row meets the weights of one expert. For the gradient of the weights, [K, M] by [M, N], M are the rows.
+    return product_flop(rows.shape[-2], rows.shape[-1], weights.shape[-1])
+
+
 # FLOP of operators of torch for which torch has no formula.
-FLOP: dict[str, Callable[..., int]] = {"aten::scaled_dot_product_attention": _attention_flop}
+FLOP: dict[str, Callable[..., int]] = {
+    "aten::scaled_dot_product_attention": _attention_flop,
+    "aten::_grouped_mm": _grouped_flop,
+}
 # The namespace of our operators, which declare what they do in the records of their operations.
 OURS = "mg_fast::"
 

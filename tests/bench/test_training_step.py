@@ -17,14 +17,24 @@ from bench.rows import empty_row
 from bench.training import TrainingStep, predict
 from mg_fast.models.mini_gemini.frozen_towers import FrozenTowers
 from mg_fast.testing.random_checkpoints import make_config, make_model
+from recipes.finetune.features import feature_bytes
+from recipes.finetune.run import fine_tune
+from recipes.finetune.trainer import FineTuneTrainer
+from tests.families import family
+from tests.recipes.finetuning import CAPTIONS, SAMPLES
+from tests.recipes.finetuning import make_config as make_training
 
 GB = 1e9
 
 
-def tiny_step(stage: int, checkpointing: bool):
+def tiny_step(
+    stage: int, checkpointing: bool, size: str = "tiny", experts: str | None = None, shape=(2, 90), forget=True
+):
     """A step of a tiny model on the CPU, as a call that frees its gradients."""
     torch.manual_seed(0)
-    model = make_model(make_config("tiny")).train()
+    model = make_model(make_config(size)).train()
+    if experts is not None:
+        model.set_experts_implementation(experts)
     config = model.config
     towers = FrozenTowers(model.model)
     side, large = config.vision_config.image_size, config.image_size_aux
@@ -32,10 +42,10 @@ def tiny_step(stage: int, checkpointing: bool):
     training.choose_learned(model, stage)
     if checkpointing:
         model.gradient_checkpointing_enable()
-    ids = torch.randint(5, 300, (2, 90))
+    ids = torch.randint(5, 300, shape)
     marks = torch.zeros_like(ids)
     marks[:, 1 : config.tokens_per_picture + 1] = 1
-    return lambda: training.loss_and_gradients(model, features, ids, marks=marks, forget=True)
+    return lambda: training.loss_and_gradients(model, features, ids, marks=marks, forget=forget)
 
 
 def allocated(call) -> int:
@@ -61,6 +71,46 @@ def test_the_count_is_what_was_allocated(stage, checkpointing, one_thread):
     with FlopCounterMode(display=False) as flop:
         call()
     assert count.total.flop == flop.get_total_flops() > 0
+
+
+@pytest.mark.parametrize("stage, samples", [(1, CAPTIONS[:1]), (2, SAMPLES[:1])])
+def test_the_count_is_what_the_recipe_allocates(stage, samples, tmp_path, monkeypatch, one_thread):
+    """A step of the recipe itself, in float32 on the CPU, where gradients stay."""
+    found, step = [], FineTuneTrainer.training_step
+
+    def measured(trainer, model, inputs, *rest):
+        found.append((inputs["input_ids"].shape, allocated(lambda: step(trainer, model, inputs, *rest))))
+        return torch.tensor(0.0)
+
+    monkeypatch.setattr(FineTuneTrainer, "training_step", measured)
+    fine_tune(make_training(tmp_path, family("standard").folder, samples * 2, stage))
+    [_, (shape, real)] = found
+    call = tiny_step(stage, False, shape=shape, forget=False)
+    call()
+    with Count("cpu") as count:
+        call()
+    features = 2 * feature_bytes(make_config("tiny"), torch.float32)
+    # The prediction adds all features; some of them are free when the most is allocated.
+    assert count.peak <= real <= count.peak + features
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_mixtrals_experts_are_counted(checkpointing, one_thread):
+    """Each token takes two of four. torch's counter sees their products where experts run one after the other."""
+    call = tiny_step(2, checkpointing, "tiny-mixtral")
+    call()
+    with Count("cpu") as count:
+        call()
+    # Where layers are computed again, more is counted than was allocated.
+    assert -0.03 < count.peak / allocated(call) - 1 < (0.25 if checkpointing else 0.03)
+    call = tiny_step(2, checkpointing, "tiny-mixtral", "eager")
+    with FlopCounterMode(display=False) as flop:
+        call()
+    grouped = count.costs["aten._grouped_mm.default"].flop
+    text = make_config("tiny-mixtral").text_config
+    pairs, widths = 2 * 90 * text.num_experts_per_tok, 3 * text.hidden_size * text.intermediate_size
+    assert grouped == (3 + checkpointing) * text.num_hidden_layers * 2 * pairs * widths
+    assert count.total.flop == flop.get_total_flops()
 
 
 def test_checkpointing_saves_memory_and_costs_flop(one_thread):
