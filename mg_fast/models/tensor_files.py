@@ -75,10 +75,13 @@ def check_whole_model(folder: Path) -> None:
         base = json.loads(described.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (ValueError, AttributeError):
         base = None
+    beside = ""
+    if (folder / ADAPTER_FILE).is_file():
+        beside = f"; {ADAPTER_FILE} holds mining and projector, which docs/training.md tells how to load"
     raise CheckpointError(
         f"{shortened(str(folder), 120)} holds a LoRA or another adapter (adapter_config.json) and no model: "
         f"load its base model{f' {quoted(base)}' if base else ''} first, as with pipeline = mg_fast.load(...), "
-        "then add the adapter with pipeline.model.load_adapter(folder)"
+        f"then add the adapter with pipeline.model.load_adapter(folder){beside}"
     )
 
 

@@ -48,14 +48,14 @@ def main() -> None:
             from .prepare import check_samples
 
             broken, samples = check_samples(config)
-            print(f"{samples:,} samples, {broken:,} of them broken")
+            print(f"{samples:,} samples, {broken:,} of them broken: {config.output / 'checked.jsonl'}")
         else:
             from .run import fine_tune
 
             folder = fine_tune(config)
             if int(os.environ.get("RANK", 0)) == 0:
                 print(f"written to {folder}")
-    except MgFastError as error:
+    except (MgFastError, OSError) as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
 
 

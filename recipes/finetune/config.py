@@ -22,6 +22,10 @@ class ConfigError(MgFastError, ValueError):
     """A configuration, or data that it names, with which no training can begin."""
 
 
+class OutputError(MgFastError, RuntimeError):
+    """What was trained cannot be written, or nothing was learned."""
+
+
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
     """One source of samples.
@@ -29,6 +33,7 @@ class SourceConfig:
     Attributes:
         file: a .json or .jsonl file in LLaVA's format. Either this or `dataset`.
         dataset: the name or folder of a Hugging Face dataset whose rows have LLaVA's keys.
+        subset: the configuration of the dataset, where it has several.
         split: of the dataset.
         pictures: the folder that the paths of pictures are relative to.
         rename: parts of paths that are replaced, such as `VG_100K_2: images` for the original's data.
@@ -36,6 +41,7 @@ class SourceConfig:
 
     file: Path | None = None
     dataset: str | None = None
+    subset: str | None = None
     split: str = "train"
     pictures: Path = Path(".")
     rename: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -43,7 +49,11 @@ class SourceConfig:
     @property
     def name(self) -> str:
         """What reports call the source."""
-        return str(self.file) if self.file is not None else f"{self.dataset} ({self.split})"
+        if self.file is not None:
+            return str(self.file)
+        return (
+            f"{self.dataset} ({self.split})" if self.subset is None else f"{self.dataset} ({self.subset}, {self.split})"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,10 +202,7 @@ def _read(kind: type, content: Mapping, prefix: str, faults: list[str]) -> dict[
             if required:
                 faults.append(f"{prefix}{name}: missing")
             continue
-        try:
-            values[name] = READERS[kind][name](content[name], f"{prefix}{name}", faults)
-        except _Unfit as unfit:
-            faults.append(f"{prefix}{name}: expected {unfit}, got {quoted(content[name])}")
+        values[name] = _item(READERS[kind][name], content[name], f"{prefix}{name}", faults)
     return values
 
 
@@ -204,6 +211,15 @@ class _Unfit(Exception):
 
 
 Reader = Callable[[Any, str, list[str]], Any]
+
+
+def _item(reader: Reader, value, name: str, faults: list[str]) -> Any:
+    """What a reader makes of a value within a value; None where it does not fit, and the fault has the item's name."""
+    try:
+        return reader(value, name, faults)
+    except _Unfit as unfit:
+        faults.append(f"{name}: expected {unfit}, got {quoted(value)}")
+    return None
 
 
 def _text(value, name, faults) -> str:
@@ -259,7 +275,7 @@ def _mapping(reader: Reader) -> Reader:
     def read(value, name, faults) -> dict:
         if not isinstance(value, dict):
             raise _Unfit("keys and values")
-        return {str(key): reader(item, f"{name}.{key}", faults) for key, item in value.items()}
+        return {str(key): _item(reader, item, f"{name}.{key}", faults) for key, item in value.items()}
 
     return read
 
@@ -279,7 +295,7 @@ def _sources(value, name, faults) -> tuple:
     if not isinstance(value, list) or not value:
         raise _Unfit("a list of sources, each with a file or a dataset")
     section = _section(SourceConfig)
-    found = tuple(section(item, f"{name}[{i}]", faults) for i, item in enumerate(value))
+    found = tuple(_item(section, item, f"{name}[{i}]", faults) for i, item in enumerate(value))
     for i, source in enumerate(found):
         if source is not None and (source.file is None) == (source.dataset is None):
             faults.append(f"{name}[{i}]: expected either a file or a dataset")
@@ -288,9 +304,14 @@ def _sources(value, name, faults) -> tuple:
     return found
 
 
+def _argument(value, name, faults) -> Any:
+    # YAML reads the word no as false.
+    return "no" if value is False and name.endswith("_strategy") else value
+
+
 # How the values of a section's keys are read.
 READERS: dict[type, dict[str, Reader]] = {
-    SourceConfig: dict(file=_path, dataset=_text, split=_text, pictures=_path, rename=_mapping(_text)),
+    SourceConfig: dict(file=_path, dataset=_text, subset=_text, split=_text, pictures=_path, rename=_mapping(_text)),
     LoraSettings: dict(rank=_whole(1), alpha=_whole(1), dropout=_number(0, 1), picture_side=_flag, merge=_flag),
     FineTuneConfig: dict(
         stage=_one_of(1, 2),
@@ -329,7 +350,7 @@ READERS: dict[type, dict[str, Reader]] = {
         liger=_flag,
         feature_cache=_path,
         lora=_section(LoraSettings),
-        trainer=_mapping(lambda value, name, faults: value),
+        trainer=_mapping(_argument),
     ),
 }
 
@@ -369,7 +390,11 @@ def _contradictions(config: FineTuneConfig):
             yield "adapter: stage 1 makes the adapter; a run that was stopped continues by itself"
     elif config.template == "plain":
         yield "template: plain is for the captions of stage 1"
+    if config.warmup >= 1:
+        yield f"warmup: expected a share of all steps, below 1, got {config.warmup:g}"
     if config.liger and config.device == "cpu":
         yield "liger: its kernels need a GPU"
     for name in sorted(config.trainer.keys() & OWN_ARGUMENTS.keys()):
         yield f"trainer.{name}: the key {OWN_ARGUMENTS[name]} of this file sets it"
+    if config.trainer.get("save_only_model"):
+        yield "trainer.save_only_model: a run that was stopped could not continue"

@@ -1,10 +1,11 @@
 """The samples of all sources as a dataset: read when they are needed, and left out, with a report, where broken."""
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import logging
 import os
-from array import array
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,14 +16,15 @@ import torch
 from torch.utils.data import Dataset
 
 from mg_fast.engine.image_cache import picture_digest
-from mg_fast.errors import MgFastError
+from mg_fast.errors import MgFastError, shortened
 from mg_fast.models.pictures import open_picture
 from mg_fast.models.templates import IMAGE_TAG
 
 from .config import ConfigError, SourceConfig
 from .features import FeatureCache
-from .index import SampleIndex, index_file, read_item
+from .index import SampleIndex, empty_index, index_file, read_item
 from .labels import EncodedSample
+from .order import EMPTY
 from .samples import BadSample, SampleTurns, read_sample, words_of
 
 # Broken samples that are told on the screen; the report has all of them.
@@ -34,24 +36,49 @@ logger = logging.getLogger(__name__)
 class SkippedSamples:
     """The report of samples that are left out: one line of JSON each, with the source, the index and the reason.
 
+    A sample has one line, however often it is read, also where a run continues.
+
     Args:
         path: the file. Processes may append to it at the same time.
     """
 
     def __init__(self, path: Path):
         self.path, self._told = path, 0
+        # The samples that the file names, and how many of its bytes were read for that.
+        self._known: set[tuple[str, int]] = set()
+        self._read = 0
 
     def add(self, source: str, index: int, reason: str) -> None:
-        row = json.dumps({"file": source, "index": index, "reason": reason}, ensure_ascii=False) + "\n"
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            os.write(descriptor, row.encode())
-        finally:
-            os.close(descriptor)
+        with open(self.path, "a+b") as file:
+            # Some network file systems have no locks. There a line may come twice.
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+            self._look(file)
+            if (source, index) in self._known:
+                return
+            row = json.dumps({"file": source, "index": index, "reason": reason}, ensure_ascii=False)
+            # Half of a surrogate, which UTF-8 cannot have, is escaped as JSON does it.
+            file.write(f"{row}\n".encode("utf-8", "backslashreplace"))
         if self._told < _TOLD:
             self._told += 1
             more = f"; further ones are only in {self.path}" if self._told == _TOLD else ""
-            logger.warning("%s: sample %d is left out: %s%s", source, index, reason, more)
+            logger.warning("%s: sample %d is left out: %s%s", source, index, shortened(reason), more)
+
+    def count(self) -> int:
+        """The number of samples that the file names."""
+        with contextlib.suppress(FileNotFoundError), open(self.path, "rb") as file:
+            self._look(file)
+        return len(self._known)
+
+    def _look(self, file) -> None:
+        """Reads what was added to the file, by whomever."""
+        file.seek(self._read)
+        for line in file:
+            # A process that was killed may have left half a line.
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                row = json.loads(line)
+                self._known.add((row["file"], row["index"]))
+            self._read += len(line)
 
 
 class FileSource:
@@ -90,7 +117,7 @@ class DatasetSource:
             raise ConfigError(f"data: {config.name} needs the package datasets: pip install datasets") from None
         self.name, self.config = config.name, config
         try:
-            rows = datasets.load_dataset(config.dataset, split=config.split)
+            rows = dataset_rows(datasets, config)
         except Exception as error:  # The library raises errors of many kinds for a name that it cannot load.
             raise ConfigError(f"data: {config.name} cannot be loaded: {' '.join(str(error).split())}") from None
         if "conversations" not in rows.column_names:
@@ -102,19 +129,31 @@ class DatasetSource:
             # They are read when a row's turn comes. Here their tags stand for them.
             texts = rows.remove_columns("image")
         self._rows = rows
-        self.index = SampleIndex(array("q"), array("q"), array("q"), {})
+        self.index = empty_index()
         for number, row in enumerate(texts):
             if undecoded is not None:
                 row = {**row, "image": [{}] * _tags(row)}
             try:
-                _check(config, plain, row)
+                paths = _check(config, plain, row)
                 self.index.words.append(words_of(row))
+                # Pictures that are no files count as different from each other.
+                self.index.pictures.extend(map(hash, paths or [(number, i) for i in range(_tags(row))]))
             except BadSample as fault:
                 self.index.faults[number] = str(fault)
                 self.index.words.append(0)
 
     def read(self, index: int) -> Any:
         return self._rows[index]
+
+
+def dataset_rows(datasets, config: SourceConfig):
+    """The rows of a source by the package datasets: of a name or folder, or of a folder that `save_to_disk` wrote."""
+    folder = Path(config.dataset)
+    if (folder / "state.json").is_file():
+        return datasets.load_from_disk(config.dataset)
+    if (folder / "dataset_dict.json").is_file():
+        return datasets.load_from_disk(config.dataset)[config.split]
+    return datasets.load_dataset(config.dataset, config.subset, split=config.split)
 
 
 def _undecoded(feature: Any, image: type) -> Any:
@@ -131,11 +170,19 @@ def _tags(row: Mapping) -> int:
     return sum(str(turn.get("value")).count(IMAGE_TAG) for turn in turns if isinstance(turn, Mapping))
 
 
-def _check(config: SourceConfig, plain: bool, sample: Any) -> None:
-    """Raises BadSample where a sample, or a path of one of its pictures, is seen to be wrong without much work."""
-    for picture in read_sample(sample, plain=plain).pictures:
-        if isinstance(picture, str) and not os.path.isfile(path := place(config, picture)):
-            raise BadSample(f"picture {path}: no such file")
+def _check(config: SourceConfig, plain: bool, sample: Any) -> list[str]:
+    """Raises BadSample where a sample, or a path of one of its pictures, is seen to be wrong without much work.
+
+    Returns:
+        The files of the pictures, as far as they are files.
+    """
+    paths = [
+        str(place(config, picture)) for picture in read_sample(sample, plain=plain).pictures if isinstance(picture, str)
+    ]
+    for path in paths:
+        if not os.path.isfile(path):
+            raise BadSample(f"picture {shortened(path, 200)}: no such file")
+    return paths
 
 
 def place(config: SourceConfig, picture: str) -> Path:
@@ -167,7 +214,7 @@ class FineTuneData(Dataset):
 
     An item is a dictionary: `row`, an EncodedSample, and `pictures`, a list with a dictionary for each picture: its
     `key`, and either `squared`, [HR, HR, 3] uint8, or, found in the cache, `queries` and `pyramid`. The item is None
-    where a sample turns out to be broken only now; the report says why.
+    where a sample turns out to be broken only now; the report says why. It is None for `order.EMPTY`, too.
 
     Args:
         sources: from `open_sources`.
@@ -212,10 +259,18 @@ class FineTuneData(Dataset):
         """The number of samples with pictures."""
         return int((self.lengths > 0).sum())
 
+    @property
+    def pictures(self) -> int:
+        """The number of different pictures, by their paths."""
+        found = [np.frombuffer(source.index.pictures, dtype=np.int64) for source in self._sources]
+        return len(np.unique(np.concatenate(found)))
+
     def __len__(self) -> int:
         return len(self._index)
 
     def __getitem__(self, item: int) -> dict | None:
+        if item == EMPTY:
+            return None
         number, index = int(self._source[item]), int(self._index[item])
         source = self._sources[number]
         try:
@@ -234,10 +289,12 @@ class FineTuneData(Dataset):
         """What the model needs of a picture; see the class."""
         if isinstance(picture, Mapping):
             picture = picture.get("bytes") or picture.get("path")
+            if picture is None:
+                raise BadSample("picture: expected bytes or a path in the row, got neither")
         if isinstance(picture, str):
             path = place(config, picture)
             with open(path, "rb") as file:
-                content, label = file.read(), str(path)
+                content, label = file.read(), shortened(str(path), 200)
         else:
             content, label = picture, None
         is_bytes = isinstance(content, (bytes, bytearray))

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from mg_fast.errors import quoted
 from mg_fast.models.mini_gemini.configuration import MiniGeminiConfig
 from mg_fast.models.mini_gemini.frozen_towers import FrozenTowers, TowerFeatures
 from mg_fast.models.mini_gemini.image_processing import MiniGeminiImageProcessor
@@ -32,19 +33,26 @@ def feature_bytes(config: MiniGeminiConfig, dtype: torch.dtype) -> int:
 class FeatureCache:
     """A folder with the features of pictures, by the content of a picture and by everything that they depend on.
 
-    That is the towers' weights and settings, their dtype, and how pictures are made square and resized. Processes may
-    share the folder.
+    That is the towers' weights and settings, their dtype, and how pictures are made square and resized: a folder within
+    the folder. Processes may share it.
 
     Args:
         folder: it is made if it is missing.
         towers: what computes the features.
         images: what makes the pixels.
+
+    Raises:
+        ConfigError: the folder cannot be made.
     """
 
     def __init__(self, folder: Path, towers: FrozenTowers, images: MiniGeminiImageProcessor):
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
         self._state = _state(towers, images)
+        self.folder = folder / self._state.hex()[:16]
+        self._names = {"queries", *(f"map{s}" for s in range(len(towers.config.vision_config_aux["dims"])))}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"feature_cache: {folder} cannot be made: {error.strerror or error}") from None
 
     def key(self, digest: bytes) -> str:
         """The key of a picture by the digest of its content."""
@@ -61,29 +69,34 @@ class FeatureCache:
             # A machine that lost power may leave half a file.
             logger.warning("%s cannot be read and is made anew: %s", path, error)
             return None
+        if found.keys() != self._names:
+            logger.warning("%s is made anew: expected %s, got %s", path, sorted(self._names), quoted(sorted(found)))
+            return None
         return TowerFeatures(found.pop("queries"), [found[f"map{s}"] for s in range(len(found))])
 
     def write(self, key: str, features: TowerFeatures) -> None:
         """Keeps the features of one picture, given without the dimension of pictures."""
         path = self._path(key)
-        path.parent.mkdir(exist_ok=True)
         maps = {f"map{s}": level.contiguous().cpu() for s, level in enumerate(features.pyramid)}
-        # It is written under another name first, so that other processes see whole files only.
-        descriptor, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
-        os.close(descriptor)
+        name = None
         try:
+            path.parent.mkdir(exist_ok=True)
+            # It is written under another name first, so that other processes see whole files only.
+            descriptor, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
+            os.close(descriptor)
             save_file({"queries": features.queries.contiguous().cpu(), **maps}, name)
             os.replace(name, path)
         except (OSError, SafetensorError) as error:
-            with contextlib.suppress(OSError):
-                os.unlink(name)
+            if name is not None:
+                with contextlib.suppress(OSError):
+                    os.unlink(name)
             raise ConfigError(f"feature_cache: {path} cannot be written: {error}") from None
 
     def check_room(self, pictures: int, size: int) -> None:
         """Says how many bytes so many pictures take, and refuses where the disk has less.
 
         Args:
-            pictures: the most that may come.
+            pictures: the number of different pictures.
             size: bytes of one; see `feature_bytes`.
 
         Raises:

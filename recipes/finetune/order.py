@@ -1,9 +1,12 @@
-"""The order in which samples are trained on: at random, or in batches of similar length and of one kind."""
+"""The order in which samples are trained on: at random, and if asked for in steps of one kind."""
 
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch.utils.data import Sampler
+
+# Stands in an order where no sample is left, so that all processes have a batch.
+EMPTY = -1
 
 
 class SampleOrder(Sampler[int]):
@@ -14,10 +17,14 @@ class SampleOrder(Sampler[int]):
         size: the samples of one process in one pass.
         passes: the passes of one step: processes times accumulation. A step has `size * passes` samples.
         seed: of the order.
-        grouped: put samples of similar length together. Otherwise the order is random.
+        grouped: let a step have samples with pictures or samples without, and deal them to its passes so that these
+            are about as long as each other. Otherwise the order is random.
+        processes: the passes that are made at the same time. `EMPTY` fills up the last of them. Otherwise accelerate
+            would fill up by samples from the epoch's beginning, which then weighed twice.
     """
 
-    def __init__(self, lengths: Sequence[int], size: int, passes: int, *, seed: int, grouped: bool):
+    def __init__(self, lengths: Sequence[int], size: int, passes: int, *, seed: int, grouped: bool, processes: int = 1):
+        self._empty = -len(lengths) % (size * processes) if processes > 1 else 0
         self.lengths, self.size, self.passes = [int(length) for length in lengths], size, passes
         self.seed, self.grouped, self.epoch = seed, grouped, 0
 
@@ -25,13 +32,15 @@ class SampleOrder(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.lengths) + self._empty
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 10_007 + self.epoch)
         if self.grouped:
-            return iter(grouped_order(self.lengths, self.size, self.passes, generator))
-        return iter(torch.randperm(len(self.lengths), generator=generator).tolist())
+            order = grouped_order(self.lengths, self.size, self.passes, generator)
+        else:
+            order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        return iter(order + [EMPTY] * self._empty)
 
 
 def grouped_order(lengths: Sequence[int], size: int, passes: int, generator: torch.Generator) -> list[int]:

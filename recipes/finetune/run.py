@@ -12,11 +12,21 @@ from transformers import TrainerCallback, TrainingArguments
 from mg_fast.models.mini_gemini.frozen_towers import FrozenTowers
 
 from . import saving, start
-from .config import FULL, ConfigError, FineTuneConfig
+from .config import FULL, ConfigError, FineTuneConfig, OutputError
 from .data import FineTuneData, to_batch
 from .features import FeatureCache, feature_bytes
 from .order import SampleOrder
-from .prepare import ADAPTERS, LOG, MODEL, Prepared, check_output, prepare, prepare_output, training_arguments
+from .prepare import (
+    ADAPTERS,
+    LOG,
+    MODEL,
+    Prepared,
+    check_output,
+    prepare,
+    prepare_output,
+    training_arguments,
+    write_record,
+)
 from .trainer import FineTuneTrainer, LogFile
 
 logger = logging.getLogger(__name__)
@@ -25,7 +35,8 @@ logger = logging.getLogger(__name__)
 def fine_tune(config: FineTuneConfig, callbacks: Sequence[TrainerCallback] = ()) -> Path:
     """Trains, and returns the folder of the written model.
 
-    A run that was stopped continues from its last checkpoint. Every process of a training calls this.
+    A run that was stopped continues from its last checkpoint; one that had trained all its steps is only written
+    again. Every process of a training calls this.
 
     Args:
         config: the configuration.
@@ -34,6 +45,7 @@ def fine_tune(config: FineTuneConfig, callbacks: Sequence[TrainerCallback] = ())
     Raises:
         ConfigError: the configuration does not fit the model, the data, the machine, or what `output` holds.
         CheckpointError, BackendError: the model cannot be loaded.
+        OutputError: a file cannot be written, or no sample had a token to learn.
     """
     arguments = training_arguments(config)
     last, first_process = check_output(config), arguments.process_index == 0
@@ -41,6 +53,7 @@ def fine_tune(config: FineTuneConfig, callbacks: Sequence[TrainerCallback] = ())
         if first_process:
             prepare_output(config, fresh=last is None)
     prepared = prepare(config)
+    check_output(config, prepared.sources)
     with start.loaded_whole(arguments.deepspeed_plugin):
         template = prepared.processor.template
         model = start.load_model(config, prepared.source, template=template, device=arguments.device)
@@ -49,6 +62,8 @@ def fine_tune(config: FineTuneConfig, callbacks: Sequence[TrainerCallback] = ())
     cache = None if config.feature_cache is None else FeatureCache(config.feature_cache, towers, images)
     data = prepared.data(config, cache)
     if first_process:
+        if last is None:
+            write_record(config, prepared.sources)
         _tell(config, data, prepared, towers, cache)
 
     tuned = start.choose_learning(model, config)
@@ -60,7 +75,9 @@ def fine_tune(config: FineTuneConfig, callbacks: Sequence[TrainerCallback] = ())
     _gather_experts_as_one(arguments, model)
     passes = arguments.world_size * arguments.gradient_accumulation_steps
     grouped = config.group_by_length
-    order = SampleOrder(data.lengths, config.per_device_batch, passes, seed=config.seed, grouped=grouped)
+    order = SampleOrder(
+        data.lengths, config.per_device_batch, passes, seed=config.seed, grouped=grouped, processes=arguments.world_size
+    )
     pad = prepared.processor.tokenizer.pad_token_id
     trainer = FineTuneTrainer(
         model=tuned,
@@ -76,7 +93,12 @@ def fine_tune(config: FineTuneConfig, callbacks: Sequence[TrainerCallback] = ())
         mg_backend=config.backend,
     )
     trainer.train(resume_from_checkpoint=last)
-    return _write(config, trainer, towers, prepared)
+    if first_process and (left_out := prepared.skipped.count()):
+        logger.warning("left out: %d samples (%s)", left_out, prepared.skipped.path)
+    if trainer.learned_nothing:
+        raise OutputError(f"no token was learned, so nothing is written: see {prepared.skipped.path}")
+    with saving.written_to(config.output):
+        return _write(config, trainer, towers, prepared)
 
 
 def apply_liger(language_model: nn.Module) -> None:
@@ -119,7 +141,7 @@ def _tell(
     told = f"; left out: {broken:,} ({prepared.skipped.path})" if broken else ""
     logger.warning("%d samples, %d of them with pictures%s", len(data), data.with_pictures, told)
     if cache is not None:
-        cache.check_room(data.with_pictures, feature_bytes(towers.config, getattr(torch, config.dtype)))
+        cache.check_room(data.pictures, feature_bytes(towers.config, getattr(torch, config.dtype)))
         if config.epochs <= 1 and config.max_steps is None:
             logger.warning("feature_cache: in one epoch every picture is seen once, so nothing is saved")
 

@@ -1,21 +1,42 @@
 """Writes what was trained: a stage-1 adapter in the original's format, a whole checkpoint, or low-rank adapters."""
 
+import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import GenerationConfig
 
 from mg_fast import MiniGeminiConfig, MiniGeminiForConditionalGeneration, MiniGeminiProcessor
+from mg_fast.errors import quoted
 from mg_fast.models.mini_gemini.frozen_towers import FrozenTowers
 from mg_fast.models.mini_gemini.naming import ours_to_published, published_to_ours
 from mg_fast.models.tensor_files import ADAPTER_FILE, read_file, read_tensors
 
-from .config import FineTuneConfig
+from .config import ConfigError, FineTuneConfig, OutputError
 from .start import PICTURE_SIDE, load_model
 
 State = Mapping[str, torch.Tensor]
+
+
+@contextlib.contextmanager
+def written_to(folder: Path) -> Iterator[None]:
+    """Within the block, an error of the disk is one sentence about the folder.
+
+    Raises:
+        OutputError: a file cannot be written.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch.save raises RuntimeError, as almost everything in torch does; its own begin with a file or a class.
+        if isinstance(error, RuntimeError) and not any(
+            part in str(error) for part in ("PytorchStreamWriter", "inline_c")
+        ):
+            raise
+        raise OutputError(f"{folder} cannot be written: {' '.join(str(error).split())}") from error
 
 
 def write_adapter(
@@ -48,6 +69,22 @@ def write_adapter(
 def read_adapter(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors of a stage-1 adapter by our names."""
     return {published_to_ours(name): tensor for name, tensor in read_tensors(read_file(folder / ADAPTER_FILE))}
+
+
+def load_picture_side(model: MiniGeminiForConditionalGeneration, folder: Path | str) -> None:
+    """Puts mining and projector that learned beside low-rank adapters into the model that they were trained on.
+
+    Args:
+        model: the model; `model.load_adapter(folder)` gives it the adapters themselves.
+        folder: `adapters` in the output of a training.
+
+    Raises:
+        CheckpointError: the file is missing or broken.
+        ConfigError: the file is of another kind of model.
+    """
+    tensors = read_adapter(Path(folder))
+    if other := model.load_state_dict(tensors, strict=False).unexpected_keys:
+        raise ConfigError(f"{folder}: expected mining and projector, got also {quoted(other[0])}")
 
 
 def write_checkpoint(

@@ -118,6 +118,7 @@ def load_model(
     Raises:
         BackendError: QLoRA's package is not installed.
         CheckpointError: the model cannot be loaded.
+        ConfigError: the package of the attention is not installed.
     """
     options = {}
     if config.method == QLORA and not whole:
@@ -131,13 +132,16 @@ def load_model(
             llm_int8_skip_modules=list(UNQUANTIZED),
         )
         options["device_map"] = {"": device}
-    model = MiniGeminiForConditionalGeneration.from_pretrained(
-        **source,
-        **options,
-        dtype=getattr(torch, config.dtype),
-        template=template,
-        attn_implementation=config.attention,
-    )
+    try:
+        model = MiniGeminiForConditionalGeneration.from_pretrained(
+            **source,
+            **options,
+            dtype=getattr(torch, config.dtype),
+            template=template,
+            attn_implementation=config.attention,
+        )
+    except ImportError as error:
+        raise ConfigError(f"attention: {config.attention}: {' '.join(str(error).split())}") from None
     set_picture_form(model.config, config)
     return model
 

@@ -18,6 +18,7 @@ from mg_fast.models.mini_gemini.image_processing import MiniGeminiImageProcessor
 from .config import ConfigError
 from .features import FeatureCache
 from .order import SampleOrder
+from .saving import written_to
 
 # The weights that learn, in the folder of a checkpoint that a run continues from.
 LEARNED_FILE = "learned.safetensors"
@@ -58,11 +59,26 @@ class FineTuneTrainer(Trainer):
         super().__init__(**arguments)
         self._towers, self._images, self._order, self._cache = towers, images, order, cache
         self._times, self._mg_backend = dict(times or {}), mg_backend
+        # Tokens that were learned since the process began, by all processes. It is not read in every step.
+        self._learned: torch.Tensor | int = 0
+        self._warned = False
         names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         for part in self._times:
             if not any(part in name for name in names):
                 raise ConfigError(f"learning_rate_times: no weight that learns has {part!r} in its name")
         self.add_callback(_EpochOfOrder(order))
+
+    @property
+    def learned_nothing(self) -> bool:
+        """Whether steps were trained, also before the run was continued, and none of them had a token to learn."""
+        logged = any(row.get("loss") for row in self.state.log_history)
+        return self.state.global_step > 0 and not int(self._learned) and not logged
+
+    def log(self, logs: dict[str, float], *more, **options) -> None:
+        super().log(logs, *more, **options)
+        if "loss" in logs and not self._warned and self.learned_nothing:
+            self._warned = True
+            logger.warning("step %d: no token was learned yet; all samples were left out", self.state.global_step)
 
     def compute_loss(
         self,
@@ -73,6 +89,7 @@ class FineTuneTrainer(Trainer):
     ):
         pictures = inputs.pop("pictures")
         if isinstance(num_items_in_batch, torch.Tensor):
+            self._learned = self._learned + num_items_in_batch
             # All samples of a step may be broken. Their loss is a sum of nothing, which must not be divided by zero.
             num_items_in_batch = num_items_in_batch.clamp(min=1)
         with use_backend(self._mg_backend):
@@ -126,6 +143,17 @@ class FineTuneTrainer(Trainer):
             **options,
         )
         return self.optimizer
+
+    def _run_epoch(self, *arguments, **options) -> None:
+        # Trainer looks for the end behind a step, so a run that is finished would train one more where it continues.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*arguments, **options)
+
+    def _save_checkpoint(self, *arguments, **options) -> None:
+        with written_to(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"):
+            super()._save_checkpoint(*arguments, **options)
 
     def _get_train_sampler(self, train_dataset=None) -> SampleOrder:
         return self._order

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import torch
+
 from recipes.finetune.config import FineTuneConfig, parse_config
 from tests.paths import OWN_GOLDEN
 
@@ -24,10 +26,14 @@ SAMPLES = [
     sample("<image>\nHow many?", "Three.", image="photo.png"),
     sample("<image>\n<image>\nAre they the same?", "They are not.", image=["photo.png", "drawing.png"]),
 ]
+# Two of them, so that every step sees the same batch.
+BATCH = [SAMPLES[0], SAMPLES[2]]
 CAPTIONS = [
     sample("<image>\nDescribe it.", f"A picture of {what}.", image=image)
     for what, image in zip(("a cat", "a house", "many things", "a tree"), ("photo.png", "drawing.png") * 2)
 ]
+# Arguments of Trainer for a run that writes checkpoints.
+SAVES = {"disable_tqdm": True, "save_strategy": "steps"}
 
 
 def write_samples(folder: Path, samples: list) -> Path:
@@ -70,9 +76,17 @@ def losses(config: FineTuneConfig) -> list[float]:
     return [row["loss"] for row in rows if "loss" in row]
 
 
-def skipped(config: FineTuneConfig) -> dict[int, str]:
-    """The reasons of the samples that a training left out, by index."""
-    file = config.output / "skipped.jsonl"
+def skipped(config: FineTuneConfig, report: str = "skipped.jsonl") -> dict[int, str]:
+    """The reasons of the samples that a training left out, by index; each has one line."""
+    file = config.output / report
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
     assert all(row["file"] == str(config.data[0].file) for row in rows)
-    return {row["index"]: row["reason"] for row in rows}
+    found = {row["index"]: row["reason"] for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    """The names of tensors that differ in a bit; both must have the same names."""
+    assert before.keys() == after.keys()
+    return {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}

@@ -87,6 +87,10 @@ def test_accelerate_reads_its_files(file):
         ({"stage": 1, "method": "lora"}, "method: stage 1 trains no language model"),
         ({"stage": 1, "hd": True}, "hd: the original trains no HD stage 1"),
         ({"template": "plain"}, "template: plain is for the captions of stage 1"),
+        ({"data": ["a.json"]}, "data[0]: expected a section of keys and values, got 'a.json'"),
+        ({"learning_rate_times": {"lm_head": "x"}}, "learning_rate_times.lm_head: expected a number above 0, got 'x'"),
+        ({"warmup": 1}, "warmup: expected a share of all steps, below 1, got 1"),
+        ({"trainer": {"save_only_model": True}}, "trainer.save_only_model: a run that was stopped could not continue"),
         ({"device": "cpu", "liger": True}, "liger: its kernels need a GPU"),
     ],
 )
@@ -109,7 +113,10 @@ def test_numbers_without_a_point_are_numbers():
 def test_values_of_the_command_line(tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text(yaml.safe_dump(LEAST))
-    config = read_config(file, {"lora.rank": "8", "method": "lora", "output": "elsewhere"})
+    config = read_config(
+        file, {"lora.rank": "8", "method": "lora", "output": "elsewhere", "trainer.save_strategy": "no"}
+    )
+    assert config.trainer == {"save_strategy": "no"}
     assert (config.lora.rank, config.lora.alpha, str(config.output)) == (8, 16, "elsewhere")
     with pytest.raises(ConfigError, match="lora.rnak: unknown, did you mean lora.rank"):
         read_config(file, {"lora.rnak": "8"})
@@ -154,6 +161,9 @@ def test_a_file_that_is_no_list_is_refused(tmp_path):
         ("{}", r"expected a list of samples, which begins with \[, got '\{'"),
         ("", r"expected a list of samples, which begins with \[, got ''"),
         ("[1 2]", "broken at byte 3, before sample 1: expected , or ] after sample 0"),
+        ("[1][2]", r"broken at byte 3, before sample 1: expected nothing after the list's \]"),
+        ("[1]\n garbage", "broken at byte 5, before sample 1: expected nothing after"),
+        ("[" * 10**5, "broken at byte 1, before sample 0: lists or objects are nested too deeply"),
         ('[{"a": 1}, {"b"', "broken at byte 11, before sample 1: sample 1 is no JSON"),
     ):
         file.write_text(text)

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from recipes.finetune.config import ConfigError, SourceConfig, parse_config
-from recipes.finetune.data import FineTuneData, SkippedSamples, open_sources, to_batch
+from recipes.finetune.data import FineTuneData, SkippedSamples, dataset_rows, open_sources, to_batch
 from recipes.finetune.labels import EncodedSample, encode_turns
-from recipes.finetune.order import SampleOrder, grouped_order
+from recipes.finetune.order import EMPTY, SampleOrder, grouped_order
 from recipes.finetune.samples import BadSample, read_sample
 from tests.families import family
 from tests.recipes.finetuning import PICTURES, SAMPLES, sample, write_samples
@@ -34,6 +34,8 @@ def one_folder(tmp_path, one_thread):
 
 def data_of(folder, samples, *, longest=400, plain=False, **source) -> FineTuneData:
     file = write_samples(folder, samples)
+    deep = f'{{"a]\\"": {"[" * 200_000}"[{{"{"]" * 200_000}, "conversations": []}}'
+    file.write_text(file.read_text().replace("{}", deep))
     [config] = parse_config(
         {"stage": 2, "model": "m", "output": "o", "data": [{"file": str(file), "pictures": str(folder), **source}]}
     ).data
@@ -51,6 +53,10 @@ def data_of(folder, samples, *, longest=400, plain=False, **source) -> FineTuneD
 
 def told(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
+
+
+class Deep(dict):
+    """Stands for a sample with lists within lists; json cannot write so many."""
 
 
 # What is wrong with a sample, and what is told of it. The first kind is seen by the form of the sample, the second only
@@ -77,6 +83,9 @@ BY_FORM = {
     "no such picture": (sample("<image>\na", "b", image="gone.png"), "gone.png: no such file"),
     "picture is a number": (sample("<image>\na", "b", image=7), "image: expected a path, or a list of paths, got 7"),
     "half a surrogate": (sample("a", "\ud83d"), "turn 2 cannot be encoded as UTF-8"),
+    "half a surrogate in a path": (sample("<image>\na", "b", image="\ud800.jpg"), r"\ud800.jpg: no such file"),
+    "a long path": (sample("<image>\na", "b", image="x" * 5000), "x: no such file"),
+    "nested too deeply": (Deep(), "lists or objects are nested too deeply"),
 }
 WHEN_READ = {
     "corrupt JPEG": (sample("<image>\na", "b", image="cut.jpg"), "cut.jpg: broken or truncated"),
@@ -94,6 +103,35 @@ def test_a_broken_sample_is_named_and_left_out(one_folder, kind):
     assert [item is None for item in items] == ([False, False] if kind in BY_FORM else [False, True, False])
     [row] = told(one_folder)
     assert row["file"] == str(one_folder / "samples.json") and row["index"] == 1 and reason in row["reason"]
+    assert len(row["reason"]) < 500
+
+
+def test_a_file_that_is_changed_during_the_run(one_folder):
+    data = data_of(one_folder, SAMPLES)
+    file = one_folder / "samples.json"
+    file.write_bytes(file.read_bytes()[:150] + b"\xff" * 50)
+    assert data[0] is not None and data[1] is None and data[2] is None
+    assert [row["index"] for row in told(one_folder)] == [1, 2]
+    assert all(
+        "the file was changed during the run: no sample is left at byte" in r["reason"] for r in told(one_folder)
+    )
+
+
+def test_numbers_of_many_digits_are_numbers(one_folder):
+    data = data_of(one_folder, [{**SAMPLES[2], "id": 1}, SAMPLES[0]])
+    file = one_folder / "samples.json"
+    file.write_text(file.read_text().replace('"id": 1', f'"id": {"9" * 5000}'))
+    [source] = open_sources([SourceConfig(file=file, pictures=one_folder)], plain=False)
+    assert source.read(0)["id"] == float("inf") and not source.index.faults and len(data) == 2
+
+
+def test_a_report_has_one_line_for_each_sample(one_folder):
+    """Also where several processes write it, or a run continues."""
+    first, second = (SkippedSamples(one_folder / "skipped.jsonl") for _ in range(2))
+    for report, index in ((first, 1), (second, 1), (second, 2), (first, 2), (first, 1)):
+        report.add("a.json", index, f"reason {index}")
+    assert [row["index"] for row in told(one_folder)] == [1, 2] and first.count() == second.count() == 2
+    assert SkippedSamples(one_folder / "none.jsonl").count() == 0
 
 
 def test_samples_of_captions(one_folder):
@@ -195,7 +233,10 @@ def test_rows_of_a_dataset(one_folder, monkeypatch, lists):
         monkeypatch.setattr(Rows, "cast_column", lambda self, name, of: self if not of.feature.decode else None)
         for row in rows:
             row["image"] = [row["image"]] if row.get("image") else []
-    stand_in = SimpleNamespace(load_dataset=lambda name, split: rows, Image=PictureColumn)
+    rows.append(sample("<image>\na", "b", image={"bytes": None, "path": None}))
+    if lists:
+        rows[-1]["image"] = [rows[-1]["image"]]
+    stand_in = SimpleNamespace(load_dataset=lambda name, subset, split: rows, Image=PictureColumn)
     monkeypatch.setitem(sys.modules, "datasets", stand_in)
     sources = open_sources([SourceConfig(dataset="owner/name", split="train")], plain=False)
     processor = family("standard").processor
@@ -205,16 +246,34 @@ def test_rows_of_a_dataset(one_folder, monkeypatch, lists):
         return encode_turns(processor, "vicuna_v1", turns, longest=400)
 
     data = FineTuneData(sources, encode, processor.image_processor, skipped, plain=False)
-    assert data.report_broken() == 1 and data.lengths.tolist() == [3, -2, 3, -2]
+    assert data.report_broken() == 1 and data.lengths.tolist() == [3, -2, 3, -2, 3]
     assert torch.equal(data[0]["pictures"][0]["squared"], processor.image_processor.squared([PICTURES[0]])[0])
-    assert data[1]["pictures"] == [] and data[2] is None and data[3] is None
+    assert data[1]["pictures"] == [] and [data[i] for i in (2, 3, 4)] == [None] * 3
     found = told(one_folder)
-    assert {row["file"] for row in found} == {"owner/name (train)"} and [row["index"] for row in found] == [1, 3, 4]
+    assert {row["file"] for row in found} == {"owner/name (train)"} and [row["index"] for row in found] == [1, 3, 4, 5]
     assert [row["reason"][:20] for row in found] == [
         "turn 2 is an empty a",
         "picture: picture of ",
         "0 <image> tag(s) for",
+        "picture: expected by",
     ]
+
+
+def test_where_a_dataset_comes_from(one_folder, monkeypatch):
+    """A subset of a named one, or a folder that save_to_disk wrote, alone or with its splits."""
+    stand_in = SimpleNamespace(
+        load_dataset=lambda name, subset, split: (name, subset, split),
+        load_from_disk=lambda folder: {"train": folder} if folder.endswith("both") else (folder,),
+    )
+    for name, mark in (("both", "dataset_dict.json"), ("alone", "state.json")):
+        (one_folder / name).mkdir()
+        (one_folder / name / mark).write_text("{}")
+    both, alone = str(one_folder / "both"), str(one_folder / "alone")
+    found = [
+        dataset_rows(stand_in, SourceConfig(dataset=name, subset=subset))
+        for name, subset in (("owner/name", None), ("owner/name", "large"), (both, None), (alone, None))
+    ]
+    assert found == [("owner/name", None, "train"), ("owner/name", "large", "train"), both, (alone,)]
 
 
 # ---- batches
@@ -267,6 +326,15 @@ def test_samples_of_a_step_are_alike():
         hands = [sum(abs(LENGTHS[i]) for i in step[at : at + 2]) for at in (0, 2)]
         assert len(kinds) == 1 and abs(hands[0] - hands[1]) <= max(abs(LENGTHS[i]) for i in step)
     assert {LENGTHS[step[0]] > 0 for step in whole} == {True, False}
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_all_processes_have_a_batch_and_no_sample_comes_twice(grouped):
+    """Five samples for two processes with batches of two: three places stay empty, and are no samples."""
+    order = SampleOrder([3, 4, -5, 6, 7], 2, 2, seed=1, grouped=grouped, processes=2)
+    found = list(order)
+    assert len(found) == len(order) == 8 and sorted(found) == [EMPTY] * 3 + [0, 1, 2, 3, 4] and EMPTY not in found[:5]
+    assert len(SampleOrder([3, 4, -5, 6, 7], 2, 2, seed=1, grouped=grouped)) == 5
 
 
 def test_processes_and_passes_share_the_samples_of_a_step():

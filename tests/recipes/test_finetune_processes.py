@@ -12,12 +12,11 @@ import yaml
 from tests.checkpoints import tensors_of
 from tests.families import family
 from tests.forked_python import PACKAGE, python
-from tests.recipes.finetuning import SAMPLES, losses, make_config, settings
+from tests.recipes.finetuning import SAMPLES, SAVES, losses, make_config, settings
 
 pytestmark = pytest.mark.slow
 
 IMPORTED = (*PACKAGE, "transformers.trainer", "safetensors.torch")
-SAVES = {"disable_tqdm": True, "save_strategy": "steps"}
 # Trains as the file of the first argument says; kills itself after the step of the second.
 TRAIN = """
 import os, signal, sys
@@ -137,19 +136,24 @@ def free_port() -> int:
         return taken.getsockname()[1]
 
 
-def file_of(folder: Path, **changes) -> tuple[Path, object]:
+def file_of(folder: Path, samples: list = SAMPLES, **changes) -> tuple[Path, object]:
     """A configuration file in a folder, and what it says."""
     model = family("standard").folder
-    asked = settings(folder, model, SAMPLES, **changes)
+    asked = settings(folder, model, samples, **changes)
     file = folder / "training.yaml"
     file.write_text(yaml.safe_dump(asked))
-    return file, make_config(folder, model, SAMPLES, **changes)
+    return file, make_config(folder, model, samples, **changes)
 
 
 def losses_by_step(config) -> list[float]:
     """The loss of every step, the last one where a step was trained twice."""
     rows = [json.loads(line) for line in (config.output / "log.jsonl").read_text().splitlines()]
     return list({row["step"]: row["loss"] for row in rows if "loss" in row}.values())
+
+
+def distance(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    """The norm of the difference of all weights."""
+    return sum((second[name].double() - first[name].double()).square().sum().item() for name in first) ** 0.5
 
 
 def run(*words, ends: int = 0) -> str:
@@ -172,13 +176,13 @@ def test_a_killed_run_continues_with_the_same_bits(tmp_path):
 
 
 def test_two_processes_give_the_losses_of_one(tmp_path):
-    """Over an epoch with pictures, several pictures and none; what they write loads as one model."""
-    options = dict(max_steps=3, group_by_length=True)
+    """Over an epoch with pictures, several pictures and none, and one sample for both in its last step."""
+    options = dict(samples=SAMPLES[1:], max_steps=4, group_by_length=True)
     alone, asked = file_of(tmp_path / "one", per_device_batch=2, **options)
     shared, shared_asked = file_of(tmp_path / "two", per_device_batch=1, **options)
     run(TRAIN, alone, 0)
     run(TWICE, free_port(), shared, TRAIN, 0)
-    assert losses(shared_asked) == pytest.approx(losses(asked), rel=1e-5) and len(losses(asked)) == 3
+    assert losses(shared_asked) == pytest.approx(losses(asked), rel=1e-5) and len(losses(asked)) == 4
     assert (shared_asked.output / "model" / "model.safetensors").is_file()
 
 
@@ -195,7 +199,9 @@ def test_fsdp_by_accelerates_file(tmp_path):
     assert losses_by_step(shared_asked) == pytest.approx(losses(asked), rel=1e-2)
     first, second = (tensors_of(config.output / "model") for config in (asked, shared_asked))
     assert first.keys() == second.keys() and {tensor.dtype for tensor in second.values()} == {torch.bfloat16}
-    assert all((second[name] - first[name]).abs().max() <= 0.02 for name in first)
+    # Both start from the weights in bfloat16. Over all weights, they differ by less than a tenth of what was learned.
+    start = {name: tensor.bfloat16() for name, tensor in tensors_of(family("standard").folder).items()}
+    assert distance(first, second) < 0.1 * distance(first, start)
 
 
 def test_fsdp_divides_the_model():

@@ -2,30 +2,31 @@
 
 import builtins
 import json
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import Trainer, TrainerCallback
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, Trainer, TrainerCallback
 
 import mg_fast
 from mg_fast import MiniGeminiForConditionalGeneration
+from mg_fast.errors import CheckpointError
 from mg_fast.models.mini_gemini.naming import published_to_ours
 from mg_fast.models.tensor_files import ADAPTER_FILE
 from recipes.finetune.config import ConfigError
 from recipes.finetune.features import feature_bytes
-from recipes.finetune.prepare import check_samples
+from recipes.finetune.prepare import check_samples, prepare, prepare_output
 from recipes.finetune.run import fine_tune
-from recipes.finetune.saving import read_adapter
+from recipes.finetune.saving import load_picture_side
 from recipes.finetune.trainer import FineTuneTrainer
 from tests.checkpoints import is_adapters, make_adapter, remake, tensors_of, towers_of
 from tests.families import family
-from tests.recipes.finetuning import CAPTIONS, PICTURES, SAMPLES, losses, make_config, sample, skipped
+from tests.recipes.finetuning import BATCH, CAPTIONS, PICTURES, SAMPLES, changed, losses, make_config, sample, skipped
 
-# Two samples, so that every step sees the same batch.
-BATCH = [SAMPLES[0], SAMPLES[2]]
 OTHERS = ("hd", "mgm-gemma", "mgm-mixtral", "mgm-llama3", "mgm-yi-hd")
+ONE = torch.ones(1)
 LEARNS_FAST = {"learning_rate": 5e-3, "warmup": 0.0, "schedule": "constant", "max_steps": 4}
 
 
@@ -46,12 +47,6 @@ def parts_of(name: str, folder: Path) -> tuple[Path, Path, Path, Path]:
 def parts(tmp_path_factory) -> tuple[Path, Path, Path, Path]:
     """The tiny standard checkpoint in parts."""
     return parts_of("standard", tmp_path_factory.mktemp("parts"))
-
-
-def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
-    """The names of tensors that differ in a bit; both must have the same names."""
-    assert before.keys() == after.keys()
-    return {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
 
 
 def in_picture_side(name: str) -> bool:
@@ -182,40 +177,6 @@ def test_a_part_that_does_not_exist(tmp_path):
         fine_tune(config)
 
 
-class Stop(TrainerCallback):
-    """Ends a training after a step, as an error would."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
-
-
-SAVES = {"disable_tqdm": True, "save_strategy": "steps"}
-
-
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_a_stopped_run_continues_with_the_same_bits(method, tmp_path):
-    """In its second epoch, with samples of several kinds, dropout in the adapters, and accumulation."""
-    options = dict(max_steps=6, save_steps=2, method=method, trainer=SAVES, global_batch=2, per_device_batch=1)
-    options |= {"lora": {"rank": 2, "dropout": 0.2, "merge": False}}
-    folder = family("standard").folder
-    whole, stopped = (make_config(tmp_path / name, folder, SAMPLES, **options) for name in ("a", "b"))
-    out = fine_tune(whole)
-    with pytest.raises(KeyboardInterrupt):
-        fine_tune(stopped, [Stop(5)])
-    # A run that was killed while it wrote leaves a folder that is not whole.
-    (stopped.output / "checkpoint-5").mkdir()
-    again = fine_tune(stopped)
-    assert losses(stopped)[-2:] == losses(whole)[-2:] and len(losses(whole)) == 6
-    files = sorted(path.relative_to(out) for path in out.glob("*.safetensors"))
-    assert files and all(changed(load_file(out / f), load_file(again / f)) == set() for f in files)
-    with pytest.raises(ConfigError, match="holds checkpoints of a run with seed 42, not 7: name another output"):
-        fine_tune(make_config(tmp_path / "b", folder, SAMPLES, **options, seed=7))
-
-
 def test_features_are_kept_between_epochs(tmp_path):
     """The second epoch reads them; losses do not change by a bit. Other weights of a tower have other features."""
     cache = tmp_path / "features"
@@ -227,20 +188,39 @@ def test_features_are_kept_between_epochs(tmp_path):
     for config in (plain, cached):
         fine_tune(config)
     assert losses(cached) == losses(plain)
-    files = sorted(cache.glob("*/*.safetensors"))
+    files = sorted(cache.glob("*/*/*.safetensors"))
     assert len(files) == len(PICTURES)
     size = feature_bytes(family("standard").model.config, torch.float32)
     assert all(0 <= file.stat().st_size - size < 1024 for file in files)
     written = [file.stat().st_mtime_ns for file in files]
-    # Half a file is made anew, and nothing else.
-    files[0].write_bytes(files[0].read_bytes()[:100])
-    fine_tune(make_config(tmp_path / "again", folder, SAMPLES, max_steps=3, feature_cache=str(cache)))
+    # Half a file is made anew, and so is one with other names; nothing else.
+    for damaged in (lambda file: file.write_bytes(file.read_bytes()[:100]), lambda file: save_file({"a": ONE}, file)):
+        damaged(files[0])
+        fine_tune(make_config(tmp_path / "again", folder, SAMPLES, max_steps=3, feature_cache=str(cache)))
+        assert losses(make_config(tmp_path / "again", folder, SAMPLES)) == losses(plain)[:3]
+        assert load_file(files[0]).keys() > {"queries", "map3"}
     assert [file.stat().st_mtime_ns == time for file, time in zip(files, written)] == [False, True]
     tensors = tensors_of(folder)
     tensors["model.vision_tower_aux.vision_stem.1.bias"] += 1.0
     other = remake(folder, tmp_path / "other", tensors=tensors)
     fine_tune(make_config(tmp_path / "third", other, SAMPLES[:1] * 2, max_steps=1, feature_cache=str(cache)))
-    assert len(list(cache.glob("*/*.safetensors"))) == len(PICTURES) + 1
+    assert len(list(cache.glob("*/*/*.safetensors"))) == len(PICTURES) + 1 and len(list(cache.iterdir())) == 2
+
+
+def test_the_room_for_features_is_that_of_different_pictures(tmp_path, monkeypatch, caplog):
+    """Five samples show two pictures. Files of other towers are no room for them."""
+    usage = namedtuple("usage", "total used free")
+    config = make_config(
+        tmp_path, family("standard").folder, SAMPLES, max_steps=1, feature_cache=str(tmp_path / "features")
+    )
+    size = feature_bytes(family("standard").model.config, torch.float32)
+    (tmp_path / "features" / "ab" / "cd").mkdir(parents=True)
+    (tmp_path / "features" / "ab" / "cd" / "e.safetensors").write_bytes(bytes(10 * size))
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: usage(0, 0, 2 * size - 1))
+    with pytest.raises(ConfigError, match="feature_cache: 2 pictures of "):
+        fine_tune(config)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: usage(0, 0, 2 * size))
+    fine_tune(config)
 
 
 def test_broken_samples_end_nothing(tmp_path):
@@ -261,12 +241,13 @@ def test_broken_samples_end_nothing(tmp_path):
 def test_samples_are_checked_without_a_training(tmp_path):
     config = make_config(tmp_path, family("standard").folder, [*BATCH, sample("a", "long " * 3000), 3])
     assert check_samples(config) == (2, 4)
-    assert set(skipped(config)) == {2, 3} and not (config.output / "model").exists()
+    assert set(skipped(config, "checked.jsonl")) == {2, 3}
+    assert [path.name for path in config.output.iterdir()] == ["checked.jsonl"]
 
 
 def test_trainer_calls_what_is_replaced():
-    """Three methods of Trainer are private. If transformers renamed one, ours would be passed over without an error."""
-    replaced = {"_get_train_sampler", "_save", "_load_from_checkpoint"}
+    """Five methods of Trainer are private. If transformers renamed one, ours would be passed over without an error."""
+    replaced = {"_get_train_sampler", "_run_epoch", "_save", "_save_checkpoint", "_load_from_checkpoint"}
     own = {name for name in vars(FineTuneTrainer) if name.startswith("_") and not name.startswith("__")}
     assert own - {"_features"} == replaced and all(hasattr(Trainer, name) for name in replaced)
 
@@ -292,12 +273,52 @@ def test_low_rank_adapters(tmp_path):
     base = MiniGeminiForConditionalGeneration.from_pretrained(folder)
     published = torch.load(tmp_path / "out/adapters" / ADAPTER_FILE, weights_only=True)
     assert all(map(in_picture_side, published))
-    base.load_state_dict(read_adapter(tmp_path / "out/adapters"), strict=False)
+    load_picture_side(base, tmp_path / "out/adapters")
     tuned = PeftModel.from_pretrained(base, tmp_path / "out/adapters").eval()
     merged = MiniGeminiForConditionalGeneration.from_pretrained(out).eval()
     ids = torch.tensor([[1, 17, 42, 99, 7]])
     with torch.no_grad():
         torch.testing.assert_close(tuned(input_ids=ids).logits, merged(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_and_what_learned_beside_them_load_as_documented(tmp_path):
+    folder = family("standard").folder
+    config = make_config(tmp_path, folder, BATCH, method="lora", lora={"rank": 4}, **LEARNS_FAST)
+    merged, adapters = mg_fast.load(fine_tune(config)), tmp_path / "out" / "adapters"
+    with pytest.raises(CheckpointError, match=r"load_adapter\(folder\); mm_projector.bin holds mining and projector"):
+        mg_fast.load(adapters, base_model=folder)
+    pipeline = mg_fast.load(folder)
+    before = pipeline.see(str(PICTURES[0]))
+    pipeline.model.load_adapter(adapters)
+    load_picture_side(pipeline.model, adapters)
+    seen, expected = (p.see(str(PICTURES[0])) for p in (pipeline, merged))
+    torch.testing.assert_close(seen, expected)
+    assert not torch.equal(before, seen) and answer(pipeline) == answer(merged)
+    torch.save({"model.mm_projector.9.weight": ONE}, adapters / ADAPTER_FILE)
+    with pytest.raises(ConfigError, match="expected mining and projector, got also 'model.mm_projector.9.weight'"):
+        load_picture_side(pipeline.model, adapters)
+
+
+@pytest.mark.parametrize(
+    "name, template",
+    [
+        *(("standard", "plain"), ("mgm-llama", "plain"), ("mgm-gemma", "gemma"), ("mgm-mixtral", "plain")),
+        *(("mgm-llama3", "llama_3"), ("mgm-yi-hd", "plain")),
+    ],
+)
+def test_the_template_of_stage_1_is_found(name, template, tmp_path):
+    """Captions without roles where the original has them, from the bare language model alone."""
+    _, base, clip, convnext = parts_of(name, tmp_path / "parts")
+    if name == "mgm-yi-hd":
+        # Its published tokenizer has these as tokens, the tiny one has not.
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+        tokenizer.save_pretrained(base)
+    towers = {"vision_tower": str(clip), "vision_tower_aux": str(convnext)}
+    config = make_config(tmp_path, base, CAPTIONS, 1, template=None, **towers)
+    prepare_output(config, fresh=True)
+    prepared = prepare(config)
+    assert (prepared.template, prepared.processor.template) == (template, family(name).processor.template)
 
 
 def test_optional_packages_are_named(tmp_path, monkeypatch):
