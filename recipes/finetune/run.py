@@ -20,6 +20,7 @@ from .prepare import (
     ADAPTERS,
     LOG,
     MODEL,
+    RECORD,
     Prepared,
     check_output,
     prepare,
@@ -62,7 +63,7 @@ def fine_tune(config: FineTuneConfig, callbacks: Sequence[TrainerCallback] = ())
     cache = None if config.feature_cache is None else FeatureCache(config.feature_cache, towers, images)
     data = prepared.data(config, cache)
     if first_process:
-        if last is None:
+        if last is None or not (config.output / RECORD).is_file():
             write_record(config, prepared.sources)
         _tell(config, data, prepared, towers, cache)
 

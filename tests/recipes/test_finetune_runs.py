@@ -1,12 +1,14 @@
 """Runs that are stopped, repeated, changed between, and ended by an error."""
 
+from importlib.util import find_spec
+
 import pytest
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from recipes.finetune.config import ConfigError, OutputError
-from recipes.finetune.prepare import check_samples
+from recipes.finetune.prepare import check_samples, training_arguments
 from recipes.finetune.run import fine_tune
 from tests.families import family
 from tests.recipes.finetuning import BATCH, SAMPLES, SAVES, changed, losses, make_config, sample, skipped
@@ -101,6 +103,20 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
     config = make_config(tmp_path, family("standard").folder, BATCH, max_steps=1, trainer=SAVES)
     monkeypatch.setattr("recipes.finetune.trainer.save_file", full)
     with pytest.raises(OutputError, match="out/checkpoint-1 cannot be written: .*File too large"):
+        fine_tune(config)
+
+
+def test_without_a_gpu_the_cpu_trains(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda *_, **__: False)
+    config = make_config(tmp_path, family("standard").folder, BATCH, device=None, dtype="bfloat16")
+    assert training_arguments(config).use_cpu and "device: torch finds no GPU" in caplog.text
+
+
+def test_an_attention_that_is_not_installed(tmp_path):
+    if find_spec("flash_attn"):
+        pytest.skip("flash attention is installed")
+    config = make_config(tmp_path, family("standard").folder, BATCH, attention="flash_attention_2", dtype="bfloat16")
+    with pytest.raises(ConfigError, match="attention: flash_attention_2: .*[Ff]lash"):
         fine_tune(config)
 
 
