@@ -43,7 +43,8 @@ class PageProcess:
 
     def __init__(self, sessions: int, threads: int):
         # Sessions that have been left stay for a minute, so there are more of them than visitors.
-        limits = [f"sessions={8 * sessions}", f"queue={2 * sessions}"]
+        # All of them come from one address.
+        limits = [f"sessions={8 * sessions}", f"address_sessions={8 * sessions}", f"queue={2 * sessions}"]
         words = [sys.executable, "-m", "mg_fast", "web", "--port", "0"]
         words += [word for limit in limits for word in ("--share-limit", limit)]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}

@@ -36,7 +36,16 @@ def register(subparsers) -> None:
         default="",
         type=_root_path,
         metavar="PATH",
-        help="where a proxy shows the page, such as /pictures",
+        help="where a proxy shows the page, such as https://pictures.example or /pictures",
+    )
+    parser.add_argument(
+        "--hosts",
+        nargs="+",
+        default=[],
+        type=_host,
+        metavar="NAME",
+        help="further names by which the page is reached; requests for unknown names are refused (known are localhost, "
+        "addresses, --host, the host of --root-path, and this machine's name where --host lets others in)",
     )
     parser.add_argument(
         "--allow-urls", action="store_true", help="fetch pictures by their URLs, from public addresses only"
@@ -78,6 +87,7 @@ def command(args) -> int:
         accounts=accounts,
         allow_urls=args.allow_urls,
         drain_s=float(args.drain_seconds),
+        hosts=tuple(args.hosts),
         title=f"Mini-Gemini: {named}",
     )
     serve(pipeline, options)
@@ -111,6 +121,18 @@ def _port(text: str) -> int:
 
 
 def _root_path(text: str) -> str:
-    if text and not text.startswith(("/", "https://", "http://")):
-        raise argparse.ArgumentTypeError(f"expected a path that begins with /, or a whole address, got {text[:80]!r}")
-    return text.rstrip("/")
+    from ..web.hosts import root_path_of
+
+    try:
+        return root_path_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _host(text: str) -> str:
+    from ..web.hosts import host_named
+
+    try:
+        return host_named(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

@@ -11,12 +11,12 @@ import gradio as gr
 from . import shown
 from .addresses import fetched
 from .examples import EXAMPLES
-from .gate import browser_of
 from .limits import RequestRefused
 from .sessions import AskedQuestion, BrowserSession
 from .site import Site
 from .store import names_in
 from .talk import DrawingSteps, InLine, TextSoFar, TurnDone
+from .visits import browser_of
 
 # Seconds for an answer that is stopped to end.
 STOPS_WITHIN_S = 30.0
@@ -40,7 +40,7 @@ def request_id_of(request: gr.Request) -> str | None:
 
 def told(refusal: RequestRefused) -> gr.Error:
     """A refusal as gradio shows it, which takes its text for HTML."""
-    return gr.Error(html.escape(str(refusal)), title="Not done", print_exception=False)
+    return gr.Error(html.escape(str(refusal)), print_exception=False)
 
 
 async def stop_answer(session: BrowserSession) -> None:

@@ -19,6 +19,7 @@ class Limits:
 
     Attributes:
         sessions: browser sessions at once; each has a conversation.
+        address_sessions: browser sessions at once from one address, where the address is known.
         parallel: answers that are made at the same time.
         queue: questions that wait for their turn.
         pictures: pictures of one question.
@@ -33,6 +34,7 @@ class Limits:
     """
 
     sessions: int = 100
+    address_sessions: int = 50
     parallel: int = 1
     queue: int = 64
     pictures: int = 4

@@ -103,7 +103,10 @@ class WebServer:
         from fastapi import FastAPI
 
         from . import connections
+        from .calls import Calls
+        from .faults import only_kinds_of_errors
         from .gate import Gate
+        from .hosts import KnownHosts, own_names
         from .page import build_page
         from .style import style
 
@@ -140,6 +143,11 @@ class WebServer:
             accounts=options.accounts,
             root_path=root.path.rstrip("/"),
             origins=(f"{root.scheme}://{root.netloc}",) if root.netloc else (),
+            hosts=KnownHosts(own_names(options.host, options.root_path, options.hosts)),
+            check=Calls(page.get_config_file(), page.get_api_info()).check,
+            # Each page has a few connections: it keeps one open, and reads from another one while it is answered.
+            most_requests=options.limits.connections + 8 * options.limits.sessions + 64,
+            behind_proxy=bool(options.root_path),
         )
         kind = type("ServerProtocol", (connections.ImpatientProtocol,), {"most_waiting": options.limits.connections})
         config = uvicorn.Config(
@@ -151,8 +159,6 @@ class WebServer:
             access_log=False,
             server_header=False,
             h11_max_incomplete_event_size=connections.HEAD_BYTES,
-            # Each page has a few connections: it keeps one open, and reads from another one while it is answered.
-            limit_concurrency=options.limits.connections + 8 * options.limits.sessions + 64,
             timeout_graceful_shutdown=CLOSE_S,
         )
         outer = self
@@ -167,6 +173,7 @@ class WebServer:
                 if counter % 10 == 0:
                     now = asyncio.get_running_loop().time()
                     connections.close_waiting(self.server_state.connections, now, connections.HEAD_S)
+                    connections.close_unread(self.server_state.connections, now, connections.READ_S)
                 if counter % int(10 * SWEEP_S) == 0:
                     site.sessions.sweep()
                 return await super().on_tick(counter)
@@ -178,8 +185,10 @@ class WebServer:
                 await super().shutdown(sockets)
 
         self._server = PageServer(config)
+        printing = [gradio.queueing, gradio.routes, gradio.route_utils, gradio.utils]
         try:
-            await self._server.serve(sockets=[self.socket])
+            with only_kinds_of_errors(printing):
+                await self._server.serve(sockets=[self.socket])
         finally:
             site.sessions.close_all()
             site.talk.close()

@@ -16,6 +16,10 @@ GRACE_S = 60.0
 _KEY = re.compile(r"[0-9A-Za-z_-]{6,64}")
 
 
+class NoPlace(RequestRefused):
+    """A session that there is no place for."""
+
+
 @dataclass(frozen=True)
 class AskedQuestion:
     """A question with its pictures and with how it is to be answered.
@@ -92,6 +96,7 @@ class BrowserSession:
     Attributes:
         key: the name that the page gave itself.
         browser: the browser's secret; empty for a client without one.
+        address: of the client that began it; empty where it is not known.
         conversation: its conversation.
         turns: its questions and answers so far.
         replacing: whether the next question takes the place of the last one.
@@ -104,8 +109,8 @@ class BrowserSession:
         explanation: what these pictures show (`LookedAt`); None where nothing was explained since the last answer.
     """
 
-    def __init__(self, key: str, browser: str, conversation, now: float):
-        self.key, self.browser, self.conversation = key, browser, conversation
+    def __init__(self, key: str, browser: str, conversation, now: float, address: str = ""):
+        self.key, self.browser, self.conversation, self.address = key, browser, conversation, address
         self.turns: list[AnsweredTurn] = []
         self.replacing = False
         self.answering = False
@@ -166,25 +171,38 @@ class BrowserSessions:
     def __len__(self) -> int:
         return len(self._sessions)
 
-    def open(self, key: object, browser: str) -> BrowserSession:
+    def open(self, key: object, browser: str, address: str = "") -> BrowserSession:
         """The session of this key, which is made if there is none.
 
+        Args:
+            key: the name that the page gave itself.
+            browser: the browser's secret.
+            address: of the client; empty where it is not known.
+
         Raises:
-            RequestRefused: the key has not the form of one, it belongs to another browser, or all places are taken.
+            NoPlace: all places are taken, or as many as one address may have.
+            RequestRefused: the key has not the form of one, or it belongs to another browser.
         """
         if not isinstance(key, str) or not _KEY.fullmatch(key):
             raise RequestRefused("a session's name has 6 to 64 letters, digits, - and _")
         session = self.find(key, browser)
         if session is None:
-            if len(self._sessions) >= self.limits.sessions:
-                self.sweep()
-            if len(self._sessions) >= self.limits.sessions:
-                raise RequestRefused(
-                    f"all {self.limits.sessions} places of this server are taken: try again in a few minutes"
-                )
-            session = self._sessions[key] = BrowserSession(key, browser, self._converse(), self._clock())
+            self._check_place(address)
+            session = self._sessions[key] = BrowserSession(key, browser, self._converse(), self._clock(), address)
         session.seen = self._clock()
         return session
+
+    def _check_place(self, address: str) -> None:
+        for last in (False, True):
+            full = len(self._sessions) >= self.limits.sessions
+            own = sum(bool(address) and session.address == address for session in self._sessions.values())
+            if not full and own < self.limits.address_sessions:
+                return
+            if not last:
+                self.sweep()
+        if full:
+            raise NoPlace(f"all {self.limits.sessions} places of this server are taken: try again in a few minutes")
+        raise NoPlace(f"{own} sessions of this address are open, which is the most for one: try again in a few minutes")
 
     def find(self, key: str, browser: str) -> BrowserSession | None:
         """The session of this key; None where there is none.

@@ -26,6 +26,7 @@ class WebOptions:
         allow_urls: fetch pictures by their URLs, from public addresses.
         drain_s: seconds that running answers have to end when the server is stopped.
         grace_s: seconds for which a session without a connection is kept.
+        hosts: further names of the server; requests for other names are refused.
         title: the heading of the page.
     """
 
@@ -37,6 +38,7 @@ class WebOptions:
     allow_urls: bool = False
     drain_s: float = 60.0
     grace_s: float = GRACE_S
+    hosts: tuple[str, ...] = ()
     title: str = "Mini-Gemini"
 
 
@@ -61,7 +63,7 @@ class Site:
         self.can_read = all(importlib.util.find_spec(name) is not None for name in ("rapidocr", "onnxruntime"))
         self.metrics = ServerMetrics()
         # Each session may have its share, and as much again may wait for questions to use it.
-        self.store = PictureStore(folder, min(2 * limits.sessions * limits.session_bytes, 2**31))
+        self.store = PictureStore(folder, min(2 * limits.sessions * limits.session_bytes, 2**31), limits.session_bytes)
         self.line = WaitingLine(limits.parallel, limits.queue)
         self.sessions = BrowserSessions(
             limits, pipeline.conversation, self.store, on_close=self._closed, grace_s=options.grace_s

@@ -1,6 +1,5 @@
 """Pictures in memory, by names that nobody can guess: what users send, what is drawn, and what is shown to them."""
 
-import re
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -12,6 +11,8 @@ from .limits import RequestRefused
 ENDINGS = {"image/png": ".png", "image/jpeg": ".jpg", "image/webp": ".webp", "image/gif": ".gif", "image/bmp": ".bmp"}
 # A picture that no question has used for so long is dropped.
 UNUSED_S = 600.0
+# An address may have as many unused pictures as so many browsers.
+BROWSERS_OF_ADDRESS = 4
 
 
 @dataclass
@@ -24,6 +25,7 @@ class KeptPicture:
         browser: who may see it: the browser's secret; empty for a client without one, which knows the picture's name.
         owner: the key of the session that it belongs to; None as long as no question has used it.
         since: when it came, in seconds of `time.monotonic`.
+        address: where it came from; empty where that is not known.
     """
 
     data: bytes
@@ -31,6 +33,7 @@ class KeptPicture:
     browser: str
     owner: str | None
     since: float
+    address: str = ""
 
 
 class PictureStore:
@@ -42,11 +45,18 @@ class PictureStore:
     Args:
         folder: the path that all names begin with.
         most_bytes: most bytes of all pictures together.
+        unused_bytes: most bytes of a browser's pictures that no question has used; None: as many as there is room for.
         clock: what tells the time.
     """
 
-    def __init__(self, folder: str, most_bytes: int, clock: Callable[[], float] = time.monotonic):
-        self.folder, self.most_bytes = folder.rstrip("/"), most_bytes
+    def __init__(
+        self,
+        folder: str,
+        most_bytes: int,
+        unused_bytes: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.folder, self.most_bytes, self.unused_bytes = folder.rstrip("/"), most_bytes, unused_bytes
         self._clock = clock
         self._kept: dict[str, KeptPicture] = {}
         self.held_bytes = 0
@@ -54,18 +64,41 @@ class PictureStore:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def put(self, data: bytes, media_type: str, *, browser: str = "", owner: str | None = None) -> str:
+    def put(
+        self, data: bytes, media_type: str, *, browser: str = "", owner: str | None = None, address: str = ""
+    ) -> str:
         """Keeps a picture file, and returns its new name.
 
         Raises:
-            RequestRefused: there is no more room.
+            RequestRefused: there is no more room, or none for pictures that this client sends and does not ask about.
         """
+        if owner is None:
+            self.check_unused(browser, address, len(data))
         if self.held_bytes + len(data) > self.most_bytes:
             raise RequestRefused("this server holds as many pictures as it can: try again in a few minutes")
         name = f"{self.folder}/{secrets.token_hex(16)}/picture{ENDINGS[media_type]}"
-        self._kept[name] = KeptPicture(data, media_type, browser, owner, self._clock())
+        self._kept[name] = KeptPicture(data, media_type, browser, owner, self._clock(), address)
         self.held_bytes += len(data)
         return name
+
+    def check_unused(self, browser: str, address: str, more: int = 0) -> None:
+        """Raises RequestRefused where a client has so many unused pictures that it may not have so many bytes more."""
+        if self.unused_bytes is None:
+            return
+        unused = [kept for kept in self._kept.values() if kept.owner is None]
+        for one, held, most in (
+            (browser, sum(len(kept.data) for kept in unused if kept.browser == browser), self.unused_bytes),
+            (
+                address,
+                sum(len(kept.data) for kept in unused if kept.address == address),
+                BROWSERS_OF_ADDRESS * self.unused_bytes,
+            ),
+        ):
+            if one and held + more > most:
+                raise RequestRefused(
+                    f"{held // 2**20} MiB of pictures have been sent that no question has used: ask about them, or "
+                    f"wait for {UNUSED_S / 60:.0f} minutes"
+                )
 
     def get(self, name: str, browser: str) -> KeptPicture | None:
         """The picture of this name, if this browser may see it."""
@@ -120,8 +153,3 @@ def names_in(message: object) -> Iterator[str]:
             waiting += reversed(part.values())
         elif isinstance(part, list):
             waiting += reversed(part)
-
-
-def is_name(text: str, folder: str) -> bool:
-    """Whether a text has the form of a name in this folder."""
-    return re.fullmatch(re.escape(folder) + r"/[0-9a-f]{32}/picture\.\w{3,4}", text) is not None

@@ -29,15 +29,18 @@ def test_options():
     args = build_parser().parse_args([*words, "--share-limit", "sessions=3", "--share-limit", "queue=0"])
     assert (args.model, args.steps, args.root_path, args.port) == ("DIR", 4, "/pictures", 0)
     assert args.share_limit == [("sessions", 3), ("queue", 0)]
+    assert build_parser().parse_args(["web", "--hosts", "a.example", "B.example"]).hosts == ["a.example", "b.example"]
 
 
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--share-limit", "sesions=3"], "expected NAME=NUMBER with a name of sessions, parallel"),
+        (["--share-limit", "sesions=3"], "expected NAME=NUMBER with a name of sessions, address_sessions"),
         (["--share-limit", "sessions=0"], "sessions: expected a whole number of 1 or more, got 0"),
         (["--port", "70000"], "expected a port from 0 to 65535, got '70000'"),
         (["--root-path", "pictures"], "expected a path that begins with /"),
+        (["--root-path", "/p;Path=/x"], "expected a path that begins with /"),
+        (["--hosts", "https://a.example"], "expected a name such as pictures.example"),
         (["--drain-seconds", "0"], "expected a whole number of 1 or more"),
     ],
 )

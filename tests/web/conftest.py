@@ -8,8 +8,10 @@ from tests.web.serving import another_client, running
 
 
 @pytest.fixture(scope="module")
-def server():
+def server(tmp_path_factory):
     """The page of nano, which draws."""
+    # The tests' own folder is made before, or it would lie in the server's folder and be gone with it.
+    tmp_path_factory.getbasetemp()
     pytest.importorskip("gradio", reason="gradio is not installed: `make test` installs it")
     with running(mg_fast.load("nano", painter="nano"), Limits(sessions=40), grace_s=0.5) as server:
         yield server

@@ -319,6 +319,15 @@ def test_an_example_begins_a_conversation(server, open_page):
     assert "4083" in answered(page)
 
 
+def test_a_page_without_a_place_says_why(open_page):
+    with running(SpokenPipeline(), Limits(sessions=1)) as server:
+        first, second = open_page(server), open_page(server)
+        ask(first, "hello")
+        assert "You said hello" in answered(first)
+        ask(second, "hello")
+        second.wait_for_selector("text=all 1 places of this server are taken")
+
+
 # ---- looks
 
 

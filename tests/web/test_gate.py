@@ -8,9 +8,11 @@ import time
 import pytest
 
 from mg_fast.web import gate as gates
+from mg_fast.web import visits
 from mg_fast.web.accounts import Accounts
-from mg_fast.web.gate import API, COOKIE
+from mg_fast.web.gate import API
 from mg_fast.web.limits import Limits
+from mg_fast.web.visits import COOKIE
 from tests.web.test_web_uploads import file_of
 from tests.web.visiting import ME, SESSION, YOU, Site
 
@@ -86,8 +88,8 @@ def test_a_new_browser_gets_a_secret():
     assert "set-cookie" in site.ask("GET", "/", browser="x").headers
     # What is no secret of this server counts as none.
     for value in ("short", "\xe9" * 24, "a" * 65, "a" * 20 + "/x"):
-        assert gates.browser_of(f"{COOKIE}={value}") == ""
-    assert gates.browser_of(f"x=1; {COOKIE}={ME}; y=2") == ME
+        assert visits.browser_of(f"{COOKIE}={value}") == ""
+    assert visits.browser_of(f"x=1; {COOKIE}={ME}; y=2") == ME
 
 
 # ---- messages
@@ -157,7 +159,7 @@ def test_an_event_is_told_after_the_end_of_the_last_stream_was_read(site):
 
 def test_all_places_are_taken():
     site = Site(Limits(sessions=2))
-    assert [site.join({"session_hash": f"session-{i}"}).status for i in range(3)] == [200, 200, 503]
+    assert [site.join({"session_hash": f"session-{i}"}).status for i in range(3)] == [200, 200, 429]
     answer = site.join({"session_hash": "session-3"})
     assert "all 2 places of this server are taken" in json.loads(answer.body)["detail"]
 
@@ -183,13 +185,13 @@ def test_a_prompt_of_a_million_characters(site):
 
 
 def test_a_slow_sender_is_not_waited_for(site, monkeypatch):
-    monkeypatch.setattr(gates, "PART_S", 0.05)
+    monkeypatch.setattr(visits, "PART_S", 0.05)
     begun = b'--edge\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n'
     for path, piece in (("queue/join", b"{"), ("cancel", b"{"), ("upload", begun)):
         headers = {"content-type": "multipart/form-data; boundary=edge"}
         assert site.ask("POST", f"{API}/{path}", pieces=[piece], headers=headers).status == 408
-    monkeypatch.setattr(gates, "PART_S", 5)
-    monkeypatch.setattr(gates, "WHOLE_S", 0.05)
+    monkeypatch.setattr(visits, "PART_S", 5)
+    monkeypatch.setattr(visits, "WHOLE_S", 0.05)
     assert site.ask("POST", f"{API}/queue/join", pieces=[b" ", b" "]).status == 408
 
 
@@ -265,11 +267,15 @@ def test_other_origins_are_refused(site):
         {"origin": "https://evil.example"},
         {"origin": "null"},
         {"origin": "https://pictures.example.evil.example"},
+        {"origin": "http://pictures.example:8443"},
         {"sec-fetch-site": "cross-site"},
     ):
         assert site.join(message, headers=headers).status == 403
         assert site.ask("GET", f"{API}/info", headers=headers).status == 403
-    for headers in ({"origin": "https://pictures.example"}, {"origin": "http://pictures.example:8443"}):
+    for headers in (
+        {"origin": "https://pictures.example"},
+        {"host": "pictures.example:8443", "origin": "https://pictures.example:8443"},
+    ):
         answer = site.join(message, headers=headers)
         # The library behind would answer to any origin that it sees.
         assert answer.status == 200 and b"origin" not in dict(answer.reached[0][0]["headers"])
@@ -320,7 +326,8 @@ def test_healthz_and_metrics(site):
     assert site.ask("GET", "/metrics").body == b"# nothing\n"
     site.gate.draining = True
     assert site.ask("GET", "/healthz").status == 503
-    assert site.join({"session_hash": SESSION}).status == 503
+    # Of 503 the page would say that the application is busy.
+    assert site.join({"session_hash": SESSION}).status == 429
     body, headers = form((b"a.png", b"image/png", file_of("PNG")))
     assert site.ask("POST", f"{API}/upload", body, headers=headers).status == 503
 

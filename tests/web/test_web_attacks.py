@@ -1,13 +1,13 @@
 """Attacks on the whole server with nano: files by name, large and broken uploads, scripts, and silent connections."""
 
-import os
+import contextlib
 import socket
 import time
-from pathlib import Path
 
 import httpx
 import pytest
 
+from mg_fast.web.gate import MOST_HELD
 from tests.web.conversing import SpokenPipeline
 from tests.web.serving import API, files_in, metrics, running, sent, until
 from tests.web.test_web_uploads import file_of, png_of
@@ -27,7 +27,7 @@ def raw(server, request: bytes, seconds: float = 20.0) -> bytes:
 
 
 def get(path: str) -> bytes:
-    return f"GET {path} HTTP/1.1\r\nHost: pictures.example\r\nConnection: close\r\n\r\n".encode()
+    return f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n".encode()
 
 
 @pytest.mark.parametrize(
@@ -56,13 +56,19 @@ def test_no_file_of_the_server_is_read(server, path):
     assert status in (400, 403, 404) and b"root:" not in answer and b"PATH=" not in answer
 
 
+def endpoint(server, name):
+    """The number of an endpoint or event of the page."""
+    config = httpx.get(f"{server.address}/config").json()
+    [number] = [one["id"] for one in config["dependencies"] if one["api_name"] == name]
+    return number
+
+
 def join(server, message):
     return httpx.post(f"{server.address}{API}/queue/join", json=message)
 
 
 def test_a_question_that_names_a_file_of_the_server(server):
-    config = httpx.get(f"{server.address}/config").json()
-    [ask] = [one["id"] for one in config["dependencies"] if one["api_name"] == "ask"]
+    ask = endpoint(server, "ask")
     for path in ("/etc/passwd", "https://127.0.0.1/a.png", f"{server.site.folder}/x/picture.png", "file:///etc/passwd"):
         file = {"path": path, "meta": {"_type": "gradio.FileData"}}
         data = ["What?", [file], False, False, False, 0.0, None, None, None]
@@ -80,7 +86,7 @@ def test_a_prompt_of_a_million_characters(server, client):
 
 def test_an_upload_of_a_gigabyte(server):
     """Nothing of it is read where it says its length; otherwise it is read up to the limit."""
-    head = f"POST {API}/upload HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=edge\r\n"
+    head = f"POST {API}/upload HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: multipart/form-data; boundary=edge\r\n"
     answer = raw(server, f"{head}Content-Length: {2**30}\r\n\r\n".encode() + b"x" * 1000)
     assert b" 413 " in answer.split(b"\r\n", 1)[0]
 
@@ -192,7 +198,8 @@ def test_one_client_s_session_is_no_other_s(server, client, scenes):
     key = client.session_hash
     assert httpx.get(f"{url}/queue/data?session_hash={key}", headers=cookie).status_code == 400
     assert httpx.get(f"{url}/heartbeat/{key}", headers=cookie).status_code == 400
-    assert httpx.post(f"{url}/queue/join", headers=cookie, json={"session_hash": key}).status_code == 403
+    message = {"session_hash": key, "fn_index": endpoint(server, "limits"), "data": []}
+    assert httpx.post(f"{url}/queue/join", headers=cookie, json=message).status_code == 403
     names = [name for name, kept in server.site.store._kept.items() if kept.owner == key]
     assert names and all(httpx.get(f"{url}/file={name}", headers=cookie).status_code == 404 for name in names)
 
@@ -206,9 +213,50 @@ def test_another_page_cannot_use_this_one(server):
     assert httpx.options(f"{server.address}{API}/queue/join", headers=preflight).status_code == 403
 
 
-def test_gradio_reports_nothing(server):
-    import gradio
+def test_a_stream_that_is_asked_for_by_two_names(server, client):
+    client.predict("a secret question", api_name="/ask")
+    mine, theirs = "attacker2", client.session_hash
+    cookie = {"cookie": "mg_fast_browser=an-attacker-0123456789"}
+    message = {"session_hash": mine, "fn_index": endpoint(server, "limits"), "data": []}
+    url = f"{server.address}{API}/queue"
+    assert httpx.post(f"{url}/join", json=message, headers=cookie).status_code == 200
+    for first, second in ((mine, theirs), (theirs, mine)):
+        answer = httpx.get(f"{url}/data?session_hash={first}&session_hash={second}", headers=cookie)
+        assert answer.status_code == 400 and "expected one session_hash" in answer.json()["detail"]
 
-    assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False" and Path(server.site.folder).is_dir()
-    assert not any(name in os.environ for name in ("GRADIO_SHARE", "GRADIO_ALLOWED_PATHS"))
-    assert gradio.utils.get_upload_folder() == os.environ["GRADIO_TEMP_DIR"]
+
+def test_many_connections_of_one_session_take_nothing_from_others(server, client):
+    held = []
+    head = f"GET {API}/heartbeat/sameSession1 HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode()
+    try:
+        for _ in range(700):
+            one = socket.create_connection(("127.0.0.1", server.options.port), timeout=10)
+            one.sendall(head)
+            held.append(one)
+        assert httpx.get(f"{server.address}/healthz", timeout=10).status_code == 200
+        assert httpx.get(f"{server.address}/config", timeout=10).status_code == 200
+        assert client.predict("What is this?", api_name="/ask")["state"] == "done"
+        session = server.site.sessions.find("sameSession1", "")
+        assert session.listeners == MOST_HELD
+    finally:
+        for one in held:
+            one.close()
+
+
+def test_a_client_that_does_not_read_is_closed(server, monkeypatch):
+    from mg_fast.web import connections
+
+    monkeypatch.setattr(connections, "READ_S", 1.0)
+    name = server.site.store.put(bytes(8 * 2**20), "image/png")
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", server.options.port))
+        connection.sendall(f"GET {API}/file={name} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
+        time.sleep(3)
+        connection.settimeout(20)
+        got = 0
+        with contextlib.suppress(ConnectionResetError):
+            while part := connection.recv(65536):
+                got += len(part)
+    assert 0 < got < 8 * 2**20
+    server.site.store.drop(name)

@@ -141,10 +141,10 @@ def test_a_session_that_is_left_is_freed(server, scenes, tmp_path):
     client = another_client(server, tmp_path)
     client.predict("What does the sign say?", [sent(scenes["61"])], api_name="/ask")
     until(lambda: server.site.store.held_bytes > 0)
-    key = client.session_hash
-    assert server.site.sessions.find(key, "") is not None
+    key, browser = client.session_hash, client.cookies["mg_fast_browser"]
+    assert server.site.sessions.find(key, browser) is not None
     client.close()
-    until(lambda: server.site.sessions.find(key, "") is None)
+    until(lambda: server.site.sessions.find(key, browser) is None)
     assert not any(kept.owner == key for kept in server.site.store._kept.values())
 
 
@@ -171,7 +171,8 @@ def test_healthz_metrics_and_headers(server, client):
 
 
 def test_a_proxy_shows_the_page_below_a_path():
-    with running(SpokenPipeline(), root_path="/pictures") as server:
+    with running(SpokenPipeline(), root_path="/pictures", hosts=("company.example",)) as server:
+        assert httpx.get(server.address, headers={"host": "evil.example"}).status_code == 403
         page = httpx.get(server.address, headers={"host": "company.example"})
         config = json.loads(re.search(r"window.gradio_config = (.*?);</script>", page.text)[1])
         assert config["root"].endswith("/pictures") and "Path=/pictures" in page.headers["set-cookie"]
@@ -211,7 +212,39 @@ def test_a_stop_lets_the_running_answer_end(tmp_path):
         httpx.get(f"{server.address}/healthz")
 
 
-def test_sigterm_ends_the_command(tmp_path):
+# What users write here must not be found in what the command prints.
+SECRET, SECRET_NUMBER = "a question that nobody may read", 73519264
+
+
+def ask_wrongly(address):
+    """Sends questions that do not fit the page, and some that fail within the page's library; returns the statuses."""
+    config = httpx.get(f"{address}/config").json()
+    [ask] = [one["id"] for one in config["dependencies"] if one["api_name"] == "ask"]
+    [look] = [one["id"] for one in config["dependencies"] if one["api_name"] == "look"]
+    [box] = [one["id"] for one in config["dependencies"] if one["api_name"] == "ask_1"]
+    statuses = []
+    for number, data in (
+        (ask, [SECRET, None]),
+        (ask, [SECRET] * 10),
+        (box, [{"text": [SECRET]}, False, False, False, 0, 1, 16, ""]),
+        (box, [SECRET, False, False, False, SECRET, 1, 16, ""]),
+        (look, [SECRET, 0.5, True]),
+        (look, [1, SECRET_NUMBER, True]),
+        (999, [SECRET]),
+        (SECRET, []),
+        # Pictures are numbered from 1 on, and there are none. Only the library knows that.
+        (look, [SECRET_NUMBER, 0.5, True]),
+    ):
+        key = f"wrong-{len(statuses)}"
+        message = {"session_hash": key, "fn_index": number, "data": data}
+        statuses.append(httpx.post(f"{address}{API}/queue/join", json=message).status_code)
+        if statuses[-1] == 200:
+            with httpx.stream("GET", f"{address}{API}/queue/data?session_hash={key}", timeout=30) as stream:
+                assert any('"success":false' in line for line in stream.iter_lines())
+    return statuses
+
+
+def test_the_command_ends_at_sigterm_and_prints_nothing_that_users_wrote(tmp_path):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-m", "mg_fast", "web", "--port", "0", "--drain-seconds", "5"]
     process = subprocess.Popen(words, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
@@ -225,12 +258,15 @@ def test_sigterm_ends_the_command(tmp_path):
         assert httpx.get(f"{address}/healthz").status_code == 200
         assert [path.name for path in tmp_path.iterdir()][0].startswith("mg_fast_web_")
         assert (next(tmp_path.iterdir()).stat().st_mode & 0o777) == 0o700
+        assert ask_wrongly(address) == [400] * 8 + [200]
         process.send_signal(signal.SIGTERM)
         rest = process.stderr.read()
         assert process.wait(60) == 0, rest
     finally:
         process.kill()
     assert "stopping: 0 answers are running" in rest and "Traceback" not in rest
+    assert "a fault in the page's library: Error at" in rest
+    assert SECRET not in rest and str(SECRET_NUMBER) not in rest
     assert list(tmp_path.iterdir()) == []
 
 

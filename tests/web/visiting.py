@@ -3,9 +3,11 @@
 import asyncio
 import json
 
-from mg_fast.web.gate import API, COOKIE, Gate
+from mg_fast.web.gate import API, Gate
+from mg_fast.web.hosts import KnownHosts
 from mg_fast.web.limits import Limits
 from mg_fast.web.uploading import UploadDesk
+from mg_fast.web.visits import COOKIE
 from tests.web.conversing import parts
 
 ME, YOU = "browser-me-0123456789", "browser-you-0123456789"
@@ -29,6 +31,7 @@ class Site:
         self.parts = parts(limits or Limits())
         self.reached = []
         desk = UploadDesk(self.parts.limits, self.parts.store, self.parts.metrics)
+        options = {"hosts": KnownHosts(("pictures.example", "a")), **options}
         self.gate = Gate(self.app, self.parts.sessions, desk, self.parts.metrics, **options)
 
     async def app(self, scope, receive, send):
@@ -42,10 +45,13 @@ class Site:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/html")]})
         await send({"type": "http.response.body", "body": b"reached"})
 
-    async def visit(self, method, path, body=b"", *, browser="", headers=(), query="", pieces=None):
+    async def visit(
+        self, method, path, body=b"", *, browser="", headers=(), more=(), query="", pieces=None, address=None
+    ):
         given = {"host": "pictures.example", **dict(headers)}
         if browser:
             given["cookie"] = f"other=1; {COOKIE}={browser}"
+        given = [*given.items(), *more]
         scope = {
             "type": "http",
             "method": method,
@@ -53,7 +59,8 @@ class Site:
             "query_string": query.encode(),
             "root_path": "",
             "scheme": "http",
-            "headers": [(name.encode(), value.encode()) for name, value in given.items()],
+            "client": None if address is None else (address, 1),
+            "headers": [(name.encode(), value.encode()) for name, value in given],
         }
         waiting = [body] if pieces is None else pieces
 
