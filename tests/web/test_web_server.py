@@ -47,6 +47,22 @@ def test_a_program_asks_and_reads_the_answer_in_pieces(client, scenes):
     assert again["cached_tokens"] > 36 and "circle" in again["text"]
 
 
+def test_nothing_of_a_session_is_found_by_others_or_after_its_end(server, scenes, tmp_path):
+    pipeline, store = server.site.pipeline, server.site.pipeline.decoder.prefixes
+    clients = [another_client(server, tmp_path) for _ in range(2)]
+    for client in clients:
+        # The same question about the same picture: nothing was known before.
+        answer = client.predict("What does the sign say?", [sent(scenes["61"])], measure=True, api_name="/ask")
+        assert answer["cached_tokens"] == 0 and answer["stages"]["HR tower"] > 0
+    held, seen = store.held_bytes, pipeline.vision.cache.held_bytes
+    clients[0].predict(api_name="/clear")
+    assert store.held_bytes < held and pipeline.vision.cache.held_bytes < seen
+    held, seen = store.held_bytes, pipeline.vision.cache.held_bytes
+    clients[1].close()
+    until(lambda: store.held_bytes < held and pipeline.vision.cache.held_bytes < seen)
+    clients[0].close()
+
+
 @pytest.mark.parametrize(
     "example, right",
     zip(
