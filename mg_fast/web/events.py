@@ -234,28 +234,34 @@ class PageEvents:
         """The outputs on the way to an answer. A refusal leaves the page as it is, or as it was before the question."""
         # Texts before the question do not change while it is answered.
         before = shown.messages(session.turns[:-1] if replacing else session.turns)
-        begun, asked = False, self.site.talk.ask(session, question, request_id_of(request), replacing=replacing)
+        begun, edited = False, session.editing
+        asked = self.site.talk.ask(session, question, request_id_of(request), replacing=replacing)
         try:
             async for update in asked:
                 if isinstance(update, TurnDone):
-                    session.editing = False
                     yield _outputs(
                         chat=shown.messages(session.turns),
                         bars=shown.stage_bars(update.turn.stages),
                         choice=_choice(session.pictures()),
                         panel=shown.look_panel(None, 0, False),
                         stop=_stop_button(False),
-                        **_editing(False),
                     )
                     return
                 now = [*before, shown.question_message(question), _message(update, question.draw)]
-                yield _outputs(chat=now) if begun else _outputs(chat=now, box=None, stop=_stop_button(True))
-                begun = True
+                if begun:
+                    yield _outputs(chat=now)
+                    continue
+                # The edit is over: what comes after this is about this question, and not about a later edit.
+                begun, session.editing = True, False
+                yield _outputs(chat=now, box=None, stop=_stop_button(True), **_editing(False))
         except RequestRefused:
             if begun:
                 kept = {"text": question.text, "files": list(question.pictures)}
                 # An edit goes on, because its question is in the box again.
-                yield _outputs(chat=shown.messages(session.turns), box=kept, stop=_stop_button(False))
+                session.editing = edited
+                yield _outputs(
+                    chat=shown.messages(session.turns), box=kept, stop=_stop_button(False), **_editing(edited)
+                )
             raise
 
 
