@@ -1,5 +1,6 @@
 """load, see and chat: conversations, streaming, sampling, and requests that are refused before any work."""
 
+import copy
 import io
 
 import numpy as np
@@ -68,6 +69,36 @@ def test_reset_and_separate_conversations(pipeline, photo, drawing):
     assert pipeline.chat(QUESTION, [photo], max_new_tokens=8) == alone
     other.close()
     assert other.turns == [] and other.pictures == []
+
+
+def test_a_private_conversation_is_remembered_for_itself_and_until_it_is_closed(pipeline, model, photo):
+    store, cache = pipeline.decoder.prefixes, pipeline.vision.cache
+    pipeline.reset()
+    pipeline.clear_kv_cache()
+    pipeline.clear_image_cache()
+    runs = []
+    hook = model.model.vision_tower_aux.register_forward_hook(lambda *_: runs.append(1))
+    try:
+        open_one = pipeline.conversation()
+        answer = open_one.chat(QUESTION, [photo], max_new_tokens=4)
+        shared = store.held_bytes, cache.held_bytes
+        one, two = (pipeline.conversation(private=True) for _ in range(2))
+        for private in (one, two):
+            # Neither the open conversation's past nor the other private one's is found.
+            said = private.chat(QUESTION, [photo], max_new_tokens=4)
+            assert said == answer and said.cached_tokens == 0
+        again = copy.copy(one).chat("And?", [photo], max_new_tokens=4)
+        assert again.cached_tokens > 100
+        stream = two.chat("And?", max_new_tokens=4, stream=True)
+        next(stream)
+        two.reset()
+        list(stream)
+        one.close()
+        assert (store.held_bytes, cache.held_bytes) == shared
+    finally:
+        hook.remove()
+    # The second picture of `again` was found, and everybody else's was seen anew.
+    assert len(runs) == 3
 
 
 @pytest.mark.parametrize("prefix", ["", "hd_"], ids=["standard", "hd"])

@@ -6,7 +6,7 @@ It has one cache of fixed size, computes nothing twice, and does not wait for th
 import copy
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -116,6 +116,7 @@ class Decoder:
         digests: Sequence[bytes] | None = None,
         streamer: BaseStreamer | None = None,
         generator: torch.Generator | None = None,
+        scope: Hashable = None,
     ) -> "DecodingRequest":
         """The value of `custom_generate` for one call of `generate`.
 
@@ -125,8 +126,9 @@ class Decoder:
             streamer: gets the ids. It is an argument here because `generate` passes no streamer to custom loops.
             generator: draws the samples, on the device of the ids. Default: torch's own on a CPU. On a GPU torch's own
                 fails while another thread captures a graph, so a new one is seeded from torch's CPU generator.
+            scope: keys and values are found by requests of the same scope only, until `prefixes.drop(scope)`.
         """
-        return DecodingRequest(self, digests, streamer, generator)
+        return DecodingRequest(self, digests, streamer, generator, scope)
 
     @torch.inference_mode()
     def states(
@@ -202,13 +204,14 @@ class Decoder:
         digests: Sequence[bytes] | None,
         *,
         most: int,
+        scope: Hashable = None,
     ) -> "_Begun":
         """Fills an empty cache with what is remembered of the first `most` positions of a prompt [B, L]."""
         model = self.model
         sequences.fill(model_inputs.get("attention_mask"), model.pass_inputs(model_inputs))
         embeddings = model.embed(input_ids, **{name: model_inputs.get(name) for name in model.prompt_inputs})
         keys = self._keys(input_ids, model_inputs, digests) if sequences.mask is None else None
-        reused, known = (0, []) if keys is None else self.prefixes.longest(keys[:most])
+        reused, known = (0, []) if keys is None else self.prefixes.longest(keys[:most], scope)
         sequences.cache.write(known)
         return _Begun(embeddings[:, reused:], reused, keys, known)
 
@@ -220,7 +223,7 @@ class Decoder:
             return None
         return self.model.position_keys(ids, model_inputs, digests)
 
-    def _give_back(self, sequences: Sequences, state: tuple, keys: list[int] | None) -> None:
+    def _give_back(self, sequences: Sequences, state: tuple, keys: list[int] | None, scope: Hashable = None) -> None:
         """Keeps the cache for the next request, and remembers its keys and values under the keys of their positions."""
         with self._lock:
             # Identity, not equality: if everything was forgotten meanwhile, this cache is dropped as well, even though
@@ -231,7 +234,7 @@ class Decoder:
             # Keys and values that exceed the whole limit are not even copied.
             if keys is not None and cache.nbytes * len(keys) <= self.prefixes.limit * cache.capacity:
                 try:
-                    self.prefixes.put(keys, sequences.cache.read)
+                    self.prefixes.put(keys, sequences.cache.read, scope)
                 except torch.OutOfMemoryError as error:
                     # The answer is complete. It must not be lost because its keys and values cannot be remembered.
                     logger.warning("keys and values of an answer are not kept: %s", error)
@@ -271,8 +274,10 @@ class DecodingRequest:
         digests: Sequence[bytes] | None,
         streamer: BaseStreamer | None,
         generator: torch.Generator | None,
+        scope: Hashable = None,
     ):
         self.decoder, self.digests, self.streamer, self.generator = decoder, digests, streamer, generator
+        self.scope = scope
         self.reused = 0
         self.lengths: list[int] = []
 
@@ -306,7 +311,7 @@ class DecodingRequest:
         length, limit = input_ids.shape[1], stopping_criteria.max_length
         sequences, state = decoder._take(len(input_ids), limit)
         # The last position is always run, for its logits.
-        begun = decoder._begin(sequences, input_ids, model_inputs, self.digests, most=length - 1)
+        begun = decoder._begin(sequences, input_ids, model_inputs, self.digests, most=length - 1, scope=self.scope)
         self.reused = begun.reused
         logits = runner.prefill(sequences, begun.embeddings)
         del begun.embeddings
@@ -349,7 +354,7 @@ class DecodingRequest:
             keys = decoder._keys(ids[:, : length - 1], model_inputs, self.digests)
         begun.known.clear()
         self.lengths = choice.lengths.tolist()
-        decoder._give_back(sequences, state, keys)
+        decoder._give_back(sequences, state, keys, self.scope)
         return ids[:, :length]
 
 

@@ -2,7 +2,7 @@
 
 import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -30,10 +30,11 @@ class _Node:
 
 
 class PrefixStore:
-    """A tree of token runs, bounded in bytes, which keeps the common beginnings of prompts only once.
+    """Trees of token runs, bounded in bytes together, which keep the common beginnings of prompts only once.
 
-    The ends that were used longest ago are dropped first. Threads may share a store. It keeps copies, and nobody writes
-    into the tensors that it hands out.
+    Each scope has a tree of its own, so that nothing of one scope is found in another. The ends that were used longest
+    ago are dropped first. Threads may share a store. It keeps copies, and nobody writes into the tensors that it hands
+    out.
 
     Args:
         limit: most bytes of keys and values held; 0 keeps nothing.
@@ -45,30 +46,33 @@ class PrefixStore:
     def __init__(self, limit: int):
         self.limit = byte_limit("kv_cache_bytes", limit)
         self.held_bytes = 0
-        self._root = _Node()
+        self._roots: dict[Hashable, _Node] = {}
         self._clock = itertools.count(1)
         self._lock = threading.Lock()
 
-    def longest(self, tokens: Sequence[int]) -> tuple[int, list[Segment]]:
+    def longest(self, tokens: Sequence[int], scope: Hashable = None) -> tuple[int, list[Segment]]:
         """The number of first tokens that are known, and their segments in order.
 
         Args:
             tokens: one whole number for every position; a picture's positions have numbers that only the same picture
                 has.
+            scope: only what was kept under the same scope is found.
         """
         with self._lock:
-            return self._walk(tuple(tokens))[1:]
+            return self._walk(self._roots.get(scope, _Node()), tuple(tokens))[1:]
 
-    def put(self, tokens: Sequence[int], read: Callable[[int, int], Segment]) -> None:
+    def put(self, tokens: Sequence[int], read: Callable[[int, int], Segment], scope: Hashable = None) -> None:
         """Keeps a prompt; the part of it that is already known is not copied again.
 
         Args:
             tokens: as for `longest`. A prompt that exceeds the limit by itself is not kept.
             read: copies the keys and values between two positions.
+            scope: as for `longest`.
         """
         tokens = tuple(tokens)
         with self._lock:
-            node, known, segments = self._walk(tokens)
+            root = self._roots.get(scope, _Node())
+            node, known, segments = self._walk(root, tokens)
             if known == len(tokens) or not self.limit:
                 return
             segment = read(known, len(tokens))
@@ -81,17 +85,24 @@ class PrefixStore:
                 node = self._split(node, len(node.tokens) - (end - known))
             child = _Node(tokens[known:], segment, node, used=next(self._clock))
             node.children[tokens[known]] = child
+            self._roots[scope] = root
             self.held_bytes += child.nbytes
             self._make_room(child)
 
     def clear(self) -> None:
         with self._lock:
-            self._root = _Node()
+            self._roots = {}
             self.held_bytes = 0
 
-    def _walk(self, tokens: tuple[int, ...]) -> tuple[_Node, int, list[Segment]]:
+    def drop(self, scope: Hashable) -> None:
+        """Forgets everything that was kept under a scope."""
+        with self._lock:
+            if (root := self._roots.pop(scope, None)) is not None:
+                self.held_bytes -= sum(node.nbytes for node in _below(root))
+
+    def _walk(self, root: _Node, tokens: tuple[int, ...]) -> tuple[_Node, int, list[Segment]]:
         """The last node that shares any of the tokens, the number of shared tokens, and their segments."""
-        node, known, segments = self._root, 0, []
+        node, known, segments = root, 0, []
         while known < len(tokens) and (child := node.children.get(tokens[known])) is not None:
             shared = _common(child.tokens, tokens[known:])
             child.used = next(self._clock)
@@ -133,12 +144,17 @@ class PrefixStore:
             del node.parent.children[node.tokens[0]]
             self.held_bytes -= node.nbytes
 
-    def _nodes(self):
-        stack = list(self._root.children.values())
-        while stack:
-            node = stack.pop()
-            stack.extend(node.children.values())
-            yield node
+    def _nodes(self) -> Iterator[_Node]:
+        return itertools.chain.from_iterable(map(_below, self._roots.values()))
+
+
+def _below(root: _Node) -> Iterator[_Node]:
+    """All nodes below a root."""
+    stack = list(root.children.values())
+    while stack:
+        node = stack.pop()
+        stack.extend(node.children.values())
+        yield node
 
 
 def _wait(segment: Segment) -> None:

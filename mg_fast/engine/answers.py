@@ -1,7 +1,7 @@
 """The answer stage: it turns prompts and image tokens into answers."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -152,6 +152,7 @@ class AnswerStage:
         meter: Meter | None = None,
         emit: Callable[[str], None] | None = None,
         criterion: StoppingCriteria | None = None,
+        scope: Hashable = None,
     ) -> list[Answer]:
         """Answers requests side by side.
 
@@ -164,6 +165,7 @@ class AnswerStage:
             meter: measures the stages; for a single request only.
             emit: called with pieces of text as they become final; for a single request only.
             criterion: a further criterion, which ends all answers.
+            scope: keys and values are remembered for requests of the same scope only; see `drop`.
         """
         model, options = self.model, sampling.of_generate()
         inputs = self.inputs(rows)
@@ -192,7 +194,7 @@ class AnswerStage:
             request = None
             if requested() != "reference" and self.decoder.refuses(options) is None:
                 digests = self.digests(rows)
-                request = self.decoder.request(digests if all(digests) else None, stream, generator)
+                request = self.decoder.request(digests if all(digests) else None, stream, generator, scope)
             elif generator is not None:
                 stack.enter_context(_as_global(generator))
             stack.enter_context(mixed_dtypes_named({"language_model": model.language_model}))
@@ -215,6 +217,10 @@ class AnswerStage:
     def forget(self) -> None:
         """Drops the keys and values of prompts and answers, and all captured graphs."""
         self.decoder.forget()
+
+    def drop(self, scope: Hashable) -> None:
+        """Drops the keys and values that are remembered for a scope."""
+        self.decoder.prefixes.drop(scope)
 
     def forget_prompts(self) -> None:
         """Drops the keys and values of prompts and answers, but no captured graphs."""

@@ -3,6 +3,7 @@
 import copy
 import logging
 import os
+import secrets
 import threading
 from collections.abc import Mapping, Sequence
 
@@ -35,6 +36,9 @@ class Conversation:
         answers: the stage that answers the prompts.
         template: name of the prompt template.
         painter: draws the pictures that answers ask for (`mg_fast.drawing.Painter`); None: nothing can be drawn.
+        private: what the stages remember of this conversation (keys, values, image tokens) is found by it and by its
+            copies alone, and is dropped at `reset` and `close`. Otherwise other conversations that begin alike find
+            it, and it stays until there is no more room.
 
     Attributes:
         turns: questions and answers so far.
@@ -44,8 +48,11 @@ class Conversation:
             have it too, so that they are alike. None before the first one, which leaves the seed to chance.
     """
 
-    def __init__(self, vision: VisionStage, answers: AnswerStage, template: str, painter=None):
+    def __init__(
+        self, vision: VisionStage, answers: AnswerStage, template: str, painter=None, *, private: bool = False
+    ):
         self.vision, self.answers, self.template, self.painter = vision, answers, template, painter
+        self._scope = secrets.token_bytes(16) if private else None
         self.turns: list[tuple[str, str]] = []
         self.pictures: list[SeenPicture] = []
         self.last_drawn: Image.Image | None = None
@@ -59,6 +66,7 @@ class Conversation:
     def __copy__(self) -> "Conversation":
         """Another conversation with the same past and the same stages; from here on, each goes on by itself."""
         other = type(self)(self.vision, self.answers, self.template, self.painter)
+        other._scope = self._scope
         with self._changing:
             # Neither turns nor image tokens are ever changed in place.
             other.turns, other.pictures = list(self.turns), list(self.pictures)
@@ -75,10 +83,11 @@ class Conversation:
         )
 
     def reset(self) -> None:
-        """Forgets turns and pictures."""
+        """Forgets turns and pictures, and for a private conversation what the stages remember of it."""
         with self._changing:
             self.turns, self.pictures, self.last_drawn, self.picture_seed = [], [], None, None
             self._version += 1
+        self._drop_remembered()
 
     close = reset
 
@@ -144,12 +153,19 @@ class Conversation:
                 turns, pictures, version = list(self.turns), list(self.pictures), self._version
             meter = Meter(self.answers.device) if profile else None
             see = {"allow_urls": allow_urls, "meter": meter, "with_digest": self.answers.remembers()}
+            see["scope"] = self._scope
             seen = [*pictures, *(self.vision.see(image, **see) for image in images)]
             prompt = render(self.template, [*turns, (question, None)])
             request = self.answers.request(prompt, sampling)
 
             def run(**streamed) -> Answer:
-                return self.answers.answer([(request, seen)], sampling, generator=generator, meter=meter, **streamed)[0]
+                how = {"generator": generator, "meter": meter, "scope": self._scope, **streamed}
+                try:
+                    return self.answers.answer([(request, seen)], sampling, **how)[0]
+                finally:
+                    if self._version != version:
+                        # The conversation was reset meanwhile, and nothing of it may be remembered after that.
+                        self._drop_remembered()
 
             def keep(answer: Answer) -> Answer:
                 with self._changing:
@@ -183,6 +199,11 @@ class Conversation:
         with self._answering:
             run, keep = ask()
             return keep(run())
+
+    def _drop_remembered(self) -> None:
+        if self._scope is not None:
+            self.vision.drop(self._scope)
+            self.answers.drop(self._scope)
 
 
 def as_question(text: str, images: Sequence | None) -> tuple[str, list]:

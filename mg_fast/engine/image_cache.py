@@ -1,7 +1,7 @@
 """Image tokens of pictures seen before, found by the contents of the pictures."""
 
 import hashlib
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 
 import numpy as np
 import torch
@@ -78,6 +78,10 @@ class ImageCache:
             with torch.cuda.device(tensor.device):
                 written = torch.cuda.current_stream().record_event()
         self._tokens.put(key, (tensor, written), tensor.nbytes)
+
+    def drop(self, unwanted: Callable[[Hashable], bool]) -> None:
+        """Drops the tensors whose keys are unwanted."""
+        self._tokens.drop(unwanted)
 
     def clear(self) -> None:
         self._tokens.clear()

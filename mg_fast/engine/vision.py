@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import logging
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -93,6 +93,7 @@ class VisionStage:
         meter: Meter | None = None,
         at_hand: Iterable[SeenPicture] | None = None,
         with_digest: bool = False,
+        scope: Hashable = None,
     ) -> SeenPicture:
         """Image tokens [T, hidden] of one picture (T is 576, in HD 2880; unscaled, the global view first).
 
@@ -105,6 +106,7 @@ class VisionStage:
             meter: measures the steps.
             at_hand: pictures that are not encoded again, whether the cache holds them or not.
             with_digest: make a digest even if this stage keeps no tokens by it, provided that the towers can be packed.
+            scope: tokens are found in the cache only if they were made for the same scope; see `drop`.
         """
         stage = meter.stage if meter is not None else contextlib.nullcontext
         with use_backend(self.backend):
@@ -123,7 +125,7 @@ class VisionStage:
                         known := next((picture for picture in at_hand or () if picture.digest == digest), None)
                     ) is not None:
                         return known
-                    if (tokens := self.cache.get(digest)) is not None:
+                    if (tokens := self.cache.get((scope, digest))) is not None:
                         return SeenPicture(tokens, digest)
                 # Both ways give the same pixels to the last bit; on a CPU Pillow is the faster one.
                 device = self.device if self.device.type == "cuda" and requested() != "reference" else None
@@ -135,7 +137,7 @@ class VisionStage:
                 with mixed_dtypes_named(self.model.picture_parts):
                     tokens = self.model.get_image_features(**pixels, **measured).pooler_output[0]
             if digest:
-                self.cache.put(digest, tokens)
+                self.cache.put((scope, digest), tokens)
             return SeenPicture(tokens, digest)
 
     def see_all(
@@ -147,6 +149,10 @@ class VisionStage:
         for image in images:
             seen.append(self.see(image, allow_urls=allow_urls, at_hand=seen))
         return seen[before:]
+
+    def drop(self, scope: Hashable) -> None:
+        """Drops the image tokens that were made for a scope."""
+        self.cache.drop(lambda key: key[0] == scope)
 
     def clear(self) -> None:
         """Drops the image tokens of pictures seen before, and the packed towers."""

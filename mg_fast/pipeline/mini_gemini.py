@@ -105,9 +105,14 @@ class Pipeline(StagedPipeline):
         """Forgets the pipeline's own conversation."""
         self._own.reset()
 
-    def conversation(self) -> Conversation:
-        """Opens another conversation over the same model."""
-        return Conversation(self.vision, self.answers, self.template, self.painter)
+    def conversation(self, *, private: bool = False) -> Conversation:
+        """Opens another conversation over the same model.
+
+        Args:
+            private: what is remembered of it is found by no other conversation, and is dropped at its `reset` or
+                `close`; see `Conversation`.
+        """
+        return Conversation(self.vision, self.answers, self.template, self.painter, private=private)
 
     def chat_batch(
         self,

@@ -2,7 +2,7 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 
 
 class ByteLRU:
@@ -53,6 +53,12 @@ class ByteLRU:
             self.held_bytes += nbytes
             while self.limit is not None and self.held_bytes > self.limit:
                 self.held_bytes -= self._entries.popitem(last=False)[1][1]
+
+    def drop(self, unwanted: Callable[[Hashable], bool]) -> None:
+        """Drops the values whose keys are unwanted."""
+        with self._lock:
+            for key in [key for key in self._entries if unwanted(key)]:
+                self.held_bytes -= self._entries.pop(key)[1]
 
     def clear(self) -> None:
         with self._lock:

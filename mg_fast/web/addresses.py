@@ -8,6 +8,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, TimeoutError
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from .limits import RequestRefused
@@ -22,6 +23,10 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 # The same within one network, which no address of the open internet is.
 _OWN_NAT64 = ipaddress.ip_network("64:ff9b:1::/48")
+# Networks that some releases of Python take for public: old addresses of sites, examples, and old relays to IPv6.
+_NOT_PUBLIC = tuple(map(ipaddress.ip_network, ("fec0::/10", "3fff::/20", "192.88.99.0/24")))
+# Names that are being looked up. A look-up cannot be ended, so that slow ones go on beyond their time.
+_LOOKING_UP = threading.BoundedSemaphore(16)
 
 
 def is_public(text: str) -> bool:
@@ -38,6 +43,8 @@ def is_public(text: str) -> bool:
             return is_public(str(inner))
         if address in _OWN_NAT64:
             return False
+    if any(address in network for network in _NOT_PUBLIC):
+        return False
     return address.is_global and not (address.is_multicast or address.is_reserved or address.is_unspecified)
 
 
@@ -74,13 +81,34 @@ def fetched(url: str, most_bytes: int, *, resolve: Callable[[str, int], list[str
     ends = time.monotonic() + WHOLE_S
     for _ in range(MOST_REDIRECTS + 1):
         parts, port = _parsed(url)
-        status, location, data = _once(parts, port, resolve(parts.hostname, port)[0], most_bytes, ends)
+        status, location, data = _once(parts, port, _in_time(resolve, parts.hostname, port, ends)[0], most_bytes, ends)
         if status == 200:
             return data
         if status not in _REDIRECTS or not location:
             raise RequestRefused(f"this address answered with status {status}")
         url = _joined(url, location)
     raise RequestRefused(f"this address leads on to others more than {MOST_REDIRECTS} times")
+
+
+def _in_time(resolve: Callable[[str, int], list[str]], host: str, port: int, ends: float) -> list[str]:
+    """The addresses of a host, if they are found in time."""
+    found: Future = Future()
+    if not _LOOKING_UP.acquire(blocking=False):
+        raise RequestRefused("too many addresses are being looked up: try again in a minute")
+
+    def look_up() -> None:
+        try:
+            found.set_result(resolve(host, port))
+        except BaseException as error:  # Any error is handed over to the one who waits.
+            found.set_exception(error)
+        finally:
+            _LOOKING_UP.release()
+
+    threading.Thread(target=look_up, name="mg_fast-web-names", daemon=True).start()
+    try:
+        return found.result(max(0.0, ends - time.monotonic()))
+    except TimeoutError:
+        raise RequestRefused("the server of this address is not found in time") from None
 
 
 def _parsed(url: str) -> tuple[SplitResult, int]:

@@ -4,12 +4,12 @@ import dataclasses
 
 import gradio as gr
 
-from .events import request_id_of, session_of, stop_answer
+from ..errors import quoted
+from .events import going_on, request_id_of, session_of, stop_answer
 from .limits import RequestRefused
 from .looking import LookedAt
 from .sessions import AnsweredTurn, AskedQuestion
 from .site import Site
-from .store import names_in
 from .talk import DrawingSteps, InLine, TextSoFar, TurnDone
 
 
@@ -40,9 +40,9 @@ class Endpoints:
         Each piece is an object with `state` (`waiting`, `answering`, `drawing` or `done`) and `text` so far. The last
         one also has the figures of the answer, its drawn pictures with their prompts, and the reason if none came.
         """
-        names = tuple(names_in(pictures or []))
         try:
-            session = session_of(self.site, request)
+            names = _names(pictures)
+            session = going_on(session_of(self.site, request))
             question = AskedQuestion(
                 text, names, bool(draw), bool(ocr), temperature, top_p, tokens, seed, bool(measure)
             )
@@ -66,7 +66,7 @@ class Endpoints:
     async def explain(self, request: gr.Request, picture: int = 1) -> dict:
         """Shows what the model looked at in a picture of the conversation (from 1 on) for the last question."""
         try:
-            session = session_of(self.site, request)
+            session = going_on(session_of(self.site, request))
             async for update in self.site.looking.explain(session, picture, request_id_of(request)):
                 yield _layers(update) if isinstance(update, LookedAt) else _piece(update)
         except RequestRefused as refusal:
@@ -76,6 +76,20 @@ class Endpoints:
         """What the server gives to its users, and how many wait."""
         line = self.site.line
         return dataclasses.asdict(self.site.options.limits) | {"waiting": line.waiting, "running": line.running}
+
+
+def _names(pictures: object) -> tuple[str, ...]:
+    """The names of uploaded files, as gradio's clients send them.
+
+    Raises:
+        RequestRefused: this is no list of files.
+    """
+    files = [] if pictures is None else pictures
+    if isinstance(files, list) and all(isinstance(file, dict) and isinstance(file.get("path"), str) for file in files):
+        return tuple(file["path"] for file in files)
+    raise RequestRefused(
+        f"pictures: expected a list of files, each by gradio_client's handle_file, got {quoted(pictures)}"
+    )
 
 
 def _piece(update) -> dict:

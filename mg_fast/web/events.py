@@ -38,6 +38,26 @@ def request_id_of(request: gr.Request) -> str | None:
     return request.request.headers.get("x-request-id")
 
 
+# What the events of the page may change, in order; see `_outputs`.
+OUTPUTS = ("chat", "box", "bars", "choice", "panel", "stop", "edit", "note")
+
+
+class ConversationEnded(RequestRefused):
+    """The session of a page that is still open was closed, because the page was not used for long."""
+
+
+def going_on(session: BrowserSession) -> BrowserSession:
+    """The session.
+
+    Raises:
+        ConversationEnded: once, where it follows another one that its page does not know to have ended.
+    """
+    if session.follows:
+        session.follows = False
+        raise ConversationEnded("this conversation has ended, because it was not used for long: ask anew")
+    return session
+
+
 def told(refusal: RequestRefused) -> gr.Error:
     """A refusal as gradio shows it, which takes its text for HTML."""
     return gr.Error(html.escape(str(refusal)), print_exception=False)
@@ -61,7 +81,8 @@ async def stop_answer(session: BrowserSession) -> None:
 class PageEvents:
     """The events of the page of a site.
 
-    Outputs are the conversation, the question, the bars, the choice of a picture, the panel, and the button that stops.
+    Outputs are the conversation, the question, the bars, the choice of a picture, the panel, the button that stops, the
+    button that edits, and the note that says so.
     """
 
     def __init__(self, site: Site):
@@ -76,10 +97,13 @@ class PageEvents:
         try:
             settings = _settings(draw, ocr, measure, temperature, top_p, tokens, seed)
             question = AskedQuestion(box.get("text") or "", tuple(box.get("files") or ()), **settings)
-            session = session_of(self.site, request)
-            async for outputs in self._answered(session, question, request):
+            session = going_on(session_of(self.site, request))
+            async for outputs in self._answered(session, question, request, replacing=session.editing):
                 yield outputs
         except RequestRefused as refusal:
+            if isinstance(refusal, ConversationEnded):
+                # The question stays, without the pictures that have ended as well.
+                yield _cleared(box={"text": box.get("text") or "", "files": []})
             raise told(refusal) from None
 
     async def regenerate(
@@ -87,34 +111,36 @@ class PageEvents:
     ) -> AsyncIterator[tuple]:
         """Answers the last question once more, with the settings as they are now."""
         try:
-            session = session_of(self.site, request)
-            if not session.turns:
-                raise RequestRefused("there is no question yet that could be answered again")
+            session = going_on(session_of(self.site, request))
             if session.answering:
                 raise RequestRefused("the last question is still being answered: stop it, or wait for its end")
+            if not session.turns:
+                raise RequestRefused("there is no question yet that could be answered again")
             settings = _settings(draw, ocr, measure, temperature, top_p, tokens, seed)
             question = replace(session.turns[-1].question, **settings)
-            session.replacing = True
-            try:
-                async for outputs in self._answered(session, question, request):
-                    yield outputs
-            finally:
-                # After a refusal, the next question is a new one.
-                session.replacing = False
+            async for outputs in self._answered(session, question, request, replacing=True):
+                yield outputs
         except RequestRefused as refusal:
+            if isinstance(refusal, ConversationEnded):
+                yield _cleared()
             raise told(refusal) from None
 
-    async def edit(self, request: gr.Request) -> dict:
-        """Puts the last question back into the box; the next one that is asked takes its place."""
+    async def edit(self, request: gr.Request) -> AsyncIterator[tuple]:
+        """Puts the last question back into the box; the next one that is asked takes its place. Once more ends that."""
         try:
-            session = session_of(self.site, request)
+            session = going_on(session_of(self.site, request))
+            if session.answering:
+                raise RequestRefused("the last question is still being answered: stop it, or wait for its end")
             if not session.turns:
                 raise RequestRefused("there is no question yet that could be edited")
         except RequestRefused as refusal:
+            if isinstance(refusal, ConversationEnded):
+                yield _cleared()
             raise told(refusal) from None
-        session.replacing = True
+        session.editing = not session.editing
         question = session.turns[-1].question
-        return {"text": question.text, "files": list(question.pictures)}
+        box = {"text": question.text, "files": list(question.pictures)} if session.editing else None
+        yield _outputs(box=box, **_editing(session.editing))
 
     async def clear(self, request: gr.Request) -> tuple:
         """Forgets the conversation."""
@@ -126,7 +152,7 @@ class PageEvents:
             raise told(refusal) from None
         session.clear()
         self.site.store.drop_all_of(session.key)
-        return [], None, shown.stage_bars(()), _choice([]), shown.look_panel(None, 0, False), _stop_button(False)
+        return _cleared(box=None)
 
     async def stop(self, request: gr.Request) -> None:
         """Ends the answer where it is."""
@@ -178,16 +204,20 @@ class PageEvents:
             site.metrics.done("fetch", outcome)
         return _with_file(box, name), ""
 
-    async def look(self, number: int | None, strength: float, windows: bool, request: gr.Request) -> AsyncIterator[str]:
+    async def look(
+        self, number: int | None, strength: float, windows: bool, request: gr.Request
+    ) -> AsyncIterator[tuple]:
         """Shows what the model looked at in a picture."""
         try:
-            session = session_of(self.site, request)
+            session = going_on(session_of(self.site, request))
             async for update in self.site.looking.explain(session, number or 1, request_id_of(request)):
                 if isinstance(update, InLine):
-                    yield f'<p class="mg-hint">{shown.place_note(update.place, update.length)}</p>'
+                    yield _outputs(panel=f'<p class="mg-hint">{shown.place_note(update.place, update.length)}</p>')
                 else:
-                    yield shown.look_panel(update, strength, windows)
+                    yield _outputs(panel=shown.look_panel(update, strength, windows))
         except RequestRefused as refusal:
+            if isinstance(refusal, ConversationEnded):
+                yield _cleared()
             raise told(refusal) from None
 
     async def relook(self, strength: float, windows: bool, request: gr.Request) -> str:
@@ -199,27 +229,64 @@ class PageEvents:
         return shown.look_panel(session.explanation, strength, windows)
 
     async def _answered(
-        self, session: BrowserSession, question: AskedQuestion, request: gr.Request
+        self, session: BrowserSession, question: AskedQuestion, request: gr.Request, *, replacing: bool
     ) -> AsyncIterator[tuple]:
         """The outputs on the way to an answer. A refusal leaves the page as it is, or as it was before the question."""
         # Texts before the question do not change while it is answered.
-        before = shown.messages(session.turns[:-1] if session.replacing else session.turns)
-        same, begun = gr.skip(), False
+        before = shown.messages(session.turns[:-1] if replacing else session.turns)
+        begun, edited = False, session.editing
+        asked = self.site.talk.ask(session, question, request_id_of(request), replacing=replacing)
         try:
-            async for update in self.site.talk.ask(session, question, request_id_of(request)):
+            async for update in asked:
                 if isinstance(update, TurnDone):
-                    picture, panel = _choice(session.pictures()), shown.look_panel(None, 0, False)
-                    bars = shown.stage_bars(update.turn.stages)
-                    yield shown.messages(session.turns), same, bars, picture, panel, _stop_button(False)
+                    yield _outputs(
+                        chat=shown.messages(session.turns),
+                        bars=shown.stage_bars(update.turn.stages),
+                        choice=_choice(session.pictures()),
+                        panel=shown.look_panel(None, 0, False),
+                        stop=_stop_button(False),
+                    )
                     return
-                now = [*before, shown.question_message(question), _message(update)]
-                yield (now, *((same,) * 5 if begun else (None, same, same, same, _stop_button(True))))
-                begun = True
+                now = [*before, shown.question_message(question), _message(update, question.draw)]
+                if begun:
+                    yield _outputs(chat=now)
+                    continue
+                # The edit is over: what comes after this is about this question, and not about a later edit.
+                begun, session.editing = True, False
+                yield _outputs(chat=now, box=None, stop=_stop_button(True), **_editing(False))
         except RequestRefused:
             if begun:
                 kept = {"text": question.text, "files": list(question.pictures)}
-                yield shown.messages(session.turns), kept, same, same, same, _stop_button(False)
+                # An edit goes on, because its question is in the box again.
+                session.editing = edited
+                yield _outputs(
+                    chat=shown.messages(session.turns), box=kept, stop=_stop_button(False), **_editing(edited)
+                )
             raise
+
+
+def _outputs(**given) -> tuple:
+    """Outputs by their names; those that are not given stay as they are."""
+    return tuple(given.get(name, gr.skip()) for name in OUTPUTS)
+
+
+def _cleared(**more) -> tuple:
+    """The outputs of a page without a conversation."""
+    return _outputs(
+        chat=[],
+        bars=shown.stage_bars(()),
+        choice=_choice([]),
+        panel=shown.look_panel(None, 0, False),
+        stop=_stop_button(False),
+        **_editing(False),
+        **more,
+    )
+
+
+def _editing(on: bool) -> dict:
+    """Shows whether the last question is being edited."""
+    button = gr.Button("Cancel edit" if on else "Edit last", variant="primary" if on else "secondary")
+    return {"edit": button, "note": gr.HTML(visible=on)}
 
 
 def _stop_button(running: bool) -> gr.Button:
@@ -233,13 +300,14 @@ def _choice(names: Sequence[str]) -> gr.Radio:
     return gr.Radio(choices=[(f"Picture {i}", i) for i in numbers], value=len(names) or None, visible=len(names) > 1)
 
 
-def _message(update) -> dict:
-    """An answer that is not complete yet, as a message."""
+def _message(update, draw: bool) -> dict:
+    """An answer that is not complete yet, as a message. Where a picture is asked for, its wish is not shown yet."""
     if isinstance(update, InLine):
         return shown.answer_so_far("", shown.place_note(update.place, update.length))
     if isinstance(update, DrawingSteps):
-        return shown.answer_so_far(update.text, f"Drawing: step {update.step} of {update.total}")
-    return shown.answer_so_far(update.text if isinstance(update, TextSoFar) else "")
+        return shown.answer_so_far(shown.without_wishes(update.text), f"Drawing: step {update.step} of {update.total}")
+    text = update.text if isinstance(update, TextSoFar) else ""
+    return shown.answer_so_far(shown.without_wishes(text) if draw else text)
 
 
 def _settings(draw, ocr, measure, temperature, top_p, tokens, seed) -> dict:

@@ -204,7 +204,7 @@ class Gate:
 
     async def _heartbeat(self, visit: Visit, key: str) -> None:
         session = self.sessions.open(key, visit.browser, visit.address)
-        if session.listeners >= MOST_HELD:
+        if self.sessions.listeners(session) >= MOST_HELD:
             raise ShareTaken(self._streams.told)
         self.sessions.listen(session)
         try:

@@ -7,9 +7,11 @@ import secrets
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
+import numpy as np
 from PIL import Image, ImageDraw
 
 from ..engine.explain import Explanation
+from ..errors import quoted
 from .limits import RequestRefused
 from .line import LineTicket
 from .sessions import BrowserSession
@@ -29,6 +31,8 @@ class LookedAt:
         picture: the name in the store of the picture as the model saw it.
         heat: of the picture in grey under its heat map.
         windows: of the same with the borders of the windows.
+        glow: of the heat alone, transparent where it is cold, to be laid over the picture in its colours.
+        borders: of the borders alone.
     """
 
     question: str
@@ -36,6 +40,8 @@ class LookedAt:
     picture: str
     heat: str
     windows: str
+    glow: str
+    borders: str
 
 
 class Looking:
@@ -69,6 +75,8 @@ class Looking:
         try:
             if talk.draining:
                 raise RequestRefused(STOPPING)
+            if type(number) is not int:
+                raise RequestRefused(f"picture: expected a whole number from 1 on, got {quoted(number)}")
             if not names:
                 raise RequestRefused("no picture has been asked about yet")
             if session.answering:
@@ -119,26 +127,35 @@ class Looking:
             talk.metrics.done("explain", outcome)
             logger.info("request=%s kind=explain outcome=%s", request_id, outcome)
 
-    def _layers(self, data: bytes, question: str) -> tuple[str, list[Image.Image]]:
+    def _layers(self, data: bytes, question: str) -> tuple[str, list[tuple[bytes, str]]]:
         explanation: Explanation = self.pipeline.explain(data, question, max_new_tokens=self.talk.limits.tokens)
         heat = explanation.image
         seen = explanation.picture.resize(heat.size, Image.Resampling.BICUBIC)
         # A window has as many positions along its side as the weights of one query.
         windows = len(explanation.map) // explanation.weights.shape[-1]
-        return explanation.answer.text, [seen, heat, bordered(heat, windows)]
+        layers = [(layer, True) for layer in (seen, heat, bordered(heat, windows))]
+        layers += [(glow(heat), False), (bordered(Image.new("RGBA", heat.size), windows), False)]
+        return explanation.answer.text, [written(layer, photo=photo) for layer, photo in layers]
 
-    def _kept(self, session: BrowserSession, question: str, answer: str, layers: list[Image.Image]) -> LookedAt:
+    def _kept(self, session: BrowserSession, question: str, answer: str, files: list[tuple[bytes, str]]) -> LookedAt:
         if session.closed:
             raise RequestRefused("this session has ended: reload the page")
         store = self.talk.store
         for name in session.looked:
             store.drop(name)
-        files = [written(layer, photo=True) for layer in layers]
         session.looked = tuple(
             store.put(data, kind, browser=session.browser, owner=session.key) for data, kind in files
         )
         session.explanation = found = LookedAt(question, answer, *session.looked)
         return found
+
+
+def glow(heat: Image.Image) -> Image.Image:
+    """The heat of a heat map over grey, as a layer that is the more opaque the more colour the map has there."""
+    drawn = np.asarray(heat, np.float32)
+    # A map over grey has colour where it is hot. Its hottest colours are bright yellows, with nearly no blue.
+    alpha = ((drawn.max(-1) - drawn.min(-1)) / 90).clip(0, 0.85)
+    return Image.fromarray(np.concatenate([drawn, 255 * alpha[..., None]], -1).astype(np.uint8), "RGBA")
 
 
 def bordered(picture: Image.Image, windows: int) -> Image.Image:

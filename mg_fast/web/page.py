@@ -31,6 +31,7 @@ def build_page(site: Site) -> gr.Blocks:
                     label="Conversation",
                     show_label=False,
                     height="52vh",
+                    placeholder="Ask about a picture, or begin with one of the examples below.",
                     render_markdown=False,
                     sanitize_html=True,
                     latex_delimiters=[],
@@ -52,6 +53,11 @@ def build_page(site: Site) -> gr.Blocks:
                     max_lines=8,
                     autofocus=True,
                     elem_id="mg-box",
+                )
+                note = gr.HTML(
+                    '<p class="mg-hint">You edit your last question: what you send now takes its place.</p>',
+                    visible=False,
+                    elem_id="mg-note",
                 )
                 with gr.Row(elem_classes="mg-switches"):
                     draw = gr.Checkbox(
@@ -85,7 +91,7 @@ def build_page(site: Site) -> gr.Blocks:
                     temperature = gr.Slider(0, 2, value=0, step=0.05, label="Temperature (0: the likeliest words)")
                     top_p = gr.Slider(0.05, 1, value=1, step=0.05, label="Top-p (with a temperature)")
                     tokens = gr.Slider(1, limits.tokens, value=min(256, limits.tokens), step=1, label="Most tokens")
-                    seed = gr.Textbox(label="Seed (empty: by chance)", value="", max_lines=1)
+                    seed = gr.Textbox(label="Seed (empty: random)", value="", max_lines=1)
                 with gr.Accordion("Camera", open=False):
                     camera = gr.Image(sources=["webcam"], label="Camera", show_label=False, elem_id="mg-camera")
                 with gr.Accordion("Picture by its address", open=False, visible=site.options.allow_urls):
@@ -93,13 +99,13 @@ def build_page(site: Site) -> gr.Blocks:
                     fetch = gr.Button("Add", size="sm")
         gr.HTML(f'<p class="mg-hint">{_rules(site)}</p>')
         settings = [draw, ocr, measure, temperature, top_p, tokens, seed]
-        shown = [chat, box, bars, choice, panel, stop]
+        shown = [chat, box, bars, choice, panel, stop, edit, note]
         # Everything goes through the queue, because the routes around it are closed; the line of the site, not the
         # queue of the library, decides who waits. Its own signs of progress would cover the conversation.
         quiet = {"show_progress": "hidden", "concurrency_limit": None, **_PRIVATE}
         box.submit(events.ask, [box, *settings], shown, **quiet)
         regenerate.click(events.regenerate, settings, shown, **quiet)
-        edit.click(events.edit, None, [box], **quiet)
+        edit.click(events.edit, None, shown, **quiet)
         clear.click(events.clear, None, shown, **quiet)
         # The conversation's own bin would clear what is seen, and not what the model remembers.
         chat.clear(events.clear, None, shown, **quiet)
@@ -109,7 +115,7 @@ def build_page(site: Site) -> gr.Blocks:
         # gradio would open the picture's file, which is not there: pictures are in memory.
         camera.input(events.add_photo, [box, camera], [box, camera], preprocess=False, **quiet)
         fetch.click(events.add_by_address, [box, url], [box, url], **quiet)
-        look.click(events.look, [choice, strength, windows], [panel], **quiet)
+        look.click(events.look, [choice, strength, windows], shown, **quiet)
         strength.release(events.relook, [strength, windows], [panel], **quiet)
         windows.input(events.relook, [strength, windows], [panel], **quiet)
         # This makes pages and clients keep a connection open, by which the gate sees that they are there.

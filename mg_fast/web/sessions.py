@@ -5,6 +5,7 @@ import math
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -99,10 +100,10 @@ class BrowserSession:
         address: of the client that began it; empty where it is not known.
         conversation: its conversation.
         turns: its questions and answers so far.
-        replacing: whether the next question takes the place of the last one.
+        editing: whether the page edits the last question, whose place the next one takes.
+        follows: whether another session of this key ended while its page was open; the page is told of it once.
         answering: whether a question waits or is being answered.
         stop: set when the answer shall end.
-        listeners: how many connections keep it alive.
         stream_ended: when its last stream of events was ended, in seconds of `time.monotonic`.
         seen: when it was last used, in seconds of the clock.
         looked: names of pictures that explain the last answer.
@@ -112,11 +113,10 @@ class BrowserSession:
     def __init__(self, key: str, browser: str, conversation, now: float, address: str = ""):
         self.key, self.browser, self.conversation, self.address = key, browser, conversation, address
         self.turns: list[AnsweredTurn] = []
-        self.replacing = False
+        self.editing = self.follows = False
         self.answering = False
         self.closed = False
         self.stop = threading.Event()
-        self.listeners = 0
         self.stream_ended = -math.inf
         self.seen = now
         self.looked: tuple[str, ...] = ()
@@ -124,7 +124,6 @@ class BrowserSession:
 
     def take_back(self) -> AnsweredTurn | None:
         """Undoes the last turn, in the conversation too, and returns it; None where there is none."""
-        self.replacing = False
         if not self.turns:
             return None
         turn = self.turns.pop()
@@ -133,7 +132,7 @@ class BrowserSession:
 
     def clear(self) -> None:
         """Forgets the conversation."""
-        self.turns, self.replacing, self.explanation = [], False, None
+        self.turns, self.editing, self.follows, self.explanation = [], False, False, None
         self.conversation.reset()
 
     def pictures(self) -> list[str]:
@@ -167,6 +166,9 @@ class BrowserSessions:
         self.on_close = on_close
         self._converse, self._clock = converse, clock
         self._sessions: dict[str, BrowserSession] = {}
+        # Connections that keep sessions alive, by key and browser: a page keeps its connection when its session ends.
+        self._listeners: Counter[tuple[str, str]] = Counter()
+        self._ended: set[tuple[str, str]] = set()
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -189,6 +191,8 @@ class BrowserSessions:
         if session is None:
             self._check_place(address)
             session = self._sessions[key] = BrowserSession(key, browser, self._converse(), self._clock(), address)
+            session.follows = (key, browser) in self._ended
+            self._ended.discard((key, browser))
         session.seen = self._clock()
         return session
 
@@ -217,20 +221,29 @@ class BrowserSessions:
 
     def listen(self, session: BrowserSession) -> None:
         """Notes a connection that keeps a session alive."""
-        session.listeners += 1
+        self._listeners[session.key, session.browser] += 1
         session.seen = self._clock()
 
     def unlisten(self, session: BrowserSession) -> None:
         """Notes that such a connection has ended."""
-        session.listeners -= 1
+        page = session.key, session.browser
+        self._listeners[page] -= 1
+        if self._listeners[page] <= 0:
+            del self._listeners[page]
+            self._ended.discard(page)
+        session = self._sessions.get(session.key, session)
         session.seen = self._clock()
+
+    def listeners(self, session: BrowserSession) -> int:
+        """How many connections keep a session alive."""
+        return self._listeners[session.key, session.browser]
 
     def sweep(self) -> None:
         """Closes the sessions that have been left, and drops uploads that no question has used."""
         now = self._clock()
         for session in list(self._sessions.values()):
             unused = now - session.seen
-            left = session.listeners <= 0 and unused > self.grace_s
+            left = not self.listeners(session) and unused > self.grace_s
             if not left and unused <= 60 * self.limits.idle_minutes:
                 continue
             if session.answering:
@@ -244,6 +257,8 @@ class BrowserSessions:
         """Ends a session's answer, and frees its conversation and its pictures."""
         self._sessions.pop(session.key, None)
         session.closed = True
+        if (page := (session.key, session.browser)) in self._listeners:
+            self._ended.add(page)
         session.stop.set()
         session.turns = []
         session.conversation.close()

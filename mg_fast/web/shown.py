@@ -1,6 +1,7 @@
 """Conversations, figures and stages as a page shows them. Whatever a user or a model wrote is escaped here."""
 
 import html
+import re
 from collections.abc import Iterable, Sequence
 
 from .looking import LookedAt
@@ -65,6 +66,11 @@ def answer_so_far(text: str, note: str = "") -> dict:
     return {"role": "assistant", "content": [_text("<br>".join(parts) or "&hellip;")]}
 
 
+def without_wishes(text: str) -> str:
+    """An answer that is being written, without what it wants to be drawn, which is shown with the pictures."""
+    return re.sub(r"<h>.*?(</h>|$)|<h?$", "", text, flags=re.DOTALL).strip()
+
+
 def drawn_line(name: str, prompt: str) -> str:
     """What stands under a drawn picture: its prompt, and a link that saves it."""
     return f'<small>Drawn: {escaped(prompt)} <a href="{picture_url(name)}" download="drawn.png">Download</a></small>'
@@ -103,10 +109,9 @@ def stage_bars(stages: Sequence[tuple[str, float]]) -> str:
     for title, seconds in sums:
         # A stage without time was not run: the picture was known, or there was none.
         label = _seconds(seconds) if seconds else "not run"
+        bar = f'<span class="mg-bar" style="width:{60 * seconds / longest:.1f}%"></span>' if seconds else ""
         rows.append(
-            f'<div class="mg-row"><span class="mg-name">{title}</span>'
-            f'<span class="mg-bar" style="width:{60 * seconds / longest:.1f}%"></span>'
-            f'<span class="mg-value">{label}</span></div>'
+            f'<div class="mg-row"><span class="mg-name">{title}</span>{bar}<span class="mg-value">{label}</span></div>'
         )
     return f'<div class="mg-bars">{"".join(rows)}</div>'
 
@@ -121,11 +126,12 @@ def look_panel(found: LookedAt | None, strength: float, windows: bool) -> str:
     """
     if found is None:
         return '<p class="mg-hint">Ask about a picture, choose it here, and press "Show".</p>'
-    heat = found.windows if windows else found.heat
+    borders = f'<img src="{picture_url(found.borders)}" alt="borders of the windows">' if windows else ""
     return (
         '<figure class="mg-look">'
         f'<img src="{picture_url(found.picture)}" alt="the picture as the model saw it">'
-        f'<img src="{picture_url(heat)}" alt="heat map" style="opacity:{min(max(strength, 0.0), 1.0):.2f}">'
+        f'<img src="{picture_url(found.glow)}" alt="heat map" style="opacity:{min(max(strength, 0.0), 1.0):.2f}">'
+        f"{borders}"
         f"<figcaption>{escaped(found.question)} <strong>{escaped(found.answer)}</strong><br>"
         "The question was asked once more about this picture alone. Bright places are those that the answer depends on "
         "most, by an estimate.</figcaption></figure>"

@@ -66,7 +66,11 @@ class Site:
         self.store = PictureStore(folder, min(2 * limits.sessions * limits.session_bytes, 2**31), limits.session_bytes)
         self.line = WaitingLine(limits.parallel, limits.queue)
         self.sessions = BrowserSessions(
-            limits, pipeline.conversation, self.store, on_close=self._closed, grace_s=options.grace_s
+            limits,
+            lambda: pipeline.conversation(private=True),
+            self.store,
+            on_close=self._closed,
+            grace_s=options.grace_s,
         )
         self.talk = Talk(limits, self.line, self.store, self.metrics, can_draw=self.can_draw)
         self.looking = Looking(pipeline, self.talk)

@@ -30,6 +30,7 @@ _STYLE = """
 @media (max-width: 640px) {
   .gradio-container > .main { padding: 0.6rem !important; }
   .mg-name { flex-basis: 4.5rem; }
+  .mg-chat:not(:has(.message)) { height: 24vh !important; min-height: 0 !important; }
 }
 """
 

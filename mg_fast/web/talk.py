@@ -89,8 +89,8 @@ class Talk:
         self._threads = ThreadPoolExecutor(max_workers=limits.parallel, thread_name_prefix="mg_fast-web")
         self._tasks: set[asyncio.Task] = set()
 
-    def check(self, session: BrowserSession, question: AskedQuestion) -> None:
-        """Raises RequestRefused for a question that this server does not answer."""
+    def check(self, session: BrowserSession, question: AskedQuestion, *, replacing: bool = False) -> None:
+        """Raises RequestRefused for a question that this server does not answer; see `ask`."""
         limits = self.limits
         if self.draining:
             raise RequestRefused(STOPPING)
@@ -110,7 +110,7 @@ class Talk:
             raise RequestRefused(
                 f"a question may have {limits.pictures} pictures, this one has {len(question.pictures)}"
             )
-        if len(session.turns) - session.replacing >= limits.turns:
+        if len(session.turns) - bool(replacing) >= limits.turns:
             raise RequestRefused(f"a conversation may have {limits.turns} questions: clear it to go on")
         if question.tokens is not None and not (type(question.tokens) is int and question.tokens <= limits.tokens):
             raise RequestRefused(f"an answer may have {limits.tokens} tokens, {quoted(question.tokens)} were asked for")
@@ -118,34 +118,41 @@ class Talk:
             raise RequestRefused(f"temperature: expected a number, got {quoted(question.temperature)}")
         if question.draw and not self.can_draw:
             raise RequestRefused("this server has no painter, so it draws no pictures")
-        sizes = sum(len(self.store.claim(name, session.browser, session.key).data) for name in question.pictures)
-        if sizes and self.store.bytes_of(session.key) > limits.session_bytes:
-            raise RequestRefused(
-                f"the pictures of a session may have {limits.session_megabytes} MiB: clear the conversation to go on"
-            )
+        for name in question.pictures:
+            self.store.claim(name, session.browser, session.key)
+        if question.pictures:
+            self._check_room(session)
 
     async def ask(
-        self, session: BrowserSession, question: AskedQuestion, request_id: str | None = None
+        self,
+        session: BrowserSession,
+        question: AskedQuestion,
+        request_id: str | None = None,
+        *,
+        replacing: bool = False,
     ) -> AsyncIterator[AskUpdate]:
-        """Yields how a question comes to its answer. If the session replaces its last question, that one is undone.
+        """Yields how a question comes to its answer.
 
         The answer is made to its end, or until `session.stop` is set, whether or not anybody goes on reading.
 
         Args:
             request_id: names the request in the log.
+            replacing: the last question of the session is undone when the turn of this one comes.
 
         Raises:
             RequestRefused: the question cannot be asked, or its answer failed; the message is for its user.
         """
         request_id = request_id or secrets.token_hex(8)
         try:
-            self.check(session, question)
+            self.check(session, question, replacing=replacing)
             ticket = self.line.enter()
         except RequestRefused as refusal:
             self.metrics.refused("ask")
             logger.info("request=%s kind=ask outcome=refused", request_id)
             raise refusal
-        following = self.follow(session, lambda updates: self._answer(session, question, ticket, updates, request_id))
+        following = self.follow(
+            session, lambda updates: self._answer(session, question, ticket, updates, request_id, replacing)
+        )
         async with contextlib.aclosing(following):
             async for update in following:
                 yield update
@@ -218,6 +225,7 @@ class Talk:
         ticket: LineTicket,
         updates: asyncio.Queue,
         request_id: str,
+        replacing: bool,
     ) -> None:
         """Waits for the turn, makes the answer, and puts all updates in their queue; an error is the last of them."""
         asked, outcome, turn, undone = time.monotonic(), "error", None, None
@@ -225,7 +233,7 @@ class Talk:
         try:
             with ticket:
                 await self.turn(session, ticket, updates)
-                if session.replacing:
+                if replacing:
                     undone = session.conversation, session.take_back()
                 waited = time.monotonic() - asked
                 turn = await self._in_thread(session, question, waited, updates)
@@ -261,6 +269,7 @@ class Talk:
         loop = asyncio.get_running_loop()
         conversation, stop = session.conversation, session.stop
         before = copy.copy(conversation)
+        tokens = self.limits.tokens if question.tokens is None else question.tokens
         pictures = [self.store.claim(name, session.browser, session.key).data for name in question.pictures]
 
         def tell(update: AskUpdate) -> None:
@@ -274,16 +283,24 @@ class Talk:
                     raise RequestRefused("stopped while drawing")
                 tell(DrawingSteps(text, step, total))
 
-            stream = conversation.chat(question.text, pictures, stream=True, **_options(question, stop, drawing))
+            stream = conversation.chat(
+                question.text, pictures, stream=True, **_options(question, tokens, stop, drawing)
+            )
             for piece in stream:
                 last = time.monotonic()
                 first = first or last
                 text += piece
                 tell(TextSoFar(text))
             ended = time.monotonic()
-            return stream.answer, began, first or ended, last or ended, ended
+            files = [written(picture) for picture in stream.answer.images]
+            return stream.answer, files, began, first or ended, last or ended, ended
 
-        answer, began, first, last, ended = await self.run(make)
+        try:
+            answer, files, began, first, last, ended = await self.run(make)
+        except BaseException:
+            # The model must not remember an answer that nobody sees.
+            session.conversation = before
+            raise
         after_first = len(answer.token_ids) - 1
         figures = AnswerFigures(
             wait_s=waited,
@@ -296,20 +313,35 @@ class Talk:
             cached_tokens=answer.cached_tokens,
             finish="stopped" if stop.is_set() else answer.finish_reason,
         )
-        drawn = []
+        drawn, no_picture = [], _no_picture(answer) if question.draw else None
+        stages = [(stage.name, stage.seconds) for stage in answer.stages]
+        if stages and question.draw and (files or answer.image_error is not None):
+            stages.append(("drawing", ended - last))
         if not session.closed:
-            for picture, prompt in zip(answer.images, answer.image_prompts):
-                data, kind = written(picture)
-                drawn.append((self.store.put(data, kind, browser=session.browser, owner=session.key), prompt))
+            try:
+                for (data, kind), prompt in zip(files, answer.image_prompts):
+                    self._check_room(session, len(data))
+                    drawn.append((self.store.put(data, kind, browser=session.browser, owner=session.key), prompt))
+            except RequestRefused as refusal:
+                # The answer is complete, and the model remembers it: it is shown with the reason.
+                no_picture = str(refusal)
         return AnsweredTurn(
             question,
             answer.text,
             figures,
             tuple(drawn),
-            _no_picture(answer) if question.draw else None,
-            tuple((stage.name, stage.seconds) for stage in answer.stages),
+            no_picture,
+            tuple(stages),
             before,
         )
+
+    def _check_room(self, session: BrowserSession, more: int = 0) -> None:
+        """Raises RequestRefused where the pictures of a session, with so many more bytes, are too large together."""
+        if self.store.bytes_of(session.key) + more > self.limits.session_bytes:
+            raise RequestRefused(
+                f"the pictures of a session may have {self.limits.session_megabytes} MiB: clear the conversation to go "
+                "on"
+            )
 
     def _tidy(self, session: BrowserSession) -> None:
         """Drops pictures of a session that none of its turns names any more."""
@@ -323,14 +355,14 @@ def place_of(error: BaseException) -> str:
     return f"{PurePath(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "unknown"
 
 
-def _options(question: AskedQuestion, stop, on_step: Callable[[int, int], None]) -> dict:
+def _options(question: AskedQuestion, tokens: int, stop, on_step: Callable[[int, int], None]) -> dict:
     """The options of `Conversation.chat` for a question."""
 
     def stopped(ids, scores, **_):
         return torch.full((len(ids),), stop.is_set(), device=ids.device)
 
     options = {
-        "max_new_tokens": question.tokens,
+        "max_new_tokens": tokens,
         "temperature": question.temperature,
         "top_p": question.top_p if question.temperature > 0 else None,
         "seed": question.seed,

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from .limits import Limits, RequestRefused
 from .shares import TurnsOfEach
 from .store import PictureStore
-from .uploads import checked_picture
+from .uploads import checked_picture, kept
 
 # Uploads that are read at the same time, whose larger files wait on the disk in the server's private folder, and
 # pictures that are decoded at the same time.
@@ -82,8 +82,9 @@ class UploadDesk:
 
     async def _keep(self, data: bytes, browser: str, address: str = "") -> str:
         try:
-            _, kind = await asyncio.to_thread(checked_picture, data, self.limits)
-            name = self.store.put(data, kind, browser=browser, address=address)
+            # The file is decoded here and never again: what is kept was written by this server.
+            file, kind = await asyncio.to_thread(lambda: kept(*checked_picture(data, self.limits)))
+            name = self.store.put(file, kind, browser=browser, address=address)
         except RequestRefused:
             self.metrics.uploaded(taken=False)
             raise

@@ -81,7 +81,8 @@ def kept(store) -> set[tuple]:
             found.update(before + child.tokens[: i + 1] for i in range(len(child.tokens)))
             walk(child, before + child.tokens)
 
-    walk(store._root, ())
+    for root in store._roots.values():
+        walk(root, ())
     return found
 
 
@@ -167,3 +168,20 @@ def test_a_store_of_nothing():
     store = PrefixStore(0)
     store.put((1, 2), lambda start, stop: pytest.fail("read for nothing"))
     assert store.longest((1, 2)) == (0, []) and store.held_bytes == 0
+
+
+def test_a_scope_finds_only_what_is_its_own():
+    tokens = (1, 2, 3)
+    store = PrefixStore(7 * POSITION)
+    for scope in ("one", "two"):
+        store.put(tokens, reader(tokens), scope)
+    assert [store.longest(tokens, scope)[0] for scope in ("one", "two", "three", None)] == [3, 3, 0, 0]
+    assert store.held_bytes == 6 * POSITION
+    # Room is made in all scopes alike: the end that was used longest ago is dropped.
+    store.longest(tokens, "one")
+    store.put((9, 9), reader((9, 9)))
+    assert [store.longest(tokens, scope)[0] for scope in ("one", "two")] == [3, 0]
+    store.drop("one")
+    store.drop("never kept")
+    assert store.longest(tokens, "one")[0] == 0 and store.longest((9, 9))[0] == 2
+    assert store.held_bytes == 2 * POSITION

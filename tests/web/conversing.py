@@ -114,7 +114,8 @@ class SpokenPipeline:
     def __init__(self, pace=None):
         self.pace = pace
 
-    def conversation(self):
+    def conversation(self, *, private):
+        assert private, "what users write must not be found by others"
         return SaidConversation(self.pace)
 
 

@@ -186,3 +186,23 @@ def test_a_server_that_cannot_be_reached(monkeypatch):
     monkeypatch.setattr(addresses.socket, "create_connection", refused)
     with pytest.raises(RequestRefused, match="cannot be fetched: ConnectionRefusedError"):
         fetched("http://pictures.example/", 100, resolve=public)
+
+
+def test_a_name_that_is_found_slowly_is_given_up(monkeypatch):
+    monkeypatch.setattr(addresses, "WHOLE_S", 0.2)
+    held, began = threading.Event(), time.monotonic()
+    try:
+        with pytest.raises(RequestRefused, match="not found in time"):
+            addresses.fetched("https://slow.example/a.png", 1000, resolve=lambda host, port: held.wait(20))
+        assert time.monotonic() - began < 5
+        monkeypatch.setattr(addresses, "_LOOKING_UP", threading.BoundedSemaphore(1))
+        addresses._LOOKING_UP.acquire()
+        with pytest.raises(RequestRefused, match="too many addresses are being looked up"):
+            addresses.fetched("https://slow.example/a.png", 1000, resolve=lambda host, port: ["1.1.1.1"])
+    finally:
+        held.set()
+
+
+@pytest.mark.parametrize("text", ["fec0::1", "3fff::1", "192.88.99.1", "::ffff:192.88.99.1"])
+def test_networks_that_are_not_public_any_more(text):
+    assert not addresses.is_public(text)

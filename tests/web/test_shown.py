@@ -1,10 +1,12 @@
 """What is shown of conversations and figures: texts letter by letter, and nothing that a user wrote as HTML."""
 
+import re
+
 import pytest
 from PIL import Image
 
 from mg_fast.web import shown
-from mg_fast.web.looking import LookedAt, bordered
+from mg_fast.web.looking import LookedAt, bordered, glow
 from mg_fast.web.sessions import AnsweredTurn, AnswerFigures, AskedQuestion
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)> & $$x$$ \"'"
@@ -27,7 +29,7 @@ def test_html_is_shown_as_text(where):
     )
     found = "".join(texts(shown.messages([turn])))
     found += "".join(texts([shown.answer_so_far(EVIL if where == "so far" else "", EVIL if where == "note" else "")]))
-    found += shown.look_panel(LookedAt(EVIL, EVIL, NAME, NAME, NAME) if where == "look" else None, 0.5, False)
+    found += shown.look_panel(LookedAt(EVIL, EVIL, *(NAME,) * 5) if where == "look" else None, 0.5, False)
     found += shown.stage_bars([(EVIL, 1.0)] if where == "stage" else ())
     assert "<script" not in found and "<img src=x" not in found and "&lt;script&gt;alert(1)&lt;/script&gt;" in found
 
@@ -76,16 +78,32 @@ def test_bars():
     # The longest bar has its full width; what was not run has none, and says so.
     assert 'style="width:60.0%"></span><span class="mg-value">200 ms' in bars
     assert 'style="width:6.0%"></span><span class="mg-value">20 ms' in bars
-    assert bars.count('style="width:0.0%"></span><span class="mg-value">not run') == 2
+    assert bars.count('</span><span class="mg-value">not run') == 2 and bars.count('class="mg-bar"') == 3
     assert "Measure the stages" in shown.stage_bars(())
 
 
 def test_a_panel():
-    found = LookedAt("What?", "A cat", "/a/picture.jpg", "/b/picture.jpg", "/c/picture.jpg")
+    names = [f"/{letter}/picture.png" for letter in "abcde"]
+    found = LookedAt("What?", "A cat", *names)
     panel = shown.look_panel(found, 0.25, False)
-    assert 'src="gradio_api/file=/a/picture.jpg"' in panel and 'src="gradio_api/file=/b/picture.jpg"' in panel
-    assert "opacity:0.25" in panel and "/c/" not in panel
-    assert "/c/picture.jpg" in shown.look_panel(found, 7, True) and "opacity:1.00" in shown.look_panel(found, 7, True)
+    # The heat lies over the picture in its colours; the borders lie over both, and do not fade with it.
+    assert re.findall("file=(/./picture)", panel) == ["/a/picture", "/d/picture"] and "opacity:0.25" in panel
+    panel = shown.look_panel(found, 7, True)
+    assert re.findall("file=(/./picture)", panel) == ["/a/picture", "/d/picture", "/e/picture"]
+    assert panel.count("opacity") == 1 and "opacity:1.00" in panel
+
+
+def test_wishes_are_not_shown_while_they_are_written():
+    for text in ("<h>a blue circle</h>", "<h>a blue", "<h", "<"):
+        assert shown.without_wishes(f"Here: {text}") == "Here:"
+    assert shown.without_wishes("2 < 3 and <b>") == "2 < 3 and <b>"
+
+
+def test_heat_is_a_layer_that_leaves_cold_places_as_they_are():
+    heat = Image.new("RGB", (2, 1), (90, 90, 90))
+    heat.putpixel((1, 0), (220, 120, 30))
+    layer = glow(heat)
+    assert layer.getpixel((0, 0))[3] == 0 and layer.getpixel((1, 0))[3] > 200
 
 
 def test_borders_of_windows_are_seen_on_any_ground():

@@ -47,6 +47,22 @@ def test_a_program_asks_and_reads_the_answer_in_pieces(client, scenes):
     assert again["cached_tokens"] > 36 and "circle" in again["text"]
 
 
+def test_nothing_of_a_session_is_found_by_others_or_after_its_end(server, scenes, tmp_path):
+    pipeline, store = server.site.pipeline, server.site.pipeline.decoder.prefixes
+    clients = [another_client(server, tmp_path) for _ in range(2)]
+    for client in clients:
+        # The same question about the same picture: nothing was known before.
+        answer = client.predict("What does the sign say?", [sent(scenes["61"])], measure=True, api_name="/ask")
+        assert answer["cached_tokens"] == 0 and answer["stages"]["HR tower"] > 0
+    held, seen = store.held_bytes, pipeline.vision.cache.held_bytes
+    clients[0].predict(api_name="/clear")
+    assert store.held_bytes < held and pipeline.vision.cache.held_bytes < seen
+    held, seen = store.held_bytes, pipeline.vision.cache.held_bytes
+    clients[1].close()
+    until(lambda: store.held_bytes < held and pipeline.vision.cache.held_bytes < seen)
+    clients[0].close()
+
+
 @pytest.mark.parametrize(
     "example, right",
     zip(
@@ -145,13 +161,47 @@ def test_a_session_that_is_left_is_freed(server, scenes, tmp_path):
     assert server.site.sessions.find(key, browser) is not None
     client.close()
     until(lambda: server.site.sessions.find(key, browser) is None)
-    assert not any(kept.owner == key for kept in server.site.store._kept.values())
+    until(lambda: not any(kept.owner == key for kept in server.site.store._kept.values()))
 
 
-def test_nothing_is_written_to_the_disk(server, client, scenes):
+def test_nothing_is_written_to_the_disk(scenes, tmp_path):
+    held = HeldWords()
+    with running(SpokenPipeline(held)) as server:
+        client = another_client(server, tmp_path)
+        job = client.submit("What does the sign say?", [sent(scenes["275"])], api_name="/ask")
+        until(held.reached.is_set)
+        # The picture and the question are there, and the answer is being made.
+        assert server.site.store.held_bytes > 0 and files_in(server.site.folder) == []
+        held.let()
+        job.result(timeout=60)
+        assert files_in(server.site.folder) == []
+        client.close()
+
+
+def test_pictures_and_numbers_of_another_form_are_refused(client, scenes):
+    for pictures in (["photo.jpg"], "http://x/y.png", [1], [{"url": "http://x/y.png"}]):
+        with pytest.raises(Exception, match="pictures: expected a list of files"):
+            client.predict("What is this?", pictures, api_name="/ask")
     client.predict("What does the sign say?", [sent(scenes["275"])], api_name="/ask")
-    client.predict(1, api_name="/explain")
-    assert files_in(server.site.folder) == []
+    for number in ("a", None, [1], 1.5, True):
+        with pytest.raises(Exception, match="picture: expected a whole number from 1 on"):
+            client.predict(number, api_name="/explain")
+
+
+def test_an_ended_conversation_is_told_once(tmp_path):
+    with running(SpokenPipeline()) as server:
+        client = another_client(server, tmp_path)
+        client.predict("hello", api_name="/ask")
+        sessions = server.site.sessions
+        session = sessions.find(client.session_hash, client.cookies["mg_fast_browser"])
+        until(lambda: sessions.listeners(session) > 0)
+        sessions.limits = Limits(idle_minutes=1)
+        session.seen -= 61
+        until(lambda: session.closed)
+        with pytest.raises(Exception, match="this conversation has ended"):
+            client.predict("And?", api_name="/ask")
+        assert client.predict("And?", api_name="/ask")["text"] == "You said And?"
+        client.close()
 
 
 # ---- operations

@@ -9,9 +9,8 @@ import pytest
 
 from mg_fast.web.limits import Limits, RequestRefused
 from mg_fast.web.sessions import AskedQuestion
-from mg_fast.web.store import UNUSED_S, names_in
 from mg_fast.web.talk import DrawingSteps, InLine, TextSoFar, TurnDone
-from tests.web.conversing import DRAWN_S, FOLDER, HeldWords, parts
+from tests.web.conversing import DRAWN_S, HeldWords, parts
 
 ONE, OTHER = "session-one", "session-two"
 
@@ -28,10 +27,10 @@ async def read(talk, session, question, **more):
     return [update async for update in talk.ask(session, question, **more)]
 
 
-def answers(*questions, site=None, session=None):
+def answers(*questions, site=None, session=None, **more):
     site = site or parts()
     session = session or site.sessions.open(ONE, "")
-    return site, session, [asyncio.run(read(site.talk, session, question))[-1].turn for question in questions]
+    return site, session, [asyncio.run(read(site.talk, session, question, **more))[-1].turn for question in questions]
 
 
 # ---- answers
@@ -82,8 +81,7 @@ def test_drawn_pictures_and_the_reason_for_none():
 
 def test_the_last_question_is_replaced():
     site, session, _ = answers(AskedQuestion("first"), AskedQuestion("second"))
-    session.replacing = True
-    site, session, _ = answers(AskedQuestion("third"), site=site, session=session)
+    site, session, _ = answers(AskedQuestion("third"), site=site, session=session, replacing=True)
     assert [turn.text for turn in session.turns] == ["You said first", "You said third"]
     # The conversation has forgotten the second question, too.
     assert [text for text, _ in session.conversation.heard] == ["first", "third"]
@@ -96,9 +94,8 @@ def test_the_last_question_is_replaced():
 
 def test_a_question_is_not_replaced_by_one_that_fails():
     site, session, _ = answers(AskedQuestion("first"), AskedQuestion("second"))
-    session.replacing = True
     with pytest.raises(RequestRefused, match="the answer failed"):
-        asyncio.run(read(site.talk, session, AskedQuestion("fail")))
+        asyncio.run(read(site.talk, session, AskedQuestion("fail"), replacing=True))
     assert [turn.text for turn in session.turns] == ["You said first", "You said second"]
     assert [text for text, _ in session.conversation.heard] == ["first", "second"]
 
@@ -204,8 +201,7 @@ def test_limits_of_a_session():
     site, session, _ = answers(AskedQuestion("1"), AskedQuestion("2"), site=parts(Limits(turns=2, session_megabytes=1)))
     with pytest.raises(RequestRefused, match="may have 2 questions: clear it"):
         asyncio.run(read(site.talk, session, AskedQuestion("3")))
-    session.replacing = True
-    assert asyncio.run(read(site.talk, session, AskedQuestion("3")))[-1].turn.text == "You said 3"
+    assert asyncio.run(read(site.talk, session, AskedQuestion("3"), replacing=True))[-1].turn.text == "You said 3"
     session.clear()
     site.talk.can_draw = False
     with pytest.raises(RequestRefused, match="no painter"):
@@ -270,6 +266,35 @@ def test_a_server_that_stops_lets_running_answers_end_and_begins_no_other():
     assert asyncio.run(drained()) == "You said first"
 
 
+def test_an_answer_has_the_server_s_most_tokens_where_none_are_given():
+    _, session, _ = answers(AskedQuestion("x"), AskedQuestion("y", tokens=3), site=parts(Limits(tokens=7)))
+    assert [options["max_new_tokens"] for _, options in session.conversation.heard] == [7, 3]
+
+
+@pytest.mark.parametrize("full", ["server", "session"])
+def test_an_answer_whose_picture_finds_no_room_is_kept(full):
+    site = parts()
+    session = site.sessions.open(ONE, "")
+    if full == "server":
+        site.store.most_bytes = 1
+    else:
+        site.store.most_bytes = 2**27
+        site.store.put(b"x" * site.limits.session_bytes, "image/png", owner=ONE)
+    [turn] = answers(AskedQuestion("draw it", draw=True), site=site, session=session)[2]
+    reason = "as many pictures as it can" if full == "server" else "of a session may have 64 MiB"
+    assert turn.drawn == () and reason in turn.no_picture
+    # What is shown and what the model remembers are the same.
+    assert [t.question.text for t in session.turns] == [text for text, _ in session.conversation.heard] == ["draw it"]
+
+
+def test_the_model_forgets_an_answer_that_fails_after_its_end(monkeypatch):
+    site, session, _ = answers(AskedQuestion("first"))
+    monkeypatch.setattr("mg_fast.web.talk.written", lambda picture: 1 / 0)
+    with pytest.raises(RequestRefused, match="the answer failed"):
+        asyncio.run(read(site.talk, session, AskedQuestion("draw", draw=True)))
+    assert [t.question.text for t in session.turns] == [text for text, _ in session.conversation.heard] == ["first"]
+
+
 # ---- sessions
 
 
@@ -308,6 +333,28 @@ def test_places_are_counted_and_given_back():
     site.sessions.unlisten(one)
     with pytest.raises(RequestRefused, match="has ended: reload"):
         asyncio.run(read(site.talk, one, AskedQuestion("hi")))
+
+
+def test_a_page_whose_session_ended_is_told_once_and_keeps_the_next_one():
+    clock = Clock()
+    site = parts(clock=clock)
+    sessions = site.sessions
+    first = sessions.open(ONE, "me")
+    sessions.listen(first)
+    assert not first.follows
+    clock.now += 60 * site.limits.idle_minutes + 1
+    sessions.sweep()
+    assert first.closed
+    second = sessions.open(ONE, "me")
+    assert second is not first and second.follows
+    # The page's connection keeps the new session, too, and frees it when it ends.
+    clock.now += 1000
+    sessions.sweep()
+    assert sessions.find(ONE, "me") is second
+    sessions.unlisten(first)
+    clock.now += 61
+    sessions.sweep()
+    assert second.closed and not sessions.open(ONE, "me").follows
 
 
 def test_a_page_may_come_back_within_the_grace():
@@ -349,49 +396,3 @@ def test_a_closed_session_is_freed():
     session = None
     gc.collect()
     assert conversation() is None
-
-
-# ---- pictures
-
-
-def test_pictures_by_their_names():
-    clock = Clock()
-    site = parts(clock=clock)
-    store = site.store
-    name = store.put(b"mine", "image/jpeg", browser="me")
-    assert name.startswith(FOLDER) and name.endswith("/picture.jpg") and len(name) > len(FOLDER) + 40
-    assert store.get(name, "me").data == b"mine" and store.get(name, "you") is None and store.get(name, "") is None
-    assert store.get(name.replace("picture", "Picture"), "me") is None
-    store.claim(name, "me", ONE)
-    with pytest.raises(RequestRefused, match="not here any more"):
-        store.claim(name, "me", OTHER)
-    unused = store.put(b"unused", "image/png")
-    clock.now += UNUSED_S + 1
-    assert store.drop_unused() == [unused] and store.held_bytes == 4
-    with pytest.raises(RequestRefused, match="as many pictures as it can"):
-        store.put(b"x" * 2**20, "image/png")
-    store.drop(name)
-    store.drop(name)
-    assert len(store) == store.held_bytes == 0
-
-
-def test_pictures_that_no_turn_names_are_dropped():
-    site = parts()
-    session = site.sessions.open(ONE, "")
-    names = [site.store.put(letter, "image/png") for letter in (b"a", b"b")]
-    answers(AskedQuestion("one", (names[0],)), site=site, session=session)
-    session.replacing = True
-    answers(AskedQuestion("two", (names[1],)), site=site, session=session)
-    assert session.conversation.pictures_seen == [[b"b"]] and session.pictures() == [names[1]]
-    assert site.store.get(names[0], "") is None and site.store.held_bytes == 1
-
-
-def test_names_in_a_message():
-    message = {
-        "data": [{"text": "x", "files": [{"path": "a"}, {"path": "b", "more": [{"path": None}]}]}, [{"path": 7}]]
-    }
-    assert list(names_in(message)) == ["a", "b", ""]
-    deep = {"path": "end"}
-    for _ in range(100_000):
-        deep = [deep]
-    assert list(names_in(deep)) == ["end"]

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from mg_fast.web.limits import Limits, RequestRefused
-from mg_fast.web.uploads import KINDS, checked_picture, written
+from mg_fast.web.uploads import KINDS, MOST_PARTS, checked_picture, kept, written
 
 SVG = b"""<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>"""
 HTML = b"<!doctype html><html><script>alert(1)</script></html>"
@@ -101,3 +101,49 @@ def test_written_pictures_hold_nothing_but_pixels():
     for photo, kind in ((False, "image/png"), (True, "image/jpeg")):
         data, media_type = written(picture, photo=photo)
         assert media_type == kind and b"secret" not in data and checked_picture(data, Limits())[0].size == picture.size
+
+
+def scans_of(times):
+    """A progressive JPEG file whose last scan comes again so often."""
+    data = file_of("JPEG", (64, 64), progressive=True)
+    last = data.rindex(b"\xff\xda")
+    return data[:last] + data[last:-2] * times + data[-2:]
+
+
+def test_files_that_take_long_to_decode_are_refused(monkeypatch):
+    assert checked_picture(scans_of(20), Limits())[0].size == (64, 64)
+    monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("opened"))
+    start = file_of("GIF").index(b"\x2c")
+    gif, png = file_of("GIF"), file_of("PNG")
+    for data in (
+        scans_of(200),
+        b"\xff\xd8" + b"\xff\xfe\x00\x02" * (MOST_PARTS + 1) + file_of("JPEG")[2:],
+        gif[:start] + b"\x21\xfe\x00" * (MOST_PARTS + 1) + gif[start:],
+        gif[:start] + b"\x21\xfe" + b"\x01a" * (MOST_PARTS + 1) + b"\0" + gif[start:],
+        png[:33] + b"\0\0\0\0IDAT5\xaf\x06\x1e" * (MOST_PARTS + 1) + png[33:],
+    ):
+        with pytest.raises(RequestRefused, match="would take too long to decode"):
+            checked_picture(data, Limits())
+
+
+def test_of_an_animation_only_the_first_frame_is_decoded():
+    frames = [Image.new("RGB", (20, 10), colour) for colour in ("red", "lime", "blue")]
+    for kind in ("GIF", "WEBP", "PNG"):
+        file = io.BytesIO()
+        frames[0].save(file, kind, save_all=True, append_images=frames[1:], comment="a text " * 90)
+        data = file.getvalue()
+        picture = checked_picture(data, Limits())[0]
+        red, green, blue = picture.getpixel((3, 3))
+        assert red > 200 and max(green, blue) < 60
+        if kind == "GIF":
+            # What stands behind the first frame is not even looked at.
+            assert checked_picture(data[:-1] + b"\x21\xfe" + b"\x01a" * 10**6, Limits())[0] == picture
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_kept_is_written_anew(kind):
+    data = file_of(kind, (64, 48)) + b"<script>"
+    file, media_type = kept(*checked_picture(data, Limits()))
+    assert b"<script>" not in file and media_type in ("image/png", "image/jpeg")
+    picture = Image.open(io.BytesIO(file))
+    assert picture.size == (64, 48) and all(abs(a - b) < 8 for a, b in zip(picture.getpixel((9, 9)), (200, 30, 40)))
