@@ -20,6 +20,9 @@ from .uploads import written
 
 logger = logging.getLogger("mg_fast.web")
 
+# How opaque the layer of a heat map is where it is hot and where it is cold, with 1 for full strength.
+HOT, SHADE = 0.9, 0.4
+
 
 @dataclass(frozen=True)
 class LookedAt:
@@ -31,7 +34,7 @@ class LookedAt:
         picture: the name in the store of the picture as the model saw it.
         heat: of the picture in grey under its heat map.
         windows: of the same with the borders of the windows.
-        glow: of the heat alone, transparent where it is cold, to be laid over the picture in its colours.
+        glow: of the heat alone, a shade where it is cold, to be laid over the picture in its colours.
         borders: of the borders alone.
     """
 
@@ -151,11 +154,15 @@ class Looking:
 
 
 def glow(heat: Image.Image) -> Image.Image:
-    """The heat of a heat map over grey, as a layer that is the more opaque the more colour the map has there."""
+    """The heat of a heat map over grey as a layer: in its colours where it is hot, and a shade where it is cold.
+
+    The shade makes small hot places stand out, and leaves the colours of what is below it as they are, only darker.
+    """
     drawn = np.asarray(heat, np.float32)
     # A map over grey has colour where it is hot. Its hottest colours are bright yellows, with nearly no blue.
-    alpha = ((drawn.max(-1) - drawn.min(-1)) / 90).clip(0, 0.85)
-    return Image.fromarray(np.concatenate([drawn, 255 * alpha[..., None]], -1).astype(np.uint8), "RGBA")
+    hot = ((drawn.max(-1) - drawn.min(-1)) / 60).clip(0, 1)[..., None] * HOT
+    opaque = hot + SHADE * (1 - hot)
+    return Image.fromarray(np.concatenate([drawn * hot / opaque, 255 * opaque], -1).astype(np.uint8), "RGBA")
 
 
 def bordered(picture: Image.Image, windows: int) -> Image.Image:

@@ -12,6 +12,7 @@ _STYLE = """
 .mg-chat img { max-height: 13rem; width: auto; }
 .mg-chat small { opacity: 0.8; }
 .mg-chat [aria-label="Share"], .mg-chat [title="Share"] { display: none; }
+.mg-chat .placeholder-content { padding: 1rem; text-align: center; }
 .mg-hint { opacity: 0.8; margin: 0; }
 .mg-switches { align-items: center; }
 .mg-switches .form { display: flex; flex-direction: row; flex-wrap: wrap; gap: 1rem; border: 0; box-shadow: none; }
