@@ -146,10 +146,10 @@ class Talk:
         try:
             self.check(session, question, replacing=replacing)
             ticket = self.line.enter()
-        except RequestRefused as refusal:
+        except RequestRefused:
             self.metrics.refused("ask")
             logger.info("request=%s kind=ask outcome=refused", request_id)
-            raise refusal
+            raise
         following = self.follow(
             session, lambda updates: self._answer(session, question, ticket, updates, request_id, replacing)
         )

@@ -44,8 +44,8 @@ _PICTURE_TALK = re.compile(
 )
 # A wish may name the picture that it asks for: `Generate the image of a boat`.
 _WISHED = re.compile(
-    r"\b(?:generate|create|draw|make|paint|render|sketch|produce|design|imagine|give|show|see)\s+(?:(?:me|us)\s+)?the\s+"
-    rf"(?:\w+\s+){{0,2}}{_WORK}\s+(?:of|with|that|in which|where)\b",
+    r"\b(?:generate|create|draw|make|paint|render|sketch|produce|design|imagine|give|show|see)\s+(?:(?:me|us)\s+)?"
+    rf"the\s+(?:\w+\s+){{0,2}}{_WORK}\s+(?:of|with|that|in which|where)\b",
     re.IGNORECASE,
 )
 # A prompt names what is seen, and not that it is a picture.

@@ -82,7 +82,8 @@ class Journal:
         self.settings: dict = dict(settings or {})
         self.run = secrets.token_hex(8)
         try:
-            self._file = open(self._path, "rb" if settings is None else "a+b")  # noqa: SIM115  (it stays open, and is closed by close)
+            # It stays open until `close`.
+            self._file = open(self._path, "rb" if settings is None else "a+b")  # noqa: SIM115
         except OSError as error:
             raise JournalError(f"{self._name} cannot be opened: {error.strerror}") from None
         try:

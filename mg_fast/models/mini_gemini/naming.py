@@ -1,5 +1,7 @@
 """Maps published tensor names to the parameter names of MiniGeminiForConditionalGeneration."""
 
+from collections.abc import Iterable
+
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
@@ -21,17 +23,18 @@ register_checkpoint_conversion_mapping(
 
 def published_to_ours(name: str) -> str:
     """The name in `MiniGeminiForConditionalGeneration` of a published tensor, except for Mixtral's experts."""
-    for source, target in RENAMINGS:
-        prefix = source.removeprefix("^")
-        if name.startswith(prefix):
-            return target.removeprefix("^") + name.removeprefix(prefix)
-    return name
+    return _renamed(name, RENAMINGS)
 
 
 def ours_to_published(name: str) -> str:
     """The published name of a tensor of `MiniGeminiForConditionalGeneration`, except for Mixtral's experts."""
-    for source, target in RENAMINGS:
-        prefix = target.removeprefix("^")
+    return _renamed(name, [(target, source) for source, target in RENAMINGS])
+
+
+def _renamed(name: str, renamings: Iterable[tuple[str, str]]) -> str:
+    """The name with the first beginning that is found exchanged."""
+    for before, after in renamings:
+        prefix = before.removeprefix("^")
         if name.startswith(prefix):
-            return source.removeprefix("^") + name.removeprefix(prefix)
+            return after.removeprefix("^") + name.removeprefix(prefix)
     return name
