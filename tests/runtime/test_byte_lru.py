@@ -33,3 +33,12 @@ def test_another_value_under_a_key_is_counted_once():
     assert kept.get("a") == 2 and kept.held_bytes == 6
     kept.clear()
     assert kept.get("a") is None and kept.held_bytes == len(kept) == 0
+
+
+def test_what_is_dropped_by_its_key_is_counted_no_more():
+    kept = ByteLRU(10)
+    for key, nbytes in ((("one", 1), 2), (("two", 1), 3), (("one", 2), 4)):
+        kept.put(key, key, nbytes)
+    kept.drop(lambda key: key[0] == "one")
+    assert kept.get(("one", 1)) is None and kept.get(("two", 1)) == ("two", 1)
+    assert len(kept) == 1 and kept.held_bytes == 3
