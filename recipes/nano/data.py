@@ -13,8 +13,10 @@ from mg_fast import MiniGeminiProcessor
 from mg_fast.models.templates import IMAGE_TAG, render
 from mg_fast.ops.torch.dual_resize import square
 
+from .pairs import about, conversation_about_two, questions_about_both
 from .scenes import BACKGROUNDS, CELL, COLOURS, DRAWN, KINDS, MAX_DIGITS, SIDE, THIRDS, WORDS, Print, Scene, draw_scene
-from .talk import PLACES, SHORT, ask, bare, careless, conversation, text_only
+from .talk import MIXED, NAMED, PLACES, SHORT, ask, bare, careless, conversation, text_only
+from .varied import draw_varied
 
 # The distance in pixels between two positions of the high-resolution tower's finest map.
 STRIDE = 4
@@ -23,6 +25,12 @@ IGNORED = -100
 CROWD = 6
 # Numbers of shapes in scenes that are described. Long lists are the hardest.
 DESCRIBED = (2, 3, 4, 4)
+MANY = (0, 2, 3, 4, 5, 6, 6)
+# The share of varied scenes in conversations.
+VARIED = 0.5
+# The largest number of tokens of bare answers in a row. Few rows would be longer, and all would be padded to them.
+MOST_TOKENS = 150
+CELLS = (SIDE // CELL) ** 2
 # The words of a short answer that depend on the scene, apart from digits.
 CONTENT = {"colour": (*COLOURS, *BACKGROUNDS), "count": WORDS, "place": (*THIRDS[0], *THIRDS[1])}
 CELL_KINDS = (None, *KINDS, "number")
@@ -47,13 +55,17 @@ def pages(draw: Callable, seed: int, step: int, size: int) -> Batch:
 
 
 def scenes(seed: int, step: int, size: int) -> Batch:
-    """Draws a batch of scenes. Every second one is crowded, so that it shows more.
+    """Draws a batch of scenes, half of them varied. Every second one is crowded, so that it shows more.
 
     Returns:
         `pixels` uint8 [B, 192, 192, 3], and the labels for the towers that `label` returns.
     """
     crowd = dict(shapes=CROWD, numbers=CROWD)
-    return _of_scenes([draw_scene(seed, i, **(crowd if i % 2 else {})) for i in range(step * size, (step + 1) * size)])
+    drawn = []
+    for i in range(step * size, (step + 1) * size):
+        draw = draw_varied if i // 2 % 2 else draw_scene
+        drawn.append(draw(seed, i, **(crowd if i % 2 else {})))
+    return _of_scenes(drawn)
 
 
 def _of_scenes(drawn: Sequence[Scene]) -> Batch:
@@ -77,95 +89,137 @@ def told(
     answers_only: bool,
     shown: bool = False,
     described: float = 0.0,
+    pictures: tuple[float, float, float] = (0.0, 1.0, 0.0),
 ) -> Batch:
-    """Makes conversations about scenes that are told in codes or shown.
+    """Makes conversations about scenes that are told in codes or shown. Half of the scenes are varied.
 
     Args:
-        cells: how many of the 36 cells are present where image tokens will stand later: all cells with a thing in them,
-            and some without.
+        cells: how many of the 36 cells of a scene are present where image tokens will stand later: all cells with a
+            thing in them, and some without.
         turns: the number of turns of a conversation.
         answers_only: short answers follow one another as `bare` returns them. In an answer without a question, only the
             words that depend on the scene have to be said.
         shown: all cells are present, as a picture.
-        described: the share of scenes that hold more shapes than others, half of them without a number, and that are
-            described first, if there are only answers. Places and the number follow, which a description does not tell.
+        described: the share of single scenes that hold more shapes than others, half of them without a number, and that
+            are described first, if there are only answers. Places and the number follow, which a description does not
+            tell.
+        pictures: the shares of conversations about no picture, one, and two.
 
     Returns:
-        The same as `conversations`, with `pixels` of scenes that are shown, and `cells` [n, cells], the numbers of the
-        cells that are present.
+        `ids`, `marks` (1 where a picture stands), `answers` (1 where a token of an answer or its end has to be said)
+        and `mask`, all [B, L] and padded on the right; for the n scenes, in the order of their marks, `pixels` uint8
+        [n, 192, 192, 3] if they are shown, what `label` returns, and `cells` [n, cells], the numbers of the cells that
+        are present.
     """
     content = {i for ids in content_ids(processor).values() for i in ids}
-    rows, drawn, labels, standing = [], [], [], []
+    rows, drawn, standing = [], [], []
     for i in range(step * size, (step + 1) * size):
         rng = random.Random(f"told/{seed}/{i}")
-        describes = answers_only and rng.random() < described
-        # The model must also learn to leave the number out of a description.
-        things = dict(shapes=rng.choice(DESCRIBED), numbers=rng.choice((0, 1))) if describes else {}
-        scene = draw_scene(seed, i, **things)
-        drawn.append(scene)
-        (labelled,) = _labels([scene])
-        full = labelled["kind"].flatten() > 0
-        empty = rng.sample(np.flatnonzero(~full).tolist(), cells - int(full.sum()))
-        standing.append(sorted([*np.flatnonzero(full).tolist(), *empty]))
-        labels.append(labelled)
+        count = rng.choices(range(3), pictures)[0]
+        describes = answers_only and count == 1 and rng.random() < described
+        its = [_scene(rng, seed, 2 * i + k, describes) for k in range(count)]
         if answers_only:
-            said = conversation(scene, rng, turns, others=PLACES if describes else SHORT)
-            description = []
-            if describes:
-                question, answer = ask(scene, "describe", rng)
-                description = [(careless(question, rng), answer)]
-            row = _answers(processor, [*description, *itertools.starmap(bare, said)], full.size, content)
+            rows.append(_facts(processor, its, rng, turns, describes, cells, content))
         else:
-            said = conversation(scene, rng, turns)
-            row = encode(processor, [(f"{IMAGE_TAG}\n{said[0][0]}", said[0][1]), *said[1:]])
-        first, dropped = row[1].index(1), full.size - cells
-        rows.append(tuple(values[:first] + values[first + dropped :] for values in row))
-    return _padded(rows) | (_of_scenes(drawn) if shown else _stack(labels)) | {"cells": torch.tensor(standing)}
+            rows.append(_cut(encode(processor, _talk(its, rng, turns)), CELLS, cells))
+        for scene in its:
+            full = label(scene.prints, scene.shapes, scene.background, SIDE)["kind"].flatten() > 0
+            empty = rng.sample(np.flatnonzero(~full).tolist(), cells - int(full.sum()))
+            standing.append(sorted([*np.flatnonzero(full).tolist(), *empty]))
+        drawn += its
+    if not drawn:
+        return _padded(rows)
+    seen = _of_scenes(drawn) if shown else _stack(_labels(drawn))
+    return _padded(rows) | seen | {"cells": torch.tensor(standing)}
 
 
-def _answers(processor: MiniGeminiProcessor, said: Iterable[tuple[str, str]], cells: int, content: set[int]) -> Row:
-    """Encodes answers that follow `cells` cells, each with its question or without one; see `encode`.
+def _scene(rng: random.Random, seed: int, index: int, describes: bool) -> Scene:
+    """The scene of a conversation. One that is described has more shapes, and a number in half of the cases."""
+    varied = rng.random() < VARIED
+    # The model must also learn to leave the number out of a description.
+    things = dict(shapes=rng.choice(MANY if varied else DESCRIBED), numbers=rng.choice((0, 1))) if describes else {}
+    return (draw_varied if varied else draw_scene)(seed, index, **things)
 
-    In an answer without a question, only the tokens in `content` have to be said.
+
+def _talk(scenes: Sequence[Scene], rng: random.Random, turns: int) -> list[tuple[str, str]]:
+    """A conversation about none, one or two scenes, with a tag for each picture."""
+    if not scenes:
+        return [(careless(question, rng), answer) for question, answer in (text_only(rng) for _ in range(3))]
+    if len(scenes) == 2:
+        return conversation_about_two(scenes, rng, turns - 1, (*MIXED, *NAMED))
+    said = conversation(scenes[0], rng, turns, others=(*MIXED, *NAMED))
+    return [(f"{IMAGE_TAG}\n{said[0][0]}", said[0][1]), *said[1:]]
+
+
+def _facts(
+    processor: MiniGeminiProcessor,
+    scenes: Sequence[Scene],
+    rng: random.Random,
+    turns: int,
+    describes: bool,
+    cells: int,
+    content: set[int],
+) -> Row:
+    """Bare answers about one scene or two, encoded after their cells."""
+    if len(scenes) == 2:
+        both = questions_about_both(scenes, rng, (*SHORT, *NAMED, "describe"), turns)
+        said = []
+        for which, turn in both:
+            named = about(which, turn)
+            asks = bare(*turn)[0] or " on a " in turn[1]
+            said.append((careless(named[0], rng) if asks else "", named[1]))
+        return _answers(processor, said, ["Image 1:", "Image 2:"], cells, content)
+    (scene,) = scenes
+    description = []
+    if describes:
+        question, answer = ask(scene, "describe", rng)
+        description = [(careless(question, rng), answer)]
+    said = conversation(scene, rng, turns, others=PLACES if describes else (*SHORT, *NAMED))
+    return _answers(processor, [*description, *itertools.starmap(bare, said)], [""], cells, content)
+
+
+def _answers(
+    processor: MiniGeminiProcessor, said: Iterable[tuple[str, str]], names: Sequence[str], cells: int, content: set[int]
+) -> Row:
+    """Encodes answers, each with its question or without one, after pictures of `cells` cells; see `encode`.
+
+    In an answer without a question, only the tokens in `content` have to be said. `names` are the texts that stand
+    before the pictures. Answers that go beyond `MOST_TOKENS` are left out.
     """
     tokens = functools.partial(processor.tokenizer, add_special_tokens=False)
-    words, wanted = [], []
+    ids, marks = [processor.tokenizer.bos_token_id], [0]
+    for name in names:
+        named = tokens(name).input_ids if name else []
+        ids, marks = [*ids, *named, *[0] * cells], [*marks, *[0] * len(named), *[1] * cells]
+    answers = [0] * len(ids)
+    longest = len(ids) + MOST_TOKENS
     for question, answer in said:
         asked, given = (tokens(text).input_ids if text else [] for text in (question, answer))
-        words += asked + given
+        if len(ids) + len(asked) + len(given) > longest:
+            break
+        ids += asked + given
         # With its question, an answer is determined to the last word.
-        wanted += [0] * len(asked) + [int(bool(asked) or i in content) for i in given]
-    ids = [processor.tokenizer.bos_token_id, *[0] * cells, *words]
-    return ids, [0, *[1] * cells, *[0] * len(words)], [0, *[0] * cells, *wanted]
+        answers += [0] * len(asked) + [int(bool(asked) or i in content) for i in given]
+    return ids, [*marks, *[0] * (len(ids) - len(marks))], answers
+
+
+def _cut(row: Row, whole: int, cells: int) -> Row:
+    """The row with only the first `cells` marks of each picture, which has `whole` of them."""
+    seen, kept = 0, []
+    for at, mark in enumerate(row[1]):
+        if not mark or seen % whole < cells:
+            kept.append(at)
+        seen += mark
+    return tuple([values[at] for at in kept] for values in row)
 
 
 def content_ids(processor: MiniGeminiProcessor) -> dict[str, list[int]]:
     """The tokens that depend on the scene: `digit`, and the words of `CONTENT`."""
     tokenize = functools.partial(processor.tokenizer, add_special_tokens=False)
     words = {name: [i for word in words for i in tokenize(f" {word}").input_ids] for name, words in CONTENT.items()}
+    # A description may begin with a count.
+    words["count"] += [i for word in WORDS[2:] for i in tokenize(f" {word.capitalize()}").input_ids]
     return {"digit": processor.tokenizer.convert_tokens_to_ids(list("0123456789")), **words}
-
-
-def conversations(processor: MiniGeminiProcessor, seed: int, step: int, size: int, *, turns: int = 6) -> Batch:
-    """Makes conversations about scenes. One in sixteen has no picture.
-
-    Returns:
-        `ids`, `marks` (1 where a picture stands), `answers` (1 where a token of an answer or its end has to be said)
-        and `mask`, all [B, L] and padded on the right; for the pictures, `pixels` uint8 [n, 192, 192, 3] and what
-        `label` returns.
-    """
-    rows, pictures = [], []
-    for i in range(step * size, (step + 1) * size):
-        rng = random.Random(f"talk/{seed}/{i}")
-        if i % 16:
-            scene = draw_scene(seed, i)
-            said = conversation(scene, rng, turns)
-            said[0] = (f"{IMAGE_TAG}\n{said[0][0]}", said[0][1])
-            pictures.append(scene)
-        else:
-            said = [(careless(question, rng), answer) for question, answer in (text_only(rng) for _ in range(3))]
-        rows.append(encode(processor, said))
-    return _padded(rows) | _of_scenes(pictures) if pictures else _padded(rows)
 
 
 def _padded(rows: Sequence[Row]) -> Batch:

@@ -3,20 +3,22 @@
 python -m recipes.nano.evaluate CHECKPOINT --without CHECKPOINT --out RESULT.json
 
 Every scene is asked one question of every type that it allows, each as the first of a conversation. Numbers that no
-training scene ever showed are also counted separately.
+training scene ever showed are also counted separately. After that come the questions of `varied_questions.py`.
 """
 
 import argparse
 import copy
 import hashlib
+import itertools
 import json
 import random
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from PIL import Image
 from transformers.utils import logging as transformers_logging
 
 import mg_fast
@@ -25,6 +27,7 @@ from mg_fast.testing.environment import environment
 from .model import forget_mined
 from .scenes import TYPES, Scene, draw_scene, held_out
 from .talk import ask
+from .varied_questions import VARIED_KINDS, varied_questions
 
 KINDS = ("number", "number, never seen", "no number", *TYPES[1:])
 # The number of scenes in memory together, of questions answered together, and of tokens in an answer.
@@ -61,10 +64,26 @@ def unseen_questions(seed: int, first: int, last: int) -> Iterator[UnseenQuestio
                 yield UnseenQuestion(i, scene, _kinds(kind, scene), *turn)
 
 
+class Asked(NamedTuple):
+    """A question as it is put to a pipeline.
+
+    Attributes:
+        number: the number by which it is found again.
+        kinds: what the answer counts for.
+        turns: the turns of its conversation, each a text and its pictures. The last one is answered with `answer`.
+        answer: the one right answer.
+    """
+
+    number: int
+    kinds: Sequence[str]
+    turns: list[tuple[str, list[Image.Image]]]
+    answer: str
+
+
 def evaluate(
     pipelines: dict[str, mg_fast.Pipeline], *, seed: int, count: int
 ) -> tuple[dict[str, dict[str, float]], list[dict]]:
-    """Measures the share of exact answers.
+    """Measures the share of exact answers about ordinary scenes.
 
     Args:
         pipelines: the pipelines to compare, by name.
@@ -74,29 +93,61 @@ def evaluate(
         The shares by pipeline and type, `number, never seen` included, with `asked` for the number of questions of each
         type; and every wrong answer.
     """
+    questions = unseen_questions(seed, 0, count)
+    return measure(
+        pipelines, (Asked(q.number, q.kinds, [(q.text, [q.scene.image])], q.answer) for q in questions), KINDS
+    )
+
+
+def evaluate_varied(
+    pipelines: dict[str, mg_fast.Pipeline], *, seed: int, count: int
+) -> tuple[dict[str, dict[str, float]], list[dict]]:
+    """Measures the share of exact answers to `count` questions of each of `VARIED_KINDS`, as `evaluate` does."""
+    questions = varied_questions(seed, 0, count)
+    return measure(pipelines, (Asked(q.number, [q.kind], q.turns, q.answer) for q in questions), VARIED_KINDS)
+
+
+def measure(
+    pipelines: dict[str, mg_fast.Pipeline], questions: Iterator[Asked], kinds: Iterable[str], *, batch: int = BATCH
+) -> tuple[dict[str, dict[str, float]], list[dict]]:
+    """Asks every pipeline every question; see `evaluate`."""
     right = {name: defaultdict(int) for name in pipelines}
     asked: dict[str, int] = defaultdict(int)
     wrong = []
-    for first in range(0, count, CHUNK):
-        questions = list(unseen_questions(seed, first, min(first + CHUNK, count)))
-        for question in questions:
+    while chunk := list(itertools.islice(questions, CHUNK)):
+        for question in chunk:
             for kind in question.kinds:
                 asked[kind] += 1
         for name, pipeline in pipelines.items():
-            turns = [(question.text, [question.scene.image]) for question in questions]
-            answers = pipeline.chat_batch(turns, max_new_tokens=MOST, batch_size=BATCH, progress=False)
-            for question, answer in zip(questions, answers):
-                if answer.error is not None:
-                    raise answer.error
-                if answer.text == question.answer:
+            for question, said in zip(chunk, _answers(pipeline, chunk, batch)):
+                if said == question.answer:
                     for kind in question.kinds:
                         right[name][kind] += 1
                 else:
-                    said = {"asked": question.text, "said": answer.text, "right": question.answer}
-                    wrong.append({"model": name, "scene": question.number, **said})
-    kinds = [kind for kind in KINDS if kind in asked]
-    shares = {name: {kind: round(counts[kind] / asked[kind], 4) for kind in kinds} for name, counts in right.items()}
-    return {**shares, "asked": {kind: asked[kind] for kind in kinds}}, wrong
+                    texts = " | ".join(text for text, _ in question.turns)
+                    told = {"kind": question.kinds[0], "asked": texts, "said": said, "right": question.answer}
+                    wrong.append({"model": name, "scene": question.number, **told})
+    there = [kind for kind in kinds if kind in asked]
+    shares = {name: {kind: round(counts[kind] / asked[kind], 4) for kind in there} for name, counts in right.items()}
+    return {**shares, "asked": {kind: asked[kind] for kind in there}}, wrong
+
+
+def _answers(pipeline: mg_fast.Pipeline, questions: Sequence[Asked], batch: int) -> list[str]:
+    """The answers to the last turns. Conversations of one turn are answered in batches."""
+    single = [question.turns[0] for question in questions if len(question.turns) == 1]
+    answers = iter(pipeline.chat_batch(single, max_new_tokens=MOST, batch_size=batch, progress=False) if single else [])
+    said = []
+    for question in questions:
+        if len(question.turns) == 1:
+            answer = next(answers)
+            if answer.error is not None:
+                raise answer.error
+        else:
+            conversation = pipeline.conversation()
+            for text, images in question.turns:
+                answer = conversation.chat(text, images, max_new_tokens=MOST)
+        said.append(answer.text)
+    return said
 
 
 def answer_seconds(pipeline: mg_fast.Pipeline, seed: int, count: int = 5) -> list[float]:
@@ -110,22 +161,26 @@ def answer_seconds(pipeline: mg_fast.Pipeline, seed: int, count: int = 5) -> lis
     return seconds
 
 
-def accuracy_table(recorded: dict, *others: dict) -> str:
+def accuracy_table(recorded: dict, *others: dict, part: str = "exact") -> str:
     """The Markdown table of a recorded result, with a model trained without mining, and of results of other seeds.
 
-    The other seeds are those of trainings with mining.
+    Args:
+        recorded: a result of this command.
+        others: results of trainings with mining and other seeds.
+        part: `exact` for ordinary scenes, `varied` for the questions of `varied_questions.py`.
     """
-    columns = {name: recorded["exact"][name] for name in ("with mining", "mined features zero", "trained without")}
+    columns = {name: recorded[part][name] for name in ("with mining", "mined features zero", "trained without")}
     for other in others:
         seed = other["conditions"]["training"]["with mining"]["seed"]
-        columns[f"with mining, training seed {seed}"] = other["exact"]["with mining"]
+        columns[f"with mining, training seed {seed}"] = other[part]["with mining"]
     rows = [f"| {' | '.join(['question', *columns, 'asked'])} |", f"|{'---|' * (len(columns) + 2)}"]
-    for kind, asked in recorded["exact"]["asked"].items():
+    for kind, asked in recorded[part]["asked"].items():
         rows.append(f"| {' | '.join([kind, *(f'{shares[kind]:.1%}' for shares in columns.values()), str(asked)])} |")
     return "\n".join(rows) + "\n"
 
 
-def _digest(folder: Path) -> str:
+def digest(folder: Path) -> str:
+    """The first digits of the SHA-256 of a checkpoint's weights."""
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:16]
 
 
@@ -151,10 +206,15 @@ def main() -> None:
     parser.add_argument("--without", type=Path, help="a checkpoint trained without the high-resolution branch")
     parser.add_argument("--seed", type=int, default=7000, help="seed of the unseen scenes (default: 7000)")
     parser.add_argument("--count", type=int, default=500, help="number of scenes (default: 500)")
+    parser.add_argument(
+        "--varied", type=int, default=200, help="number of further questions of each kind (default: 200; 0 for none)"
+    )
     parser.add_argument("--out", type=Path, help="write the result to this JSON file")
     args = parser.parse_args()
     if args.count < 1:
         parser.error(f"expected at least one scene, got --count {args.count}")
+    if args.varied < 0:
+        parser.error(f"expected a number of questions, got --varied {args.varied}")
     folders = {"with mining": args.checkpoint} | ({} if args.without is None else {"trained without": args.without})
     for folder in folders.values():
         if not (folder / "tokenizer.model").is_file():
@@ -174,27 +234,30 @@ def main() -> None:
     if args.without is not None:
         pipelines["trained without"] = mg_fast.load(args.without, dtype="float32")
     seconds = answer_seconds(pipeline, args.seed)
-    shares, wrong = evaluate(pipelines, seed=args.seed, count=args.count)
-    kinds = list(shares["asked"])
-    print(f"{'':22}" + "".join(f"{name:>22}" for name in (*pipelines, "asked")))
-    for kind in kinds:
-        print(
-            f"{kind:22}" + "".join(f"{shares[name][kind]:22.1%}" for name in pipelines) + f"{shares['asked'][kind]:22}"
-        )
+    parts = {"exact": evaluate(pipelines, seed=args.seed, count=args.count)}
+    if args.varied:
+        parts["varied"] = evaluate_varied(pipelines, seed=args.seed, count=args.varied)
+    print(f"{'':24}" + "".join(f"{name:>22}" for name in (*pipelines, "asked")))
+    for shares, _ in parts.values():
+        for kind, asked in shares["asked"].items():
+            print(f"{kind:24}" + "".join(f"{shares[name][kind]:22.1%}" for name in pipelines) + f"{asked:22}")
     result = {
-        "exact": shares,
+        **{part: shares for part, (shares, _) in parts.items()},
         "conditions": {
             "scenes": args.count,
+            "varied questions of each kind": args.varied,
             "seed": args.seed,
             "split": "unseen",
             "decoding": "greedy, float32",
             "seconds": round(time.perf_counter() - began, 1),
             "machine": environment(),
-            "sha256 of weights": {name: _digest(folder) for name, folder in folders.items()},
+            "sha256 of weights": {name: digest(folder) for name, folder in folders.items()},
             "training": training,
         },
         "speed": {"load_s": round(pipeline.load_seconds, 2), "answer_s": [round(s, 3) for s in seconds]},
-        "wrong, first 40": [row for row in wrong if row["model"] == "with mining"][:40],
+        "wrong, first 40": {
+            part: [row for row in wrong if row["model"] == "with mining"][:40] for part, (_, wrong) in parts.items()
+        },
     }
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)

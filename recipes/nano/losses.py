@@ -13,9 +13,9 @@ from . import data
 from .model import LR_SIDE
 from .towers import Codes, TowerHeads, character_loss, high_loss, low_loss, token_loss
 
-# Digits and places weigh this many times as much as another token. Digits are few, and places were learned last: every
-# cell has one.
-HEAVY = {"digit": 3.0, "place": 3.0}
+# Digits, places and counts weigh this many times as much as another token. Digits are few, places were learned last
+# because every cell has one, and a count stands for all the shapes that are alike.
+HEAVY = {"digit": 3.0, "place": 3.0, "count": 3.0}
 
 
 def normalise(pixels: torch.Tensor) -> torch.Tensor:
@@ -50,7 +50,8 @@ def chat_loss(
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """The loss on the tokens of answers alone, with pictures given by their image tokens `seen`.
 
-    The shares say how often a token is right, and how often one of each kind of `content`.
+    The shares say how often a token is right, how often one of each kind of `content`, and how often all tokens of an
+    answer are: greedy decoding would have given just these answers.
     """
     inner = model.model
     embeds = inner.splice(inner.get_input_embeddings()(batch["ids"]), seen, batch["marks"])
@@ -62,7 +63,14 @@ def chat_loss(
     weight = scores.new_ones(scores.shape[-1])
     for name, times in HEAVY.items():
         weight[content[name]] = times
-    return F.cross_entropy(scores, wanted, weight=weight), {"token": _mean(right), **shares}
+    begins = said & ~F.pad(said, (1, 0))[:, :-1]
+    answer = begins.flatten().cumsum(0)[said.flatten()] - 1
+    wrong = torch.zeros(int(begins.sum()), device=scores.device).index_add_(0, answer, (~right).float())
+    return F.cross_entropy(scores, wanted, weight=weight), {
+        "token": _mean(right),
+        "answer": _mean(wrong == 0),
+        **shares,
+    }
 
 
 def code_loss(seen: torch.Tensor, wanted: torch.Tensor, things: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:

@@ -17,7 +17,7 @@ from .scenes import CELL, SIDE
 from .talk import every_sentence
 
 TEMPLATE = "chatml_direct"
-VOCABULARY = 640
+VOCABULARY = 704
 EMBEDDING_SPREAD = 0.3
 POSITION_SPREAD = 0.5
 LR_SIDE = 14 * (SIDE // CELL)

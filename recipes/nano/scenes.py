@@ -6,15 +6,14 @@ Only the high-resolution branch can read it.
 `python -m recipes.nano.write_scenes FOLDER` writes a few scenes as PNG files, with the questions about them.
 """
 
-import functools
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import matplotlib
-from PIL import Image, ImageChops, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageDraw
+
+from .fonts import FONTS, advance_of, font_of
 
 # A scene is drawn at twice the size at which the high-resolution branch sees it. All measures below are in the pixels
 # of that branch.
@@ -24,7 +23,9 @@ DRAWN = 2
 PRINT_HEIGHT = (10.0, 12.0)
 # The width of four digits in the widest font, with most of their plate.
 PRINT_WIDTH = 46
-MAX_DIGITS = 4
+# The largest number of digits in ordinary scenes is four, and in varied scenes five.
+DIGITS = (2, 3, 3, 4, 4)
+MAX_DIGITS = 5
 
 COLOURS = {
     "red": (205, 30, 40),
@@ -47,22 +48,9 @@ BACKGROUNDS = {
 KINDS = ("circle", "square", "star", "triangle")
 # Words for the place of something in the picture, down and across. No word is in both lists.
 THIRDS = (("top", "middle", "bottom"), ("left", "centre", "right"))
-WORDS = ("no", "one", "two", "three", "four", "five")
+WORDS = ("no", "one", "two", "three", "four", "five", "six")
 TYPES = ("number", "where", "colour", "count", "background", "describe", "draw")
 CLUTTER = {"train": ("lines", "dots", "blobs"), "unseen": ("arcs", "crosses", "dashes")}
-
-# Font files of matplotlib; None is Pillow's own font.
-FONTS = (
-    None,
-    "DejaVuSans.ttf",
-    "DejaVuSans-Bold.ttf",
-    "DejaVuSans-Oblique.ttf",
-    "DejaVuSansMono.ttf",
-    "DejaVuSansMono-Bold.ttf",
-    "DejaVuSerif.ttf",
-    "DejaVuSerif-Bold.ttf",
-    "cmtt10.ttf",
-)
 
 
 @dataclass(frozen=True)
@@ -110,11 +98,14 @@ def held_out(number: str) -> bool:
     return int(number) % 7 == 3
 
 
-def draw_number(rng: random.Random, *, training: bool) -> str:
-    """A number of 2 to 4 digits without a leading zero. In training it is never one that is held out."""
+def draw_number(rng: random.Random, *, training: bool, digits: Sequence[int] = DIGITS) -> str:
+    """A number of one of these numbers of digits, without a leading zero.
+
+    In training it is never one that is held out.
+    """
     while True:
-        digits = rng.choice((2, 3, 3, 4, 4))
-        number = str(rng.randrange(10 ** (digits - 1), 10**digits))
+        length = rng.choice(digits)
+        number = str(rng.randrange(10 ** (length - 1) if length > 1 else 0, 10**length))
         if not (training and held_out(number)):
             return number
 
@@ -169,46 +160,11 @@ def draw_scene(
     image = draw_background(rng, base)
     canvas = ImageDraw.Draw(image)
     for kind in CLUTTER[split]:
-        _draw_clutter(rng, canvas, kind, base, boxes)
+        draw_clutter(rng, canvas, kind, base, boxes)
     for shape in placed:
         draw_shape(rng, canvas, shape)
     prints = [draw_print(rng, image, text, *spot, base) for text, spot in zip(texts, places) if spot is not None]
     return Scene(background, placed, prints, image)
-
-
-def draw_lines(seed: int, index: int, *, side: int = 2 * CELL) -> tuple[Image.Image, list[Print]]:
-    """Draws a page of `side` pixels of 192 full of lines of print, from which the HR tower learns its digits."""
-    rng = random.Random(f"lines/{seed}/{index}")
-    base = rng.choice(list(BACKGROUNDS.values()))
-    image = draw_background(rng, base, side)
-    lines = []
-    # Plates need more room. Otherwise they would hide what was printed before them.
-    plates = rng.random() < 0.4
-    pitch = rng.uniform(22, 25) if plates else rng.uniform(14, 17)
-    y = rng.uniform(6, pitch)
-    while y < side - 5:
-        text = " ".join(draw_number(rng, training=True) for _ in range(3))
-        lines.append(draw_print(rng, image, text, side / 2 + rng.uniform(-12, 12), y, base, plated=plates))
-        y += pitch
-    return image, lines
-
-
-def draw_numbers(seed: int, index: int, *, side: int = 4 * CELL) -> tuple[Image.Image, list[Print]]:
-    """Draws a page with as many numbers as there is room for, at most one per cell, and clutter.
-
-    The high-resolution tower learns whole numbers from it.
-    """
-    rng = random.Random(f"numbers/{seed}/{index}")
-    base = rng.choice(list(BACKGROUNDS.values()))
-    image = draw_background(rng, base, side)
-    boxes: list[tuple[float, float, float, float]] = []
-    taken: set[tuple[int, int]] = set()
-    spots = [place(rng, PRINT_WIDTH / 2, 7, boxes, taken, side) for _ in range(10)]
-    for kind in CLUTTER["train"]:
-        _draw_clutter(rng, ImageDraw.Draw(image), kind, base, boxes, side)
-    return image, [
-        draw_print(rng, image, draw_number(rng, training=True), *spot, base) for spot in spots if spot is not None
-    ]
 
 
 def draw_print(
@@ -221,14 +177,19 @@ def draw_print(
     *,
     plated: bool | None = None,
     fonts: Sequence[str | None] = FONTS,
+    height: float | None = None,
 ) -> Print:
     """Prints a number on the picture, on a plate or directly on the ground (None: either).
+
+    Args:
+        fonts: one of these is taken.
+        height: the height of the digits in pixels of 192; None takes one of ordinary scenes.
 
     Returns:
         The print, with its place and the places of its digits.
     """
-    height = rng.uniform(*PRINT_HEIGHT)
-    font = _font(rng.choice(fonts), round(height * DRAWN * 2) / 2)
+    height = rng.uniform(*PRINT_HEIGHT) if height is None else height
+    font = font_of(rng.choice(fonts), round(height * DRAWN * 2) / 2)
     angle = rng.gauss(0, 4)
     plated = rng.random() < 0.6 if plated is None else plated
     plate = rng.choice([rgb for rgb in COLOURS.values() if apart(rgb, base) > 60]) if plated else None
@@ -258,39 +219,32 @@ def draw_print(
     image.paste(ink, (*corner, corner[0] + mask.width, corner[1] + mask.height), mask)
     centres, across = [], start[0] - middle[0]
     for character in text:
-        advance = _advance(font, character)
+        advance = advance_of(font, character)
         if character != " ":
             centres.append(tuple(v / DRAWN for v in turned(across + advance / 2, 0)))
         across += advance
     return Print(text, x, y, height, tuple(centres))
 
 
-@functools.cache
-def _font(name: str | None, height: float) -> ImageFont.FreeTypeFont:
-    """A font whose digits are `height` pixels high."""
-
-    def of(size: float) -> ImageFont.FreeTypeFont:
-        if name is None:
-            return ImageFont.load_default(size)
-        return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
-
-    _, top, _, bottom = of(100).getbbox("0123456789")
-    return of(height * 100 / (bottom - top))
-
-
-@functools.cache
-def _advance(font: ImageFont.FreeTypeFont, character: str) -> float:
-    return font.getlength(character)
-
-
 def place(
-    rng: random.Random, half_width: float, half_height: float, boxes: list, taken: set, side: int = SIDE
+    rng: random.Random,
+    half_width: float,
+    half_height: float,
+    boxes: list,
+    taken: set,
+    side: int = SIDE,
+    *,
+    fits: Callable[[float, float], bool] | None = None,
 ) -> tuple[float, float] | None:
-    """Finds a free spot and marks its box and its cell as taken; None where none was found."""
+    """Finds a free spot and marks its box and its cell as taken; None where none was found.
+
+    Args:
+        fits: says whether a centre may lie there, instead of `clear_of_edges` across and down.
+    """
     for _ in range(40):
         x = rng.uniform(half_width + 2, side - half_width - 2)
         y = rng.uniform(half_height + 2, side - half_height - 2)
-        if not (clear_of_edges(x, side) and clear_of_edges(y, side)):
+        if not (fits(x, y) if fits else clear_of_edges(x, side) and clear_of_edges(y, side)):
             continue
         box = (x - half_width - 3, y - half_height - 3, x + half_width + 3, y + half_height + 3)
         cell = (int(x // CELL), int(y // CELL))
@@ -351,7 +305,7 @@ def draw_shape(rng: random.Random, canvas: ImageDraw.ImageDraw, shape: Shape, *,
     canvas.polygon(points, fill)
 
 
-def _draw_clutter(
+def draw_clutter(
     rng: random.Random, canvas: ImageDraw.ImageDraw, kind: str, base: tuple, boxes: list, side: int = SIDE
 ) -> None:
     """Draws small things that no question is about, clear of shapes and print."""

@@ -8,6 +8,8 @@ from .scenes import BACKGROUNDS, COLOURS, KINDS, SIDE, THIRDS, WORDS, Scene, Sha
 GEN = " <GEN>"
 STYLE = "simple shapes, flat colours"
 NO_NUMBER = "There is no number."
+# How near to the border between two thirds of the picture nobody is asked where a number lies, in pixels of 192.
+UNCLEAR = 6.5
 
 PHRASINGS = {
     "number": (
@@ -54,6 +56,11 @@ PHRASINGS = {
         "Draw the same picture.",
         "Make a picture like this.",
     ),
+    "there": (
+        "Is there {}?",
+        "Do you see {}?",
+        "Is there {} in the picture?",
+    ),
     "wish": (
         "Draw {}.",
         "Make a picture of {}.",
@@ -66,6 +73,8 @@ PHRASINGS = {
 SHORT = ("number", "where", "where", "colour", "colour", "count", "count", "count", "background")
 MIXED = (*SHORT, "describe", "describe", "draw")
 PLACES = ("where",)
+# Questions that name a shape by its colour, ask whether there is one, or ask about something that is not there.
+NAMED = ("named", "named", "there", "absent", "absent")
 TEXT_ONLY = (
     ("Hello.", "Hello! Show me a picture."),
     ("Hi!", "Hello! Show me a picture."),
@@ -77,13 +86,22 @@ TEXT_ONLY = (
 
 
 def ask(scene: Scene, kind: str, rng: random.Random) -> tuple[str, str] | None:
-    """A question of one of `TYPES` and its answer, or None where the scene allows no question of that type."""
+    """A question and its answer, or None where the scene allows no question of that type.
+
+    Args:
+        kind: one of `TYPES` or of `NAMED`.
+    """
+    if kind in NAMED:
+        return _ask_by_name(scene, kind, rng)
     phrase = rng.choice(PHRASINGS[kind])
     single = [k for k in KINDS if len(scene.of(k)) == 1]
     if kind == "number":
         return phrase, f"The number is {scene.print.text}." if scene.print else NO_NUMBER
     if kind == "where":
-        things = [*single, *(["number"] * max(1, len(single)) if scene.print else [])]
+        sign = scene.print
+        # Varied scenes also print numbers so near to the border between two thirds that there is no right answer.
+        told = sign is not None and all(abs(at - SIDE * i / 3) > UNCLEAR for at in (sign.x, sign.y) for i in (1, 2))
+        things = [*single, *(["number"] * max(1, len(single)) if told else [])]
         if not things:
             return None
         thing = rng.choice(things)
@@ -103,6 +121,51 @@ def ask(scene: Scene, kind: str, rng: random.Random) -> tuple[str, str] | None:
     if kind == "describe":
         return phrase, _capital(describe(scene)) + "."
     return phrase + GEN, f"<h>{describe(scene)}, {STYLE}</h>"
+
+
+def _ask_by_name(scene: Scene, kind: str, rng: random.Random) -> tuple[str, str] | None:
+    """A question of one of the types in `NAMED` and its answer, or None."""
+    there = [(shape.colour, shape.kind) for shape in scene.shapes]
+    if kind == "named":
+        single = [shape for shape in scene.shapes if there.count((shape.colour, shape.kind)) == 1]
+        if not single:
+            return None
+        shape = rng.choice(single)
+        named = f"{shape.colour} {shape.kind}"
+        return rng.choice(PHRASINGS["where"]).format(named), f"The {named} is {region(shape.x, shape.y)}."
+    if kind == "there" and rng.random() < 0.5:
+        things = [f"{colour} {shape}" for colour, shape in there] + [shape for _, shape in there]
+        things += ["number"] * (1 + len(there)) if scene.print else []
+        if not things:
+            return None
+        thing = with_article(rng.choice(things))
+        return rng.choice(PHRASINGS["there"]).format(thing), f"Yes, there is {thing}."
+    thing = _absent(scene, rng)
+    if kind == "there":
+        return rng.choice(PHRASINGS["there"]).format(with_article(thing)), f"No, there is no {thing}."
+    asks = "colour" if thing in KINDS and rng.random() < 0.5 else "where"
+    return rng.choice(PHRASINGS[asks]).format(thing), f"There is no {thing}."
+
+
+def _absent(scene: Scene, rng: random.Random) -> str:
+    """Something that the scene does not show: a kind, a kind in a colour, or the number."""
+    there = {(shape.colour, shape.kind) for shape in scene.shapes}
+    kinds = {kind for _, kind in there}
+    if scene.print is None and rng.random() < 0.3:
+        return "number"
+    if len(kinds) < len(KINDS) and rng.random() < 0.4:
+        return rng.choice([kind for kind in KINDS if kind not in kinds])
+    others = [(colour, kind) for colour in COLOURS for kind in KINDS if (colour, kind) not in there]
+    # Most of the time its colour, its kind or both are there, in other shapes. That is the hardest to deny.
+    colours = {colour for colour, _ in there}
+    near = [(colour, kind) for colour, kind in others if colour in colours or kind in kinds]
+    both = [(colour, kind) for colour, kind in near if colour in colours and kind in kinds]
+    return " ".join(rng.choice(rng.choice([some for some in (others, near, both) if some])))
+
+
+def with_article(thing: str) -> str:
+    """The thing with "a" or "an" before it."""
+    return f"a{'n' * (thing[0] in 'aeiou')} {thing}"
 
 
 def region(x: float, y: float) -> str:
@@ -128,10 +191,18 @@ def describe(scene: Scene) -> str:
 
 def wish(shapes: list[tuple[str, str]], background: str, number: bool = False) -> str:
     """Shapes (kind, colour) on a background, in words, with a mention of a number if there is one."""
-    return f"{_listed(shapes) if shapes else 'nothing'} on a {background} background{', with a number' * number}"
+    return _on(_listed(shapes) if shapes else "nothing", background, number)
+
+
+def _on(things: str, background: str, number: bool) -> str:
+    return f"{things} on a {background} background{', with a number' * number}"
 
 
 def _listed(shapes: list[tuple[str, str]]) -> str:
+    return ", ".join(named_shapes(shapes))
+
+
+def named_shapes(shapes: list[tuple[str, str]]) -> list[str]:
     """Shapes (kind, colour) in words, equal ones together, in one fixed order.
 
     The order is that of the words, colour before kind, and no "and" stands before the last: a small model predicts the
@@ -140,10 +211,8 @@ def _listed(shapes: list[tuple[str, str]]) -> str:
     named = []
     for colour, kind in sorted({(colour, kind) for kind, colour in shapes}):
         number = shapes.count((kind, colour))
-        named.append(
-            f"a{'n' * (colour == 'orange')} {colour} {kind}" if number == 1 else f"{WORDS[number]} {colour} {kind}s"
-        )
-    return ", ".join(named)
+        named.append(with_article(f"{colour} {kind}") if number == 1 else f"{WORDS[number]} {colour} {kind}s")
+    return named
 
 
 def _capital(said: str) -> str:
@@ -154,11 +223,19 @@ def text_only(rng: random.Random) -> tuple[str, str]:
     """A turn without a picture: small talk, or a request for a drawing."""
     if rng.random() < 0.2:
         return rng.choice(TEXT_ONLY)
-    shapes = [(rng.choice(KINDS), rng.choice(list(COLOURS))) for _ in range(rng.choice((1, 1, 2, 2, 3)))]
-    said = wish(shapes, rng.choice(list(BACKGROUNDS)))
-    # Requests may have an "and", as people say it, but always keep the answer's order: other orders are not learned.
-    asked = " and ".join(said.rsplit(", ", 1)) if rng.random() < 0.5 else said
-    return rng.choice(PHRASINGS["wish"]).format(asked) + GEN, f"<h>{said}, {STYLE}</h>"
+    return asked_wish(rng)
+
+
+def asked_wish(rng: random.Random) -> tuple[str, str]:
+    """A request for a drawing, with its shapes in any order, and the answer, which has them in nano's own order."""
+    shapes = [(rng.choice(KINDS), rng.choice(list(COLOURS))) for _ in range(rng.choice((1, 2, 2, 3, 3, 4)))]
+    background, number = rng.choice(list(BACKGROUNDS)), rng.random() < 0.2
+    things = named_shapes(shapes)
+    rng.shuffle(things)
+    listed = ", ".join(things)
+    # About half of the people say "and" before the last shape.
+    asked = _on(" and ".join(listed.rsplit(", ", 1)) if rng.random() < 0.5 else listed, background, number)
+    return rng.choice(PHRASINGS["wish"]).format(asked) + GEN, f"<h>{wish(shapes, background, number)}, {STYLE}</h>"
 
 
 def careless(question: str, rng: random.Random) -> str:
@@ -196,18 +273,18 @@ def bare(question: str, answer: str) -> tuple[str, str]:
     circles or of shapes, "The circle is" may lead to a colour).
     """
     counts = ": " in answer or answer.startswith(f"There are {WORDS[0]} ")
-    asks = counts or " is at the " in answer
+    denies = "here is no " in answer and answer != NO_NUMBER
+    asks = counts or denies or answer.startswith("Yes, ") or " is at the " in answer
     return (question, answer) if asks else ("", answer)
 
 
 def every_sentence() -> Iterator[str]:
     """Sentences with every word and every phrasing of this language, from which the tokenizer is made."""
+    kinds = {"where": (*KINDS, "number"), "colour": KINDS, "count": [kind + "s" for kind in (*KINDS, "shape")]}
+    kinds["there"] = [with_article(kind) for kind in (*KINDS, "number")]
     for kind, phrases in PHRASINGS.items():
         for phrase in phrases:
-            things = {"where": (*KINDS, "number"), "colour": KINDS, "count": [k + "s" for k in (*KINDS, "shape")]}.get(
-                kind, ("nothing",)
-            )
-            for thing in things:
+            for thing in kinds.get(kind, ("nothing",)):
                 yield phrase.format(thing)
                 yield phrase.format(thing)[0].lower() + phrase.format(thing)[1:]
     for question, answer in TEXT_ONLY:
@@ -220,7 +297,11 @@ def every_sentence() -> Iterator[str]:
             for colour in COLOURS:
                 yield f"The {kind} is {colour}."
                 for number in (False, True):
-                    yield wish([(kind, colour)] * rng.randint(1, 4), background, number) + f", {STYLE}"
+                    shapes = [(kind, colour)] * rng.randint(1, 6)
+                    yield wish(shapes, background, number) + f", {STYLE}"
+                    yield count(kind, [Shape(*shape, 0, 0, 0) for shape in shapes])
+                yield f"No, there is no {colour} {kind}."
+                yield f"Yes, there is {with_article(f'{colour} {kind}')}."
     for thing in (*KINDS, "number"):
         for x in (0, SIDE / 2, SIDE - 1):
             for y in (0, SIDE / 2, SIDE - 1):
@@ -231,6 +312,11 @@ def every_sentence() -> Iterator[str]:
             yield count(
                 thing, [Shape(rng.choice(KINDS) if thing == "shape" else thing, colour, 0, 0, 0) for colour in some]
             )
+    # Questions that name one of two pictures.
+    for kind in ("number", "where", "describe"):
+        for phrase in PHRASINGS[kind]:
+            for ordinal in ("first", "second"):
+                yield f"{phrase.format('number')} In the {ordinal} picture, there is a number."
     # "and" occurs only in requests for drawings.
     yield from (text_only(rng)[0] for _ in range(100))
     yield from (NO_NUMBER, *(f"The number is {number}." for number in range(10, 100)))

@@ -32,9 +32,9 @@ from . import data
 from .curve import draw_curve
 from .losses import HEAVY, blurred, chat_loss, normalise, page_loss, see, sight_loss
 from .model import EMBEDDING_SPREAD, LR_SIDE, forget_mined, make_model, save
-from .scenes import draw_lines, draw_numbers
-from .stages import BRIDGE, FACTS, STAGES, TOWERS, TrainingStage
+from .stages import ANY, BRIDGE, FACTS, PAIRED, STAGES, TALK, TOWERS, TrainingStage
 from .towers import Codes, TowerHeads, low_loss
+from .varied import draw_lines, draw_numbers
 
 # Muon's rate, and its decay with it, is this many times AdamW's. It learned faster than at AdamW's own rate.
 MUON = 3
@@ -188,11 +188,11 @@ class Run:
             case "numbers":
                 pages = data.pages(draw_numbers, seed, step, stage.batch)
                 return {"page": pages, "lines": data.pages(draw_lines, seed, step, stage.batch)}
-            case "lookup" | "search":
+            case "lookup" | "pairs" | "search":
                 return told(**stage.told)
             case "language":
                 # The language model forgets what bare answers taught when they stop, so some go on.
-                return told(**stage.told) | {"facts": facts(described=0.3)}
+                return told(**stage.told) | {"facts": facts(described=0.3, pictures=PAIRED)}
             case "views":
                 return data.scenes(seed, step, stage.batch)
             case "scenes":
@@ -201,10 +201,11 @@ class Run:
                 return data.scenes(seed, step, stage.batch) | pages
             case "alignment":
                 # All facts about a picture take the role of the captions in the original.
-                return told(**FACTS, shown=True)
+                return told(**FACTS, shown=True, pictures=PAIRED)
             case "everything":
-                beside = facts(shown=True, described=0.4)
-                return data.conversations(self.processor, seed, step, stage.batch) | {"facts": beside}
+                return told(**TALK, shown=True, pictures=ANY) | {
+                    "facts": facts(shown=True, described=0.4, pictures=PAIRED)
+                }
         raise ValueError(f"no stage {stage.name!r}")
 
     def _loss(self, stage: TrainingStage, batch: data.Batch) -> tuple[torch.Tensor, dict[str, float]]:

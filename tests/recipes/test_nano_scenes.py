@@ -27,9 +27,7 @@ from recipes.nano.scenes import (
     SIDE,
     TYPES,
     WORDS,
-    draw_lines,
     draw_number,
-    draw_numbers,
     draw_scene,
     held_out,
 )
@@ -47,6 +45,7 @@ from recipes.nano.talk import (
     wish,
 )
 from recipes.nano.towers import Codes
+from recipes.nano.varied import draw_lines, draw_numbers, draw_varied
 
 SCENES = [draw_scene(5, i, split="unseen" if i % 2 else "train") for i in range(60)]
 
@@ -83,7 +82,9 @@ def test_training_never_shows_a_number_that_is_held_out():
     assert not any(map(held_out, trained))
     assert {len(number) for number in trained} == {2, 3, 4}
     pages = [draw(1, i)[1] for draw in (draw_lines, draw_numbers) for i in range(20)]
-    pages += [draw_scene(1, i, numbers=count).prints for i in range(20) for count in (1, 6)]
+    pages += [
+        draw(1, i, numbers=count).prints for draw in (draw_scene, draw_varied) for i in range(20) for count in (1, 6)
+    ]
     assert not any(held_out(number) for prints in pages for line in prints for number in line.text.split())
     assert any(held_out(draw_number(rng, training=False)) for _ in range(100))
 
@@ -232,7 +233,7 @@ def test_a_scene_is_told_in_the_cells_that_hold_things(processor, cells, answers
 
 
 def test_of_bare_answers_only_what_depends_on_the_scene_is_to_be_said(processor):
-    batch = data.told(processor, 0, 2, 8, cells=6, turns=20, answers_only=True)
+    batch = data.told(processor, 0, 2, 8, cells=8, turns=20, answers_only=True)
     said, given = (
         {
             token.lstrip("▁")
@@ -242,7 +243,7 @@ def test_of_bare_answers_only_what_depends_on_the_scene_is_to_be_said(processor)
     )
     # Nothing before the answer says that the background's colour is asked for.
     assert "background" in given and "background" not in said
-    assert said & set("0123456789") and not given & {*"0123456789", "red", "teal"}
+    assert said & set("0123456789") and not given & {*"0123456789", "pink", "teal"}
     # Questions about counts and places determine the answer to the last word.
     assert {"There", "at", "many"} <= said | given and {"There", "at"} <= said and "many" not in said
 
@@ -257,6 +258,10 @@ def test_of_bare_answers_only_what_depends_on_the_scene_is_to_be_said(processor)
         ("The star is orange.", False),
         ("The number is 4711.", False),
         ("The background is pink.", False),
+        ("The red circle is at the top left.", True),
+        ("There is no red circle.", True),
+        ("Yes, there is a number.", True),
+        ("No, there is no number.", True),
         (NO_NUMBER, False),
     ],
 )
@@ -390,7 +395,7 @@ def test_what_a_run_took_is_told_by_stage(tmp_path):
     assert (record["seed"], record["hr"], record["machine"]["threads"]) == (3, False, torch.get_num_threads())
 
 
-def test_digits_and_places_weigh_more(tmp_path):
+def test_digits_places_and_counts_weigh_more(tmp_path):
     run = train.Run(tmp_path, seed=0, hr=True, stages=train.STAGES, workers=0)
     batch = data.told(run.processor, 0, 0, 2, **train.FACTS)
     with torch.no_grad():
@@ -402,7 +407,7 @@ def test_digits_and_places_weigh_more(tmp_path):
     wanted = batch["ids"][:, 1:]
     surprise = -scores.gather(-1, wanted[..., None])[..., 0]
     weight = (batch["answers"][:, 1:] == 1) * (
-        1 + 2.0 * torch.isin(wanted, torch.cat([run.content["digit"], run.content["place"]]))
+        1 + 2.0 * torch.isin(wanted, torch.cat([run.content[name] for name in ("digit", "place", "count")]))
     )
     assert (weight == 3).any() and (weight == 1).any()
     torch.testing.assert_close(loss, (surprise * weight).sum() / weight.sum(), rtol=1e-4, atol=1e-4)
