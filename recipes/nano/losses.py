@@ -17,6 +17,9 @@ from .towers import Codes, TowerHeads, character_loss, high_loss, low_loss, toke
 # because every cell has one, and a count stands for all the shapes that are alike.
 HEAVY = {"digit": 3.0, "place": 3.0, "count": 3.0}
 
+# After this layer of the language model, image tokens are asked for the number of their picture.
+ORDER_LAYER = 2
+
 
 def normalise(pixels: torch.Tensor) -> torch.Tensor:
     """Normalises uint8 pixels [B, H, W, 3] as the processor does, to float32 [B, 3, H, W]."""
@@ -46,16 +49,27 @@ def see(
 
 
 def chat_loss(
-    model: MiniGeminiForConditionalGeneration, batch: data.Batch, content: dict[str, torch.Tensor], seen: torch.Tensor
+    model: MiniGeminiForConditionalGeneration,
+    batch: data.Batch,
+    content: dict[str, torch.Tensor],
+    seen: torch.Tensor,
+    ordinals: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """The loss on the tokens of answers alone, with pictures given by their image tokens `seen`.
+
+    With `ordinals`, the embeddings [2, hidden] of "first" and "second", the loss also asks the language model at each
+    image token of two pictures to which of them it belongs: after `ORDER_LAYER`, the right one of the two words should
+    be the nearer one. So the language model learns to write into image tokens what the words of a question look for.
 
     The shares say how often a token is right, how often one of each kind of `content`, and how often all tokens of an
     answer are: greedy decoding would have given just these answers.
     """
     inner = model.model
     embeds = inner.splice(inner.get_input_embeddings()(batch["ids"]), seen, batch["marks"])
-    hidden = inner.language_model(inputs_embeds=embeds, attention_mask=batch["mask"], use_cache=False).last_hidden_state
+    out = inner.language_model(
+        inputs_embeds=embeds, attention_mask=batch["mask"], use_cache=False, output_hidden_states=ordinals is not None
+    )
+    hidden = out.last_hidden_state
     said = batch["answers"][:, 1:] == 1
     scores, wanted = model.lm_head(hidden[:, :-1][said]).float(), batch["ids"][:, 1:][said]
     right = scores.argmax(-1) == wanted
@@ -66,11 +80,21 @@ def chat_loss(
     begins = said & ~F.pad(said, (1, 0))[:, :-1]
     answer = begins.flatten().cumsum(0)[said.flatten()] - 1
     wrong = torch.zeros(int(begins.sum()), device=scores.device).index_add_(0, answer, (~right).float())
-    return F.cross_entropy(scores, wanted, weight=weight), {
-        "token": _mean(right),
-        "answer": _mean(wrong == 0),
-        **shares,
-    }
+    loss = F.cross_entropy(scores, wanted, weight=weight)
+    shares = {"token": _mean(right), "answer": _mean(wrong == 0), **shares}
+    if ordinals is not None and (number := picture_numbers(batch)).max() > 0:
+        told = out.hidden_states[ORDER_LAYER][number >= 0].float() @ ordinals.T
+        loss = loss + F.cross_entropy(told, number[number >= 0])
+        shares["order"] = _mean(told.argmax(-1) == number[number >= 0])
+    return loss, shares
+
+
+def picture_numbers(batch: data.Batch) -> torch.Tensor:
+    """For each image token of rows with two pictures [B, L], the number of its picture, 0 or 1; -1 elsewhere."""
+    marks = batch["marks"]
+    cells = batch["cells"].shape[1] if "cells" in batch else data.CELLS
+    two = marks.sum(1, keepdim=True) > cells
+    return torch.where((marks == 1) & two, (marks.cumsum(1) - 1) // cells, -1)
 
 
 def code_loss(seen: torch.Tensor, wanted: torch.Tensor, things: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:

@@ -28,20 +28,20 @@ TOWERS = ("vision_tower", "vision_tower_aux")
 BRIDGE = ("mm_projector", "patch_mining")
 # Answers alone, without the turns of a conversation around them. This way one scene holds many of them.
 # The shares of conversations about no picture, one and two.
-TWO, PAIRED, ANY = (0.0, 0.4, 0.6), (0.0, 0.7, 0.3), (0.1, 0.55, 0.35)
+TWO, PAIRED, ANY = (0.0, 0.2, 0.8), (0.0, 0.5, 0.5), (0.1, 0.45, 0.45)
 FACTS = dict(cells=36, turns=16, answers_only=True)
 TALK = dict(cells=36, turns=6, answers_only=False)
 STAGES = (
-    TrainingStage("digits", 1200, 32, 3e-3, ("vision_tower_aux",)),
-    TrainingStage("numbers", 1800, 12, 2e-3, ("vision_tower_aux",)),
     TrainingStage("lookup", 400, 32, 3e-3, ("language_model",), told=FACTS | {"cells": 8}),
     TrainingStage(
-        "pairs", 300, 24, 2e-3, ("language_model",), told=FACTS | {"cells": 8, "pictures": TWO, "described": 0.2}
+        "pairs", 400, 24, 2e-3, ("language_model",), told=FACTS | {"cells": 8, "pictures": TWO, "described": 0.2}
     ),
     TrainingStage(
-        "search", 200, 32, 2e-3, ("language_model",), told=FACTS | {"pictures": PAIRED, "described": 0.2}, noise=0.4
+        "search", 250, 28, 2e-3, ("language_model",), told=FACTS | {"pictures": PAIRED, "described": 0.2}, noise=0.4
     ),
-    TrainingStage("language", 900, 10, 2e-3, ("language_model",), told=TALK | {"pictures": ANY}, noise=0.4),
+    TrainingStage("language", 700, 10, 2e-3, ("language_model",), told=TALK | {"pictures": ANY}, noise=0.4),
+    TrainingStage("digits", 1200, 32, 3e-3, ("vision_tower_aux",)),
+    TrainingStage("numbers", 1900, 12, 2e-3, ("vision_tower_aux",)),
     TrainingStage("views", 500, 64, 2e-3, ("vision_tower",)),
     # The towers continue to learn here, and the modules that use their features begin.
     TrainingStage("scenes", 1000, 12, 5e-4, (*TOWERS, *BRIDGE), faster=BRIDGE),

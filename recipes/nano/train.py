@@ -32,6 +32,7 @@ from . import data
 from .curve import draw_curve
 from .losses import HEAVY, blurred, chat_loss, normalise, page_loss, see, sight_loss
 from .model import EMBEDDING_SPREAD, LR_SIDE, forget_mined, make_model, save
+from .pairs import ORDINALS
 from .stages import ANY, BRIDGE, FACTS, PAIRED, STAGES, TALK, TOWERS, TrainingStage
 from .towers import Codes, TowerHeads, low_loss
 from .varied import draw_lines, draw_numbers
@@ -229,14 +230,20 @@ class Run:
             codes = self.codes(batch, embeddings)
             if stage.noise:
                 codes = blurred(codes, stage.noise, noise)
-            return chat_loss(self.model, batch, self.content, codes)
+            return chat_loss(self.model, batch, self.content, codes, self._ordinals())
         if stage.name == "views":
             queries = self.model.model.low_resolution_queries(low_resolution_views(normalise(batch["pixels"]), LR_SIDE))
             return low_loss(self.heads, queries[:, 0], batch)
         if stage.name == "scenes":
             return sight_loss(self.model, self.heads, self.codes, batch, hr=self.hr)
         _, _, seen = see(self.model, normalise(batch["pixels"]), hr=self.hr, towers_learn=False)
-        return chat_loss(self.model, batch, self.content, seen)
+        ordinals = self._ordinals() if "language_model" in stage.learns else None
+        return chat_loss(self.model, batch, self.content, seen, ordinals)
+
+    def _ordinals(self) -> torch.Tensor:
+        """The embeddings of the words that name the first and the second picture."""
+        ids = [self.processor.tokenizer(f" {word}", add_special_tokens=False).input_ids for word in ORDINALS]
+        return torch.stack([self.model.get_input_embeddings().weight[its].mean(0) for its in ids])
 
     def _keep(self, optimizers: list[torch.optim.Optimizer]) -> None:
         state = {"model": self.model.state_dict(), "heads": self.heads.state_dict(), "codes": self.codes.state_dict()}
