@@ -4,6 +4,10 @@ python -m recipes.nano.train OUT                 # with the high-resolution bran
 python -m recipes.nano.train OUT --no-hr         # without it: the mined features are never added
 python -m recipes.nano.train OUT                 # again: continues where it was stopped
 
+The first stages teach the language model alone, so a run without the branch can take them over from a run with it:
+
+python -m recipes.nano.train OTHER --no-hr --language OUT
+
 OUT/model is the checkpoint, and its training.json says how long the training took. OUT/log.jsonl and OUT/loss.png hold
 the losses.
 """
@@ -12,9 +16,11 @@ import argparse
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -32,14 +38,14 @@ from . import data
 from .curve import draw_curve
 from .losses import HEAVY, blurred, chat_loss, normalise, page_loss, see, sight_loss
 from .model import EMBEDDING_SPREAD, LR_SIDE, forget_mined, make_model, save
+from .optimizers import MUON, cosine, make_optimizers
 from .pairs import ORDINALS
-from .stages import ANY, BRIDGE, FACTS, PAIRED, STAGES, TALK, TOWERS, TrainingStage
+from .stages import ANY, FACTS, PAIRED, STAGES, TALK, TOWERS, TrainingStage
 from .towers import Codes, TowerHeads, low_loss
 from .varied import draw_lines, draw_numbers
 
-# Muon's rate, and its decay with it, is this many times AdamW's. It learned faster than at AdamW's own rate.
-MUON = 3
-BY_MUON = (*TOWERS, *BRIDGE, "language_model")
+# The state of a run after the stages of the language model, from which another run can go on.
+LANGUAGE = "language.pt"
 
 
 class Run:
@@ -54,6 +60,7 @@ class Run:
         stages: tuple[TrainingStage, ...],
         device: str = "cpu",
         workers: int = 1,
+        language: Path | None = None,
     ):
         self.out, self.seed, self.hr, self.device, self.workers = out, seed, hr, device, workers
         self.stages = tuple(stage for stage in stages if hr or stage.learns != ("vision_tower_aux",))
@@ -79,9 +86,13 @@ class Run:
         self.at, self.step, self.seconds = 0, 0, 0.0
         # The number of processes that have trained so far, and the machine on which the first of them began.
         self.starts, self.machine = 0, environment()
+        # The stages whose result was taken over from another run.
+        self.shared: list[str] = []
         self.optimizer_state = None
         if (out / "last.pt").is_file():
             self._resume()
+        elif language is not None:
+            self._take_over(language)
         self._cut_log()
 
     def train(self, minutes: float | None = None) -> bool:
@@ -96,6 +107,8 @@ class Run:
             if not self._stage(self.stages[self.at], end):
                 return False
             self.at, self.step, self.optimizer_state = self.at + 1, 0, None
+            if self.at == len(self._lessons()):
+                shutil.copy(self.out / "last.pt", self.out / LANGUAGE)
         save(self.model, self.out / "model")
         record.write_text(json.dumps(self.record(), indent=1) + "\n")
         return True
@@ -117,6 +130,7 @@ class Run:
             "hr": self.hr,
             "device": self.device,
             "starts": self.starts,
+            "taken over": self.shared,
             "minutes": minutes,
             "machine": self.machine,
         }
@@ -133,7 +147,7 @@ class Run:
         for part in parts.values():
             part.requires_grad_(True)
         learning = [p for part in parts.values() for p in part.parameters()]
-        optimizers = _optimizers(stage, parts)
+        optimizers = make_optimizers(stage, parts)
         if self.optimizer_state is not None:
             for optimizer, state in zip(optimizers, self.optimizer_state, strict=True):
                 optimizer.load_state_dict(state)
@@ -151,7 +165,7 @@ class Run:
                 nn.utils.clip_grad_norm_([p for p in learning if p.grad is not None], 1.0)
                 for optimizer in optimizers:
                     for group in optimizer.param_groups:
-                        group["lr"] = stage.rate * group["times"] * _cosine(self.step, stage.steps)
+                        group["lr"] = stage.rate * group["times"] * cosine(self.step, stage.steps)
                     optimizer.step()
                 self.step += 1
                 now = time.perf_counter()
@@ -249,7 +263,7 @@ class Run:
         state = {"model": self.model.state_dict(), "heads": self.heads.state_dict(), "codes": self.codes.state_dict()}
         state |= {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}
         state |= {"at": self.at, "step": self.step, "seconds": self.seconds}
-        state |= {"starts": self.starts, "machine": self.machine, "run": self._what()}
+        state |= {"starts": self.starts, "machine": self.machine, "shared": self.shared, "run": self._what()}
         # The state is first written under another name: a run that is killed while it writes must not lose its state.
         torch.save(state, self.out / "next.pt")
         os.replace(self.out / "next.pt", self.out / "last.pt")
@@ -276,9 +290,33 @@ class Run:
             state["seconds"],
             state["optimizers"],
         )
-        self.starts, self.machine = state["starts"], state["machine"]
+        self.starts, self.machine, self.shared = state["starts"], state["machine"], state["shared"]
         if self.step == self.stages[self.at].steps:
             self.at, self.step, self.optimizer_state = self.at + 1, 0, None
+
+    def _lessons(self) -> tuple[TrainingStage, ...]:
+        """The first stages, in which the language model learns alone: they are the same with and without the branch."""
+        return tuple(itertools.takewhile(lambda stage: stage.learns == ("language_model",), self.stages))
+
+    def _take_over(self, other: Path) -> None:
+        """Begins after the stages of the language model, with what another run of the same seed learned in them."""
+        if not (other / LANGUAGE).is_file():
+            raise SystemExit(f"{other} holds no {LANGUAGE}: its run has not ended the stages of the language model")
+        state = torch.load(other / LANGUAGE, map_location=self.device, weights_only=True)
+        lessons = self._lessons()
+        ours, theirs = ({**what, "stages": what["stages"][: len(lessons)]} for what in (self._what(), state["run"]))
+        for name in set(ours) - {"hr"}:
+            if ours[name] != theirs[name]:
+                raise SystemExit(
+                    f"{other} holds a run of other {name}: it has {theirs[name]}, this run has {ours[name]}"
+                )
+        prefix = "model.language_model."
+        learned = {k.removeprefix(prefix): v for k, v in state["model"].items() if k.startswith(prefix)}
+        self.model.model.language_model.load_state_dict(learned)
+        self.codes.load_state_dict(state["codes"])
+        self.at, self.seconds, self.shared = len(lessons), state["seconds"], [stage.name for stage in lessons]
+        rows = (other / "log.jsonl").read_text().splitlines(keepends=True)[: sum(stage.steps for stage in lessons)]
+        (self.out / "log.jsonl").write_text("".join(rows))
 
     def _cut_log(self) -> None:
         """Keeps the log up to the point where the run continues; later steps of a killed run are repeated."""
@@ -286,36 +324,6 @@ class Run:
         done = sum(stage.steps for stage in self.stages[: self.at]) + self.step
         rows = log.read_text().splitlines(keepends=True) if log.is_file() else []
         log.write_text("".join(rows[:done]))
-
-
-def _optimizers(stage: TrainingStage, parts: dict[str, nn.Module]) -> list[torch.optim.Optimizer]:
-    """Makes AdamW, and Muon (Jordan et al. 2024) for the matrices of `BY_MUON`.
-
-    The `times` of every group multiply the stage's rate.
-    """
-    betas, decay = ((0.9, 0.95), 0.1) if stage.told else ((0.9, 0.98), 0.01)
-    plain, matrices = [], []
-    for name, part in parts.items():
-        times = 3 if name in stage.faster else 1
-        tables = {m.weight for m in part.modules() if isinstance(m, nn.Embedding)}
-        muon = [p for p in part.parameters() if name in BY_MUON and p.dim() == 2 and p not in tables]
-        ours = set(muon)
-        plain.append({"params": [p for p in part.parameters() if p not in ours], "times": times})
-        if muon:
-            matrices.append({"params": muon, "times": MUON * times})
-    optimizers = [torch.optim.AdamW(plain, lr=stage.rate, betas=betas, weight_decay=decay)]
-    if matrices:
-        optimizers.append(torch.optim.Muon(matrices, lr=stage.rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
-    return optimizers
-
-
-def _cosine(step: int, steps: int) -> float:
-    warm = max(1, round(0.03 * steps))
-    return (
-        (step + 1) / warm
-        if step < warm
-        else 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-    )
 
 
 def main() -> None:
@@ -326,6 +334,12 @@ def main() -> None:
         "out", type=Path, help="folder for the checkpoint and the log, from which the same command continues"
     )
     parser.add_argument("--no-hr", action="store_true", help="train without the high-resolution branch")
+    parser.add_argument(
+        "--language",
+        type=Path,
+        metavar="OTHER",
+        help="take over the stages of the language model from another run of the same seed, with or without the branch",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights and of the scenes (default: 0)")
     parser.add_argument(
         "--minutes", type=float, help="stop after this many minutes; the same command continues from there"
@@ -339,7 +353,7 @@ def main() -> None:
         parser.error(f"expected more than 0 minutes, got --minutes {args.minutes:g}")
     # The progress bar would be that of writing one small file.
     transformers_logging.disable_progress_bar()
-    run = Run(args.out, seed=args.seed, hr=not args.no_hr, stages=STAGES, device=args.device)
+    run = Run(args.out, seed=args.seed, hr=not args.no_hr, stages=STAGES, device=args.device, language=args.language)
     try:
         done = run.train(args.minutes)
     except KeyboardInterrupt:

@@ -10,7 +10,6 @@ pictures that were encoded and decoded.
 
 import argparse
 import json
-import math
 import os
 import random
 import time
@@ -28,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 import mg_fast
 from mg_fast.testing.environment import environment
 
+from .optimizers import cosine
 from .painting import autoencoder, diffusion
 from .painting.check import check
 from .painting.curve import draw_curve
@@ -220,7 +220,7 @@ class Run:
             began = time.perf_counter()
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = group["times"] * plan["rate"] * _cosine(step, plan["steps"])
+                    group["lr"] = group["times"] * plan["rate"] * cosine(step, plan["steps"], least=0.01)
             noise = torch.Generator().manual_seed(hash((self.seed, name == "diffusion", step)) % 2**63)
             with torch.autocast(self.device, torch.bfloat16):
                 value = loss(step, noise)
@@ -291,13 +291,6 @@ def _grid(pictures: list[Image.Image], columns: int) -> Image.Image:
     for i, one in enumerate(pictures):
         grid.paste(one, (i % columns * width, i // columns * height))
     return grid
-
-
-def _cosine(step: int, steps: int) -> float:
-    warm = max(1, round(0.03 * steps))
-    if step < warm:
-        return (step + 1) / warm
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
 def main() -> None:

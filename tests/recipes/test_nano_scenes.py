@@ -15,7 +15,9 @@ from mg_fast.models.mini_gemini.geometry import check_geometry
 from recipes.nano import data, train
 from recipes.nano import evaluate as evaluation
 from recipes.nano.evaluate import evaluate
+from recipes.nano.losses import chat_loss
 from recipes.nano.model import LR_SIDE, VOCABULARY, make_model, save
+from recipes.nano.optimizers import make_optimizers
 from recipes.nano.scenes import (
     BACKGROUNDS,
     CELL,
@@ -31,6 +33,7 @@ from recipes.nano.scenes import (
     draw_scene,
     held_out,
 )
+from recipes.nano.stages import BRIDGE, FACTS, STAGES, TrainingStage
 from recipes.nano.talk import (
     GEN,
     NO_NUMBER,
@@ -322,7 +325,7 @@ LESSONS = dict(digits=(3, 2, 1e-3), lookup=(10, 4, 5e-3), scenes=(8, 2, 1e-3))
 
 @pytest.mark.slow
 def test_training_learns_and_goes_on_where_it_stopped(tmp_path):
-    short = [(stage, LESSONS.get(stage.name, (1, 2, 1e-3))) for stage in train.STAGES]
+    short = [(stage, LESSONS.get(stage.name, (1, 2, 1e-3))) for stage in STAGES]
     stages = tuple(
         dataclasses.replace(stage, **dict(zip(("steps", "batch", "rate"), lesson))) for stage, lesson in short
     )
@@ -384,8 +387,34 @@ def test_training_learns_and_goes_on_where_it_stopped(tmp_path):
     )
 
 
+@pytest.mark.slow
+def test_a_run_without_the_branch_takes_over_the_language_model(tmp_path):
+    """It ends as a run that learned language itself, because those stages do not see the branch."""
+    lessons = {"lookup", "pairs", "digits", "scenes", "everything"}
+    stages = tuple(dataclasses.replace(stage, steps=2, batch=2) for stage in STAGES if stage.name in lessons)
+
+    def run(folder, **options) -> train.Run:
+        return train.Run(tmp_path / folder, seed=0, stages=stages, workers=0, **{"hr": False, **options})
+
+    with pytest.raises(SystemExit, match="with holds no language.pt: its run has not ended the stages of the language"):
+        run("early", language=tmp_path / "with")
+    other = run("with", hr=True)
+    assert other.train()
+    whole, short = run("whole"), run("short", language=tmp_path / "with")
+    assert (short.at, short.shared) == (2, ["lookup", "pairs"]) and whole.train() and short.train()
+    for one, two in zip(whole.model.state_dict().values(), short.model.state_dict().values(), strict=True):
+        assert torch.equal(one, two)
+    assert short.record()["taken over"] == ["lookup", "pairs"] and list(short.record()["minutes"]) == [
+        *("lookup", "pairs", "scenes", "everything", "all")
+    ]
+    # The state of a run that goes on says so, too.
+    assert run("short").shared == ["lookup", "pairs"] and whole.record()["taken over"] == []
+    with pytest.raises(SystemExit, match="holds a run of other seed"):
+        train.Run(tmp_path / "seed", seed=1, hr=False, stages=stages, workers=0, language=tmp_path / "with")
+
+
 def test_what_a_run_took_is_told_by_stage(tmp_path):
-    run = train.Run(tmp_path, seed=3, hr=False, stages=train.STAGES, workers=0)
+    run = train.Run(tmp_path, seed=3, hr=False, stages=STAGES, workers=0)
     ends = {"lookup": (30.0, 60.0), "scenes": (180.0,), "everything": (200.0, 600.0)}
     rows = [{"stage": stage, "seconds": end} for stage, at in ends.items() for end in at]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -396,11 +425,11 @@ def test_what_a_run_took_is_told_by_stage(tmp_path):
 
 
 def test_digits_places_and_counts_weigh_more(tmp_path):
-    run = train.Run(tmp_path, seed=0, hr=True, stages=train.STAGES, workers=0)
-    batch = data.told(run.processor, 0, 0, 2, **train.FACTS)
+    run = train.Run(tmp_path, seed=0, hr=True, stages=STAGES, workers=0)
+    batch = data.told(run.processor, 0, 0, 2, **FACTS)
     with torch.no_grad():
         codes = run.codes(batch, run.model.get_input_embeddings())
-        loss, _ = train.chat_loss(run.model, batch, run.content, codes)
+        loss, _ = chat_loss(run.model, batch, run.content, codes)
         embeds = run.model.model.splice(run.model.get_input_embeddings()(batch["ids"]), codes, batch["marks"])
         hidden = run.model.model.language_model(inputs_embeds=embeds, attention_mask=batch["mask"]).last_hidden_state
         scores = run.model.lm_head(hidden[:, :-1]).log_softmax(-1)
@@ -416,7 +445,7 @@ def test_digits_places_and_counts_weigh_more(tmp_path):
 @pytest.mark.slow
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path):
     """A stopped run ends like an unbroken one: same state of both optimizers, same batches and same noise."""
-    search = next(stage for stage in train.STAGES if stage.name == "search")
+    search = next(stage for stage in STAGES if stage.name == "search")
     stages = (dataclasses.replace(search, steps=3, batch=2),)
 
     def run(folder) -> train.Run:
@@ -436,10 +465,10 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path):
         assert all(torch.equal(*pair) for pair in zip(one.parameters(), other.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("stage", train.STAGES, ids=lambda stage: stage.name)
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
 def test_muon_has_the_matrices_and_adamw_the_rest(stage):
     parts = {name: getattr(make_model(0).model, name) for name in stage.learns}
-    adamw, *muon = train._optimizers(stage, parts)
+    adamw, *muon = make_optimizers(stage, parts)
     times = {
         id(p): group["times"]
         for optimizer in (adamw, *muon)
@@ -457,8 +486,8 @@ def test_muon_has_the_matrices_and_adamw_the_rest(stage):
 
 
 def test_codes_are_blurred_anew_at_every_step(tmp_path, monkeypatch):
-    run = train.Run(tmp_path, seed=0, hr=True, stages=train.STAGES, workers=0)
-    stage = next(stage for stage in train.STAGES if stage.name == "search")
+    run = train.Run(tmp_path, seed=0, hr=True, stages=STAGES, workers=0)
+    stage = next(stage for stage in STAGES if stage.name == "search")
     batch = run._batch(dataclasses.replace(stage, batch=2), 0)
     losses = []
     for run.step in (0, 1, 1):
@@ -470,8 +499,8 @@ def test_codes_are_blurred_anew_at_every_step(tmp_path, monkeypatch):
     monkeypatch.setattr(
         train, "blurred", lambda codes, noise, generator: seen.append(torch.randn(3, generator=generator)) or codes
     )
-    language = next(stage for stage in train.STAGES if stage.name == "language")
-    for stage in (language, next(stage for stage in train.STAGES if stage.name == "search")):
+    language = next(stage for stage in STAGES if stage.name == "language")
+    for stage in (language, next(stage for stage in STAGES if stage.name == "search")):
         with torch.no_grad():
             run._loss(stage, run._batch(dataclasses.replace(stage, batch=2), 1))
     monkeypatch.undo()
@@ -505,8 +534,8 @@ def test_wrong_arguments_are_refused_before_any_work(command, arguments, said, t
 
 def test_without_the_high_resolution_branch_nothing_is_mined(tmp_path):
     stages = (
-        train.TrainingStage("digits", 9, 2, 1e-3, ("vision_tower_aux",)),
-        train.TrainingStage("everything", 1, 2, 1e-3, train.BRIDGE),
+        TrainingStage("digits", 9, 2, 1e-3, ("vision_tower_aux",)),
+        TrainingStage("everything", 1, 2, 1e-3, BRIDGE),
     )
     run = train.Run(tmp_path, seed=0, hr=False, stages=stages, workers=0)
     assert run.train()
