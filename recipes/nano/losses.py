@@ -66,26 +66,40 @@ def chat_loss(
     """
     inner = model.model
     embeds = inner.splice(inner.get_input_embeddings()(batch["ids"]), seen, batch["marks"])
-    out = inner.language_model(
-        inputs_embeds=embeds, attention_mask=batch["mask"], use_cache=False, output_hidden_states=ordinals is not None
-    )
-    hidden = out.last_hidden_state
     said = batch["answers"][:, 1:] == 1
-    scores, wanted = model.lm_head(hidden[:, :-1][said]).float(), batch["ids"][:, 1:][said]
+    number = picture_numbers(batch) if ordinals is not None else None
+    hidden, wanted, begins, nearer, belongs = [], [], [], [], []
+    # Short and long rows go through the language model apart, because all rows would be padded to the longest one.
+    for rows in batch["mask"].sum(1).argsort().chunk(2):
+        long = int(batch["mask"][rows].sum(1).max())
+        out = inner.language_model(
+            inputs_embeds=embeds[rows, :long],
+            attention_mask=batch["mask"][rows, :long],
+            use_cache=False,
+            output_hidden_states=ordinals is not None,
+        )
+        speaks = said[rows, : long - 1]
+        hidden.append(out.last_hidden_state[:, :-1][speaks])
+        wanted.append(batch["ids"][rows, 1:long][speaks])
+        begins.append((speaks & ~F.pad(speaks, (1, 0))[:, :-1])[speaks])
+        if number is not None:
+            at = number[rows, :long] >= 0
+            nearer.append(out.hidden_states[ORDER_LAYER][at].float() @ ordinals.T)
+            belongs.append(number[rows, :long][at])
+    scores, wanted = model.lm_head(torch.cat(hidden)).float(), torch.cat(wanted)
     right = scores.argmax(-1) == wanted
     shares = {name: _mean(right[torch.isin(wanted, ids)]) for name, ids in content.items()}
     weight = scores.new_ones(scores.shape[-1])
     for name, times in HEAVY.items():
         weight[content[name]] = times
-    begins = said & ~F.pad(said, (1, 0))[:, :-1]
-    answer = begins.flatten().cumsum(0)[said.flatten()] - 1
-    wrong = torch.zeros(int(begins.sum()), device=scores.device).index_add_(0, answer, (~right).float())
+    answer = torch.cat(begins).cumsum(0) - 1
+    wrong = torch.zeros(int(answer[-1]) + 1, device=scores.device).index_add_(0, answer, (~right).float())
     loss = F.cross_entropy(scores, wanted, weight=weight)
     shares = {"token": _mean(right), "answer": _mean(wrong == 0), **shares}
-    if ordinals is not None and (number := picture_numbers(batch)).max() > 0:
-        told = out.hidden_states[ORDER_LAYER][number >= 0].float() @ ordinals.T
-        loss = loss + F.cross_entropy(told, number[number >= 0])
-        shares["order"] = _mean(told.argmax(-1) == number[number >= 0])
+    if number is not None and len(belongs := torch.cat(belongs)):
+        nearer = torch.cat(nearer)
+        loss = loss + F.cross_entropy(nearer, belongs)
+        shares["order"] = _mean(nearer.argmax(-1) == belongs)
     return loss, shares
 
 

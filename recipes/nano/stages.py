@@ -29,6 +29,7 @@ BRIDGE = ("mm_projector", "patch_mining")
 # Answers alone, without the turns of a conversation around them. This way one scene holds many of them.
 # The shares of conversations about no picture, one and two.
 TWO, PAIRED, ANY = (0.0, 0.2, 0.8), (0.0, 0.5, 0.5), (0.1, 0.45, 0.45)
+SHOWN_PAIRED, SHOWN_ANY = (0.0, 0.75, 0.25), (0.1, 0.6, 0.3)
 FACTS = dict(cells=36, turns=16, answers_only=True)
 TALK = dict(cells=36, turns=6, answers_only=False)
 STAGES = (
@@ -41,10 +42,10 @@ STAGES = (
     ),
     TrainingStage("language", 700, 10, 2e-3, ("language_model",), told=TALK | {"pictures": ANY}, noise=0.4),
     TrainingStage("digits", 1200, 32, 3e-3, ("vision_tower_aux",)),
-    TrainingStage("numbers", 1900, 12, 2e-3, ("vision_tower_aux",)),
+    TrainingStage("numbers", 1850, 12, 2e-3, ("vision_tower_aux",)),
     TrainingStage("views", 500, 64, 2e-3, ("vision_tower",)),
     # The towers continue to learn here, and the modules that use their features begin.
     TrainingStage("scenes", 1000, 12, 5e-4, (*TOWERS, *BRIDGE), faster=BRIDGE),
     TrainingStage("alignment", 150, 16, 1e-3, BRIDGE),
-    TrainingStage("everything", 900, 10, 5e-4, (*BRIDGE, "language_model")),
+    TrainingStage("everything", 620, 10, 5e-4, (*BRIDGE, "language_model")),
 )

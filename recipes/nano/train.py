@@ -40,7 +40,7 @@ from .losses import HEAVY, blurred, chat_loss, normalise, page_loss, see, sight_
 from .model import EMBEDDING_SPREAD, LR_SIDE, forget_mined, make_model, save
 from .optimizers import MUON, cosine, make_optimizers
 from .pairs import ORDINALS
-from .stages import ANY, FACTS, PAIRED, STAGES, TALK, TOWERS, TrainingStage
+from .stages import FACTS, PAIRED, SHOWN_ANY, SHOWN_PAIRED, STAGES, TALK, TOWERS, TrainingStage
 from .towers import Codes, TowerHeads, low_loss
 from .varied import draw_lines, draw_numbers
 
@@ -216,11 +216,10 @@ class Run:
                 return data.scenes(seed, step, stage.batch) | pages
             case "alignment":
                 # All facts about a picture take the role of the captions in the original.
-                return told(**FACTS, shown=True, pictures=PAIRED)
+                return told(**FACTS, shown=True, pictures=SHOWN_PAIRED)
             case "everything":
-                return told(**TALK, shown=True, pictures=ANY) | {
-                    "facts": facts(shown=True, described=0.4, pictures=PAIRED)
-                }
+                beside = facts(shown=True, described=0.4, pictures=SHOWN_PAIRED)
+                return told(**TALK, shown=True, pictures=SHOWN_ANY) | {"facts": beside}
         raise ValueError(f"no stage {stage.name!r}")
 
     def _loss(self, stage: TrainingStage, batch: data.Batch) -> tuple[torch.Tensor, dict[str, float]]:
