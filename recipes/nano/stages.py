@@ -41,11 +41,11 @@ STAGES = (
         "search", 250, 28, 2e-3, ("language_model",), told=FACTS | {"pictures": PAIRED, "described": 0.2}, noise=0.4
     ),
     TrainingStage("language", 700, 10, 2e-3, ("language_model",), told=TALK | {"pictures": ANY}, noise=0.4),
-    TrainingStage("digits", 1200, 32, 3e-3, ("vision_tower_aux",)),
-    TrainingStage("numbers", 1850, 12, 2e-3, ("vision_tower_aux",)),
-    TrainingStage("views", 500, 64, 2e-3, ("vision_tower",)),
+    TrainingStage("digits", 1150, 32, 3e-3, ("vision_tower_aux",)),
+    TrainingStage("numbers", 1800, 12, 2e-3, ("vision_tower_aux",)),
+    TrainingStage("views", 450, 64, 2e-3, ("vision_tower",)),
     # The towers continue to learn here, and the modules that use their features begin.
-    TrainingStage("scenes", 1000, 12, 5e-4, (*TOWERS, *BRIDGE), faster=BRIDGE),
+    TrainingStage("scenes", 920, 12, 5e-4, (*TOWERS, *BRIDGE), faster=BRIDGE),
     TrainingStage("alignment", 150, 16, 1e-3, BRIDGE),
-    TrainingStage("everything", 620, 10, 5e-4, (*BRIDGE, "language_model")),
+    TrainingStage("everything", 600, 10, 5e-4, (*BRIDGE, "language_model")),
 )
