@@ -19,10 +19,12 @@ import mg_fast
 from mg_fast import CheckpointError, MiniGeminiForConditionalGeneration, cli
 from mg_fast.models import builtin
 from mg_fast.models.mini_gemini import launches
-from recipes.nano.evaluate import accuracy_table
+from recipes.nano.evaluate import accuracy_table, evaluate_varied
 from recipes.nano.model import forget_mined
 from recipes.nano.scenes import CELL, draw_number, draw_scene
+from recipes.nano.rounding import rounding_table
 from recipes.nano.talk import ask
+from recipes.nano.varied_questions import VARIED_KINDS
 from tests.forked_python import python
 from tests.paths import ROOT
 
@@ -85,6 +87,21 @@ def test_questions_about_what_there_is(nano, kind, most):
     answers = said(nano, [(question, [image]) for question, _, image in turns])
     wrong = [(question, answer, right) for (question, right, _), answer in zip(turns, answers) if answer != right]
     assert len(turns) >= 5 and len(wrong) <= most, wrong
+
+
+@pytest.fixture(scope="module")
+def beyond(nano):
+    """The shares of right answers beyond ordinary scenes, and the wrong answers. Few questions of each kind are asked."""
+    return evaluate_varied({"nano": nano}, seed=20, count=10)
+
+
+# The recorded results say how well nano does. Of ten questions, this many may be answered wrong.
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", VARIED_KINDS)
+def test_what_ordinary_scenes_do_not_show(beyond, kind):
+    shares, wrong = beyond
+    missed = [row for row in wrong if row["kind"] == kind]
+    assert shares["asked"][kind] >= 7 and len(missed) <= MISSED.get(kind, 1), missed
 
 
 def test_later_questions_are_about_the_same_picture(nano):
@@ -227,13 +244,29 @@ def test_any_picture_gets_an_answer(nano, name):
 
 # ---- Recorded results
 
-# The first result belongs to the weights in the package.
+# The first result belongs to the weights in the package; those of other training seeds would follow.
 RESULTS = sorted((ROOT / "bench" / "results").glob("nano-[0-9].json"))
+ROUNDING = ROOT / "bench" / "results" / "nano-rounding.json"
 
 
 def test_the_page_says_what_was_recorded():
-    table = accuracy_table(*(json.loads(file.read_text()) for file in RESULTS))
-    assert table in (ROOT / "docs" / "nano.md").read_text(encoding="utf-8"), f"docs/nano.md should hold\n{table}"
+    recorded = [json.loads(file.read_text()) for file in RESULTS]
+    tables = [accuracy_table(*recorded, part=part) for part in ("exact", "varied")]
+    for table in (*tables, rounding_table(json.loads(ROUNDING.read_text()))):
+        assert table in (ROOT / "docs" / "nano.md").read_text(encoding="utf-8"), f"docs/nano.md should hold\n{table}"
+
+
+def test_rounding_was_recorded_for_these_weights():
+    recorded = json.loads(ROUNDING.read_text())
+    weights = hashlib.sha256((builtin.resolve("nano") / "model.safetensors").read_bytes()).hexdigest()
+    for result, scenes in ((recorded, 500), (recorded["triton"], 20)):
+        assert weights.startswith(result["conditions"]["sha256 of weights"]) and result["conditions"]["scenes"] >= scenes
+    # The first form is what the others are compared with, and every question was asked of all forms.
+    assert set(recorded["exact"]["as float32"]) == {"float32", "float32, reference", "bfloat16", "int8", "int4", "fp8"}
+    assert recorded["exact"]["as float32"]["float32"] == 1.0 and "float32, triton" in recorded["triton"]["exact"]
+    exact = json.loads(RESULTS[0].read_text())
+    for part in ("exact", "varied"):
+        assert recorded[part]["float32"] == exact[part]["with mining"]
 
 
 def test_the_record_is_of_these_weights_and_of_unseen_scenes_enough():
@@ -245,7 +278,8 @@ def test_the_record_is_of_these_weights_and_of_unseen_scenes_enough():
         # Each training is one command that was never stopped.
         for name, training in result["conditions"]["training"].items():
             assert training["hr"] == (name == "with mining") and training["starts"] == 1
-    assert len({result["conditions"]["training"]["with mining"]["seed"] for result in recorded}) == len(recorded) >= 2
+        assert result["conditions"]["training seeds with mining"] == [result["conditions"]["training"]["with mining"]["seed"]]
+    assert len({result["conditions"]["training"]["with mining"]["seed"] for result in recorded}) == len(recorded)
 
 
 # ---- The package
