@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import os
 import random
 from collections.abc import Callable, Iterable, Sequence
 
@@ -251,18 +252,25 @@ def label(prints: Sequence[Print], shapes: Sequence, background: str | None, sid
 
     Returns:
         kind [n, n]: index into `CELL_KINDS` of the thing whose centre lies in the cell. colour [n, n]: the colours of
-        shapes. digits [n, n, 4]: the digits of the single number there, 0 for none and otherwise 1 + digit.
-        background []. character, rank [m, m]: 1 + digit, and 1 + the digit's place in its number. `IGNORED` stands
-        where there is nothing to tell.
+        shapes. alike [n, n]: how many shapes of the same kind and colour stand before the one there, row by row. digits
+        [n, n, 5]: the digits of the single number there, 0 for none and otherwise 1 + digit. background [].
+        character, rank [m, m]: 1 + digit, and 1 + the digit's place in its number. `IGNORED` stands where there is
+        nothing to tell.
     """
     cells, fine = side // CELL, side // STRIDE
     kind = np.zeros((cells, cells), np.int64)
     colour = np.full((cells, cells), IGNORED)
     digits = np.full((cells, cells, MAX_DIGITS), IGNORED)
+    alike = np.zeros((cells, cells), np.int64)
     character, rank = np.zeros((fine, fine), np.int64), np.zeros((fine, fine), np.int64)
     for shape in shapes:
         at = int(shape.y // CELL), int(shape.x // CELL)
         kind[at], colour[at] = CELL_KINDS.index(shape.kind), list(COLOURS).index(shape.colour)
+        alike[at] = sum(
+            (other.kind, other.colour) == (shape.kind, shape.colour)
+            and (int(other.y // CELL), int(other.x // CELL)) < at
+            for other in shapes
+        )
     for sign in prints:
         numbers = sign.text.split()
         if len(numbers) == 1:
@@ -278,7 +286,7 @@ def label(prints: Sequence[Print], shapes: Sequence, background: str | None, sid
                 if min(spot) >= 0 and max(spot) < fine:
                     character[spot], rank[spot] = 1 + int(digit), 1 + place if whole else IGNORED
     ground = np.array(IGNORED if background is None else list(BACKGROUNDS).index(background))
-    return dict(kind=kind, colour=colour, digits=digits, background=ground, character=character, rank=rank)
+    return dict(kind=kind, colour=colour, alike=alike, digits=digits, background=ground, character=character, rank=rank)
 
 
 def _stack(labels: Sequence[dict[str, np.ndarray]]) -> Batch:
@@ -308,5 +316,15 @@ class Steps(Dataset):
 def loader(make, first: int, last: int, workers: int = 1) -> DataLoader:
     """Batches for the steps from `first` up to `last`, drawn while training runs. `make` takes the number of a step."""
     return DataLoader(
-        Steps(make, first, last), batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None
+        Steps(make, first, last),
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=_give_way,
     )
+
+
+def _give_way(worker: int) -> None:
+    """Lets the drawing of scenes wait for the training, whose threads would otherwise wait for each other."""
+    os.nice(10)
+    torch.set_num_threads(1)

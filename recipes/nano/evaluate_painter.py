@@ -30,7 +30,7 @@ from mg_fast.testing.environment import environment
 from .painting.check import Verdict, check
 from .painting.reading import read_numbers
 from .painting.wishes import Wish, draw_wish, picture, random_wish
-from .talk import GEN, wish
+from .talk import GEN, described, wish
 
 SEED = 8100
 # The shapes of a wish take turns.
@@ -78,13 +78,13 @@ def judge(pipeline: mg_fast.Pipeline, asked: list[Wish], pictures: list[Image.Im
     said, read = descriptions(pipeline, pictures), read_numbers(pipeline, pictures)
     rows = []
     for one, verdict, text, number, drawn in zip(asked, verdicts, said, read, pictures):
-        described = wish(list(one.shapes), one.background, one.number) + "."
+        right = described(list(one.shapes), one.background, one.number) + "."
         row = {
             "shapes": verdict.shapes_right,
             "shapes, in the order of the wish": verdict.order_right,
             "background": verdict.background_right,
             "print where asked for": verdict.number_right,
-            "nano describes it as wished": text.lower() == described,
+            "nano describes it as wished": text.lower() == right,
         }
         if one.number:
             row["number seen by nano"] = number is not None

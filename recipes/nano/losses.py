@@ -1,6 +1,7 @@
 """The losses of nano's training, each with the shares of right predictions that the log shows."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +18,8 @@ from .towers import Codes, TowerHeads, character_loss, high_loss, low_loss, toke
 # because every cell has one, and a count stands for all the shapes that are alike.
 HEAVY = {"digit": 3.0, "place": 3.0, "count": 3.0}
 
-# After this layer of the language model, image tokens are asked for the number of their picture.
-ORDER_LAYER = 2
+# After this layer of the language model, image tokens are asked for the number of their picture, and for others alike.
+HINT_LAYER = 2
 
 
 def normalise(pixels: torch.Tensor) -> torch.Tensor:
@@ -48,18 +49,30 @@ def see(
     return features.queries, features.pyramid, features.image_tokens
 
 
+class Hints(NamedTuple):
+    """Words whose embeddings the language model learns to write into image tokens; see `chat_loss`.
+
+    Attributes:
+        ordinals: "first" and "second", [2, hidden].
+        counts: nothing (zero), "two", "three" and so on, [6, hidden].
+    """
+
+    ordinals: torch.Tensor
+    counts: torch.Tensor
+
+
 def chat_loss(
     model: MiniGeminiForConditionalGeneration,
     batch: data.Batch,
     content: dict[str, torch.Tensor],
     seen: torch.Tensor,
-    ordinals: torch.Tensor | None = None,
+    hints: Hints | None = None,
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """The loss on the tokens of answers alone, with pictures given by their image tokens `seen`.
 
-    With `ordinals`, the embeddings [2, hidden] of "first" and "second", the loss also asks the language model at each
-    image token of two pictures to which of them it belongs: after `ORDER_LAYER`, the right one of the two words should
-    be the nearer one. So the language model learns to write into image tokens what the words of a question look for.
+    With `hints`, the loss also asks the language model at image tokens, after `HINT_LAYER`, for a word: of two
+    pictures, whether it belongs to the first or the second one; and at a shape, whether it is the second or the third
+    of its like. The right word should be the nearest one. So image tokens come to hold what questions look for.
 
     The shares say how often a token is right, how often one of each kind of `content`, and how often all tokens of an
     answer are: greedy decoding would have given just these answers.
@@ -67,8 +80,10 @@ def chat_loss(
     inner = model.model
     embeds = inner.splice(inner.get_input_embeddings()(batch["ids"]), seen, batch["marks"])
     said = batch["answers"][:, 1:] == 1
-    number = picture_numbers(batch) if ordinals is not None else None
-    hidden, wanted, begins, nearer, belongs = [], [], [], [], []
+    asks = {} if hints is None else {"order": (picture_numbers(batch), hints.ordinals)}
+    if hints is not None and "alike" in batch:
+        asks["alike"] = (alike_numbers(batch), hints.counts)
+    hidden, wanted, begins, nearest = [], [], [], {name: [] for name in asks}
     # Short and long rows go through the language model apart, because all rows would be padded to the longest one.
     for rows in batch["mask"].sum(1).argsort().chunk(2):
         long = int(batch["mask"][rows].sum(1).max())
@@ -76,16 +91,15 @@ def chat_loss(
             inputs_embeds=embeds[rows, :long],
             attention_mask=batch["mask"][rows, :long],
             use_cache=False,
-            output_hidden_states=ordinals is not None,
+            output_hidden_states=bool(asks),
         )
         speaks = said[rows, : long - 1]
         hidden.append(out.last_hidden_state[:, :-1][speaks])
         wanted.append(batch["ids"][rows, 1:long][speaks])
         begins.append((speaks & ~F.pad(speaks, (1, 0))[:, :-1])[speaks])
-        if number is not None:
-            at = number[rows, :long] >= 0
-            nearer.append(out.hidden_states[ORDER_LAYER][at].float() @ ordinals.T)
-            belongs.append(number[rows, :long][at])
+        for name, (labels, words) in asks.items():
+            at = labels[rows, :long] >= 0
+            nearest[name].append((out.hidden_states[HINT_LAYER][at].float() @ words.T, labels[rows, :long][at]))
     scores, wanted = model.lm_head(torch.cat(hidden)).float(), torch.cat(wanted)
     right = scores.argmax(-1) == wanted
     shares = {name: _mean(right[torch.isin(wanted, ids)]) for name, ids in content.items()}
@@ -96,10 +110,11 @@ def chat_loss(
     wrong = torch.zeros(int(answer[-1]) + 1, device=scores.device).index_add_(0, answer, (~right).float())
     loss = F.cross_entropy(scores, wanted, weight=weight)
     shares = {"token": _mean(right), "answer": _mean(wrong == 0), **shares}
-    if number is not None and len(belongs := torch.cat(belongs)):
-        nearer = torch.cat(nearer)
-        loss = loss + F.cross_entropy(nearer, belongs)
-        shares["order"] = _mean(nearer.argmax(-1) == belongs)
+    for name, pairs in nearest.items():
+        told, labels = (torch.cat(parts) for parts in zip(*pairs))
+        if len(labels):
+            loss = loss + F.cross_entropy(told, labels)
+            shares[name] = _mean((told.argmax(-1) == labels)[labels > 0])
     return loss, shares
 
 
@@ -109,6 +124,13 @@ def picture_numbers(batch: data.Batch) -> torch.Tensor:
     cells = batch["cells"].shape[1] if "cells" in batch else data.CELLS
     two = marks.sum(1, keepdim=True) > cells
     return torch.where((marks == 1) & two, (marks.cumsum(1) - 1) // cells, -1)
+
+
+def alike_numbers(batch: data.Batch) -> torch.Tensor:
+    """For each image token of a shape [B, L], how many shapes like it come before it in its picture; -1 elsewhere."""
+    shape = (batch["colour"] != data.IGNORED).flatten(1)
+    alike = torch.where(shape, batch["alike"].flatten(1), -1).gather(1, batch["cells"])
+    return torch.full_like(batch["marks"], -1).masked_scatter(batch["marks"] == 1, alike)
 
 
 def code_loss(seen: torch.Tensor, wanted: torch.Tensor, things: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:

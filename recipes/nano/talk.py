@@ -180,34 +180,45 @@ def count(thing: str, shapes: Sequence[Shape]) -> str:
     """
     if not shapes:
         return f"There are {WORDS[0]} {thing}s."
-    named = _listed([(shape.kind, shape.colour) for shape in shapes])
+    named = _one_by_one([(shape.kind, shape.colour) for shape in shapes])
     return f"{_capital(named)}: {WORDS[len(shapes)]} {thing}{'' if len(shapes) == 1 else 's'}."
 
 
 def describe(scene: Scene) -> str:
     """All that is in a scene except the digits of the print, in one fixed order."""
-    return wish([(shape.kind, shape.colour) for shape in scene.shapes], scene.background, scene.print is not None)
+    return described([(shape.kind, shape.colour) for shape in scene.shapes], scene.background, scene.print is not None)
+
+
+def described(shapes: list[tuple[str, str]], background: str, number: bool = False) -> str:
+    """Shapes (kind, colour) on a background, as nano describes a picture: shapes that are alike one by one."""
+    return _on(_one_by_one(shapes), background, number)
 
 
 def wish(shapes: list[tuple[str, str]], background: str, number: bool = False) -> str:
-    """Shapes (kind, colour) on a background, in words, with a mention of a number if there is one."""
-    return _on(_listed(shapes) if shapes else "nothing", background, number)
+    """Shapes (kind, colour) on a background, as people wish for them: shapes that are alike together."""
+    return _on(", ".join(together(shapes)), background, number)
 
 
 def _on(things: str, background: str, number: bool) -> str:
-    return f"{things} on a {background} background{', with a number' * number}"
+    return f"{things or 'nothing'} on a {background} background{', with a number' * number}"
 
 
-def _listed(shapes: list[tuple[str, str]]) -> str:
-    return ", ".join(named_shapes(shapes))
-
-
-def named_shapes(shapes: list[tuple[str, str]]) -> list[str]:
-    """Shapes (kind, colour) in words, equal ones together, in one fixed order.
+def _one_by_one(shapes: list[tuple[str, str]]) -> str:
+    """Shapes (kind, colour) in words, in one fixed order; a second one that is alike is "another".
 
     The order is that of the words, colour before kind, and no "and" stands before the last: a small model predicts the
-    next word well, but not what comes two things later.
+    next word well, but not what comes two things later. This is why it does not say "two red stars": at the "two" it
+    would have to know of the stars and of their number at once.
     """
+    ordered = sorted((colour, kind) for kind, colour in shapes)
+    return ", ".join(
+        f"another {colour} {kind}" if (colour, kind) in ordered[:i] else with_article(f"{colour} {kind}")
+        for i, (colour, kind) in enumerate(ordered)
+    )
+
+
+def together(shapes: list[tuple[str, str]]) -> list[str]:
+    """Shapes (kind, colour) in words, in the same order, and those that are alike together."""
     named = []
     for colour, kind in sorted({(colour, kind) for kind, colour in shapes}):
         number = shapes.count((kind, colour))
@@ -230,7 +241,7 @@ def asked_wish(rng: random.Random) -> tuple[str, str]:
     """A request for a drawing, with its shapes in any order, and the answer, which has them in nano's own order."""
     shapes = [(rng.choice(KINDS), rng.choice(list(COLOURS))) for _ in range(rng.choice((1, 2, 2, 3, 3, 4)))]
     background, number = rng.choice(list(BACKGROUNDS)), rng.random() < 0.2
-    things = named_shapes(shapes)
+    things = together(shapes)
     rng.shuffle(things)
     listed = ", ".join(things)
     # About half of the people say "and" before the last shape.
@@ -299,6 +310,7 @@ def every_sentence() -> Iterator[str]:
                 for number in (False, True):
                     shapes = [(kind, colour)] * rng.randint(1, 6)
                     yield wish(shapes, background, number) + f", {STYLE}"
+                    yield described(shapes, background, number)
                     yield count(kind, [Shape(*shape, 0, 0, 0) for shape in shapes])
                 yield f"No, there is no {colour} {kind}."
                 yield f"Yes, there is {with_article(f'{colour} {kind}')}."

@@ -23,6 +23,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -36,10 +37,11 @@ from mg_fast.testing.environment import environment
 
 from . import data
 from .curve import draw_curve
-from .losses import HEAVY, blurred, chat_loss, normalise, page_loss, see, sight_loss
+from .losses import HEAVY, Hints, blurred, chat_loss, normalise, page_loss, see, sight_loss
 from .model import EMBEDDING_SPREAD, LR_SIDE, forget_mined, make_model, save
 from .optimizers import MUON, cosine, make_optimizers
 from .pairs import ORDINALS
+from .scenes import WORDS
 from .stages import FACTS, PAIRED, SHOWN_ANY, SHOWN_PAIRED, STAGES, TALK, TOWERS, TrainingStage
 from .towers import Codes, TowerHeads, low_loss
 from .varied import draw_lines, draw_numbers
@@ -243,20 +245,26 @@ class Run:
             codes = self.codes(batch, embeddings)
             if stage.noise:
                 codes = blurred(codes, stage.noise, noise)
-            return chat_loss(self.model, batch, self.content, codes, self._ordinals())
+            return chat_loss(self.model, batch, self.content, codes, self._hints())
         if stage.name == "views":
             queries = self.model.model.low_resolution_queries(low_resolution_views(normalise(batch["pixels"]), LR_SIDE))
             return low_loss(self.heads, queries[:, 0], batch)
         if stage.name == "scenes":
             return sight_loss(self.model, self.heads, self.codes, batch, hr=self.hr)
         _, _, seen = see(self.model, normalise(batch["pixels"]), hr=self.hr, towers_learn=False)
-        ordinals = self._ordinals() if "language_model" in stage.learns else None
-        return chat_loss(self.model, batch, self.content, seen, ordinals)
+        hints = self._hints() if "language_model" in stage.learns else None
+        return chat_loss(self.model, batch, self.content, seen, hints)
 
-    def _ordinals(self) -> torch.Tensor:
-        """The embeddings of the words that name the first and the second picture."""
-        ids = [self.processor.tokenizer(f" {word}", add_special_tokens=False).input_ids for word in ORDINALS]
-        return torch.stack([self.model.get_input_embeddings().weight[its].mean(0) for its in ids])
+    def _hints(self) -> Hints:
+        """The embeddings of the words that image tokens are asked for."""
+        weight = self.model.get_input_embeddings().weight
+
+        def embeddings(words: Sequence[str]) -> torch.Tensor:
+            ids = [self.processor.tokenizer(f" {word}", add_special_tokens=False).input_ids for word in words]
+            return torch.stack([weight[its].mean(0) for its in ids])
+
+        counts = embeddings(WORDS[2:])
+        return Hints(embeddings(ORDINALS), torch.cat([torch.zeros_like(counts[:1]), counts]))
 
     def _keep(self, optimizers: list[torch.optim.Optimizer]) -> None:
         state = {"model": self.model.state_dict(), "heads": self.heads.state_dict(), "codes": self.codes.state_dict()}

@@ -43,6 +43,7 @@ from recipes.nano.talk import (
     careless,
     conversation,
     describe,
+    described,
     every_sentence,
     text_only,
     wish,
@@ -277,15 +278,15 @@ def told_by(batch: data.Batch, row: int) -> str:
     kinds, colours = (batch[name][row].flatten().tolist() for name in ("kind", "colour"))
     things = [data.CELL_KINDS[kind] for kind in kinds]
     shapes = [(thing, list(COLOURS)[colour]) for thing, colour in zip(things, colours) if thing in KINDS]
-    text = wish(shapes, list(BACKGROUNDS)[batch["background"][row]], "number" in things)
+    text = described(shapes, list(BACKGROUNDS)[batch["background"][row]], "number" in things)
     return text[0].upper() + text[1:] + "."
 
 
 def test_some_scenes_are_described_first(processor):
     told = dict(cells=36, turns=20, answers_only=True, shown=True)
-    plain, described = (data.told(processor, 0, 3, 8, **told, described=share) for share in (0.0, 1.0))
-    assert plain["pixels"].shape == described["pixels"].shape == (8, SIDE, SIDE, 3)
-    for batch, share in ((plain, 0), (described, 8)):
+    plain, telling = (data.told(processor, 0, 3, 8, **told, described=share) for share in (0.0, 1.0))
+    assert plain["pixels"].shape == telling["pixels"].shape == (8, SIDE, SIDE, 3)
+    for batch, share in ((plain, 0), (telling, 8)):
         said = [
             processor.tokenizer.decode(ids[answers == 1]).strip()
             for ids, answers in zip(batch["ids"], batch["answers"])
@@ -298,7 +299,7 @@ def test_some_scenes_are_described_first(processor):
                 follows
             ), follows
     # Scenes with and without a number are described. Otherwise every description would mention one.
-    assert 2 <= (described["kind"] == data.CELL_KINDS.index("number")).flatten(1).any(1).sum() <= 7
+    assert 2 <= (telling["kind"] == data.CELL_KINDS.index("number")).flatten(1).any(1).sum() <= 7
 
 
 def test_the_code_of_a_number_tells_the_order_of_its_digits(processor):
