@@ -31,7 +31,7 @@ from .scenes import (
 
 TRAINED = (*FONTS, *MORE_FONTS)
 HEIGHTS = (8.0, 16.0)
-VARIED_DIGITS = (1, 2, 3, 4, 5, 5)
+VARIED_DIGITS = (1, 2, 3, 3, 4, 4, 5, 5)
 # How often a scene holds none, one, two shapes and so on. Long lists are the hardest.
 SHAPES = (2, 2, 3, 4, 4, 3, 3)
 # The share of scenes with shapes alike, and of further shapes there that are like one before.
@@ -158,9 +158,9 @@ def _anywhere(x: float, y: float) -> bool:
 
 
 def _height(rng: random.Random) -> float:
-    """A height of print. Small print is harder, so half of it is at most 12 pixels high."""
+    """A height of print. Small print is harder, so about two thirds of it are at most 12 pixels high."""
     low, high = HEIGHTS
-    return rng.uniform(low, high) if rng.random() < 0.5 else rng.uniform(low, 12)
+    return rng.uniform(low, high) if rng.random() < 0.7 else rng.uniform(low, 12)
 
 
 def _other(rng: random.Random, placed: Sequence[Shape], base: tuple) -> tuple[str, str]:

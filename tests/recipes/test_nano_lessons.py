@@ -16,7 +16,7 @@ from recipes.nano.losses import alike_numbers, chat_loss, picture_numbers
 from recipes.nano.pairs import about, conversation_about_two, questions_about_both
 from recipes.nano.scenes import CELL, MAX_DIGITS, SIDE, held_out
 from recipes.nano.stages import FACTS, TALK
-from recipes.nano.talk import GEN, MIXED, NAMED, NO_NUMBER, ask, asked_wish
+from recipes.nano.talk import GEN, MIXED, NAMED, NO_NUMBER, ask, asked_wish, count, wish
 from recipes.nano.varied import draw_varied, on_border
 from recipes.nano.varied_questions import VARIED_KINDS, varied_questions
 
@@ -225,14 +225,14 @@ def test_pictures_follow_one_another_in_the_order_of_their_marks(nano, lesson):
     pictures = (batch["marks"].sum(1) // cells).tolist()
     assert set(pictures) == {1, 2} and sum(pictures) == len(batch["kind"]) == len(batch["cells"])
     first = 0
-    for row, count in enumerate(pictures):
+    for row, shown in enumerate(pictures):
         text = nano.processor.tokenizer.decode(batch["ids"][row][batch["mask"][row] == 1])
         numbers = []
-        for k in range(first, first + count):
+        for k in range(first, first + shown):
             digits = batch["digits"][k][batch["digits"][k][..., 0] != data.IGNORED]
             numbers.append("".join(str(int(d) - 1) for d in digits[0] if d > 0) if len(digits) else None)
-        first += count
-        for which, ordinal in enumerate(("first", "second")[: count if count == 2 else 0]):
+        first += shown
+        for which, ordinal in enumerate(("first", "second")[: shown if shown == 2 else 0]):
             told = text.split(f"In the {ordinal} picture, the number is ")[1:]
             assert all(rest.split(".")[0] == numbers[which] for rest in told if not rest.startswith("at ")), text
 
