@@ -1,6 +1,7 @@
 """What nano learns beyond ordinary scenes: varied scenes, what is not there, two pictures, and wishes in any order."""
 
 import importlib.util
+import json
 import random
 import re
 
@@ -19,6 +20,7 @@ from recipes.nano.stages import FACTS, TALK
 from recipes.nano.talk import GEN, MIXED, NAMED, NO_NUMBER, ask, asked_wish, count, wish
 from recipes.nano.varied import draw_varied, on_border
 from recipes.nano.varied_questions import VARIED_KINDS, varied_questions
+from tests.paths import ROOT
 
 SCENES = [draw_varied(5, i, split="unseen" if i % 2 else "train") for i in range(80)]
 
@@ -347,3 +349,15 @@ def test_rounding_counts_answers_that_are_those_of_float32(monkeypatch):
     rows = [("float32", 1, "x"), ("int8", 1, "x"), ("int8", 2, "y"), ("int4", 1, "z"), ("int4", 3, "w")]
     wrong = [{"model": model, "kind": "number", "scene": scene, "said": said} for model, scene, said in rows]
     assert rounding.as_first(["float32", "int8", "int4"], shares, wrong) == {"float32": 1.0, "int8": 0.9, "int4": 0.8}
+
+
+def test_the_readme_says_what_was_recorded_of_the_trial():
+    recorded = json.loads((ROOT / "bench" / "results" / "nano-trial.json").read_text())
+    names = ("with mining", "mined features zero")
+    rows = [
+        f"| {kind} | {' | '.join(f'{recorded[part][name][kind]:.1%}' for name in names)} | {asked} |\n"
+        for part in ("exact", "varied")
+        for kind, asked in recorded[part]["asked"].items()
+    ]
+    assert "".join(rows) in (ROOT / "recipes" / "nano" / "README.md").read_text(encoding="utf-8")
+    assert set(recorded["varied"]["asked"]) == set(VARIED_KINDS) and recorded["conditions"]["seed"] != 7000
