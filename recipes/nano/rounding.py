@@ -5,7 +5,7 @@ TRITON_INTERPRET=1 python -m recipes.nano.rounding CHECKPOINT --backend triton -
 
 Every form of the model answers the questions of the evaluation. Beside the shares of right answers, the result tells
 how many answers are those of float32, word for word, right or wrong. The second command adds the Triton kernels to the
-result of the first. Without a GPU they are interpreted, which takes about a minute a scene, so they are asked about a
+result of the first. Without a GPU they are interpreted, which takes minutes a scene, so they are asked about a
 few scenes only.
 """
 
@@ -71,24 +71,20 @@ def as_first(forms: list[str], shares: dict, wrong: list[dict]) -> dict[str, flo
 
 def rounding_table(recorded: dict) -> str:
     """The Markdown table of a recorded result."""
-    rows = [
-        "| weights and backend | number | ordinary scenes | varied questions | as float32 | questions |",
-        "|---|---|---|---|---|---|",
-    ]
-    for result in (recorded, recorded.get("triton")):
-        for form in result["exact"]["as float32"] if result else ():
+    parts = {"exact": "ordinary scenes", "varied": "varied questions"}
+    parts = {part: title for part, title in parts.items() if part in recorded}
+    titles = ["weights and backend", "number", *parts.values(), "as float32", "questions"]
+    rows = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
+    for result in (recorded, recorded.get("triton", {})):
+        for form in result.get("exact", {}).get("as float32", ()):
             if result is not recorded and form == "float32":
                 continue
-            exact, varied = result["exact"], result.get("varied")
-            parts = [exact] + ([varied] if varied else [])
-            asked = sum(_asked(part) for part in parts)
-            same = sum(part["as float32"][form] * _asked(part) for part in parts) / asked
-            shares = [
-                f"{exact[form]['number']:.1%}",
-                f"{_right(exact, form):.1%}",
-                f"{_right(varied, form):.1%}" if varied else "",
-            ]
-            rows.append(f"| {' | '.join([form, *shares, f'{same:.1%}', str(asked)])} |")
+            right = [f"{_right(result[part], form):.1%}" if part in result else "" for part in parts]
+            its = [result[part] for part in parts if part in result]
+            asked = sum(_asked(part) for part in its)
+            same = sum(part["as float32"][form] * _asked(part) for part in its) / asked
+            number = f"{result['exact'][form]['number']:.1%}"
+            rows.append(f"| {' | '.join([form, number, *right, f'{same:.1%}', str(asked)])} |")
     return "\n".join(rows) + "\n"
 
 
@@ -117,17 +113,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the JSON file of the result")
     args = parser.parse_args()
     triton = args.backend == "triton"
-    count, varied = (
-        args.count or (20 if triton else 500),
-        args.varied if args.varied is not None else 200 * (not triton),
-    )
+    count, varied = args.count, args.varied
+    if count is None:
+        count = 20 if triton else 500
+    if varied is None:
+        varied = 0 if triton else 200
     if count < 1 or varied < 0:
         parser.error(f"expected at least one scene, and no less than 0 further questions, got {count} and {varied}")
     if not (args.checkpoint / "tokenizer.model").is_file():
         parser.error(
             f"expected a folder that recipes.nano.train wrote, with a tokenizer.model in it; got {args.checkpoint}"
         )
-    if triton and not args.out.is_file():
+    if triton and not (args.out.is_file() and "exact" in json.loads(args.out.read_text())):
         parser.error(f"expected the result of the first command in {args.out}, to which that of the kernels is added")
     transformers_logging.set_verbosity_error()
     began = time.perf_counter()

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import mg_fast
+from mg_fast.models import builtin
 from mg_fast.models.templates import IMAGE_TAG, render
 from recipes.nano import data, fonts, rounding
 from recipes.nano.evaluate import Asked, measure
@@ -361,3 +362,40 @@ def test_the_readme_says_what_was_recorded_of_the_trial():
     ]
     assert "".join(rows) in (ROOT / "recipes" / "nano" / "README.md").read_text(encoding="utf-8")
     assert set(recorded["varied"]["asked"]) == set(VARIED_KINDS) and recorded["conditions"]["seed"] != 7000
+
+
+def test_the_table_of_rounding_shows_what_was_measured():
+    exact = {"float32": {"number": 0.5, "count": 1.0}, "int8": {"number": 0.25, "count": 1.0}}
+    exact |= {
+        "asked": {"number": 4, "number, never seen": 1, "count": 12},
+        "as float32": {"float32": 1.0, "int8": 0.75},
+    }
+    triton = {"float32": {"number": 1.0}, "float32, triton": {"number": 1.0}, "asked": {"number": 2}}
+    triton |= {"as float32": {"float32": 1.0, "float32, triton": 0.5}}
+    table = rounding.rounding_table({"exact": exact, "triton": {"exact": triton}}).splitlines()
+    assert table[0] == "| weights and backend | number | ordinary scenes | as float32 | questions |"
+    assert table[2:] == [
+        "| float32 | 50.0% | 87.5% | 100.0% | 16 |",
+        "| int8 | 25.0% | 81.2% | 75.0% | 16 |",
+        "| float32, triton | 100.0% | 100.0% | 50.0% | 2 |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["EMPTY", "--out", "FILE"], "expected a folder that recipes.nano.train wrote"),
+        (["NANO", "--out", "FILE", "--count", "0"], "expected at least one scene"),
+        (["NANO", "--out", "FILE", "--varied", "-1"], "no less than 0 further questions, got 500 and -1"),
+        (["NANO", "--out", "NEW", "--backend", "triton"], "expected the result of the first command in"),
+        (["NANO", "--out", "FILE", "--backend", "triton"], "expected the result of the first command in"),
+    ],
+)
+def test_rounding_refuses_what_it_cannot_measure(arguments, said, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file.json").write_text("{}")
+    places = {"EMPTY": tmp_path, "FILE": tmp_path / "file.json", "NEW": tmp_path / "new.json"}
+    places["NANO"] = builtin.resolve("nano")
+    monkeypatch.setattr("sys.argv", ["rounding", *(str(places.get(word, word)) for word in arguments)])
+    with pytest.raises(SystemExit) as refused:
+        rounding.main()
+    assert refused.value.code == 2 and said in " ".join(capsys.readouterr().err.split())
