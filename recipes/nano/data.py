@@ -33,7 +33,7 @@ VARIED = 0.5
 MOST_TOKENS = 150
 CELLS = (SIDE // CELL) ** 2
 # The words of a short answer that depend on the scene, apart from digits.
-CONTENT = {"colour": (*COLOURS, *BACKGROUNDS), "count": WORDS, "place": (*THIRDS[0], *THIRDS[1])}
+CONTENT = {"colour": (*COLOURS, *BACKGROUNDS), "count": (*WORDS, "another"), "place": (*THIRDS[0], *THIRDS[1])}
 CELL_KINDS = (None, *KINDS, "number")
 
 Batch = dict[str, "torch.Tensor | Batch"]
@@ -185,7 +185,8 @@ def _answers(
     """Encodes answers, each with its question or without one, after pictures of `cells` cells; see `encode`.
 
     In an answer without a question, only the tokens in `content` have to be said. `names` are the texts that stand
-    before the pictures. Answers that go beyond `MOST_TOKENS` are left out.
+    before the pictures. The first answer that goes beyond `MOST_TOKENS`,
+    and those after it, are left out.
     """
     tokens = functools.partial(processor.tokenizer, add_special_tokens=False)
     ids, marks = [processor.tokenizer.bos_token_id], [0]
@@ -218,8 +219,6 @@ def content_ids(processor: MiniGeminiProcessor) -> dict[str, list[int]]:
     """The tokens that depend on the scene: `digit`, and the words of `CONTENT`."""
     tokenize = functools.partial(processor.tokenizer, add_special_tokens=False)
     words = {name: [i for word in words for i in tokenize(f" {word}").input_ids] for name, words in CONTENT.items()}
-    # A description may begin with a count.
-    words["count"] += [i for word in WORDS[2:] for i in tokenize(f" {word.capitalize()}").input_ids]
     return {"digit": processor.tokenizer.convert_tokens_to_ids(list("0123456789")), **words}
 
 

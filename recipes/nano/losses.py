@@ -18,7 +18,8 @@ from .towers import Codes, TowerHeads, character_loss, high_loss, low_loss, toke
 # because every cell has one, and a count stands for all the shapes that are alike.
 HEAVY = {"digit": 3.0, "place": 3.0, "count": 3.0}
 
-# After this layer of the language model, image tokens are asked for the number of their picture, and for others alike.
+# After this layer of the language model, image tokens are asked for the number of their picture, and how many shapes of
+# their like come before them.
 HINT_LAYER = 2
 
 
@@ -75,7 +76,8 @@ def chat_loss(
     of its like. The right word should be the nearest one. So image tokens come to hold what questions look for.
 
     The shares say how often a token is right, how often one of each kind of `content`, and how often all tokens of an
-    answer are: greedy decoding would have given just these answers.
+    answer are. In conversations, greedy decoding would have given just these answers; of bare answers, only what has to
+    be said is checked.
     """
     inner = model.model
     embeds = inner.splice(inner.get_input_embeddings()(batch["ids"]), seen, batch["marks"])
@@ -114,7 +116,8 @@ def chat_loss(
         told, labels = (torch.cat(parts) for parts in zip(*pairs))
         if len(labels):
             loss = loss + F.cross_entropy(told, labels)
-            shares[name] = _mean((told.argmax(-1) == labels)[labels > 0])
+            # Most shapes have none of their like before them.
+            shares[name] = _mean((told.argmax(-1) == labels)[(labels > 0) | (name == "order")])
     return loss, shares
 
 

@@ -14,7 +14,7 @@ from .talk import GEN, ask, careless
 
 ORDINALS = ("first", "second")
 # "What is this?" would not say which picture is meant.
-UNCLEAR = ("What is this?",)
+UNNAMEABLE = ("What is this?",)
 
 
 def about(which: int, turn: tuple[str, str]) -> tuple[str, str]:
@@ -25,7 +25,7 @@ def about(which: int, turn: tuple[str, str]) -> tuple[str, str]:
     """
     question, answer = turn
     ordinal = ORDINALS[which]
-    if question in UNCLEAR:
+    if question in UNNAMEABLE:
         raise ValueError(f"the question {question!r} cannot name a picture")
     if question.endswith(GEN):
         return f"Draw the {ordinal} picture again.{GEN}", answer
@@ -49,7 +49,7 @@ def questions_about_both(
     for i, kind in enumerate(["number", "number", *rng.choices(kinds, k=turns - 2)]):
         which = i if i < 2 else rng.randrange(2)
         turn = ask(scenes[which], kind, rng)
-        if turn is not None and turn[0] not in UNCLEAR:
+        if turn is not None and turn[0] not in UNNAMEABLE:
             said[which, turn[1]] = turn
     turned = [(which, turn) for (which, _), turn in said.items()]
     rng.shuffle(turned)

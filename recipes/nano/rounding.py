@@ -5,7 +5,7 @@ TRITON_INTERPRET=1 python -m recipes.nano.rounding CHECKPOINT --backend triton -
 
 Every form of the model answers the questions of the evaluation. Beside the shares of right answers, the result tells
 how many answers are those of float32, word for word, right or wrong. The second command adds the Triton kernels to the
-result of the first. Without a GPU they are interpreted, which takes minutes a scene, so they are asked about a
+result of the first. They are interpreted on the CPU, which takes minutes a scene, so they are asked about a
 few scenes only.
 """
 
@@ -126,6 +126,10 @@ def main() -> None:
         )
     if triton and not (args.out.is_file() and "exact" in json.loads(args.out.read_text())):
         parser.error(f"expected the result of the first command in {args.out}, to which that of the kernels is added")
+    if triton and not os.environ.get("TRITON_INTERPRET"):
+        parser.error("the kernels are interpreted here: set TRITON_INTERPRET=1")
+    if triton and json.loads(args.out.read_text())["conditions"]["sha256 of weights"] != digest(args.checkpoint):
+        parser.error(f"{args.out} is the result of other weights than those of {args.checkpoint}")
     transformers_logging.set_verbosity_error()
     began = time.perf_counter()
     measured = measure_rounding(

@@ -99,7 +99,7 @@ def held_out(number: str) -> bool:
 
 
 def draw_number(rng: random.Random, *, training: bool, digits: Sequence[int] = DIGITS) -> str:
-    """A number of one of these numbers of digits, without a leading zero.
+    """A number without a leading zero, whose length is one of `digits`.
 
     In training it is never one that is held out.
     """

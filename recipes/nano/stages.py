@@ -26,10 +26,11 @@ class TrainingStage:
 
 TOWERS = ("vision_tower", "vision_tower_aux")
 BRIDGE = ("mm_projector", "patch_mining")
-# Answers alone, without the turns of a conversation around them. This way one scene holds many of them.
 # The shares of conversations about no picture, one and two.
 TWO, PAIRED, ANY = (0.0, 0.2, 0.8), (0.0, 0.5, 0.5), (0.1, 0.45, 0.45)
+# The same where pictures are shown, when pairs have been learned.
 SHOWN_PAIRED, SHOWN_ANY = (0.0, 0.75, 0.25), (0.1, 0.6, 0.3)
+# Answers alone, without the turns of a conversation around them. This way one scene holds many of them.
 FACTS = dict(cells=36, turns=16, answers_only=True)
 TALK = dict(cells=36, turns=6, answers_only=False)
 STAGES = (

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from .fonts import FONTS, MORE_FONTS, UNKNOWN_FONTS
-from .pairs import UNCLEAR, about
+from .pairs import UNNAMEABLE, about
 from .scenes import DIGITS, PRINT_HEIGHT, Scene
 from .talk import PHRASINGS, ask, asked_wish, careless, count
 from .varied import HEIGHTS, draw_varied
@@ -98,7 +98,7 @@ def _of_two(which: int | None) -> Callable[[random.Random, int, int], Made]:
     def make(rng: random.Random, seed: int, i: int) -> Made:
         scenes = [draw_varied(seed, 2 * i + k, split="unseen") for k in range(2)]
         turn = None
-        while turn is None or turn[0] in UNCLEAR:
+        while turn is None or turn[0] in UNNAMEABLE:
             turn = ask(scenes[1 if which is None else which], rng.choice(OF_TWO), rng)
         question, answer = turn if which is None else about(which, turn)
         if which is not None and i % 2:

@@ -106,7 +106,7 @@ def test_what_ordinary_scenes_do_not_show(beyond, kind):
     shares, wrong = beyond
     missed = [row for row in wrong if row["kind"] == kind]
     recorded = json.loads(RESULTS[0].read_text())["varied"]["with mining"][kind]
-    assert shares["asked"][kind] >= 7 and len(missed) <= 2 + 20 * (1 - recorded), missed
+    assert shares["asked"][kind] >= 7 and len(missed) <= min(2 + 20 * (1 - recorded), 8), missed
 
 
 def test_later_questions_are_about_the_same_picture(nano):

@@ -227,7 +227,7 @@ def test_pictures_follow_one_another_in_the_order_of_their_marks(nano, lesson):
     cells = lesson["cells"]
     pictures = (batch["marks"].sum(1) // cells).tolist()
     assert set(pictures) == {1, 2} and sum(pictures) == len(batch["kind"]) == len(batch["cells"])
-    first = 0
+    first = compared = 0
     for row, shown in enumerate(pictures):
         text = nano.processor.tokenizer.decode(batch["ids"][row][batch["mask"][row] == 1])
         numbers = []
@@ -237,7 +237,10 @@ def test_pictures_follow_one_another_in_the_order_of_their_marks(nano, lesson):
         first += shown
         for which, ordinal in enumerate(("first", "second")[: shown if shown == 2 else 0]):
             told = text.split(f"In the {ordinal} picture, the number is ")[1:]
-            assert all(rest.split(".")[0] == numbers[which] for rest in told if not rest.startswith("at ")), text
+            read = [rest.split(".")[0] for rest in told if not rest.startswith("at ")]
+            assert set(read) <= {numbers[which]}, text
+            compared += len(read)
+    assert compared
 
 
 def test_image_tokens_are_asked_for_their_picture_and_for_shapes_alike(nano):
