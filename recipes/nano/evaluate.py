@@ -253,8 +253,6 @@ def main() -> None:
             "machine": environment(),
             "sha256 of weights": {name: digest(folder) for name, folder in folders.items()},
             "training": training,
-            # Each result is of one training run with mining. Those of other seeds have files of their own.
-            "training seeds with mining": [its["seed"] for name, its in training.items() if its and its["hr"]],
         },
         "speed": {"load_s": round(pipeline.load_seconds, 2), "answer_s": [round(s, 3) for s in seconds]},
         "wrong, first 40": {

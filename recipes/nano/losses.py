@@ -101,7 +101,7 @@ def chat_loss(
         begins.append((speaks & ~F.pad(speaks, (1, 0))[:, :-1])[speaks])
         for name, (labels, words) in asks.items():
             at = labels[rows, :long] >= 0
-            nearest[name].append((out.hidden_states[HINT_LAYER][at].float() @ words.T, labels[rows, :long][at]))
+            nearest[name].append((out.hidden_states[HINT_LAYER][at] @ words.T, labels[rows, :long][at]))
     scores, wanted = model.lm_head(torch.cat(hidden)).float(), torch.cat(wanted)
     right = scores.argmax(-1) == wanted
     shares = {name: _mean(right[torch.isin(wanted, ids)]) for name, ids in content.items()}

@@ -57,8 +57,7 @@ def measure_rounding(checkpoint: Path, forms: dict[str, dict], *, seed: int, cou
 
 def as_first(forms: list[str], shares: dict, wrong: list[dict]) -> dict[str, float]:
     """The share of each form's answers that are those of the first form, from the wrong answers of all."""
-    # A number that was never seen is counted twice, and asked once.
-    asked = sum(count for kind, count in shares["asked"].items() if kind != "number, never seen")
+    asked = _asked(shares)
     said = {form: {} for form in forms}
     for row in wrong:
         said[row["model"]][row["kind"], row["scene"]] = row["said"]
@@ -89,12 +88,16 @@ def rounding_table(recorded: dict) -> str:
 
 
 def _asked(part: dict) -> int:
-    return sum(count for kind, count in part["asked"].items() if kind != "number, never seen")
+    return sum(_kinds_asked(part).values())
 
 
 def _right(part: dict, form: str) -> float:
-    kinds = {kind: count for kind, count in part["asked"].items() if kind != "number, never seen"}
-    return sum(part[form][kind] * count for kind, count in kinds.items()) / sum(kinds.values())
+    return sum(part[form][kind] * count for kind, count in _kinds_asked(part).items()) / _asked(part)
+
+
+def _kinds_asked(part: dict) -> dict[str, int]:
+    """How many questions of each kind were asked. A number that was never seen is counted twice, and asked once."""
+    return {kind: count for kind, count in part["asked"].items() if kind != "number, never seen"}
 
 
 def main() -> None:

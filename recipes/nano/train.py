@@ -93,6 +93,10 @@ class Run:
         self.optimizer_state = None
         if (out / "last.pt").is_file():
             self._resume()
+            if language is not None and not self.shared:
+                raise SystemExit(
+                    f"{out} holds a run that learns language itself: give another folder, or no --language"
+                )
         elif language is not None:
             self._take_over(language)
         self._cut_log()
@@ -110,7 +114,9 @@ class Run:
                 return False
             self.at, self.step, self.optimizer_state = self.at + 1, 0, None
             if self.at == len(self._lessons()):
-                shutil.copy(self.out / "last.pt", self.out / LANGUAGE)
+                # Half a file must not be taken for the whole one.
+                shutil.copy(self.out / "last.pt", self.out / "next.pt")
+                os.replace(self.out / "next.pt", self.out / LANGUAGE)
         save(self.model, self.out / "model")
         record.write_text(json.dumps(self.record(), indent=1) + "\n")
         return True

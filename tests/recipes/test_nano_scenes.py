@@ -410,6 +410,8 @@ def test_a_run_without_the_branch_takes_over_the_language_model(tmp_path):
     ]
     # The state of a run that goes on says so, too.
     assert run("short").shared == ["lookup", "pairs"] and whole.record()["taken over"] == []
+    with pytest.raises(SystemExit, match="whole holds a run that learns language itself: give another folder"):
+        run("whole", language=tmp_path / "with")
     with pytest.raises(SystemExit, match="holds a run of other seed"):
         train.Run(tmp_path / "seed", seed=1, hr=False, stages=stages, workers=0, language=tmp_path / "with")
 
