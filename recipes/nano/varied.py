@@ -168,5 +168,8 @@ def _other(rng: random.Random, placed: Sequence[Shape], base: tuple) -> tuple[st
     there = {(shape.kind, shape.colour) for shape in placed}
     # Half of the time a kind that is there already comes again. Otherwise counts would rarely exceed one.
     kind = rng.choice(placed).kind if placed and rng.random() < 0.5 else rng.choice(KINDS)
-    free = [name for name, rgb in COLOURS.items() if apart(rgb, base) > 110 and (kind, name) not in there]
-    return kind, rng.choice(free)
+    for other in (kind, *KINDS):
+        free = [name for name, rgb in COLOURS.items() if apart(rgb, base) > 110 and (other, name) not in there]
+        if free:
+            return other, rng.choice(free)
+    raise ValueError(f"no kind and colour are left for one more shape beside {len(placed)}")

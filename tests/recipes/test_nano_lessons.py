@@ -65,6 +65,13 @@ def test_what_is_asked_for_is_drawn():
         assert not draw_varied(1, i, shapes=0, numbers=0).prints
 
 
+def test_many_shapes_are_drawn_as_far_as_there_is_room():
+    """Few colours can be seen on some grounds, so one kind runs out of them."""
+    for i in range(40):
+        scene = draw_varied(2, i, shapes=14, alike=False, numbers=0)
+        assert len(scene.shapes) >= 6 and len(set(named(scene))) == len(scene.shapes)
+
+
 def test_the_digits_of_print_lie_inside_the_picture():
     for scene in SCENES:
         for x, y in scene.print.digits if scene.print else ():
