@@ -145,7 +145,7 @@ def _scene(rng: random.Random, seed: int, index: int, describes: bool) -> Scene:
 def _talk(scenes: Sequence[Scene], rng: random.Random, turns: int) -> list[tuple[str, str]]:
     """A conversation about none, one or two scenes, with a tag for each picture."""
     if not scenes:
-        return [(careless(question, rng), answer) for question, answer in (text_only(rng) for _ in range(3))]
+        return [(careless(question, rng), answer) for question, answer in (text_only(rng) for _ in range(4))]
     if len(scenes) == 2:
         return conversation_about_two(scenes, rng, turns - 1, (*MIXED, *NAMED))
     said = conversation(scenes[0], rng, turns, others=(*MIXED, *NAMED))

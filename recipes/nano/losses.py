@@ -18,6 +18,8 @@ from .towers import Codes, TowerHeads, character_loss, high_loss, low_loss, toke
 # because every cell has one, and a count stands for all the shapes that are alike.
 HEAVY = {"digit": 3.0, "place": 3.0, "count": 3.0}
 
+# What the hints weigh beside the answers. Most shapes have none of their like before them, and say so.
+HINTED = {"order": 1.0, "alike": 0.5}
 # After this layer of the language model, image tokens are asked for the number of their picture, and how many shapes of
 # their like come before them.
 HINT_LAYER = 2
@@ -115,7 +117,7 @@ def chat_loss(
     for name, pairs in nearest.items():
         told, labels = (torch.cat(parts) for parts in zip(*pairs))
         if len(labels):
-            loss = loss + F.cross_entropy(told, labels)
+            loss = loss + HINTED[name] * F.cross_entropy(told, labels)
             # Most shapes have none of their like before them.
             shares[name] = _mean((told.argmax(-1) == labels)[(labels > 0) | (name == "order")])
     return loss, shares

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import nn
 
+from .muon import Muon
 from .stages import BRIDGE, TOWERS, TrainingStage
 
 # Muon's rate, and its decay with it, is this many times AdamW's. It learned faster than at AdamW's own rate.
@@ -29,7 +30,7 @@ def make_optimizers(stage: TrainingStage, parts: dict[str, nn.Module]) -> list[t
             matrices.append({"params": muon, "times": MUON * times})
     optimizers = [torch.optim.AdamW(plain, lr=stage.rate, betas=betas, weight_decay=decay)]
     if matrices:
-        optimizers.append(torch.optim.Muon(matrices, lr=stage.rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon(matrices, lr=stage.rate, weight_decay=decay))
     return optimizers
 
 

@@ -36,6 +36,7 @@ from mg_fast.ops.reference import low_resolution_views
 from mg_fast.testing.environment import environment
 
 from . import data
+from .arithmetic import autocast
 from .curve import draw_curve
 from .losses import HEAVY, Hints, blurred, chat_loss, normalise, page_loss, see, sight_loss
 from .model import EMBEDDING_SPREAD, LR_SIDE, forget_mined, make_model, save
@@ -231,7 +232,7 @@ class Run:
         raise ValueError(f"no stage {stage.name!r}")
 
     def _loss(self, stage: TrainingStage, batch: data.Batch) -> tuple[torch.Tensor, dict[str, float]]:
-        with torch.autocast(self.device, torch.bfloat16):
+        with autocast(self.device):
             beside = [
                 (name, page_loss(self.model, self.heads, batch[name])) for name in ("page", "lines") if name in batch
             ]

@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 import mg_fast
 from mg_fast.testing.environment import environment
 
+from .arithmetic import autocast
 from .optimizers import cosine
 from .painting import autoencoder, diffusion
 from .painting.check import check
@@ -222,7 +223,7 @@ class Run:
                 for group in optimizer.param_groups:
                     group["lr"] = group["times"] * plan["rate"] * cosine(step, plan["steps"], least=0.01)
             noise = torch.Generator().manual_seed(hash((self.seed, name == "diffusion", step)) % 2**63)
-            with torch.autocast(self.device, torch.bfloat16):
+            with autocast(self.device):
                 value = loss(step, noise)
             for module in modules:
                 module.zero_grad()

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..arithmetic import autocast
 from ..scenes import SIDE as SCENE_SIDE
 from .parts import FACTOR
 from .wishes import SIDE, draw_wish, picture
@@ -60,7 +61,7 @@ def loss(vae, pixels: Tensor, weights: Tensor, noise: torch.Generator) -> Tensor
 @torch.inference_mode()
 def encode(vae, pixels: Tensor) -> Tensor:
     """The latents [n, channels, side / 2, side / 2]."""
-    with torch.autocast(pixels.device.type, torch.bfloat16):
+    with autocast(pixels.device.type):
         return vae.encode(pixels).latents.float()
 
 

@@ -5,16 +5,18 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from ..muon import Muon
+
 # Muon's rate is this many times AdamW's, as in nano's own training.
 MUON = 3
 
 
-class FlatMuon(torch.optim.Muon):
+class FlatMuon(Muon):
     """Muon (Jordan et al. 2024) for matrices, and for weights of convolutions seen as matrices [out, in * kernel].
 
     Args:
         weights: parameters of two or more dimensions, contiguous, on the device on which they stay.
-        options: those of `torch.optim.Muon`.
+        options: those of `Muon`.
     """
 
     def __init__(self, weights: Sequence[nn.Parameter], **options):
@@ -42,7 +44,7 @@ def make_optimizers(modules: Sequence[nn.Module], rate: float) -> list[torch.opt
     plain = [{"params": [p for p in weights if p not in ours], "times": 1}]
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(plain, rate, betas=(0.9, 0.99), weight_decay=0.01)]
     if matrices:
-        muon = FlatMuon(matrices, lr=MUON * rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+        muon = FlatMuon(matrices, lr=MUON * rate, weight_decay=0.01)
         muon.param_groups[0]["times"] = MUON
         optimizers.append(muon)
     return optimizers
