@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 
 from mg_fast.drawing import load_painter
 from recipes.nano import evaluate_painter, train_painter
+from recipes.nano.muon import Muon
 from recipes.nano.painting import autoencoder, diffusion
 from recipes.nano.painting.check import check
 from recipes.nano.painting.optimizers import MUON, make_optimizers
@@ -209,10 +210,9 @@ def test_muon_sees_a_convolution_as_a_matrix():
     matrix = torch.nn.Parameter(before.flatten(1).clone())
     gradient = torch.randn(12, 16, 3, 3, generator=torch.Generator().manual_seed(0))
     convolution.weight.grad, matrix.grad = gradient, gradient.flatten(1).clone()
-    options = {"weight_decay": 0.01, "adjust_lr_fn": "match_rms_adamw"}
     _, ours = make_optimizers([convolution], 1e-2)
     ours.step()
-    torch.optim.Muon([matrix], lr=MUON * 1e-2, **options).step()
+    Muon([matrix], lr=MUON * 1e-2, weight_decay=0.01).step()
     assert not torch.equal(convolution.weight, before)
     torch.testing.assert_close(convolution.weight.flatten(1), matrix)
 
