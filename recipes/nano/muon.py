@@ -15,7 +15,7 @@ ITERATIONS = 5
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024) for matrices: each step is the nearest orthogonal matrix to a running mean of gradients.
+    """Muon (Jordan et al. 2024) for matrices: a step is the orthogonal matrix nearest to a running mean of gradients.
 
     It is `torch.optim.Muon` with Nesterov's momentum and `adjust_lr_fn="match_rms_adamw"`, but in float32, and
     matrices of one shape go through the iterations together.

@@ -20,13 +20,14 @@ import itertools
 import json
 import math
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
@@ -47,8 +48,9 @@ from .stages import FACTS, PAIRED, SHOWN_ANY, SHOWN_PAIRED, STAGES, TALK, TOWERS
 from .towers import Codes, TowerHeads, low_loss
 from .varied import draw_lines, draw_numbers
 
-# The state of a run after the stages of the language model, from which another run can go on.
-LANGUAGE = "language.pt"
+# What the stages of the language model taught, from which another run can go on: the language model and the codes, and
+# what the run was.
+LANGUAGE = "language.safetensors"
 
 
 class Run:
@@ -115,9 +117,7 @@ class Run:
                 return False
             self.at, self.step, self.optimizer_state = self.at + 1, 0, None
             if self.at == len(self._lessons()):
-                # Half a file must not be taken for the whole one.
-                shutil.copy(self.out / "last.pt", self.out / "next.pt")
-                os.replace(self.out / "next.pt", self.out / LANGUAGE)
+                self._keep_language()
         save(self.model, self.out / "model")
         record.write_text(json.dumps(self.record(), indent=1) + "\n")
         return True
@@ -282,6 +282,16 @@ class Run:
         torch.save(state, self.out / "next.pt")
         os.replace(self.out / "next.pt", self.out / "last.pt")
 
+    def _keep_language(self) -> None:
+        modules = {"language_model": self.model.model.language_model, "codes": self.codes}
+        learned = {
+            f"{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()
+        }
+        # Half a file must not be taken for the whole one.
+        told = {"run": json.dumps(self._what()), "seconds": str(self.seconds)}
+        save_file(learned, self.out / "next.safetensors", metadata=told)
+        os.replace(self.out / "next.safetensors", self.out / LANGUAGE)
+
     def _what(self) -> dict:
         """The settings that must be the same where a run continues."""
         what = {"seed": self.seed, "hr": self.hr, "muon": MUON, "heavy": HEAVY, "words": self.words}
@@ -316,19 +326,20 @@ class Run:
         """Begins after the stages of the language model, with what another run of the same seed learned in them."""
         if not (other / LANGUAGE).is_file():
             raise SystemExit(f"{other} holds no {LANGUAGE}: its run has not ended the stages of the language model")
-        state = torch.load(other / LANGUAGE, map_location=self.device, weights_only=True)
+        with safe_open(other / LANGUAGE, "pt", self.device) as file:
+            told, learned = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         lessons = self._lessons()
-        ours, theirs = ({**what, "stages": what["stages"][: len(lessons)]} for what in (self._what(), state["run"]))
+        runs = json.loads(json.dumps(self._what())), json.loads(told["run"])
+        ours, theirs = ({**what, "stages": what["stages"][: len(lessons)]} for what in runs)
         for name in set(ours) - {"hr"}:
             if ours[name] != theirs[name]:
                 raise SystemExit(
                     f"{other} holds a run of other {name}: it has {theirs[name]}, this run has {ours[name]}"
                 )
-        prefix = "model.language_model."
-        learned = {k.removeprefix(prefix): v for k, v in state["model"].items() if k.startswith(prefix)}
-        self.model.model.language_model.load_state_dict(learned)
-        self.codes.load_state_dict(state["codes"])
-        self.at, self.seconds, self.shared = len(lessons), state["seconds"], [stage.name for stage in lessons]
+        for name, module in (("language_model", self.model.model.language_model), ("codes", self.codes)):
+            prefix = f"{name}."
+            module.load_state_dict({k.removeprefix(prefix): v for k, v in learned.items() if k.startswith(prefix)})
+        self.at, self.seconds, self.shared = len(lessons), float(told["seconds"]), [stage.name for stage in lessons]
         rows = (other / "log.jsonl").read_text().splitlines(keepends=True)[: sum(stage.steps for stage in lessons)]
         (self.out / "log.jsonl").write_text("".join(rows))
 

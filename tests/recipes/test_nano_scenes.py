@@ -50,6 +50,7 @@ from recipes.nano.talk import (
 )
 from recipes.nano.towers import Codes
 from recipes.nano.varied import draw_lines, draw_numbers, draw_varied
+from tests.paths import ROOT
 
 SCENES = [draw_scene(5, i, split="unseen" if i % 2 else "train") for i in range(60)]
 
@@ -397,7 +398,7 @@ def test_a_run_without_the_branch_takes_over_the_language_model(tmp_path):
     def run(folder, **options) -> train.Run:
         return train.Run(tmp_path / folder, seed=0, stages=stages, workers=0, **{"hr": False, **options})
 
-    with pytest.raises(SystemExit, match="with holds no language.pt: its run has not ended the stages of the language"):
+    with pytest.raises(SystemExit, match="with holds no language.safetensors: its run has not ended the stages"):
         run("early", language=tmp_path / "with")
     other = run("with", hr=True)
     assert other.train()
@@ -414,6 +415,19 @@ def test_a_run_without_the_branch_takes_over_the_language_model(tmp_path):
         run("whole", language=tmp_path / "with")
     with pytest.raises(SystemExit, match="holds a run of other seed"):
         train.Run(tmp_path / "seed", seed=1, hr=False, stages=stages, workers=0, language=tmp_path / "with")
+
+
+def test_the_committed_language_model_is_of_these_stages(tmp_path):
+    """So a run can begin with the picture side."""
+    run = train.Run(
+        tmp_path, seed=0, hr=True, stages=STAGES, workers=0, language=ROOT / "recipes" / "nano" / "language"
+    )
+    assert run.shared == ["lookup", "pairs", "search", "language"] and run.stages[run.at].name == "digits"
+    assert run.seconds > 600 and len((tmp_path / "log.jsonl").read_text().splitlines()) == 1750
+    batch = run._batch(run.stages[0], 0)
+    loss, shares = run._loss(run.stages[0], batch)
+    # It has learned what the first stage teaches.
+    assert shares["digit"] > 0.8 and shares["place"] > 0.9
 
 
 def test_what_a_run_took_is_told_by_stage(tmp_path):
