@@ -29,7 +29,7 @@ BRIDGE = ("mm_projector", "patch_mining")
 # The shares of conversations about no picture, one and two.
 TWO, PAIRED, ANY = (0.0, 0.2, 0.8), (0.0, 0.5, 0.5), (0.15, 0.4, 0.45)
 # The same where pictures are shown, when pairs have been learned.
-SHOWN_PAIRED, SHOWN_ANY = (0.0, 0.75, 0.25), (0.15, 0.55, 0.3)
+SHOWN_PAIRED, SHOWN_ANY = (0.0, 0.75, 0.25), (0.2, 0.5, 0.3)
 # Answers alone, without the turns of a conversation around them. This way one scene holds many of them.
 FACTS = dict(cells=36, turns=16, answers_only=True)
 TALK = dict(cells=36, turns=6, answers_only=False)
@@ -43,7 +43,7 @@ STAGES = (
     ),
     TrainingStage("language", 700, 10, 2e-3, ("language_model",), told=TALK | {"pictures": ANY}, noise=0.4),
     TrainingStage("digits", 1150, 32, 3e-3, ("vision_tower_aux",)),
-    TrainingStage("numbers", 2400, 12, 2e-3, ("vision_tower_aux",)),
+    TrainingStage("numbers", 3600, 12, 2e-3, ("vision_tower_aux",)),
     TrainingStage("views", 450, 64, 2e-3, ("vision_tower",)),
     # The towers continue to learn here, and the modules that use their features begin.
     TrainingStage("scenes", 920, 12, 5e-4, (*TOWERS, *BRIDGE), faster=BRIDGE),
