@@ -15,7 +15,7 @@ ITERATIONS = 5
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024) for matrices: a step is the orthogonal matrix nearest to a running mean of gradients.
+    """Muon (Jordan et al. 2024) for matrices: a step is nearly orthogonal, and close to a running mean of gradients.
 
     It is `torch.optim.Muon` with Nesterov's momentum and `adjust_lr_fn="match_rms_adamw"`, but in float32, and
     matrices of one shape go through the iterations together.
@@ -55,7 +55,10 @@ class Muon(torch.optim.Optimizer):
 
     def _mean(self, p: nn.Parameter, momentum: float) -> torch.Tensor:
         """The running mean of the gradients, with the newest one counted once more, as Nesterov's momentum does."""
-        mean = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p.grad)
+        mean = state["momentum_buffer"]
         mean.lerp_(p.grad, 1 - momentum)
         return p.grad.float().lerp(mean.float(), momentum)
 

@@ -37,9 +37,9 @@ from mg_fast.ops.reference import low_resolution_views
 from mg_fast.testing.environment import environment
 
 from . import data
-from .arithmetic import autocast
+from .arithmetic import autocast, has_bfloat16
 from .curve import draw_curve
-from .losses import HEAVY, Hints, blurred, chat_loss, normalise, page_loss, see, sight_loss
+from .losses import HEAVY, HINTED, Hints, blurred, chat_loss, normalise, page_loss, see, sight_loss
 from .model import EMBEDDING_SPREAD, LR_SIDE, forget_mined, make_model, save
 from .optimizers import MUON, cosine, make_optimizers
 from .pairs import ORDINALS
@@ -113,11 +113,12 @@ class Run:
         self.starts += 1
         end = None if minutes is None else time.perf_counter() + 60 * minutes
         while self.at < len(self.stages):
+            # A process that was killed just after the last of these stages had no time to write the file.
+            if self.at == len(self._lessons()) and not self.shared and not (self.out / LANGUAGE).is_file():
+                self._keep_language()
             if not self._stage(self.stages[self.at], end):
                 return False
             self.at, self.step, self.optimizer_state = self.at + 1, 0, None
-            if self.at == len(self._lessons()):
-                self._keep_language()
         save(self.model, self.out / "model")
         record.write_text(json.dumps(self.record(), indent=1) + "\n")
         return True
@@ -138,6 +139,7 @@ class Run:
             "seed": self.seed,
             "hr": self.hr,
             "device": self.device,
+            "arithmetic": "bfloat16, by autocast" if has_bfloat16(self.device) else "float32",
             "starts": self.starts,
             "taken over": self.shared,
             "minutes": minutes,
@@ -294,7 +296,7 @@ class Run:
 
     def _what(self) -> dict:
         """The settings that must be the same where a run continues."""
-        what = {"seed": self.seed, "hr": self.hr, "muon": MUON, "heavy": HEAVY, "words": self.words}
+        what = {"seed": self.seed, "hr": self.hr, "muon": MUON, "heavy": HEAVY, "hinted": HINTED, "words": self.words}
         return what | {"stages": [dataclasses.asdict(stage) for stage in self.stages]}
 
     def _resume(self) -> None:

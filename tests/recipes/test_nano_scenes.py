@@ -406,6 +406,12 @@ def test_a_run_without_the_branch_takes_over_the_language_model(tmp_path):
     assert (short.at, short.shared) == (2, ["lookup", "pairs"]) and whole.train() and short.train()
     for one, two in zip(whole.model.state_dict().values(), short.model.state_dict().values(), strict=True):
         assert torch.equal(one, two)
+    # A process that was killed before it wrote the file writes it when it goes on.
+    (tmp_path / "with" / train.LANGUAGE).unlink()
+    late = run("with", hr=True)
+    late.at = 2
+    late.train()
+    assert (tmp_path / "with" / train.LANGUAGE).is_file()
     assert short.record()["taken over"] == ["lookup", "pairs"] and list(short.record()["minutes"]) == [
         *("lookup", "pairs", "scenes", "everything", "all")
     ]
@@ -424,7 +430,8 @@ def test_the_committed_language_model_is_of_these_stages(tmp_path):
     )
     assert run.shared == ["lookup", "pairs", "search", "language"] and run.stages[run.at].name == "digits"
     assert run.seconds > 600 and len((tmp_path / "log.jsonl").read_text().splitlines()) == 1750
-    batch = run._batch(run.stages[0], 0)
+    # A batch that training never drew.
+    batch = run._batch(run.stages[0], run.stages[0].steps)
     loss, shares = run._loss(run.stages[0], batch)
     # It has learned what the first stage teaches.
     assert shares["digit"] > 0.8 and shares["place"] > 0.9
