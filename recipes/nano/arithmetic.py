@@ -1,18 +1,16 @@
 """The arithmetic of nano's training: bfloat16 where the device computes in it, and float32 elsewhere."""
 
+import functools
+
 import torch
 
-# What torch calls the instructions for bfloat16 of x86 and of ARM.
-BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
+from mg_fast.runtime.cpu_dtype import fast_dtypes
 
 
+@functools.cache
 def has_bfloat16(device: str) -> bool:
-    """Whether bfloat16 is worth using. A CPU with AVX2 alone took ten times as long for it as for float32.
-
-    A GPU is taken to have the instructions.
-    """
-    capabilities = torch.cpu.get_capabilities() if torch.device(device).type == "cpu" else {}
-    return torch.device(device).type != "cpu" or any(capabilities.get(name) for name in BFLOAT16)
+    """Whether the device computes in bfloat16. A GPU is taken to do so."""
+    return torch.device(device).type != "cpu" or torch.bfloat16 in fast_dtypes()
 
 
 def autocast(device: str) -> torch.autocast:

@@ -1,6 +1,7 @@
 """The optimizer Muon in float32.
 
-`torch.optim.Muon` rounds to bfloat16, for which a CPU without such instructions takes longer than for the whole step.
+`torch.optim.Muon` rounds to bfloat16. A CPU without instructions for it takes several times as long for such products
+(`mg_fast.runtime.cpu_dtype`).
 """
 
 import math
@@ -12,6 +13,8 @@ from torch import nn
 # The coefficients and the number of the iterations are those of Jordan et al. 2024.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
+# The share of the running mean that a step keeps.
+MOMENTUM = 0.95
 
 
 class Muon(torch.optim.Optimizer):
@@ -24,43 +27,38 @@ class Muon(torch.optim.Optimizer):
         params: matrices, or groups of them as every optimizer of torch takes them.
         lr: the rate, for which the size of a step is that of AdamW.
         weight_decay: the share of the rate by which weights decay in a step.
-        momentum: the share of the running mean that a step keeps.
+
+    Raises:
+        ValueError: a parameter is no matrix.
     """
 
-    def __init__(
-        self, params: Iterable[nn.Parameter] | Iterable[dict], lr: float, weight_decay: float, momentum: float = 0.95
-    ):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+    def __init__(self, params: Iterable[nn.Parameter] | Iterable[dict], lr: float, weight_decay: float):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         shapes = [tuple(p.shape) for group in self.param_groups for p in group["params"] if p.dim() != 2]
         if shapes:
             raise ValueError(f"Muon: expected matrices, got a parameter of shape {shapes[0]}")
 
     @torch.no_grad()
-    def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self) -> None:
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[nn.Parameter]] = {}
             for p in group["params"]:
                 if p.grad is not None:
                     by_shape.setdefault(p.shape, []).append(p)
             for shape, alike in by_shape.items():
-                moves = orthogonal(torch.stack([self._mean(p, group["momentum"]) for p in alike]))
+                moves = orthogonal(torch.stack([self._mean(p) for p in alike]))
                 rate = group["lr"] * 0.2 * math.sqrt(max(shape))
                 for p, move in zip(alike, moves):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(move, alpha=-rate)
-        return loss
 
-    def _mean(self, p: nn.Parameter, momentum: float) -> torch.Tensor:
+    def _mean(self, p: nn.Parameter) -> torch.Tensor:
         """The running mean of the gradients, with the newest one counted once more, as Nesterov's momentum does."""
         state = self.state[p]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p.grad)
         mean = state["momentum_buffer"]
-        mean.lerp_(p.grad, 1 - momentum)
-        return p.grad.float().lerp(mean.float(), momentum)
+        mean.lerp_(p.grad, 1 - MOMENTUM)
+        return p.grad.lerp(mean, MOMENTUM)
 
 
 def orthogonal(matrices: torch.Tensor) -> torch.Tensor:

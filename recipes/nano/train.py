@@ -289,8 +289,8 @@ class Run:
         learned = {
             f"{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()
         }
-        # Half a file must not be taken for the whole one.
         told = {"run": json.dumps(self._what()), "seconds": str(self.seconds)}
+        # Half a file must not be taken for the whole one.
         save_file(learned, self.out / "next.safetensors", metadata=told)
         os.replace(self.out / "next.safetensors", self.out / LANGUAGE)
 

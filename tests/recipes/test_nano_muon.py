@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mg_fast.runtime import cpu_dtype
 from recipes.nano import arithmetic
 from recipes.nano.muon import Muon, orthogonal
 
@@ -71,8 +72,10 @@ def test_muon_refuses_what_is_no_matrix():
     [({"avx2": True}, False), ({"avx512_bf16": False}, False), ({"avx512_bf16": True}, True), ({"bf16": True}, True)],
 )
 def test_a_cpu_without_bfloat16_computes_in_float32(monkeypatch, capabilities, rounds):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(cpu_dtype, "features", lambda: frozenset(name for name, there in capabilities.items() if there))
+    arithmetic.has_bfloat16.cache_clear()
     with arithmetic.autocast("cpu"):
         product = torch.ones(2, 2) @ torch.ones(2, 2)
+    arithmetic.has_bfloat16.cache_clear()
     assert product.dtype == (torch.bfloat16 if rounds else torch.float32)
     assert arithmetic.has_bfloat16("cuda")

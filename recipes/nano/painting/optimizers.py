@@ -26,10 +26,10 @@ class FlatMuon(Muon):
         super().__init__(self._views, **options)
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self) -> None:
         for weight, view in zip(self._weights, self._views):
             view.grad = None if weight.grad is None else weight.grad.flatten(1)
-        return super().step(closure)
+        super().step()
 
 
 def make_optimizers(modules: Sequence[nn.Module], rate: float) -> list[torch.optim.Optimizer]:
