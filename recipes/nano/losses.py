@@ -1,10 +1,11 @@
 """The losses of nano's training, each with the shares of right predictions that the log shows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from mg_fast import MiniGeminiForConditionalGeneration
 from mg_fast.ops.reference import low_resolution_views
@@ -12,6 +13,8 @@ from mg_fast.ops.torch.dual_resize import CLIP_MEAN, CLIP_STD
 
 from . import data
 from .model import LR_SIDE
+from .pairs import ORDINALS
+from .scenes import WORDS
 from .towers import Codes, TowerHeads, character_loss, high_loss, low_loss, token_loss
 
 # Digits, places and counts weigh this many times as much as another token. Digits are few, places were learned last
@@ -62,6 +65,17 @@ class Hints(NamedTuple):
 
     ordinals: torch.Tensor
     counts: torch.Tensor
+
+
+def word_hints(tokenizer, embeddings: nn.Embedding) -> Hints:
+    """The embeddings of the words that image tokens are asked for. A word of several tokens is their mean."""
+
+    def embedded(words: Sequence[str]) -> torch.Tensor:
+        ids = [tokenizer(f" {word}", add_special_tokens=False).input_ids for word in words]
+        return torch.stack([embeddings.weight[its].mean(0) for its in ids])
+
+    counts = embedded(WORDS[2:])
+    return Hints(embedded(ORDINALS), torch.cat([torch.zeros_like(counts[:1]), counts]))
 
 
 def chat_loss(

@@ -23,13 +23,25 @@ class TrainingStage:
     told: dict | None = None
     noise: float = 0.0
 
+    @property
+    def lesson(self) -> str:
+        """The name without the word that tells a second helping from the first."""
+        return self.name.removesuffix(AGAIN)
 
+    @property
+    def again(self) -> bool:
+        """Whether this is the second helping of a lesson."""
+        return self.name.endswith(AGAIN)
+
+
+AGAIN = " again"
 TOWERS = ("vision_tower", "vision_tower_aux")
 BRIDGE = ("mm_projector", "patch_mining")
 # The shares of conversations about no picture, one and two.
 TWO, PAIRED, ANY = (0.0, 0.2, 0.8), (0.0, 0.5, 0.5), (0.15, 0.4, 0.45)
-# The same where pictures are shown, when pairs have been learned.
-SHOWN_PAIRED, SHOWN_ANY = (0.0, 0.75, 0.25), (0.2, 0.5, 0.3)
+# The same where pictures are shown, when pairs have been learned. The second helping has more wishes, which are
+# conversations about no picture.
+SHOWN_PAIRED, SHOWN_ANY, SHOWN_AGAIN = (0.0, 0.75, 0.25), (0.15, 0.55, 0.3), (0.25, 0.45, 0.3)
 # Answers alone, without the turns of a conversation around them. This way one scene holds many of them.
 FACTS = dict(cells=36, turns=16, answers_only=True)
 TALK = dict(cells=36, turns=6, answers_only=False)
@@ -43,10 +55,14 @@ STAGES = (
     ),
     TrainingStage("language", 700, 10, 2e-3, ("language_model",), told=TALK | {"pictures": ANY}, noise=0.4),
     TrainingStage("digits", 1150, 32, 3e-3, ("vision_tower_aux",)),
-    TrainingStage("numbers", 3600, 12, 2e-3, ("vision_tower_aux",)),
+    TrainingStage("numbers", 2400, 12, 2e-3, ("vision_tower_aux",)),
     TrainingStage("views", 450, 64, 2e-3, ("vision_tower",)),
     # The towers continue to learn here, and the modules that use their features begin.
     TrainingStage("scenes", 920, 12, 5e-4, (*TOWERS, *BRIDGE), faster=BRIDGE),
     TrainingStage("alignment", 150, 16, 1e-3, BRIDGE),
     TrainingStage("everything", 600, 10, 5e-4, (*BRIDGE, "language_model")),
+    # Reading was not learned to the end above, and its lessons are repeated at their old rates.
+    TrainingStage("numbers again", 2200, 12, 2e-3, ("vision_tower_aux",)),
+    TrainingStage("scenes again", 450, 12, 5e-4, (*TOWERS, *BRIDGE), faster=BRIDGE),
+    TrainingStage("everything again", 700, 10, 5e-4, (*BRIDGE, "language_model")),
 )

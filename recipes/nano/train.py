@@ -22,7 +22,6 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -39,12 +38,10 @@ from mg_fast.testing.environment import environment
 from . import data
 from .arithmetic import autocast, has_bfloat16
 from .curve import draw_curve
-from .losses import HEAVY, HINTED, Hints, blurred, chat_loss, normalise, page_loss, see, sight_loss
+from .losses import HEAVY, HINTED, blurred, chat_loss, normalise, page_loss, see, sight_loss, word_hints
 from .model import EMBEDDING_SPREAD, LR_SIDE, forget_mined, make_model, save
 from .optimizers import MUON, cosine, make_optimizers
-from .pairs import ORDINALS
-from .scenes import WORDS
-from .stages import FACTS, PAIRED, SHOWN_ANY, SHOWN_PAIRED, STAGES, TALK, TOWERS, TrainingStage
+from .stages import FACTS, PAIRED, SHOWN_AGAIN, SHOWN_ANY, SHOWN_PAIRED, STAGES, TALK, TOWERS, TrainingStage
 from .towers import Codes, TowerHeads, low_loss
 from .varied import draw_lines, draw_numbers
 
@@ -88,6 +85,7 @@ class Run:
             self.model.model.language_model.set_attn_implementation("eager")
         self.model.to(device).train()
         self.heads.to(device), self.codes.to(device)
+        self.threads = torch.get_num_threads()
         self.at, self.step, self.seconds = 0, 0, 0.0
         # The number of processes that have trained so far, and the machine on which the first of them began.
         self.starts, self.machine = 0, environment()
@@ -162,6 +160,9 @@ class Run:
         if self.optimizer_state is not None:
             for optimizer, state in zip(optimizers, self.optimizer_state, strict=True):
                 optimizer.load_state_dict(state)
+        # One tower learns as fast as its pictures are drawn. A second thread would only take time from the drawing.
+        drawn = self.device == "cpu" and len(stage.learns) == 1 and stage.learns[0] in TOWERS
+        torch.set_num_threads(max(1, self.threads - self.workers) if drawn else self.threads)
         batches = data.loader(functools.partial(self._batch, stage), self.step, stage.steps, self.workers)
         with (
             tqdm(total=stage.steps, initial=self.step, desc=stage.name, smoothing=0.02) as bar,
@@ -208,7 +209,7 @@ class Run:
         seed = self._seed(stage)
         told = functools.partial(data.told, self.processor, seed, step, stage.batch)
         facts = functools.partial(data.told, self.processor, -1 - seed, step, stage.batch, **FACTS)
-        match stage.name:
+        match stage.lesson:
             case "digits":
                 return {"page": data.pages(draw_lines, seed, step, stage.batch)}
             case "numbers":
@@ -230,7 +231,8 @@ class Run:
                 return told(**FACTS, shown=True, pictures=SHOWN_PAIRED)
             case "everything":
                 beside = facts(shown=True, described=0.4, pictures=SHOWN_PAIRED)
-                return told(**TALK, shown=True, pictures=SHOWN_ANY) | {"facts": beside}
+                shown = SHOWN_AGAIN if stage.again else SHOWN_ANY
+                return told(**TALK, shown=True, pictures=shown) | {"facts": beside}
         raise ValueError(f"no stage {stage.name!r}")
 
     def _loss(self, stage: TrainingStage, batch: data.Batch) -> tuple[torch.Tensor, dict[str, float]]:
@@ -254,26 +256,16 @@ class Run:
             codes = self.codes(batch, embeddings)
             if stage.noise:
                 codes = blurred(codes, stage.noise, noise)
-            return chat_loss(self.model, batch, self.content, codes, self._hints())
-        if stage.name == "views":
+            hints = word_hints(self.processor.tokenizer, embeddings)
+            return chat_loss(self.model, batch, self.content, codes, hints)
+        if stage.lesson == "views":
             queries = self.model.model.low_resolution_queries(low_resolution_views(normalise(batch["pixels"]), LR_SIDE))
             return low_loss(self.heads, queries[:, 0], batch)
-        if stage.name == "scenes":
+        if stage.lesson == "scenes":
             return sight_loss(self.model, self.heads, self.codes, batch, hr=self.hr)
         _, _, seen = see(self.model, normalise(batch["pixels"]), hr=self.hr, towers_learn=False)
-        hints = self._hints() if "language_model" in stage.learns else None
+        hints = word_hints(self.processor.tokenizer, embeddings) if "language_model" in stage.learns else None
         return chat_loss(self.model, batch, self.content, seen, hints)
-
-    def _hints(self) -> Hints:
-        """The embeddings of the words that image tokens are asked for."""
-        weight = self.model.get_input_embeddings().weight
-
-        def embeddings(words: Sequence[str]) -> torch.Tensor:
-            ids = [self.processor.tokenizer(f" {word}", add_special_tokens=False).input_ids for word in words]
-            return torch.stack([weight[its].mean(0) for its in ids])
-
-        counts = embeddings(WORDS[2:])
-        return Hints(embeddings(ORDINALS), torch.cat([torch.zeros_like(counts[:1]), counts]))
 
     def _keep(self, optimizers: list[torch.optim.Optimizer]) -> None:
         state = {"model": self.model.state_dict(), "heads": self.heads.state_dict(), "codes": self.codes.state_dict()}
@@ -301,8 +293,13 @@ class Run:
 
     def _resume(self) -> None:
         state = torch.load(self.out / "last.pt", map_location=self.device, weights_only=True)
+        # Stages that have not begun may be changed.
+        begun = state["at"] + 1
         for name, ours in self._what().items():
-            if (theirs := state["run"][name]) != ours:
+            theirs = state["run"][name]
+            if name == "stages":
+                theirs, ours = theirs[:begun], ours[:begun]
+            if theirs != ours:
                 raise SystemExit(
                     f"{self.out} holds a run of other {name}: "
                     f"give another folder (it holds {theirs}, asked for was {ours})"

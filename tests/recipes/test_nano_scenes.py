@@ -332,15 +332,16 @@ def test_training_learns_and_goes_on_where_it_stopped(tmp_path):
         dataclasses.replace(stage, **dict(zip(("steps", "batch", "rate"), lesson))) for stage, lesson in short
     )
 
-    def run() -> train.Run:
+    def run(stages=stages) -> train.Run:
         return train.Run(tmp_path / "run", seed=0, hr=True, stages=stages, workers=0)
 
-    assert not run().train(minutes=0)
+    assert not run(stages[:-1]).train(minutes=0)
     # Nothing is there that could be taken for a trained checkpoint.
     assert not (tmp_path / "run" / "model").exists()
     # The log of a killed run reaches beyond its saved state and may end in half a line.
     with (tmp_path / "run" / "log.jsonl").open("a") as log:
         log.write('{"stage": "digits", "step": 2, "loss"')
+    # Stages that have not begun may be other ones than before.
     resumed = run()
     assert (resumed.at, resumed.step) == (0, 1)
     before = {name: p.detach().clone() for name, p in resumed.model.named_parameters()}
@@ -372,6 +373,11 @@ def test_training_learns_and_goes_on_where_it_stopped(tmp_path):
     train.draw_curve(tmp_path / "run" / "log.jsonl", tmp_path / "loss.png")
     assert np.asarray(Image.open(tmp_path / "loss.png")).std() > 10
 
+    # But a finished run goes on if it is given a further stage.
+    further = run((*stages, dataclasses.replace(stages[-1], name="digits", learns=("vision_tower_aux",))))
+    assert further.at == len(stages) and further.train() and further.record()["starts"] == 3
+    assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])["stage"] == "digits"
+
     written = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
     for other, name in (dict(seed=1), "seed"), (dict(hr=False), "hr"), (dict(stages=stages[:-1]), "stages"):
         with pytest.raises(SystemExit, match=f"holds a run of other {name}"):
@@ -379,14 +385,25 @@ def test_training_learns_and_goes_on_where_it_stopped(tmp_path):
     assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == written
 
     loaded = MiniGeminiForConditionalGeneration.from_pretrained(tmp_path / "run" / "model", dtype=torch.float32).eval()
-    trained = dict(resumed.model.named_parameters())
+    trained = dict(further.model.named_parameters())
     for name, parameter in loaded.named_parameters():
         torch.testing.assert_close(parameter, trained[name], atol=2e-3, rtol=1e-3)
-    shares, wrong = evaluate({"nano": Pipeline(loaded, resumed.processor)}, seed=0, count=3)
+    shares, wrong = evaluate({"nano": Pipeline(loaded, further.processor)}, seed=0, count=3)
     assert shares["asked"]["describe"] == 3 and set(shares["nano"]) == set(shares["asked"])
     assert len(wrong) == sum(
         round(n * (1 - shares["nano"][kind])) for kind, n in shares["asked"].items() if "never" not in kind
     )
+
+
+def test_the_second_helping_of_a_lesson_has_other_scenes(tmp_path):
+    run = train.Run(tmp_path, seed=0, hr=True, stages=STAGES, workers=0)
+    again = [stage for stage in STAGES if stage.again]
+    assert [stage.lesson for stage in again] == ["numbers", "scenes", "everything"]
+    for stage in again:
+        first = next(other for other in STAGES if other.name == stage.lesson)
+        batches = [run._batch(dataclasses.replace(one, batch=4), 0) for one in (first, stage)]
+        one, two = (batch.get("page", batch)["pixels"] for batch in batches)
+        assert batches[0].keys() == batches[1].keys() and (one.shape != two.shape or not torch.equal(one, two))
 
 
 @pytest.mark.slow
