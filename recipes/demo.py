@@ -142,7 +142,7 @@ def main() -> None:
         except mg_fast.MgFastError as error:
             parser.error(str(error))
         print(f"picture: {file}")
-        print("nano knows 64 words, four shapes and small printed numbers: its answers about a photograph mean nothing")
+        print("nano knows 108 words, four shapes and small numbers: its answers about a photograph mean nothing")
     else:
         seed = random.SystemRandom().randrange(10**6) if args.seed is None else args.seed
         file, turns = draw(seed, folder)

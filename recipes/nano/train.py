@@ -35,15 +35,14 @@ from mg_fast import MiniGeminiProcessor
 from mg_fast.ops.reference import low_resolution_views
 from mg_fast.testing.environment import environment
 
-from . import data
+from . import data, lessons
 from .arithmetic import autocast, has_bfloat16
 from .curve import draw_curve
 from .losses import HEAVY, HINTED, blurred, chat_loss, normalise, page_loss, see, sight_loss, word_hints
 from .model import EMBEDDING_SPREAD, LR_SIDE, forget_mined, make_model, save
 from .optimizers import MUON, cosine, make_optimizers
-from .stages import FACTS, PAIRED, SHOWN_AGAIN, SHOWN_ANY, SHOWN_PAIRED, STAGES, TALK, TOWERS, TrainingStage
+from .stages import AVERAGED, STAGES, TOWERS, TrainingStage
 from .towers import Codes, TowerHeads, low_loss
-from .varied import draw_lines, draw_numbers
 
 # What the stages of the language model taught, from which another run can go on: the language model and the codes, and
 # what the run was.
@@ -92,6 +91,8 @@ class Run:
         # The stages whose result was taken over from another run.
         self.shared: list[str] = []
         self.optimizer_state = None
+        # What the present stage began with, if its result is averaged with that.
+        self.before: dict[str, torch.Tensor] = {}
         if (out / "last.pt").is_file():
             self._resume()
             if language is not None and not self.shared:
@@ -156,6 +157,8 @@ class Run:
         for part in parts.values():
             part.requires_grad_(True)
         learning = [p for part in parts.values() for p in part.parameters()]
+        if stage.name in AVERAGED and self.step == 0:
+            self.before = {name: p.detach().clone() for name, p in _named(parts).items()}
         optimizers = make_optimizers(stage, parts)
         if self.optimizer_state is not None:
             for optimizer, state in zip(optimizers, self.optimizer_state, strict=True):
@@ -180,6 +183,10 @@ class Run:
                         group["lr"] = stage.rate * group["times"] * cosine(self.step, stage.steps)
                     optimizer.step()
                 self.step += 1
+                if stage.name in AVERAGED and self.step == stage.steps:
+                    for name, parameter in _named(parts).items():
+                        parameter.detach().lerp_(self.before[name], 0.5)
+                    self.before = {}
                 now = time.perf_counter()
                 self.seconds, began = self.seconds + now - began, now
                 row = {
@@ -206,34 +213,7 @@ class Run:
         return self.seed * 100 + [s.name for s in STAGES].index(stage.name)
 
     def _batch(self, stage: TrainingStage, step: int) -> data.Batch:
-        seed = self._seed(stage)
-        told = functools.partial(data.told, self.processor, seed, step, stage.batch)
-        facts = functools.partial(data.told, self.processor, -1 - seed, step, stage.batch, **FACTS)
-        match stage.lesson:
-            case "digits":
-                return {"page": data.pages(draw_lines, seed, step, stage.batch)}
-            case "numbers":
-                pages = data.pages(draw_numbers, seed, step, stage.batch)
-                return {"page": pages, "lines": data.pages(draw_lines, seed, step, stage.batch)}
-            case "lookup" | "pairs" | "search":
-                return told(**stage.told)
-            case "language":
-                # The language model forgets what bare answers taught when they stop, so some go on.
-                return told(**stage.told) | {"facts": facts(described=0.3, pictures=PAIRED)}
-            case "views":
-                return data.scenes(seed, step, stage.batch)
-            case "scenes":
-                # Pages continue, so that the tower keeps its reading while it learns shapes.
-                pages = {"page": data.pages(draw_numbers, seed, step, stage.batch // 2)} if self.hr else {}
-                return data.scenes(seed, step, stage.batch) | pages
-            case "alignment":
-                # All facts about a picture take the role of the captions in the original.
-                return told(**FACTS, shown=True, pictures=SHOWN_PAIRED)
-            case "everything":
-                beside = facts(shown=True, described=0.4, pictures=SHOWN_PAIRED)
-                shown = SHOWN_AGAIN if stage.again else SHOWN_ANY
-                return told(**TALK, shown=True, pictures=shown) | {"facts": beside}
-        raise ValueError(f"no stage {stage.name!r}")
+        return lessons.batch(self.processor, stage, step, seed=self._seed(stage), hr=self.hr)
 
     def _loss(self, stage: TrainingStage, batch: data.Batch) -> tuple[torch.Tensor, dict[str, float]]:
         with autocast(self.device):
@@ -270,7 +250,7 @@ class Run:
     def _keep(self, optimizers: list[torch.optim.Optimizer]) -> None:
         state = {"model": self.model.state_dict(), "heads": self.heads.state_dict(), "codes": self.codes.state_dict()}
         state |= {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-        state |= {"at": self.at, "step": self.step, "seconds": self.seconds}
+        state |= {"before": self.before, "at": self.at, "step": self.step, "seconds": self.seconds}
         state |= {"starts": self.starts, "machine": self.machine, "shared": self.shared, "run": self._what()}
         # The state is first written under another name: a run that is killed while it writes must not lose its state.
         torch.save(state, self.out / "next.pt")
@@ -314,6 +294,7 @@ class Run:
             state["optimizers"],
         )
         self.starts, self.machine, self.shared = state["starts"], state["machine"], state["shared"]
+        self.before = state["before"]
         if self.step == self.stages[self.at].steps:
             self.at, self.step, self.optimizer_state = self.at + 1, 0, None
 
@@ -348,6 +329,10 @@ class Run:
         done = sum(stage.steps for stage in self.stages[: self.at]) + self.step
         rows = log.read_text().splitlines(keepends=True) if log.is_file() else []
         log.write_text("".join(rows[:done]))
+
+
+def _named(parts: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
+    return {f"{name}.{key}": p for name, part in parts.items() for key, p in part.named_parameters()}
 
 
 def main() -> None:

@@ -1,27 +1,21 @@
 """What nano learns beyond ordinary scenes: varied scenes, what is not there, two pictures, and wishes in any order."""
 
 import importlib.util
-import json
 import random
 import re
 
 import pytest
 import torch
-from PIL import Image
 
 import mg_fast
-from mg_fast.models import builtin
 from mg_fast.models.templates import IMAGE_TAG, render
-from recipes.nano import data, fonts, rounding
-from recipes.nano.evaluate import Asked, measure
+from recipes.nano import data, fonts
 from recipes.nano.losses import alike_numbers, chat_loss, picture_numbers
 from recipes.nano.pairs import about, conversation_about_two, questions_about_both
 from recipes.nano.scenes import CELL, MAX_DIGITS, SIDE, held_out
 from recipes.nano.stages import FACTS, TALK
 from recipes.nano.talk import GEN, MIXED, NAMED, NO_NUMBER, ask, asked_wish, count, wish
 from recipes.nano.varied import draw_varied, on_border
-from recipes.nano.varied_questions import VARIED_KINDS, varied_questions
-from tests.paths import ROOT
 
 SCENES = [draw_varied(5, i, split="unseen" if i % 2 else "train") for i in range(80)]
 
@@ -299,116 +293,3 @@ def test_an_answer_is_right_only_as_a_whole(nano):
             end = next(i for i in range(begin, len(ids) + 1) if i == len(ids) or not answers[i])
             right.append(bool((said[begin - 1 : end - 1] == ids[begin:end]).all()))
     assert len(right) >= 8 and shares["answer"] == pytest.approx(sum(right) / len(right))
-
-
-# ---- The evaluation
-
-
-def test_every_kind_of_question_is_asked():
-    asked = list(varied_questions(0, 0, 6))
-    assert {question.kind for question in asked} == set(VARIED_KINDS)
-    for question in asked:
-        shown = sum(len(images) for _, images in question.turns)
-        assert shown == {"wish, any order": 0}.get(question.kind, 2 if "picture" in question.kind else 1), question
-        if question.kind == "one digit":
-            assert len(question.answer) == len("The number is 1.")
-        if question.kind == "no shapes":
-            assert "othing on a " in question.answer or question.answer.startswith("There are no ")
-        if question.kind == "shapes alike":
-            assert ", another " in question.answer, question.answer
-    again = list(varied_questions(0, 0, 6))
-    assert [(question.turns[-1][0], question.answer) for question in asked] == [
-        (question.turns[-1][0], question.answer) for question in again
-    ]
-
-
-class Told:
-    """Stands for a pipeline that gives the same answer to everything."""
-
-    def __init__(self, text: str):
-        self.text, self.error, self.turns = text, None, []
-
-    def chat_batch(self, turns, **options):
-        return [self] * len(turns)
-
-    def conversation(self):
-        return self
-
-    def chat(self, text, images, **options):
-        self.turns.append((text, len(images)))
-        return self
-
-
-def test_only_the_last_answer_of_a_conversation_counts():
-    picture = Image.new("RGB", (8, 8))
-    questions = [
-        Asked(0, ["a"], [("What?", [picture])], "Yes."),
-        Asked(1, ["b"], [("What?", [picture]), ("And now?", [picture])], "Yes."),
-        Asked(2, ["b"], [("What?", []), ("And now?", [])], "No."),
-    ]
-    told = Told("Yes.")
-    shares, wrong = measure({"one": told}, iter(questions), ["a", "b", "c"])
-    assert shares == {"one": {"a": 1.0, "b": 0.5}, "asked": {"a": 1, "b": 2}}
-    assert told.turns == [("What?", 1), ("And now?", 1), ("What?", 0), ("And now?", 0)]
-    assert wrong == [
-        {"model": "one", "scene": 2, "kind": "b", "asked": "What? | And now?", "said": "Yes.", "right": "No."}
-    ]
-
-
-def test_rounding_counts_answers_that_are_those_of_float32(monkeypatch):
-    shares = {"asked": {"number": 8, "number, never seen": 3, "count": 2}}
-    rows = [("float32", 1, "x"), ("int8", 1, "x"), ("int8", 2, "y"), ("int4", 1, "z"), ("int4", 3, "w")]
-    wrong = [{"model": model, "kind": "number", "scene": scene, "said": said} for model, scene, said in rows]
-    assert rounding.as_first(["float32", "int8", "int4"], shares, wrong) == {"float32": 1.0, "int8": 0.9, "int4": 0.8}
-
-
-def test_the_readme_says_what_was_recorded_of_the_trial():
-    recorded = json.loads((ROOT / "bench" / "results" / "nano-trial.json").read_text())
-    names = ("with mining", "mined features zero")
-    rows = [
-        f"| {kind} | {' | '.join(f'{recorded[part][name][kind]:.1%}' for name in names)} | {asked} |\n"
-        for part in ("exact", "varied")
-        for kind, asked in recorded[part]["asked"].items()
-    ]
-    assert "".join(rows) in (ROOT / "recipes" / "nano" / "README.md").read_text(encoding="utf-8")
-    assert set(recorded["varied"]["asked"]) == set(VARIED_KINDS)
-    # Lessons were changed after these scenes were looked at, so they cannot judge the weights that come of them.
-    package = json.loads((ROOT / "bench" / "results" / "nano-0.json").read_text())
-    assert "varied" not in package or package["conditions"]["seed"] != recorded["conditions"]["seed"]
-
-
-def test_the_table_of_rounding_shows_what_was_measured():
-    exact = {"float32": {"number": 0.5, "count": 1.0}, "int8": {"number": 0.25, "count": 1.0}}
-    exact |= {
-        "asked": {"number": 4, "number, never seen": 1, "count": 12},
-        "as float32": {"float32": 1.0, "int8": 0.75},
-    }
-    triton = {"float32": {"number": 1.0}, "float32, triton": {"number": 1.0}, "asked": {"number": 2}}
-    triton |= {"as float32": {"float32": 1.0, "float32, triton": 0.5}}
-    table = rounding.rounding_table({"exact": exact, "triton": {"exact": triton}}).splitlines()
-    assert table[0] == "| weights and backend | number | ordinary scenes | as float32 | questions |"
-    assert table[2:] == [
-        "| float32 | 50.0% | 87.5% | 100.0% | 16 |",
-        "| int8 | 25.0% | 81.2% | 75.0% | 16 |",
-        "| float32, triton | 100.0% | 100.0% | 50.0% | 2 |",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["EMPTY", "--out", "FILE"], "expected a folder that recipes.nano.train wrote"),
-        (["NANO", "--out", "FILE", "--count", "0"], "expected at least one scene"),
-        (["NANO", "--out", "FILE", "--varied", "-1"], "no less than 0 further questions, got 500 and -1"),
-        (["NANO", "--out", "NEW", "--backend", "triton"], "expected the result of the first command in"),
-        (["NANO", "--out", "FILE", "--backend", "triton"], "expected the result of the first command in"),
-    ],
-)
-def test_rounding_refuses_what_it_cannot_measure(arguments, said, tmp_path, monkeypatch, capsys):
-    (tmp_path / "file.json").write_text("{}")
-    places = {"EMPTY": tmp_path, "FILE": tmp_path / "file.json", "NEW": tmp_path / "new.json"}
-    places["NANO"] = builtin.resolve("nano")
-    monkeypatch.setattr("sys.argv", ["rounding", *(str(places.get(word, word)) for word in arguments)])
-    with pytest.raises(SystemExit) as refused:
-        rounding.main()
-    assert refused.value.code == 2 and said in " ".join(capsys.readouterr().err.split())
