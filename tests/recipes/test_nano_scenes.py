@@ -454,6 +454,29 @@ def test_the_committed_language_model_is_of_these_stages(tmp_path):
     assert shares["digit"] > 0.8 and shares["place"] > 0.9
 
 
+@pytest.mark.slow
+def test_the_stage_of_wishes_ends_with_the_mean_of_before_and_after(tmp_path, monkeypatch):
+    [wishes] = (stage for stage in STAGES if stage.name == "wishes")
+    assert wishes == STAGES[-1] and wishes.name in train.AVERAGED
+    stages = (dataclasses.replace(wishes, steps=2, batch=2),)
+
+    def run(folder: str) -> train.Run:
+        return train.Run(tmp_path / folder, seed=0, hr=True, stages=stages, workers=0)
+
+    began = {name: p.detach().clone() for name, p in run("cut").model.named_parameters()}
+    assert not run("cut").train(minutes=0)
+    cut = run("cut")
+    assert cut.step == 1 and cut.train() and run("cut").before == {}
+    monkeypatch.setattr(train, "AVERAGED", ())
+    plain = run("plain")
+    assert plain.train()
+    ends = dict(plain.model.named_parameters())
+    moved = [name for name in began if not torch.equal(began[name], ends[name])]
+    assert moved and all("language_model" in name for name in moved)
+    for name, parameter in cut.model.named_parameters():
+        torch.testing.assert_close(parameter, (began[name] + ends[name]) / 2)
+
+
 def test_what_a_run_took_is_told_by_stage(tmp_path):
     run = train.Run(tmp_path, seed=3, hr=False, stages=STAGES, workers=0)
     ends = {"lookup": (30.0, 60.0), "scenes": (180.0,), "everything": (200.0, 600.0)}
