@@ -22,7 +22,9 @@ def draw_curve(log: Path, picture: Path) -> None:
     from matplotlib import pyplot
 
     rows = [json.loads(line) for line in log.read_text().splitlines()]
-    figure, (axes, reads) = pyplot.subplots(2, figsize=(9, 7), sharex=True)
+    figure, (axes, reads) = pyplot.subplots(2, figsize=(9, 8), sharex=True)
+    # There are more stages than matplotlib's own cycle has colours.
+    axes.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)
     first = 0
     for name, group in itertools.groupby(rows, lambda row: row["stage"]):
         group = list(group)
@@ -35,7 +37,7 @@ def draw_curve(log: Path, picture: Path) -> None:
                 reads.plot([at for at, _ in shares][: len(smooth)], smooth, colour)
         first += len(group)
     axes.set(ylabel="loss (each stage has its own)", yscale="log")
-    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize="small")
     reads.set(xlabel="step", ylabel="share that is right, in training")
     for what, (_, colour) in READ.items():
         reads.plot([], [], colour, label=what)

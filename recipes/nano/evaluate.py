@@ -208,7 +208,8 @@ def _known(out: Path | None, asked: dict, weights: dict[str, str]) -> dict | Non
     result = json.loads(out.read_text())
     conditions = result.get("conditions", {})
     theirs = conditions.get("sha256 of weights")
-    same = isinstance(theirs, dict) and theirs.items() <= weights.items()
+    # One of them may tell about a model more than the other.
+    same = isinstance(theirs, dict) and all(theirs.get(name, its) == its for name, its in weights.items())
     return result if same and asked.items() <= conditions.items() else None
 
 
@@ -249,6 +250,8 @@ def main() -> None:
     }
     weights = {name: digest(folder) for name, folder in folders.items()}
     known = _known(args.out, asked, weights)
+    if known is not None and set(weights) <= set(known["conditions"]["sha256 of weights"]):
+        parser.exit(0, f"{args.out} holds the answers of these models to these questions already\n")
     began = time.perf_counter()
     pipelines, speed = {}, known["speed"] if known else None
     if known is None:
@@ -258,11 +261,13 @@ def main() -> None:
         pipelines = {"with mining": pipeline, "mined features zero": mg_fast.Pipeline(blind, pipeline.processor)}
         answer_s = [round(seconds, 3) for seconds in answer_seconds(pipeline, args.seed)]
         speed = {"load_s": round(pipeline.load_seconds, 2), "answer_s": answer_s}
-    if args.without is not None and (known is None or "trained without" not in known["exact"]):
+    if args.without is not None:
         pipelines["trained without"] = mg_fast.load(args.without, dtype="float32")
     parts = {"exact": evaluate(pipelines, seed=args.seed, count=args.count)}
     if args.varied:
         parts["varied"] = evaluate_varied(pipelines, seed=args.seed, count=args.varied)
+    if known is not None and any(known[part]["asked"] != its["asked"] for part, (its, _) in parts.items()):
+        parser.error(f"{args.out} holds answers to other questions of the same seed: give another file")
     shares = {part: (known[part] if known else {}) | its for part, (its, _) in parts.items()}
     columns = [name for name in COLUMNS if name in shares["exact"]]
     print(f"{'':24}" + "".join(f"{name:>22}" for name in (*columns, "asked")))
@@ -274,7 +279,8 @@ def main() -> None:
         "conditions": {
             **asked,
             "seconds": round(time.perf_counter() - began + (known["conditions"]["seconds"] if known else 0.0), 1),
-            "machine": environment(),
+            # The speed is that of the machine that was there first.
+            "machine": known["conditions"]["machine"] if known else environment(),
             "sha256 of weights": weights,
             "training": training,
         },

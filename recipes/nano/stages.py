@@ -25,12 +25,12 @@ class TrainingStage:
 
     @property
     def lesson(self) -> str:
-        """The name without the word that tells a second helping from the first."""
+        """The name without the word that tells a second round from the first."""
         return self.name.removesuffix(AGAIN)
 
     @property
     def again(self) -> bool:
-        """Whether this is the second helping of a lesson."""
+        """Whether this is the second round of a lesson."""
         return self.name.endswith(AGAIN)
 
 
@@ -39,7 +39,7 @@ TOWERS = ("vision_tower", "vision_tower_aux")
 BRIDGE = ("mm_projector", "patch_mining")
 # The shares of conversations about no picture, one and two.
 TWO, PAIRED, ANY = (0.0, 0.2, 0.8), (0.0, 0.5, 0.5), (0.15, 0.4, 0.45)
-# The same where pictures are shown, when pairs have been learned. The second helping has more wishes, which are
+# The same where pictures are shown, when pairs have been learned. The second round has more wishes, which are
 # conversations about no picture.
 SHOWN_PAIRED, SHOWN_ANY, SHOWN_AGAIN = (0.0, 0.75, 0.25), (0.15, 0.55, 0.3), (0.25, 0.45, 0.3)
 WISHES = (0.65, 0.22, 0.13)

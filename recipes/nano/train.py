@@ -1,4 +1,5 @@
-"""Trains nano from scratch: first each tower and the language model alone, then the two stages of Mini-Gemini's recipe.
+"""Trains nano from scratch: first each tower and the language model alone, then the two stages of Mini-Gemini's recipe,
+then most of it once more, and wishes.
 
 python -m recipes.nano.train OUT                 # with the high-resolution branch
 python -m recipes.nano.train OUT --no-hr         # without it: the mined features are never added
@@ -109,13 +110,19 @@ class Run:
         record = self.out / "model" / "training.json"
         if self.at == len(self.stages) and record.is_file():
             return True
+        # A finished run that goes on with further stages is not finished any more.
+        record.unlink(missing_ok=True)
         self.starts += 1
         end = None if minutes is None else time.perf_counter() + 60 * minutes
         while self.at < len(self.stages):
             # A process that was killed just after the last of these stages had no time to write the file.
             if self.at == len(self._lessons()) and not self.shared and not (self.out / LANGUAGE).is_file():
                 self._keep_language()
-            if not self._stage(self.stages[self.at], end):
+            try:
+                finished = self._stage(self.stages[self.at], end)
+            finally:
+                torch.set_num_threads(self.threads)
+            if not finished:
                 return False
             self.at, self.step, self.optimizer_state = self.at + 1, 0, None
         save(self.model, self.out / "model")
@@ -165,7 +172,8 @@ class Run:
                 optimizer.load_state_dict(state)
         # One tower learns as fast as its pictures are drawn. A second thread would only take time from the drawing.
         drawn = self.device == "cpu" and len(stage.learns) == 1 and stage.learns[0] in TOWERS
-        torch.set_num_threads(max(1, self.threads - self.workers) if drawn else self.threads)
+        if drawn:
+            torch.set_num_threads(max(1, self.threads - self.workers))
         batches = data.loader(functools.partial(self._batch, stage), self.step, stage.steps, self.workers)
         with (
             tqdm(total=stage.steps, initial=self.step, desc=stage.name, smoothing=0.02) as bar,
@@ -294,8 +302,12 @@ class Run:
             state["optimizers"],
         )
         self.starts, self.machine, self.shared = state["starts"], state["machine"], state["shared"]
-        self.before = state["before"]
-        if self.step == self.stages[self.at].steps:
+        # Older states have none, because no stage was averaged.
+        self.before = state.get("before", {})
+        stage = self.stages[self.at]
+        if stage.name in AVERAGED and 0 < self.step < stage.steps and not self.before:
+            raise SystemExit(f"{self.out} holds a run that does not average {stage.name}: give another folder")
+        if self.step == stage.steps:
             self.at, self.step, self.optimizer_state = self.at + 1, 0, None
 
     def _lessons(self) -> tuple[TrainingStage, ...]:

@@ -13,6 +13,8 @@ from recipes.nano.evaluate import Asked, measure
 from recipes.nano.varied_questions import VARIED_KINDS, varied_questions
 from tests.paths import ROOT
 
+RESULTS = ROOT / "bench" / "results"
+
 
 def test_every_kind_of_question_is_asked():
     asked = list(varied_questions(0, 0, 6))
@@ -86,6 +88,11 @@ def test_a_model_that_was_asked_is_not_asked_again(tmp_path, monkeypatch):
         assert two[part].pop("trained without") == two[part]["with mining"] and two[part] == one[part]
     assert set(two["conditions"]["sha256 of weights"]) == {"with mining", "trained without"}
     assert two["wrong, first 40"] == one["wrong, first 40"] and two["speed"] == one["speed"]
+    # What is known is not lost where less is asked for.
+    with pytest.raises(SystemExit) as done:
+        ask()
+    assert done.value.code == 0 and len(asked) == 2
+    assert "trained without" in json.loads((tmp_path / "out").read_text())["exact"]
     # Other questions are put to all models.
     ask("--without", str(other), "--seed", "7")
     assert asked[2:] == [["with mining", "mined features zero", "trained without"]] * 2
@@ -98,21 +105,32 @@ def test_rounding_counts_answers_that_are_those_of_float32(monkeypatch):
     assert rounding.as_first(["float32", "int8", "int4"], shares, wrong) == {"float32": 1.0, "int8": 0.9, "int4": 0.8}
 
 
-# What has to be reached, in percent; and what ordinary questions reached with the weights before these (commit f5315ab,
-# scenes of another seed), of which they may lose one point.
-AIMS = {"number": 97, "not there": 95, "second picture": 90, "wish, any order": 95}
-AIMS |= {"print of 8 to 16 pixels": 90, "number across a border": 95}
-BEFORE = {"no number": 100, "where": 100, "colour": 100, "count": 98.8}
-BEFORE |= {"background": 100, "describe": 98.6, "draw": 99.0}
+# What has to be reached. The other ordinary questions may lose one point against the weights before these, which were
+# asked about the same scenes.
+AIMS = {"number": 0.97, "not there": 0.95, "second picture": 0.9, "wish, any order": 0.95}
+AIMS |= {"print of 8 to 16 pixels": 0.9, "number across a border": 0.95}
 
 
 def test_the_readme_says_what_was_reached():
-    recorded = json.loads((ROOT / "bench" / "results" / "nano-0.json").read_text())
+    recorded, before = (json.loads((RESULTS / f"nano-{name}.json").read_text()) for name in ("0", "before"))
+    for name in ("seed", "scenes"):
+        assert recorded["conditions"][name] == before["conditions"][name]
     reached = {kind: share for part in ("exact", "varied") for kind, share in recorded[part]["with mining"].items()}
-    rows = [f"| {kind} | {aim}% | {reached[kind]:.1%} |\n" for kind, aim in AIMS.items()]
-    rows += [f"| {kind} | {share - 1:.1f}% | {reached[kind]:.1%} |\n" for kind, share in BEFORE.items()]
+    old = before["exact"]["with mining"]
+    aims = {kind: share - 0.01 for kind, share in old.items() if "never" not in kind} | AIMS
+    rows = [
+        f"| {kind} | {aim:.1%} | {f'{old[kind]:.1%}' if kind in old else ''} | {reached[kind]:.1%} |\n"
+        for kind, aim in aims.items()
+    ]
     readme = (ROOT / "recipes" / "nano" / "README.md").read_text(encoding="utf-8")
     assert "".join(rows) in readme, "".join(rows)
+    # The README says why these were missed.
+    assert {kind for kind, aim in aims.items() if reached[kind] < round(aim, 4)} == {"count", "describe", "draw"}
+    # Neither the trial nor the older weights are these, and lessons were changed after a look at the trial's scenes.
+    trial = json.loads((RESULTS / "nano-trial.json").read_text())
+    assert recorded["conditions"]["seed"] != trial["conditions"]["seed"]
+    weights = [result["conditions"]["sha256 of weights"]["with mining"] for result in (recorded, before)]
+    assert weights[0] != weights[1]
     assert f"{recorded['conditions']['training']['with mining']['minutes']['all']} minutes" in " ".join(readme.split())
 
 

@@ -374,8 +374,12 @@ def test_training_learns_and_goes_on_where_it_stopped(tmp_path):
     assert np.asarray(Image.open(tmp_path / "loss.png")).std() > 10
 
     # But a finished run goes on if it is given a further stage.
-    further = run((*stages, dataclasses.replace(stages[-1], name="digits", learns=("vision_tower_aux",))))
-    assert further.at == len(stages) and further.train() and further.record()["starts"] == 3
+    more = (*stages, dataclasses.replace(stages[-1], name="digits", steps=2, learns=("vision_tower_aux",)))
+    assert not run(more).train(minutes=0)
+    # What it wrote when it was finished is not its result any more.
+    assert not (tmp_path / "run" / "model" / "training.json").exists()
+    further = run(more)
+    assert (further.at, further.step) == (len(stages), 1) and further.train() and further.record()["starts"] == 4
     assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])["stage"] == "digits"
 
     written = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
@@ -395,7 +399,7 @@ def test_training_learns_and_goes_on_where_it_stopped(tmp_path):
     )
 
 
-def test_the_second_helping_of_a_lesson_has_other_scenes(tmp_path):
+def test_the_second_round_of_a_lesson_has_other_scenes(tmp_path):
     run = train.Run(tmp_path, seed=0, hr=True, stages=STAGES, workers=0)
     again = [stage for stage in STAGES if stage.again]
     assert [stage.lesson for stage in again] == ["numbers", "scenes", "everything"]
@@ -404,6 +408,7 @@ def test_the_second_helping_of_a_lesson_has_other_scenes(tmp_path):
         batches = [run._batch(dataclasses.replace(one, batch=4), 0) for one in (first, stage)]
         one, two = (batch.get("page", batch)["pixels"] for batch in batches)
         assert batches[0].keys() == batches[1].keys() and (one.shape != two.shape or not torch.equal(one, two))
+        assert run._seed(first) != run._seed(stage)
 
 
 @pytest.mark.slow

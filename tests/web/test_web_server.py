@@ -69,7 +69,7 @@ def test_nothing_of_a_session_is_found_by_others_or_after_its_end(server, scenes
         EXAMPLES,
         (
             "The number is 4083.",
-            "The circle is at the bottom right.",
+            "The blue circle is at the bottom right.",
             "A red circle on a white background, with a number.",
             "<h>a blue circle, a red star on a white background, simple shapes, flat colours</h>",
         ),
