@@ -550,7 +550,7 @@ def test_muon_has_the_matrices_and_adamw_the_rest(stage):
         for name, p in module.named_parameters():
             matrix = p.dim() == 2 and "embed_tokens" not in name and "position_embedding" not in name
             assert (id(p) in by_muon) == matrix, (part, name)
-            bridge = stage.name == "scenes" and part in ("mm_projector", "patch_mining")
+            bridge = stage.lesson == "scenes" and part in ("mm_projector", "patch_mining")
             assert times[id(p)] == (3 if matrix else 1) * (3 if bridge else 1), (part, name)
 
 
