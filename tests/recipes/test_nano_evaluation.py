@@ -169,3 +169,14 @@ def test_rounding_refuses_what_it_cannot_measure(arguments, said, tmp_path, monk
     with pytest.raises(SystemExit) as refused:
         rounding.main()
     assert refused.value.code == 2 and said in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_readme_says_what_was_right_in_training():
+    recorded = json.loads((RESULTS / "nano-training.json").read_text())
+    readme = (ROOT / "recipes" / "nano" / "README.md").read_text(encoding="utf-8")
+    for stage, share in (("numbers", "page number"), ("everything", "answer")):
+        for name in (stage, f"{stage} again"):
+            assert f"{100 * recorded['stages'][name][share]:.1f} %" in readme, (name, share)
+    for name in ("before wishes", "after wishes", "mean of both"):
+        for kind in ("number", "wish, any order"):
+            assert f"{100 * recorded['trials'][name][kind]:.1f}" in readme, (name, kind)
