@@ -12,7 +12,7 @@ from .varied import draw_lines, draw_numbers
 def batch(processor: MiniGeminiProcessor, stage: TrainingStage, step: int, *, seed: int, hr: bool) -> data.Batch:
     """The batch of a step of a stage, drawn from the stage's own seed."""
     told = functools.partial(data.told, processor, seed, step, stage.batch)
-    facts = functools.partial(data.told, processor, -1 - seed, step, stage.batch, **FACTS)
+    facts = functools.partial(data.told, processor, -1 - seed, step, size=stage.batch, **FACTS)
     match stage.lesson:
         case "digits":
             return {"page": data.pages(draw_lines, seed, step, stage.batch)}
@@ -39,7 +39,6 @@ def batch(processor: MiniGeminiProcessor, stage: TrainingStage, step: int, *, se
             return told(**TALK, shown=True, pictures=shown) | {"facts": beside}
         case "wishes":
             # What is said about pictures goes on beside them, or it would be forgotten.
-            fewer = functools.partial(data.told, processor, -1 - seed, step, stage.batch // 2, **FACTS)
-            beside = fewer(shown=True, described=0.4, pictures=SHOWN_PAIRED)
+            beside = facts(size=stage.batch // 2, shown=True, described=0.4, pictures=SHOWN_PAIRED)
             return told(**TALK, shown=True, pictures=WISHES) | {"facts": beside}
     raise ValueError(f"no stage {stage.name!r}")

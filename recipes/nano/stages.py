@@ -2,6 +2,9 @@
 
 import dataclasses
 
+# The end of the name of a stage that repeats another one with other pictures.
+AGAIN = " again"
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainingStage:
@@ -34,7 +37,6 @@ class TrainingStage:
         return self.name.endswith(AGAIN)
 
 
-AGAIN = " again"
 TOWERS = ("vision_tower", "vision_tower_aux")
 BRIDGE = ("mm_projector", "patch_mining")
 # The shares of conversations about no picture, one and two.

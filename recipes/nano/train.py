@@ -116,7 +116,7 @@ class Run:
         end = None if minutes is None else time.perf_counter() + 60 * minutes
         while self.at < len(self.stages):
             # A process that was killed just after the last of these stages had no time to write the file.
-            if self.at == len(self._lessons()) and not self.shared and not (self.out / LANGUAGE).is_file():
+            if self.at == len(self._language_stages()) and not self.shared and not (self.out / LANGUAGE).is_file():
                 self._keep_language()
             try:
                 finished = self._stage(self.stages[self.at], end)
@@ -310,7 +310,7 @@ class Run:
         if self.step == stage.steps:
             self.at, self.step, self.optimizer_state = self.at + 1, 0, None
 
-    def _lessons(self) -> tuple[TrainingStage, ...]:
+    def _language_stages(self) -> tuple[TrainingStage, ...]:
         """The first stages, in which the language model learns alone: they are the same with and without the branch."""
         return tuple(itertools.takewhile(lambda stage: stage.learns == ("language_model",), self.stages))
 
@@ -320,7 +320,7 @@ class Run:
             raise SystemExit(f"{other} holds no {LANGUAGE}: its run has not ended the stages of the language model")
         with safe_open(other / LANGUAGE, "pt", self.device) as file:
             told, learned = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        lessons = self._lessons()
+        lessons = self._language_stages()
         runs = json.loads(json.dumps(self._what())), json.loads(told["run"])
         ours, theirs = ({**what, "stages": what["stages"][: len(lessons)]} for what in runs)
         for name in set(ours) - {"hr"}:
